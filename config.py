@@ -1,0 +1,189 @@
+"""Command lines and JSON files from frozen dataclasses.
+
+    @dataclass(frozen=True)
+    class Config:
+        # Optimiser
+        lr: float = 3e-4  # peak learning rate
+        steps: int = 1000  # optimiser steps
+
+    cfg = parse(Config)            # python prog.py --lr=1e-3 --steps 2e3   (or --help)
+    save(cfg, "run/config.json")   # and later: python prog.py --config=run/config.json --steps=4000
+
+The dataclass is the only place where a field is written down: types come from its annotations (int, float, bool, str, `X | None`,
+Literal), help from the comment behind each field, headings of the help from comment lines between fields, ranges from its
+`__post_init__`. A class with a static method `preset_fields(name) -> dict` also understands --preset=NAME. From weakest to
+strongest: defaults, --config, --preset, the other flags.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import io
+import json
+import os
+import sys
+import textwrap
+import tokenize
+import types
+import typing
+from pathlib import Path
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def require(ok, name, value, remedy):
+    """Raise ValueError naming the field, its value and the remedy unless ok. For the __post_init__ of config classes."""
+    if not ok:
+        raise ValueError(f"{name}={value!r}: {remedy}")
+
+
+def parse(cls, argv=None, description=""):
+    """Build a `cls` from command-line words.
+
+    argv: list of str, or None for sys.argv[1:]. Flags are --field=value or --field value; a bool is --flag or --flag=false;
+    hyphens and underscores are the same; a repeated flag keeps its last value. --help prints the fields and exits.
+    With argv=None a mistake ends the program with its message; with a list it raises ValueError.
+    """
+    if argv is None:
+        try:
+            return parse(cls, sys.argv[1:], description)
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(f"error: {error}")
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls, description))
+        sys.exit(0)
+    hints = typing.get_type_hints(cls)
+    flags, words = {}, list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected argument {word!r}: write --field=value (a bool takes its value only with '=')")
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name != "config":
+            _check_name(cls, name)
+        if not equals:
+            if hints.get(name) is bool:
+                text = "true"
+            elif words:
+                text = words.pop(0)
+            else:
+                raise ValueError(f"--{name} needs a value: write --{name}=VALUE")
+        flags[name] = text
+    values = {}
+    if "config" in flags:
+        values.update(_read(cls, flags.pop("config")))
+    if "preset" in flags and hasattr(cls, "preset_fields"):
+        values.update(cls.preset_fields(flags["preset"]))
+    values.update({name: _convert(name, text, hints[name]) for name, text in flags.items()})
+    return cls(**values)
+
+
+def save(cfg, path):
+    """Write cfg as JSON. The file appears whole or not at all (temporary file, fsync, rename)."""
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "w") as f:
+        json.dump(dataclasses.asdict(cfg), f, indent=2)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def load(cls, path):
+    """Read what `save` wrote. Raises FileNotFoundError, or ValueError on broken JSON, unknown fields and bad values."""
+    return cls(**_read(cls, path))
+
+
+def help_text(cls, description=""):
+    """The --help page: every field with its type, default and comment, under the headings of the source."""
+    notes, headings = _comments(cls)
+    hints = typing.get_type_hints(cls)
+    lines = [description.strip(), ""] if description else []
+    lines += ["usage: --field=value or --field value; bools --flag or --flag=false; --config=FILE.json loads saved values first"]
+    for field in dataclasses.fields(cls):
+        if field.name in headings:
+            lines += ["", headings[field.name] + ":"]
+        default = "required" if field.default is dataclasses.MISSING else repr(field.default)
+        lines.append(f"  --{field.name + ' ' + _type_name(hints[field.name]):<32} {default:<12} {notes.get(field.name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def _read(cls, path):
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file; check the path")
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); restore the file or drop --config") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}; a JSON object of field: value is needed")
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        _check_name(cls, name, where=f"{path}: ")
+    return {name: _convert(name, value, hints[name]) for name, value in values.items()}
+
+
+def _check_name(cls, name, where=""):
+    names = [field.name for field in dataclasses.fields(cls)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "--help lists the fields"
+        raise ValueError(f"{where}unknown field {name!r}: {hint}")
+
+
+def _convert(name, value, hint):
+    """A string from the command line, or a JSON value, as the annotated type."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None or str(value).lower() == "none":
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        options = {str(option): option for option in typing.get_args(hint)}
+        require(str(value) in options, name, value, "use one of " + ", ".join(options))
+        return options[str(value)]
+    if hint is bool:
+        text = str(value).lower()
+        require(text in TRUE + FALSE, name, value, "use true or false")
+        return text in TRUE
+    if hint in (int, float) and not isinstance(value, bool):
+        try:
+            if hint is int and isinstance(value, (int, str)) and str(value).lstrip("+-").replace("_", "").isdigit():
+                return int(value)  # exact beyond 2^53, where a float is not
+            number = float(value)
+            if hint is float or number == int(number):
+                return hint(number)
+        except (TypeError, ValueError, OverflowError):  # not a number, or int(inf), int(nan)
+            pass
+    if hint is str and isinstance(value, str):
+        return value
+    kind = {int: "a whole number (1e6 is one)", float: "a number", str: "text"}[hint]
+    raise ValueError(f"{name}={value!r}: {kind} is needed")
+
+
+def _type_name(hint):
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(str(option) for option in typing.get_args(hint))
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace(" | None", "?")
+
+
+def _comments(cls):
+    """({field: trailing comment}, {first field under it: heading}) read from the source of cls and of its bases."""
+    notes, headings = {}, {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        source = textwrap.dedent(inspect.getsource(base))
+        comments = {token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
+                    for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                text, _ = comments.get(node.end_lineno, ("", False))
+                notes[node.target.id] = text
+                heading, own_line = comments.get(node.lineno - 1, ("", False))
+                if own_line:
+                    headings[node.target.id] = heading
+    return notes, headings

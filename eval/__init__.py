@@ -1,0 +1,1 @@
+"""Evaluation: generation, tasks and scores. Imports the model and the kernels, never the training loop."""

@@ -1,0 +1,132 @@
+"""Command lines and config files. Run: python -m pytest tests/test_config.py   (CPU, no torch)"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+import config
+
+
+@dataclass(frozen=True)
+class Base:
+    # Model
+    width: int = 64  # residual stream
+    act: Literal["relu", "silu"] = "silu"  # the '#' inside a comment # stays
+
+    def __post_init__(self):
+        config.require(self.width % 16 == 0, "width", self.width, "use a multiple of 16")
+
+    @staticmethod
+    def preset_fields(name):
+        return {"small": {"width": 32}, "large": {"width": 1024}}[name]
+
+
+@dataclass(frozen=True)
+class Config(Base):
+    # Optimiser
+    lr: float = 3e-4  # peak learning rate
+    steps: int = 1000  # optimiser steps
+    compile: bool = False  # use torch.compile
+    data: str = ""  # a directory
+    limit: int | None = None  # at most this many
+    preset: str = ""  # start from a named size
+
+
+def parse(*argv):
+    return config.parse(Config, list(argv))
+
+
+def test_no_arguments_give_defaults():
+    assert parse() == Config()
+
+
+def test_types():
+    cfg = parse("--lr=1", "--steps", "1e6", "--compile", "--data=/a=b", "--limit=1_000", "--act=relu", "--width=+128")
+    assert cfg == Config(lr=1.0, steps=1_000_000, compile=True, data="/a=b", limit=1000, act="relu", width=128)
+    assert type(cfg.lr) is float and type(cfg.steps) is int
+    assert parse("--compile=false").compile is False and parse("--limit=none").limit is None
+    assert parse(f"--steps={2**60 + 1}").steps == 2**60 + 1
+    assert parse("--lr=-1e-3").lr == -1e-3 and parse("--lr", "-2").lr == -2.0
+    assert parse("--lr=1", "--lr=2").lr == 2.0
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--stpes=3"], "unknown field 'stpes': did you mean 'steps'"),
+    (["--zzzzzz=3"], "--help lists"),
+    (["--steps=1.5"], r"steps='1.5': a whole number"),
+    (["--steps=inf"], "whole number"),
+    (["--steps=nan"], "whole number"),
+    (["--steps=many"], "whole number"),
+    (["--lr=fast"], "lr='fast': a number"),
+    (["--act=gelu"], "act='gelu': use one of relu, silu"),
+    (["--compile=maybe"], "true or false"),
+    (["--compile", "false"], "only with '='"),
+    (["--width=100"], "width=100: use a multiple of 16"),
+    (["--lr"], "needs a value"),
+    (["lr=3"], "unexpected argument"),
+    (["--config=/nonexistent.json"], "no such config file"),
+])
+def test_mistakes_name_field_value_and_remedy(argv, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        config.parse(Config, argv)
+
+
+def test_mistake_on_the_real_command_line_exits_with_the_message(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["prog", "--stpes=3"])
+    with pytest.raises(SystemExit, match="did you mean 'steps'"):
+        config.parse(Config)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().lr = 1.0
+
+
+def test_file_round_trip_and_precedence(tmp_path):
+    cfg = Config(lr=0.1 + 0.2, steps=7, limit=3, compile=True, width=48)
+    path = tmp_path / "config.json"
+    config.save(cfg, path)
+    assert config.load(Config, path) == cfg
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert parse(f"--config={path}") == cfg
+    assert parse("--steps=9", f"--config={path}") == dataclasses.replace(cfg, steps=9)  # flags win wherever they stand
+    assert parse(f"--config={path}", "--preset=large") == dataclasses.replace(cfg, width=1024, preset="large")
+    assert parse("--width=96", "--preset=large").width == 96
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"lr": 1', "not valid JSON"),
+    ('[1]', "JSON object"),
+    ('{"learning_rate": 1}', "unknown field 'learning_rate'"),
+    ('{"lr": "fast"}', "lr='fast'"),
+    ('{"steps": true}', "steps=True"),
+    ('{"data": 3}', "data=3: text"),
+])
+def test_bad_files(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config.load(Config, path)
+    assert path.read_text() == text
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    config.save(Config(), path)
+    monkeypatch.setattr(json, "dump", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        config.save(Config(lr=1.0), path)
+    assert config.load(Config, path) == Config()
+
+
+def test_help_comes_from_the_source(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        config.parse(Config, ["--help"], description="Trains something.")
+    assert exit_info.value.code == 0
+    page = capsys.readouterr().out
+    for part in ("Trains something.", "Model:", "Optimiser:", "--lr float", "0.0003", "peak learning rate", "relu|silu",
+                 "the '#' inside a comment # stays", "--limit int?", "residual stream"):
+        assert part in page, part
