@@ -1,0 +1,11 @@
+"""Mixture-of-Experts layers on hand-written Triton kernels: routing, dispatch and grouped GEMMs, forward and backward.
+
+    r = route(x_TD @ w_router_ED.T, top_k=2)
+    y_TD = moe_experts(x_TD, w_in_EGD, w_out_EDF, r.gates_TK, r.experts_TK)
+    loss = y_TD.square().mean() + 1e-2 * balance_loss(r.counts_E, r.probs_E) + 1e-3 * r.z
+"""
+
+from moe_kernels.experts import moe_experts
+from moe_kernels.routing import Routing, balance_loss, route
+
+__all__ = ["Routing", "balance_loss", "moe_experts", "route"]

@@ -1,0 +1,129 @@
+"""The ground truth: every op of `moe_kernels` in plain PyTorch, differentiable, in any floating dtype (float64 is what tests compare with).
+
+Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token,
+S = T*K routed rows: the (token, slot) pairs sorted by expert, ties in token order.
+"""
+
+import torch
+import torch.nn.functional as F_
+
+
+def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
+    """Twin of `routing.route`: (gates_TK, experts_TK, counts_E, probs_E, z)."""
+    logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    E = logits.shape[1]
+    if score == "softmax":
+        scores = probs = logits.softmax(1)
+    else:
+        scores = logits.sigmoid()
+        probs = scores / scores.sum(1, keepdim=True)
+    # Without a bias the logits order like the scores and do not underflow; the stable sort gives ties to the lower expert id.
+    ranking = logits if bias_E is None else scores + bias_E
+    experts_TK = ranking.detach().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    if score == "softmax" and normalize:
+        gates_TK = logits.gather(1, experts_TK).softmax(1)
+    else:
+        gates_TK = scores.gather(1, experts_TK)
+        if normalize:
+            gates_TK = gates_TK / gates_TK.sum(1, keepdim=True)
+    counts_E = torch.bincount(experts_TK.flatten(), minlength=E).int()
+    T = max(logits.shape[0], 1)
+    return gates_TK, experts_TK.int(), counts_E, probs.sum(0) / T, logits.logsumexp(1).square().sum() / T
+
+
+def dispatch(experts_TK, n_experts):
+    """Twin of `dispatch.dispatch`: offsets (E+1), the flat (token, slot) index of each routed row (S), and its inverse (T, K)."""
+    flat = experts_TK.flatten()
+    row_slot_S = flat.argsort(stable=True)
+    slot_row = torch.empty_like(row_slot_S)
+    slot_row[row_slot_S] = torch.arange(flat.numel(), device=flat.device)
+    counts_E = torch.bincount(flat, minlength=n_experts)
+    offsets = F_.pad(counts_E.cumsum(0), (1, 0))
+    return offsets.int(), row_slot_S.int(), slot_row.view_as(experts_TK).int()
+
+
+def swiglu(h_SG):
+    gate, up = h_SG.chunk(2, dim=1)
+    return F_.silu(gate) * up
+
+
+def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
+    """Twin of `experts.moe_experts`, one expert after the other: y[t] = sum_k gate[t,k] * W_out[e] swiglu(W_in[e] x[t])."""
+    y_TD = torch.zeros_like(x_TD)
+    for e in range(w_in_EGD.shape[0]):
+        token, slot = torch.where(experts_TK == e)
+        a = swiglu(x_TD[token] @ w_in_EGD[e].T)
+        y = (a @ w_out_EDF[e].T) * gates_TK[token, slot, None].to(x_TD.dtype)
+        y_TD = y_TD.index_add(0, token, y)
+    return y_TD
+
+
+def experts_grouped_mm(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
+    """The same layer composed of PyTorch ops around `torch.nn.functional.grouped_mm`: the fastest that stock PyTorch offers.
+
+    On CUDA, grouped_mm takes bfloat16 only (compute capability 8.0 or newer)."""
+    T, K = experts_TK.shape
+    offsets, row_slot_S, slot_row_TK = dispatch(experts_TK, w_in_EGD.shape[0])
+    x_SD = x_TD[row_slot_S // K]
+    h_SG = F_.grouped_mm(x_SD, w_in_EGD.transpose(1, 2), offs=offsets[1:])
+    y_SD = F_.grouped_mm(swiglu(h_SG), w_out_EDF.transpose(1, 2), offs=offsets[1:])
+    y_TKD = y_SD[slot_row_TK.flatten()].view(T, K, -1)
+    return (y_TKD * gates_TK[..., None].to(y_TKD.dtype)).sum(1)
+
+
+# One twin per grouped GEMM kernel. `row_slot_S`, `offsets` come from `dispatch`; every loop runs over the experts.
+
+
+def _segments(offsets):
+    bounds = offsets.tolist()
+    return enumerate(zip(bounds, bounds[1:], strict=False))
+
+
+def up(x_TD, w_in_EGD, row_slot_S, offsets, top_k):
+    """Pre-activations h (S, 2F) and activations swiglu(h) (S, F)."""
+    rows = row_slot_S.long() // top_k
+    h_SG = torch.cat([x_TD[rows[i:j]] @ w_in_EGD[e].T for e, (i, j) in _segments(offsets)])
+    return h_SG, swiglu(h_SG)
+
+
+def down(a_SF, w_out_EDF, offsets):
+    """Expert outputs before the gates (S, D)."""
+    return torch.cat([a_SF[i:j] @ w_out_EDF[e].T for e, (i, j) in _segments(offsets)])
+
+
+def combine(y_SD, slot_row_TK, gates_TK=None):
+    """sum_k gates[t,k] * y[row of (t,k)] (T, D); gates of one when None."""
+    y_TKD = y_SD[slot_row_TK.long()]
+    return (y_TKD if gates_TK is None else y_TKD * gates_TK[..., None].to(y_SD.dtype)).sum(1)
+
+
+def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, row_slot_S, offsets):
+    """From dL/dy: dh (S, 2F), gate * swiglu(h) (S, F), and dL/dgates by routed row (S,).
+
+    With a = swiglu(h) and da = W_out^T dy, the gate's gradient <dy, W_out a> equals <da, a>, so W_out a need not be kept."""
+    slots = row_slot_S.long()
+    g = gates_TK.flatten()[slots, None].to(h_SG.dtype)
+    dy_SD = dy_TD[slots // gates_TK.shape[1]]
+    da = torch.cat([dy_SD[i:j] @ w_out_EDF[e] for e, (i, j) in _segments(offsets)])
+    gate, up_ = h_SG.chunk(2, dim=1)
+    sig = gate.sigmoid()
+    silu = gate * sig
+    dgate = da * g * up_ * (sig + silu * (1 - sig))
+    return torch.cat([dgate, da * g * silu], 1), g * silu * up_, (da * silu * up_).sum(1)
+
+
+def dx(dh_SG, w_in_EGD, offsets):
+    """Gradient of each routed row's input (S, D), to be summed over a token's rows by `combine`."""
+    return torch.cat([dh_SG[i:j] @ w_in_EGD[e] for e, (i, j) in _segments(offsets)])
+
+
+def dw_in(dh_SG, x_TD, row_slot_S, offsets, top_k):
+    """(E, 2F, D)."""
+    x_SD = x_TD[row_slot_S.long() // top_k]
+    return torch.stack([dh_SG[i:j].T @ x_SD[i:j] for _, (i, j) in _segments(offsets)])
+
+
+def dw_out(dy_TD, ga_SF, row_slot_S, offsets, top_k):
+    """(E, D, F), from ga = gate * swiglu(h)."""
+    dy_SD = dy_TD[row_slot_S.long() // top_k]
+    return torch.stack([dy_SD[i:j].T @ ga_SF[i:j] for _, (i, j) in _segments(offsets)])

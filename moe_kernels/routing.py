@@ -1,0 +1,307 @@
+"""Router scores -> gates, expert ids, counts and the two statistics that the auxiliary losses need, in one pass over the logits.
+
+Shapes: T tokens, E experts, K experts per token. Everything but the ids and counts is float32.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_kernels import reference
+from moe_kernels.tiles import pick_impl
+
+MAX_EXPERTS, MAX_TOP_K = 1024, 32
+
+
+class Routing(NamedTuple):
+    gates_TK: Tensor  # float32, weight of each chosen expert; differentiable
+    experts_TK: Tensor  # int32, chosen experts by falling score, ties to the lower id
+    counts_E: Tensor  # int32, routed rows per expert
+    probs_E: Tensor  # float32, mean over tokens of the full distribution over experts; differentiable
+    z: Tensor  # float32 scalar, mean over tokens of logsumexp(logits)^2; differentiable
+
+
+def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None, impl=None):
+    """Choose `top_k` experts for each token.
+
+    logits_TE: (T, E) float tensor; computed in float32 whatever its dtype.
+    score: "softmax" over all experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437; its distribution for the balance
+      statistics is sigmoid / sum of sigmoids).
+    normalize: gates of a token sum to one over its K experts. With "softmax" this is Mixtral's "top-k, then softmax".
+    bias_E: (E,) added to the scores for the choice only, never to the gates: loss-free balancing (arXiv 2408.15664).
+    impl: "reference", "grouped_mm" (the same PyTorch ops), "triton", or None to choose by device.
+    Returns a `Routing`. Raises ValueError for shapes outside T >= 0, E <= 1024, 1 <= K <= min(E, 32).
+    """
+    if logits_TE.ndim != 2 or not logits_TE.is_floating_point():
+        raise ValueError(f"logits_TE: expected a (T, E) float tensor, got {tuple(logits_TE.shape)} {logits_TE.dtype}")
+    E = logits_TE.shape[1]
+    if not 1 <= E <= MAX_EXPERTS:
+        raise ValueError(f"logits_TE has {E} experts: supported are 1 to {MAX_EXPERTS}")
+    if not 1 <= top_k <= min(E, MAX_TOP_K):
+        raise ValueError(f"top_k={top_k}: must lie between 1 and min(E={E}, {MAX_TOP_K})")
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"score={score!r}: expected 'softmax' or 'sigmoid'")
+    if bias_E is not None and bias_E.shape != (E,):
+        raise ValueError(f"bias_E: expected shape ({E},), got {tuple(bias_E.shape)}")
+    if pick_impl(impl, logits_TE) == "triton":
+        return Routing(*route_op(logits_TE, bias_E, top_k, score == "sigmoid", normalize))
+    return Routing(*reference.route(logits_TE, top_k, score, normalize, bias_E))
+
+
+def balance_loss(counts_E, probs_E):
+    """Load-balancing loss E * sum_e f_e p_e (Switch Transformer, arXiv 2101.03961), f_e the share of routed rows, p_e the mean probability.
+
+    1.0 at perfect balance, E when one expert takes all (E / K with K experts per token). float32 scalar, differentiable in `probs_E`."""
+    f_E = counts_E.float() / counts_E.sum().clamp(min=1)
+    return counts_E.shape[0] * (f_E * probs_E).sum()
+
+
+@triton.jit
+def route_fwd_kernel(
+    logits_ptr,
+    bias_ptr,
+    gates_ptr,
+    experts_ptr,
+    part_counts_ptr,
+    part_stats_ptr,
+    T,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    offs_t = pid.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_t = offs_t < T
+    mask = mask_t[:, None] & (offs_e < E)[None, :]
+    logits = tl.load(logits_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    logits = tl.where(mask_t[:, None], logits, 0.0)  # rows past the end: any finite value, stored nowhere
+
+    top = tl.max(logits, 1)
+    exps = tl.exp(logits - top[:, None])
+    denom = tl.sum(exps, 1)
+    lse = top + tl.log(denom)
+    if SIGMOID:
+        scores = tl.where((offs_e < E)[None, :], tl.sigmoid(logits), 0.0)
+        probs = scores / tl.sum(scores, 1)[:, None]
+    else:
+        scores = exps / denom[:, None]
+        probs = scores
+    # Softmax keeps the order of the logits, which do not underflow as scores do.
+    ranking = logits
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
+        ranking = scores + bias[None, :]
+    ranking = tl.where((offs_e < E)[None, :], ranking, float("-inf"))
+
+    chosen_counts = tl.zeros([BLOCK_E], tl.int32)
+    chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+    ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
+    for k in tl.static_range(K):
+        best = tl.minimum(tl.argmax(ranking, 1), E - 1)  # a row of NaN must not name an expert that does not exist
+        hit = offs_e[None, :] == best[:, None]
+        if SIGMOID or not NORMALIZE:
+            value = tl.sum(tl.where(hit, scores, 0.0), 1)
+        else:
+            value = tl.sum(tl.where(hit, logits, 0.0), 1)
+        chosen = tl.where(offs_k[None, :] == k, value[:, None], chosen)
+        ids = tl.where(offs_k[None, :] == k, best[:, None], ids)
+        chosen_counts += tl.sum((hit & mask_t[:, None]).to(tl.int32), 0)
+        ranking = tl.where(hit, float("-inf"), ranking)
+    if NORMALIZE:
+        valid = (offs_k < K)[None, :]
+        if not SIGMOID:
+            chosen = tl.where(valid, chosen, float("-inf"))
+            chosen = tl.exp(chosen - tl.max(chosen, 1)[:, None])
+        chosen = tl.where(valid, chosen, 0.0)
+        chosen = chosen / tl.sum(chosen, 1)[:, None]
+
+    slots = offs_t[:, None] * K + offs_k[None, :]
+    mask_slots = mask_t[:, None] & (offs_k < K)[None, :]
+    tl.store(gates_ptr + slots, chosen, mask=mask_slots)
+    tl.store(experts_ptr + slots, ids, mask=mask_slots)
+    # One row of partial sums per block, summed in a fixed order by route_stats_kernel: no atomics, the same bits every time.
+    tl.store(part_counts_ptr + pid * E + offs_e, chosen_counts, mask=offs_e < E)
+    tl.store(part_stats_ptr + pid * (E + 1) + offs_e, tl.sum(tl.where(mask_t[:, None], probs, 0.0), 0), mask=offs_e < E)
+    tl.store(part_stats_ptr + pid * (E + 1) + E, tl.sum(tl.where(mask_t, lse * lse, 0.0), 0))
+
+
+@triton.jit
+def route_stats_kernel(
+    part_counts_ptr, part_stats_ptr, counts_ptr, probs_ptr, z_ptr, T, n_blocks, E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    stats = tl.zeros([BLOCK_E], tl.float32)
+    for start in range(0, n_blocks, BLOCK_B):
+        offs_b = start + tl.arange(0, BLOCK_B)
+        mask_b = (offs_b < n_blocks)[:, None]
+        counts += tl.sum(tl.load(part_counts_ptr + offs_b[:, None] * E + offs_e[None, :], mask=mask_b & (offs_e < E)[None, :], other=0), 0)
+        stats += tl.sum(tl.load(part_stats_ptr + offs_b[:, None] * (E + 1) + offs_e[None, :], mask=mask_b & (offs_e < E + 1)[None, :], other=0.0), 0)
+    tl.store(counts_ptr + offs_e, counts, mask=offs_e < E)
+    tl.store(probs_ptr + offs_e, stats / T, mask=offs_e < E)
+    tl.store(z_ptr + offs_e - E, stats / T, mask=offs_e == E)
+
+
+@triton.jit
+def route_bwd_kernel(
+    logits_ptr,
+    experts_ptr,
+    gates_ptr,
+    dgates_ptr,
+    dprobs_ptr,
+    dz_ptr,
+    dlogits_ptr,
+    T,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_t = offs_t < T
+    mask_e = (offs_e < E)[None, :]
+    mask = mask_t[:, None] & mask_e
+    logits = tl.load(logits_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    logits = tl.where(mask_t[:, None], logits, 0.0)
+    top = tl.max(logits, 1)
+    exps = tl.exp(logits - top[:, None])
+    denom = tl.sum(exps, 1)
+    softmax = exps / denom[:, None]
+
+    # Through z = mean lse^2 and through the mean distribution p.
+    dz = tl.load(dz_ptr).to(tl.float32) / T
+    dprobs = tl.load(dprobs_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)[None, :] / T
+    dlogits = softmax * ((top + tl.log(denom)) * (2.0 * dz))[:, None]
+    if SIGMOID:
+        scores = tl.where(mask_e, tl.sigmoid(logits), 0.0)
+        slope = scores * (1.0 - scores)
+        total = tl.sum(scores, 1)
+        mean_dprobs = tl.sum(scores * dprobs, 1) / total
+        dlogits += slope * (dprobs - mean_dprobs[:, None]) / total[:, None]
+    else:
+        dlogits += softmax * (dprobs - tl.sum(softmax * dprobs, 1)[:, None])
+
+    # Through the gates of the chosen experts.
+    slots = offs_t[:, None] * K + offs_k[None, :]
+    mask_slots = mask_t[:, None] & (offs_k < K)[None, :]
+    gates = tl.load(gates_ptr + slots, mask=mask_slots, other=0.0)
+    dgates = tl.load(dgates_ptr + slots, mask=mask_slots, other=0.0).to(tl.float32)
+    mean_dgates = tl.sum(gates * dgates, 1)
+    spread = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)  # gradient at the chosen experts' gates (normalised softmax: at their logits)
+    chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
+    for k in tl.static_range(K):
+        expert = tl.load(experts_ptr + offs_t * K + k, mask=mask_t, other=-1)
+        dgate = tl.load(dgates_ptr + offs_t * K + k, mask=mask_t, other=0.0).to(tl.float32)
+        if NORMALIZE:
+            dgate = dgate - mean_dgates
+            if not SIGMOID:
+                dgate *= tl.load(gates_ptr + offs_t * K + k, mask=mask_t, other=0.0)
+        hit = offs_e[None, :] == expert[:, None]
+        spread = tl.where(hit, dgate[:, None], spread)
+        chosen = chosen | hit
+    if SIGMOID:
+        if NORMALIZE:
+            spread = spread / tl.sum(tl.where(chosen, scores, 0.0), 1)[:, None]
+        dlogits += slope * spread
+    elif NORMALIZE:
+        dlogits += spread
+    else:
+        dlogits += softmax * (spread - mean_dgates[:, None])
+    tl.store(dlogits_ptr + offs_t[:, None] * E + offs_e[None, :], dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+def _blocks(E, K):
+    block_e = triton.next_power_of_2(E)
+    # About 4096 logits per program of 4 warps: 32 registers a thread.
+    return dict(BLOCK_T=max(1, 4096 // block_e) if block_e > 32 else 128, BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(K))
+
+
+def route_fwd(logits_TE, bias_E, top_k, sigmoid, normalize):
+    """Launches the forward kernels; shapes and dtypes as in `Routing`."""
+    logits = logits_TE.contiguous()
+    T, E = logits.shape
+    blocks = _blocks(E, top_k)
+    n_blocks = triton.cdiv(T, blocks["BLOCK_T"])
+    gates, experts = logits.new_empty(T, top_k, dtype=torch.float32), logits.new_empty(T, top_k, dtype=torch.int32)
+    if T == 0:
+        return gates, experts, logits.new_zeros(E, dtype=torch.int32), logits.new_zeros(E, dtype=torch.float32), logits.new_zeros((), dtype=torch.float32)
+    part_counts = logits.new_empty(n_blocks, E, dtype=torch.int32)
+    part_stats = logits.new_empty(n_blocks, E + 1, dtype=torch.float32)
+    counts, probs, z = logits.new_empty(E, dtype=torch.int32), logits.new_empty(E, dtype=torch.float32), logits.new_empty((), dtype=torch.float32)
+    route_fwd_kernel[(n_blocks,)](
+        logits, bias_E, gates, experts, part_counts, part_stats, T, E, top_k, sigmoid, normalize, bias_E is not None, **blocks
+    )
+    route_stats_kernel[(triton.cdiv(E + 1, 32),)](part_counts, part_stats, counts, probs, z, T, n_blocks, E, BLOCK_B=64, BLOCK_E=32)
+    return gates, experts, counts, probs, z
+
+
+def route_bwd(logits_TE, experts_TK, gates_TK, dgates_TK, dprobs_E, dz, sigmoid, normalize):
+    """Gradient of the logits (T, E), in their dtype, from the gradients of gates, probs and z."""
+    logits = logits_TE.contiguous()
+    T, E = logits.shape
+    K = experts_TK.shape[1]
+    dlogits = torch.empty_like(logits)
+    blocks = _blocks(E, K)
+    if T > 0:
+        route_bwd_kernel[(triton.cdiv(T, blocks["BLOCK_T"]),)](
+            logits, experts_TK, gates_TK, dgates_TK.contiguous(), dprobs_E.contiguous(), dz.contiguous(), dlogits, T, E, K, sigmoid, normalize, **blocks
+        )
+    return dlogits
+
+
+@torch.library.custom_op("moe_kernels::route", mutates_args=())
+def route_op(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return route_fwd(logits_TE, bias_E, top_k, sigmoid, normalize)
+
+
+@route_op.register_fake
+def _(logits_TE, bias_E, top_k, sigmoid, normalize):
+    T, E = logits_TE.shape
+    new = logits_TE.new_empty
+    return (
+        new(T, top_k, dtype=torch.float32),
+        new(T, top_k, dtype=torch.int32),
+        new(E, dtype=torch.int32),
+        new(E, dtype=torch.float32),
+        new((), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("moe_kernels::route_bwd", mutates_args=())
+def route_bwd_op(
+    logits_TE: Tensor, experts_TK: Tensor, gates_TK: Tensor, dgates_TK: Tensor, dprobs_E: Tensor, dz: Tensor, sigmoid: bool, normalize: bool
+) -> Tensor:
+    return route_bwd(logits_TE, experts_TK, gates_TK, dgates_TK, dprobs_E, dz, sigmoid, normalize)
+
+
+@route_bwd_op.register_fake
+def _(logits_TE, experts_TK, gates_TK, dgates_TK, dprobs_E, dz, sigmoid, normalize):
+    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, _, _, ctx.sigmoid, ctx.normalize = inputs
+    ctx.save_for_backward(logits, output[1], output[0])
+
+
+def _backward(ctx, dgates, _dexperts, _dcounts, dprobs, dz):
+    logits, experts, gates = ctx.saved_tensors
+    return route_bwd_op(logits, experts, gates, dgates, dprobs, dz, ctx.sigmoid, ctx.normalize), None, None, None, None
+
+
+route_op.register_autograd(_backward, setup_context=_setup_context)
