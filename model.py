@@ -1,0 +1,413 @@
+"""A GPT whose feed-forward layers are mixtures of experts: Mixtral-style, as in arXiv 2508.18672, and its parameter and FLOP counts.
+
+    python model.py --preset=paper-d512-e8-k2 --tokens=125e9      # sizes, FLOPs, tokens per parameter, training memory
+
+    model = GPT(preset("tiny", vocab_size=512))
+    out = model(tokens_BL, targets_BL)          # out.loss + 1e-2 * out.balance + 1e-3 * out.z is what train.py minimises
+
+Shapes: B batch, L sequence, T = B*L tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts,
+K experts per token, N MoE layers, H attention heads (Hkv of them for keys and values), d head width, V vocabulary.
+Weights are float32 masters; every use casts them to the compute dtype, so no autocast is needed.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import config
+from config import require
+from moe_kernels import balance_loss, moe_experts, route
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    # Model
+    vocab_size: int = 0  # V; 0: not known yet (train.py takes it from the data)
+    seq_len: int = 256  # L, longest sequence; length of the RoPE table
+    d_model: int = 128  # D
+    n_layers: int = 4  # blocks; every one has an MoE layer
+    n_heads: int = 4  # query heads
+    n_kv_heads: int = 4  # key and value heads; fewer than n_heads is grouped-query attention
+    head_dim: int = 32  # width of a head, rotated in full by RoPE
+    # Experts
+    n_experts: int = 8  # E
+    top_k: int = 2  # K experts per token
+    d_expert: int = 256  # F, hidden width of one expert
+    n_shared_experts: int = 0  # experts of width F that every token passes, outside the router
+    dense: bool = False  # no router: one SwiGLU of width (K + shared) * F, the same active FLOPs
+    router_score: Literal["softmax", "sigmoid"] = "softmax"  # score of an expert, a function of the router's logits
+    router_normalize: bool = True  # gates sum to 1 over the K chosen (with softmax: top-k, then softmax); false: the raw scores
+    router_bias_rate: float = 0.0  # > 0: loss-free balancing, a selection bias moved by this much per step (1e-3 is usual)
+    # Choices
+    qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
+    tie_embeddings: bool = False  # one matrix for input and output embeddings
+    rope_theta: float = 1e4  # base of the RoPE wavelengths
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    init_std: float = 0.02  # all matrices; layers writing to the residual stream: init_std / sqrt(2 * n_layers)
+    # Execution
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 on CPU
+    impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
+    loss_chunk: int = 0  # > 0: logits of this many tokens at a time, recomputed in backward (large V, little memory)
+
+    def __post_init__(self):
+        self.validate()
+
+    def validate(self):
+        """Raise ValueError naming the field, its value and the remedy."""
+        for name in ("seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "n_experts", "top_k", "d_expert"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        for name in ("vocab_size", "n_shared_experts", "router_bias_rate", "loss_chunk", "norm_eps"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
+        require(self.init_std > 0, "init_std", self.init_std, "use a positive number")
+        require(self.rope_theta > 1, "rope_theta", self.rope_theta, "use a number above 1 (1e4 is usual)")
+        require(self.d_model % 16 == 0, "d_model", self.d_model, "the kernels need a multiple of 16")
+        require(self.d_expert % 16 == 0, "d_expert", self.d_expert, "the kernels need a multiple of 16")
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "RoPE rotates pairs: use an even number")
+        require(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads, f"use a divisor of n_heads={self.n_heads}")
+        require(self.n_experts <= 1024, "n_experts", self.n_experts, "the kernels take at most 1024")
+        require(self.top_k <= 32, "top_k", self.top_k, "the kernels take at most 32")
+        require(self.top_k <= self.n_experts, "top_k", self.top_k, f"a token cannot use more than n_experts={self.n_experts}")
+
+
+PAPER_VOCAB = 99_584  # llm-jp-tokenizer v3, padded to a multiple of 128
+PRESETS = ("tiny", *(f"paper-d{d}-e{e}-k{k}" for d in (512, 1024, 2048) for e in (8, 16, 32, 64, 128, 256) for k in (2, 4, 8, 16)
+                     if k <= e and (d, e) != (2048, 256)))
+
+
+def preset_fields(name):
+    """The fields that the preset sets, as a dict: "tiny" is the default model, the others are the 65 models of the paper."""
+    require(name in PRESETS, "preset", name, "use tiny or paper-dD-eE-kK, D in 512 1024 2048, E in 8 16 .. 256, K in 2 4 8 16, K <= E")
+    if name == "tiny":
+        return {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name not in ("dtype", "impl")}
+    d, e, k = (int(part[1:]) for part in name.split("-")[1:])
+    return dict(vocab_size=PAPER_VOCAB, seq_len=4096, d_model=d, n_layers=16, n_heads=d // 128, n_kv_heads=d // 128, head_dim=128,
+                n_experts=e, top_k=k, d_expert=2 * d)
+
+
+def preset(name, **overrides):
+    """The named ModelConfig with some fields replaced."""
+    return ModelConfig(**{**preset_fields(name), **overrides})
+
+
+class Output(NamedTuple):
+    logits: Tensor | None  # (B, L, V), or (B, 1, V) with a cache; None when targets are given
+    loss: Tensor | None  # float32 mean cross-entropy in nats over targets >= 0; None without targets
+    balance: Tensor  # float32, sum over MoE layers of E * sum_e f_e p_e: N at perfect balance
+    z: Tensor  # float32, sum over MoE layers of mean logsumexp(router logits)^2
+    counts_NE: Tensor  # int32 (token, slot) pairs per layer and expert; (0, E) in a dense model
+    probs_NE: Tensor  # float32 mean router probability, differentiable: with counts of all ranks it gives the global balance
+
+
+class Linear(nn.Linear):
+    """Without bias; the float32 weight is cast to the dtype of its input."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x):
+        return F_.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return F_.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # statistics in float32 for any dtype
+
+
+def rope_tables(cfg):
+    """cos and sin, each (L, 1, d) float32. The first half of sin is negated, which makes a rotation x*cos + roll(x)*sin."""
+    freqs = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
+    angles = torch.outer(torch.arange(cfg.seq_len, dtype=torch.float64), freqs)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], 1).float()[:, None], torch.cat([-sin, sin], 1).float()[:, None]
+
+
+def rotate(x_BLHd, cos, sin):
+    x = x_BLHd.float()
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x_BLHd.dtype)
+
+
+class KVCache:
+    """Keys and values of B sequences, each with its own length, so that a batch generates what its rows would generate alone.
+
+    Prompts are padded on the right; `forward(tokens_BL, cache=cache)` takes `cache.new_B` (B,) real tokens of each row (None: all
+    L), writes row b at positions lengths_B[b] .. and lets it attend to its own positions only. What a pad token writes lies past
+    the end of its row: the row's next tokens overwrite it before anyone can attend to it.
+    """
+
+    def __init__(self, cfg, batch_size, max_len, device=None, dtype=torch.float32):
+        require(1 <= max_len <= cfg.seq_len, "max_len", max_len, f"the model's RoPE table ends at seq_len={cfg.seq_len}")
+        shape = (cfg.n_layers, batch_size, max_len, cfg.n_kv_heads, cfg.head_dim)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.lengths_B = torch.zeros(batch_size, device=device, dtype=torch.long)
+        self.new_B = None
+        self.filled = 0  # host-side bound on lengths_B, so that nothing waits for the device
+
+    def begin(self, L):
+        """Positions (B, L) of the new tokens and the attention mask (B, 1, L, filled + L); None while the cache is empty."""
+        require(self.filled + L <= self.k.shape[2], "length", self.filled + L, f"the cache holds max_len={self.k.shape[2]} tokens")
+        device = self.lengths_B.device
+        self.pos_BL = self.lengths_B[:, None] + torch.arange(L, device=device)
+        mask = self.pos_BL[:, None, :, None] >= torch.arange(self.filled + L, device=device)
+        return self.pos_BL, mask if self.filled else None
+
+    def update(self, layer, k_BLHd, v_BLHd):
+        """Store a layer's new keys and values; return all of them, (B, filled + L, Hkv, d)."""
+        B, L = self.pos_BL.shape
+        rows = torch.arange(B, device=self.pos_BL.device)[:, None]
+        self.k[layer, rows, self.pos_BL], self.v[layer, rows, self.pos_BL] = k_BLHd, v_BLHd
+        return self.k[layer, :, : self.filled + L], self.v[layer, :, : self.filled + L]
+
+    def end(self, L):
+        """Advance the lengths; return the index (B,) of the last real token of each row."""
+        new_B = torch.full_like(self.lengths_B, L) if self.new_B is None else self.new_B
+        self.lengths_B, self.filled, self.new_B = self.lengths_B + new_B, self.filled + L, None
+        return new_B - 1
+
+    def select(self, rows):
+        """Keep only these rows (a LongTensor): finished sequences leave the batch."""
+        self.k, self.v, self.lengths_B = self.k[:, rows], self.v[:, rows], self.lengths_B[rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads = (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)
+        self.head_dim = cfg.head_dim
+        self.qkv = Linear(cfg.d_model, sum(self.heads) * cfg.head_dim)
+        self.out = Linear(cfg.n_heads * cfg.head_dim, cfg.d_model)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+
+    def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0):
+        B, L, _ = x_BLD.shape
+        H, Hkv, _ = self.heads
+        qkv = self.qkv(x_BLD).view(B, L, sum(self.heads), self.head_dim)
+        qk, v = qkv[:, :, : H + Hkv], qkv[:, :, H + Hkv :]
+        if self.q_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], 2)
+        q, k = rotate(qk, cos, sin).split((H, Hkv), 2)  # one rotation for both: half the small ops
+        if cache is not None:
+            k_all, v_all = cache.update(layer, k, v)
+            if mask is not None:  # else the new tokens are all there is
+                k, v = k_all, v_all
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = F_.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != Hkv)
+        return self.out(y.transpose(1, 2).reshape(B, L, H * self.head_dim))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, d_model, d_hidden):
+        super().__init__()
+        self.gate_up, self.down = Linear(d_model, 2 * d_hidden), Linear(d_hidden, d_model)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F_.silu(gate) * up)
+
+
+class MoE(nn.Module):
+    """Router, experts, and the losses' ingredients: balance and z of this layer, counts (E,), mean router probabilities (E,)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.router = Linear(cfg.d_model, cfg.n_experts)
+        self.w_in = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
+        self.w_out = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
+        self.shared = SwiGLU(cfg.d_model, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
+        self.register_buffer("bias_E", torch.zeros(cfg.n_experts) if cfg.router_bias_rate else None)
+
+    def forward(self, x_TD):
+        cfg = self.cfg
+        impl = None if cfg.impl == "auto" else cfg.impl
+        r = route(self.router(x_TD), cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=impl)
+        w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
+        y_TD = moe_experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, impl=impl)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD, (balance_loss(r.counts_E, r.probs_E), r.z, r.counts_E, r.probs_E)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(cfg.d_model, cfg.norm_eps), Attention(cfg)
+        self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mlp = SwiGLU(cfg.d_model, (cfg.top_k + cfg.n_shared_experts) * cfg.d_expert) if cfg.dense else MoE(cfg)
+
+    def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0):
+        x_BLD = x_BLD + self.attn(self.attn_norm(x_BLD), cos, sin, mask, cache, layer)
+        y_TD, stats = self.mlp(self.mlp_norm(x_BLD).flatten(0, 1)), None
+        if isinstance(self.mlp, MoE):
+            y_TD, stats = y_TD
+        return x_BLD + y_TD.view_as(x_BLD), stats
+
+
+class GPT(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        require(cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, "a model needs its vocabulary; give the tokenizer's size")
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.head = Linear(cfg.d_model, cfg.vocab_size)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+        cos, sin = rope_tables(cfg)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, weight in self.named_parameters():
+            if weight.ndim > 1:
+                to_residual = name.endswith(("attn.out.weight", "w_out", "down.weight"))
+                nn.init.normal_(weight, std=cfg.init_std / math.sqrt(2 * cfg.n_layers) if to_residual else cfg.init_std)
+
+    @property
+    def dtype(self):
+        """The compute dtype."""
+        if self.cfg.dtype == "auto":
+            return torch.bfloat16 if self.embed.weight.is_cuda else torch.float32
+        return getattr(torch, self.cfg.dtype)
+
+    def forward(self, tokens_BL, targets_BL=None, cache=None):
+        """tokens (B, L) int64 -> Output. With targets (B, L; -1: no loss) the loss and no logits; with a KVCache the tokens continue
+        the cached sequences and the logits are those of each row's last real token. Raises ValueError past seq_len."""
+        B, L = tokens_BL.shape
+        require(L <= self.cfg.seq_len, "sequence length", L, f"the model's seq_len is {self.cfg.seq_len}")
+        x = self.embed(tokens_BL).to(self.dtype)
+        cos, sin, mask, stats = self.cos[:L], self.sin[:L], None, []
+        if cache is not None:
+            pos_BL, mask = cache.begin(L)
+            cos, sin = self.cos[pos_BL], self.sin[pos_BL]
+        for layer, block in enumerate(self.blocks):
+            # train.py may have compiled the blocks for its one shape; evaluation, with its many shapes, always runs them eagerly.
+            compiled = self.training and cache is None
+            x, layer_stats = block(x, cos, sin) if compiled else block.forward(x, cos, sin, mask, cache, layer)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        x = self.norm(x)
+        if cache is not None:
+            x = x[torch.arange(B, device=x.device), cache.end(L), None]
+        logits = loss = None
+        if targets_BL is None:
+            logits = self.head(x)
+        else:
+            loss = self._loss(x.flatten(0, 1), targets_BL.flatten())
+        if not stats:
+            zero = x.new_zeros((), dtype=torch.float32)
+            return Output(logits, loss, zero, zero, tokens_BL.new_zeros((0, self.cfg.n_experts), dtype=torch.int32),
+                          x.new_zeros((0, self.cfg.n_experts), dtype=torch.float32))
+        balance, z, counts, probs = (torch.stack(values) for values in zip(*stats, strict=True))
+        return Output(logits, loss, balance.sum(), z.sum(), counts, probs)
+
+    def _loss(self, x_TD, targets_T):
+        def summed(x, targets):
+            return F_.cross_entropy(self.head(x).float(), targets, ignore_index=-1, reduction="sum")
+
+        n = (targets_T >= 0).sum().clamp(min=1)
+        if not self.cfg.loss_chunk:
+            return summed(x_TD, targets_T) / n
+        chunks = zip(x_TD.split(self.cfg.loss_chunk), targets_T.split(self.cfg.loss_chunk), strict=True)
+        return sum(checkpoint(summed, x, targets, use_reentrant=False) for x, targets in chunks) / n
+
+
+@torch.no_grad()
+def update_router_bias(model, counts_NE):
+    """Loss-free balancing (arXiv 2408.15664): raise the selection bias of experts below the mean load, lower the others'.
+
+    counts_NE: the counts of one optimiser step over all its tokens and ranks. The training loop calls this, evaluation never."""
+    layers = [block.mlp for block in model.blocks if getattr(block.mlp, "bias_E", None) is not None]
+    for moe, counts_E in zip(layers, counts_NE.float(), strict=bool(layers)):
+        moe.bias_E += model.cfg.router_bias_rate * torch.sign(counts_E.mean() - counts_E)
+
+
+class Params(NamedTuple):
+    total: int  # everything, embeddings included
+    active: int  # what one token uses: as total with K experts instead of E
+    embedding: int  # input and output embeddings (counted once when tied)
+
+
+def count_params(cfg):
+    """Parameters by arithmetic; equal to those of GPT(cfg) (tested)."""
+    D, expert = cfg.d_model, 3 * cfg.d_model * cfg.d_expert
+    attention = 2 * D * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + (2 * cfg.head_dim if cfg.qk_norm else 0)
+    always = attention + 2 * D + cfg.n_shared_experts * expert + (0 if cfg.dense else D * cfg.n_experts)
+    embedding = cfg.vocab_size * D * (1 if cfg.tie_embeddings else 2)
+    total, active = (embedding + D + cfg.n_layers * (always + n * expert)
+                     for n in (cfg.top_k if cfg.dense else cfg.n_experts, cfg.top_k))
+    return Params(total, active, embedding)
+
+
+def flops_per_token(cfg, seq_len=None):
+    """Training FLOPs per token (forward + backward) of what is active: 6 per matmul weight (K experts, router, attention, head; the
+    input embedding is a lookup) + 6 * n_layers * L * H * d for the attention scores and their use, counting the causal half only
+    (the full square, which some reports count, would be 12)."""
+    _, active, embedding = count_params(cfg)
+    norms = cfg.d_model * (2 * cfg.n_layers + 1) + (2 * cfg.head_dim * cfg.n_layers if cfg.qk_norm else 0)
+    matmul = active - embedding - norms + cfg.vocab_size * cfg.d_model
+    return 6 * matmul + 6 * cfg.n_layers * (seq_len or cfg.seq_len) * cfg.n_heads * cfg.head_dim
+
+
+def training_memory(cfg, tokens):
+    """Bytes of one GPU training in bfloat16 on `tokens` tokens at a time, by part. Weights, gradients and states are exact; the
+    activations are an estimate of what autograd keeps (attention 4 D + 3 (H + 2 Hkv) d, experts 2 D + 2 F K per token and layer)."""
+    total = count_params(cfg).total
+    hidden = 2 * cfg.d_expert * (cfg.top_k + cfg.n_shared_experts)
+    layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + hidden
+    logits = 6 * cfg.vocab_size * min(tokens, cfg.loss_chunk or tokens)  # bfloat16 and float32
+    return {"weights (float32)": 4 * total, "gradients (float32)": 4 * total, "AdamW states (float32)": 8 * total,
+            "bfloat16 copies kept for backward": 2 * total, "activations (estimate)": 2 * cfg.n_layers * layer * tokens + logits}
+
+
+def peak_flops(device_name):
+    """Dense bfloat16 FLOP/s of a GPU by torch.cuda.get_device_name(); None when it is not in the table (MFU is then n/a)."""
+    table = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H20": 148e12, "H800": 989e12,
+             "B200": 2250e12, "A100": 312e12, "A800": 312e12, "A10G": 70e12, "A10": 125e12, "A30": 165e12,
+             "A40": 150e12, "A6000": 155e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 3090": 71e12, "RTX 4090": 165e12,
+             "RTX 5090": 209e12}
+    matches = [key for key in table if re.search(rf"\b{key}\b", device_name) and "Laptop" not in device_name]
+    return table[max(matches, key=len)] if matches else None
+
+
+@dataclass(frozen=True)
+class SizeConfig(ModelConfig):
+    # Report
+    preset: str = "tiny"  # a name of model.PRESETS
+    tokens: float = 0.0  # training budget in tokens, for tokens per parameter
+    micro_batch: int = 8  # sequences per GPU and forward pass, for the activations
+
+    preset_fields = staticmethod(preset_fields)
+
+
+def main():
+    cfg = config.parse(SizeConfig, description="Sizes, FLOPs and training memory of a model.")
+    if not cfg.vocab_size:
+        cfg = dataclasses.replace(cfg, vocab_size=512)
+    params, flops = count_params(cfg), flops_per_token(cfg)
+    rows = [("parameters, total", f"{params.total:,}"), ("parameters, active per token", f"{params.active:,}"),
+            ("of these, embeddings", f"{params.embedding:,}"), ("vocabulary", f"{cfg.vocab_size:,}"),
+            ("sparsity 1 - K/E", f"{0.0 if cfg.dense else 1 - cfg.top_k / cfg.n_experts:.4g}"),
+            ("training FLOPs per token", f"{flops:.4g}")]
+    if cfg.tokens:
+        rows += [("training tokens", f"{cfg.tokens:.4g}"), ("tokens per parameter (TPP)", f"{cfg.tokens / params.total:.4g}"),
+                 ("training FLOPs", f"{cfg.tokens * flops:.4g}")]
+    memory = training_memory(cfg, cfg.micro_batch * cfg.seq_len)
+    memory[f"training memory, {cfg.micro_batch} x {cfg.seq_len} tokens"] = sum(memory.values())
+    rows += [(part, f"{size / 2**30:.3f} GiB") for part, size in memory.items()]
+    for name, value in rows:
+        print(f"{name:<44} {value:>20}")
+
+
+if __name__ == "__main__":
+    main()
