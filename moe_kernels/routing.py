@@ -59,7 +59,7 @@ def balance_loss(counts_E, probs_E):
     return counts_E.shape[0] * (f_E * probs_E).sum()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def route_fwd_kernel(
     logits_ptr,
     bias_ptr,
@@ -135,7 +135,7 @@ def route_fwd_kernel(
     tl.store(part_stats_ptr + pid * (E + 1) + E, tl.sum(tl.where(mask_t, lse * lse, 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "n_blocks"])
 def route_stats_kernel(
     part_counts_ptr, part_stats_ptr, counts_ptr, probs_ptr, z_ptr, T, n_blocks, E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr
 ):
@@ -152,7 +152,7 @@ def route_stats_kernel(
     tl.store(z_ptr + offs_e - E, stats / T, mask=offs_e == E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def route_bwd_kernel(
     logits_ptr,
     experts_ptr,

@@ -1,6 +1,7 @@
 """Which implementation runs where, and which tile each GEMM kernel uses: static tables, no autotuning, so a first call costs one compilation."""
 
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -30,3 +31,47 @@ def pick_impl(impl, tensor):
 def interpreting():
     """True when Triton kernels run in its CPU interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Tile(NamedTuple):
+    """Output tile BLOCK_M x BLOCK_N, reduction step BLOCK_K, GROUP_M row tiles sharing a walk over the columns, column PARTS of the epilogue."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    PARTS: int
+    num_warps: int
+    num_stages: int
+
+    def launch(self, *without):
+        return {name: value for name, value in self._asdict().items() if name not in without}
+
+
+def _pow2(n):
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def gemm_tiles(n_rows, n_experts, D, F, dtype):
+    """The tile of each GEMM for S = n_rows routed rows over n_experts: dict with keys up, down, dswiglu, dx, dw_in, dw_out.
+
+    All row-tiled GEMMs share BLOCK_M, hence one tile table. It follows the mean number of rows per expert."""
+    if interpreting():
+        step = 16 if min(D, F) < 64 else 32
+        tile = Tile(step, step, step, 2, 2, 4, 2)
+        return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
+    if dtype == torch.float32:  # full-precision dots run outside the tensor cores: any tile that fits
+        tile = Tile(64, 64, 16, 8, 1, 8, 2)
+        return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
+    block_m = min(max(_pow2(n_rows // n_experts), 16), 128)
+    warps = 8 if block_m == 128 else 4
+    wide = lambda n, block_n: min(_pow2(n), block_n)  # noqa: E731
+    dw_k = min(max(_pow2(n_rows // n_experts), 16), 64)
+    return {
+        "up": Tile(block_m, wide(F, 128), min(64, _pow2(D)), 8, 2, warps, 4),
+        "down": Tile(block_m, wide(D, 256), min(64, _pow2(F)), 8, 2, warps, 4),
+        "dswiglu": Tile(block_m, wide(F, 128), min(64, _pow2(D)), 8, 4, warps, 4),
+        "dx": Tile(block_m, wide(D, 256), min(64, _pow2(2 * F)), 8, 2, warps, 4),
+        "dw_in": Tile(128, wide(D, 256), dw_k, 4, 1, 8, 4),
+        "dw_out": Tile(128, wide(F, 256), dw_k, 4, 1, 8, 4),
+    }

@@ -1,0 +1,197 @@
+"""Who computes what: a stable counting sort of the (token, slot) pairs by expert, the table of GEMM tiles, and the way back to tokens.
+
+Shapes: T tokens, K experts per token, E experts, S = T*K routed rows, D model width. All index tensors are int32.
+A pair's flat index is `slot = token * K + k`; the sort maps slots to rows and leaves each expert's rows contiguous, in token order.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 512  # slots per program of the sort
+
+
+class Dispatch(NamedTuple):
+    offsets: Tensor  # (E + 1), rows of expert e are offsets[e]:offsets[e + 1]
+    row_slot_S: Tensor  # slot of each row
+    slot_row_TK: Tensor  # row of each slot
+    tile_expert: Tensor  # expert of each tile of block_m rows; the first tile_count[0] entries are valid
+    tile_row: Tensor  # first row of each tile
+    tile_count: Tensor  # (1,)
+
+
+@triton.jit(do_not_specialize=["S"])
+def count_kernel(experts_ptr, chunk_counts_ptr, S, E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+    pid = tl.program_id(0)
+    offs_e = tl.arange(0, BLOCK_E)
+    slots = pid * CHUNK + tl.arange(0, CHUNK)
+    mask = slots < S
+    experts = tl.load(experts_ptr + slots, mask=mask, other=0)
+    tl.store(chunk_counts_ptr + pid * E + offs_e, tl.histogram(experts, BLOCK_E, mask=mask), mask=offs_e < E)
+
+
+@triton.jit(do_not_specialize=["n_chunks"])
+def scan_kernel(chunk_counts_ptr, counts_ptr, n_chunks, E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr):
+    # In place: chunk_counts becomes its exclusive prefix sum over chunks, one column of experts per program.
+    offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    total = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, n_chunks, BLOCK_C):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        ptrs = chunk_counts_ptr + offs_c[:, None] * E + offs_e[None, :]
+        mask = (offs_c < n_chunks)[:, None] & (offs_e < E)[None, :]
+        counts = tl.load(ptrs, mask=mask, other=0)
+        tl.store(ptrs, total[None, :] + tl.cumsum(counts, 0) - counts, mask=mask)
+        total += tl.sum(counts, 0)
+    tl.store(counts_ptr + offs_e, total, mask=offs_e < E)
+
+
+@triton.jit(do_not_specialize=["S", "n_chunks"])
+def place_kernel(
+    experts_ptr,
+    chunk_prefix_ptr,
+    counts_ptr,
+    offsets_ptr,
+    row_slot_ptr,
+    slot_row_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    tile_count_ptr,
+    S,
+    n_chunks,
+    E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    offs_e = tl.arange(0, BLOCK_E)
+    counts = tl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
+    ends = tl.cumsum(counts, 0)
+    starts = ends - counts
+    if pid < n_chunks:
+        # Sorting (expert, position) pairs packed in one integer is stable. A row's destination is its expert's first row, plus the
+        # expert's rows in earlier chunks, plus its rank among the chunk's rows of that expert.
+        offs = tl.arange(0, CHUNK)
+        slots = pid * CHUNK + offs
+        mask = slots < S
+        experts = tl.load(experts_ptr + slots, mask=mask, other=BLOCK_E)
+        packed = tl.sort(experts * CHUNK + offs)
+        expert = tl.minimum(packed // CHUNK, BLOCK_E - 1)
+        slot = pid * CHUNK + packed % CHUNK
+        here = tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=mask)
+        before = tl.load(chunk_prefix_ptr + pid * E + offs_e, mask=offs_e < E, other=0)
+        row = tl.gather(starts + before - (tl.cumsum(here, 0) - here), expert, 0) + offs
+        mask_sorted = packed < BLOCK_E * CHUNK
+        tl.store(row_slot_ptr + row, slot, mask=mask_sorted)
+        tl.store(slot_row_ptr + slot, row, mask=mask_sorted)
+    else:
+        # One program per expert lists the expert's tiles.
+        e = pid - n_chunks
+        n_tiles = (counts + BLOCK_M - 1) // BLOCK_M
+        mine = offs_e == e
+        first = tl.sum(tl.where(offs_e < e, n_tiles, 0), 0)
+        start = tl.sum(tl.where(mine, starts, 0), 0)
+        n = tl.sum(tl.where(mine, n_tiles, 0), 0)
+        for i in range(0, n, 128):
+            tile = i + tl.arange(0, 128)
+            tl.store(tile_expert_ptr + first + tile, tl.zeros([128], tl.int32) + e, mask=tile < n)
+            tl.store(tile_row_ptr + first + tile, start + tile * BLOCK_M, mask=tile < n)
+        tl.store(offsets_ptr + e + 1, start + tl.sum(tl.where(mine, counts, 0), 0))
+        if e == 0:
+            tl.store(offsets_ptr, 0)
+            tl.store(tile_count_ptr, tl.sum(n_tiles, 0))
+
+
+def max_tiles(n_rows, n_experts, block_m):
+    """Static upper bound of sum_e ceil(rows_e / block_m)."""
+    return n_rows // block_m + min(n_experts, n_rows)
+
+
+def dispatch(experts_TK, n_experts, block_m):
+    """Sort the slots by expert and cut each expert's rows into tiles of `block_m`.
+
+    experts_TK: (T, K) int32 contiguous, every id in 0..n_experts-1 (not checked: that would wait for the GPU). Returns a `Dispatch`."""
+    S, E = experts_TK.numel(), n_experts
+    n_chunks = triton.cdiv(S, CHUNK)
+    block_e = triton.next_power_of_2(E)
+    n_tiles = max_tiles(S, E, block_m)
+    new = lambda *shape: experts_TK.new_empty(shape, dtype=torch.int32)  # noqa: E731
+    out = Dispatch(new(E + 1), new(S), new(*experts_TK.shape), new(n_tiles), new(n_tiles), new(1))
+    if S == 0:
+        out.offsets.zero_(), out.tile_count.zero_()
+        return out
+    chunk_counts, counts = new(n_chunks, E), new(E)
+    count_kernel[(n_chunks,)](experts_TK, chunk_counts, S, E, CHUNK, block_e)
+    scan_kernel[(triton.cdiv(E, 16),)](chunk_counts, counts, n_chunks, E, BLOCK_C=64, BLOCK_E=16)
+    place_kernel[(n_chunks + E,)](experts_TK, chunk_counts, counts, *out, S, n_chunks, E, block_m, CHUNK, block_e)
+    return out
+
+
+@triton.jit(do_not_specialize=["S"])
+def combine_kernel(
+    y_ptr,
+    slot_row_ptr,
+    gates_ptr,
+    out_ptr,
+    dgates_part_ptr,
+    dgates_ptr,
+    S,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    N_PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(slot_row_ptr + t * K + k).to(tl.int64)
+        y = tl.load(y_ptr + row * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        if HAS_GATES:
+            y *= tl.load(gates_ptr + t * K + k)
+        acc += y
+    tl.store(out_ptr + t * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
+    if N_PARTS > 0:
+        # The gate's gradient comes in one partial sum per column tile of dswiglu_kernel: adding them here spares a launch and atomics.
+        if tl.program_id(1) == 0:
+            for k in tl.static_range(K):
+                row = tl.load(slot_row_ptr + t * K + k).to(tl.int64)
+                part_ptr = dgates_part_ptr + row
+                dgate = tl.load(part_ptr)
+                for _ in tl.static_range(1, N_PARTS):
+                    part_ptr += S
+                    dgate += tl.load(part_ptr)
+                tl.store(dgates_ptr + t * K + k, dgate)
+
+
+def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None):
+    """sum_k gates[t,k] * y[row of (t,k)] (T, D), accumulated in float32; gates of one when None.
+
+    dgates_parts (N, S) float32: partial gate gradients by row; then also returns their sum, (T, K) float32, else None."""
+    (T, K), (S, D) = slot_row_TK.shape, y_SD.shape
+    out = y_SD.new_empty(T, D)
+    dgates = None if dgates_parts is None else y_SD.new_empty(T, K, dtype=torch.float32)
+    if T > 0:
+        block_d = min(triton.next_power_of_2(D), 2048)
+        n_parts = 0 if dgates_parts is None else dgates_parts.shape[0]
+        combine_kernel[(T, triton.cdiv(D, block_d))](
+            y_SD,
+            slot_row_TK,
+            gates_TK,
+            out,
+            dgates_parts,
+            dgates,
+            S,
+            D,
+            K,
+            gates_TK is not None,
+            n_parts,
+            block_d,
+            num_warps=min(8, max(1, block_d // 256)),
+        )
+    return out, dgates

@@ -1,0 +1,322 @@
+"""The six grouped GEMMs of an expert layer, each with what surrounds it fused in: gathers in the loads, SwiGLU and its gradient in the epilogues.
+
+Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token,
+S = T*K routed rows sorted by expert (see `dispatch`). Accumulation is float32; float32 inputs are multiplied in full precision.
+
+In the kernels M indexes rows of the output tile, N its columns, and the reduction goes in steps of BLOCK_K. Weights come through tensor
+descriptors (TMA on Hopper), gathered rows through pointers (asynchronous copies). Tiles: `tiles.py`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+
+@triton.jit
+def _tile(pid, n_tiles_m, tile_expert_ptr, tile_row_ptr, offsets_ptr, N_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    # GROUP_M row tiles walk the columns together, so that the weights they share are read from L2 and not from memory.
+    group = pid // (GROUP_M * N_TILES)
+    first_m = group * GROUP_M
+    size_m = tl.minimum(n_tiles_m - first_m, GROUP_M)
+    pid_m = first_m + pid % (GROUP_M * N_TILES) % size_m
+    pid_n = pid % (GROUP_M * N_TILES) // size_m
+    expert = tl.load(tile_expert_ptr + pid_m)
+    rows = tl.load(tile_row_ptr + pid_m) + tl.arange(0, BLOCK_M)
+    return expert, rows, rows < tl.load(offsets_ptr + expert + 1), pid_n
+
+
+@triton.jit
+def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
+    # The part-th of PARTS equal column ranges, by halving: free in registers, because a thread holds whole rows of a wgmma accumulator.
+    if PARTS == 1:
+        return x
+    left, right = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+    if part < PARTS // 2:
+        return _split_columns(left, PARTS // 2, part)
+    return _split_columns(right, PARTS // 2, part - PARTS // 2)
+
+
+@triton.jit
+def up_kernel(
+    x_ptr,
+    w_in_desc,
+    h_ptr,
+    a_ptr,
+    row_slot_ptr,
+    offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    tile_count_ptr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """h = gather(x) W_in^T and a = silu(gate) * up: one A tile feeds a gate and an up accumulator."""
+    N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    n_tiles_m = tl.load(tile_count_ptr)
+    if tl.program_id(0) >= n_tiles_m * N_TILES:
+        return
+    expert, rows, mask_m, pid_n = _tile(tl.program_id(0), n_tiles_m, tile_expert_ptr, tile_row_ptr, offsets_ptr, N_TILES, BLOCK_M, GROUP_M)
+    tokens = tl.load(row_slot_ptr + rows, mask=mask_m, other=0) // TOP_K
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * D + offs_k[None, :]
+    w_row = expert * (2 * F) + pid_n * BLOCK_N
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, D, BLOCK_K):
+        if D % BLOCK_K == 0:
+            x = tl.load(x_ptrs + k)
+        else:
+            x = tl.load(x_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
+        gate = tl.dot(x, w_in_desc.load([w_row, k]).T, gate, input_precision="ieee")
+        up = tl.dot(x, w_in_desc.load([w_row + F, k]).T, up, input_precision="ieee")
+    dtype = a_ptr.dtype.element_ty
+    row_h = rows.to(tl.int64)[:, None] * (2 * F)
+    row_a = rows.to(tl.int64)[:, None] * F
+    for part in tl.static_range(PARTS):
+        offs_n = pid_n * BLOCK_N + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)[None, :]
+        mask = mask_m[:, None] & (offs_n < F)
+        g, u = _split_columns(gate, PARTS, part), _split_columns(up, PARTS, part)
+        tl.store(h_ptr + row_h + offs_n, g.to(dtype), mask=mask)
+        tl.store(h_ptr + row_h + F + offs_n, u.to(dtype), mask=mask)
+        tl.store(a_ptr + row_a + offs_n, (g * tl.sigmoid(g) * u).to(dtype), mask=mask)
+
+
+@triton.jit
+def rows_kernel(
+    a_desc,
+    w_desc,
+    y_ptr,
+    offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    tile_count_ptr,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """y (S, N) = a (S, R) times each row's expert matrix: w^T with w (E, N, R) when TRANSPOSED, else w (E, R, N)."""
+    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    n_tiles_m = tl.load(tile_count_ptr)
+    if tl.program_id(0) >= n_tiles_m * N_TILES:
+        return
+    expert, rows, mask_m, pid_n = _tile(tl.program_id(0), n_tiles_m, tile_expert_ptr, tile_row_ptr, offsets_ptr, N_TILES, BLOCK_M, GROUP_M)
+    first_row = tl.min(rows, 0)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, R, BLOCK_K):
+        # Rows past the expert's end belong to the next expert: they are computed and not stored. Columns past R read as zero in `a`,
+        # and past N are not stored; both may hold another expert's weights in `w`.
+        a = a_desc.load([first_row, k])
+        if TRANSPOSED:
+            w = w_desc.load([expert * N + pid_n * BLOCK_N, k]).T
+        else:
+            w = w_desc.load([expert * R + k, pid_n * BLOCK_N])
+        acc = tl.dot(a, w, acc, input_precision="ieee")
+    dtype = y_ptr.dtype.element_ty
+    row_y = rows.to(tl.int64)[:, None] * N
+    for part in tl.static_range(PARTS):
+        offs_n = pid_n * BLOCK_N + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)[None, :]
+        tl.store(y_ptr + row_y + offs_n, _split_columns(acc, PARTS, part).to(dtype), mask=mask_m[:, None] & (offs_n < N))
+
+
+@triton.jit
+def dswiglu_kernel(
+    dy_ptr,
+    w_out_desc,
+    h_ptr,
+    gates_ptr,
+    dh_ptr,
+    ga_ptr,
+    dgates_part_ptr,
+    row_slot_ptr,
+    offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    tile_count_ptr,
+    S,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """da = gather(dy) W_out, then in the epilogue dh, ga = gate * swiglu(h), and the row sums of da * swiglu(h) that make the gate's gradient."""
+    N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    n_tiles_m = tl.load(tile_count_ptr)
+    if tl.program_id(0) >= n_tiles_m * N_TILES:
+        return
+    expert, rows, mask_m, pid_n = _tile(tl.program_id(0), n_tiles_m, tile_expert_ptr, tile_row_ptr, offsets_ptr, N_TILES, BLOCK_M, GROUP_M)
+    slots = tl.load(row_slot_ptr + rows, mask=mask_m, other=0)
+    offs_k = tl.arange(0, BLOCK_K)
+    dy_ptrs = dy_ptr + (slots // TOP_K).to(tl.int64)[:, None] * D + offs_k[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, D, BLOCK_K):
+        if D % BLOCK_K == 0:
+            dy = tl.load(dy_ptrs + k)
+        else:
+            dy = tl.load(dy_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
+        acc = tl.dot(dy, w_out_desc.load([expert * D + k, pid_n * BLOCK_N]), acc, input_precision="ieee")
+
+    # Narrow column parts keep the five epilogue tiles in registers (128x128 in one part spills 1.3 KB a thread).
+    dtype = ga_ptr.dtype.element_ty
+    weight = tl.load(gates_ptr + slots, mask=mask_m, other=0.0)[:, None]
+    dgate = tl.zeros([BLOCK_M], tl.float32)
+    row_h = rows.to(tl.int64)[:, None] * (2 * F)
+    row_a = rows.to(tl.int64)[:, None] * F
+    for part in tl.static_range(PARTS):
+        offs_n = pid_n * BLOCK_N + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)[None, :]
+        mask = mask_m[:, None] & (offs_n < F)
+        g = tl.load(h_ptr + row_h + offs_n, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(h_ptr + row_h + F + offs_n, mask=mask, other=0.0).to(tl.float32)
+        da = tl.where(offs_n < F, _split_columns(acc, PARTS, part), 0.0)
+        sig = tl.sigmoid(g)
+        silu = g * sig
+        dgate += tl.sum(da * (silu * u), 1)
+        da *= weight
+        tl.store(ga_ptr + row_a + offs_n, (weight * silu * u).to(dtype), mask=mask)
+        tl.store(dh_ptr + row_h + offs_n, (da * u * (sig + silu * (1.0 - sig))).to(dtype), mask=mask)
+        tl.store(dh_ptr + row_h + F + offs_n, (da * silu).to(dtype), mask=mask)
+    tl.store(dgates_part_ptr + pid_n * S.to(tl.int64) + rows, dgate, mask=mask_m)
+
+
+@triton.jit
+def dw_kernel(
+    a_ptr,
+    b_ptr,
+    dw_ptr,
+    row_slot_ptr,
+    offsets_ptr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER_A: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """dw[e] (M, N) = a[rows of e]^T b[rows of e]: one operand is gathered by token, the other lies sorted by expert. No rows: zeros."""
+    M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    expert = tl.program_id(0) // (M_TILES * N_TILES)
+    pid = tl.program_id(0) % (M_TILES * N_TILES)
+    first_m = pid // (GROUP_M * N_TILES) * GROUP_M
+    size_m = tl.minimum(M_TILES - first_m, GROUP_M)
+    pid_m = first_m + pid % (GROUP_M * N_TILES) % size_m
+    pid_n = pid % (GROUP_M * N_TILES) // size_m
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    start, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # The token ids of the next step are loaded one step ahead: an index loaded where it is used halves the depth of the pipeline.
+    tokens = tl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
+    for row in range(start, end, BLOCK_K):
+        rows = row + offs_k
+        mask_k = rows < end
+        row_a, row_b = (tokens, rows) if GATHER_A else (rows, tokens)
+        a = tl.load(a_ptr + row_a.to(tl.int64)[:, None] * M + offs_m[None, :], mask=mask_k[:, None] & (offs_m < M)[None, :], other=0.0)
+        b = tl.load(b_ptr + row_b.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask_k[:, None] & (offs_n < N)[None, :], other=0.0)
+        tokens = tl.load(row_slot_ptr + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0) // TOP_K
+        acc = tl.dot(a.T, b, acc, input_precision="ieee")
+    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    tl.store(dw_ptr + expert.to(tl.int64) * (M * N) + offs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+def _row_grid(dispatch, n_columns, tile):
+    # Every launch is sized by the static bound on the number of row tiles; the surplus programs return at once.
+    return (dispatch.tile_expert.numel() * triton.cdiv(n_columns, tile.BLOCK_N),)
+
+
+def _desc(tensor, rows, columns):
+    return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [rows, columns])
+
+
+def up(x_TD, w_in_EGD, dispatch, tile):
+    """Pre-activations h (S, 2F) and activations swiglu(h) (S, F) of the routed rows."""
+    S, K = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1]
+    (E, G, D), F = w_in_EGD.shape, w_in_EGD.shape[1] // 2
+    h, a = x_TD.new_empty(S, G), x_TD.new_empty(S, F)
+    w_desc = _desc(w_in_EGD, tile.BLOCK_N, tile.BLOCK_K)
+    up_kernel[_row_grid(dispatch, F, tile)](
+        x_TD, w_desc, h, a, dispatch.row_slot_S, dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count, D, F, K, **tile.launch()
+    )
+    return h, a
+
+
+def rows_gemm(a_SR, w, transposed, dispatch, tile):
+    """Row s of the result (S, N) is w[e] a[s] with w (E, N, R) when transposed, else a[s] w[e] with w (E, R, N); e the row's expert."""
+    S, R = a_SR.shape
+    N = w.shape[1] if transposed else w.shape[2]
+    y = a_SR.new_empty(S, N)
+    a_desc = _desc(a_SR, tile.BLOCK_M, tile.BLOCK_K)
+    w_desc = _desc(w, tile.BLOCK_N, tile.BLOCK_K) if transposed else _desc(w, tile.BLOCK_K, tile.BLOCK_N)
+    rows_kernel[_row_grid(dispatch, N, tile)](
+        a_desc, w_desc, y, dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count, N, R, transposed, **tile.launch()
+    )
+    return y
+
+
+def down(a_SF, w_out_EDF, dispatch, tile):
+    """Expert outputs before the gates (S, D)."""
+    return rows_gemm(a_SF, w_out_EDF, True, dispatch, tile)
+
+
+def dx(dh_SG, w_in_EGD, dispatch, tile):
+    """Gradient of each routed row's input (S, D)."""
+    return rows_gemm(dh_SG, w_in_EGD, False, dispatch, tile)
+
+
+def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, dispatch, tile):
+    """dh (S, 2F), gate * swiglu(h) (S, F), and the gates' gradient by row in one partial sum per column tile (tiles, S) float32."""
+    S, K = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1]
+    _, D, F = w_out_EDF.shape
+    dh, ga = torch.empty_like(h_SG), h_SG.new_empty(S, F)
+    dgates_parts = h_SG.new_empty(triton.cdiv(F, tile.BLOCK_N), S, dtype=torch.float32)
+    w_desc = _desc(w_out_EDF, tile.BLOCK_K, tile.BLOCK_N)
+    dswiglu_kernel[_row_grid(dispatch, F, tile)](
+        dy_TD,
+        w_desc,
+        h_SG,
+        gates_TK,
+        dh,
+        ga,
+        dgates_parts,
+        dispatch.row_slot_S,
+        dispatch.offsets,
+        dispatch.tile_expert,
+        dispatch.tile_row,
+        dispatch.tile_count,
+        S,
+        D,
+        F,
+        K,
+        **tile.launch(),
+    )
+    return dh, ga, dgates_parts
+
+
+def dw(a, b, gather_a, dispatch, tile):
+    """(E, M, N): a[rows of e]^T b[rows of e], the operand named by `gather_a` indexed by token, the other by routed row."""
+    E, K = dispatch.offsets.numel() - 1, dispatch.slot_row_TK.shape[1]
+    M, N = a.shape[1], b.shape[1]
+    out = a.new_empty(E, M, N)
+    grid = (E * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),)
+    dw_kernel[grid](a, b, out, dispatch.row_slot_S, dispatch.offsets, M, N, K, gather_a, **tile.launch("PARTS"))
+    return out
