@@ -1,0 +1,146 @@
+"""Batches of token windows from one or several data directories: shuffled, mixed, prefetched, and resumable to the sample.
+
+A source of N tokens gives (N - 1) // L windows; window w is tokens w*L .. w*L + L inclusive, so neighbours share one
+token, every token but the first is a target exactly once, and the rest after the last whole window is dropped. Windows run across
+document ends and shard borders.
+
+The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows r*B .. (r+1)*B of
+each global batch of W*B samples, so a run continues on another number of ranks with the same global batch.
+"""
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import shards
+
+AHEAD = 3  # batches prepared before they are asked for
+
+
+class Loader:
+    """Endless batches: `tokens_BL, targets_BL = loader.next()`, int64, on `device`; targets are tokens one step later.
+
+    sources: data directories with positive weights, [("data/books", 0.7), ("data/facts", 0.3)]; weights are shares of
+    samples (normalised here), and hold exactly, to within one sample a source, after any number of samples.
+    Each source is visited in a new order every epoch of its own, every window once. batch_size is per rank.
+    Raises ValueError for damaged data, sources of different tokenizers, or a source shorter than one window.
+    """
+
+    def __init__(self, sources, split: str, batch_size: int, seq_len: int, seed: int = 0, rank: int = 0, world: int = 1,
+                 device: str | torch.device = "cpu"):
+        if not sources or any(weight <= 0 for _, weight in sources):
+            raise ValueError(f"sources={sources}: at least one (directory, weight), with weights above 0")
+        if batch_size < 1 or seq_len < 1 or not 0 <= rank < world:
+            raise ValueError(f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world={world}: must be positive, rank < world")
+        self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
+        self.rank, self.world, self.device = rank, world, torch.device(device)
+        total = sum(weight for _, weight in sources)
+        self.weights = [weight / total for _, weight in sources]
+        self.sources = [_Source(directory, split, seq_len, seed + i) for i, (directory, _) in enumerate(sources)]
+        first = self.sources[0]
+        for source in self.sources[1:]:
+            if source.tokenizer != first.tokenizer:
+                raise ValueError(f"{source.directory} and {first.directory} have different tokenizers; prepare one with --tokenizer {first.directory}")
+        self.vocab_size = first.vocab_size
+        self._drawn = [0] * len(sources)    # samples of each source in the batches handed out: the whole cursor
+        self._planned = [0] * len(sources)  # the same, for the batches being prepared
+        self._batches = deque()             # futures of (batch, its cursor), oldest first
+        self._thread = ThreadPoolExecutor(1, "loader")
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next batch of this rank. An error in the background is raised here, again at each call."""
+        while len(self._batches) < AHEAD:
+            rows = [self._plan() for _ in range(self.batch_size * self.world)]
+            mine = rows[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]
+            self._batches.append((self._thread.submit(self._read, mine), list(self._planned)))
+        batch = self._batches[0][0].result()
+        self._drawn = self._batches.popleft()[1]
+        return tuple(t.to(self.device, non_blocking=True) for t in batch)
+
+    def _plan(self):  # -> (source, its sample number); the source that lags its share most is next
+        sample = sum(self._planned)
+        lag = [weight * (sample + 1) - n for weight, n in zip(self.weights, self._planned)]
+        i = max(range(len(lag)), key=lag.__getitem__)
+        self._planned[i] += 1
+        return self.sources[i], self._planned[i] - 1
+
+    def _read(self, rows):  # runs in the thread
+        batch = torch.empty(2, self.batch_size, self.seq_len, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        for b, (source, number) in enumerate(rows):
+            window = source.sample(number)
+            batch[0, b], batch[1, b] = torch.from_numpy(window[:-1]), torch.from_numpy(window[1:])
+        return batch.unbind()
+
+    @property
+    def epochs(self) -> list[float]:
+        """How often each source has been gone through so far."""
+        return [n / source.n_windows for n, source in zip(self._drawn, self.sources)]
+
+    @property
+    def n_windows(self) -> list[int]:
+        """Windows in one epoch of each source."""
+        return [source.n_windows for source in self.sources]
+
+    def state_dict(self) -> dict:
+        """The cursor after the last batch handed out (prefetched batches do not count); plain JSON types."""
+        return {"drawn": list(self._drawn)} | self._identity()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues after the batch at which `state` was taken, on any rank and world. ValueError if the stream is another."""
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise ValueError(f"loader state: {key} is {state.get(key)}, this run has {value}; resume with the data and settings of the saved run")
+        self._batches.clear()  # unfinished reads run on unseen, and only read
+        self._drawn, self._planned = list(state["drawn"]), list(state["drawn"])
+
+    def _identity(self):
+        return {"split": self.split, "seq_len": self.seq_len, "seed": self.seed, "weights": self.weights, "n_windows": self.n_windows,
+                "checksums": [source.checksum for source in self.sources]}
+
+
+class _Source:
+    """One split of one data directory, as a sequence of windows in a new order every epoch."""
+
+    def __init__(self, directory, split, seq_len, seed):
+        meta, self.maps = shards.read_meta(directory), shards.open_shards(directory, split)
+        self.directory, self.seq_len, self.seed = Path(directory), seq_len, seed
+        self.tokenizer, self.vocab_size = meta["tokenizer_sha256"], meta["vocab_size"]
+        self.checksum = "".join(shard["sha256"][:8] for shard in meta["splits"][split]["shards"])
+        self.ends = np.cumsum([len(m) for m in self.maps], dtype=np.int64)
+        n_tokens = int(self.ends[-1]) if self.maps else 0
+        self.n_windows = (n_tokens - 1) // seq_len
+        if self.n_windows < 1:
+            raise ValueError(f"{directory}: split {split!r} has {n_tokens} tokens, one window of seq_len={seq_len} needs {seq_len + 1}; "
+                             "use a smaller seq_len or more data")
+        self.epoch, self.order = -1, None
+
+    def sample(self, number: int) -> np.ndarray:  # (seq_len + 1,) int64
+        epoch, at = divmod(number, self.n_windows)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, shuffled(self.n_windows, self.seed, epoch)
+        return self.tokens(int(self.order[at]) * self.seq_len, self.seq_len + 1)
+
+    def tokens(self, start: int, n: int) -> np.ndarray:
+        parts = []
+        shard = int(np.searchsorted(self.ends, start, "right"))
+        while n:
+            offset = start - (int(self.ends[shard]) - len(self.maps[shard]))
+            parts.append(self.maps[shard][offset:offset + n])
+            start, n, shard = start + len(parts[-1]), n - len(parts[-1]), shard + 1
+        return np.concatenate(parts).astype(np.int64)
+
+
+def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(n), int64: the order of a hash (splitmix64), so that it never changes with a NumPy version."""
+    with np.errstate(over="ignore"):
+        x = _mix(np.arange(n, dtype=np.uint64) + _mix(np.uint64(seed) + _mix(np.uint64(epoch + 1))))
+    return np.argsort(x, kind="stable")
+
+
+def _mix(x):
+    x = (x + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(1)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,184 @@
+"""The data directory: flat token files, a tokenizer and meta.json, written so that a directory with meta.json is complete.
+
+    DIR/meta.json        version, tokenizer, vocab_size, eos, dtype, splits, and whatever notes the writer was given
+    DIR/tokenizer.json   see data/tokenizer.py
+    DIR/train-00000.bin  token ids, little-endian uint16 (uint32 when the vocabulary exceeds 65,536), no header
+    DIR/val-00000.bin
+
+Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text, for bits per byte.
+"""
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from data import tokenizer
+
+META = "meta.json"
+VERSION = 1
+
+
+class ShardWriter:
+    """Writes a data directory; it appears under its name only when `close` has written everything.
+
+        with ShardWriter("data/books", enc) as writer:
+            writer.add("train", ids)          # whole documents, each ended by enc.eot_token
+            writer.notes["licence"] = "CC0"   # any JSON; ends up in meta.json
+
+    The files are written to a hidden directory beside it, flushed to disk, and renamed; an exception inside the `with`
+    block removes them. Raises ValueError when the directory exists and is not empty, unless `overwrite`, which replaces
+    it at the end.
+    """
+
+    def __init__(self, directory: str | Path, enc: tiktoken.Encoding, overwrite: bool = False, shard_tokens: int = 2**26):
+        self.directory = Path(os.path.abspath(directory))
+        self.overwrite, self.shard_tokens, self.notes = overwrite, shard_tokens, {}
+        refuse_existing(self.directory, overwrite)
+        self.eos, self.vocab_size = enc.eot_token, enc.n_vocab
+        self.dtype = np.dtype("<u2" if enc.n_vocab <= 2**16 else "<u4")
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.", suffix=".partial", dir=self.directory.parent))
+        tokenizer.save(enc, self.partial)
+        self._bytes_of = tokenizer.token_bytes(enc)
+        self._splits, self._open = {}, {}
+
+    def add(self, split: str, ids) -> None:
+        """Appends documents (list or integer array of token ids, each document ended by eos) to "train", "val", ..."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if not len(ids):
+            return
+        if ids[-1] != self.eos:
+            raise ValueError(f"split {split!r}: the last id of a document is {ids[-1]}, not eos ({self.eos}); end each document with it")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, vocabulary of {self.vocab_size}")
+        totals = self._splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
+        totals["tokens"] += len(ids)
+        totals["bytes"] += int(self._bytes_of[ids].sum())
+        totals["documents"] += int(np.count_nonzero(ids == self.eos))
+        ids = ids.astype(self.dtype)
+        while len(ids):
+            file, digest, shard = self._open.get(split) or self._start_shard(split)
+            part, ids = np.split(ids, [self.shard_tokens - shard["tokens"]])
+            file.write(part.data)
+            digest.update(part.data)
+            shard["tokens"] += len(part)
+            if shard["tokens"] == self.shard_tokens:
+                self._end_shard(split)
+
+    def _start_shard(self, split):
+        shards = self._splits[split]["shards"]
+        shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0, "sha256": None})
+        self._open[split] = open(self.partial / shards[-1]["file"], "wb"), hashlib.sha256(), shards[-1]
+        return self._open[split]
+
+    def _end_shard(self, split):
+        file, digest, shard = self._open.pop(split)
+        shard["sha256"] = digest.hexdigest()
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+
+    def close(self) -> dict:
+        """Finishes the shards, writes meta.json and renames the directory. Returns the contents of meta.json."""
+        for split in list(self._open):
+            self._end_shard(split)
+        meta = {"version": VERSION, "tokenizer": tokenizer.FILE, "tokenizer_sha256": _sha256(self.partial / tokenizer.FILE),
+                "vocab_size": self.vocab_size, "eos": self.eos, "dtype": self.dtype.name, "splits": self._splits} | self.notes
+        with open(self.partial / META, "w") as file:
+            json.dump(meta, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        self.partial.chmod(0o755)  # mkdtemp makes it private
+        refuse_existing(self.directory, self.overwrite)
+        old = self.partial.with_suffix(".old")
+        if self.directory.exists():
+            os.rename(self.directory, old)
+        os.rename(self.partial, self.directory)
+        _sync_directory(self.directory.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        return meta
+
+    def abandon(self) -> None:
+        """Removes what was written so far."""
+        for file, _, _ in self._open.values():
+            file.close()
+        self._open = {}
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.abandon()  # after a successful close there is nothing left to remove
+
+
+def refuse_existing(directory: Path, overwrite: bool) -> None:
+    """Raises ValueError unless `directory` may be written: absent, empty, or a data directory with `overwrite`."""
+    if directory.is_dir() and any(directory.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{directory} exists and is not empty; choose another name or pass --overwrite")
+        if not (directory / META).exists():
+            raise ValueError(f"{directory} is not a data directory (no {META}); refusing to overwrite it")
+    elif directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} exists and is not a directory; choose another name")
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+# ---- reading
+
+def read_meta(directory: str | Path) -> dict:
+    """The contents of meta.json. Raises ValueError naming the file when it is missing, damaged or of another version."""
+    path = Path(directory) / META
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: not a finished data directory; make one with `python -m data.prepare`")
+    try:
+        meta = json.loads(path.read_text())
+        if meta["version"] != VERSION:
+            raise ValueError(f"version {meta['version']}, this code reads {VERSION}")
+        meta["splits"], meta["vocab_size"], np.dtype(meta["dtype"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be used ({error!r}); prepare the data again") from error
+    return meta
+
+
+def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[np.memmap]:
+    """Read-only memory maps of a split's shards, in order.
+
+    The size of every shard is compared with meta.json, and its SHA-256 too unless verify=False (about 1 GB/s, once a
+    process while the file does not change). Raises ValueError naming the shard that is missing, truncated or corrupt.
+    """
+    directory, meta = Path(directory), read_meta(directory)
+    if split not in meta["splits"]:
+        raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(meta['splits']) or 'none'}")
+    dtype, maps = np.dtype(meta["dtype"]).newbyteorder("<"), []
+    for shard in meta["splits"][split]["shards"]:
+        path, size = directory / shard["file"], shard["tokens"] * dtype.itemsize
+        if not path.exists():
+            raise ValueError(f"{path} is missing ({META} lists it); prepare the data again")
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}: truncated or overwritten; prepare the data again")
+        if verify and _sha256(path, path.stat().st_mtime_ns) != shard["sha256"]:
+            raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); prepare the data again")
+        maps.append(np.memmap(path, dtype, "r"))
+    return maps
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: Path, mtime_ns: int = 0) -> str:  # mtime_ns only keys the cache
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
