@@ -32,10 +32,12 @@ def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
     # The part-th of PARTS equal column ranges, by halving: free in registers, because a thread holds whole rows of a wgmma accumulator.
     if PARTS == 1:
         return x
-    left, right = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-    if part < PARTS // 2:
-        return _split_columns(left, PARTS // 2, part)
-    return _split_columns(right, PARTS // 2, part - PARTS // 2)
+    else:
+        left, right = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+        if part < PARTS // 2:
+            return _split_columns(left, PARTS // 2, part)
+        else:
+            return _split_columns(right, PARTS // 2, part - PARTS // 2)
 
 
 @triton.jit

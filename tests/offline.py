@@ -1,0 +1,84 @@
+"""Compiles, without a GPU, every kernel that a call launches, and reads from the machine code what decides its speed."""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+SHARED_LIMIT = 232448  # bytes of shared memory a block may use on compute capability 9.0
+
+
+class Compiled(NamedTuple):
+    name: str
+    registers: int
+    spilled: int  # bytes of spill stores per thread
+    shared: int  # bytes per block
+    wgmma: int  # tensor core instructions in the PTX
+    async_copies: int  # asynchronous global-to-shared copies and TMA loads in the PTX
+
+
+class _Driver:
+    """As much of a driver as compiling needs."""
+
+    def __init__(self, capability):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def resources(kernel, capability):
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(kernel.asm["ptx"])
+        ptx.flush()
+        log = subprocess.run([ptxas, "-v", f"--gpu-name={arch}", ptx.name, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
+    number = lambda pattern: int(re.search(pattern, log).group(1))  # noqa: E731
+    text = kernel.asm["ptx"]
+    return Compiled(
+        kernel.metadata.name,
+        number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes spill stores"),
+        kernel.metadata.shared,
+        text.count("wgmma.mma_async"),
+        text.count("cp.async.cg") + text.count("cp.async.bulk.tensor"),
+    )
+
+
+@contextlib.contextmanager
+def compile_only(capability=90):
+    """Inside, launching a kernel compiles it for `capability` and runs nothing; yields the list that fills with `Compiled` rows."""
+    compiled, launch = [], JITFunction.__getitem__
+
+    def record(kernel, grid):
+        def compile_instead(*args, **kwargs):
+            binary = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            if binary.hash not in seen:
+                seen.add(binary.hash)
+                compiled.append(resources(binary, capability))
+
+        return compile_instead
+
+    seen = set()
+    before = driver._active
+    driver.set_active(_Driver(capability))
+    JITFunction.__getitem__ = record
+    try:
+        yield compiled
+    finally:
+        JITFunction.__getitem__ = launch
+        driver._active = before  # reset_active() would look for a GPU
