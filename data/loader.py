@@ -8,7 +8,7 @@ The stream of samples is a function of (sources, weights, split, L, seed) alone.
 each global batch of W*B samples, so a run continues on another number of ranks with the same global batch.
 """
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -45,33 +45,34 @@ class Loader:
                 raise ValueError(f"{source.directory} and {first.directory} have different tokenizers; prepare one with --tokenizer {first.directory}")
         self.vocab_size = first.vocab_size
         self._drawn = [0] * len(sources)    # samples of each source in the batches handed out: the whole cursor
-        self._planned = [0] * len(sources)  # the same, for the batches being prepared
-        self._batches = deque()             # futures of (batch, its cursor), oldest first
+        self._planned = [0] * len(sources)  # the same, for the batches being prepared; belongs to the thread
+        self._ahead = deque()               # futures of (batch, its cursor), oldest first
         self._thread = ThreadPoolExecutor(1, "loader")
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next batch of this rank. An error in the background is raised here, again at each call."""
-        while len(self._batches) < AHEAD:
-            rows = [self._plan() for _ in range(self.batch_size * self.world)]
-            mine = rows[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]
-            self._batches.append((self._thread.submit(self._read, mine), list(self._planned)))
-        batch = self._batches[0][0].result()
-        self._drawn = self._batches.popleft()[1]
+        while len(self._ahead) < AHEAD:
+            self._ahead.append(self._thread.submit(self._prepare))
+        batch, drawn = self._ahead[0].result()
+        self._ahead.popleft()
+        self._drawn = drawn
         return tuple(t.to(self.device, non_blocking=True) for t in batch)
 
-    def _plan(self):  # -> (source, its sample number); the source that lags its share most is next
-        sample = sum(self._planned)
-        lag = [weight * (sample + 1) - n for weight, n in zip(self.weights, self._planned)]
-        i = max(range(len(lag)), key=lag.__getitem__)
-        self._planned[i] += 1
-        return self.sources[i], self._planned[i] - 1
-
-    def _read(self, rows):  # runs in the thread
+    def _prepare(self):
+        rows = [self._plan() for _ in range(self.batch_size * self.world)]
+        rows = rows[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]
         batch = torch.empty(2, self.batch_size, self.seq_len, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         for b, (source, number) in enumerate(rows):
-            window = source.sample(number)
-            batch[0, b], batch[1, b] = torch.from_numpy(window[:-1]), torch.from_numpy(window[1:])
-        return batch.unbind()
+            window = torch.from_numpy(source.sample(number))
+            batch[0, b], batch[1, b] = window[:-1], window[1:]
+        return batch.unbind(), list(self._planned)
+
+    def _plan(self):  # -> (source, its sample number); next is the source that lags its share most
+        samples = sum(self._planned) + 1
+        lag = [weight * samples - n for weight, n in zip(self.weights, self._planned)]
+        i = lag.index(max(lag))
+        self._planned[i] += 1
+        return self.sources[i], self._planned[i] - 1
 
     @property
     def epochs(self) -> list[float]:
@@ -92,7 +93,10 @@ class Loader:
         for key, value in self._identity().items():
             if state.get(key) != value:
                 raise ValueError(f"loader state: {key} is {state.get(key)}, this run has {value}; resume with the data and settings of the saved run")
-        self._batches.clear()  # unfinished reads run on unseen, and only read
+        for future in self._ahead:
+            future.cancel()
+        wait(self._ahead)
+        self._ahead.clear()
         self._drawn, self._planned = list(state["drawn"]), list(state["drawn"])
 
     def _identity(self):
@@ -134,13 +138,12 @@ class _Source:
 
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of range(n), int64: the order of a hash (splitmix64), so that it never changes with a NumPy version."""
-    with np.errstate(over="ignore"):
-        x = _mix(np.arange(n, dtype=np.uint64) + _mix(np.uint64(seed) + _mix(np.uint64(epoch + 1))))
-    return np.argsort(x, kind="stable")
+    key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
+    return np.argsort(_mix(_mix(np.arange(n, dtype=np.uint64)) ^ key), kind="stable")
 
 
-def _mix(x):
-    x = (x + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(1)
+def _mix(x: np.ndarray) -> np.ndarray:  # arrays, not scalars: their overflow is silent
+    x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

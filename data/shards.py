@@ -48,18 +48,21 @@ class ShardWriter:
         self._bytes_of = tokenizer.token_bytes(enc)
         self._splits, self._open = {}, {}
 
-    def add(self, split: str, ids) -> None:
-        """Appends documents (list or integer array of token ids, each document ended by eos) to "train", "val", ..."""
+    def add(self, split: str, ids) -> int:
+        """Appends documents (list or integer array of token ids, each document ended by eos) to "train", "val", ...
+
+        Returns the bytes of their text.
+        """
         ids = np.asarray(ids, dtype=np.int64)
         if not len(ids):
-            return
+            return 0
         if ids[-1] != self.eos:
             raise ValueError(f"split {split!r}: the last id of a document is {ids[-1]}, not eos ({self.eos}); end each document with it")
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, vocabulary of {self.vocab_size}")
         totals = self._splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
         totals["tokens"] += len(ids)
-        totals["bytes"] += int(self._bytes_of[ids].sum())
+        totals["bytes"] += (n_bytes := int(self._bytes_of[ids].sum()))
         totals["documents"] += int(np.count_nonzero(ids == self.eos))
         ids = ids.astype(self.dtype)
         while len(ids):
@@ -70,6 +73,7 @@ class ShardWriter:
             shard["tokens"] += len(part)
             if shard["tokens"] == self.shard_tokens:
                 self._end_shard(split)
+        return n_bytes
 
     def _start_shard(self, split):
         shards = self._splits[split]["shards"]

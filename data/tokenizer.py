@@ -71,7 +71,7 @@ def bpe_from_counts(counts: Counter, vocab_size: int) -> tiktoken.Encoding:
     tokens = [bytes([b]) for b in range(256)]
     for a, b in _merges(counts, vocab_size - 257):
         tokens.append(tokens[a] + tokens[b])
-    return encoding({token: rank for rank, token in enumerate(tokens)})
+    return encoding({token: rank for rank, token in enumerate(dict.fromkeys(tokens))})
 
 
 def _merges(counts: Counter, n_merges: int):
@@ -95,25 +95,27 @@ def _merges(counts: Counter, n_merges: int):
 
     places, total, heap = {}, {}, []
 
-    def groups(at):  # places `at` where a pair starts -> (pair, its places, its count) for each pair
+    def tally(at):  # -> the places sorted by the pair that starts there, where each pair begins among them, pairs, counts
+        at = at[(ids[at] >= 0) & (ids[after[at]] >= 0)]
         pairs = ids[at] * base + ids[after[at]]
         order = np.argsort(pairs, kind="stable")
-        pairs, at = pairs[order], at[order]
-        starts = np.flatnonzero(np.diff(pairs, prepend=-1))
-        sums = np.add.reduceat(weight[at], starts) if len(at) else starts
-        return zip(pairs[starts].tolist(), np.split(at, starts[1:]), sums.tolist())
+        at, pairs = at[order], pairs[order]
+        begin = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1])) if len(at) else order
+        counts = np.add.reduceat(weight[at], begin) if len(at) else order
+        return at, begin.tolist(), pairs[begin].tolist(), counts.tolist()
 
     def appear(at):
-        for pair, where, n in groups(at):
-            places[pair], total[pair] = where, n
+        at, begin, pairs, counts = tally(at)
+        for i, j, pair, n in zip(begin, begin[1:] + [len(at)], pairs, counts):
+            places[pair], total[pair] = at[i:j], n
             heapq.heappush(heap, (-n, pair))
 
-    at = np.flatnonzero(~is_mark)
-    appear(at[ids[after[at]] >= 0])
+    appear(np.flatnonzero(~is_mark))
     for new in range(256, base):
-        while heap and -heap[0][0] != total.get(heap[0][1], 0):  # counts in the heap may be out of date (too high)
-            pair = heap[0][1]
-            heapq.heapreplace(heap, (-total[pair], pair)) if total.get(pair) else heapq.heappop(heap)
+        while heap and -heap[0][0] != (n := total.get(heap[0][1], 0)):  # the heap's counts may be out of date, never too low
+            pair = heapq.heappop(heap)[1]
+            if n:
+                heapq.heappush(heap, (-n, pair))
         if not heap:
             return
         pair = heapq.heappop(heap)[1]
@@ -121,21 +123,21 @@ def _merges(counts: Counter, n_merges: int):
         yield a, b
 
         left = places.pop(pair)
-        left = left[(ids[left] == a) & (ids[after[left]] == b)]
+        left = np.sort(left[(ids[left] == a) & (ids[after[left]] == b)])
         if a == b:  # in a run "aaaa" merge 1st+2nd, 3rd+4th: keep the places at even distance from the start of their run
             is_start = np.append(True, after[left[:-1]] != left[1:])
             run_start = np.flatnonzero(is_start)[np.cumsum(is_start) - 1]
             left = left[(np.arange(len(left)) - run_start) % 2 == 0]
         right = after[left]
-        gone = np.unique(np.concatenate([before[left], right]))  # where a neighbouring pair starts that will not exist
-        for other, _, n in groups(gone[(ids[gone] >= 0) & (ids[after[gone]] >= 0)]):
+        alone = np.append(True, before[left[1:]] != right[:-1])  # not directly after another of these places
+        _, _, others, counts = tally(np.concatenate([before[left[alone]], right]))  # the neighbouring pairs that end here
+        for other, n in zip(others, counts):
             total[other] -= n
         del total[pair]
         ids[left], ids[right] = new, -1
         after[left] = after[right]
         before[after[left]] = left
-        fresh = np.unique(np.concatenate([before[left], left]))
-        appear(fresh[(ids[fresh] >= 0) & (ids[after[fresh]] >= 0)])
+        appear(np.concatenate([before[left[alone]], left]))
 
 
 # ---- given vocabularies
