@@ -86,7 +86,7 @@ def _generate_batch(model, prompts, rows, outputs, max_new_tokens, stop_ids, sto
 
 def sample(logits_BV, top_p, uniform_B):
     """One token of each row from the nucleus top_p, by inverting the cumulative distribution at uniform_B in [0, 1)."""
-    probs, ids = logits_BV.softmax(1).sort(1, descending=True, stable=True)
+    probs, ids = logits_BV.softmax(1).sort(dim=1, descending=True, stable=True)
     below = probs.cumsum(1) - probs
     probs = probs.masked_fill(below >= top_p, 0)  # the first token has nothing below it and always stays
     cumulative = probs.cumsum(1)

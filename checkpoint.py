@@ -1,0 +1,91 @@
+"""Checkpoint files that are whole or absent, and that say when they are damaged.
+
+A file is called ckpt-<step>-<hash>.pt after the SHA-256 of its bytes. It is written under a temporary name, flushed to disk and
+renamed, so a crash leaves the older files untouched; reading compares the hash first.
+"""
+
+import dataclasses
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from model import GPT, ModelConfig
+
+NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
+
+
+class _HashingFile:
+    """What torch.save writes, hashed on the way."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data):
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+def find(run_dir):
+    """Checkpoints of a run directory as [(step, path)], oldest first."""
+    found = ((NAME.fullmatch(path.name), path) for path in Path(run_dir).glob("ckpt-*.pt"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def save(run_dir, step, state, keep):
+    """Write `state` (tensors and plain Python values in dicts and lists) and keep only the newest `keep` files. Returns the path."""
+    run_dir = Path(run_dir)
+    tmp = run_dir / "ckpt.tmp"
+    with open(tmp, "wb") as file:
+        hashing = _HashingFile(file)
+        torch.save(state, hashing)
+        file.flush()
+        os.fsync(file.fileno())
+    path = run_dir / f"ckpt-{step:08d}-{hashing.digest.hexdigest()[:16]}.pt"
+    os.replace(tmp, path)
+    handle = os.open(run_dir, os.O_RDONLY)  # the rename itself must reach the disk before older files go
+    os.fsync(handle)
+    os.close(handle)
+    older = [old for _, old in find(run_dir) if old != path]
+    for old in older[: max(0, len(older) - (keep - 1))]:
+        old.unlink()
+    return path
+
+
+def read(path, device="cpu"):
+    """The state written by `save`. `path` is a file, or a run directory for its newest one.
+
+    Raises FileNotFoundError, or ValueError naming a file whose bytes changed since it was written."""
+    path = Path(path)
+    if path.is_dir():
+        files = find(path)
+        if not files:
+            raise FileNotFoundError(f"{path} holds no checkpoint (ckpt-*.pt); train first, or name another directory")
+        path = files[-1][1]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; check the path")
+    match = NAME.fullmatch(path.name)
+    if not match:
+        raise ValueError(f"{path} is not named ckpt-<step>-<hash>.pt: give it back its name, it holds the checksum")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    if digest != match[2]:
+        older = [str(other) for _, other in find(path.parent) if other != path]
+        remedy = f"move it away to continue from {older[-1]}" if older else "restore it from a copy"
+        raise ValueError(f"{path} is corrupt ({path.stat().st_size:,} bytes, SHA-256 {digest}... differs from its name): {remedy}")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def load_model(path, device="cpu", **overrides):
+    """The trained GPT of a run directory or checkpoint file, in evaluation mode; overrides replace fields such as impl or dtype."""
+    state = read(path, device)
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    cfg = ModelConfig(**{name: value for name, value in state["config"].items() if name in names} | overrides)
+    model = GPT(cfg).to(device)
+    model.load_state_dict(state["model"])
+    return model.eval()

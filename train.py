@@ -1,0 +1,459 @@
+"""Train a mixture-of-experts language model.
+
+    python train.py                                                     # the default model on procedural data: facts and reasoning
+    python train.py --data=DIR --preset=paper-d512-e16-k2 --seq-len=1024  # own data, prepared with `python -m data.prepare`
+    python train.py --data=DIR:0.7,DIR2:0.3                             # a mixture
+    torchrun --nproc-per-node=8 train.py --data=DIR                     # data parallel on one node
+    python train.py --resume=runs/NAME                                  # continue, bit for bit; other flags override
+
+A run directory holds config.json, metrics.jsonl (every logged number), checkpoints, and results.json at the end.
+Ctrl-C or SIGTERM saves a checkpoint and ends the run.
+"""
+
+import ctypes
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import config
+import model as model_file
+from config import require
+from data import shards, tokenizer
+from data.loader import Loader
+from eval.generate import generate
+from model import GPT, ModelConfig, count_params, flops_per_token, peak_flops, update_router_bias
+from moe_kernels import balance_loss
+
+
+@dataclass(frozen=True)
+class TrainConfig(ModelConfig):
+    # Run
+    preset: str = "tiny"  # model fields start from this one of model.PRESETS (the vocabulary comes from the data)
+    data: str = ""  # data directory, or a mixture DIR:weight,DIR:weight; empty: procedural data, written under the run directory
+    out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
+    resume: str = ""  # run directory to continue
+    seed: int = 0  # of the weights and of the data order
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    compile: bool = True  # torch.compile of each block, on CUDA
+    # Optimisation
+    steps: int = 1000  # optimiser steps
+    batch_size: int = 16  # sequences per step, over all ranks and micro-batches
+    grad_accum: int = 1  # micro-batches per step (the balance loss is that of a micro-batch over all ranks)
+    lr: float = 1e-3  # peak learning rate
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
+    warmup_steps: int = 50  # linear, from 0
+    decay_frac: float = 0.2  # wsd: share of the steps spent decaying
+    min_lr_frac: float = 0.1  # final learning rate / peak
+    beta1: float = 0.9  # AdamW, mean
+    beta2: float = 0.95  # AdamW, variance
+    eps: float = 1e-8  # AdamW
+    weight_decay: float = 0.1  # on matrices, the router and embeddings among them; never on norms
+    clip_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
+    balance_coef: float = 1e-2  # weight of the load-balancing loss
+    z_coef: float = 1e-3  # weight of the router z-loss
+    # Reports
+    log_every: int = 20  # steps between lines
+    val_every: int = 200  # steps between validations; 0: only at the end
+    val_batches: int = 20  # batches of batch_size / grad_accum sequences per validation
+    checkpoint_every: int = 500  # steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = 2  # newest ones kept
+    sample_tokens: int = 64  # length of the samples at the end; 0: none
+
+    @staticmethod
+    def preset_fields(name):
+        return {field: value for field, value in model_file.preset_fields(name).items() if field != "vocab_size"}
+
+    def validate(self):
+        super().validate()
+        for name in ("steps", "batch_size", "grad_accum", "log_every", "val_batches", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "balance_coef", "z_coef", "val_every", "checkpoint_every",
+                     "sample_tokens", "lr", "eps"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
+        for name in ("beta1", "beta2", "decay_frac", "min_lr_frac"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "use a number from 0 to 1")
+        require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, f"use a multiple of grad_accum={self.grad_accum}")
+
+
+def read_config(argv):
+    cfg = config.parse(TrainConfig, argv, __doc__)
+    if cfg.resume:
+        cfg = config.parse(TrainConfig, [f"--config={cfg.resume}/config.json", *argv])
+        cfg = dataclasses.replace(cfg, out_dir=cfg.resume)
+    return cfg
+
+
+def parse_sources(text):
+    """DIR or DIR:0.7,DIR:0.3 -> [(directory, weight)]."""
+    sources = []
+    for part in text.split(","):
+        directory, colon, weight = part.rpartition(":")
+        try:
+            sources.append((directory, float(weight)) if colon else (part, 1.0))
+        except ValueError:
+            raise ValueError(f"data={text!r}: {weight!r} is not a weight; write DIR or DIR:0.7,DIR2:0.3") from None
+    return sources
+
+
+def lr_at(step, cfg):
+    """Learning rate of step 0 .. steps-1: linear warm-up, then cosine, or constant and linear decay, to min_lr_frac * lr."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    if cfg.schedule == "cosine":
+        progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        share = min(1.0, (cfg.steps - step) / max(1, cfg.decay_frac * cfg.steps))
+    return cfg.lr * (cfg.min_lr_frac + (1 - cfg.min_lr_frac) * share)
+
+
+def make_optimizer(model, cfg):
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+class Window:
+    """Sums over the steps since the last log line. They stay on the device until a line is due, and are part of a checkpoint."""
+
+    def __init__(self, cfg, device):
+        self.losses = torch.zeros(3, device=device)  # cross-entropy, balance, z
+        self.counts_NE = torch.zeros(0 if cfg.dense else cfg.n_layers, cfg.n_experts, device=device, dtype=torch.int64)
+        self.batches = 0
+
+    def add(self, *losses, counts_NE):
+        self.losses += torch.stack([loss.detach() for loss in losses])
+        self.counts_NE += counts_NE
+        self.batches += 1
+
+    def read_and_reset(self, world):
+        """The means over batches and ranks, and the load of the experts; waits for the device."""
+        if world > 1:
+            dist.all_reduce(self.losses)
+        loss, balance, z = (self.losses / (self.batches * world)).tolist()
+        n = max(1, len(self.counts_NE))
+        load = self.counts_NE.float() / self.counts_NE.float().mean(1, keepdim=True).clamp(min=1e-9)
+        row = {"loss": loss, "balance": balance / n, "z": z / n}  # per layer: balance is 1 at balance
+        if len(load):
+            row |= {"load_max": load.amax(1).tolist(), "load_min": load.amin(1).tolist(), "dead_experts": int((self.counts_NE == 0).sum())}
+        self.losses.zero_()
+        self.counts_NE.zero_()
+        self.batches = 0
+        return row
+
+    def state_dict(self):
+        return {"losses": self.losses, "counts_NE": self.counts_NE, "batches": self.batches}
+
+    def load_state_dict(self, state):
+        self.losses.copy_(state["losses"])
+        self.counts_NE.copy_(state["counts_NE"])
+        self.batches = state["batches"]
+
+
+@torch.no_grad()
+def validate(model, loader, n_batches, world):
+    """Mean cross-entropy in nats over the same first batches of the validation stream every time; the router losses are not in it."""
+    model.eval()
+    loader.load_state_dict(loader.state_dict() | {"drawn": [0] * len(loader.sources)})
+    total = sum(model(*loader.next()).loss for _ in range(n_batches)) / n_batches
+    if world > 1:
+        dist.all_reduce(total)
+    model.train()
+    return float(total) / world
+
+
+def bytes_per_token(sources, split):
+    """UTF-8 bytes of text per token of the mixture, for bits per byte; None where a directory does not count its bytes."""
+    splits = [(weight, shards.read_meta(directory)["splits"][split]) for directory, weight in sources]
+    if not all(meta.get("bytes") for _, meta in splits):
+        return None
+    return sum(weight * meta["bytes"] / meta["tokens"] for weight, meta in splits) / sum(weight for weight, _ in splits)
+
+
+def open_run(cfg):
+    """Create or reopen the run directory and lock it. Returns (directory, lock file); the lock ends with the process."""
+    name = cfg.out_dir or f"runs/{'dense' if cfg.dense else cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(name)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"out_dir={name!r}: another process is training there; wait for it or use another directory") from None
+    if not cfg.resume and ((run_dir / "metrics.jsonl").exists() or checkpoint.find(run_dir)):
+        raise ValueError(f"out_dir={name!r}: it already holds a run; continue it with --resume={name} or use another directory")
+    return run_dir, lock
+
+
+def rewind_metrics(path, step):
+    """Drop what a killed run logged after the checkpoint it resumes from; those steps will be logged again."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows += [line] if json.loads(line)["step"] <= step else []
+        except ValueError:  # the last line, torn by the kill
+            pass
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text("".join(row + "\n" for row in rows))
+    os.replace(tmp, path)
+
+
+def keep_freed_memory():
+    """glibc returns large freed blocks to the kernel, and every new tensor page-faults anew. Keeping them: 1.3x faster on 2 cores."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its maximum
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):  # another C library
+        pass
+
+
+class Stop:
+    """Set by the first SIGINT or SIGTERM; a second one ends the process at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.old = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(self, number, frame):
+        self.asked = True
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def train(cfg, rank=0, world=1, device=torch.device("cpu")):
+    """One run from start, or from its newest checkpoint, to the end. Returns the contents of results.json (rank 0) or None."""
+    lead = rank == 0
+    require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size,
+            f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}")
+    micro_batch = cfg.batch_size // (world * cfg.grad_accum)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+    # ---- run directory and data
+    run_dir = lock = None
+    sources = parse_sources(cfg.data)
+    if lead:
+        run_dir, lock = open_run(cfg)
+        if not cfg.data:
+            sources = [(str(run_dir / "data"), 1.0)]
+            if not (run_dir / "data" / shards.META).exists():
+                from data import procedural  # only this run needs it
+
+                procedural.build(run_dir / "data", seed=cfg.seed)
+    if world > 1:
+        shared = [run_dir, sources]
+        dist.broadcast_object_list(shared)
+        run_dir, sources = shared
+    loader = Loader(sources, "train", micro_batch, cfg.seq_len, cfg.seed, rank, world, device)
+    val_loader = Loader(sources, "val", micro_batch, cfg.seq_len, 0, rank, world, device)
+    n_val = min(cfg.val_batches, max(1, sum(val_loader.n_windows) // (micro_batch * world)))
+    enc = tokenizer.load(sources[0][0])
+    if not cfg.vocab_size:
+        cfg = dataclasses.replace(cfg, vocab_size=-(-enc.n_vocab // 64) * 64)  # tensor cores like multiples of 64
+    require(cfg.vocab_size >= enc.n_vocab, "vocab_size", cfg.vocab_size, f"the tokenizer of {sources[0][0]} has {enc.n_vocab} tokens")
+
+    # ---- model, optimiser, state
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg).to(device)
+    optimizer = make_optimizer(model, cfg)
+    window = Window(cfg, device)
+    start = 0
+    if cfg.resume:
+        state = checkpoint.read(run_dir, device)
+        for field in dataclasses.fields(ModelConfig):
+            if field.name not in ("dtype", "impl", "loss_chunk", "seq_len"):
+                saved, value = state["config"][field.name], getattr(cfg, field.name)
+                require(saved == value, field.name, value, f"the checkpoint has {saved!r}; resume without this flag")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        loader.load_state_dict(state["loader"])
+        window.load_state_dict(state["window"])
+        torch.set_rng_state(state["rng"].cpu())
+        start = state["step"]
+        del state
+    net = model
+    if cfg.compile and device.type == "cuda":
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    if world > 1:
+        # Buffers stay out of it: the router bias is the same everywhere because the counts are. Always call net, never net.module.
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    params, flops = count_params(cfg), flops_per_token(cfg)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and model.dtype == torch.bfloat16 else None
+    tokens_per_step = cfg.batch_size * cfg.seq_len
+    per_token = bytes_per_token(sources, "val")
+    if lead:
+        config.save(cfg, run_dir / "config.json")
+        rewind_metrics(run_dir / "metrics.jsonl", start)
+        print(f"{run_dir}: {params.total:,} parameters ({params.active:,} active), {cfg.steps - start} steps of {tokens_per_step:,} tokens, "
+              f"{str(model.dtype)[6:]} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'} x {world}", flush=True)
+
+    def record(row):
+        if lead:
+            with open(run_dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def save(step):
+        if lead:
+            checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(cfg), "model": model.state_dict(),
+                                            "optimizer": optimizer.state_dict(), "loader": loader.state_dict(),
+                                            "window": window.state_dict(), "rng": torch.get_rng_state()}, cfg.keep_checkpoints)
+
+    def run_validation(step):
+        row = {"step": step, "val_loss": validate(model, val_loader, n_val, world)}
+        if per_token:
+            row["val_bits_per_byte"] = row["val_loss"] / math.log(2) / per_token
+        record(row)
+        if lead:
+            print(f"step {step:>6}/{cfg.steps} | " + " | ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "step"), flush=True)
+        return row
+
+    # ---- the loop
+    stop = Stop()
+    model.train()
+    step, row, val_row, clock, clock_step = start, {}, {}, time.perf_counter(), start
+    while step < cfg.steps:
+        lr = lr_at(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        step_counts_NE = 0
+        for micro in range(cfg.grad_accum):
+            tokens_BL, targets_BL = loader.next()
+            last = micro == cfg.grad_accum - 1
+            with nullcontext() if last or world == 1 else net.no_sync():
+                out = net(tokens_BL, targets_BL)
+                balance = out.balance
+                if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
+                    dist.all_reduce(out.counts_NE)
+                    balance = sum((balance_loss(c, p) for c, p in zip(out.counts_NE, out.probs_NE, strict=True)), out.balance * 0)
+                loss = out.loss + cfg.balance_coef * balance + cfg.z_coef * out.z
+                (loss / cfg.grad_accum).backward()
+            window.add(out.loss, balance, out.z, counts_NE=out.counts_NE)
+            step_counts_NE = step_counts_NE + out.counts_NE
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if cfg.router_bias_rate:
+            update_router_bias(model, step_counts_NE)
+        step += 1
+
+        stopping = stop.asked and world == 1
+        if step % cfg.log_every == 0 or step == cfg.steps:
+            row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "grad_norm": float(grad_norm), **window.read_and_reset(world)}
+            now = time.perf_counter()
+            rate = (step - clock_step) * tokens_per_step / (now - clock)
+            row |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None, "memory_gb": peak_memory_gb(device)}
+            clock, clock_step = now, step
+            record(row)
+            if lead:
+                print(log_line(row, cfg, tokens_per_step), flush=True)
+            if not math.isfinite(row["loss"]):
+                raise ValueError(f"loss is {row['loss']} at step {step}: lower lr or raise warmup_steps; "
+                                 "the checkpoints in the run directory are from before")
+            if world > 1:  # ranks hear a signal at different steps: agree where they wait for one another anyway
+                asked = torch.tensor(int(stop.asked), device=device)
+                dist.all_reduce(asked)
+                stopping = bool(asked)
+        pause = time.perf_counter()
+        if step == cfg.steps or cfg.val_every and step % cfg.val_every == 0:
+            val_row = run_validation(step)
+        if stopping or step == cfg.steps or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
+            save(step)
+        clock += time.perf_counter() - pause
+        if stopping and step < cfg.steps:
+            if lead:
+                print(f"stopped and saved at step {step}; continue with: python train.py --resume={run_dir}")
+            break
+    stop.restore()
+    if not lead or step < cfg.steps:
+        return None
+    if not val_row:  # resumed at the end
+        val_row = run_validation(step) if world == 1 else {}
+    results = {**row, **val_row, "params_total": params.total, "params_active": params.active}
+    results |= final_report(model, cfg, sources, enc, val_loader, results)
+    with open(run_dir / "results.json", "w") as file:
+        json.dump(results, file, indent=2)
+    lock.close()
+    return results
+
+
+def peak_memory_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def log_line(row, cfg, tokens_per_step):
+    eta = int((cfg.steps - row["step"]) * tokens_per_step / row["tokens_per_s"])
+    mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    load = f"{max(row['load_max']):.2f}" if "load_max" in row else "n/a"
+    return (f"step {row['step']:>6}/{cfg.steps} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
+            f"{row['tokens_per_s']:,.0f} tok/s | mfu {mfu} | load {load} | eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
+
+
+def final_report(model, cfg, sources, enc, val_loader, results):
+    """Print the table and samples; return what evaluation adds to results.json."""
+    model.eval()
+    print()
+    for name, value in results.items():
+        if isinstance(value, (int, float)):
+            print(f"{name:<24} {value:>14,}" if isinstance(value, int) else f"{name:<24} {value:>14,.4f}")
+    if not cfg.sample_tokens:
+        return {}
+    tokens_BL, _ = val_loader.next()
+    length = min(cfg.seq_len // 2, 32)
+    prompts = [row[:length].tolist() for row in tokens_BL[:2]]
+    new = generate(model, prompts, min(cfg.sample_tokens, cfg.seq_len - length), [enc.eot_token], temperature=0.8, top_p=0.95,
+                   seed=cfg.seed, n_vocab=enc.n_vocab)
+    samples = [{"prompt": enc.decode(prompt), "text": enc.decode(ids)} for prompt, ids in zip(prompts, new, strict=True)]
+    for sample in samples:
+        print(f"\n--- prompt (validation): {sample['prompt']}\n--- sample: {sample['text']}")
+    return {"samples": samples}
+
+
+def main(argv=None):
+    """Entry point of `python train.py` and torchrun; returns what `train` returns."""
+    try:
+        cfg = read_config(sys.argv[1:] if argv is None else argv)
+        rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
+                                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
+        require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
+        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        if world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        return train(cfg, rank, world, device)
+    except (ValueError, FileNotFoundError) as error:
+        if argv is not None or "DEBUG" in os.environ:
+            raise
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
