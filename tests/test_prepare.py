@@ -1,0 +1,233 @@
+import gzip
+import json
+import lzma
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import prepare as module
+from data import shards, tokenizer
+from data.loader import Loader
+from data.prepare import hashes, main, prepare, split_documents
+
+WORDS = "the a goose geese river counted seven 1987 silently, quickly. naïve 漢字 'quoted' (and) so-called\n".split(" ")
+WORDS += ["".join(random.Random(i).choices("abcdefgh", k=5)) for i in range(200)]
+
+
+def text(n_words, seed):
+    return f"{seed} " + " ".join(random.Random(seed).choices(WORDS, k=n_words))
+
+
+def documents(directory, split):
+    """The texts of a split, decoded."""
+    enc = tokenizer.load(directory)
+    if split not in shards.read_meta(directory)["splits"]:
+        return []
+    ids = np.concatenate(shards.open_shards(directory, split))
+    ends = np.flatnonzero(ids == enc.eot_token)
+    assert ends[-1] == len(ids) - 1
+    return [enc.decode(part[part != enc.eot_token].tolist()) for part in np.split(ids, ends[:-1] + 1)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """One of each kind of input, and the documents that are in it."""
+    top = tmp_path_factory.mktemp("corpus")
+    docs = [text(60, i) for i in range(120)]
+    (top / "a.txt").write_text("\n\0\n".join(docs[:20]) + "\n\0\n", newline="")
+    with gzip.open(top / "b.txt.gz", "wt", newline="") as f:
+        f.write("\n\0\n".join("\ufeff" + d.replace("\n", "\r\n") for d in docs[20:40]))
+    with lzma.open(top / "c.txt.xz", "wt", newline="") as f:
+        f.write("\n\0\n".join(docs[40:60]))
+    lines = [json.dumps({"text": d, "n": 1}) for d in docs[60:80]]
+    (top / "d.jsonl").write_text("\n".join(lines[:10]) + "\n\n")
+    with gzip.open(top / "e.jsonl.gz", "wt") as f:
+        f.write("\n".join(lines[10:15]))
+    with lzma.open(top / "f.jsonl.xz", "wt") as f:
+        f.write("\n".join(lines[15:]))
+    for i, d in enumerate(docs[80:]):
+        path = top / "src" / f"package{i % 3}" / f"m{i}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {d}")
+    (top / "src" / "latin.py").write_bytes("# -*- coding: latin-1 -*-\ns = 'é'\n".encode("latin-1"))
+    for name in ("__pycache__/x.py", ".hidden/y.py", "empty.py", "picture.png"):
+        (top / "src" / name).parent.mkdir(exist_ok=True)
+        (top / "src" / name).write_text("" if name == "empty.py" else "must not be read")
+    return top, docs[:80] + [f"# {d}" for d in docs[80:]]
+
+
+def test_every_kind_of_input(corpus, tmp_path, capsys):
+    top, docs = corpus
+    meta = prepare([f"{top}/*.txt*", f"{top}/*.jsonl*", f"{top}/src"], tmp_path / "d", vocab_size=600, val_fraction=0.2, licence="CC0", max_document=1e6)
+    train, val = documents(tmp_path / "d", "train"), documents(tmp_path / "d", "val")
+    assert sorted(train + val) == sorted(docs) and 5 < len(val) < 50
+    assert [d for d in val if d in docs[:80]] == [d for d in docs[:80] if d in val], "not in the order of the input"
+    assert all((hashes(d, 0)[0] < 0.2) == (d in set(val)) for d in docs)
+
+    assert meta == json.loads((tmp_path / "d" / "meta.json").read_text())
+    assert meta["licence"] == "CC0" and meta["vocab_size"] == 600
+    for split, texts in (("train", train), ("val", val)):
+        assert meta["splits"][split]["documents"] == len(texts)
+        assert meta["splits"][split]["bytes"] == sum(len(t.encode()) for t in texts)
+        for unit in ("documents", "tokens", "bytes"):
+            assert meta["splits"][split][unit] == sum(s[split].get(unit, 0) for s in meta["sources"])
+    code = meta["sources"][-1]
+    assert (Path(code["name"]), code["files"], code["skipped"]) == (top / "src", 42, 1)
+    assert [Path(s["name"]).name for s in meta["sources"][:-1]] == ["a.txt", "b.txt.gz", "c.txt.xz", "d.jsonl", "e.jsonl.gz", "f.jsonl.xz"]
+    assert meta["sources"][0]["sha256"] == module.hashlib.sha256((top / "a.txt").read_bytes()).hexdigest()
+    out = capsys.readouterr().out
+    assert "a.txt" in out and "MB/s" in out and "1 files that are not UTF-8 skipped" in out
+
+
+def test_same_input_same_bytes(corpus, tmp_path, monkeypatch):
+    top, _ = corpus
+    for name, workers, block in (("a", 1, 2**20), ("b", 4, 500)):
+        monkeypatch.setattr(module, "BLOCK", block)
+        prepare([f"{top}/*.xz", f"{top}/src"], tmp_path / name, vocab_size=400, workers=workers)
+    a, b = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab")
+    assert a == b and len(a) == 4
+
+
+def test_documents_stay_on_their_side(corpus, tmp_path):
+    top, docs = corpus
+    (tmp_path / "twice.txt").write_text("\n\0\n".join(docs[:20] + docs[:20]), newline="")  # the documents of a.txt, twice
+    options = dict(vocab_size=300, val_fraction=0.25, max_document=1e6)
+    prepare([f"{top}/a.txt"], tmp_path / "one", **options)
+    prepare([f"{top}/a.txt", f"{tmp_path}/twice.txt", f"{top}/*.xz"], tmp_path / "more", **options)
+    prepare([f"{top}/a.txt"], tmp_path / "seed", **options, seed=1)
+    one, more, seed = (set(documents(tmp_path / name, "val")) for name in ("one", "more", "seed"))
+    assert one and one == more & set(docs[:20]) and one != seed
+    assert not more & set(documents(tmp_path / "more", "train"))
+
+
+def test_one_long_file_is_split_at_lines(tmp_path):
+    content = "\n".join(text(20, i).replace("\n", " ") for i in range(600))
+    (tmp_path / "book.txt").write_text(content)
+    meta = prepare([str(tmp_path / "book.txt")], tmp_path / "d", vocab_size=500, val_fraction=0.05)
+    train, val = documents(tmp_path / "d", "train"), documents(tmp_path / "d", "val")
+    assert len(train) > 10 and len(val) >= 1 and meta["splits"]["val"]["bytes"] < 0.3 * len(content.encode())
+    assert all(piece.endswith("\n") or content.endswith(piece) for piece in train + val)
+    assert sum(map(len, train + val)) == len(content) and all(piece in content for piece in train + val)
+
+
+def test_something_is_always_held_out(tmp_path):
+    (tmp_path / "x.txt").write_text("one\n\0\ntwo\n\0\nthree", newline="")
+    assert prepare([str(tmp_path / "x.txt")], tmp_path / "d", vocab_size=260, val_fraction=1e-9)["splits"]["val"]["documents"] == 1
+    assert "val" not in prepare([str(tmp_path / "x.txt")], tmp_path / "e", vocab_size=260, val_fraction=0)["splits"]
+    with pytest.raises(ValueError, match="nothing to train on"):
+        prepare([str(tmp_path / "x.txt")], tmp_path / "f", vocab_size=260, val_fraction=0.999999)
+    (tmp_path / "y.txt").write_text("only one")
+    with pytest.raises(ValueError, match="one document.*--max_document"):
+        prepare([str(tmp_path / "y.txt")], tmp_path / "f", vocab_size=260)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "e", "x.txt", "y.txt"]
+
+
+def test_splitting_does_not_depend_on_blocks():
+    rng = random.Random(0)
+    for trial in range(300):
+        content = "".join(rng.choices(["\n\0\n", "\n", "\n\n", " ", "word", "\0", "x" * 30], [1, 4, 2, 8, 8, 1, 1], k=rng.randint(0, 200)))
+        limit = rng.choice([1, 8, 40, 100])
+        whole = list(split_documents([content], limit))
+        block = rng.randint(1, 20)
+        assert list(split_documents([content[i:i + block] for i in range(0, len(content), block)], limit)) == whole
+        assert "".join(whole) == content.replace("\n\0\n", "")
+        assert all(len(d) <= max(limit, 2) for d in whole)
+        uncut = list(split_documents([content], 10**6))
+        assert uncut == content.split("\n\0\n") and (limit > 1 or uncut == whole or len(whole) > len(uncut))
+
+
+def test_an_existing_tokenizer_is_reused_and_mixes(corpus, tmp_path):
+    top, _ = corpus
+    prepare([f"{top}/*.txt"], tmp_path / "a", vocab_size=400)
+    prepare([f"{top}/*.jsonl"], tmp_path / "b", tokenizer_name=str(tmp_path / "a"))
+    prepare([f"{top}/*.jsonl"], tmp_path / "c", vocab_size=300)
+    assert documents(tmp_path / "b", "train")[0] in corpus[1]
+    tokens, targets = Loader([(tmp_path / "a", 1.0), (tmp_path / "b", 2.0)], "train", 6, 32).next()
+    assert tokens.shape == targets.shape == (6, 32)
+    with pytest.raises(ValueError, match="different tokenizers"):
+        Loader([(tmp_path / "a", 1.0), (tmp_path / "c", 1.0)], "train", 6, 32)
+
+
+def test_special_tokens_in_text_are_text(tmp_path):
+    content = "before <|endoftext|> after"
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in (content, "\ud800 half a pair", content + "2")))
+    prepare([str(tmp_path / "x.jsonl")], tmp_path / "d", vocab_size=270, val_fraction=0)
+    assert documents(tmp_path / "d", "train") == [content, "? half a pair", content + "2"]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.txt", "gr\xfcn\n".encode("latin-1"), r"x.txt is not UTF-8 \(.*0xfc\); convert it"),
+    ("x.txt.xz", lzma.compress(b"abc " * 9999)[:-20], "x.txt.xz cannot be decompressed"),
+    ("x.txt.gz", gzip.compress(text(9999, 0).encode())[:-20], "x.txt.gz cannot be decompressed"),
+    ("x.txt.gz", b"this is not gzip", "x.txt.gz cannot be decompressed"),
+    ("x.jsonl", b'{"text": "fine"}\n{"text": "cut', r"x.jsonl:2 is not JSON"),
+    ("x.jsonl", b'{"text": "fine"}\n\n{"body": "b", "id": 3}', r"x.jsonl:3 has no text in field 'text' \(it has: body, id\); pass --text_field"),
+    ("x.jsonl", b'["text"]', r"x.jsonl:1 has no text.*list"),
+    ("x.txt", b"\n  \n", "no text in it"),
+])
+def test_bad_files_are_named_and_nothing_is_written(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "good.txt").write_text("good\n\0\ntext", newline="")
+    inputs = [str(tmp_path / name)] if "no text in it" in message else [str(tmp_path / "good.txt"), str(tmp_path / name)]
+    with pytest.raises(ValueError, match=message):
+        prepare(inputs, tmp_path / "d", vocab_size=260)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["good.txt", name])
+
+
+def test_remedies_work(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"gr\xfcn\n\0\nblau")
+    prepare([str(tmp_path / "x.txt")], tmp_path / "d", vocab_size=260, val_fraction=0, encoding_errors="replace")
+    assert documents(tmp_path / "d", "train") == ["gr\ufffdn", "blau"]
+    (tmp_path / "x.jsonl").write_text('{"body": "b"}')
+    prepare([str(tmp_path / "x.jsonl")], tmp_path / "e", vocab_size=260, val_fraction=0, text_field="body")
+    assert documents(tmp_path / "e", "train") == ["b"]
+
+
+def test_command_line_errors(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("one\n\0\ntwo", newline="")
+    good = ["--input", str(tmp_path / "x.txt"), "--out", str(tmp_path / "d")]
+    for extra, message in ((["--vocabsize", "300"], "unknown argument --vocabsize; did you mean --vocab_size?"),
+                           (["--vocab_size", "100"], "--vocab_size 100: must be at least 257"),
+                           (["--val_fraction", "1.5"], "--val_fraction 1.5: must be"),
+                           (["--tokenizer", "gpt9"], "gpt9"),
+                           (["--input", str(tmp_path / "*.text")], "no such file or directory")):
+        with pytest.raises(SystemExit) as stop:
+            main(good + extra)
+        assert message in capsys.readouterr().err + str(stop.value) and stop.value.code != 0
+    main(good + ["--vocab_size", "260"])
+    before = (tmp_path / "d" / "meta.json").read_bytes()
+    with pytest.raises(SystemExit, match="exists and is not empty.*--overwrite"):
+        main(good + ["--vocab_size", "258"])
+    assert (tmp_path / "d" / "meta.json").read_bytes() == before
+    main(good + ["--vocab_size", "258", "--overwrite"])
+    assert shards.read_meta(tmp_path / "d")["vocab_size"] == 258
+
+
+@pytest.mark.parametrize("when", ["count_pieces", "bpe_from_counts", "add"])
+def test_an_interrupt_leaves_nothing(corpus, tmp_path, monkeypatch, capsys, when):
+    monkeypatch.setattr(module, "BLOCK", 1000)
+    owner = shards.ShardWriter if when == "add" else tokenizer
+    original, calls = getattr(owner, when), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == (1 if when == "bpe_from_counts" else 5):
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, when, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["--input", f"{corpus[0]}/*.txt*", "--out", str(tmp_path / "d"), "--vocab_size", "400"])
+    assert stop.value.code == 130 and calls and list(tmp_path.iterdir()) == []
+    assert "nothing was written" in capsys.readouterr().err
+
+
+def test_as_a_program(corpus, tmp_path):
+    run = subprocess.run([sys.executable, "-m", "data.prepare", "--input", f"{corpus[0]}/*.txt*", "--out", str(tmp_path / "d"), "--vocab_size", "400"],
+                         cwd=Path(module.__file__).parents[1], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "vocabulary 400" in run.stdout and sorted(p.name for p in (tmp_path / "d").iterdir()) == ["meta.json", "tokenizer.json", "train-00000.bin", "val-00000.bin"]

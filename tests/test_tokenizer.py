@@ -1,0 +1,136 @@
+import json
+import random
+from collections import Counter
+
+import pytest
+import tiktoken
+
+from data import tokenizer
+
+TEXTS = [
+    "It's 1987, and the 48/2 = 24 geese weren't flying; naïve façade, “quoted”.\n\n    def f(x):\n\treturn x**2  # ok\r\n",
+    "हिन्दी में परीक्षा, 漢字かな交じり文, \U0001f9ea emoji, tab\t\ttab, nbsp\u00a0x, \u2028 line, ſ 'S",
+    "   leading and trailing   ", "\n", "", "a", " ", "\0\1", "<|endoftext|> is text here",
+]
+
+
+def plain_bpe(counts, n_merges):
+    """The definition of BPE, one merge a pass over everything: the most frequent pair, the lower pair of ids if equal."""
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
+    ids = {bytes([b]): b for b in range(256)}
+    while len(ids) < 256 + n_merges:
+        pairs = Counter()
+        for word, n in words:
+            for a, b in zip(word, word[1:]):
+                pairs[ids[a], ids[b]] += n
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        a, b = (token for i in best for token in ids if ids[token] == i)
+        for word, _ in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == (a, b):
+                    word[i:i + 2] = [a + b]
+                i += 1
+        ids[a + b] = len(ids)
+    return ids
+
+
+def test_training_is_exactly_bpe():
+    rng = random.Random(0)
+    for trial in range(100):  # two or three letters: long runs and overlapping merges, where shortcuts go wrong
+        counts = Counter("".join(rng.choices("abc"[:2 + trial % 2], k=rng.randint(1, 12))) for _ in range(rng.randint(1, 30)))
+        n_merges = rng.randint(1, 40)
+        assert tokenizer.bpe_from_counts(counts, 257 + n_merges)._mergeable_ranks == plain_bpe(counts, n_merges)
+    counts.update({"cb": 1000})
+    assert tokenizer.bpe_from_counts(counts, 260)._mergeable_ranks != plain_bpe(Counter(["ab", "ab"]), 3), "the comparison compares nothing"
+
+
+def test_any_text_comes_back():
+    enc = tokenizer.train_bpe(TEXTS * 3, 400)
+    rng = random.Random(1)
+    noise = ["".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xd800), rng.randrange(0x10000, 0x110000)])) for _ in range(200)) for _ in range(50)]
+    sizes = tokenizer.token_bytes(enc)
+    for text in TEXTS + noise:
+        ids = enc.encode_ordinary(text)
+        assert enc.decode(ids) == text
+        assert sizes[ids].sum() == len(text.encode())
+        assert enc.eot_token not in ids
+    assert sizes[enc.eot_token] == 0
+
+
+def test_vocabulary_size_and_determinism():
+    texts = [" ".join(random.Random(i).choices(TEXTS[0].split(), k=200)) for i in range(5)]
+    enc = tokenizer.train_bpe(texts, 300)
+    assert enc.n_vocab == 300 and enc.eot_token == 299
+    assert tokenizer.train_bpe(reversed(texts), 300)._mergeable_ranks == enc._mergeable_ranks
+    assert tokenizer.train_bpe(["ab"], 16384).n_vocab == 258  # one pair is all there is
+    assert tokenizer.train_bpe([], 300).n_vocab == 257
+    with pytest.raises(ValueError, match="vocab_size=200"):
+        tokenizer.train_bpe(texts, 200)
+
+
+def test_one_digit_per_token():
+    enc = tokenizer.train_bpe(["In 1987 there = 1987 and 19871987 = x. "] * 50, 400)
+    assert [enc.decode([i]) for i in enc.encode_ordinary("48/2 = 1987")] == ["4", "8", "/", "2", " =", " ", "1", "9", "8", "7"]
+    assert any(len(token) > 3 for token in enc._mergeable_ranks), "nothing was merged, so the digits prove nothing"
+
+
+@pytest.mark.parametrize("text", [" " * 10**6, "\n" * 10**6, "\t \n" * 300_000, "a" * 10**6, "=" * 10**6, "7" * 10**6])
+def test_long_runs_neither_fail_nor_hang(text):
+    enc = tokenizer.encoding({bytes([b]): b for b in range(256)})
+    assert len(enc.encode_to_numpy(text, disallowed_special=())) == len(text)
+    assert sum(len(piece) * n for piece, n in tokenizer.count_pieces([text]).items()) == len(text)
+
+
+def test_save_and_load(tmp_path):
+    enc = tokenizer.train_bpe(TEXTS, 350)
+    path = tokenizer.save(enc, tmp_path)
+    again = tokenizer.load(tmp_path)
+    assert again.n_vocab == enc.n_vocab and again.eot_token == enc.eot_token
+    assert all(again.encode_ordinary(t) == enc.encode_ordinary(t) for t in TEXTS)
+    assert again.encode("x<|endoftext|>", allowed_special="all")[-1] == enc.eot_token
+
+    content = json.loads(path.read_text())
+    for damage in ({"tokens": content["tokens"][:-1] + content["tokens"][:1]}, {"special_tokens": {}}, {"pattern": "("}):
+        path.write_text(json.dumps(content | damage))
+        with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+            tokenizer.load(tmp_path)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+        tokenizer.load(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="does not exist"):
+        tokenizer.load(tmp_path)
+
+
+def test_word_tokenizer():
+    words = [" Alice", " Bob", " lives", " in", " Oslo", ".", "\n", " Alice"]
+    enc = tokenizer.word_tokenizer(words)
+    assert enc.n_vocab == 256 + 5 + 1  # "." and "\n" are bytes already
+    ids = enc.encode_ordinary(" Bob lives in Oslo.")
+    assert len(ids) == 5 and enc.decode(ids) == " Bob lives in Oslo."
+    for text in TEXTS:
+        assert enc.decode(enc.encode_ordinary(text)) == text
+    with pytest.raises(ValueError, match="New York"):
+        tokenizer.word_tokenizer([" New York"])
+    with pytest.raises(ValueError, match="17"):
+        tokenizer.word_tokenizer([" 17"])
+    assert len(tokenizer.word_tokenizer([" 17"], r" ?\d+|\s|\S").encode_ordinary(" 17")) == 1
+
+
+def test_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match="gpt5.*neither"):
+        tokenizer.named("gpt5")
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: f"the encoding {name}")  # the real one wants the real file
+    with pytest.raises(ValueError, match="9b5ad71b2ce5302211f9c61530b329a4922fc6a4 is missing.*With a network"):
+        tokenizer.named("cl100k_base")
+    (tmp_path / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4").touch()
+    assert tokenizer.named("cl100k_base") == "the encoding cl100k_base"
+
+
+def test_ids_of_merges_follow_their_order():
+    enc = tokenizer.bpe_from_counts(Counter({"the": 10, "then": 5, "hen": 3}), 260)  # he 18; t+he 15, he+n 8; the+n 5
+    assert [enc.decode([i]) for i in (256, 257, 258)] == ["he", "the", "then"]
