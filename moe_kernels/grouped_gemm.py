@@ -133,7 +133,7 @@ def rows_kernel(
         tl.store(y_ptr + row_y + offs_n, _split_columns(acc, PARTS, part).to(dtype), mask=mask_m[:, None] & (offs_n < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def dswiglu_kernel(
     dy_ptr,
     w_out_desc,

@@ -1,0 +1,25 @@
+"""Runs the Triton kernels on the GPU where there is one, else in Triton's interpreter on the CPU (float32 and float16: its bfloat16 is wrong)."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+torch.set_num_threads(min(torch.get_num_threads(), 4))
+
+import pytest  # noqa: E402
+
+from tests.checks import poisoned_empty  # noqa: E402
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poison():
+    """Fresh buffers hold NaN (integers: a huge index) until written, so that reading one before writing it shows."""
+    with poisoned_empty():
+        yield

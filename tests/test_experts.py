@@ -1,0 +1,234 @@
+"""The expert layer and each of its GEMM kernels against float64: python -m pytest tests/test_experts.py (GPU where there is one)."""
+
+import pytest
+import torch
+
+from moe_kernels import grouped_gemm as gemm
+from moe_kernels import moe_experts, reference, route
+from moe_kernels.dispatch import dispatch
+from moe_kernels.experts import experts_op
+from moe_kernels.tiles import gemm_tiles
+from tests.checks import BOUNDS, DTYPES, ON_GPU, check, problem, rms_ratio
+
+SMALL = [(37, 48, 32, 4, 2), (9, 16, 80, 8, 3), (1, 16, 16, 1, 1), (0, 16, 16, 2, 1)]
+LARGE = [(1000, 48, 80, 7, 3), (513, 128, 256, 256, 16), (2000, 256, 128, 8, 8), (4096, 512, 256, 64, 4)] if ON_GPU else []
+NAMES = ("x", "w_in", "w_out", "gates")
+
+
+def run(impl, inputs, dy):
+    leaves = [t.clone().requires_grad_() for t in inputs[:4]]
+    y = moe_experts(*leaves, inputs[4], impl=impl)
+    return y, torch.autograd.grad(y, leaves, dy)
+
+
+def run_truth(inputs, dy):
+    return run("reference", (*(t.double() for t in inputs[:4]), inputs[4]), dy.double())
+
+
+def compare(got, truth, bound):
+    check(got[0], truth[0], bound, "y")
+    for name, a, b in zip(NAMES, got[1], truth[1], strict=True):
+        check(a, b, bound, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T,D,F,E,K", SMALL + LARGE)
+def test_triton_matches_float64(T, D, F, E, K, dtype, device, poison):
+    inputs = problem(T, D, F, E, K, dtype, device)
+    dy = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    compare(run("triton", inputs, dy), run_truth(inputs, dy), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("routing", ["one", "hole"])
+def test_uneven_routing(routing, device, poison):
+    inputs = problem(40, 32, 16, 5, 2, torch.float32, device, routing)
+    dy = torch.randn(40, 32, device=device)
+    got = run("triton", inputs, dy)
+    compare(got, run_truth(inputs, dy), BOUNDS[torch.float32])
+    idle = 4 if routing == "one" else 0
+    assert got[1][1][idle].abs().max() == 0 and got[1][2][idle].abs().max() == 0  # an expert without tokens: zeros, not garbage
+
+
+@pytest.mark.skipif(ON_GPU, reason="on the GPU grouped_mm takes bfloat16 only: see test_grouped_mm_on_gpu")
+def test_grouped_mm_composition_matches_float64():
+    inputs = problem(37, 48, 32, 4, 2, torch.float32, "cpu")
+    dy = torch.randn(37, 48)
+    compare(run("grouped_mm", inputs, dy), run_truth(inputs, dy), BOUNDS[torch.float32])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_grouped_mm_on_gpu():
+    inputs = problem(600, 64, 128, 8, 2, torch.bfloat16, "cuda")
+    dy = torch.randn(600, 64, device="cuda", dtype=torch.bfloat16)
+    compare(run("grouped_mm", inputs, dy), run_truth(inputs, dy), 1e-2)  # it rounds more often: gates and activations pass through bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DTYPES[-1]])
+def test_each_gemm_against_its_twin(dtype, device, poison):
+    T, D, F, E, K = 40, 48, 80, 6, 2
+    x, w_in, w_out, gates, experts = problem(T, D, F, E, K, dtype, device, "hole")
+    dy = torch.randn(T, D, device=device).to(dtype)
+    tiles = gemm_tiles(T * K, E, D, F, dtype)
+    d = dispatch(experts, E, tiles["up"].BLOCK_M)
+    offsets, row_slot, _ = reference.dispatch(experts, E)
+    wide = lambda *tensors: (t.double() for t in tensors)  # noqa: E731
+    h, a = gemm.up(x, w_in, d, tiles["up"])
+    true_h, true_a = reference.up(*wide(x, w_in), row_slot, offsets, K)
+    dh, ga, parts = gemm.dswiglu(dy, w_out, h, gates, d, tiles["dswiglu"])
+    true_dh, true_ga, true_dgates = reference.dswiglu(*wide(dy, w_out, h, gates), row_slot, offsets)
+    pairs = {
+        "h": (h, true_h),
+        "a": (a, true_a),
+        "y": (gemm.down(a, w_out, d, tiles["down"]), reference.down(*wide(a, w_out), offsets)),
+        "dh": (dh, true_dh),
+        "ga": (ga, true_ga),
+        "dgates": (parts.sum(0), true_dgates),
+        "dx": (gemm.dx(dh, w_in, d, tiles["dx"]), reference.dx(*wide(dh, w_in), offsets)),
+        "dw_in": (gemm.dw(dh, x, False, d, tiles["dw_in"]), reference.dw_in(*wide(dh, x), row_slot, offsets, K)),
+        "dw_out": (gemm.dw(dy, ga, True, d, tiles["dw_out"]), reference.dw_out(*wide(dy, ga), row_slot, offsets, K)),
+    }
+    for name, (result, truth) in pairs.items():
+        check(result, truth, BOUNDS[dtype], name)
+
+
+def test_reference_twins_compose_to_autograd():
+    """The twins are the truth for the kernels, so they must themselves agree with autograd of the layer."""
+    T, D, F, E, K = 30, 32, 16, 5, 2
+    inputs = problem(T, D, F, E, K, torch.float64, "cpu")
+    x, w_in, w_out, gates, experts = (t.double() if t.is_floating_point() else t for t in inputs)
+    dy = torch.randn(T, D, dtype=torch.float64)
+    offsets, row_slot, slot_row = reference.dispatch(experts, E)
+    h, a = reference.up(x, w_in, row_slot, offsets, K)
+    dh, ga, dgates = reference.dswiglu(dy, w_out, h, gates, row_slot, offsets)
+    got = reference.combine(reference.down(a, w_out, offsets), slot_row, gates), (
+        reference.combine(reference.dx(dh, w_in, offsets), slot_row),
+        reference.dw_in(dh, x, row_slot, offsets, K),
+        reference.dw_out(dy, ga, row_slot, offsets, K),
+        dgates[slot_row.long()],
+    )
+    compare(got, run_truth((x, w_in, w_out, gates, experts), dy), 1e-12)
+
+
+def test_same_inputs_same_bits(device):
+    inputs = problem(100, 32, 48, 6, 3, DTYPES[-1], device)
+    dy = torch.randn(100, 32, device=device).to(DTYPES[-1])
+    first, second = run("triton", inputs, dy), run("triton", inputs, dy)
+    assert torch.equal(first[0], second[0]) and all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_non_contiguous_inputs_and_expanded_gradient(device):
+    x, w_in, w_out, gates, experts = problem(24, 32, 16, 4, 2, torch.float32, device)
+    strided = [t.mT.contiguous().mT for t in (x, w_in, w_out, gates)]
+    misaligned = torch.empty(x.numel() + 1, device=device)[1:].view_as(x).copy_(x)
+    truth = run_truth((x, w_in, w_out, gates, experts), torch.ones(24, 32, device=device))
+    for leaves in (strided, [misaligned, *strided[1:]]):
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        y = moe_experts(*leaves, experts.T.contiguous().T, impl="triton")
+        y.sum().backward()  # a gradient of stride zero
+        compare((y, [t.grad for t in leaves]), truth, BOUNDS[torch.float32])
+
+
+def test_saved_memory_is_x_and_pre_activation(device):
+    T, D, F, E, K = (4096, 512, 256, 32, 4) if ON_GPU else (256, 64, 64, 4, 2)
+    inputs = problem(T, D, F, E, K, torch.float32, device)
+    leaves = [t.requires_grad_() for t in inputs[:4]]
+    sizes = {}
+
+    def pack(t):
+        if t.data_ptr() not in {leaf.data_ptr() for leaf in leaves[1:3]}:  # the weights are kept anyway
+            sizes[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        moe_experts(*leaves, inputs[4], impl="triton")
+    budget = 4 * (T * D + T * K * 2 * F)
+    assert budget <= sum(sizes.values()) <= 1.03 * budget + 16 * T * K
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_past_two_to_the_31_elements():
+    T, D, F, E, K = 70_000, 256, 2048, 9, 8  # the pre-activation has 2.3e9 elements
+    x, w_in, w_out, gates, experts = problem(T, D, F, E, K, torch.bfloat16, "cuda")
+    dy = torch.randn(T, D, device="cuda", dtype=torch.bfloat16)
+    y, grads = run("triton", (x, w_in, w_out, gates, experts), dy)
+    tail = slice(T - 300, T)
+    ty, tgrads = run_truth((x[tail], w_in, w_out, gates[tail], experts[tail]), dy[tail])
+    check(y[tail], ty, BOUNDS[torch.bfloat16], "y")
+    check(grads[0][tail], tgrads[0], BOUNDS[torch.bfloat16], "gradient of x")
+    check(grads[3][tail], tgrads[3], BOUNDS[torch.bfloat16], "gradient of gates")
+
+
+def test_fullgraph_compile_and_opcheck(device):
+    x, w_in, w_out, gates, experts = problem(24, 32, 16, 4, 2, torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, w_in, w_out, gates)]
+    torch.library.opcheck(experts_op, (*leaves, experts))
+    logits = torch.randn(24, 4, device=device, requires_grad=True)
+
+    def layer(logits, x, w_in, w_out):
+        r = route(logits, 2, impl="triton")
+        return moe_experts(x, w_in, w_out, r.gates_TK, r.experts_TK, impl="triton") * r.z
+
+    args = (logits, *leaves[:3])
+    eager = layer(*args)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(*args)
+    assert torch.equal(eager, compiled)
+    for a, b in zip(torch.autograd.grad(eager.sum(), args), torch.autograd.grad(compiled.sum(), args), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_cuda_graph_capture_follows_new_routing():
+    inputs = problem(300, 64, 48, 8, 2, torch.bfloat16, "cuda")
+    dy = torch.randn(300, 64, device="cuda", dtype=torch.bfloat16)
+    run("triton", inputs, dy)  # compile outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run("triton", inputs, dy)
+    other = problem(300, 64, 48, 8, 2, torch.bfloat16, "cuda", "hole", seed=5)
+    for static, new in zip(inputs, other, strict=True):
+        static.copy_(new)
+    graph.replay()
+    fresh = run("triton", other, dy)
+    assert torch.equal(captured[0], fresh[0]) and all(torch.equal(a, b) for a, b in zip(captured[1], fresh[1], strict=True))
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(D=24), "multiples of 16"),
+        (dict(F=8), "multiples of 16"),
+        (dict(w_in=torch.zeros(4, 30, 32)), "w_in"),
+        (dict(gates=torch.zeros(5, 2)), "gates"),
+        (dict(experts=torch.zeros(24, 2)), "integers"),
+        (dict(x=torch.zeros(24, 32, dtype=torch.float16)), "floating dtype"),
+        (dict(impl="fast"), "fast"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    D, F = change.pop("D", 32), change.pop("F", 16)
+    names = ("x", "w_in", "w_out", "gates", "experts")
+    arguments = dict(zip(names, problem(24, D, F, 4, 2, torch.float32, "cpu"), strict=True)) | change
+    impl = arguments.pop("impl", None)
+    with pytest.raises(ValueError, match=message):
+        moe_experts(*arguments.values(), impl=impl)
+
+
+def test_triton_without_gpu_or_interpreter_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="impl='reference'"):
+        moe_experts(*problem(4, 16, 16, 2, 1, torch.float32, "cpu"), impl="triton")
+
+
+def test_the_check_can_fail(device):
+    inputs = problem(40, 32, 16, 4, 2, torch.float32, device)
+    dy = torch.randn(40, 32, device=device)
+    y, grads = run("triton", inputs, dy)
+    truth = run_truth(inputs, dy)
+    zeroed = y, [torch.zeros_like(g) for g in grads]
+    permuted = y.roll(1, 0), grads
+    swapped = y, [grads[0], grads[1].roll(16, 1), *grads[2:]]  # gate and up rows exchanged
+    missing = y, [grads[0] * float("nan"), *grads[1:]]
+    for wrong in (zeroed, permuted, swapped, missing):
+        with pytest.raises(AssertionError, match="error ratio"):
+            compare(wrong, truth, BOUNDS[torch.float32])
+    assert rms_ratio(y, truth[0]) <= BOUNDS[torch.float32]
