@@ -123,7 +123,7 @@ def _merges(counts: Counter, n_merges: int):
         yield a, b
 
         left = places.pop(pair)
-        left = np.sort(left[(ids[left] == a) & (ids[after[left]] == b)])
+        left = left[(ids[left] == a) & (ids[after[left]] == b)]  # ascending, as all lists of places here
         if a == b:  # in a run "aaaa" merge 1st+2nd, 3rd+4th: keep the places at even distance from the start of their run
             is_start = np.append(True, after[left[:-1]] != left[1:])
             run_start = np.flatnonzero(is_start)[np.cumsum(is_start) - 1]
