@@ -48,7 +48,7 @@ def scan_kernel(chunk_counts_ptr, counts_ptr, n_chunks, E: tl.constexpr, BLOCK_C
     tl.store(counts_ptr + offs_e, total, mask=offs_e < E)
 
 
-@triton.jit(do_not_specialize=["S", "n_chunks"])
+@triton.jit(do_not_specialize=["S", "n_chunks", "max_tiles"])
 def place_kernel(
     experts_ptr,
     chunk_prefix_ptr,
@@ -61,6 +61,7 @@ def place_kernel(
     tile_count_ptr,
     S,
     n_chunks,
+    max_tiles,
     E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -102,7 +103,12 @@ def place_kernel(
         tl.store(offsets_ptr + e + 1, start + tl.sum(tl.where(mine, counts, 0), 0))
         if e == 0:
             tl.store(offsets_ptr, 0)
-            tl.store(tile_count_ptr, tl.sum(n_tiles, 0))
+            total = tl.sum(n_tiles, 0)
+            tl.store(tile_count_ptr, total)
+            for i in range(total, max_tiles, 128):  # unused entries: zeros, so that equal inputs give equal outputs
+                tile = i + tl.arange(0, 128)
+                tl.store(tile_expert_ptr + tile, tl.zeros([128], tl.int32), mask=tile < max_tiles)
+                tl.store(tile_row_ptr + tile, tl.zeros([128], tl.int32), mask=tile < max_tiles)
 
 
 def max_tiles(n_rows, n_experts, block_m):
@@ -121,12 +127,13 @@ def dispatch(experts_TK, n_experts, block_m):
     new = lambda *shape: experts_TK.new_empty(shape, dtype=torch.int32)  # noqa: E731
     out = Dispatch(new(E + 1), new(S), new(*experts_TK.shape), new(n_tiles), new(n_tiles), new(1))
     if S == 0:
-        out.offsets.zero_(), out.tile_count.zero_()
+        for index in out:
+            index.zero_()
         return out
     chunk_counts, counts = new(n_chunks, E), new(E)
     count_kernel[(n_chunks,)](experts_TK, chunk_counts, S, E, CHUNK, block_e)
     scan_kernel[(triton.cdiv(E, 16),)](chunk_counts, counts, n_chunks, E, BLOCK_C=64, BLOCK_E=16)
-    place_kernel[(n_chunks + E,)](experts_TK, chunk_counts, counts, *out, S, n_chunks, E, block_m, CHUNK, block_e)
+    place_kernel[(n_chunks + E,)](experts_TK, chunk_counts, counts, *out, S, n_chunks, n_tiles, E, block_m, CHUNK, block_e)
     return out
 
 

@@ -1,12 +1,18 @@
-"""Compiles, without a GPU, every kernel that a call launches, and reads from the machine code what decides its speed."""
+"""Compiles, without a GPU, every kernel that the layer launches, and reads from the machine code what decides its speed.
+
+`TRITON_INTERPRET=0 python -m tests.offline T,D,F,E,K ...` prints one JSON row per kernel of each layer shape (bfloat16).
+"""
 
 import contextlib
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -82,3 +88,23 @@ def compile_only(capability=90):
     finally:
         JITFunction.__getitem__ = launch
         driver._active = before  # reset_active() would look for a GPU
+
+
+def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
+    """Rows of every kernel of one forward and backward pass through routing and experts."""
+    from moe_kernels import experts, routing
+
+    empty = torch.empty
+    x, w_in, w_out, gates = empty(T, D, dtype=dtype), empty(E, 2 * F, D, dtype=dtype), empty(E, D, F, dtype=dtype), empty(T, K)
+    with compile_only() as rows:
+        routed = routing.route_fwd(empty(T, E, dtype=dtype), None, K, False, True)
+        routing.route_bwd(empty(T, E, dtype=dtype), routed[1], gates, gates, routed[3], routed[4], False, True)
+        out = experts.experts_op._init_fn(x, w_in, w_out, gates, routed[1])
+        experts.experts_bwd_op._init_fn(x, x, w_in, w_out, gates, *out[1:])
+    return rows
+
+
+if __name__ == "__main__":
+    for shape in sys.argv[1:]:
+        for row in compile_layer(*map(int, shape.split(","))):
+            print(json.dumps({"shape": shape, **row._asdict()}))

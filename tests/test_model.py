@@ -1,0 +1,390 @@
+"""The model against a plain re-implementation, its counts, its losses and its options. Run: python -m pytest tests/test_model.py (CPU; more on a GPU)"""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F_
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import model as model_file
+from model import GPT, PRESETS, KVCache, ModelConfig, count_params, flops_per_token, peak_flops, preset, training_memory, update_router_bias
+
+SMALL = dict(vocab_size=61, seq_len=24, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=8, n_experts=4, top_k=2, d_expert=48,
+             init_std=0.2, dtype="float32")
+OPTIONS = {
+    "default": {},
+    "gqa": dict(n_kv_heads=2),
+    "wide_heads": dict(head_dim=16),
+    "shared": dict(n_shared_experts=2),
+    "raw_gates": dict(router_normalize=False),
+    "sigmoid_bias": dict(router_score="sigmoid", router_bias_rate=1e-3),
+    "qk_norm": dict(qk_norm=True),
+    "tied": dict(tie_embeddings=True),
+    "dense": dict(dense=True),
+    "dense_shared": dict(dense=True, n_shared_experts=1),
+    "one_expert": dict(n_experts=1, top_k=1),
+    "all_experts": dict(top_k=4),
+    "everything": dict(n_kv_heads=1, n_shared_experts=1, router_score="sigmoid", router_normalize=False, router_bias_rate=1e-2, qk_norm=True,
+                       tie_embeddings=True),
+}
+
+
+def make(seed=0, **overrides):
+    torch.manual_seed(seed)
+    return GPT(ModelConfig(**{**SMALL, **overrides}))
+
+
+def tokens(B=3, L=20, seed=1):
+    return torch.randint(0, SMALL["vocab_size"], (B, L), generator=torch.Generator().manual_seed(seed))
+
+
+def ratio(a, b):
+    """RMS error of a relative to b."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def plain_forward(model, tokens_BL):
+    """The same network in float64 from its definition: complex RoPE, attention written out, a loop over tokens and their experts."""
+    cfg = model.cfg
+    w = {name: value.double() for name, value in model.state_dict().items()}
+    B, L = tokens_BL.shape
+    norm = lambda x, g: x / (x.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * g  # noqa: E731
+    half = cfg.head_dim // 2
+    angles = torch.arange(L)[:, None] * cfg.rope_theta ** (-torch.arange(half).double() / half)
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+
+    def rope(x):
+        z = torch.complex(x[..., :half], x[..., half:]) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    def swiglu(x, w_in, w_out):
+        gate, up = (w_in @ x).chunk(2)
+        return w_out @ (gate * gate.sigmoid() * up)
+
+    x = w["embed.weight"][tokens_BL]
+    for i in range(cfg.n_layers):
+        p = f"blocks.{i}."
+        h = norm(x, w[p + "attn_norm.weight"])
+        qkv = (h @ w[p + "attn.qkv.weight"].T).view(B, L, -1, cfg.head_dim)
+        q, k, v = qkv.split((cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads), 2)
+        if cfg.qk_norm:
+            q, k = norm(q, w[p + "attn.q_norm.weight"]), norm(k, w[p + "attn.k_norm.weight"])
+        group = cfg.n_heads // cfg.n_kv_heads
+        k, v = rope(k).repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+        scores = torch.einsum("bihd,bjhd->bhij", rope(q), k) / math.sqrt(cfg.head_dim)
+        scores = scores.masked_fill(torch.ones(L, L).triu(1).bool(), -math.inf).softmax(-1)
+        x = x + torch.einsum("bhij,bjhd->bihd", scores, v).reshape(B, L, -1) @ w[p + "attn.out.weight"].T
+        h = norm(x, w[p + "mlp_norm.weight"])
+        y = torch.zeros_like(h)
+        for b in range(B):
+            for t in range(L):
+                if cfg.dense:
+                    y[b, t] = swiglu(h[b, t], w[p + "mlp.gate_up.weight"], w[p + "mlp.down.weight"])
+                    continue
+                logits = w[p + "mlp.router.weight"] @ h[b, t]
+                score = logits.softmax(0) if cfg.router_score == "softmax" else logits.sigmoid()
+                chosen = (score + w.get(p + "mlp.bias_E", 0)).topk(cfg.top_k).indices
+                gates = score[chosen] / (score[chosen].sum() if cfg.router_normalize else 1)
+                for gate, e in zip(gates, chosen, strict=True):
+                    y[b, t] += gate * swiglu(h[b, t], w[p + "mlp.w_in"][e], w[p + "mlp.w_out"][e])
+                if cfg.n_shared_experts:
+                    y[b, t] += swiglu(h[b, t], w[p + "mlp.shared.gate_up.weight"], w[p + "mlp.shared.down.weight"])
+        x = x + y
+    return norm(x, w["norm.weight"]) @ w["head.weight"].T
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_forward_equals_the_definition(name):
+    model = make(**OPTIONS[name])
+    for block in model.blocks:  # a bias that changes some choices
+        if getattr(block.mlp, "bias_E", None) is not None:
+            block.mlp.bias_E.copy_(torch.tensor([0.2, 0.0, -0.1, 0.1]))
+    x = tokens(2, 9)
+    expected = plain_forward(model, x)
+    assert ratio(model(x).logits, expected) < 2e-6
+    broken = {key: value.clone() for key, value in model.state_dict().items()}
+    broken["blocks.1.attn.qkv.weight"][0] = 0  # the check can fail: one row of one matrix
+    model.load_state_dict(broken)
+    assert ratio(model(x).logits, expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_parameter_is_counted_and_trained(name):
+    model = make(**OPTIONS[name])
+    assert count_params(model.cfg).total == sum(p.numel() for p in model.parameters())
+    out = model(tokens(), tokens(seed=2))
+    (out.loss + 1e-2 * out.balance + 1e-3 * out.z).backward()
+    for key, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), key
+
+
+@pytest.mark.parametrize("name, total, active", [
+    ("paper-d512-e8-k2", 320_160_256, 169_165_312),
+    ("paper-d512-e16-k2", 521_552_384, 169_230_848),
+    ("paper-d2048-e128-k16", None, None),
+])
+def test_paper_counts(name, total, active):
+    cfg = preset(name)
+    counted = count_params(cfg)
+    with torch.device("meta"):
+        model = GPT(cfg)
+    assert counted.total == sum(p.numel() for p in model.parameters())
+    # research formula: active = 2 V d + L (4 d^2 + 6 d^2 k + d E + 2 d) + d
+    d, e, k = cfg.d_model, cfg.n_experts, cfg.top_k
+    assert counted.active == 2 * 99_584 * d + 16 * (4 * d**2 + 6 * d**2 * k + d * e + 2 * d) + d
+    assert counted.embedding == 2 * 99_584 * d
+    if total:
+        assert (counted.total, counted.active) == (total, active)
+    assert count_params(dataclasses.replace(cfg, dense=True)).total == counted.active - 16 * d * e  # a dense twin has no router
+
+
+def test_presets():
+    assert len(PRESETS) == 66 and len(set(PRESETS)) == 66
+    for name in PRESETS:
+        cfg = preset(name, vocab_size=512)
+        assert cfg.n_heads * cfg.head_dim == cfg.d_model and cfg.top_k <= cfg.n_experts
+    assert preset("tiny") == ModelConfig()
+    with pytest.raises(ValueError, match="preset='paper-d512-e7-k2'"):
+        preset("paper-d512-e7-k2")
+
+
+def test_initialisation():
+    model = GPT(ModelConfig(vocab_size=256, n_layers=8))
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            assert (p == 1).all(), name
+        else:
+            expected = 0.02 / 4 if name.endswith(("attn.out.weight", "w_out")) else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.05, name
+
+
+def changed_positions(model, position):
+    """Positions of the logits that change when the token at `position` does."""
+    x = tokens()
+    y = x.clone()
+    y[:, position] = (y[:, position] + 1) % SMALL["vocab_size"]
+    with torch.no_grad():
+        difference = (model.eval()(x).logits - model(y).logits).abs().amax((0, 2))
+    return difference.nonzero().flatten().tolist()
+
+
+def test_causal(monkeypatch):
+    model = make()
+    assert changed_positions(model, 12) == list(range(12, 20))  # nothing before 12, everything from 12 on
+    real = F_.scaled_dot_product_attention
+    monkeypatch.setattr(F_, "scaled_dot_product_attention", lambda *args, is_causal, **rest: real(*args, **rest))
+    assert changed_positions(model, 12) == list(range(20))  # the check can fail
+
+
+def test_balance_is_one_at_balance_and_high_when_collapsed():
+    model = make(n_experts=4, top_k=1)
+    x = tokens(4, 24)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.router.weight.zero_()  # uniform probabilities: 1 whatever the counts
+    assert model(x).balance.item() == pytest.approx(2.0, abs=1e-6)  # summed over two layers
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn_norm.weight.zero_()
+            block.mlp_norm.weight.fill_(0)
+            block.mlp_norm.weight[0] = 1
+            block.mlp.router.weight[:, 0] = torch.tensor([1e4, 0, 0, -1e4])
+        model.embed.weight[:, 0] = 1.0  # every token to expert 0
+    out = model(x)
+    assert out.balance.item() == pytest.approx(8.0, abs=1e-4) and out.counts_NE.tolist() == [[96, 0, 0, 0]] * 2
+    with torch.no_grad():
+        model.embed.weight[: 31, 0] = -1.0  # half the vocabulary to expert 3
+    assert 4.0 <= model(x).balance.item() < 4.2
+
+
+def test_losses_are_apart_and_pure():
+    model = make()
+    x, y = tokens(), tokens(seed=2)
+    y[0, :7] = -1
+    out = model(x, y)
+    logits = model(x).logits
+    assert out.logits is None
+    expected = F_.cross_entropy(logits[y >= 0], y[y >= 0])
+    torch.testing.assert_close(out.loss, expected)
+    assert out.counts_NE.dtype == torch.int32 and out.counts_NE.sum(1).tolist() == [3 * 20 * 2] * 2
+    torch.testing.assert_close(out.probs_NE.sum(1), torch.ones(2))
+    zeros = model(x, torch.full_like(y, -1)).loss
+    assert zeros.item() == 0.0  # no target at all is no NaN
+
+
+def test_loss_in_chunks_is_the_same():
+    x, y = tokens(), tokens(seed=2)
+    y[1, 3:9] = -1
+    grads = []
+    for chunk in (0, 7, 1000):
+        model = make(loss_chunk=chunk)
+        out = model(x, y)
+        out.loss.backward()
+        grads.append([out.loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
+    for other in grads[1:]:
+        for a, b in zip(other, grads[0], strict=True):
+            assert ratio(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("impl", ["grouped_mm", "triton"])
+def test_implementations_agree_on_a_training_step(impl):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if impl == "triton" and device == "cpu":
+        pytest.skip("needs a GPU")
+    dtype, bound = ("bfloat16", 3e-2) if device == "cuda" else ("float32", 1e-5)
+    results = []
+    for choice in ("reference", impl):
+        model = make(impl=choice, dtype=dtype, n_shared_experts=1).to(device)
+        out = model(tokens().to(device), tokens(seed=2).to(device))
+        (out.loss + 1e-2 * out.balance + 1e-3 * out.z).backward()
+        results.append({"loss": out.loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+    for name, expected in results[0].items():
+        assert ratio(results[1][name], expected) < bound, name
+
+
+def test_bfloat16_compute_keeps_float32_weights_and_statistics():
+    full, half = make(), make(dtype="bfloat16")
+    x, y = tokens(), tokens(seed=2)
+    out = half(x, y)
+    assert half(x).logits.dtype == torch.bfloat16 and out.loss.dtype == out.balance.dtype == out.z.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in half.parameters())
+    assert abs(out.loss.item() - full(x, y).loss.item()) < 0.05
+    norm = half.norm
+    x = (torch.randn(4, 32) * 100).bfloat16()
+    expected = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
+    assert ratio(norm(x), expected) < 4e-3  # one rounding to bfloat16, not a sum of squares in it
+
+
+def test_dense_equals_one_expert_and_gqa_equals_repeated_heads():
+    one, dense = make(n_experts=1, top_k=1), make(dense=True, n_experts=1, top_k=1)
+    weights = {name.replace("w_in", "gate_up.weight").replace("w_out", "down.weight"): value.squeeze(0) if "mlp.w_" in name else value
+               for name, value in one.state_dict().items() if "router" not in name}
+    dense.load_state_dict(weights)
+    assert ratio(dense(tokens()).logits, one(tokens()).logits) < 1e-6
+    gqa, mha = make(n_kv_heads=2), make()
+    weights = gqa.state_dict()
+    for name in [name for name in weights if "qkv" in name]:
+        q, kv = weights[name].split((32, 32))
+        weights[name] = torch.cat([q, kv.view(4, 8, 32).repeat_interleave(2, 0).reshape(64, 32)])
+    mha.load_state_dict(weights)
+    assert ratio(mha(tokens()).logits, gqa(tokens()).logits) < 1e-6
+
+
+def test_router_bias_moves_towards_balance_and_only_when_told():
+    model = make(router_bias_rate=0.01)
+    x = tokens(8, 24)
+    with torch.no_grad():
+        model(x)
+        model.eval()(x)
+    assert all((block.mlp.bias_E == 0).all() for block in model.blocks)  # neither forward changes it
+    counts = model(x).counts_NE
+    update_router_bias(model, counts)
+    for block, counts_E in zip(model.blocks, counts.float(), strict=True):
+        torch.testing.assert_close(block.mlp.bias_E, 0.01 * torch.sign(counts_E.mean() - counts_E))
+    before = counts.max(1).values
+    for _ in range(60):
+        update_router_bias(model, model(x).counts_NE)
+    after = model(x).counts_NE.max(1).values
+    assert (after < before).all() and (after - 96).abs().max() <= 24  # 96 is balance
+    assert all("bias_E" not in name for name, _ in model.named_parameters())
+    update_router_bias(make(), counts)  # nothing to do without the option
+
+
+@pytest.mark.parametrize("name", ["default", "everything", "dense"])
+def test_compiles_as_one_graph(name):
+    torch._dynamo.reset()
+    cuda = torch.cuda.is_available()
+    # On the CPU, aot_eager captures forward and backward without the minutes of a C++ compiler; grouped_mm has a graph there.
+    options = dict(impl="triton" if cuda else "grouped_mm", dtype="bfloat16", **OPTIONS[name])
+    models = [make(**options).to("cuda" if cuda else "cpu") for _ in range(2)]
+    run = torch.compile(models[1], backend="inductor" if cuda else "aot_eager", fullgraph=True, dynamic=False)
+    x, y = (t.to(models[0].embed.weight.device) for t in (tokens(), tokens(seed=2)))
+    for call in (models[0], run):
+        out = call(x, y)
+        (out.loss + 1e-2 * out.balance + 1e-3 * out.z).backward()
+    for a, b in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        assert ratio(a.grad, b.grad) < 3e-2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_triton_path_reads_no_value_back(monkeypatch):
+    """A step on tensors that have shapes but no values: an .item(), which on a GPU would wait for the device, raises."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # only to let the triton path through on a CPU: no kernel runs
+    with FakeTensorMode():
+        for options in OPTIONS.values():
+            model, x = make(impl="triton", **options), torch.zeros(2, 8, dtype=torch.long)
+            out = model(x, x)
+            (out.loss + out.balance + out.z).backward()
+            update_router_bias(model, out.counts_NE)
+        with pytest.raises(DataDependentOutputException):  # the check can fail
+            out.loss.item()
+
+
+def test_flops():
+    cfg = ModelConfig(**SMALL)
+    d, layers, K, F, V, L = 32, 2, 2, 48, 61, 24
+    by_hand = 6 * (V * d + layers * (4 * d * d + d * 4 + K * 3 * d * F)) + 6 * layers * L * d
+    assert flops_per_token(cfg) == by_hand
+    assert flops_per_token(cfg, 12) == by_hand - 6 * layers * 12 * d
+    assert flops_per_token(dataclasses.replace(cfg, tie_embeddings=True)) == by_hand  # the head multiplies all the same
+    assert flops_per_token(dataclasses.replace(cfg, dense=True)) == by_hand - 6 * layers * d * 4
+    assert flops_per_token(dataclasses.replace(cfg, n_experts=64)) == by_hand + 6 * layers * d * 60  # more experts cost only router
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = make(dense=True)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(tokens(2, 24), tokens(2, 24)).loss.backward()
+    matmuls = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    assert matmuls == (flops_per_token(model.cfg) - 6 * layers * L * d) * 2 * 24
+
+
+def test_memory_table():
+    cfg = preset("paper-d512-e8-k2")
+    parts = training_memory(cfg, 1024)
+    assert sum(parts[name] for name in parts if "float32" in name) == 16 * count_params(cfg).total
+    assert training_memory(cfg, 2048)["activations (estimate)"] == 2 * parts["activations (estimate)"]
+    assert training_memory(dataclasses.replace(cfg, loss_chunk=128), 1024)["activations (estimate)"] < parts["activations (estimate)"]
+
+
+def test_peak_flops():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    for unknown in ("NVIDIA GeForce GTX 1080", "NVIDIA RTX A4000", "Tesla T4", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert peak_flops(unknown) is None, unknown
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("d_model", 40, "multiple of 16"), ("d_expert", 100, "multiple of 16"), ("top_k", 5, "cannot use more than n_experts=4"),
+    ("n_kv_heads", 3, "divisor of n_heads=4"), ("head_dim", 7, "even"), ("n_experts", 2048, "at most 1024"), ("n_layers", 0, "1 or more"),
+    ("init_std", 0.0, "positive"), ("vocab_size", -1, "0 or more"), ("router_bias_rate", -0.1, "0 or more"),
+])
+def test_bad_fields_are_named(field, value, message):
+    with pytest.raises(ValueError, match=f"^{field}={value}.*{message}"):
+        ModelConfig(**{**SMALL, field: value})
+
+
+def test_bad_inputs():
+    model = make()
+    with pytest.raises(ValueError, match="sequence length=25.*seq_len is 24"):
+        model(tokens(1, 25))
+    with pytest.raises(ValueError, match="vocab_size=0"):
+        GPT(ModelConfig())
+    with pytest.raises(ValueError, match="max_len=25.*seq_len=24"):
+        KVCache(model.cfg, 1, 25)
+    cache = KVCache(model.cfg, 1, 8)
+    model.eval()(tokens(1, 6), cache=cache)
+    with pytest.raises(ValueError, match="max_len=8"):
+        model(tokens(1, 3), cache=cache)
+
+
+def test_command_line():
+    page = subprocess.run([sys.executable, model_file.__file__, "--preset=paper-d512-e8-k2", "--tokens=125e9"], capture_output=True, text=True,
+                          check=True, cwd=Path(model_file.__file__).parent).stdout
+    for part in ("320,160,256", "169,165,312", "101,974,016", "390.4", "9.103e+08", "training memory"):
+        assert part in page, part
