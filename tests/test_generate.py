@@ -1,0 +1,142 @@
+"""Generation: the cache against recomputation, batches against single prompts. Run: python -m pytest tests/test_generate.py (CPU)"""
+
+import pytest
+import torch
+
+from eval.generate import generate, sample
+from model import GPT, KVCache, ModelConfig
+
+CFG = dict(vocab_size=50, seq_len=40, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, n_experts=4, top_k=2, d_expert=32,
+           init_std=0.3, dtype="float32")
+
+
+def make(**overrides):
+    torch.manual_seed(0)
+    return GPT(ModelConfig(**{**CFG, **overrides})).eval()
+
+
+def make_prompts(lengths, seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 50, (n,), generator=rng).tolist() for n in lengths]
+
+
+def greedy_without_cache(model, prompt, n, stop_ids=()):
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + n:
+            token = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+            if token in stop_ids:
+                break
+            ids.append(token)
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("options", [{}, dict(dense=True), dict(qk_norm=True, n_kv_heads=4, router_score="sigmoid", n_shared_experts=1)])
+def test_cache_equals_recompute(options):
+    model = make(**options)
+    prompt = make_prompts([24])[0]
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0]
+        cache, rows = KVCache(model.cfg, 1, 24), []
+        for start, end in ((0, 5), (5, 6), (6, 7), (7, 15), (15, 24)):  # prefill, single tokens, chunks
+            rows.append((end - 1, model(torch.tensor([prompt[start:end]]), cache=cache).logits[0, 0]))
+    for position, logits in rows:
+        torch.testing.assert_close(logits, expected[position], rtol=1e-4, atol=1e-4)
+        assert (logits - expected[position - 1]).abs().max() > 0.1  # the check can fail: a neighbour's logits are far off
+
+
+def test_rows_of_a_batch_are_independent():
+    """Unequal prompts, padded on the right and continued: the logits of each row are those of the row alone."""
+    model = make()
+    prompts = make_prompts([3, 11, 7])
+    with torch.no_grad():
+        cache = KVCache(model.cfg, 3, 20)
+        cache.new_B = torch.tensor([3, 11, 7])
+        padded = torch.tensor([p + [49] * (11 - len(p)) for p in prompts])
+        first = model(padded, cache=cache).logits[:, 0]
+        second = model(torch.tensor([[5], [6], [7]]), cache=cache).logits[:, 0]
+        assert cache.lengths_B.tolist() == [4, 12, 8]
+        for i, prompt in enumerate(prompts):
+            torch.testing.assert_close(first[i], model(torch.tensor([prompt])).logits[0, -1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(second[i], model(torch.tensor([prompt + [5 + i]])).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_training_mode_uses_the_cache_too():
+    model = make().train()
+    prompt = make_prompts([10])[0]
+    with torch.no_grad():
+        cache = KVCache(model.cfg, 1, 10)
+        model(torch.tensor([prompt[:6]]), cache=cache)
+        logits = model(torch.tensor([prompt[6:]]), cache=cache).logits[0, 0]
+        torch.testing.assert_close(logits, model(torch.tensor([prompt])).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_batched_equals_single_equals_uncached():
+    model = make()
+    prompts = make_prompts([5, 1, 17, 9, 12, 3, 3])
+    expected = [greedy_without_cache(model, p, 20) for p in prompts]
+    assert len({tuple(e) for e in expected}) > 1
+    for batch_size in (1, 3, 64):
+        assert generate(model, prompts, 20, batch_size=batch_size) == expected
+    stops = (expected[0][4], expected[2][7])  # rows end at different steps and leave the batch
+    expected = [greedy_without_cache(model, p, 20, stops) for p in prompts]
+    assert len({len(e) for e in expected}) > 1
+    for batch_size in (1, 3, 64):
+        assert generate(model, prompts, 20, stop_ids=stops, batch_size=batch_size) == expected
+
+
+def test_sampling_is_reproducible_and_independent_of_the_batch():
+    model = make()
+    prompts = make_prompts([5, 1, 17, 9])
+    first = generate(model, prompts, 15, temperature=1.0, top_p=0.9, seed=3)
+    assert generate(model, prompts, 15, temperature=1.0, top_p=0.9, seed=3, batch_size=2) == first
+    assert generate(model, prompts, 15, temperature=1.0, top_p=0.9, seed=4) != first
+    same = generate(model, [prompts[0]] * 4, 15, temperature=1.0)
+    assert len({tuple(ids) for ids in same}) == 4  # equal prompts draw different samples
+    assert generate(model, prompts, 15, temperature=1e-4) == generate(model, prompts, 15)  # cold is greedy
+    assert generate(model, prompts, 15, temperature=5.0, top_p=1e-6) == generate(model, prompts, 15)  # a nucleus of one token
+
+
+def test_sample_follows_the_distribution_and_the_nucleus():
+    probs = torch.tensor([0.1, 0.5, 0.15, 0.25])
+    uniform = (torch.arange(10_000) + 0.5) / 10_000
+    logits = probs.log().expand(10_000, 4)
+    for top_p, expected in ((1.0, probs), (0.74, torch.tensor([0, 2 / 3, 0, 1 / 3])), (0.4, torch.tensor([0, 1.0, 0, 0]))):
+        shares = torch.bincount(sample(logits, top_p, uniform), minlength=4) / 10_000
+        torch.testing.assert_close(shares, expected, rtol=0, atol=1e-3)
+    assert sample(torch.tensor([[0.0, -torch.inf]]), 1.0, torch.tensor([1 - 2**-24])).item() == 0  # never a token of probability 0
+
+
+def test_stop_strings_and_vocabulary_limit():
+    model = make()
+    prompts = make_prompts([4, 8])
+    decode = lambda ids: "".join(f"<{i}>" for i in ids)  # noqa: E731
+    free = generate(model, prompts, 12)
+    stop = decode(free[0][3:5])  # spans two tokens
+    stopped = generate(model, prompts, 12, stop_strings=[stop], decode=decode)
+    end = next(n for n in range(1, 13) if stop in decode(free[0][:n]))
+    assert stopped[0] == free[0][:end] and end < 12
+    most = max(free[0])
+    limited = generate(model, prompts, 12, n_vocab=most)
+    assert all(token < most for ids in limited for token in ids) and limited[0] != free[0]
+
+
+def test_leaves_the_model_as_it_was():
+    model = make().train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    generate(model, make_prompts([4]), 5)
+    assert model.training and all((model.state_dict()[name] == value).all() for name, value in state.items())
+    assert generate(model, [], 5) == []
+
+
+@pytest.mark.parametrize("prompts, options, message", [
+    ([[1], []], {}, "a prompt is empty"),
+    ([[1] * 36], {}, "36 tokens.*seq_len=40"),
+    ([[1]], dict(temperature=-1), "temperature=-1"),
+    ([[1]], dict(top_p=0), "top_p=0"),
+    ([[1]], dict(batch_size=0), "batch_size=0"),
+    ([[1]], dict(stop_strings=["x"]), "needs decode"),
+])
+def test_bad_arguments(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(make(), prompts, 5, **options)
