@@ -129,41 +129,24 @@ def make_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
-class Window:
-    """Sums over the steps since the last log line. They stay on the device until a line is due, and are part of a checkpoint."""
+def new_window(cfg, device):
+    """Sums since the last log line: they stay on the device until a line is due, and are part of a checkpoint."""
+    return {"sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
+            "counts_NE": torch.zeros(0 if cfg.dense else cfg.n_layers, cfg.n_experts, device=device, dtype=torch.int64)}
 
-    def __init__(self, cfg, device):
-        self.losses = torch.zeros(3, device=device)  # cross-entropy, balance, z
-        self.counts_NE = torch.zeros(0 if cfg.dense else cfg.n_layers, cfg.n_experts, device=device, dtype=torch.int64)
-        self.batches = 0
 
-    def add(self, *losses, counts_NE):
-        self.losses += torch.stack([loss.detach() for loss in losses])
-        self.counts_NE += counts_NE
-        self.batches += 1
-
-    def read_and_reset(self, world):
-        """The means over batches and ranks, and the load of the experts; waits for the device."""
-        if world > 1:
-            dist.all_reduce(self.losses)
-        loss, balance, z = (self.losses / (self.batches * world)).tolist()
-        n = max(1, len(self.counts_NE))
-        load = self.counts_NE.float() / self.counts_NE.float().mean(1, keepdim=True).clamp(min=1e-9)
-        row = {"loss": loss, "balance": balance / n, "z": z / n}  # per layer: balance is 1 at balance
-        if len(load):
-            row |= {"load_max": load.amax(1).tolist(), "load_min": load.amin(1).tolist(), "dead_experts": int((self.counts_NE == 0).sum())}
-        self.losses.zero_()
-        self.counts_NE.zero_()
-        self.batches = 0
-        return row
-
-    def state_dict(self):
-        return {"losses": self.losses, "counts_NE": self.counts_NE, "batches": self.batches}
-
-    def load_state_dict(self, state):
-        self.losses.copy_(state["losses"])
-        self.counts_NE.copy_(state["counts_NE"])
-        self.batches = state["batches"]
+def read_window(window, world):
+    """Means over batches and ranks, and the load of the experts; waits for the device."""
+    if world > 1:
+        dist.all_reduce(window["sums"])
+    loss, balance, z, batches = window["sums"].tolist()
+    counts_NE = window["counts_NE"].float()
+    layers = max(1, len(counts_NE)) * batches  # balance and z are reported per layer: 1 is balance
+    row = {"loss": loss / batches, "balance": balance / layers, "z": z / layers}
+    if len(counts_NE):
+        load = counts_NE / counts_NE.mean(1, keepdim=True)
+        row |= {"load_max": load.amax(1).tolist(), "load_min": load.amin(1).tolist(), "dead_experts": int((counts_NE == 0).sum())}
+    return row
 
 
 @torch.no_grad()
@@ -209,8 +192,12 @@ def rewind_metrics(path, step):
             rows += [line] if json.loads(line)["step"] <= step else []
         except ValueError:  # the last line, torn by the kill
             pass
+    replace_file(path, "".join(row + "\n" for row in rows))
+
+
+def replace_file(path, text):
     tmp = path.with_suffix(".tmp")
-    tmp.write_text("".join(row + "\n" for row in rows))
+    tmp.write_text(text)
     os.replace(tmp, path)
 
 
@@ -225,17 +212,19 @@ def keep_freed_memory():
 
 
 class Stop:
-    """Set by the first SIGINT or SIGTERM; a second one ends the process at once."""
+    """Inside `with Stop() as stop`, the first SIGINT or SIGTERM sets stop.asked; a second one acts as usual."""
 
-    def __init__(self):
-        self.asked = False
-        self.old = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked = False
 
-    def handle(self, number, frame):
+    def __enter__(self):
+        self.old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number, frame):
         self.asked = True
-        self.restore()
+        self.__exit__()
 
-    def restore(self):
+    def __exit__(self, *_):
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
@@ -276,7 +265,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     torch.manual_seed(cfg.seed)
     model = GPT(cfg).to(device)
     optimizer = make_optimizer(model, cfg)
-    window = Window(cfg, device)
+    window = new_window(cfg, device)
     start = 0
     if cfg.resume:
         state = checkpoint.read(run_dir, device)
@@ -287,7 +276,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         loader.load_state_dict(state["loader"])
-        window.load_state_dict(state["window"])
+        window = state["window"]
         torch.set_rng_state(state["rng"].cpu())
         start = state["step"]
         del state
@@ -315,10 +304,11 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                 file.write(json.dumps(row) + "\n")
 
     def save(step):
+        check_finite(float(window["sums"][0]), step)
         if lead:
             checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(cfg), "model": model.state_dict(),
                                             "optimizer": optimizer.state_dict(), "loader": loader.state_dict(),
-                                            "window": window.state_dict(), "rng": torch.get_rng_state()}, cfg.keep_checkpoints)
+                                            "window": window, "rng": torch.get_rng_state()}, cfg.keep_checkpoints)
 
     def run_validation(step):
         row = {"step": step, "val_loss": validate(model, val_loader, n_val, world)}
@@ -330,72 +320,79 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
         return row
 
     # ---- the loop
-    stop = Stop()
     model.train()
-    step, row, val_row, clock, clock_step = start, {}, {}, time.perf_counter(), start
-    while step < cfg.steps:
-        lr = lr_at(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        step_counts_NE = 0
-        for micro in range(cfg.grad_accum):
-            tokens_BL, targets_BL = loader.next()
-            last = micro == cfg.grad_accum - 1
-            with nullcontext() if last or world == 1 else net.no_sync():
-                out = net(tokens_BL, targets_BL)
-                balance = out.balance
-                if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
-                    dist.all_reduce(out.counts_NE)
-                    balance = sum((balance_loss(c, p) for c, p in zip(out.counts_NE, out.probs_NE, strict=True)), out.balance * 0)
-                loss = out.loss + cfg.balance_coef * balance + cfg.z_coef * out.z
-                (loss / cfg.grad_accum).backward()
-            window.add(out.loss, balance, out.z, counts_NE=out.counts_NE)
-            step_counts_NE = step_counts_NE + out.counts_NE
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if cfg.router_bias_rate:
-            update_router_bias(model, step_counts_NE)
-        step += 1
+    step, row, clock, clock_step, seconds = start, {}, time.perf_counter(), start, 0.0
+    with Stop() as stop:
+        while step < cfg.steps:
+            lr = lr_at(step, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            step_counts_NE = 0
+            for micro in range(cfg.grad_accum):
+                tokens_BL, targets_BL = loader.next()
+                last = micro == cfg.grad_accum - 1
+                with nullcontext() if last or world == 1 else net.no_sync():
+                    out = net(tokens_BL, targets_BL)
+                    balance = out.balance
+                    if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
+                        dist.all_reduce(out.counts_NE)
+                        balance = sum((balance_loss(c, p) for c, p in zip(out.counts_NE, out.probs_NE, strict=True)), 0 * out.balance)
+                    loss = out.loss + cfg.balance_coef * balance + cfg.z_coef * out.z
+                    (loss / cfg.grad_accum).backward()
+                window["sums"] += torch.stack([out.loss, balance, out.z, torch.ones_like(out.loss)]).detach()
+                window["counts_NE"] += out.counts_NE
+                step_counts_NE = step_counts_NE + out.counts_NE
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if cfg.router_bias_rate:
+                update_router_bias(model, step_counts_NE)
+            step += 1
 
-        stopping = stop.asked and world == 1
-        if step % cfg.log_every == 0 or step == cfg.steps:
-            row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "grad_norm": float(grad_norm), **window.read_and_reset(world)}
-            now = time.perf_counter()
-            rate = (step - clock_step) * tokens_per_step / (now - clock)
-            row |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None, "memory_gb": peak_memory_gb(device)}
-            clock, clock_step = now, step
-            record(row)
-            if lead:
-                print(log_line(row, cfg, tokens_per_step), flush=True)
-            if not math.isfinite(row["loss"]):
-                raise ValueError(f"loss is {row['loss']} at step {step}: lower lr or raise warmup_steps; "
-                                 "the checkpoints in the run directory are from before")
-            if world > 1:  # ranks hear a signal at different steps: agree where they wait for one another anyway
-                asked = torch.tensor(int(stop.asked), device=device)
-                dist.all_reduce(asked)
-                stopping = bool(asked)
-        pause = time.perf_counter()
-        if step == cfg.steps or cfg.val_every and step % cfg.val_every == 0:
-            val_row = run_validation(step)
-        if stopping or step == cfg.steps or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
-            save(step)
-        clock += time.perf_counter() - pause
-        if stopping and step < cfg.steps:
-            if lead:
-                print(f"stopped and saved at step {step}; continue with: python train.py --resume={run_dir}")
-            break
-    stop.restore()
-    if not lead or step < cfg.steps:
+            stopping = stop.asked and world == 1
+            if step % cfg.log_every == 0 or step == cfg.steps:
+                row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "grad_norm": float(grad_norm), **read_window(window, world)}
+                check_finite(row["loss"], step)
+                window = new_window(cfg, device)
+                now = time.perf_counter()
+                seconds += now - clock
+                rate = (step - clock_step) * tokens_per_step / (now - clock)
+                row |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None, "memory_gb": peak_memory_gb(device)}
+                clock, clock_step = now, step
+                record(row)
+                if lead:
+                    print(log_line(row, cfg, tokens_per_step), flush=True)
+                if world > 1:  # ranks hear a signal at different steps: agree where they wait for one another anyway
+                    asked = torch.tensor(int(stop.asked), device=device)
+                    dist.all_reduce(asked)
+                    stopping = bool(asked)
+            pause = time.perf_counter()
+            if cfg.val_every and step % cfg.val_every == 0 and step < cfg.steps:
+                run_validation(step)
+            if stopping or step == cfg.steps or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
+                save(step)
+            clock += time.perf_counter() - pause
+            if stopping and step < cfg.steps:
+                if lead:
+                    print(f"stopped and saved at step {step}; continue with: python train.py --resume={run_dir}")
+                return None
+
+    val_row = run_validation(step)
+    if not lead:
         return None
-    if not val_row:  # resumed at the end
-        val_row = run_validation(step) if world == 1 else {}
-    results = {**row, **val_row, "params_total": params.total, "params_active": params.active}
+    results = {**row, **val_row, "params_total": params.total, "params_active": params.active, "seconds": seconds}
+    if seconds:  # of the whole run instead of the last interval
+        results["tokens_per_s"] = (step - start) * tokens_per_step / seconds
+        results["mfu"] = results["tokens_per_s"] * flops / (peak * world) if peak else None
     results |= final_report(model, cfg, sources, enc, val_loader, results)
-    with open(run_dir / "results.json", "w") as file:
-        json.dump(results, file, indent=2)
+    replace_file(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
     lock.close()
     return results
+
+
+def check_finite(loss, step):
+    if not math.isfinite(loss):
+        raise ValueError(f"loss={loss} at step {step}: lower lr or raise warmup_steps; the checkpoints are from before and were kept")
 
 
 def peak_memory_gb(device):
