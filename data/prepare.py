@@ -12,7 +12,8 @@ quarter of --max_document if that is less), which count as documents from then o
 still gives a training and a validation part.
 
 Held out for validation are the documents whose hash (of the text and --seed) is among the lowest --val_fraction, so equal
-documents fall on the same side, and adding files moves no document; but at least the one lowest of all.
+documents fall on the same side, and adding files moves no document (at equal --max_document); but at least the one
+lowest of all.
 """
 import argparse
 import difflib
@@ -228,6 +229,8 @@ def prepare(inputs: list[str], out: str | Path, vocab_size: int = 16384, tokeniz
     """Writes the data directory `out` and returns its meta.json. Arguments as on the command line (--help)."""
     if not 0 <= val_fraction < 1:
         raise ValueError(f"--val_fraction {val_fraction}: must be at least 0 and below 1")
+    if max_document is not None and max_document < 256:
+        raise ValueError(f"--max_document {max_document}: must be at least 256 characters")
     if not tokenizer_name and vocab_size < 257:
         raise ValueError(f"--vocab_size {vocab_size}: must be at least 257 (256 bytes and {tokenizer.EOT})")
     out, workers, progress = Path(out), workers or _cores(), Progress()

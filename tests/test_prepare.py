@@ -193,6 +193,7 @@ def test_command_line_errors(tmp_path, capsys):
     for extra, message in ((["--vocabsize", "300"], "unknown argument --vocabsize; did you mean --vocab_size?"),
                            (["--vocab_size", "100"], "--vocab_size 100: must be at least 257"),
                            (["--val_fraction", "1.5"], "--val_fraction 1.5: must be"),
+                           (["--max_document", "10"], "--max_document 10: must be"),
                            (["--tokenizer", "gpt9"], "gpt9"),
                            (["--input", str(tmp_path / "*.text")], "no such file or directory")):
         with pytest.raises(SystemExit) as stop:
