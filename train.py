@@ -240,10 +240,12 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
 
     # ---- run directory and data
     run_dir = lock = None
-    sources = parse_sources(cfg.data)
+    sources = parse_sources(cfg.data) if cfg.data else []
+    for directory, _ in sources:
+        shards.read_meta(directory)  # a wrong path should not leave a run directory behind
     if lead:
         run_dir, lock = open_run(cfg)
-        if not cfg.data:
+        if not sources:
             sources = [(str(run_dir / "data"), 1.0)]
             if not (run_dir / "data" / shards.META).exists():
                 from data import procedural  # only this run needs it
@@ -304,6 +306,9 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                 file.write(json.dumps(row) + "\n")
 
     def save(step):
+        if world > 1:  # every rank goes on from the mean, so that the run can be resumed on any number of ranks
+            dist.all_reduce(window["sums"])
+            window["sums"] /= world
         check_finite(float(window["sums"][0]), step)
         if lead:
             checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(cfg), "model": model.state_dict(),

@@ -1,0 +1,359 @@
+"""Training runs: exact resume, data parallel, stopping, and what must not destroy anything. Run: python -m pytest tests/test_train.py (CPU, gloo)"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train as train_file
+from data import shards, tokenizer
+from model import GPT
+from train import TrainConfig, lr_at, main, make_optimizer, parse_sources
+
+ROOT = Path(train_file.__file__).parent
+SMALL = ("--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --seq-len=16 --batch-size=8 --steps=8 "
+         "--warmup-steps=3 --lr=1e-2 --log-every=3 --val-every=4 --val-batches=2 --checkpoint-every=4 --keep-checkpoints=9 --sample-tokens=4 "
+         "--device=cpu --init-std=0.1").split()
+TIMES = ("tokens_per_s", "memory_gb", "mfu")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Words in a random but skewed order: something to learn in a few steps."""
+    path = tmp_path_factory.mktemp("data") / "words"
+    words = [f" {a}{b}" for a in "abcde" for b in "klmnop"]
+    enc = tokenizer.word_tokenizer(words)
+    rng = np.random.default_rng(0)
+    with shards.ShardWriter(path, enc) as writer:
+        for split, documents in (("train", 60), ("val", 12)):
+            for _ in range(documents):
+                text = "".join(words[int(30 * u**3)] for u in rng.random(25))
+                writer.add(split, enc.encode_ordinary(text) + [enc.eot_token])
+    return path
+
+
+def run(data_dir, out_dir, *flags):
+    return main([*SMALL, f"--data={data_dir}", f"--out-dir={out_dir}", *flags])
+
+
+def rows(run_dir):
+    """metrics.jsonl without the measurements of time and memory."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def final_state(run_dir):
+    return checkpoint.read(run_dir)
+
+
+def flat(value, prefix=""):
+    """Leaves of nested dicts and lists as {path: leaf}."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {path: leaf for key, part in items for path, leaf in flat(part, f"{prefix}/{key}").items()}
+    return {prefix: value}
+
+
+def differences(a, b):
+    """Paths where two checkpoints differ in any bit, the run's own name and length aside."""
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    same = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y  # noqa: E731
+    return [key for key in a if not same(a[key], b[key]) and key not in ("/config/out_dir", "/config/resume", "/config/checkpoint_every")]
+
+
+@pytest.fixture(scope="module")
+def whole_run(data_dir, tmp_path_factory):
+    """8 steps without a break, with accumulation and loss-free balancing (state outside the parameters)."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    results = run(data_dir, out, "--grad-accum=2", "--router-bias-rate=1e-2")
+    return out, results
+
+
+def cut_at(whole, out, step):
+    """What a run killed after `step`, and some logging beyond it, leaves behind."""
+    shutil.copytree(whole, out)
+    (out / "results.json").unlink()
+    for at, path in checkpoint.find(out):
+        if at > step:
+            path.unlink()
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:10])  # a torn last line
+    return out
+
+
+def test_learns_and_reports(whole_run):
+    out, results = whole_run
+    log = rows(out)
+    train_rows, val_rows = [r for r in log if "loss" in r], [r for r in log if "val_loss" in r]
+    assert [r["step"] for r in train_rows] == [3, 6, 8] and [r["step"] for r in val_rows] == [4, 8]
+    assert train_rows[-1]["loss"] < train_rows[0]["loss"] - 0.3 and val_rows[1]["val_loss"] < val_rows[0]["val_loss"]
+    assert all(len(r["load_max"]) == 2 and 1 <= max(r["load_max"]) <= 2.0 for r in train_rows)  # 4 experts, k = 2: at most 2
+    assert all(0.9 < r["balance"] < 1.5 for r in train_rows)
+    assert train_rows[-1]["tokens"] == 8 * 8 * 16
+    meta = shards.read_meta(json.loads((out / "config.json").read_text())["data"])["splits"]["val"]
+    expected = results["val_loss"] / np.log(2) * meta["tokens"] / meta["bytes"]
+    assert results["val_bits_per_byte"] == pytest.approx(expected)
+    assert json.loads((out / "results.json").read_text())["val_loss"] == results["val_loss"] and len(results["samples"]) == 2
+    assert [step for step, _ in checkpoint.find(out)] == [4, 8]
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(whole_run, tmp_path):
+    whole, results = whole_run
+    cut = cut_at(whole, tmp_path / "cut", 4)
+    resumed = main([f"--resume={cut}"])
+    assert differences(final_state(cut), final_state(whole)) == []
+    assert rows(cut) == rows(whole)  # the line of step 6 averages over steps 4 to 6, across the break
+    assert {k: v for k, v in resumed.items() if k not in (*TIMES, "seconds")} == {k: v for k, v in results.items() if k not in (*TIMES, "seconds")}
+
+
+@pytest.mark.parametrize("part", ["loader", "optimizer", "window", "model/blocks.0.mlp.bias_E"])
+def test_resume_check_can_fail(whole_run, tmp_path, part):
+    """Losing any part of the state shows."""
+    whole, _ = whole_run
+    cut = cut_at(whole, tmp_path / "cut", 4)
+    path = checkpoint.find(cut)[-1][1]
+    state = checkpoint.read(path)
+    if part == "loader":
+        state["loader"]["drawn"] = [0]
+    elif part == "optimizer":
+        state["optimizer"]["state"][0]["exp_avg"].zero_()
+    elif part == "window":
+        state["window"]["sums"].zero_()
+    else:
+        state["model"][part.split("/")[1]].add_(1e-3)
+    path.unlink()
+    checkpoint.save(cut, 4, state, keep=9)
+    main([f"--resume={cut}"])
+    assert differences(final_state(cut), final_state(whole)) or rows(cut) != rows(whole)
+
+
+def test_accumulation_equals_a_bigger_batch(data_dir, tmp_path):
+    """The same tokens in one, two and four micro-batches; without the balance loss, whose statistics are those of a micro-batch."""
+    losses = []
+    for accum in (1, 2, 4):
+        run(data_dir, tmp_path / str(accum), f"--grad-accum={accum}", "--balance-coef=0", "--val-batches=1", "--val-every=0")
+        losses.append([r["loss"] for r in rows(tmp_path / str(accum)) if "loss" in r])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
+    run(data_dir, tmp_path / "half", "--batch-size=4", "--balance-coef=0", "--val-every=0")  # the check can fail
+    assert abs(rows(tmp_path / "half")[-2]["loss"] - losses[0][-1]) > 1e-3
+
+
+def launch(*flags, ranks=2, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
+    return subprocess.Popen([*command, "train.py", *flags], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def test_two_ranks_equal_one(data_dir, tmp_path):
+    """Two gloo ranks: the losses, router statistics and weights of one process with the same global batch, balance loss included."""
+    flags = [*SMALL, f"--data={data_dir}", "--router-bias-rate=1e-2", "--balance-coef=0.1"]
+    process = launch(*flags, f"--out-dir={tmp_path / 'two'}")
+    main([*flags, f"--out-dir={tmp_path / 'one'}"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            np.testing.assert_allclose(b[key], a[key], rtol=2e-4, err_msg=f"{key} at step {a['step']}")
+    one, two = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    for name, weight in one["model"].items():
+        assert (two["model"][name] - weight).norm() <= 1e-3 * weight.norm() + 1e-6, name
+    assert one["loader"] == two["loader"]
+
+    # The two-rank run continues on one rank from its step 4, with the same data and the same losses.
+    cut = cut_at(tmp_path / "two", tmp_path / "cut", 4)
+    main([f"--resume={cut}"])
+    for a, b in zip(rows(cut), rows(tmp_path / "one"), strict=True):
+        np.testing.assert_allclose(a.get("loss", 0), b.get("loss", 0), rtol=2e-4)
+
+
+def test_sigterm_saves_and_a_resumed_run_equals_an_unbroken_one(data_dir, tmp_path):
+    flags = [*SMALL, f"--data={data_dir}", "--steps=400", "--log-every=1", "--checkpoint-every=0", "--val-every=0"]
+    process = launch(*flags, f"--out-dir={tmp_path / 'stopped'}", ranks=1)
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.stdout.read()
+    assert process.wait(timeout=60) == 0 and "continue with" in output, output
+    (step, _), = checkpoint.find(tmp_path / "stopped")
+    assert 1 <= step < 400
+    assert rows(tmp_path / "stopped")[-1]["step"] == step
+    main([f"--resume={tmp_path / 'stopped'}", f"--steps={step + 5}", "--schedule=wsd", "--decay-frac=0"])
+    main([*flags, f"--out-dir={tmp_path / 'unbroken'}", f"--steps={step + 5}"])
+    stopped, unbroken = rows(tmp_path / "stopped"), rows(tmp_path / "unbroken")
+    assert [r["step"] for r in stopped] == [r["step"] for r in unbroken]
+
+
+def test_validation_is_pure_and_changes_nothing(data_dir, tmp_path):
+    run(data_dir, tmp_path / "often", "--val-every=1")
+    run(data_dir, tmp_path / "never", "--val-every=0")
+    ignored = ("/config/val_every",)
+    assert [d for d in differences(final_state(tmp_path / "often"), final_state(tmp_path / "never")) if d not in ignored] == []
+    # Cross-entropy of the validation windows by hand, on a checkpoint that was loaded for evaluation.
+    model = checkpoint.load_model(tmp_path / "never")
+    ids = np.concatenate(shards.open_shards(data_dir, "val")).astype(np.int64)
+    loader = train_file.Loader([(data_dir, 1.0)], "val", 8, 16)
+    with torch.no_grad():
+        expected = np.mean([model(*loader.next()).loss.item() for _ in range(2)])
+    assert len(ids) > 2 * 8 * 16
+    assert rows(tmp_path / "never")[-1]["val_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_learning_rate_schedules():
+    cfg = TrainConfig(steps=100, warmup_steps=10, lr=1.0, min_lr_frac=0.1)
+    cosine = [lr_at(step, cfg) for step in range(100)]
+    assert cosine[0] == 0.1 and cosine[9] == 1.0 and cosine[10] == 1.0 and max(cosine) == 1.0
+    assert cosine[55] == pytest.approx(0.55) and cosine[99] == pytest.approx(0.1, abs=1e-3)
+    assert all(a >= b for a, b in zip(cosine[10:], cosine[11:], strict=False))
+    wsd = [lr_at(step, dataclasses.replace(cfg, schedule="wsd", decay_frac=0.2)) for step in range(100)]
+    assert wsd[10:81] == [1.0] * 71 and wsd[90] == pytest.approx(0.55) and wsd[99] == pytest.approx(0.145)
+
+
+def test_decay_on_matrices_only():
+    cfg = TrainConfig(vocab_size=64, n_layers=1, qk_norm=True)
+    model = GPT(cfg)
+    decayed, others = make_optimizer(model, cfg).param_groups
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0.0
+    ids = {id(p) for p in decayed["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in ids) == ("norm" not in name), name
+
+
+def test_sources():
+    assert parse_sources("a/b") == [("a/b", 1.0)] and parse_sources("a:0.7,b:3") == [("a", 0.7), ("b", 3.0)]
+    with pytest.raises(ValueError, match="'x' is not a weight"):
+        parse_sources("a:x")
+
+
+def test_mixture_of_two_directories(data_dir, tmp_path):
+    results = run(f"{data_dir}:3,{data_dir}:1", tmp_path / "mix", "--steps=2")
+    assert results["val_bits_per_byte"] > 0
+    assert final_state(tmp_path / "mix")["loader"]["drawn"] == [12, 4]
+
+
+def snapshot(path):
+    return {p.relative_to(path): p.read_bytes() for p in Path(path).rglob("*") if p.is_file() and p.name != "lock"}
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data=/nonexistent"], "/nonexistent/meta.json does not exist"),
+    (["--vocab-size=100"], "vocab_size=100: the tokenizer of .* has 287 tokens"),
+    (["--stpes=3"], "did you mean 'steps'"),
+    (["--top-k=5"], "top_k=5: a token cannot use more than n_experts=4"),
+    (["--d-model=40"], "d_model=40: the kernels need a multiple of 16"),
+    (["--batch-size=9", "--grad-accum=2"], "batch_size=9: use a multiple of grad_accum=2"),
+    (["--seq-len=100000"], "use a smaller seq_len or more data"),
+    (["--resume=/nonexistent"], "/nonexistent/config.json: no such config file"),
+    (["--beta2=1.5"], "beta2=1.5"),
+])
+def test_bad_flags(data_dir, tmp_path, flags, message):
+    before = snapshot(data_dir)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(data_dir, tmp_path / "out", *flags)
+    assert snapshot(data_dir) == before and snapshot(tmp_path) == {}
+
+
+def test_damaged_data_is_never_trained_on(data_dir, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(data_dir, bad)
+    shard = bad / "train-00000.bin"
+    whole = shard.read_bytes()
+    for content, message in ((whole[:-2], "truncated"), (whole[:50] + b"\x07" + whole[51:], "corrupt")):
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match=f"train-00000.bin.*{message}"):
+            run(bad, tmp_path / "out")
+        assert shard.read_bytes() == content
+    shard.unlink()
+    with pytest.raises(ValueError, match="train-00000.bin is missing"):
+        run(bad, tmp_path / "out")
+
+
+def test_damaged_checkpoint_is_named_and_kept(whole_run, tmp_path):
+    cut = cut_at(whole_run[0], tmp_path / "cut", 8)
+    good, path = (p for _, p in checkpoint.find(cut))
+    content = bytearray(path.read_bytes())
+    for damage in ("flip", "truncate"):
+        if damage == "flip":
+            content[len(content) // 2] ^= 1
+        path.write_bytes(content if damage == "flip" else content[:-100])
+        before = snapshot(cut)
+        with pytest.raises(ValueError, match=f"{path.name} is corrupt.*continue from .*{good.name}"):
+            main([f"--resume={cut}"])
+        assert snapshot(cut) == before
+    path.rename(tmp_path / "away.pt")
+    main([f"--resume={cut}"])  # the remedy works
+    assert differences(final_state(cut), final_state(whole_run[0])) == []
+    with pytest.raises(ValueError, match="give it back its name"):
+        checkpoint.read(tmp_path / "away.pt")
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        checkpoint.read(tmp_path)
+
+
+def test_resume_refuses_another_model_or_data(whole_run, data_dir, tmp_path):
+    cut = cut_at(whole_run[0], tmp_path / "cut", 4)
+    before = snapshot(cut)
+    with pytest.raises(ValueError, match="d_expert=64: the checkpoint has 32"):
+        main([f"--resume={cut}", "--d-expert=64"])
+    with pytest.raises(ValueError, match="loader state: seed"):
+        main([f"--resume={cut}", "--seed=1"])
+    assert snapshot(cut) == before
+
+
+def test_a_failed_save_keeps_the_older_checkpoints(whole_run, tmp_path, monkeypatch):
+    cut = cut_at(whole_run[0], tmp_path / "cut", 4)
+    before = snapshot(cut)
+
+    def full_disk(state, file):
+        file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(torch, "save", full_disk)
+        checkpoint.save(cut, 5, {"step": 5}, keep=1)
+    after = snapshot(cut)
+    assert {path: after[path] for path in before} == before
+    checkpoint.save(cut, 5, {"step": 5}, keep=1)  # and the next one succeeds, and only then removes the older
+    assert [step for step, _ in checkpoint.find(cut)] == [5] and checkpoint.read(cut) == {"step": 5}
+    assert not list(cut.glob("*.tmp"))
+
+
+def test_one_run_per_directory(whole_run, data_dir, tmp_path):
+    out = whole_run[0]
+    before = snapshot(out)
+    with pytest.raises(ValueError, match="it already holds a run; continue it with --resume"):
+        run(data_dir, out)
+    with open(out / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is training there"):
+            main([f"--resume={out}"])
+    assert snapshot(out) == before
+
+
+def test_not_a_number_ends_the_run_and_keeps_the_checkpoints(whole_run, tmp_path, monkeypatch):
+    cut = cut_at(whole_run[0], tmp_path / "cut", 4)
+    monkeypatch.setattr(train_file, "lr_at", lambda step, cfg: float("nan"))
+    with pytest.raises(ValueError, match="loss=nan at step"):
+        main([f"--resume={cut}", "--keep-checkpoints=1", "--checkpoint-every=1"])
+    assert [step for step, _ in checkpoint.find(cut)] in ([4], [5])  # step 5 still has finite losses
+    for name, value in flat(checkpoint.read(cut)["window"]).items():
+        assert torch.as_tensor(value).isfinite().all(), name
+
+
+def test_command_line_reports_mistakes_without_a_traceback(tmp_path):
+    process = launch("--data=/nonexistent", f"--out-dir={tmp_path / 'x'}", ranks=1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and output.startswith("error: /nonexistent/meta.json") and "Traceback" not in output
