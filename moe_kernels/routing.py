@@ -106,7 +106,7 @@ def route_fwd_kernel(
     chosen_counts = tl.zeros([BLOCK_E], tl.int32)
     chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
-    for k in tl.static_range(K):
+    for k in range(K):
         best = tl.minimum(tl.argmax(ranking, 1), E - 1)  # a row of NaN must not name an expert that does not exist
         hit = offs_e[None, :] == best[:, None]
         if SIGMOID or not NORMALIZE:
@@ -204,7 +204,7 @@ def route_bwd_kernel(
     mean_dgates = tl.sum(gates * dgates, 1)
     spread = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)  # gradient at the chosen experts' gates (normalised softmax: at their logits)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
-    for k in tl.static_range(K):
+    for k in range(K):
         expert = tl.load(experts_ptr + offs_t * K + k, mask=mask_t, other=-1)
         dgate = tl.load(dgates_ptr + offs_t * K + k, mask=mask_t, other=0.0).to(tl.float32)
         if NORMALIZE:
@@ -227,8 +227,8 @@ def route_bwd_kernel(
 
 def _blocks(E, K):
     block_e = triton.next_power_of_2(E)
-    # About 4096 logits per program of 4 warps: 32 registers a thread.
-    return dict(BLOCK_T=max(1, 4096 // block_e) if block_e > 32 else 128, BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(K))
+    # About 2048 logits per program of 4 warps: each of the half dozen (BLOCK_T, BLOCK_E) arrays then takes 16 registers a thread.
+    return dict(BLOCK_T=max(1, 2048 // block_e) if block_e > 32 else 64, BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(K))
 
 
 def route_fwd(logits_TE, bias_E, top_k, sigmoid, normalize):

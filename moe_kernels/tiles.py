@@ -44,9 +44,6 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def launch(self, *without):
-        return {name: value for name, value in self._asdict().items() if name not in without}
-
 
 def _pow2(n):
     return 1 << max(n - 1, 0).bit_length()
@@ -68,10 +65,17 @@ def gemm_tiles(n_rows, n_experts, D, F, dtype):
     wide = lambda n, block_n: min(_pow2(n), block_n)  # noqa: E731
     dw_k = min(max(_pow2(n_rows // n_experts), 16), 64)
     return {
-        "up": Tile(block_m, wide(F, 128), min(64, _pow2(D)), 8, 2, warps, 4),
+        "up": Tile(block_m, wide(F, 128), min(64, _pow2(D)), 8, 4, warps, 4),
         "down": Tile(block_m, wide(D, 256), min(64, _pow2(F)), 8, 2, warps, 4),
-        "dswiglu": Tile(block_m, wide(F, 128), min(64, _pow2(D)), 8, 4, warps, 4),
-        "dx": Tile(block_m, wide(D, 256), min(64, _pow2(2 * F)), 8, 2, warps, 4),
-        "dw_in": Tile(128, wide(D, 256), dw_k, 4, 1, 8, 4),
-        "dw_out": Tile(128, wide(F, 256), dw_k, 4, 1, 8, 4),
+        "dswiglu": Tile(block_m, wide(F, 256), min(64, _pow2(D)), 8, 8, warps, 4),
+        "dx": Tile(block_m, wide(D, 256), min(64, _pow2(2 * F)), 8, 4, warps, 3),
+        "dw_in": Tile(128, wide(D, 256), dw_k, 4, 1, 8, 3),
+        "dw_out": Tile(128, wide(F, 256), dw_k, 4, 2, 8, 3),
     }
+
+
+def resident_programs(tile, device):
+    """How many programs of a persistent kernel fill `device`: as many as its multiprocessors hold by shared memory."""
+    n_sm = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    shared = tile.num_stages * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * 2
+    return n_sm * max(1, min(200_000 // shared, 32 // tile.num_warps))
