@@ -1,11 +1,13 @@
-"""Checkpoint files that are whole or absent, and that say when they are damaged.
+"""A run directory: its lock, its log, and checkpoint files that are whole or absent and say when they are damaged.
 
-A file is called ckpt-<step>-<hash>.pt after the SHA-256 of its bytes. It is written under a temporary name, flushed to disk and
+A checkpoint is called ckpt-<step>-<hash>.pt after the SHA-256 of its bytes. It is written under a temporary name, flushed to disk and
 renamed, so a crash leaves the older files untouched; reading compares the hash first.
 """
 
 import dataclasses
+import fcntl
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -15,6 +17,37 @@ import torch
 from model import GPT, ModelConfig
 
 NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
+
+
+def open_run(name, resume):
+    """Create (or reopen) a run directory and lock it. Returns (directory, lock file); the lock ends with the process."""
+    run_dir = Path(name)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"out_dir={name!r}: another process is training there; wait for it or use another directory") from None
+    if not resume and ((run_dir / "metrics.jsonl").exists() or find(run_dir)):
+        raise ValueError(f"out_dir={name!r}: it already holds a run; continue it with --resume={name} or use another directory")
+    return run_dir, lock
+
+
+def rewind_metrics(path, step):
+    """Drop what a killed run logged after the checkpoint it resumes from; those steps will be logged again."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows += [line] if json.loads(line)["step"] <= step else []
+        except ValueError:  # the last line, torn by the kill
+            pass
+    replace_file(path, "".join(row + "\n" for row in rows))
+
+
+def replace_file(path, text):
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
 
 
 class _HashingFile:

@@ -12,7 +12,6 @@ Ctrl-C or SIGTERM saves a checkpoint and ends the run.
 
 import ctypes
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -50,6 +49,7 @@ class TrainConfig(ModelConfig):
     seed: int = 0  # of the weights and of the data order
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     compile: bool = True  # torch.compile of each block, on CUDA
+    deterministic: bool = False  # on CUDA, too, the same bits in every run (attention's backward then sums in a fixed order, slower)
     # Optimisation
     steps: int = 1000  # optimiser steps
     batch_size: int = 16  # sequences per step, over all ranks and micro-batches
@@ -100,14 +100,11 @@ def read_config(argv):
 
 def parse_sources(text):
     """DIR or DIR:0.7,DIR:0.3 -> [(directory, weight)]."""
-    sources = []
-    for part in text.split(","):
-        directory, colon, weight = part.rpartition(":")
-        try:
-            sources.append((directory, float(weight)) if colon else (part, 1.0))
-        except ValueError:
-            raise ValueError(f"data={text!r}: {weight!r} is not a weight; write DIR or DIR:0.7,DIR2:0.3") from None
-    return sources
+    parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",")]
+    try:
+        return [(directory, float(weight)) for directory, _, weight in parts]
+    except ValueError as error:
+        raise ValueError(f"data={text!r}: {error}; write DIR or DIR:0.7,DIR2:0.3") from None
 
 
 def lr_at(step, cfg):
@@ -169,38 +166,6 @@ def bytes_per_token(sources, split):
     return sum(weight * meta["bytes"] / meta["tokens"] for weight, meta in splits) / sum(weight for weight, _ in splits)
 
 
-def open_run(cfg):
-    """Create or reopen the run directory and lock it. Returns (directory, lock file); the lock ends with the process."""
-    name = cfg.out_dir or f"runs/{'dense' if cfg.dense else cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(name)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(run_dir / "lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"out_dir={name!r}: another process is training there; wait for it or use another directory") from None
-    if not cfg.resume and ((run_dir / "metrics.jsonl").exists() or checkpoint.find(run_dir)):
-        raise ValueError(f"out_dir={name!r}: it already holds a run; continue it with --resume={name} or use another directory")
-    return run_dir, lock
-
-
-def rewind_metrics(path, step):
-    """Drop what a killed run logged after the checkpoint it resumes from; those steps will be logged again."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows += [line] if json.loads(line)["step"] <= step else []
-        except ValueError:  # the last line, torn by the kill
-            pass
-    replace_file(path, "".join(row + "\n" for row in rows))
-
-
-def replace_file(path, text):
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
-
-
 def keep_freed_memory():
     """glibc returns large freed blocks to the kernel, and every new tensor page-faults anew. Keeping them: 1.3x faster on 2 cores."""
     try:
@@ -244,7 +209,8 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     for directory, _ in sources:
         shards.read_meta(directory)  # a wrong path should not leave a run directory behind
     if lead:
-        run_dir, lock = open_run(cfg)
+        name = cfg.out_dir or f"runs/{'dense' if cfg.dense else cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir, lock = checkpoint.open_run(name, cfg.resume)
         if not sources:
             sources = [(str(run_dir / "data"), 1.0)]
             if not (run_dir / "data" / shards.META).exists():
@@ -296,7 +262,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     per_token = bytes_per_token(sources, "val")
     if lead:
         config.save(cfg, run_dir / "config.json")
-        rewind_metrics(run_dir / "metrics.jsonl", start)
+        checkpoint.rewind_metrics(run_dir / "metrics.jsonl", start)
         print(f"{run_dir}: {params.total:,} parameters ({params.active:,} active), {cfg.steps - start} steps of {tokens_per_step:,} tokens, "
               f"{str(model.dtype)[6:]} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'} x {world}", flush=True)
 
@@ -316,17 +282,17 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                                             "window": window, "rng": torch.get_rng_state()}, cfg.keep_checkpoints)
 
     def run_validation(step):
-        row = {"step": step, "val_loss": validate(model, val_loader, n_val, world)}
-        if per_token:
-            row["val_bits_per_byte"] = row["val_loss"] / math.log(2) / per_token
-        record(row)
+        loss = validate(model, val_loader, n_val, world)
+        bits = {"val_bits_per_byte": loss / math.log(2) / per_token} if per_token else {}
         if lead:
-            print(f"step {step:>6}/{cfg.steps} | " + " | ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "step"), flush=True)
-        return row
+            print(f"step {step:>6}/{cfg.steps} | validation loss {loss:.4f}" + (f" | {bits['val_bits_per_byte']:.4f} bits/byte" if bits else ""), flush=True)
+        return {"step": step, "val_loss": loss, **bits}
 
     # ---- the loop
     model.train()
-    step, row, clock, clock_step, seconds = start, {}, time.perf_counter(), start, 0.0
+    step, row, val_row, began = start, {}, {}, time.perf_counter()
+    clock, clock_step = began, start  # of the last line; the clock stands still during validation and saving
+    timed_seconds, timed_steps = 0.0, 0  # all intervals but the first, which compiles
     with Stop() as stop:
         while step < cfg.steps:
             lr = lr_at(step, cfg)
@@ -356,11 +322,13 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
 
             stopping = stop.asked and world == 1
             if step % cfg.log_every == 0 or step == cfg.steps:
-                row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "grad_norm": float(grad_norm), **read_window(window, world)}
-                check_finite(row["loss"], step)
-                window = new_window(cfg, device)
+                means = read_window(window, world)  # waits for the device, so the clock is right
                 now = time.perf_counter()
-                seconds += now - clock
+                if row:
+                    timed_seconds, timed_steps = timed_seconds + now - clock, timed_steps + step - clock_step
+                check_finite(means["loss"], step)
+                row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "grad_norm": float(grad_norm), **means}
+                window = new_window(cfg, device)
                 rate = (step - clock_step) * tokens_per_step / (now - clock)
                 row |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None, "memory_gb": peak_memory_gb(device)}
                 clock, clock_step = now, step
@@ -372,8 +340,9 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                     dist.all_reduce(asked)
                     stopping = bool(asked)
             pause = time.perf_counter()
-            if cfg.val_every and step % cfg.val_every == 0 and step < cfg.steps:
-                run_validation(step)
+            if step == cfg.steps or cfg.val_every and step % cfg.val_every == 0:
+                val_row = run_validation(step)
+                record(val_row)
             if stopping or step == cfg.steps or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
                 save(step)
             clock += time.perf_counter() - pause
@@ -382,15 +351,16 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                     print(f"stopped and saved at step {step}; continue with: python train.py --resume={run_dir}")
                 return None
 
-    val_row = run_validation(step)
+    val_row = val_row or run_validation(step)  # none yet: the checkpoint was the last one
     if not lead:
         return None
-    results = {**row, **val_row, "params_total": params.total, "params_active": params.active, "seconds": seconds}
-    if seconds:  # of the whole run instead of the last interval
-        results["tokens_per_s"] = (step - start) * tokens_per_step / seconds
-        results["mfu"] = results["tokens_per_s"] * flops / (peak * world) if peak else None
+    results = {**row, **val_row, "parameters": params.total, "active_parameters": params.active, "seconds": time.perf_counter() - began,
+               "tokens_per_parameter": cfg.steps * tokens_per_step / params.total}
+    if timed_steps:
+        rate = timed_steps * tokens_per_step / timed_seconds
+        results |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None}
     results |= final_report(model, cfg, sources, enc, val_loader, results)
-    replace_file(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    checkpoint.replace_file(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
     lock.close()
     return results
 
@@ -417,10 +387,14 @@ def log_line(row, cfg, tokens_per_step):
 def final_report(model, cfg, sources, enc, val_loader, results):
     """Print the table and samples; return what evaluation adds to results.json."""
     model.eval()
+    lines = [("training loss, nats per token", "loss", ".4f"), ("validation loss", "val_loss", ".4f"),
+             ("validation bits per byte", "val_bits_per_byte", ".4f"), ("balance loss (1: balanced)", "balance", ".3f"),
+             ("tokens per second", "tokens_per_s", ",.0f"), ("model FLOPs utilisation", "mfu", ".1%"), ("parameters", "parameters", ",d"),
+             ("of these active per token", "active_parameters", ",d"), ("training tokens per parameter", "tokens_per_parameter", ".3g"),
+             ("peak memory, GB", "memory_gb", ".2f"), ("seconds", "seconds", ".0f")]
     print()
-    for name, value in results.items():
-        if isinstance(value, (int, float)):
-            print(f"{name:<24} {value:>14,}" if isinstance(value, int) else f"{name:<24} {value:>14,.4f}")
+    for title, name, form in lines:
+        print(f"{title:<32} {'n/a' if results.get(name) is None else format(results[name], form):>14}")
     if not cfg.sample_tokens:
         return {}
     tokens_BL, _ = val_loader.next()
@@ -430,7 +404,7 @@ def final_report(model, cfg, sources, enc, val_loader, results):
                    seed=cfg.seed, n_vocab=enc.n_vocab)
     samples = [{"prompt": enc.decode(prompt), "text": enc.decode(ids)} for prompt, ids in zip(prompts, new, strict=True)]
     for sample in samples:
-        print(f"\n--- prompt (validation): {sample['prompt']}\n--- sample: {sample['text']}")
+        print(f"\nprompt from validation: {sample['prompt']}\nsample: {sample['text']}")
     return {"samples": samples}
 
 
@@ -445,6 +419,10 @@ def main(argv=None):
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # the tests do that; a run need not pay for it
         if world > 1:
             dist.init_process_group("nccl" if cuda else "gloo")
         return train(cfg, rank, world, device)
