@@ -1,0 +1,1 @@
+"""Sweeps over sparsity, figures, and what people look at while and after a model trains."""
