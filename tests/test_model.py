@@ -232,19 +232,18 @@ def test_loss_in_chunks_is_the_same():
 
 
 @pytest.mark.parametrize("impl", ["grouped_mm", "triton"])
-def test_implementations_agree_on_a_training_step(impl):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if impl == "triton" and device == "cpu":
-        pytest.skip("needs a GPU")
+def test_implementations_agree_on_a_training_step(impl, device):
+    """On the GPU in bfloat16; on the CPU in float32, the Triton kernels in their interpreter."""
     dtype, bound = ("bfloat16", 3e-2) if device == "cuda" else ("float32", 1e-5)
     results = []
     for choice in ("reference", impl):
         model = make(impl=choice, dtype=dtype, n_shared_experts=1).to(device)
-        out = model(tokens().to(device), tokens(seed=2).to(device))
+        out = model(tokens(2, 10).to(device), tokens(2, 10, seed=2).to(device))
         (out.loss + 1e-2 * out.balance + 1e-3 * out.z).backward()
-        results.append({"loss": out.loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+        results.append({"loss": out.loss.detach(), "counts": out.counts_NE} | {name: p.grad for name, p in model.named_parameters()})
     for name, expected in results[0].items():
         assert ratio(results[1][name], expected) < bound, name
+        assert ratio(results[1][name] * 0.9, expected) > bound  # the check can fail
 
 
 def test_bfloat16_compute_keeps_float32_weights_and_statistics():
@@ -296,25 +295,25 @@ def test_router_bias_moves_towards_balance_and_only_when_told():
 
 
 @pytest.mark.parametrize("name", ["default", "everything", "dense"])
-def test_compiles_as_one_graph(name):
+def test_compiles_as_one_graph(name, device):
+    """With inductor on a GPU; on the CPU aot_eager captures the same graphs without the minutes of a C++ compiler."""
     torch._dynamo.reset()
-    cuda = torch.cuda.is_available()
-    # On the CPU, aot_eager captures forward and backward without the minutes of a C++ compiler; grouped_mm has a graph there.
-    options = dict(impl="triton" if cuda else "grouped_mm", dtype="bfloat16", **OPTIONS[name])
-    models = [make(**options).to("cuda" if cuda else "cpu") for _ in range(2)]
-    run = torch.compile(models[1], backend="inductor" if cuda else "aot_eager", fullgraph=True, dynamic=False)
-    x, y = (t.to(models[0].embed.weight.device) for t in (tokens(), tokens(seed=2)))
+    torch._dynamo.utils.counters.clear()
+    options = dict(impl="triton", dtype="bfloat16" if device == "cuda" else "float32", **OPTIONS[name])
+    models = [make(**options).to(device) for _ in range(2)]
+    run = torch.compile(models[1], backend="inductor" if device == "cuda" else "aot_eager", fullgraph=True, dynamic=False)
+    x, y = tokens(1, 8).to(device), tokens(1, 8, seed=2).to(device)  # little: the interpreter is slow
     for call in (models[0], run):
         out = call(x, y)
         (out.loss + 1e-2 * out.balance + 1e-3 * out.z).backward()
     for a, b in zip(models[1].parameters(), models[0].parameters(), strict=True):
-        assert ratio(a.grad, b.grad) < 3e-2
+        assert ratio(a.grad, b.grad) < (3e-2 if device == "cuda" else 1e-5)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_triton_path_reads_no_value_back(monkeypatch):
     """A step on tensors that have shapes but no values: an .item(), which on a GPU would wait for the device, raises."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # only to let the triton path through on a CPU: no kernel runs
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # lets the triton path take CPU tensors; no kernel runs
     with FakeTensorMode():
         for options in OPTIONS.values():
             model, x = make(impl="triton", **options), torch.zeros(2, 8, dtype=torch.long)
