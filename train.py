@@ -262,7 +262,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
         if world > 1:  # every rank goes on from the mean, so that the run can be resumed on any number of ranks
             dist.all_reduce(window["sums"])
             window["sums"] /= world
-        check_finite(float(window["sums"][0]), step)
+        check_finite("norm of the weights", float(torch.nn.utils.get_total_norm(list(model.parameters()))), step)
         if lead:
             checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(cfg), "model": model.state_dict(),
                                             "optimizer": optimizer.state_dict(), "loader": loader.state_dict(),
@@ -313,7 +313,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                 now = time.perf_counter()
                 if row:
                     timed_seconds, timed_steps = timed_seconds + now - clock, timed_steps + step - clock_step
-                check_finite(means["loss"], step)
+                check_finite("loss", means["loss"], step)
                 row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "grad_norm": float(grad_norm), **means}
                 window = new_window(cfg, device)
                 rate = (step - clock_step) * tokens_per_step / (now - clock)
@@ -352,9 +352,9 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     return results
 
 
-def check_finite(loss, step):
-    if not math.isfinite(loss):
-        raise ValueError(f"loss={loss} at step {step}: lower lr or raise warmup_steps; the checkpoints are from before and were kept")
+def check_finite(name, value, step):
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} at step {step}: lower lr or raise warmup_steps; the last checkpoint is from before and was kept")
 
 
 def peak_memory_gb(device):
