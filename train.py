@@ -382,6 +382,12 @@ def final_report(model, cfg, sources, enc, val_loader, results):
     print()
     for title, name, form in lines:
         print(f"{title:<32} {'n/a' if results.get(name) is None else format(results[name], form):>14}")
+    if "procedural" in shards.read_meta(sources[0][0]):
+        from eval import procedural  # only this data needs it
+
+        text, scores = procedural.report(model, sources[0][0])
+        print(text)
+        return scores
     if not cfg.sample_tokens:
         return {}
     tokens_BL, _ = val_loader.next()
