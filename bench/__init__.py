@@ -1,0 +1,1 @@
+"""Microbenchmarks: `python -m bench.kernels`, `bench.layer`, `bench.step`; plots with `bench.plot`; `bench.compare` finds regressions."""

@@ -1,0 +1,191 @@
+"""What the benchmarks compute: shapes, FLOP and byte counts, random inputs and routings, and the float64 truth that results are checked with.
+
+Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token, S = T*K routed rows.
+A full float64 reference of a large layer takes seconds and tens of GB, so checks compare slices: all outputs of some tokens, and the weight
+gradients of some experts. Each of these is exact, because a token's output depends on its K experts alone and a weight on its own rows alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_kernels import reference
+
+# RMS ratio ||a - b|| / ||b|| that a correct result stays under, on unit-scale data.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}
+
+
+class Shape(NamedTuple):
+    T: int
+    D: int
+    F: int
+    E: int
+    K: int
+
+    @property
+    def S(self):
+        return self.T * self.K
+
+    def __str__(self):
+        return ",".join(map(str, self))
+
+
+TARGETS = (
+    Shape(32768, 2048, 768, 128, 8),
+    Shape(24576, 1536, 256, 128, 8),
+    Shape(65536, 512, 1024, 64, 4),
+    Shape(32768, 4096, 512, 128, 8),
+    Shape(8192, 2048, 768, 128, 8),
+    Shape(1024, 2048, 768, 128, 8),
+)
+TINY = (Shape(64, 32, 48, 4, 2),)  # what a CPU can do
+
+
+def parse_shape(text):
+    """ "T,D,F,E,K" as a Shape; ValueError for anything else."""
+    numbers = [int(word) for word in text.split(",")]
+    if len(numbers) != 5 or min(numbers) < 1 or numbers[4] > numbers[3]:
+        raise ValueError(f"shape {text!r}: expected T,D,F,E,K with 1 <= K <= E, such as {TARGETS[0]}")
+    return Shape(*numbers)
+
+
+class Cost(NamedTuple):
+    flops: int
+    bytes: int  # fewest bytes through device memory: each input read once, each output written once
+
+    def floor_ms(self, tflops, tb_s):
+        """The roofline: no kernel takes less on a machine of `tflops` TFLOP/s and `tb_s` TB/s."""
+        return max(self.flops / tflops, self.bytes / tb_s) * 1e-9
+
+
+FORWARD = ("dispatch", "up", "down", "combine")
+BACKWARD = ("dswiglu", "dw_out", "dx", "combine_dx", "dw_in")
+
+
+def kernel_costs(shape, itemsize=2):
+    """The Cost of each kernel, by name. `itemsize`: bytes per element of activations, weights and router logits."""
+    T, D, F, E, K = shape
+    S, b = T * K, itemsize
+    token, row = b * T * D, b * S * D  # one (T, D) and one (S, D) tensor
+    hidden = b * S * F
+    w_out = b * min(E, S) * D * F  # weights of experts that have rows
+    w_in = 2 * w_out
+    x = min(token, row)  # gathered rows: re-reads of a token hit L2
+    return {
+        "route_fwd": Cost(0, b * T * E + 8 * S),
+        "route_bwd": Cost(0, 2 * b * T * E + 12 * S),
+        "dispatch": Cost(0, 12 * S),
+        "up": Cost(4 * S * D * F, x + w_in + 3 * hidden),
+        "down": Cost(2 * S * D * F, hidden + w_out + row),
+        "combine": Cost(0, row + token),
+        "dswiglu": Cost(2 * S * D * F, x + w_out + 5 * hidden),
+        "dw_out": Cost(2 * S * D * F, x + hidden + w_out),
+        "dx": Cost(4 * S * D * F, 2 * hidden + w_in + row),
+        "combine_dx": Cost(0, row + token),
+        "dw_in": Cost(4 * S * D * F, x + 2 * hidden + w_in),
+    }
+
+
+def kernels_of(mode):
+    return {"forward": FORWARD, "backward": BACKWARD, "full": FORWARD + BACKWARD}[mode]
+
+
+def layer_cost(shape, mode, itemsize=2):
+    """Cost of the expert layer in mode forward (6 S D F FLOPs), backward (12 S D F) or full (18 S D F)."""
+    costs = kernel_costs(shape, itemsize)
+    return Cost(*map(sum, zip(*(costs[name] for name in kernels_of(mode)), strict=True)))
+
+
+def layer_floor_ms(shape, mode, tflops, tb_s, itemsize=2):
+    """Sum of the kernels' rooflines, a tighter bound than the layer's own."""
+    costs = kernel_costs(shape, itemsize)
+    return sum(costs[name].floor_ms(tflops, tb_s) for name in kernels_of(mode))
+
+
+def router_logits(shape, routing, generator):
+    """Logits (T, E) float32 whose top-k makes the routing "softmax" (independent normal logits), "balanced" (equal counts where E divides S) or
+    "zipfA" (expert e is drawn in proportion to (e + 1)^-A, without replacement)."""
+    T, E, K = shape.T, shape.E, shape.K
+    device = generator.device
+    if routing == "balanced":
+        # Token i of a random order takes experts i*K .. i*K + K-1, modulo E.
+        order = torch.randperm(T, generator=generator, device=device)
+        experts = (order[:, None] * K + torch.arange(K, device=device)) % E
+        return torch.randn(T, E, generator=generator, device=device).scatter_add(1, experts, experts.new_full((T, K), 20).float())
+    if routing == "softmax":
+        return torch.randn(T, E, generator=generator, device=device)
+    if routing.startswith("zipf"):
+        # Adding Gumbel noise to log-probabilities and taking the top k samples k without replacement.
+        gumbel = -torch.empty(T, E, device=device).exponential_(generator=generator).log()
+        return gumbel - float(routing[4:]) * torch.arange(1, E + 1, device=device).log()
+    raise ValueError(f"routing {routing!r}: expected softmax, balanced or zipfA such as zipf1.5")
+
+
+class Inputs(NamedTuple):
+    x_TD: Tensor
+    w_in_EGD: Tensor
+    w_out_EDF: Tensor
+    gates_TK: Tensor  # float32
+    experts_TK: Tensor  # int32
+    dy_TD: Tensor
+    logits_TE: Tensor  # float32; where gates and experts came from
+
+
+def make_inputs(shape, dtype, device, routing="softmax", seed=0):
+    """Random inputs: x and dy ~ N(0, 1), weights ~ N(0, 1) / sqrt(their fan-in), so that every activation has about unit scale."""
+    generator = torch.Generator(device).manual_seed(seed)
+    T, D, F, E, K = shape
+    randn = lambda *size: torch.randn(size, generator=generator, device=device, dtype=dtype)  # noqa: E731
+    logits = router_logits(shape, routing, generator)
+    gates, experts, *_ = reference.route(logits, K)
+    return Inputs(randn(T, D), randn(E, 2 * F, D) * D**-0.5, randn(E, D, F) * F**-0.5, gates.contiguous(), experts.contiguous(), randn(T, D), logits)
+
+
+def rms(got, want):
+    """||got - want|| / ||want||; NaN stays NaN, so that no comparison with a tolerance passes."""
+    got, want = got.double(), want.double()
+    return ((got - want).norm() / want.norm().clamp(min=1e-300)).item()
+
+
+def sample(experts_TK, n_experts, seed=0, n_tokens=256):
+    """(tokens, experts) to check: random tokens; the busiest expert, the least busy one and a random one, sorted, without repeats."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randperm(experts_TK.shape[0], generator=generator)[:n_tokens].to(experts_TK.device)
+    counts = torch.bincount(experts_TK.flatten(), minlength=n_experts)
+    some = torch.randint(n_experts, (1,), generator=generator).item()
+    return tokens, sorted({counts.argmax().item(), counts.argmin().item(), some})
+
+
+def layer_errors(inputs, outputs, seed=0):
+    """RMS ratio of each of `outputs` (some of y, dx, dw_in, dw_out, dgates by name) on sampled slices; ValueError when one is not finite."""
+    x, w_in, w_out, gates, experts, dy, _ = inputs
+    for name, output in outputs.items():
+        if not output.isfinite().all():
+            raise ValueError(f"wrong result: {name} holds values that are not finite")
+    tokens, some_experts = sample(experts, w_in.shape[0], seed)
+
+    xs, gs = x[tokens].double().requires_grad_(), gates[tokens].double().requires_grad_()
+    want = {"y": torch.zeros_like(xs), "dx": torch.zeros_like(xs), "dgates": torch.zeros_like(gs)}
+    for e in experts[tokens].unique().tolist():  # one expert at a time: E experts in float64 may not fit
+        ye = reference.experts(xs, w_in[e : e + 1].double(), w_out[e : e + 1].double(), gs, experts[tokens] - e)
+        for total, part in zip(want.values(), (ye.detach(), *torch.autograd.grad(ye, (xs, gs), dy[tokens].double())), strict=True):
+            total += part
+    errors = {name: rms(outputs[name][tokens], total) for name, total in want.items() if name in outputs}
+
+    for e in some_experts:
+        token, slot = torch.where(experts == e)
+        weights = [w[e : e + 1].double().requires_grad_() for w in (w_in, w_out)]
+        ye = reference.experts(x[token].double(), *weights, gates[token, slot, None].double(), torch.zeros_like(experts[token, :1]))
+        for name, grad in zip(("dw_in", "dw_out"), torch.autograd.grad(ye, weights, dy[token].double()), strict=True):
+            if name in outputs:  # an expert without rows: both must be zero
+                errors[name] = max(errors.get(name, 0.0), rms(outputs[name][e], grad[0]))
+    return errors
+
+
+def require_accuracy(errors, dtype, slack=1):
+    """The worst of `errors` (by name); ValueError unless every one is within `slack` times the tolerance of `dtype`."""
+    for name, error in errors.items():
+        if not error <= slack * TOLERANCE[dtype]:
+            raise ValueError(f"wrong result: {name} has RMS ratio {error:.1e}, allowed is {slack * TOLERANCE[dtype]:.0e}")
+    return max(errors.values())

@@ -1,0 +1,185 @@
+"""A training step by part (data, forward, backward, optimiser) and by family of kernels.
+
+    python -m bench.step --preset=paper-d512-e64-k4 --batch-size=8 --seq-len=2048 --csv bench/h100.csv
+    python -m bench.step --preset=paper-d512-e64-k4 --batch-size=8 --compile=false
+
+All flags of train.py are understood; the step is train.py's with its optimiser, on one GPU, with one micro-batch of --batch-size sequences and
+random tokens read through the loader. Parts are GPU time between events, so they contain the gaps in which the GPU waits for Python; families are
+the kernels alone, from torch.profiler, and what is missing from their sum to the whole step is those gaps.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import config
+from bench.compare import begin, finish
+from bench.problem import Cost, Shape
+from bench.results import DTYPES, HEADER, arguments
+from bench.timing import MIB, quantiles
+from data import shards, tokenizer
+from data.loader import Loader
+from model import GPT, flops_per_token, peak_flops
+from train import TrainConfig, make_optimizer
+
+PARTS = ("data", "forward", "backward", "optimiser")
+
+
+def random_tokens(directory, n):
+    """A data directory of n random tokens, vocabulary 257."""
+    enc = tokenizer.word_tokenizer([])
+    with shards.ShardWriter(directory, enc) as writer:
+        writer.add("train", np.append(np.random.default_rng(0).integers(0, 256, n), enc.eot_token))
+    return str(directory)
+
+
+def step(cfg, model, optimizer, loader, mark):
+    """One optimiser step as in train.py; mark() is called before the first part and after each."""
+    mark()
+    with record_function("part: data"):
+        tokens, targets = loader.next()
+    mark()
+    out = model(tokens, targets)
+    loss = out.loss + cfg.balance_coef * out.balance + cfg.z_coef * out.z
+    mark()
+    loss.backward()
+    mark()
+    with record_function("part: optimiser"):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    mark()
+
+
+def part_times(run, repeats, cuda):
+    """Times of PARTS and of the whole step, by name."""
+    marks = []
+
+    def mark():
+        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
+        if cuda:
+            marks[-1].record()
+
+    for _ in range(repeats):
+        run(mark)
+    if cuda:
+        torch.cuda.synchronize()
+    between = lambda a, b: a.elapsed_time(b) if cuda else (b - a) * 1e3  # noqa: E731
+    n = len(PARTS) + 1
+    steps = [marks[i : i + n] for i in range(0, len(marks), n)]
+    times = {part: quantiles([between(s[i], s[i + 1]) for s in steps]) for i, part in enumerate(PARTS)}
+    # From the end of one step to the end of the next: with whatever the GPU waits for in between.
+    return times | {"full": quantiles([between(a[-1], b[-1]) for a, b in zip(steps, steps[1:], strict=False)])}
+
+
+def family(kernel, ops, sizes, cfg, weights):
+    """The family of a kernel, from the operators around it (innermost first), the shapes of the innermost one's inputs and the weights' shapes."""
+    inside = lambda *words: any(word in op for op in ops for word in words)  # noqa: E731
+    dims = {n for size in sizes for n in size}
+    if inside("part: optimiser"):
+        return "optimiser"
+    if inside("part: data"):
+        return "data"
+    if inside("moe_kernels::experts", "grouped_mm"):
+        return "experts: " + kernel.removesuffix("_kernel") + " (backward)" * inside("bwd", "Backward")
+    if inside("moe_kernels::route"):
+        return "router"
+    if inside("embedding"):
+        return "embedding"
+    if inside("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention"):
+        return "attention"
+    if cfg.vocab_size in dims or inside("cross_entropy", "nll_loss", "log_softmax"):
+        return "lm head and loss"
+    if ops[0].startswith(("aten::mm", "aten::addmm", "aten::bmm")):
+        if cfg.n_experts in dims and not cfg.dense:
+            return "router"
+        return "experts: torch products" if 2 * cfg.d_expert in dims else "attention projections"
+    if ops[0] == "aten::copy_" and any(tuple(size) in weights for size in sizes):
+        return "weight casts"
+    return "norms, rotations, elementwise"
+
+
+def family_times(run, cfg, model, repeats, cuda):
+    """Milliseconds per step of each family; on the CPU of operators, on a GPU of kernels."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=activities, record_shapes=True) as prof:
+        for _ in range(repeats):
+            run(lambda: None)
+        if cuda:
+            torch.cuda.synchronize()
+    weights, total, unknown = {tuple(p.shape) for p in model.parameters() if p.ndim > 1}, Counter(), 0.0
+    for event in prof.events():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            # Kernels come a second time as events of their own: what is left of these at the end was launched by no known operator.
+            unknown += 0 if getattr(event, "is_user_annotation", False) else event.time_range.elapsed_us()
+            continue
+        launched = [(kernel.name, kernel.duration) for kernel in event.kernels] if cuda else [(event.name, event.self_cpu_time_total)]
+        if launched:
+            ops, parent = [], event
+            while parent is not None:
+                ops.append(parent.name)
+                parent = parent.cpu_parent
+            for kernel, microseconds in launched:
+                total[family(kernel, ops, [s for s in event.input_shapes or [] if s], cfg, weights)] += microseconds
+                unknown -= microseconds
+    if cuda and unknown > 0.01 * sum(total.values()):
+        total["unknown"] = unknown
+    return {name: microseconds / 1e3 / repeats for name, microseconds in total.most_common()}
+
+
+def main(argv=None):
+    cuda = torch.cuda.is_available()
+    parser = arguments(__doc__)
+    parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
+    args, results = begin(parser, argv, rest=True)
+    small = [] if cuda else ["--batch-size=2", "--seq-len=64"]
+    cfg = config.parse(TrainConfig, [*small, *args.rest, f"--dtype={str(DTYPES[args.dtype])[6:]}"])
+    if not cfg.vocab_size:
+        cfg = dataclasses.replace(cfg, vocab_size=320)  # the 257 of random_tokens, rounded up as train.py does
+    print(HEADER)
+    device = "cuda" if cuda else "cpu"
+    tokens = cfg.batch_size * cfg.seq_len
+    with tempfile.TemporaryDirectory() as tmp:
+        loader = Loader([(random_tokens(Path(tmp) / "data", 8 * tokens + 1), 1.0)], "train", cfg.batch_size, cfg.seq_len, device=device)
+        torch.manual_seed(cfg.seed)
+        model = GPT(cfg).to(device).train()
+        optimizer = make_optimizer(model, cfg)
+        if cfg.compile and cuda:
+            for block in model.blocks:
+                block.compile(fullgraph=True, dynamic=False)
+        run = partial(step, cfg, model, optimizer, loader)
+        start = time.perf_counter()
+        for _ in range(3):
+            run(lambda: None)
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        warm = time.perf_counter() - start
+        times = part_times(run, args.repeats, cuda)
+        peak = torch.cuda.max_memory_allocated() / MIB if cuda else None
+        families = family_times(run, cfg, model, 3, cuda)
+    shape = Shape(tokens, cfg.d_model, cfg.d_expert, cfg.n_experts, cfg.top_k)
+    name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}"
+    flops, best = flops_per_token(cfg) * tokens, peak_flops(torch.cuda.get_device_name()) if cuda else None
+    mfu = flops / (times["full"].p50 / 1e3) / best if best and cfg.dtype == "bfloat16" else None
+    add = partial(results.add, "step", name, shape=shape)
+    for part in PARTS:
+        add(mode=part, times=times[part])
+    add(mode="full", times=times["full"], cost=Cost(flops, 0), ceiling=mfu, peak_mib=peak)
+    print(f"{tokens / times['full'].p50 * 1e3:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}; the first three steps took {warm:.1f} s")
+    print(f"\n{'family':<36}{'ms/step':>10}{'share':>8}")
+    for what, ms in families.items():
+        print(f"{what:<36}{ms:>10.3f}{ms / times['full'].p50:>8.1%}")
+    print(f"{'sum, of the step':<36}{sum(families.values()):>10.3f}{sum(families.values()) / times['full'].p50:>8.1%}")
+    return finish(args, results, [])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
