@@ -32,7 +32,8 @@ from moe_kernels.tiles import gemm_tiles, interpreting
 GEMMS = ("up", "down", "dswiglu", "dw_out", "dx", "dw_in")
 KERNELS = ("route_fwd", "route_bwd", "dispatch", "up", "down", "combine", "dswiglu", "dw_out", "dx", "combine_dx", "dw_in")
 CANDIDATES = {
-    **dict.fromkeys(("up", "dswiglu"), "128x128x64:s3,128x128x64:s4,128x128x64:g4,128x128x64:g16,64x128x64:w4,128x64x64:w8,128x64x128:s3"),
+    "up": "128x128x64:s3,128x128x64:s4,128x128x64:g4,128x128x64:g16,128x128x64:p2,64x128x64:w4,128x64x64:w8,128x64x128:s3",
+    "dswiglu": "128x256x64:s3,128x256x64:p4,128x256x64:g4,128x256x64:g16,128x128x64:p4,128x128x64:p4:w4,64x256x64:w4",
     **dict.fromkeys(("down", "dx"), "128x256x64:s3,128x256x64:s4,128x256x64:g4,128x256x64:g16,128x128x64:w8,128x128x64:w4:s4,64x256x64:w4"),
     **dict.fromkeys(("dw_out", "dw_in"), "128x256x64:s3,128x256x64:s4,256x128x64:s4,128x256x32:s5,128x128x64:w8,128x128x64:w4,128x256x64:g8"),
 }

@@ -8,7 +8,7 @@ T D F E K        sizes (README); dtype; routing: softmax, balanced, zipfA
 p20 p50 p80_ms   quantiles of the time; backward = full - median forward
 tflops gb_s      at p50, from the FLOPs and the fewest bytes that the operation needs
 ceiling          fraction of the ceiling: of `gemms` for a layer, of its own roofline for a kernel, of the GPU's peak (MFU) for a step
-peak_mib         peak of forward + backward above the inputs; saved_mib: kept for backward, x included, weights not
+peak_mib         peak of forward + backward above the inputs; saved_mib: kept for backward, x included, weights and routing not
 gpu torch triton revision date
 """
 

@@ -1,7 +1,7 @@
 """A training step by part (data, forward, backward, optimiser) and by family of kernels.
 
-    python -m bench.step --preset=paper-d512-e64-k4 --batch-size=8 --seq-len=2048 --csv bench/h100.csv
-    python -m bench.step --preset=paper-d512-e64-k4 --batch-size=8 --compile=false
+    python -m bench.step --preset=paper-d512-e64-k4 --vocab-size=99584 --batch-size=8 --csv bench/h100.csv
+    python -m bench.step --preset=paper-d512-e64-k4 --vocab-size=99584 --batch-size=8 --compile=false
 
 All flags of train.py are understood; the step is train.py's with its optimiser, on one GPU, with one micro-batch of --batch-size sequences and
 random tokens read through the loader. Parts are GPU time between events, so they contain the gaps in which the GPU waits for Python; families are
@@ -114,11 +114,12 @@ def family_times(run, cfg, model, repeats, cuda):
             run(lambda: None)
         if cuda:
             torch.cuda.synchronize()
-    weights, total, unknown = {tuple(p.shape) for p in model.parameters() if p.ndim > 1}, Counter(), 0.0
+    weights, total, unlinked = {tuple(p.shape) for p in model.parameters() if p.ndim > 1}, Counter(), Counter()
     for event in prof.events():
         if event.device_type != torch.autograd.DeviceType.CPU:
-            # Kernels come a second time as events of their own: what is left of these at the end was launched by no known operator.
-            unknown += 0 if getattr(event, "is_user_annotation", False) else event.time_range.elapsed_us()
+            # Kernels come a second time as events of their own: what is left of these at the end belongs to no operator.
+            if not getattr(event, "is_user_annotation", False):
+                unlinked[event.name] += event.time_range.elapsed_us()
             continue
         launched = [(kernel.name, kernel.duration) for kernel in event.kernels] if cuda else [(event.name, event.self_cpu_time_total)]
         if launched:
@@ -128,9 +129,9 @@ def family_times(run, cfg, model, repeats, cuda):
                 parent = parent.cpu_parent
             for kernel, microseconds in launched:
                 total[family(kernel, ops, [s for s in event.input_shapes or [] if s], cfg, weights)] += microseconds
-                unknown -= microseconds
-    if cuda and unknown > 0.01 * sum(total.values()):
-        total["unknown"] = unknown
+                unlinked[kernel] -= microseconds
+    if cuda:
+        total += Counter({f"no operator: {name[:22]}": microseconds for name, microseconds in unlinked.items() if microseconds > 100 * repeats})
     return {name: microseconds / 1e3 / repeats for name, microseconds in total.most_common()}
 
 
