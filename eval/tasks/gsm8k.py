@@ -1,0 +1,40 @@
+"""GSM8K (arXiv 2110.14168): grade-school word problems, worked solutions that end in "#### 18". 1,319 test items.
+
+Four examples from the training split: the prompts are then, item by item, those of the paper's own task-loss file. As there, the
+answer of the task loss starts right after "Answer:", without the space that the examples have. `strict` and `flexible` are the
+harness's filters: the first "#### number", and the last number of any form.
+"""
+
+import re
+from decimal import Decimal
+
+from eval.tasks import Item, examples
+
+SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("Question:", "</s>", "<|im_end|>"), 256
+
+
+def items(source, shots):
+    rows = source.rows("gsm8k/test")
+    pool = source.first("gsm8k/train", "gsm8k/test") if shots else rows
+    prefixes = examples(rows, pool, shots, lambda row: f"Question: {row['question']}\nAnswer: {row['answer']}")
+    return [Item(str(i), f"{prefix}Question: {row['question']}\nAnswer:", row["answer"])
+            for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True))]
+
+
+def score(item, text):
+    strict = re.search(r"#### (-?[0-9.,]+)", text)
+    numbers = [found.group() for found in re.finditer(r"-?[$0-9.,]{2,}|-?[0-9]+", text)]
+    return {"strict": float(strict is not None and _same(strict[1], item.answer)),
+            "flexible": float(bool(numbers) and _same(numbers[-1], item.answer))}
+
+
+def _same(answer, solution):
+    for dropped in (r",", r"\$", r"(?s).*#### ", r"\.$"):
+        answer, solution = re.sub(dropped, "", answer), re.sub(dropped, "", solution)
+    return answer.lower() == solution.lower()
+
+
+def vote(text):
+    """The number after the first "####", "Answer" or "The answer is" (the paper's rule; unlike there, commas are understood)."""
+    found = re.search(r"(?:####|[Aa]nswer(?: is)?)[\s:$]*(-?[\d,]*\d(?:\.\d+)?)", text)
+    return f"{Decimal(found[1].replace(',', '')).normalize():f}" if found else None

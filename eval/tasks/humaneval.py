@@ -1,0 +1,18 @@
+"""HumanEval (arXiv 2107.03374): complete a Python function from its signature and docstring. 164 items, no examples.
+
+pass@k by eval.sandbox. Task loss: the dataset's canonical solution after the prompt (the paper uses EvalPlus's: task humanevalplus).
+"""
+
+from eval.tasks import Item
+
+SHOTS, STOPS, MAX_NEW_TOKENS = 0, ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), 1024
+
+
+def items(source, shots):
+    if shots:
+        raise ValueError(f"shots={shots}: humaneval has no examples; use 0")
+    return [Item(row["task_id"], row["prompt"], row["canonical_solution"], row=row) for row in source.rows("humaneval/test")]
+
+
+def program(item, text):
+    return item.prompt + text, f"{item.row['test']}\ncheck({item.row['entry_point']})"
