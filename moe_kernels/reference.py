@@ -48,14 +48,10 @@ def swiglu(h_SG):
 
 
 def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
-    """Twin of `experts.moe_experts`, one expert after the other: y[t] = sum_k gate[t,k] * W_out[e] swiglu(W_in[e] x[t])."""
-    y_TD = torch.zeros_like(x_TD)
-    for e in range(w_in_EGD.shape[0]):
-        token, slot = torch.where(experts_TK == e)
-        a = swiglu(x_TD[token] @ w_in_EGD[e].T)
-        y = (a @ w_out_EDF[e].T) * gates_TK[token, slot, None].to(x_TD.dtype)
-        y_TD = y_TD.index_add(0, token, y)
-    return y_TD
+    """Twin of `experts.moe_experts`: y[t] = sum_k gate[t,k] * W_out[e] swiglu(W_in[e] x[t])."""
+    offsets, row_slot_S, slot_row_TK = dispatch(experts_TK, w_in_EGD.shape[0])
+    _, a_SF = up(x_TD, w_in_EGD, row_slot_S, offsets, experts_TK.shape[1])
+    return combine(down(a_SF, w_out_EDF, offsets), slot_row_TK, gates_TK)
 
 
 def experts_grouped_mm(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
@@ -67,44 +63,42 @@ def experts_grouped_mm(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
     x_SD = x_TD[row_slot_S // K]
     h_SG = F_.grouped_mm(x_SD, w_in_EGD.transpose(1, 2), offs=offsets[1:])
     y_SD = F_.grouped_mm(swiglu(h_SG), w_out_EDF.transpose(1, 2), offs=offsets[1:])
-    y_TKD = y_SD[slot_row_TK.flatten()].view(T, K, -1)
+    y_TKD = y_SD[slot_row_TK.flatten()].view(T, K, x_TD.shape[1])
     return (y_TKD * gates_TK[..., None].to(y_TKD.dtype)).sum(1)
 
 
-# One twin per grouped GEMM kernel. `row_slot_S`, `offsets` come from `dispatch`; every loop runs over the experts.
+# One twin per grouped GEMM kernel; `row_slot_S` and `offsets` come from `dispatch`.
 
 
-def _segments(offsets):
-    bounds = offsets.tolist()
-    return enumerate(zip(bounds, bounds[1:], strict=False))
+def _by_expert(rows_SX, offsets):
+    return rows_SX.split(offsets.diff().tolist())
 
 
 def up(x_TD, w_in_EGD, row_slot_S, offsets, top_k):
     """Pre-activations h (S, 2F) and activations swiglu(h) (S, F)."""
-    rows = row_slot_S.long() // top_k
-    h_SG = torch.cat([x_TD[rows[i:j]] @ w_in_EGD[e].T for e, (i, j) in _segments(offsets)])
+    x_SD = x_TD.index_select(0, row_slot_S // top_k)
+    h_SG = torch.cat([x @ w.T for x, w in zip(_by_expert(x_SD, offsets), w_in_EGD.unbind(), strict=True)])
     return h_SG, swiglu(h_SG)
 
 
 def down(a_SF, w_out_EDF, offsets):
     """Expert outputs before the gates (S, D)."""
-    return torch.cat([a_SF[i:j] @ w_out_EDF[e].T for e, (i, j) in _segments(offsets)])
+    return torch.cat([a @ w.T for a, w in zip(_by_expert(a_SF, offsets), w_out_EDF.unbind(), strict=True)])
 
 
 def combine(y_SD, slot_row_TK, gates_TK=None):
     """sum_k gates[t,k] * y[row of (t,k)] (T, D); gates of one when None."""
-    y_TKD = y_SD[slot_row_TK.long()]
-    return (y_TKD if gates_TK is None else y_TKD * gates_TK[..., None].to(y_SD.dtype)).sum(1)
+    y_TKD = y_SD.index_select(0, slot_row_TK.flatten()).view(*slot_row_TK.shape, y_SD.shape[1])
+    return y_TKD.sum(1) if gates_TK is None else (gates_TK.to(y_SD.dtype)[:, None] @ y_TKD)[:, 0]
 
 
 def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, row_slot_S, offsets):
     """From dL/dy: dh (S, 2F), gate * swiglu(h) (S, F), and dL/dgates by routed row (S,).
 
     With a = swiglu(h) and da = W_out^T dy, the gate's gradient <dy, W_out a> equals <da, a>, so W_out a need not be kept."""
-    slots = row_slot_S.long()
-    g = gates_TK.flatten()[slots, None].to(h_SG.dtype)
-    dy_SD = dy_TD[slots // gates_TK.shape[1]]
-    da = torch.cat([dy_SD[i:j] @ w_out_EDF[e] for e, (i, j) in _segments(offsets)])
+    g = gates_TK.flatten()[row_slot_S, None].to(h_SG.dtype)
+    dy_SD = dy_TD[row_slot_S // gates_TK.shape[1]]
+    da = torch.cat([dy @ w for dy, w in zip(_by_expert(dy_SD, offsets), w_out_EDF.unbind(), strict=True)])
     gate, up_ = h_SG.chunk(2, dim=1)
     sig = gate.sigmoid()
     silu = gate * sig
@@ -114,16 +108,16 @@ def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, row_slot_S, offsets):
 
 def dx(dh_SG, w_in_EGD, offsets):
     """Gradient of each routed row's input (S, D), to be summed over a token's rows by `combine`."""
-    return torch.cat([dh_SG[i:j] @ w_in_EGD[e] for e, (i, j) in _segments(offsets)])
+    return torch.cat([dh @ w for dh, w in zip(_by_expert(dh_SG, offsets), w_in_EGD.unbind(), strict=True)])
 
 
 def dw_in(dh_SG, x_TD, row_slot_S, offsets, top_k):
     """(E, 2F, D)."""
-    x_SD = x_TD[row_slot_S.long() // top_k]
-    return torch.stack([dh_SG[i:j].T @ x_SD[i:j] for _, (i, j) in _segments(offsets)])
+    x_SD = x_TD[row_slot_S // top_k]
+    return torch.stack([dh.T @ x for dh, x in zip(_by_expert(dh_SG, offsets), _by_expert(x_SD, offsets), strict=True)])
 
 
 def dw_out(dy_TD, ga_SF, row_slot_S, offsets, top_k):
     """(E, D, F), from ga = gate * swiglu(h)."""
-    dy_SD = dy_TD[row_slot_S.long() // top_k]
-    return torch.stack([dy_SD[i:j].T @ ga_SF[i:j] for _, (i, j) in _segments(offsets)])
+    dy_SD = dy_TD[row_slot_S // top_k]
+    return torch.stack([dy.T @ ga for dy, ga in zip(_by_expert(dy_SD, offsets), _by_expert(ga_SF, offsets), strict=True)])

@@ -46,6 +46,7 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None, impl=N
         raise ValueError(f"score={score!r}: expected 'softmax' or 'sigmoid'")
     if bias_E is not None and bias_E.shape != (E,):
         raise ValueError(f"bias_E: expected shape ({E},), got {tuple(bias_E.shape)}")
+    impl = "reference" if impl == "grouped_mm" else impl  # routing has no GEMM: the same PyTorch ops serve both
     if pick_impl(impl, logits_TE) == "triton":
         return Routing(*route_op(logits_TE, bias_E, top_k, score == "sigmoid", normalize))
     return Routing(*reference.route(logits_TE, top_k, score, normalize, bias_E))

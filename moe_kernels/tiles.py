@@ -9,11 +9,11 @@ IMPLS = ("reference", "grouped_mm", "triton")
 
 
 def pick_impl(impl, tensor):
-    """`impl` if it can run on `tensor`; None means triton on CUDA and reference on the CPU (there 20x faster than grouped_mm).
+    """`impl` if it can run on `tensor`; None means triton on CUDA and grouped_mm on the CPU (there 1.3x faster than the reference).
 
     Raises ValueError for an unknown name and RuntimeError for an implementation that cannot run here; nothing falls back silently."""
     if impl is None:
-        return "triton" if tensor.is_cuda else "reference"
+        return "triton" if tensor.is_cuda else "reference" if tensor.dtype == torch.float64 else "grouped_mm"
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}, or None to choose by device")
     if impl == "triton" and not tensor.is_cuda and not interpreting():
@@ -23,8 +23,8 @@ def pick_impl(impl, tensor):
         )
     if impl == "triton" and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
         raise RuntimeError(f"impl='triton' needs compute capability 8.0 or newer, {torch.cuda.get_device_name()} is older: use impl='reference'")
-    if impl == "grouped_mm" and tensor.is_cuda and tensor.dtype != torch.bfloat16:
-        raise RuntimeError(f"impl='grouped_mm' takes bfloat16 on CUDA, not {tensor.dtype}: use impl='triton' or 'reference'")
+    if impl == "grouped_mm" and (tensor.dtype == torch.float64 or tensor.is_cuda and tensor.dtype != torch.bfloat16):
+        raise RuntimeError(f"impl='grouped_mm' does not take {tensor.dtype} on {tensor.device.type}: use impl='reference'")
     return impl
 
 

@@ -91,6 +91,16 @@ def test_each_gemm_against_its_twin(dtype, device, poison):
         check(result, truth, BOUNDS[dtype], name)
 
 
+def test_reference_is_the_formula():
+    """All experts on all tokens, weighted by gates scattered over the experts: slow and without any sorting."""
+    x, w_in, w_out, gates, experts = problem(30, 32, 16, 5, 2, torch.float64, "cpu")
+    gates = gates.double()
+    h = torch.einsum("td,egd->teg", x, w_in)
+    a = torch.nn.functional.silu(h[..., :16]) * h[..., 16:]
+    weights = torch.zeros(30, 5, dtype=torch.float64).scatter(1, experts.long(), gates)
+    check(moe_experts(x, w_in, w_out, gates, experts, impl="reference"), torch.einsum("tef,edf,te->td", a, w_out, weights), 1e-12)
+
+
 def test_reference_twins_compose_to_autograd():
     """The twins are the truth for the kernels, so they must themselves agree with autograd of the layer."""
     T, D, F, E, K = 30, 32, 16, 5, 2
