@@ -243,7 +243,11 @@ def main(argv=None):
     for shape in [shape for shape in shapes if not fits(shape, dtype.itemsize)]:
         shapes.remove(shape)
         failures.append(f"{shape}: weights and activations do not fit this GPU")
-    args.names = [name for name in (args.impl + "," + args.peers).split(",") if name]
+    args.names = args.impl.split(",")
+    for name in filter(None, args.peers.split(",")):
+        with skipping(f"peer {name}", failures):
+            peers.load(name)
+            args.names.append(name)
     args.graph = args.graph and cuda
     if "triton" in args.names:
         start = time.perf_counter()

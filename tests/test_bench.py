@@ -184,7 +184,8 @@ def test_layer_and_plots_on_the_cpu(tmp_path, capsys):
     for row in rows:
         append(shown, row | dict(implementation=row["implementation"].replace("reference", "triton"), saved_mib=1.5, peak_mib=2.5))
     for name, cost in kernel_costs(TINY).items():
-        append(shown, ROW | dict(kernel=name, mode="forward", tflops=cost.flops * 1e-9, gb_s=cost.bytes * 1e-6, gpu=rows[0]["gpu"]))
+        row = dict(kernel=name, mode="forward", tflops=cost.flops * 1e-9, gb_s=cost.bytes * 1e-6, gpu=rows[0]["gpu"])
+        append(shown, ROW | row)
     assert plot.main([str(shown), "--out", str(tmp_path / "figures")]) == 0
     names = ("throughput_by_experts", "throughput_by_topk", "ceiling", "roofline", "routing", "memory")
     assert {file.stem for file in (tmp_path / "figures").iterdir()} == set(names)
@@ -192,7 +193,8 @@ def test_layer_and_plots_on_the_cpu(tmp_path, capsys):
 
 def run(code, **env):
     """Python in a process of its own: whether Triton interprets or compiles is chosen when it is imported."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", **env})
+    env = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", **env}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
