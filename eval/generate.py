@@ -15,13 +15,13 @@ from model import KVCache
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p=1.0, seed=0, batch_size=64, n_vocab=None,
-             stop_strings=(), decode=None):
+             stop_strings=(), decode=None, streams=None):
     """Continue each prompt; return the new token ids, one list per prompt.
 
     prompts: lists of token ids, none empty. A row ends before any of stop_ids (not returned), with the token that completes one of
     stop_strings (returned; needs decode: ids -> str), or after max_new_tokens.
     temperature 0 is greedy (top_p and seed unused); else sampling from the smallest set of tokens with probability >= top_p.
-    Prompt i draws from a stream seeded with (seed, i). n_vocab: ids from here on are padding rows of the head, never produced.
+    Prompt i draws from a stream seeded with (seed, streams[i]), by default (seed, i). n_vocab: ids from here on are padding rows of the head, never produced.
     Raises ValueError for an empty prompt, bad sampling parameters, or a prompt + max_new_tokens beyond the model's seq_len.
     """
     longest = max(map(len, prompts), default=0)
@@ -48,13 +48,14 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p
     try:
         for start in range(0, len(prompts), batch_size):
             rows = by_length[start : start + batch_size]
-            _generate_batch(model, prompts, rows, outputs, max_new_tokens, set(stop_ids), stopped, temperature, top_p, seed, n_vocab)
+            seeds = [seed * 1_000_003 + (i if streams is None else streams[i]) for i in rows]
+            _generate_batch(model, prompts, rows, outputs, max_new_tokens, set(stop_ids), stopped, temperature, top_p, seeds, n_vocab)
     finally:
         model.train(was_training)
     return outputs
 
 
-def _generate_batch(model, prompts, rows, outputs, max_new_tokens, stop_ids, stopped, temperature, top_p, seed, n_vocab):
+def _generate_batch(model, prompts, rows, outputs, max_new_tokens, stop_ids, stopped, temperature, top_p, seeds, n_vocab):
     device = model.embed.weight.device
     lengths_B = torch.tensor([len(prompts[i]) for i in rows], device=device)
     L = len(prompts[rows[-1]])
@@ -63,7 +64,7 @@ def _generate_batch(model, prompts, rows, outputs, max_new_tokens, stop_ids, sto
     cache.new_B = lengths_B
     noise = None
     if temperature > 0:
-        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in rows]
+        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
         noise = torch.stack(draws).to(device)
     for step in range(max_new_tokens):
         logits_BV = model(tokens_BL, cache=cache).logits[:, 0, :n_vocab].float()

@@ -1,0 +1,148 @@
+"""What the programs of eval/ share: their model options, prompts that fit the model, generated texts, and records that survive a kill."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+from config import require
+from data import tokenizer
+from eval.generate import generate
+from eval.taskloss import Tokens, tiktoken_tokens
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    # Model
+    run: str = ""  # run directory of train.py: its newest checkpoint
+    checkpoint: str = ""  # or one checkpoint file of it
+    tokenizer: str = ""  # directory with tokenizer.json; empty: that of the run's data
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
+    batch_size: int = 64  # sequences generated at a time, and items between two writes to disk
+    # Items
+    data: str = ""  # folder of evaluation sets, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
+    limit: int = 0  # only the first so many items; 0: all
+    seed: int = 0  # of sampling
+    top_p: float = 1.0  # sample from the smallest set of tokens with this probability
+    out: str = ""  # directory of the results; empty: RUN/eval-STEP
+    overwrite: bool = False  # start anew where results of other settings are in the way
+
+    def __post_init__(self):
+        self.validate()
+
+    def validate(self):
+        """Raise ValueError naming the field, its value and the remedy."""
+        require(bool(self.run) != bool(self.checkpoint), "run", self.run, "give --run=DIR or --checkpoint=FILE, one of them")
+        require(not self.run or Path(self.run).is_dir(), "run", self.run, "no such directory")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
+        require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "use a number above 0, at most 1")
+
+
+def load(cfg):
+    """(model in evaluation mode, Tokens, name of the checkpoint file, output directory) of a ModelChoice."""
+    cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
+    require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
+    path = Path(cfg.checkpoint or cfg.run)
+    model = checkpoint.load_model(path, "cuda" if cuda else "cpu", dtype=cfg.dtype, impl=cfg.impl)
+    if path.is_dir():
+        path = checkpoint.find(path)[-1][1]
+    out = Path(cfg.out or path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}")
+    out.mkdir(parents=True, exist_ok=True)
+    return model, tiktoken_tokens(tokenizer.load(cfg.tokenizer or _tokenizer_directory(path.parent))), path.name, out
+
+
+def _tokenizer_directory(run_dir):
+    """Where the data of a run lies: under the run, or where its config says (DIR or DIR:weight,...)."""
+    config_file = run_dir / "config.json"
+    first = json.loads(config_file.read_text()).get("data", "").split(",")[0] if config_file.exists() else ""
+    for directory in (run_dir / "data", first, first.rpartition(":")[0]):
+        if directory and (Path(directory) / tokenizer.FILE).is_file():
+            return directory
+    raise ValueError(f"tokenizer: none in {run_dir / 'data'}" + (f" and none in {first}" if first else "") +
+                     ", where the run's data was; name its directory with --tokenizer")
+
+
+def prompt_ids(model, tokens: Tokens, prompt: str, max_new_tokens: int) -> tuple[list[int], bool]:
+    """(ids of bos + prompt, whether its beginning was cut off to leave room for max_new_tokens)."""
+    ids, room = tokens.encode(prompt), model.cfg.seq_len - max_new_tokens - len(tokens.bos)
+    return tokens.bos + ids[max(0, len(ids) - room):], len(ids) > room
+
+
+def texts(model, tokens: Tokens, task, prompts: list[str], streams: list[int], cfg) -> tuple[list[str], list[bool]]:
+    """Continuations of the prompts up to the task's stop strings, and which prompts were cut. cfg: temperature, top_p, seed, batch_size.
+
+    The text drawn for a prompt depends on (seed, its stream) and on nothing else. At most half of the model's seq_len is generated."""
+    n = min(task.MAX_NEW_TOKENS, model.cfg.seq_len // 2)
+    ids, cut = zip(*(prompt_ids(model, tokens, prompt, n) for prompt in prompts), strict=True)
+    new = generate(model, list(ids), n, tokens.eos, cfg.temperature, cfg.top_p, cfg.seed, cfg.batch_size, tokens.n_vocab, task.STOPS,
+                   tokens.decode, streams)
+    return [cut_at(tokens.decode(row), task.STOPS) for row in new], list(cut)
+
+
+def cut_at(text: str, stops) -> str:
+    """The text before the first stop string."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+class Records:
+    """JSON lines, one per finished item; the first line holds the settings they were made with.
+
+    Opening a file of the same settings continues it: a line torn by a kill is dropped. Other settings raise ValueError, or with
+    overwrite start anew."""
+
+    def __init__(self, path: Path, settings: dict, overwrite: bool = False):
+        self.path, self.items = path, {}
+        if path.exists() and not overwrite:
+            text = path.read_text()
+            first, *lines = text[: text.rfind("\n") + 1].splitlines() or ["{}"]
+            old = json.loads(first)
+            for name in settings:
+                if old and old.get(name) != settings[name]:
+                    raise ValueError(f"{path} was made with {name}={old.get(name)!r}, not {settings[name]!r}: "
+                                     "give the same, use --overwrite to replace it, or write elsewhere with --out")
+            if old:
+                self.items = {record["id"]: record for record in map(json.loads, lines)}
+                os.truncate(path, len(text[: text.rfind("\n") + 1].encode()))
+                return
+        path.write_text(json.dumps(settings) + "\n")
+
+    def add(self, records: list[dict]) -> None:
+        with open(self.path, "a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+        self.items |= {record["id"]: record for record in records}
+
+
+def fingerprint(items) -> str:
+    """Of prompts and answers: records of other items are not continued."""
+    return hashlib.sha256(json.dumps([(item.prompt, item.answer, item.choices) for item in items]).encode()).hexdigest()[:16]
+
+
+class Progress:
+    """A line on stderr, rewritten in place on a terminal, else every 10 seconds."""
+
+    def __init__(self, name: str, total: int, done: int = 0):
+        self.name, self.total, self.first, self.start, self.shown = name, total, done, time.perf_counter(), 0.0
+
+    def __call__(self, done: int) -> None:
+        now, terminal, last = time.perf_counter(), sys.stderr.isatty(), done >= self.total
+        if not (terminal or last or now - self.shown >= 10):
+            return
+        self.shown = now
+        rate = (done - self.first) / max(1e-9, now - self.start)
+        left = "" if last else f", {(self.total - done) / max(1e-9, rate):,.0f} s left"
+        line = f"{self.name}: {done:,}/{self.total:,} items, {rate:.3g}/s{left}"
+        print(f"\r{line:<70}" if terminal else line, end="\n" if last or not terminal else "", file=sys.stderr, flush=True)
+
+
+def write_json(path: Path, value) -> None:
+    checkpoint.replace_file(path, json.dumps(value, indent=2) + "\n")
