@@ -52,7 +52,7 @@ def extract(text):
 def canonical(answer):
     s = answer.strip().rstrip(".")
     s = re.sub(r"\\(left|right|displaystyle|[!,;: ])(?![a-z])|\^\{?\\circ\}?|\\?[$%]|~", "", s)
-    s = re.sub(r"\\text\{\s[^}]*\}(\^\{?\d\}?)?$|\\(mbox|text|textbf|mathrm|textit)\{([^}]*)\}", r"\2", s)  # a trailing unit; other text
+    s = re.sub(r"\\text\{\s[^}]*\}(?:\^\{?\d\}?)?$|\\(?:mbox|text|textbf|mathrm|textit)\{([^}]*)\}", r"\1", s)  # a trailing unit; other text
     s = re.sub(r"^[a-zA-Z]\w?\s*(=|\\in)\s*", "", s)
     s = re.sub(r"\s+", "", s).replace("dfrac", "frac").replace("tfrac", "frac").replace("cfrac", "frac")
     s = re.sub(r"\\sqrt([^{\[])", r"\\sqrt{\1}", s)
