@@ -157,29 +157,34 @@ def sample(experts_TK, n_experts, seed=0, n_tokens=256):
     return tokens, sorted({counts.argmax().item(), counts.argmin().item(), some})
 
 
+def expert_alone(inputs, e, token, slot):
+    """Float64 contribution of expert e to the rows (token, slot): y, dx, dw_in, dw_out and dgates, the layer with this one expert."""
+    x, w_in, w_out, gates, _, dy, _ = inputs
+    leaves = [t.double().requires_grad_() for t in (x[token], w_in[e : e + 1], w_out[e : e + 1], gates[token, slot, None])]
+    y = reference.experts(*leaves, torch.zeros_like(token[:, None]))
+    return y.detach(), *torch.autograd.grad(y, leaves, dy[token].double())
+
+
 def layer_errors(inputs, outputs, seed=0):
     """RMS ratio of each of `outputs` (some of y, dx, dw_in, dw_out, dgates by name) on sampled slices; ValueError when one is not finite."""
-    x, w_in, w_out, gates, experts, dy, _ = inputs
     for name, output in outputs.items():
         if not output.isfinite().all():
             raise ValueError(f"wrong result: {name} holds values that are not finite")
-    tokens, some_experts = sample(experts, w_in.shape[0], seed)
-
-    xs, gs = x[tokens].double().requires_grad_(), gates[tokens].double().requires_grad_()
-    want = {"y": torch.zeros_like(xs), "dx": torch.zeros_like(xs), "dgates": torch.zeros_like(gs)}
-    for e in experts[tokens].unique().tolist():  # one expert at a time: E experts in float64 may not fit
-        ye = reference.experts(xs, w_in[e : e + 1].double(), w_out[e : e + 1].double(), gs, experts[tokens] - e)
-        for total, part in zip(want.values(), (ye.detach(), *torch.autograd.grad(ye, (xs, gs), dy[tokens].double())), strict=True):
-            total += part
-    errors = {name: rms(outputs[name][tokens], total) for name, total in want.items() if name in outputs}
-
+    tokens, some_experts = sample(inputs.experts_TK, inputs.w_in_EGD.shape[0], seed)
+    like = lambda t: torch.zeros_like(t[tokens], dtype=torch.float64)  # noqa: E731
+    want = {"y": like(inputs.x_TD), "dx": like(inputs.x_TD), "dgates": like(inputs.gates_TK)}
+    for e in inputs.experts_TK[tokens].unique().tolist():  # one expert at a time: E experts in float64 may not fit
+        n, slot = torch.where(inputs.experts_TK[tokens] == e)
+        y, dx, _, _, dgates = expert_alone(inputs, e, tokens[n], slot)
+        want["y"].index_add_(0, n, y)
+        want["dx"].index_add_(0, n, dx)
+        want["dgates"][n, slot] = dgates[:, 0]
+    errors = {name: rms(outputs[name][tokens], truth) for name, truth in want.items() if name in outputs}
     for e in some_experts:
-        token, slot = torch.where(experts == e)
-        weights = [w[e : e + 1].double().requires_grad_() for w in (w_in, w_out)]
-        ye = reference.experts(x[token].double(), *weights, gates[token, slot, None].double(), torch.zeros_like(experts[token, :1]))
-        for name, grad in zip(("dw_in", "dw_out"), torch.autograd.grad(ye, weights, dy[token].double()), strict=True):
+        _, _, dw_in, dw_out, _ = expert_alone(inputs, e, *torch.where(inputs.experts_TK == e))
+        for name, truth in (("dw_in", dw_in), ("dw_out", dw_out)):
             if name in outputs:  # an expert without rows: both must be zero
-                errors[name] = max(errors.get(name, 0.0), rms(outputs[name][e], grad[0]))
+                errors[name] = max(errors.get(name, 0.0), rms(outputs[name][e], truth[0]))
     return errors
 
 
