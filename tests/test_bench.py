@@ -18,8 +18,9 @@ cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what the 
 
 
 @pytest.fixture(autouse=True)
-def keep_threads():
+def one_thread():
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
