@@ -45,9 +45,9 @@ def load(name: str):
 def examples(rows: list[dict], pool: list[dict], n: int, render: Callable[[dict], str]) -> Iterator[str]:
     """For each row the text of n rendered examples, each followed by an empty line, drawn from pool as lm-evaluation-harness does:
     one random stream through all rows in order; where pool is rows itself, a row is never its own example."""
-    if not 0 <= n < len(pool):
-        raise ValueError(f"shots={n}: there are {len(pool)} examples to draw from; use 0 to {len(pool) - 1}")
     stream, shared = random.Random(SEED), pool is rows
+    if not 0 <= n <= len(pool) - shared:
+        raise ValueError(f"shots={n}: there are {len(pool) - shared} other examples; use at most as many")
     for row in rows:
         drawn = stream.sample(pool, n + shared) if n else []
         yield "".join(render(example) + "\n\n" for example in [example for example in drawn if example is not row][:n])
