@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import config
 from config import require
 from eval import sandbox, tasks
-from eval.harness import ModelChoice, Progress, Records, fingerprint, load, texts, write_json
+from eval.harness import ModelChoice, Progress, Records, answer_length, fingerprint, load, texts, training_data, write_json
 from eval.sources import Source
 from eval.taskloss import bits, encode_pair, mean_stderr, score
 from eval.votes import pass_at_k
@@ -24,7 +24,7 @@ from eval.votes import pass_at_k
 @dataclass(frozen=True)
 class EvalConfig(ModelChoice):
     # Tasks
-    tasks: str = ""  # names separated by commas, or all; each is a file in eval/tasks
+    tasks: str = ""  # names separated by commas, each a file in eval/tasks
     shots: int | None = None  # examples in front of each question; none: as many as the task's file says
     loss: bool = True  # measure task loss
     accuracy: bool = True  # generate answers and score them
@@ -33,7 +33,7 @@ class EvalConfig(ModelChoice):
 
     def validate(self):
         super().validate()
-        require(self.names(), "tasks", self.tasks, f"name some of {', '.join(tasks.NAMES)}, or all")
+        require(self.names(), "tasks", self.tasks, f"name some of {', '.join(tasks.NAMES)}")
         require(self.samples >= 1, "samples", self.samples, "use 1 or more")
         require(self.temperature >= 0, "temperature", self.temperature, "use 0 (greedy) or more")
         require(self.samples == 1 or self.temperature > 0, "samples", self.samples, "greedy samples are all equal; give a --temperature")
@@ -42,11 +42,11 @@ class EvalConfig(ModelChoice):
             tasks.load(name)
 
     def names(self):
-        return list(tasks.NAMES) if self.tasks == "all" else [name for name in self.tasks.split(",") if name]
+        return [name for name in self.tasks.split(",") if name]
 
 
-def evaluate(model, tokens, task, chunk, cfg):
-    """Records of a chunk of (index, item): {"id", "group", "metrics": {name: number}} and what they were computed from."""
+def evaluate(model, tokens, task, chunk, room, cfg):
+    """Records of a chunk of (index, item): {"id", "group", "metrics": {name: number}} and what they were computed from. room: tokens to generate."""
     wanted = [(item.loss_prompt or item.prompt, item.answer) for _, item in chunk if cfg.loss]
     wanted += [(item.prompt, choice) for _, item in chunk if cfg.accuracy for choice in item.choices]
     pairs = {pair: encode_pair(tokens, *pair) for pair in wanted}  # the right choice and the answer are often the same pair
@@ -69,15 +69,15 @@ def evaluate(model, tokens, task, chunk, cfg):
                                   "acc_norm": float(per_character.index(min(per_character)) == item.gold)}
         records.append(record)
     if cfg.accuracy and hasattr(task, "STOPS"):
-        generate_and_score(model, tokens, task, chunk, records, cfg)
+        generate_and_score(model, tokens, task, chunk, records, room, cfg)
     return records
 
 
-def generate_and_score(model, tokens, task, chunk, records, cfg):
+def generate_and_score(model, tokens, task, chunk, records, room, cfg):
     """Adds cfg.samples texts per item and their metrics to the records."""
     n = cfg.samples
     prompts, streams = zip(*((item.prompt, 4096 * index + i) for index, item in chunk for i in range(n)), strict=True)
-    written, cut = texts(model, tokens, task, prompts, streams, cfg)
+    written, cut = texts(model, tokens, task, prompts, streams, room, cfg)
     for i, ((_, item), record) in enumerate(zip(chunk, records, strict=True)):
         record |= {"texts": written[i * n : (i + 1) * n], "cut": record.get("cut", False) or cut[i * n]}
         if not hasattr(task, "program"):
@@ -127,7 +127,7 @@ def table(results):
 def main(argv=None):
     """Returns the contents of results.json."""
     cfg = config.parse(EvalConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    source = Source(cfg.data)
+    source = Source(cfg.data, training_data(cfg))
     work = []
     for name in cfg.names():  # all data is found before the first item is computed
         task = tasks.load(name)
@@ -143,10 +143,11 @@ def main(argv=None):
         wanted = list(enumerate(items))[: cfg.limit or None]
         pending = [(i, item) for i, item in wanted if item.id not in stored.items]
         pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
+        room = answer_length(model, tokens, task, items) if cfg.accuracy and hasattr(task, "STOPS") else 0
         progress = Progress(name, len(wanted), len(wanted) - len(pending))
         for start in range(0, len(pending), cfg.batch_size):
             chunk = pending[start : start + cfg.batch_size]
-            stored.add(evaluate(model, tokens, task, chunk, cfg))
+            stored.add(evaluate(model, tokens, task, chunk, room, cfg))
             progress(len(wanted) - len(pending) + start + len(chunk))
         done[name] = {"shots": shots, "seq_len": model.cfg.seq_len, **summarise([stored.items[item.id] for _, item in wanted])}
     old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}

@@ -23,7 +23,7 @@ class ModelChoice:
     # Model
     run: str = ""  # run directory of train.py: its newest checkpoint
     checkpoint: str = ""  # or one checkpoint file of it
-    tokenizer: str = ""  # directory with tokenizer.json; empty: that of the run's data
+    tokenizer: str = ""  # data directory of the run, if it was moved
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
@@ -58,18 +58,25 @@ def load(cfg):
         path = checkpoint.find(path)[-1][1]
     out = Path(cfg.out or path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}")
     out.mkdir(parents=True, exist_ok=True)
-    return model, tiktoken_tokens(tokenizer.load(cfg.tokenizer or _tokenizer_directory(path.parent))), path.name, out
+    return model, tiktoken_tokens(tokenizer.load(training_data(cfg))), path.name, out
 
 
-def _tokenizer_directory(run_dir):
-    """Where the data of a run lies: under the run, or where its config says (DIR or DIR:weight,...)."""
+def training_data(cfg) -> Path:
+    """The data directory of a run: under the run, or where its config says (DIR or DIR:weight,...)."""
+    run_dir = Path(cfg.run or Path(cfg.checkpoint).parent)
     config_file = run_dir / "config.json"
     first = json.loads(config_file.read_text()).get("data", "").split(",")[0] if config_file.exists() else ""
-    for directory in (run_dir / "data", first, first.rpartition(":")[0]):
+    for directory in (cfg.tokenizer, run_dir / "data", first, first.rpartition(":")[0]):
         if directory and (Path(directory) / tokenizer.FILE).is_file():
-            return directory
-    raise ValueError(f"tokenizer: none in {run_dir / 'data'}" + (f" and none in {first}" if first else "") +
-                     ", where the run's data was; name its directory with --tokenizer")
+            return Path(directory)
+    raise ValueError(f"tokenizer={cfg.tokenizer!r}: no {tokenizer.FILE} there, in {run_dir / 'data'}" + (f" or in {first}" if first else "") +
+                     ": name the run's data directory with --tokenizer")
+
+
+def answer_length(model, tokens: Tokens, task, items) -> int:
+    """The task's MAX_NEW_TOKENS, or less where the model's seq_len is short: then what the longest prompt leaves, at least half."""
+    longest = max(len(tokens.bos) + len(tokens.encode(item.prompt)) for item in items)
+    return min(task.MAX_NEW_TOKENS, max(model.cfg.seq_len // 2, model.cfg.seq_len - longest))
 
 
 def prompt_ids(model, tokens: Tokens, prompt: str, max_new_tokens: int) -> tuple[list[int], bool]:
@@ -78,13 +85,12 @@ def prompt_ids(model, tokens: Tokens, prompt: str, max_new_tokens: int) -> tuple
     return tokens.bos + ids[max(0, len(ids) - room):], len(ids) > room
 
 
-def texts(model, tokens: Tokens, task, prompts: list[str], streams: list[int], cfg) -> tuple[list[str], list[bool]]:
+def texts(model, tokens: Tokens, task, prompts: list[str], streams: list[int], max_new_tokens: int, cfg) -> tuple[list[str], list[bool]]:
     """Continuations of the prompts up to the task's stop strings, and which prompts were cut. cfg: temperature, top_p, seed, batch_size.
 
-    The text drawn for a prompt depends on (seed, its stream) and on nothing else. At most half of the model's seq_len is generated."""
-    n = min(task.MAX_NEW_TOKENS, model.cfg.seq_len // 2)
-    ids, cut = zip(*(prompt_ids(model, tokens, prompt, n) for prompt in prompts), strict=True)
-    new = generate(model, list(ids), n, tokens.eos, cfg.temperature, cfg.top_p, cfg.seed, cfg.batch_size, tokens.n_vocab, task.STOPS,
+    The text drawn for a prompt depends on (seed, its stream) and on nothing else."""
+    ids, cut = zip(*(prompt_ids(model, tokens, prompt, max_new_tokens) for prompt in prompts), strict=True)
+    new = generate(model, list(ids), max_new_tokens, tokens.eos, cfg.temperature, cfg.top_p, cfg.seed, cfg.batch_size, tokens.n_vocab, task.STOPS,
                    tokens.decode, streams)
     return [cut_at(tokens.decode(row), task.STOPS) for row in new], list(cut)
 

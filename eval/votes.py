@@ -15,7 +15,7 @@ import numpy as np
 import config
 from config import require
 from eval import tasks
-from eval.harness import ModelChoice, Progress, Records, fingerprint, load, texts, write_json
+from eval.harness import ModelChoice, Progress, Records, answer_length, fingerprint, load, texts, training_data, write_json
 from eval.sources import Source
 
 
@@ -95,7 +95,7 @@ def plot(curves_by_name: dict[str, dict], path, title: str = "") -> None:
 def main(argv=None):
     """Returns the curves."""
     cfg = config.parse(VotesConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    task, source = tasks.load(cfg.task), Source(cfg.data)
+    task, source = tasks.load(cfg.task), Source(cfg.data, training_data(cfg))
     items = task.items(source, cfg.shots)
     model, tokens, file, out = load(cfg)
     settings = {"checkpoint": file, "items": fingerprint(items), "shots": cfg.shots, "samples": cfg.samples, "temperature": cfg.temperature,
@@ -104,11 +104,12 @@ def main(argv=None):
     stored = Records(path.with_suffix(".jsonl"), settings, cfg.overwrite)
     wanted = list(enumerate(items))[: cfg.limit or None]
     pending = [(i, item) for i, item in wanted if item.id not in stored.items]
+    room = answer_length(model, tokens, task, items)
     progress, per_chunk = Progress(path.stem, len(wanted), len(wanted) - len(pending)), max(1, cfg.batch_size // cfg.samples)
     for start in range(0, len(pending), per_chunk):
         chunk = pending[start : start + per_chunk]
         prompts, streams = zip(*((item.prompt, 4096 * i + j) for i, item in chunk for j in range(cfg.samples)), strict=True)
-        written, _ = texts(model, tokens, task, prompts, streams, cfg)
+        written, _ = texts(model, tokens, task, prompts, streams, room, cfg)
         votes = [task.vote(text) for text in written]
         stored.add([{"id": item.id, "gold": task.vote(item.answer), "votes": votes[j * cfg.samples : (j + 1) * cfg.samples]}
                     for j, (_, item) in enumerate(chunk)])

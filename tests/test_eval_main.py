@@ -60,7 +60,7 @@ def test_right_and_wrong_answers(tiny_run, monkeypatch):
     """With the gold answers as generated texts everything is right, with others everything is wrong."""
     gold = {item.prompt: item.answer for name in ("gsm8k", "triviaqa", "humaneval") for item in tasks.load(name).items(Source(tiny_run), 0)}
     for right in (1, 0):
-        monkeypatch.setattr(command, "texts", lambda model, tokens, task, prompts, streams, cfg: (
+        monkeypatch.setattr(command, "texts", lambda model, tokens, task, prompts, streams, room, cfg: (
             [gold[prompt] if right else "    return 99\n#### 99" for prompt in prompts], [False] * len(prompts)))  # noqa: B023
         results = run(tiny_run, "--tasks=gsm8k,triviaqa,humaneval", "--shots=0", "--loss=false", "--overwrite")["tasks"]
         assert {metric: stats["mean"] for result in results.values() for metric, stats in result["metrics"].items()} == dict.fromkeys(
@@ -70,7 +70,7 @@ def test_right_and_wrong_answers(tiny_run, monkeypatch):
 def test_pass_at_k(tiny_run, monkeypatch):
     """Ten samples of which sample i of an item is right when i < 3: pass@1 = 0.3, pass@10 = 1."""
     body = {item.prompt: item.answer for item in tasks.load("humaneval").items(Source(tiny_run), 0)}
-    monkeypatch.setattr(command, "texts", lambda model, tokens, task, prompts, streams, cfg: (
+    monkeypatch.setattr(command, "texts", lambda model, tokens, task, prompts, streams, room, cfg: (
         [body[prompt] if stream % 4096 < 3 else "    return 99\n" for prompt, stream in zip(prompts, streams, strict=True)], [False] * len(prompts)))
     metrics = run(tiny_run, "--tasks=humaneval", "--samples=10", "--temperature=0.8", "--loss=false", "--limit=1")["tasks"]["humaneval"]["metrics"]
     assert metrics["pass@1"]["mean"] == pytest.approx(0.3) and metrics["pass@10"]["mean"] == 1
@@ -80,7 +80,7 @@ def test_pass_at_k(tiny_run, monkeypatch):
 
 def test_resumes(tiny_run, monkeypatch):
     done, real = [], command.evaluate
-    monkeypatch.setattr(command, "evaluate", lambda model, tokens, task, chunk, cfg: done.extend(item.id for _, item in chunk) or real(model, tokens, task, chunk, cfg))
+    monkeypatch.setattr(command, "evaluate", lambda *args: done.extend(item.id for _, item in args[3]) or real(*args))
     flags = ["--tasks=gsm8k", "--shots=0", "--batch-size=2"]
     run(tiny_run, *flags, "--limit=2")
     assert sorted(done) == ["0", "1"]
@@ -142,7 +142,7 @@ def test_checkpoint_file_and_tokenizer(tiny_run, tmp_path):
     assert json.loads((tmp_path / "elsewhere/results.json").read_text()) == results
     assert results["tasks"]["gsm8k"]["metrics"]["strict"]["stderr"] is None  # one item has no standard error
     (tiny_run / "data").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match="tokenizer: none in .*name its directory with --tokenizer"):
+    with pytest.raises(ValueError, match="no tokenizer.json there, in .*name the run's data directory with --tokenizer"):
         run(tiny_run, "--tasks=gsm8k", "--shots=0")
     run(tiny_run, "--tasks=gsm8k", "--limit=1", "--shots=0", f"--tokenizer={tmp_path / 'moved'}")
     (tiny_run / "config.json").write_text(json.dumps({"data": f"{tmp_path / 'moved'}:0.5,other:0.5"}))

@@ -278,3 +278,40 @@ def test_hub(tmp_path, monkeypatch):
     assert source.used["triviaqa/validation"] == "hub: mandarjoshi/trivia_qa rc.nocontext validation"
     with pytest.raises(ValueError, match="(?s)reading Rowan/hellaswag from the hub failed.*no network.*put hellaswag/val.jsonl"):
         source.rows("hellaswag/validation")
+
+
+# ---- procedural data
+
+class Procedural:
+    def __init__(self, **parts):
+        self.parts = parts
+
+    def procedural(self, part):
+        return self.parts[part]
+
+
+def test_facts():
+    task = tasks.load("facts")
+    items = task.items(Procedural(facts={"n_people": 3}), 0)
+    assert len(items) == 18 and len({item.group for item in items}) == 6
+    for item in items:
+        assert task.score(item, item.answer) == {"exact": 1} and task.score(item, item.answer + "x") == task.score(item, "") == {"exact": 0}
+
+
+def test_reasoning():
+    task = tasks.load("reasoning")
+    items = task.items(Procedural(reasoning={"max_steps": 2, "names": 24}), 0)
+    assert len(items) == 3 * task.PER_STEPS and {item.group for item in items[:3]} == {"1 steps", "2 steps", "3 steps"}
+    for item in items[:60]:
+        gold = task.vote(item.answer)
+        wrong = item.answer.replace(f"Answer: {gold}.", f"Answer: {(int(gold) + 1) % 10}.")
+        assert task.score(item, item.answer) == {"answer": 1, "solution": 1} and task.score(item, wrong) == {"answer": 0, "solution": 0}
+        assert task.score(item, f" Answer: {gold}.") == {"answer": 1, "solution": 0} and task.score(item, "") == {"answer": 0, "solution": 0}
+        assert gold.isdigit() and task.vote("none") is None
+
+
+def test_procedural_source(tmp_path):
+    (tmp_path / "meta.json").write_text(json.dumps({"version": 1, "splits": {}, "vocab_size": 3, "dtype": "uint16", "procedural": {"facts": {"n_people": 3}}}))
+    assert Source(None, tmp_path).procedural("facts") == {"n_people": 3}
+    with pytest.raises(ValueError, match="was not trained on procedural reasoning"):
+        Source(None, tmp_path).procedural("reasoning")

@@ -84,7 +84,7 @@ def test_command(tiny_run, monkeypatch, capsys):
     """Samples, resumes, and does not ask the model for finished questions again."""
     asked = []
 
-    def texts(model, tokens, task, prompts, streams, cfg):
+    def texts(model, tokens, task, prompts, streams, room, cfg):
         asked.extend(zip(prompts, streams, strict=True))
         return [f"The answer is {stream % 3}" for stream in streams], [False] * len(prompts)
 
