@@ -118,7 +118,7 @@ def table(results):
             lines.append(f"{head:<27}  {metric:<12} {stats['mean']:>8.4f}  {error}")
             head = ""
         if result["cut"]:
-            lines.append(f"  {result['cut']:,} items did not fit the model's {result['seq_len']} tokens: the beginnings of their prompts were cut off")
+            lines.append(f"  {result['cut']:,} items did not fit the model's {result['seq_len']} tokens: their prompts lost their beginnings")
         if result["merged"]:
             lines.append(f"  {result['merged']:,} answers merge with their prompts when encoded together; they were encoded apart (eval/taskloss.py)")
     return "\n".join(lines)

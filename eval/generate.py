@@ -21,7 +21,8 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p
     prompts: lists of token ids, none empty. A row ends before any of stop_ids (not returned), with the token that completes one of
     stop_strings (returned; needs decode: ids -> str), or after max_new_tokens.
     temperature 0 is greedy (top_p and seed unused); else sampling from the smallest set of tokens with probability >= top_p.
-    Prompt i draws from a stream seeded with (seed, streams[i]), by default (seed, i). n_vocab: ids from here on are padding rows of the head, never produced.
+    Prompt i draws from a stream seeded with (seed, streams[i]), by default (seed, i).
+    n_vocab: ids from here on are padding rows of the head, never produced.
     Raises ValueError for an empty prompt, bad sampling parameters, or a prompt + max_new_tokens beyond the model's seq_len.
     """
     longest = max(map(len, prompts), default=0)

