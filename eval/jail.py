@@ -53,7 +53,7 @@ def confine(job):
                               ("NOFILE", 64, 64)):
         resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (soft, hard))
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _landlock([*job["prefixes"], *job["packages"], *SYSTEM])
+    _landlock([*job["prefixes"], *job["packages"], *SYSTEM, "."])
     code = _seccomp_filter()
     buffer = ctypes.create_string_buffer(code)
     _call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer)), 0, 0)

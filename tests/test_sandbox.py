@@ -91,13 +91,13 @@ def test_cannot_write(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     attempts = ["open({0!r}, 'w')", "open({0!r}, 'a')", "open({0!r}, 'r+')", "os.truncate({0!r}, 0)", "os.remove({0!r})",
-                "os.rename({0!r}, {0!r} + '2')", "os.chmod({0!r}, 0)", "os.symlink({0!r}, 'link')", "os.mkdir({0!r} + '-dir')", "os.mkdir('here')", "open('here', 'x')",
-                "open('/dev/shm/optimoe-test', 'w')", "os.open('.', os.O_RDWR | os.O_TMPFILE)", "os.memfd_create('x')", "os.mkfifo('pipe')"]
+                "os.rename({0!r}, {0!r} + '2')", "os.chmod({0!r}, 0)", "os.symlink({0!r}, 'link')", "os.mkdir({0!r} + '-dir')",
+                "os.mkdir('here')", "open('here', 'x')", "open('/dev/shm/optimoe-test', 'w')", "os.open('.', os.O_RDWR | os.O_TMPFILE)", "os.memfd_create('x')", "os.mkfifo('pipe')"]
     for attempt in attempts:
         result = run("import os\n" + attempt.format(str(victim)) + "\n" + RIGHT)
         assert result.reason.startswith("PermissionError"), (attempt, result)
     assert victim.read_text() == "precious" and set(os.listdir(tmp_path)) == {"victim"}
-    assert run("import os\n" + RIGHT, "assert os.listdir('.') == []").passed or run("import os\nos.listdir('.')").reason.startswith("PermissionError")
+    assert run("import os", "assert os.listdir('.') == []").passed  # where it runs there is nothing
 
 
 def test_no_environment(monkeypatch):
@@ -163,7 +163,8 @@ def test_writing_to_the_channel_is_no_pass(message):
 def test_unconfined_is_an_error(monkeypatch, tmp_path):
     """What the child says where it cannot confine itself, it has run nothing then."""
     child = tmp_path / "child.py"
-    child.write_text("import os, struct, sys\nsaid = b'unconfined: no seccomp here'\nos.write(int(sys.argv[1]), struct.pack('!I', len(said)) + said)\n")
+    child.write_text("import os, struct, sys\nsaid = b'unconfined: no seccomp here'\n"
+                     "os.write(int(sys.argv[1]), struct.pack('!I', len(said)) + said)\n")
     monkeypatch.setattr(jail, "__file__", str(child))
     with pytest.raises(OSError, match="needs Linux.*no seccomp here.*leave humaneval and mbpp out"):
         run(RIGHT)
