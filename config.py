@@ -12,7 +12,7 @@
 The dataclass is the only place where a field is written down: types come from its annotations (int, float, bool, str, `X | None`,
 Literal), help from the comment behind each field, headings of the help from comment lines between fields, ranges from its
 `__post_init__`. A class with a static method `preset_fields(name) -> dict` also understands --preset=NAME. From weakest to
-strongest: defaults, --config, --preset, the other flags.
+strongest: defaults, --config, --preset (its default where there is no --config), the other flags.
 """
 
 import ast
@@ -74,8 +74,8 @@ def parse(cls, argv=None, description=""):
     values = {}
     if "config" in flags:
         values.update(_read(cls, flags.pop("config")))
-    if "preset" in flags and hasattr(cls, "preset_fields"):
-        values.update(cls.preset_fields(flags["preset"]))
+    if hasattr(cls, "preset_fields") and ("preset" in flags or not values):
+        values.update(cls.preset_fields(flags.get("preset", cls.preset)))
     values.update({name: _convert(name, text, hints[name]) for name, text in flags.items()})
     return cls(**values)
 

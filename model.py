@@ -51,6 +51,7 @@ class ModelConfig:
     rope_theta: float = 1e4  # base of the RoPE wavelengths
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     init_std: float = 0.02  # all matrices; layers writing to the residual stream: init_std / sqrt(2 * n_layers)
+    embed_init_std: float = 0.0  # input embeddings; 0: init_std
     # Execution
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 on CPU
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
@@ -63,7 +64,7 @@ class ModelConfig:
         """Raise ValueError naming the field, its value and the remedy."""
         for name in ("seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "n_experts", "top_k", "d_expert"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
-        for name in ("vocab_size", "n_shared_experts", "router_bias_rate", "loss_chunk", "norm_eps"):
+        for name in ("vocab_size", "n_shared_experts", "router_bias_rate", "loss_chunk", "norm_eps", "embed_init_std"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
         require(self.init_std > 0, "init_std", self.init_std, "use a positive number")
         require(self.rope_theta > 1, "rope_theta", self.rope_theta, "use a number above 1 (1e4 is usual)")
@@ -82,10 +83,11 @@ PRESETS = ("tiny", *(f"paper-d{d}-e{e}-k{k}" for d in (512, 1024, 2048) for e in
 
 
 def preset_fields(name):
-    """The fields that the preset sets, as a dict: "tiny" is the default model, the others are the 65 models of the paper."""
+    """The fields that the preset sets, as a dict: "tiny" is that of `python train.py`, the others are the 65 models of the paper."""
     require(name in PRESETS, "preset", name, "use tiny or paper-dD-eE-kK, D in 512 1024 2048, E in 8 16 .. 256, K in 2 4 8 16, K <= E")
-    if name == "tiny":
-        return {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name not in ("dtype", "impl")}
+    if name == "tiny":  # found by trial (docs/LOG.md): learns lookup and arithmetic from two million tokens
+        return dict(seq_len=144, d_model=128, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=32, n_experts=8, top_k=2, d_expert=128,
+                    qk_norm=True, rope_theta=500.0, init_std=0.05, embed_init_std=0.5)
     d, e, k = (int(part[1:]) for part in name.split("-")[1:])
     return dict(vocab_size=PAPER_VOCAB, seq_len=4096, d_model=d, n_layers=16, n_heads=d // 128, n_kv_heads=d // 128, head_dim=128,
                 n_experts=e, top_k=k, d_expert=2 * d)
@@ -272,6 +274,8 @@ class GPT(nn.Module):
             if weight.ndim > 1:
                 to_residual = name.endswith(("attn.out.weight", "w_out", "down.weight"))
                 nn.init.normal_(weight, std=cfg.init_std / math.sqrt(2 * cfg.n_layers) if to_residual else cfg.init_std)
+        if cfg.embed_init_std:
+            nn.init.normal_(self.embed.weight, std=cfg.embed_init_std)
 
     @property
     def dtype(self):

@@ -50,26 +50,26 @@ class TrainConfig(ModelConfig):
     compile: bool = True  # torch.compile of each block, on CUDA
     deterministic: bool = False  # on CUDA, too, the same bits in every run (attention's backward then sums in a fixed order, slower)
     # Optimisation
-    steps: int = 1000  # optimiser steps
-    batch_size: int = 16  # sequences per step, over all ranks and micro-batches
+    steps: int = 2400  # optimiser steps
+    batch_size: int = 8  # sequences per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step (the balance loss is that of a micro-batch over all ranks)
-    lr: float = 1e-3  # peak learning rate
+    lr: float = 4e-3  # peak learning rate
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
-    warmup_steps: int = 50  # linear, from 0
+    warmup_steps: int = 100  # linear, from 0
     decay_frac: float = 0.2  # wsd: share of the steps spent decaying
     min_lr_frac: float = 0.1  # final learning rate / peak
     beta1: float = 0.9  # AdamW, mean
-    beta2: float = 0.95  # AdamW, variance
+    beta2: float = 0.99  # AdamW, variance
     eps: float = 1e-8  # AdamW
     weight_decay: float = 0.1  # on matrices, the router and embeddings among them; never on norms
     clip_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
     balance_coef: float = 1e-2  # weight of the load-balancing loss
     z_coef: float = 1e-3  # weight of the router z-loss
     # Reports
-    log_every: int = 20  # steps between lines
-    val_every: int = 200  # steps between validations; 0: only at the end
+    log_every: int = 100  # steps between lines
+    val_every: int = 800  # steps between validations; 0: only at the end
     val_batches: int = 20  # batches of batch_size / grad_accum sequences per validation
-    checkpoint_every: int = 500  # steps between checkpoints; 0: only at the end
+    checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept
     sample_tokens: int = 64  # length of the samples at the end; 0: none
 

@@ -1,18 +1,22 @@
-"""Reasoning problems with worked solutions, in the manner of iGSM (arXiv 2407.20311), small enough for tiny models.
+"""Reasoning problems with worked solutions, in the manner of iGSM (arXiv 2407.20311) but small enough for tiny models.
 
-    Given: lamp is kite plus 4. kite is 5. drum is 3 times lamp. What is drum?
-    Solution: lamp = kite + 4 = 5 + 4 = 9. drum = 3 * lamp = 3 * 9 = 7. Answer: 7.
+    Given: drum has 3 times lamp. kite is 5. lamp adds owl to kite. owl is 4. What is drum? Solution:
+     Plan: drum lamp kite. kite is 5. lamp adds owl 4 to 5 is 9. drum has 3 times 9 is 7. Answer: 7.
 
-(one line in the data; arithmetic modulo 10 here). A problem is a directed acyclic graph of named quantities: leaves are numbers,
-every other quantity is one operation on one or two others. The statements come in shuffled order, so the solver must find what can
-be computed next, look up its definition and the values of its operands, and do the arithmetic; `steps` counts the operations.
-The worked solution takes one step per operation, in an order in which every operand is known before it is used.
+(one line in the data; modulo 10 here). A problem is a directed acyclic graph of named quantities: leaves are numbers, every other
+quantity is one operation on one or two others; `steps` counts the operations. The statements come in random order, so the solver
+has to find its way back from the question to what is known (the plan), then calculate forward, one operation a sentence,
+looking up each definition and value in the text.
 
-A problem is drawn from (seed, index) alone. Training and test problems never share a template: the graph with its operations,
-without names, numbers and sentence order. One fifth of all templates are for testing. Problems of a single step have only five
-templates, all of which a solver must have seen, so there the numbers belong to the template.
+A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its operations,
+without names, numbers and the order of the statements. One template in five is for testing. Problems of a single step have just
+five templates, which a solver must all have seen, so there the numbers are part of the template.
 
-`mano` (arXiv 2407.20311's successor, Physics of Language Models 4.1) is the solution-free counterpart: mental arithmetic on a prefix expression.
+What makes this learnable in minutes by a three-layer model: whatever has to be looked up (definition, operand, value) belongs to the
+name just written, which is what an induction head retrieves. With "lamp = kite + owl = 5 + 4 = 9" instead, the keys lie several tokens back and the
+same model only learns to guess among the statements.
+
+`mano` makes the counterpart without a solution: mental arithmetic on a prefix expression (Physics of Language Models 4.1).
 """
 from __future__ import annotations
 
@@ -29,29 +33,43 @@ jacket jar kettle key kite knife ladder lamp lantern lens locker mask mirror mit
 pipe plate pot pump quilt rake ribbon ring robe rope rug saddle scarf shelf shoe shovel sled spoon stamp stool sword table tent
 tile towel tower trunk tub vase violin wagon wheel whistle window""".split()
 
-LEAF, ADD_C, SUB_C, MUL_C, ADD, SUB = range(6)
-TEST_SHARE = 5  # one template in five is a test template
+LEAF, ADD_C, SUB_C, MUL_C, ADD, SUB = range(6)  # _C: the second operand is a number
+# What the text says, lamp VERB y PREPOSITION x, and what it means, x SIGN y.
+WORDS = {ADD_C: ("adds", "to"), SUB_C: ("takes", "from"), MUL_C: ("has", "times"), ADD: ("adds", "to"), SUB: ("takes", "from")}
+SIGN = {"adds": "+", "takes": "-", "has": "*"}
+TEST_SHARE = 5  # one template in so many is a test template
 
 
 @dataclass(frozen=True)
 class ReasoningConfig:
-    """Which problems are drawn. A problem is a function of this, the index and the split."""
+    """Which problems are drawn."""
     max_steps: int = 6  # operations in the solution, uniform on 1..max_steps
     modulus: int = 10  # all arithmetic is modulo this
+    share: float = 0.25  # probability that a second operand is a quantity that is needed elsewhere too, where there is one
+    branch: float = 0.0  # 0: every step uses the one before and at most a number or shared quantity; 1: both operands grow, as in a random tree
     distractors: int = 0  # up to this many quantities that the question does not need, uniform on 0..distractors
-    share: float = 0.25  # probability that an operand is a quantity already in use, where there is one (0: trees)
+    ordered: bool = False  # statements in an order in which they can be computed; otherwise at random
+    plan: bool = True  # the solution first lists the quantities from the question back to a leaf
     names: int = 40  # size of the pool of names
-    plan: bool = False  # the solution starts by listing the needed quantities from the question backwards
+    mano_length: int = 4  # operations in a `mano` expression, uniform on 1..mano_length
     seed: int = 0
 
     def validate(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}: need at least 1")
+        """Raises ValueError naming the field, its value and the remedy."""
         if not 3 <= self.modulus <= 1000:
-            raise ValueError(f"modulus={self.modulus}: need 3..1000")
-        most = 2 * self.max_steps + 1 + self.distractors  # a sum of two new quantities at every step
-        if not most <= self.names <= len(NOUNS):
-            raise ValueError(f"names={self.names}: need {most} (2 * max_steps + 1 + distractors) to {len(NOUNS)}")
+            raise ValueError(f"modulus={self.modulus}: need 3 to 1000")
+        if self.distractors < 0:
+            raise ValueError(f"distractors={self.distractors}: need 0 or more")
+        if not 0 <= self.share <= 1 or not 0 <= self.branch <= 1:
+            raise ValueError(f"share={self.share}, branch={self.branch}: probabilities from 0 to 1")
+        if self.max_steps < 1 or self.mano_length < 1:
+            raise ValueError(f"max_steps={self.max_steps}, mano_length={self.mano_length}: need 1 or more")
+        if not self.most_names(self.max_steps) <= self.names <= len(NOUNS):
+            raise ValueError(f"names={self.names}: need {self.most_names(self.max_steps)} (2 * max_steps + 1 + distractors) to {len(NOUNS)}")
+
+    def most_names(self, steps: int) -> int:
+        """Names that a problem of so many steps may need."""
+        return 2 * steps + 1 + self.distractors
 
 
 class Problem(NamedTuple):
@@ -59,48 +77,59 @@ class Problem(NamedTuple):
     solution: str  # " lamp = ... Answer: 7."
     answer: int
     steps: int
-    template: int  # 32-bit hash of the structure; template % 5 == 0 is a test template
+    template: int  # 32-bit hash of the structure
 
 
 def problem(cfg: ReasoningConfig, index: int, split: str = "train", steps: int | None = None) -> Problem:
-    """The index-th problem of a split ("train" or "test"); `steps` fixes the number of operations, also beyond cfg.max_steps."""
+    """The index-th problem of split "train" or "test"; `steps` fixes the number of operations, also beyond cfg.max_steps."""
     test = {"train": False, "test": True}[split]
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (steps or 0)) << 40 | index)
     while True:
-        s = steps or 1 + int(rng.random() * cfg.max_steps)
-        graph, order = _draw_graph(rng.random, s, cfg)
+        graph, order = _draw_graph(rng.random, steps or 1 + int(rng.random() * cfg.max_steps), cfg)
         template = _template(graph, order)
         if (template % TEST_SHARE == 0) == test:
             return _render(rng, graph, order, template, cfg)
 
 
 def _draw_graph(r, steps: int, cfg: ReasoningConfig):
-    """Grow the graph backwards from the queried quantity 0: an operation only refers to quantities that are not expanded yet,
-    so there are no cycles, every quantity is needed, and the reverse of the order of expansion is an order of solution."""
+    """-> (graph, order): quantities as (op, x, y), and the operations in an order of solution; quantity 0 is asked for.
+
+    Grown backwards from the question. An operation refers only to quantities that are expanded after it or not at all
+    (leaves), so there are no cycles, every quantity is needed, and the reverse of the order of expansion is an order of solution.
+    """
     m = cfg.modulus
-    factors = [c for c in range(2, m) if math.gcd(c, m) == 1]  # invertible, so products do not pile up on 0
-    graph = [None]  # (op, x, y): x, y are quantities or, for y of the *_C operations, a constant
-    frontier, order = [0], []
+    graph = [None]  # LEAF: x is the number; otherwise x is a quantity and y a quantity or, with _C, a number
+    frontier, order, shared = [0], [], []
     for _ in range(steps):
-        node = frontier.pop(int(r() * len(frontier)))
-        op = 1 + int(r() * 5)
-        operands = []
-        for _ in range(1 if op < ADD else 2):
-            pool = [q for q in frontier if q not in operands] if frontier and r() < cfg.share else None
-            if pool:
-                operands.append(pool[int(r() * len(pool))])
-            else:
-                operands.append(len(graph))
-                frontier.append(len(graph))
-                graph.append(None)
+        node = frontier.pop(int(r() * len(frontier)) if r() < cfg.branch else -1)
+        op, x = 1 + int(r() * 5), len(graph)
+        graph.append(None)
         if op == MUL_C:
-            second = factors[int(r() * len(factors))]
+            y = 2 + int(r() * (m - 2))
+            while math.gcd(y, m) != 1:  # invertible, so products do not pile up on 0
+                y = 2 + int(r() * (m - 2))
         elif op < ADD:
-            second = 1 + int(r() * (m - 1))
+            y = 1 + int(r() * (m - 1))
+        elif r() < cfg.share:
+            y = None
+            shared.append((len(order), node))
         else:
-            second = operands[1]
-        graph[node] = (op, operands[0], second)
+            y = len(graph)
+            graph.append(None)
+            frontier.append(y)
+        frontier.append(x)
+        graph[node] = (op, x, y)
         order.append(node)
+    for at, node in shared:  # now it is known what is solved before each of these
+        op, x, _ = graph[node]
+        others = [q for q in order[at + 1:] + frontier if q != x]
+        if others:
+            y = others[int(r() * len(others))]
+        else:
+            y = len(graph)
+            graph.append(None)
+            frontier.append(y)
+        graph[node] = (op, x, y)
     for node in frontier:
         graph[node] = (LEAF, int(r() * m), None)
     order.reverse()
@@ -108,7 +137,8 @@ def _draw_graph(r, steps: int, cfg: ReasoningConfig):
 
 
 def _template(graph, order) -> int:
-    """Hash of the structure below quantity 0, unrolled into a tree: equal for isomorphic graphs, so no structure is on both sides."""
+    """Hash of what quantity 0 is made of, unrolled into a tree and without regard to the order of a sum: graphs of the same
+    structure get the same hash, so no structure can be on both sides of the split."""
     numbers = len(order) == 1
     key = [x if op == LEAF and numbers else 0 for op, x, _ in graph]
     for node in order:
@@ -121,87 +151,124 @@ def _template(graph, order) -> int:
 
 
 def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
-    r, m, steps = rng.random, cfg.modulus, len(order)
-    for _ in range(int(r() * (cfg.distractors + 1))):  # never operands of what is needed
-        x, y = int(r() * len(graph)), int(r() * len(graph))
-        op = int(r() * 6)
-        if op >= ADD and x == y:
-            op = LEAF
-        graph.append((op, int(r() * m), None) if op == LEAF else (op, x, y if op >= ADD else 2 + int(r() * (m - 2))))
-    name = rng.sample(NOUNS[:cfg.names], len(graph))
+    r, m = rng.random, cfg.modulus
+    for _ in range(int(r() * (cfg.distractors + 1))):  # they use anything, and nothing that is needed uses them
+        op, x, y = int(r() * 6), int(r() * len(graph)), int(r() * len(graph))
+        if op == LEAF or op >= ADD and x == y:
+            graph.append((LEAF, int(r() * m), None))
+        else:
+            graph.append((op, x, y if op >= ADD else 2 + int(r() * (m - 2))))
+    name = rng.sample(NOUNS[:max(cfg.names, len(graph))], len(graph))
     value = [x for _, x, _ in graph]
-    written = []
+    last = graph[order[0]][1]  # the quantity of the sentence before
+    sentences = [f" {name[last]} is {value[last]}."]
     for node in order:
         op, x, y = graph[node]
-        n, a, va = name[node], name[x], value[x]
-        if op == ADD_C:
-            v = (va + y) % m
-            written.append(f" {n} = {a} + {y} = {va} + {y} = {v}.")
-        elif op == SUB_C:
-            v = (va - y) % m
-            written.append(f" {n} = {a} - {y} = {va} - {y} = {v}.")
-        elif op == MUL_C:
-            v = (va * y) % m
-            written.append(f" {n} = {y} * {a} = {y} * {va} = {v}.")
-        else:
-            b, vb = name[y], value[y]
-            v, sign = ((va + vb) % m, "+") if op == ADD else ((va - vb) % m, "-")
-            written.append(f" {n} = {a} {sign} {b} = {va} {sign} {vb} = {v}.")
-        value[node] = v
-    said = []
-    for n, (op, x, y) in zip(name, graph):
-        if op == LEAF:
-            said.append(f" {n} is {x}.")
-        elif op == ADD_C:
-            said.append(f" {n} is {name[x]} plus {y}.")
-        elif op == SUB_C:
-            said.append(f" {n} is {name[x]} minus {y}.")
-        elif op == MUL_C:
-            said.append(f" {n} is {y} times {name[x]}.")
-        else:
-            said.append(f" {n} is {name[x]} {'plus' if op == ADD else 'minus'} {name[y]}.")
-    rng.shuffle(said)
-    return Problem(f"Given:{''.join(said)} What is {name[0]}? Solution:", f"{''.join(written)} Answer: {value[0]}.", value[0], steps, template)
+        verb, preposition = WORDS[op]
+        operand, value_y = (f"{name[y]} {value[y]}", value[y]) if op >= ADD else (y, y)
+        value[node] = _apply(value[x], SIGN[verb], value_y, m)
+        named = "" if x == last else name[x] + " "
+        sentences.append(f" {name[node]} {verb} {operand} {preposition} {named}{value[x]} is {value[node]}.")
+        last = node
+    statements = [f" {n} is {x}." if op == LEAF else f" {n} {WORDS[op][0]} {name[y] if op >= ADD else y} {WORDS[op][1]} {name[x]}."
+                  for n, (op, x, y) in zip(name, graph)]
+    if cfg.ordered:
+        sequence: list[int] = []
+        for node in order:
+            op, x, y = graph[node]
+            sequence += [q for q in ((x, y) if op >= ADD else (x,)) if q not in sequence] + [node]
+        for q in range(len(graph)):
+            if q not in sequence:  # a distractor
+                sequence.insert(int(r() * (len(sequence) + 1)), q)
+        statements = [statements[q] for q in sequence]
+    else:
+        rng.shuffle(statements)
+    plan = f" Plan:{''.join(' ' + name[q] for q in reversed(order))} {name[graph[order[0]][1]]}." if cfg.plan else ""
+    return Problem(f"Given:{''.join(statements)} What is {name[0]}? Solution:", f"{plan}{''.join(sentences)} Answer: {value[0]}.",
+                   value[0], len(order), template)
 
 
-_STATEMENT = re.compile(r" (\w+) is (?:(\w+) (plus|minus|times) )?(\w+)\.")
-_STEP = re.compile(r" (\w+) = (\w+) ([-+*]) (\w+) = (\d+) ([-+*]) (\d+) = (\d+)\.")
+def _apply(x: int, sign: str, y: int, modulus: int) -> int:
+    return (x + y if sign == "+" else x - y if sign == "-" else x * y) % modulus
+
+
+_STATEMENT = re.compile(r" (\w+) (is|adds|takes|has) (\w+)(?: (to|from|times) ([a-z]+))?\.")
+_SENTENCE = re.compile(r" (\w+) (is|adds|takes|has) (?:([a-z]+) )?(\d+)(?: (to|from|times) (?:([a-z]+) )?(\d+) is (\d+))?\.")
+_PLAN = re.compile(r" Plan:(?: [a-z]+)+\.")
 _ANSWER = re.compile(r" Answer: (\d+)\.$")
-_SIGN = {"plus": "+", "minus": "-", "times": "*"}
 
 
 def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
-    """(answer right, whole solution right), judged from the text of the question alone, in any valid order of the steps.
+    """(answer right, whole solution right), judged from the question's text alone.
 
-    The solution is right if every step copies the definition of a quantity, uses operands that are known by then with their
-    values and is computed correctly, if no quantity is computed twice, and if the stated answer is the queried quantity's value.
+    A solution is right if every sentence states the definition of a quantity, with operands that are known by then, their
+    values, and the correct result, no quantity twice, in any valid order, and if the answer is the value asked for. The
+    plan is not judged.
     """
-    *statements, query = question.removeprefix("Given:").removesuffix("? Solution:").split(" What is ")
-    defined = {name: (x, _SIGN.get(op), y) for name, x, op, y in _STATEMENT.findall(statements[0])}
-    truth: dict[str, int] = {}
+    statements, _, query = question.removesuffix("? Solution:").partition(" What is ")
+    defined = {name: (verb, y, preposition, x) for name, verb, y, preposition, x in _STATEMENT.findall(statements)}
 
-    def value(word: str) -> int:
+    def truth(word: str) -> int:
         if word.isdigit():
             return int(word)
-        if word not in truth:
-            x, op, y = defined[word]
-            truth[word] = value(y) if op is None else _apply(value(x), op, value(y), modulus)
-        return truth[word]
+        verb, y, _, x = defined[word]
+        return int(y) if verb == "is" else _apply(truth(x), SIGN[verb], truth(y), modulus)
 
     stated = _ANSWER.search(solution)
-    right = stated is not None and int(stated[1]) == value(query)
-    steps = _STEP.findall(solution)
-    if not right or "".join(" {} = {} {} {} = {} {} {} = {}.".format(*s) for s in steps) + stated[0] != solution:
-        return right, False
-    known = {name: int(y) for name, (_, op, y) in defined.items() if op is None}
-    for name, x, op, y, vx, op2, vy, v in steps:
-        copied = name not in known and defined.get(name) == (x, op, y) and op2 == op
-        operands = all(int(seen) == (int(word) if word.isdigit() else known.get(word, -1)) for word, seen in ((x, vx), (y, vy)))
-        if not (copied and operands and int(v) == _apply(int(vx), op, int(vy), modulus)):
-            return right, False
-        known[name] = int(v)
-    return right, known.get(query) == int(stated[1])
+    right = stated is not None and int(stated[1]) == truth(query)
+    if not right:
+        return False, False
+    known = {name: int(y) for name, (verb, y, _, _) in defined.items() if verb == "is"}
+    at, end, done = 0, stated.start(), set()
+    if plan := _PLAN.match(solution):
+        at = plan.end()
+    while at < end:
+        sentence = _SENTENCE.match(solution, at, end)
+        if not sentence:
+            return True, False
+        at = sentence.end()
+        name, verb, y, value_y, preposition, x, value_x, result = sentence.groups()
+        definition = defined.get(name)
+        if verb == "is":
+            if definition != ("is", value_y, "", "") or y or preposition:
+                return True, False
+            continue
+        if (name in done or not definition or definition[:3] != (verb, y or value_y, preposition) or x and x != definition[3]
+                or y and known.get(y) != int(value_y) or known.get(definition[3]) != int(value_x)
+                or int(result) != _apply(int(value_x), SIGN[verb], int(value_y), modulus)):
+            return True, False
+        known[name] = int(result)
+        done.add(name)
+    return True, query in known
 
 
-def _apply(x: int, op: str, y: int, modulus: int) -> int:
-    return (x + y if op == "+" else x - y if op == "-" else x * y) % modulus
+def mano(cfg: ReasoningConfig, index: int, split: str = "train", length: int | None = None) -> Problem:
+    """"Mano: - 3 + 4 5 =" and " 4.": a prefix expression of `length` operations + - * on numbers, without any steps.
+
+    The expressions of the two splits differ; those of length 1, which are the tables themselves, are all for training, so
+    ask for tests of length 2 or more."""
+    test = {"train": False, "test": True}[split]
+    if test and length is not None and length < 2:
+        raise ValueError(f"length={length}: test expressions have 2 operations or more")
+    rng = random.Random(((cfg.seed * 2 + test) * 1009 + (length or 0)) << 40 | 1 << 39 | index)
+    while True:
+        n = length or 1 + test + int(rng.random() * (cfg.mano_length - test))
+        text, value = _expression(rng.random, n, cfg.modulus)
+        template = crc32(text.encode())
+        if (template % TEST_SHARE == 0 and n > 1) == test:
+            return Problem(f"Mano:{text} =", f" {value}.", value, n, template)
+
+
+def _expression(r, length: int, modulus: int) -> tuple[str, int]:
+    if length == 0:
+        value = int(r() * modulus)
+        return f" {value}", value
+    left = int(r() * length)
+    sign, (text_x, x), (text_y, y) = "+-*"[int(r() * 3)], _expression(r, left, modulus), _expression(r, length - 1 - left, modulus)
+    return f" {sign}{text_x}{text_y}", _apply(x, sign, y, modulus)
+
+
+def vocabulary(cfg: ReasoningConfig) -> list[str]:
+    """Every piece of text that a problem, plan, solution or expression can contain, for a word tokenizer."""
+    words = NOUNS[:cfg.names] + "is adds to takes from has times What Solution Plan Answer + - * =".split() + [str(d) for d in range(10)]
+    return [" " + word for word in words] + [str(d) for d in range(10)] + ["Given", "Mano", ".", ":", "?"]

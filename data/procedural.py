@@ -1,0 +1,137 @@
+"""The default training data: one mixture of biographies to remember and problems to reason about, made from a seed.
+
+    build("runs/x/data", seed=1)                                          # what `python train.py` trains on
+    build("data/big", MixtureConfig(FactsConfig(n_people=50_000), ...))   # what the study trains on
+
+The result is a data directory as in data/shards.py. Its training split holds every biography `exposures` times in changing words and
+the problems; its validation split new wordings of the same people's biographies and problems with unseen templates. meta.json keeps
+the MixtureConfig, from which `read_config` and the generators recover everything that evaluation needs.
+"""
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import facts, reasoning, tokenizer
+from data.facts import FactsConfig
+from data.reasoning import ReasoningConfig
+from data.shards import ShardWriter, read_meta
+
+# A word or one digit, each with the space before it; runs of other signs.
+PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
+
+CHUNK = 2**14  # documents made, shuffled over the chunk's windows and written at a time
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """How much of what. `n_problems` unique problems are each seen `repeats` times; n_problems beyond need is the unlimited case."""
+    facts: FactsConfig = field(default_factory=lambda: FactsConfig(
+        n_people=60, first_names=40, middle_names=40, last_names=80, cities=40, universities=40, majors=40, employers=40, years=100))
+    reasoning: ReasoningConfig = field(default_factory=lambda: ReasoningConfig(max_steps=6, modulus=7, names=24))
+    exposures: int = 80  # biographies of each person
+    n_problems: int = 24_000
+    repeats: int = 1
+    n_mano: int = 0  # mental arithmetic expressions
+    window: int = 144  # tokens; documents that fit are not split by the borders of the loader's windows of this length, which starts each with eos
+    seed: int = 0  # of the order
+
+    def validate(self) -> None:
+        self.facts.validate()
+        self.reasoning.validate()
+        for name, least in dict(exposures=0, n_problems=0, repeats=1, n_mano=0, window=0).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: need {least} or more")
+
+
+def build(out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | None = None, overwrite: bool = False) -> dict:
+    """Writes the data directory; `seed` replaces the seeds of people, problems and order. Returns meta.json's contents."""
+    cfg = cfg or MixtureConfig()
+    if seed is not None:
+        cfg = dataclasses.replace(cfg, seed=seed, facts=dataclasses.replace(cfg.facts, seed=seed),
+                                  reasoning=dataclasses.replace(cfg.reasoning, seed=seed))
+    cfg.validate()
+    enc = tokenizer.word_tokenizer(facts.vocabulary(cfg.facts) + reasoning.vocabulary(cfg.reasoning), PIECES)
+    people = facts.people(cfg.facts)
+    with ShardWriter(out_dir, enc, overwrite) as writer:
+        for split in ("train", "val"):
+            rng = random.Random(f"{cfg.seed} {split}")
+            chunk: list[str] = []
+            for text in _documents(cfg, people, split, rng):
+                chunk.append(text)
+                if len(chunk) == CHUNK:
+                    writer.add(split, _pack(enc, chunk, cfg.window, rng))
+                    chunk = []
+            if chunk:
+                writer.add(split, _pack(enc, chunk, cfg.window, rng))
+        writer.notes |= {"procedural": dataclasses.asdict(cfg), "source": "data/procedural.py", "licence": "generated; CC0"}
+    return read_meta(out_dir)
+
+
+def read_config(data_dir: str | Path) -> MixtureConfig:
+    """The MixtureConfig of a directory that `build` wrote; ValueError for any other."""
+    meta = read_meta(data_dir)
+    if "procedural" not in meta:
+        raise ValueError(f"{data_dir}: not procedural data; write some with data.procedural.build")
+    kept = meta["procedural"]
+    return MixtureConfig(**kept | {"facts": FactsConfig(**kept["facts"]), "reasoning": ReasoningConfig(**kept["reasoning"])})
+
+
+def _documents(cfg: MixtureConfig, people: list[facts.Person], split: str, rng: random.Random) -> Iterator[str]:
+    """The texts of a split, kinds interleaved at random in their proportion. Exposures and repeats each go through everything
+    before anything comes again, in the same order, so what is seen again was last seen long ago; shuffling is the loader's."""
+    n = len(people)
+    if split == "train":
+        parts = [("facts", n * cfg.exposures), ("problem", cfg.n_problems * cfg.repeats), ("mano", cfg.n_mano)]
+    else:  # about a fiftieth of the training split
+        parts = [("facts", min(n, 2000) if cfg.exposures else 0), ("problem", min(2000, -(-cfg.n_problems * cfg.repeats // 50))),
+                 ("mano", min(2000, -(-cfg.n_mano // 50)))]
+    left, at = [count for _, count in parts], [0] * len(parts)
+    while total := sum(left):
+        pick = rng.random() * total
+        for k, count in enumerate(left):
+            pick -= count
+            if pick < 0:
+                break
+        i, kind = at[k], parts[k][0]
+        left[k], at[k] = left[k] - 1, i + 1
+        if kind == "facts":  # validation: an exposure that training does not reach
+            yield facts.biography(cfg.facts, people[i % n], i // n + (cfg.exposures if split == "val" else 0))
+        else:
+            make = reasoning.problem if kind == "problem" else reasoning.mano
+            p = make(cfg.reasoning, i % cfg.n_problems if kind == "problem" and split == "train" else i, "train" if split == "train" else "test")
+            yield p.question + p.solution
+
+
+def _pack(enc, texts: list[str], window: int, rng: random.Random) -> list[int]:
+    """Token ids of the texts, each ended by eos. With a window: in blocks of that length, each started by eos and filled up with eos.
+
+    A document that does not start inside its window cannot be understood: in short windows that would be half of them. Longer ones
+    than a block go over several."""
+    eos = enc.eot_token
+    documents = [ids + [eos] for ids in enc.encode_ordinary_batch(texts, num_threads=2)]
+    if not window:
+        return [token for ids in documents for token in ids]
+    rng.shuffle(documents)
+    full: list[list[int]] = []
+    open_: list[list[int]] = []  # blocks with room left, at most 32
+    for ids in documents:
+        fitting = [block for block in open_ if len(block) + len(ids) <= window]
+        if fitting:
+            max(fitting, key=len).extend(ids)
+            continue
+        block = [eos, *ids]
+        block += [eos] * (-len(block) % window if len(block) > window else 0)
+        (full if len(block) >= window else open_).append(block)
+        if len(open_) > 32:
+            open_.sort(key=len)
+            full.append(open_.pop())
+    return [token for block in full + open_ for token in block + [eos] * (-len(block) % window)]
+
+
+def prompt(enc, text: str) -> list[int]:
+    """A prompt as documents start in the data: eos, then the text."""
+    return [enc.eot_token, *enc.encode_ordinary(text)]

@@ -1,0 +1,116 @@
+"""Facts, reasoning problems, and the data directory made of them: python -m pytest tests/test_procedural.py."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+
+import pytest
+
+from data import facts, procedural, reasoning, tokenizer
+from data.facts import FactsConfig
+from data.reasoning import ReasoningConfig
+from data.shards import open_shards, read_meta
+from eval.procedural import report
+from model import GPT, preset
+
+SMALL = procedural.MixtureConfig(
+    FactsConfig(n_people=12, first_names=10, middle_names=10, last_names=10, cities=10, universities=10, majors=10, employers=10, years=20),
+    ReasoningConfig(max_steps=3, modulus=7, names=12), exposures=3, n_problems=60, window=0,
+)  # fmt: skip
+
+
+def solve(text, modulus):
+    """The asked value, by repeated substitution, written without a line of the generator's code."""
+    body, asked = re.fullmatch(r"Given:(.*) What is (\w+)\? Solution:", text).groups()
+    rules, known = [s.split() for s in re.findall(r"[^.]+", body) if s.strip()], {}
+    value = lambda word: int(word) if word.isdigit() else known[word]  # noqa: E731
+    while asked not in known:
+        before = len(known)
+        for name, verb, y, *rest in rules:
+            operands = [y] + rest[1:]
+            if name not in known and all(w.isdigit() or w in known for w in operands):
+                y = value(y)
+                known[name] = y if verb == "is" else {"adds": lambda x, y: x + y, "takes": lambda x, y: x - y, "has": lambda x, y: x * y}[verb](
+                    value(rest[1]), y) % modulus  # fmt: skip
+        assert len(known) > before, f"cannot be solved: {text}"
+    return known[asked]
+
+
+@pytest.mark.parametrize("cfg", [ReasoningConfig(), ReasoningConfig(max_steps=4, modulus=7, names=24, distractors=3, plan=False), ReasoningConfig(ordered=True)])
+def test_problems_are_right_and_solutions_pass(cfg):
+    for split in ("train", "test"):
+        for i in range(150):
+            p = reasoning.problem(cfg, i, split)
+            assert p == reasoning.problem(cfg, i, split)
+            assert solve(p.question, cfg.modulus) == p.answer
+            assert reasoning.check(p.question, p.solution, cfg.modulus) == (True, True)
+            assert (p.template % reasoning.TEST_SHARE == 0) == (split == "test")
+
+
+def test_wrong_solutions_fail():
+    cfg = ReasoningConfig(modulus=7, names=24, max_steps=4)
+    for i in range(60):
+        p = reasoning.problem(cfg, i, steps=2 + i % 3)
+        wrong = f" Answer: {(p.answer + 1) % 7}."
+        assert reasoning.check(p.question, re.sub(r" Answer: \d\.", wrong, p.solution), 7) == (False, False)
+        assert reasoning.check(p.question, f" Answer: {p.answer}.", 7) == (True, False)  # right by luck, without the work
+        assert reasoning.check(p.question, "", 7) == (False, False)
+        other = re.sub(r"is (\d)\. Answer", lambda m: f"is {(int(m[1]) + 1) % 7}. Answer", p.solution)
+        assert not reasoning.check(p.question, other, 7)[1]
+
+
+def test_templates_of_train_and_test_are_disjoint_and_problems_vary():
+    cfg = ReasoningConfig(max_steps=4, names=24)
+    train, test = ({reasoning.problem(cfg, i, split).template for i in range(800)} for split in ("train", "test"))
+    assert not train & test and len(train) > 100
+    assert len({reasoning.problem(cfg, i).question for i in range(500)}) > 495
+    answers = Counter(reasoning.problem(cfg, i).answer for i in range(1500))
+    assert max(answers.values()) < 0.2 * 1500  # no constant answer is worth much
+
+
+def test_people_are_distinct_and_probes_answer_from_the_biography():
+    cfg = SMALL.facts
+    people = facts.people(cfg)
+    assert len({p.name for p in people}) == 12 and people == facts.people(cfg)
+    assert people[:5] == facts.people(dataclasses.replace(cfg, n_people=5))
+    for person in people:
+        text = facts.biography(cfg, person, 3)
+        assert text.startswith(person.name) and all(value in text for value in person.values)
+        assert text != facts.biography(cfg, person, 4)
+    assert cfg.value_choices == 2 * 12 * 28 * 20 * 10**4
+    assert math.isclose(math.log2(FactsConfig().value_choices), 47.59, abs_tol=0.01)  # the published bioS figure
+
+
+def test_bad_sizes_are_named():
+    with pytest.raises(ValueError, match="n_people=900"):
+        facts.people(FactsConfig(n_people=900, first_names=10, middle_names=10, last_names=10))
+    with pytest.raises(ValueError, match="names=5"):
+        ReasoningConfig(names=5).validate()
+    with pytest.raises(ValueError, match="modulus=2"):
+        ReasoningConfig(modulus=2).validate()
+
+
+def test_build_round_trip_and_report(tmp_path):
+    meta = procedural.build(tmp_path / "d", SMALL, seed=3)
+    enc = tokenizer.load(tmp_path / "d")
+    text = {split: enc.decode([int(t) for shard in open_shards(tmp_path / "d", split) for t in shard]) for split in ("train", "val")}
+    cfg = procedural.read_config(tmp_path / "d")
+    assert cfg.reasoning.seed == cfg.facts.seed == 3 and read_meta(tmp_path / "d") == meta
+    for person in facts.people(cfg.facts):
+        assert text["train"].count(person.name) == 3
+    assert text["train"].count("Answer:") == 60
+    held_out = {reasoning.problem(cfg.reasoning, i, "test").question for i in range(40)}
+    assert not any(question in text["train"] for question in held_out) and any(question in text["val"] for question in held_out)
+    assert all(len(enc.encode_ordinary(piece)) == 1 for piece in (" Answer", " 5", "Given"))  # words are tokens
+    model = GPT(preset("tiny", vocab_size=enc.n_vocab, n_layers=1))
+    printed, scores = report(model, tmp_path / "d", n_people=4, n_problems=4)
+    assert "recall" in printed and scores["facts"]["overall"] < 0.3  # an untrained model remembers nothing
+    assert scores["bits"]["per_parameter"] < 0.01
+
+
+def test_window_packing_starts_every_window_with_a_document(tmp_path):
+    procedural.build(tmp_path / "d", dataclasses.replace(SMALL, window=144))
+    enc = tokenizer.load(tmp_path / "d")
+    ids = [int(t) for shard in open_shards(tmp_path / "d", "train") for t in shard]
+    assert len(ids) % 144 == 0 and all(ids[i] == enc.eot_token for i in range(0, len(ids), 144))
