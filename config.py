@@ -74,8 +74,9 @@ def parse(cls, argv=None, description=""):
     values = {}
     if "config" in flags:
         values.update(_read(cls, flags.pop("config")))
-    if hasattr(cls, "preset_fields") and ("preset" in flags or not values):
-        values.update(cls.preset_fields(flags.get("preset", cls.preset)))
+    name = flags.get("preset", "" if values else getattr(cls, "preset", ""))
+    if name and hasattr(cls, "preset_fields"):
+        values.update(cls.preset_fields(name))
     values.update({name: _convert(name, text, hints[name]) for name, text in flags.items()})
     return cls(**values)
 
