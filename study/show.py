@@ -54,7 +54,7 @@ def figure(runs):
         loss.plot([million(row) for row in val], [row["val_loss"] for row in val], "o-", color=f"C{i}", ms=3, lw=1.5, label=label(run, config))
         rate.plot(tokens, [row["lr"] for row in rows], color=f"C{i}")
         norm.plot(tokens, [row["grad_norm"] for row in rows], color=f"C{i}", lw=0.8)
-    losses = sorted(row["loss"] for _, _, rows, _ in data for row in rows)
+    losses = sorted([row["loss"] for _, _, rows, _ in data for row in rows] + [row["val_loss"] for *_, val in data for row in val])
     loss.set_ylim(losses[0] - 0.1, losses[int(0.95 * (len(losses) - 1))] + 0.3)  # the first steps would flatten the rest
     loss.legend(fontsize=8, title="dots: validation, thin: training", title_fontsize=8)
     for axis, title in ((loss, "cross-entropy, nats per token"), (rate, "learning rate"), (norm, "gradient norm before clipping")):
