@@ -148,7 +148,8 @@ def test_presets():
     for name in PRESETS:
         cfg = preset(name, vocab_size=512)
         assert cfg.n_heads * cfg.head_dim == cfg.d_model and cfg.top_k <= cfg.n_experts
-    assert preset("tiny") == ModelConfig()
+    tiny, paper = preset("tiny"), preset("paper-d512-e8-k2")  # what the tiny recipe changes must not leak into the paper's models
+    assert tiny.n_experts >= 8 and tiny.top_k == 2 and (paper.qk_norm, paper.rope_theta, paper.init_std) == (False, 1e4, 0.02)
     with pytest.raises(ValueError, match="preset='paper-d512-e7-k2'"):
         preset("paper-d512-e7-k2")
 
