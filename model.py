@@ -19,11 +19,10 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F_
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import config
 from config import require
-from moe_kernels import balance_loss, moe_experts, route
+from moe_kernels import balance_loss, linear_cross_entropy, moe_experts, route
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,16 @@ class ModelConfig:
     # Execution
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 on CPU
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
-    loss_chunk: int = 0  # > 0: logits of this many tokens at a time, recomputed in backward (large V, little memory)
+    loss_chunk: int = 8192  # tokens whose logits exist at one time in training (triton only: the others hold all T x V)
 
     def __post_init__(self):
         self.validate()
 
     def validate(self):
         """Raise ValueError naming the field, its value and the remedy."""
-        for name in ("seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "n_experts", "top_k", "d_expert"):
+        for name in ("seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "n_experts", "top_k", "d_expert", "loss_chunk"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
-        for name in ("vocab_size", "n_shared_experts", "router_bias_rate", "loss_chunk", "norm_eps", "embed_init_std"):
+        for name in ("vocab_size", "n_shared_experts", "router_bias_rate", "norm_eps", "embed_init_std"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
         require(self.init_std > 0, "init_std", self.init_std, "use a positive number")
         require(self.rope_theta > 1, "rope_theta", self.rope_theta, "use a number above 1 (1e4 is usual)")
@@ -307,23 +306,14 @@ class GPT(nn.Module):
         if targets_BL is None:
             logits = self.head(x)
         else:
-            loss = self._loss(x.flatten(0, 1), targets_BL.flatten())
+            impl = None if self.cfg.impl == "auto" else self.cfg.impl
+            loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets_BL.flatten(), self.cfg.loss_chunk, impl)
         if not stats:
             zero = x.new_zeros((), dtype=torch.float32)
             return Output(logits, loss, zero, zero, tokens_BL.new_zeros((0, self.cfg.n_experts), dtype=torch.int32),
                           x.new_zeros((0, self.cfg.n_experts), dtype=torch.float32))
         balance, z, counts, probs = (torch.stack(values) for values in zip(*stats, strict=True))
         return Output(logits, loss, balance.sum(), z.sum(), counts, probs)
-
-    def _loss(self, x_TD, targets_T):
-        def summed(x, targets):
-            return F_.cross_entropy(self.head(x).float(), targets, ignore_index=-1, reduction="sum")
-
-        n = (targets_T >= 0).sum().clamp(min=1)
-        if not self.cfg.loss_chunk:
-            return summed(x_TD, targets_T) / n
-        chunks = zip(x_TD.split(self.cfg.loss_chunk), targets_T.split(self.cfg.loss_chunk), strict=True)
-        return sum(checkpoint(summed, x, targets, use_reentrant=False) for x, targets in chunks) / n
 
 
 @torch.no_grad()
@@ -369,7 +359,7 @@ def training_memory(cfg, tokens):
     total = count_params(cfg).total
     hidden = 2 * cfg.d_expert * (cfg.top_k + cfg.n_shared_experts)
     layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + hidden
-    logits = 6 * cfg.vocab_size * min(tokens, cfg.loss_chunk or tokens)  # bfloat16 and float32
+    logits = 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
     return {"weights (float32)": 4 * total, "gradients (float32)": 4 * total, "AdamW states (float32)": 8 * total,
             "bfloat16 copies kept for backward": 2 * total, "activations (estimate)": 2 * cfg.n_layers * layer * tokens + logits}
 

@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +48,8 @@ class TrainConfig(ModelConfig):
     resume: str = ""  # run directory to continue
     seed: int = 0  # of the weights and of the data order
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    compile: bool = True  # torch.compile of each block, on CUDA
+    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of each block, on CUDA; auto: where the run is long enough to repay it
+    cuda_graph: bool = True  # on one CUDA GPU, replay the whole optimiser step as one graph
     deterministic: bool = False  # on CUDA, too, the same bits in every run (attention's backward then sums in a fixed order, slower)
     # Optimisation
     steps: int = 2400  # optimiser steps
@@ -119,14 +121,91 @@ def lr_at(step, cfg):
 
 
 def make_optimizer(model, cfg):
+    """AdamW in one kernel; on CUDA its learning rate is a tensor, so that a graph of the step sees it change."""
+    cuda = model.embed.weight.is_cuda
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr
+    return torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, capturable=cuda)
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def compile_blocks(model, cfg):
+    """torch.compile of each block. It takes half a minute: "auto" wants at least a minute of training at 20 % of an H100's peak."""
+    if cfg.compile == "true" or cfg.compile == "auto" and cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg) > 1e16:
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
+
+def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda part: None):
+    """One step on micro-batches [(tokens_BL, targets_BL)]: forward, backward, clip, update. Adds to the window's sums; returns the gradient norm,
+    a tensor: nothing here waits for the device. mark(part) is called at the end of each part (bench/step.py times them)."""
+    counts_NE = 0
+    for micro, (tokens_BL, targets_BL) in enumerate(batches):
+        last = micro == len(batches) - 1
+        with nullcontext() if last or world == 1 else net.no_sync():
+            out = net(tokens_BL, targets_BL)
+            balance = out.balance
+            if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
+                dist.all_reduce(out.counts_NE)
+                balance = sum((balance_loss(c, p) for c, p in zip(out.counts_NE, out.probs_NE, strict=True)), 0 * out.balance)
+            loss = out.loss + cfg.balance_coef * balance + cfg.z_coef * out.z
+            mark("forward")
+            (loss / len(batches)).backward()
+            mark("backward")
+        window["sums"] += torch.stack([out.loss, balance, out.z, torch.ones_like(out.loss)]).detach()
+        window["counts_NE"] += out.counts_NE
+        counts_NE = counts_NE + out.counts_NE
+    model = net.module if world > 1 else net
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf, foreach=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if cfg.router_bias_rate:
+        update_router_bias(model, counts_NE)
+    mark("optimiser")
+    return grad_norm
+
+
+class GraphedStep:
+    """step(batches) as one CUDA graph launch instead of a thousand kernel launches.
+
+    The first WARM_UP calls run `step` itself, on the stream of the capture, and count as training steps like all others; the call after
+    them records the graph and replays it, and so do all that follow. Batches must keep their shapes."""
+
+    WARM_UP = 3
+
+    def __init__(self, step):
+        self.step, self.calls, self.graph, self.stream = step, 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, batches):
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.step(batches)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.calls == self.WARM_UP + 1:
+            self.inputs = [tuple(t.clone() for t in batch) for batch in batches]
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.result = self.step(self.inputs)
+        for mine, batch in zip(self.inputs, batches, strict=True):
+            for buffer, t in zip(mine, batch, strict=True):
+                buffer.copy_(t)
+        self.graph.replay()
+        return self.result
 
 
 def new_window(cfg, device):
-    """Sums since the last log line: they stay on the device until a line is due, and are part of a checkpoint."""
+    """Sums since the last log line: they stay on the device, in place, until a line is due, and are part of a checkpoint."""
     return {"sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
             "counts_NE": torch.zeros(0 if cfg.dense else cfg.n_layers, cfg.n_experts, device=device, dtype=torch.int64)}
 
@@ -229,16 +308,18 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                 saved, value = state["config"][field.name], getattr(cfg, field.name)
                 require(saved == value, field.name, value, f"the checkpoint has {saved!r}; resume without this flag")
         model.load_state_dict(state["model"])
+        here = [{key: group[key] for key in ("lr", "capturable")} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, keep in zip(optimizer.param_groups, here, strict=True):
+            group |= keep  # the checkpoint may come from another kind of device
         loader.load_state_dict(state["loader"])
         window = state["window"]
         torch.set_rng_state(state["rng"].cpu())
         start = state["step"]
         del state
     net = model
-    if cfg.compile and device.type == "cuda":
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+    if device.type == "cuda":
+        compile_blocks(model, cfg)
     if world > 1:
         # Buffers stay out of it: the router bias is the same everywhere because the counts are. Always call net, never net.module.
         net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -277,34 +358,17 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
 
     # ---- the loop
     model.train()
+    run_step = partial(optimizer_step, net, optimizer, cfg, window, world=world)
+    if cfg.cuda_graph and device.type == "cuda" and world == 1:
+        run_step = GraphedStep(run_step)
     step, row, val_row, began = start, {}, {}, time.perf_counter()
     clock, clock_step = began, start  # of the last line; the clock stands still during validation and saving
     timed_seconds, timed_steps = 0.0, 0  # all intervals but the first, which compiles
     with Stop() as stop:
         while step < cfg.steps:
             lr = lr_at(step, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            step_counts_NE = 0
-            for micro in range(cfg.grad_accum):
-                tokens_BL, targets_BL = loader.next()
-                last = micro == cfg.grad_accum - 1
-                with nullcontext() if last or world == 1 else net.no_sync():
-                    out = net(tokens_BL, targets_BL)
-                    balance = out.balance
-                    if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
-                        dist.all_reduce(out.counts_NE)
-                        balance = sum((balance_loss(c, p) for c, p in zip(out.counts_NE, out.probs_NE, strict=True)), 0 * out.balance)
-                    loss = out.loss + cfg.balance_coef * balance + cfg.z_coef * out.z
-                    (loss / cfg.grad_accum).backward()
-                window["sums"] += torch.stack([out.loss, balance, out.z, torch.ones_like(out.loss)]).detach()
-                window["counts_NE"] += out.counts_NE
-                step_counts_NE = step_counts_NE + out.counts_NE
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if cfg.router_bias_rate:
-                update_router_bias(model, step_counts_NE)
+            set_lr(optimizer, lr)
+            grad_norm = run_step([loader.next() for _ in range(cfg.grad_accum)])
             step += 1
 
             stopping = stop.asked and world == 1
@@ -315,7 +379,8 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                     timed_seconds, timed_steps = timed_seconds + now - clock, timed_steps + step - clock_step
                 check_finite("loss", means["loss"], step)
                 row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "grad_norm": float(grad_norm), **means}
-                window = new_window(cfg, device)
+                for sums in window.values():
+                    sums.zero_()
                 rate = (step - clock_step) * tokens_per_step / (now - clock)
                 row |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None, "memory_gb": peak_memory_gb(device)}
                 clock, clock_step = now, step
@@ -338,6 +403,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                     print(f"stopped and saved at step {step}; continue with: python train.py --resume={run_dir}")
                 return None
 
+    del run_step  # and with it the memory of the graph
     val_row = val_row or run_validation(step)  # none yet: the checkpoint was the last one
     if not lead:
         return None

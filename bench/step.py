@@ -27,7 +27,7 @@ from bench.timing import MIB, quantiles
 from data import shards, tokenizer
 from data.loader import Loader
 from model import GPT, flops_per_token, peak_flops
-from train import TrainConfig, make_optimizer
+from train import GraphedStep, TrainConfig, compile_blocks, make_optimizer, new_window, optimizer_step
 
 PARTS = ("data", "forward", "backward", "optimiser")
 
@@ -40,29 +40,11 @@ def random_tokens(directory, n):
     return str(directory)
 
 
-def step(cfg, model, optimizer, loader, mark):
-    """One optimiser step as in train.py; mark() is called before the first part and after each."""
-    mark()
-    with record_function("part: data"):
-        tokens, targets = loader.next()
-    mark()
-    out = model(tokens, targets)
-    loss = out.loss + cfg.balance_coef * out.balance + cfg.z_coef * out.z
-    mark()
-    loss.backward()
-    mark()
-    with record_function("part: optimiser"):
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    mark()
-
-
 def part_times(run, repeats, cuda):
-    """Times of PARTS and of the whole step, by name."""
+    """Times of PARTS and of the whole step, by name. run(mark) is one step that calls mark at its start and after each part."""
     marks = []
 
-    def mark():
+    def mark(part=None):
         marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
         if cuda:
             marks[-1].record()
@@ -79,14 +61,28 @@ def part_times(run, repeats, cuda):
     return times | {"full": quantiles([between(a[-1], b[-1]) for a, b in zip(steps, steps[1:], strict=False)])}
 
 
+def step_times(run, repeats):
+    """Times from the end of one run() to the end of the next, on the GPU."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for mark in marks:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return quantiles([a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)])
+
+
 def family(kernel, ops, sizes, cfg, weights):
     """The family of a kernel, from the operators around it (innermost first), the shapes of the innermost one's inputs and the weights' shapes."""
     inside = lambda *words: any(word in op for op in ops for word in words)  # noqa: E731
     dims = {n for size in sizes for n in size}
-    if inside("part: optimiser"):
+    if inside("Optimizer.step"):
         return "optimiser"
     if inside("part: data"):
         return "data"
+    if inside("_foreach_norm", "_foreach_mul", "linalg_vector_norm"):
+        return "gradient clipping"
+    if inside("linear_cross_entropy"):
+        return "lm head and loss"
     if inside("moe_kernels::experts", "grouped_mm"):
         return "experts: " + kernel.removesuffix("_kernel") + " (backward)" * inside("bwd", "Backward")
     if inside("moe_kernels::route"):
@@ -95,7 +91,7 @@ def family(kernel, ops, sizes, cfg, weights):
         return "embedding"
     if inside("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention"):
         return "attention"
-    if cfg.vocab_size in dims or inside("cross_entropy", "nll_loss", "log_softmax"):
+    if cfg.vocab_size in dims or inside("nll_loss", "log_softmax"):
         return "lm head and loss"
     if ops[0].startswith(("aten::mm", "aten::addmm", "aten::bmm")):
         if cfg.n_experts in dims and not cfg.dense:
@@ -111,7 +107,7 @@ def family_times(run, cfg, model, repeats, cuda):
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with profile(activities=activities, record_shapes=True) as prof:
         for _ in range(repeats):
-            run(lambda: None)
+            run()
         if cuda:
             torch.cuda.synchronize()
     weights, total, unlinked = {tuple(p.shape) for p in model.parameters() if p.ndim > 1}, Counter(), Counter()
@@ -152,13 +148,20 @@ def main(argv=None):
         torch.manual_seed(cfg.seed)
         model = GPT(cfg).to(device).train()
         optimizer = make_optimizer(model, cfg)
-        if cfg.compile and cuda:
-            for block in model.blocks:
-                block.compile(fullgraph=True, dynamic=False)
-        run = partial(step, cfg, model, optimizer, loader)
+        if cuda:
+            compile_blocks(model, cfg)
+        train_step = partial(optimizer_step, model, optimizer, cfg, new_window(cfg, device))
+
+        def run(mark=lambda part=None: None):
+            mark()
+            with record_function("part: data"):
+                batch = loader.next()
+            mark()
+            train_step([batch], mark=mark)
+
         start = time.perf_counter()
         for _ in range(3):
-            run(lambda: None)
+            run()
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -166,15 +169,23 @@ def main(argv=None):
         times = part_times(run, args.repeats, cuda)
         peak = torch.cuda.max_memory_allocated() / MIB if cuda else None
         families = family_times(run, cfg, model, 3, cuda)
+        if cuda and cfg.cuda_graph:
+            graphed = GraphedStep(train_step)
+            for _ in range(GraphedStep.WARM_UP + 2):
+                graphed([loader.next()])
+            times["full-graph"] = step_times(lambda: graphed([loader.next()]), args.repeats)
     shape = Shape(tokens, cfg.d_model, cfg.d_expert, cfg.n_experts, cfg.top_k)
     name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}"
-    flops, best = flops_per_token(cfg) * tokens, peak_flops(torch.cuda.get_device_name()) if cuda else None
-    mfu = flops / (times["full"].p50 / 1e3) / best if best and cfg.dtype == "bfloat16" else None
+    flops, best = flops_per_token(cfg) * tokens, peak_flops(torch.cuda.get_device_name()) if cuda and cfg.dtype == "bfloat16" else None
     add = partial(results.add, "step", name, shape=shape)
     for part in PARTS:
         add(mode=part, times=times[part])
-    add(mode="full", times=times["full"], cost=Cost(flops, 0), ceiling=mfu, peak_mib=peak)
-    print(f"{tokens / times['full'].p50 * 1e3:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}; the first three steps took {warm:.1f} s")
+    for mode in ("full", "full-graph"):
+        if mode in times:
+            mfu = flops / (times[mode].p50 / 1e3) / best if best else None
+            add(mode=mode, times=times[mode], cost=Cost(flops, 0), ceiling=mfu, peak_mib=peak)
+            print(f"{mode}: {tokens / times[mode].p50 * 1e3:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}")
+    print(f"the first three steps took {warm:.1f} s")
     print(f"\n{'family':<36}{'ms/step':>10}{'share':>8}")
     for what, ms in families.items():
         print(f"{what:<36}{ms:>10.3f}{ms / times['full'].p50:>8.1%}")

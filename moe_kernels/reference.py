@@ -67,6 +67,13 @@ def experts_grouped_mm(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
     return (y_TKD * gates_TK[..., None].to(y_TKD.dtype)).sum(1)
 
 
+def linear_cross_entropy(x_TD, w_VD, targets_T):
+    """Twin of `cross_entropy.linear_cross_entropy`: mean over targets >= 0, in float32 (float64 stays)."""
+    logits = x_TD @ w_VD.to(x_TD.dtype).T
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F_.cross_entropy(logits, targets_T, ignore_index=-1, reduction="sum") / (targets_T >= 0).sum().clamp(min=1)
+
+
 # One twin per grouped GEMM kernel; `row_slot_S` and `offsets` come from `dispatch`.
 
 

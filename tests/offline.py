@@ -91,8 +91,8 @@ def compile_only(capability=90):
 
 
 def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
-    """Rows of every kernel of one forward and backward pass through routing and experts."""
-    from moe_kernels import experts, routing
+    """Rows of every kernel of one forward and backward pass through routing, experts and the loss."""
+    from moe_kernels import cross_entropy, experts, routing
 
     empty = torch.empty
     x, w_in, w_out, gates = empty(T, D, dtype=dtype), empty(E, 2 * F, D, dtype=dtype), empty(E, D, F, dtype=dtype), empty(T, K)
@@ -101,6 +101,7 @@ def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
         routing.route_bwd(empty(T, E, dtype=dtype), routed[1], gates, gates, routed[3], routed[4], False, True)
         out = experts.experts_op._init_fn(x, w_in, w_out, gates, routed[1])
         experts.experts_bwd_op._init_fn(x, x, w_in, w_out, gates, *out[1:])
+        cross_entropy.cross_entropy_op._init_fn(empty(8, 16, dtype=dtype), empty(50304, 16), empty(8, dtype=torch.int64), 8, True)
     return rows
 
 

@@ -218,20 +218,6 @@ def test_losses_are_apart_and_pure():
     assert zeros.item() == 0.0  # no target at all is no NaN
 
 
-def test_loss_in_chunks_is_the_same():
-    x, y = tokens(), tokens(seed=2)
-    y[1, 3:9] = -1
-    grads = []
-    for chunk in (0, 7, 1000):
-        model = make(loss_chunk=chunk)
-        out = model(x, y)
-        out.loss.backward()
-        grads.append([out.loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
-    for other in grads[1:]:
-        for a, b in zip(other, grads[0], strict=True):
-            assert ratio(a, b) < 1e-5
-
-
 @pytest.mark.parametrize("impl", ["grouped_mm", "triton"])
 def test_implementations_agree_on_a_training_step(impl, device):
     """On the GPU in bfloat16; on the CPU in float32, the Triton kernels in their interpreter."""
@@ -300,7 +286,7 @@ def test_compiles_as_one_graph(name, device):
     """With inductor on a GPU; on the CPU aot_eager captures the same graphs without the minutes of a C++ compiler."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    options = dict(impl="triton", dtype="bfloat16" if device == "cuda" else "float32", **OPTIONS[name])
+    options = dict(impl="triton", dtype="float32", **OPTIONS[name])  # exact enough to show a wrong graph; test_train.py compiles in bfloat16
     models = [make(**options).to(device) for _ in range(2)]
     run = torch.compile(models[1], backend="inductor" if device == "cuda" else "aot_eager", fullgraph=True, dynamic=False)
     x, y = tokens(1, 8).to(device), tokens(1, 8, seed=2).to(device)  # little: the interpreter is slow
@@ -308,7 +294,7 @@ def test_compiles_as_one_graph(name, device):
         out = call(x, y)
         (out.loss + 1e-2 * out.balance + 1e-3 * out.z).backward()
     for a, b in zip(models[1].parameters(), models[0].parameters(), strict=True):
-        assert ratio(a.grad, b.grad) < (3e-2 if device == "cuda" else 1e-5)
+        assert ratio(a.grad, b.grad) < (1e-4 if device == "cuda" else 1e-5)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -1,0 +1,85 @@
+"""Output layer and loss in one op, against the float64 reference: python -m pytest tests/test_cross_entropy.py."""
+
+import pytest
+import torch
+
+from moe_kernels import linear_cross_entropy, reference
+from tests.checks import BOUNDS, DTYPES, check, rms_ratio
+
+
+def problem(T, D, V, dtype, device, w_dtype=torch.float32):
+    g = torch.Generator().manual_seed(T + V)
+    targets = torch.randint(V, (T,), generator=g)
+    targets[::5] = -1
+    x, w = torch.randn(T, D, generator=g), torch.randn(V, D, generator=g) / D**0.5
+    return x.to(device, dtype).requires_grad_(), w.to(dtype).to(device, w_dtype).requires_grad_(), targets.to(device)
+
+
+def results(x, w, targets, chunk=8192, impl="triton"):
+    loss = linear_cross_entropy(x, w, targets, chunk, impl)
+    return loss, *torch.autograd.grad(3.0 * loss, (x, w))
+
+
+def truth(x, w, targets):
+    x, w = (t.detach().double().requires_grad_() for t in (x, w))
+    loss = reference.linear_cross_entropy(x, w, targets)
+    return loss, *torch.autograd.grad(3.0 * loss, (x, w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T,D,V,chunk", [(37, 48, 100, 8192), (20, 16, 5000, 7), (1, 16, 16, 1), (64, 32, 257, 64)])
+def test_matches_reference(T, D, V, chunk, dtype, device, poison):
+    inputs = problem(T, D, V, dtype, device)
+    got = results(*inputs, chunk)
+    assert got[0].dtype == torch.float32 and got[1].dtype == dtype and got[2].dtype == torch.float32
+    for name, a, b in zip(("loss", "dx", "dw"), got, truth(*inputs), strict=True):
+        check(a, b, BOUNDS[dtype], name)
+
+
+def test_the_check_can_fail(device):
+    x, w, targets = problem(30, 16, 40, torch.float32, device)
+    right = truth(x, w, targets)
+    wrong = results(x, w, targets.roll(1))
+    assert all(rms_ratio(a, b) > 0.01 for a, b in zip(wrong, right, strict=True))
+
+
+def test_uncounted_rows_give_nothing(device, poison):
+    x, w, targets = problem(12, 16, 40, torch.float32, device)
+    _, dx, _ = results(x, w, targets)
+    assert (dx[targets < 0] == 0).all() and (dx[targets >= 0] != 0).any(1).all()
+    assert all((t == 0).all() for t in results(x, w, torch.full_like(targets, -1)))  # no target at all is no NaN
+    empty = results(x[:0], w, targets[:0])
+    assert empty[0] == 0 and empty[1].shape == (0, 16) and (empty[2] == 0).all()
+
+
+def test_extreme_logits_stay_finite(device):
+    x, w, targets = problem(30, 16, 40, torch.float32, device)
+    with torch.no_grad():
+        x *= 1e3
+    for a, b in zip(results(x, w, targets), truth(x, w, targets), strict=True):
+        check(a, b, 1e-5)
+
+
+def test_without_gradients_only_the_loss_is_computed(device):
+    x, w, targets = problem(12, 16, 40, torch.float32, device)
+    with torch.no_grad():
+        out = linear_cross_entropy(x, w, targets, impl="triton")
+    check(out, reference.linear_cross_entropy(x, w, targets), 1e-6)
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("grads", [True, False])
+def test_opcheck(grads, device):
+    x, w, targets = problem(12, 16, 40, torch.float32, device)
+    if not grads:
+        x, w = x.detach(), w.detach()
+    torch.library.opcheck(torch.ops.moe_kernels.linear_cross_entropy, (x, w, targets, 5, grads))
+
+
+def test_bad_shapes_are_named():
+    x, w, targets = problem(12, 16, 40, torch.float32, "cpu")
+    for bad in ((x[:, :8], w, targets), (x, w, targets[:3]), (x[0], w, targets)):
+        with pytest.raises(ValueError, match="expected"):
+            linear_cross_entropy(*bad)
+    with pytest.raises(ValueError, match="chunk"):
+        linear_cross_entropy(x, w, targets, chunk=0)
