@@ -27,7 +27,7 @@ from bench.timing import MIB, quantiles
 from data import shards, tokenizer
 from data.loader import Loader
 from model import GPT, flops_per_token, peak_flops
-from train import GraphedStep, TrainConfig, compile_blocks, make_optimizer, new_window, optimizer_step
+from train import GraphedStep, TrainConfig, compile_blocks, make_optimizer, new_window, optimizer_step, read_window, set_lr
 
 PARTS = ("data", "forward", "backward", "optimiser")
 
@@ -38,6 +38,18 @@ def random_tokens(directory, n):
     with shards.ShardWriter(directory, enc) as writer:
         writer.add("train", np.append(np.random.default_rng(0).integers(0, 256, n), enc.eot_token))
     return str(directory)
+
+
+def balance(model, optimizer, loader, cfg, steps):
+    """Train until the experts' loads are even, as they are after the first hundred steps of any run: right after initialisation one expert may
+    get four times its share, and such a step is slower. Returns the largest load / mean load."""
+    set_lr(optimizer, 1e-3)
+    cfg = dataclasses.replace(cfg, balance_coef=1.0)
+    for _ in range(steps):
+        window = new_window(cfg, loader.device)
+        optimizer_step(model, optimizer, cfg, window, [loader.next()])
+    set_lr(optimizer, 0.0)
+    return max(read_window(window, 1).get("load_max", [1.0]))
 
 
 def part_times(run, repeats, cuda):
@@ -162,10 +174,11 @@ def main(argv=None):
         start = time.perf_counter()
         for _ in range(3):
             run()
+        warm = time.perf_counter() - start
+        load = balance(model, optimizer, loader, cfg, 60 if cuda else 1)
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        warm = time.perf_counter() - start
         times = part_times(run, args.repeats, cuda)
         peak = torch.cuda.max_memory_allocated() / MIB if cuda else None
         families = family_times(run, cfg, model, 3, cuda)
@@ -185,7 +198,7 @@ def main(argv=None):
             mfu = flops / (times[mode].p50 / 1e3) / best if best else None
             add(mode=mode, times=times[mode], cost=Cost(flops, 0), ceiling=mfu, peak_mib=peak)
             print(f"{mode}: {tokens / times[mode].p50 * 1e3:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}")
-    print(f"the first three steps took {warm:.1f} s")
+    print(f"the first three steps took {warm:.1f} s; the fullest expert of any layer has {load:.2f} times its share")
     print(f"\n{'family':<36}{'ms/step':>10}{'share':>8}")
     for what, ms in families.items():
         print(f"{what:<36}{ms:>10.3f}{ms / times['full'].p50:>8.1%}")

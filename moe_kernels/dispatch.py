@@ -21,6 +21,7 @@ class Dispatch(NamedTuple):
     tile_expert: Tensor  # expert of each tile of block_m rows; the first tile_count[0] entries are valid
     tile_row: Tensor  # first row of each tile
     tile_count: Tensor  # (1,)
+    by_size: Tensor  # (E,), experts by falling number of rows
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -59,6 +60,7 @@ def place_kernel(
     tile_expert_ptr,
     tile_row_ptr,
     tile_count_ptr,
+    by_size_ptr,
     S,
     n_chunks,
     max_tiles,
@@ -89,7 +91,7 @@ def place_kernel(
         tl.store(row_slot_ptr + row, slot, mask=mask_sorted)
         tl.store(slot_row_ptr + slot, row, mask=mask_sorted)
     else:
-        # One program per expert lists the expert's tiles.
+        # One program per expert lists the expert's tiles and finds its rank among the experts by size.
         e = pid - n_chunks
         n_tiles = (counts + BLOCK_M - 1) // BLOCK_M
         mine = offs_e == e
@@ -100,7 +102,10 @@ def place_kernel(
             tile = i + tl.arange(0, 128)
             tl.store(tile_expert_ptr + first + tile, tl.zeros([128], tl.int32) + e, mask=tile < n)
             tl.store(tile_row_ptr + first + tile, start + tile * BLOCK_M, mask=tile < n)
-        tl.store(offsets_ptr + e + 1, start + tl.sum(tl.where(mine, counts, 0), 0))
+        size = tl.sum(tl.where(mine, counts, 0), 0)
+        before_it = (counts > size) | ((counts == size) & (offs_e < e))
+        tl.store(by_size_ptr + tl.sum(before_it.to(tl.int32), 0), e)
+        tl.store(offsets_ptr + e + 1, start + size)
         if e == 0:
             tl.store(offsets_ptr, 0)
             total = tl.sum(n_tiles, 0)
@@ -125,7 +130,7 @@ def dispatch(experts_TK, n_experts, block_m):
     block_e = triton.next_power_of_2(E)
     n_tiles = max_tiles(S, E, block_m)
     new = lambda *shape: experts_TK.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    out = Dispatch(new(E + 1), new(S), new(*experts_TK.shape), new(n_tiles), new(n_tiles), new(1))
+    out = Dispatch(new(E + 1), new(S), new(*experts_TK.shape), new(n_tiles), new(n_tiles), new(1), new(E))
     if S == 0:
         for index in out:
             index.zero_()

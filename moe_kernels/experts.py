@@ -61,8 +61,8 @@ def _dense(tensor):
 @torch.library.custom_op("moe_kernels::experts", mutates_args=())
 def experts_op(
     x_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, gates_TK: Tensor, experts_TK: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output (T, D), pre-activation (S, 2F), and the six tensors of a `Dispatch`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output (T, D), pre-activation (S, 2F), and the seven tensors of a `Dispatch`."""
     if x_TD.dtype not in DTYPES:
         raise ValueError(f"impl='triton' computes in float32, float16 or bfloat16, not {x_TD.dtype}")
     x, w_in, w_out = _dense(x_TD), _dense(w_in_EGD), _dense(w_out_EDF)
@@ -86,7 +86,7 @@ def _(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
     return (
         x_TD.new_empty(x_TD.shape),
         x_TD.new_empty(T * K, G),
-        *Dispatch(index(E + 1), index(T * K), index(T, K), index(n_tiles), index(n_tiles), index(1)),
+        *Dispatch(index(E + 1), index(T * K), index(T, K), index(n_tiles), index(n_tiles), index(1), index(E)),
     )
 
 
@@ -104,12 +104,13 @@ def experts_bwd_op(
     tile_expert: Tensor,
     tile_row: Tensor,
     tile_count: Tensor,
+    by_size: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_in, w_out and the gates."""
     dy, x, w_in, w_out, gates = _dense(dy_TD), _dense(x_TD), _dense(w_in_EGD), _dense(w_out_EDF), gates_TK.contiguous()
     if x.shape[0] == 0:
         return torch.zeros_like(x), torch.zeros_like(w_in), torch.zeros_like(w_out), torch.zeros_like(gates)
-    sorted_ = Dispatch(offsets, row_slot_S, slot_row_TK, tile_expert, tile_row, tile_count)
+    sorted_ = Dispatch(offsets, row_slot_S, slot_row_TK, tile_expert, tile_row, tile_count, by_size)
     tiles = gemm_tiles(row_slot_S.numel(), w_in.shape[0], x.shape[1], w_out.shape[2], x.dtype)
     dh, ga, dgates_parts = gemm.dswiglu(dy, w_out, h_SG, gates, sorted_, tiles["dswiglu"])
     dw_out = gemm.dw(dy, ga, True, sorted_, tiles["dw_out"])

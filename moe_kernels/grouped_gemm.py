@@ -15,7 +15,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_kernels.tiles import resident_programs
 
 
-
 @triton.jit
 def _tile(pid, n_tiles_m, tile_expert_ptr, tile_row_ptr, offsets_ptr, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
     # GROUP_M row tiles walk the columns together, so that the weights they share are read from L2 and not from memory.
@@ -230,6 +229,7 @@ def dw_kernel(
     dw_ptr,
     row_slot_ptr,
     offsets_ptr,
+    by_size_ptr,
     M: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -246,7 +246,8 @@ def dw_kernel(
     M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    expert = tl.program_id(0) // (M_TILES * N_TILES)
+    # Large experts first: their long reductions must not be what the last multiprocessors still do when all others are done.
+    expert = tl.load(by_size_ptr + tl.program_id(0) // (M_TILES * N_TILES))
     pid = tl.program_id(0) % (M_TILES * N_TILES)
     first_m = pid // (GROUP_M * N_TILES) * GROUP_M
     size_m = tl.minimum(M_TILES - first_m, GROUP_M)
@@ -364,5 +365,5 @@ def dw(a, b, gather_a, dispatch, tile):
     out = a.new_empty(E, M, N)
     grid = (E * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),)
     b_source = _desc(b, tile.BLOCK_K, tile.BLOCK_N) if gather_a else b
-    dw_kernel[grid](a, b_source, out, dispatch.row_slot_S, dispatch.offsets, M, N, K, gather_a, **tile._asdict())
+    dw_kernel[grid](a, b_source, out, dispatch.row_slot_S, dispatch.offsets, dispatch.by_size, M, N, K, gather_a, **tile._asdict())
     return out

@@ -200,6 +200,7 @@ def run(code, **env):
     return done.stdout
 
 
+@cpu_only
 def test_kernels_in_the_interpreter(tmp_path):
     path, shape = tmp_path / "kernels.csv", ["--shapes", "4,16,16,2,2"]
     again = [*shape, "--kernel", "dx", "--candidates", "16x32x16:p1"]
