@@ -47,6 +47,7 @@ class ModelConfig:
     router_bias_rate: float = 0.0  # > 0: loss-free balancing, a selection bias moved by this much per step (1e-3 is usual)
     # Choices
     qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
+    qk_norm_joint: bool = False  # with qk_norm: one RMSNorm over all query heads of a token, one over all key heads (OLMoE)
     tie_embeddings: bool = False  # one matrix for input and output embeddings
     rope_theta: float = 1e4  # base of the RoPE wavelengths
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
@@ -202,8 +203,10 @@ class Attention(nn.Module):
         self.head_dim = cfg.head_dim
         self.qkv = Linear(cfg.d_model, sum(self.heads) * cfg.head_dim)
         self.out = Linear(cfg.n_heads * cfg.head_dim, cfg.d_model)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        q_width, k_width = (n * cfg.head_dim if cfg.qk_norm_joint else cfg.head_dim for n in self.heads[:2])
+        self.q_norm = RMSNorm(q_width, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(k_width, cfg.norm_eps) if cfg.qk_norm else None
+        self.joint = cfg.qk_norm_joint
 
     def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0):
         B, L, _ = x_BLD.shape
@@ -211,7 +214,10 @@ class Attention(nn.Module):
         qkv = self.qkv(x_BLD).view(B, L, sum(self.heads), self.head_dim)
         qk, v = qkv[:, :, : H + Hkv], qkv[:, :, H + Hkv :]
         if self.q_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], 2)
+            q, k = qk[:, :, :H], qk[:, :, H:]
+            if self.joint:
+                q, k = q.flatten(2), k.flatten(2)
+            qk = torch.cat([self.q_norm(q).view(B, L, H, -1), self.k_norm(k).view(B, L, Hkv, -1)], 2)
         q, k = rotate(qk, cos, sin).split((H, Hkv), 2)  # one rotation for both: half the small ops
         if cache is not None:
             k_all, v_all = cache.update(layer, k, v)
@@ -355,10 +361,14 @@ class Params(NamedTuple):
     embedding: int  # input and output embeddings (counted once when tied)
 
 
+def qk_norm_params(cfg):
+    return cfg.qk_norm * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads if cfg.qk_norm_joint else 2)
+
+
 def count_params(cfg):
     """Parameters by arithmetic; equal to those of GPT(cfg) (tested)."""
     D, expert = cfg.d_model, 3 * cfg.d_model * cfg.d_expert
-    attention = 2 * D * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + (2 * cfg.head_dim if cfg.qk_norm else 0)
+    attention = 2 * D * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + qk_norm_params(cfg)
     always = attention + 2 * D + cfg.n_shared_experts * expert + (0 if cfg.dense else D * cfg.n_experts)
     embedding = cfg.vocab_size * D * (1 if cfg.tie_embeddings else 2)
     total, active = (embedding + D + cfg.n_layers * (always + n * expert)
@@ -371,7 +381,7 @@ def flops_per_token(cfg, seq_len=None):
     input embedding is a lookup) + 6 * n_layers * L * H * d for the attention scores and their use, counting the causal half only
     (the full square, which some reports count, would be 12)."""
     _, active, embedding = count_params(cfg)
-    norms = cfg.d_model * (2 * cfg.n_layers + 1) + (2 * cfg.head_dim * cfg.n_layers if cfg.qk_norm else 0)
+    norms = cfg.d_model * (2 * cfg.n_layers + 1) + cfg.n_layers * qk_norm_params(cfg)
     matmul = active - embedding - norms + cfg.vocab_size * cfg.d_model
     return 6 * matmul + 6 * cfg.n_layers * (seq_len or cfg.seq_len) * cfg.n_heads * cfg.head_dim
 
