@@ -10,6 +10,7 @@ K experts per token, N MoE layers, H attention heads (Hkv of them for keys and v
 Weights are float32 masters; every use casts them to the compute dtype, so no autocast is needed.
 """
 
+import copy
 import dataclasses
 import math
 import re
@@ -46,6 +47,7 @@ class ModelConfig:
     router_bias_rate: float = 0.0  # > 0: loss-free balancing, a selection bias moved by this much per step (1e-3 is usual)
     # Choices
     qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
+    qk_norm_joint: bool = False  # with qk_norm: one RMSNorm over all query heads of a token, one over all key heads (OLMoE)
     tie_embeddings: bool = False  # one matrix for input and output embeddings
     rope_theta: float = 1e4  # base of the RoPE wavelengths
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
@@ -144,6 +146,7 @@ class KVCache:
     Prompts are padded on the right; `forward(tokens_BL, cache=cache)` takes `cache.new_B` (B,) real tokens of each row (None: all
     L), writes row b at positions lengths_B[b] .. and lets it attend to its own positions only. What a pad token writes lies past
     the end of its row: the row's next tokens overwrite it before anyone can attend to it.
+    Everything happens in place, so that a step with a fixed `span` can be captured in a CUDA graph.
     """
 
     def __init__(self, cfg, batch_size, max_len, device=None, dtype=torch.float32):
@@ -153,31 +156,44 @@ class KVCache:
         self.lengths_B = torch.zeros(batch_size, device=device, dtype=torch.long)
         self.new_B = None
         self.filled = 0  # host-side bound on lengths_B, so that nothing waits for the device
+        self.span = 0  # keys that a step attends to, masked ones included; 0: filled + L
+
+    def view(self, n_rows, filled, span=0):
+        """The first rows as a cache on the same memory."""
+        cache = copy.copy(self)
+        cache.k, cache.v, cache.lengths_B = self.k[:, :n_rows], self.v[:, :n_rows], self.lengths_B[:n_rows]
+        cache.filled, cache.span = filled, span
+        return cache
 
     def begin(self, L):
-        """Positions (B, L) of the new tokens and the attention mask (B, 1, L, filled + L); None while the cache is empty."""
+        """Positions (B, L) of the new tokens and the attention mask (B, 1, L, span); None while the cache is empty."""
         require(self.filled + L <= self.k.shape[2], "length", self.filled + L, f"the cache holds max_len={self.k.shape[2]} tokens")
         device = self.lengths_B.device
         self.pos_BL = self.lengths_B[:, None] + torch.arange(L, device=device)
-        mask = self.pos_BL[:, None, :, None] >= torch.arange(self.filled + L, device=device)
+        mask = self.pos_BL[:, None, :, None] >= torch.arange(self.span or self.filled + L, device=device)
         return self.pos_BL, mask if self.filled else None
 
     def update(self, layer, k_BLHd, v_BLHd):
-        """Store a layer's new keys and values; return all of them, (B, filled + L, Hkv, d)."""
+        """Store a layer's new keys and values; return all of them, (B, span, Hkv, d)."""
         B, L = self.pos_BL.shape
         rows = torch.arange(B, device=self.pos_BL.device)[:, None]
         self.k[layer, rows, self.pos_BL], self.v[layer, rows, self.pos_BL] = k_BLHd, v_BLHd
-        return self.k[layer, :, : self.filled + L], self.v[layer, :, : self.filled + L]
+        span = self.span or self.filled + L
+        return self.k[layer, :, :span], self.v[layer, :, :span]
 
     def end(self, L):
         """Advance the lengths; return the index (B,) of the last real token of each row."""
         new_B = torch.full_like(self.lengths_B, L) if self.new_B is None else self.new_B
-        self.lengths_B, self.filled, self.new_B = self.lengths_B + new_B, self.filled + L, None
+        self.lengths_B += new_B
+        self.filled, self.new_B = self.filled + L, None
         return new_B - 1
 
     def select(self, rows):
-        """Keep only these rows (a LongTensor): finished sequences leave the batch."""
-        self.k, self.v, self.lengths_B = self.k[:, rows], self.v[:, rows], self.lengths_B[rows]
+        """Move these rows (a LongTensor) to the front: finished sequences leave the batch."""
+        n = rows.numel()
+        for tensor in (*self.k, *self.v):  # a layer at a time: the copy needs that much memory
+            tensor[:n] = tensor[rows]
+        self.lengths_B[:n] = self.lengths_B[rows]
 
 
 class Attention(nn.Module):
@@ -187,8 +203,10 @@ class Attention(nn.Module):
         self.head_dim = cfg.head_dim
         self.qkv = Linear(cfg.d_model, sum(self.heads) * cfg.head_dim)
         self.out = Linear(cfg.n_heads * cfg.head_dim, cfg.d_model)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        q_width, k_width = (n * cfg.head_dim if cfg.qk_norm_joint else cfg.head_dim for n in self.heads[:2])
+        self.q_norm = RMSNorm(q_width, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(k_width, cfg.norm_eps) if cfg.qk_norm else None
+        self.joint = cfg.qk_norm_joint
 
     def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0):
         B, L, _ = x_BLD.shape
@@ -196,15 +214,22 @@ class Attention(nn.Module):
         qkv = self.qkv(x_BLD).view(B, L, sum(self.heads), self.head_dim)
         qk, v = qkv[:, :, : H + Hkv], qkv[:, :, H + Hkv :]
         if self.q_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], 2)
+            q, k = qk[:, :, :H], qk[:, :, H:]
+            if self.joint:
+                q, k = q.flatten(2), k.flatten(2)
+            qk = torch.cat([self.q_norm(q).view(B, L, H, -1), self.k_norm(k).view(B, L, Hkv, -1)], 2)
         q, k = rotate(qk, cos, sin).split((H, Hkv), 2)  # one rotation for both: half the small ops
         if cache is not None:
             k_all, v_all = cache.update(layer, k, v)
             if mask is not None:  # else the new tokens are all there is
                 k, v = k_all, v_all
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = F_.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != Hkv)
-        return self.out(y.transpose(1, 2).reshape(B, L, H * self.head_dim))
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if mask is not None and L == 1:  # a group's query heads are as many queries of their one key head: nothing is repeated
+            y = F_.scaled_dot_product_attention(q.view(B, Hkv, H // Hkv, self.head_dim), k, v, attn_mask=mask)
+        else:
+            y = F_.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != Hkv)
+            y = y.transpose(1, 2)
+        return self.out(y.reshape(B, L, H * self.head_dim))
 
 
 class SwiGLU(nn.Module):
@@ -229,7 +254,7 @@ class MoE(nn.Module):
         self.shared = SwiGLU(cfg.d_model, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
         self.register_buffer("bias_E", torch.zeros(cfg.n_experts) if cfg.router_bias_rate else None)
 
-    def forward(self, x_TD):
+    def forward(self, x_TD, stats=True):
         cfg = self.cfg
         impl = None if cfg.impl == "auto" else cfg.impl
         r = route(self.router(x_TD), cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=impl)
@@ -237,6 +262,8 @@ class MoE(nn.Module):
         y_TD = moe_experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, impl=impl)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
+        if not stats:
+            return y_TD, None
         return y_TD, (balance_loss(r.counts_E, r.probs_E), r.z, r.counts_E, r.probs_E)
 
 
@@ -249,9 +276,11 @@ class Block(nn.Module):
 
     def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0):
         x_BLD = x_BLD + self.attn(self.attn_norm(x_BLD), cos, sin, mask, cache, layer)
-        y_TD, stats = self.mlp(self.mlp_norm(x_BLD).flatten(0, 1)), None
+        x_TD, stats = self.mlp_norm(x_BLD).flatten(0, 1), None
         if isinstance(self.mlp, MoE):
-            y_TD, stats = y_TD
+            y_TD, stats = self.mlp(x_TD, stats=cache is None)
+        else:
+            y_TD = self.mlp(x_TD)
         return x_BLD + y_TD.view_as(x_BLD), stats
 
 
@@ -285,7 +314,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens_BL, targets_BL=None, cache=None):
         """tokens (B, L) int64 -> Output. With targets (B, L; -1: no loss) the loss and no logits; with a KVCache the tokens continue
-        the cached sequences and the logits are those of each row's last real token. Raises ValueError past seq_len."""
+        the cached sequences, the logits are those of each row's last real token, and there are no statistics. Raises ValueError past seq_len."""
         B, L = tokens_BL.shape
         require(L <= self.cfg.seq_len, "sequence length", L, f"the model's seq_len is {self.cfg.seq_len}")
         x = self.embed(tokens_BL).to(self.dtype)
@@ -332,10 +361,14 @@ class Params(NamedTuple):
     embedding: int  # input and output embeddings (counted once when tied)
 
 
+def qk_norm_params(cfg):
+    return cfg.qk_norm * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads if cfg.qk_norm_joint else 2)
+
+
 def count_params(cfg):
     """Parameters by arithmetic; equal to those of GPT(cfg) (tested)."""
     D, expert = cfg.d_model, 3 * cfg.d_model * cfg.d_expert
-    attention = 2 * D * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + (2 * cfg.head_dim if cfg.qk_norm else 0)
+    attention = 2 * D * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + qk_norm_params(cfg)
     always = attention + 2 * D + cfg.n_shared_experts * expert + (0 if cfg.dense else D * cfg.n_experts)
     embedding = cfg.vocab_size * D * (1 if cfg.tie_embeddings else 2)
     total, active = (embedding + D + cfg.n_layers * (always + n * expert)
@@ -348,7 +381,7 @@ def flops_per_token(cfg, seq_len=None):
     input embedding is a lookup) + 6 * n_layers * L * H * d for the attention scores and their use, counting the causal half only
     (the full square, which some reports count, would be 12)."""
     _, active, embedding = count_params(cfg)
-    norms = cfg.d_model * (2 * cfg.n_layers + 1) + (2 * cfg.head_dim * cfg.n_layers if cfg.qk_norm else 0)
+    norms = cfg.d_model * (2 * cfg.n_layers + 1) + cfg.n_layers * qk_norm_params(cfg)
     matmul = active - embedding - norms + cfg.vocab_size * cfg.d_model
     return 6 * matmul + 6 * cfg.n_layers * (seq_len or cfg.seq_len) * cfg.n_heads * cfg.head_dim
 

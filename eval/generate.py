@@ -5,15 +5,27 @@
 Every prompt gets what it would get alone: rows keep their own positions (model.KVCache), and sampling draws from a random stream
 of each prompt, so neither the batch size nor the other prompts change a result.
 
-Shapes: B rows still running, L longest prompt of the batch, V vocabulary.
+On a GPU one token of a small model costs more launches than arithmetic. So a step there has few shapes, is captured in a CUDA graph
+when a shape comes a second time, and picks its token inside the graph: a token is one replay. The host looks at the tokens every
+few steps only; what a finished row wrote after its end is dropped, and finished rows leave when most of the batch has finished.
+
+Shapes: B rows of the batch, L longest prompt of the batch, V vocabulary.
 """
 
+import copy
+
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import KVCache
 
+# cuDNN's attention, the default of an H100, builds a plan for each new shape; evaluation has a new one in every batch.
+any_shape = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
 
 @torch.no_grad()
+@any_shape
 def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p=1.0, seed=0, batch_size=64, n_vocab=None,
              stop_strings=(), decode=None, streams=None):
     """Continue each prompt; return the new token ids, one list per prompt.
@@ -37,53 +49,134 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p
         raise ValueError(f"temperature={temperature}, top_p={top_p}: use temperature >= 0 and 0 < top_p <= 1")
     if stop_strings and decode is None:
         raise ValueError("stop_strings needs decode, the tokenizer's ids -> str")
+    if not prompts:
+        return []
 
-    def stopped(ids):
-        # A stop string may span tokens; every token has at least one byte of it.
-        return any(s in decode(ids[-len(s.encode()):]) for s in stop_strings)
+    stop_ids, room = set(stop_ids), max((len(s.encode()) for s in stop_strings), default=0)
 
-    was_training = model.training
-    model.eval()
+    def extend(ids, new):
+        """Appends the new tokens up to the end of the row; True when that is reached."""
+        # A stop string may span tokens; every token has at least one byte of it. One look at all new tokens spares most single looks.
+        suspect = stop_strings and any(s in decode(ids[-room:] + new) for s in stop_strings)
+        for token in new:
+            if token in stop_ids:
+                return True
+            ids.append(token)
+            if suspect and any(s in decode(ids[-len(s.encode()):]) for s in stop_strings):
+                return True
+        return len(ids) == max_new_tokens
+
     outputs = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
-    try:
-        for start in range(0, len(prompts), batch_size):
-            rows = by_length[start : start + batch_size]
-            seeds = [seed * 1_000_003 + (i if streams is None else streams[i]) for i in rows]
-            _generate_batch(model, prompts, rows, outputs, max_new_tokens, set(stop_ids), stopped, temperature, top_p, seeds, n_vocab)
-    finally:
-        model.train(was_training)
+    n_batches = -(-len(prompts) // batch_size)
+    batches = [by_length[len(prompts) * b // n_batches : len(prompts) * (b + 1) // n_batches] for b in range(n_batches)]
+    decoder = Decoder(model, max(map(len, batches)), longest, max_new_tokens, temperature, top_p, n_vocab)
+    for rows in batches:
+        decoder.start([prompts[i] for i in rows], [seed * 1_000_003 + (i if streams is None else streams[i]) for i in rows])
+        alive = rows
+        while alive:
+            new = decoder.read()
+            rows = [None if i is None or extend(outputs[i], new[j]) else i for j, i in enumerate(rows)]
+            alive = [j for j, i in enumerate(rows) if i is not None]
+            if alive and decoder.shrink(alive):
+                rows = [rows[j] for j in alive]
     return outputs
 
 
-def _generate_batch(model, prompts, rows, outputs, max_new_tokens, stop_ids, stopped, temperature, top_p, seeds, n_vocab):
-    device = model.embed.weight.device
-    lengths_B = torch.tensor([len(prompts[i]) for i in rows], device=device)
-    L = len(prompts[rows[-1]])
-    tokens_BL = torch.tensor([prompts[i] + [0] * (L - len(prompts[i])) for i in rows], device=device)
-    cache = KVCache(model.cfg, len(rows), L + max_new_tokens - 1, device, model.dtype)
-    cache.new_B = lengths_B
-    noise = None
-    if temperature > 0:
-        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        noise = torch.stack(draws).to(device)
-    for step in range(max_new_tokens):
-        logits_BV = model(tokens_BL, cache=cache).logits[:, 0, :n_vocab].float()
-        next_B = logits_BV.argmax(1) if noise is None else sample(logits_BV / temperature, top_p, noise[:, step])
-        alive = []
-        for j, token in enumerate(next_B.tolist()):
-            if token not in stop_ids:
-                outputs[rows[j]].append(token)
-                if not stopped(outputs[rows[j]]):
-                    alive.append(j)
-        if not alive:
-            break
-        if len(alive) < len(rows):  # finished rows leave the batch
-            keep = torch.tensor(alive, device=device)
-            cache.select(keep)
-            next_B, noise = next_B[keep], None if noise is None else noise[keep]
-            rows = [rows[j] for j in alive]
-        tokens_BL = next_B[:, None]
+def coarse(device):
+    """Whether steps have few shapes and rarely wait for the device, at the price of steps that nobody needs: on a GPU."""
+    return device.type == "cuda"
+
+
+class Decoder:
+    """The memory and the steps of one batch after another, each of at most n_rows prompts of at most `longest` tokens."""
+
+    def __init__(self, model, n_rows, longest, max_new_tokens, temperature, top_p, n_vocab):
+        device = model.embed.weight.device
+        self.coarse, self.cuda = coarse(device), device.type == "cuda"
+        self.max_new_tokens, self.temperature, self.top_p, self.n_vocab = max_new_tokens, temperature, top_p, n_vocab
+        # Weights are cast once, not at every step, and the model keeps its mode: a copy that shares what has the right dtype already.
+        cast = {id(p): nn.Parameter(p.detach().to(model.dtype), requires_grad=False) for p in model.parameters()}
+        self.model = copy.deepcopy(model, cast | {id(b): b for b in model.buffers()}).eval()
+        n_rows = self.bucket(n_rows)
+        self.cache = KVCache(model.cfg, n_rows, longest + max_new_tokens - 1, device, model.dtype)
+        self.tokens = torch.zeros(n_rows, 1, dtype=torch.long, device=device)
+        self.written = torch.zeros(n_rows, max_new_tokens, dtype=torch.long, device=device)
+        self.noise = torch.zeros(n_rows, max_new_tokens, device=device)
+        self.step = torch.zeros(1, dtype=torch.long, device=device)  # n_written, on the device
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.cuda else None
+
+    def bucket(self, n):
+        """Rows that a step for n prompts has."""
+        return n if not self.coarse else 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64
+
+    def start(self, prompts, seeds):
+        """Reads the prompts, sorted by length, and picks their first tokens."""
+        n, L, device = len(prompts), len(prompts[-1]), self.tokens.device
+        if self.temperature > 0:
+            draws = [torch.rand(self.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
+            self.noise[:n] = torch.stack(draws).to(device)
+        self.step.zero_()
+        self.cache.lengths_B.zero_()
+        cache = self.cache.view(n, 0)
+        cache.new_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.pick(self.model(torch.tensor([prompt + [0] * (L - len(prompt)) for prompt in prompts], device=device), cache=cache).logits)
+        self.n_rows, self.filled, self.n_written, self.n_read = n, L, 1, 0
+        if self.bucket(n) > n:
+            self.select(list(range(n)))
+
+    def read(self):
+        """The next tokens of each row, a list of lists: one token, or where looking waits for the device, eight."""
+        end = min(self.n_read + (8 if self.coarse else 1), self.max_new_tokens)
+        while self.n_written < end:
+            span = self.filled + 1
+            if self.coarse:
+                span = min(max(128, 1 << self.filled.bit_length()), self.cache.k.shape[2])
+            self.run(self.n_rows, span)
+            self.n_written, self.filled = self.n_written + 1, self.filled + 1
+        new = self.written[: self.n_rows, self.n_read : end].tolist()
+        self.n_read = end
+        return new
+
+    def shrink(self, alive):
+        """Keep only these rows, if that is worth a new shape; says whether it did."""
+        if self.bucket(len(alive)) * (4 if self.coarse else 1) > self.n_rows - (0 if self.coarse else 1):
+            return False
+        self.select(alive)
+        return True
+
+    def select(self, rows):
+        """Moves these rows to the front and fills their bucket with copies of the first, which need no other experts than it does."""
+        rows = torch.tensor(rows + rows[:1] * (self.bucket(len(rows)) - len(rows)), device=self.tokens.device)
+        self.n_rows = len(rows)
+        self.cache.select(rows)
+        for tensor in (self.tokens, self.noise, self.written):
+            tensor[: len(rows)] = tensor[rows]
+
+    def run(self, n_rows, span):
+        shape = n_rows, span
+        if not self.cuda or shape not in self.graphs:  # the first time loads and compiles what the capture must find ready
+            self.graphs[shape] = None
+            return self.decode(*shape)
+        if self.graphs[shape] is None:
+            self.graphs[shape] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[shape], pool=self.pool, capture_error_mode="thread_local"):
+                self.decode(*shape)
+        self.graphs[shape].replay()
+
+    def decode(self, n_rows, span):
+        self.pick(self.model(self.tokens[:n_rows], cache=self.cache.view(n_rows, self.filled, span)).logits)
+
+    def pick(self, logits):
+        """From logits (n, 1, V) the next token of the first n rows."""
+        n, logits_BV = len(logits), logits[:, 0, : self.n_vocab].float()
+        if self.temperature == 0:
+            next_B = logits_BV.argmax(1)
+        else:
+            next_B = sample(logits_BV / self.temperature, self.top_p, self.noise[:n].index_select(1, self.step)[:, 0])
+        self.tokens[:n] = next_B[:, None]
+        self.written[:n].index_copy_(1, self.step, next_B[:, None])
+        self.step += 1
 
 
 def sample(logits_BV, top_p, uniform_B):

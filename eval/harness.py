@@ -23,7 +23,8 @@ class ModelChoice:
     # Model
     run: str = ""  # run directory of train.py: its newest checkpoint
     checkpoint: str = ""  # or one checkpoint file of it
-    tokenizer: str = ""  # data directory of the run, if it was moved
+    hf: str = ""  # or a folder with a Hugging Face checkpoint: Mixtral, Qwen3-MoE, OLMoE
+    tokenizer: str = ""  # data directory of the run, if it was moved; with --hf: use its tokenizer instead of the checkpoint's
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
@@ -33,7 +34,7 @@ class ModelChoice:
     limit: int = 0  # only the first so many items; 0: all
     seed: int = 0  # of sampling
     top_p: float = 1.0  # sample from the smallest set of tokens with this probability
-    out: str = ""  # directory of the results; empty: RUN/eval-STEP
+    out: str = ""  # directory of the results; empty: RUN/eval-STEP, with --hf: HF/eval
     overwrite: bool = False  # start anew where results of other settings are in the way
 
     def __post_init__(self):
@@ -41,7 +42,7 @@ class ModelChoice:
 
     def validate(self):
         """Raise ValueError naming the field, its value and the remedy."""
-        require(bool(self.run) != bool(self.checkpoint), "run", self.run, "give --run=DIR or --checkpoint=FILE, one of them")
+        require(bool(self.run) + bool(self.checkpoint) + bool(self.hf) == 1, "run", self.run, "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them")
         require(not self.run or Path(self.run).is_dir(), "run", self.run, "no such directory")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
@@ -52,6 +53,14 @@ def load(cfg):
     """(model in evaluation mode, Tokens, name of the checkpoint file, output directory) of a ModelChoice."""
     cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
     require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
+    if cfg.hf:
+        from eval import hf  # only these need its packages
+
+        model = hf.load_model(cfg.hf, "cuda" if cuda else "cpu", cfg.dtype, cfg.impl)
+        tokens = tiktoken_tokens(tokenizer.load(cfg.tokenizer)) if cfg.tokenizer else hf.load_tokens(cfg.hf)
+        out = Path(cfg.out or Path(cfg.hf) / "eval")
+        out.mkdir(parents=True, exist_ok=True)
+        return model, tokens, hf.fingerprint(cfg.hf), out
     path = Path(cfg.checkpoint or cfg.run)
     model = checkpoint.load_model(path, "cuda" if cuda else "cpu", dtype=cfg.dtype, impl=cfg.impl)
     if path.is_dir():
@@ -61,8 +70,10 @@ def load(cfg):
     return model, tiktoken_tokens(tokenizer.load(training_data(cfg))), path.name, out
 
 
-def training_data(cfg) -> Path:
-    """The data directory of a run: under the run, or where its config says (DIR or DIR:weight,...)."""
+def training_data(cfg) -> Path | None:
+    """The data directory of a run: under the run, or where its config says (DIR or DIR:weight,...). None for other people's checkpoints."""
+    if cfg.hf and not cfg.tokenizer:
+        return None
     run_dir = Path(cfg.run or Path(cfg.checkpoint).parent)
     config_file = run_dir / "config.json"
     first = json.loads(config_file.read_text()).get("data", "").split(",")[0] if config_file.exists() else ""

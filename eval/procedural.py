@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from data import facts, procedural, reasoning, tokenizer
 from data.facts import FactsConfig
 from data.reasoning import ReasoningConfig
-from eval.generate import generate
+from eval.generate import any_shape, generate
 from model import count_params
 
 
@@ -41,6 +41,7 @@ def fact_recall(model, enc, cfg: FactsConfig, n_people: int = 1000, batch_size: 
 
 
 @torch.no_grad()
+@any_shape
 def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000, exposure: int = 10**6, batch_size: int = 64) -> dict:
     """Information stored about all people, estimated on the first n_people, after Physics of Language Models 3.3:
 
@@ -131,10 +132,10 @@ def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[
                   for s, row in accuracy.items()]
         samples.append(reasoning.problem(cfg.reasoning, n_problems, "test", min(3, cfg.reasoning.max_steps)).question)
     prompts = [procedural.prompt(enc, text) for text in samples]
+    room = min(96, model.cfg.seq_len - max(map(len, prompts)))
     scores["samples"] = []
-    for text, ids in zip(samples, prompts, strict=True):
-        room = model.cfg.seq_len - len(ids)
-        new = enc.decode(generate(model, [ids], min(room, 96), [enc.eot_token], n_vocab=enc.n_vocab)[0])
+    for text, ids in zip(samples, generate(model, prompts, room, [enc.eot_token], n_vocab=enc.n_vocab), strict=True):
+        new = enc.decode(ids)
         scores["samples"].append({"prompt": text, "text": new})
         lines += ["", f"prompt: {text}", f"sample:{new}"]
     return "\n".join(lines), scores

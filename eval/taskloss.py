@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from eval.generate import any_shape
+
 
 class Tokens(NamedTuple):
     """What evaluation needs of a tokenizer."""
@@ -58,6 +60,7 @@ def windows(context: list[int], answer: list[int], seq_len: int):
 
 
 @torch.no_grad()
+@any_shape
 def score(model, pairs: list[tuple[list[int], list[int]]], max_tokens: int | None = None) -> list[float]:
     """NLL in nats of each answer given its context; contexts must not be empty. Similar lengths go through the model together,
     max_tokens at a time, padding included (default: by vocabulary, so that the logits stay near 1 GB). Weights in any dtype;

@@ -49,7 +49,7 @@ def scan_kernel(chunk_counts_ptr, counts_ptr, n_chunks, E: tl.constexpr, BLOCK_C
     tl.store(counts_ptr + offs_e, total, mask=offs_e < E)
 
 
-@triton.jit(do_not_specialize=["S", "n_chunks", "max_tiles"])
+@triton.jit(do_not_specialize=["S", "n_chunks", "max_tiles", "block_m"])
 def place_kernel(
     experts_ptr,
     chunk_prefix_ptr,
@@ -64,8 +64,8 @@ def place_kernel(
     S,
     n_chunks,
     max_tiles,
+    block_m,  # no constant: the sort takes 1.4 s to compile, and generation meets several tile heights
     E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -93,7 +93,7 @@ def place_kernel(
     else:
         # One program per expert lists the expert's tiles and finds its rank among the experts by size.
         e = pid - n_chunks
-        n_tiles = (counts + BLOCK_M - 1) // BLOCK_M
+        n_tiles = (counts + block_m - 1) // block_m
         mine = offs_e == e
         first = tl.sum(tl.where(offs_e < e, n_tiles, 0), 0)
         start = tl.sum(tl.where(mine, starts, 0), 0)
@@ -101,7 +101,7 @@ def place_kernel(
         for i in range(0, n, 128):
             tile = i + tl.arange(0, 128)
             tl.store(tile_expert_ptr + first + tile, tl.zeros([128], tl.int32) + e, mask=tile < n)
-            tl.store(tile_row_ptr + first + tile, start + tile * BLOCK_M, mask=tile < n)
+            tl.store(tile_row_ptr + first + tile, start + tile * block_m, mask=tile < n)
         size = tl.sum(tl.where(mine, counts, 0), 0)
         before_it = (counts > size) | ((counts == size) & (offs_e < e))
         tl.store(by_size_ptr + tl.sum(before_it.to(tl.int32), 0), e)
@@ -138,7 +138,7 @@ def dispatch(experts_TK, n_experts, block_m):
     chunk_counts, counts = new(n_chunks, E), new(E)
     count_kernel[(n_chunks,)](experts_TK, chunk_counts, S, E, CHUNK, block_e)
     scan_kernel[(triton.cdiv(E, 16),)](chunk_counts, counts, n_chunks, E, BLOCK_C=64, BLOCK_E=16)
-    place_kernel[(n_chunks + E,)](experts_TK, chunk_counts, counts, *out, S, n_chunks, n_tiles, E, block_m, CHUNK, block_e)
+    place_kernel[(n_chunks + E,)](experts_TK, chunk_counts, counts, *out, S, n_chunks, n_tiles, block_m, E, CHUNK, block_e)
     return out
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.generate import generate, sample
+from eval.generate import Decoder, generate, sample
 from model import GPT, KVCache, ModelConfig
 
 CFG = dict(vocab_size=50, seq_len=40, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, n_experts=4, top_k=2, d_expert=32,
@@ -140,3 +140,35 @@ def test_leaves_the_model_as_it_was():
 def test_bad_arguments(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(make(), prompts, 5, **options)
+
+
+def test_few_shapes_give_the_same(monkeypatch):
+    """What a GPU does (padded batches, steps nobody needs, rows leaving late), without its graphs."""
+    model = make()
+    prompts = make_prompts([5, 1, 17, 9, 12, 3, 3, 8, 2])
+    free = generate(model, prompts, 20)
+    decode = lambda ids: "".join(f"<{i}>" for i in ids)  # noqa: E731
+    cases = [{}, dict(stop_ids=(free[0][4], free[2][7])), dict(temperature=1.0, top_p=0.9, seed=3), dict(stop_strings=[decode(free[1][8:10])], decode=decode)]
+    expected = [generate(model, prompts, 20, **case) for case in cases]
+    shapes = set()
+    monkeypatch.setattr("eval.generate.coarse", lambda device: True)
+    decode_step = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", lambda self, *shape: (shapes.add(shape), decode_step(self, *shape)))
+    for batch_size in (1, 4, 64):
+        shapes.clear()
+        assert [generate(model, prompts, 20, batch_size=batch_size, **case) for case in cases] == expected
+        assert shapes <= {(rows, 36) for rows in (1, 2, 4, 16)}  # 36: the whole cache, 17 + 20 - 1
+    assert (16, 36) in shapes and min(shapes)[0] < 16  # rows did leave
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, dict(dense=True), dict(dtype="bfloat16", impl="triton")])
+def test_graphs_give_what_single_steps_give(options, monkeypatch):
+    model = make(seq_len=300, **options).cuda()
+    prompts = make_prompts([5, 1, 150, 9, 100, 3])
+    first = generate(model, prompts, 140)  # crosses a span of 128 and one of 256 keys
+    assert generate(model, prompts, 140) == first and len({tuple(ids) for ids in first}) > 1
+    sampled = generate(model, prompts, 140, temperature=1.0, top_p=0.9)
+    monkeypatch.setattr(Decoder, "run", Decoder.decode)  # no graphs
+    assert generate(model, prompts, 140) == first
+    assert generate(model, prompts, 140, temperature=1.0, top_p=0.9) == sampled

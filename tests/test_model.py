@@ -24,6 +24,7 @@ OPTIONS = {
     "raw_gates": dict(router_normalize=False),
     "sigmoid_bias": dict(router_score="sigmoid", router_bias_rate=1e-3),
     "qk_norm": dict(qk_norm=True),
+    "qk_norm_joint": dict(qk_norm=True, qk_norm_joint=True, n_kv_heads=2),
     "tied": dict(tie_embeddings=True),
     "dense": dict(dense=True),
     "dense_shared": dict(dense=True, n_shared_experts=1),
@@ -73,7 +74,7 @@ def plain_forward(model, tokens_BL):
         qkv = (h @ w[p + "attn.qkv.weight"].T).view(B, L, -1, cfg.head_dim)
         q, k, v = qkv.split((cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads), 2)
         if cfg.qk_norm:
-            q, k = norm(q, w[p + "attn.q_norm.weight"]), norm(k, w[p + "attn.k_norm.weight"])
+            q, k = (norm(x.flatten(2) if cfg.qk_norm_joint else x, w[p + f"attn.{name}_norm.weight"]).view_as(x) for name, x in (("q", q), ("k", k)))
         group = cfg.n_heads // cfg.n_kv_heads
         k, v = rope(k).repeat_interleave(group, 2), v.repeat_interleave(group, 2)
         scores = torch.einsum("bihd,bjhd->bhij", rope(q), k) / math.sqrt(cfg.head_dim)

@@ -1,0 +1,212 @@
+"""Hugging Face checkpoints and the kernels inside transformers. Run: python -m pytest tests/test_hf.py (CPU; the comparisons with
+transformers 5 skip themselves where it is not installed)"""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from data import tokenizer  # noqa: E402
+from eval import hf  # noqa: E402
+from eval.__main__ import main as evaluate  # noqa: E402
+from eval.generate import generate  # noqa: E402
+from model import GPT, ModelConfig  # noqa: E402
+from tests.checks import check  # noqa: E402
+from tests.evalrun import tiny_run  # noqa: E402, F401
+
+CFG = dict(vocab_size=96, seq_len=48, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, n_experts=4, top_k=2, d_expert=48, init_std=0.3,
+           dtype="float32")
+KINDS = {"mixtral": {}, "qwen3_moe": dict(qk_norm=True, router_normalize=False), "olmoe": dict(qk_norm=True, qk_norm_joint=True),
+         "tied": dict(tie_embeddings=True)}
+TOKENS = torch.randint(0, 96, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+def make(**overrides):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**{**CFG, **overrides})).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.uniform_(0.5, 1.5)
+    return model
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(kind, tmp_path):
+    model = make(**KINDS[kind])
+    hf.save_model(model, tmp_path / "one")
+    hf.save_model(model, tmp_path / "many", max_shard_bytes=100_000)
+    assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2 and not list(tmp_path.glob("*/*.tmp"))
+    assert max(path.stat().st_size for path in (tmp_path / "many").glob("*.safetensors")) < 120_000
+    for folder in ("one", "many"):
+        back = hf.load_model(tmp_path / folder)
+        assert dataclasses.replace(back.cfg, dtype="float32", init_std=0.3) == model.cfg
+        assert torch.equal(back(TOKENS).logits, model(TOKENS).logits)
+        assert generate(back, [[5, 6]], 10) == generate(model, [[5, 6]], 10)
+    half = hf.load_model(tmp_path / "one", dtype="bfloat16", impl="reference")
+    assert torch.equal(half.blocks[1].mlp.w_in, model.blocks[1].mlp.w_in.bfloat16()) and half(TOKENS).logits.dtype == torch.bfloat16
+
+
+def test_names_and_layout_of_a_released_mixtral(tmp_path):
+    model = make()
+    hf.save_model(model, tmp_path, torch.bfloat16)
+    tensors, moe, F = load_file(tmp_path / hf.SINGLE), model.blocks[1].mlp, 48
+    assert len(tensors) == 3 + 2 * (2 + 4 + 1 + 3 * 4) and all(t.dtype == torch.bfloat16 for t in tensors.values())
+    for name, expected in (("block_sparse_moe.experts.3.w1", moe.w_in[3, :F]), ("block_sparse_moe.experts.3.w3", moe.w_in[3, F:]),
+                           ("block_sparse_moe.experts.0.w2", moe.w_out[0]), ("block_sparse_moe.gate", moe.router.weight),
+                           ("self_attn.q_proj", model.blocks[1].attn.qkv.weight[:64]), ("self_attn.v_proj", model.blocks[1].attn.qkv.weight[96:])):
+        assert torch.equal(tensors[f"model.layers.1.{name}.weight"], expected.bfloat16()), name
+
+
+def test_bad_folders_name_what_is_wrong(tmp_path):
+    hf.save_model(make(), tmp_path, max_shard_bytes=100_000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    whole = {path: path.read_bytes() for path in (*files, tmp_path / hf.INDEX, tmp_path / hf.CONFIG)}
+    at = json.loads(whole[tmp_path / hf.INDEX])["weight_map"][name]
+
+    def broken(error, match):
+        with pytest.raises(error, match=match):
+            hf.load_model(tmp_path)
+        for path, data in whole.items():
+            path.write_bytes(data)
+        hf.load_model(tmp_path)
+
+    edit(tmp_path / hf.INDEX, lambda index: index["weight_map"].pop(name))
+    broken(ValueError, f"the tensor {name} is missing")
+    tensors = load_file(tmp_path / at)
+    save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / at)
+    broken(ValueError, f"{at}: the tensor {name} is missing")
+    save_file(tensors | {name: torch.zeros(48, 32)}, tmp_path / at)
+    broken(ValueError, rf"{name} is \(48, 32\).*\(48, 64\)")
+    edit(tmp_path / hf.INDEX, lambda index: index["weight_map"].update({"model.layers.0.self_attn.q_proj.bias": at}))
+    broken(ValueError, "tensors that a mixtral model does not have, such as model.layers.0.self_attn.q_proj.bias")
+    (tmp_path / at).unlink()
+    broken(FileNotFoundError, f"{at} is missing; it holds model")
+    (tmp_path / at).write_bytes(whole[tmp_path / at][:1000])
+    broken(ValueError, f"{at} is damaged")
+    (tmp_path / hf.CONFIG).write_text("{")
+    broken(ValueError, "config.json is damaged")
+    for change, match in ((dict(model_type="llama"), "model_type='llama'"), (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+                          (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_type='linear'"), (dict(hidden_size=None), "lacks hidden_size")):
+        edit(tmp_path / hf.CONFIG, lambda config, change=change: config.update(change))
+        broken(ValueError, match)
+    (tmp_path / hf.INDEX).unlink()
+    with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):
+        hf.load_model(tmp_path)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    for options in (dict(dense=True), dict(n_shared_experts=1), dict(router_score="sigmoid"), dict(router_normalize=False),
+                    dict(qk_norm=True, qk_norm_joint=True, head_dim=8)):
+        with pytest.raises(ValueError, match=next(iter(reversed(options)))):
+            hf.save_model(make(**options), tmp_path)
+    hf.save_model(make(), tmp_path)
+    with pytest.raises(ValueError, match="already holds safetensors"):
+        hf.save_model(make(), tmp_path)
+
+
+def test_evaluating_an_export_equals_evaluating_the_run(tiny_run, capsys):  # noqa: F811
+    hf.main([str(tiny_run), str(tiny_run / "export")])
+    options = ["--device=cpu", f"--data={tiny_run}", "--tasks=hellaswag,gsm8k", "--shots=0"]
+    expected = evaluate([f"--run={tiny_run}", *options])["tasks"]
+    assert evaluate([f"--hf={tiny_run}/export", f"--tokenizer={tiny_run}/data", *options])["tasks"] == expected
+    assert (tiny_run / "export/eval/gsm8k.jsonl").is_file()
+    with pytest.raises(ValueError, match="no tokenizer.json"):
+        evaluate([f"--hf={tiny_run}/export", *options])
+
+
+@pytest.mark.parametrize("settings, template, bos", [({}, True, [1]), ({}, False, []), ({"add_bos_token": False, "bos_token": "<s>"}, True, []),
+                                                     ({"add_bos_token": True, "bos_token": {"content": "<s>"}}, False, [1])])
+def test_their_tokenizer(settings, template, bos, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE({"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(c): c - 29 for c in range(32, 127)}}, [], unk_token="<unk>"))
+    fast.decoder = tokenizers.decoders.Fuse()
+    fast.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if template:
+        fast.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2, "vocab_size": 128}))
+    tokens = hf.load_tokens(tmp_path)
+    assert (tokens.bos, tokens.eos, tokens.n_vocab) == (bos, [2], 98)
+    assert tokens.encode("a b") == [68, 3, 69] and tokens.decode([68, 3, 69, 2]) == "a b"
+
+
+# ---- against transformers
+
+def theirs(kind, **overrides):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    common = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2,
+                  max_position_embeddings=48, initializer_range=0.3, bos_token_id=1, eos_token_id=None, pad_token_id=None, **overrides)
+    torch.manual_seed(0)
+    model = {
+        "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**common, intermediate_size=48, num_local_experts=4)),
+        "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+            **common, intermediate_size=80, moe_intermediate_size=48, num_experts=4, head_dim=32, norm_topk_prob=True)),
+        "olmoe": lambda: transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**common, intermediate_size=48, num_experts=4)),
+    }[kind]().eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_equals_transformers_both_ways(kind, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    model = theirs(kind)
+    model.save_pretrained(tmp_path / "released", max_shard_size="100KB")
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    greedy = model.generate(TOKENS[:, :8], attention_mask=torch.ones(3, 8), do_sample=False, max_new_tokens=24)[:, 8:].tolist()
+    assert len({tuple(row) for row in greedy}) == 3
+    for folder in ("released", "stacked"):
+        ours = hf.load_model(tmp_path / folder)
+        check(ours(TOKENS).logits, expected, 1e-5, folder)
+        assert generate(ours, TOKENS[:, :8].tolist(), 24) == greedy
+    hf.save_model(ours, tmp_path / "back", max_shard_bytes=100_000)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    with torch.no_grad():
+        check(back(TOKENS).logits, expected, 1e-5, "back")
+
+
+@pytest.mark.parametrize("kind, impl, length", [("mixtral", None, 20), ("qwen3_moe", None, 20), ("olmoe", None, 20), ("mixtral", "triton", 4)])
+def test_the_kernels_inside_transformers(kind, impl, length, device):
+    """Loss, logits and every gradient are those of the eager loop over experts."""
+    model, tokens = theirs(kind).to(device), TOKENS[:, :length].to(device)
+    from moe_kernels import transformers as adapter
+
+    def run(experts):
+        model.set_experts_implementation(experts)
+        model.zero_grad()
+        out = model(tokens, labels=tokens)
+        out.loss.backward()
+        return {"logits": out.logits.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+
+    adapter.register(impl)
+    expected, results = run("eager"), run(adapter.NAME)
+    for name, truth in expected.items():
+        check(results[name], truth, 1e-5, name)
+    assert any(not torch.equal(results[name], truth) for name, truth in expected.items())  # it was another implementation
+
+
+def test_other_experts_are_refused():
+    model = theirs("mixtral", hidden_act="gelu")
+    from moe_kernels import transformers as adapter
+
+    adapter.register()
+    model.set_experts_implementation(adapter.NAME)
+    with pytest.raises(ValueError, match="MixtralExperts has the activation 'gelu'.*grouped_mm"):
+        model(TOKENS)
