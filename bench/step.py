@@ -30,6 +30,7 @@ from model import GPT, flops_per_token, peak_flops
 from train import GraphedStep, TrainConfig, compile_blocks, make_optimizer, new_window, optimizer_step, read_window, set_lr
 
 PARTS = ("data", "forward", "backward", "optimiser")
+EXPERT_KERNELS = {name + "_kernel" for name in ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw")}
 
 
 def random_tokens(directory, n):
@@ -95,9 +96,9 @@ def family(kernel, ops, sizes, cfg, weights):
         return "gradient clipping"
     if inside("linear_cross_entropy"):
         return "lm head and loss"
-    if inside("moe_kernels::experts", "grouped_mm"):
+    if kernel in EXPERT_KERNELS or inside("grouped_mm"):
         return "experts: " + kernel.removesuffix("_kernel") + " (backward)" * inside("bwd", "Backward")
-    if inside("moe_kernels::route"):
+    if kernel.startswith("route_"):
         return "router"
     if inside("embedding"):
         return "embedding"

@@ -5,12 +5,13 @@ Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then 
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels import reference
 from moe_kernels.dispatch import Dispatch, combine, dispatch, max_tiles
 from moe_kernels.routing import MAX_EXPERTS, MAX_TOP_K
-from moe_kernels.tiles import gemm_tiles, pick_impl
+from moe_kernels.tiles import eager, gemm_tiles, pick_impl
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -29,7 +30,8 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None):
     _check(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK)
     impl = pick_impl(impl, x_TD)
     if impl == "triton":
-        return experts_op(x_TD, w_in_EGD, w_out_EDF, gates_TK.float(), experts_TK.int())[0]
+        op = EagerExperts.apply if eager(x_TD) else experts_op
+        return op(x_TD, w_in_EGD, w_out_EDF, gates_TK.float(), experts_TK.int())[0]
     composition = reference.experts_grouped_mm if impl == "grouped_mm" else reference.experts
     return composition(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK)
 
@@ -58,8 +60,7 @@ def _dense(tensor):
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-@torch.library.custom_op("moe_kernels::experts", mutates_args=())
-def experts_op(
+def experts_fwd(
     x_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, gates_TK: Tensor, experts_TK: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (T, D), pre-activation (S, 2F), and the seven tensors of a `Dispatch`."""
@@ -78,6 +79,9 @@ def experts_op(
     return combine(y, sorted_.slot_row_TK, gates_TK.contiguous())[0], h, *sorted_
 
 
+experts_op = torch.library.custom_op("moe_kernels::experts", experts_fwd, mutates_args=())
+
+
 @experts_op.register_fake
 def _(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
     (T, K), E, G = experts_TK.shape, w_in_EGD.shape[0], w_in_EGD.shape[1]
@@ -90,8 +94,7 @@ def _(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
     )
 
 
-@torch.library.custom_op("moe_kernels::experts_bwd", mutates_args=())
-def experts_bwd_op(
+def experts_bwd(
     dy_TD: Tensor,
     x_TD: Tensor,
     w_in_EGD: Tensor,
@@ -119,6 +122,9 @@ def experts_bwd_op(
     return dx, dw_in, dw_out, dgates
 
 
+experts_bwd_op = torch.library.custom_op("moe_kernels::experts_bwd", experts_bwd, mutates_args=())
+
+
 @experts_bwd_op.register_fake
 def _(dy_TD, x_TD, w_in_EGD, w_out_EDF, gates_TK, *_):
     return tuple(t.new_empty(t.shape) for t in (x_TD, w_in_EGD, w_out_EDF, gates_TK))
@@ -135,3 +141,17 @@ def _backward(ctx, dy, *_):
 
 
 experts_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class EagerExperts(torch.autograd.Function):
+    forward = staticmethod(experts_fwd)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # else backward would get zeros of the size of the pre-activation
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        return *experts_bwd(dy, *ctx.saved_tensors), None

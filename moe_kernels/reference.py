@@ -37,8 +37,8 @@ def dispatch(experts_TK, n_experts):
     row_slot_S = flat.argsort(stable=True)
     slot_row = torch.empty_like(row_slot_S)
     slot_row[row_slot_S] = torch.arange(flat.numel(), device=flat.device)
-    counts_E = torch.bincount(flat, minlength=n_experts)
-    offsets = F_.pad(counts_E.cumsum(0), (1, 0))
+    # Not the cumulative sum of a bincount: inductor of torch 2.11 compiles that to wrong numbers on CUDA.
+    offsets = torch.searchsorted(flat[row_slot_S], torch.arange(n_experts + 1, device=flat.device, dtype=flat.dtype))
     return offsets.int(), row_slot_S.int(), slot_row.view_as(experts_TK).int()
 
 

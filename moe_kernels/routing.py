@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
-from moe_kernels.tiles import pick_impl
+from moe_kernels.tiles import eager, pick_impl
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 
@@ -48,7 +49,8 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None, impl=N
         raise ValueError(f"bias_E: expected shape ({E},), got {tuple(bias_E.shape)}")
     impl = "reference" if impl == "grouped_mm" else impl  # routing has no GEMM: the same PyTorch ops serve both
     if pick_impl(impl, logits_TE) == "triton":
-        return Routing(*route_op(logits_TE, bias_E, top_k, score == "sigmoid", normalize))
+        op = EagerRoute.apply if eager(logits_TE) else route_op
+        return Routing(*op(logits_TE, bias_E, top_k, score == "sigmoid", normalize))
     return Routing(*reference.route(logits_TE, top_k, score, normalize, bias_E))
 
 
@@ -232,7 +234,7 @@ def _blocks(E, K):
     return dict(BLOCK_T=max(1, 2048 // block_e) if block_e > 32 else 64, BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(K))
 
 
-def route_fwd(logits_TE, bias_E, top_k, sigmoid, normalize):
+def route_fwd(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches the forward kernels; shapes and dtypes as in `Routing`."""
     logits = logits_TE.contiguous()
     T, E = logits.shape
@@ -251,7 +253,9 @@ def route_fwd(logits_TE, bias_E, top_k, sigmoid, normalize):
     return gates, experts, counts, probs, z
 
 
-def route_bwd(logits_TE, experts_TK, gates_TK, dgates_TK, dprobs_E, dz, sigmoid, normalize):
+def route_bwd(
+    logits_TE: Tensor, experts_TK: Tensor, gates_TK: Tensor, dgates_TK: Tensor, dprobs_E: Tensor, dz: Tensor, sigmoid: bool, normalize: bool
+) -> Tensor:
     """Gradient of the logits (T, E), in their dtype, from the gradients of gates, probs and z."""
     logits = logits_TE.contiguous()
     T, E = logits.shape
@@ -265,9 +269,7 @@ def route_bwd(logits_TE, experts_TK, gates_TK, dgates_TK, dprobs_E, dz, sigmoid,
     return dlogits
 
 
-@torch.library.custom_op("moe_kernels::route", mutates_args=())
-def route_op(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return route_fwd(logits_TE, bias_E, top_k, sigmoid, normalize)
+route_op = torch.library.custom_op("moe_kernels::route", route_fwd, mutates_args=())
 
 
 @route_op.register_fake
@@ -283,11 +285,7 @@ def _(logits_TE, bias_E, top_k, sigmoid, normalize):
     )
 
 
-@torch.library.custom_op("moe_kernels::route_bwd", mutates_args=())
-def route_bwd_op(
-    logits_TE: Tensor, experts_TK: Tensor, gates_TK: Tensor, dgates_TK: Tensor, dprobs_E: Tensor, dz: Tensor, sigmoid: bool, normalize: bool
-) -> Tensor:
-    return route_bwd(logits_TE, experts_TK, gates_TK, dgates_TK, dprobs_E, dz, sigmoid, normalize)
+route_bwd_op = torch.library.custom_op("moe_kernels::route_bwd", route_bwd, mutates_args=())
 
 
 @route_bwd_op.register_fake
@@ -306,3 +304,13 @@ def _backward(ctx, dgates, _dexperts, _dcounts, dprobs, dz):
 
 
 route_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class EagerRoute(torch.autograd.Function):
+    forward, setup_context = staticmethod(route_fwd), staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dgates, _dexperts, _dcounts, dprobs, dz):
+        logits, experts, gates = ctx.saved_tensors
+        return route_bwd(logits, experts, gates, dgates, dprobs, dz, ctx.sigmoid, ctx.normalize), None, None, None, None

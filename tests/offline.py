@@ -99,8 +99,8 @@ def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
     with compile_only() as rows:
         routed = routing.route_fwd(empty(T, E, dtype=dtype), None, K, False, True)
         routing.route_bwd(empty(T, E, dtype=dtype), routed[1], gates, gates, routed[3], routed[4], False, True)
-        out = experts.experts_op._init_fn(x, w_in, w_out, gates, routed[1])
-        experts.experts_bwd_op._init_fn(x, x, w_in, w_out, gates, *out[1:])
+        out = experts.experts_fwd(x, w_in, w_out, gates, routed[1])
+        experts.experts_bwd(x, x, w_in, w_out, gates, *out[1:])
         cross_entropy.cross_entropy_op._init_fn(empty(8, 16, dtype=dtype), empty(50304, 16), empty(8, dtype=torch.int64), 8, True)
     return rows
 

@@ -225,7 +225,7 @@ def test_step_on_the_cpu(tmp_path, capsys):
 def test_families_of_gpu_kernels():
     cfg = step.TrainConfig(vocab_size=512, d_model=128, n_experts=8)
     of = lambda kernel, ops, sizes=(): step.family(kernel, ops, sizes, cfg, {(512, 128)})  # noqa: E731
-    assert of("up_kernel", ["moe_kernels::experts"]) == "experts: up"
+    assert of("up_kernel", ["EagerExperts"]) == "experts: up"
     assert of("dw_kernel", ["moe_kernels::experts_bwd", "autograd::engine"]) == "experts: dw (backward)"
     assert of("route_bwd_kernel", ["moe_kernels::route_bwd"]) == "router"
     assert of("nvjet", ["aten::mm"], ([64, 128], [128, 512])) == "lm head and loss"
