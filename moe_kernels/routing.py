@@ -307,7 +307,11 @@ route_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class EagerRoute(torch.autograd.Function):
-    forward, setup_context = staticmethod(route_fwd), staticmethod(_setup_context)
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = route_fwd(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable
