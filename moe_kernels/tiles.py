@@ -69,15 +69,15 @@ def gemm_tiles(n_rows, n_experts, D, F, dtype):
     block_m = min(max(_pow2(n_rows // n_experts), 16), 128)
     warps = 8 if block_m == 128 else 4
     wide = lambda n, block_n: min(_pow2(n), block_n)  # noqa: E731
-    if n_rows // n_experts > 128:  # the gathered operand is the narrow one
+    if n_rows // n_experts > 512:  # the gathered operand is the narrow one
         dw_in, dw_out = Tile(wide(2 * F, 256), wide(D, 128), 64, 4, 1, 8, 3), Tile(128, wide(F, 256), 64, 4, 2, 8, 3)
     else:  # few steps per tile: small tiles, several to a multiprocessor, hide one another's latencies
         dw_k = min(max(_pow2(n_rows // n_experts), 16), 32)
-        dw_in, dw_out = Tile(128, wide(D, 128), dw_k, 4, 1, 4, 3), Tile(128, wide(F, 128), dw_k, 4, 2, 4, 3)
+        dw_in, dw_out = Tile(128, wide(D, 128), dw_k, 4, 1, 4, 4), Tile(128, wide(F, 128), dw_k, 4, 2, 4, 4)
     return {
         "up": Tile(block_m, wide(F, 128), min(64, _pow2(D)), 8, 4, warps, 4),
         "down": Tile(block_m, wide(D, 256), min(64, _pow2(F)), 8, 2, warps, 4),
-        "dswiglu": Tile(block_m, wide(F, 256), min(64, _pow2(D)), 8, 8, warps, 4),
+        "dswiglu": Tile(block_m, wide(F, 256), min(64, _pow2(D)), 8, 8, 8 if block_m >= 64 else 4, 4),
         "dx": Tile(block_m, wide(D, 256), min(64, _pow2(2 * F)), 8, 4, warps, 3),
         "dw_in": dw_in,
         "dw_out": dw_out,
