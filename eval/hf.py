@@ -3,7 +3,7 @@
     model, tokens = load_model("Mixtral-8x7B-v0.1"), load_tokens("Mixtral-8x7B-v0.1")      # a local folder
     save_model(model, "out")                                                               # transformers loads it
 
-    python -m eval.hf runs/NAME out --dtype bfloat16      # exports a run of train.py
+    python -m eval.hf runs/NAME out --dtype bfloat16      # exports a run of train.py with its tokenizer
 
 Both layouts of expert weights are read: one tensor per expert and matrix, as released checkpoints have it, and the stacked tensors
 that transformers 5 holds in memory. Needs the packages safetensors and tokenizers (the extra `hf`), not transformers.
@@ -12,6 +12,7 @@ that transformers 5 holds in memory. Needs the packages safetensors and tokenize
 import argparse
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -133,11 +134,10 @@ class Weights:
 
     def open(self, file):
         if file not in self.open_files:
-            from safetensors import SafetensorError, safe_open
-
+            safetensors = package("safetensors")
             try:
-                self.open_files[file] = safe_open(self.directory / file, framework="pt")
-            except SafetensorError as error:
+                self.open_files[file] = safetensors.safe_open(self.directory / file, framework="pt")
+            except safetensors.SafetensorError as error:
                 raise ValueError(f"{self.directory / file} is damaged ({error}): download it again") from None
         return self.open_files[file]
 
@@ -158,8 +158,7 @@ class Weights:
 def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=None):
     """Write config.json and the weights, per expert and matrix, in files of at most max_shard_bytes. dtype: of the weights, None as they are;
     eos: token id that ends a text. Raises ValueError for a model that no known format describes, and where weights lie already."""
-    from safetensors.torch import save_file
-
+    save_file = package("safetensors.torch").save_file
     cfg, directory = model.cfg, Path(directory)
     kind, raw = hf_config(cfg)
     dtype = dtype or model.embed.weight.dtype
@@ -215,9 +214,7 @@ def load_tokens(directory) -> Tokens:
     directory = Path(directory)
     if not (directory / "tokenizer.json").is_file():
         raise ValueError(f"{directory} has no tokenizer.json: save it there with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)")
-    from tokenizers import Tokenizer
-
-    fast = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    fast = package("tokenizers").Tokenizer.from_file(str(directory / "tokenizer.json"))
     settings, config, generation = (read_json(directory / name, {}) for name in ("tokenizer_config.json", CONFIG, "generation_config.json"))
     plain, dressed = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
     bos = dressed[: next(i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain)]
@@ -228,6 +225,40 @@ def load_tokens(directory) -> Tokens:
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     return Tokens(lambda text: fast.encode(text, add_special_tokens=False).ids, fast.decode, bos, eos if isinstance(eos, list) else [eos] * (eos is not None),
                   min(fast.get_vocab_size(), config.get("vocab_size", 2**40)))
+
+
+def save_tokens(enc, directory):
+    """Write a tiktoken encoding as tokenizer.json, with end-of-text in front of every text, as in training."""
+    tokenizers = package("tokenizers")
+    # The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    letters = {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
+    spell = lambda token: "".join(letters[byte] for byte in token)  # noqa: E731
+    ranks = enc._mergeable_ranks
+    # tiktoken joins whichever neighbours make the token of lowest rank; here every such pair is a rule of its own.
+    pairs = [(token[:i], token[i:]) for token in sorted(ranks, key=ranks.get) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [(spell(a), spell(b)) for a, b in pairs], ignore_merges=True))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(enc._pat_str), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    fast.add_special_tokens([tokenizer.EOT])
+    if fast.token_to_id(tokenizer.EOT) != enc.eot_token:
+        raise ValueError(f"end-of-text is token {enc.eot_token} of {enc.n_vocab}; only encodings that have it right after the ordinary tokens can be written")
+    fast.post_processor = tokenizers.processors.TemplateProcessing(single=f"{tokenizer.EOT} $A", special_tokens=[(tokenizer.EOT, enc.eot_token)])
+    fast.save(str(Path(directory) / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.EOT, "eos_token": tokenizer.EOT}
+    checkpoint.replace_file(Path(directory) / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def package(name):
+    """An imported package; ValueError saying how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"the package {name.partition('.')[0]} is not installed: pip install -e '.[hf]'") from None
 
 
 def read_json(path, default=None):
@@ -259,9 +290,10 @@ def main(argv=None):
     path = Path(args.run)
     model = checkpoint.load_model(path)
     data = training_data(ModelChoice(run=args.run) if path.is_dir() else ModelChoice(checkpoint=args.run))
-    save_model(model, args.out, getattr(torch, args.dtype), eos=tokenizer.load(data).eot_token)
-    print(f"{args.out}: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}; its tokenizer stays in {data}: python -m eval --hf={args.out} "
-          f"--tokenizer={data}")
+    enc = tokenizer.load(data)
+    save_model(model, args.out, getattr(torch, args.dtype), eos=enc.eot_token)
+    save_tokens(enc, args.out)
+    print(f"{args.out}: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}")
 
 
 if __name__ == "__main__":
