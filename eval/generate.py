@@ -110,8 +110,10 @@ class Decoder:
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.capture else None
 
     def bucket(self, n):
-        """Rows that a step for n prompts has."""
-        return n if not self.coarse else 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64
+        """Rows of a step for n prompts: a power of two, or a multiple of 64."""
+        if not self.coarse:
+            return n
+        return 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64
 
     def start(self, prompts, seeds):
         """Reads the prompts, sorted by length, and picks their first tokens."""
@@ -143,7 +145,8 @@ class Decoder:
 
     def shrink(self, alive):
         """Keep only these rows, if that is worth a new shape; says whether it did."""
-        if self.bucket(len(alive)) * (4 if self.coarse else 1) > self.n_rows - (0 if self.coarse else 1):
+        most = self.n_rows // 4 if self.coarse else self.n_rows - 1
+        if self.bucket(len(alive)) > most:
             return False
         self.select(alive)
         return True
@@ -184,9 +187,13 @@ class Decoder:
 
 def sample(logits_BV, top_p, uniform_B):
     """One token of each row from the nucleus top_p, by inverting the cumulative distribution at uniform_B in [0, 1)."""
-    probs, ids = logits_BV.softmax(1).sort(dim=1, descending=True, stable=True)
-    below = probs.cumsum(1) - probs
-    probs = probs.masked_fill(below >= top_p, 0)  # the first token has nothing below it and always stays
+    probs, ids = logits_BV.softmax(1), None
+    if top_p < 1:
+        probs, ids = probs.sort(dim=1, descending=True, stable=True)
+        below = probs.cumsum(1) - probs
+        probs = probs.masked_fill(below >= top_p, 0)  # the first token has nothing below it and always stays
     cumulative = probs.cumsum(1)
-    pick = torch.searchsorted(cumulative, uniform_B[:, None] * cumulative[:, -1:], right=True)
-    return ids.gather(1, pick.clamp(max=(probs > 0).sum(1, keepdim=True) - 1))[:, 0]
+    total = cumulative[:, -1:]
+    pick = torch.searchsorted(cumulative, uniform_B[:, None] * total, right=True)
+    pick = pick.clamp(max=(cumulative < total).sum(1, keepdim=True))  # rounding up to the total must not pick a token of probability 0
+    return (pick if ids is None else ids.gather(1, pick))[:, 0]

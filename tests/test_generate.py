@@ -104,7 +104,9 @@ def test_sample_follows_the_distribution_and_the_nucleus():
     for top_p, expected in ((1.0, probs), (0.74, torch.tensor([0, 2 / 3, 0, 1 / 3])), (0.4, torch.tensor([0, 1.0, 0, 0]))):
         shares = torch.bincount(sample(logits, top_p, uniform), minlength=4) / 10_000
         torch.testing.assert_close(shares, expected, rtol=0, atol=1e-3)
-    assert sample(torch.tensor([[0.0, -torch.inf]]), 1.0, torch.tensor([1 - 2**-24])).item() == 0  # never a token of probability 0
+    for top_p in (1.0, 0.999):  # never a token of probability 0
+        assert sample(torch.tensor([[-torch.inf, 0.0, -torch.inf]]), top_p, torch.tensor([1 - 2**-24])).item() == 1
+        assert sample(torch.tensor([[-torch.inf, 0.0, -torch.inf]]), top_p, torch.tensor([0.0])).item() == 1
 
 
 def test_stop_strings_and_vocabulary_limit():
