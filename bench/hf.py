@@ -27,11 +27,12 @@ def make_model(family, shape, layers, dtype, device):
 
     _, D, F, E, K = shape
     head_dim = 128 if D >= 512 else 16
-    common = dict(vocab_size=128, hidden_size=D, num_hidden_layers=layers, num_attention_heads=D // head_dim, num_key_value_heads=max(1, D // head_dim // 4),
-                  head_dim=head_dim, num_experts_per_tok=K, max_position_embeddings=SEQ_LEN, norm_topk_prob=True)
+    heads = D // head_dim
+    common = dict(vocab_size=128, hidden_size=D, num_hidden_layers=layers, num_attention_heads=heads,
+                  num_key_value_heads=max(1, heads // 4), head_dim=head_dim, num_experts_per_tok=K, max_position_embeddings=SEQ_LEN, norm_topk_prob=True)
     cfg = {"qwen3_moe": lambda: transformers.Qwen3MoeConfig(**common, num_experts=E, moe_intermediate_size=F, intermediate_size=F),
            "mixtral": lambda: transformers.MixtralConfig(**common, num_local_experts=E, intermediate_size=F),
-           "olmoe": lambda: transformers.OlmoeConfig(**common | dict(num_key_value_heads=D // head_dim), num_experts=E, intermediate_size=F)}[family]()
+           "olmoe": lambda: transformers.OlmoeConfig(**common | dict(num_key_value_heads=heads), num_experts=E, intermediate_size=F)}[family]()
     torch.manual_seed(0)
     with torch.device(device):
         return transformers.AutoModel.from_config(cfg, dtype=dtype, attn_implementation="sdpa")

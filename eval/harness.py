@@ -42,7 +42,8 @@ class ModelChoice:
 
     def validate(self):
         """Raise ValueError naming the field, its value and the remedy."""
-        require(bool(self.run) + bool(self.checkpoint) + bool(self.hf) == 1, "run", self.run, "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them")
+        given = bool(self.run) + bool(self.checkpoint) + bool(self.hf)
+        require(given == 1, "run", self.run, "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them")
         require(not self.run or Path(self.run).is_dir(), "run", self.run, "no such directory")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")

@@ -150,7 +150,8 @@ def test_few_shapes_give_the_same(monkeypatch):
     prompts = make_prompts([5, 1, 17, 9, 12, 3, 3, 8, 2])
     free = generate(model, prompts, 20)
     decode = lambda ids: "".join(f"<{i}>" for i in ids)  # noqa: E731
-    cases = [{}, dict(stop_ids=(free[0][4], free[2][7])), dict(temperature=1.0, top_p=0.9, seed=3), dict(stop_strings=[decode(free[1][8:10])], decode=decode)]
+    cases = [{}, dict(stop_ids=(free[0][4], free[2][7])), dict(temperature=1.0, top_p=0.9, seed=3),
+             dict(stop_strings=[decode(free[1][8:10])], decode=decode)]
     expected = [generate(model, prompts, 20, **case) for case in cases]
     shapes = set()
     monkeypatch.setattr("eval.generate.coarse", lambda device: True)

@@ -135,7 +135,8 @@ def test_evaluating_an_export_equals_evaluating_the_run(tiny_run):  # noqa: F811
                                                      ({"add_bos_token": True, "bos_token": {"content": "<s>"}}, False, [1])])
 def test_their_tokenizer(settings, template, bos, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE({"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(c): c - 29 for c in range(32, 127)}}, [], unk_token="<unk>"))
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(c): c - 29 for c in range(32, 127)}}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
     fast.decoder = tokenizers.decoders.Fuse()
     fast.add_special_tokens(["<unk>", "<s>", "</s>"])
     if template:
