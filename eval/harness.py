@@ -64,6 +64,8 @@ def load(cfg):
         return model, tokens, hf.fingerprint(cfg.hf), out
     path = Path(cfg.checkpoint or cfg.run)
     model = checkpoint.load_model(path, "cuda" if cuda else "cpu", dtype=cfg.dtype, impl=cfg.impl)
+    for weight in model.parameters():  # nothing is trained here: cast once, not at every use
+        weight.data = weight.data.to(model.dtype)
     if path.is_dir():
         path = checkpoint.find(path)[-1][1]
     out = Path(cfg.out or path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}")
