@@ -166,12 +166,14 @@ class KVCache:
         return cache
 
     def begin(self, L):
-        """Positions (B, L) of the new tokens and the attention mask (B, 1, L, span); None while the cache is empty."""
+        """Positions (B, L) of the new tokens and what is added to the attention scores, (B, 1, L, span); None while the cache is empty."""
         require(self.filled + L <= self.k.shape[2], "length", self.filled + L, f"the cache holds max_len={self.k.shape[2]} tokens")
         device = self.lengths_B.device
         self.pos_BL = self.lengths_B[:, None] + torch.arange(L, device=device)
-        mask = self.pos_BL[:, None, :, None] >= torch.arange(self.span or self.filled + L, device=device)
-        return self.pos_BL, mask if self.filled else None
+        if not self.filled:
+            return self.pos_BL, None
+        hidden = self.pos_BL[:, None, :, None] < torch.arange(self.span or self.filled + L, device=device)
+        return self.pos_BL, torch.zeros(hidden.shape, device=device, dtype=self.k.dtype).masked_fill_(hidden, -math.inf)
 
     def update(self, layer, k_BLHd, v_BLHd):
         """Store a layer's new keys and values; return all of them, (B, span, Hkv, d)."""

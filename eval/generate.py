@@ -35,6 +35,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p
     temperature 0 is greedy (top_p and seed unused); else sampling from the smallest set of tokens with probability >= top_p.
     Prompt i draws from a stream seeded with (seed, streams[i]), by default (seed, i).
     n_vocab: ids from here on are padding rows of the head, never produced.
+    Takes memory for a copy of the weights in the compute dtype, unless they have it, and for the cache of batch_size rows.
     Raises ValueError for an empty prompt, bad sampling parameters, or a prompt + max_new_tokens beyond the model's seq_len.
     """
     longest = max(map(len, prompts), default=0)
@@ -93,22 +94,26 @@ class Decoder:
 
     def __init__(self, model, n_rows, longest, max_new_tokens, temperature, top_p, n_vocab):
         device = model.embed.weight.device
-        self.coarse, self.cuda = coarse(device), device.type == "cuda"
+        self.coarse = coarse(device)
+        self.capture = device.type == "cuda" and (model.cfg.dense or model.cfg.impl in ("auto", "triton"))  # the others wait for the device inside
         self.max_new_tokens, self.temperature, self.top_p, self.n_vocab = max_new_tokens, temperature, top_p, n_vocab
         # Weights are cast once, not at every step, and the model keeps its mode: a copy that shares what has the right dtype already.
         cast = {id(p): nn.Parameter(p.detach().to(model.dtype), requires_grad=False) for p in model.parameters()}
         self.model = copy.deepcopy(model, cast | {id(b): b for b in model.buffers()}).eval()
         n_rows = self.bucket(n_rows)
-        self.cache = KVCache(model.cfg, n_rows, longest + max_new_tokens - 1, device, model.dtype)
+        max_len = min(model.cfg.seq_len, -(-(longest + max_new_tokens - 1) // 16) * 16)  # attention likes its masks aligned
+        self.cache = KVCache(model.cfg, n_rows, max_len, device, model.dtype)
         self.tokens = torch.zeros(n_rows, 1, dtype=torch.long, device=device)
         self.written = torch.zeros(n_rows, max_new_tokens, dtype=torch.long, device=device)
         self.noise = torch.zeros(n_rows, max_new_tokens, device=device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)  # n_written, on the device
-        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.cuda else None
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.capture else None
 
     def bucket(self, n):
-        """Rows that a step for n prompts has."""
-        return n if not self.coarse else 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64
+        """Rows of a step for n prompts: a power of two, or a multiple of 64."""
+        if not self.coarse:
+            return n
+        return 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64
 
     def start(self, prompts, seeds):
         """Reads the prompts, sorted by length, and picks their first tokens."""
@@ -140,7 +145,8 @@ class Decoder:
 
     def shrink(self, alive):
         """Keep only these rows, if that is worth a new shape; says whether it did."""
-        if self.bucket(len(alive)) * (4 if self.coarse else 1) > self.n_rows - (0 if self.coarse else 1):
+        most = self.n_rows // 4 if self.coarse else self.n_rows - 1
+        if self.bucket(len(alive)) > most:
             return False
         self.select(alive)
         return True
@@ -155,7 +161,7 @@ class Decoder:
 
     def run(self, n_rows, span):
         shape = n_rows, span
-        if not self.cuda or shape not in self.graphs:  # the first time loads and compiles what the capture must find ready
+        if not self.capture or shape not in self.graphs:  # the first time loads and compiles what the capture must find ready
             self.graphs[shape] = None
             return self.decode(*shape)
         if self.graphs[shape] is None:
@@ -181,9 +187,13 @@ class Decoder:
 
 def sample(logits_BV, top_p, uniform_B):
     """One token of each row from the nucleus top_p, by inverting the cumulative distribution at uniform_B in [0, 1)."""
-    probs, ids = logits_BV.softmax(1).sort(dim=1, descending=True, stable=True)
-    below = probs.cumsum(1) - probs
-    probs = probs.masked_fill(below >= top_p, 0)  # the first token has nothing below it and always stays
+    probs, ids = logits_BV.softmax(1), None
+    if top_p < 1:
+        probs, ids = probs.sort(dim=1, descending=True, stable=True)
+        below = probs.cumsum(1) - probs
+        probs = probs.masked_fill(below >= top_p, 0)  # the first token has nothing below it and always stays
     cumulative = probs.cumsum(1)
-    pick = torch.searchsorted(cumulative, uniform_B[:, None] * cumulative[:, -1:], right=True)
-    return ids.gather(1, pick.clamp(max=(probs > 0).sum(1, keepdim=True) - 1))[:, 0]
+    total = cumulative[:, -1:]
+    pick = torch.searchsorted(cumulative, uniform_B[:, None] * total, right=True)
+    pick = pick.clamp(max=(cumulative < total).sum(1, keepdim=True))  # rounding up to the total must not pick a token of probability 0
+    return (pick if ids is None else ids.gather(1, pick))[:, 0]

@@ -42,7 +42,8 @@ class ModelChoice:
 
     def validate(self):
         """Raise ValueError naming the field, its value and the remedy."""
-        require(bool(self.run) + bool(self.checkpoint) + bool(self.hf) == 1, "run", self.run, "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them")
+        given = bool(self.run) + bool(self.checkpoint) + bool(self.hf)
+        require(given == 1, "run", self.run, "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them")
         require(not self.run or Path(self.run).is_dir(), "run", self.run, "no such directory")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
@@ -63,6 +64,8 @@ def load(cfg):
         return model, tokens, hf.fingerprint(cfg.hf), out
     path = Path(cfg.checkpoint or cfg.run)
     model = checkpoint.load_model(path, "cuda" if cuda else "cpu", dtype=cfg.dtype, impl=cfg.impl)
+    for weight in model.parameters():  # nothing is trained here: cast once, not at every use
+        weight.data = weight.data.to(model.dtype)
     if path.is_dir():
         path = checkpoint.find(path)[-1][1]
     out = Path(cfg.out or path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}")

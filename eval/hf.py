@@ -3,7 +3,7 @@
     model, tokens = load_model("Mixtral-8x7B-v0.1"), load_tokens("Mixtral-8x7B-v0.1")      # a local folder
     save_model(model, "out")                                                               # transformers loads it
 
-    python -m eval.hf runs/NAME out --dtype bfloat16      # exports a run of train.py
+    python -m eval.hf runs/NAME out --dtype bfloat16      # exports a run of train.py with its tokenizer
 
 Both layouts of expert weights are read: one tensor per expert and matrix, as released checkpoints have it, and the stacked tensors
 that transformers 5 holds in memory. Needs the packages safetensors and tokenizers (the extra `hf`), not transformers.
@@ -12,6 +12,7 @@ that transformers 5 holds in memory. Needs the packages safetensors and tokenize
 import argparse
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -27,9 +28,11 @@ from model import GPT, ModelConfig, rope_tables
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # By model_type: where a layer keeps its router and experts, and an expert's gate, up and down matrix.
-LAYOUTS = {"mixtral": ("block_sparse_moe", ("w1", "w3", "w2")), **dict.fromkeys(("qwen3_moe", "olmoe"), ("mlp", ("gate_proj", "up_proj", "down_proj")))}
+LAYOUTS = {"mixtral": ("block_sparse_moe", ("w1", "w3", "w2")), "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+           "olmoe": ("mlp", ("gate_proj", "up_proj", "down_proj"))}
 TOP = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
-IN_LAYER = {"attn_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight", "attn.out.weight": "self_attn.o_proj.weight",
+IN_LAYER = {"attn_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight",
+            "attn.out.weight": "self_attn.o_proj.weight",
             "attn.q_norm.weight": "self_attn.q_norm.weight", "attn.k_norm.weight": "self_attn.k_norm.weight"}
 
 
@@ -120,11 +123,11 @@ class Weights:
     """The tensors of a folder of safetensors files, read one at a time."""
 
     def __init__(self, directory):
-        self.directory, self.used, self.open_files = directory, set(), {}
+        self.directory, self.used, self.handles = directory, set(), {}
         if (directory / INDEX).is_file():
             self.files = read_json(directory / INDEX)["weight_map"]
         elif (directory / SINGLE).is_file():
-            self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
+            self.files = dict.fromkeys(self.open(SINGLE)[1], SINGLE)
         else:
             raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}: name a folder with a downloaded checkpoint in safetensors format")
         for name, file in self.files.items():
@@ -132,21 +135,22 @@ class Weights:
                 raise FileNotFoundError(f"{directory / file} is missing; it holds {name}: download it again")
 
     def open(self, file):
-        if file not in self.open_files:
-            from safetensors import SafetensorError, safe_open
-
+        """(the open file, the names of its tensors)"""
+        if file not in self.handles:
+            safetensors = package("safetensors")
             try:
-                self.open_files[file] = safe_open(self.directory / file, framework="pt")
-            except SafetensorError as error:
+                handle = safetensors.safe_open(self.directory / file, framework="pt")
+            except safetensors.SafetensorError as error:
                 raise ValueError(f"{self.directory / file} is damaged ({error}): download it again") from None
-        return self.open_files[file]
+            self.handles[file] = handle, set(handle.keys())
+        return self.handles[file]
 
     def read(self, name, into):
         """Copy a tensor into one of the same shape."""
         if name not in self.files:
             raise ValueError(f"{self.directory}: the tensor {name} is missing")
-        file = self.open(self.files[name])
-        if name not in file.keys():
+        file, names = self.open(self.files[name])
+        if name not in names:
             raise ValueError(f"{self.directory / self.files[name]}: the tensor {name} is missing, which {INDEX} promises there")
         tensor = file.get_tensor(name)
         if tensor.shape != into.shape:
@@ -158,8 +162,7 @@ class Weights:
 def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=None):
     """Write config.json and the weights, per expert and matrix, in files of at most max_shard_bytes. dtype: of the weights, None as they are;
     eos: token id that ends a text. Raises ValueError for a model that no known format describes, and where weights lie already."""
-    from safetensors.torch import save_file
-
+    save_file = package("safetensors.torch").save_file
     cfg, directory = model.cfg, Path(directory)
     kind, raw = hf_config(cfg)
     dtype = dtype or model.embed.weight.dtype
@@ -189,18 +192,19 @@ def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=
 
 def hf_config(cfg):
     """(model_type, config.json) of a ModelConfig."""
-    for name, value, only in (("dense", cfg.dense, False), ("n_shared_experts", cfg.n_shared_experts, 0), ("router_score", cfg.router_score, "softmax"),
-                              ("router_bias_rate", cfg.router_bias_rate, 0.0)):
+    for name, only in (("dense", False), ("n_shared_experts", 0), ("router_score", "softmax"), ("router_bias_rate", 0.0)):
+        value = getattr(cfg, name)
         require(value == only, name, value, f"Mixtral, Qwen3-MoE and OLMoE have {only!r}; this model cannot be written in their formats")
     kind = "mixtral" if not cfg.qk_norm else "olmoe" if cfg.qk_norm_joint else "qwen3_moe"
-    require(kind != "mixtral" or cfg.router_normalize, "router_normalize", False, "a model without qk_norm is written as Mixtral, whose gates sum to 1")
+    require(kind != "mixtral" or cfg.router_normalize, "router_normalize", False, "without qk_norm the format is Mixtral's, whose gates sum to 1")
     require(kind != "olmoe" or cfg.n_heads * cfg.head_dim == cfg.d_model, "head_dim", cfg.head_dim, "in OLMoE the heads together are d_model wide")
     experts = {"mixtral": {"num_local_experts": cfg.n_experts},
                "qwen3_moe": {"num_experts": cfg.n_experts, "moe_intermediate_size": cfg.d_expert, "decoder_sparse_step": 1, "mlp_only_layers": []},
                "olmoe": {"num_experts": cfg.n_experts}}[kind]
     architecture = {"mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "olmoe": "OlmoeForCausalLM"}[kind]
     return kind, {
-        "architectures": [architecture], "model_type": kind, "vocab_size": cfg.vocab_size, "hidden_size": cfg.d_model, "intermediate_size": cfg.d_expert,
+        "architectures": [architecture], "model_type": kind,
+        "vocab_size": cfg.vocab_size, "hidden_size": cfg.d_model, "intermediate_size": cfg.d_expert,
         "num_hidden_layers": cfg.n_layers, "num_attention_heads": cfg.n_heads, "num_key_value_heads": cfg.n_kv_heads, "head_dim": cfg.head_dim,
         "num_experts_per_tok": cfg.top_k, **experts, **({} if kind == "mixtral" else {"norm_topk_prob": cfg.router_normalize}),
         "hidden_act": "silu", "rms_norm_eps": cfg.norm_eps, "rope_theta": cfg.rope_theta, "max_position_embeddings": cfg.seq_len,
@@ -214,10 +218,8 @@ def load_tokens(directory) -> Tokens:
     Prompts begin with what the tokenizer itself puts in front of a text (usually <s>, or nothing), generation ends at eos_token_id."""
     directory = Path(directory)
     if not (directory / "tokenizer.json").is_file():
-        raise ValueError(f"{directory} has no tokenizer.json: save it there with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)")
-    from tokenizers import Tokenizer
-
-    fast = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        raise ValueError(f"{directory} has no tokenizer.json: transformers writes it, AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+    fast = package("tokenizers").Tokenizer.from_file(str(directory / "tokenizer.json"))
     settings, config, generation = (read_json(directory / name, {}) for name in ("tokenizer_config.json", CONFIG, "generation_config.json"))
     plain, dressed = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
     bos = dressed[: next(i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain)]
@@ -226,8 +228,44 @@ def load_tokens(directory) -> Tokens:
         first = fast.token_to_id(token["content"] if isinstance(token, dict) else token) if token and settings["add_bos_token"] else None
         bos = [] if first is None else [first]
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    return Tokens(lambda text: fast.encode(text, add_special_tokens=False).ids, fast.decode, bos, eos if isinstance(eos, list) else [eos] * (eos is not None),
-                  min(fast.get_vocab_size(), config.get("vocab_size", 2**40)))
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    n_vocab = min(fast.get_vocab_size(), config.get("vocab_size", 2**40))
+    return Tokens(lambda text: fast.encode(text, add_special_tokens=False).ids, fast.decode, bos, eos, n_vocab)
+
+
+def save_tokens(enc, directory):
+    """Write a tiktoken encoding as tokenizer.json, with end-of-text in front of every text, as in training."""
+    tokenizers = package("tokenizers")
+    # The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    letters = {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
+    spell = lambda token: "".join(letters[byte] for byte in token)  # noqa: E731
+    ranks = enc._mergeable_ranks
+    # tiktoken joins whichever neighbours make the token of lowest rank; here every such pair is a rule of its own.
+    pairs = [(token[:i], token[i:]) for token in sorted(ranks, key=ranks.get) for i in range(1, len(token))
+             if token[:i] in ranks and token[i:] in ranks]
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [(spell(a), spell(b)) for a, b in pairs], ignore_merges=True))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(enc._pat_str), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    fast.add_special_tokens([tokenizer.EOT])
+    if fast.token_to_id(tokenizer.EOT) != enc.eot_token:
+        raise ValueError(f"end-of-text is token {enc.eot_token} of {enc.n_vocab}: only encodings with it after all ordinary tokens can be written")
+    fast.post_processor = tokenizers.processors.TemplateProcessing(single=f"{tokenizer.EOT} $A", special_tokens=[(tokenizer.EOT, enc.eot_token)])
+    fast.save(str(Path(directory) / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.EOT, "eos_token": tokenizer.EOT}
+    checkpoint.replace_file(Path(directory) / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def package(name):
+    """An imported package; ValueError saying how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"the package {name.partition('.')[0]} is not installed: pip install -e '.[hf]'") from None
 
 
 def read_json(path, default=None):
@@ -259,9 +297,10 @@ def main(argv=None):
     path = Path(args.run)
     model = checkpoint.load_model(path)
     data = training_data(ModelChoice(run=args.run) if path.is_dir() else ModelChoice(checkpoint=args.run))
-    save_model(model, args.out, getattr(torch, args.dtype), eos=tokenizer.load(data).eot_token)
-    print(f"{args.out}: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}; its tokenizer stays in {data}: python -m eval --hf={args.out} "
-          f"--tokenizer={data}")
+    enc = tokenizer.load(data)
+    save_model(model, args.out, getattr(torch, args.dtype), eos=enc.eot_token)
+    save_tokens(enc, args.out)
+    print(f"{args.out}: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}")
 
 
 if __name__ == "__main__":

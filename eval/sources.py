@@ -78,7 +78,8 @@ class Source:
         """The settings of a part ("facts", "reasoning") of the run's procedural training data. Raises ValueError where there is none."""
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
-            raise ValueError(f"{part}: this model was not trained on procedural {part} (nothing about them in {self.training_data}/{shards.META})")
+            why = f"nothing about them in {self.training_data}/{shards.META}" if self.training_data else "its training data is not at hand"
+            raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
         return settings[part]
 
     def _ways(self, name):

@@ -74,9 +74,19 @@ def gemm_tiles(n_rows, n_experts, D, F, dtype):
     else:  # few steps per tile: small tiles, several to a multiprocessor, hide one another's latencies
         dw_k = min(max(_pow2(n_rows // n_experts), 16), 32)
         dw_in, dw_out = Tile(128, wide(D, 128), dw_k, 4, 1, 4, 4), Tile(128, wide(F, 128), dw_k, 4, 2, 4, 4)
+    row_tiles = n_rows // block_m + min(n_experts, n_rows)
+
+    def forward(n, block_n, parts):
+        # A few tokens at a time (generation): narrower tiles until every multiprocessor reads a share of the weights.
+        block_n = wide(n, block_n)
+        while block_m == 16 and block_n > 32 and row_tiles * -(-n // block_n) < 132:
+            block_n, parts = block_n // 2, max(1, parts // 2)
+        return block_n, parts
+
+    (up_n, up_parts), (down_n, down_parts) = forward(F, 128, 4), forward(D, 256, 2)
     return {
-        "up": Tile(block_m, wide(F, 128), min(64, _pow2(D)), 8, 4, warps, 4),
-        "down": Tile(block_m, wide(D, 256), min(64, _pow2(F)), 8, 2, warps, 4),
+        "up": Tile(block_m, up_n, min(64, _pow2(D)), 8, up_parts, warps, 4),
+        "down": Tile(block_m, down_n, min(64, _pow2(F)), 8, down_parts, warps, 4),
         "dswiglu": Tile(block_m, wide(F, 256), min(64, _pow2(D)), 8, 8, 8 if block_m >= 64 else 4, 4),
         "dx": Tile(block_m, wide(D, 256), min(64, _pow2(2 * F)), 8, 4, warps, 3),
         "dw_in": dw_in,

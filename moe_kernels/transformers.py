@@ -35,16 +35,17 @@ def experts_forward(module, hidden_states, top_k_index, top_k_weights, impl=None
 
 
 def _check(module):
+    flag = lambda name, usual=False: getattr(module, name, usual)  # noqa: E731  # younger flags are missing in older versions
     activation = getattr(module.config, "hidden_act", None)
     problems = {
-        "no gate projection": not module.has_gate,
-        "biases": module.has_bias,
-        "transposed weights": module.is_transposed,
-        "interleaved gate and up rows": not module.is_concatenated,
-        "a norm after the experts": module.has_post_expert_norm,
+        "no gate projection": not flag("has_gate", True),
+        "biases": flag("has_bias"),
+        "transposed weights": flag("is_transposed"),
+        "interleaved gate and up rows": not flag("is_concatenated", True),
+        "a norm after the experts": flag("has_post_expert_norm"),
         "a gate function of their own": type(module)._apply_gate.__module__ != "transformers.integrations.moe",
         f"the activation {activation!r}": activation not in ("silu", "swish"),
-        "expert parallelism": module._is_expert_parallel,
+        "expert parallelism": flag("_is_expert_parallel"),
     }
     found = [what for what, present in problems.items() if present]
     if found:

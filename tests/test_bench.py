@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from bench import compare, kernels, layer, peers, plot, problem, step, timing
+from bench import generate as generation
+from bench import hf as bench_hf
 from bench.problem import TARGETS, Cost, Shape, kernel_costs, layer_cost, layer_errors, layer_floor_ms, make_inputs, parse_shape, require_accuracy
 from bench.results import COLUMNS, append, latest, read
+from model import ModelConfig
 from moe_kernels import moe_experts
 from moe_kernels.tiles import Tile
 
@@ -254,3 +257,27 @@ def test_kernels_compile_ahead_without_a_gpu(tmp_path):
     )
     assert run(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) == "[0, 1]\n"
     assert {file.stem for file in tmp_path.rglob("*.cubin")} >= {"up_kernel", "dswiglu_kernel", "dw_kernel", "place_kernel", "route_bwd_kernel"}
+
+
+@cpu_only
+def test_generation_on_the_cpu(tmp_path, capsys):
+    assert generation.main(["--csv", str(tmp_path / "g.csv"), "--impl", "cache,recompute", "--batch", "1,2", "--repeats", "1"]) == 0
+    rows = [row for row in read(tmp_path / "g.csv") if row["kernel"] == "generate"]
+    assert [(row["T"], row["implementation"]) for row in rows] == [(T, name) for T in (1, 2) for name in ("cache", "recompute")]
+    assert all(row["p50_ms"] > 0 and row["gb_s"] > 0 for row in rows) and capsys.readouterr().out.count("tokens/s") == 4
+
+
+def test_generation_cost_by_hand():
+    cfg = ModelConfig(vocab_size=10, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, n_experts=4, top_k=2, d_expert=16)
+    attention, norms, router, expert, head = 16 * 32 + 16 * 16, 32, 64, 3 * 16 * 16, 160
+    always = 2 * (attention + norms + router) + 16 + head
+    assert generation.step_cost(cfg, 1, 5, 2) == (2 * (always + 2 * 2 * expert) + 4 * 5 * 2 * 16, 2 * (always + 2 * 2 * expert + 2 * 5 * 2 * 8))
+    assert generation.step_cost(cfg, 3, 5, 2).bytes == 2 * (always + 2 * 4 * expert + 3 * 2 * 5 * 2 * 8)  # all four experts
+
+
+@cpu_only
+def test_inside_transformers_on_the_cpu(tmp_path, capsys):
+    pytest.importorskip("transformers", minversion="5")
+    assert bench_hf.main(["--csv", str(tmp_path / "hf.csv"), "--impl", "moe_kernels,eager", "--layers", "1"]) == 0
+    assert [row["kernel"] for row in read(tmp_path / "hf.csv")] == 4 * ["hf-block"] + 4 * ["hf-model"]
+    assert "hf-model: moe_kernels is" in capsys.readouterr().out

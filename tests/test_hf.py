@@ -3,6 +3,7 @@ transformers 5 skip themselves where it is not installed)"""
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("safetensors")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+import checkpoint  # noqa: E402
 from data import tokenizer  # noqa: E402
 from eval import hf  # noqa: E402
 from eval.__main__ import main as evaluate  # noqa: E402
@@ -116,21 +118,25 @@ def test_what_cannot_be_saved(tmp_path):
         hf.save_model(make(), tmp_path)
 
 
-def test_evaluating_an_export_equals_evaluating_the_run(tiny_run, capsys):  # noqa: F811
-    hf.main([str(tiny_run), str(tiny_run / "export")])
+def test_evaluating_an_export_equals_evaluating_the_run(tiny_run):  # noqa: F811
+    hf.save_model(checkpoint.load_model(tiny_run), tiny_run / "export")
     options = ["--device=cpu", f"--data={tiny_run}", "--tasks=hellaswag,gsm8k", "--shots=0"]
     expected = evaluate([f"--run={tiny_run}", *options])["tasks"]
     assert evaluate([f"--hf={tiny_run}/export", f"--tokenizer={tiny_run}/data", *options])["tasks"] == expected
     assert (tiny_run / "export/eval/gsm8k.jsonl").is_file()
     with pytest.raises(ValueError, match="no tokenizer.json"):
         evaluate([f"--hf={tiny_run}/export", *options])
+    pytest.importorskip("tokenizers")
+    hf.main([str(tiny_run), str(tiny_run / "whole")])
+    assert evaluate([f"--hf={tiny_run}/whole", *options])["tasks"] == expected
 
 
 @pytest.mark.parametrize("settings, template, bos", [({}, True, [1]), ({}, False, []), ({"add_bos_token": False, "bos_token": "<s>"}, True, []),
                                                      ({"add_bos_token": True, "bos_token": {"content": "<s>"}}, False, [1])])
 def test_their_tokenizer(settings, template, bos, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE({"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(c): c - 29 for c in range(32, 127)}}, [], unk_token="<unk>"))
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(c): c - 29 for c in range(32, 127)}}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
     fast.decoder = tokenizers.decoders.Fuse()
     fast.add_special_tokens(["<unk>", "<s>", "</s>"])
     if template:
@@ -141,6 +147,16 @@ def test_their_tokenizer(settings, template, bos, tmp_path):
     tokens = hf.load_tokens(tmp_path)
     assert (tokens.bos, tokens.eos, tokens.n_vocab) == (bos, [2], 98)
     assert tokens.encode("a b") == [68, 3, 69] and tokens.decode([68, 3, 69, 2]) == "a b"
+
+
+def test_an_exported_tokenizer_is_the_same(tmp_path):
+    pytest.importorskip("tokenizers")
+    text = (Path(__file__).read_text() + "Größe 東京 1234.5  \n\n\t x\u00a0y 'LL we'll") * 2
+    enc = tokenizer.train_bpe([text], 700)
+    hf.save_tokens(enc, tmp_path)
+    tokens = hf.load_tokens(tmp_path)
+    assert tokens.encode(text) == enc.encode_ordinary(text) and tokens.decode(tokens.encode(text)) == text
+    assert tokens.bos == [enc.eot_token] and tokens.n_vocab == enc.n_vocab
 
 
 # ---- against transformers
