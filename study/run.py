@@ -1,0 +1,333 @@
+"""One run of the study: train a small model on memory and reasoning at once, and measure both. `study/sweep.py` runs many.
+
+    row = execute(Run(n_experts=16, top_k=2, tokens=2**24, lr=4e-3), "runs/study", "cuda")      # a line of the results file
+
+The mixture (data/procedural.py) holds biographies (memory), word problems with worked solutions, and mental arithmetic without any
+steps (reasoning). All its windows lie on the device, and so do the order of the samples and the learning rates: on CUDA a whole training
+step, data included, is one CUDA graph that nothing is copied into.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import hashlib
+import json
+import math
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import config
+import eval.procedural as procedural_eval
+from config import require
+from data import procedural, shards, tokenizer
+from data.facts import FactsConfig
+from data.reasoning import ReasoningConfig
+from eval import tasks
+from eval.sources import Source
+from eval.taskloss import encode_pair, score, tiktoken_tokens
+from model import GPT, count_params, flops_per_token
+from train import TrainConfig, lr_at, make_optimizer, parse_sources
+
+SHARES = {"facts": 0.40, "problem": 0.45, "mano": 0.15}  # of the training tokens
+TOKENS_OF = {"facts": 51, "mano": 13.8}  # mean length of a document, its eos included; problems: see `mixture`
+REAL_TASKS = ("triviaqa", "hellaswag", "gsm8k", "humaneval")  # the paper's: two of memory, two of reasoning
+POINTS = (0.125, 0.25, 0.5, 1.0)  # shares of the training at which everything is measured
+
+
+@dataclass(frozen=True)
+class Run:
+    """What distinguishes one run from another. Two equal Runs are the same run, and are run once."""
+
+    # Model
+    d_model: int = 128
+    n_layers: int = 4
+    n_experts: int = 16
+    top_k: int = 2
+    d_expert: int = 64
+    init_std: float = 0.05  # of the matrices; the embeddings keep their 0.5
+    # Training
+    tokens: int = 2**24
+    lr: float = 0.0  # peak; 0: the best of the rows of the preset `lr` for this width, at the nearest (E, k)
+    batch: int = 32  # windows per step
+    seq_len: int = 256
+    seed: int = 0  # of weights, order, people and problems
+    # Data
+    people: int = 20_000
+    unique: int = 0  # this many different problems, repeated; 0: every one is new
+    max_steps: int = 8  # operations of a word problem
+    mano_length: int = 6  # operations of an expression
+    modulus: int = 10
+    data_tokens: int = 2**26  # of the data directory that runs share; they train on its first `tokens`
+    data: str = ""  # prepared text instead, as for train.py: DIR or DIR:0.7,DIR:0.3; people .. data_tokens then mean nothing
+
+    def __post_init__(self):
+        for name in ("tokens", "batch", "seq_len", "people", "max_steps", "mano_length"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        require(self.tokens >= 10 * self.batch * self.seq_len, "tokens", self.tokens, f"use 10 steps or more: {10 * self.batch * self.seq_len}")
+        require(self.data or self.tokens <= self.data_tokens, "tokens", self.tokens, f"data_tokens={self.data_tokens} must be as many")
+
+    @property
+    def steps(self):
+        return self.tokens // (self.batch * self.seq_len)
+
+
+def key(run):
+    """Names a run in a results file: 12 hex digits of its fields."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(run), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def train_config(run, vocab_size, lr=0.0):
+    """The TrainConfig of a run: the recipe that makes tiny models learn (docs/LOG.md) for its sizes."""
+    heads = max(1, run.d_model // 32)
+    recipe = dict(qk_norm=True, rope_theta=500.0, embed_init_std=0.5, beta2=0.99) if not run.data else dict(beta2=0.95)
+    return TrainConfig(preset="", data=run.data, vocab_size=-(-vocab_size // 64) * 64, d_model=run.d_model, n_layers=run.n_layers, n_heads=heads,
+                       n_kv_heads=heads, head_dim=run.d_model // heads, n_experts=run.n_experts, top_k=run.top_k, d_expert=run.d_expert,
+                       init_std=run.init_std, seq_len=run.seq_len, batch_size=run.batch, steps=run.steps, lr=lr or run.lr, seed=run.seed,
+                       warmup_steps=max(2, run.steps // 20), compile=False, **recipe)
+
+
+def mixture(run):
+    """The MixtureConfig whose training split has about run.data_tokens tokens, by SHARES."""
+    facts = FactsConfig(n_people=run.people, first_names=100, middle_names=100, last_names=200, cities=200, universities=100, majors=100,
+                        employers=100, seed=run.seed)
+    reasoning = ReasoningConfig(max_steps=run.max_steps, modulus=run.modulus, names=max(40, 2 * run.max_steps + 1), mano_length=run.mano_length,
+                                seed=run.seed)
+    wanted = {kind: share * run.data_tokens for kind, share in SHARES.items()}
+    problems = math.ceil(wanted["problem"] / (24 + 16.7 * (1 + run.max_steps) / 2))  # measured for 1 .. 12 steps
+    n_problems = min(run.unique or problems, problems)
+    return procedural.MixtureConfig(facts, reasoning, exposures=math.ceil(wanted["facts"] / TOKENS_OF["facts"] / run.people),
+                                    n_problems=n_problems, repeats=math.ceil(problems / n_problems),
+                                    n_mano=math.ceil(wanted["mano"] / TOKENS_OF["mano"]), window=run.seq_len, seed=run.seed)
+
+
+def data_dir(run, cache):
+    cfg = mixture(run)
+    return Path(cache) / f"data-{hashlib.sha256(json.dumps(dataclasses.asdict(cfg), sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def prepare_data(run, cache, workers=1):
+    """Build the data directory of a run where it is missing. Returns [(directory, weight)]."""
+    if run.data:
+        return parse_sources(run.data)
+    directory = data_dir(run, cache)
+    if not (directory / shards.META).exists():
+        began = time.perf_counter()
+        meta = procedural.build(directory, mixture(run), workers=workers)
+        print(f"{directory}: {meta['splits']['train']['tokens']:,} tokens made in {time.perf_counter() - began:.1f} s", flush=True)
+    return [(str(directory), 1.0)]
+
+
+class Samples:
+    """All windows of a training split on a device, and which of them each step takes: rows_SB of starts into ids, S steps of B."""
+
+    def __init__(self, run, sources, device):
+        flats = [np.concatenate([np.asarray(shard) for shard in shards.open_shards(directory, "train")]) for directory, _ in sources]
+        total = sum(weight for _, weight in sources)
+        rng, starts, offset, needed = np.random.default_rng(run.seed), [], 0, run.steps * run.batch
+        for flat, (directory, weight) in zip(flats, sources, strict=True):
+            windows = (len(flat) - 1) // run.seq_len
+            want = needed if len(flats) == 1 else math.ceil(needed * weight / total)
+            require(windows >= 1, "data", directory, f"its {len(flat):,} tokens hold no window of seq_len={run.seq_len}")
+            if not run.data:  # the first part of a mixture is a mixture with fewer exposures; the last window lacks its last target
+                require(windows >= want - 1, "data_tokens", run.data_tokens, f"the mixture came out at {len(flat):,} tokens; lower tokens")
+                windows = min(windows, want)
+            order = np.concatenate([rng.permutation(windows) for _ in range(math.ceil(want / windows))])[:want]
+            starts.append(offset + order.astype(np.int64) * run.seq_len)
+            offset += len(flat)
+        self.ids = torch.from_numpy(np.concatenate(flats).astype(np.int32)).to(device)
+        starts = np.concatenate(starts)[:needed] if len(flats) == 1 else rng.permutation(np.concatenate(starts))[:needed]
+        self.starts_SB = torch.from_numpy(starts).view(run.steps, run.batch).to(device)
+        self.span = torch.arange(run.seq_len + 1, device=device)
+
+    def batch(self, step):
+        """Tokens and targets (B, L) of a step, given as a device tensor (1,)."""
+        windows = self.ids[self.starts_SB.index_select(0, step).view(-1, 1) + self.span].long()
+        return windows[:, :-1], windows[:, 1:]
+
+
+class Trainer:
+    """`advance(n)` trains n steps. On CUDA the first three run one by one, the others replay one recorded graph."""
+
+    def __init__(self, cfg, samples, device):
+        torch.manual_seed(cfg.seed)
+        self.model, self.cfg, self.samples = GPT(cfg).to(device), cfg, samples
+        self.optimizer = make_optimizer(self.model, cfg)
+        self.lr = torch.zeros((), device=device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr  # a tensor, so that a recorded step reads it anew
+        self.lrs = torch.tensor([lr_at(step, cfg) for step in range(cfg.steps)], dtype=torch.float32).to(device)
+        self.losses = torch.zeros(cfg.steps, device=device)
+        self.counts_NE = torch.zeros(cfg.n_layers, cfg.n_experts, dtype=torch.int64, device=device)  # of all steps
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.cuda, self.side, self.graph, self.done = torch.device(device).type == "cuda", None, None, 0
+
+    def _step(self):
+        self.lr.copy_(self.lrs.index_select(0, self.step)[0])
+        out = self.model(*self.samples.batch(self.step))
+        (out.loss + self.cfg.balance_coef * out.balance + self.cfg.z_coef * out.z).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_norm, foreach=True)
+        self.optimizer.step()
+        self.losses.index_copy_(0, self.step, out.loss.detach().view(1))
+        self.counts_NE += out.counts_NE
+        self.step += 1
+
+    def advance(self, n):
+        self.model.train()
+        self.done += n
+        while n and self.graph is None:
+            with self._beside() if self.cuda else contextlib.nullcontext():
+                self.optimizer.zero_grad(set_to_none=True)
+                self._step()
+            n -= 1
+            if self.cuda and self.done - n == 3:
+                self._record()
+        for _ in range(n):
+            self.graph.replay()
+
+    @contextlib.contextmanager
+    def _beside(self):
+        """On another stream than the default one, where recording wants its rehearsals."""
+        self.side = self.side or torch.cuda.Stream()
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            yield
+        torch.cuda.current_stream().wait_stream(self.side)
+
+    def _record(self):
+        for group in self.optimizer.param_groups:
+            group["capturable"] = True  # the fused optimiser's step counts are on the device anyway
+        self.optimizer.zero_grad(set_to_none=True)  # the recorded backward then writes its gradients instead of adding to old ones
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._step()
+
+    def recent_loss(self):
+        """Mean training loss of the last twentieth of the steps so far: smooth enough to compare runs."""
+        return float(self.losses[self.done - max(1, self.done // 20) : self.done].mean())
+
+
+@torch.no_grad()
+def validation_loss(model, sources, seq_len, device, limit=256):
+    """Mean cross-entropy over the first `limit` validation windows (of each source, by weight), in nats per token."""
+    model.eval()
+    losses = []
+    for directory, weight in sources:
+        flat = np.concatenate([np.asarray(shard) for shard in shards.open_shards(directory, "val")])
+        n = min(limit, (len(flat) - 1) // seq_len)
+        ids = torch.from_numpy(flat[: n * seq_len + 1].astype(np.int64)).to(device)
+        sums = [model(ids[i * seq_len : j * seq_len].view(-1, seq_len), ids[i * seq_len + 1 : j * seq_len + 1].view(-1, seq_len)).loss * (j - i)
+                for i in range(0, n, 64) for j in [min(n, i + 64)]]
+        losses.append((weight, float(sum(sums)) / n))
+    return sum(weight * loss for weight, loss in losses) / sum(weight for weight, _ in losses)
+
+
+def measure(model, directory, n, final):
+    """Both abilities of a model trained on a mixture. n: items per kind and number of steps; unless final, without what costs most."""
+    cfg, enc = procedural.read_config(directory), tokenizer.load(directory)
+    trained = range(1, cfg.reasoning.max_steps + 1)
+    facts = procedural_eval.fact_recall(model, enc, cfg.facts, 5 * n)
+    facts["by_attribute"] = {name: row["recall"] for name, row in facts["by_attribute"].items()}
+    accuracy = procedural_eval.reasoning_accuracy(model, enc, cfg.reasoning, None if final else trained, n if final else max(1, n // 4), batch_size=1024)
+    known = [row["solution"] for steps, row in accuracy.items() if steps in trained]
+    beyond = [row["solution"] for steps, row in accuracy.items() if steps not in trained]
+    mano = procedural_eval.mano_accuracy(model, enc, cfg.reasoning, 2 * n)
+    within = [right for length, right in mano["accuracy"].items() if length <= cfg.reasoning.mano_length]
+    return {"facts": facts, "bits": procedural_eval.stored_bits(model, enc, cfg.facts, 5 * n) if final else None,
+            "problems": {"loss": procedural_eval.solution_loss(model, enc, cfg.reasoning, 4 * n),
+                         "loss_seen": procedural_eval.solution_loss(model, enc, cfg.reasoning, min(4 * n, cfg.n_problems), "train"),
+                         "accuracy": sum(known) / len(known), "beyond": sum(beyond) / len(beyond) if beyond else None,
+                         "by_steps": {steps: row["solution"] for steps, row in accuracy.items()},
+                         "answers_by_steps": {steps: row["answer"] for steps, row in accuracy.items()}},
+            "mano": {"loss": mano["loss"], "accuracy": sum(within) / max(1, len(within)), "by_length": mano["accuracy"]}}
+
+
+def measure_text(model, directory, limit):
+    """Task loss of the gold answers (bits per byte, mean over items) and accuracy where it is a matter of choice; no examples in front."""
+    tokens, source, results = tiktoken_tokens(tokenizer.load(directory)), Source(), {}
+    for name in REAL_TASKS:
+        items = tasks.load(name).items(source, 0)[:limit]
+        texts = {(item.loss_prompt or item.prompt, answer) for item in items for answer in (item.answer, *item.choices)}
+        pairs = {pair: encode_pair(tokens, *pair)[:2] for pair in sorted(texts)}
+        nats = dict(zip(pairs, score(model, list(pairs.values())), strict=True))
+        per_byte = [nats[item.loss_prompt or item.prompt, item.answer] / math.log(2) / len(item.answer.encode()) for item in items]
+        results[name] = {"loss": sum(per_byte) / len(items), "items": len(items)}
+        if items[0].choices:
+            costs = [[nats[item.prompt, choice] for choice in item.choices] for item in items]
+            results[name]["accuracy"] = sum(c.index(min(c)) == item.gold for c, item in zip(costs, items, strict=True)) / len(items)
+    return results
+
+
+@functools.cache
+def revision():
+    """git revision, "+" when tracked files differ from it, else "none"; and a hash of the sources, which a copy without git has too."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("moe_kernels/*.py"), *root.glob("data/*.py"), *root.glob("eval/**/*.py"), root / "study/run.py"]):
+        digest.update(path.read_bytes())
+    git = lambda *args: subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    try:
+        commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        commit = "none"
+    return f"{commit} sources:{digest.hexdigest()[:12]}"
+
+
+def rounded(value):
+    """The same JSON value with six significant digits: a results file is kept for good and compared by eye."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def execute(run, cache, device, lr=0.0, n=100, keep=None):
+    """Train and measure. Returns the row for the results file, JSON types only.
+
+    cache: where data directories are; lr: the peak rate where run.lr is 0; n: size of the measurements (100: standard errors near 1 %);
+    keep: a directory for the final weights, laid out as a run of train.py. A run whose loss is not finite is recorded as diverged."""
+    began, device = time.perf_counter(), torch.device(device)
+    require(lr or run.lr, "lr", 0.0, "choose one: run the preset lr first, or give --lr")
+    sources = prepare_data(run, cache)
+    enc = tokenizer.load(sources[0][0])
+    cfg = train_config(run, enc.n_vocab, lr)
+    params, flops = count_params(cfg), flops_per_token(cfg)
+    trainer = Trainer(cfg, Samples(run, sources, device), device)
+    model, points, seconds = trainer.model, [], 0.0
+    for share in POINTS:
+        clock = time.perf_counter()
+        trainer.advance(max(1, round(share * run.steps)) - trainer.done)
+        loss = trainer.recent_loss()  # waits for the device
+        seconds += time.perf_counter() - clock
+        if not math.isfinite(loss):
+            break
+        final = share == 1
+        found = measure_text(model, sources[0][0], 10 * n) if run.data else measure(model, sources[0][0], n if final else n // 2 or 1, final)
+        points.append({"step": trainer.done, "tokens": trainer.done * run.batch * run.seq_len, "train_loss": loss,
+                       "val_loss": validation_loss(model, sources, run.seq_len, device), **found})
+    load = trainer.counts_NE.float()
+    last = points[-1] if points and points[-1]["step"] == run.steps else {}
+    row = {"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "config": dataclasses.asdict(cfg), "diverged": not last, "tokens": run.tokens,
+           "tpp": run.tokens / params.total, "params": params._asdict(), "flops": run.tokens * flops, **last, "points": points[:-1] if last else points,
+           "load_cv": float((load.std(1, correction=0) / load.mean(1)).mean()), "train_seconds": round(seconds, 3),
+           "seconds": round(time.perf_counter() - began, 3), "tokens_per_s": round(run.tokens / seconds),
+           "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+           "torch": torch.__version__, "revision": revision(), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
+    if keep and last:
+        os.makedirs(keep, exist_ok=True)
+        config.save(dataclasses.replace(cfg, data=run.data or sources[0][0], out_dir=str(keep)), Path(keep) / "config.json")
+        checkpoint.save(keep, run.steps, {"step": run.steps, "config": dataclasses.asdict(cfg), "model": model.state_dict()}, keep=1)
+        checkpoint.replace_file(Path(keep) / "results.json", json.dumps(row, indent=1) + "\n")
+    del trainer, model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rounded(row)
