@@ -2,6 +2,7 @@
 
     build("runs/x/data", seed=1)                                          # what `python train.py` trains on
     build("data/big", MixtureConfig(FactsConfig(n_people=50_000), ...))   # what the study trains on
+    python -m data.procedural --out data/big --config mixture.json --workers 16     # the same for large ones
 
 The result is a data directory as in data/shards.py. Its training split holds every biography `exposures` times in changing words and
 the problems; its validation split new wordings of the same people's biographies and problems with unseen templates. meta.json keeps
@@ -9,9 +10,12 @@ the MixtureConfig, from which `read_config` and the generators recover everythin
 """
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import multiprocessing
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -82,7 +86,11 @@ def read_config(data_dir: str | Path) -> MixtureConfig:
     meta = read_meta(data_dir)
     if "procedural" not in meta:
         raise ValueError(f"{data_dir}: not procedural data; write some with data.procedural.build")
-    kept = meta["procedural"]
+    return from_dict(meta["procedural"])
+
+
+def from_dict(kept: dict) -> MixtureConfig:
+    """What dataclasses.asdict(cfg) was made from; TypeError for unknown fields."""
     return MixtureConfig(**kept | {"facts": FactsConfig(**kept["facts"]), "reasoning": ReasoningConfig(**kept["reasoning"])})
 
 
@@ -165,3 +173,22 @@ def _pack(enc, texts: list[str], window: int) -> np.ndarray:
 def prompt(enc, text: str) -> list[int]:
     """A prompt as documents start in the data: eos, then the text."""
     return [enc.eot_token, *enc.encode_ordinary(text)]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Write a data directory of biographies and problems.")
+    parser.add_argument("--out", required=True, help="the directory")
+    parser.add_argument("--config", help="JSON of a MixtureConfig with all fields of facts and reasoning; default: the main job's")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    args = parser.parse_args(argv)
+    try:
+        cfg = from_dict(json.loads(Path(args.config).read_text())) if args.config else None
+        meta = build(args.out, cfg, overwrite=args.overwrite, workers=args.workers)
+    except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.out}: {meta['splits']['train']['tokens']:,} training tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from eval.taskloss import encode_pair, score, tiktoken_tokens
 from model import GPT, count_params, flops_per_token
 from train import TrainConfig, lr_at, make_optimizer, parse_sources
 
+ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"facts": 0.40, "problem": 0.45, "mano": 0.15}  # of the training tokens
 TOKENS_OF = {"facts": 51, "mano": 13.8}  # mean length of a document, its eos included; problems: see `mixture`
 REAL_TASKS = ("triviaqa", "hellaswag", "gsm8k", "humaneval")  # the paper's: two of memory, two of reasoning
@@ -95,12 +97,12 @@ def train_config(run, vocab_size, lr=0.0):
 
 
 def mixture(run):
-    """The MixtureConfig whose training split has about run.data_tokens tokens, by SHARES."""
+    """The MixtureConfig whose training split has run.data_tokens tokens or a few percent more, by SHARES."""
     facts = FactsConfig(n_people=run.people, first_names=100, middle_names=100, last_names=200, cities=200, universities=100, majors=100,
                         employers=100, seed=run.seed)
     reasoning = ReasoningConfig(max_steps=run.max_steps, modulus=run.modulus, names=max(40, 2 * run.max_steps + 1), mano_length=run.mano_length,
                                 seed=run.seed)
-    wanted = {kind: share * run.data_tokens for kind, share in SHARES.items()}
+    wanted = {kind: 1.03 * share * run.data_tokens for kind, share in SHARES.items()}
     problems = math.ceil(wanted["problem"] / (24 + 16.7 * (1 + run.max_steps) / 2))  # measured for 1 .. 12 steps
     n_problems = min(run.unique or problems, problems)
     return procedural.MixtureConfig(facts, reasoning, exposures=math.ceil(wanted["facts"] / TOKENS_OF["facts"] / run.people),
@@ -120,8 +122,16 @@ def prepare_data(run, cache, workers=1):
     directory = data_dir(run, cache)
     if not (directory / shards.META).exists():
         began = time.perf_counter()
-        meta = procedural.build(directory, mixture(run), workers=workers)
-        print(f"{directory}: {meta['splits']['train']['tokens']:,} tokens made in {time.perf_counter() - began:.1f} s", flush=True)
+        if workers > 1:  # a program of its own: its many processes would otherwise each import everything that this one has
+            file = directory.resolve().with_suffix(".json")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(dataclasses.asdict(mixture(run))))
+            subprocess.run([sys.executable, "-m", "data.procedural", f"--out={directory.resolve()}", f"--config={file}", f"--workers={workers}"],
+                           cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        else:
+            procedural.build(directory, mixture(run))
+        tokens = shards.read_meta(directory)["splits"]["train"]["tokens"]
+        print(f"{directory}: {tokens:,} tokens made in {time.perf_counter() - began:.1f} s", flush=True)
     return [(str(directory), 1.0)]
 
 
@@ -268,11 +278,10 @@ def measure_text(model, directory, limit):
 @functools.cache
 def revision():
     """git revision, "+" when tracked files differ from it, else "none"; and a hash of the sources, which a copy without git has too."""
-    root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *root.glob("moe_kernels/*.py"), *root.glob("data/*.py"), *root.glob("eval/**/*.py"), root / "study/run.py"]):
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("moe_kernels/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("eval/**/*.py"), ROOT / "study/run.py"]):
         digest.update(path.read_bytes())
-    git = lambda *args: subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
     try:
         commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -295,7 +304,7 @@ def execute(run, cache, device, lr=0.0, n=100, keep=None):
     cache: where data directories are; lr: the peak rate where run.lr is 0; n: size of the measurements (100: standard errors near 1 %);
     keep: a directory for the final weights, laid out as a run of train.py. A run whose loss is not finite is recorded as diverged."""
     began, device = time.perf_counter(), torch.device(device)
-    require(lr or run.lr, "lr", 0.0, "choose one: run the preset lr first, or give --lr")
+    require(lr or run.lr, "lr", 0.0, "run the sweep preset lr first: it finds one for every (E, k)")
     sources = prepare_data(run, cache)
     enc = tokenizer.load(sources[0][0])
     cfg = train_config(run, enc.n_vocab, lr)
