@@ -46,7 +46,7 @@ def pilot(data):
     sizes = [dict(d_model=d, d_expert=d // 2, n_experts=e) for d in (128, 64, 256) for e in (16, 128)]
     runs = [Run(**size, tokens=2**24, lr=4e-3) for size in sizes]
     runs += [Run(tokens=2**24, lr=4e-3, batch=64), Run(tokens=2**24, lr=4e-3, n_layers=6), Run(tokens=2**24, lr=4e-3, people=5_000),
-             Run(tokens=2**24, lr=4e-3, modulus=7), Run(tokens=2**26, lr=4e-3), Run(tokens=2**26, lr=4e-3, n_experts=128)]
+             Run(tokens=2**24, lr=4e-3, modulus=10), Run(tokens=2**26, lr=4e-3), Run(tokens=2**26, lr=4e-3, n_experts=128)]
     return runs
 
 
@@ -146,6 +146,10 @@ def work(device, threads, cache, items, inbox, outbox):
                 return  # nothing works after that in this process
 
 
+def threads_of(processes):
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // processes))
+
+
 def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, items=100, keep=()):
     """Run what is missing of `runs` (a list of Run, in this order) and append to the file `results`. Returns the number of failed runs.
 
@@ -156,7 +160,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     done = {row["key"] for row in rows}
     runs = list({key(run): run for run in runs}.values())
     todo = [run for run in runs if key(run) not in done]
-    name = torch.cuda.get_device_name(devices[0]) if devices[0].startswith("cuda") else f"CPU, {max(1, (os.cpu_count() or 1) // jobs)} threads"
+    name = torch.cuda.get_device_name(devices[0]) if devices[0].startswith("cuda") else f"CPU, {threads_of(jobs)} threads"
     lanes = min(len(devices) * jobs, max(1, len(todo)))
 
     def left():
@@ -173,7 +177,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
         return 0
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Queue(), context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // (jobs * len(devices)))
+    threads = threads_of(jobs * len(devices))
     workers = [context.Process(target=work, args=(devices[i % len(devices)], threads, cache, items, inbox, outbox), daemon=True) for i in range(lanes)]
     for worker in workers:
         worker.start()
