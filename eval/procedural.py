@@ -22,6 +22,7 @@ from model import count_params
 
 
 @torch.no_grad()
+@any_shape
 def graded(model, enc, pairs, max_tokens: int = 2**15) -> list[tuple[float, int, bool]]:
     """(nats, tokens, right) of each answer after its question, for pairs of texts. right: greedy decoding would write the answer, that
     is, each of its tokens is the most probable one after those before it. The order of the pairs does not matter."""

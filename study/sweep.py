@@ -45,7 +45,7 @@ def smoke(data):
 def pilot(data):
     sizes = [dict(d_model=d, d_expert=d // 2, n_experts=e) for d in (128, 64, 256) for e in (16, 128)]
     runs = [Run(**size, tokens=2**24, lr=4e-3) for size in sizes]
-    runs += [Run(tokens=2**24, lr=4e-3, batch=64), Run(tokens=2**24, lr=4e-3, n_layers=6), Run(tokens=2**24, lr=4e-3, people=5_000),
+    runs += [Run(tokens=2**24, lr=4e-3, batch=16), Run(tokens=2**24, lr=4e-3, n_layers=6), Run(tokens=2**24, lr=4e-3, people=5_000),
              Run(tokens=2**24, lr=4e-3, modulus=10), Run(tokens=2**26, lr=4e-3), Run(tokens=2**26, lr=4e-3, n_experts=128)]
     return runs
 
