@@ -147,7 +147,7 @@ def solve(model, enc, problems, batch_size: int = 256) -> list[str]:
 
 def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
     """Right answers to n expressions of each length that training never had, from 2 operations to two more than it had: nothing is
-    written down between question and answer. -> {"loss": nats per answer of trained lengths, "accuracy": {length: share}, "chance": 1 / modulus}
+    written down between question and answer. -> {"loss": nats per answer of trained lengths, "accuracy": {length: share}, "chance"}
     """
     lengths = range(2, cfg.mano_length + 3)
     problems = [reasoning.mano(cfg, i, "test", length) for length in lengths for i in range(n)]
@@ -161,6 +161,10 @@ def solution_loss(model, enc, cfg: ReasoningConfig, n: int, split: str = "test")
     """Nats per token of worked solutions: of n problems of unseen templates, or, with split "train", of the first n that training had."""
     problems = [reasoning.problem(cfg, i, split) for i in range(n)]
     return loss_of(graded(model, enc, [(p.question, p.solution) for p in problems]))
+
+
+def _trained(steps: int, most: int) -> str:
+    return f"{steps}" if steps <= most else f"{steps} (untrained)"
 
 
 def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[str, dict]:
@@ -181,14 +185,13 @@ def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[
         accuracy = reasoning_accuracy(model, enc, cfg.reasoning, n=n_problems)
         scores["reasoning"] = accuracy
         lines += ["", "reasoning on unseen templates", f"{'steps':<16}{'answer':>8}{'solution':>10}{'chance':>8}"]
-        lines += [f"{f'{s}' if s <= cfg.reasoning.max_steps else f'{s} (untrained)':<16}{row['answer']:>8.1%}{row['solution']:>10.1%}{row['chance']:>8.1%}"
+        lines += [f"{_trained(s, cfg.reasoning.max_steps):<16}{row['answer']:>8.1%}{row['solution']:>10.1%}{row['chance']:>8.1%}"
                   for s, row in accuracy.items()]
         samples.append(reasoning.problem(cfg.reasoning, n_problems, "test", min(3, cfg.reasoning.max_steps)).question)
     if cfg.n_mano:
         mano = scores["mano"] = mano_accuracy(model, enc, cfg.reasoning, n_problems)
         lines += ["", "mental arithmetic, without any steps", f"{'operations':<16}{'answer':>8}{'chance':>8}"]
-        lines += [f"{f'{s}' if s <= cfg.reasoning.mano_length else f'{s} (untrained)':<16}{right:>8.1%}{mano['chance']:>8.1%}"
-                  for s, right in mano["accuracy"].items()]
+        lines += [f"{_trained(s, cfg.reasoning.mano_length):<16}{right:>8.1%}{mano['chance']:>8.1%}" for s, right in mano["accuracy"].items()]
     prompts = [prompt(enc, text) for text in samples]
     room = min(96, model.cfg.seq_len - max(map(len, prompts)))
     scores["samples"] = []

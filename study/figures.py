@@ -107,7 +107,8 @@ def regime_figures(plt, regime, cells):
     yield "fig1", grid_figure(plt, [
         ("training", "total parameters", "loss, nats per token", lines(total, train_loss), 10),
         ("validation", "total parameters", "loss, nats per token", lines(total, lambda r: r["val_loss"]), 10),
-        *((kind(task), "total parameters", f"task loss, {unit}", lines(total, loss_of(task)), 10) for task in names)], f"Loss and total size: {regime}", 3)
+        *((kind(task), "total parameters", f"task loss, {unit}", lines(total, loss_of(task)), 10) for task in names),
+    ], f"Loss and total size: {regime}", 3)
     yield "fig2", grid_figure(plt, [(kind(task), "training loss", f"task loss, {unit}", lines(train_loss, loss_of(task)), None) for task in names],
                               f"Task loss and training loss: {regime}")
     if scored:
@@ -120,7 +121,7 @@ def regime_figures(plt, regime, cells):
         yield "bits", grid_figure(plt, [
             ("per parameter", "total parameters", "bits", lines(total, lambda r: r["bits"]["per_parameter"]), 10),
             ("per active parameter", "total parameters", "bits", lines(total, lambda r: r["bits"]["per_active_parameter"]), 10),
-            ("in all, of what there is to know", "total parameters", "%", lines(total, lambda r: 100 * r["bits"]["total"] / r["bits"]["possible"]), 10),
+            ("of all there is to know", "total parameters", "%", lines(total, lambda r: 100 * r["bits"]["total"] / r["bits"]["possible"]), 10),
         ], f"Bits stored about {row['run']['people']:,} people: {regime}")
 
 
@@ -139,12 +140,14 @@ def pooled_figures(plt, title, groups):
 
             colours = matplotlib.colormaps["viridis"]
             for i, share in enumerate(sparsities):
-                points = [(point["train_loss"], 100 - 100 * accuracy(point, task)) for row in rows if density(row) == share for point in (*row["points"], row)]
+                of_this = [point for row in rows if density(row) == share for point in (*row["points"], row)]
+                points = [(point["train_loss"], 100 - 100 * accuracy(point, task)) for point in of_this]
                 label = f"sparsity {1 - share:.3g}" if len(sparsities) <= 6 or i % (len(sparsities) // 5) == 0 else None
                 axis.plot(*zip(*points, strict=True), "o", ms=2.5, color=colours(i / max(1, len(sparsities) - 1)), label=label)
         return draw
 
-    yield "fig4", grid_figure(plt, [(names[task], "training loss", "error, %", errors(task), None) for task in scored], f"Error at equal training loss: {title}")
+    yield "fig4", grid_figure(plt, [(names[task], "training loss", "error, %", errors(task), None) for task in scored],
+                              f"Error at equal training loss: {title}")
 
     def over_tpp(task):
         def draw(axis):

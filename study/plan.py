@@ -95,7 +95,8 @@ def paper_table(args):
     lines.append(f"{'model':<22}{'tokens':>9}{'TPP':>8}{'total':>9}{'active':>9}{'FLOPs':>10}{'GiB/GPU':>9}{'hours':>10}")
     for plan in plans[: args.rows]:
         hours = "n/a" if plan.hours is None else f"{plan.hours:,.2f}" if plan.hours < 100 else f"{plan.hours:,.0f}"
-        lines.append(f"{plan.name:<22}{short(plan.tokens):>9}{plan.tpp:>8.3g}{short(plan.total):>9}{short(plan.active):>9}{plan.flops:>10.2e}{plan.gib:>9.1f}{hours:>10}")
+        lines.append(f"{plan.name:<22}{short(plan.tokens):>9}{plan.tpp:>8.3g}{short(plan.total):>9}{short(plan.active):>9}{plan.flops:>10.2e}"
+                     f"{plan.gib:>9.1f}{hours:>10}")
     if len(plans) > args.rows:
         lines.append(f"... and {len(plans) - args.rows} more that fit (--rows)")
     sources = "; ".join(f"{row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']} ({row['source']})" for *_, row in measured)
@@ -123,7 +124,8 @@ def own_table(args):
         regime, e, k = cell
         runs = [row for _, row in found[cell]]
         params = runs[0]["params"]
-        lines.append(f"{e:>4}{k:>3}{runs[0]['tpp']:>8.3g}{short(params['total']):>9}{short(params['active']):>9}{runs[0]['flops']:>10.2e}{means[cell]:>8.1%}"
+        lines.append(f"{e:>4}{k:>3}{runs[0]['tpp']:>8.3g}{short(params['total']):>9}{short(params['active']):>9}{runs[0]['flops']:>10.2e}"
+                     f"{means[cell]:>8.1%}"
                      f"{len({row['run']['seed'] for row in runs}):>7}{sum(row['train_seconds'] for row in runs) / len(runs):>9.1f}   {regime}")
     what = "values recalled" if args.purpose == "memory" else "mean of whole solutions and mental arithmetic, trained lengths"
     return [*lines, "", f"score: {what}; one device, {', '.join(sorted({row['device'] for row in rows}))}"]

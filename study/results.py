@@ -57,7 +57,7 @@ def tasks_of(row):
 
 
 def accuracy(row, task):
-    """Share of right answers: values recalled, whole solutions of trained lengths, expressions of trained lengths; None where only loss is measured."""
+    """Share of right answers: values recalled, whole solutions and expressions of trained lengths; None where only loss is measured."""
     return row[task].get("overall", row[task].get("accuracy"))
 
 

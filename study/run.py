@@ -217,7 +217,8 @@ def measure(model, directory, n, final):
     steps = range(1, cfg.reasoning.max_steps * 3 // 2 + 1) if final else trained
     facts = procedural_eval.fact_recall(model, enc, cfg.facts, 5 * n)
     facts["by_attribute"] = {name: row["recall"] for name, row in facts["by_attribute"].items()}
-    accuracy = procedural_eval.reasoning_accuracy(model, enc, cfg.reasoning, steps, n if final else max(1, n // 4), batch_size=1024)
+    each = n if final else max(1, n // 4)  # generating is the slowest part
+    accuracy = procedural_eval.reasoning_accuracy(model, enc, cfg.reasoning, steps, each, batch_size=1024)
     known = [row["solution"] for s, row in accuracy.items() if s in trained]
     beyond = [row["solution"] for s, row in accuracy.items() if s not in trained]
     mano = procedural_eval.mano_accuracy(model, enc, cfg.reasoning, 2 * n)
@@ -228,7 +229,8 @@ def measure(model, directory, n, final):
                          "accuracy": sum(known) / len(known), "beyond": sum(beyond) / len(beyond) if beyond else None,
                          "by_steps": {str(s): row["solution"] for s, row in accuracy.items()},
                          "answers_by_steps": {str(s): row["answer"] for s, row in accuracy.items()}},
-            "mano": {"loss": mano["loss"], "accuracy": sum(within) / max(1, len(within)), "by_length": {str(s): share for s, share in mano["accuracy"].items()}}}
+            "mano": {"loss": mano["loss"], "accuracy": sum(within) / max(1, len(within)),
+                     "by_length": {str(length): right for length, right in mano["accuracy"].items()}}}
 
 
 def measure_text(model, directory, limit):
@@ -251,7 +253,7 @@ def measure_text(model, directory, limit):
 def revision():
     """git revision, "+" when tracked files differ from it, else "none"; and a hash of the sources, which a copy without git has too."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("moe_kernels/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("eval/**/*.py"), ROOT / "study/run.py"]):
+    for path in sorted(file for pattern in ("*.py", "moe_kernels/*.py", "data/*.py", "eval/**/*.py", "study/run.py") for file in ROOT.glob(pattern)):
         digest.update(path.read_bytes())
     git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
     try:
@@ -294,8 +296,9 @@ def execute(run, cache, device, lr=0.0, n=100, keep=None):
         points.append({"step": trainer.done, "tokens": trainer.done * run.batch * run.seq_len, "train_loss": loss,
                        "val_loss": validation_loss(model, sources, run.seq_len, device), **found})
     last = points[-1] if points and points[-1]["step"] == run.steps else {}
-    row = {"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "config": dataclasses.asdict(cfg), "diverged": not last, "tokens": run.tokens,
-           "tpp": run.tokens / params.total, "params": params._asdict(), "flops": run.tokens * flops, **last, "points": points[:-1] if last else points,
+    row = {"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "config": dataclasses.asdict(cfg), "diverged": not last,
+           "tokens": run.tokens, "tpp": run.tokens / params.total, "params": params._asdict(), "flops": run.tokens * flops,
+           **last, "points": points[:-1] if last else points,
            "load_cv": load_cv, "train_seconds": round(seconds, 3),
            "seconds": round(time.perf_counter() - began, 3), "tokens_per_s": round(run.tokens / seconds),
            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",

@@ -22,6 +22,7 @@ import math
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 import time
 
@@ -45,9 +46,9 @@ def smoke(data):
 def pilot(data):
     sizes = [dict(d_model=d, d_expert=d // 2, n_experts=e) for d in (128, 64, 256) for e in (16, 128)]
     runs = [Run(**size, tokens=2**24, lr=4e-3) for size in sizes]
-    runs += [Run(tokens=2**24, lr=4e-3, batch=16), Run(tokens=2**24, lr=4e-3, n_layers=6), Run(tokens=2**24, lr=4e-3, people=5_000),
-             Run(tokens=2**24, lr=4e-3, modulus=10), Run(tokens=2**26, lr=4e-3), Run(tokens=2**26, lr=4e-3, n_experts=128)]
-    return runs
+    variants = [dict(batch=16), dict(n_layers=6), dict(people=5_000, data_tokens=2**24), dict(modulus=10, data_tokens=2**24), dict(tokens=2**26),
+                dict(tokens=2**26, n_experts=128)]
+    return runs + [Run(lr=4e-3, **variant) for variant in variants]
 
 
 def lr(data):
@@ -178,7 +179,8 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Queue(), context.Queue()
     threads = threads_of(jobs * len(devices))
-    workers = [context.Process(target=work, args=(devices[i % len(devices)], threads, cache, items, inbox, outbox), daemon=True) for i in range(lanes)]
+    arguments = [(devices[i % len(devices)], threads, cache, items, inbox, outbox) for i in range(lanes)]
+    workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
     for worker in workers:
         worker.start()
     try:
@@ -203,6 +205,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
                 if len(failed) >= 3 and not any(key(r) not in done for r in runs if r not in failed + todo):
                     break  # nothing works
                 continue
+            row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
             append(results, row)
             rows.append(row)
             print(f"{line(row)} | {left()}", flush=True)
@@ -238,7 +241,8 @@ def choose(todo, running, rows, ends, name):
 def line(row):
     """A finished run for people."""
     run = row["run"]
-    head = f"d={run['d_model']} E={run['n_experts']} k={run['top_k']} F={run['d_expert']} lr={row['lr']:g} tokens={row['tokens'] / 1e6:.1f}M seed={run['seed']}"
+    head = (f"d={run['d_model']} E={run['n_experts']} k={run['top_k']} F={run['d_expert']} lr={row['lr']:g} tokens={row['tokens'] / 1e6:.1f}M "
+            f"seed={run['seed']}")
     if row["diverged"]:
         return f"{head}: diverged"
     if run["data"]:
@@ -260,6 +264,7 @@ def cli(argv=None):
     parser.add_argument("--keep", default="", help="families whose final weights are kept under CACHE/weights: E16k2,E64k2")
     parser.add_argument("--items", type=int, default=100, help="size of the measurements: problems per number of steps (default: %(default)s)")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit from outside then ends the workers too
     cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cuda else ["cpu"]
     try:

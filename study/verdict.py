@@ -282,20 +282,25 @@ def number(value):
     return "–" if value is None else f"{value:+.2f}"
 
 
+def device_seconds(row):
+    return row["seconds"] / row["jobs"]
+
+
 def missing(presets, rows):
-    """(runs missing of these presets, minutes they would take at the mean speed of the finished runs on one device, or None)."""
+    """(runs missing of these presets, minutes of one GPU that they would take at the mean speed of the finished ones, or None)."""
     done = {row["key"] for row in rows}
     todo = list({key(run): run for name in presets for run in PRESETS[name]("") if key(run) not in done}.values())
-    tokens = sum(row["tokens"] for row in rows if "GPU" in row["device"] or "NVIDIA" in row["device"])
-    seconds = sum(row["seconds"] for row in rows if "GPU" in row["device"] or "NVIDIA" in row["device"])
+    on_gpu = [row for row in rows if not row["device"].startswith("CPU")]
+    tokens, seconds = sum(row["tokens"] for row in on_gpu), sum(device_seconds(row) for row in on_gpu)
     return len(todo), sum(run.tokens for run in todo) * seconds / tokens / 60 if tokens else None
 
 
 def tables(rows):
     """The generated part of docs/STUDY.md."""
     tests = [list(compute(rows)) for _, compute, _ in CLAIMS]
-    lines = [f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 60:.1f} minutes of device time, {sum(row['flops'] for row in rows):.3g} training "
-             f"FLOPs on {', '.join(sorted({row['device'] for row in rows})) or 'no device yet'}; {sum(row['diverged'] for row in rows)} diverged.", "",
+    minutes, flops = sum(device_seconds(row) for row in rows) / 60, sum(row["flops"] for row in rows)
+    devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
+    lines = [f"{len(rows)} runs, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; {sum(row['diverged'] for row in rows)} diverged.", "",
              "| claim of the paper | verdict | sets of runs: for / against / open | still missing |", "|---|---|---|---|"]
     for number_, ((text, _, presets), found) in enumerate(zip(CLAIMS, tests, strict=True), 1):
         verdicts = [decide(test) for test in found]
@@ -312,9 +317,9 @@ def tables(rows):
         lines += ["| runs | effect | 95 % interval | margin | seeds | verdict |", "|---|---|---|---|---|---|"]
         for test in found:
             mean, low, high = interval(test.effects.values())
-            sign = "below" if test.little else "above"
+            margin = f"{'below' if test.little else 'above'} {test.margin:g}"
             note = f" ({test.note})" if test.note else f" (fewer than {MIN_SEEDS} seeds)" if len(test.effects) < MIN_SEEDS else ""
-            lines.append(f"| {test.where}; {test.runs} runs | {number(mean)} {test.unit} | {number(low)} to {number(high)} | {sign} {test.margin:g} | "
+            lines.append(f"| {test.where}; {test.runs} runs | {number(mean)} {test.unit} | {number(low)} to {number(high)} | {margin} | "
                          f"{len(test.effects)} | {decide(test)}{note} |")
     return "\n".join(lines)
 
