@@ -300,7 +300,8 @@ def tables(rows):
     tests = [list(compute(rows)) for _, compute, _ in CLAIMS]
     minutes, flops = sum(device_seconds(row) for row in rows) / 60, sum(row["flops"] for row in rows)
     devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
-    lines = [f"{len(rows)} runs, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; {sum(row['diverged'] for row in rows)} diverged.", "",
+    diverged = sum(row["diverged"] for row in rows)
+    lines = [f"{len(rows)} runs, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; {diverged} diverged.", "",
              "| claim of the paper | verdict | sets of runs: for / against / open | still missing |", "|---|---|---|---|"]
     for number_, ((text, _, presets), found) in enumerate(zip(CLAIMS, tests, strict=True), 1):
         verdicts = [decide(test) for test in found]

@@ -130,8 +130,8 @@ def fake(config, effect=None, rng=random.Random(0)):
                 "mano": {"accuracy": b, "loss": 1 - b}}
 
     return {"key": key(config), "run": dataclasses.asdict(config), "lr": cfg.lr, "diverged": False, "tokens": config.tokens, "jobs": 1,
-            "tpp": config.tokens / params.total, "params": params._asdict(), "flops": config.tokens * flops_per_token(cfg), "points": [point(0.5)], **point(1.0), "seconds": 10.0,
-            "train_seconds": 8.0, "tokens_per_s": 10**6, "device": "NVIDIA fake",
+            "tpp": config.tokens / params.total, "params": params._asdict(), "flops": config.tokens * flops_per_token(cfg),
+            "points": [point(0.5)], **point(1.0), "seconds": 10.0, "train_seconds": 8.0, "tokens_per_s": 10**6, "device": "NVIDIA fake",
             "bits": {"per_parameter": memory, "per_active_parameter": memory, "total": memory, "possible": 1}}
 
 
