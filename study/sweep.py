@@ -167,6 +167,8 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     lanes = min(len(devices) * jobs, max(1, len(todo)))
 
     def left():
+        if not todo and not running:
+            return f"all {len(runs)} runs are finished"
         known = [estimate(run, rows, name) for run in todo + list(running.values())]
         known = [seconds for seconds in known if seconds is not None]
         if not known:

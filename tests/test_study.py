@@ -77,6 +77,20 @@ def test_the_training_step_is_that_of_train_py(cache):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_recorded_steps_are_plain_steps(cache):
+    """Twelve steps, nine of them replayed, follow the same losses as twelve plain ones: data, rate and position move on inside the graph."""
+    cfg = run.train_config(TINY, 1344)
+    losses = []
+    for plain in (False, True):
+        trainer = run.Trainer(cfg, run.Samples(TINY, run.prepare_data(TINY, cache), "cuda"), "cuda")
+        if plain:
+            trainer.run_step = trainer._step
+        losses.append([trainer.advance(step)[0] for step in range(1, 13)])
+        assert int(trainer.position) == 12
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[0][-1] < losses[0][0] - 0.3
+
+
 def test_mixture_has_the_tokens_and_the_different_problems_it_is_asked_for(tmp_path):
     asked = dataclasses.replace(TINY, data_tokens=2**18, seq_len=256, batch=1, unique=50)
     meta = shards.read_meta(run.prepare_data(asked, tmp_path)[0][0])
