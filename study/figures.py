@@ -182,7 +182,7 @@ def draw(rows, out):
         work = [(str(regime), regime_figures(plt, regime, cells)) for regime, cells in found.items()]
         for regime, cells in found.items():
             pools[regime._replace(tokens=0)].append((regime, cells))
-        work += [(title, pooled_figures(plt, title, groups)) for pool, groups in pools.items() for title in [str(pool).replace(" 0 M tokens,", "")]]
+        work += [(str(pool), pooled_figures(plt, pool, groups)) for pool, groups in pools.items()]
         for title, figures in work:
             for name, figure in figures:
                 path = out / f"{name}-{re.sub('[^a-z0-9.]+', '-', title.lower())}.png"

@@ -1,6 +1,6 @@
 """The results file of the study: JSON lines, one for every finished run (written by study/sweep.py, described in study/run.py).
 
-A regime is what runs must share to be compared over E and k: sizes, tokens, and how many different problems there are.
+A regime is what runs must share to be compared over E and k.
 """
 
 import json
@@ -16,16 +16,27 @@ MEMORY = ("facts", "triviaqa", "hellaswag")
 
 
 class Regime(NamedTuple):
+    """Every field of a Run but E, k, seed, rate and initial weights; data_tokens too, which changes no distribution, is left out."""
+
     d_model: int
     n_layers: int
     d_expert: int
     tokens: int
     unique: int
     data: str
+    batch: int
+    seq_len: int
+    people: int
+    max_steps: int
+    mano_length: int
+    modulus: int
 
     def __str__(self):
         what = "text" if self.data else f"{self.unique:,} problems repeated" if self.unique else "fresh problems"
-        return f"d={self.d_model}, F={self.d_expert}, {self.tokens / 1e6:.3g} M tokens, {what}"
+        unusual = [f"{name} {value}" for name, value in self._asdict().items()
+                   if name not in ("d_model", "d_expert", "tokens", "unique", "data") and value != getattr(Run, name)]
+        tokens = [f"{self.tokens / 1e6:.3g} M tokens"] if self.tokens else []
+        return ", ".join([f"d={self.d_model}", f"F={self.d_expert}", *tokens, what, *unusual])
 
 
 def read(path):

@@ -191,8 +191,7 @@ def denser_at_equal_loss(rows):
                     density, loss, y = np.array(points).T
                     design = np.stack([np.ones_like(loss), loss - loss.mean(), (loss - loss.mean()) ** 2, density], 1)
                     effects[seed] = float(np.linalg.lstsq(design, y, rcond=None)[0][3])
-            what = f"d={regime.d_model}, {regime.unique or 'fresh' if not regime.data else 'text'}; {tasks_of(sample)[task]}"
-            yield Test(what, effects, 0.5, "points per doubling of k/E at equal loss", n)
+            yield Test(f"{regime}; {tasks_of(sample)[task]}", effects, 0.5, "points per doubling of k/E at equal loss", n)
 
 
 def top_k_alone(rows):
@@ -201,13 +200,13 @@ def top_k_alone(rows):
     for row in rows:
         run = row["run"]
         if not row["diverged"] and run["init_std"] == Run.init_std and run["lr"] and not run["data"] and not run["unique"]:
-            group = run["d_model"], run["n_layers"], run["tokens"], run["top_k"] * run["d_expert"], run["n_experts"] * run["d_expert"], run["lr"]
+            group = results.regime(row)._replace(d_expert=0), run["top_k"] * run["d_expert"], run["n_experts"] * run["d_expert"], run["lr"]
             groups[group][run["seed"]][run["top_k"]] = row
-    for (d, _, tokens, active, total, _), seeds in sorted(groups.items()):
+    for (regime, active, total, _), seeds in sorted(groups.items()):
         full = {seed: line for seed, line in seeds.items() if len(line) >= 3}
         if not full:
             continue
-        where = f"d={d}, {tokens / 1e6:.3g} M tokens, k F={active}, E F={total}"
+        where = f"{regime}".replace("F=0", f"k F={active}, E F={total}")
         spread = lambda line, f: (max(map(f, line.values())) - min(map(f, line.values())))  # noqa: E731
         losses = {s: 100 * spread(line, lambda row: row["val_loss"]) / min(row["val_loss"] for row in line.values()) for s, line in full.items()}
         yield Test(f"{where}; validation loss", losses, 2.0, "% between the best and worst k", sum(map(len, full.values())), little=True)

@@ -88,7 +88,7 @@ def test_recorded_steps_are_plain_steps(cache):
             trainer.run_step = trainer._step
         losses.append([trainer.advance(step)[0] for step in range(1, 13)])
         assert int(trainer.position) == 12
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[0][-1] < losses[0][0] - 0.3
+    assert losses[0] == pytest.approx(losses[1], rel=3e-2) and losses[0][-1] < losses[0][0] - 0.3
 
 
 def test_mixture_has_the_tokens_and_the_different_problems_it_is_asked_for(tmp_path):
