@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"facts": 0.35, "problem": 0.55, "mano": 0.10}  # of the training tokens
 TOKENS_OF = {"facts": 51, "mano": 13.8}  # mean length of a document, its eos included; problems: see `mixture`
 REAL_TASKS = ("triviaqa", "hellaswag", "gsm8k", "humaneval")  # the paper's: two of memory, two of reasoning
-POINTS = (0.125, 0.25, 0.5, 1.0)  # shares of the training at which everything is measured
+POINTS = (0.25, 0.5, 1.0)  # shares of the training at which everything is measured
 
 
 @dataclass(frozen=True)
