@@ -8,7 +8,7 @@ The rules, the same for every claim:
   interval   95 %: bootstrap over the seeds, widened by sqrt(n/(n-1)) * t(n-1)/1.96 because the bootstrap alone is too sure with few seeds
   margin     the smallest effect that would matter, fixed here, not fitted
   verdict    supported: the interval lies above 0 and the effect reaches the margin; not supported: the interval lies below the margin;
-             undecided: anything else, and always with fewer than MIN_SEEDS seeds.
+             undecided: anything else, and always with fewer than MIN_SEEDS seeds. Lines of models that learned nothing, or everything, have no say.
 A claim with several regimes or tasks is supported when some are and none is not, "mixed" when both happen.
 """
 
@@ -121,10 +121,30 @@ def peak(line, task, seed):
     return max(means, key=means.get)
 
 
-def varies(line, task, least=5.0):
-    """Whether the mean score differs over E by more than `least`: a curve that is flat at 0 or 100 % has no optimum."""
-    means = [np.mean([score(row, task) for row in cell.values()]) for cell in line.values()]
-    return max(means) - min(means) > least
+def turned(seeds):
+    """{seed: {value: row}} -> {value: {seed: row}}"""
+    cells = defaultdict(dict)
+    for seed, line in seeds.items():
+        for value, row in line.items():
+            cells[value][seed] = row
+    return cells
+
+
+def telling(lines, task, least=0.0):
+    """The lines that can say something: somewhere 5 points above chance, somewhere below 95 %, and differing over E by more than `least`."""
+    found = {}
+    for k, line in lines.items():
+        run = next(iter(next(iter(line.values())).values()))["run"]
+        floor = 5 + (100 / run["modulus"] if task == "mano" else 0)
+        means = [np.mean([score(row, task) for row in cell.values()]) for cell in line.values()]
+        learned = run["data"] or max(means) > floor and min(means) < 95
+        if learned and max(means) - min(means) >= least:
+            found[k] = line
+    return found
+
+
+def silence(lines):
+    return "" if lines else "nothing learned, or everything, at every k"
 
 
 def first_row(cells):
@@ -139,8 +159,9 @@ def memory_rises(rows):
     for regime, cells in families(rows).items():
         lines = by_k(cells)
         for task in (task for task in tasks_of(first_row(cells)) if task in MEMORY):
-            effects = per_seed(lines, lambda line, seed, t=task: slope(np.log2(list(line)), [score(cell[seed], t) for cell in line.values()]))
-            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 0.5, "points per doubling of E", count(lines))
+            told = telling(lines, task)
+            effects = per_seed(told, lambda line, seed, t=task: slope(np.log2(list(line)), [score(cell[seed], t) for cell in line.values()]))
+            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 0.5, "points per doubling of E", count(lines), note=silence(told))
 
 
 def reasoning_turns(rows):
@@ -151,8 +172,10 @@ def reasoning_turns(rows):
     for regime, cells in families(rows).items():
         lines = by_k(cells)
         for task in reasoning(first_row(cells)):
-            effects = per_seed(lines, lambda line, seed, t=task: drop(line, seed, t))
-            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 2.0, "points lost from the best E to the largest", count(lines))
+            told = telling(lines, task)
+            effects = per_seed(told, lambda line, seed, t=task: drop(line, seed, t))
+            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 2.0, "points lost from the best E to the largest", count(lines),
+                       note=silence(told))
 
 
 def optimum_near_20(rows):
@@ -164,11 +187,11 @@ def optimum_near_20(rows):
         if not lines:
             continue
         for task in reasoning(first_row(cells)):
-            curved = {k: line for k, line in lines.items() if varies(line, task)}
+            curved = telling(lines, task, 5)
             away = lambda line, seed, t=task: None if (e := peak(line, t, seed)) is None else abs(  # noqa: E731
                 math.log2(next(iter(line[e].values()))["tpp"] / 20))
             yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", per_seed(curved, away), 1.0, "doublings between the best TPP and 20",
-                       count(curved), little=True)
+                       count(lines), little=True, note=silence(curved))
 
 
 def denser_at_equal_loss(rows):
@@ -211,8 +234,10 @@ def top_k_alone(rows):
         losses = {s: 100 * spread(line, lambda row: row["val_loss"]) / min(row["val_loss"] for row in line.values()) for s, line in full.items()}
         yield Test(f"{where}; validation loss", losses, 2.0, "% between the best and worst k", sum(map(len, full.values())), little=True)
         for task in ("problems", "mano"):
-            yield Test(f"{where}; {results.TASKS[task]}", {s: spread(line, lambda row, t=task: score(row, t)) for s, line in full.items()}, 5.0,
-                       "points between the best and worst k", sum(map(len, full.values())), little=True)
+            told = telling({0: turned(full)}, task)
+            points = {s: spread(line, lambda row, t=task: score(row, t)) for s, line in full.items()} if told else {}
+            yield Test(f"{where}; {results.TASKS[task]}", points, 5.0, "points between the best and worst k", sum(map(len, full.values())), little=True,
+                       note=silence(told))
 
 
 def gentler(rows, name, unit):
@@ -226,13 +251,14 @@ def gentler(rows, name, unit):
         groups[tuple((field, v) for field, v in run.items() if field not in (name, "seed"))][run["seed"]][value] = row
     found, n = defaultdict(lambda: defaultdict(list)), 0
     for seeds in groups.values():
+        tasks = [task for task in ("problems", "mano") if telling({0: turned(seeds)}, task)]
         for seed, line in seeds.items():
             best = min(line, key=lambda value: line[value]["val_loss"])
             lower = [value for value in line if value < best and line[value]["val_loss"] <= (1 + COMPARABLE) * line[best]["val_loss"]]
             if len(line) < 3 or not lower:
                 continue
             n += 2
-            for task in ("problems", "mano"):
+            for task in tasks:
                 halvings = math.log2(best / max(lower))
                 found[task][seed].append((score(line[max(lower)], task) - score(line[best], task)) / halvings)
     for task in ("problems", "mano"):
@@ -250,7 +276,7 @@ def more_active_moves(rows):
     for regime, cells in families(rows).items():
         lines = by_k(cells)
         for task in reasoning(first_row(cells)):
-            curved = {k: line for k, line in lines.items() if varies(line, task)}
+            curved = telling(lines, task, 5)
             effects, inside = {}, False
             for seed in sorted({s for line in curved.values() for cell in line.values() for s in cell}):
                 best = {k: peak(line, task, seed) for k, line in curved.items() if all(seed in cell for cell in line.values())}
@@ -263,7 +289,7 @@ def more_active_moves(rows):
             if not inside:
                 effects = {}
             yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 0.25, "halvings of the best E per doubling of active parameters",
-                       count(curved), note="" if inside else "no optimum inside the grid")
+                       count(lines), note=silence(curved) or ("" if inside else "no optimum inside the grid"))
 
 
 CLAIMS = (  # text, what computes it, presets that decide it

@@ -209,6 +209,8 @@ def test_few_seeds_and_noise_decide_nothing():
     two = [fake(r, paper_world) for r in sweep.main("") if r.seed < 2]
     assert [decided(two, number) for number in range(1, 8)] == ["undecided"] * 7
     assert [decided([], number) for number in range(1, 8)] == ["undecided"] * 7
+    flat = [[fake(r, lambda c, tpp, share=share: (share, share, 2)) for r in sweep.main("")] for share in (0.0, 0.97)]
+    assert all(decided(rows, number) == "undecided" for rows in flat for number in (1, 2, 3, 7))  # nothing learned, or everything
     rng = random.Random(1)
     noise = [fake(r, lambda c, tpp: (0.5, 0.5 + rng.gauss(0, 0.05), 2)) for r in sweep.main("")]
     assert decided(noise, 2) != "supported" and decided(noise, 4) != "supported"  # the best of seven noisy points is no optimum
