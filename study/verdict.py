@@ -236,8 +236,8 @@ def top_k_alone(rows):
         for task in ("problems", "mano"):
             told = telling({0: turned(full)}, task)
             points = {s: spread(line, lambda row, t=task: score(row, t)) for s, line in full.items()} if told else {}
-            yield Test(f"{where}; {results.TASKS[task]}", points, 5.0, "points between the best and worst k", sum(map(len, full.values())), little=True,
-                       note=silence(told))
+            yield Test(f"{where}; {results.TASKS[task]}", points, 5.0, "points between the best and worst k", sum(map(len, full.values())),
+                       little=True, note=silence(told))
 
 
 def gentler(rows, name, unit):
@@ -331,7 +331,7 @@ def tables(rows):
     for number_, ((text, _, presets), found) in enumerate(zip(CLAIMS, tests, strict=True), 1):
         verdicts = [decide(test) for test in found]
         runs, minutes = missing(presets, rows)
-        cost = "nothing" if not runs else f"{runs} runs of `{'`, `'.join(presets)}`" + (f", about {minutes:.0f} minutes" if minutes else "")
+        cost = ("more seeds" if overall(found) == "undecided" else "nothing") if not runs else f"{runs} runs of `{'`, `'.join(presets)}`" + (f", about {minutes:.0f} minutes" if minutes else "")
         tally = " / ".join(str(verdicts.count(v)) for v in ("supported", "not supported", "undecided")) if found else "no runs"
         why = "" if found else ": not enough runs"
         lines.append(f"| {number_}. {text} | **{overall(found)}**{why} | {tally} | {cost} |")
