@@ -25,6 +25,7 @@ import queue
 import signal
 import sys
 import time
+import traceback
 
 import torch
 
@@ -144,7 +145,7 @@ def work(device, threads, cache, items, inbox, outbox):
         try:
             outbox.put((key(run), execute(run, cache, device, rate, items, keep)))
         except Exception as error:  # one bad run must not end a sweep; it is reported, and tried again by the next sweep
-            outbox.put((key(run), f"{type(error).__name__}: {error}"))
+            outbox.put((key(run), traceback.format_exc(limit=-4)))
             if "CUDA error" in str(error):
                 return  # nothing works after that in this process
 
@@ -205,8 +206,8 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
             run = running.pop(finished)
             if isinstance(row, str):
                 failed.append(run)
-                print(f"FAILED {run}: {row}", flush=True)
-                if len(failed) >= 3 and not any(key(r) not in done for r in runs if r not in failed + todo):
+                print(f"FAILED: {row}in {run}", flush=True)
+                if len(failed) == 3 and len(rows) == len(done):
                     break  # nothing works
                 continue
             row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
