@@ -168,14 +168,12 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     lanes = min(len(devices) * jobs, max(1, len(todo)))
 
     def left():
-        if not todo and not running:
+        rest = [*todo, *running.values(), *failed]
+        if not rest:
             return f"all {len(runs)} runs are finished"
-        known = [estimate(run, rows, name) for run in todo + list(running.values())]
-        known = [seconds for seconds in known if seconds is not None]
-        if not known:
-            return f"{len(todo) + len(running)} of {len(runs)} runs left, no estimate yet"
-        total = sum(known) / len(known) * (len(todo) + len(running)) / lanes
-        return f"{len(todo) + len(running)} of {len(runs)} runs left, about {total / 60:.1f} minutes"
+        seconds = [estimate(run, rows, name) for run in rest]
+        when = "no estimate yet" if None in seconds else f"about {sum(seconds) / lanes / 60:.1f} minutes"
+        return f"{len(rest)} of {len(runs)} runs left, {when}"
 
     running, failed = {}, []
     print(f"{results}: {left()} on {len(devices)} x {name}, {jobs} at a time on each", flush=True)
