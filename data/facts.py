@@ -109,8 +109,9 @@ def _words(field: str) -> list[str]:
     return words
 
 
+@lru_cache(maxsize=2)
 def people(cfg: FactsConfig) -> list[Person]:
-    """All people. The first n are the same for every n_people >= n."""
+    """All people (a shared list: leave it as it is). The first n are the same for every n_people >= n."""
     cfg.validate()
     words = {field: _words(field)[:getattr(cfg, field)] for field in SYLLABLES}
     rng = random.Random(cfg.seed)

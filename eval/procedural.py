@@ -15,29 +15,64 @@ import torch.nn.functional as F
 
 from data import facts, procedural, reasoning, tokenizer
 from data.facts import FactsConfig
+from data.procedural import prompt
 from data.reasoning import ReasoningConfig
 from eval.generate import any_shape, generate
 from model import count_params
 
 
-def fact_recall(model, enc, cfg: FactsConfig, n_people: int = 1000, batch_size: int = 256) -> dict:
+@torch.no_grad()
+@any_shape
+def graded(model, enc, pairs, max_tokens: int = 2**15) -> list[tuple[float, int, bool]]:
+    """(nats, tokens, right) of each answer after its question, for pairs of texts. right: greedy decoding would write the answer, that
+    is, each of its tokens is the most probable one after those before it. The order of the pairs does not matter."""
+    device, was_training = model.embed.weight.device, model.training
+    model.eval()
+    rows = [(len(start := prompt(enc, question)), start + enc.encode_ordinary(answer)) for question, answer in pairs]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))  # similar lengths together
+    results: list = [None] * len(rows)
+    while order:
+        take = max(1, max_tokens // len(rows[order[-1]][1]))
+        batch, order = order[-take:], order[:-take]
+        L = len(rows[batch[-1]][1])
+        ids = torch.tensor([rows[i][1] + [-1] * (L - len(rows[i][1])) for i in batch]).to(device)
+        starts = torch.tensor([rows[i][0] for i in batch]).to(device)
+        targets = ids[:, 1:]
+        scored = (torch.arange(1, L, device=device) >= starts[:, None]) & (targets >= 0)
+        logits = model(ids[:, :-1].clamp(min=0)).logits[scored][:, :enc.n_vocab].float()
+        row = scored.nonzero()[:, 0]
+        sums = torch.zeros(3, len(batch), dtype=torch.float64, device=device)  # nats, tokens, wrong tokens
+        sums[0].index_add_(0, row, F.cross_entropy(logits, targets[scored], reduction="none").double())
+        sums[1].index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
+        sums[2].index_add_(0, row, (logits.argmax(1) != targets[scored]).double())
+        for i, nats, tokens, wrong in zip(batch, *sums.tolist(), strict=True):
+            results[i] = nats, int(tokens), not wrong
+    model.train(was_training)
+    return results
+
+
+def loss_of(grades) -> float:
+    """Nats per answer token: the task loss."""
+    return sum(nats for nats, _, _ in grades) / sum(tokens for _, tokens, _ in grades)
+
+
+def fact_recall(model, enc, cfg: FactsConfig, n_people: int = 1000) -> dict:
     """Share of values that greedy decoding completes exactly after name and stem, of the first n_people, by attribute.
 
-    -> {"overall": share, "chance": share that the best constant answer gets, "people": n, "by_attribute": {name: {"recall", "chance"}}}
+    -> {"overall": share, "chance": share that the best constant answer gets, "loss": nats per token of the values, "people": n,
+        "by_attribute": {name: {"recall", "chance"}}}
     """
     people = facts.people(cfg)[:n_people]
     probes = facts.probes(people, cfg.seed)
-    prompts = [procedural.prompt(enc, probe.prompt) for probe in probes]
-    values = [enc.encode_ordinary(probe.value + ".") for probe in probes]
-    answers = generate(model, prompts, max(map(len, values)), [enc.eot_token], batch_size=batch_size, n_vocab=enc.n_vocab)
+    grades = graded(model, enc, [(probe.prompt, probe.value + ".") for probe in probes])
     by_attribute = {}
     for k, attribute in enumerate(facts.ATTRIBUTES):
         rows = range(k, len(probes), len(facts.ATTRIBUTES))  # probes come person by person
-        right = sum(answers[i][:len(values[i])] == values[i] for i in rows)
+        right = sum(grades[i][2] for i in rows)
         commonest = Counter(probes[i].value for i in rows).most_common(1)[0][1]
         by_attribute[attribute] = {"recall": right / len(rows), "chance": commonest / len(rows)}
     mean = {key: sum(row[key] for row in by_attribute.values()) / len(by_attribute) for key in ("recall", "chance")}
-    return {"overall": mean["recall"], "chance": mean["chance"], "people": len(people), "by_attribute": by_attribute}
+    return {"overall": mean["recall"], "chance": mean["chance"], "loss": loss_of(grades), "people": len(people), "by_attribute": by_attribute}
 
 
 @torch.no_grad()
@@ -104,10 +139,32 @@ def reasoning_accuracy(model, enc, cfg: ReasoningConfig, steps=None, n: int = 50
 
 def solve(model, enc, problems, batch_size: int = 256) -> list[str]:
     """The greedy continuation of each question, up to eos or the end of the model's window."""
-    prompts = [procedural.prompt(enc, p.question) for p in problems]
+    prompts = [prompt(enc, p.question) for p in problems]
     room = max(len(enc.encode_ordinary(p.solution)) for p in problems) + 2
     room = min(room, model.cfg.seq_len - max(map(len, prompts)))
     return [enc.decode(ids) for ids in generate(model, prompts, room, [enc.eot_token], batch_size=batch_size, n_vocab=enc.n_vocab)]
+
+
+def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
+    """Right answers to n expressions of each length that training never had, from 2 operations to two more than it had: nothing is
+    written down between question and answer. -> {"loss": nats per answer of trained lengths, "accuracy": {length: share}, "chance"}
+    """
+    lengths = range(2, cfg.mano_length + 3)
+    problems = [reasoning.mano(cfg, i, "test", length) for length in lengths for i in range(n)]
+    grades = graded(model, enc, [(p.question, p.solution.removesuffix(".")) for p in problems])
+    trained = [g for p, g in zip(problems, grades, strict=True) if p.steps <= cfg.mano_length] or grades
+    accuracy = {length: sum(right for p, (_, _, right) in zip(problems, grades, strict=True) if p.steps == length) / n for length in lengths}
+    return {"loss": sum(nats for nats, _, _ in trained) / len(trained), "accuracy": accuracy, "chance": 1 / cfg.modulus}
+
+
+def solution_loss(model, enc, cfg: ReasoningConfig, n: int, split: str = "test") -> float:
+    """Nats per token of worked solutions: of n problems of unseen templates, or, with split "train", of the first n that training had."""
+    problems = [reasoning.problem(cfg, i, split) for i in range(n)]
+    return loss_of(graded(model, enc, [(p.question, p.solution) for p in problems]))
+
+
+def _trained(steps: int, most: int) -> str:
+    return f"{steps}" if steps <= most else f"{steps} (untrained)"
 
 
 def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[str, dict]:
@@ -128,10 +185,14 @@ def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[
         accuracy = reasoning_accuracy(model, enc, cfg.reasoning, n=n_problems)
         scores["reasoning"] = accuracy
         lines += ["", "reasoning on unseen templates", f"{'steps':<16}{'answer':>8}{'solution':>10}{'chance':>8}"]
-        lines += [f"{f'{s}' if s <= cfg.reasoning.max_steps else f'{s} (untrained)':<16}{row['answer']:>8.1%}{row['solution']:>10.1%}{row['chance']:>8.1%}"
+        lines += [f"{_trained(s, cfg.reasoning.max_steps):<16}{row['answer']:>8.1%}{row['solution']:>10.1%}{row['chance']:>8.1%}"
                   for s, row in accuracy.items()]
         samples.append(reasoning.problem(cfg.reasoning, n_problems, "test", min(3, cfg.reasoning.max_steps)).question)
-    prompts = [procedural.prompt(enc, text) for text in samples]
+    if cfg.n_mano:
+        mano = scores["mano"] = mano_accuracy(model, enc, cfg.reasoning, n_problems)
+        lines += ["", "mental arithmetic, without any steps", f"{'operations':<16}{'answer':>8}{'chance':>8}"]
+        lines += [f"{_trained(s, cfg.reasoning.mano_length):<16}{right:>8.1%}{mano['chance']:>8.1%}" for s, right in mano["accuracy"].items()]
+    prompts = [prompt(enc, text) for text in samples]
     room = min(96, model.cfg.seq_len - max(map(len, prompts)))
     scores["samples"] = []
     for text, ids in zip(samples, generate(model, prompts, room, [enc.eot_token], n_vocab=enc.n_vocab), strict=True):

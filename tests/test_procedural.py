@@ -1,17 +1,22 @@
 """Facts, reasoning problems, and the data directory made of them: python -m pytest tests/test_procedural.py."""
 
 import dataclasses
+import json
 import math
+import random
 import re
 from collections import Counter
 
 import pytest
+import torch
 
 from data import facts, procedural, reasoning, tokenizer
 from data.facts import FactsConfig
 from data.reasoning import ReasoningConfig
 from data.shards import open_shards, read_meta
-from eval.procedural import report
+from eval.generate import generate
+from eval.procedural import graded, loss_of, mano_accuracy, report
+from eval.taskloss import score
 from model import GPT, preset
 
 SMALL = procedural.MixtureConfig(
@@ -114,3 +119,50 @@ def test_window_packing_starts_every_window_with_a_document(tmp_path):
     enc = tokenizer.load(tmp_path / "d")
     ids = [int(t) for shard in open_shards(tmp_path / "d", "train") for t in shard]
     assert len(ids) % 144 == 0 and all(ids[i] == enc.eot_token for i in range(0, len(ids), 144))
+
+
+def test_many_processes_write_the_same_bytes(tmp_path):
+    cfg = dataclasses.replace(SMALL, n_mano=40, window=144)
+    alone, together = procedural.build(tmp_path / "a", cfg), procedural.build(tmp_path / "b", cfg, workers=2)
+    assert alone == together and alone["procedural"]["n_mano"] == 40
+    (tmp_path / "cfg.json").write_text(json.dumps(dataclasses.asdict(cfg)))
+    procedural.main([f"--out={tmp_path / 'c'}", f"--config={tmp_path / 'cfg.json'}"])
+    assert read_meta(tmp_path / "c") == alone
+
+
+def test_the_first_part_of_the_data_has_its_share_of_everything(tmp_path):
+    cfg = dataclasses.replace(SMALL, exposures=30, n_problems=20, repeats=18, n_mano=360)
+    kinds = [kind for kind, _ in procedural._kinds(cfg, "train", random.Random(0))]
+    first = Counter(kinds[: len(kinds) // 2])
+    assert len(kinds) == 3 * 360 and all(140 <= first[kind] <= 220 for kind in ("facts", "problem", "mano"))
+
+
+def test_graded_agrees_with_greedy_generation_and_task_loss():
+    enc = procedural.encoder(SMALL)
+    torch.manual_seed(0)
+    model = GPT(preset("tiny", vocab_size=enc.n_vocab, n_layers=1))
+    pairs = [("Given: lamp is 3. Solution:", " lamp is 3. Answer: 3."), ("Mano: + 1 2 =", " 3."), ("Given:", " kite")]
+    rows = [procedural.prompt(enc, question + answer) for question, answer in pairs]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(12):  # until it knows the first two by heart
+        sum(model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])).loss for ids in rows[:2]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pairs.append((pairs[0][0], " lamp is 3. Answer: 4."))
+    answers = [enc.encode_ordinary(answer) for _, answer in pairs]
+    prompts = [procedural.prompt(enc, question) for question, _ in pairs]
+    written = generate(model, prompts, max(map(len, answers)), n_vocab=enc.n_vocab)
+    grades = graded(model, enc, pairs, max_tokens=20)  # several batches
+    assert [right for *_, right in grades] == [new[: len(ids)] == ids for new, ids in zip(written, answers)] == [True, True, False, False]
+    nats = score(model.eval(), list(zip(prompts, answers)))
+    assert [g[0] for g in grades] == pytest.approx(nats, rel=1e-4)
+    assert loss_of(grades) == pytest.approx(sum(nats) / sum(map(len, answers)), rel=1e-4)
+
+
+def test_mental_arithmetic_is_tested_on_unseen_expressions_beyond_the_trained_lengths():
+    enc = procedural.encoder(SMALL)
+    torch.manual_seed(0)
+    found = mano_accuracy(GPT(preset("tiny", vocab_size=enc.n_vocab, n_layers=1)), enc, SMALL.reasoning, n=8)
+    assert list(found["accuracy"]) == [2, 3, 4, 5, 6] and found["chance"] == 1 / 7 and found["loss"] > 1
+    train = {reasoning.mano(SMALL.reasoning, i).question for i in range(2000)}
+    assert not train & {reasoning.mano(SMALL.reasoning, i, "test", 3).question for i in range(100)}

@@ -1,0 +1,315 @@
+"""One run of the study: train a small model on memory and reasoning at once, and measure both. `study/sweep.py` runs many.
+
+    row = execute(Run(n_experts=16, top_k=2, tokens=2**24, lr=4e-3), "runs/study", "cuda")      # a line of the results file
+
+The mixture (data/procedural.py) holds biographies (memory), word problems with worked solutions, and mental arithmetic without any
+steps (reasoning). All its windows lie on the device, and so does the order of the samples: on CUDA a whole training step, choice of its data
+included, is one CUDA graph.
+"""
+
+import dataclasses
+import functools
+import gc
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import config
+import eval.procedural as procedural_eval
+from config import require
+from data import procedural, shards, tokenizer
+from data.facts import FactsConfig
+from data.reasoning import ReasoningConfig
+from eval import tasks
+from eval.sources import Source
+from eval.taskloss import encode_pair, score, tiktoken_tokens
+from model import GPT, count_params, flops_per_token
+from train import GraphedStep, TrainConfig, lr_at, make_optimizer, new_window, optimizer_step, parse_sources, set_lr
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARES = {"facts": 0.35, "problem": 0.55, "mano": 0.10}  # of the training tokens
+TOKENS_OF = {"facts": 51, "mano": 13.8}  # mean length of a document, its eos included; problems: see `mixture`
+REAL_TASKS = ("triviaqa", "hellaswag", "gsm8k", "humaneval")  # the paper's: two of memory, two of reasoning
+POINTS = (0.25, 0.5, 1.0)  # shares of the training at which everything is measured
+
+
+@dataclass(frozen=True)
+class Run:
+    """What distinguishes one run from another. Two equal Runs are the same run, and are run once."""
+
+    # Model
+    d_model: int = 128
+    n_layers: int = 4
+    n_experts: int = 16
+    top_k: int = 2
+    d_expert: int = 64
+    init_std: float = 0.05  # of the matrices; the embeddings keep their 0.5
+    # Training
+    tokens: int = 2**24
+    lr: float = 0.0  # peak; 0: the best of the rows of the preset `lr` for this width, at the nearest (E, k)
+    batch: int = 32  # windows per step
+    seq_len: int = 256
+    seed: int = 0  # of weights, order, people and problems
+    # Data
+    people: int = 20_000
+    unique: int = 0  # this many different problems, repeated; 0: every one is new
+    max_steps: int = 8  # operations of a word problem
+    mano_length: int = 6  # operations of an expression
+    modulus: int = 7  # of all arithmetic
+    data_tokens: int = 2**26  # of the data directory that runs share; they train on its first `tokens`
+    data: str = ""  # prepared text instead, as for train.py: DIR or DIR:0.7,DIR:0.3; people .. data_tokens then mean nothing
+
+    def __post_init__(self):
+        for name in ("tokens", "batch", "seq_len", "people", "max_steps", "mano_length"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        require(self.tokens >= 10 * self.batch * self.seq_len, "tokens", self.tokens, f"use 10 steps or more: {10 * self.batch * self.seq_len}")
+        require(self.data or self.tokens <= self.data_tokens, "tokens", self.tokens, f"data_tokens={self.data_tokens} must be as many")
+
+    @property
+    def steps(self):
+        return self.tokens // (self.batch * self.seq_len)
+
+
+def key(run):
+    """Names a run in a results file: 12 hex digits of its fields."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(run), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def train_config(run, vocab_size, lr=0.0):
+    """The TrainConfig of a run: the recipe that makes tiny models learn (docs/LOG.md) for its sizes."""
+    heads = max(1, run.d_model // 32)
+    recipe = dict(qk_norm=True, rope_theta=500.0, embed_init_std=0.5, beta2=0.99) if not run.data else dict(beta2=0.95)
+    return TrainConfig(preset="", data=run.data, vocab_size=-(-vocab_size // 64) * 64, d_model=run.d_model, n_layers=run.n_layers, n_heads=heads,
+                       n_kv_heads=heads, head_dim=run.d_model // heads, n_experts=run.n_experts, top_k=run.top_k, d_expert=run.d_expert,
+                       init_std=run.init_std, seq_len=run.seq_len, batch_size=run.batch, steps=run.steps, lr=lr or run.lr, seed=run.seed,
+                       warmup_steps=max(2, run.steps // 20), compile="false", **recipe)
+
+
+def mixture(run):
+    """The MixtureConfig whose training split has run.data_tokens tokens or a few percent more, by SHARES."""
+    facts = FactsConfig(n_people=run.people, first_names=100, middle_names=100, last_names=200, cities=200, universities=100, majors=100,
+                        employers=100, seed=run.seed)
+    reasoning = ReasoningConfig(max_steps=run.max_steps, modulus=run.modulus, names=max(40, 2 * run.max_steps + 1), mano_length=run.mano_length,
+                                seed=run.seed)
+    wanted = {kind: 1.03 * share * run.data_tokens for kind, share in SHARES.items()}
+    problems = math.ceil(wanted["problem"] / (24 + 16.7 * (1 + run.max_steps) / 2))  # measured for 1 .. 12 steps
+    n_problems = min(run.unique or problems, problems)
+    return procedural.MixtureConfig(facts, reasoning, exposures=math.ceil(wanted["facts"] / TOKENS_OF["facts"] / run.people),
+                                    n_problems=n_problems, repeats=math.ceil(problems / n_problems),
+                                    n_mano=math.ceil(wanted["mano"] / TOKENS_OF["mano"]), window=run.seq_len, seed=run.seed)
+
+
+def data_dir(run, cache):
+    cfg = mixture(run)
+    return Path(cache) / f"data-{hashlib.sha256(json.dumps(dataclasses.asdict(cfg), sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def prepare_data(run, cache, workers=1):
+    """Build the data directory of a run where it is missing. Returns [(directory, weight)]."""
+    if run.data:
+        return parse_sources(run.data)
+    directory = data_dir(run, cache)
+    if not (directory / shards.META).exists():
+        began = time.perf_counter()
+        if workers > 1:  # a program of its own: its many processes would otherwise each import everything that this one has
+            file = directory.resolve().with_suffix(".json")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(dataclasses.asdict(mixture(run))))
+            subprocess.run([sys.executable, "-m", "data.procedural", f"--out={directory.resolve()}", f"--config={file}", f"--workers={workers}"],
+                           cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        else:
+            procedural.build(directory, mixture(run))
+        tokens = shards.read_meta(directory)["splits"]["train"]["tokens"]
+        print(f"{directory}: {tokens:,} tokens made in {time.perf_counter() - began:.1f} s", flush=True)
+    return [(str(directory), 1.0)]
+
+
+class Samples:
+    """All windows of a training split on a device, and which of them each step takes: rows_SB of starts into ids, S steps of B."""
+
+    def __init__(self, run, sources, device):
+        flats = [np.concatenate([np.asarray(shard) for shard in shards.open_shards(directory, "train")]) for directory, _ in sources]
+        total = sum(weight for _, weight in sources)
+        rng, starts, offset, needed = np.random.default_rng(run.seed), [], 0, run.steps * run.batch
+        for flat, (directory, weight) in zip(flats, sources, strict=True):
+            windows = (len(flat) - 1) // run.seq_len
+            want = needed if len(flats) == 1 else math.ceil(needed * weight / total)
+            require(windows >= 1, "data", directory, f"its {len(flat):,} tokens hold no window of seq_len={run.seq_len}")
+            if not run.data:  # the first part of a mixture is a mixture with fewer exposures; the last window lacks its last target
+                require(windows >= want - 1, "data_tokens", run.data_tokens, f"the mixture came out at {len(flat):,} tokens; lower tokens")
+                windows = min(windows, want)
+            order = np.concatenate([rng.permutation(windows) for _ in range(math.ceil(want / windows))])[:want]
+            starts.append(offset + order.astype(np.int64) * run.seq_len)
+            offset += len(flat)
+        self.ids = torch.from_numpy(np.concatenate(flats).astype(np.int32)).to(device)
+        starts = np.concatenate(starts)[:needed] if len(flats) == 1 else rng.permutation(np.concatenate(starts))[:needed]
+        self.starts_SB = torch.from_numpy(starts).view(run.steps, run.batch).to(device)
+        self.span = torch.arange(run.seq_len + 1, device=device)
+
+    def batch(self, step):
+        """Tokens and targets (B, L) of a step, given as a device tensor (1,)."""
+        windows = self.ids[self.starts_SB.index_select(0, step).view(-1, 1) + self.span].long()
+        return windows[:, :-1], windows[:, 1:]
+
+
+class Trainer:
+    """A model in training: `loss = trainer.advance(step)`."""
+
+    def __init__(self, cfg, samples, device):
+        torch.manual_seed(cfg.seed)
+        self.model, self.cfg, self.samples, self.done = GPT(cfg).to(device), cfg, samples, 0
+        self.optimizer, self.window = make_optimizer(self.model, cfg), new_window(cfg, device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # `done` on the device: a recorded step reads it
+        self.run_step = GraphedStep(self._step) if torch.device(device).type == "cuda" else self._step
+
+    def _step(self, _):
+        optimizer_step(self.model, self.optimizer, self.cfg, self.window, [self.samples.batch(self.position)])
+        self.position += 1
+
+    def _train(self, n):
+        self.model.train()
+        for _ in range(n):
+            set_lr(self.optimizer, lr_at(self.done, self.cfg))
+            self.run_step([])
+            self.done += 1
+
+    def advance(self, step):
+        """Train up to this step. Returns the mean loss of the last twentieth of all steps so far, which is smooth enough to compare runs, and the
+        coefficient of variation of the experts' loads over it (mean of the layers). Waits for the device."""
+        tail = min(max(1, step // 20), step - self.done)
+        self._train(step - tail - self.done)
+        for sums in self.window.values():
+            sums.zero_()
+        self._train(tail)
+        load = self.window["counts_NE"].float()
+        return float(self.window["sums"][0]) / tail, float((load.std(1, correction=0) / load.mean(1)).mean())
+
+
+@torch.no_grad()
+def validation_loss(model, sources, seq_len, device, limit=256):
+    """Mean cross-entropy over the first `limit` validation windows (of each source, by weight), in nats per token."""
+    model.eval()
+    losses = []
+    for directory, weight in sources:
+        flat = np.concatenate([np.asarray(shard) for shard in shards.open_shards(directory, "val")])
+        n = min(limit, (len(flat) - 1) // seq_len)
+        ids = torch.from_numpy(flat[: n * seq_len + 1].astype(np.int64)).to(device)
+        sums = [model(ids[i * seq_len : j * seq_len].view(-1, seq_len), ids[i * seq_len + 1 : j * seq_len + 1].view(-1, seq_len)).loss * (j - i)
+                for i in range(0, n, 64) for j in [min(n, i + 64)]]
+        losses.append((weight, float(sum(sums)) / n))
+    return sum(weight * loss for weight, loss in losses) / sum(weight for weight, _ in losses)
+
+
+def measure(model, directory, n, final):
+    """Both abilities of a model trained on a mixture. n: items per kind and number of steps; unless final, without what costs most."""
+    cfg, enc = procedural.read_config(directory), tokenizer.load(directory)
+    trained = range(1, cfg.reasoning.max_steps + 1)
+    steps = range(1, cfg.reasoning.max_steps * 3 // 2 + 1) if final else trained
+    facts = procedural_eval.fact_recall(model, enc, cfg.facts, 5 * n)
+    facts["by_attribute"] = {name: row["recall"] for name, row in facts["by_attribute"].items()}
+    each = n if final else max(1, n // 4)  # generating is the slowest part
+    accuracy = procedural_eval.reasoning_accuracy(model, enc, cfg.reasoning, steps, each, batch_size=1024)
+    known = [row["solution"] for s, row in accuracy.items() if s in trained]
+    beyond = [row["solution"] for s, row in accuracy.items() if s not in trained]
+    mano = procedural_eval.mano_accuracy(model, enc, cfg.reasoning, 2 * n)
+    within = [right for length, right in mano["accuracy"].items() if length <= cfg.reasoning.mano_length]
+    return {"facts": facts, "bits": procedural_eval.stored_bits(model, enc, cfg.facts, 5 * n) if final else None,
+            "problems": {"loss": procedural_eval.solution_loss(model, enc, cfg.reasoning, 4 * n),
+                         "loss_seen": procedural_eval.solution_loss(model, enc, cfg.reasoning, min(4 * n, cfg.n_problems), "train"),
+                         "accuracy": sum(known) / len(known), "beyond": sum(beyond) / len(beyond) if beyond else None,
+                         "by_steps": {str(s): row["solution"] for s, row in accuracy.items()},
+                         "answers_by_steps": {str(s): row["answer"] for s, row in accuracy.items()}},
+            "mano": {"loss": mano["loss"], "accuracy": sum(within) / max(1, len(within)),
+                     "by_length": {str(length): right for length, right in mano["accuracy"].items()}}}
+
+
+def measure_text(model, directory, limit):
+    """Task loss of the gold answers (bits per byte, mean over items) and accuracy where it is a matter of choice; no examples in front."""
+    tokens, source, results = tiktoken_tokens(tokenizer.load(directory)), Source(), {}
+    for name in REAL_TASKS:
+        items = tasks.load(name).items(source, 0)[:limit]
+        texts = {(item.loss_prompt or item.prompt, answer) for item in items for answer in (item.answer, *item.choices)}
+        pairs = {pair: encode_pair(tokens, *pair)[:2] for pair in sorted(texts)}
+        nats = dict(zip(pairs, score(model, list(pairs.values())), strict=True))
+        per_byte = [nats[item.loss_prompt or item.prompt, item.answer] / math.log(2) / len(item.answer.encode()) for item in items]
+        results[name] = {"loss": sum(per_byte) / len(items), "items": len(items)}
+        if items[0].choices:
+            costs = [[nats[item.prompt, choice] for choice in item.choices] for item in items]
+            results[name]["accuracy"] = sum(c.index(min(c)) == item.gold for c, item in zip(costs, items, strict=True)) / len(items)
+    return results
+
+
+@functools.cache
+def revision():
+    """git revision, "+" when tracked files differ from it, else "none"; and a hash of the sources, which a copy without git has too."""
+    digest = hashlib.sha256()
+    for path in sorted(file for pattern in ("*.py", "moe_kernels/*.py", "data/*.py", "eval/**/*.py", "study/run.py") for file in ROOT.glob(pattern)):
+        digest.update(path.read_bytes())
+    git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    try:
+        commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        commit = "none"
+    return f"{commit} sources:{digest.hexdigest()[:12]}"
+
+
+def rounded(value):
+    """The same JSON value with six significant digits: a results file is kept for good and compared by eye."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def execute(run, cache, device, lr=0.0, n=100, keep=None):
+    """Train and measure. Returns the row for the results file, JSON types only.
+
+    cache: where data directories are; lr: the peak rate where run.lr is 0; n: size of the measurements (100: standard errors near 1 %);
+    keep: a directory for the final weights, laid out as a run of train.py. A run whose loss is not finite is recorded as diverged."""
+    began, device = time.perf_counter(), torch.device(device)
+    require(lr or run.lr, "lr", 0.0, "run the sweep preset lr first: it finds one for every (E, k)")
+    sources = prepare_data(run, cache)
+    enc = tokenizer.load(sources[0][0])
+    cfg = train_config(run, enc.n_vocab, lr)
+    params, flops = count_params(cfg), flops_per_token(cfg)
+    trainer = Trainer(cfg, Samples(run, sources, device), device)
+    model, points, seconds = trainer.model, [], 0.0
+    for share in POINTS:
+        clock = time.perf_counter()
+        loss, load_cv = trainer.advance(max(1, round(share * run.steps)))
+        seconds += time.perf_counter() - clock
+        if not math.isfinite(loss):
+            break
+        final = share == 1
+        found = measure_text(model, sources[0][0], 10 * n) if run.data else measure(model, sources[0][0], n if final else n // 2 or 1, final)
+        points.append({"step": trainer.done, "tokens": trainer.done * run.batch * run.seq_len, "train_loss": loss,
+                       "val_loss": validation_loss(model, sources, run.seq_len, device), **found})
+    last = points[-1] if points and points[-1]["step"] == run.steps else {}
+    row = {"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "config": dataclasses.asdict(cfg), "diverged": not last,
+           "tokens": run.tokens, "tpp": run.tokens / params.total, "params": params._asdict(), "flops": run.tokens * flops,
+           **last, "points": points[:-1] if last else points,
+           "load_cv": load_cv, "train_seconds": round(seconds, 3),
+           "seconds": round(time.perf_counter() - began, 3), "tokens_per_s": round(run.tokens / seconds),
+           "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+           "torch": torch.__version__, "revision": revision(), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
+    if keep and last:
+        os.makedirs(keep, exist_ok=True)
+        config.save(dataclasses.replace(cfg, data=run.data or sources[0][0], out_dir=str(keep)), Path(keep) / "config.json")
+        checkpoint.save(keep, run.steps, {"step": run.steps, "config": dataclasses.asdict(cfg), "model": model.state_dict()}, keep=1)
+        checkpoint.replace_file(Path(keep) / "results.json", json.dumps(row, indent=1) + "\n")
+    del trainer, model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rounded(row)

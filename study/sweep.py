@@ -1,0 +1,283 @@
+"""Run what is missing of a grid of runs, in parallel, within a time limit:  python -m study.sweep PRESET --results study/results.jsonl --minutes 9
+
+One JSON line is appended for every finished run (study/run.py says what is in it); what the file already has is skipped, so the
+same command goes on where the last one stopped, on whatever day and machine. A run that was cut off leaves nothing and is done again.
+The order of each grid is such that whatever is finished is useful: tokens and seeds change slowest, and the extremes come first.
+
+presets   smoke    two tiny runs: does it work, on a CPU in seconds
+          pilot    which widths learn which task, from how many tokens
+          lr       peak learning rates at the corners of the (E, k) grid; every run below takes its rate from these rows
+          main     E 4..256 x k 1..8 at one width, 2^24 and 2^26 tokens, 3 seeds
+          scarce   the same E at k = 2 and 8 with 20,000 different problems only, seen again and again
+          long     the same E at k = 2 and 8, 2^28 tokens
+          topk     k 1..8 with k * d_expert and E * d_expert fixed: equal active and total parameters
+          init     smaller and larger initial weights, lower and higher learning rates around the chosen one
+          width    half and twice the width
+          text     prepared text (--data DIR:weight,...), task loss on the paper's tasks
+"""
+
+import argparse
+import dataclasses
+import math
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import time
+import traceback
+
+import torch
+
+from study.results import append, read
+from study.run import Run, execute, key, prepare_data
+
+EXPERTS = (256, 4, 32, 128, 8, 64, 16)  # extremes first
+TOP_K = (2, 8, 1, 4)
+CORNERS = ((32, 2), (256, 8), (4, 1), (256, 1), (8, 8))
+RATES = (4e-3, 2e-3, 8e-3, 1e-3)
+
+
+def smoke(data):
+    base = Run(d_model=32, n_layers=1, d_expert=32, top_k=1, tokens=2**14, lr=4e-3, batch=4, seq_len=96, people=20, max_steps=2, mano_length=2,
+               modulus=5, data_tokens=2**14)
+    return [dataclasses.replace(base, n_experts=e) for e in (2, 4)]
+
+
+def pilot(data):
+    sizes = [dict(d_model=d, d_expert=d // 2, n_experts=e) for d in (128, 64, 256) for e in (16, 128)]
+    runs = [Run(**size, tokens=2**24, lr=4e-3) for size in sizes]
+    variants = [dict(tokens=2**26), dict(batch=16), dict(tokens=2**26, batch=64), dict(modulus=10, data_tokens=2**24), dict(n_layers=6),
+                dict(people=5_000, data_tokens=2**24), dict(tokens=2**26, n_experts=128)]
+    return runs + [Run(lr=4e-3, **variant) for variant in variants]
+
+
+def lr(data):
+    return [Run(n_experts=e, top_k=k, lr=rate, seed=seed) for seed, corners in ((0, CORNERS), (1, CORNERS[:2]), (2, CORNERS[:2]))
+            for e, k in corners for rate in RATES]
+
+
+def main(data):
+    every = [Run(n_experts=e, top_k=k, tokens=tokens, seed=seed) for seed in range(3) for tokens in (2**24, 2**26) for e in EXPERTS
+             for k in TOP_K if k <= e]
+    # What is dear and decides least comes last: long runs of more seeds at k = 1 and 4.
+    return sorted(every, key=lambda run: run.seed > 0 and run.tokens == 2**26 and run.top_k in (1, 4))
+
+
+def scarce(data):
+    return [Run(n_experts=e, top_k=k, tokens=2**26, seed=seed, unique=20_000) for seed in range(3) for e in EXPERTS for k in (2, 8) if k <= e]
+
+
+def long(data):
+    return [Run(n_experts=e, top_k=k, tokens=2**28, data_tokens=2**28, seed=seed) for seed in range(3) for e in EXPERTS for k in (2, 8) if k <= e]
+
+
+def topk(data):
+    return [Run(n_experts=8 * total * k, top_k=k, d_expert=256 // k, tokens=2**24, seed=seed, lr=4e-3) for seed in range(3) for total in (1, 4)
+            for k in (1, 8, 2, 4)]
+
+
+def init(data):
+    shapes = ((32, 2), (256, 8))
+    return [Run(n_experts=e, top_k=k, seed=seed, init_std=std) for seed in range(3) for e, k in shapes for std in (0.05, 0.0125, 0.025, 0.1)]
+
+
+def width(data):
+    runs = [Run(d_model=d, d_expert=d // 2, n_experts=32, lr=rate) for d in (64, 256) for rate in RATES]
+    return runs + [Run(d_model=d, d_expert=d // 2, n_experts=e, top_k=k, seed=seed) for seed in range(3) for d in (64, 256) for e in (256, 8, 32)
+                   for k in (2, 8)]
+
+
+def text(data):
+    if not data:
+        raise ValueError("data='': the preset text needs --data DIR:weight,DIR:weight of prepared text (python -m data.prepare)")
+    base = Run(data=data, d_model=256, n_layers=8, d_expert=256, seq_len=512, init_std=0.02, tokens=2**25, top_k=2, n_experts=16)
+    runs = [dataclasses.replace(base, lr=rate) for rate in (1e-3, 2e-3, 5e-4)]
+    return runs + [dataclasses.replace(base, n_experts=e, top_k=k, seed=seed) for seed in range(3) for e in (128, 8, 32) for k in (2, 8)]
+
+
+PRESETS = {preset.__name__: preset for preset in (smoke, pilot, lr, main, scarce, long, topk, init, width, text)}
+
+
+def shape(run):
+    """Runs of one shape share their choice of learning rate."""
+    return run["d_model"], run["n_layers"], run["d_expert"], bool(run["data"])
+
+
+def best_rate(run, rows):
+    """The learning rate with the lowest validation loss (mean over seeds) at the nearest (E, k) of the same shape; None without rows.
+
+    Rates are compared on the shortest runs that have several of them, always on the same tokens and seeds."""
+    wanted, groups = dataclasses.asdict(run), {}
+    for row in rows:
+        other = row["run"]
+        standard = not other["unique"] and (other["init_std"] == Run.init_std or other["data"])
+        if other["lr"] and standard and shape(other) == shape(wanted):
+            loss = math.inf if row["diverged"] else row["val_loss"]
+            groups.setdefault((other["n_experts"], other["top_k"], other["tokens"]), {}).setdefault(other["lr"], {})[other["seed"]] = loss
+    groups = {group: rates for group, rates in groups.items() if len(rates) > 1}
+    if not groups:
+        return None
+    distance = lambda e, k, tokens: (abs(math.log2(e / run.n_experts)) + abs(math.log2(k / run.top_k)), tokens)  # noqa: E731
+    rates = groups[min(groups, key=lambda group: distance(*group))]
+    seeds = set.intersection(*(set(losses) for losses in rates.values()))
+    return min(rates, key=lambda rate: sum(rates[rate][s] for s in seeds) if seeds else min(rates[rate].values()))
+
+
+def estimate(run, rows, device):
+    """Seconds that a run will take, from the most similar finished one on this device; None when there is none."""
+    sizes = lambda r: [math.log2(r[name]) for name in ("tokens", "d_model", "n_experts", "top_k", "n_layers")]  # noqa: E731
+    wanted = dataclasses.asdict(run)
+    known = [row for row in rows if row["device"] == device and not row["diverged"]]
+    if not known:
+        return None
+    near = min(known, key=lambda row: sum(abs(a - b) for a, b in zip(sizes(row["run"]), sizes(wanted), strict=True)))
+    return near["seconds"] - near["train_seconds"] + near["train_seconds"] * run.tokens / near["tokens"]
+
+
+def work(device, threads, cache, items, inbox, outbox):
+    """A worker process: runs what comes, until None comes."""
+    torch.set_num_threads(threads)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device))
+    while (task := inbox.get()) is not None:
+        run, rate, keep = task
+        try:
+            outbox.put((key(run), execute(run, cache, device, rate, items, keep)))
+        except Exception as error:  # one bad run must not end a sweep; it is reported, and tried again by the next sweep
+            outbox.put((key(run), traceback.format_exc(limit=-4)))
+            if "CUDA error" in str(error):
+                return  # nothing works after that in this process
+
+
+def threads_of(processes):
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // processes))
+
+
+def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, items=100, keep=()):
+    """Run what is missing of `runs` (a list of Run, in this order) and append to the file `results`. Returns the number of failed runs.
+
+    minutes: no run is started that is not expected to end in time, and what still runs then is dropped; 0 only reports.
+    jobs: processes per device. keep: names like "E16k2" whose final weights are kept under cache/weights."""
+    ends = time.monotonic() + 60 * minutes
+    rows = read(results)
+    done = {row["key"] for row in rows}
+    runs = list({key(run): run for run in runs}.values())
+    todo = [run for run in runs if key(run) not in done]
+    name = torch.cuda.get_device_name(devices[0]) if devices[0].startswith("cuda") else f"CPU, {threads_of(jobs)} threads"
+    lanes = min(len(devices) * jobs, max(1, len(todo)))
+
+    def left():
+        rest = [*todo, *running.values(), *failed]
+        if not rest:
+            return f"all {len(runs)} runs are finished"
+        seconds = [estimate(run, rows, name) for run in rest]
+        when = "no estimate yet" if None in seconds else f"about {sum(seconds) / lanes / 60:.1f} minutes"
+        return f"{len(rest)} of {len(runs)} runs left, {when}"
+
+    running, failed = {}, []
+    print(f"{results}: {left()} on {len(devices)} x {name}, {jobs} at a time on each", flush=True)
+    if not todo or not minutes:
+        return 0
+    context = multiprocessing.get_context("spawn")
+    inbox, outbox = context.Queue(), context.Queue()
+    threads = threads_of(jobs * len(devices))
+    arguments = [(devices[i % len(devices)], threads, cache, items, inbox, outbox) for i in range(lanes)]
+    workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
+    for worker in workers:
+        worker.start()
+    try:
+        while (todo or running) and time.monotonic() < ends and any(worker.is_alive() for worker in workers):
+            while len(running) < lanes and (task := choose(todo, running, rows, ends, name)):
+                run, rate = task
+                prepare_data(run, cache, workers=os.cpu_count() or 1)
+                weights = f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None
+                todo.remove(run)
+                running[key(run)] = run
+                inbox.put((run, rate, weights))
+            if not running:
+                break
+            try:
+                finished, row = outbox.get(timeout=1)
+            except queue.Empty:
+                continue
+            run = running.pop(finished)
+            if isinstance(row, str):
+                failed.append(run)
+                print(f"FAILED: {row}in {run}", flush=True)
+                if len(failed) == 3 and len(rows) == len(done):
+                    break  # nothing works
+                continue
+            row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
+            append(results, row)
+            rows.append(row)
+            print(f"{line(row)} | {left()}", flush=True)
+    finally:
+        for _ in workers:
+            inbox.put(None)
+        for worker in workers:
+            worker.join(timeout=0 if running else 5)
+            if worker.is_alive():
+                worker.terminate()  # its run is not in the file and will be done again
+    print(f"{left()}" + (f", {len(failed)} failed" if failed else "") + (f", {len(running)} cut off" if running else ""), flush=True)
+    waiting = [run for run in todo if not run.lr and best_rate(run, rows) is None]
+    if waiting:
+        print(f"{len(waiting)} runs wait for learning rates of their shape: run the preset lr (or this one again)")
+    return len(failed)
+
+
+def choose(todo, running, rows, ends, name):
+    """The next run that can start, with its learning rate (0: its own), or None. It waits while rates of its shape are being compared."""
+    for run in todo:
+        rate = 0.0
+        if not run.lr:
+            compared = [r for r in [*running.values(), *todo] if r.lr and shape(dataclasses.asdict(r)) == shape(dataclasses.asdict(run))]
+            rate = best_rate(run, rows)
+            if compared or rate is None:
+                continue
+        seconds = estimate(run, rows, name)
+        if seconds is None or time.monotonic() + seconds < ends:
+            return run, rate
+    return None
+
+
+def line(row):
+    """A finished run for people."""
+    run = row["run"]
+    head = (f"d={run['d_model']} E={run['n_experts']} k={run['top_k']} F={run['d_expert']} lr={row['lr']:g} tokens={row['tokens'] / 1e6:.1f}M "
+            f"seed={run['seed']}")
+    if row["diverged"]:
+        return f"{head}: diverged"
+    if run["data"]:
+        found = ", ".join(f"{task} {row[task]['loss']:.3f}" for task in ("triviaqa", "hellaswag", "gsm8k", "humaneval"))
+    else:
+        found = f"recall {row['facts']['overall']:.1%}, solutions {row['problems']['accuracy']:.1%}, mano {row['mano']['accuracy']:.1%}"
+    return f"{head}: loss {row['train_loss']:.3f}, {found}; {row['seconds']:.1f} s ({row['tokens_per_s'] / 1e6:.2f} M tokens/s)"
+
+
+def cli(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--results", default="study/results.jsonl", help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=9, help="time limit; 0: only say what is left (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=0, help="processes per device (default: 4 on a GPU, 1 on the CPU)")
+    parser.add_argument("--cache", default="runs/study", help="where data directories and kept weights go (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--data", default="", help="for the preset text: DIR:weight,DIR:weight")
+    parser.add_argument("--keep", default="", help="families whose final weights are kept under CACHE/weights: E16k2,E64k2")
+    parser.add_argument("--items", type=int, default=100, help="size of the measurements: problems per number of steps (default: %(default)s)")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit from outside then ends the workers too
+    cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cuda else ["cpu"]
+    try:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda': no CUDA device is visible; use --device=cpu")
+        return sweep(PRESETS[args.preset](args.data), args.results, args.minutes, args.cache, devices, args.jobs or (4 if cuda else 1), args.items,
+                     [name for name in args.keep.split(",") if name])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, cli()))

@@ -1,0 +1,380 @@
+"""What the results say about each claim of the paper:  python -m study.verdict study/results.jsonl --out docs/STUDY.md
+
+Writes the tables between the two marker lines of docs/STUDY.md (or to stdout); the text around them is written by hand.
+
+The rules, the same for every claim:
+  effect     one number per seed, in the claim's direction (positive: as claimed), computed from that seed's runs alone. A peak that is
+             picked from noisy points is picked on the other seeds' mean, so that noise cannot make one.
+  interval   95 %: bootstrap over the seeds, widened by sqrt(n/(n-1)) * t(n-1)/1.96 because the bootstrap alone is too sure with few seeds
+  margin     the smallest effect that would matter, fixed here, not fitted
+  verdict    supported: the interval lies above 0 and the effect reaches the margin; not supported: the interval lies below the margin;
+             undecided: anything else, and always with fewer than MIN_SEEDS seeds. Lines of models that learned nothing, or everything, have no say.
+A claim with several regimes or tasks is supported when some are and none is not, "mixed" when both happen.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from study import results
+from study.results import MEMORY, accuracy, families, tasks_of
+from study.run import Run, key
+from study.sweep import PRESETS
+
+BEGIN, END = "<!-- tables: begin (python -m study.verdict) -->", "<!-- tables: end -->"
+MIN_SEEDS = 3
+T975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+COMPARABLE = 0.02  # validation losses within this share of each other count as equal
+BRACKET = (10, 40)  # TPP that a regime must reach on both sides before it can say where between them an optimum lies
+
+
+class Test(NamedTuple):
+    """One claim put to one set of runs."""
+
+    where: str  # regime and task
+    effects: dict  # seed -> effect
+    margin: float
+    unit: str
+    runs: int
+    little: bool = False  # the claim is that the effect is smaller than the margin
+    note: str = ""
+
+
+def interval(values):
+    """(mean, low, high) of per-seed effects; low and high None for fewer than two."""
+    x = np.array(list(values), dtype=float)
+    n = len(x)
+    if n < 2:
+        return (float(x.mean()) if n else None), None, None
+    if n <= 6:  # all resamples there are
+        means = np.array([np.mean(draw) for draw in itertools.product(x, repeat=n)])
+    else:
+        means = np.random.default_rng(0).choice(x, (20_000, n)).mean(1)
+    wider = math.sqrt(n / (n - 1)) * T975.get(n - 1, 2.1) / 1.96
+    low, high = x.mean() + wider * (np.percentile(means, (2.5, 97.5)) - x.mean())
+    return float(x.mean()), float(low), float(high)
+
+
+def decide(test):
+    mean, low, high = interval(test.effects.values())
+    if len(test.effects) < MIN_SEEDS:
+        return "undecided"
+    if test.little:
+        return "supported" if high < test.margin else "not supported" if low > test.margin else "undecided"
+    return "supported" if low > 0 and mean >= test.margin else "not supported" if high < test.margin else "undecided"
+
+
+def overall(tests):
+    found = {decide(test) for test in tests}
+    if {"supported", "not supported"} <= found:
+        return "mixed"
+    return next((verdict for verdict in ("supported", "not supported") if verdict in found), "undecided")
+
+
+def by_k(cells):
+    """{K: {E: {seed: row}}} with at least three values of E."""
+    lines = defaultdict(dict)
+    for (e, k), seeds in sorted(cells.items()):
+        lines[k][e] = seeds
+    return {k: line for k, line in lines.items() if len(line) >= 3}
+
+
+def per_seed(lines, effect):
+    """{seed: mean over K of effect(line, seed)}: a K counts for a seed that has all its cells and a defined effect."""
+    found = defaultdict(list)
+    for line in lines.values():
+        for seed in set.intersection(*(set(cell) for cell in line.values())):
+            value = effect(line, seed)
+            if value is not None:
+                found[seed].append(value)
+    return {seed: float(np.mean(values)) for seed, values in sorted(found.items())}
+
+
+def reasoning(row):
+    return [task for task in tasks_of(row) if task not in MEMORY]
+
+
+def score(row, task):
+    """Accuracy in percent, or, where a task has none, minus its loss in hundredths of a bit per byte: larger is better."""
+    share = accuracy(row, task)
+    return 100 * share if share is not None else -100 * row[task]["loss"]
+
+
+def slope(x, y):
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def peak(line, task, seed):
+    """The E with the best mean score over the seeds other than `seed`, or None when there are none."""
+    means = {}
+    for e, cell in line.items():
+        others = [score(row, task) for s, row in cell.items() if s != seed]
+        if not others:
+            return None
+        means[e] = np.mean(others)
+    return max(means, key=means.get)
+
+
+def turned(seeds):
+    """{seed: {value: row}} -> {value: {seed: row}}"""
+    cells = defaultdict(dict)
+    for seed, line in seeds.items():
+        for value, row in line.items():
+            cells[value][seed] = row
+    return cells
+
+
+def telling(lines, task, least=0.0):
+    """The lines that can say something: somewhere 5 points above chance, somewhere below 95 %, and differing over E by more than `least`."""
+    found = {}
+    for k, line in lines.items():
+        run = next(iter(next(iter(line.values())).values()))["run"]
+        floor = 5 + (100 / run["modulus"] if task == "mano" else 0)
+        means = [np.mean([score(row, task) for row in cell.values()]) for cell in line.values()]
+        learned = run["data"] or max(means) > floor and min(means) < 95
+        if learned and max(means) - min(means) >= least:
+            found[k] = line
+    return found
+
+
+def silence(lines):
+    return "" if lines else "nothing learned, or everything, at every k"
+
+
+def first_row(cells):
+    return next(row for seeds in cells.values() for row in seeds.values())
+
+
+def count(lines):
+    return sum(len(cell) for line in lines.values() for cell in line.values())
+
+
+def memory_rises(rows):
+    for regime, cells in families(rows).items():
+        lines = by_k(cells)
+        for task in (task for task in tasks_of(first_row(cells)) if task in MEMORY):
+            told = telling(lines, task)
+            effects = per_seed(told, lambda line, seed, t=task: slope(np.log2(list(line)), [score(cell[seed], t) for cell in line.values()]))
+            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 0.5, "points per doubling of E", count(lines), note=silence(told))
+
+
+def reasoning_turns(rows):
+    def drop(line, seed, task):
+        best = peak(line, task, seed)
+        return None if best is None else score(line[best][seed], task) - score(line[max(line)][seed], task)
+
+    for regime, cells in families(rows).items():
+        lines = by_k(cells)
+        for task in reasoning(first_row(cells)):
+            told = telling(lines, task)
+            effects = per_seed(told, lambda line, seed, t=task: drop(line, seed, t))
+            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 2.0, "points lost from the best E to the largest", count(lines),
+                       note=silence(told))
+
+
+def optimum_near_20(rows):
+    """Per seed, how many doublings the best TPP is away from 20: few doublings are claimed, so the claim is of the kind `little`."""
+    for regime, cells in families(rows).items():
+        lines = by_k(cells)
+        lines = {k: line for k, line in lines.items() if (tpp := [next(iter(cell.values()))["tpp"] for cell in line.values()])
+                 and min(tpp) <= BRACKET[0] and max(tpp) >= BRACKET[1]}
+        if not lines:
+            continue
+        for task in reasoning(first_row(cells)):
+            curved = telling(lines, task, 5)
+            away = lambda line, seed, t=task: None if (e := peak(line, t, seed)) is None else abs(  # noqa: E731
+                math.log2(next(iter(line[e].values()))["tpp"] / 20))
+            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", per_seed(curved, away), 1.0, "doublings between the best TPP and 20",
+                       count(lines), little=True, note=silence(curved))
+
+
+def denser_at_equal_loss(rows):
+    """Points per doubling of k/E in a regression of the score on training loss (quadratic) and log2 k/E, over final and earlier points."""
+    pooled = defaultdict(lambda: defaultdict(list))
+    for regime, cells in families(rows).items():
+        for seeds in cells.values():
+            for seed, row in seeds.items():
+                pooled[regime._replace(tokens=0)][seed].append(row)
+    for regime, seeds in pooled.items():
+        sample = next(iter(seeds.values()))[0]
+        for task in reasoning(sample):
+            effects, n = {}, 0
+            for seed, members in sorted(seeds.items()):
+                points = [(math.log2(row["run"]["top_k"] / row["run"]["n_experts"]), point["train_loss"], score(point, task))
+                          for row in members for point in (*row["points"], row)]
+                points = [p for p in points if task not in results.TASKS or 2 < p[2] < 98]  # the floor and the ceiling say nothing
+                n += len(members)
+                if len(points) >= 12 and len({density for density, *_ in points}) >= 3:
+                    density, loss, y = np.array(points).T
+                    design = np.stack([np.ones_like(loss), loss - loss.mean(), (loss - loss.mean()) ** 2, density], 1)
+                    effects[seed] = float(np.linalg.lstsq(design, y, rcond=None)[0][3])
+            yield Test(f"{regime}; {tasks_of(sample)[task]}", effects, 0.5, "points per doubling of k/E at equal loss", n)
+
+
+def top_k_alone(rows):
+    """Relative spread of validation loss, and of scores, over k where k * d_expert and E * d_expert are the same."""
+    groups = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        run = row["run"]
+        if not row["diverged"] and run["init_std"] == Run.init_std and run["lr"] and not run["data"] and not run["unique"]:
+            group = results.regime(row)._replace(d_expert=0), run["top_k"] * run["d_expert"], run["n_experts"] * run["d_expert"], run["lr"]
+            groups[group][run["seed"]][run["top_k"]] = row
+    for (regime, active, total, _), seeds in sorted(groups.items()):
+        full = {seed: line for seed, line in seeds.items() if len(line) >= 3}
+        if not full:
+            continue
+        where = f"{regime}".replace("F=0", f"k F={active}, E F={total}")
+        spread = lambda line, f: (max(map(f, line.values())) - min(map(f, line.values())))  # noqa: E731
+        losses = {s: 100 * spread(line, lambda row: row["val_loss"]) / min(row["val_loss"] for row in line.values()) for s, line in full.items()}
+        yield Test(f"{where}; validation loss", losses, 2.0, "% between the best and worst k", sum(map(len, full.values())), little=True)
+        for task in ("problems", "mano"):
+            told = telling({0: turned(full)}, task)
+            points = {s: spread(line, lambda row, t=task: score(row, t)) for s, line in full.items()} if told else {}
+            yield Test(f"{where}; {results.TASKS[task]}", points, 5.0, "points between the best and worst k", sum(map(len, full.values())),
+                       little=True, note=silence(told))
+
+
+def gentler(rows, name, unit):
+    """Score at the next lower value of `name` minus that at the value with the best validation loss, where the losses are comparable."""
+    groups = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        run = row["run"]
+        if row["diverged"] or run["data"] or name == "lr" and (not run["lr"] or run["init_std"] != Run.init_std) or name == "init_std" and run["lr"]:
+            continue
+        value = run[name]
+        groups[tuple((field, v) for field, v in run.items() if field not in (name, "seed"))][run["seed"]][value] = row
+    found, n = defaultdict(lambda: defaultdict(list)), 0
+    for seeds in groups.values():
+        tasks = [task for task in ("problems", "mano") if telling({0: turned(seeds)}, task)]
+        for seed, line in seeds.items():
+            best = min(line, key=lambda value: line[value]["val_loss"])
+            lower = [value for value in line if value < best and line[value]["val_loss"] <= (1 + COMPARABLE) * line[best]["val_loss"]]
+            if len(line) < 3 or not lower:
+                continue
+            n += 2
+            for task in tasks:
+                halvings = math.log2(best / max(lower))
+                found[task][seed].append((score(line[max(lower)], task) - score(line[best], task)) / halvings)
+    for task in ("problems", "mano"):
+        yield Test(f"{unit}; {results.TASKS[task]}", {s: float(np.mean(v)) for s, v in sorted(found[task].items())}, 1.0,
+                   "points per halving at comparable loss", n)
+
+
+def gentler_training(rows):
+    yield from gentler(rows, "lr", "learning rate")
+    yield from gentler(rows, "init_std", "initial weights")
+
+
+def more_active_moves(rows):
+    """How many halvings of the best E a doubling of active parameters brings; only where some k has its optimum inside the grid."""
+    for regime, cells in families(rows).items():
+        lines = by_k(cells)
+        for task in reasoning(first_row(cells)):
+            curved = telling(lines, task, 5)
+            effects, inside = {}, False
+            for seed in sorted({s for line in curved.values() for cell in line.values() for s in cell}):
+                best = {k: peak(line, task, seed) for k, line in curved.items() if all(seed in cell for cell in line.values())}
+                best = {k: e for k, e in best.items() if e is not None}
+                if len(best) < 3:
+                    continue
+                inside |= any(min(curved[k]) < e < max(curved[k]) for k, e in best.items())
+                active = [math.log2(next(iter(curved[k][e].values()))["params"]["active"]) for k, e in best.items()]
+                effects[seed] = -slope(active, [math.log2(e) for e in best.values()])
+            if not inside:
+                effects = {}
+            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 0.25, "halvings of the best E per doubling of active parameters",
+                       count(lines), note=silence(curved) or ("" if inside else "no optimum inside the grid"))
+
+
+CLAIMS = (  # text, what computes it, presets that decide it
+    ("Memory rises with total parameters at fixed active parameters", memory_rises, ("main", "scarce")),
+    ("Reasoning turns over as total parameters grow at fixed active parameters", reasoning_turns, ("main", "scarce", "long")),
+    ("Reasoning is best near 20 tokens per parameter", optimum_near_20, ("main", "long")),
+    ("At equal training loss, denser models reason better", denser_at_equal_loss, ("main", "scarce")),
+    ("Top-k alone changes little at fixed active and total size", top_k_alone, ("topk",)),
+    ("Lower learning rates and smaller initial weights help reasoning at comparable loss", gentler_training, ("lr", "init")),
+    ("More active compute moves the optimum towards denser models", more_active_moves, ("main",)),
+)
+
+
+def number(value):
+    return "–" if value is None else f"{value:+.2f}"
+
+
+def device_seconds(row):
+    return row["seconds"] / row["jobs"]
+
+
+def missing(presets, rows):
+    """(runs missing of these presets, minutes of one GPU that they would take at the mean speed of the finished ones, or None)."""
+    done = {row["key"] for row in rows}
+    todo = list({key(run): run for name in presets for run in PRESETS[name]("") if key(run) not in done}.values())
+    on_gpu = [row for row in rows if not row["device"].startswith("CPU")]
+    tokens, seconds = sum(row["tokens"] for row in on_gpu), sum(device_seconds(row) for row in on_gpu)
+    return len(todo), sum(run.tokens for run in todo) * seconds / tokens / 60 if tokens else None
+
+
+def tables(rows):
+    """The generated part of docs/STUDY.md."""
+    tests = [list(compute(rows)) for _, compute, _ in CLAIMS]
+    minutes, flops = sum(device_seconds(row) for row in rows) / 60, sum(row["flops"] for row in rows)
+    devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
+    diverged = sum(row["diverged"] for row in rows)
+    lines = [f"{len(rows)} runs, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; {diverged} diverged.", "",
+             "| claim of the paper | verdict | sets of runs: for / against / open | still missing |", "|---|---|---|---|"]
+    for number_, ((text, _, presets), found) in enumerate(zip(CLAIMS, tests, strict=True), 1):
+        verdicts = [decide(test) for test in found]
+        runs, minutes = missing(presets, rows)
+        cost = ("more seeds" if overall(found) == "undecided" else "nothing") if not runs else f"{runs} runs of `{'`, `'.join(presets)}`" + (f", about {minutes:.0f} minutes" if minutes else "")
+        tally = " / ".join(str(verdicts.count(v)) for v in ("supported", "not supported", "undecided")) if found else "no runs"
+        why = "" if found else ": not enough runs"
+        lines.append(f"| {number_}. {text} | **{overall(found)}**{why} | {tally} | {cost} |")
+    for number_, ((text, compute, _), found) in enumerate(zip(CLAIMS, tests, strict=True), 1):
+        lines += ["", f"### {number_}. {text}", ""]
+        if not found:
+            lines.append("Undecided: not enough runs.")
+            continue
+        lines += ["| runs | effect | 95 % interval | margin | seeds | verdict |", "|---|---|---|---|---|---|"]
+        for test in found:
+            mean, low, high = interval(test.effects.values())
+            margin = f"{'below' if test.little else 'above'} {test.margin:g}"
+            note = f" ({test.note})" if test.note else f" (fewer than {MIN_SEEDS} seeds)" if len(test.effects) < MIN_SEEDS else ""
+            lines.append(f"| {test.where}; {test.runs} runs | {number(mean)} {test.unit} | {number(low)} to {number(high)} | {margin} | "
+                         f"{len(test.effects)} | {decide(test)}{note} |")
+    return "\n".join(lines)
+
+
+def write(path, generated):
+    """Replace what is between the markers of the file. Raises ValueError when they are not there."""
+    text = Path(path).read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path}: needs the two lines {BEGIN!r} and {END!r}; put them where the tables belong")
+    Path(path).write_text(f"{before}{BEGIN}\n\n{generated}\n\n{END}{after}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", default="study/results.jsonl")
+    parser.add_argument("--out", help="file whose tables are replaced; default: print them")
+    args = parser.parse_args(argv)
+    try:
+        generated = tables(results.read(args.results))
+        if args.out:
+            write(args.out, generated)
+            print(args.out)
+        else:
+            print(generated)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

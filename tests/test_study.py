@@ -1,0 +1,264 @@
+"""The study: one run, the sweep around it, verdicts, figures, plans. Run: python -m pytest tests/test_study.py (CPU, half a minute)"""
+
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import checkpoint
+from data import shards
+from data.loader import Loader
+from model import count_params, flops_per_token
+from study import figures, plan, results, run, sweep, verdict
+from study.run import Run, execute, key
+from tests.evalrun import tiny_run  # noqa: F401
+
+TINY = Run(d_model=32, n_layers=1, n_experts=4, top_k=2, d_expert=32, tokens=40 * 4 * 96, lr=1e-2, batch=4, seq_len=96, people=20, max_steps=2,
+           mano_length=2, modulus=5, data_tokens=2**14)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="module")
+def row(cache):
+    return execute(TINY, cache, "cpu", n=4, keep=cache / "kept")
+
+
+# ---- one run
+
+def test_a_run_is_measured_everywhere_and_learns(row, cache):
+    assert [point["step"] for point in row["points"]] == [10, 20] and row["step"] == 40 and not row["diverged"]
+    losses = [point["val_loss"] for point in (*row["points"], row)]
+    assert losses[-1] < losses[0] - 0.5 and abs(row["train_loss"] - row["val_loss"]) < 0.5  # the data is new, so both losses are alike
+    assert row["problems"]["by_steps"].keys() == {"1", "2", "3"} and row == json.loads(json.dumps(row))
+    assert row["tpp"] == pytest.approx(TINY.tokens / row["params"]["total"], rel=1e-5) and row["flops"] > 0 and row["revision"]
+    assert row["bits"]["possible"] > 0 and row["facts"]["people"] == 20 and len(json.dumps(row)) < 10_000
+    kept = checkpoint.load_model(cache / "kept")
+    assert kept.cfg.n_experts == 4 and (cache / "kept" / "config.json").exists()
+
+
+def test_the_same_run_gives_the_same_numbers_and_another_seed_does_not(row, cache):
+    times = ("train_seconds", "seconds", "tokens_per_s", "date")
+    again = execute(TINY, cache, "cpu", n=4)
+    assert {k: v for k, v in again.items() if k not in times} == {k: v for k, v in row.items() if k not in times}
+    assert key(TINY) == row["key"] != key(dataclasses.replace(TINY, seed=1))
+
+
+def test_samples_are_the_first_part_of_the_data_once_and_targets_follow_tokens(cache):
+    sources = run.prepare_data(TINY, cache)
+    samples = run.Samples(TINY, sources, "cpu")
+    flat = torch.cat([torch.from_numpy(shard.astype("int64")) for shard in shards.open_shards(sources[0][0], "train")])
+    assert sorted(samples.starts_SB.flatten().tolist()) == [96 * i for i in range(160)]  # 40 steps of 4 windows
+    start = int(samples.starts_SB[7, 2])
+    tokens, targets = samples.batch(torch.tensor([7]))
+    assert tokens[2].tolist() == flat[start : start + 96].tolist() and targets[2].tolist() == flat[start + 1 : start + 97].tolist()
+    with pytest.raises(ValueError, match="data_tokens"):
+        run.Samples(dataclasses.replace(TINY, tokens=2**14, data_tokens=2**20), sources, "cpu") and run.Samples(
+            dataclasses.replace(TINY, tokens=2**20, data_tokens=2**20), sources, "cpu")
+
+
+def test_the_training_step_is_that_of_train_py(cache):
+    """Two steps by hand on the same windows give the same weights."""
+    cfg = run.train_config(TINY, 1344)
+    trainer = run.Trainer(cfg, run.Samples(TINY, run.prepare_data(TINY, cache), "cpu"), "cpu")
+    torch.manual_seed(cfg.seed)
+    model = run.GPT(cfg)
+    optimizer = run.make_optimizer(model, cfg)
+    for step in range(2):
+        run.set_lr(optimizer, run.lr_at(step, cfg))
+        run.optimizer_step(model, optimizer, cfg, run.new_window(cfg, "cpu"), [trainer.samples.batch(torch.tensor([step]))])
+    trainer.advance(2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_recorded_steps_are_plain_steps(cache):
+    """Twelve steps, nine of them replayed, follow the same losses as twelve plain ones: data, rate and position move on inside the graph."""
+    cfg = run.train_config(TINY, 1344)
+    losses = []
+    for plain in (False, True):
+        trainer = run.Trainer(cfg, run.Samples(TINY, run.prepare_data(TINY, cache), "cuda"), "cuda")
+        if plain:
+            trainer.run_step = trainer._step
+        losses.append([trainer.advance(step)[0] for step in range(1, 13)])
+        assert int(trainer.position) == 12
+    assert losses[0] == pytest.approx(losses[1], rel=3e-2) and losses[0][-1] < losses[0][0] - 0.3
+
+
+def test_mixture_has_the_tokens_and_the_different_problems_it_is_asked_for(tmp_path):
+    asked = dataclasses.replace(TINY, data_tokens=2**18, seq_len=256, batch=1, unique=50)
+    meta = shards.read_meta(run.prepare_data(asked, tmp_path)[0][0])
+    assert 1 <= meta["splits"]["train"]["tokens"] / 2**18 < 1.12
+    assert meta["procedural"]["n_problems"] == 50 and meta["procedural"]["repeats"] > 10
+
+
+def test_text_runs_follow_the_weights_of_their_sources(cache, tmp_path):
+    first = run.prepare_data(TINY, cache)[0][0]
+    second = run.prepare_data(dataclasses.replace(TINY, seed=1), tmp_path)[0][0]
+    text = dataclasses.replace(TINY, data=f"{first}:3,{second}:1")
+    samples = run.Samples(text, run.parse_sources(text.data), "cpu")
+    border = len(Loader([(first, 1)], "train", 1, 96).sources[0].maps[0])
+    assert int((samples.starts_SB < border).sum()) == 120 and samples.starts_SB.shape == (40, 4)
+
+
+def test_task_loss_of_text_models(tiny_run, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("OPTIMOE_EVALDATA", str(tiny_run))
+    found = run.measure_text(checkpoint.load_model(tiny_run), tiny_run / "data", 2)
+    assert found.keys() == set(run.REAL_TASKS) and 0 <= found["hellaswag"]["accuracy"] <= 1
+    assert all(5 < task["loss"] < 20 and task["items"] == 2 for task in found.values())  # about 8 bits per byte: it knows nothing
+
+
+# ---- the sweep
+
+def test_sweep_runs_what_is_missing_and_survives_a_torn_line(tmp_path):
+    file, runs = tmp_path / "r.jsonl", sweep.smoke("")[:1]
+    assert sweep.sweep(runs, file, 5, tmp_path / "cache", items=2) == 0
+    assert [r["key"] for r in results.read(file)] == [key(runs[0])]
+    with open(file, "a") as torn:
+        torn.write('{"key": "')
+    assert sweep.sweep(runs, file, 5, tmp_path / "cache", items=2) == 0  # starts no process: nothing is missing
+    results.append(file, {"key": "x"})
+    assert [r["key"] for r in results.read(file)] == [key(runs[0]), "x"]
+    file.write_text('nonsense\n{"key": "x"}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        results.read(file)
+
+
+def fake(config, effect=None, rng=random.Random(0)):
+    """A row with made-up measurements: effect(run, tpp) -> (memory share, reasoning share, loss)."""
+    cfg = run.train_config(config, 1344, config.lr or 4e-3)
+    params = count_params(cfg)
+    memory, reason, loss = effect(config, config.tokens / params.total)
+
+    def point(share):
+        noise = lambda: rng.gauss(0, 0.002)  # noqa: E731
+        later = loss + 0.5 * (1 - share)
+        a, b = (min(0.97, max(0.03, value * share + noise())) for value in (memory, reason))
+        return {"train_loss": later + noise(), "val_loss": later, "facts": {"overall": a, "loss": 1 - a}, "problems": {"accuracy": b, "loss": 1 - b},
+                "mano": {"accuracy": b, "loss": 1 - b}}
+
+    return {"key": key(config), "run": dataclasses.asdict(config), "lr": cfg.lr, "diverged": False, "tokens": config.tokens, "jobs": 1,
+            "tpp": config.tokens / params.total, "params": params._asdict(), "flops": config.tokens * flops_per_token(cfg),
+            "points": [point(0.5)], **point(1.0), "seconds": 10.0, "train_seconds": 8.0, "tokens_per_s": 10**6, "device": "NVIDIA fake",
+            "bits": {"per_parameter": memory, "per_active_parameter": memory, "total": memory, "possible": 1}}
+
+
+def test_learning_rate_comes_from_the_nearest_shape_with_the_lowest_loss():
+    rows = [fake(r, lambda c, tpp: (0.5, 0.5, 1 + abs(math.log2(c.lr / (2e-3 if c.n_experts == 256 else 4e-3))))) for r in sweep.lr("")]
+    assert sweep.best_rate(Run(n_experts=128, top_k=8), rows) == 2e-3 and sweep.best_rate(Run(n_experts=8, top_k=4), rows) == 4e-3
+    assert sweep.best_rate(Run(d_model=64, n_experts=8), rows) is None
+    waiting = [Run(n_experts=8, top_k=4)]
+    assert sweep.choose(waiting, {}, rows, math.inf, "CPU") == (waiting[0], 4e-3)
+    assert sweep.choose(waiting, {"x": Run(lr=4e-3)}, rows, math.inf, "CPU") is None  # rates of its shape are still being compared
+    assert sweep.choose([Run(lr=1e-3)], {}, rows, -math.inf, "NVIDIA fake") is None  # no time left
+    assert sweep.estimate(Run(tokens=2**26), rows, "NVIDIA fake") == pytest.approx(2 + 8 * 4)
+
+
+def test_grids_cover_what_they_promise():
+    grid = sweep.main("")
+    assert {r.n_experts for r in grid} == {4, 8, 16, 32, 64, 128, 256} and {r.top_k for r in grid} == {1, 2, 4, 8} and len(grid) == 6 * 27
+    tpp = [r.tokens / count_params(run.train_config(r, 1344, 1e-3)).total for r in grid]
+    assert min(tpp) < 1 and max(tpp) > 60
+    for group in ({2048}, {8192}):
+        same = {tuple(count_params(run.train_config(r, 1344))[i] for i in (0,)) for r in sweep.topk("") if {r.n_experts * r.d_expert} == group}
+        assert max(same)[0] - min(same)[0] < 0.06 * min(same)[0]  # the routers differ
+    assert all(r.data == "d:1" for r in sweep.text("d:1"))
+    with pytest.raises(ValueError, match="--data"):
+        sweep.text("")
+
+
+# ---- verdicts
+
+def paper_world(config, tpp):
+    """Everything as the paper says."""
+    e, k = config.n_experts, config.top_k
+    best = 64 / k  # the best E falls as k grows
+    reason = 0.8 - 0.03 * (math.log2(e / best)) ** 2 + 0.05 * (config.lr in (2e-3,)) + 0.05 * (config.init_std == 0.025)
+    worse = (0.2 if config.lr in (1e-3, 8e-3) else 0) + 0.01 * abs(math.log2(config.init_std / 0.05))
+    return 0.1 + 0.08 * math.log2(e), reason, 2 - 0.05 * math.log2(e) + worse
+
+
+def other_world(config, tpp):
+    """Memory saturates, and reasoning only gains from experts."""
+    return 0.5, 0.3 + 0.05 * math.log2(config.n_experts), 2 - 0.05 * math.log2(config.n_experts)
+
+
+def decided(rows, number):
+    return verdict.overall(list(verdict.CLAIMS[number - 1][1](rows)))
+
+
+def test_verdicts_follow_the_data():
+    runs = [*sweep.main(""), *sweep.lr(""), *sweep.init(""), *sweep.topk("")]
+    as_claimed, otherwise = ([fake(r, world) for r in runs] for world in (paper_world, other_world))
+    assert [decided(as_claimed, number) for number in (1, 2, 4, 6, 7)] == ["supported"] * 5
+    assert [decided(otherwise, number) for number in (1, 2, 3)] == ["not supported"] * 3
+    assert decided([fake(r, lambda c, tpp: (0.5, 0.5, 2.0)) for r in sweep.topk("")], 5) == "supported"
+    assert decided([fake(r, lambda c, tpp: (0.5, 0.5 + 0.03 * c.top_k, 2 + 0.1 * c.top_k)) for r in sweep.topk("")], 5) == "not supported"
+    near = [fake(r, lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 20)), 2)) for r in sweep.main("")]
+    far = [fake(r, lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 3)), 2)) for r in sweep.main("")]
+    assert decided(near, 3) == "supported" and decided(far, 3) == "not supported"
+
+
+def test_few_seeds_and_noise_decide_nothing():
+    two = [fake(r, paper_world) for r in sweep.main("") if r.seed < 2]
+    assert [decided(two, number) for number in range(1, 8)] == ["undecided"] * 7
+    assert [decided([], number) for number in range(1, 8)] == ["undecided"] * 7
+    flat = [[fake(r, lambda c, tpp, share=share: (share, share, 2)) for r in sweep.main("")] for share in (0.0, 0.97)]
+    assert all(decided(rows, number) == "undecided" for rows in flat for number in (1, 2, 3, 7))  # nothing learned, or everything
+    rng = random.Random(1)
+    noise = [fake(r, lambda c, tpp: (0.5, 0.5 + rng.gauss(0, 0.05), 2)) for r in sweep.main("")]
+    assert decided(noise, 2) != "supported" and decided(noise, 4) != "supported"  # the best of seven noisy points is no optimum
+
+
+def test_interval_is_wider_than_the_spread_of_three_seeds_and_shrinks():
+    mean, low, high = verdict.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and low < 0.2 and high > 3.8  # Student's t would say 2 +- 2.5
+    many = verdict.interval([1.0, 2.0, 3.0] * 10)
+    assert 1.6 < many[1] < 2 < many[2] < 2.4
+    assert verdict.interval([1.0]) == (1.0, None, None)
+
+
+def test_tables_are_put_between_the_markers(tmp_path):
+    file = tmp_path / "STUDY.md"
+    file.write_text(f"before\n{verdict.BEGIN}\nold\n{verdict.END}\nafter\n")
+    verdict.write(file, verdict.tables([]))
+    text = file.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and text.count("not enough runs") >= 7
+    file.write_text("no markers")
+    with pytest.raises(ValueError, match="needs the two lines"):
+        verdict.write(file, "x")
+
+
+# ---- figures and plans
+
+def test_figures_of_a_small_grid(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [fake(Run(n_experts=e, top_k=2, seed=seed), paper_world) for e in (4, 16, 64) for seed in (0, 1)]
+    drawn = figures.draw(rows, tmp_path)
+    assert {path.name.split("-")[0] for path in drawn} == {"fig1", "fig2", "fig3", "fig4", "fig5", "fig7", "bits"}
+    assert all(path.stat().st_size > 10_000 for path in drawn)
+    with pytest.raises(ValueError, match="no regime"):
+        figures.draw(rows[:2], tmp_path)
+
+
+def test_plan_ranks_by_purpose_and_keeps_to_the_budget(tmp_path, capsys):
+    file = tmp_path / "r.jsonl"
+    for e in (4, 16, 64):
+        results.append(file, fake(Run(n_experts=e), other_world))
+    plan.main(["--for=reasoning", "--flops=1e20", "--memory=80", "--gpus=8", "--rows=3", f"--results={file}"])
+    text = capsys.readouterr().out
+    first = next(line for line in text.splitlines() if line.startswith("paper-")).split()
+    assert 10 <= float(first[2]) <= 40 and float(first[-2]) <= 80 and "545,686 tokens/s" in text
+    own = [line.split()[0] for line in text.splitlines() if line.endswith("fresh problems")]
+    assert own == ["64", "16", "4"]
+    plan.main(["--for=memory", "--tokens=1e10", "--memory=80", "--rows=1", f"--results={tmp_path}/none"])
+    text = capsys.readouterr().out
+    assert "paper-d2048-e8-k8" in text and "no finished run yet" in text  # the largest total that fits 80 GiB
+    with pytest.raises(SystemExit, match="give a budget"):
+        plan.main(["--for=memory"])
