@@ -1,7 +1,7 @@
 """run/curves.png from metrics.jsonl: what a person looks at while a run trains.  python curves.py RUN [--out FILE]
 
 Cross-entropy, learning rate and gradient norm; router entropy and dead experts; and for every layer a heat map of the load of its experts over
-time. train.py redraws it at every validation and checkpoint in a process of its own, so that training never waits for it.
+time (white: even, red: more, blue: less, green: no token). train.py redraws it at every validation and checkpoint in a process of its own, so that training never waits for it.
 `python -m study.show RUN RUN...` lays several runs over one another.
 """
 
@@ -53,7 +53,7 @@ def figure(run):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    load_colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="black")  # black: no token at all
+    load_colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="limegreen")  # green: no token at all
     config, rows, val = read(run)
     scale = config["batch_size"] * config["seq_len"] / 1e6
     tokens = [row["step"] * scale for row in rows]
@@ -99,6 +99,7 @@ def figure(run):
             axis.set_title(title, fontsize=8)
             axis.set_ylabel(ylabel, fontsize=8)
             axis.tick_params(labelsize=7)
+            axis.yaxis.get_major_locator().set_params(integer=True)
         bar = part.colorbar(drawn, ax=list(axes), pad=0.01)
         bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ 1/4", "1/2", "even", "2", "≥ 4"])
     return fig
