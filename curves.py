@@ -81,7 +81,7 @@ def figure(run):
             spread.plot(tokens, values, lw=0.8, color=plt.cm.viridis(layer / max(1, len(entropy) - 1)))
         spread.axhline(math.log(config["n_experts"]), color="gray", ls=":", lw=1)
         dead.step(tokens, column("dead_experts"), where="post")
-        dead.set_ylim(bottom=-0.05)
+        dead.set_ylim(-0.05, 1.05 * max(1, *column("dead_experts")))
         named += [(spread, "entropy of the mean router distribution, nats (dark: first layer, dotted: even)"), (dead, "experts without a token, all layers")]
     for axis, title in named:
         axis.set_title(title, fontsize=9)

@@ -15,6 +15,7 @@ graph; learning rates may be 0-d tensors. Shapes: N matrices in a batch, each (A
 import math
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
 ROUNDS = 5
@@ -68,24 +69,43 @@ class Muon(torch.optim.Optimizer):
 
     def _step_batch(self, batch, group):
         rate, mu = group["lr"], group["momentum"]
-        momenta, grads = [self.state[p]["momentum"] for p in batch], [p.grad for p in batch]
+        weights, momenta, grads = ([local(t) for t in ts] for ts in (batch, [self.state[p]["momentum"] for p in batch], [p.grad for p in batch]))
         if self.found_inf is not None:
             rate = rate * (1 - self.found_inf)
             grads = [torch.where(self.found_inf > 0, m, g) for m, g in zip(momenta, grads, strict=True)]
         torch._foreach_lerp_(momenta, grads, 1 - mu)
         ahead = torch._foreach_lerp(grads, momenta, mu)  # Nesterov
-        grads_NAB, ahead_NAB = (torch.stack(ts).flatten(0, -3) for ts in (grads, ahead))
+        experts = batch[0].ndim == 3
+        if not experts:
+            ahead = [whole(t, p) for t, p in zip(ahead, batch, strict=True)]
+        ahead_NAB = torch.stack(ahead).flatten(0, -3)
         maps = [orthogonalize(m) * (0.2 * math.sqrt(max(m.shape[-2:]))) for m in ahead_NAB.split(group["rows"], -2)]
-        # An expert that no token chose stands still: normalisation would make a full step of its fading momentum, again and again.
-        update_NAB = torch.cat(maps, -2) * (grads_NAB.abs().amax((-2, -1), keepdim=True) > 0)
-        updates = update_NAB.view(len(batch), *batch[0].shape)
-        torch._foreach_mul_(batch, 1 - rate * group["weight_decay"])
-        for p, update in zip(batch, updates, strict=True):
-            p.sub_(update * rate)
+        update_NAB = torch.cat(maps, -2)
+        if experts:  # One that no token chose stands still: normalisation would make a full step of its fading momentum, again and again.
+            update_NAB = update_NAB * (grads[0].abs().amax((-2, -1), keepdim=True) > 0)
+        updates = update_NAB.view(len(batch), *ahead[0].shape)
+        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        for weight, update, p in zip(weights, updates, batch, strict=True):
+            weight.sub_((update if experts else part_of(update, p)) * rate)
+
+
+def local(t):
+    """FSDP2 shards dimension 0: of stacked experts a rank holds whole ones, of a matrix some rows."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def whole(t, p):
+    """The matrix whose rows like those of parameter p are t."""
+    return DTensor.from_local(t, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor() if isinstance(p, DTensor) else t
+
+
+def part_of(t, p):
+    """The rows of matrix t that this rank holds of parameter p."""
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None).to_local() if isinstance(p, DTensor) else t
 
 
 class Together:
-    """Several optimisers with the interface of one."""
+    """Optimisers that act as one. Its state_dict is the list of theirs."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -94,20 +114,33 @@ class Together:
     def param_groups(self):
         return [group for part in self.parts for group in part.param_groups]
 
-    def step(self):
+    def set_lr(self, lr):
+        for group in self.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def step(self, skip=None):
+        """skip: None, or a float32 scalar tensor; where it is 1, nothing changes, and nobody waited to find out."""
         for part in self.parts:
+            part.found_inf = skip
             part.step()
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self):
         for part in self.parts:
-            part.zero_grad(set_to_none)
+            part.zero_grad(set_to_none=True)
 
     def state_dict(self):
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
+        """Learning rates and where they live stay as they are: the states may come from another kind of device."""
         for part, state in zip(self.parts, states, strict=True):
+            here = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in part.param_groups]
             part.load_state_dict(state)
+            for group, keep in zip(part.param_groups, here, strict=True):
+                group |= keep
 
 
 def stacked_rows(name, shape, cfg):
@@ -119,15 +152,20 @@ def stacked_rows(name, shape, cfg):
     return [shape[-2]]
 
 
-def make_optimizer(model, cfg):
-    """AdamW for all, or with cfg.optimizer == "muon" Muon for the matrices inside blocks but the router. Norms do not decay."""
+def make_optimizer(model, cfg, piece=lambda p: p):
+    """AdamW for all, or with cfg.optimizer == "muon" Muon for the matrices inside blocks but the router. Norms do not decay.
+
+    On CUDA learning rates are tensors, so that a graph of the step sees them change. piece(p): the part of dimension 0 of a parameter that this
+    rank updates (Muon's 2-D matrices are always whole)."""
     hidden, matrices, norms = {}, [], []
     for name, p in model.named_parameters():
         if cfg.optimizer == "muon" and name.startswith("blocks.") and p.ndim > 1 and "router" not in name:
             group = {"params": [], "rows": stacked_rows(name, p.shape, cfg)}
-            hidden.setdefault((p.shape, *group["rows"]), group)["params"].append(p)
+            hidden.setdefault((p.shape, *group["rows"]), group)["params"].append(piece(p) if p.ndim == 3 else p)
         else:
-            (matrices if p.ndim > 1 else norms).append(p)
+            (matrices if p.ndim > 1 else norms).append(piece(p))
+    cuda = model.embed.weight.is_cuda
+    lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
-    return Together(Muon(list(hidden.values()), cfg.lr, cfg.muon_momentum, cfg.weight_decay), adamw) if hidden else adamw
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, capturable=cuda)
+    return Together(adamw, Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay)) if hidden else Together(adamw)
