@@ -1,0 +1,113 @@
+"""Two and four gloo ranks against one process: both engines, both optimisers, uneven routing, an expert without a token, and resuming on other ranks.
+Run: python -m pytest tests/test_parallel.py (CPU)"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from model import GPT
+from parallel import Sharded
+from tests.test_train import ROOT, SMALL, cut_at, rows
+from tests.test_train import data_dir  # noqa: F401  a fixture
+from train import TrainConfig, main
+
+# Five experts on two or four ranks: slices of unequal length. Two micro-batches, the balance loss of the global batch, shared experts.
+FLAGS = [*SMALL, "--n-experts=5", "--n-shared-experts=1", "--grad-accum=2", "--router-bias-rate=1e-4", "--balance-coef=0.1", "--steps=8"]
+CASES = {"ddp-2-muon": (2, "ddp", "muon"), "ddp-4-adamw": (4, "ddp", "adamw"), "fsdp-2-adamw": (2, "fsdp", "adamw"), "fsdp-4-muon": (4, "fsdp", "muon")}
+
+
+@pytest.fixture(scope="module")
+def runs(data_dir, tmp_path_factory):  # noqa: F811
+    """Every case continues the same two steps, after which expert 0 is out of reach and expert 1 preferred; so do the runs of one process."""
+    base = tmp_path_factory.mktemp("parallel")
+    for optimizer in ("adamw", "muon"):
+        flags = [*FLAGS, f"--data={data_dir}", f"--optimizer={optimizer}"]
+        start = base / f"start-{optimizer}"
+        main([*flags, "--steps=2", f"--out-dir={start}"])
+        state = checkpoint.read(start)
+        for layer in (0, 1):
+            state["model"][f"blocks.{layer}.mlp.bias_E"][:2] = torch.tensor([-100.0, 0.2])
+        checkpoint.find(start)[-1][1].unlink()
+        checkpoint.save(start, 2, state, keep=1)
+        (start / "results.json").unlink()
+    copy = lambda name, optimizer: shutil.copytree(base / f"start-{optimizer}", base / name)  # noqa: E731
+    jobs = [[world, [f"--resume={copy(name, optimizer)}", "--steps=8", f"--parallel={engine}"]] for name, (world, engine, optimizer) in CASES.items()]
+    ranks(jobs)
+    for optimizer in ("adamw", "muon"):
+        main([f"--resume={copy('one-' + optimizer, optimizer)}", "--steps=8"])
+    return base
+
+
+def ranks(jobs):
+    done = subprocess.run([sys.executable, "-m", "tests.ranks", json.dumps(jobs)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def same_log(run, reference, rtol):
+    ours, theirs = rows(run), rows(reference)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=rtol, atol=2e-3 if "load" in key else 0, err_msg=f"{key} at step {a['step']}")
+
+
+def same_state(run, reference, bound):
+    """Weights, and optimiser states in the format of one process, whole and in the same order."""
+    ours, theirs = checkpoint.read(run), checkpoint.read(reference)
+    pairs = [(name, ours["model"][name], weight) for name, weight in theirs["model"].items()]
+    for part, (a, b) in enumerate(zip(ours["optimizer"], theirs["optimizer"], strict=True)):
+        assert a["state"].keys() == b["state"].keys() and len(a["param_groups"]) == len(b["param_groups"])
+        pairs += [(f"{name} of {part}, {i}", a["state"][i][name], t) for i, values in b["state"].items() for name, t in values.items()]
+    for name, a, b in pairs:
+        assert a.shape == b.shape and (a - b).norm() <= bound * b.norm() + 1e-7, f"{name}: {(a - b).norm() / b.norm():.1e}"
+    assert ours["loader"] == theirs["loader"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_equal_one_process(runs, case):
+    reference = runs / f"one-{CASES[case][2]}"
+    same_log(runs / case, reference, rtol=3e-4)
+    same_state(runs / case, reference, bound=3e-3)
+    loads = [row["load"] for row in rows(runs / case) if "load" in row and row["step"] > 3]
+    assert loads and all(layer[0] == 0 and layer[1] > 1.2 for load in loads for layer in load), loads  # the routing is as bad as promised
+    for other in ("adamw", "muon"):  # and the check can fail
+        if other != CASES[case][2]:
+            with pytest.raises(AssertionError):
+                same_log(runs / case, runs / f"one-{other}", rtol=3e-4)
+
+
+def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
+    """Four FSDP ranks to step 4, then two DDP ranks or one; and two DDP ranks, then four FSDP ranks. Each as if nothing had happened."""
+    reference = runs / "one-muon"
+    to_two, to_one = (cut_at(runs / "fsdp-4-muon", tmp_path / name, 4) for name in ("two", "one"))
+    to_four = cut_at(runs / "ddp-2-muon", tmp_path / "four", 4)
+    ranks([[2, [f"--resume={to_two}", "--parallel=ddp"]], [4, [f"--resume={to_four}", "--parallel=fsdp"]]])
+    main([f"--resume={to_one}", "--parallel=ddp"])
+    for run in (to_two, to_one, to_four):
+        same_log(run, reference, rtol=3e-4)
+        same_state(run, reference, bound=3e-3)
+
+
+@pytest.mark.parametrize("kind, bound", [("adamw", 0.30), ("muon", 0.36)])
+def test_a_rank_holds_its_share_of_the_states(kind, bound):
+    """A quarter of them on one of four ranks, but for Muon's 2-D matrices."""
+    cfg = TrainConfig(vocab_size=64, n_experts=8, optimizer=kind)
+    sizes = []
+    for world in (1, 4):
+        model = GPT(cfg)
+        optimizer = Sharded(model, cfg, world - 1, world)
+        for p in [*model.parameters(), *optimizer.full]:
+            p.grad = torch.zeros_like(p)
+        for part in optimizer.parts:
+            part.step()
+        sizes.append(sum(t.numel() for part in optimizer.parts for values in part.state.values() for t in values.values()))
+    assert sizes[1] < bound * sizes[0], sizes
