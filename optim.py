@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         experts = batch[0].ndim == 3
         if not experts:
             ahead = [whole(t, p) for t, p in zip(ahead, batch, strict=True)]
-        ahead_NAB = torch.stack(ahead).flatten(0, -3)
+        ahead_NAB = ahead[0] if experts else torch.stack(ahead)
         maps = [orthogonalize(m) * (0.2 * math.sqrt(max(m.shape[-2:]))) for m in ahead_NAB.split(group["rows"], -2)]
         update_NAB = torch.cat(maps, -2)
         if experts:  # One that no token chose stands still: normalisation would make a full step of its fading momentum, again and again.
@@ -157,15 +157,16 @@ def make_optimizer(model, cfg, piece=lambda p: p):
 
     On CUDA learning rates are tensors, so that a graph of the step sees them change. piece(p): the part of dimension 0 of a parameter that this
     rank updates (Muon's 2-D matrices are always whole)."""
-    hidden, matrices, norms = {}, [], []
+    hidden, experts, matrices, norms = {}, [], [], []
     for name, p in model.named_parameters():
         if cfg.optimizer == "muon" and name.startswith("blocks.") and p.ndim > 1 and "router" not in name:
             group = {"params": [], "rows": stacked_rows(name, p.shape, cfg)}
             hidden.setdefault((p.shape, *group["rows"]), group)["params"].append(piece(p) if p.ndim == 3 else p)
         else:
-            (matrices if p.ndim > 1 else norms).append(piece(p))
+            (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(piece(p))
     cuda = model.embed.weight.is_cuda
     lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    # Experts apart: with expert parallelism they alone are DTensors, which one fused kernel does not mix with tensors.
+    groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay)) if ps]
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, capturable=cuda)
     return Together(adamw, Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay)) if hidden else Together(adamw)

@@ -54,7 +54,7 @@ class TrainConfig(ModelConfig):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of each block, on CUDA; auto: where the run is long enough to repay it
     cuda_graph: bool = True  # on one CUDA GPU, replay the whole optimiser step as one graph
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # on several GPUs: sharded optimiser states, or everything sharded (parallel.py)
+    parallel: Literal["ddp", "fsdp", "ep"] = "ddp"  # on several GPUs: optimiser states, everything, or experts too are sharded (parallel.py)
     deterministic: bool = False  # on CUDA, too, the same bits in every run (attention's backward then sums in a fixed order, slower)
     # Optimisation
     steps: int = 2400  # optimiser steps
@@ -148,7 +148,7 @@ def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda pa
         dist.all_reduce(shared)
         sums, probs_NE = (shared[:4] / world, (shared[4:] / world).view_as(probs_NE))
     model = net.module if hasattr(net, "module") else net
-    grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf, foreach=True))
+    grad_norm = parallel.clip_grad_norm(model, cfg.clip_norm or math.inf)
     skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg)
     optimizer.step(skip)
     optimizer.zero_grad()
@@ -271,7 +271,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     model = GPT(cfg)
     state, start = None, 0
     if cfg.resume and checkpoint.find(run_dir):  # none: the run ended before its first one and starts again
-        state = checkpoint.read(run_dir, "cpu" if cfg.parallel == "fsdp" else device)
+        state = checkpoint.read(run_dir, device if cfg.parallel == "ddp" else "cpu")
         for field in dataclasses.fields(ModelConfig):
             if field.name not in ("dtype", "impl", "loss_chunk", "seq_len"):
                 saved, value = state["config"][field.name], getattr(cfg, field.name)
@@ -290,7 +290,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
             window[name].copy_(sums)
         torch.set_rng_state(state["rng"].cpu())
         del state
-    if device.type == "cuda" and not parallel.is_fsdp(model):
+    if device.type == "cuda" and (world == 1 or cfg.parallel == "ddp"):
         compile_blocks(model, cfg)
     pictures = Curves(run_dir) if lead and cfg.curves else None
 
@@ -311,10 +311,9 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
 
     def save(step):
         check_steps(step)
-        norm = float(parallel.whole(torch.nn.utils.get_total_norm(list(model.parameters()))))
+        (weights, norm), states = parallel.full_state(model, rank), optimizer.state_dict()  # all ranks take part
         if not math.isfinite(norm):
             raise ValueError(f"norm of the weights={norm} at step {step}: {REMEDY}")
-        weights, states = parallel.full_state(model), optimizer.state_dict()  # all ranks take part
         if lead:
             checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(cfg), "model": weights, "optimizer": states,
                                             "loader": loader.state_dict(), "window": window, "rng": torch.get_rng_state()}, cfg.keep_checkpoints)
@@ -398,7 +397,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     if timed_steps:
         rate = timed_steps * tokens_per_step / timed_seconds
         results |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None}
-    if parallel.is_fsdp(model):  # generating takes the whole model on one GPU, and now there is room for it
+    if world > 1 and cfg.parallel != "ddp":  # generating takes the whole model on one GPU, and now there is room for it
         net = optimizer = model = None
         model = checkpoint.load_model(run_dir, device)
     results |= report.final_report(model, cfg, sources, enc, val_loader, results)

@@ -1,4 +1,4 @@
-"""Two and four gloo ranks against one process: both engines, both optimisers, uneven routing, an expert without a token, and resuming on other ranks.
+"""Two and four gloo ranks against one process: three engines, both optimisers, uneven routing, an expert without a token, and resuming on other ranks.
 Run: python -m pytest tests/test_parallel.py (CPU)"""
 
 import json
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -18,31 +19,39 @@ from tests.test_train import ROOT, SMALL, cut_at, rows
 from tests.test_train import data_dir  # noqa: F401  a fixture
 from train import TrainConfig, main
 
-# Five experts on two or four ranks: slices of unequal length. Two micro-batches, the balance loss of the global batch, shared experts.
-FLAGS = [*SMALL, "--n-experts=5", "--n-shared-experts=1", "--grad-accum=2", "--router-bias-rate=1e-4", "--balance-coef=0.1", "--steps=8"]
-CASES = {"ddp-2-muon": (2, "ddp", "muon"), "ddp-4-adamw": (4, "ddp", "adamw"), "fsdp-2-adamw": (2, "fsdp", "adamw"), "fsdp-4-muon": (4, "fsdp", "muon")}
+# Two micro-batches, the balance loss of the global batch, shared experts.
+FLAGS = [*SMALL, "--n-shared-experts=1", "--grad-accum=2", "--router-bias-rate=1e-4", "--balance-coef=0.1", "--steps=8"]
+CASES = {"ddp-2-muon": (2, "ddp", "muon"), "ddp-4-adamw": (4, "ddp", "adamw"), "fsdp-2-adamw": (2, "fsdp", "adamw"), "fsdp-4-muon": (4, "fsdp", "muon"),
+         "ep-2-adamw": (2, "ep", "adamw"), "ep-4-muon": (4, "ep", "muon")}
+# Selection biases of the first experts. Five experts on two or four ranks are slices of unequal length. With eight on four ranks and two out of reach,
+# a rank gets no token at all.
+BIASES = {5: [-100.0, 0.2], 8: [-100.0, -100.0, 0.2]}
 
 
 @pytest.fixture(scope="module")
 def runs(data_dir, tmp_path_factory):  # noqa: F811
-    """Every case continues the same two steps, after which expert 0 is out of reach and expert 1 preferred; so do the runs of one process."""
+    """Every case continues two steps after which some experts are out of reach and one is preferred; so do the runs of one process."""
     base = tmp_path_factory.mktemp("parallel")
-    for optimizer in ("adamw", "muon"):
-        flags = [*FLAGS, f"--data={data_dir}", f"--optimizer={optimizer}"]
-        start = base / f"start-{optimizer}"
+    for optimizer, n_experts in product(("adamw", "muon"), BIASES):
+        flags = [*FLAGS, f"--data={data_dir}", f"--optimizer={optimizer}", f"--n-experts={n_experts}"]
+        start = base / f"start-{optimizer}-{n_experts}"
         main([*flags, "--steps=2", f"--out-dir={start}"])
         state = checkpoint.read(start)
         for layer in (0, 1):
-            state["model"][f"blocks.{layer}.mlp.bias_E"][:2] = torch.tensor([-100.0, 0.2])
+            state["model"][f"blocks.{layer}.mlp.bias_E"][: len(BIASES[n_experts])] = torch.tensor(BIASES[n_experts])
         checkpoint.find(start)[-1][1].unlink()
         checkpoint.save(start, 2, state, keep=1)
         (start / "results.json").unlink()
-    copy = lambda name, optimizer: shutil.copytree(base / f"start-{optimizer}", base / name)  # noqa: E731
-    jobs = [[world, [f"--resume={copy(name, optimizer)}", "--steps=8", f"--parallel={engine}"]] for name, (world, engine, optimizer) in CASES.items()]
-    ranks(jobs)
-    for optimizer in ("adamw", "muon"):
-        main([f"--resume={copy('one-' + optimizer, optimizer)}", "--steps=8"])
+    copy = lambda name, like: shutil.copytree(base / like.replace("one", "start"), base / name)  # noqa: E731
+    ranks([[world, [f"--resume={copy(name, reference(name))}", "--steps=8", f"--parallel={engine}"]] for name, (world, engine, _) in CASES.items()])
+    for one in {reference(name) for name in CASES}:
+        main([f"--resume={copy(one, one)}", "--steps=8"])
     return base
+
+
+def reference(case):
+    _, engine, optimizer = CASES[case]
+    return f"one-{optimizer}-{8 if engine == 'ep' else 5}"
 
 
 def ranks(jobs):
@@ -74,27 +83,27 @@ def same_state(run, reference, bound):
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_equal_one_process(runs, case):
-    reference = runs / f"one-{CASES[case][2]}"
-    same_log(runs / case, reference, rtol=3e-4)
-    same_state(runs / case, reference, bound=3e-3)
+    one = reference(case)
+    same_log(runs / case, runs / one, rtol=3e-4)
+    same_state(runs / case, runs / one, bound=3e-3)
     loads = [row["load"] for row in rows(runs / case) if "load" in row and row["step"] > 3]
-    assert loads and all(layer[0] == 0 and layer[1] > 1.2 for load in loads for layer in load), loads  # the routing is as bad as promised
-    for other in ("adamw", "muon"):  # and the check can fail
-        if other != CASES[case][2]:
-            with pytest.raises(AssertionError):
-                same_log(runs / case, runs / f"one-{other}", rtol=3e-4)
+    dead = len(BIASES[int(one[-1])]) - 1  # the routing is as bad as promised
+    assert loads and all(not any(layer[:dead]) and layer[dead] > 1.2 for load in loads for layer in load), loads
+    other = one.replace("muon", "other").replace("adamw", "muon").replace("other", "adamw")  # the check can fail
+    with pytest.raises(AssertionError):
+        same_log(runs / case, runs / other, rtol=3e-4)
 
 
 def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
-    """Four FSDP ranks to step 4, then two DDP ranks or one; and two DDP ranks, then four FSDP ranks. Each as if nothing had happened."""
-    reference = runs / "one-muon"
+    """Four FSDP ranks to step 4, then two DDP ranks or one; two DDP ranks, then four FSDP ranks; four EP ranks, then two. As if nothing had happened."""
     to_two, to_one = (cut_at(runs / "fsdp-4-muon", tmp_path / name, 4) for name in ("two", "one"))
     to_four = cut_at(runs / "ddp-2-muon", tmp_path / "four", 4)
-    ranks([[2, [f"--resume={to_two}", "--parallel=ddp"]], [4, [f"--resume={to_four}", "--parallel=fsdp"]]])
+    to_ep = cut_at(runs / "ep-4-muon", tmp_path / "ep", 4)
+    ranks([[2, [f"--resume={to_two}", "--parallel=ddp"]], [4, [f"--resume={to_four}", "--parallel=fsdp"]], [2, [f"--resume={to_ep}"]]])
     main([f"--resume={to_one}", "--parallel=ddp"])
-    for run in (to_two, to_one, to_four):
-        same_log(run, reference, rtol=3e-4)
-        same_state(run, reference, bound=3e-3)
+    for run, one in ((to_two, "one-muon-5"), (to_one, "one-muon-5"), (to_four, "one-muon-5"), (to_ep, "one-muon-8")):
+        same_log(run, runs / one, rtol=3e-4)
+        same_state(run, runs / one, bound=3e-3)
 
 
 @pytest.mark.parametrize("kind, bound", [("adamw", 0.30), ("muon", 0.36)])
