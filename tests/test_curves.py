@@ -1,6 +1,7 @@
 """Pictures of runs, and metrics.jsonl followed by other tools. Run: python -m pytest tests/test_curves.py (CPU)"""
 
 import json
+import math
 import sys
 import threading
 import time
@@ -10,6 +11,8 @@ import pytest
 
 import curves
 from study import follow, show
+from tests.test_train import data_dir  # noqa: F401  a fixture
+from tests.test_train import run as train_run
 
 CONFIG = {"dense": False, "n_experts": 4, "top_k": 2, "d_model": 32, "n_layers": 3, "batch_size": 8, "seq_len": 16}
 
@@ -114,3 +117,13 @@ def test_adapters(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit, match="pip install wandb"):
         follow.main([str(run), "--to=wandb"])
+
+
+def test_training_draws_its_curves(data_dir, tmp_path):  # noqa: F811
+    train_run(data_dir, tmp_path / "out", "--curves=true", "--steps=4")
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+    config, rows, val = curves.read(tmp_path / "out")
+    for r in rows:
+        assert len(r["router_entropy"]) == 2 and all(0.5 < h <= math.log(4) + 1e-6 for h in r["router_entropy"])
+        assert [len(layer) for layer in r["load"]] == [4, 4] and [max(layer) for layer in r["load"]] == pytest.approx(r["load_max"], abs=1e-3)
+        assert all(sum(layer) == pytest.approx(4, abs=0.01) for layer in r["load"])

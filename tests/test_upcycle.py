@@ -7,8 +7,10 @@ import torch
 
 import checkpoint
 import upcycle
+from data import shards, tokenizer
 from model import GPT, ModelConfig
 from tests.checks import check
+from train import main
 
 DENSE = ModelConfig(vocab_size=64, seq_len=16, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, n_experts=8, top_k=2, d_expert=32,
                     dense=True, init_std=0.2, qk_norm=True)  # hidden width 64
@@ -111,3 +113,20 @@ def test_not_a_dense_checkpoint(tmp_path):
     path = checkpoint.save(tmp_path, 1, {"config": dataclasses.asdict(model.cfg), "model": model.state_dict()}, keep=1)
     with pytest.raises(ValueError, match="upcycle_from='a mixture of experts'"):
         upcycle.upcycle(mixture(), path)
+
+
+def test_in_training_step_0_has_the_dense_loss(tmp_path):
+    """train.py --upcycle-from: the validation loss before the first real step is that of the dense run."""
+    data = tmp_path / "data"
+    enc = tokenizer.word_tokenizer([])
+    with shards.ShardWriter(data, enc) as writer:
+        for split in ("train", "val"):
+            writer.add(split, enc.encode_ordinary("the cat sat on the mat. " * 60) + [enc.eot_token])
+    flags = ("--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --seq-len=16 --batch-size=4 --warmup-steps=1 "
+             f"--init-std=0.2 --val-every=0 --val-batches=4 --sample-tokens=0 --curves=false --device=cpu --data={data}").split()
+    dense = main([*flags, "--dense", "--steps=10", f"--out-dir={tmp_path / 'dense'}"])
+    start = [f"--upcycle-from={tmp_path / 'dense'}", "--steps=1", "--lr=0"]
+    mixture = main([*flags, *start, f"--out-dir={tmp_path / 'moe'}"])
+    assert mixture["val_loss"] == pytest.approx(dense["val_loss"], rel=1e-5) and mixture["parameters"] > dense["parameters"]
+    noisy = main([*flags, *start, "--upcycle-noise=0.5", f"--out-dir={tmp_path / 'noisy'}"])
+    assert abs(noisy["val_loss"] - dense["val_loss"]) > 1e-3
