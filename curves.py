@@ -1,7 +1,8 @@
 """run/curves.png from metrics.jsonl: what a person looks at while a run trains.  python curves.py RUN [--out FILE]
 
 Cross-entropy, learning rate and gradient norm; router entropy and dead experts; and for every layer a heat map of the load of its experts over
-time (white: even, red: more, blue: less, green: no token). train.py redraws it at every validation and checkpoint in a process of its own, so that training never waits for it.
+time (white: even, red: more, blue: less, green: no token). train.py redraws it at every validation and checkpoint in a process of its own, so that
+training never waits for it.
 `python -m study.show RUN RUN...` lays several runs over one another.
 """
 
@@ -82,7 +83,8 @@ def figure(run):
         spread.axhline(math.log(config["n_experts"]), color="gray", ls=":", lw=1)
         dead.step(tokens, column("dead_experts"), where="post")
         dead.set_ylim(-0.05, 1.05 * max(1, *column("dead_experts")))
-        named += [(spread, "entropy of the mean router distribution, nats (dark: first layer, dotted: even)"), (dead, "experts without a token, all layers")]
+        named += [(spread, "entropy of the mean router distribution, nats (dark: first layer, dotted: even)"),
+                  (dead, "experts without a token, all layers")]
     for axis, title in named:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("million tokens", fontsize=8)

@@ -62,6 +62,6 @@ def dump(path, model, loader, cursor, cfg, step):
     where = (f"the weights already: {weights[0]}" if weights else f"the output of layer {layers[0]}" if layers else
              f"the gradient of {broken[0]}" if broken else "finite when repeated: the loss itself is too high")
     with open(path, "w") as file:
-        json.dump({"step": step, "loss": [as_json(loss) for loss in losses], "first": where, "weights_not_finite": weights, "output_of_layer": outputs, "gradient": gradients,
-                   "cursor": cursor, "tokens": batches}, file)
+        json.dump({"step": step, "loss": [as_json(loss) for loss in losses], "first": where, "weights_not_finite": weights,
+                   "output_of_layer": outputs, "gradient": gradients, "cursor": cursor, "tokens": batches}, file)
     return sum(losses) / len(losses), where

@@ -3,10 +3,11 @@
     python train.py                                                     # the default model on procedural data: facts and reasoning
     python train.py --data=DIR --preset=paper-d512-e16-k2 --seq-len=1024  # own data, prepared with `python -m data.prepare`
     python train.py --data=DIR:0.7,DIR2:0.3                             # a mixture
-    torchrun --nproc-per-node=8 train.py --data=DIR                     # data parallel on one node
+    torchrun --nproc-per-node=8 train.py --data=DIR                     # eight GPUs (docs/multi-gpu.md)
+    python train.py --data=DIR --upcycle-from=runs/DENSE                # experts that start as a dense model trained with --dense
     python train.py --resume=runs/NAME                                  # continue, bit for bit; other flags override
 
-A run directory holds config.json, metrics.jsonl (every logged number), checkpoints, and results.json at the end.
+A run directory holds config.json, metrics.jsonl (every logged number), checkpoints, curves.png, and results.json at the end.
 Ctrl-C or SIGTERM saves a checkpoint and ends the run.
 """
 
@@ -331,7 +332,8 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
         loss = validate(model, val_loader, n_val, world)
         bits = {"val_bits_per_byte": loss / math.log(2) / per_token} if per_token else {}
         if lead:
-            print(f"step {step:>6}/{cfg.steps} | validation loss {loss:.4f}" + (f" | {bits['val_bits_per_byte']:.4f} bits/byte" if bits else ""), flush=True)
+            tail = f" | {bits['val_bits_per_byte']:.4f} bits/byte" if bits else ""
+            print(f"step {step:>6}/{cfg.steps} | validation loss {loss:.4f}{tail}", flush=True)
         return {"step": step, "val_loss": loss, **bits}
 
     # ---- the loop
@@ -358,7 +360,8 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                 now = time.perf_counter()
                 if row:
                     timed_seconds, timed_steps = timed_seconds + now - clock, timed_steps + step - clock_step
-                row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "grad_norm": norm if math.isfinite(norm := float(grad_norm)) else None, **means}
+                norm = float(grad_norm) if grad_norm.isfinite() else None  # of a skipped step
+                row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "grad_norm": norm, **means}
                 for sums in window.values():
                     sums.zero_()
                 cursors.clear()

@@ -34,7 +34,8 @@ def slices_per_copy(dense, cfg):
     width = (dense["top_k"] + dense["n_shared_experts"]) * dense["d_expert"]
     routed = width - cfg.n_shared_experts * cfg.d_expert
     whole = routed > 0 and routed % cfg.d_expert == 0
-    require(whole, "d_expert", cfg.d_expert, f"slices of this width, {cfg.n_shared_experts} of them shared, do not make up the dense hidden width {width}")
+    require(whole, "d_expert", cfg.d_expert,
+            f"slices of this width, {cfg.n_shared_experts} of them shared, do not make up the dense hidden width {width}")
     slices = routed // cfg.d_expert
     for name, value in (("top_k", cfg.top_k), ("n_experts", cfg.n_experts)):
         require(value % slices == 0, name, value, f"one copy of the dense layer is {slices} experts: use a multiple")

@@ -1,4 +1,5 @@
-"""Muon against singular values, torch.optim.Muon and a loop over experts; schedules; resume. Run: python -m pytest tests/test_optim.py (CPU, and CUDA graphs on a GPU)"""
+"""Muon against singular values, torch.optim.Muon and a loop over experts; schedules; resume.
+Run: python -m pytest tests/test_optim.py (CPU, and CUDA graphs on a GPU)"""
 
 import copy
 import dataclasses

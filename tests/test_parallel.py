@@ -1,4 +1,4 @@
-"""Two and four gloo ranks against one process: three engines, both optimisers, uneven routing, an expert without a token, and resuming on other ranks.
+"""Two and four gloo ranks against one process: three engines, both optimisers, uneven routing, experts without a token, resuming.
 Run: python -m pytest tests/test_parallel.py (CPU)"""
 
 import json
@@ -21,10 +21,11 @@ from train import TrainConfig, main
 
 # Two micro-batches, the balance loss of the global batch, shared experts.
 FLAGS = [*SMALL, "--n-shared-experts=1", "--grad-accum=2", "--router-bias-rate=1e-4", "--balance-coef=0.1", "--steps=8"]
-CASES = {"ddp-2-muon": (2, "ddp", "muon"), "ddp-4-adamw": (4, "ddp", "adamw"), "fsdp-2-adamw": (2, "fsdp", "adamw"), "fsdp-4-muon": (4, "fsdp", "muon"),
+CASES = {"ddp-2-muon": (2, "ddp", "muon"), "ddp-4-adamw": (4, "ddp", "adamw"),
+         "fsdp-2-adamw": (2, "fsdp", "adamw"), "fsdp-4-muon": (4, "fsdp", "muon"),
          "ep-2-adamw": (2, "ep", "adamw"), "ep-4-muon": (4, "ep", "muon")}
-# Selection biases of the first experts. Five experts on two or four ranks are slices of unequal length. With eight on four ranks and two out of reach,
-# a rank gets no token at all.
+# Selection biases of the first experts. Five experts on two or four ranks are slices of unequal length. With eight on four ranks and two out of
+# reach, a rank gets no token at all.
 BIASES = {5: [-100.0, 0.2], 8: [-100.0, -100.0, 0.2]}
 
 
@@ -95,7 +96,7 @@ def test_ranks_equal_one_process(runs, case):
 
 
 def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
-    """Four FSDP ranks to step 4, then two DDP ranks or one; two DDP ranks, then four FSDP ranks; four EP ranks, then two. As if nothing had happened."""
+    """Four FSDP ranks to step 4, then two DDP ranks or one; two DDP ranks, then four FSDP ranks; four EP ranks, then two: as if uninterrupted."""
     to_two, to_one = (cut_at(runs / "fsdp-4-muon", tmp_path / name, 4) for name in ("two", "one"))
     to_four = cut_at(runs / "ddp-2-muon", tmp_path / "four", 4)
     to_ep = cut_at(runs / "ep-4-muon", tmp_path / "ep", 4)

@@ -159,9 +159,10 @@ def test_resuming_a_finished_run_only_reports_again(whole_run, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(data_dir, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_on_a_gpu(data_dir, tmp_path, optimizer):
     """Resume is exact with --deterministic; compiled blocks train as eager ones do."""
-    flags = ["--device=cuda", "--deterministic", "--d-model=64", "--head-dim=32", "--steps=8"]
+    flags = ["--device=cuda", "--deterministic", f"--optimizer={optimizer}", "--d-model=64", "--head-dim=32", "--steps=8"]
     try:
         run(data_dir, tmp_path / "whole", *flags)
         cut = cut_at(tmp_path / "whole", tmp_path / "cut", 4)

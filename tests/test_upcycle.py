@@ -122,8 +122,8 @@ def test_in_training_step_0_has_the_dense_loss(tmp_path):
     with shards.ShardWriter(data, enc) as writer:
         for split in ("train", "val"):
             writer.add(split, enc.encode_ordinary("the cat sat on the mat. " * 60) + [enc.eot_token])
-    flags = ("--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --seq-len=16 --batch-size=4 --warmup-steps=1 "
-             f"--init-std=0.2 --val-every=0 --val-batches=4 --sample-tokens=0 --curves=false --device=cpu --data={data}").split()
+    flags = ("--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --seq-len=16 --batch-size=4 "
+             f"--warmup-steps=1 --init-std=0.2 --val-every=0 --val-batches=4 --sample-tokens=0 --curves=false --device=cpu --data={data}").split()
     dense = main([*flags, "--dense", "--steps=10", f"--out-dir={tmp_path / 'dense'}"])
     start = [f"--upcycle-from={tmp_path / 'dense'}", "--steps=1", "--lr=0"]
     mixture = main([*flags, *start, f"--out-dir={tmp_path / 'moe'}"])
