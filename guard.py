@@ -10,6 +10,7 @@ import math
 
 import torch
 
+REMEDY = "lower lr or raise warmup_steps; the last checkpoint is from before and was kept"
 STEPS, BAD, FIRST = range(3)  # of window["steps"]: steps since the last log line, bad ones among them, number of the first bad one (from 1)
 
 
@@ -26,6 +27,11 @@ def judge(window, loss, grad_norm, cfg):
     first = torch.where(bad & (steps[BAD] == 0), steps[STEPS] + 1, steps[FIRST])
     steps.copy_(torch.stack([steps[STEPS] + 1, steps[BAD] + bad, first]))
     return (bad if cfg.bad_steps == "skip" else steps[BAD] > 0).float()
+
+
+def check_finite(name, value, step):
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} at step {step}: {REMEDY}")
 
 
 def summary(values):

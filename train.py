@@ -213,9 +213,6 @@ def validate(model, loader, n_batches, world):
     return float(total) / world
 
 
-REMEDY = "lower lr or raise warmup_steps; the last checkpoint is from before and was kept"
-
-
 class Stop:
     """Inside `with Stop() as stop`, the first SIGINT or SIGTERM sets stop.asked; a second one acts as usual."""
 
@@ -313,8 +310,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     def save(step):
         check_steps(step)
         (weights, norm), states = parallel.full_state(model, rank), optimizer.state_dict()  # all ranks take part
-        if not math.isfinite(norm):
-            raise ValueError(f"norm of the weights={norm} at step {step}: {REMEDY}")
+        guard.check_finite("norm of the weights", norm, step)
         if lead:
             checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(cfg), "model": weights, "optimizer": states,
                                             "loader": loader.state_dict(), "window": window, "rng": torch.get_rng_state()}, cfg.keep_checkpoints)
@@ -326,7 +322,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
             back = min(steps - first + 1, len(cursors))  # the run may have been resumed in the middle of skipped steps
             path = run_dir / f"bad-step-{step - back + 1:08d}-rank{rank}.json"
             loss, where = guard.dump(path, model, loader, cursors[-back], cfg, step - back + 1)
-            raise ValueError(f"loss={loss} at step {step - back + 1}, first in {where} (layers and batch: {path}): {REMEDY}")
+            raise ValueError(f"loss={loss} at step {step - back + 1}, first in {where} (layers and batch: {path}): {guard.REMEDY}")
 
     def run_validation(step):
         loss = validate(model, val_loader, n_val, world)
