@@ -66,7 +66,7 @@ def dump(path, model, loader, cursor, cfg, step):
     layers = [index for index, seen in outputs.items() if not all(s["finite"] for s in seen)]
     broken = [name for name, s in reversed(gradients.items()) if not s["finite"]]  # the backward pass meets the last layers first
     where = (f"the weights already: {weights[0]}" if weights else f"the output of layer {layers[0]}" if layers else
-             f"the gradient of {broken[0]}" if broken else "finite when repeated: the loss itself is too high")
+             f"the gradient of {broken[0]}" if broken else f"finite when repeated: above max_loss={loss_limit(cfg):.3g}")
     with open(path, "w") as file:
         json.dump({"step": step, "loss": [as_json(loss) for loss in losses], "first": where, "weights_not_finite": weights,
                    "output_of_layer": outputs, "gradient": gradients, "cursor": cursor, "tokens": batches}, file)
