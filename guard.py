@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from optim import local
+
 REMEDY = "lower lr or raise warmup_steps; the last checkpoint is from before and was kept"
 STEPS, BAD, FIRST = range(3)  # of window["steps"]: steps since the last log line, bad ones among them, number of the first bad one (from 1)
 
@@ -48,7 +50,7 @@ def dump(path, model, loader, cursor, cfg, step):
     """Repeat the bad step with the weights as they are (this rank's share, without an update) and write what happens to a JSON file.
 
     cursor: loader.state_dict() before the step. Returns (mean loss, where it broke first), both for people. Leaves the model unfit for training."""
-    weights = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    weights = [name for name, p in model.named_parameters() if not local(p).isfinite().all()]
     outputs = {}
     for index, block in enumerate(model.blocks):
         block._compiled_call_impl = None  # hooks on compiled blocks would be compiled with them, again
@@ -62,7 +64,7 @@ def dump(path, model, loader, cursor, cfg, step):
         ((out.loss + cfg.balance_coef * out.balance + cfg.z_coef * out.z) / cfg.grad_accum).backward()
         losses.append(float(out.loss.detach()))
         batches.append(tokens_BL.tolist())
-    gradients = {name: summary(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: summary(local(p.grad)) for name, p in model.named_parameters() if p.grad is not None and local(p.grad).numel()}
     layers = [index for index, seen in outputs.items() if not all(s["finite"] for s in seen)]
     broken = [name for name, s in reversed(gradients.items()) if not s["finite"]]  # the backward pass meets the last layers first
     where = (f"the weights already: {weights[0]}" if weights else f"the output of layer {layers[0]}" if layers else

@@ -127,9 +127,9 @@ class Together:
             part.found_inf = skip
             part.step()
 
-    def zero_grad(self):
+    def zero_grad(self, set_to_none=True):
         for part in self.parts:
-            part.zero_grad(set_to_none=True)
+            part.zero_grad(set_to_none)
 
     def state_dict(self):
         return [part.state_dict() for part in self.parts]

@@ -7,7 +7,7 @@
            are more bytes than the tokens of a step, that is where E is large; the exchange waits for the host, so it is not the default.
 
 torch's ZeroRedundancyOptimizer deals out whole tensors: with a few large expert tensors that is uneven, and its states are pickled to one rank for a
-checkpoint. Slices are even, and a checkpoint here has the format of one process, so a run goes on with any number of ranks and either engine.
+checkpoint. Slices are even, and a checkpoint here has the format of one process, so a run goes on with any number of ranks and any engine.
 """
 
 import torch
@@ -133,8 +133,8 @@ class Sharded(Together):
         for gather in gathers:
             gather.wait()
 
-    def zero_grad(self):
-        super().zero_grad()
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
         for p in self.full.values():
             p.grad = None
 

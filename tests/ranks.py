@@ -1,6 +1,6 @@
 """Runs train.py on several gloo ranks, job after job, for test_parallel.py: python -m tests.ranks '[[RANKS, [FLAG, ...]], ...]'
 
-One process imports torch once and forks the ranks of every job, so a job costs what it trains. Ends with 1 when a rank fails."""
+One process imports torch once and forks the ranks of every job, so a job costs what it trains. Ends with 1 if a rank failed."""
 
 import json
 import os
@@ -25,6 +25,7 @@ def rank_main(rank, world, port, flags):
 
 
 def main():
+    failed = False
     for world, flags in json.loads(sys.argv[1]):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -34,8 +35,8 @@ def main():
             children.append(os.fork())
             if not children[-1]:
                 rank_main(rank, world, port, flags)
-        if any([os.waitpid(child, 0)[1] for child in children]):
-            sys.exit(1)
+        failed |= any([os.waitpid(child, 0)[1] for child in children])
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -55,10 +55,11 @@ def reference(case):
     return f"one-{optimizer}-{8 if engine == 'ep' else 5}"
 
 
-def ranks(jobs):
+def ranks(jobs, status=0):
     done = subprocess.run([sys.executable, "-m", "tests.ranks", json.dumps(jobs)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200)
-    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.returncode == status, done.stdout[-4000:]
+    return done.stdout
 
 
 def same_log(run, reference, rtol):
@@ -105,6 +106,17 @@ def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
     for run, one in ((to_two, "one-muon-5"), (to_one, "one-muon-5"), (to_four, "one-muon-5"), (to_ep, "one-muon-8")):
         same_log(run, runs / one, rtol=3e-4)
         same_state(run, runs / one, bound=3e-3)
+
+
+def test_a_bad_step_stops_all_ranks_with_a_dump_of_each(data_dir, tmp_path):  # noqa: F811
+    flags = [*FLAGS, f"--data={data_dir}", "--max-loss=1"]
+    said = ranks([[2, [*flags, f"--out-dir={tmp_path / engine}", f"--parallel={engine}"]] for engine in ("ddp", "fsdp", "ep")], status=1)
+    for engine, rank in product(("ddp", "fsdp", "ep"), (0, 1)):
+        path = tmp_path / engine / f"bad-step-00000001-rank{rank}.json"
+        assert f"at step 1, first in finite when repeated: above max_loss=1 (layers and batch: {path})" in said, said
+        dump = json.loads(path.read_text())
+        assert len(dump["tokens"]) == 2 and len(dump["output_of_layer"]) == 2 and "blocks.1.mlp.w_out" in dump["gradient"]
+        assert not checkpoint.find(tmp_path / engine)
 
 
 @pytest.mark.parametrize("kind, bound", [("adamw", 0.30), ("muon", 0.36)])
