@@ -61,7 +61,8 @@ def figure(run):
     column = lambda name: [row[name] for row in rows]  # noqa: E731
     entropy = rows[-1].get("router_entropy")  # absent from dense runs and old logs
     maps = _heat_maps(rows)
-    map_rows = math.ceil(len(maps) / 4)
+    columns = max(1, min(4, len(maps)))
+    map_rows = math.ceil(len(maps) / columns)
     heights = [3.2] + [2.4] * bool(entropy) + [1.9] * map_rows
     fig = plt.figure(figsize=(13, sum(heights) + 0.6), layout="constrained")
     fig.suptitle(label(run, config))
@@ -90,8 +91,8 @@ def figure(run):
         axis.set_xlabel("million tokens", fontsize=8)
         axis.grid(alpha=0.3)
     for index, part in enumerate(parts[len(parts) - map_rows :]):
-        axes = part.subplots(1, 4, squeeze=False)[0]
-        for axis, item in zip(axes, maps[4 * index : 4 * index + 4] + [None] * 4, strict=False):
+        axes = part.subplots(1, columns, squeeze=False)[0]
+        for axis, item in zip(axes, maps[columns * index : columns * (index + 1)] + [None] * columns, strict=False):
             if item is None:
                 axis.axis("off")
                 continue
