@@ -1,7 +1,7 @@
 """Kills training runs with SIGKILL and resumes them, for test_reliability.py: python -m tests.killrun KILLS FLAGS...
 
-One process imports torch once and forks every attempt, which makes an attempt cost what it trains. Kills alternate between a random moment and the
-middle of writing a checkpoint (a random write call of one). Prints one JSON line of what happened.
+One process imports torch once and forks every attempt, which makes an attempt cost what it trains. Kills alternate between a random moment (start-up
+or some steps later) and the middle of writing a checkpoint (a random write call of one). Prints one JSON line of what happened.
 """
 
 import contextlib
@@ -44,11 +44,11 @@ def main():
     out = Path(next(flag.split("=")[1] for flag in flags if flag.startswith("--out-dir=")))
     rng = random.Random(0)
     seen = {"kills": 0, "in_write": 0, "torn": 0, "fresh_starts": 0, "steps": []}
-    duration = 1.5  # of an attempt, a guess at first
+    newest = lambda: max((step for step, _ in checkpoint.find(out)), default=0)  # noqa: E731
     while True:
         resuming = (out / "config.json").exists()
         seen["fresh_starts"] += not resuming
-        started, spare = time.perf_counter(), seen["kills"] >= kills
+        spare, start = seen["kills"] >= kills, newest()
         die_at_write = 0 if spare or seen["kills"] % 2 else rng.randint(1, 1600)  # about four checkpoints
         child = os.fork()
         if not child:
@@ -59,19 +59,21 @@ def main():
                 os._exit(1)
             os._exit(0)
         if not spare and not die_at_write:
-            time.sleep(rng.uniform(0.05, duration))
+            steps = rng.randint(0, 4)
+            while newest() < start + steps and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.05 if steps else 0.5))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             seen["kills"] += 1
             seen["in_write"] += bool(die_at_write)
             seen["torn"] += (out / "ckpt.tmp").exists()
-            seen["steps"].append(max((step for step, _ in checkpoint.find(out)), default=0))
+            seen["steps"].append(newest())
         elif os.WEXITSTATUS(status) or spare:
             print(json.dumps(seen))
             sys.exit(os.WEXITSTATUS(status))
         else:  # finished before its kill: take its newest checkpoints away, and go on killing
-            duration = max(0.1, 0.7 * (time.perf_counter() - started))
             (out / "results.json").unlink(missing_ok=True)
             for _, path in checkpoint.find(out)[1:]:
                 path.unlink()

@@ -24,7 +24,7 @@ from train import main
 
 def test_sigkill_at_any_moment_changes_no_bit(data_dir, tmp_path):  # noqa: F811
     """Twenty kills, half of them while a checkpoint is being written."""
-    flags = [*SMALL, f"--data={data_dir}", "--steps=40", "--checkpoint-every=1", "--log-every=1", "--val-every=10", "--keep-checkpoints=2",
+    flags = [*SMALL, f"--data={data_dir}", "--steps=60", "--checkpoint-every=1", "--log-every=1", "--val-every=10", "--keep-checkpoints=2",
              "--optimizer=muon"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "tests.killrun", "20", *flags, f"--out-dir={tmp_path / 'killed'}"], cwd=ROOT, env=env, text=True,
