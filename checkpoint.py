@@ -74,11 +74,16 @@ def save(run_dir, step, state, keep):
     """Write `state` (tensors and plain Python values in dicts and lists) and keep only the newest `keep` files. Returns the path."""
     run_dir = Path(run_dir)
     tmp = run_dir / "ckpt.tmp"
-    with open(tmp, "wb") as file:
-        hashing = _HashingFile(file)
-        torch.save(state, hashing)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(tmp, "wb") as file:
+            hashing = _HashingFile(file)
+            torch.save(state, hashing)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch wraps some of its writer's
+        tmp.unlink(missing_ok=True)
+        newest = f"{find(run_dir)[-1][1]} is whole: free some space, then --resume={run_dir}" if find(run_dir) else "there is no older one"
+        raise OSError(f"the checkpoint of step {step} could not be written ({error}); {newest}") from error
     path = run_dir / f"ckpt-{step:08d}-{hashing.digest.hexdigest()[:16]}.pt"
     os.replace(tmp, path)
     handle = os.open(run_dir, os.O_RDONLY)  # the rename itself must reach the disk before older files go

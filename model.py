@@ -253,6 +253,7 @@ class MoE(nn.Module):
         self.router = Linear(cfg.d_model, cfg.n_experts)
         self.w_in = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
         self.w_out = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
+        self.experts = moe_experts  # with expert parallelism, what parallel.py puts here: the same between two all-to-alls
         self.shared = SwiGLU(cfg.d_model, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
         self.register_buffer("bias_E", torch.zeros(cfg.n_experts) if cfg.router_bias_rate else None)
 
@@ -261,7 +262,7 @@ class MoE(nn.Module):
         impl = None if cfg.impl == "auto" else cfg.impl
         r = route(self.router(x_TD), cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=impl)
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
-        y_TD = moe_experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, impl=impl)
+        y_TD = self.experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, impl=impl)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if not stats:

@@ -3,10 +3,11 @@
     python train.py                                                     # the default model on procedural data: facts and reasoning
     python train.py --data=DIR --preset=paper-d512-e16-k2 --seq-len=1024  # own data, prepared with `python -m data.prepare`
     python train.py --data=DIR:0.7,DIR2:0.3                             # a mixture
-    torchrun --nproc-per-node=8 train.py --data=DIR                     # data parallel on one node
+    torchrun --nproc-per-node=8 train.py --data=DIR                     # eight GPUs (docs/multi-gpu.md)
+    python train.py --data=DIR --upcycle-from=runs/DENSE                # experts that start as a dense model trained with --dense
     python train.py --resume=runs/NAME                                  # continue, bit for bit; other flags override
 
-A run directory holds config.json, metrics.jsonl (every logged number), checkpoints, and results.json at the end.
+A run directory holds config.json, metrics.jsonl (every logged number), checkpoints, curves.png, and results.json at the end.
 Ctrl-C or SIGTERM saves a checkpoint and ends the run.
 """
 
@@ -14,11 +15,9 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,17 +25,21 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import config
+import guard
 import model as model_file
+import parallel
+import report
 from config import require
+from curves import Curves
 from data import shards, tokenizer
 from data.loader import Loader
-from eval.generate import generate
 from model import GPT, ModelConfig, count_params, flops_per_token, peak_flops, update_router_bias
 from moe_kernels import balance_loss
+from optim import lr_at
+from upcycle import upcycle
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,19 @@ class TrainConfig(ModelConfig):
     data: str = ""  # data directory, or a mixture DIR:weight,DIR:weight; empty: procedural data, written under the run directory
     out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
     resume: str = ""  # run directory to continue
+    upcycle_from: str = ""  # run directory of a dense model to start from, exactly (upcycle.py)
+    upcycle_noise: float = 0.0  # added to its copies, as a share of each weight's standard deviation
     seed: int = 0  # of the weights and of the data order
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of each block, on CUDA; auto: where the run is long enough to repay it
     cuda_graph: bool = True  # on one CUDA GPU, replay the whole optimiser step as one graph
+    parallel: Literal["ddp", "fsdp", "ep"] = "ddp"  # on several GPUs: optimiser states, everything, or experts too are sharded (parallel.py)
     deterministic: bool = False  # on CUDA, too, the same bits in every run (attention's backward then sums in a fixed order, slower)
     # Optimisation
     steps: int = 2400  # optimiser steps
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step (the balance loss is that of a micro-batch over all ranks)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for experts and attention, AdamW for the rest (optim.py)
     lr: float = 4e-3  # peak learning rate
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
     warmup_steps: int = 100  # linear, from 0
@@ -63,8 +70,11 @@ class TrainConfig(ModelConfig):
     beta1: float = 0.9  # AdamW, mean
     beta2: float = 0.99  # AdamW, variance
     eps: float = 1e-8  # AdamW
+    muon_momentum: float = 0.95  # Muon
     weight_decay: float = 0.1  # on matrices, the router and embeddings among them; never on norms
     clip_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
+    bad_steps: Literal["stop", "skip"] = "stop"  # what a NaN or an exploded loss does to the run (guard.py)
+    max_loss: float = 0.0  # cross-entropy of a step that counts as exploded; 0: 1.5 ln V + 1
     balance_coef: float = 1e-2  # weight of the load-balancing loss
     z_coef: float = 1e-3  # weight of the router z-loss
     # Reports
@@ -73,6 +83,7 @@ class TrainConfig(ModelConfig):
     val_batches: int = 20  # batches of batch_size / grad_accum sequences per validation
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept
+    curves: bool = True  # redraw curves.png at validations and checkpoints, in a process of its own
     sample_tokens: int = 64  # length of the samples at the end; 0: none
 
     @staticmethod
@@ -84,9 +95,9 @@ class TrainConfig(ModelConfig):
         for name in ("steps", "batch_size", "grad_accum", "log_every", "val_batches", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         for name in ("warmup_steps", "weight_decay", "clip_norm", "balance_coef", "z_coef", "val_every", "checkpoint_every",
-                     "sample_tokens", "lr", "eps"):
+                     "sample_tokens", "lr", "eps", "max_loss", "upcycle_noise"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
-        for name in ("beta1", "beta2", "decay_frac", "min_lr_frac"):
+        for name in ("beta1", "beta2", "muon_momentum", "decay_frac", "min_lr_frac"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "use a number from 0 to 1")
         require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, f"use a multiple of grad_accum={self.grad_accum}")
 
@@ -108,36 +119,6 @@ def parse_sources(text):
         raise ValueError(f"data={text!r}: {error}; write DIR or DIR:0.7,DIR2:0.3") from None
 
 
-def lr_at(step, cfg):
-    """Learning rate of step 0 .. steps-1: linear warm-up, then cosine, or constant and linear decay, to min_lr_frac * lr."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    if cfg.schedule == "cosine":
-        progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        share = min(1.0, (cfg.steps - step) / max(1, cfg.decay_frac * cfg.steps))
-    return cfg.lr * (cfg.min_lr_frac + (1 - cfg.min_lr_frac) * share)
-
-
-def make_optimizer(model, cfg):
-    """AdamW in one kernel; on CUDA its learning rate is a tensor, so that a graph of the step sees it change."""
-    cuda = model.embed.weight.is_cuda
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr
-    return torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, capturable=cuda)
-
-
-def set_lr(optimizer, lr):
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
 def compile_blocks(model, cfg):
     """torch.compile of each block. It takes half a minute: "auto" wants at least a minute of training at 20 % of an H100's peak."""
     if cfg.compile == "true" or cfg.compile == "auto" and cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg) > 1e16:
@@ -148,28 +129,35 @@ def compile_blocks(model, cfg):
 def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda part: None):
     """One step on micro-batches [(tokens_BL, targets_BL)]: forward, backward, clip, update. Adds to the window's sums; returns the gradient norm,
     a tensor: nothing here waits for the device. mark(part) is called at the end of each part (bench/step.py times them)."""
-    counts_NE = 0
+    counts_NE = probs_NE = sums = 0
     for micro, (tokens_BL, targets_BL) in enumerate(batches):
-        last = micro == len(batches) - 1
-        with nullcontext() if last or world == 1 else net.no_sync():
-            out = net(tokens_BL, targets_BL)
-            balance = out.balance
-            if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
-                dist.all_reduce(out.counts_NE)
-                balance = sum((balance_loss(c, p) for c, p in zip(out.counts_NE, out.probs_NE, strict=True)), 0 * out.balance)
-            loss = out.loss + cfg.balance_coef * balance + cfg.z_coef * out.z
-            mark("forward")
-            (loss / len(batches)).backward()
-            mark("backward")
-        window["sums"] += torch.stack([out.loss, balance, out.z, torch.ones_like(out.loss)]).detach()
-        window["counts_NE"] += out.counts_NE
+        parallel.sync_gradients(net, micro == len(batches) - 1)
+        out = net(tokens_BL, targets_BL)
+        balance = out.balance
+        if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
+            dist.all_reduce(out.counts_NE)
+            balance = sum((balance_loss(c, p) for c, p in zip(out.counts_NE, out.probs_NE, strict=True)), 0 * out.balance)
+        loss = out.loss + cfg.balance_coef * balance + cfg.z_coef * out.z
+        mark("forward")
+        (loss / len(batches)).backward()
+        mark("backward")
+        sums = sums + torch.stack([out.loss, balance, out.z, torch.ones_like(out.loss)]).detach()
         counts_NE = counts_NE + out.counts_NE
-    model = net.module if world > 1 else net
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf, foreach=True)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        probs_NE = probs_NE + out.probs_NE.detach()
+    if world > 1:  # means over ranks, so that all of them log, judge and save the same
+        shared = torch.cat([sums, probs_NE.flatten()])
+        dist.all_reduce(shared)
+        sums, probs_NE = (shared[:4] / world, (shared[4:] / world).view_as(probs_NE))
+    model = net.module if hasattr(net, "module") else net
+    grad_norm = parallel.clip_grad_norm(model, cfg.clip_norm or math.inf)
+    skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg)
+    optimizer.step(skip)
+    optimizer.zero_grad()
     if cfg.router_bias_rate:
-        update_router_bias(model, counts_NE)
+        update_router_bias(model, counts_NE * (skip == 0))
+    window["sums"] += torch.where(skip > 0, 0, sums)
+    window["counts_NE"] += counts_NE
+    window["probs_NE"] += probs_NE
     mark("optimiser")
     return grad_norm
 
@@ -206,42 +194,23 @@ class GraphedStep:
 
 def new_window(cfg, device):
     """Sums since the last log line: they stay on the device, in place, until a line is due, and are part of a checkpoint."""
+    shape = (0 if cfg.dense else cfg.n_layers, cfg.n_experts)
     return {"sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
-            "counts_NE": torch.zeros(0 if cfg.dense else cfg.n_layers, cfg.n_experts, device=device, dtype=torch.int64)}
-
-
-def read_window(window, world):
-    """Means over batches and ranks, and the load of the experts; waits for the device."""
-    if world > 1:
-        dist.all_reduce(window["sums"])
-    loss, balance, z, batches = window["sums"].tolist()
-    counts_NE = window["counts_NE"].float()
-    layers = max(1, len(counts_NE)) * batches  # balance and z are reported per layer: 1 is balance
-    row = {"loss": loss / batches, "balance": balance / layers, "z": z / layers}
-    if len(counts_NE):
-        load = counts_NE / counts_NE.mean(1, keepdim=True)
-        row |= {"load_max": load.amax(1).tolist(), "load_min": load.amin(1).tolist(), "dead_experts": int((counts_NE == 0).sum())}
-    return row
+            "steps": torch.zeros(3, device=device, dtype=torch.int64),  # see guard.py
+            "counts_NE": torch.zeros(shape, device=device, dtype=torch.int64), "probs_NE": torch.zeros(shape, device=device)}
 
 
 @torch.no_grad()
 def validate(model, loader, n_batches, world):
     """Mean cross-entropy in nats over the same first batches of the validation stream every time; the router losses are not in it."""
-    model.eval()
+    if not parallel.is_fsdp(model):  # whose blocks must run as modules; nothing but the choice of compiled blocks depends on the mode
+        model.eval()
     loader.load_state_dict(loader.state_dict() | {"drawn": [0] * len(loader.sources)})
     total = sum(model(*loader.next()).loss for _ in range(n_batches)) / n_batches
     if world > 1:
         dist.all_reduce(total)
     model.train()
     return float(total) / world
-
-
-def bytes_per_token(sources, split):
-    """UTF-8 bytes of text per token of the mixture, for bits per byte; None where a directory does not count its bytes."""
-    splits = [(weight, shards.read_meta(directory)["splits"][split]) for directory, weight in sources]
-    if not all(meta.get("bytes") for _, meta in splits):
-        return None
-    return sum(weight * meta["bytes"] / meta["tokens"] for weight, meta in splits) / sum(weight for weight, _ in splits)
 
 
 class Stop:
@@ -297,37 +266,36 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
 
     # ---- model, optimiser, state
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg).to(device)
-    optimizer = make_optimizer(model, cfg)
-    window = new_window(cfg, device)
-    start = 0
-    if cfg.resume:
-        state = checkpoint.read(run_dir, device)
+    model = GPT(cfg)
+    state, start = None, 0
+    if cfg.resume and checkpoint.find(run_dir):  # none: the run ended before its first one and starts again
+        state = checkpoint.read(run_dir, device if cfg.parallel == "ddp" else "cpu")
         for field in dataclasses.fields(ModelConfig):
             if field.name not in ("dtype", "impl", "loss_chunk", "seq_len"):
                 saved, value = state["config"][field.name], getattr(cfg, field.name)
                 require(saved == value, field.name, value, f"the checkpoint has {saved!r}; resume without this flag")
         model.load_state_dict(state["model"])
-        here = [{key: group[key] for key in ("lr", "capturable")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, keep in zip(optimizer.param_groups, here, strict=True):
-            group |= keep  # the checkpoint may come from another kind of device
-        loader.load_state_dict(state["loader"])
-        window = state["window"]
-        torch.set_rng_state(state["rng"].cpu())
         start = state["step"]
+    elif cfg.upcycle_from:
+        upcycle(model, cfg.upcycle_from, cfg.upcycle_noise, cfg.seed)
+    net = parallel.wrap(model, cfg, device, world)
+    optimizer = parallel.Sharded(model, cfg, rank, world)
+    window = new_window(cfg, device)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        loader.load_state_dict(state["loader"])
+        for name, sums in state["window"].items():
+            window[name].copy_(sums)
+        torch.set_rng_state(state["rng"].cpu())
         del state
-    net = model
-    if device.type == "cuda":
+    if device.type == "cuda" and (world == 1 or cfg.parallel == "ddp"):
         compile_blocks(model, cfg)
-    if world > 1:
-        # Buffers stay out of it: the router bias is the same everywhere because the counts are. Always call net, never net.module.
-        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    pictures = Curves(run_dir) if lead and cfg.curves else None
 
     params, flops = count_params(cfg), flops_per_token(cfg)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and model.dtype == torch.bfloat16 else None
     tokens_per_step = cfg.batch_size * cfg.seq_len
-    per_token = bytes_per_token(sources, "val")
+    per_token = report.bytes_per_token(sources, "val")
     if lead:
         config.save(cfg, run_dir / "config.json")
         checkpoint.rewind_metrics(run_dir / "metrics.jsonl", start)
@@ -340,20 +308,28 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                 file.write(json.dumps(row) + "\n")
 
     def save(step):
-        if world > 1:  # every rank goes on from the mean, so that the run can be resumed on any number of ranks
-            dist.all_reduce(window["sums"])
-            window["sums"] /= world
-        check_finite("norm of the weights", float(torch.nn.utils.get_total_norm(list(model.parameters()))), step)
+        check_steps(step)
+        (weights, norm), states = parallel.full_state(model, rank), optimizer.state_dict()  # all ranks take part
+        guard.check_finite("norm of the weights", norm, step)
         if lead:
-            checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(cfg), "model": model.state_dict(),
-                                            "optimizer": optimizer.state_dict(), "loader": loader.state_dict(),
-                                            "window": window, "rng": torch.get_rng_state()}, cfg.keep_checkpoints)
+            checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(cfg), "model": weights, "optimizer": states,
+                                            "loader": loader.state_dict(), "window": window, "rng": torch.get_rng_state()}, cfg.keep_checkpoints)
+
+    def check_steps(step):
+        """Raises if a step since the last line was bad and the run shall stop for it, or if all were; waits for the device."""
+        steps, bad, first = window["steps"].tolist()
+        if bad and (cfg.bad_steps == "stop" or bad == steps):
+            back = min(steps - first + 1, len(cursors))  # the run may have been resumed in the middle of skipped steps
+            path = run_dir / f"bad-step-{step - back + 1:08d}-rank{rank}.json"
+            loss, where = guard.dump(path, model, loader, cursors[-back], cfg, step - back + 1)
+            raise ValueError(f"loss={loss} at step {step - back + 1}, first in {where} (layers and batch: {path}): {guard.REMEDY}")
 
     def run_validation(step):
         loss = validate(model, val_loader, n_val, world)
         bits = {"val_bits_per_byte": loss / math.log(2) / per_token} if per_token else {}
         if lead:
-            print(f"step {step:>6}/{cfg.steps} | validation loss {loss:.4f}" + (f" | {bits['val_bits_per_byte']:.4f} bits/byte" if bits else ""), flush=True)
+            tail = f" | {bits['val_bits_per_byte']:.4f} bits/byte" if bits else ""
+            print(f"step {step:>6}/{cfg.steps} | validation loss {loss:.4f}{tail}", flush=True)
         return {"step": step, "val_loss": loss, **bits}
 
     # ---- the loop
@@ -362,41 +338,49 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     if cfg.cuda_graph and device.type == "cuda" and world == 1:
         run_step = GraphedStep(run_step)
     step, row, val_row, began = start, {}, {}, time.perf_counter()
+    cursors = []  # of the loader, before each step since the last line
     clock, clock_step = began, start  # of the last line; the clock stands still during validation and saving
     timed_seconds, timed_steps = 0.0, 0  # all intervals but the first, which compiles
     with Stop() as stop:
         while step < cfg.steps:
             lr = lr_at(step, cfg)
-            set_lr(optimizer, lr)
+            optimizer.set_lr(lr)
+            cursors.append(loader.state_dict())
             grad_norm = run_step([loader.next() for _ in range(cfg.grad_accum)])
             step += 1
 
             stopping = stop.asked and world == 1
             if step % cfg.log_every == 0 or step == cfg.steps:
-                means = read_window(window, world)  # waits for the device, so the clock is right
+                check_steps(step)
+                means = report.read_window(window)  # waits for the device, so the clock is right
                 now = time.perf_counter()
                 if row:
                     timed_seconds, timed_steps = timed_seconds + now - clock, timed_steps + step - clock_step
-                check_finite("loss", means["loss"], step)
-                row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "grad_norm": float(grad_norm), **means}
+                norm = float(grad_norm) if grad_norm.isfinite() else None  # of a skipped step
+                row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "grad_norm": norm, **means}
                 for sums in window.values():
                     sums.zero_()
+                cursors.clear()
                 rate = (step - clock_step) * tokens_per_step / (now - clock)
-                row |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None, "memory_gb": peak_memory_gb(device)}
+                row |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None, "memory_gb": report.peak_memory_gb(device)}
                 clock, clock_step = now, step
                 record(row)
                 if lead:
-                    print(log_line(row, cfg, tokens_per_step), flush=True)
+                    print(report.log_line(row, cfg, tokens_per_step), flush=True)
                 if world > 1:  # ranks hear a signal at different steps: agree where they wait for one another anyway
                     asked = torch.tensor(int(stop.asked), device=device)
                     dist.all_reduce(asked)
                     stopping = bool(asked)
             pause = time.perf_counter()
-            if step == cfg.steps or cfg.val_every and step % cfg.val_every == 0:
+            validating = step == cfg.steps or cfg.val_every and step % cfg.val_every == 0
+            saving = stopping or step == cfg.steps or cfg.checkpoint_every and step % cfg.checkpoint_every == 0
+            if validating:
                 val_row = run_validation(step)
                 record(val_row)
-            if stopping or step == cfg.steps or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
+            if saving:
                 save(step)
+            if pictures and (validating or saving):
+                pictures.refresh()
             clock += time.perf_counter() - pause
             if stopping and step < cfg.steps:
                 if lead:
@@ -412,67 +396,22 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     if timed_steps:
         rate = timed_steps * tokens_per_step / timed_seconds
         results |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None}
-    results |= final_report(model, cfg, sources, enc, val_loader, results)
+    if world > 1 and cfg.parallel != "ddp":  # generating takes the whole model on one GPU, and now there is room for it
+        net = optimizer = model = None
+        model = checkpoint.load_model(run_dir, device)
+    results |= report.final_report(model, cfg, sources, enc, val_loader, results)
     checkpoint.replace_file(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    if pictures:
+        pictures.close()
     lock.close()
     return results
 
 
-def check_finite(name, value, step):
-    if not math.isfinite(value):
-        raise ValueError(f"{name}={value} at step {step}: lower lr or raise warmup_steps; the last checkpoint is from before and was kept")
-
-
-def peak_memory_gb(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def log_line(row, cfg, tokens_per_step):
-    eta = int((cfg.steps - row["step"]) * tokens_per_step / row["tokens_per_s"])
-    mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
-    load = f"{max(row['load_max']):.2f}" if "load_max" in row else "n/a"
-    return (f"step {row['step']:>6}/{cfg.steps} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
-            f"{row['tokens_per_s']:,.0f} tok/s | mfu {mfu} | load {load} | eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
-
-
-def final_report(model, cfg, sources, enc, val_loader, results):
-    """Print the table and samples; return what evaluation adds to results.json."""
-    model.eval()
-    lines = [("training loss, nats per token", "loss", ".4f"), ("validation loss", "val_loss", ".4f"),
-             ("validation bits per byte", "val_bits_per_byte", ".4f"), ("balance loss (1: balanced)", "balance", ".3f"),
-             ("tokens per second", "tokens_per_s", ",.0f"), ("model FLOPs utilisation", "mfu", ".1%"), ("parameters", "parameters", ",d"),
-             ("of these active per token", "active_parameters", ",d"), ("training tokens per parameter", "tokens_per_parameter", ".3g"),
-             ("peak memory, GB", "memory_gb", ".2f"), ("seconds", "seconds", ".0f")]
-    print()
-    for title, name, form in lines:
-        print(f"{title:<32} {'n/a' if results.get(name) is None else format(results[name], form):>14}")
-    if "procedural" in shards.read_meta(sources[0][0]):
-        from eval import procedural  # only this data needs it
-
-        text, scores = procedural.report(model, sources[0][0])
-        print(text)
-        return scores
-    if not cfg.sample_tokens:
-        return {}
-    tokens_BL, _ = val_loader.next()
-    length = min(cfg.seq_len // 2, 32)
-    prompts = [row[:length].tolist() for row in tokens_BL[:2]]
-    new = generate(model, prompts, min(cfg.sample_tokens, cfg.seq_len - length), [enc.eot_token], temperature=0.8, top_p=0.95,
-                   seed=cfg.seed, n_vocab=enc.n_vocab)
-    samples = [{"prompt": enc.decode(prompt), "text": enc.decode(ids)} for prompt, ids in zip(prompts, new, strict=True)]
-    for sample in samples:
-        print(f"\nprompt from validation: {sample['prompt']}\nsample: {sample['text']}")
-    return {"samples": samples}
-
-
 def main(argv=None):
     """Entry point of `python train.py` and torchrun; returns what `train` returns."""
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
         cfg = read_config(sys.argv[1:] if argv is None else argv)
-        rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
-                                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
         require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -485,10 +424,17 @@ def main(argv=None):
         if world > 1:
             dist.init_process_group("nccl" if cuda else "gloo")
         return train(cfg, rank, world, device)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if argv is not None or "DEBUG" in os.environ:
             raise
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if world == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
+            raise
+        # Not sys.exit: communication threads may still wait for the rank that is gone.
+        print(f"error: rank {rank} lost its connection to another rank, which died (its own message says why); "
+              f"continue from the last checkpoint with --resume\n{error}", file=sys.stderr, flush=True)
+        os._exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

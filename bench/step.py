@@ -27,7 +27,9 @@ from bench.timing import MIB, quantiles
 from data import shards, tokenizer
 from data.loader import Loader
 from model import GPT, flops_per_token, peak_flops
-from train import GraphedStep, TrainConfig, compile_blocks, make_optimizer, new_window, optimizer_step, read_window, set_lr
+from optim import make_optimizer
+from report import read_window
+from train import GraphedStep, TrainConfig, compile_blocks, new_window, optimizer_step
 
 PARTS = ("data", "forward", "backward", "optimiser")
 EXPERT_KERNELS = {name + "_kernel" for name in ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw")}
@@ -44,13 +46,13 @@ def random_tokens(directory, n):
 def balance(model, optimizer, loader, cfg, steps):
     """Train until the experts' loads are even, as they are after the first hundred steps of any run: right after initialisation one expert may
     get four times its share, and such a step is slower. Returns the largest load / mean load."""
-    set_lr(optimizer, 1e-3)
+    optimizer.set_lr(1e-3)
     cfg = dataclasses.replace(cfg, balance_coef=1.0)
     for _ in range(steps):
         window = new_window(cfg, loader.device)
         optimizer_step(model, optimizer, cfg, window, [loader.next()])
-    set_lr(optimizer, 0.0)
-    return max(read_window(window, 1).get("load_max", [1.0]))
+    optimizer.set_lr(0.0)
+    return max(read_window(window).get("load_max", [1.0]))
 
 
 def part_times(run, repeats, cuda):

@@ -1,41 +1,18 @@
-"""Curves of one run or several, from their metrics.jsonl:  python -m study.show RUN... [--out FILE]
+"""Curves of one run, or several laid over one another:  python -m study.show RUN... [--out FILE]
 
-Top: training (thin) and validation (dots) cross-entropy, learning rate, gradient norm. Below, for every run with experts: the load of the
-busiest expert of each layer over time, relative to an even split (1 = balanced).
+One run: the picture that training keeps up to date (curves.py). Several: training (thin) and validation (dots) cross-entropy, learning rate,
+gradient norm; below, for every run with experts, the load of the busiest expert of each layer over time, relative to an even split (1 = balanced).
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-
-def read(run):
-    """(config, training rows, validation rows) of a run directory; a last line torn by a crash is dropped.
-
-    Raises ValueError when there is nothing to show."""
-    run = Path(run)
-    if not (run / "metrics.jsonl").exists():
-        raise ValueError(f"{run} holds no metrics.jsonl: give a run directory of train.py")
-    rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    train = [row for row in rows if "loss" in row]
-    if not train:
-        raise ValueError(f"{run} has logged no training step yet")
-    config = json.loads((run / "config.json").read_text())
-    return config, train, [row for row in rows if "val_loss" in row]
+import curves
+from curves import label, read
 
 
-def label(run, config):
-    kind = "dense" if config["dense"] else f"E={config['n_experts']}, k={config['top_k']}"
-    return f"{Path(run).name} (d={config['d_model']}, {kind})"
-
-
-def figure(runs):
+def overlay(runs):
     """The matplotlib figure for these run directories."""
     import matplotlib
 
@@ -54,8 +31,7 @@ def figure(runs):
         loss.plot([million(row) for row in val], [row["val_loss"] for row in val], "o-", color=f"C{i}", ms=3, lw=1.5, label=label(run, config))
         rate.plot(tokens, [row["lr"] for row in rows], color=f"C{i}")
         norm.plot(tokens, [row["grad_norm"] for row in rows], color=f"C{i}", lw=0.8)
-    losses = sorted([row["loss"] for _, _, rows, _ in data for row in rows] + [row["val_loss"] for *_, val in data for row in val])
-    loss.set_ylim(losses[0] - 0.1, losses[int(0.95 * (len(losses) - 1))] + 0.3)  # the first steps would flatten the rest
+    curves.set_loss_limits(loss, [row["loss"] for _, _, rows, _ in data for row in rows] + [row["val_loss"] for *_, val in data for row in val])
     loss.legend(fontsize=8, title="dots: validation, thin: training", title_fontsize=8)
     for axis, title in ((loss, "cross-entropy, nats per token"), (rate, "learning rate"), (norm, "gradient norm before clipping")):
         axis.set(title=title, xlabel="million tokens")
@@ -75,11 +51,11 @@ def figure(runs):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--out", help="PNG file; default: curves.png in the (first) run directory")
+    parser.add_argument("--out", help="PNG file; default: curves.png in the run directory, overlay.png in the first of several")
     args = parser.parse_args(argv)
-    out = args.out or str(Path(args.runs[0]) / "curves.png")
+    out = args.out or str(Path(args.runs[0]) / ("overlay.png" if len(args.runs) > 1 else "curves.png"))
     try:
-        figure(args.runs).savefig(out, dpi=130)
+        curves.save(overlay(args.runs) if len(args.runs) > 1 else curves.figure(args.runs[0]), out)
     except (ValueError, ImportError) as error:
         sys.exit(f"error: {error}" + ("; pip install 'optimoe[plot]'" if isinstance(error, ImportError) else ""))
     print(out)

@@ -1,0 +1,169 @@
+"""run/curves.png from metrics.jsonl: what a person looks at while a run trains.  python curves.py RUN [--out FILE]
+
+Cross-entropy, learning rate and gradient norm; router entropy and dead experts; and for every layer a heat map of the load of its experts over
+time (white: even, red: more, blue: less, green: no token). train.py redraws it at every validation and checkpoint in a process of its own, so that
+training never waits for it.
+`python -m study.show RUN RUN...` lays several runs over one another.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def read(run):
+    """(config, training rows, validation rows) of a run directory; a last line torn by a crash is dropped.
+
+    Raises ValueError when there is nothing to show."""
+    run = Path(run)
+    if not (run / "metrics.jsonl").exists():
+        raise ValueError(f"{run} holds no metrics.jsonl: give a run directory of train.py")
+    rows = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    train = [row for row in rows if "loss" in row]
+    if not train:
+        raise ValueError(f"{run} has logged no training step yet")
+    config = json.loads((run / "config.json").read_text())
+    return config, train, [row for row in rows if "val_loss" in row]
+
+
+def label(run, config):
+    kind = "dense" if config["dense"] else f"E={config['n_experts']}, k={config['top_k']}"
+    return f"{Path(run).name} (d={config['d_model']}, {kind})"
+
+
+def set_loss_limits(axis, losses):
+    """The first steps would flatten the rest."""
+    losses = sorted(losses)
+    axis.set_ylim(losses[0] - 0.1, losses[int(0.95 * (len(losses) - 1))] + 0.3)
+
+
+def figure(run):
+    """The matplotlib figure of one run directory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    load_colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="limegreen")  # green: no token at all
+    config, rows, val = read(run)
+    scale = config["batch_size"] * config["seq_len"] / 1e6
+    tokens = [row["step"] * scale for row in rows]
+    column = lambda name: [row[name] for row in rows]  # noqa: E731
+    entropy = rows[-1].get("router_entropy")  # absent from dense runs and old logs
+    maps = _heat_maps(rows)
+    columns = max(1, min(4, len(maps)))
+    map_rows = math.ceil(len(maps) / columns)
+    heights = [3.2] + [2.4] * bool(entropy) + [1.9] * map_rows
+    fig = plt.figure(figsize=(13, sum(heights) + 0.6), layout="constrained")
+    fig.suptitle(label(run, config))
+    parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+
+    loss, rate, norm = parts[0].subplots(1, 3)
+    loss.plot(tokens, column("loss"), lw=0.8, alpha=0.8, label="training")
+    loss.plot([row["step"] * scale for row in val], [row["val_loss"] for row in val], "o-", ms=3, lw=1.2, label="validation")
+    set_loss_limits(loss, column("loss") + [row["val_loss"] for row in val])
+    loss.legend(fontsize=8)
+    rate.plot(tokens, column("lr"))
+    norm.plot(tokens, column("grad_norm"), lw=0.8)
+    norm.set_yscale("log")
+    named = [(loss, "cross-entropy, nats per token"), (rate, "learning rate"), (norm, "gradient norm before clipping")]
+    if entropy:
+        spread, dead = parts[1].subplots(1, 2)
+        for layer, values in enumerate(zip(*column("router_entropy"), strict=True)):
+            spread.plot(tokens, values, lw=0.8, color=plt.cm.viridis(layer / max(1, len(entropy) - 1)))
+        spread.axhline(math.log(config["n_experts"]), color="gray", ls=":", lw=1)
+        dead.step(tokens, column("dead_experts"), where="post")
+        dead.set_ylim(-0.05, 1.05 * max(1, *column("dead_experts")))
+        named += [(spread, "entropy of the mean router distribution, nats (dark: first layer, dotted: even)"),
+                  (dead, "experts without a token, all layers")]
+    for axis, title in named:
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("million tokens", fontsize=8)
+        axis.grid(alpha=0.3)
+    for index, part in enumerate(parts[len(parts) - map_rows :]):
+        axes = part.subplots(1, columns, squeeze=False)[0]
+        for axis, item in zip(axes, maps[columns * index : columns * (index + 1)] + [None] * columns, strict=False):
+            if item is None:
+                axis.axis("off")
+                continue
+            title, ylabel, image = item
+            drawn = axis.imshow(image, aspect="auto", origin="lower", cmap=load_colours, vmin=-2, vmax=2, interpolation="nearest",
+                                extent=(0, tokens[-1], -0.5, len(image) - 0.5))
+            axis.set_title(title, fontsize=8)
+            axis.set_ylabel(ylabel, fontsize=8)
+            axis.tick_params(labelsize=7)
+            axis.yaxis.get_major_locator().set_params(integer=True)
+        bar = part.colorbar(drawn, ax=list(axes), pad=0.01)
+        bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ 1/4", "1/2", "even", "2", "≥ 4"])
+    return fig
+
+
+def _heat_maps(rows):
+    """[(title, y label, log2 of the load as rows of time series)]: experts of each layer, or in old logs the busiest of all layers."""
+    log2 = lambda load: math.log2(load) if load > 0 else math.nan  # noqa: E731
+    if "load" in rows[-1]:
+        layers = zip(*(row["load"] for row in rows), strict=True)
+        return [(f"load of layer {layer}", "expert", [[log2(x) for x in expert] for expert in zip(*times, strict=True)])
+                for layer, times in enumerate(layers)]
+    if "load_max" in rows[-1]:
+        return [("load of the busiest expert", "layer", [[log2(x) for x in times] for times in zip(*(row["load_max"] for row in rows), strict=True)])]
+    return []
+
+
+def save(fig, path):
+    """A reader of the picture never sees half of it."""
+    tmp = Path(path).with_suffix(".tmp.png")
+    fig.savefig(tmp, dpi=110)
+    os.replace(tmp, path)
+
+
+class Curves:
+    """Redraws the picture of a run beside its training: at most one drawing process at a time, and training goes on if it fails."""
+
+    def __init__(self, run_dir):
+        self.run_dir, self.process = run_dir, None
+        self.possible = importlib.util.find_spec("matplotlib") is not None
+        if not self.possible:
+            print(f"{run_dir}/curves.png will not be drawn: pip install 'optimoe[plot]'", flush=True)
+
+    def refresh(self):
+        if self.possible and (self.process is None or self.process.poll() is not None):
+            self.process = subprocess.Popen(["nice", "-n", "10", sys.executable, __file__, str(self.run_dir)],
+                                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def close(self):
+        """Draw once more, with the last rows, and wait (at most a minute)."""
+        try:
+            for draw in (lambda: None, self.refresh):
+                draw()
+                if self.process is not None:
+                    self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--out", help="PNG file; default: curves.png in the run directory")
+    args = parser.parse_args(argv)
+    out = args.out or str(Path(args.run) / "curves.png")
+    try:
+        save(figure(args.run), out)
+    except (ValueError, ImportError) as error:
+        sys.exit(f"error: {error}" + ("; pip install 'optimoe[plot]'" if isinstance(error, ImportError) else ""))
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

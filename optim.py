@@ -1,0 +1,172 @@
+"""Learning-rate schedules, AdamW, and Muon for the hidden matrices (experts, attention) beside AdamW for everything else.
+
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about U V^T, so that every direction of a
+matrix moves equally far. The step is scaled by 0.2 sqrt(longer side) (arXiv 2502.16982), which gives it the root mean square that AdamW's steps
+have: one learning rate and one weight decay serve both optimisers.
+
+`torch.optim.Muon` takes only 2-D parameters, one matrix after another, and treats a stack of gate and up rows as one matrix. Here the experts of a
+layer are one batched product, and every map is made orthogonal alone: each expert's gate (F, D), up (F, D) and down (D, F), and the query, key and
+value maps of attention. Stacked, gate and up would share one set of singular directions, though a token sees them as two functions.
+
+Nothing here waits for the device or allocates state after construction (Muon; AdamW does so in its first step), so a step can be captured in a CUDA
+graph; learning rates may be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
+"""
+
+import math
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
+ROUNDS = 5
+
+
+def lr_at(step, cfg):
+    """Learning rate of step 0 .. steps-1: linear warm-up, then cosine, or constant and linear decay, to min_lr_frac * lr."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    if cfg.schedule == "cosine":
+        progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        share = min(1.0, (cfg.steps - step) / max(1, cfg.decay_frac * cfg.steps))
+    return cfg.lr * (cfg.min_lr_frac + (1 - cfg.min_lr_frac) * share)
+
+
+def orthogonalize(m_NAB):
+    """(N, A, B) -> the same shape with singular values near 1 (a zero matrix stays zero), in bfloat16 on CUDA, float32 elsewhere."""
+    a, b, c = COEFFICIENTS
+    x = m_NAB / m_NAB.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-20)
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x  # the square products are then those of the shorter side
+    for _ in range(ROUNDS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Groups of equally shaped parameters, (A, B) or (E, A, B). A group's `rows` lists the rows of the maps stacked in a parameter.
+
+    With `found_inf` set to a float tensor (1: skip), as AdamW's fused kernel has it, a step leaves weights and momentum untouched."""
+
+    found_inf = None
+
+    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            # Matrices of all layers make one batch; a stack of experts is a batch already, and a large one.
+            for batch in [params] if params and params[0].ndim == 2 else [[p] for p in params]:
+                self._step_batch(batch, group)
+
+    def _step_batch(self, batch, group):
+        rate, mu = group["lr"], group["momentum"]
+        weights, momenta, grads = ([local(t) for t in ts] for ts in (batch, [self.state[p]["momentum"] for p in batch], [p.grad for p in batch]))
+        if self.found_inf is not None:
+            rate = rate * (1 - self.found_inf)
+            grads = [torch.where(self.found_inf > 0, m, g) for m, g in zip(momenta, grads, strict=True)]
+        torch._foreach_lerp_(momenta, grads, 1 - mu)
+        ahead = torch._foreach_lerp(grads, momenta, mu)  # Nesterov
+        experts = batch[0].ndim == 3
+        if not experts:
+            ahead = [whole(t, p) for t, p in zip(ahead, batch, strict=True)]
+        ahead_NAB = ahead[0] if experts else torch.stack(ahead)
+        maps = [orthogonalize(m) * (0.2 * math.sqrt(max(m.shape[-2:]))) for m in ahead_NAB.split(group["rows"], -2)]
+        update_NAB = torch.cat(maps, -2)
+        if experts:  # One that no token chose stands still: normalisation would make a full step of its fading momentum, again and again.
+            update_NAB = update_NAB * (grads[0].abs().amax((-2, -1), keepdim=True) > 0)
+        updates = update_NAB.view(len(batch), *ahead[0].shape)
+        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        for weight, update, p in zip(weights, updates, batch, strict=True):
+            weight.sub_((update if experts else part_of(update, p)) * rate)
+
+
+def local(t):
+    """FSDP2 shards dimension 0: of stacked experts a rank holds whole ones, of a matrix some rows."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def whole(t, p):
+    """The matrix whose rows like those of parameter p are t."""
+    return DTensor.from_local(t, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor() if isinstance(p, DTensor) else t
+
+
+def part_of(t, p):
+    """The rows of matrix t that this rank holds of parameter p."""
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None).to_local() if isinstance(p, DTensor) else t
+
+
+class Together:
+    """Optimisers that act as one. Its state_dict is the list of theirs."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def set_lr(self, lr):
+        for group in self.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def step(self, skip=None):
+        """skip: None, or a float32 scalar tensor; where it is 1, nothing changes, and nobody waited to find out."""
+        for part in self.parts:
+            part.found_inf = skip
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states):
+        """Learning rates and where they live stay as they are: the states may come from another kind of device."""
+        for part, state in zip(self.parts, states, strict=True):
+            here = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in part.param_groups]
+            part.load_state_dict(state)
+            for group, keep in zip(part.param_groups, here, strict=True):
+                group |= keep
+
+
+def stacked_rows(name, shape, cfg):
+    """Rows of the maps that a weight of model.GPT stacks."""
+    if name.endswith("attn.qkv.weight"):
+        return [cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim]
+    if name.endswith(("w_in", "gate_up.weight")):
+        return [shape[-2] // 2] * 2
+    return [shape[-2]]
+
+
+def make_optimizer(model, cfg, piece=lambda p: p):
+    """AdamW for all, or with cfg.optimizer == "muon" Muon for the matrices inside blocks but the router. Norms do not decay.
+
+    On CUDA learning rates are tensors, so that a graph of the step sees them change. piece(p): the part of dimension 0 of a parameter that this
+    rank updates (Muon's 2-D matrices are always whole)."""
+    hidden, experts, matrices, norms = {}, [], [], []
+    for name, p in model.named_parameters():
+        if cfg.optimizer == "muon" and name.startswith("blocks.") and p.ndim > 1 and "router" not in name:
+            group = {"params": [], "rows": stacked_rows(name, p.shape, cfg)}
+            hidden.setdefault((p.shape, *group["rows"]), group)["params"].append(piece(p) if p.ndim == 3 else p)
+        else:
+            (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(piece(p))
+    cuda = model.embed.weight.is_cuda
+    lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr
+    # Experts apart: with expert parallelism they alone are DTensors, which one fused kernel does not mix with tensors.
+    groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay)) if ps]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, capturable=cuda)
+    return Together(adamw, Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay)) if hidden else Together(adamw)

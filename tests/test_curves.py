@@ -1,0 +1,129 @@
+"""Pictures of runs, and metrics.jsonl followed by other tools. Run: python -m pytest tests/test_curves.py (CPU)"""
+
+import json
+import math
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import curves
+from study import follow, show
+from tests.test_train import data_dir  # noqa: F401  a fixture
+from tests.test_train import run as train_run
+
+CONFIG = {"dense": False, "n_experts": 4, "top_k": 2, "d_model": 32, "n_layers": 3, "batch_size": 8, "seq_len": 16}
+
+
+def row(step, load=None):
+    load = load or [[0.0, 1.0, 1.0, 2.0], [1.0] * 4, [0.25, 4.0, 1.0, 1.0]]
+    return {"step": step, "loss": 5 - 0.1 * step, "lr": 1e-3, "grad_norm": 1.0, "load": load, "load_max": [max(x) for x in load], "mfu": None,
+            "load_min": [min(x) for x in load], "router_entropy": [1.2, 1.3, 1.1], "dead_experts": sum(x.count(0.0) for x in load)}
+
+
+def write_run(path, rows, **changes):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG | changes))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run", [row(1), row(2), {"step": 2, "val_loss": 4.9}, row(3)])
+
+
+def test_picture_shows_every_number(run):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # torn
+    fig = curves.figure(run)
+    axes = {axis.get_title(): axis for part in fig.subfigs for axis in part.axes}
+    titles = " | ".join(axes)
+    for part in ("cross-entropy", "learning rate", "gradient norm", "entropy of the mean router", "without a token"):
+        assert part in titles
+    loss = next(axis for title, axis in axes.items() if title.startswith("cross-entropy"))
+    assert list(loss.lines[0].get_ydata()) == [4.9, 4.8, 4.7] and list(loss.lines[1].get_ydata()) == [4.9]
+    assert [len(axis.images) for title, axis in axes.items() if title.startswith("load of layer")] == [1, 1, 1]
+    image = axes["load of layer 0"].images[0].get_array()
+    assert image.shape == (4, 3) and image.mask[0].all() and not image.mask[1:].any() and image[3].tolist() == [1, 1, 1]
+    curves.main([str(run)])
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG" and not list(run.glob("*.tmp*"))
+
+
+def test_dense_and_old_logs(tmp_path):
+    new = ("load", "router_entropy")
+    old = write_run(tmp_path / "old", [{k: v for k, v in row(s).items() if k not in new} for s in (1, 2)])
+    fig = curves.figure(old)
+    assert "load of the busiest expert" in [axis.get_title() for part in fig.subfigs for axis in part.axes]
+    plain = ("step", "loss", "lr", "grad_norm")
+    dense = write_run(tmp_path / "dense", [{k: row(s)[k] for k in plain} for s in (1, 2)], dense=True)
+    assert len(curves.figure(dense).subfigs) == 1
+    show.main([str(old), str(dense), "--out", str(tmp_path / "both.png")])
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+def test_nothing_to_show_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="holds no metrics.jsonl"):
+        show.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="has logged no training step yet"):
+        curves.main([str(write_run(tmp_path / "empty", []))])
+
+
+def test_redrawn_beside_training(run, capsys, monkeypatch):
+    pictures = curves.Curves(run)
+    start = time.perf_counter()
+    pictures.refresh()
+    first = pictures.process
+    pictures.refresh()  # the first still draws: nothing new is started
+    assert pictures.process is first and time.perf_counter() - start < 0.5
+    pictures.close()
+    assert pictures.process is not first and pictures.process.returncode == 0 and (run / "curves.png").exists()
+    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: None)
+    capsys.readouterr()
+    without = curves.Curves(run)
+    without.refresh(), without.refresh(), without.close()
+    assert capsys.readouterr().out.count("pip install") == 1 and without.process is None
+
+
+def test_follow_a_growing_and_rewound_log(run):
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(follow.follow(run, poll=0.01)))
+    thread.start()
+    time.sleep(0.05)
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text + json.dumps(row(4))[:20])
+    time.sleep(0.05)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row(1), row(2), row(4), row(5))))  # resumed from step 2
+    (run / "results.json").write_text("{}")
+    thread.join(timeout=5)
+    assert [(r["step"], "val_loss" in r) for r in found] == [(1, False), (2, False), (2, True), (3, False), (4, False), (5, False)]
+
+
+def test_adapters(run, monkeypatch):
+    (run / "results.json").write_text("{}")
+    logged = []
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: logged.append((step, name, value)), flush=lambda: None)
+    session = SimpleNamespace(log=lambda values, step: logged.extend((step, name, value) for name, value in values.items()))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda path: writer))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda name, config: session))
+    follow.main([str(run)])
+    first, logged[:] = list(logged), []
+    follow.main([str(run), "--to=wandb"])
+    assert logged == first
+    assert (2, "loss", 4.8) in first and (2, "val_loss", 4.9) in first and (1, "load_max/2", 4.0) in first
+    assert not any(name == "mfu" or name.startswith("load/") for _, name, _ in first)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        follow.main([str(run), "--to=wandb"])
+
+
+def test_training_draws_its_curves(data_dir, tmp_path):  # noqa: F811
+    train_run(data_dir, tmp_path / "out", "--curves=true", "--steps=4")
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+    config, rows, val = curves.read(tmp_path / "out")
+    for r in rows:
+        assert len(r["router_entropy"]) == 2 and all(0.5 < h <= math.log(4) + 1e-6 for h in r["router_entropy"])
+        assert [len(layer) for layer in r["load"]] == [4, 4] and [max(layer) for layer in r["load"]] == pytest.approx(r["load_max"], abs=1e-3)
+        assert all(sum(layer) == pytest.approx(4, abs=0.01) for layer in r["load"])

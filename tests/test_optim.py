@@ -1,0 +1,215 @@
+"""Muon against singular values, torch.optim.Muon and a loop over experts; schedules; resume.
+Run: python -m pytest tests/test_optim.py (CPU, and CUDA graphs on a GPU)"""
+
+import copy
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import GPT, ModelConfig
+from optim import Muon, lr_at, make_optimizer, orthogonalize
+from tests.checks import check
+
+CFG = ModelConfig(vocab_size=64, seq_len=16, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, n_experts=4, d_expert=48, init_std=0.1,
+                  qk_norm=True, n_shared_experts=1)
+SETTINGS = dict(optimizer="muon", lr=2e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, muon_momentum=0.9)
+
+
+def with_settings(cfg=CFG, **changes):
+    return SimpleNamespace(**dataclasses.asdict(cfg), **SETTINGS | changes)
+
+
+def model_and_batch(device="cpu", cfg=CFG):
+    torch.manual_seed(0)
+    model = GPT(cfg).to(device)
+    tokens = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(1)).to(device)
+    return model, (tokens[:, :-1], tokens[:, 1:])
+
+
+def backward(model, batch):
+    model.zero_grad()
+    out = model(*batch)
+    (out.loss + 1e-2 * out.balance).backward()
+    return out.loss.item()
+
+
+def singular_values(m):
+    return torch.linalg.svdvals(m.float().cpu())
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 64), (5, 48, 32), (2, 64, 64)])
+def test_update_is_nearly_orthogonal(shape, device):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    values = singular_values(orthogonalize(m * torch.logspace(-6, 3, shape[0], device=device)[:, None, None]))  # of any scale
+    # A square random matrix has singular values near 0, which five rounds do not lift all the way.
+    assert values.max() < 1.3 and values.quantile(0.1) > 0.6, values
+    assert singular_values(m).max() > 1.3  # the check can fail
+    assert orthogonalize(torch.zeros(1, 4, 8, device=device)).abs().max() == 0
+
+
+def test_batch_equals_loop_over_experts(device):
+    m = torch.randn(6, 24, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    batched = orthogonalize(m)
+    check(batched, torch.cat([orthogonalize(m[i : i + 1]) for i in range(6)]), 1e-5 if device == "cpu" else 2e-2)
+    with pytest.raises(AssertionError):
+        check(batched.roll(1, 0), torch.cat([orthogonalize(m[i : i + 1]) for i in range(6)]), 2e-2)
+
+
+def muon_pair(shape, rows, **changes):
+    """Our Muon on one stacked parameter, torch's on its maps one by one, same settings."""
+    g = torch.Generator().manual_seed(0)
+    whole = torch.nn.Parameter(torch.randn(shape, generator=g))
+    apart = [torch.nn.Parameter(part.clone()) for expert in whole.detach().view(-1, *shape[-2:]) for part in expert.split(rows)]
+    settings = dict(lr=0.02, momentum=0.9, weight_decay=0.1) | changes
+    ours = Muon([{"params": [whole], "rows": rows}], **settings)
+    return whole, apart, ours, torch.optim.Muon(apart, adjust_lr_fn="match_rms_adamw", **settings)
+
+
+@pytest.mark.parametrize("shape, rows", [((3, 32, 24), [16, 16]), ((40, 24), [20, 10, 10]), ((24, 40), [24])])
+def test_three_steps_equal_torch_muon_on_every_map(shape, rows):
+    whole, apart, ours, theirs = muon_pair(shape, rows)
+    before = whole.detach().clone()
+    for step in range(3):
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        whole.grad = grad
+        for p, part in zip(apart, [part for expert in grad.view(-1, *shape[-2:]) for part in expert.split(rows)], strict=True):
+            p.grad = part.clone()
+        ours.step(), theirs.step()
+    assembled = torch.cat([p.detach() for p in apart]).view(shape)
+    check(whole - before, assembled - before, 3e-2)  # torch's products are in bfloat16, ours on a CPU in float32
+    with pytest.raises(AssertionError):
+        check(whole - before, (assembled - before).roll(1, -2), 3e-2)
+
+
+def test_expert_without_tokens_stands_still():
+    whole, _, ours, _ = muon_pair((3, 32, 24), [16, 16], weight_decay=0.0)
+    whole.grad = torch.randn(whole.shape)
+    ours.step()
+    after = whole.detach().clone()
+    whole.grad = torch.randn(whole.shape)
+    whole.grad[1] = 0
+    ours.step()
+    assert torch.equal(whole[1], after[1]) and not torch.equal(whole[0], after[0]) and not torch.equal(whole[2], after[2])
+
+
+def test_which_parameters_get_muon():
+    model, _ = model_and_batch()
+    optimizer = make_optimizer(model, with_settings())
+    assert [type(part) for part in optimizer.parts] == [torch.optim.AdamW, Muon]
+    muon = {id(p): group for group in optimizer.parts[1].param_groups for p in group["params"]}
+    adamw = {id(p): group["weight_decay"] for group in optimizer.parts[0].param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        hidden = name.endswith(("qkv.weight", "attn.out.weight", "w_in", "w_out", "gate_up.weight", "down.weight"))
+        assert (id(p) in muon) == hidden and (id(p) in adamw) != hidden, name
+        assert hidden or adamw[id(p)] == (0.0 if "norm" in name else 0.1), name
+        assert not hidden or sum(muon[id(p)]["rows"]) == p.shape[-2], name
+    rows = lambda name: muon[id(model.get_parameter(name))]["rows"]  # noqa: E731
+    assert rows("blocks.1.attn.qkv.weight") == [32, 16, 16] and rows("blocks.0.mlp.w_in") == rows("blocks.0.mlp.shared.gate_up.weight") == [48, 48]
+    groups = make_optimizer(model, with_settings(optimizer="adamw")).param_groups
+    assert all(group["weight_decay"] == (0.1 if p.ndim > 1 else 0.0) for group in groups for p in group["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def train(model, optimizer, batch, steps):
+    losses = []
+    for _ in range(steps):
+        losses.append(backward(model, batch))
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_learns_and_resumes_bit_for_bit(kind):
+    cfg = with_settings(optimizer=kind)
+    model, batch = model_and_batch()
+    optimizer = make_optimizer(model, cfg)
+    losses = train(model, optimizer, batch, 4)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    losses += train(model, optimizer, batch, 4)
+    assert losses[-1] < losses[0] - 0.5
+    for forget in (False, True):  # the check can fail
+        other, _ = model_and_batch()
+        again = make_optimizer(other, cfg)
+        other.load_state_dict(saved[0])
+        if not forget:
+            again.load_state_dict(copy.deepcopy(saved[1]))
+        assert (train(other, again, batch, 4) == losses[4:]) is not forget
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)) is not forget
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_found_inf_leaves_everything_untouched(kind):
+    model, batch = model_and_batch()
+    optimizer = make_optimizer(model, with_settings(optimizer=kind))
+    train(model, optimizer, batch, 2)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    backward(model, batch)
+    for p in model.parameters():
+        p.grad.fill_(float("nan"))
+    for bad in (1.0, 0.0):
+        optimizer.step(torch.tensor(bad))
+        same = all(torch.equal(a, b) for a, b in zip(before[0].values(), model.state_dict().values(), strict=True))
+        assert same == bool(bad)
+        if bad:
+            again, _ = model_and_batch()
+            other = make_optimizer(again, with_settings(optimizer=kind))
+            again.load_state_dict(before[0]), other.load_state_dict(before[1])
+            assert train(again, other, batch, 2) == train(model, optimizer, batch, 2)  # moments and step counts too
+            for p in model.parameters():
+                p.grad.fill_(float("nan"))
+
+
+def test_learning_rate_as_a_tensor_changes_nothing():
+    results = []
+    for lr in (1e-2, torch.tensor(1e-2)):
+        model, batch = model_and_batch()
+        optimizer = make_optimizer(model, with_settings())
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.set_lr(2e-2)
+        results.append(train(model, optimizer, batch, 3))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_schedules():
+    cfg = SimpleNamespace(steps=100, warmup_steps=10, lr=1.0, min_lr_frac=0.1, schedule="cosine", decay_frac=0.2)
+    cosine = [lr_at(step, cfg) for step in range(100)]
+    assert cosine[0] == 0.1 and cosine[9] == 1.0 and cosine[10] == 1.0 and max(cosine) == 1.0
+    assert cosine[55] == pytest.approx(0.55) and cosine[99] == pytest.approx(0.1, abs=1e-3)
+    assert all(a >= b for a, b in zip(cosine[10:], cosine[11:], strict=False))
+    cfg.schedule = "wsd"
+    wsd = [lr_at(step, cfg) for step in range(100)]
+    assert wsd[10:81] == [1.0] * 71 and wsd[90] == pytest.approx(0.55) and wsd[99] == pytest.approx(0.145)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_muon_in_a_cuda_graph():
+    """Replays equal eager steps, and a learning rate changed between them acts."""
+    runs = []
+    for graphed in (False, True):
+        p = torch.nn.Parameter(torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(0)).cuda())
+        p.grad, rate = torch.empty_like(p), torch.tensor(1e-2, device="cuda")
+        muon = Muon([{"params": [p], "rows": [32, 32]}], rate, weight_decay=0.1)
+        muon.found_inf = torch.zeros((), device="cuda")
+        start = p.detach().clone()
+        p.grad.normal_()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            muon.step()
+        torch.cuda.synchronize()
+        with torch.no_grad():
+            p.copy_(start)
+            muon.state[p]["momentum"].zero_()
+        act = muon.step
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                muon.step()
+            act = graph.replay
+        for step in range(3):
+            p.grad.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)))
+            rate.fill_(1e-2 / (step + 1))
+            act()
+        runs.append(p.detach().clone())
+    assert torch.equal(*runs)

@@ -1,0 +1,135 @@
+"""Two and four gloo ranks against one process: three engines, both optimisers, uneven routing, experts without a token, resuming.
+Run: python -m pytest tests/test_parallel.py (CPU)"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from model import GPT
+from parallel import Sharded
+from tests.test_train import ROOT, SMALL, cut_at, rows
+from tests.test_train import data_dir  # noqa: F401  a fixture
+from train import TrainConfig, main
+
+# Two micro-batches, the balance loss of the global batch, shared experts.
+FLAGS = [*SMALL, "--n-shared-experts=1", "--grad-accum=2", "--router-bias-rate=1e-4", "--balance-coef=0.1", "--steps=8"]
+CASES = {"ddp-2-muon": (2, "ddp", "muon"), "ddp-4-adamw": (4, "ddp", "adamw"),
+         "fsdp-2-adamw": (2, "fsdp", "adamw"), "fsdp-4-muon": (4, "fsdp", "muon"),
+         "ep-2-adamw": (2, "ep", "adamw"), "ep-4-muon": (4, "ep", "muon")}
+# Selection biases of the first experts. Five experts on two or four ranks are slices of unequal length. With eight on four ranks and two out of
+# reach, a rank gets no token at all.
+BIASES = {5: [-100.0, 0.2], 8: [-100.0, -100.0, 0.2]}
+
+
+@pytest.fixture(scope="module")
+def runs(data_dir, tmp_path_factory):  # noqa: F811
+    """Every case continues two steps after which some experts are out of reach and one is preferred; so do the runs of one process."""
+    base = tmp_path_factory.mktemp("parallel")
+    for optimizer, n_experts in product(("adamw", "muon"), BIASES):
+        flags = [*FLAGS, f"--data={data_dir}", f"--optimizer={optimizer}", f"--n-experts={n_experts}"]
+        start = base / f"start-{optimizer}-{n_experts}"
+        main([*flags, "--steps=2", f"--out-dir={start}"])
+        state = checkpoint.read(start)
+        for layer in (0, 1):
+            state["model"][f"blocks.{layer}.mlp.bias_E"][: len(BIASES[n_experts])] = torch.tensor(BIASES[n_experts])
+        checkpoint.find(start)[-1][1].unlink()
+        checkpoint.save(start, 2, state, keep=1)
+        (start / "results.json").unlink()
+    copy = lambda name, like: shutil.copytree(base / like.replace("one", "start"), base / name)  # noqa: E731
+    ranks([[world, [f"--resume={copy(name, reference(name))}", "--steps=8", f"--parallel={engine}"]] for name, (world, engine, _) in CASES.items()])
+    for one in {reference(name) for name in CASES}:
+        main([f"--resume={copy(one, one)}", "--steps=8"])
+    return base
+
+
+def reference(case):
+    _, engine, optimizer = CASES[case]
+    return f"one-{optimizer}-{8 if engine == 'ep' else 5}"
+
+
+def ranks(jobs, status=0):
+    done = subprocess.run([sys.executable, "-m", "tests.ranks", json.dumps(jobs)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200)
+    assert done.returncode == status, done.stdout[-4000:]
+    return done.stdout
+
+
+def same_log(run, reference, rtol):
+    ours, theirs = rows(run), rows(reference)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=rtol, atol=2e-3 if "load" in key else 0, err_msg=f"{key} at step {a['step']}")
+
+
+def same_state(run, reference, bound):
+    """Weights, and optimiser states in the format of one process, whole and in the same order."""
+    ours, theirs = checkpoint.read(run), checkpoint.read(reference)
+    pairs = [(name, ours["model"][name], weight) for name, weight in theirs["model"].items()]
+    for part, (a, b) in enumerate(zip(ours["optimizer"], theirs["optimizer"], strict=True)):
+        assert a["state"].keys() == b["state"].keys() and len(a["param_groups"]) == len(b["param_groups"])
+        pairs += [(f"{name} of {part}, {i}", a["state"][i][name], t) for i, values in b["state"].items() for name, t in values.items()]
+    for name, a, b in pairs:
+        assert a.shape == b.shape and (a - b).norm() <= bound * b.norm() + 1e-7, f"{name}: {(a - b).norm() / b.norm():.1e}"
+    assert ours["loader"] == theirs["loader"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_equal_one_process(runs, case):
+    one = reference(case)
+    same_log(runs / case, runs / one, rtol=3e-4)
+    same_state(runs / case, runs / one, bound=3e-3)
+    loads = [row["load"] for row in rows(runs / case) if "load" in row and row["step"] > 3]
+    dead = len(BIASES[int(one[-1])]) - 1  # the routing is as bad as promised
+    assert loads and all(not any(layer[:dead]) and layer[dead] > 1.2 for load in loads for layer in load), loads
+    other = one.replace("muon", "other").replace("adamw", "muon").replace("other", "adamw")  # the check can fail
+    with pytest.raises(AssertionError):
+        same_log(runs / case, runs / other, rtol=3e-4)
+
+
+def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
+    """Four FSDP ranks to step 4, then two DDP ranks or one; two DDP ranks, then four FSDP ranks; four EP ranks, then two: as if uninterrupted."""
+    to_two, to_one = (cut_at(runs / "fsdp-4-muon", tmp_path / name, 4) for name in ("two", "one"))
+    to_four = cut_at(runs / "ddp-2-muon", tmp_path / "four", 4)
+    to_ep = cut_at(runs / "ep-4-muon", tmp_path / "ep", 4)
+    ranks([[2, [f"--resume={to_two}", "--parallel=ddp"]], [4, [f"--resume={to_four}", "--parallel=fsdp"]], [2, [f"--resume={to_ep}"]]])
+    main([f"--resume={to_one}", "--parallel=ddp"])
+    for run, one in ((to_two, "one-muon-5"), (to_one, "one-muon-5"), (to_four, "one-muon-5"), (to_ep, "one-muon-8")):
+        same_log(run, runs / one, rtol=3e-4)
+        same_state(run, runs / one, bound=3e-3)
+
+
+def test_a_bad_step_stops_all_ranks_with_a_dump_of_each(data_dir, tmp_path):  # noqa: F811
+    flags = [*FLAGS, f"--data={data_dir}", "--max-loss=1"]
+    said = ranks([[2, [*flags, f"--out-dir={tmp_path / engine}", f"--parallel={engine}"]] for engine in ("ddp", "fsdp", "ep")], status=1)
+    for engine, rank in product(("ddp", "fsdp", "ep"), (0, 1)):
+        path = tmp_path / engine / f"bad-step-00000001-rank{rank}.json"
+        assert f"at step 1, first in finite when repeated: above max_loss=1 (layers and batch: {path})" in said, said
+        dump = json.loads(path.read_text())
+        assert len(dump["tokens"]) == 2 and len(dump["output_of_layer"]) == 2 and "blocks.1.mlp.w_out" in dump["gradient"]
+        assert not checkpoint.find(tmp_path / engine)
+
+
+@pytest.mark.parametrize("kind, bound", [("adamw", 0.30), ("muon", 0.36)])
+def test_a_rank_holds_its_share_of_the_states(kind, bound):
+    """A quarter of them on one of four ranks, but for Muon's 2-D matrices."""
+    cfg = TrainConfig(vocab_size=64, n_experts=8, optimizer=kind)
+    sizes = []
+    for world in (1, 4):
+        model = GPT(cfg)
+        optimizer = Sharded(model, cfg, world - 1, world)
+        for p in [*model.parameters(), *optimizer.full]:
+            p.grad = torch.zeros_like(p)
+        for part in optimizer.parts:
+            part.step()
+        sizes.append(sum(t.numel() for part in optimizer.parts for values in part.state.values() for t in values.values()))
+    assert sizes[1] < bound * sizes[0], sizes

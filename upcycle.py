@@ -1,0 +1,76 @@
+"""Start a mixture of experts from a dense checkpoint, so that step 0 computes exactly what the dense model computed.
+
+The dense SwiGLU has hidden width W. A sum over hidden units may be cut anywhere: the first n_shared_experts * F units become the shared expert, and
+the remaining G * F units become G slices of width F (G: slices per copy). Expert e starts as slice e % G; experts 0 .. G-1 are one copy of the dense
+layer, G .. 2G-1 the next. The G experts of a copy start with the same router row, so they get equal logits and top-k takes whole copies. Gates that
+sum to 1 over the K chosen are then 1/G of the copy's weight each, and W_out times G restores the dense output:
+
+    y = sum over copies c of g_c * (1/G) * sum over slices s of G * slice_s(x) = dense(x),   sum of g_c = 1
+
+    G = 1   experts as wide as the dense layer (arXiv 2212.05055); K times its FLOPs
+    G = K   W = K * F, the `--dense` twin of the same preset: equal FLOPs per token, one copy active (arXiv 2410.07524 calls it virtual groups)
+
+What is exact: G divides K and E, gates are normalised (router_normalize), no selection bias yet. Everything else is refused. Noise (a share of each
+weight's standard deviation, on the routed experts) makes the copies differ at once; without it they separate through their different tokens.
+"""
+
+import math
+
+import torch
+
+import checkpoint
+from config import require
+
+SAME = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "qk_norm", "tie_embeddings", "rope_theta", "norm_eps")
+
+
+def slices_per_copy(dense, cfg):
+    """G for the config dict of a dense checkpoint and the ModelConfig of the MoE; ValueError names what does not fit."""
+    require(dense["dense"], "upcycle_from", "a mixture of experts", "give the run directory of a --dense model")
+    for name in SAME:
+        require(getattr(cfg, name) == dense[name], name, getattr(cfg, name), f"the dense checkpoint has {dense[name]!r}; use the same")
+    require(not cfg.dense, "dense", True, "a dense model is continued with --resume; upcycle_from starts a mixture")
+    require(cfg.router_normalize, "router_normalize", False, "the dense output is only kept by gates that sum to 1")
+    width = (dense["top_k"] + dense["n_shared_experts"]) * dense["d_expert"]
+    routed = width - cfg.n_shared_experts * cfg.d_expert
+    whole = routed > 0 and routed % cfg.d_expert == 0
+    require(whole, "d_expert", cfg.d_expert,
+            f"slices of this width, {cfg.n_shared_experts} of them shared, do not make up the dense hidden width {width}")
+    slices = routed // cfg.d_expert
+    for name, value in (("top_k", cfg.top_k), ("n_experts", cfg.n_experts)):
+        require(value % slices == 0, name, value, f"one copy of the dense layer is {slices} experts: use a multiple")
+    return slices
+
+
+@torch.no_grad()
+def upcycle(model, path, noise=0.0, seed=0):
+    """Fill a fresh GPT (its router rows are used as they were initialised) from a dense run directory or checkpoint file. float32 weights.
+
+    Raises ValueError when the shapes do not allow an exact start, or for a damaged checkpoint; FileNotFoundError without one."""
+    cfg, state = model.cfg, checkpoint.read(path)
+    slices = slices_per_copy(state["config"], cfg)
+    weights = state["model"]
+    shared, F = cfg.n_shared_experts * cfg.d_expert, cfg.d_expert
+    generator = torch.Generator().manual_seed(seed)
+    own = {name: value for name, value in weights.items() if ".mlp." not in name}
+    missing, unexpected = model.load_state_dict(own, strict=False)
+    require(not unexpected and all(".mlp." in name for name in missing), "upcycle_from", str(path), f"other weights: {missing} {unexpected}")
+    for layer, block in enumerate(model.blocks):
+        gate_WD, up_WD = weights[f"blocks.{layer}.mlp.gate_up.weight"].chunk(2)
+        down_DW = weights[f"blocks.{layer}.mlp.down.weight"]
+        moe = block.mlp
+        if shared:
+            moe.shared.gate_up.weight.copy_(torch.cat([gate_WD[:shared], up_WD[:shared]]))
+            moe.shared.down.weight.copy_(down_DW[:, :shared])
+        w_in = torch.stack([torch.cat([gate_WD[at : at + F], up_WD[at : at + F]]) for at in range(shared, len(gate_WD), F)])
+        w_out = torch.stack([down_DW[:, at : at + F] for at in range(shared, len(gate_WD), F)]) * slices
+        for weight, start in ((moe.w_in, w_in), (moe.w_out, w_out)):
+            copies = start.repeat(cfg.n_experts // slices, 1, 1)
+            if noise:
+                copies += noise * start.std() * torch.randn(copies.shape, generator=generator)
+            weight.copy_(copies)
+        rows_ED = moe.router.weight
+        # One row of the initialisation per copy: softmax scores of equal logits are equal, so none of a copy's slices is left behind.
+        rows_ED.copy_(rows_ED[: cfg.n_experts // slices].repeat_interleave(slices, 0))
+    for name, value in model.named_parameters():
+        require(math.isfinite(value.abs().max()), "upcycle_from", str(path), f"{name} is not finite; choose another checkpoint")
