@@ -34,7 +34,8 @@ from eval import tasks
 from eval.sources import Source
 from eval.taskloss import encode_pair, score, tiktoken_tokens
 from model import GPT, count_params, flops_per_token
-from train import GraphedStep, TrainConfig, lr_at, make_optimizer, new_window, optimizer_step, parse_sources, set_lr
+from optim import lr_at, make_optimizer
+from train import GraphedStep, TrainConfig, new_window, optimizer_step, parse_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"facts": 0.35, "problem": 0.55, "mano": 0.10}  # of the training tokens
@@ -92,7 +93,7 @@ def train_config(run, vocab_size, lr=0.0):
     return TrainConfig(preset="", data=run.data, vocab_size=-(-vocab_size // 64) * 64, d_model=run.d_model, n_layers=run.n_layers, n_heads=heads,
                        n_kv_heads=heads, head_dim=run.d_model // heads, n_experts=run.n_experts, top_k=run.top_k, d_expert=run.d_expert,
                        init_std=run.init_std, seq_len=run.seq_len, batch_size=run.batch, steps=run.steps, lr=lr or run.lr, seed=run.seed,
-                       warmup_steps=max(2, run.steps // 20), compile="false", **recipe)
+                       warmup_steps=max(2, run.steps // 20), compile="false", optimizer="adamw", bad_steps="skip", **recipe)
 
 
 def mixture(run):
@@ -179,7 +180,7 @@ class Trainer:
     def _train(self, n):
         self.model.train()
         for _ in range(n):
-            set_lr(self.optimizer, lr_at(self.done, self.cfg))
+            self.optimizer.set_lr(lr_at(self.done, self.cfg))
             self.run_step([])
             self.done += 1
 
@@ -192,7 +193,8 @@ class Trainer:
             sums.zero_()
         self._train(tail)
         load = self.window["counts_NE"].float()
-        return float(self.window["sums"][0]) / tail, float((load.std(1, correction=0) / load.mean(1)).mean())
+        loss, *_, steps = self.window["sums"].tolist()  # skipped steps are not in the sums
+        return loss / steps if steps else math.nan, float((load.std(1, correction=0) / load.mean(1)).mean())
 
 
 @torch.no_grad()

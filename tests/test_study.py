@@ -71,7 +71,7 @@ def test_the_training_step_is_that_of_train_py(cache):
     model = run.GPT(cfg)
     optimizer = run.make_optimizer(model, cfg)
     for step in range(2):
-        run.set_lr(optimizer, run.lr_at(step, cfg))
+        optimizer.set_lr(run.lr_at(step, cfg))
         run.optimizer_step(model, optimizer, cfg, run.new_window(cfg, "cpu"), [trainer.samples.batch(torch.tensor([step]))])
     trainer.advance(2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
