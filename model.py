@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import config
 from config import require
-from moe_kernels import balance_loss, linear_cross_entropy, moe_experts, route
+from moe_kernels import balance_loss, gates_of, linear_cross_entropy, moe_experts, route
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class Output(NamedTuple):
     z: Tensor  # float32, sum over MoE layers of mean logsumexp(router logits)^2
     counts_NE: Tensor  # int32 (token, slot) pairs per layer and expert; (0, E) in a dense model
     probs_NE: Tensor  # float32 mean router probability, differentiable: with counts of all ranks it gives the global balance
+    experts: tuple[Tensor, ...] = ()  # for each MoE layer int32 (T, K): the experts that the router chose
 
 
 class Linear(nn.Linear):
@@ -153,6 +154,7 @@ class KVCache:
         require(1 <= max_len <= cfg.seq_len, "max_len", max_len, f"the model's RoPE table ends at seq_len={cfg.seq_len}")
         shape = (cfg.n_layers, batch_size, max_len, cfg.n_kv_heads, cfg.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.experts = None  # on request (N, B, max_len, K) int16: the experts of each token
         self.lengths_B = torch.zeros(batch_size, device=device, dtype=torch.long)
         self.new_B = None
         self.filled = 0  # host-side bound on lengths_B, so that nothing waits for the device
@@ -162,6 +164,7 @@ class KVCache:
         """The first rows as a cache on the same memory."""
         cache = copy.copy(self)
         cache.k, cache.v, cache.lengths_B = self.k[:, :n_rows], self.v[:, :n_rows], self.lengths_B[:n_rows]
+        cache.experts = None if self.experts is None else self.experts[:, :n_rows]
         cache.filled, cache.span = filled, span
         return cache
 
@@ -177,11 +180,22 @@ class KVCache:
 
     def update(self, layer, k_BLHd, v_BLHd):
         """Store a layer's new keys and values; return all of them, (B, span, Hkv, d)."""
-        B, L = self.pos_BL.shape
-        rows = torch.arange(B, device=self.pos_BL.device)[:, None]
+        L, rows = self.pos_BL.shape[1], self._rows()
         self.k[layer, rows, self.pos_BL], self.v[layer, rows, self.pos_BL] = k_BLHd, v_BLHd
         span = self.span or self.filled + L
         return self.k[layer, :, :span], self.v[layer, :, :span]
+
+    def keep_experts(self, top_k):
+        """From now on remember which experts each token goes to, for grpo.py."""
+        self.experts = torch.zeros((*self.k.shape[:3], top_k), device=self.k.device, dtype=torch.int16)
+
+    def record(self, layer, experts_TK):
+        """Store the experts that a layer's router chose, where they are asked for."""
+        if self.experts is not None:
+            self.experts[layer, self._rows(), self.pos_BL] = experts_TK.view(*self.pos_BL.shape, -1).to(torch.int16)
+
+    def _rows(self):
+        return torch.arange(len(self.pos_BL), device=self.pos_BL.device)[:, None]
 
     def end(self, L):
         """Advance the lengths; return the index (B,) of the last real token of each row."""
@@ -193,7 +207,7 @@ class KVCache:
     def select(self, rows):
         """Move these rows (a LongTensor) to the front: finished sequences leave the batch."""
         n = rows.numel()
-        for tensor in (*self.k, *self.v):  # a layer at a time: the copy needs that much memory
+        for tensor in (*self.k, *self.v, *(() if self.experts is None else self.experts)):  # a layer at a time: the copy needs that much memory
             tensor[:n] = tensor[rows]
         self.lengths_B[:n] = self.lengths_B[rows]
 
@@ -245,7 +259,9 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, experts, and the losses' ingredients: balance and z of this layer, counts (E,), mean router probabilities (E,)."""
+    """Router, experts, and the losses' ingredients: balance and z of this layer, counts (E,), mean router probabilities (E,), choice (T, K).
+
+    replay_TK: experts to use instead of the router's choice, -1 where it stands; the gates are today's, differentiable."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -257,17 +273,22 @@ class MoE(nn.Module):
         self.shared = SwiGLU(cfg.d_model, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
         self.register_buffer("bias_E", torch.zeros(cfg.n_experts) if cfg.router_bias_rate else None)
 
-    def forward(self, x_TD, stats=True):
+    def forward(self, x_TD, replay_TK=None, stats=True):
         cfg = self.cfg
         impl = None if cfg.impl == "auto" else cfg.impl
-        r = route(self.router(x_TD), cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=impl)
+        logits_TE = self.router(x_TD)
+        r = route(logits_TE, cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=impl)
+        chosen_TK = r.experts_TK
+        if replay_TK is not None:
+            experts_TK = torch.where(replay_TK >= 0, replay_TK, chosen_TK)
+            r = r._replace(experts_TK=experts_TK, gates_TK=gates_of(logits_TE, experts_TK, cfg.router_score, cfg.router_normalize))
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
         y_TD = self.experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, impl=impl)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if not stats:
-            return y_TD, None
-        return y_TD, (balance_loss(r.counts_E, r.probs_E), r.z, r.counts_E, r.probs_E)
+            return y_TD, (chosen_TK,)
+        return y_TD, (balance_loss(r.counts_E, r.probs_E), r.z, r.counts_E, r.probs_E, chosen_TK)
 
 
 class Block(nn.Module):
@@ -277,11 +298,11 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.mlp = SwiGLU(cfg.d_model, (cfg.top_k + cfg.n_shared_experts) * cfg.d_expert) if cfg.dense else MoE(cfg)
 
-    def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0):
+    def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0, replay_TK=None):
         x_BLD = x_BLD + self.attn(self.attn_norm(x_BLD), cos, sin, mask, cache, layer)
         x_TD, stats = self.mlp_norm(x_BLD).flatten(0, 1), None
         if isinstance(self.mlp, MoE):
-            y_TD, stats = self.mlp(x_TD, stats=cache is None)
+            y_TD, stats = self.mlp(x_TD, replay_TK, stats=cache is None)
         else:
             y_TD = self.mlp(x_TD)
         return x_BLD + y_TD.view_as(x_BLD), stats
@@ -315,9 +336,10 @@ class GPT(nn.Module):
             return torch.bfloat16 if self.embed.weight.is_cuda else torch.float32
         return getattr(torch, self.cfg.dtype)
 
-    def forward(self, tokens_BL, targets_BL=None, cache=None):
+    def forward(self, tokens_BL, targets_BL=None, cache=None, replay_NTK=None):
         """tokens (B, L) int64 -> Output. With targets (B, L; -1: no loss) the loss and no logits; with a KVCache the tokens continue
-        the cached sequences, the logits are those of each row's last real token, and there are no statistics. Raises ValueError past seq_len."""
+        the cached sequences, the logits are those of each row's last real token, and there are no statistics. replay_NTK (int32, T = B*L;
+        -1: none): experts to use instead of each router's choice; the counts stay those of its choice. Raises ValueError past seq_len."""
         B, L = tokens_BL.shape
         require(L <= self.cfg.seq_len, "sequence length", L, f"the model's seq_len is {self.cfg.seq_len}")
         x = self.embed(tokens_BL).to(self.dtype)
@@ -327,9 +349,12 @@ class GPT(nn.Module):
             cos, sin = self.cos[pos_BL], self.sin[pos_BL]
         for layer, block in enumerate(self.blocks):
             # train.py may have compiled the blocks for its one shape; evaluation, with its many shapes, always runs them eagerly.
-            compiled = self.training and cache is None
-            x, layer_stats = block(x, cos, sin) if compiled else block.forward(x, cos, sin, mask, cache, layer)
-            if layer_stats is not None:
+            compiled = self.training and cache is None and replay_NTK is None
+            replay_TK = None if replay_NTK is None else replay_NTK[layer]
+            x, layer_stats = block(x, cos, sin) if compiled else block.forward(x, cos, sin, mask, cache, layer, replay_TK)
+            if layer_stats is not None and cache is not None:
+                cache.record(layer, layer_stats[-1])
+            elif layer_stats is not None:
                 stats.append(layer_stats)
         x = self.norm(x)
         if cache is not None:
@@ -344,8 +369,9 @@ class GPT(nn.Module):
             zero = x.new_zeros((), dtype=torch.float32)
             return Output(logits, loss, zero, zero, tokens_BL.new_zeros((0, self.cfg.n_experts), dtype=torch.int32),
                           x.new_zeros((0, self.cfg.n_experts), dtype=torch.float32))
-        balance, z, counts, probs = (torch.stack(values) for values in zip(*stats, strict=True))
-        return Output(logits, loss, balance.sum(), z.sum(), counts, probs)
+        *losses, experts = zip(*stats, strict=True)
+        balance, z, counts, probs = map(torch.stack, losses)
+        return Output(logits, loss, balance.sum(), z.sum(), counts, probs, experts)
 
 
 @torch.no_grad()

@@ -27,12 +27,14 @@ any_shape = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENT
 @torch.no_grad()
 @any_shape
 def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p=1.0, seed=0, batch_size=64, n_vocab=None,
-             stop_strings=(), decode=None, streams=None):
+             stop_strings=(), decode=None, streams=None, experts=None):
     """Continue each prompt; return the new token ids, one list per prompt.
 
     prompts: lists of token ids, none empty. A row ends before any of stop_ids (not returned), with the token that completes one of
     stop_strings (returned; needs decode: ids -> str), or after max_new_tokens.
     temperature 0 is greedy (top_p and seed unused); else sampling from the smallest set of tokens with probability >= top_p.
+    experts: a list to be filled with what the routers chose for each prompt, int16 (N, tokens, K) of the prompt's tokens and of the new
+    ones but the last, which the model has not read (unless a stop id followed it).
     Prompt i draws from a stream seeded with (seed, streams[i]), by default (seed, i).
     n_vocab: ids from here on are padding rows of the head, never produced.
     Takes memory for a copy of the weights in the compute dtype, unless they have it, and for the cache of batch_size rows.
@@ -56,28 +58,36 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p
     stop_ids, room = set(stop_ids), max((len(s.encode()) for s in stop_strings), default=0)
 
     def extend(ids, new):
-        """Appends the new tokens up to the end of the row; True when that is reached."""
+        """Appends the new tokens up to the end of the row. There, says how many of ids the model must have read; before, None."""
         # A stop string may span tokens; every token has at least one byte of it. One look at all new tokens spares most single looks.
         suspect = stop_strings and any(s in decode(ids[-room:] + new) for s in stop_strings)
         for token in new:
             if token in stop_ids:
-                return True
+                return len(ids)
             ids.append(token)
             if suspect and any(s in decode(ids[-len(s.encode()):]) for s in stop_strings):
-                return True
-        return len(ids) == max_new_tokens
+                return len(ids) - 1
+        return max_new_tokens - 1 if len(ids) == max_new_tokens else None
 
     outputs = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
     n_batches = -(-len(prompts) // batch_size)
     batches = [by_length[len(prompts) * b // n_batches : len(prompts) * (b + 1) // n_batches] for b in range(n_batches)]
     decoder = Decoder(model, max(map(len, batches)), longest, max_new_tokens, temperature, top_p, n_vocab)
+    if experts is not None:
+        decoder.cache.keep_experts(model.cfg.top_k)
+        experts[:] = [None] * len(prompts)
     for rows in batches:
         decoder.start([prompts[i] for i in rows], [seed * 1_000_003 + (i if streams is None else streams[i]) for i in rows])
         alive = rows
         while alive:
-            new = decoder.read()
-            rows = [None if i is None or extend(outputs[i], new[j]) else i for j, i in enumerate(rows)]
+            new, rows = decoder.read(), list(rows)
+            for j, i in enumerate(rows):
+                n_read = None if i is None else extend(outputs[i], new[j])
+                if n_read is not None:
+                    rows[j] = None
+                    if experts is not None:
+                        experts[i] = decoder.cache.experts[:, j, : len(prompts[i]) + n_read].clone()
             alive = [j for j, i in enumerate(rows) if i is not None]
             if alive and decoder.shrink(alive):
                 rows = [rows[j] for j in alive]

@@ -49,7 +49,26 @@ def run(program: str, check: str, seconds: float = 5.0, memory: int = 2**30) -> 
     seconds bounds the CPU time, in whole seconds (the wall clock gets 4 times as much, for busy machines); memory the address
     space in bytes. Raises OSError where a process cannot be confined: not Linux, not x86-64 or ARM64, or no seccomp.
     """
-    job = {"program": program, "seconds": seconds, "memory": memory, "prefixes": [sys.prefix, sys.base_prefix],
+    _, result = _session(program, check, False, seconds, memory)
+    return result
+
+
+def values(program: str, expressions: list[str], seconds: float = 5.0, memory: int = 2**30) -> list[str] | None:
+    """Executes `program`, then evaluates the expressions in its namespace: their reprs, or None where anything fails.
+
+    For programs that are trained to pass: judged by values compared outside, they never meet what they are expected to return. Limits and
+    errors as in `run`; together the reprs may have 64 kB."""
+    said, _ = _session(program, json.dumps(expressions), True, seconds, memory)
+    try:
+        found = json.loads(said)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and len(found) == len(expressions) and all(isinstance(text, str) for text in found) else None
+
+
+def _session(program, message, values, seconds, memory):
+    """One process: (what it said behind the token, Result)."""
+    job = {"program": program, "values": values, "seconds": seconds, "memory": memory, "prefixes": [sys.prefix, sys.base_prefix],
            "packages": [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]}
     ours, theirs = socket.socketpair()
     directory, process = tempfile.mkdtemp(prefix="sandbox-"), None
@@ -64,10 +83,10 @@ def run(program: str, check: str, seconds: float = 5.0, memory: int = 2**30) -> 
         said = _receive(ours, deadline)
         if said == jail.READY:
             stage = "tests"
-            _send(ours, token + check.encode())
+            _send(ours, token + message.encode())
             said = _receive(ours, deadline)
     except TimeoutError:
-        return Result(False, "timeout")
+        return b"", Result(False, "timeout")
     except (BrokenPipeError, ConnectionResetError):
         pass
     finally:
@@ -77,16 +96,16 @@ def run(program: str, check: str, seconds: float = 5.0, memory: int = 2**30) -> 
             status = process.wait()
         ours.close()
         shutil.rmtree(directory, ignore_errors=True)
-    if secrets.compare_digest(said, token):
-        return Result(True, "passed")
+    if secrets.compare_digest(said[:16], token):
+        return said[16:], Result(True, "passed")
     if said.startswith(jail.UNCONFINED):
         raise OSError(f"code execution needs Linux with seccomp on x86-64 or ARM64 ({said[len(jail.UNCONFINED):].decode()}): "
                       "leave humaneval and mbpp out, or run them elsewhere")
     if said:
-        return Result(False, said.decode(errors="replace")[:200])
+        return b"", Result(False, said.decode(errors="replace")[:200])
     if status == -signal.SIGXCPU:
-        return Result(False, "timeout")
-    return Result(False, f"the process ended during the {stage}" + (f" ({signal.Signals(-status).name})" if status < 0 else ""))
+        return b"", Result(False, "timeout")
+    return b"", Result(False, f"the process ended during the {stage}" + (f" ({signal.Signals(-status).name})" if status < 0 else ""))
 
 
 def run_many(jobs, workers: int | None = None, **limits) -> list[Result]:

@@ -7,6 +7,7 @@
 
 from moe_kernels.cross_entropy import linear_cross_entropy
 from moe_kernels.experts import moe_experts
+from moe_kernels.reference import gates_of
 from moe_kernels.routing import Routing, balance_loss, route
 
-__all__ = ["Routing", "balance_loss", "linear_cross_entropy", "moe_experts", "route"]
+__all__ = ["Routing", "balance_loss", "gates_of", "linear_cross_entropy", "moe_experts", "route"]

@@ -20,15 +20,20 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
     # Without a bias the logits order like the scores and do not underflow; the stable sort gives ties to the lower expert id.
     ranking = logits if bias_E is None else scores + bias_E
     experts_TK = ranking.detach().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    if score == "softmax" and normalize:
-        gates_TK = logits.gather(1, experts_TK).softmax(1)
-    else:
-        gates_TK = scores.gather(1, experts_TK)
-        if normalize:
-            gates_TK = gates_TK / gates_TK.sum(1, keepdim=True)
+    gates_TK = gates_of(logits, experts_TK, score, normalize)
     counts_E = torch.bincount(experts_TK.flatten(), minlength=E).int()
     T = max(logits.shape[0], 1)
     return gates_TK, experts_TK.int(), counts_E, probs.sum(0) / T, logits.logsumexp(1).square().sum() / T
+
+
+def gates_of(logits_TE, experts_TK, score="softmax", normalize=True):
+    """Gates (T, K), float32 or float64, that `route` gives the experts (T, K) it chose; here of any choice, to replay a recorded one."""
+    logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    experts_TK = experts_TK.long()
+    if score == "softmax" and normalize:
+        return logits.gather(1, experts_TK).softmax(1)
+    gates_TK = (logits.softmax(1) if score == "softmax" else logits.sigmoid()).gather(1, experts_TK)
+    return gates_TK / gates_TK.sum(1, keepdim=True) if normalize else gates_TK
 
 
 def dispatch(experts_TK, n_experts):

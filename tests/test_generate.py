@@ -123,6 +123,26 @@ def test_stop_strings_and_vocabulary_limit():
     assert all(token < most for ids in limited for token in ids) and limited[0] != free[0]
 
 
+@pytest.mark.parametrize("coarse", [False, True])
+def test_records_the_experts_of_every_token_read(coarse, monkeypatch):
+    """What the cached steps chose is what one pass over the whole text chooses; rows end by stop token, stop string and length."""
+    monkeypatch.setattr("eval.generate.coarse", lambda device: coarse)
+    model = make()
+    prompts = make_prompts([5, 1, 17, 9, 12, 3])
+    decode = lambda ids: "".join(f"<{i}>" for i in ids)  # noqa: E731
+    free = generate(model, prompts, 15)
+    for options, read in ((dict(stop_ids=(free[0][4], free[2][7])), lambda ids: ids),
+                          (dict(stop_strings=[decode([free[4][6]])], decode=decode), lambda ids: ids[:-1])):
+        experts = []
+        found = generate(model, prompts, 15, batch_size=4, experts=experts, **options)
+        assert len({len(ids) for ids in found}) > 1
+        for prompt, ids, chosen in zip(prompts, found, experts, strict=True):
+            ids = prompt + (ids[:-1] if len(ids) == 15 else read(ids))
+            expected = torch.stack(model(torch.tensor([ids])).experts)
+            assert chosen.dtype == torch.int16 and torch.equal(chosen.int(), expected)
+            assert len(ids) < 4 or not torch.equal(chosen[:, 1:].int(), expected[:, :-1])  # the check can fail
+
+
 def test_leaves_the_model_as_it_was():
     model = make().train()
     state = {name: value.clone() for name, value in model.state_dict().items()}

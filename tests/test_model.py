@@ -49,7 +49,7 @@ def ratio(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def plain_forward(model, tokens_BL):
+def plain_forward(model, tokens_BL, replay_NTK=None):
     """The same network in float64 from its definition: complex RoPE, attention written out, a loop over tokens and their experts."""
     cfg = model.cfg
     w = {name: value.double() for name, value in model.state_dict().items()}
@@ -89,7 +89,7 @@ def plain_forward(model, tokens_BL):
                     continue
                 logits = w[p + "mlp.router.weight"] @ h[b, t]
                 score = logits.softmax(0) if cfg.router_score == "softmax" else logits.sigmoid()
-                chosen = (score + w.get(p + "mlp.bias_E", 0)).topk(cfg.top_k).indices
+                chosen = (score + w.get(p + "mlp.bias_E", 0)).topk(cfg.top_k).indices if replay_NTK is None else replay_NTK[i, b * L + t]
                 gates = score[chosen] / (score[chosen].sum() if cfg.router_normalize else 1)
                 for gate, e in zip(gates, chosen, strict=True):
                     y[b, t] += gate * swiglu(h[b, t], w[p + "mlp.w_in"][e], w[p + "mlp.w_out"][e])
@@ -260,6 +260,22 @@ def test_dense_equals_one_expert_and_gqa_equals_repeated_heads():
         weights[name] = torch.cat([q, kv.view(4, 8, 32).repeat_interleave(2, 0).reshape(64, 32)])
     mha.load_state_dict(weights)
     assert ratio(mha(tokens()).logits, gqa(tokens()).logits) < 1e-6
+
+
+def test_replayed_experts():
+    """Replaying a model's own choice changes nothing; another choice is used where it is given, with the gates of the router."""
+    model = make(n_experts=6)
+    x = tokens()
+    free = model(x)
+    own = torch.stack(free.experts)
+    assert own.shape == (2, x.numel(), 2) and torch.equal(own[0].flatten().bincount(minlength=6), free.counts_NE[0].long())
+    assert torch.equal(model(x, replay_NTK=own).logits, free.logits) and torch.equal(model(x, replay_NTK=torch.full_like(own, -1)).logits, free.logits)
+    other = (own + 1) % 6
+    forced = model(x, replay_NTK=other)
+    assert ratio(forced.logits, plain_forward(model, x, other)) < 1e-5 and ratio(forced.logits, free.logits) > 0.1
+    assert torch.equal(forced.experts[0], free.experts[0])  # what is reported stays the router's own choice
+    forced.logits.square().mean().backward()
+    assert all(block.mlp.router.weight.grad.norm() > 0 for block in model.blocks)
 
 
 def test_router_bias_moves_towards_balance_and_only_when_told():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_kernels import balance_loss, reference, route
+from moe_kernels import balance_loss, gates_of, reference, route
 from tests.checks import DTYPES, check, rms_ratio
 
 SHAPES = [(70, 8, 2), (33, 24, 5), (5, 256, 16), (1, 1, 1), (40, 40, 32), (0, 8, 2)]
@@ -107,3 +107,20 @@ def test_the_check_can_fail(device):
     assert rms_ratio(torch.zeros_like(grad), true_grad) > 0.9
     assert rms_ratio(kernel.gates_TK.flip(1), truth[0]) > 0.1
     assert not rms_ratio(grad * float("nan"), true_grad) <= 1e-5
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gates_of_a_recorded_choice(device, score, normalize):
+    """Of the router's own choice they are its gates, gradient included; of another one those of a router that is biased to it."""
+    logits = torch.randn(20, 6, device=device, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(20, 2, device=device, dtype=torch.float64)
+    own = reference.route(logits, 2, score, normalize)
+    replayed = gates_of(logits, own[1], score, normalize)
+    check(replayed, own[0], 1e-12)
+    check(*(torch.autograd.grad((gates * upstream).sum(), logits, retain_graph=True)[0] for gates in (replayed, own[0])), 1e-12)
+    bias = torch.tensor([0, 0, 0, 99.0, 0, 98], device=device, dtype=torch.float64)
+    other = reference.route(logits, 2, score, normalize, bias)
+    assert (other[1] == torch.tensor([3, 5], device=device)).all()
+    check(gates_of(logits, other[1], score, normalize), other[0], 1e-12)
+    assert rms_ratio(gates_of(logits, other[1].flip(1), score, normalize), other[0]) > 0.1

@@ -1,0 +1,266 @@
+"""Do more votes or reinforcement learning rescue a model that is too sparse? (The paper's Fig. 6; its answer is no.)
+
+    python -m study.posttrain --runs='runs/study/weights/*' --results=study/posttrain.jsonl --steps=60 --batch-prompts=256 --mini-batch=64 --lr=1e-4
+    python -m study.posttrain --results=study/posttrain.jsonl --out=docs/study          # tables and figure of what is there
+
+Every run directory (of train.py or study.run, on data with word problems) is post-trained by grpo.py with the same budget; fields of its config are
+flags here. Before and after, on the same unseen problems of every trained number of steps: greedy answers and whole solutions, and `samples` draws
+per problem with their majority vote, coverage of the right answer, and coverage of a wholly right solution (a right answer alone is often luck:
+among 128 draws there is nearly always one). One JSON line per model is appended to the results file; what is there with the same checkpoint and
+budget is skipped. --jobs runs several at once, each in its own process: small models leave most of a GPU idle.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import config
+import grpo
+from config import require
+from data import procedural, reasoning
+from eval.generate import generate
+from eval.tasks.reasoning import vote
+from eval.votes import curves, majority, pass_at_k
+from model import count_params
+
+MEASURES = {"greedy": "one greedy answer", "majority": "majority of all draws"}
+
+
+@dataclass(frozen=True)
+class PosttrainConfig(grpo.GRPOConfig):
+    # Comparison
+    runs: str = ""  # run directories, a pattern like 'runs/study/weights/*' or names separated by commas; empty: only report
+    results: str = "study/posttrain.jsonl"  # JSON lines, one per model and budget
+    out: str = ""  # directory of posttrain.png; empty: that of the results
+    problems: int = 400  # unseen ones, in equal numbers for every trained number of steps
+    samples: int = 128  # draws per problem; a power of two
+    vote_temperature: float = 0.6
+    vote_top_p: float = 0.95
+    jobs: int = 1  # models at a time
+
+    def __post_init__(self):
+        self.budget()  # checks grpo's fields
+        for name in ("problems", "samples", "jobs"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        require(self.samples & (self.samples - 1) == 0, "samples", self.samples, "use a power of two")
+        require(self.task == "reasoning", "task", self.task, "only word problems are compared here; grpo.py and eval.votes do the others")
+
+    def budget(self, **changes):
+        """The GRPOConfig in it, with some fields changed."""
+        return grpo.GRPOConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(grpo.GRPOConfig)} | {"model": "-"} | changes)
+
+
+def settings(cfg):
+    """What must be equal for two rows to be comparable."""
+    places = ("model", "data", "evaldata", "out_dir", "resume", "device", "rollout_batch", "micro_tokens", "checkpoint_every", "keep_checkpoints",
+              "eval_every", "eval_questions", "impl")
+    kept = {name: value for name, value in dataclasses.asdict(cfg.budget()).items() if name not in places}
+    return kept | {name: getattr(cfg, name) for name in ("problems", "samples", "vote_temperature", "vote_top_p")}
+
+
+def measure(run, cfg, device):
+    """Per problem: greedy and majority success, numbers of right answers and solutions among the draws; and the curves over 1, 2, 4 .. draws."""
+    _, model, data, tokens, _ = grpo.load_start(dataclasses.replace(cfg.budget(), model=str(run)), device)
+    problem_cfg = procedural.read_config(data).reasoning
+    problems = [reasoning.problem(problem_cfg, i, "test", 1 + i % problem_cfg.max_steps) for i in range(cfg.problems)]
+    prompts = [tokens.bos + tokens.encode(p.question) for p in problems]
+    room = min(model.cfg.seq_len - max(map(len, prompts)), 2 + max(len(tokens.encode(p.solution)) for p in problems))
+    options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab)
+    greedy = [tokens.decode(ids) for ids in generate(model, prompts, room, tokens.eos, **options)]
+    repeated = [prompt for prompt in prompts for _ in range(cfg.samples)]
+    draws = generate(model, repeated, room, tokens.eos, cfg.vote_temperature, cfg.vote_top_p, cfg.seed, **options)
+    checked = [reasoning.check(p.question, text, problem_cfg.modulus) for p, text in zip(problems, greedy, strict=True)]
+    found = {"greedy": [int(answer) for answer, _ in checked], "greedy_solution": [int(solution) for _, solution in checked],
+             "majority": [], "answers": [], "solutions": []}
+    questions = []
+    for i, p in enumerate(problems):
+        texts = [tokens.decode(ids) for ids in draws[i * cfg.samples : (i + 1) * cfg.samples]]
+        both = [reasoning.check(p.question, text, problem_cfg.modulus) for text in texts]
+        questions.append({"votes": [vote(text) for text in texts], "gold": str(p.answer)})
+        found["majority"].append(round(majority(questions[-1]["votes"], str(p.answer), cfg.samples), 4))
+        found["answers"].append(sum(answer for answer, _ in both))
+        found["solutions"].append(sum(solution for _, solution in both))
+    found["curves"] = curves(questions)
+    found["curves"]["solutions"] = [sum(pass_at_k(cfg.samples, n, k) for n in found["solutions"]) / len(problems) for k in found["curves"]["samples"]]
+    return found
+
+
+def posttrain(run, cfg):
+    """The row of one run directory: measured, post-trained, measured again."""
+    device = torch.device("cuda" if cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available() else "cpu")
+    file = checkpoint.find(run)[-1][1]
+    trained = checkpoint.read(file)["config"]
+    known = json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else {}
+    model_cfg = checkpoint.load_model(file).cfg
+    digest = hashlib.sha256(json.dumps(settings(cfg), sort_keys=True).encode()).hexdigest()[:8]
+    out, clock = Path(f"{run}-grpo-{digest}"), [time.perf_counter()]
+    if out.exists() and not checkpoint.find(out):
+        shutil.rmtree(out)  # broken off before its first checkpoint
+    before = measure(file, cfg, device)
+    clock.append(time.perf_counter())
+    grpo.grpo(cfg.budget(model=str(file), out_dir=str(out), resume=str(out) if out.exists() else ""), device=device)
+    clock.append(time.perf_counter())
+    after = measure(out, cfg, device)
+    clock.append(time.perf_counter())
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    params = count_params(model_cfg)
+    return {"checkpoint": file.name, "settings": settings(cfg), "d_model": model_cfg.d_model, "n_experts": model_cfg.n_experts,
+            "top_k": model_cfg.top_k, "seed": trained.get("seed", 0), "total": params.total, "active": params.active - params.embedding,
+            "tpp": known.get("tpp"), "train_loss": known.get("train_loss", known.get("loss")), "val_loss": known.get("val_loss"),
+            "before": before, "after": after, "rewards": [round(row["reward"], 4) for row in log if "reward" in row], "kl": [round(row["kl"], 5) for row in log if "reward" in row],
+            "seconds": [round(b - a, 1) for a, b in zip(clock, clock[1:], strict=False)],
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
+
+
+def read(path):
+    """The rows of a results file; a last line torn by a crash is left out."""
+    text = Path(path).read_text() if Path(path).exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def run_missing(cfg):
+    """Does what the results file lacks, one line at once for each model that is finished."""
+    runs = sorted(Path(name) for part in cfg.runs.split(",") for name in glob.glob(part) if "-grpo-" not in name and checkpoint.find(name))
+    require(bool(runs), "runs", cfg.runs, "no directory of that name holds a checkpoint (ckpt-*.pt)")
+    done = {row["checkpoint"] for row in read(cfg.results) if row["settings"] == settings(cfg)}
+    missing = [run for run in runs if checkpoint.find(run)[-1][1].name not in done]
+    print(f"{len(runs)} runs, {len(missing)} of them to do", flush=True)
+    if cfg.jobs > 1 and len(missing) > 1:
+        flags = [f"--{name}={value}" for name, value in dataclasses.asdict(cfg).items() if name not in ("runs", "jobs") and value != ""]
+
+        def other_process(run):
+            done = subprocess.run([sys.executable, "-m", "study.posttrain", *flags, f"--runs={run}"], stdout=subprocess.PIPE, text=True)
+            print(f"{run}: {'finished' if done.returncode == 0 else 'failed'}", flush=True)
+
+        with ThreadPoolExecutor(cfg.jobs) as pool:
+            list(pool.map(other_process, missing))
+        return
+    for run in missing:
+        row = json.dumps(posttrain(run, cfg)) + "\n"
+        Path(cfg.results).parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(cfg.results, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # several processes append whole lines
+        os.write(handle, row.encode())
+        os.close(handle)
+
+
+# ---- what the rows say
+
+def families(rows):
+    """{(k, settings as text): {E: {seed: row}}}, the last row where there are several."""
+    found = {}
+    for row in rows:
+        key = row["d_model"], row["top_k"], json.dumps(row["settings"], sort_keys=True)
+        found.setdefault(key, {}).setdefault(row["n_experts"], {})[row["seed"]] = row
+    return {key: dict(sorted(cells.items())) for key, cells in sorted(found.items())}
+
+
+def fall(cells, when, measure, resamples=2000):
+    """What is lost from the E that answers best greedily before post-training to the largest E: (best E, loss, low, high), with a 95 % interval
+    by bootstrap over problems and seeds; the problems of one seed are the same for every E. None with a single E."""
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in (cells[min(cells)], cells[max(cells)]))))
+    everywhere = [seed for seed in seeds if all(seed in by_seed for by_seed in cells.values())] or seeds
+    if len(cells) < 2 or not seeds:
+        return None
+    score = lambda E: np.mean([np.mean(row["before"]["greedy"]) for seed, row in cells[E].items() if seed in everywhere] or [-1])  # noqa: E731
+    best, last = max(cells, key=score), max(cells)
+    seeds = [seed for seed in seeds if seed in cells[best]] or everywhere
+    lost = np.array([np.subtract(cells[best][seed][when][measure], cells[last][seed][when][measure]) for seed in seeds])  # (seed, problem)
+    rng = np.random.default_rng(0)
+    draws = [lost[rng.integers(len(seeds), size=len(seeds))][:, rng.integers(lost.shape[1], size=lost.shape[1])].mean() for _ in range(resamples)]
+    return best, float(lost.mean()), *map(float, np.percentile(draws, [2.5, 97.5]))
+
+
+def report(rows):
+    """Markdown: the models, then for each k the fall past the best E before and after each remedy."""
+    lines = ["| d | k | E | seeds | val. loss | greedy | votes | solutions covered | greedy, GRPO | votes, GRPO | solutions covered, GRPO |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    mean = lambda seeds, when, name: 100 * np.mean([np.mean(row[when][name]) for row in seeds.values()])  # noqa: E731
+    for (d, k, _), cells in families(rows).items():
+        for E, seeds in cells.items():
+            losses = [row["val_loss"] for row in seeds.values() if row["val_loss"] is not None]
+            cells_of = [f"{np.mean(losses) if losses else math.nan:.4f}"]
+            for when in ("before", "after"):
+                covered = 100 * np.mean([row[when]["curves"]["solutions"][-1] for row in seeds.values()])
+                cells_of += [f"{value:.1f}" for value in (mean(seeds, when, "greedy"), mean(seeds, when, "majority"), covered)]
+            lines.append(f"| {d} | {k} | {E} | {len(seeds)} | {' | '.join(cells_of)} |")
+    lines += ["", "Points lost from the best E to the largest (95 % interval):", "",
+              "| d | k | best E | largest E | greedy | votes | GRPO | GRPO and votes |", "|---|---|---|---|---|---|---|---|"]
+    for (d, k, _), cells in families(rows).items():
+        if fall(cells, "before", "greedy"):
+            found = [fall(cells, when, name) for when in ("before", "after") for name in MEASURES]
+            lost = (f"{100 * x:.1f} [{100 * low:.1f}, {100 * high:.1f}]" for _, x, low, high in found)
+            lines.append(f"| {d} | {k} | {found[0][0]} | {max(cells)} | {' | '.join(lost)} |")
+    return "\n".join(lines)
+
+
+def figure(rows, path):
+    """The paper's Fig. 6, votes and GRPO against the loss of pre-training, and beside it coverage and votes over the number of draws."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    for i, ((d, k, _), cells) in enumerate(families(rows).items()):
+        name, color = f"d={d}, k={k}", f"C{i}"
+        average = lambda E, f: np.mean([f(row) for row in cells[E].values()])  # noqa: B023, E731
+        losses = [average(E, lambda row: np.nan if row["val_loss"] is None else row["val_loss"]) for E in cells]
+        for axis, remedy in ((left, ("before", "majority", "o-")), (middle, ("after", "greedy", "s-"))):
+            for when, measure, style in (("before", "greedy", "o:"), remedy):
+                values = [100 * average(E, lambda row: np.mean(row[when][measure])) for E in cells]  # noqa: B023
+                what = {"o:": "before", "o-": "votes", "s-": "GRPO"}[style]
+                axis.plot(losses, values, style, color=color, ms=4, mfc="white" if what == "before" else color, label=f"{name}, {what}")
+            for E, x, y in zip(cells, losses, values, strict=True):
+                axis.annotate(E, (x, y), (0, 5), textcoords="offset points", fontsize=7, ha="center")
+        for E, shade in zip(dict.fromkeys((min(cells), max(cells))), (0.4, 1.0), strict=False):
+            draws = next(iter(cells[E].values()))["before"]["curves"]["samples"]
+            for when, style in (("before", ":"), ("after", "-")):
+                covered = np.mean([row[when]["curves"]["solutions"] for row in cells[E].values()], axis=0)
+                right.plot(draws, 100 * covered, style, color=color, alpha=shade, marker="o", ms=3, label=f"{name}, E={E}, {when} GRPO")
+    for axis, title in ((left, f"majority of {rows[-1]['settings']['samples']} draws"), (middle, "after GRPO, greedy")):
+        axis.set(title=title, xlabel="validation loss of pre-training (numbers: E)", ylabel="right answers, %")
+        axis.invert_xaxis()
+    right.set(title="whole solutions covered", xlabel="draws per problem", ylabel="problems, %", xscale="log")
+    right.set_xticks(draws, draws)
+    for axis in (left, middle, right):
+        axis.margins(y=0.25)
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def main(argv=None):
+    """Returns the rows of the results file."""
+    cfg = config.parse(PosttrainConfig, sys.argv[1:] if argv is None else argv, __doc__)
+    if cfg.runs:
+        run_missing(cfg)
+    rows = read(cfg.results)
+    require(bool(rows), "results", cfg.results, "there is nothing in it; name --runs to post-train")
+    print(report(rows))
+    path = Path(cfg.out or Path(cfg.results).parent) / "posttrain.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure(rows, path)
+    print(path)
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

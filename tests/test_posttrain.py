@@ -1,0 +1,73 @@
+"""The comparison before and after post-training. Run: python -m pytest tests/test_posttrain.py (CPU)"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from data import procedural, tokenizer
+from data.facts import FactsConfig
+from data.procedural import MixtureConfig
+from data.reasoning import ReasoningConfig
+from model import GPT, ModelConfig
+from study.posttrain import fall, families, main, read, report
+
+BUDGET = ("--steps=2 --batch-prompts=4 --mini-batch=2 --group-size=2 --questions=20 --lr=1e-2 --problems=4 --samples=4 --device=cpu --eval-every=0 "
+          "--eval-questions=2").split()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two untrained models of one family, laid out as runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    facts = FactsConfig(n_people=2, first_names=4, middle_names=4, last_names=4, cities=4, universities=4, majors=4, employers=4, years=4)
+    for E in (2, 4):
+        run = folder / f"E{E}"
+        mixture = MixtureConfig(facts, ReasoningConfig(max_steps=2, modulus=5, names=10), exposures=0, n_problems=10, window=0)
+        procedural.build(run / "data", mixture)
+        torch.manual_seed(E)
+        cfg = ModelConfig(vocab_size=tokenizer.load(run / "data").n_vocab, seq_len=64, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=16,
+                          n_experts=E, top_k=1, d_expert=32)
+        checkpoint.save(run, 5, {"step": 5, "config": dataclasses.asdict(cfg) | {"seed": 3}, "model": GPT(cfg).state_dict()}, keep=1)
+        (run / "results.json").write_text(f'{{"val_loss": {3 - E / 10}, "tpp": 1.5}}')
+    return folder
+
+
+def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
+    results = tmp_path / "posttrain.jsonl"
+    flags = [f"--runs={runs}/E*", f"--results={results}", *BUDGET]
+    rows = main(flags)
+    assert [(row["n_experts"], row["top_k"], row["seed"], row["val_loss"]) for row in rows] == [(2, 1, 3, 2.8), (4, 1, 3, 2.6)]
+    assert rows[0]["settings"] == rows[1]["settings"] and all(len(row["rewards"]) == 2 and len(row["seconds"]) == 3 for row in rows)
+    for row in rows:
+        for when in ("before", "after"):
+            assert len(row[when]["greedy"]) == len(row[when]["majority"]) == len(row[when]["answers"]) == 4
+            assert row[when]["curves"]["samples"] == [1, 2, 4] and len(row[when]["curves"]["solutions"]) == 3
+    assert (tmp_path / "posttrain.png").stat().st_size > 10_000
+    monkeypatch.setattr("study.posttrain.figure", lambda rows, path: None)  # once is enough
+    assert main(flags) == rows  # nothing is done twice
+    results.write_text(results.read_text() + '{"checkpoint": "torn')
+    assert main([f"--results={results}"]) == rows
+    with pytest.raises(ValueError, match="no directory of that name"):
+        main(["--runs=/nonexistent/*", f"--results={results}"])
+
+
+def made_up(E, seed, rate, rate_after, n=500):
+    rng = np.random.default_rng((E, seed))
+    parts = {"majority": [0.0] * n, "answers": [0] * n, "curves": {"samples": [1, 2], "solutions": [0.1, 0.2]}}
+    draw = lambda p: {"greedy": (rng.random(n) < p).astype(int).tolist(), **parts}  # noqa: E731
+    return {"d_model": 8, "top_k": 2, "n_experts": E, "seed": seed, "settings": {"samples": 2}, "val_loss": 1.0, "before": draw(rate),
+            "after": draw(rate_after)}
+
+
+def test_what_is_lost_past_the_best():
+    rows = [made_up(E, seed, *rates) for seed in range(3) for E, rates in ((4, (0.3, 0.6)), (8, (0.5, 0.7)), (16, (0.2, 0.7)))]
+    ((_, cells),) = families(rows).items()
+    best, lost, low, high = fall(cells, "before", "greedy")
+    assert best == 8 and 0.2 < low < lost < high < 0.4 and high - low < 0.15
+    best, lost, low, high = fall(cells, "after", "greedy")  # rescued; still compared at the best E of before
+    assert best == 8 and low < 0 < high
+    assert fall(cells, "before", "majority")[1:] == (0, 0, 0)
+    assert "| 8 | 2 | 8 | 16 | 3" in report(rows) and fall({4: cells[4]}, "before", "greedy") is None
