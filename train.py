@@ -58,11 +58,11 @@ class TrainConfig(ModelConfig):
     parallel: Literal["ddp", "fsdp", "ep"] = "ddp"  # on several GPUs: optimiser states, everything, or experts too are sharded (parallel.py)
     deterministic: bool = False  # on CUDA, too, the same bits in every run (attention's backward then sums in a fixed order, slower)
     # Optimisation
-    steps: int = 2400  # optimiser steps
+    steps: int = 1400  # optimiser steps
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step (the balance loss is that of a micro-batch over all ranks)
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for experts and attention, AdamW for the rest (optim.py)
-    lr: float = 4e-3  # peak learning rate
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for experts and attention, AdamW for the rest (optim.py)
+    lr: float = 6e-3  # peak learning rate
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
     warmup_steps: int = 100  # linear, from 0
     decay_frac: float = 0.2  # wsd: share of the steps spent decaying
@@ -79,7 +79,7 @@ class TrainConfig(ModelConfig):
     z_coef: float = 1e-3  # weight of the router z-loss
     # Reports
     log_every: int = 100  # steps between lines
-    val_every: int = 800  # steps between validations; 0: only at the end
+    val_every: int = 500  # steps between validations; 0: only at the end
     val_batches: int = 20  # batches of batch_size / grad_accum sequences per validation
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept
