@@ -58,7 +58,7 @@ class TrainConfig(ModelConfig):
     parallel: Literal["ddp", "fsdp", "ep"] = "ddp"  # on several GPUs: optimiser states, everything, or experts too are sharded (parallel.py)
     deterministic: bool = False  # on CUDA, too, the same bits in every run (attention's backward then sums in a fixed order, slower)
     # Optimisation
-    steps: int = 1400  # optimiser steps
+    steps: int = 1700  # optimiser steps
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step (the balance loss is that of a micro-batch over all ranks)
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for experts and attention, AdamW for the rest (optim.py)
