@@ -16,7 +16,7 @@ MEMORY = ("facts", "triviaqa", "hellaswag")
 
 
 class Regime(NamedTuple):
-    """Every field of a Run but E, k, seed, rate and initial weights; data_tokens too, which changes no distribution, is left out."""
+    """Every field of a Run but E, k, seed, rate and initial weights, and data_tokens, which changes no distribution."""
 
     d_model: int
     n_layers: int
@@ -24,6 +24,7 @@ class Regime(NamedTuple):
     tokens: int
     unique: int
     data: str
+    optimizer: str
     batch: int
     seq_len: int
     people: int

@@ -1,6 +1,6 @@
 """One run of the study: train a small model on memory and reasoning at once, and measure both. `study/sweep.py` runs many.
 
-    row = execute(Run(n_experts=16, top_k=2, tokens=2**24, lr=4e-3), "runs/study", "cuda")      # a line of the results file
+    row = execute(Run(n_experts=16, top_k=2, tokens=2**24, lr=6e-3), "runs/study", "cuda")      # a line of the results file
 
 The mixture (data/procedural.py) holds biographies (memory), word problems with worked solutions, and mental arithmetic without any
 steps (reasoning). All its windows lie on the device, and so does the order of the samples: on CUDA a whole training step, choice of its data
@@ -57,6 +57,7 @@ class Run:
     init_std: float = 0.05  # of the matrices; the embeddings keep their 0.5
     # Training
     tokens: int = 2**24
+    optimizer: str = "muon"  # or adamw, the paper's
     lr: float = 0.0  # peak; 0: the best of the rows of the preset `lr` for this width, at the nearest (E, k)
     batch: int = 32  # windows per step
     seq_len: int = 256
@@ -73,6 +74,7 @@ class Run:
     def __post_init__(self):
         for name in ("tokens", "batch", "seq_len", "people", "max_steps", "mano_length"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        require(self.optimizer in ("muon", "adamw"), "optimizer", self.optimizer, "use muon or adamw")
         require(self.tokens >= 10 * self.batch * self.seq_len, "tokens", self.tokens, f"use 10 steps or more: {10 * self.batch * self.seq_len}")
         require(self.data or self.tokens <= self.data_tokens, "tokens", self.tokens, f"data_tokens={self.data_tokens} must be as many")
 
@@ -93,7 +95,7 @@ def train_config(run, vocab_size, lr=0.0):
     return TrainConfig(preset="", data=run.data, vocab_size=-(-vocab_size // 64) * 64, d_model=run.d_model, n_layers=run.n_layers, n_heads=heads,
                        n_kv_heads=heads, head_dim=run.d_model // heads, n_experts=run.n_experts, top_k=run.top_k, d_expert=run.d_expert,
                        init_std=run.init_std, seq_len=run.seq_len, batch_size=run.batch, steps=run.steps, lr=lr or run.lr, seed=run.seed,
-                       warmup_steps=max(2, run.steps // 20), compile="false", optimizer="adamw", bad_steps="skip", **recipe)
+                       warmup_steps=max(2, run.steps // 20), compile="false", optimizer=run.optimizer, bad_steps="skip", **recipe)
 
 
 def mixture(run):

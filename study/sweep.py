@@ -5,14 +5,15 @@ same command goes on where the last one stopped, on whatever day and machine. A 
 The order of each grid is such that whatever is finished is useful: tokens and seeds change slowest, and the extremes come first.
 
 presets   smoke    two tiny runs: does it work, on a CPU in seconds
-          pilot    which widths learn which task, from how many tokens
+          pilot    which widths learn which task, from how many tokens, at which rates
           lr       peak learning rates at the corners of the (E, k) grid; every run below takes its rate from these rows
           main     E 4..256 x k 1..8 at one width, 2^24 and 2^26 tokens, 3 seeds
           scarce   the same E at k = 2 and 8 with 20,000 different problems only, seen again and again
           long     the same E at k = 2 and 8, 2^28 tokens
           topk     k 1..8 with k * d_expert and E * d_expert fixed: equal active and total parameters
-          init     smaller and larger initial weights, lower and higher learning rates around the chosen one
+          init     smaller and larger initial weights
           width    half and twice the width
+          adamw    the deciding points again with the paper's optimiser
           text     prepared text (--data DIR:weight,...), task loss on the paper's tasks
 """
 
@@ -35,26 +36,25 @@ from study.run import Run, execute, key, prepare_data
 EXPERTS = (256, 4, 32, 128, 8, 64, 16)  # extremes first
 TOP_K = (2, 8, 1, 4)
 CORNERS = ((32, 2), (256, 8), (4, 1), (256, 1), (8, 8))
-RATES = (4e-3, 2e-3, 8e-3, 1e-3)
+RATES = {"muon": (6e-3, 1.2e-2, 3e-3), "adamw": (4e-3, 2e-3, 8e-3)}
 
 
 def smoke(data):
-    base = Run(d_model=32, n_layers=1, d_expert=32, top_k=1, tokens=2**14, lr=4e-3, batch=4, seq_len=96, people=20, max_steps=2, mano_length=2,
+    base = Run(d_model=32, n_layers=1, d_expert=32, top_k=1, tokens=2**14, lr=6e-3, batch=4, seq_len=96, people=20, max_steps=2, mano_length=2,
                modulus=5, data_tokens=2**14)
     return [dataclasses.replace(base, n_experts=e) for e in (2, 4)]
 
 
 def pilot(data):
     sizes = [dict(d_model=d, d_expert=d // 2, n_experts=e) for d in (128, 64, 256) for e in (16, 128)]
-    runs = [Run(**size, tokens=2**24, lr=4e-3) for size in sizes]
-    variants = [dict(tokens=2**26), dict(batch=16), dict(tokens=2**26, batch=64), dict(modulus=10, data_tokens=2**24), dict(n_layers=6),
-                dict(people=5_000, data_tokens=2**24), dict(tokens=2**26, n_experts=128)]
-    return runs + [Run(lr=4e-3, **variant) for variant in variants]
+    variants = [dict(lr=1.2e-2), dict(lr=3e-3), dict(tokens=2**26), dict(batch=16), dict(optimizer="adamw", lr=4e-3), dict(tokens=2**26, n_experts=128),
+                dict(n_layers=6), dict(people=5_000, data_tokens=2**24)]
+    return [Run(**{"lr": 6e-3} | variant) for variant in (*sizes, *variants)]
 
 
 def lr(data):
     return [Run(n_experts=e, top_k=k, lr=rate, seed=seed) for seed, corners in ((0, CORNERS), (1, CORNERS[:2]), (2, CORNERS[:2]))
-            for e, k in corners for rate in RATES]
+            for e, k in corners for rate in RATES["muon"]]
 
 
 def main(data):
@@ -73,7 +73,7 @@ def long(data):
 
 
 def topk(data):
-    return [Run(n_experts=8 * total * k, top_k=k, d_expert=256 // k, tokens=2**24, seed=seed, lr=4e-3) for seed in range(3) for total in (1, 4)
+    return [Run(n_experts=8 * total * k, top_k=k, d_expert=256 // k, tokens=2**24, seed=seed, lr=6e-3) for seed in range(3) for total in (1, 4)
             for k in (1, 8, 2, 4)]
 
 
@@ -83,45 +83,51 @@ def init(data):
 
 
 def width(data):
-    runs = [Run(d_model=d, d_expert=d // 2, n_experts=32, lr=rate) for d in (64, 256) for rate in RATES]
+    runs = [Run(d_model=d, d_expert=d // 2, n_experts=32, lr=rate) for d in (64, 256) for rate in RATES["muon"]]
     return runs + [Run(d_model=d, d_expert=d // 2, n_experts=e, top_k=k, seed=seed) for seed in range(3) for d in (64, 256) for e in (256, 8, 32)
                    for k in (2, 8)]
+
+
+def adamw(data):
+    base = Run(optimizer="adamw")
+    runs = [dataclasses.replace(base, n_experts=e, top_k=k, lr=rate) for e, k in CORNERS[:2] for rate in RATES["adamw"]]
+    return runs + [dataclasses.replace(base, n_experts=e, top_k=k, seed=seed) for seed in range(3) for e in (256, 8, 32) for k in (2, 8)]
 
 
 def text(data):
     if not data:
         raise ValueError("data='': the preset text needs --data DIR:weight,DIR:weight of prepared text (python -m data.prepare)")
     base = Run(data=data, d_model=256, n_layers=8, d_expert=256, seq_len=512, init_std=0.02, tokens=2**25, top_k=2, n_experts=16)
-    runs = [dataclasses.replace(base, lr=rate) for rate in (1e-3, 2e-3, 5e-4)]
+    runs = [dataclasses.replace(base, lr=rate) for rate in (2e-3, 4e-3, 1e-3)]
     return runs + [dataclasses.replace(base, n_experts=e, top_k=k, seed=seed) for seed in range(3) for e in (128, 8, 32) for k in (2, 8)]
 
 
-PRESETS = {preset.__name__: preset for preset in (smoke, pilot, lr, main, scarce, long, topk, init, width, text)}
+PRESETS = {preset.__name__: preset for preset in (smoke, pilot, lr, main, scarce, long, topk, init, width, adamw, text)}
 
 
 def shape(run):
     """Runs of one shape share their choice of learning rate."""
-    return run["d_model"], run["n_layers"], run["d_expert"], bool(run["data"])
+    return run["d_model"], run["n_layers"], run["d_expert"], run["optimizer"], bool(run["data"])
 
 
 def best_rate(run, rows):
     """The learning rate with the lowest validation loss (mean over seeds) at the nearest (E, k) of the same shape; None without rows.
 
-    Rates are compared on the shortest runs that have several of them, always on the same tokens and seeds."""
+    Rates are compared on runs that differ in nothing else, on the same seeds; of several such sets on the one with the fewest tokens."""
     wanted, groups = dataclasses.asdict(run), {}
     for row in rows:
         other = row["run"]
-        standard = not other["unique"] and (other["init_std"] == Run.init_std or other["data"])
-        if other["lr"] and standard and shape(other) == shape(wanted):
+        if other["lr"] and shape(other) == shape(wanted):
+            group = tuple((field, value) for field, value in other.items() if field not in ("lr", "seed"))
             loss = math.inf if row["diverged"] else row["val_loss"]
-            groups.setdefault((other["n_experts"], other["top_k"], other["tokens"]), {}).setdefault(other["lr"], {})[other["seed"]] = loss
-    groups = {group: rates for group, rates in groups.items() if len(rates) > 1}
+            groups.setdefault(group, {}).setdefault(other["lr"], {})[other["seed"]] = loss
+    groups = [(dict(group), rates) for group, rates in groups.items() if len(rates) > 1 and set.intersection(*map(set, rates.values()))]
     if not groups:
         return None
-    distance = lambda e, k, tokens: (abs(math.log2(e / run.n_experts)) + abs(math.log2(k / run.top_k)), tokens)  # noqa: E731
-    rates = groups[min(groups, key=lambda group: distance(*group))]
-    seeds = set.intersection(*(set(losses) for losses in rates.values()))
-    return min(rates, key=lambda rate: sum(rates[rate][s] for s in seeds) if seeds else min(rates[rate].values()))
+    distance = lambda other: (abs(math.log2(other["n_experts"] / run.n_experts)) + abs(math.log2(other["top_k"] / run.top_k)), other["tokens"])  # noqa: E731
+    _, rates = min(groups, key=lambda group: distance(group[0]))
+    seeds = set.intersection(*map(set, rates.values()))
+    return min(rates, key=lambda rate: sum(rates[rate][seed] for seed in seeds))
 
 
 def estimate(run, rows, device):
@@ -187,15 +193,16 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     for worker in workers:
         worker.start()
     try:
-        while (todo or running) and time.monotonic() < ends and any(worker.is_alive() for worker in workers):
-            while len(running) < lanes and (task := choose(todo, running, rows, ends, name)):
+        while (todo or running) and time.monotonic() < ends:
+            alive, lost = sum(worker.is_alive() for worker in workers), sum(worker.exitcode not in (None, 0) for worker in workers)
+            while len(running) < alive + lost and (task := choose(todo, running, rows, ends, name)):
                 run, rate = task
                 prepare_data(run, cache, workers=os.cpu_count() or 1)
                 weights = f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None
                 todo.remove(run)
                 running[key(run)] = run
                 inbox.put((run, rate, weights))
-            if not running:
+            if len(running) <= lost or not alive:  # a killed worker's run never comes back
                 break
             try:
                 finished, row = outbox.get(timeout=1)
