@@ -147,14 +147,18 @@ def solve(model, enc, problems, batch_size: int = 256) -> list[str]:
 
 def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
     """Right answers to n expressions of each length that training never had, from 2 operations to two more than it had: nothing is
-    written down between question and answer. -> {"loss": nats per answer of trained lengths, "accuracy": {length: share}, "chance"}
+    written down between question and answer.
+
+    -> {"loss": nats per answer of trained lengths, "accuracy": {length: share}, "chance": share of the best constant answer among trained
+        lengths; products make 0 the commonest}
     """
     lengths = range(2, cfg.mano_length + 3)
     problems = [reasoning.mano(cfg, i, "test", length) for length in lengths for i in range(n)]
     grades = graded(model, enc, [(p.question, p.solution.removesuffix(".")) for p in problems])
-    trained = [g for p, g in zip(problems, grades, strict=True) if p.steps <= cfg.mano_length] or grades
+    known = [i for i, p in enumerate(problems) if p.steps <= cfg.mano_length] or range(len(problems))
+    commonest = Counter(problems[i].answer for i in known).most_common(1)[0][1]
     accuracy = {length: sum(right for p, (_, _, right) in zip(problems, grades, strict=True) if p.steps == length) / n for length in lengths}
-    return {"loss": sum(nats for nats, _, _ in trained) / len(trained), "accuracy": accuracy, "chance": 1 / cfg.modulus}
+    return {"loss": sum(grades[i][0] for i in known) / len(known), "accuracy": accuracy, "chance": commonest / len(known)}
 
 
 def solution_loss(model, enc, cfg: ReasoningConfig, n: int, split: str = "test") -> float:

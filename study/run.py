@@ -33,6 +33,7 @@ from data.reasoning import ReasoningConfig
 from eval import tasks
 from eval.sources import Source
 from eval.taskloss import encode_pair, score, tiktoken_tokens
+from guard import BAD
 from model import GPT, count_params, flops_per_token
 from optim import lr_at, make_optimizer
 from train import GraphedStep, TrainConfig, new_window, optimizer_step, parse_sources
@@ -191,8 +192,8 @@ class Trainer:
         coefficient of variation of the experts' loads over it (mean of the layers). Waits for the device."""
         tail = min(max(1, step // 20), step - self.done)
         self._train(step - tail - self.done)
-        for sums in self.window.values():
-            sums.zero_()
+        for name in ("sums", "counts_NE", "probs_NE"):  # not "steps": it counts the bad ones of the whole run
+            self.window[name].zero_()
         self._train(tail)
         load = self.window["counts_NE"].float()
         loss, *_, steps = self.window["sums"].tolist()  # skipped steps are not in the sums
@@ -233,7 +234,7 @@ def measure(model, directory, n, final):
                          "accuracy": sum(known) / len(known), "beyond": sum(beyond) / len(beyond) if beyond else None,
                          "by_steps": {str(s): row["solution"] for s, row in accuracy.items()},
                          "answers_by_steps": {str(s): row["answer"] for s, row in accuracy.items()}},
-            "mano": {"loss": mano["loss"], "accuracy": sum(within) / max(1, len(within)),
+            "mano": {"loss": mano["loss"], "chance": mano["chance"], "accuracy": sum(within) / max(1, len(within)),
                      "by_length": {str(length): right for length, right in mano["accuracy"].items()}}}
 
 
@@ -303,8 +304,8 @@ def execute(run, cache, device, lr=0.0, n=100, keep=None):
     row = {"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "config": dataclasses.asdict(cfg), "diverged": not last,
            "tokens": run.tokens, "tpp": run.tokens / params.total, "params": params._asdict(), "flops": run.tokens * flops,
            **last, "points": points[:-1] if last else points,
-           "load_cv": load_cv, "train_seconds": round(seconds, 3),
-           "seconds": round(time.perf_counter() - began, 3), "tokens_per_s": round(run.tokens / seconds),
+           "load_cv": load_cv, "skipped_steps": int(trainer.window["steps"][BAD]), "train_seconds": round(seconds, 3),
+           "seconds": round(time.perf_counter() - began, 3), "tokens_per_s": round(trainer.done * run.batch * run.seq_len / seconds),
            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
            "torch": torch.__version__, "revision": revision(), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
     if keep and last:

@@ -3,13 +3,16 @@
 Writes the tables between the two marker lines of docs/STUDY.md (or to stdout); the text around them is written by hand.
 
 The rules, the same for every claim:
-  effect     one number per seed, in the claim's direction (positive: as claimed), computed from that seed's runs alone. A peak that is
-             picked from noisy points is picked on the other seeds' mean, so that noise cannot make one.
+  effect     one number per seed, in the claim's direction (positive: as claimed), computed from that seed's runs alone. Where heights are compared
+             after picking the best (or worst) of several noisy points, the other seeds' mean picks, so that noise cannot make a peak or a
+             spread. Where a peak is, each seed says for itself: what the other seeds' means say would agree too well.
   interval   95 %: bootstrap over the seeds, widened by sqrt(n/(n-1)) * t(n-1)/1.96 because the bootstrap alone is too sure with few seeds
   margin     the smallest effect that would matter, fixed here, not fitted
   verdict    supported: the interval lies above 0 and the effect reaches the margin; not supported: the interval lies below the margin;
              undecided: anything else, and always with fewer than MIN_SEEDS seeds. Lines of models that learned nothing, or everything, have no say.
-A claim with several regimes or tasks is supported when some are and none is not, "mixed" when both happen.
+             Of a claim that an effect is small: supported when the interval lies within the margin on both sides of 0, not supported when outside.
+A claim with several regimes or tasks is (not) supported when at least half of those with enough seeds say so and none the opposite, "mixed" when
+both are among them.
 """
 
 import argparse
@@ -42,7 +45,7 @@ class Test(NamedTuple):
     margin: float
     unit: str
     runs: int
-    little: bool = False  # the claim is that the effect is smaller than the margin
+    little: bool = False  # the claim is that the effect, of whatever sign, is smaller than the margin
     note: str = ""
 
 
@@ -66,15 +69,15 @@ def decide(test):
     if len(test.effects) < MIN_SEEDS:
         return "undecided"
     if test.little:
-        return "supported" if high < test.margin else "not supported" if low > test.margin else "undecided"
+        return "supported" if -test.margin < low and high < test.margin else "not supported" if max(low, -high) > test.margin else "undecided"
     return "supported" if low > 0 and mean >= test.margin else "not supported" if high < test.margin else "undecided"
 
 
 def overall(tests):
-    found = {decide(test) for test in tests}
-    if {"supported", "not supported"} <= found:
+    found = [decide(test) for test in tests if len(test.effects) >= MIN_SEEDS]
+    if {"supported", "not supported"} <= set(found):
         return "mixed"
-    return next((verdict for verdict in ("supported", "not supported") if verdict in found), "undecided")
+    return next((verdict for verdict in ("supported", "not supported") if verdict in found and 2 * found.count(verdict) >= len(found)), "undecided")
 
 
 def by_k(cells):
@@ -111,14 +114,20 @@ def slope(x, y):
 
 
 def peak(line, task, seed):
-    """The E with the best mean score over the seeds other than `seed`, or None when there are none."""
-    means = {}
-    for e, cell in line.items():
-        others = [score(row, task) for s, row in cell.items() if s != seed]
-        if not others:
-            return None
-        means[e] = np.mean(others)
-    return max(means, key=means.get)
+    """The E with the best score of this seed."""
+    return max(line, key=lambda e: score(line[e][seed], task))
+
+
+def lead(line, value, seed, worst=None):
+    """How much larger value(row) of this seed is where the other seeds' mean is largest than where it is smallest (or at `worst`).
+
+    line: {anything: {seed: row}}. None without other seeds."""
+    means = {x: [value(row) for s, row in cell.items() if s != seed] for x, cell in line.items()}
+    if not all(means.values()):
+        return None
+    means = {x: np.mean(values) for x, values in means.items()}
+    worst = min(means, key=means.get) if worst is None else worst
+    return value(line[max(means, key=means.get)][seed]) - value(line[worst][seed])
 
 
 def turned(seeds):
@@ -130,12 +139,17 @@ def turned(seeds):
     return cells
 
 
+def chance(line, task):
+    """Percent that the best constant answer gets."""
+    return 100 * max(row[task].get("chance", 0) for cell in line.values() for row in cell.values())
+
+
 def telling(lines, task, least=0.0):
     """The lines that can say something: somewhere 5 points above chance, somewhere below 95 %, and differing over E by more than `least`."""
     found = {}
     for k, line in lines.items():
         run = next(iter(next(iter(line.values())).values()))["run"]
-        floor = 5 + (100 / run["modulus"] if task == "mano" else 0)
+        floor = 5 + chance(line, task)
         means = [np.mean([score(row, task) for row in cell.values()]) for cell in line.values()]
         learned = run["data"] or max(means) > floor and min(means) < 95
         if learned and max(means) - min(means) >= least:
@@ -165,33 +179,27 @@ def memory_rises(rows):
 
 
 def reasoning_turns(rows):
-    def drop(line, seed, task):
-        best = peak(line, task, seed)
-        return None if best is None else score(line[best][seed], task) - score(line[max(line)][seed], task)
-
     for regime, cells in families(rows).items():
         lines = by_k(cells)
         for task in reasoning(first_row(cells)):
             told = telling(lines, task)
-            effects = per_seed(told, lambda line, seed, t=task: drop(line, seed, t))
+            effects = per_seed(told, lambda line, seed, t=task: lead(line, lambda row: score(row, t), seed, worst=max(line)))
             yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 2.0, "points lost from the best E to the largest", count(lines),
                        note=silence(told))
 
 
 def optimum_near_20(rows):
-    """Per seed, how many doublings the best TPP is away from 20: few doublings are claimed, so the claim is of the kind `little`."""
+    """Per k and seed, how many doublings the best TPP is above 20: few are claimed, so the claim is of the kind `little`."""
     for regime, cells in families(rows).items():
-        lines = by_k(cells)
-        lines = {k: line for k, line in lines.items() if (tpp := [next(iter(cell.values()))["tpp"] for cell in line.values()])
-                 and min(tpp) <= BRACKET[0] and max(tpp) >= BRACKET[1]}
-        if not lines:
-            continue
-        for task in reasoning(first_row(cells)):
-            curved = telling(lines, task, 5)
-            away = lambda line, seed, t=task: None if (e := peak(line, t, seed)) is None else abs(  # noqa: E731
-                math.log2(next(iter(line[e].values()))["tpp"] / 20))
-            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", per_seed(curved, away), 1.0, "doublings between the best TPP and 20",
-                       count(lines), little=True, note=silence(curved))
+        for k, line in by_k(cells).items():
+            tpp = {e: next(iter(cell.values()))["tpp"] for e, cell in line.items()}
+            if min(tpp.values()) > BRACKET[0] or max(tpp.values()) < BRACKET[1]:
+                continue
+            for task in reasoning(first_row(cells)):
+                curved = telling({k: line}, task, 5)
+                away = lambda line, seed, t=task, tpp=tpp: math.log2(tpp[peak(line, t, seed)] / 20)  # noqa: E731
+                yield Test(f"{regime}, k={k}; {tasks_of(first_row(cells))[task]}", per_seed(curved, away), 1.0, "doublings from 20 to the best TPP",
+                           count({k: line}), little=True, note=silence(curved))
 
 
 def denser_at_equal_loss(rows):
@@ -208,7 +216,8 @@ def denser_at_equal_loss(rows):
             for seed, members in sorted(seeds.items()):
                 points = [(math.log2(row["run"]["top_k"] / row["run"]["n_experts"]), point["train_loss"], score(point, task))
                           for row in members for point in (*row["points"], row)]
-                points = [p for p in points if task not in results.TASKS or 2 < p[2] < 98]  # the floor and the ceiling say nothing
+                floor = 100 * max(row[task].get("chance", 0) for row in members) + 2
+                points = [p for p in points if task not in results.TASKS or floor < p[2] < 98]  # the floor and the ceiling say nothing
                 n += len(members)
                 if len(points) >= 12 and len({density for density, *_ in points}) >= 3:
                     density, loss, y = np.array(points).T
@@ -218,7 +227,7 @@ def denser_at_equal_loss(rows):
 
 
 def top_k_alone(rows):
-    """Relative spread of validation loss, and of scores, over k where k * d_expert and E * d_expert are the same."""
+    """What the choice of k is worth, in validation loss and in scores, where k * d_expert and E * d_expert are the same."""
     groups = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         run = row["run"]
@@ -230,18 +239,20 @@ def top_k_alone(rows):
         if not full:
             continue
         where = f"{regime}".replace("F=0", f"k F={active}, E F={total}")
-        spread = lambda line, f: (max(map(f, line.values())) - min(map(f, line.values())))  # noqa: E731
-        losses = {s: 100 * spread(line, lambda row: row["val_loss"]) / min(row["val_loss"] for row in line.values()) for s, line in full.items()}
+        line = {0: turned(full)}
+        losses = per_seed(line, lambda line, seed: lead(line, lambda row: 100 * math.log(row["val_loss"]), seed))
         yield Test(f"{where}; validation loss", losses, 2.0, "% between the best and worst k", sum(map(len, full.values())), little=True)
         for task in ("problems", "mano"):
-            told = telling({0: turned(full)}, task)
-            points = {s: spread(line, lambda row, t=task: score(row, t)) for s, line in full.items()} if told else {}
+            told = telling(line, task)
+            points = per_seed(told, lambda line, seed, t=task: lead(line, lambda row: score(row, t), seed))
             yield Test(f"{where}; {results.TASKS[task]}", points, 5.0, "points between the best and worst k", sum(map(len, full.values())),
                        little=True, note=silence(told))
 
 
 def gentler(rows, name, unit):
-    """Score at the next lower value of `name` minus that at the value with the best validation loss, where the losses are comparable."""
+    """Score at the next lower value of `name` minus that at the value with the best validation loss, where the losses are comparable.
+
+    The mean over the seeds says which value is best and which comparable: the seed that is lucky at one must not choose it."""
     groups = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         run = row["run"]
@@ -251,16 +262,18 @@ def gentler(rows, name, unit):
         groups[tuple((field, v) for field, v in run.items() if field not in (name, "seed"))][run["seed"]][value] = row
     found, n = defaultdict(lambda: defaultdict(list)), 0
     for seeds in groups.values():
-        tasks = [task for task in ("problems", "mano") if telling({0: turned(seeds)}, task)]
-        for seed, line in seeds.items():
-            best = min(line, key=lambda value: line[value]["val_loss"])
-            lower = [value for value in line if value < best and line[value]["val_loss"] <= (1 + COMPARABLE) * line[best]["val_loss"]]
-            if len(line) < 3 or not lower:
-                continue
-            n += 2
-            for task in tasks:
-                halvings = math.log2(best / max(lower))
-                found[task][seed].append((score(line[max(lower)], task) - score(line[best], task)) / halvings)
+        line = {value: cell for value, cell in turned(seeds).items() if len(cell) == len(seeds)}
+        if len(line) < 3 or len(seeds) < MIN_SEEDS:
+            continue
+        losses = {value: np.mean([row["val_loss"] for row in cell.values()]) for value, cell in line.items()}
+        best = min(losses, key=losses.get)
+        lower = max((value for value in losses if value < best and losses[value] <= (1 + COMPARABLE) * losses[best]), default=None)
+        if lower is None:
+            continue
+        n += 2 * len(seeds)
+        for task in (task for task in ("problems", "mano") if telling({0: line}, task)):
+            for seed in seeds:
+                found[task][seed].append((score(line[lower][seed], task) - score(line[best][seed], task)) / math.log2(best / lower))
     for task in ("problems", "mano"):
         yield Test(f"{unit}; {results.TASKS[task]}", {s: float(np.mean(v)) for s, v in sorted(found[task].items())}, 1.0,
                    "points per halving at comparable loss", n)
@@ -280,7 +293,6 @@ def more_active_moves(rows):
             effects, inside = {}, False
             for seed in sorted({s for line in curved.values() for cell in line.values() for s in cell}):
                 best = {k: peak(line, task, seed) for k, line in curved.items() if all(seed in cell for cell in line.values())}
-                best = {k: e for k, e in best.items() if e is not None}
                 if len(best) < 3:
                     continue
                 inside |= any(min(curved[k]) < e < max(curved[k]) for k, e in best.items())

@@ -163,6 +163,6 @@ def test_mental_arithmetic_is_tested_on_unseen_expressions_beyond_the_trained_le
     enc = procedural.encoder(SMALL)
     torch.manual_seed(0)
     found = mano_accuracy(GPT(preset("tiny", vocab_size=enc.n_vocab, n_layers=1)), enc, SMALL.reasoning, n=8)
-    assert list(found["accuracy"]) == [2, 3, 4, 5, 6] and found["chance"] == 1 / 7 and found["loss"] > 1
+    assert list(found["accuracy"]) == [2, 3, 4, 5, 6] and 1 / 7 < found["chance"] < 0.5 and found["loss"] > 1
     train = {reasoning.mano(SMALL.reasoning, i).question for i in range(2000)}
     assert not train & {reasoning.mano(SMALL.reasoning, i, "test", 3).question for i in range(100)}
