@@ -105,9 +105,8 @@ def paper_table(args):
 
 def own_table(args):
     """Measured runs within the budget, best first: mean over seeds, regimes apart because they are not comparable."""
-    finished = results.read(args.results)
-    rows = [row for row in finished if not row["diverged"]
-            and (not args.flops or row["flops"] <= args.flops) and (not args.tokens or row["tokens"] <= args.tokens)]
+    finished = results.standard(results.read(args.results))
+    rows = [row for row in finished if (not args.flops or row["flops"] <= args.flops) and (not args.tokens or row["tokens"] <= args.tokens)]
     lines = [f"From the runs of this study ({args.results}), for {args.purpose}:", ""]
     found = {}
     for row in rows:

@@ -205,6 +205,12 @@ def test_verdicts_follow_the_data():
     near = [fake(r, lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 20)), 2)) for r in sweep.main("")]
     far = [fake(r, lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 3)), 2)) for r in sweep.main("")]
     assert decided(near, 3) == "supported" and decided(far, 3) == "not supported"
+    aside = [fake(r, lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 20 / 4 ** (1 if c.top_k > 2 else -1))), 2)) for r in sweep.main("")]
+    assert decided(aside, 3) == "not supported"  # far above 20 at some k and far below at others is not near
+    constant = [fake(r, lambda c, tpp: (0.5, 0.2 - 0.01 * abs(math.log2(c.n_experts / 32)), 2)) for r in sweep.main("")]
+    for row in constant:
+        row["mano"]["chance"] = row["problems"]["chance"] = 0.19
+    assert decided(constant, 2) == "undecided"  # who always says 0 has learned nothing
 
 
 def test_few_seeds_and_noise_decide_nothing():
@@ -216,6 +222,8 @@ def test_few_seeds_and_noise_decide_nothing():
     rng = random.Random(1)
     noise = [fake(r, lambda c, tpp: (0.5, 0.5 + rng.gauss(0, 0.05), 2)) for r in sweep.main("")]
     assert decided(noise, 2) != "supported" and decided(noise, 4) != "supported"  # the best of seven noisy points is no optimum
+    worlds = [[fake(r, lambda c, tpp: (0.5, 0.5 + rng.gauss(0, 0.04), 2)) for r in sweep.topk("")] for _ in range(5)]
+    assert "not supported" not in {decided(rows, 5) for rows in worlds}  # nor is the distance of the best of four from the worst a spread
 
 
 def test_interval_is_wider_than_the_spread_of_three_seeds_and_shrinks():
