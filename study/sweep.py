@@ -5,7 +5,7 @@ same command goes on where the last one stopped, on whatever day and machine. A 
 The order of each grid is such that whatever is finished is useful: tokens and seeds change slowest, and the extremes come first.
 
 presets   smoke    two tiny runs: does it work, on a CPU in seconds
-          pilot    which widths learn which task, from how many tokens, at which rates
+          pilot    what is learned from how many tokens, about how many people, at which rates and widths
           lr       peak learning rates at the corners of the (E, k) grid; every run below takes its rate from these rows
           main     E 4..256 x k 1..8 at one width, 2^24 and 2^26 tokens, 3 seeds
           scarce   the same E at k = 2 and 8 with 20,000 different problems only, seen again and again
@@ -46,10 +46,12 @@ def smoke(data):
 
 
 def pilot(data):
-    sizes = [dict(d_model=d, d_expert=d // 2, n_experts=e) for d in (128, 64, 256) for e in (16, 128)]
-    variants = [dict(lr=1.2e-2), dict(lr=3e-3), dict(tokens=2**26), dict(batch=16), dict(optimizer="adamw", lr=4e-3), dict(tokens=2**26, n_experts=128),
-                dict(n_layers=6), dict(people=5_000, data_tokens=2**24)]
-    return [Run(**{"lr": 6e-3} | variant) for variant in (*sizes, *variants)]
+    small, large = dict(n_experts=16), dict(n_experts=128)
+    learns = [small, large, small | dict(people=5_000), large | dict(people=5_000)]  # in 2^24 tokens: which tasks, how much of them
+    rates = [small | dict(lr=1.2e-2), small | dict(lr=3e-3), small | dict(batch=16), small | dict(optimizer="adamw", lr=4e-3)]
+    longer = [size | dict(tokens=2**26, people=people) for people in (5_000, 20_000) for size in (small, large)]
+    others = [small | dict(d_model=64, d_expert=32), small | dict(n_layers=6), small | dict(d_model=256, d_expert=128)]
+    return [Run(**{"lr": 6e-3} | variant) for variant in learns + rates + longer + others]
 
 
 def lr(data):
@@ -58,7 +60,7 @@ def lr(data):
 
 
 def main(data):
-    every = [Run(n_experts=e, top_k=k, tokens=tokens, seed=seed) for seed in range(3) for tokens in (2**24, 2**26) for e in EXPERTS
+    every = [Run(n_experts=e, top_k=k, tokens=tokens, seed=seed) for tokens in (2**24, 2**26) for seed in range(3) for e in EXPERTS
              for k in TOP_K if k <= e]
     # What is dear and decides least comes last: long runs of more seeds at k = 1 and 4.
     return sorted(every, key=lambda run: run.seed > 0 and run.tokens == 2**26 and run.top_k in (1, 4))
@@ -161,7 +163,7 @@ def threads_of(processes):
 
 
 def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, items=100, keep=()):
-    """Run what is missing of `runs` (a list of Run, in this order) and append to the file `results`. Returns the number of failed runs.
+    """Run what is missing of `runs` (a list of Run, in this order) and append to the file `results`. Returns the number of failed runs and killed workers.
 
     minutes: no run is started that is not expected to end in time, and what still runs then is dropped; 0 only reports.
     jobs: processes per device. keep: names like "E16k2" whose final weights are kept under cache/weights."""
@@ -181,7 +183,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
         when = "no estimate yet" if None in seconds else f"about {sum(seconds) / lanes / 60:.1f} minutes"
         return f"{len(rest)} of {len(runs)} runs left, {when}"
 
-    running, failed = {}, []
+    running, failed, lost = {}, [], 0
     print(f"{results}: {left()} on {len(devices)} x {name}, {jobs} at a time on each", flush=True)
     if not todo or not minutes:
         return 0
@@ -226,11 +228,12 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
             worker.join(timeout=0 if running else 5)
             if worker.is_alive():
                 worker.terminate()  # its run is not in the file and will be done again
-    print(f"{left()}" + (f", {len(failed)} failed" if failed else "") + (f", {len(running)} cut off" if running else ""), flush=True)
+    print(f"{left()}" + (f", {len(failed)} failed" if failed else "") + (f", {len(running)} cut off" if running else "")
+          + (f", {lost} worker processes killed, perhaps for want of memory: use fewer --jobs" if lost else ""), flush=True)
     waiting = [run for run in todo if not run.lr and best_rate(run, rows) is None]
     if waiting:
         print(f"{len(waiting)} runs wait for learning rates of their shape: run the preset lr (or this one again)")
-    return len(failed)
+    return len(failed) + lost
 
 
 def choose(todo, running, rows, ends, name):
