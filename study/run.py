@@ -291,9 +291,10 @@ def execute(run, cache, device, lr=0.0, n=100, keep=None):
     trainer = Trainer(cfg, Samples(run, sources, device), device)
     model, points, seconds = trainer.model, [], 0.0
     for share in POINTS:
-        clock = time.perf_counter()
+        done, clock = trainer.done, time.perf_counter()
         loss, load_cv = trainer.advance(max(1, round(share * run.steps)))
-        seconds += time.perf_counter() - clock
+        spent = time.perf_counter() - clock
+        seconds, speed = seconds + spent, (trainer.done - done) * run.batch * run.seq_len / spent  # the last part's: nothing is compiled in it
         if not math.isfinite(loss):
             break
         final = share == 1
@@ -305,7 +306,7 @@ def execute(run, cache, device, lr=0.0, n=100, keep=None):
            "tokens": run.tokens, "tpp": run.tokens / params.total, "params": params._asdict(), "flops": run.tokens * flops,
            **last, "points": points[:-1] if last else points,
            "load_cv": load_cv, "skipped_steps": int(trainer.window["steps"][BAD]), "train_seconds": round(seconds, 3),
-           "seconds": round(time.perf_counter() - began, 3), "tokens_per_s": round(trainer.done * run.batch * run.seq_len / seconds),
+           "seconds": round(time.perf_counter() - began, 3), "tokens_per_s": round(speed),
            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
            "torch": torch.__version__, "revision": revision(), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
     if keep and last:

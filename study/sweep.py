@@ -126,8 +126,8 @@ def best_rate(run, rows):
     groups = [(dict(group), rates) for group, rates in groups.items() if len(rates) > 1 and set.intersection(*map(set, rates.values()))]
     if not groups:
         return None
-    distance = lambda other: (abs(math.log2(other["n_experts"] / run.n_experts)) + abs(math.log2(other["top_k"] / run.top_k)), other["tokens"])  # noqa: E731
-    _, rates = min(groups, key=lambda group: distance(group[0]))
+    doublings = lambda other, field: abs(math.log2(other[field] / wanted[field]))  # noqa: E731
+    _, rates = min(groups, key=lambda group: (doublings(group[0], "n_experts") + doublings(group[0], "top_k"), group[0]["tokens"]))
     seeds = set.intersection(*map(set, rates.values()))
     return min(rates, key=lambda rate: sum(rates[rate][seed] for seed in seeds))
 
@@ -140,7 +140,7 @@ def estimate(run, rows, device):
     if not known:
         return None
     near = min(known, key=lambda row: sum(abs(a - b) for a, b in zip(sizes(row["run"]), sizes(wanted), strict=True)))
-    return near["seconds"] - near["train_seconds"] + near["train_seconds"] * run.tokens / near["tokens"]
+    return near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]  # compiling and measuring take as long in longer runs
 
 
 def work(device, threads, cache, items, inbox, outbox):
@@ -163,7 +163,7 @@ def threads_of(processes):
 
 
 def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, items=100, keep=()):
-    """Run what is missing of `runs` (a list of Run, in this order) and append to the file `results`. Returns the number of failed runs and killed workers.
+    """Run what is missing of `runs` (a list of Run, in this order) and append to the file `results`. Returns how many failed or were killed.
 
     minutes: no run is started that is not expected to end in time, and what still runs then is dropped; 0 only reports.
     jobs: processes per device. keep: names like "E16k2" whose final weights are kept under cache/weights."""

@@ -343,7 +343,9 @@ def tables(rows):
     for number_, ((text, _, presets), found) in enumerate(zip(CLAIMS, tests, strict=True), 1):
         verdicts = [decide(test) for test in found]
         runs, minutes = missing(presets, rows)
-        cost = ("more seeds" if overall(found) == "undecided" else "nothing") if not runs else f"{runs} runs of `{'`, `'.join(presets)}`" + (f", about {minutes:.0f} minutes" if minutes else "")
+        cost = "more seeds" if overall(found) == "undecided" else "nothing"
+        if runs:
+            cost = f"{runs} runs of `{'`, `'.join(presets)}`" + (f", about {minutes:.0f} minutes" if minutes else "")
         tally = " / ".join(str(verdicts.count(v)) for v in ("supported", "not supported", "undecided")) if found else "no runs"
         why = "" if found else ": not enough runs"
         lines.append(f"| {number_}. {text} | **{overall(found)}**{why} | {tally} | {cost} |")

@@ -38,6 +38,7 @@ def test_a_run_is_measured_everywhere_and_learns(row, cache):
     assert losses[-1] < losses[0] - 0.5 and abs(row["train_loss"] - row["val_loss"]) < 0.8  # the data is new; two steps are noisy
     assert row["problems"]["by_steps"].keys() == {"1", "2", "3"} and row == json.loads(json.dumps(row))
     assert row["tpp"] == pytest.approx(TINY.tokens / row["params"]["total"], rel=1e-5) and row["flops"] > 0 and row["revision"]
+    assert row["skipped_steps"] == 0 and row["mano"]["chance"] >= 0.2  # modulo 5
     assert row["bits"]["possible"] > 0 and row["facts"]["people"] == 20 and len(json.dumps(row)) < 10_000
     kept = checkpoint.load_model(cache / "kept")
     assert kept.cfg.n_experts == 4 and (cache / "kept" / "config.json").exists()
@@ -145,7 +146,7 @@ def fake(config, effect=None, rng=random.Random(0)):
 
     return {"key": key(config), "run": dataclasses.asdict(config), "lr": cfg.lr, "diverged": False, "tokens": config.tokens, "jobs": 1,
             "tpp": config.tokens / params.total, "params": params._asdict(), "flops": config.tokens * flops_per_token(cfg),
-            "points": [point(0.5)], **point(1.0), "seconds": 10.0, "train_seconds": 8.0, "tokens_per_s": 10**6, "device": "NVIDIA fake",
+            "points": [point(0.5)], **point(1.0), "seconds": 10.0, "train_seconds": 8.0, "tokens_per_s": config.tokens / 8, "device": "NVIDIA fake",
             "bits": {"per_parameter": memory, "per_active_parameter": memory, "total": memory, "possible": 1}}
 
 
@@ -153,7 +154,7 @@ def test_learning_rate_comes_from_the_nearest_shape_with_the_lowest_loss():
     rows = [fake(r, lambda c, tpp: (0.5, 0.5, 1 + abs(math.log2(c.lr / (3e-3 if c.n_experts == 256 else 6e-3))))) for r in sweep.lr("")]
     assert sweep.best_rate(Run(n_experts=128, top_k=8), rows) == 3e-3 and sweep.best_rate(Run(n_experts=8, top_k=4), rows) == 6e-3
     assert sweep.best_rate(Run(d_model=64, n_experts=8), rows) is None and sweep.best_rate(Run(optimizer="adamw", n_experts=8), rows) is None
-    other = [fake(Run(n_experts=8, top_k=4, batch=16, lr=1.2e-2), lambda c, tpp: (0.5, 0.5, 0.1))]  # a smaller batch: not to be compared with the rest
+    other = [fake(Run(n_experts=8, top_k=4, batch=16, lr=1.2e-2), lambda c, tpp: (0.5, 0.5, 0.1))]  # another batch: not to be compared
     assert sweep.best_rate(Run(n_experts=8, top_k=4), rows + other) == 6e-3
     waiting = [Run(n_experts=8, top_k=4)]
     assert sweep.choose(waiting, {}, rows, math.inf, "CPU") == (waiting[0], 6e-3)
