@@ -95,8 +95,8 @@ def save(run_dir, step, state, keep):
     return path
 
 
-def read(path, device="cpu"):
-    """The state written by `save`. `path` is a file, or a run directory for its newest one.
+def read(path):
+    """The state written by `save`, on the CPU. `path` is a file, or a run directory for its newest one.
 
     Raises FileNotFoundError, or ValueError naming a file whose bytes changed since it was written."""
     path = Path(path)
@@ -116,12 +116,13 @@ def read(path, device="cpu"):
         older = [str(other) for _, other in find(path.parent) if other != path]
         remedy = f"move it away to continue from {older[-1]}" if older else "restore it from a copy"
         raise ValueError(f"{path} is corrupt ({path.stat().st_size:,} bytes, SHA-256 {digest}... differs from its name): {remedy}")
-    return torch.load(path, map_location=device, weights_only=True)
+    # Mapped: ranks that read the same file share its memory, and who wants the weights alone never loads the optimiser's states.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def load_model(path, device="cpu", **overrides):
     """The trained GPT of a run directory or checkpoint file, in evaluation mode; overrides replace fields such as impl or dtype."""
-    state = read(path, device)
+    state = read(path)
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     cfg = ModelConfig(**{name: value for name, value in state["config"].items() if name in names} | overrides)
     model = GPT(cfg).to(device)

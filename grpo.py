@@ -244,7 +244,7 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     step = 0
     if cfg.resume:
-        state = checkpoint.read(run_dir, device)
+        state = checkpoint.read(run_dir)
         step = state["step"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state.pop("optimizer"))

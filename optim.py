@@ -135,12 +135,12 @@ class Together:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
-        """Learning rates and where they live stay as they are: the states may come from another kind of device."""
+        """Only what the steps have accumulated: rates, decay and momenta stay those of this run, which may have other flags or another device."""
         for part, state in zip(self.parts, states, strict=True):
-            here = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in part.param_groups]
+            here = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
             part.load_state_dict(state)
-            for group, keep in zip(part.param_groups, here, strict=True):
-                group |= keep
+            for group, settings in zip(part.param_groups, here, strict=True):
+                group |= settings
 
 
 def stacked_rows(name, shape, cfg):

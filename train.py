@@ -62,7 +62,7 @@ class TrainConfig(ModelConfig):
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step (the balance loss is that of a micro-batch over all ranks)
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for experts and attention, AdamW for the rest (optim.py)
-    lr: float = 6e-3  # peak learning rate
+    lr: float = 6e-3  # peak learning rate (found for Muon; with AdamW the default job learns best near 2e-3)
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
     warmup_steps: int = 100  # linear, from 0
     decay_frac: float = 0.2  # wsd: share of the steps spent decaying
@@ -153,9 +153,10 @@ def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda pa
     skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg)
     optimizer.step(skip)
     optimizer.zero_grad()
+    sums, counts_NE, probs_NE = (torch.where(skip > 0, 0, t) for t in (sums, counts_NE, probs_NE))  # not times 0: they may be NaN
     if cfg.router_bias_rate:
-        update_router_bias(model, counts_NE * (skip == 0))
-    window["sums"] += torch.where(skip > 0, 0, sums)
+        update_router_bias(model, counts_NE)
+    window["sums"] += sums
     window["counts_NE"] += counts_NE
     window["probs_NE"] += probs_NE
     mark("optimiser")
@@ -183,7 +184,8 @@ class GraphedStep:
             return result
         if self.calls == self.WARM_UP + 1:
             self.inputs = [tuple(t.clone() for t in batch) for batch in batches]
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            # thread_local: meanwhile the loader's thread may pin memory for its next batches.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = self.step(self.inputs)
         for mine, batch in zip(self.inputs, batches, strict=True):
             for buffer, t in zip(mine, batch, strict=True):
@@ -269,11 +271,11 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     model = GPT(cfg)
     state, start = None, 0
     if cfg.resume and checkpoint.find(run_dir):  # none: the run ended before its first one and starts again
-        state = checkpoint.read(run_dir, device if cfg.parallel == "ddp" else "cpu")
-        for field in dataclasses.fields(ModelConfig):
-            if field.name not in ("dtype", "impl", "loss_chunk", "seq_len"):
-                saved, value = state["config"][field.name], getattr(cfg, field.name)
-                require(saved == value, field.name, value, f"the checkpoint has {saved!r}; resume without this flag")
+        state = checkpoint.read(run_dir)
+        for name in ("optimizer", *(field.name for field in dataclasses.fields(ModelConfig))):
+            if name not in ("dtype", "impl", "loss_chunk", "seq_len"):
+                saved, value = state["config"][name], getattr(cfg, name)
+                require(saved == value, name, value, f"the checkpoint has {saved!r}; resume without this flag")
         model.load_state_dict(state["model"])
         start = state["step"]
     elif cfg.upcycle_from:
@@ -286,7 +288,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
         loader.load_state_dict(state["loader"])
         for name, sums in state["window"].items():
             window[name].copy_(sums)
-        torch.set_rng_state(state["rng"].cpu())
+        torch.set_rng_state(state["rng"])
         del state
     if device.type == "cuda" and (world == 1 or cfg.parallel == "ddp"):
         compile_blocks(model, cfg)
@@ -317,8 +319,10 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
 
     def check_steps(step):
         """Raises if a step since the last line was bad and the run shall stop for it, or if all were; waits for the device."""
+        nonlocal run_step
         steps, bad, first = window["steps"].tolist()
         if bad and (cfg.bad_steps == "stop" or bad == steps):
+            run_step = None  # and with it the memory of the graph, for the repeated step
             back = min(steps - first + 1, len(cursors))  # the run may have been resumed in the middle of skipped steps
             path = run_dir / f"bad-step-{step - back + 1:08d}-rank{rank}.json"
             loss, where = guard.dump(path, model, loader, cursors[-back], cfg, step - back + 1)
@@ -335,7 +339,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     # ---- the loop
     model.train()
     run_step = partial(optimizer_step, net, optimizer, cfg, window, world=world)
-    if cfg.cuda_graph and device.type == "cuda" and world == 1:
+    if cfg.cuda_graph and device.type == "cuda" and world == 1 and cfg.impl in ("auto", "triton"):  # the others count rows on the host
         run_step = GraphedStep(run_step)
     step, row, val_row, began = start, {}, {}, time.perf_counter()
     cursors = []  # of the loader, before each step since the last line
