@@ -122,6 +122,7 @@ def parse_sources(text):
 def compile_blocks(model, cfg):
     """torch.compile of each block. It takes half a minute: "auto" wants at least a minute of training at 20 % of an H100's peak."""
     if cfg.compile == "true" or cfg.compile == "auto" and cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg) > 1e16:
+        torch._dynamo.config.optimize_ddp = False  # would cut blocks at DDP's buckets; between blocks gradients overlap anyway
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
 

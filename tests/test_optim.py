@@ -139,6 +139,16 @@ def test_learns_and_resumes_bit_for_bit(kind):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)) is not forget
 
 
+def test_a_resumed_run_keeps_its_own_settings():
+    model, batch = model_and_batch()
+    old, new = make_optimizer(model, with_settings()), make_optimizer(model, with_settings(lr=1e-3, beta2=0.9, weight_decay=0.3, muon_momentum=0.8))
+    train(model, old, batch, 1)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in new.param_groups]
+    new.load_state_dict(old.state_dict())
+    assert [{key: value for key, value in group.items() if key != "params"} for group in new.param_groups] == settings
+    assert settings[0]["weight_decay"] == 0.3 and settings[-1]["momentum"] == 0.8
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_found_inf_leaves_everything_untouched(kind):
     model, batch = model_and_batch()

@@ -181,32 +181,8 @@ def launch(*flags, ranks=2, **options):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 
-def test_two_ranks_equal_one(data_dir, tmp_path):
-    """Two gloo ranks: the losses, router statistics and weights of one process with the same global batch, balance loss included."""
-    flags = [*SMALL, f"--data={data_dir}", "--router-bias-rate=1e-2", "--balance-coef=0.1"]
-    process = launch(*flags, f"--out-dir={tmp_path / 'two'}")
-    main([*flags, f"--out-dir={tmp_path / 'one'}"])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert len(one) == len(two) == 5
-    for a, b in zip(one, two, strict=True):
-        for key in a:
-            np.testing.assert_allclose(b[key], a[key], rtol=2e-4, err_msg=f"{key} at step {a['step']}")
-    one, two = final_state(tmp_path / "one"), final_state(tmp_path / "two")
-    for name, weight in one["model"].items():
-        assert (two["model"][name] - weight).norm() <= 1e-3 * weight.norm() + 1e-6, name
-    assert one["loader"] == two["loader"]
-
-    # The two-rank run continues on one rank from its step 4, with the same data and the same losses.
-    cut = cut_at(tmp_path / "two", tmp_path / "cut", 4)
-    main([f"--resume={cut}"])
-    for a, b in zip(rows(cut), rows(tmp_path / "one"), strict=True):
-        np.testing.assert_allclose(a.get("loss", 0), b.get("loss", 0), rtol=2e-4)
-
-
 def test_sigterm_saves_and_a_resumed_run_equals_an_unbroken_one(data_dir, tmp_path):
-    flags = [*SMALL, f"--data={data_dir}", "--steps=400", "--log-every=1", "--checkpoint-every=0", "--val-every=0"]
+    flags = [*SMALL, f"--data={data_dir}", "--steps=4000", "--log-every=1", "--checkpoint-every=0", "--val-every=0", "--schedule=wsd", "--decay-frac=0"]
     process = launch(*flags, f"--out-dir={tmp_path / 'stopped'}", ranks=1)
     for line in process.stdout:
         if line.startswith("step"):
@@ -215,12 +191,14 @@ def test_sigterm_saves_and_a_resumed_run_equals_an_unbroken_one(data_dir, tmp_pa
     output = process.stdout.read()
     assert process.wait(timeout=60) == 0 and "continue with" in output, output
     (step, _), = checkpoint.find(tmp_path / "stopped")
-    assert 1 <= step < 400
+    assert 1 <= step < 4000
     assert rows(tmp_path / "stopped")[-1]["step"] == step
-    main([f"--resume={tmp_path / 'stopped'}", f"--steps={step + 5}", "--schedule=wsd", "--decay-frac=0"])
+    main([f"--resume={tmp_path / 'stopped'}", f"--steps={step + 5}"])
     main([*flags, f"--out-dir={tmp_path / 'unbroken'}", f"--steps={step + 5}"])
     stopped, unbroken = rows(tmp_path / "stopped"), rows(tmp_path / "unbroken")
-    assert [r["step"] for r in stopped] == [r["step"] for r in unbroken]
+    assert [(r["step"], r.keys()) for r in stopped] == [(r["step"], r.keys()) for r in unbroken]
+    for name in ("loss", "val_loss"):  # not the bits: the two processes may have other numbers of threads
+        np.testing.assert_allclose([r.get(name, 0) for r in stopped], [r.get(name, 0) for r in unbroken], rtol=1e-4)
 
 
 def test_validation_is_pure_and_changes_nothing(data_dir, tmp_path):
@@ -313,6 +291,8 @@ def test_resume_refuses_another_model_or_data(whole_run, data_dir, tmp_path):
     before = snapshot(cut)
     with pytest.raises(ValueError, match="d_expert=64: the checkpoint has 32"):
         main([f"--resume={cut}", "--d-expert=64"])
+    with pytest.raises(ValueError, match="optimizer='adamw': the checkpoint has 'muon'"):
+        main([f"--resume={cut}", "--optimizer=adamw"])
     with pytest.raises(ValueError, match="loader state: seed"):
         main([f"--resume={cut}", "--seed=1"])
     assert snapshot(cut) == before
@@ -357,7 +337,8 @@ def test_not_a_number_ends_the_run_and_keeps_the_checkpoint(whole_run, tmp_path,
     assert [step for step, _ in checkpoint.find(cut)] == [4]
 
 
-def test_command_line_reports_mistakes_without_a_traceback(tmp_path):
-    process = launch("--data=/nonexistent", f"--out-dir={tmp_path / 'x'}", ranks=1)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and output.startswith("error: /nonexistent/meta.json") and "Traceback" not in output
+def test_command_line_reports_mistakes_without_a_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data=/nonexistent", f"--out-dir={tmp_path / 'x'}"])
+    monkeypatch.delenv("DEBUG", raising=False)
+    with pytest.raises(SystemExit, match="error: /nonexistent/meta.json does not exist"):
+        main()
