@@ -120,11 +120,15 @@ def _heat_maps(rows):
     return []
 
 
-def save(fig, path):
-    """A reader of the picture never sees half of it."""
+def write(draw, path):
+    """Save the figure that draw() makes, or end the program with what is missing. A reader of the picture never sees half of it."""
     tmp = Path(path).with_suffix(".tmp.png")
-    fig.savefig(tmp, dpi=110)
+    try:
+        draw().savefig(tmp, dpi=110)
+    except (ValueError, ImportError) as error:
+        sys.exit(f"error: {error}" + ("; pip install 'optimoe[plot]'" if isinstance(error, ImportError) else ""))
     os.replace(tmp, path)
+    print(path)
 
 
 class Curves:
@@ -157,12 +161,7 @@ def main(argv=None):
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--out", help="PNG file; default: curves.png in the run directory")
     args = parser.parse_args(argv)
-    out = args.out or str(Path(args.run) / "curves.png")
-    try:
-        save(figure(args.run), out)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}" + ("; pip install 'optimoe[plot]'" if isinstance(error, ImportError) else ""))
-    print(out)
+    write(lambda: figure(args.run), args.out or str(Path(args.run) / "curves.png"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """metrics.jsonl of a run, live or finished, as TensorBoard or Weights & Biases curves:  python -m study.follow RUN --to=tensorboard|wandb
 
-It reads what training writes and never the other way round: start it at any time, in another terminal; it ends when the run does (results.json) or
-with Ctrl-C. TensorBoard files go to RUN/tensorboard; wandb takes its project and its login from its own settings. Numbers per layer become
+It reads what training writes and never the other way round: start it at any time, in another terminal; it ends after the validation of the run's
+last step or with Ctrl-C. TensorBoard files go to RUN/tensorboard; wandb takes its project and its login from its own settings. Numbers per layer become
 load_max/0, load_max/1 ...; the load of every expert stays in curves.png.
 """
 
@@ -24,21 +24,19 @@ def scalars(row):
 
 
 def follow(run, poll=1.0):
-    """Rows of metrics.jsonl as they appear, each step's once although a resumed run writes some again; ends after results.json."""
-    path, seen, last = Path(run) / "metrics.jsonl", set(), None
+    """Rows of metrics.jsonl as they appear, each step's once although a resumed run writes some again; ends with the last step's validation."""
+    path, seen = Path(run) / "metrics.jsonl", set()
     while True:
-        finished = (Path(run) / "results.json").exists()  # looked at before reading, so that the last rows are not missed
+        steps = json.loads((Path(run) / "config.json").read_text())["steps"]  # read again: a run may be resumed for more
         text = path.read_text() if path.exists() else ""
-        if text != last:
-            for line in text[: text.rfind("\n") + 1].splitlines():  # the last line may be half written
-                row = json.loads(line)
-                key = (row["step"], "val_loss" in row)
-                if key not in seen:
-                    seen.add(key)
-                    yield row
-        if finished:
+        for line in text[: text.rfind("\n") + 1].splitlines():  # the last line may be half written
+            row = json.loads(line)
+            key = (row["step"], "val_loss" in row)
+            if key not in seen:
+                seen.add(key)
+                yield row
+        if (steps, True) in seen:
             return
-        last = text
         time.sleep(poll)
 
 

@@ -5,7 +5,6 @@ gradient norm; below, for every run with experts, the load of the busiest expert
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import curves
@@ -53,12 +52,9 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", help="PNG file; default: curves.png in the run directory, overlay.png in the first of several")
     args = parser.parse_args(argv)
-    out = args.out or str(Path(args.runs[0]) / ("overlay.png" if len(args.runs) > 1 else "curves.png"))
-    try:
-        curves.save(overlay(args.runs) if len(args.runs) > 1 else curves.figure(args.runs[0]), out)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}" + ("; pip install 'optimoe[plot]'" if isinstance(error, ImportError) else ""))
-    print(out)
+    several = len(args.runs) > 1
+    out = args.out or str(Path(args.runs[0]) / ("overlay.png" if several else "curves.png"))
+    curves.write(lambda: overlay(args.runs) if several else curves.figure(args.runs[0]), out)
 
 
 if __name__ == "__main__":

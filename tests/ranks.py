@@ -1,6 +1,6 @@
 """Runs train.py on several gloo ranks, job after job, for test_parallel.py: python -m tests.ranks '[[RANKS, [FLAG, ...]], ...]'
 
-One process imports torch once and forks the ranks of every job, so a job costs what it trains. Ends with 1 if a rank failed."""
+One process imports torch once and forks the ranks of every job, so a job costs what it trains. Ends with the number of jobs that failed."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def rank_main(rank, world, port, flags):
 
 
 def main():
-    failed = False
+    failed = 0
     for world, flags in json.loads(sys.argv[1]):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -35,7 +35,7 @@ def main():
             children.append(os.fork())
             if not children[-1]:
                 rank_main(rank, world, port, flags)
-        failed |= any([os.waitpid(child, 0)[1] for child in children])
+        failed += any([os.waitpid(child, 0)[1] for child in children])
     sys.exit(failed)
 
 

@@ -14,7 +14,7 @@ from study import follow, show
 from tests.test_train import data_dir  # noqa: F401  a fixture
 from tests.test_train import run as train_run
 
-CONFIG = {"dense": False, "n_experts": 4, "top_k": 2, "d_model": 32, "n_layers": 3, "batch_size": 8, "seq_len": 16}
+CONFIG = {"dense": False, "n_experts": 4, "top_k": 2, "d_model": 32, "n_layers": 3, "batch_size": 8, "seq_len": 16, "steps": 5}
 
 
 def row(step, load=None):
@@ -95,14 +95,15 @@ def test_follow_a_growing_and_rewound_log(run):
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(text + json.dumps(row(4))[:20])
     time.sleep(0.05)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row(1), row(2), row(4), row(5))))  # resumed from step 2
-    (run / "results.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row(1), row(2), row(4), row(5), {"step": 5, "val_loss": 4.5})))  # from step 2
     thread.join(timeout=5)
-    assert [(r["step"], "val_loss" in r) for r in found] == [(1, False), (2, False), (2, True), (3, False), (4, False), (5, False)]
+    expected = [(1, False), (2, False), (2, True), (3, False), (4, False), (5, False), (5, True)]
+    assert not thread.is_alive() and [(r["step"], "val_loss" in r) for r in found] == expected
 
 
 def test_adapters(run, monkeypatch):
-    (run / "results.json").write_text("{}")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 5, "val_loss": 4.5}) + "\n")
     logged = []
     writer = SimpleNamespace(add_scalar=lambda name, value, step: logged.append((step, name, value)), flush=lambda: None)
     session = SimpleNamespace(log=lambda values, step: logged.extend((step, name, value) for name, value in values.items()))

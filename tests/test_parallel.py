@@ -24,6 +24,7 @@ FLAGS = [*SMALL, "--n-shared-experts=1", "--grad-accum=2", "--router-bias-rate=1
 CASES = {"ddp-2-muon": (2, "ddp", "muon"), "ddp-4-adamw": (4, "ddp", "adamw"),
          "fsdp-2-adamw": (2, "fsdp", "adamw"), "fsdp-4-muon": (4, "fsdp", "muon"),
          "ep-2-adamw": (2, "ep", "adamw"), "ep-4-muon": (4, "ep", "muon")}
+ENGINES = ("ddp", "fsdp", "ep")
 # Selection biases of the first experts. Five experts on two or four ranks are slices of unequal length. With eight on four ranks and two out of
 # reach, a rank gets no token at all.
 BIASES = {5: [-100.0, 0.2], 8: [-100.0, -100.0, 0.2]}
@@ -44,7 +45,9 @@ def runs(data_dir, tmp_path_factory):  # noqa: F811
         checkpoint.save(start, 2, state, keep=1)
         (start / "results.json").unlink()
     copy = lambda name, like: shutil.copytree(base / like.replace("one", "start"), base / name)  # noqa: E731
-    ranks([[world, [f"--resume={copy(name, reference(name))}", "--steps=8", f"--parallel={engine}"]] for name, (world, engine, _) in CASES.items()])
+    jobs = [[world, [f"--resume={copy(name, reference(name))}", "--steps=8", f"--parallel={engine}"]] for name, (world, engine, _) in CASES.items()]
+    bad = [[2, [*FLAGS, f"--data={data_dir}", "--max-loss=1", f"--out-dir={base / f'bad-{engine}'}", f"--parallel={engine}"]] for engine in ENGINES]
+    (base / "output").write_text(ranks(jobs + bad, failing=len(bad)))
     for one in {reference(name) for name in CASES}:
         main([f"--resume={copy(one, one)}", "--steps=8"])
     return base
@@ -55,10 +58,11 @@ def reference(case):
     return f"one-{optimizer}-{8 if engine == 'ep' else 5}"
 
 
-def ranks(jobs, status=0):
+def ranks(jobs, failing=0):
+    """Run these jobs, of which so many must fail; returns what they print."""
     done = subprocess.run([sys.executable, "-m", "tests.ranks", json.dumps(jobs)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200)
-    assert done.returncode == status, done.stdout[-4000:]
+    assert done.returncode == failing, done.stdout[-4000:]
     return done.stdout
 
 
@@ -108,15 +112,14 @@ def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
         same_state(run, runs / one, bound=3e-3)
 
 
-def test_a_bad_step_stops_all_ranks_with_a_dump_of_each(data_dir, tmp_path):  # noqa: F811
-    flags = [*FLAGS, f"--data={data_dir}", "--max-loss=1"]
-    said = ranks([[2, [*flags, f"--out-dir={tmp_path / engine}", f"--parallel={engine}"]] for engine in ("ddp", "fsdp", "ep")], status=1)
-    for engine, rank in product(("ddp", "fsdp", "ep"), (0, 1)):
-        path = tmp_path / engine / f"bad-step-00000001-rank{rank}.json"
+def test_a_bad_step_stops_all_ranks_with_a_dump_of_each(runs):
+    said = (runs / "output").read_text()
+    for engine, rank in product(ENGINES, (0, 1)):
+        path = runs / f"bad-{engine}" / f"bad-step-00000001-rank{rank}.json"
         assert f"at step 1, first in finite when repeated: above max_loss=1 (layers and batch: {path})" in said, said
         dump = json.loads(path.read_text())
         assert len(dump["tokens"]) == 2 and len(dump["output_of_layer"]) == 2 and "blocks.1.mlp.w_out" in dump["gradient"]
-        assert not checkpoint.find(tmp_path / engine)
+        assert not checkpoint.find(path.parent)
 
 
 @pytest.mark.parametrize("kind, bound", [("adamw", 0.30), ("muon", 0.36)])
