@@ -197,7 +197,7 @@ class Trainer:
         self._train(tail)
         load = self.window["counts_NE"].float()
         loss, *_, steps = self.window["sums"].tolist()  # skipped steps are not in the sums
-        return loss / steps if steps else math.nan, float((load.std(1, correction=0) / load.mean(1)).mean())
+        return loss / steps if steps else math.nan, float((load.std(1, correction=0) / load.mean(1).clamp(min=1)).mean())
 
 
 @torch.no_grad()

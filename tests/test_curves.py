@@ -73,11 +73,10 @@ def test_nothing_to_show_is_said(tmp_path):
 
 def test_redrawn_beside_training(run, capsys, monkeypatch):
     pictures = curves.Curves(run)
-    start = time.perf_counter()
     pictures.refresh()
     first = pictures.process
-    pictures.refresh()  # the first still draws: nothing new is started
-    assert pictures.process is first and time.perf_counter() - start < 0.5
+    pictures.refresh()  # the first still draws: nothing new is started, and nobody waited
+    assert pictures.process is first and first.returncode is None
     pictures.close()
     assert pictures.process is not first and pictures.process.returncode == 0 and (run / "curves.png").exists()
     monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: None)
@@ -88,15 +87,22 @@ def test_redrawn_beside_training(run, capsys, monkeypatch):
 
 
 def test_follow_a_growing_and_rewound_log(run):
-    found = []
-    thread = threading.Thread(target=lambda: found.extend(follow.follow(run, poll=0.01)))
+    found, first_four = [], threading.Event()
+
+    def collect():
+        for r in follow.follow(run, poll=0.01):
+            found.append(r)
+            if len(found) == 4:
+                first_four.set()
+
+    thread = threading.Thread(target=collect, daemon=True)
     thread.start()
-    time.sleep(0.05)
+    assert first_four.wait(timeout=20)
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(text + json.dumps(row(4))[:20])
     time.sleep(0.05)
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row(1), row(2), row(4), row(5), {"step": 5, "val_loss": 4.5})))  # from step 2
-    thread.join(timeout=5)
+    thread.join(timeout=20)
     expected = [(1, False), (2, False), (2, True), (3, False), (4, False), (5, False), (5, True)]
     assert not thread.is_alive() and [(r["step"], "val_loss" in r) for r in found] == expected
 
