@@ -59,7 +59,7 @@ def figure(run):
     scale = config["batch_size"] * config["seq_len"] / 1e6
     tokens = [row["step"] * scale for row in rows]
     column = lambda name: [row[name] for row in rows]  # noqa: E731
-    entropy = rows[-1].get("router_entropy")  # absent from dense runs and old logs
+    entropy = rows[-1].get("router_entropy")  # absent from dense runs
     maps = _heat_maps(rows)
     columns = max(1, min(4, len(maps)))
     map_rows = math.ceil(len(maps) / columns)
@@ -92,15 +92,15 @@ def figure(run):
         axis.grid(alpha=0.3)
     for index, part in enumerate(parts[len(parts) - map_rows :]):
         axes = part.subplots(1, columns, squeeze=False)[0]
-        for axis, item in zip(axes, maps[columns * index : columns * (index + 1)] + [None] * columns, strict=False):
-            if item is None:
+        for layer, axis in enumerate(axes, columns * index):
+            if layer >= len(maps):
                 axis.axis("off")
                 continue
-            title, ylabel, image = item
+            image = maps[layer]
             drawn = axis.imshow(image, aspect="auto", origin="lower", cmap=load_colours, vmin=-2, vmax=2, interpolation="nearest",
                                 extent=(0, tokens[-1], -0.5, len(image) - 0.5))
-            axis.set_title(title, fontsize=8)
-            axis.set_ylabel(ylabel, fontsize=8)
+            axis.set_title(f"load of layer {layer}", fontsize=8)
+            axis.set_ylabel("expert", fontsize=8)
             axis.tick_params(labelsize=7)
             axis.yaxis.get_major_locator().set_params(integer=True)
         bar = part.colorbar(drawn, ax=list(axes), pad=0.01)
@@ -109,15 +109,10 @@ def figure(run):
 
 
 def _heat_maps(rows):
-    """[(title, y label, log2 of the load as rows of time series)]: experts of each layer, or in old logs the busiest of all layers."""
+    """For each layer the log2 of the load of its experts, each a time series; none for a dense model."""
     log2 = lambda load: math.log2(load) if load > 0 else math.nan  # noqa: E731
-    if "load" in rows[-1]:
-        layers = zip(*(row["load"] for row in rows), strict=True)
-        return [(f"load of layer {layer}", "expert", [[log2(x) for x in expert] for expert in zip(*times, strict=True)])
-                for layer, times in enumerate(layers)]
-    if "load_max" in rows[-1]:
-        return [("load of the busiest expert", "layer", [[log2(x) for x in times] for times in zip(*(row["load_max"] for row in rows), strict=True)])]
-    return []
+    layers = zip(*(row.get("load", ()) for row in rows), strict=True)
+    return [[[log2(x) for x in expert] for expert in zip(*times, strict=True)] for times in layers]
 
 
 def write(draw, path):

@@ -21,7 +21,8 @@ import torch
 import checkpoint
 from config import require
 
-SAME = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "qk_norm", "qk_norm_joint", "tie_embeddings", "rope_theta", "norm_eps")
+SAME = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "qk_norm", "qk_norm_joint", "tie_embeddings", "rope_theta",
+        "norm_eps")
 
 
 def slices_per_copy(dense, cfg):

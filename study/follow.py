@@ -1,8 +1,8 @@
 """metrics.jsonl of a run, live or finished, as TensorBoard or Weights & Biases curves:  python -m study.follow RUN --to=tensorboard|wandb
 
 It reads what training writes and never the other way round: start it at any time, in another terminal; it ends after the validation of the run's
-last step or with Ctrl-C. TensorBoard files go to RUN/tensorboard; wandb takes its project and its login from its own settings. Numbers per layer become
-load_max/0, load_max/1 ...; the load of every expert stays in curves.png.
+last step or with Ctrl-C. TensorBoard files go to RUN/tensorboard; wandb takes its project and its login from its own settings. Numbers per layer
+become load_max/0, load_max/1 ...; the load of every expert stays in curves.png.
 """
 
 import argparse

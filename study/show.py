@@ -39,8 +39,9 @@ def overlay(runs):
     for i, (run, config, rows) in enumerate(moe):
         axis = fig.add_subplot(grid[1 + i, :])
         last = rows[-1]["step"] * config["batch_size"] * config["seq_len"] / 1e6
+        typical = sorted(max(row["load_max"]) for row in rows)[len(rows) // 2]  # the first steps would leave no colours for the rest
         image = axis.imshow(list(zip(*(row["load_max"] for row in rows), strict=True)), aspect="auto", origin="lower", cmap="viridis", vmin=1,
-                            vmax=max(2.0, sorted(max(row["load_max"]) for row in rows)[len(rows) // 2]), extent=(0, last, -0.5, config["n_layers"] - 0.5))
+                            vmax=max(2.0, typical), extent=(0, last, -0.5, config["n_layers"] - 0.5))
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set(title=f"load of the busiest expert, 1 = even split: {label(run, config)}", xlabel="million tokens", ylabel="layer")
         fig.colorbar(image, ax=axis, pad=0.01)

@@ -52,15 +52,11 @@ def test_picture_shows_every_number(run):
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG" and not list(run.glob("*.tmp*"))
 
 
-def test_dense_and_old_logs(tmp_path):
-    new = ("load", "router_entropy")
-    old = write_run(tmp_path / "old", [{k: v for k, v in row(s).items() if k not in new} for s in (1, 2)])
-    fig = curves.figure(old)
-    assert "load of the busiest expert" in [axis.get_title() for part in fig.subfigs for axis in part.axes]
+def test_dense_and_several_runs(run, tmp_path):
     plain = ("step", "loss", "lr", "grad_norm")
     dense = write_run(tmp_path / "dense", [{k: row(s)[k] for k in plain} for s in (1, 2)], dense=True)
     assert len(curves.figure(dense).subfigs) == 1
-    show.main([str(old), str(dense), "--out", str(tmp_path / "both.png")])
+    show.main([str(run), str(dense), "--out", str(tmp_path / "both.png")])
     assert (tmp_path / "both.png").stat().st_size > 10_000
 
 
@@ -101,7 +97,8 @@ def test_follow_a_growing_and_rewound_log(run):
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(text + json.dumps(row(4))[:20])
     time.sleep(0.05)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row(1), row(2), row(4), row(5), {"step": 5, "val_loss": 4.5})))  # from step 2
+    resumed = (row(1), row(2), row(4), row(5), {"step": 5, "val_loss": 4.5})  # from step 2
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in resumed))
     thread.join(timeout=20)
     expected = [(1, False), (2, False), (2, True), (3, False), (4, False), (5, False), (5, True)]
     assert not thread.is_alive() and [(r["step"], "val_loss" in r) for r in found] == expected

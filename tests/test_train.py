@@ -182,7 +182,8 @@ def launch(*flags, ranks=2, **options):
 
 
 def test_sigterm_saves_and_a_resumed_run_equals_an_unbroken_one(data_dir, tmp_path):
-    flags = [*SMALL, f"--data={data_dir}", "--steps=4000", "--log-every=1", "--checkpoint-every=0", "--val-every=0", "--schedule=wsd", "--decay-frac=0"]
+    flags = [*SMALL, f"--data={data_dir}", "--steps=4000", "--log-every=1", "--checkpoint-every=0", "--val-every=0",
+             "--schedule=wsd", "--decay-frac=0"]  # a rate that does not depend on the number of steps
     process = launch(*flags, f"--out-dir={tmp_path / 'stopped'}", ranks=1)
     for line in process.stdout:
         if line.startswith("step"):
