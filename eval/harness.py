@@ -84,7 +84,7 @@ def training_data(cfg) -> Path | None:
         if directory and (Path(directory) / tokenizer.FILE).is_file():
             return Path(directory)
     raise ValueError(f"tokenizer={cfg.tokenizer!r}: no {tokenizer.FILE} there, in {run_dir / 'data'}" + (f" or in {first}" if first else "") +
-                     ": name the run's data directory with --tokenizer")
+                     ": name the run's data directory with --tokenizer (grpo.py: --data)")
 
 
 def answer_length(model, tokens: Tokens, task, items) -> int:

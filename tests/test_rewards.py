@@ -56,7 +56,8 @@ def test_reasoning(source):
         texts = {p.solution: 1, f" Answer: {right}.": 1, "": 0, f" Answer: {wrong}.": 0, f" Answer: {right}": 0, f"{right}.": 0,
                  f" Answer: {right}. Answer": 0,
                  f" Answer: {wrong}. Answer: {right}.": 0, " ".join(f"Answer: {n}." for n in range(7)): 0, p.solution + p.solution: 0,
-                 f" Answer: {right + 7}.": 0, f" Answer: -{right}.": 0, p.solution + " And so on.": 0, f" Answer: {right}{wrong}.": 0}
+                 f" Answer: {right + 7}.": 0, f" Answer: -{right}.": 0, p.solution + " And so on.": 0, f" Answer: {'4' * 5000}.": 0,
+                 p.solution.replace(" is ", " is " + "4" * 5000, 1): 1, f" Answer: {right}{wrong}.": 0}
         assert dict(zip(texts, grade("reasoning", [question] * len(texts), list(texts)), strict=True)) == texts
 
 
