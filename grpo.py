@@ -41,7 +41,7 @@ from config import require
 from data import tokenizer
 from eval import rewards
 from eval.generate import any_shape, generate
-from eval.harness import ModelChoice, training_data
+from eval.harness import ModelChoice, frozen, training_data
 from eval.sources import Source
 from eval.taskloss import tiktoken_tokens
 from train import Stop
@@ -238,7 +238,7 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
         dist.broadcast_object_list(shared := [run_dir])
         run_dir = shared[0]
     cfg = dataclasses.replace(cfg, model=str(start_path), data=data)
-    start_model = checkpoint.load_model(start_path, device, dtype=cfg.dtype, impl=cfg.impl) if cfg.kl_coef else None
+    start_model = frozen(checkpoint.load_model(start_path, device, dtype=cfg.dtype, impl=cfg.impl)) if cfg.kl_coef else None
     options = [{"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps, "weight_decay": cfg.weight_decay * matrix} for matrix in (True, False)]
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], **option}
                                    for matrix, option in zip((True, False), options, strict=True)], fused=True)

@@ -10,6 +10,7 @@ limit, or arithmetic on plain numbers ("(3, 17 \\cdot 23)") to work out that the
 import json
 import re
 import resource
+import signal
 import sys
 
 from math_verify import LatexExtractionConfig, parse, verify
@@ -45,8 +46,11 @@ def undone(expression) -> int:
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent: grpo.py finishes its step
     for line in sys.stdin:
+        signal.alarm(60)  # ends this process where the parent, which waits for less, is gone
         try:
             print(json.dumps(bool(equal(*json.loads(line)))), flush=True)
         except Exception:  # noqa: BLE001  a parser meets anything here; the answer is then not the gold one
             print("false", flush=True)
+        signal.alarm(0)
