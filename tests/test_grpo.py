@@ -23,8 +23,7 @@ from data.facts import FactsConfig
 from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from eval import rewards
-from eval.taskloss import tiktoken_tokens
-from grpo import (Batch, GRPOConfig, Sample, advantages, answer_logprobs, collate, draw_questions, look_back, main, micro_batches, policy_loss,
+from grpo import (Batch, GRPOConfig, advantages, answer_logprobs, collate, draw_questions, look_back, main, micro_batches, policy_loss,
                   sample_answers)
 from model import GPT, ModelConfig
 
