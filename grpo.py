@@ -41,7 +41,7 @@ from config import require
 from data import tokenizer
 from eval import rewards
 from eval.generate import any_shape, generate
-from eval.harness import ModelChoice, training_data
+from eval.harness import ModelChoice, frozen, training_data
 from eval.sources import Source
 from eval.taskloss import tiktoken_tokens
 from train import Stop
@@ -238,18 +238,18 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
         dist.broadcast_object_list(shared := [run_dir])
         run_dir = shared[0]
     cfg = dataclasses.replace(cfg, model=str(start_path), data=data)
-    start_model = checkpoint.load_model(start_path, device, dtype=cfg.dtype, impl=cfg.impl) if cfg.kl_coef else None
-    groups = [{"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], "weight_decay": cfg.weight_decay * matrix}
-              for matrix in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
-    step = 0
+    start_model = frozen(checkpoint.load_model(start_path, device, dtype=cfg.dtype, impl=cfg.impl)) if cfg.kl_coef else None
+    options = [{"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps, "weight_decay": cfg.weight_decay * matrix} for matrix in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], **option}
+                                   for matrix, option in zip((True, False), options, strict=True)], fused=True)
+    step, row = 0, {}
     if cfg.resume:
         state = checkpoint.read(run_dir)
-        step = state["step"]
-        model.load_state_dict(state["model"])
+        step, row = state["step"], state["row"]
+        model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
-    for group in optimizer.param_groups:
-        group["lr"] = cfg.lr
+        for group, option in zip(optimizer.param_groups, options, strict=True):
+            group.update(option)
     if lead:
         config.save(cfg, run_dir / "config.json")
         checkpoint.rewind_metrics(run_dir / "metrics.jsonl", step)
@@ -266,7 +266,7 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
         norm = float(torch.nn.utils.get_total_norm(list(model.parameters())))
         require(math.isfinite(norm), "norm of the weights", norm, f"at step {step}; lower lr, the last checkpoint is from before")
         if lead:
-            checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(model.cfg), "grpo": dataclasses.asdict(cfg),
+            checkpoint.save(run_dir, step, {"step": step, "row": row, "config": dataclasses.asdict(model.cfg), "grpo": dataclasses.asdict(cfg),
                                             "model": model.state_dict(), "optimizer": optimizer.state_dict()}, cfg.keep_checkpoints)
 
     def summed(values):
@@ -285,7 +285,8 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
         return right
 
     # ---- the loop
-    test_reward, row = test(0) if step == 0 else None, {}
+    if step == 0:
+        test(0)
     with Stop() as stop:
         while step < cfg.steps:
             clock = [time.perf_counter()]
@@ -355,7 +356,7 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
                         f"clipped {row['clipped']:.2%} | other experts {row['router_changed']:.2%} | grad {row['grad_norm']:.3f} | rollout "
                         f"{seconds[0]:.1f} s at {row['rollout_tokens_per_s']:,.0f} tokens/s, reward {seconds[1]:.1f} s, update {seconds[2]:.1f} s")
             if step == cfg.steps or cfg.eval_every and step % cfg.eval_every == 0:
-                test_reward = test(step)
+                row["test_reward"] = test(step)
             stopping = bool(summed([stop.asked])[0])  # ranks hear a signal at different times
             if stopping or step == cfg.steps or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
                 save(step)
@@ -364,10 +365,11 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
                     print(f"stopped and saved at step {step}; continue with: python grpo.py --resume={run_dir}")
                 return None
 
-    test_reward = test(step) if test_reward is None else test_reward  # the checkpoint was the last one
+    if "test_reward" not in row:  # resumed to end where it had been stopped
+        row["test_reward"] = test(step)
     if not lead:
         return None
-    results = {**row, "test_reward": test_reward, "test_questions": len(held_out)}
+    results = {**row, "test_questions": len(held_out)}
     checkpoint.replace_file(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
     lock.close()
     return results

@@ -21,6 +21,7 @@ from bench.results import DTYPES, HEADER, arguments
 from bench.timing import quantiles, skipping
 from eval import hf
 from eval.generate import any_shape, generate
+from eval.harness import frozen
 from model import GPT, KVCache, count_params, preset
 
 IMPLS = ("cache", "recompute", "hf", "hf+moe_kernels")
@@ -98,9 +99,7 @@ def main(argv=None):
     cfg = preset(args.preset, seq_len=args.prompt + args.new, dtype=str(dtype)[6:])
     cfg = cfg if cfg.vocab_size else preset(args.preset, seq_len=cfg.seq_len, dtype=cfg.dtype, vocab_size=320)
     with torch.device(device):
-        model = GPT(cfg).eval()
-    for weight in model.parameters():  # but not the RoPE tables
-        weight.data = weight.data.to(dtype)
+        model = frozen(GPT(cfg).eval())
     theirs = None
     with skipping("transformers", failures):
         theirs = load_theirs(model, dtype, device) if any(name.startswith("hf") for name in names) else None
@@ -111,7 +110,7 @@ def main(argv=None):
         cost = step_cost(cfg, batch, args.prompt + args.new // 2, dtype.itemsize)
         add = partial(results.add, "generate", shape=shape, mode="step", cost=cost, ceiling_ms=cost.bytes / machine.tb_s * 1e-9)
         prompts = torch.randint(cfg.vocab_size, (batch, args.prompt), device=device)
-        ours = None
+        first = None
         for name in names:
             if name.startswith("hf") and theirs is None:
                 continue
@@ -122,9 +121,9 @@ def main(argv=None):
                     run = runner(name, model, theirs, prompts, args.new)
                     tokens = run()  # compiles
                     times = [seconds(run)[0] / args.new for _ in range(args.repeats)]
-                    ours = ours or tokens
-                    same = sum(a[0] == b[0] for a, b in zip(tokens, ours, strict=True)) / batch
-                    note = f"; {same:.0%} of the first tokens are those of {names[0]}"
+                    first = first or (name, tokens)
+                    same = sum(a[0] == b[0] for a, b in zip(tokens, first[1], strict=True)) / batch
+                    note = f"; {same:.0%} of the first tokens are those of {first[0]}"
                 times = quantiles([1e3 * t for t in times])
                 add(implementation=name, times=times, note=f"{batch / times.p50 * 1e3:,.0f} tokens/s{note}")
     return finish(args, results, failures)

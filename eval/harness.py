@@ -64,13 +64,19 @@ def load(cfg):
         return model, tokens, hf.fingerprint(cfg.hf), out
     path = Path(cfg.checkpoint or cfg.run)
     model = checkpoint.load_model(path, "cuda" if cuda else "cpu", dtype=cfg.dtype, impl=cfg.impl)
-    for weight in model.parameters():  # nothing is trained here: cast once, not at every use
-        weight.data = weight.data.to(model.dtype)
+    frozen(model)
     if path.is_dir():
         path = checkpoint.find(path)[-1][1]
     out = Path(cfg.out or path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}")
     out.mkdir(parents=True, exist_ok=True)
     return model, tiktoken_tokens(tokenizer.load(training_data(cfg))), path.name, out
+
+
+def frozen(model):
+    """The same model with its weights in the compute dtype: cast once, not at every use, as it is not trained any more."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(model.dtype)
+    return model
 
 
 def training_data(cfg) -> Path | None:
@@ -84,7 +90,7 @@ def training_data(cfg) -> Path | None:
         if directory and (Path(directory) / tokenizer.FILE).is_file():
             return Path(directory)
     raise ValueError(f"tokenizer={cfg.tokenizer!r}: no {tokenizer.FILE} there, in {run_dir / 'data'}" + (f" or in {first}" if first else "") +
-                     ": name the run's data directory with --tokenizer")
+                     ": name the run's data directory with --tokenizer (grpo.py: --data)")
 
 
 def answer_length(model, tokens: Tokens, task, items) -> int:

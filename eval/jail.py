@@ -10,12 +10,12 @@ import struct
 import sys
 import types
 
-READY, UNCONFINED = b"ready", b"unconfined: "
+CONFINED, READY, UNCONFINED = b"confined", b"ready", b"unconfined: "
 
 
 def main(channel):
-    """Speaks over descriptor `channel`, in messages with a 4-byte length: receives the job, says READY when the program has run,
-    receives token + tests, and gives the token back; or says what went wrong. A job that wants values gets a list of expressions
+    """Speaks over descriptor `channel`, in messages with a 4-byte length: receives the job, says CONFINED, says READY when the program
+    has run, receives token + tests, and gives the token back; or says what went wrong. A job that wants values gets a list of expressions
     instead of tests, and their reprs are given back behind the token."""
     # The program may replace builtins and functions of modules; what is needed after it is bound to local names before.
     read, write, pack, unpack, execute, make_code, error, text = os.read, os.write, struct.pack, struct.unpack, exec, compile, BaseException, str
@@ -35,6 +35,7 @@ def main(channel):
         confine(job)
     except OSError as problem:
         return send(UNCONFINED + str(problem).encode())
+    send(CONFINED)
     module = sys.modules["program"] = types.ModuleType("program")  # a real module: dataclasses and pickle look it up
     try:
         execute(make_code(job["program"], "program", "exec"), module.__dict__)
@@ -53,8 +54,7 @@ def confine(job):
     """Limits, Landlock where the kernel has it, seccomp. Raises OSError without seccomp."""
     sys.path += job["packages"]
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start threads
-    cpu = max(1, round(job["seconds"]))
-    for limit, soft, hard in (("CPU", cpu, cpu + 1), ("AS", job["memory"], job["memory"]), ("CORE", 0, 0), ("FSIZE", 0, 0), ("NPROC", 0, 0),
+    for limit, soft, hard in (("CPU", job["cpu"], job["cpu"] + 1), ("AS", job["memory"], job["memory"]), ("CORE", 0, 0), ("FSIZE", 0, 0), ("NPROC", 0, 0),
                               ("NOFILE", 64, 64)):
         resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (soft, hard))
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)

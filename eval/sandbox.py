@@ -68,7 +68,8 @@ def values(program: str, expressions: list[str], seconds: float = 5.0, memory: i
 
 def _session(program, message, values, seconds, memory):
     """One process: (what it said behind the token, Result)."""
-    job = {"program": program, "values": values, "seconds": seconds, "memory": memory, "prefixes": [sys.prefix, sys.base_prefix],
+    cpu = max(1, round(seconds))
+    job = {"program": program, "values": values, "cpu": cpu, "memory": memory, "prefixes": [sys.prefix, sys.base_prefix],
            "packages": [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]}
     ours, theirs = socket.socketpair()
     directory, process = tempfile.mkdtemp(prefix="sandbox-"), None
@@ -81,6 +82,11 @@ def _session(program, message, values, seconds, memory):
                                        pass_fds=[theirs.fileno()], start_new_session=True)
         _send(ours, json.dumps(job).encode())
         said = _receive(ours, deadline)
+        if said.startswith(jail.UNCONFINED):  # of the child itself: the program has not run yet, and cannot say this later
+            raise OSError(f"code execution needs Linux with seccomp on x86-64 or ARM64 ({said[len(jail.UNCONFINED):].decode()}): "
+                          "leave out what runs programs (humaneval, mbpp, answers by program), or run it elsewhere")
+        if said == jail.CONFINED:
+            said = _receive(ours, deadline)
         if said == jail.READY:
             stage = "tests"
             _send(ours, token + message.encode())
@@ -93,17 +99,15 @@ def _session(program, message, values, seconds, memory):
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
-            status = process.wait()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = status = os.waitstatus_to_exitcode(status)
         ours.close()
         shutil.rmtree(directory, ignore_errors=True)
     if secrets.compare_digest(said[:16], token):
         return said[16:], Result(True, "passed")
-    if said.startswith(jail.UNCONFINED):
-        raise OSError(f"code execution needs Linux with seccomp on x86-64 or ARM64 ({said[len(jail.UNCONFINED):].decode()}): "
-                      "leave humaneval and mbpp out, or run them elsewhere")
     if said:
         return b"", Result(False, said.decode(errors="replace")[:200])
-    if status == -signal.SIGXCPU:
+    if status == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime >= cpu:  # who ignores SIGXCPU gets SIGKILL a second later
         return b"", Result(False, "timeout")
     return b"", Result(False, f"the process ended during the {stage}" + (f" ({signal.Signals(-status).name})" if status < 0 else ""))
 

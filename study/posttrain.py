@@ -106,22 +106,23 @@ def posttrain(run, cfg):
     trained = checkpoint.read(file)["config"]
     known = json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else {}
     model_cfg = checkpoint.load_model(file).cfg
-    digest = hashlib.sha256(json.dumps(settings(cfg), sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps([file.name, settings(cfg)], sort_keys=True).encode()).hexdigest()[:8]
     out, clock = Path(f"{run}-grpo-{digest}"), [time.perf_counter()]
     if out.exists() and not checkpoint.find(out):
         shutil.rmtree(out)  # broken off before its first checkpoint
     before = measure(file, cfg, device)
     clock.append(time.perf_counter())
-    grpo.grpo(cfg.budget(model=str(file), out_dir=str(out), resume=str(out) if out.exists() else ""), device=device)
+    if grpo.grpo(cfg.budget(model=str(file), out_dir=str(out), resume=str(out) if out.exists() else ""), device=device) is None:
+        sys.exit(f"{out}: stopped and saved; the same command goes on from there")  # half a budget is no row
     clock.append(time.perf_counter())
     after = measure(out, cfg, device)
     clock.append(time.perf_counter())
-    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    log = [row for line in (out / "metrics.jsonl").read_text().splitlines() if "reward" in (row := json.loads(line))]
     params = count_params(model_cfg)
     return {"checkpoint": file.name, "settings": settings(cfg), "d_model": model_cfg.d_model, "n_experts": model_cfg.n_experts,
             "top_k": model_cfg.top_k, "seed": trained.get("seed", 0), "total": params.total, "active": params.active - params.embedding,
             "tpp": known.get("tpp"), "train_loss": known.get("train_loss", known.get("loss")), "val_loss": known.get("val_loss"),
-            "before": before, "after": after, "rewards": [round(row["reward"], 4) for row in log if "reward" in row], "kl": [round(row["kl"], 5) for row in log if "reward" in row],
+            "before": before, "after": after, "rewards": [round(row["reward"], 4) for row in log], "kl": [round(row["kl"], 5) for row in log],
             "seconds": [round(b - a, 1) for a, b in zip(clock, clock[1:], strict=False)],
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
 
@@ -134,7 +135,7 @@ def read(path):
 
 def run_missing(cfg):
     """Does what the results file lacks, one line at once for each model that is finished."""
-    runs = sorted(Path(name) for part in cfg.runs.split(",") for name in glob.glob(part) if "-grpo-" not in name and checkpoint.find(name))
+    runs = sorted(Path(name) for part in cfg.runs.split(",") for name in glob.glob(part) if "-grpo-" not in Path(name).name and checkpoint.find(name))
     require(bool(runs), "runs", cfg.runs, "no directory of that name holds a checkpoint (ckpt-*.pt)")
     done = {row["checkpoint"] for row in read(cfg.results) if row["settings"] == settings(cfg)}
     missing = [run for run in runs if checkpoint.find(run)[-1][1].name not in done]
@@ -160,7 +161,7 @@ def run_missing(cfg):
 # ---- what the rows say
 
 def families(rows):
-    """{(k, settings as text): {E: {seed: row}}}, the last row where there are several."""
+    """{(d, k, settings as text): {E: {seed: row}}}, the last row where there are several."""
     found = {}
     for row in rows:
         key = row["d_model"], row["top_k"], json.dumps(row["settings"], sort_keys=True)
@@ -177,7 +178,7 @@ def fall(cells, when, measure, resamples=2000):
         return None
     score = lambda E: np.mean([np.mean(row["before"]["greedy"]) for seed, row in cells[E].items() if seed in everywhere] or [-1])  # noqa: E731
     best, last = max(cells, key=score), max(cells)
-    seeds = [seed for seed in seeds if seed in cells[best]] or everywhere
+    seeds = [seed for seed in seeds if seed in cells[best]]
     lost = np.array([np.subtract(cells[best][seed][when][measure], cells[last][seed][when][measure]) for seed in seeds])  # (seed, problem)
     rng = np.random.default_rng(0)
     draws = [lost[rng.integers(len(seeds), size=len(seeds))][:, rng.integers(lost.shape[1], size=lost.shape[1])].mean() for _ in range(resamples)]

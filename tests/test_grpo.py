@@ -23,8 +23,7 @@ from data.facts import FactsConfig
 from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from eval import rewards
-from eval.taskloss import tiktoken_tokens
-from grpo import (Batch, GRPOConfig, Sample, advantages, answer_logprobs, collate, draw_questions, look_back, main, micro_batches, policy_loss,
+from grpo import (Batch, GRPOConfig, advantages, answer_logprobs, collate, draw_questions, look_back, main, micro_batches, policy_loss,
                   sample_answers)
 from model import GPT, ModelConfig
 
@@ -328,8 +327,9 @@ def test_resume_equals_uninterrupted_bit_for_bit(whole_run, tmp_path):
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in b["model"])
     for i, state in b["optimizer"]["state"].items():
         assert all(torch.equal(value, a["optimizer"]["state"][i][name]) for name, value in state.items())
-    again = main([f"--resume={cut}"])  # a finished run only reports again
-    assert again["test_reward"] == results["test_reward"] and rows(cut)[: len(rows(whole))] == rows(whole)
+    written = (cut / "results.json").read_text()
+    assert main([f"--resume={cut}"]) == resumed and rows(cut) == rows(whole)  # a finished run only reports again
+    assert (cut / "results.json").read_text() == written
 
 
 def test_resume_check_can_fail(whole_run, tmp_path):
@@ -364,8 +364,14 @@ def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch):
         flags = ["--batch-prompts=12", "--mini-batch=4", "--steps=4", "--eval-every=3", "--checkpoint-every=2"]
         assert main([*SHORT, f"--model={start}", f"--out-dir={out}", *flags]) is None
     assert [step for step, _ in checkpoint.find(out)] == [1] and not (out / "results.json").exists()
+    shutil.copytree(out, tmp_path / "ended")
     main([f"--resume={out}"])
     assert rows(out) == rows(whole_run[0])
+    ended = main([f"--resume={tmp_path / 'ended'}", "--steps=1"])
+    assert ended["step"] == 1 and ended["test_reward"] == rows(tmp_path / "ended")[-1]["test_reward"] and len(rows(tmp_path / "ended")) == 3
+    main([f"--resume={tmp_path / 'ended'}", "--steps=2", "--weight-decay=0.3", "--beta2=0.5", "--lr=0.1"])  # other flags override
+    groups = checkpoint.read(tmp_path / "ended")["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["betas"], group["lr"]) for group in groups] == [(0.3, (0.9, 0.5), 0.1), (0, (0.9, 0.5), 0.1)]
 
 
 def test_two_ranks_equal_one(whole_run, start, tmp_path):

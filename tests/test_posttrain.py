@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import checkpoint
+import grpo
 from data import procedural, tokenizer
 from data.facts import FactsConfig
 from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from model import GPT, ModelConfig
-from study.posttrain import fall, families, main, read, report
+from study.posttrain import fall, families, main, report
 
 BUDGET = ("--steps=2 --batch-prompts=4 --mini-batch=2 --group-size=2 --questions=20 --lr=1e-2 --problems=4 --samples=4 --device=cpu --eval-every=0 "
           "--eval-questions=2").split()
@@ -52,6 +53,25 @@ def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
     assert main([f"--results={results}"]) == rows
     with pytest.raises(ValueError, match="no directory of that name"):
         main(["--runs=/nonexistent/*", f"--results={results}"])
+
+
+def test_half_a_budget_is_no_row(runs, tmp_path, monkeypatch):
+    results = tmp_path / "posttrain.jsonl"
+    flags = [f"--runs={runs}/E2", f"--results={results}", *BUDGET, "--seed=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.Stop, "asked", True)
+        with pytest.raises(SystemExit, match="stopped and saved"):
+            main(flags)
+    assert not results.exists()
+    monkeypatch.setattr("study.posttrain.figure", lambda rows, path: None)
+    (row,) = main(flags)
+    assert len(row["rewards"]) == 2
+    # A run trained on is another start model: what was made of the older checkpoint is left alone.
+    state = checkpoint.read(runs / "E2") | {"step": 6}
+    checkpoint.save(runs / "E2", 6, state, keep=1)
+    before = set(runs.glob("E2-grpo-*"))
+    first, second = main(flags)
+    assert first == row and second["checkpoint"].startswith("ckpt-00000006") and len(set(runs.glob("E2-grpo-*")) - before) == 1
 
 
 def made_up(E, seed, rate, rate_after, n=500):

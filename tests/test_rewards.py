@@ -56,7 +56,8 @@ def test_reasoning(source):
         texts = {p.solution: 1, f" Answer: {right}.": 1, "": 0, f" Answer: {wrong}.": 0, f" Answer: {right}": 0, f"{right}.": 0,
                  f" Answer: {right}. Answer": 0,
                  f" Answer: {wrong}. Answer: {right}.": 0, " ".join(f"Answer: {n}." for n in range(7)): 0, p.solution + p.solution: 0,
-                 f" Answer: {right + 7}.": 0, f" Answer: -{right}.": 0, p.solution + " And so on.": 0, f" Answer: {right}{wrong}.": 0}
+                 f" Answer: {right + 7}.": 0, f" Answer: -{right}.": 0, p.solution + " And so on.": 0, f" Answer: {'4' * 5000}.": 0,
+                 p.solution.replace(" is ", " is " + "4" * 5000, 1): 1, f" Answer: {right}{wrong}.": 0}
         assert dict(zip(texts, grade("reasoning", [question] * len(texts), list(texts)), strict=True)) == texts
 
 
@@ -94,7 +95,10 @@ def test_expressions():
              ("x+1", "x+1, x+2, x+3", 0), ("x+1", "x+1=x+2", 0), ("x+1", "$x$ $x+1$", 0), (r"5\sqrt{3}", r"\sqrt{12}+\sqrt{27}", 0),
              (r"\sqrt{2}", "1.41421356237", 0),
              ("x^2+2x+1", "(1+x)^2", 0), ("x+1", r"\int (1) dx + 1", 0), ("x+1", "x+1+9^{9^{9^{9}}}-9^{9^{9^{9}}}", 0), ("x+1", r"\text{correct}", 0),
-             ("x+1", "}{", 0)]
+             ("x+1", "}{", 0), (r"(3,391)", r"(3,17\cdot23)", 0), ("(1,9)", "(1,3^2)", 0), (r"\{1,2\}", r"\{1,1+1\}", 0), ("x+12", "x+5+7", 0),
+             (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\1+1\end{pmatrix}", 0), ("2^{10}x", "x2^{10}", 1), ("x-3", "-3+x", 1),
+             (r"-\frac{3\sqrt{2}}{2}", r"\frac{-3\sqrt{2}}{2}", 1), (r"(3,\frac{\pi}{2})", r"(3,\pi/2)", 1), ("3-9i", "-9i+3", 1),
+             (r"(-\frac{1}{2},\sqrt{3})", r"(-1/2,\sqrt{3})", 1), (r"\frac{x^2-3}{4}", "(x^2-3)/4", 1)]
     questions = [Question("Problem:\nSimplify.\n\nSolution:", gold) for gold, _, _ in cases]
     assert grade("math", questions, [rf"\boxed{{{answer}}}" for _, answer, _ in cases]) == [float(reward) for *_, reward in cases]
     copied = Question("Problem:\nWrite $y - (1 - x)$ simply.\n\nSolution:", "x+y-1")
