@@ -48,6 +48,19 @@ def log_line(row, cfg, tokens_per_step):
             f"{row['tokens_per_s']:,.0f} tok/s | mfu {mfu} | load {load} | eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
 
 
+def next_steps(run_dir, cfg, sources):
+    """What to try after a run, as commands."""
+    data = ",".join(f"{directory}:{weight:g}" if len(sources) > 1 else str(directory) for directory, weight in sources)
+    commands = [(f"python train.py --resume={run_dir} --steps={2 * cfg.steps}", "go on"),
+                (f"python train.py --data={data} --n_experts={4 * cfg.n_experts}", "more experts on the same data; --dense: none"),
+                (f"python -m study.show {run_dir} RUN...", "runs over one another"),
+                ("python -m data.prepare --help", "text of your own")]
+    if "procedural" in shards.read_meta(sources[0][0]):
+        commands.insert(2, (f"python grpo.py --model={run_dir}", "reinforcement learning on the reasoning problems"))
+    width = max(len(command) for command, _ in commands)
+    return "\n".join(["", "what to try next:", *(f"  {command:<{width}}  # {what}" for command, what in commands)])
+
+
 def final_report(model, cfg, sources, enc, val_loader, results):
     """Print the table and samples; return what evaluation adds to results.json."""
     model.eval()

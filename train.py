@@ -405,6 +405,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
         model = checkpoint.load_model(run_dir, device)
     results |= report.final_report(model, cfg, sources, enc, val_loader, results)
     checkpoint.replace_file(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    print(report.next_steps(run_dir, cfg, sources))
     if pictures:
         pictures.close()
     lock.close()

@@ -36,6 +36,7 @@ from eval.generate import generate
 from eval.tasks.reasoning import vote
 from eval.votes import curves, majority, pass_at_k
 from model import count_params
+from study.results import read
 
 MEASURES = {"greedy": "one greedy answer", "majority": "majority of all draws"}
 
@@ -127,12 +128,6 @@ def posttrain(run, cfg):
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
 
 
-def read(path):
-    """The rows of a results file; a last line torn by a crash is left out."""
-    text = Path(path).read_text() if Path(path).exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
 def run_missing(cfg):
     """Does what the results file lacks, one line at once for each model that is finished."""
     runs = sorted(Path(name) for part in cfg.runs.split(",") for name in glob.glob(part) if "-grpo-" not in Path(name).name and checkpoint.find(name))
@@ -146,9 +141,11 @@ def run_missing(cfg):
         def other_process(run):
             done = subprocess.run([sys.executable, "-m", "study.posttrain", *flags, f"--runs={run}"], stdout=subprocess.PIPE, text=True)
             print(f"{run}: {'finished' if done.returncode == 0 else 'failed'}", flush=True)
+            return done.returncode
 
         with ThreadPoolExecutor(cfg.jobs) as pool:
-            list(pool.map(other_process, missing))
+            failed = sum(code != 0 for code in pool.map(other_process, missing))
+        require(not failed, "runs", cfg.runs, f"{failed} of {len(missing)} failed, see above; the same command does them again")
         return
     for run in missing:
         row = json.dumps(posttrain(run, cfg)) + "\n"
