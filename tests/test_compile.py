@@ -10,8 +10,8 @@ import pytest
 
 from tests.offline import SHARED_LIMIT
 
-# T, D, F, E, K: each tile family at full and at small rows per expert; widths down to the smallest model.
-SHAPES = ["4096,2048,768,16,8", "1024,2048,768,128,8", "4096,512,1024,16,4", "1536,1536,256,8,8", "512,128,256,8,2", "64,64,48,8,2"]
+# T, D, F, E, K: each tile family at full and at small rows per expert; widths down to the smallest model; generation.
+SHAPES = ["4096,2048,768,16,8", "1024,2048,768,128,8", "4096,512,1024,16,4", "1536,1536,256,8,8", "512,128,256,8,2", "64,64,48,8,2", "4,512,1024,16,2"]
 GEMMS = {"up_kernel", "rows_kernel", "dswiglu_kernel", "dw_kernel"}
 
 
