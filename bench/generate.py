@@ -22,7 +22,8 @@ from bench.timing import quantiles, skipping
 from eval import hf
 from eval.generate import any_shape, generate
 from eval.harness import frozen
-from model import GPT, KVCache, count_params, preset
+from eval.kv_cache import KVCache
+from model import GPT, count_params, preset
 
 IMPLS = ("cache", "recompute", "hf", "hf+moe_kernels")
 

@@ -2,7 +2,7 @@
 
     texts = generate(model, [encode("Alice has"), encode("2+2=")], max_new_tokens=32, stop_ids=[eos])
 
-Every prompt gets what it would get alone: rows keep their own positions (model.KVCache), and sampling draws from a random stream
+Every prompt gets what it would get alone: rows keep their own positions (KVCache), and sampling draws from a random stream
 of each prompt, so neither the batch size nor the other prompts change a result.
 
 On a GPU one token of a small model costs more launches than arithmetic. So a step there has few shapes, is captured in a CUDA graph
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import KVCache
+from eval.kv_cache import KVCache
 
 # cuDNN's attention, the default of an H100, builds a plan for each new shape; evaluation has a new one in every batch.
 any_shape = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -14,17 +14,19 @@ from moe_kernels.tiles import pick_impl
 
 
 def linear_cross_entropy(x_TD, w_VD, targets_T, chunk=8192, impl=None):
-    """Mean cross-entropy in nats (float32 scalar) of softmax(x W^T) against the targets; targets < 0 do not count.
+    """Mean cross-entropy in nats (float32 scalar) of softmax(x W^T) against the targets; those of -1 do not count.
 
     x_TD (T, D) in the compute dtype; w_VD (V, D) in any floating dtype, cast to x's; targets_T (T,) int64 below V (not checked).
     chunk: tokens whose logits exist at one time on the triton path. Differentiable in x and w; w's gradient has w's dtype.
-    impl: as in `moe_experts`; "grouped_mm" is the reference here. Raises ValueError when the shapes do not fit."""
+    impl: as in `moe_experts`; "grouped_mm" is the reference here. Raises ValueError when the shapes do not fit, and for float64 on the triton path."""
     if x_TD.ndim != 2 or w_VD.ndim != 2 or x_TD.shape[1] != w_VD.shape[1] or targets_T.shape != x_TD.shape[:1]:
         raise ValueError(f"x {tuple(x_TD.shape)}, w {tuple(w_VD.shape)}, targets {tuple(targets_T.shape)}: expected (T, D), (V, D), (T,)")
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: use 1 or more")
     if impl == "grouped_mm" or pick_impl(impl, x_TD) != "triton":
         return reference.linear_cross_entropy(x_TD, w_VD, targets_T)
+    if x_TD.dtype == torch.float64:
+        raise ValueError("impl='triton' computes in float32 at most, not float64: use impl='reference'")
     return cross_entropy_op(x_TD, w_VD, targets_T, chunk, torch.is_grad_enabled())[0]
 
 

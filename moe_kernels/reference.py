@@ -73,7 +73,7 @@ def experts_grouped_mm(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
 
 
 def linear_cross_entropy(x_TD, w_VD, targets_T):
-    """Twin of `cross_entropy.linear_cross_entropy`: mean over targets >= 0, in float32 (float64 stays)."""
+    """Twin of `cross_entropy.linear_cross_entropy`: mean over targets other than -1, in float32 (float64 stays)."""
     logits = x_TD @ w_VD.to(x_TD.dtype).T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F_.cross_entropy(logits, targets_T, ignore_index=-1, reduction="sum") / (targets_T >= 0).sum().clamp(min=1)

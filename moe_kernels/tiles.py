@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from moe_kernels.dispatch import max_tiles
+
 IMPLS = ("reference", "grouped_mm", "triton")
 
 
@@ -30,7 +32,7 @@ def pick_impl(impl, tensor):
 
 def eager(tensor):
     """True for an ordinary tensor outside of tracing and compilation. There the layer calls its functions through autograd.Function: the same
-    functions as a custom op cost 75 us more of Python per call (and as much again in backward), which small batches would feel."""
+    functions as a custom op cost 75 us more of Python per call (empty ops on a CPU; as much again in backward), which small batches would feel."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
@@ -74,12 +76,12 @@ def gemm_tiles(n_rows, n_experts, D, F, dtype):
     else:  # few steps per tile: small tiles, several to a multiprocessor, hide one another's latencies
         dw_k = min(max(_pow2(n_rows // n_experts), 16), 32)
         dw_in, dw_out = Tile(128, wide(D, 128), dw_k, 4, 1, 4, 4), Tile(128, wide(F, 128), dw_k, 4, 2, 4, 4)
-    row_tiles = n_rows // block_m + min(n_experts, n_rows)
+    row_tiles = max_tiles(n_rows, n_experts, block_m)
 
     def forward(n, block_n, parts):
         # A few tokens at a time (generation): narrower tiles until every multiprocessor reads a share of the weights.
         block_n = wide(n, block_n)
-        while block_m == 16 and block_n > 32 and row_tiles * -(-n // block_n) < 132:
+        while block_m == 16 and block_n > 32 and row_tiles * -(-n // block_n) < 132:  # those of an H100
             block_n, parts = block_n // 2, max(1, parts // 2)
         return block_n, parts
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from eval.generate import Decoder, generate, sample
-from model import GPT, KVCache, ModelConfig
+from eval.kv_cache import KVCache
+from model import GPT, ModelConfig
 
 CFG = dict(vocab_size=50, seq_len=40, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, n_experts=4, top_k=2, d_expert=32,
            init_std=0.3, dtype="float32")

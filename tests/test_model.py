@@ -12,7 +12,8 @@ import torch.nn.functional as F_
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import model as model_file
-from model import GPT, PRESETS, KVCache, ModelConfig, count_params, flops_per_token, peak_flops, preset, training_memory, update_router_bias
+from eval.kv_cache import KVCache
+from model import GPT, PRESETS, ModelConfig, count_params, flops_per_token, peak_flops, preset, training_memory, update_router_bias
 
 SMALL = dict(vocab_size=61, seq_len=24, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=8, n_experts=4, top_k=2, d_expert=48,
              init_std=0.2, dtype="float32")
