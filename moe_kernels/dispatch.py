@@ -21,7 +21,7 @@ class Dispatch(NamedTuple):
     tile_expert: Tensor  # expert of each tile of block_m rows; the first tile_count[0] entries are valid
     tile_row: Tensor  # first row of each tile
     tile_count: Tensor  # (1,)
-    by_size: Tensor  # (E,), experts by falling number of rows
+    by_size: Tensor  # (3, E): experts by falling number of rows, the first row of each, the row after its last
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -104,7 +104,10 @@ def place_kernel(
             tl.store(tile_row_ptr + first + tile, start + tile * block_m, mask=tile < n)
         size = tl.sum(tl.where(mine, counts, 0), 0)
         before_it = (counts > size) | ((counts == size) & (offs_e < e))
-        tl.store(by_size_ptr + tl.sum(before_it.to(tl.int32), 0), e)
+        rank_ptr = by_size_ptr + tl.sum(before_it.to(tl.int32), 0)
+        tl.store(rank_ptr, e)
+        tl.store(rank_ptr + E, start)
+        tl.store(rank_ptr + 2 * E, start + size)
         tl.store(offsets_ptr + e + 1, start + size)
         if e == 0:
             tl.store(offsets_ptr, 0)
@@ -130,7 +133,7 @@ def dispatch(experts_TK, n_experts, block_m):
     block_e = triton.next_power_of_2(E)
     n_tiles = max_tiles(S, E, block_m)
     new = lambda *shape: experts_TK.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    out = Dispatch(new(E + 1), new(S), new(*experts_TK.shape), new(n_tiles), new(n_tiles), new(1), new(E))
+    out = Dispatch(new(E + 1), new(S), new(*experts_TK.shape), new(n_tiles), new(n_tiles), new(1), new(3, E))
     if S == 0:
         for index in out:
             index.zero_()

@@ -90,7 +90,7 @@ def _(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
     return (
         x_TD.new_empty(x_TD.shape),
         x_TD.new_empty(T * K, G),
-        *Dispatch(index(E + 1), index(T * K), index(T, K), index(n_tiles), index(n_tiles), index(1), index(E)),
+        *Dispatch(index(E + 1), index(T * K), index(T, K), index(n_tiles), index(n_tiles), index(1), index(3, E)),
     )
 
 

@@ -12,20 +12,40 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.tiles import resident_programs
+from moe_kernels.tiles import interpreting, resident_programs
 
 
 @triton.jit
-def _tile(pid, n_tiles_m, tile_expert_ptr, tile_row_ptr, offsets_ptr, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+def _sigmoid_approx(x):
+    # Two instructions of the special function unit and two others, within 1e-6 of 1 / (1 + exp(-x)). tl.sigmoid takes ten more: its exponential and its
+    # division rescale numbers too small or too large for float32, which here are 0 or 1 just as well; half of an epilogue's time was that.
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 t;
+        mul.ftz.f32 t, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 t, t;
+        add.ftz.f32 t, t, 0f3F800000;
+        rcp.approx.ftz.f32 $0, t;
+        }""",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+_sigmoid = tl.sigmoid if interpreting() else _sigmoid_approx
+
+@triton.jit
+def _tile(pid, n_row_tiles, tile_expert_ptr, tile_row_ptr, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
     # GROUP_M row tiles walk the columns together, so that the weights they share are read from L2 and not from memory.
     group = pid // (GROUP_M * N_TILES)
     first_m = group * GROUP_M
-    size_m = tl.minimum(n_tiles_m - first_m, GROUP_M)
+    size_m = tl.minimum(n_row_tiles - first_m, GROUP_M)
     pid_m = first_m + pid % (GROUP_M * N_TILES) % size_m
     pid_n = pid % (GROUP_M * N_TILES) // size_m
-    expert = tl.load(tile_expert_ptr + pid_m)
-    row = tl.load(tile_row_ptr + pid_m)
-    return expert, row, tl.load(offsets_ptr + expert + 1) - row, pid_n
+    return tl.load(tile_expert_ptr + pid_m), tl.load(tile_row_ptr + pid_m), pid_m, pid_n
 
 
 @triton.jit
@@ -41,7 +61,7 @@ def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
             return _split_columns(right, PARTS // 2, part - PARTS // 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "max_tiles"])
 def up_kernel(
     x_ptr,
     w_in_desc,
@@ -52,6 +72,8 @@ def up_kernel(
     tile_expert_ptr,
     tile_row_ptr,
     tile_count_ptr,
+    S,
+    max_tiles,
     D: tl.constexpr,
     F: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -64,13 +86,15 @@ def up_kernel(
     """h = gather(x) W_in^T and a = silu(gate) * up: one A tile feeds a gate and an up accumulator."""
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    n_tiles_m = tl.load(tile_count_ptr)
-    if tl.program_id(0) >= n_tiles_m * N_TILES:
+    # What the first loads of x wait for is two loads deep: the walk is that of the static bound, the gather covers whole tiles, and neither needs the
+    # number of tiles or of rows. Rows past the expert's end are the next expert's: computed, not stored.
+    expert, row, pid_m, pid_n = _tile(tl.program_id(0), max_tiles, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)
+    if pid_m >= tl.load(tile_count_ptr):
         return
-    expert, row, n_rows, pid_n = _tile(tl.program_id(0), n_tiles_m, tile_expert_ptr, tile_row_ptr, offsets_ptr, N_TILES, GROUP_M)
+    n_rows = tl.load(offsets_ptr + expert + 1) - row
     offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     mask_m = offs_m < n_rows
-    tokens = tl.load(row_slot_ptr + row + offs_m, mask=mask_m, other=0) // TOP_K
+    tokens = tl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0) // TOP_K
     x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * D + offs_k[None, :]
     w_row = expert * (2 * F) + pid_n * BLOCK_N
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -95,7 +119,7 @@ def up_kernel(
         g, u = _split_columns(gate, PARTS, part), _split_columns(up, PARTS, part)
         tl.store(h_ptr + offs_h, g.to(dtype), mask=mask)
         tl.store(h_ptr + F + offs_h, u.to(dtype), mask=mask)
-        tl.store(a_ptr + offs_m[:, None] * F + offs_n[None, :], (g * tl.sigmoid(g) * u).to(dtype), mask=mask)
+        tl.store(a_ptr + offs_m[:, None] * F + offs_n[None, :], (g * _sigmoid(g) * u).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -125,7 +149,8 @@ def rows_kernel(
     n_tiles_m = tl.load(tile_count_ptr)
     offs_m = tl.arange(0, BLOCK_M)
     for tile in tl.range(tl.program_id(0), n_tiles_m * N_TILES, tl.num_programs(0), flatten=True):
-        expert, row, n_rows, pid_n = _tile(tile, n_tiles_m, tile_expert_ptr, tile_row_ptr, offsets_ptr, N_TILES, GROUP_M)
+        expert, row, _, pid_n = _tile(tile, n_tiles_m, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)
+        n_rows = tl.load(offsets_ptr + expert + 1) - row
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, R, BLOCK_K):
             # Rows past the expert's end belong to the next expert: they are computed and not stored. Columns past R read as zero in `a`,
@@ -145,7 +170,7 @@ def rows_kernel(
             tl.store(tile_ptr + offs_m[:, None] * N + offs_n[None, :], _split_columns(acc, PARTS, part).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "max_tiles"])
 def dswiglu_kernel(
     dy_ptr,
     w_out_desc,
@@ -160,6 +185,7 @@ def dswiglu_kernel(
     tile_row_ptr,
     tile_count_ptr,
     S,
+    max_tiles,
     D: tl.constexpr,
     F: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -172,13 +198,13 @@ def dswiglu_kernel(
     """da = gather(dy) W_out, then in the epilogue dh, ga = gate * swiglu(h), and the row sums of da * swiglu(h) that make the gate's gradient."""
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    n_tiles_m = tl.load(tile_count_ptr)
-    if tl.program_id(0) >= n_tiles_m * N_TILES:
+    expert, row, pid_m, pid_n = _tile(tl.program_id(0), max_tiles, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)  # as in up_kernel
+    if pid_m >= tl.load(tile_count_ptr):
         return
-    expert, row, n_rows, pid_n = _tile(tl.program_id(0), n_tiles_m, tile_expert_ptr, tile_row_ptr, offsets_ptr, N_TILES, GROUP_M)
+    n_rows = tl.load(offsets_ptr + expert + 1) - row
     offs_m, offs_k, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, WIDTH)
     mask_m = offs_m < n_rows
-    slots = tl.load(row_slot_ptr + row + offs_m, mask=mask_m, other=0)
+    slots = tl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0)
     dy_ptrs = dy_ptr + (slots // TOP_K).to(tl.int64)[:, None] * D + offs_k[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, D, BLOCK_K):
@@ -211,7 +237,7 @@ def dswiglu_kernel(
             g_next = tl.load(h_ptr + (part + 1) * WIDTH + offs_h, mask=mask, other=0.0)
             u_next = tl.load(h_ptr + F + (part + 1) * WIDTH + offs_h, mask=mask, other=0.0)
         da = _split_columns(acc, PARTS, part)
-        sig = tl.sigmoid(g)
+        sig = _sigmoid(g)
         silu = g * sig
         a = silu * u  # zero past F, where da holds another expert's columns
         dgate += tl.sum(da * a, 1)
@@ -222,14 +248,14 @@ def dswiglu_kernel(
     tl.store(dgates_part_ptr + pid_n * S.to(tl.int64) + row + offs_m, dgate, mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def dw_kernel(
     a_ptr,
     b,
     dw_ptr,
     row_slot_ptr,
-    offsets_ptr,
     by_size_ptr,
+    E,
     M: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -247,7 +273,8 @@ def dw_kernel(
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     # Large experts first: their long reductions must not be what the last multiprocessors still do when all others are done.
-    expert = tl.load(by_size_ptr + tl.program_id(0) // (M_TILES * N_TILES))
+    rank_ptr = by_size_ptr + tl.program_id(0) // (M_TILES * N_TILES)
+    expert, start, end = tl.load(rank_ptr), tl.load(rank_ptr + E), tl.load(rank_ptr + 2 * E)
     pid = tl.program_id(0) % (M_TILES * N_TILES)
     first_m = pid // (GROUP_M * N_TILES) * GROUP_M
     size_m = tl.minimum(M_TILES - first_m, GROUP_M)
@@ -256,7 +283,6 @@ def dw_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    start, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # The token ids of the next step are loaded one step ahead: an index loaded where it is used halves the depth of the pipeline.
     tokens = tl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
@@ -300,7 +326,21 @@ def up(x_TD, w_in_EGD, dispatch, tile):
     h, a = x_TD.new_empty(S, G), x_TD.new_empty(S, F)
     w_desc = _desc(w_in_EGD, tile.BLOCK_N, tile.BLOCK_K)
     up_kernel[_row_grid(dispatch, F, tile)](
-        x_TD, w_desc, h, a, dispatch.row_slot_S, dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count, D, F, K, **tile._asdict()
+        x_TD,
+        w_desc,
+        h,
+        a,
+        dispatch.row_slot_S,
+        dispatch.offsets,
+        dispatch.tile_expert,
+        dispatch.tile_row,
+        dispatch.tile_count,
+        S,
+        dispatch.tile_expert.numel(),
+        D,
+        F,
+        K,
+        **tile._asdict(),
     )
     return h, a
 
@@ -350,6 +390,7 @@ def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, dispatch, tile):
         dispatch.tile_row,
         dispatch.tile_count,
         S,
+        dispatch.tile_expert.numel(),
         D,
         F,
         K,
@@ -365,5 +406,5 @@ def dw(a, b, gather_a, dispatch, tile):
     out = a.new_empty(E, M, N)
     grid = (E * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),)
     b_source = _desc(b, tile.BLOCK_K, tile.BLOCK_N) if gather_a else b
-    dw_kernel[grid](a, b_source, out, dispatch.row_slot_S, dispatch.offsets, dispatch.by_size, M, N, K, gather_a, **tile._asdict())
+    dw_kernel[grid](a, b_source, out, dispatch.row_slot_S, dispatch.by_size, E, M, N, K, gather_a, **tile._asdict())
     return out
