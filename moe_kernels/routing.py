@@ -106,19 +106,19 @@ def route_fwd_kernel(
         ranking = scores + bias[None, :]
     ranking = tl.where((offs_e < E)[None, :], ranking, float("-inf"))
 
-    chosen_counts = tl.zeros([BLOCK_E], tl.int32)
+    # Reductions over tokens cross warps: one after the loop instead of one in every round.
+    taken = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     for k in range(K):
-        best = tl.minimum(tl.argmax(ranking, 1), E - 1)  # a row of NaN must not name an expert that does not exist
+        value, best = tl.max(ranking, 1, return_indices=True)
+        best = tl.minimum(best, E - 1)  # a row of NaN must not name an expert that does not exist
         hit = offs_e[None, :] == best[:, None]
-        if SIGMOID or not NORMALIZE:
-            value = tl.sum(tl.where(hit, scores, 0.0), 1)
-        else:
-            value = tl.sum(tl.where(hit, logits, 0.0), 1)
+        if HAS_BIAS or SIGMOID or not NORMALIZE:  # else the value is the logit that was ranked
+            value = tl.sum(tl.where(hit, scores if SIGMOID or not NORMALIZE else logits, 0.0), 1)
         chosen = tl.where(offs_k[None, :] == k, value[:, None], chosen)
         ids = tl.where(offs_k[None, :] == k, best[:, None], ids)
-        chosen_counts += tl.sum((hit & mask_t[:, None]).to(tl.int32), 0)
+        taken = taken | hit
         ranking = tl.where(hit, float("-inf"), ranking)
     if NORMALIZE:
         valid = (offs_k < K)[None, :]
@@ -133,7 +133,7 @@ def route_fwd_kernel(
     tl.store(gates_ptr + slots, chosen, mask=mask_slots)
     tl.store(experts_ptr + slots, ids, mask=mask_slots)
     # One row of partial sums per block, summed in a fixed order by route_stats_kernel: no atomics, the same bits every time.
-    tl.store(part_counts_ptr + pid * E + offs_e, chosen_counts, mask=offs_e < E)
+    tl.store(part_counts_ptr + pid * E + offs_e, tl.sum((taken & mask_t[:, None]).to(tl.int32), 0), mask=offs_e < E)
     tl.store(part_stats_ptr + pid * (E + 1) + offs_e, tl.sum(tl.where(mask_t[:, None], probs, 0.0), 0), mask=offs_e < E)
     tl.store(part_stats_ptr + pid * (E + 1) + E, tl.sum(tl.where(mask_t, lse * lse, 0.0), 0))
 
@@ -249,7 +249,7 @@ def route_fwd(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: boo
     route_fwd_kernel[(n_blocks,)](
         logits, bias_E, gates, experts, part_counts, part_stats, T, E, top_k, sigmoid, normalize, bias_E is not None, **blocks
     )
-    route_stats_kernel[(triton.cdiv(E + 1, 32),)](part_counts, part_stats, counts, probs, z, T, n_blocks, E, BLOCK_B=64, BLOCK_E=32)
+    route_stats_kernel[(triton.cdiv(E + 1, 8),)](part_counts, part_stats, counts, probs, z, T, n_blocks, E, BLOCK_B=512, BLOCK_E=8)
     return gates, experts, counts, probs, z
 
 
