@@ -154,7 +154,7 @@ def bench_routing(results, shape, routing, inputs, w_router, cuda):
         logits = F_.linear(x, w).float()
         top = logits.topk(K, dim=1)
         flat = top.indices.flatten()
-        counts, order = flat.bincount(minlength=E), flat.argsort(stable=True)
+        counts, order = flat.new_zeros(E).index_add_(0, flat, torch.ones_like(flat)), flat.argsort(stable=True)  # bincount waits for the GPU
         slot_row = torch.empty_like(order)
         slot_row[order] = torch.arange(flat.numel(), device=x.device)
         return top.values.softmax(1), logits.softmax(1).mean(0), logits.logsumexp(1).square().mean(), counts, (counts.cumsum(0), order, slot_row)
@@ -170,7 +170,7 @@ def bench_routing(results, shape, routing, inputs, w_router, cuda):
     for name, fn in (("triton" if cuda else "reference", ours), ("torch", torch_ops)):
         full = lambda fn=fn: torch.autograd.grad(fn()[:3], (x, w), grads)  # noqa: E731
         full()
-        time_modes(results, "routing", name, shape, routing, fn, full, by_mode, {}, graph=cuda and name == "triton")
+        time_modes(results, "routing", name, shape, routing, fn, full, by_mode, {}, graph=cuda)
 
 
 def bench_shape(results, args, shape, routing, dtype, failures):
@@ -209,9 +209,9 @@ def summary(rows, machine, itemsize):
             line = f"{shape} {routing}: " + ", ".join(f"{other_ms / ms:.2f}x {other}" for other, other_ms in others.items())
             if gemms_ms := full.get(("layer", "gemms", "full-graph", routing, shape)):
                 line += f"; graph {gemms_ms / full['layer', name, 'full-graph', routing, shape]:.2f}x gemms"
-            eager, graph, ops = (full.get(("routing", *key, routing, shape)) for key in ((name, mode), (name, "full-graph"), ("torch", mode)))
-            if eager and graph and ops:
-                line += f"; routing {graph / ms:.1%} of the layer (graph), torch ops take {ops / eager:.1f}x ours eager, {ops / graph:.1f}x the graph"
+            eager, graph, ops, ops_graph = (full.get(("routing", who, how, routing, shape)) for who in (name, "torch") for how in (mode, "full-graph"))
+            if graph and ops_graph:
+                line += f"; routing {graph / ms:.1%} of the layer (graphs), torch ops take {ops / eager:.1f}x as long eager, {ops_graph / graph:.1f}x in graphs"
             print(line)
             if routing == "softmax":
                 curves[shape._replace(E=0)].append((ms, layer_floor_ms(shape, mode, *machine, itemsize), shape.E))
