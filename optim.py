@@ -1,5 +1,7 @@
 """Learning-rate schedules, AdamW, and Muon for the hidden matrices (experts, attention) beside AdamW for everything else.
 
+Clipping is part of the step: its factor goes to the optimisers (`scale`), so that the gradients of large tensors are read once and never rewritten.
+
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about U V^T, so that every direction of a
 matrix moves equally far. The step is scaled by 0.2 sqrt(longer side) (arXiv 2502.16982), which gives it the root mean square that AdamW's steps
 have: one learning rate and one weight decay serve both optimisers.
@@ -16,6 +18,9 @@ import math
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.adamw import adamw as adamw_fused
+
+from moe_kernels.adamw import adamw
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
 ROUNDS = 5
@@ -31,6 +36,54 @@ def lr_at(step, cfg):
     else:
         share = min(1.0, (cfg.steps - step) / max(1, cfg.decay_frac * cfg.steps))
     return cfg.lr * (cfg.min_lr_frac + (1 - cfg.min_lr_frac) * share)
+
+
+def clip_factor(norm, limit):
+    """What gradients of this norm (a scalar tensor) are multiplied by so that their norm is at most `limit`; None where that is 0: nothing."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, whose fused kernel updates many small tensors in one launch; `moe_kernels.adamw` updates large ones, in one pass.
+
+    `found_inf` (a float scalar tensor, 1: skip) and `scale` (one that gradients are multiplied by) are set before a step, or None."""
+
+    LARGE = 2**20  # values of a tensor that pays for a launch of its own
+    found_inf = scale = None
+
+    def __init__(self, groups, lr, betas, eps):
+        super().__init__(groups, lr, betas, eps, fused=True, capturable=isinstance(lr, torch.Tensor))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            small, large = [], []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                tensors = *map(local, (p, p.grad, state["exp_avg"], state["exp_avg_sq"])), state["step"]
+                (large if p.is_cuda and tensors[0].numel() >= self.LARGE else small).append(tensors)
+            if small:
+                self._step_small(group, *zip(*small, strict=True))
+            if large:
+                self._step_large(group, *zip(*large, strict=True))
+
+    def _step_small(self, group, weights, grads, means, variances, steps):
+        if self.scale is not None:
+            torch._foreach_mul_(grads, self.scale)
+        beta1, beta2 = group["betas"]
+        adamw_fused(weights, grads, means, variances, [], steps, fused=True, capturable=group["capturable"], found_inf=self.found_inf, amsgrad=False,
+                    beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+
+    def _step_large(self, group, weights, grads, means, variances, steps):
+        skip = torch.zeros((), device=steps[0].device) if self.found_inf is None else self.found_inf
+        scale = torch.ones_like(skip) if self.scale is None else self.scale
+        torch._foreach_add_(steps, 1 - skip)
+        for tensors in zip(weights, grads, means, variances, steps, strict=True):
+            adamw(*tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip)
 
 
 def orthogonalize(m_NAB):
@@ -49,9 +102,9 @@ def orthogonalize(m_NAB):
 class Muon(torch.optim.Optimizer):
     """Groups of equally shaped parameters, (A, B) or (E, A, B). A group's `rows` lists the rows of the maps stacked in a parameter.
 
-    With `found_inf` set to a float tensor (1: skip), as AdamW's fused kernel has it, a step leaves weights and momentum untouched."""
+    `found_inf` and `scale`: as in `AdamW`."""
 
-    found_inf = None
+    found_inf = scale = None
 
     def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -70,6 +123,8 @@ class Muon(torch.optim.Optimizer):
     def _step_batch(self, batch, group):
         rate, mu = group["lr"], group["momentum"]
         weights, momenta, grads = ([local(t) for t in ts] for ts in (batch, [self.state[p]["momentum"] for p in batch], [p.grad for p in batch]))
+        if self.scale is not None:  # in place: next to the products below, one more pass over the gradients is nothing
+            torch._foreach_mul_(grads, self.scale)
         if self.found_inf is not None:
             rate = rate * (1 - self.found_inf)
             grads = [torch.where(self.found_inf > 0, m, g) for m, g in zip(momenta, grads, strict=True)]
@@ -121,10 +176,11 @@ class Together:
             else:
                 group["lr"] = lr
 
-    def step(self, skip=None):
-        """skip: None, or a float32 scalar tensor; where it is 1, nothing changes, and nobody waited to find out."""
+    def step(self, skip=None, scale=None):
+        """skip: None, or a float32 scalar tensor; where it is 1, nothing changes, and nobody waited to find out. scale: None, or a float32 scalar
+        tensor that all gradients are multiplied by (`clip_factor`); they may be changed."""
         for part in self.parts:
-            part.found_inf = skip
+            part.found_inf, part.scale = skip, scale
             part.step()
 
     def zero_grad(self, set_to_none=True):
@@ -166,7 +222,7 @@ def make_optimizer(model, cfg, piece=lambda p: p):
             (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(piece(p))
     cuda = model.embed.weight.is_cuda
     lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr
-    # Experts apart: with expert parallelism they alone are DTensors, which one fused kernel does not mix with tensors.
+    # Experts apart: checkpoints have them in a group of their own.
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay)) if ps]
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, capturable=cuda)
-    return Together(adamw, Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay)) if hidden else Together(adamw)
+    rest = AdamW(groups, lr, (cfg.beta1, cfg.beta2), cfg.eps)
+    return Together(rest, Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay)) if hidden else Together(rest)

@@ -87,18 +87,22 @@ def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None):
     return (gates_TK[..., None] * y_TKD.float()).sum(1).to(x_TD.dtype)
 
 
-def clip_grad_norm(model, limit):
-    """Scale all gradients so that their norm is at most `limit`; returns the norm before. Every rank gets the same: shards count once."""
+def grad_norm(model):
+    """Norm of all gradients, a float32 scalar tensor. Every rank gets the same: shards count once."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     shards = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
-    if not shards:
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
     plain = [grad for grad in grads if not isinstance(grad, DTensor)]
-    square = torch.nn.utils.get_total_norm(shards).square()
+    if not shards:
+        return total_norm(plain)
+    square = total_norm(shards).square()
     dist.all_reduce(square)
-    norm = (square + torch.nn.utils.get_total_norm(plain).to(square.device).square()).sqrt()
-    torch._foreach_mul_(plain + shards, (limit / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return (square + total_norm(plain).square()).sqrt() if plain else square.sqrt()
+
+
+def total_norm(tensors):
+    """Norm of all of them together, in float32: one of bfloat16 has three digits. torch's kernel takes a list of one dtype."""
+    lists = ([t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors))
+    return torch.stack([norm for each in lists for norm in torch._foreach_norm(each, 2, dtype=torch.float32)]).norm()
 
 
 def sync_gradients(net, now):
@@ -125,10 +129,10 @@ class Sharded(Together):
         return piece
 
     @torch.no_grad()
-    def step(self, skip=None):
+    def step(self, skip=None, scale=None):
         for piece, p in self.full.items():
             piece.grad = p.grad.chunk(self.world)[self.rank]
-        super().step(skip)
+        super().step(skip, scale)
         gathers = [dist.all_gather_into_tensor(p, piece.clone(), async_op=True) for piece, p in self.full.items()]
         for gather in gathers:
             gather.wait()

@@ -37,7 +37,7 @@ from data import shards, tokenizer
 from data.loader import Loader
 from model import GPT, ModelConfig, count_params, flops_per_token, peak_flops, update_router_bias
 from moe_kernels import balance_loss
-from optim import lr_at
+from optim import clip_factor, lr_at
 from upcycle import upcycle
 
 
@@ -127,7 +127,7 @@ def compile_blocks(model, cfg):
 
 
 def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda part: None):
-    """One step on micro-batches [(tokens_BL, targets_BL)]: forward, backward, clip, update. Adds to the window's sums; returns the gradient norm,
+    """One step on micro-batches [(tokens_BL, targets_BL)]: forward, backward, clipped update. Adds to the window's sums; returns the gradient norm,
     a tensor: nothing here waits for the device. mark(part) is called at the end of each part (bench/step.py times them)."""
     counts_NE = probs_NE = sums = 0
     for micro, (tokens_BL, targets_BL) in enumerate(batches):
@@ -149,9 +149,9 @@ def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda pa
         dist.all_reduce(shared)
         sums, probs_NE = (shared[:4] / world, (shared[4:] / world).view_as(probs_NE))
     model = net.module if hasattr(net, "module") else net
-    grad_norm = parallel.clip_grad_norm(model, cfg.clip_norm or math.inf)
+    grad_norm = parallel.grad_norm(model)
     skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg)
-    optimizer.step(skip)
+    optimizer.step(skip, clip_factor(grad_norm, cfg.clip_norm))
     optimizer.zero_grad()
     sums, counts_NE, probs_NE = (torch.where(skip > 0, 0, t) for t in (sums, counts_NE, probs_NE))  # not times 0: they may be NaN
     if cfg.router_bias_rate:

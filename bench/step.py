@@ -90,12 +90,12 @@ def family(kernel, ops, sizes, cfg, weights):
     """The family of a kernel, from the operators around it (innermost first), the shapes of the innermost one's inputs and the weights' shapes."""
     inside = lambda *words: any(word in op for op in ops for word in words)  # noqa: E731
     dims = {n for size in sizes for n in size}
-    if inside("Optimizer.step"):
+    if inside("Optimizer.step") or kernel == "adamw_kernel":
         return "optimiser"
     if inside("part: data"):
         return "data"
-    if inside("_foreach_norm", "_foreach_mul", "linalg_vector_norm"):
-        return "gradient clipping"
+    if inside("_foreach_norm", "linalg_vector_norm"):
+        return "gradient norm"
     if inside("linear_cross_entropy"):
         return "lm head and loss"
     if kernel in EXPERT_KERNELS or inside("grouped_mm"):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from model import GPT, ModelConfig
-from optim import Muon, lr_at, make_optimizer, orthogonalize
+from optim import AdamW, Muon, clip_factor, lr_at, make_optimizer, orthogonalize
+from parallel import grad_norm, total_norm
 from tests.checks import check
 
 CFG = ModelConfig(vocab_size=64, seq_len=16, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, n_experts=4, d_expert=48, init_std=0.1,
@@ -97,7 +98,7 @@ def test_expert_without_tokens_stands_still():
 def test_which_parameters_get_muon():
     model, _ = model_and_batch()
     optimizer = make_optimizer(model, with_settings())
-    assert [type(part) for part in optimizer.parts] == [torch.optim.AdamW, Muon]
+    assert [type(part) for part in optimizer.parts] == [AdamW, Muon]
     muon = {id(p): group for group in optimizer.parts[1].param_groups for p in group["params"]}
     adamw = {id(p): group["weight_decay"] for group in optimizer.parts[0].param_groups for p in group["params"]}
     for name, p in model.named_parameters():
@@ -169,6 +170,37 @@ def test_found_inf_leaves_everything_untouched(kind):
             assert train(again, other, batch, 2) == train(model, optimizer, batch, 2)  # moments and step counts too
             for p in model.parameters():
                 p.grad.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("limit", [0.0, 0.1, 1e6])
+def test_clipping_in_the_step_equals_scaled_gradients(kind, limit):
+    """Bit for bit on a CPU, and the norm that is logged is that before clipping; limit 0 is never."""
+    results = []
+    for folded in (True, False):
+        model, batch = model_and_batch()
+        optimizer = make_optimizer(model, with_settings(optimizer=kind))
+        for _ in range(3):
+            backward(model, batch)
+            before = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            norm = grad_norm(model)
+            assert norm == before and norm.dtype == torch.float32 and 0.1 < norm < 1e6
+            if not folded and limit:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
+            optimizer.step(None, clip_factor(norm, limit) if folded else None)
+        results.append([p.detach() for p in model.parameters()] + [clip_factor(norm, limit)])
+    assert all(torch.equal(a, b) for a, b in zip(*(r[:-1] for r in results), strict=True))
+    factor = results[0][-1]
+    assert factor is None if limit == 0 else factor == 1 if limit == 1e6 else factor < 1
+
+
+def test_norm_of_bfloat16_gradients_is_that_of_their_values():
+    """In a list with float32 ones, in an order that torch's kernel for one dtype does not take."""
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1000, generator=g).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32)]
+    check(total_norm(tensors)[None], torch.cat([t.double() for t in tensors]).norm()[None], 1e-6)
+    with pytest.raises(AssertionError):
+        check(torch.cat(tensors[::2]).norm()[None], torch.cat(tensors[::2]).double().norm()[None], 1e-6)  # the check can fail
 
 
 def test_learning_rate_as_a_tensor_changes_nothing():
