@@ -44,32 +44,41 @@ def clip_factor(norm, limit):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, whose fused kernel updates many small tensors in one launch; `moe_kernels.adamw` updates large ones, in one pass.
+    """torch.optim.AdamW, whose fused kernel updates many small tensors in one launch; `moe_kernels.adamw` does large and bfloat16 ones in one pass.
 
+    copies: {float32 parameter of a group: the bfloat16 parameter of the model that is its copy}. The copy has the gradient, in bfloat16 too, and gets
+    the new weight in the pass that computes it. seed: of the rounding of bfloat16 weights and states.
     `found_inf` (a float scalar tensor, 1: skip) and `scale` (one that gradients are multiplied by) are set before a step, or None."""
 
-    LARGE = 2**20  # values of a tensor that pays for a launch of its own
+    LARGE = 2**20  # values of a float32 tensor that pays for a launch of its own
     found_inf = scale = None
 
-    def __init__(self, groups, lr, betas, eps):
+    def __init__(self, groups, lr, betas, eps, copies=None, seed=0):
         super().__init__(groups, lr, betas, eps, fused=True, capturable=isinstance(lr, torch.Tensor))
+        self.copies = copies or {}
+        # One for each tensor, or equal positions of two would round alike.
+        self.seeds = {p: (seed * 1_000_003 + i) % 2**31 for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             small, large = [], []
             for p in group["params"]:
-                if p.grad is None:
+                grad = self.copies.get(p, p).grad
+                if grad is None:
                     continue
                 state = self.state[p]
                 if not state:
                     state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                tensors = *map(local, (p, p.grad, state["exp_avg"], state["exp_avg_sq"])), state["step"]
-                (large if p.is_cuda and tensors[0].numel() >= self.LARGE else small).append(tensors)
+                tensors = *map(local, (p, grad, state["exp_avg"], state["exp_avg_sq"])), state["step"]
+                if p in self.copies or p.dtype == torch.bfloat16 or p.is_cuda and tensors[0].numel() >= self.LARGE:
+                    large.append((*tensors, self.copies.get(p), self.seeds[p]))
+                else:
+                    small.append(tensors)
             if small:
                 self._step_small(group, *zip(*small, strict=True))
             if large:
-                self._step_large(group, *zip(*large, strict=True))
+                self._step_large(group, large)
 
     def _step_small(self, group, weights, grads, means, variances, steps):
         if self.scale is not None:
@@ -78,12 +87,18 @@ class AdamW(torch.optim.AdamW):
         adamw_fused(weights, grads, means, variances, [], steps, fused=True, capturable=group["capturable"], found_inf=self.found_inf, amsgrad=False,
                     beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
 
-    def _step_large(self, group, weights, grads, means, variances, steps):
+    def _step_large(self, group, large):
+        steps = [step for *_, step, _, _ in large]
         skip = torch.zeros((), device=steps[0].device) if self.found_inf is None else self.found_inf
         scale = torch.ones_like(skip) if self.scale is None else self.scale
         torch._foreach_add_(steps, 1 - skip)
-        for tensors in zip(weights, grads, means, variances, steps, strict=True):
-            adamw(*tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip)
+        for *tensors, copy, seed in large:
+            adamw(*tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip, copy, seed)
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        for copy in self.copies.values():
+            copy.grad = None
 
 
 def orthogonalize(m_NAB):
@@ -187,6 +202,13 @@ class Together:
         for part in self.parts:
             part.zero_grad(set_to_none)
 
+    def weights(self, model):
+        """model.state_dict(), with the float32 weights of which the model holds bfloat16 copies: what a checkpoint keeps."""
+        copies = {copy: p.detach() for part in self.parts for p, copy in getattr(part, "copies", {}).items()}
+        state = model.state_dict()
+        state.update({name: copies[p] for name, p in model.named_parameters() if p in copies})
+        return state
+
     def state_dict(self):
         return [part.state_dict() for part in self.parts]
 
@@ -208,21 +230,37 @@ def stacked_rows(name, shape, cfg):
     return [shape[-2]]
 
 
-def make_optimizer(model, cfg, piece=lambda p: p):
+def is_hidden(name, p):
+    """Whether a parameter of model.GPT is a matrix inside a block, but not its router: nearly all of a large model."""
+    return name.startswith("blocks.") and p.ndim > 1 and "router" not in name
+
+
+def make_optimizer(model, cfg, piece=None):
     """AdamW for all, or with cfg.optimizer == "muon" Muon for the matrices inside blocks but the router. Norms do not decay.
 
-    On CUDA learning rates are tensors, so that a graph of the step sees them change. piece(p): the part of dimension 0 of a parameter that this
-    rank updates (Muon's 2-D matrices are always whole)."""
-    hidden, experts, matrices, norms = {}, [], [], []
+    AdamW turns these matrices of the model into bfloat16, in place: with cfg.weights == "bfloat16" they are the weights. With "float32" they are
+    copies of float32 weights that the optimiser holds, where nothing but bytes can be told from it: in one process that computes in bfloat16 and
+    does not sum gradients over micro-batches (those of the copies are bfloat16).
+    On CUDA learning rates are tensors, so that a graph of the step sees them change. piece(p): of several ranks, the part of dimension 0 of a
+    parameter that this one updates (Muon's 2-D matrices are always whole)."""
+    copied = cfg.weights == "float32" and piece is None and model.dtype == torch.bfloat16 and cfg.grad_accum == 1
+    hidden, experts, matrices, norms, copies = {}, [], [], [], {}
+    piece = piece or (lambda p: p)
     for name, p in model.named_parameters():
-        if cfg.optimizer == "muon" and name.startswith("blocks.") and p.ndim > 1 and "router" not in name:
+        if cfg.optimizer == "muon" and is_hidden(name, p):
             group = {"params": [], "rows": stacked_rows(name, p.shape, cfg)}
             hidden.setdefault((p.shape, *group["rows"]), group)["params"].append(piece(p) if p.ndim == 3 else p)
-        else:
-            (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(piece(p))
+            continue
+        own = piece(p)
+        if is_hidden(name, p) and (copied or cfg.weights == "bfloat16"):
+            if copied:
+                own = torch.nn.Parameter(p.detach().float())
+                copies[own] = p
+            p.data = p.detach().bfloat16()
+        (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(own)
     cuda = model.embed.weight.is_cuda
     lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr
     # Experts apart: checkpoints have them in a group of their own.
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay)) if ps]
-    rest = AdamW(groups, lr, (cfg.beta1, cfg.beta2), cfg.eps)
+    rest = AdamW(groups, lr, (cfg.beta1, cfg.beta2), cfg.eps, copies, cfg.seed)
     return Together(rest, Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay)) if hidden else Together(rest)

@@ -119,10 +119,10 @@ class Sharded(Together):
     def __init__(self, model, cfg, rank, world):
         self.rank, self.world = rank, world
         self.full = {}  # slice -> the parameter it is a slice of (ddp; FSDP2's parameters are slices by themselves)
-        super().__init__(*make_optimizer(model, cfg, self._slice).parts)
+        super().__init__(*make_optimizer(model, cfg, self._slice if world > 1 else None).parts)
 
     def _slice(self, p):
-        if self.world == 1 or isinstance(p, DTensor) or p.shape[0] % self.world:
+        if isinstance(p, DTensor) or p.shape[0] % self.world:
             return p  # undivided: every rank updates the whole of it, and all of them alike
         piece = torch.nn.Parameter(p.detach().chunk(self.world)[self.rank])
         self.full[piece] = p
@@ -177,14 +177,14 @@ def shard_like(p, t):
     return DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 
-def full_state(model, rank):
-    """(model.state_dict() in the format of one process, norm of the weights); all ranks must take it together, rank 0 gets all of it."""
-    state, norms = model.state_dict(), []
+def full_state(model, optimizer, rank):
+    """(optimizer.weights(model) in the format of one process, their norm); all ranks must take it together, rank 0 gets all of it."""
+    state, norms = optimizer.weights(model), []
     for name, t in state.items():
         if isinstance(t, DTensor):
             t = t.full_tensor()
             state[name] = t.cpu() if rank == 0 else None
-        norms.append(t.norm())
+        norms.append(t.norm(dtype=torch.float32))
     return state, float(torch.stack(norms).norm())
 
 
