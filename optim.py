@@ -10,6 +10,8 @@ have: one learning rate and one weight decay serve both optimisers.
 layer are one batched product, and every map is made orthogonal alone: each expert's gate (F, D), up (F, D) and down (D, F), and the query, key and
 value maps of attention. Stacked, gate and up would share one set of singular directions, though a token sees them as two functions.
 
+The matrices inside blocks, nearly all of a large model, can be bfloat16 (`make_optimizer`, docs/optimizer.md).
+
 Nothing here waits for the device or allocates state after construction (Muon; AdamW does so in its first step), so a step can be captured in a CUDA
 graph; learning rates may be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
 """
@@ -20,7 +22,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw as adamw_fused
 
-from moe_kernels.adamw import adamw
+from moe_kernels import adamw_step
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
 ROUNDS = 5
@@ -44,7 +46,7 @@ def clip_factor(norm, limit):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, whose fused kernel updates many small tensors in one launch; `moe_kernels.adamw` does large and bfloat16 ones in one pass.
+    """torch.optim.AdamW, whose fused kernel updates many small tensors in one launch; `moe_kernels.adamw_step` takes large and bfloat16 ones.
 
     copies: {float32 parameter of a group: the bfloat16 parameter of the model that is its copy}. The copy has the gradient, in bfloat16 too, and gets
     the new weight in the pass that computes it. seed: of the rounding of bfloat16 weights and states.
@@ -93,7 +95,7 @@ class AdamW(torch.optim.AdamW):
         scale = torch.ones_like(skip) if self.scale is None else self.scale
         torch._foreach_add_(steps, 1 - skip)
         for *tensors, copy, seed in large:
-            adamw(*tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip, copy, seed)
+            adamw_step(*tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip, copy, seed)
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)

@@ -102,7 +102,8 @@ class TrainConfig(ModelConfig):
         require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, f"use a multiple of grad_accum={self.grad_accum}")
         if self.weights == "bfloat16":
             require(self.optimizer == "adamw", "weights", self.weights, "only AdamW rounds stochastically: add --optimizer=adamw")
-            require(self.grad_accum <= 64, "grad_accum", self.grad_accum, "a sum of bfloat16 gradients loses what is below 1/256 of it: use 64 or less")
+            require(self.grad_accum <= 64, "grad_accum", self.grad_accum,
+                    "sums of bfloat16 gradients lose what is below 1/256 of them: use 64 or less")
 
 
 def read_config(argv):

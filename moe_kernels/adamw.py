@@ -17,7 +17,7 @@ from moe_kernels.tiles import pick_impl
 BLOCK = 2048  # values per program of four warps: 16 per thread
 
 
-def adamw(weight, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, scale=None, skip=None, copy=None, seed=0, impl=None):
+def adamw_step(weight, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, scale=None, skip=None, copy=None, seed=0, impl=None):
     """Update weight, exp_avg and exp_avg_sq in place.
 
     weight, exp_avg, exp_avg_sq: contiguous tensors of one shape, each float32 or bfloat16; what is stored in bfloat16 is rounded stochastically.
@@ -109,8 +109,8 @@ def adamw_kernel(weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, st
     noise = mix((start.to(tl.uint32) + offs.to(tl.uint32)) ^ key)
     store_float(weight_ptr + start, offs, w, noise & 0xFFFF, mask)
     store_float(exp_avg_ptr + start, offs, m, noise >> 16, mask)
-    # The second moment needs it most: near its mean it moves by less than 1 - beta2 of itself, 1/100 to 1/1000, about the spacing of bfloat16 (1/256 to
-    # 1/128). Rounded to the nearest it would rise with large gradients and never fall again, and the steps would stay small for good.
+    # The second moment needs it most: it falls by at most 1 - beta2 of itself a step, 1/20 to 1/1000, and bfloat16's spacing is 1/256 to 1/128 of a
+    # number. Rounded to the nearest, with a beta2 near 1 it would rise with large gradients and never fall: the steps would stay small for good.
     store_float(exp_avg_sq_ptr + start, offs, v, mix(noise ^ 0x9E3779B9) & 0xFFFF, mask)
     if COPY:
         store_bfloat16(copy_ptr + start, offs, w, 0x7FFF + ((w.to(tl.uint32, bitcast=True) >> 16) & 1), mask)  # nearest, ties to even

@@ -136,7 +136,7 @@ def dw_out(dy_TD, ga_SF, row_slot_S, offsets, top_k):
 
 
 def adamw(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta2, eps, weight_decay, copy, seed):
-    """Twin of `adamw.adamw`, in place; step, lr, scale and skip are scalar tensors."""
+    """Twin of `adamw.adamw_step`, in place; step, lr, scale and skip are scalar tensors."""
     g, m, v, w = grad.float() * scale, exp_avg.float(), exp_avg_sq.float(), weight.float()
     bias1, bias2 = ((1 - beta ** step.double()).float() for beta in (beta1, beta2))
     m = beta1 * m + (1 - beta1) * g

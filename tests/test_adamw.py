@@ -4,7 +4,7 @@ Run: python -m pytest tests/test_adamw.py (CPU: Triton's interpreter; the bfloat
 import pytest
 import torch
 
-from moe_kernels.adamw import adamw
+from moe_kernels import adamw_step
 from moe_kernels.reference import mix, random_bits, round_to
 from tests.checks import check
 
@@ -36,7 +36,7 @@ def test_equals_torch_in_float32(impl, device):
         optimizer.param_groups[0]["lr"] = 0.1 / step
         theirs.grad = grad * 0.5
         optimizer.step()
-        adamw(ours, grad, *moments, scalar(step, device), 0.1 / step, 0.9, 0.999, 1e-8, 0.1, scale=scalar(0.5, device), copy=copy, impl=impl)
+        adamw_step(ours, grad, *moments, scalar(step, device), 0.1 / step, 0.9, 0.999, 1e-8, 0.1, scale=scalar(0.5, device), copy=copy, impl=impl)
     check(ours - weight, theirs.detach() - weight, 1e-6)
     for mine, name in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
         check(mine, optimizer.state[theirs][name], 1e-6)
@@ -52,7 +52,7 @@ def test_kernel_equals_twin(n, dtype, grad_dtype, device, poison):
     for impl in IMPLS:
         mine = tensors(n, device, dtype, grad_dtype)
         copy = torch.empty(n, dtype=HALF, device=device)
-        adamw(*mine, scalar(7, device), 1e-2, **SETTINGS, scale=scalar(0.3, device), copy=copy, seed=5, impl=impl)
+        adamw_step(*mine, scalar(7, device), 1e-2, **SETTINGS, scale=scalar(0.3, device), copy=copy, seed=5, impl=impl)
         results.append([mine[0], *mine[2:], copy])
     for a, b in zip(*results, strict=True):
         # The same random bits, so that only results a rounding error away from a threshold come out on its other side.
@@ -69,13 +69,13 @@ def test_rounding_is_unbiased_repeatable_and_to_a_neighbour(impl, device):
 
     def run(seed, dtype=HALF, step=3):
         mine = make(dtype)
-        adamw(*mine, scalar(step, device), 1e-3, **SETTINGS, seed=seed, impl=impl)
+        adamw_step(*mine, scalar(step, device), 1e-3, **SETTINGS, seed=seed, impl=impl)
         return torch.stack([mine[0], *mine[2:]])
 
     exact = run(0, FULL)[:, 0].double()
     # What a bfloat16 copy of 0.7, 0.3 and 0.2 says exactly.
     rounded = [t.bfloat16().float() for t in make(FULL)]
-    adamw(*rounded, scalar(3, device), 1e-3, **SETTINGS, impl=impl)
+    adamw_step(*rounded, scalar(3, device), 1e-3, **SETTINGS, impl=impl)
     exact = torch.stack([rounded[0], *rounded[2:]])[:, 0].double()
     found = torch.stack([run(seed) for seed in range(runs)])
     for i, truth in enumerate(exact):
@@ -103,7 +103,7 @@ def test_skip_leaves_everything_untouched(impl, dtype, device):
     mine[1].fill_(float("nan"))
     copy = torch.ones_like(mine[0], dtype=HALF)
     for skip in (1.0, 0.0):
-        adamw(*mine, scalar(2, device), 1e-2, **SETTINGS, skip=scalar(skip, device), scale=scalar("nan", device), copy=copy, impl=impl)
+        adamw_step(*mine, scalar(2, device), 1e-2, **SETTINGS, skip=scalar(skip, device), scale=scalar("nan", device), copy=copy, impl=impl)
         same = [torch.equal(a, b) for a, b in zip((mine[0], *mine[2:], copy), (before[0], *before[2:], torch.ones_like(copy)), strict=True)]
         assert all(same) if skip else not any(same)
     assert all(t.isnan().all() for t in (*mine, copy))  # no NaN is rounded to a number
@@ -116,8 +116,8 @@ def test_small_steps_and_a_falling_second_moment_survive_bfloat16(impl, device):
     weight, grad, mean, var, still, none, zero, falling = (torch.full((4096,), x, dtype=HALF, device=device) for x in (1, 1, 1, 1, 1, 0, 0, 1))
     for step in range(steps):
         at = scalar(1e6 + step, device)  # the corrections are 1
-        adamw(weight, grad, mean, var, at, 1e-4, 0.9, 0.999, 0.0, 0.0, impl=impl)
-        adamw(still, none, zero, falling, at, 1e-4, 0.9, 0.999, 0.0, 0.0, seed=1, impl=impl)
+        adamw_step(weight, grad, mean, var, at, 1e-4, 0.9, 0.999, 0.0, 0.0, impl=impl)
+        adamw_step(still, none, zero, falling, at, 1e-4, 0.9, 0.999, 0.0, 0.0, seed=1, impl=impl)
     assert weight.double().mean().item() == pytest.approx(1 - 1e-4 * steps, abs=1e-4 * steps / 10 + 2e-4)
     assert falling.double().mean().item() == pytest.approx(0.999**steps, abs=1e-3 * steps / 10 + 5e-4)
     assert torch.equal(torch.tensor([1 - 1e-4, 0.999]).to(HALF), torch.ones(2, dtype=HALF))  # rounded to nearest
@@ -138,7 +138,7 @@ def test_rounding_of_the_extremes():
 
 def test_bad_arguments(device):
     weight, grad, mean, var = tensors(8, device)
-    call = lambda *a, **k: adamw(*a, scalar(1, device), 1e-3, **SETTINGS, **k)  # noqa: E731
+    call = lambda *a, **k: adamw_step(*a, scalar(1, device), 1e-3, **SETTINGS, **k)  # noqa: E731
     with pytest.raises(ValueError, match=r"grad \(4,\) torch.float32: expected contiguous float32 or bfloat16 of weight's shape \(8,\)"):
         call(weight, grad[:4], mean, var)
     with pytest.raises(ValueError, match="exp_avg .* torch.float16"):
