@@ -93,7 +93,7 @@ class AdamW(torch.optim.AdamW):
         steps = [step for *_, step, _, _ in large]
         skip = torch.zeros((), device=steps[0].device) if self.found_inf is None else self.found_inf
         scale = torch.ones_like(skip) if self.scale is None else self.scale
-        torch._foreach_add_(steps, 1 - skip)
+        torch._foreach_add_(steps, [1 - skip] * len(steps))  # a tensor instead of the list would be read by the host
         for *tensors, copy, seed in large:
             adamw_step(*tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip, copy, seed)
 
