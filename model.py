@@ -7,7 +7,7 @@
 
 Shapes: B batch, L sequence, T = B*L tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts,
 K experts per token, N MoE layers, H attention heads (Hkv of them for keys and values), d head width, V vocabulary.
-Weights are float32 masters; every use casts them to the compute dtype, so no autocast is needed.
+Weights are float32; every use casts them to the compute dtype, so no autocast is needed. AdamW makes matrices bfloat16 (optim.py): nothing to cast.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ class Output(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """Without bias; the float32 weight is cast to the dtype of its input."""
+    """Without bias; the weight is cast to the dtype of its input, if it has another."""
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
@@ -322,6 +322,10 @@ def qk_norm_params(cfg):
     return cfg.qk_norm * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads if cfg.qk_norm_joint else 2)
 
 
+def norm_params(cfg):
+    return cfg.d_model * (2 * cfg.n_layers + 1) + cfg.n_layers * qk_norm_params(cfg)
+
+
 def count_params(cfg):
     """Parameters by arithmetic; equal to those of GPT(cfg) (tested)."""
     D, expert = cfg.d_model, 3 * cfg.d_model * cfg.d_expert
@@ -338,20 +342,23 @@ def flops_per_token(cfg, seq_len=None):
     input embedding is a lookup) + 6 * n_layers * L * H * d for the attention scores and their use, counting the causal half only
     (the full square, which some reports count, would be 12)."""
     _, active, embedding = count_params(cfg)
-    norms = cfg.d_model * (2 * cfg.n_layers + 1) + cfg.n_layers * qk_norm_params(cfg)
-    matmul = active - embedding - norms + cfg.vocab_size * cfg.d_model
+    matmul = active - embedding - norm_params(cfg) + cfg.vocab_size * cfg.d_model
     return 6 * matmul + 6 * cfg.n_layers * (seq_len or cfg.seq_len) * cfg.n_heads * cfg.head_dim
 
 
-def training_memory(cfg, tokens):
-    """Bytes of one GPU training in bfloat16 on `tokens` tokens at a time, by part. Weights, gradients and states are exact; the
-    activations are an estimate of what autograd keeps (attention 4 D + 3 (H + 2 Hkv) d, experts 2 D + 2 F K per token and layer)."""
-    total = count_params(cfg).total
+def training_memory(cfg, tokens, weights="float32"):
+    """Bytes of one GPU training with AdamW in bfloat16 on `tokens` tokens at a time, by part; weights: as in train.py. Weights, gradients and states
+    are exact for one micro-batch a step (else the gradients of float32 weights are float32 too: 2 bytes more for each in blocks); the activations
+    are an estimate of what autograd keeps (attention 4 D + 3 (H + 2 Hkv) d, experts 2 D + 2 F K per token and layer)."""
+    total, _, embedding = count_params(cfg)
+    rest = embedding + norm_params(cfg) + (0 if cfg.dense else cfg.n_layers * cfg.d_model * cfg.n_experts)  # the routers
     hidden = 2 * cfg.d_expert * (cfg.top_k + cfg.n_shared_experts)
     layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + hidden
     logits = 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
-    return {"weights (float32)": 4 * total, "gradients (float32)": 4 * total, "AdamW states (float32)": 8 * total,
-            "bfloat16 copies kept for backward": 2 * total, "activations (estimate)": 2 * cfg.n_layers * layer * tokens + logits}
+    wide = total if weights == "float32" else rest  # parameters that are float32, their states too
+    return {"weights and AdamW states (float32)": 12 * wide, "weights and AdamW states (bfloat16)": 6 * (total - wide),
+            "bfloat16 copies of float32 weights": 2 * wide, "gradients (bfloat16 in blocks)": 2 * (total - rest) + 4 * rest,
+            "activations (estimate)": 2 * cfg.n_layers * layer * tokens + logits}
 
 
 def peak_flops(device_name):
@@ -370,6 +377,7 @@ class SizeConfig(ModelConfig):
     preset: str = "tiny"  # a name of model.PRESETS
     tokens: float = 0.0  # training budget in tokens, for tokens per parameter
     micro_batch: int = 8  # sequences per GPU and forward pass, for the activations
+    weights: Literal["float32", "bfloat16"] = "float32"  # as in train.py, for the memory
 
     preset_fields = staticmethod(preset_fields)
 
@@ -386,7 +394,7 @@ def main():
     if cfg.tokens:
         rows += [("training tokens", f"{cfg.tokens:.4g}"), ("tokens per parameter (TPP)", f"{cfg.tokens / params.total:.4g}"),
                  ("training FLOPs", f"{cfg.tokens * flops:.4g}")]
-    memory = training_memory(cfg, cfg.micro_batch * cfg.seq_len)
+    memory = training_memory(cfg, cfg.micro_batch * cfg.seq_len, cfg.weights)
     memory[f"training memory, {cfg.micro_batch} x {cfg.seq_len} tokens"] = sum(memory.values())
     rows += [(part, f"{size / 2**30:.3f} GiB") for part, size in memory.items()]
     for name, value in rows:

@@ -1,5 +1,7 @@
 """Learning-rate schedules, AdamW, and Muon for the hidden matrices (experts, attention) beside AdamW for everything else.
 
+Clipping is part of the step: its factor goes to the optimisers (`scale`), so that the gradients of large tensors are read once and never rewritten.
+
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about U V^T, so that every direction of a
 matrix moves equally far. The step is scaled by 0.2 sqrt(longer side) (arXiv 2502.16982), which gives it the root mean square that AdamW's steps
 have: one learning rate and one weight decay serve both optimisers.
@@ -7,6 +9,8 @@ have: one learning rate and one weight decay serve both optimisers.
 `torch.optim.Muon` takes only 2-D parameters, one matrix after another, and treats a stack of gate and up rows as one matrix. Here the experts of a
 layer are one batched product, and every map is made orthogonal alone: each expert's gate (F, D), up (F, D) and down (D, F), and the query, key and
 value maps of attention. Stacked, gate and up would share one set of singular directions, though a token sees them as two functions.
+
+The matrices inside blocks, nearly all of a large model, can be bfloat16 (`make_optimizer`, docs/optimizer.md).
 
 Nothing here waits for the device or allocates state after construction (Muon; AdamW does so in its first step), so a step can be captured in a CUDA
 graph; learning rates may be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
@@ -16,6 +20,9 @@ import math
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.adamw import adamw as adamw_fused
+
+from moe_kernels import adamw_step
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
 ROUNDS = 5
@@ -31,6 +38,69 @@ def lr_at(step, cfg):
     else:
         share = min(1.0, (cfg.steps - step) / max(1, cfg.decay_frac * cfg.steps))
     return cfg.lr * (cfg.min_lr_frac + (1 - cfg.min_lr_frac) * share)
+
+
+def clip_factor(norm, limit):
+    """What gradients of this norm (a scalar tensor) are multiplied by so that their norm is at most `limit`; None where that is 0: nothing."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, whose fused kernel updates many small tensors in one launch; `moe_kernels.adamw_step` takes large and bfloat16 ones.
+
+    copies: {float32 parameter of a group: the bfloat16 parameter of the model that is its copy}. The copy has the gradient, in bfloat16 too, and gets
+    the new weight in the pass that computes it. seed: of the rounding of bfloat16 weights and states.
+    `found_inf` (a float scalar tensor, 1: skip) and `scale` (one that gradients are multiplied by) are set before a step, or None."""
+
+    LARGE = 2**20  # values of a float32 tensor that pays for a launch of its own
+    found_inf = scale = None
+
+    def __init__(self, groups, lr, betas, eps, copies=None, seed=0):
+        super().__init__(groups, lr, betas, eps, fused=True, capturable=isinstance(lr, torch.Tensor))
+        self.copies = copies or {}
+        # One for each tensor, or equal positions of two would round alike.
+        self.seeds = {p: (seed * 1_000_003 + i) % 2**31 for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            small, large = [], []
+            for p in group["params"]:
+                grad = self.copies.get(p, p).grad
+                if grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                tensors = *map(local, (p, grad, state["exp_avg"], state["exp_avg_sq"])), state["step"]
+                if p in self.copies or p.dtype == torch.bfloat16 or p.is_cuda and tensors[0].numel() >= self.LARGE:
+                    large.append((*tensors, self.copies.get(p), self.seeds[p]))
+                else:
+                    small.append(tensors)
+            if small:
+                self._step_small(group, *zip(*small, strict=True))
+            if large:
+                self._step_large(group, large)
+
+    def _step_small(self, group, weights, grads, means, variances, steps):
+        if self.scale is not None:
+            torch._foreach_mul_(grads, self.scale)
+        beta1, beta2 = group["betas"]
+        adamw_fused(weights, grads, means, variances, [], steps, fused=True, capturable=group["capturable"], found_inf=self.found_inf, amsgrad=False,
+                    beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+
+    def _step_large(self, group, large):
+        steps = [step for *_, step, _, _ in large]
+        skip = torch.zeros((), device=steps[0].device) if self.found_inf is None else self.found_inf
+        scale = torch.ones_like(skip) if self.scale is None else self.scale
+        torch._foreach_add_(steps, [1 - skip] * len(steps))  # a tensor instead of the list would be read by the host
+        for *tensors, copy, seed in large:
+            adamw_step(*tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip, copy, seed)
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        for copy in self.copies.values():
+            copy.grad = None
 
 
 def orthogonalize(m_NAB):
@@ -49,9 +119,9 @@ def orthogonalize(m_NAB):
 class Muon(torch.optim.Optimizer):
     """Groups of equally shaped parameters, (A, B) or (E, A, B). A group's `rows` lists the rows of the maps stacked in a parameter.
 
-    With `found_inf` set to a float tensor (1: skip), as AdamW's fused kernel has it, a step leaves weights and momentum untouched."""
+    `found_inf` and `scale`: as in `AdamW`."""
 
-    found_inf = None
+    found_inf = scale = None
 
     def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -70,6 +140,8 @@ class Muon(torch.optim.Optimizer):
     def _step_batch(self, batch, group):
         rate, mu = group["lr"], group["momentum"]
         weights, momenta, grads = ([local(t) for t in ts] for ts in (batch, [self.state[p]["momentum"] for p in batch], [p.grad for p in batch]))
+        if self.scale is not None:  # in place: next to the products below, one more pass over the gradients is nothing
+            torch._foreach_mul_(grads, self.scale)
         if self.found_inf is not None:
             rate = rate * (1 - self.found_inf)
             grads = [torch.where(self.found_inf > 0, m, g) for m, g in zip(momenta, grads, strict=True)]
@@ -121,15 +193,23 @@ class Together:
             else:
                 group["lr"] = lr
 
-    def step(self, skip=None):
-        """skip: None, or a float32 scalar tensor; where it is 1, nothing changes, and nobody waited to find out."""
+    def step(self, skip=None, scale=None):
+        """skip: None, or a float32 scalar tensor; where it is 1, nothing changes, and nobody waited to find out. scale: None, or a float32 scalar
+        tensor that all gradients are multiplied by (`clip_factor`); they may be changed."""
         for part in self.parts:
-            part.found_inf = skip
+            part.found_inf, part.scale = skip, scale
             part.step()
 
     def zero_grad(self, set_to_none=True):
         for part in self.parts:
             part.zero_grad(set_to_none)
+
+    def weights(self, model):
+        """model.state_dict(), with the float32 weights of which the model holds bfloat16 copies: what a checkpoint keeps."""
+        copies = {copy: p.detach() for part in self.parts for p, copy in getattr(part, "copies", {}).items()}
+        state = model.state_dict()
+        state.update({name: copies[p] for name, p in model.named_parameters() if p in copies})
+        return state
 
     def state_dict(self):
         return [part.state_dict() for part in self.parts]
@@ -152,21 +232,37 @@ def stacked_rows(name, shape, cfg):
     return [shape[-2]]
 
 
-def make_optimizer(model, cfg, piece=lambda p: p):
+def is_hidden(name, p):
+    """Whether a parameter of model.GPT is a matrix inside a block, but not its router: nearly all of a large model."""
+    return name.startswith("blocks.") and p.ndim > 1 and "router" not in name
+
+
+def make_optimizer(model, cfg, piece=None):
     """AdamW for all, or with cfg.optimizer == "muon" Muon for the matrices inside blocks but the router. Norms do not decay.
 
-    On CUDA learning rates are tensors, so that a graph of the step sees them change. piece(p): the part of dimension 0 of a parameter that this
-    rank updates (Muon's 2-D matrices are always whole)."""
-    hidden, experts, matrices, norms = {}, [], [], []
+    AdamW turns these matrices of the model into bfloat16, in place: with cfg.weights == "bfloat16" they are the weights. With "float32" they are
+    copies of float32 weights that the optimiser holds, where nothing but bytes can be told from it: in one process that computes in bfloat16 and
+    does not sum gradients over micro-batches (those of the copies are bfloat16).
+    On CUDA learning rates are tensors, so that a graph of the step sees them change. piece(p): of several ranks, the part of dimension 0 of a
+    parameter that this one updates (Muon's 2-D matrices are always whole)."""
+    copied = cfg.weights == "float32" and piece is None and model.dtype == torch.bfloat16 and cfg.grad_accum == 1
+    hidden, experts, matrices, norms, copies = {}, [], [], [], {}
+    piece = piece or (lambda p: p)
     for name, p in model.named_parameters():
-        if cfg.optimizer == "muon" and name.startswith("blocks.") and p.ndim > 1 and "router" not in name:
+        if cfg.optimizer == "muon" and is_hidden(name, p):
             group = {"params": [], "rows": stacked_rows(name, p.shape, cfg)}
             hidden.setdefault((p.shape, *group["rows"]), group)["params"].append(piece(p) if p.ndim == 3 else p)
-        else:
-            (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(piece(p))
+            continue
+        own = piece(p)
+        if is_hidden(name, p) and (copied or cfg.weights == "bfloat16"):
+            if copied:
+                own = torch.nn.Parameter(p.detach().float())
+                copies[own] = p
+            p.data = p.detach().bfloat16()
+        (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(own)
     cuda = model.embed.weight.is_cuda
     lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr
-    # Experts apart: with expert parallelism they alone are DTensors, which one fused kernel does not mix with tensors.
+    # Experts apart: checkpoints have them in a group of their own.
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay)) if ps]
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, capturable=cuda)
-    return Together(adamw, Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay)) if hidden else Together(adamw)
+    rest = AdamW(groups, lr, (cfg.beta1, cfg.beta2), cfg.eps, copies, cfg.seed)
+    return Together(rest, Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay)) if hidden else Together(rest)

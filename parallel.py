@@ -87,18 +87,22 @@ def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None):
     return (gates_TK[..., None] * y_TKD.float()).sum(1).to(x_TD.dtype)
 
 
-def clip_grad_norm(model, limit):
-    """Scale all gradients so that their norm is at most `limit`; returns the norm before. Every rank gets the same: shards count once."""
+def grad_norm(model):
+    """Norm of all gradients, a float32 scalar tensor. Every rank gets the same: shards count once."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     shards = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
-    if not shards:
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
     plain = [grad for grad in grads if not isinstance(grad, DTensor)]
-    square = torch.nn.utils.get_total_norm(shards).square()
+    if not shards:
+        return total_norm(plain)
+    square = total_norm(shards).square()
     dist.all_reduce(square)
-    norm = (square + torch.nn.utils.get_total_norm(plain).to(square.device).square()).sqrt()
-    torch._foreach_mul_(plain + shards, (limit / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return (square + total_norm(plain).square()).sqrt() if plain else square.sqrt()
+
+
+def total_norm(tensors):
+    """Norm of all of them together, in float32: one of bfloat16 has three digits. torch's kernel takes a list of one dtype."""
+    lists = ([t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors))
+    return torch.stack([norm for each in lists for norm in torch._foreach_norm(each, 2, dtype=torch.float32)]).norm()
 
 
 def sync_gradients(net, now):
@@ -115,20 +119,20 @@ class Sharded(Together):
     def __init__(self, model, cfg, rank, world):
         self.rank, self.world = rank, world
         self.full = {}  # slice -> the parameter it is a slice of (ddp; FSDP2's parameters are slices by themselves)
-        super().__init__(*make_optimizer(model, cfg, self._slice).parts)
+        super().__init__(*make_optimizer(model, cfg, self._slice if world > 1 else None).parts)
 
     def _slice(self, p):
-        if self.world == 1 or isinstance(p, DTensor) or p.shape[0] % self.world:
+        if isinstance(p, DTensor) or p.shape[0] % self.world:
             return p  # undivided: every rank updates the whole of it, and all of them alike
         piece = torch.nn.Parameter(p.detach().chunk(self.world)[self.rank])
         self.full[piece] = p
         return piece
 
     @torch.no_grad()
-    def step(self, skip=None):
+    def step(self, skip=None, scale=None):
         for piece, p in self.full.items():
             piece.grad = p.grad.chunk(self.world)[self.rank]
-        super().step(skip)
+        super().step(skip, scale)
         gathers = [dist.all_gather_into_tensor(p, piece.clone(), async_op=True) for piece, p in self.full.items()]
         for gather in gathers:
             gather.wait()
@@ -173,14 +177,14 @@ def shard_like(p, t):
     return DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 
-def full_state(model, rank):
-    """(model.state_dict() in the format of one process, norm of the weights); all ranks must take it together, rank 0 gets all of it."""
-    state, norms = model.state_dict(), []
+def full_state(model, optimizer, rank):
+    """(optimizer.weights(model) in the format of one process, their norm); all ranks must take it together, rank 0 gets all of it."""
+    state, norms = optimizer.weights(model), []
     for name, t in state.items():
         if isinstance(t, DTensor):
             t = t.full_tensor()
             state[name] = t.cpu() if rank == 0 else None
-        norms.append(t.norm())
+        norms.append(t.norm(dtype=torch.float32))
     return state, float(torch.stack(norms).norm())
 
 

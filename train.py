@@ -34,10 +34,10 @@ import report
 from config import require
 from curves import Curves
 from data import shards, tokenizer
-from data.loader import Loader
+from data.loader import Loader, parse_sources
 from model import GPT, ModelConfig, count_params, flops_per_token, peak_flops, update_router_bias
 from moe_kernels import balance_loss
-from optim import lr_at
+from optim import clip_factor, lr_at
 from upcycle import upcycle
 
 
@@ -71,6 +71,7 @@ class TrainConfig(ModelConfig):
     eps: float = 1e-8  # AdamW
     muon_momentum: float = 0.95  # Muon
     weight_decay: float = 0.1  # on matrices, the router and embeddings among them; never on norms
+    weights: Literal["float32", "bfloat16"] = "float32"  # of experts, attention and dense layers, with AdamW's states: 8 bytes each, not 16
     clip_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
     bad_steps: Literal["stop", "skip"] = "stop"  # what a NaN or an exploded loss does to the run (guard.py)
     max_loss: float = 0.0  # cross-entropy of a step that counts as exploded; 0: 1.5 ln V + 1
@@ -99,6 +100,10 @@ class TrainConfig(ModelConfig):
         for name in ("beta1", "beta2", "muon_momentum", "decay_frac", "min_lr_frac"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "use a number from 0 to 1")
         require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, f"use a multiple of grad_accum={self.grad_accum}")
+        if self.weights == "bfloat16":
+            require(self.optimizer == "adamw", "weights", self.weights, "only AdamW rounds stochastically: add --optimizer=adamw")
+            require(self.grad_accum <= 64, "grad_accum", self.grad_accum,
+                    "sums of bfloat16 gradients lose what is below 1/256 of them: use 64 or less")
 
 
 def read_config(argv):
@@ -107,15 +112,6 @@ def read_config(argv):
         cfg = config.parse(TrainConfig, [f"--config={cfg.resume}/config.json", *argv])
         cfg = dataclasses.replace(cfg, out_dir=cfg.resume)
     return cfg
-
-
-def parse_sources(text):
-    """DIR or DIR:0.7,DIR:0.3 -> [(directory, weight)]."""
-    parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",")]
-    try:
-        return [(directory, float(weight)) for directory, _, weight in parts]
-    except ValueError as error:
-        raise ValueError(f"data={text!r}: {error}; write DIR or DIR:0.7,DIR2:0.3") from None
 
 
 def compile_blocks(model, cfg):
@@ -127,7 +123,7 @@ def compile_blocks(model, cfg):
 
 
 def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda part: None):
-    """One step on micro-batches [(tokens_BL, targets_BL)]: forward, backward, clip, update. Adds to the window's sums; returns the gradient norm,
+    """One step on micro-batches [(tokens_BL, targets_BL)]: forward, backward, clipped update. Adds to the window's sums; returns the gradient norm,
     a tensor: nothing here waits for the device. mark(part) is called at the end of each part (bench/step.py times them)."""
     counts_NE = probs_NE = sums = 0
     for micro, (tokens_BL, targets_BL) in enumerate(batches):
@@ -149,9 +145,9 @@ def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda pa
         dist.all_reduce(shared)
         sums, probs_NE = (shared[:4] / world, (shared[4:] / world).view_as(probs_NE))
     model = net.module if hasattr(net, "module") else net
-    grad_norm = parallel.clip_grad_norm(model, cfg.clip_norm or math.inf)
+    grad_norm = parallel.grad_norm(model)
     skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg)
-    optimizer.step(skip)
+    optimizer.step(skip, clip_factor(grad_norm, cfg.clip_norm))
     optimizer.zero_grad()
     sums, counts_NE, probs_NE = (torch.where(skip > 0, 0, t) for t in (sums, counts_NE, probs_NE))  # not times 0: they may be NaN
     if cfg.router_bias_rate:
@@ -238,6 +234,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     lead = rank == 0
     require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size,
             f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}")
+    require(world == 1 or cfg.weights == "float32", "weights", cfg.weights, "several GPUs keep float32 weights; --parallel=fsdp divides their bytes")
     micro_batch = cfg.batch_size // (world * cfg.grad_accum)
 
     # ---- run directory and data
@@ -311,7 +308,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
 
     def save(step):
         check_steps(step)
-        (weights, norm), states = parallel.full_state(model, rank), optimizer.state_dict()  # all ranks take part
+        (weights, norm), states = parallel.full_state(model, optimizer, rank), optimizer.state_dict()  # all ranks take part
         guard.check_finite("norm of the weights", norm, step)
         if lead:
             checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(cfg), "model": weights, "optimizer": states,

@@ -2,6 +2,7 @@
 
     python -m bench.step --preset=paper-d512-e64-k4 --vocab-size=99584 --batch-size=8 --csv bench/h100.csv
     python -m bench.step --preset=paper-d512-e64-k4 --vocab-size=99584 --batch-size=8 --compile=false
+    python -m bench.step --preset=paper-d1024-e64-k2 --vocab-size=50304 --seq-len=2048 --batch-size=8 --optimizer=adamw --weights=bfloat16  # 6.6 G
 
 All flags of train.py are understood; the step is train.py's with its optimiser, on one GPU, with one micro-batch of --batch-size sequences and
 random tokens read through the loader. Parts are GPU time between events, so they contain the gaps in which the GPU waits for Python; families are
@@ -90,12 +91,12 @@ def family(kernel, ops, sizes, cfg, weights):
     """The family of a kernel, from the operators around it (innermost first), the shapes of the innermost one's inputs and the weights' shapes."""
     inside = lambda *words: any(word in op for op in ops for word in words)  # noqa: E731
     dims = {n for size in sizes for n in size}
-    if inside("Optimizer.step"):
+    if inside("Optimizer.step") or kernel == "adamw_kernel":
         return "optimiser"
     if inside("part: data"):
         return "data"
-    if inside("_foreach_norm", "_foreach_mul", "linalg_vector_norm"):
-        return "gradient clipping"
+    if inside("_foreach_norm", "linalg_vector_norm"):
+        return "gradient norm"
     if inside("linear_cross_entropy"):
         return "lm head and loss"
     if kernel in EXPERT_KERNELS or inside("grouped_mm"):
@@ -161,7 +162,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as tmp:
         loader = Loader([(random_tokens(Path(tmp) / "data", 8 * tokens + 1), 1.0)], "train", cfg.batch_size, cfg.seq_len, device=device)
         torch.manual_seed(cfg.seed)
-        model = GPT(cfg).to(device).train()
+        with torch.device(device):  # billions of random numbers take a CPU a minute
+            model = GPT(cfg).train()
         optimizer = make_optimizer(model, cfg)
         if cuda:
             compile_blocks(model, cfg)
@@ -191,7 +193,7 @@ def main(argv=None):
                 graphed([loader.next()])
             times["full-graph"] = step_times(lambda: graphed([loader.next()]), args.repeats)
     shape = Shape(tokens, cfg.d_model, cfg.d_expert, cfg.n_experts, cfg.top_k)
-    name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}"
+    name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}" + ":bfloat16-weights" * (cfg.weights == "bfloat16")
     flops, best = flops_per_token(cfg) * tokens, peak_flops(torch.cuda.get_device_name()) if cuda and cfg.dtype == "bfloat16" else None
     add = partial(results.add, "step", name, shape=shape)
     for part in PARTS:

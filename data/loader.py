@@ -19,6 +19,15 @@ from data import shards
 AHEAD = 3  # batches prepared before they are asked for
 
 
+def parse_sources(text):
+    """DIR or DIR:0.7,DIR:0.3 -> [(directory, weight)]."""
+    parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",")]
+    try:
+        return [(directory, float(weight)) for directory, _, weight in parts]
+    except ValueError as error:
+        raise ValueError(f"data={text!r}: {error}; write DIR or DIR:0.7,DIR2:0.3") from None
+
+
 class Loader:
     """Endless batches: `tokens_BL, targets_BL = loader.next()`, int64, on `device`; targets are tokens one step later.
 

@@ -133,3 +133,43 @@ def dw_out(dy_TD, ga_SF, row_slot_S, offsets, top_k):
     """(E, D, F), from ga = gate * swiglu(h)."""
     dy_SD = dy_TD[row_slot_S // top_k]
     return torch.stack([dy.T @ ga for dy, ga in zip(_by_expert(dy_SD, offsets), _by_expert(ga_SF, offsets), strict=True)])
+
+
+def adamw(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta2, eps, weight_decay, copy, seed):
+    """Twin of `adamw.adamw_step`, in place; step, lr, scale and skip are scalar tensors."""
+    g, m, v, w = grad.float() * scale, exp_avg.float(), exp_avg_sq.float(), weight.float()
+    bias1, bias2 = ((1 - beta ** step.double()).float() for beta in (beta1, beta2))
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    w = w * (1 - lr * weight_decay) - lr / bias1 * m / (v.sqrt() * (1 / bias2.sqrt()) + eps)
+    noise = random_bits(seed, step, w.numel(), w.device).view(w.shape)
+    new = [(weight, round_to(weight.dtype, w, noise & 0xFFFF)), (exp_avg, round_to(exp_avg.dtype, m, noise >> 16)),
+           (exp_avg_sq, round_to(exp_avg_sq.dtype, v, mix(noise ^ 0x9E3779B9) & 0xFFFF))]  # fmt: skip
+    for old, value in [*new, (copy, w.bfloat16())] if copy is not None else new:
+        old.copy_(torch.where(skip != 0, old, value))
+
+
+def mix(x):
+    """Twin of `adamw.mix` on uint32 held in int64."""
+    x = x ^ x >> 16
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x = x ^ x >> 15
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def random_bits(seed, step, n, device):
+    """32 bits for each of the n values of a tensor, in int64."""
+    at = torch.arange(n, device=device)
+    seed = torch.tensor(seed, device=device)
+    return mix((at & 0xFFFFFFFF) ^ mix(mix(mix(seed) ^ step.long()) ^ at >> 32))
+
+
+def round_to(dtype, x, noise):
+    """float32 x in dtype; in bfloat16 cut off after adding `noise`, an integer below 2^16, to the bits of x."""
+    if dtype == torch.float32:
+        return x
+    bits = x.view(torch.int32)
+    # Between two numbers of one sign integers order like the floats; a carry could make a number of a NaN.
+    bits = torch.where(x.isnan(), bits, bits + noise.int())
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16)

@@ -29,6 +29,7 @@ import eval.procedural as procedural_eval
 from config import require
 from data import procedural, shards, tokenizer
 from data.facts import FactsConfig
+from data.loader import parse_sources
 from data.reasoning import ReasoningConfig
 from eval import tasks
 from eval.sources import Source
@@ -36,7 +37,7 @@ from eval.taskloss import encode_pair, score, tiktoken_tokens
 from guard import BAD
 from model import GPT, count_params, flops_per_token
 from optim import lr_at, make_optimizer
-from train import GraphedStep, TrainConfig, new_window, optimizer_step, parse_sources
+from train import GraphedStep, TrainConfig, new_window, optimizer_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"facts": 0.35, "problem": 0.55, "mano": 0.10}  # of the training tokens
@@ -312,7 +313,8 @@ def execute(run, cache, device, lr=0.0, n=100, keep=None):
     if keep and last:
         os.makedirs(keep, exist_ok=True)
         config.save(dataclasses.replace(cfg, data=run.data or sources[0][0], out_dir=str(keep)), Path(keep) / "config.json")
-        checkpoint.save(keep, run.steps, {"step": run.steps, "config": dataclasses.asdict(cfg), "model": model.state_dict()}, keep=1)
+        checkpoint.save(keep, run.steps, {"step": run.steps, "config": dataclasses.asdict(cfg),
+                                           "model": trainer.optimizer.weights(model)}, keep=1)
         checkpoint.replace_file(Path(keep) / "results.json", json.dumps(row, indent=1) + "\n")
     del trainer, model
     gc.collect()

@@ -91,8 +91,8 @@ def compile_only(capability=90):
 
 
 def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
-    """Rows of every kernel of one forward and backward pass through routing, experts and the loss."""
-    from moe_kernels import cross_entropy, experts, routing
+    """Rows of every kernel of one training step through routing, experts, the loss and AdamW (float32, with bfloat16 copies, all in bfloat16)."""
+    from moe_kernels import adamw, cross_entropy, experts, routing
 
     empty = torch.empty
     x, w_in, w_out, gates = empty(T, D, dtype=dtype), empty(E, 2 * F, D, dtype=dtype), empty(E, D, F, dtype=dtype), empty(T, K)
@@ -102,6 +102,10 @@ def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
         out = experts.experts_fwd(x, w_in, w_out, gates, routed[1])
         experts.experts_bwd(x, x, w_in, w_out, gates, *out[1:])
         cross_entropy.cross_entropy_op._init_fn(empty(8, 16, dtype=dtype), empty(50304, 16), empty(8, dtype=torch.int64), 8, True)
+        for weights, grad, copy in ((empty(E, D), empty(E, D), None), (empty(E, D), empty(E, D, dtype=dtype), empty(E, D, dtype=dtype)),
+                                    (empty(E, D, dtype=dtype), empty(E, D, dtype=dtype), None)):
+            scalars = [empty(()) for _ in range(4)]  # step, lr, scale, skip
+            adamw.launch(weights, grad, weights, weights, *scalars, 0.9, 0.99, 1e-8, 0.1, copy, 0)
     return rows
 
 

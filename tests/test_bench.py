@@ -237,6 +237,7 @@ def test_families_of_gpu_kernels():
     assert of("nvjet", ["aten::mm"], ([64, 128], [128, 384])) == "attention projections"
     assert of("pytorch_flash", ["aten::_flash_attention_forward", "aten::scaled_dot_product_attention"]) == "attention"
     assert of("multi_tensor_apply", ["aten::_fused_adamw_", "Optimizer.step#AdamW.step"]) == "optimiser"
+    assert of("adamw_kernel", ["train"]) == "optimiser" and of("lpnorm", ["aten::_foreach_norm"]) == "gradient norm"
     assert of("copy", ["aten::copy_", "aten::to"], ([256, 128], [256, 128])) == "norms, rotations, elementwise"
 
 

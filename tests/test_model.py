@@ -351,7 +351,6 @@ def test_flops():
 def test_memory_table():
     cfg = preset("paper-d512-e8-k2")
     parts = training_memory(cfg, 1024)
-    assert sum(parts[name] for name in parts if "float32" in name) == 16 * count_params(cfg).total
     assert training_memory(cfg, 2048)["activations (estimate)"] == 2 * parts["activations (estimate)"]
     assert training_memory(dataclasses.replace(cfg, loss_chunk=128), 1024)["activations (estimate)"] < parts["activations (estimate)"]
 

@@ -1,0 +1,116 @@
+"""One AdamW step (arXiv 1711.05101) of one tensor, every value read and written once: clipping, decay, moments and the new weight in one kernel.
+
+bfloat16 has 8 significant bits: a weight that moves by less than 1/512 of itself in a step, as nearly all do, would stay where it is if rounded
+to the nearest. Stochastic rounding goes up with the probability of the part cut off, so that the mean of what is stored is what was computed
+(arXiv 2010.06192). The random bits are a hash of (seed, step, position): the same in every run, and a resumed run goes on bit for bit.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels import reference
+from moe_kernels.tiles import pick_impl
+
+BLOCK = 2048  # values per program of four warps: 16 per thread
+
+
+def adamw_step(weight, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, scale=None, skip=None, copy=None, seed=0, impl=None):
+    """Update weight, exp_avg and exp_avg_sq in place.
+
+    weight, exp_avg, exp_avg_sq: contiguous tensors of one shape, each float32 or bfloat16; what is stored in bfloat16 is rounded stochastically.
+    grad: of that shape, float32 or bfloat16. copy: bfloat16 tensor of that shape that gets the new weight, rounded to nearest; or None.
+    step: float32 scalar tensor, the number of this step, counted from 1. lr: float or float32 scalar tensor.
+    scale: float32 scalar tensor that the gradient is multiplied by; None: 1. skip: float32 scalar tensor; where it is not 0 nothing changes.
+    seed: of the rounding, below 2**31; tensors with seeds of their own are rounded independently.
+    impl: as in `moe_experts`; "grouped_mm" is the reference here. Nothing waits for the device. Raises ValueError for other shapes or dtypes."""
+    tensors = {"weight": weight, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq} | ({} if copy is None else {"copy": copy})
+    for name, t in tensors.items():
+        if t.shape != weight.shape or t.dtype not in (torch.float32, torch.bfloat16) or name != "grad" and not t.is_contiguous():
+            raise ValueError(f"{name} {tuple(t.shape)} {t.dtype}: expected contiguous float32 or bfloat16 of weight's shape {tuple(weight.shape)}")
+    if copy is not None and copy.dtype != torch.bfloat16:
+        raise ValueError(f"copy {copy.dtype}: it is the bfloat16 copy of weight")
+    if weight.numel() == 0:
+        return
+    scalars = [t if isinstance(t, torch.Tensor) else torch.full((), t, dtype=torch.float32, device=weight.device)
+               for t in (step, lr, 1.0 if scale is None else scale, 0.0 if skip is None else skip)]  # fmt: skip
+    run = launch if pick_impl(impl, weight) == "triton" else reference.adamw
+    run(weight, grad, exp_avg, exp_avg_sq, *scalars, beta1, beta2, eps, weight_decay, copy, seed)
+
+
+def launch(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta2, eps, weight_decay, copy, seed):
+    bits = [t.view(torch.int16) if t.dtype == torch.bfloat16 else t
+            for t in (weight, grad.contiguous(), exp_avg, exp_avg_sq, weight if copy is None else copy)]  # fmt: skip
+    logs = [math.log(max(beta, 1e-300)) for beta in (beta1, beta2)]
+    n = weight.numel()
+    adamw_kernel[(triton.cdiv(n, BLOCK),)](
+        *bits, step, lr, scale, skip, n, seed, eps, weight_decay, beta1, beta2, *logs, copy is not None, BLOCK, num_warps=4
+    )
+
+
+@triton.jit
+def mix(x):
+    """A hash of uint32 (lowbias32 of Wellons' "Prospecting for Hash Functions"): flipping any input bit flips each output bit half of the time."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def load_float(ptr, offs, mask):
+    """float32 values of float32, or of the bits of bfloat16."""
+    x = tl.load(ptr + offs, mask=mask, other=0)
+    if ptr.dtype.element_ty == tl.int16:
+        x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def store_bfloat16(ptr, offs, x, noise, mask):
+    """x cut to bfloat16 after adding 16 bits of noise below its last place: uniform noise rounds stochastically."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = tl.where(x == x, bits + noise, bits)  # a carry could make a number of a NaN
+    tl.store(ptr + offs, (bits >> 16).to(tl.int16), mask=mask)
+
+
+@triton.jit
+def store_float(ptr, offs, x, noise, mask):
+    if ptr.dtype.element_ty == tl.int16:
+        store_bfloat16(ptr, offs, x, noise, mask)
+    else:
+        tl.store(ptr + offs, x, mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def adamw_kernel(weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, step_ptr, lr_ptr, scale_ptr, skip_ptr, n, seed, eps, weight_decay,
+                 BETA1: tl.constexpr, BETA2: tl.constexpr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, COPY: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """A block of values. Pointers to int16 hold bfloat16: its arithmetic is all here, in bits, and the interpreter's own is wrong."""
+    if tl.load(skip_ptr) != 0:
+        return
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offs = tl.arange(0, BLOCK)
+    mask = offs < n - start
+    step, lr = tl.load(step_ptr), tl.load(lr_ptr)
+    # 1 - beta^step, in float64: for a large beta and the first steps the difference is small.
+    rate = lr / (1.0 - tl.exp(step.to(tl.float64) * LOG_BETA1)).to(tl.float32)
+    v_scale = 1.0 / tl.sqrt((1.0 - tl.exp(step.to(tl.float64) * LOG_BETA2)).to(tl.float32))
+    g = load_float(grad_ptr + start, offs, mask) * tl.load(scale_ptr)
+    m = BETA1 * load_float(exp_avg_ptr + start, offs, mask) + (1 - BETA1) * g
+    v = BETA2 * load_float(exp_avg_sq_ptr + start, offs, mask) + (1 - BETA2) * g * g
+    w = load_float(weight_ptr + start, offs, mask) * (1 - lr * weight_decay)
+    w -= rate * m / (tl.sqrt(v) * v_scale + eps)
+    # 48 random bits for a position: 16 for each of the three.
+    key = mix(mix(mix(seed.to(tl.uint32)) ^ step.to(tl.uint32)) ^ (start >> 32).to(tl.uint32))
+    noise = mix((start.to(tl.uint32) + offs.to(tl.uint32)) ^ key)
+    store_float(weight_ptr + start, offs, w, noise & 0xFFFF, mask)
+    store_float(exp_avg_ptr + start, offs, m, noise >> 16, mask)
+    # The second moment needs it most: it falls by at most 1 - beta2 of itself a step, 1/20 to 1/1000, and bfloat16's spacing is 1/256 to 1/128 of a
+    # number. Rounded to the nearest, with a beta2 near 1 it would rise with large gradients and never fall: the steps would stay small for good.
+    store_float(exp_avg_sq_ptr + start, offs, v, mix(noise ^ 0x9E3779B9) & 0xFFFF, mask)
+    if COPY:
+        store_bfloat16(copy_ptr + start, offs, w, 0x7FFF + ((w.to(tl.uint32, bitcast=True) >> 16) & 1), mask)  # nearest, ties to even
