@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_kernels.tiles import interpreting
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
 ROUNDS = 5
 MOST = 2**14  # elements of a padded matrix that stays on chip without spilling registers (128 x 256 spills a kilobyte a thread)
@@ -75,15 +77,15 @@ def muon_kernel(weights, momenta, grads, lr_ptr, skip_ptr, mu, weight_decay, sca
 
 
 def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, skip=None, still=False):
-    """A step of optim.Muon, its twin, on float32 parameters of one shape, in place on lists of weights and momenta. Products are in bfloat16 on
-    CUDA, float32 in the interpreter.
+    """A step of optim.Muon, its twin, on float32 parameters of one shape, in place on lists of weights and momenta. Products are in bfloat16,
+    in the interpreter in float32.
 
     rows: of each stacked map, all equal (`fits`). lr: float32 0-d tensor. skip: None, or a float32 0-d tensor; where it is 1, nothing changes.
     still: a map whose gradient is all zero only decays."""
     A, B = rows[0], weights[0].shape[-1]
     maps, blocks = weights[0].numel() // (A * B), padded(A, B)
     grads = [grad.contiguous() for grad in grads]
-    dtype = tl.bfloat16 if weights[0].is_cuda else tl.float32
+    dtype = tl.float32 if interpreting() else tl.bfloat16
     for i in range(0, len(weights) if maps else 0, PER_LAUNCH):
         some = [tuple(tensors[i : i + PER_LAUNCH]) for tensors in (weights, momenta, grads)]
         P = len(some[0])

@@ -91,8 +91,8 @@ def compile_only(capability=90):
 
 
 def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
-    """Rows of every kernel of one forward and backward pass through routing, experts and the loss."""
-    from moe_kernels import cross_entropy, experts, routing
+    """Rows of every kernel of one forward and backward pass through routing, experts and the loss, and of Muon's step where maps are small."""
+    from moe_kernels import cross_entropy, experts, muon, routing
 
     empty = torch.empty
     x, w_in, w_out, gates = empty(T, D, dtype=dtype), empty(E, 2 * F, D, dtype=dtype), empty(E, D, F, dtype=dtype), empty(T, K)
@@ -102,6 +102,9 @@ def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
         out = experts.experts_fwd(x, w_in, w_out, gates, routed[1])
         experts.experts_bwd(x, x, w_in, w_out, gates, *out[1:])
         cross_entropy.cross_entropy_op._init_fn(empty(8, 16, dtype=dtype), empty(50304, 16), empty(8, dtype=torch.int64), 8, True)
+        for shape, maps in (((E, 2 * F, D), [F, F]), ((E, D, F), [D])):
+            if muon.fits(shape, maps):
+                muon.muon_update(*([empty(shape)] * 4 for _ in range(3)), maps, empty(()), 0.95, 0.1, empty(()), True)
     return rows
 
 
