@@ -22,12 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo
+import torch._inductor.config
 
 import checkpoint
 import config
 import eval.procedural as procedural_eval
 from config import require
-from data import procedural, shards, tokenizer
+from data import procedural, reasoning, shards, tokenizer
 from data.facts import FactsConfig
 from data.reasoning import ReasoningConfig
 from eval import tasks
@@ -40,8 +42,8 @@ from train import GraphedStep, TrainConfig, new_window, optimizer_step, parse_so
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"facts": 0.35, "problem": 0.55, "mano": 0.10}  # of the training tokens
-TOKENS_OF = {"facts": 51, "mano": 13.8}  # mean length of a document, its eos included; problems: see `mixture`
 REAL_TASKS = ("triviaqa", "hellaswag", "gsm8k", "humaneval")  # the paper's: two of memory, two of reasoning
+COMPILED = 2**22  # tokens from which a run repays compiling on CUDA
 POINTS = (0.25, 0.5, 1.0)  # shares of the training at which everything is measured
 
 
@@ -106,11 +108,15 @@ def mixture(run):
     reasoning = ReasoningConfig(max_steps=run.max_steps, modulus=run.modulus, names=max(40, 2 * run.max_steps + 1), mano_length=run.mano_length,
                                 seed=run.seed)
     wanted = {kind: 1.03 * share * run.data_tokens for kind, share in SHARES.items()}
-    problems = math.ceil(wanted["problem"] / (24 + 16.7 * (1 + run.max_steps) / 2))  # measured for 1 .. 12 steps
+    second = max(0, run.modulus - 10) / run.modulus  # share of the numbers that have two digits, and so two tokens
+    steps, operations = (1 + run.max_steps) / 2, (1 + run.mano_length) / 2
+    tokens_of = {"facts": 51, "problem": 24 + 3.5 * second + (16.7 + 3.7 * second) * steps,  # measured mean lengths, eos included
+                 "mano": 6.8 + 2 * operations + second * (2 + operations)}
+    biographies, problems, n_mano = (math.ceil(wanted[kind] / tokens_of[kind]) for kind in SHARES)
     n_problems = min(run.unique or problems, problems)
-    return procedural.MixtureConfig(facts, reasoning, exposures=math.ceil(wanted["facts"] / TOKENS_OF["facts"] / run.people),
+    return procedural.MixtureConfig(facts, reasoning, exposures=math.ceil(biographies / run.people),
                                     n_problems=n_problems, repeats=math.ceil(problems / n_problems),
-                                    n_mano=math.ceil(wanted["mano"] / TOKENS_OF["mano"]), window=run.seq_len, seed=run.seed)
+                                    n_mano=n_mano, window=run.seq_len, seed=run.seed)
 
 
 def data_dir(run, cache):
@@ -152,6 +158,7 @@ class Samples:
             if not run.data:  # the first part of a mixture is a mixture with fewer exposures; the last window lacks its last target
                 require(windows >= want - 1, "data_tokens", run.data_tokens, f"the mixture came out at {len(flat):,} tokens; lower tokens")
                 windows = min(windows, want)
+                flats = [flat[: windows * run.seq_len + 1]]
             order = np.concatenate([rng.permutation(windows) for _ in range(math.ceil(want / windows))])[:want]
             starts.append(offset + order.astype(np.int64) * run.seq_len)
             offset += len(flat)
@@ -166,6 +173,16 @@ class Samples:
         return windows[:, :-1], windows[:, 1:]
 
 
+def compile_parts(model):
+    """torch.compile of attention and norms, where half of a small step's kernels are, but not of whole blocks: no E, k or F changes the shapes of
+    these parts, so a process compiles them once for all its runs of one width, and others find them in inductor's cache on disk."""
+    torch._inductor.config.compile_threads = 1  # several processes compile at once: no pool of helpers for each
+    torch._dynamo.config.recompile_limit = 64  # of widths and batches that one process may see
+    for block in model.blocks:
+        for part in (block.attn_norm, block.attn, block.mlp_norm):
+            part.compile(fullgraph=True, dynamic=False)
+
+
 class Trainer:
     """A model in training: `loss = trainer.advance(step)`."""
 
@@ -174,7 +191,10 @@ class Trainer:
         self.model, self.cfg, self.samples, self.done = GPT(cfg).to(device), cfg, samples, 0
         self.optimizer, self.window = make_optimizer(self.model, cfg), new_window(cfg, device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # `done` on the device: a recorded step reads it
-        self.run_step = GraphedStep(self._step) if torch.device(device).type == "cuda" else self._step
+        cuda = torch.device(device).type == "cuda"
+        if cuda and samples.starts_SB.numel() * cfg.seq_len >= COMPILED:
+            compile_parts(self.model)
+        self.run_step = GraphedStep(self._step) if cuda else self._step
 
     def _step(self, _):
         optimizer_step(self.model, self.optimizer, self.cfg, self.window, [self.samples.batch(self.position)])
@@ -216,24 +236,24 @@ def validation_loss(model, sources, seq_len, device, limit=256):
 
 
 def measure(model, directory, n, final):
-    """Both abilities of a model trained on a mixture. n: items per kind and number of steps; unless final, without what costs most."""
+    """Both abilities of a model trained on a mixture. n: items per kind and number of steps; unless final, without bits and untrained lengths.
+
+    Nothing is generated: whether greedy decoding would write an answer is read off one forward pass."""
     cfg, enc = procedural.read_config(directory), tokenizer.load(directory)
-    trained = range(1, cfg.reasoning.max_steps + 1)
-    steps = range(1, cfg.reasoning.max_steps * 3 // 2 + 1) if final else trained
+    most = cfg.reasoning.max_steps
     facts = procedural_eval.fact_recall(model, enc, cfg.facts, 5 * n)
     facts["by_attribute"] = {name: row["recall"] for name, row in facts["by_attribute"].items()}
-    each = n if final else max(1, n // 4)  # generating is the slowest part
-    accuracy = procedural_eval.reasoning_accuracy(model, enc, cfg.reasoning, steps, each, batch_size=1024)
-    known = [row["solution"] for s, row in accuracy.items() if s in trained]
-    beyond = [row["solution"] for s, row in accuracy.items() if s not in trained]
+    problems = procedural_eval.solutions_written(model, enc, cfg.reasoning, range(1, (most * 3 // 2 if final else most) + 1), n)
+    known, beyond = ([share for s, share in problems["accuracy"].items() if (s <= most) == trained] for trained in (True, False))
+    seen = [reasoning.problem(cfg.reasoning, i) for i in range(min(4 * n, cfg.n_problems))]
+    seen = procedural_eval.graded(model, enc, [(p.question, p.solution) for p in seen])
     mano = procedural_eval.mano_accuracy(model, enc, cfg.reasoning, 2 * n)
     within = [right for length, right in mano["accuracy"].items() if length <= cfg.reasoning.mano_length]
     return {"facts": facts, "bits": procedural_eval.stored_bits(model, enc, cfg.facts, 5 * n) if final else None,
-            "problems": {"loss": procedural_eval.solution_loss(model, enc, cfg.reasoning, 4 * n),
-                         "loss_seen": procedural_eval.solution_loss(model, enc, cfg.reasoning, min(4 * n, cfg.n_problems), "train"),
-                         "accuracy": sum(known) / len(known), "beyond": sum(beyond) / len(beyond) if beyond else None,
-                         "by_steps": {str(s): row["solution"] for s, row in accuracy.items()},
-                         "answers_by_steps": {str(s): row["answer"] for s, row in accuracy.items()}},
+            "problems": {"loss": problems["loss"], "loss_seen": procedural_eval.loss_of(seen),
+                         "accuracy": sum(known) / len(known), "accuracy_seen": sum(right for *_, right in seen) / len(seen),
+                         "beyond": sum(beyond) / len(beyond) if beyond else None,
+                         "by_steps": {str(s): share for s, share in problems["accuracy"].items()}},
             "mano": {"loss": mano["loss"], "chance": mano["chance"], "accuracy": sum(within) / max(1, len(within)),
                      "by_length": {str(length): right for length, right in mano["accuracy"].items()}}}
 
@@ -298,9 +318,10 @@ def execute(run, cache, device, lr=0.0, n=100, keep=None):
         if not math.isfinite(loss):
             break
         final = share == 1
-        found = measure_text(model, sources[0][0], 10 * n) if run.data else measure(model, sources[0][0], n if final else n // 2 or 1, final)
-        points.append({"step": trainer.done, "tokens": trainer.done * run.batch * run.seq_len, "train_loss": loss,
-                       "val_loss": validation_loss(model, sources, run.seq_len, device), **found})
+        with torch.compiler.set_stance("force_eager"):  # the compiled parts are for the shapes of training
+            found = measure_text(model, sources[0][0], 10 * n) if run.data else measure(model, sources[0][0], n if final else n // 2 or 1, final)
+            val_loss = validation_loss(model, sources, run.seq_len, device)
+        points.append({"step": trainer.done, "tokens": trainer.done * run.batch * run.seq_len, "train_loss": loss, "val_loss": val_loss, **found})
     last = points[-1] if points and points[-1]["step"] == run.steps else {}
     row = {"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "config": dataclasses.asdict(cfg), "diverged": not last,
            "tokens": run.tokens, "tpp": run.tokens / params.total, "params": params._asdict(), "flops": run.tokens * flops,
