@@ -1,11 +1,11 @@
-"""Run what is missing of a grid of runs, in parallel, within a time limit:  python -m study.sweep PRESET --results study/results.jsonl --minutes 9
+"""Run what is missing of a grid of runs, in parallel, within a time limit:  python -m study.sweep PRESET,... --results study/results.jsonl --minutes 9
 
 One JSON line is appended for every finished run (study/run.py says what is in it); what the file already has is skipped, so the
 same command goes on where the last one stopped, on whatever day and machine. A run that was cut off leaves nothing and is done again.
 The order of each grid is such that whatever is finished is useful: tokens and seeds change slowest, and the extremes come first.
 
 presets   smoke    two tiny runs: does it work, on a CPU in seconds
-          pilot    what is learned from how many tokens, about how many people, at which rates and widths
+          pilot    which people, problems and expressions are neither out of reach nor child's play
           lr       peak learning rates at the corners of the (E, k) grid; every run below takes its rate from these rows
           main     E 4..256 x k 1..8 at one width, 2^24 and 2^26 tokens, 3 seeds
           scarce   the same E at k = 2 and 8 with 20,000 different problems only, seen again and again
@@ -27,12 +27,15 @@ import signal
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from config import require
 from study.results import append, read
-from study.run import Run, execute, key, prepare_data
+from study.run import Run, data_dir, execute, key, prepare_data
 
+JOBS = 3  # processes per GPU: while one or two of them start, compile or measure, work of the CPU for the most part, the others train
 EXPERTS = (256, 4, 32, 128, 8, 64, 16)  # extremes first
 TOP_K = (2, 8, 1, 4)
 CORNERS = ((32, 2), (256, 8), (4, 1), (256, 1), (8, 8))
@@ -46,12 +49,17 @@ def smoke(data):
 
 
 def pilot(data):
-    small, large = dict(n_experts=16), dict(n_experts=128)
-    learns = [small, large, small | dict(people=5_000), large | dict(people=5_000)]  # in 2^24 tokens: which tasks, how much of them
-    rates = [small | dict(lr=1.2e-2), small | dict(lr=3e-3), small | dict(batch=16), small | dict(optimizer="adamw", lr=4e-3)]
-    longer = [size | dict(tokens=2**26, people=people) for people in (5_000, 20_000) for size in (small, large)]
-    others = [small | dict(d_model=64, d_expert=32), small | dict(n_layers=6), small | dict(d_model=256, d_expert=128)]
-    return [Run(**{"lr": 6e-3} | variant) for variant in learns + rates + longer + others]
+    """Which people, problems and expressions are neither out of reach nor child's play, at one end and the other of the grid (docs/STUDY.md)."""
+    base = dict(lr=6e-3, data_tokens=2**25)
+    scarce = base | dict(people=4_000, unique=4_000, mano_length=3)  # 29 biographies of each in 2^24 tokens
+    fresh = base | dict(people=2_000, modulus=23, mano_length=2)
+    rare = base | dict(people=1_000, unique=1_000, mano_length=4)
+    long = base | dict(people=8_000, modulus=11, max_steps=10, mano_length=2)
+    pairs = [scarce, fresh, rare, scarce | dict(tokens=2**25), fresh | dict(tokens=2**25), long, rare | dict(tokens=2**25)]
+    runs = [setting | dict(n_experts=e) for setting in pairs for e in (16, 128)]
+    runs += [scarce | dict(n_experts=e) for e in (4, 256)] + [scarce | dict(n_experts=128, top_k=8), scarce | dict(seed=1)]
+    runs += [setting | dict(n_experts=e, tokens=2**26, data_tokens=2**26) for setting in (scarce, fresh) for e in (16, 128)]
+    return [Run(**run) for run in runs]
 
 
 def lr(data):
@@ -187,6 +195,10 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     print(f"{results}: {left()} on {len(devices)} x {name}, {jobs} at a time on each", flush=True)
     if not todo or not minutes:
         return 0
+    data, builder = {}, ThreadPoolExecutor(1)  # directories are built in order, meanwhile what has its own is trained
+    for run in todo:
+        if not run.data and data_dir(run, cache) not in data:
+            data[data_dir(run, cache)] = builder.submit(prepare_data, run, cache, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Queue(), context.Queue()
     threads = threads_of(jobs * len(devices))
@@ -199,7 +211,8 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
             alive, lost = sum(worker.is_alive() for worker in workers), sum(worker.exitcode not in (None, 0) for worker in workers)
             while len(running) < alive + lost and (task := choose(todo, running, rows, ends, name)):
                 run, rate = task
-                prepare_data(run, cache, workers=os.cpu_count() or 1)
+                if not run.data:
+                    data[data_dir(run, cache)].result()
                 weights = f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None
                 todo.remove(run)
                 running[key(run)] = run
@@ -222,6 +235,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
             rows.append(row)
             print(f"{line(row)} | {left()}", flush=True)
     finally:
+        builder.shutdown(wait=False, cancel_futures=True)
         for _ in workers:
             inbox.put(None)
         for worker in workers:
@@ -267,10 +281,10 @@ def line(row):
 
 def cli(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("presets", help="one, or several in this order: lr,main")
     parser.add_argument("--results", default="study/results.jsonl", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=9, help="time limit; 0: only say what is left (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=0, help="processes per device (default: 4 on a GPU, 1 on the CPU)")
+    parser.add_argument("--jobs", type=int, default=0, help="processes per device (default: 3 on a GPU, 1 on the CPU)")
     parser.add_argument("--cache", default="runs/study", help="where data directories and kept weights go (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data", default="", help="for the preset text: DIR:weight,DIR:weight")
@@ -283,8 +297,11 @@ def cli(argv=None):
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda': no CUDA device is visible; use --device=cpu")
-        return sweep(PRESETS[args.preset](args.data), args.results, args.minutes, args.cache, devices, args.jobs or (4 if cuda else 1), args.items,
-                     [name for name in args.keep.split(",") if name])
+        for name in (names := args.presets.split(",")):
+            require(name in PRESETS, "preset", name, f"use {', '.join(PRESETS)}")
+        runs = [run for name in names for run in PRESETS[name](args.data)]
+        jobs = args.jobs or (JOBS if cuda else 1)
+        return sweep(runs, args.results, args.minutes, args.cache, devices, jobs, args.items, [name for name in args.keep.split(",") if name])
     except ValueError as error:
         sys.exit(f"error: {error}")
 
