@@ -33,9 +33,10 @@ import torch
 
 from config import require
 from study.results import append, read
-from study.run import Run, data_dir, execute, key, prepare_data
+from study.run import Run, data_dir, execute_together, form, key, prepare_data
 
 JOBS = 3  # processes per GPU: while one or two of them start, compile or measure, work of the CPU for the most part, the others train
+TOGETHER = 3  # the seeds, or rates, of one (E, k): on branches of one CUDA graph, where one model alone would leave the GPU waiting for launches
 EXPERTS = (256, 4, 32, 128, 8, 64, 16)  # extremes first
 TOP_K = (2, 8, 1, 4)
 CORNERS = ((32, 2), (256, 8), (4, 1), (256, 1), (8, 8))
@@ -157,11 +158,11 @@ def work(device, threads, cache, items, inbox, outbox):
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device))
     while (task := inbox.get()) is not None:
-        run, rate, keep = task
+        runs, rates, keep = task
         try:
-            outbox.put((key(run), execute(run, cache, device, rate, items, keep)))
+            outbox.put((key(runs[0]), execute_together(runs, cache, device, rates, items, keep)))
         except Exception as error:  # one bad run must not end a sweep; it is reported, and tried again by the next sweep
-            outbox.put((key(run), traceback.format_exc(limit=-4)))
+            outbox.put((key(runs[0]), traceback.format_exc(limit=-4)))
             if "CUDA error" in str(error):
                 return  # nothing works after that in this process
 
@@ -170,11 +171,11 @@ def threads_of(processes):
     return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // processes))
 
 
-def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, items=100, keep=()):
+def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, items=100, keep=(), together=1):
     """Run what is missing of `runs` (a list of Run, in this order) and append to the file `results`. Returns how many failed or were killed.
 
     minutes: no run is started that is not expected to end in time, and what still runs then is dropped; 0 only reports.
-    jobs: processes per device. keep: names like "E16k2" whose final weights are kept under cache/weights."""
+    jobs: processes per device. together: runs of one form that a process trains side by side. keep: names like "E16k2" whose final weights are kept under cache/weights."""
     ends = time.monotonic() + 60 * minutes
     rows = read(results)
     done = {row["key"] for row in rows}
@@ -184,14 +185,17 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     lanes = min(len(devices) * jobs, max(1, len(todo)))
 
     def left():
-        rest = [*todo, *running.values(), *failed]
+        rest = [*todo, *in_flight(), *failed]
         if not rest:
             return f"all {len(runs)} runs are finished"
         seconds = [estimate(run, rows, name) for run in rest]
         when = "no estimate yet" if None in seconds else f"about {sum(seconds) / lanes / 60:.1f} minutes"
         return f"{len(rest)} of {len(runs)} runs left, {when}"
 
-    running, failed, lost = {}, [], 0
+    def in_flight():
+        return [run for runs in running.values() for run in runs]
+
+    running, failed, lost = {}, [], 0  # running: first key of a group -> its runs
     print(f"{results}: {left()} on {len(devices)} x {name}, {jobs} at a time on each", flush=True)
     if not todo or not minutes:
         return 0
@@ -209,31 +213,32 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     try:
         while (todo or running) and time.monotonic() < ends:
             alive, lost = sum(worker.is_alive() for worker in workers), sum(worker.exitcode not in (None, 0) for worker in workers)
-            while len(running) < alive + lost and (task := choose(todo, running, rows, ends, name)):
-                run, rate = task
-                if not run.data:
-                    data[data_dir(run, cache)].result()
-                weights = f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None
-                todo.remove(run)
-                running[key(run)] = run
-                inbox.put((run, rate, weights))
+            while len(running) < alive + lost and (group := choose_group(todo, in_flight(), rows, ends, name, together)):
+                members, rates = map(list, zip(*group, strict=True))
+                for run in members:
+                    todo.remove(run)
+                    if not run.data:
+                        data[data_dir(run, cache)].result()
+                running[key(members[0])] = members
+                inbox.put((members, rates, [f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None for run in members]))
             if len(running) <= lost or not alive:  # a killed worker's run never comes back
                 break
             try:
-                finished, row = outbox.get(timeout=1)
+                finished, found = outbox.get(timeout=1)
             except queue.Empty:
                 continue
-            run = running.pop(finished)
-            if isinstance(row, str):
-                failed.append(run)
-                print(f"FAILED: {row}in {run}", flush=True)
-                if len(failed) == 3 and len(rows) == len(done):
+            members = running.pop(finished)
+            if isinstance(found, str):
+                failed += members
+                print(f"FAILED: {found}in {members}", flush=True)
+                if len(failed) >= 3 * together and len(rows) == len(done):
                     break  # nothing works
                 continue
-            row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
-            append(results, row)
-            rows.append(row)
-            print(f"{line(row)} | {left()}", flush=True)
+            for row in found:
+                row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
+                append(results, row)
+                rows.append(row)
+                print(f"{line(row)} | {left()}", flush=True)
     finally:
         builder.shutdown(wait=False, cancel_futures=True)
         for _ in workers:
@@ -242,7 +247,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
             worker.join(timeout=0 if running else 5)
             if worker.is_alive():
                 worker.terminate()  # its run is not in the file and will be done again
-    print(f"{left()}" + (f", {len(failed)} failed" if failed else "") + (f", {len(running)} cut off" if running else "")
+    print(f"{left()}" + (f", {len(failed)} failed" if failed else "") + (f", {len(in_flight())} cut off" if running else "")
           + (f", {lost} worker processes killed, perhaps for want of memory: use fewer --jobs" if lost else ""), flush=True)
     waiting = [run for run in todo if not run.lr and best_rate(run, rows) is None]
     if waiting:
@@ -255,7 +260,7 @@ def choose(todo, running, rows, ends, name):
     for run in todo:
         rate = 0.0
         if not run.lr:
-            compared = [r for r in [*running.values(), *todo] if r.lr and shape(dataclasses.asdict(r)) == shape(dataclasses.asdict(run))]
+            compared = [r for r in [*running, *todo] if r.lr and shape(dataclasses.asdict(r)) == shape(dataclasses.asdict(run))]
             rate = best_rate(run, rows)
             if compared or rate is None:
                 continue
@@ -263,6 +268,16 @@ def choose(todo, running, rows, ends, name):
         if seconds is None or time.monotonic() + seconds < ends:
             return run, rate
     return None
+
+
+def choose_group(todo, running, rows, ends, name, most):
+    """What `choose` says and up to most - 1 runs of its form that can start, too, as a list of (run, rate); [] when nothing can."""
+    group, waiting = [], list(todo)
+    while len(group) < most and (found := choose(waiting, running, rows, ends, name)):
+        group.append(found)
+        waiting = [run for run in todo if form(run) == form(found[0]) and run not in [member for member, _ in group]]
+        ends -= estimate(found[0], rows, name) or 0.0
+    return group
 
 
 def line(row):
@@ -285,6 +300,7 @@ def cli(argv=None):
     parser.add_argument("--results", default="study/results.jsonl", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=9, help="time limit; 0: only say what is left (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=0, help="processes per device (default: 3 on a GPU, 1 on the CPU)")
+    parser.add_argument("--together", type=int, default=0, help="runs of one form that a process trains side by side (default: 3 on a GPU, 1 on the CPU)")
     parser.add_argument("--cache", default="runs/study", help="where data directories and kept weights go (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data", default="", help="for the preset text: DIR:weight,DIR:weight")
@@ -301,7 +317,8 @@ def cli(argv=None):
             require(name in PRESETS, "preset", name, f"use {', '.join(PRESETS)}")
         runs = [run for name in names for run in PRESETS[name](args.data)]
         jobs = args.jobs or (JOBS if cuda else 1)
-        return sweep(runs, args.results, args.minutes, args.cache, devices, jobs, args.items, [name for name in args.keep.split(",") if name])
+        return sweep(runs, args.results, args.minutes, args.cache, devices, jobs, args.items, [name for name in args.keep.split(",") if name],
+                     args.together or (TOGETHER if cuda else 1))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
