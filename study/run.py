@@ -333,7 +333,7 @@ def execute(run, cache, device, lr=0.0, n=100, keep=None):
 
 
 def execute_together(runs, cache, device, rates, n=100, keep=()):
-    """`execute` for runs of one `form`, trained side by side. A row's seconds are its share of the time that all took, tokens_per_s the speed of all."""
+    """`execute` for runs of one `form`, trained side by side. A row's seconds are its share of what all took, tokens_per_s the speed of all."""
     began, device = time.perf_counter(), torch.device(device)
     keep = keep or [None] * len(runs)
     for run, lr in zip(runs, rates, strict=True):

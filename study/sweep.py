@@ -1,4 +1,4 @@
-"""Run what is missing of a grid of runs, in parallel, within a time limit:  python -m study.sweep PRESET,... --results study/results.jsonl --minutes 9
+"""Run what is missing of a grid of runs, in parallel, within a time limit:  python -m study.sweep PRESET,PRESET --minutes 9
 
 One JSON line is appended for every finished run (study/run.py says what is in it); what the file already has is skipped, so the
 same command goes on where the last one stopped, on whatever day and machine. A run that was cut off leaves nothing and is done again.
@@ -40,6 +40,7 @@ TOGETHER = 3  # the seeds, or rates, of one (E, k): on branches of one CUDA grap
 EXPERTS = (256, 4, 32, 128, 8, 64, 16)  # extremes first
 TOP_K = (2, 8, 1, 4)
 CORNERS = ((32, 2), (256, 8), (4, 1), (256, 1), (8, 8))
+UNUSUAL = ("optimizer", "n_layers", "init_std", "batch", "people", "unique", "max_steps", "mano_length", "modulus")  # named in a line where they are
 RATES = {"muon": (6e-3, 1.2e-2, 3e-3), "adamw": (4e-3, 2e-3, 8e-3)}
 
 
@@ -175,7 +176,8 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     """Run what is missing of `runs` (a list of Run, in this order) and append to the file `results`. Returns how many failed or were killed.
 
     minutes: no run is started that is not expected to end in time, and what still runs then is dropped; 0 only reports.
-    jobs: processes per device. together: runs of one form that a process trains side by side. keep: names like "E16k2" whose final weights are kept under cache/weights."""
+    jobs: processes per device. together: runs of one form that a process trains side by side.
+    keep: names like "E16k2" whose final weights are kept under cache/weights."""
     ends = time.monotonic() + 60 * minutes
     rows = read(results)
     done = {row["key"] for row in rows}
@@ -284,7 +286,7 @@ def line(row):
     """A finished run for people."""
     run = row["run"]
     head = (f"d={run['d_model']} E={run['n_experts']} k={run['top_k']} F={run['d_expert']} lr={row['lr']:g} tokens={row['tokens'] / 1e6:.1f}M "
-            f"seed={run['seed']}")
+            f"seed={run['seed']}" + "".join(f" {name}={run[name]}" for name in UNUSUAL if run[name] != getattr(Run, name)))
     if row["diverged"]:
         return f"{head}: diverged"
     if run["data"]:
@@ -300,7 +302,7 @@ def cli(argv=None):
     parser.add_argument("--results", default="study/results.jsonl", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=9, help="time limit; 0: only say what is left (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=0, help="processes per device (default: 3 on a GPU, 1 on the CPU)")
-    parser.add_argument("--together", type=int, default=0, help="runs of one form that a process trains side by side (default: 3 on a GPU, 1 on the CPU)")
+    parser.add_argument("--together", type=int, default=0, help="runs of one (E, k) that a process trains side by side (default: 3 on a GPU, else 1)")
     parser.add_argument("--cache", default="runs/study", help="where data directories and kept weights go (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data", default="", help="for the preset text: DIR:weight,DIR:weight")
