@@ -8,7 +8,8 @@ have: one learning rate and one weight decay serve both optimisers.
 
 `torch.optim.Muon` takes only 2-D parameters, one matrix after another, and treats a stack of gate and up rows as one matrix. Here the experts of a
 layer are one batched product, and every map is made orthogonal alone: each expert's gate (F, D), up (F, D) and down (D, F), and the query, key and
-value maps of attention. Stacked, gate and up would share one set of singular directions, though a token sees them as two functions.
+value maps of attention. Stacked, gate and up would share one set of singular directions, though a token sees them as two functions. On CUDA
+small maps take one kernel for everything (moe_kernels/muon.py).
 
 The matrices inside blocks, nearly all of a large model, can be bfloat16 (`make_optimizer`, docs/optimizer.md).
 
@@ -24,8 +25,7 @@ from torch.optim.adamw import adamw as adamw_fused
 
 from moe_kernels import adamw_step
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
-ROUNDS = 5
+from moe_kernels.muon import COEFFICIENTS, ROUNDS, fits, muon_update
 
 
 def lr_at(step, cfg):
@@ -133,9 +133,20 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            if params and on_chip(params[0], group["rows"]):
+                self._step_on_chip(params, group)
+                continue
             # Matrices of all layers make one batch; a stack of experts is a batch already, and a large one.
             for batch in [params] if params and params[0].ndim == 2 else [[p] for p in params]:
                 self._step_batch(batch, group)
+
+    def _step_on_chip(self, params, group):
+        weights, momenta, grads = ([local(t) for t in ts] for ts in (params, [self.state[p]["momentum"] for p in params], [p.grad for p in params]))
+        rate = group["lr"]
+        if not isinstance(rate, torch.Tensor):
+            rate = torch.full((), rate, device=weights[0].device)
+        muon_update(weights, momenta, grads, group["rows"], rate, group["momentum"], group["weight_decay"], self.scale, self.found_inf,
+                    params[0].ndim == 3)
 
     def _step_batch(self, batch, group):
         rate, mu = group["lr"], group["momentum"]
@@ -159,6 +170,11 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
         for weight, update, p in zip(weights, updates, batch, strict=True):
             weight.sub_((update if experts else part_of(update, p)) * rate)
+
+
+def on_chip(p, rows):
+    """Whether `muon_update` can step this parameter, one of equals: this rank has whole small maps of it, on CUDA."""
+    return p.is_cuda and p.dtype == torch.float32 and (p.ndim == 3 or not isinstance(p, DTensor)) and fits(p.shape, rows)
 
 
 def local(t):

@@ -22,12 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo
+import torch._inductor.config
 
 import checkpoint
 import config
 import eval.procedural as procedural_eval
 from config import require
-from data import procedural, shards, tokenizer
+from data import procedural, reasoning, shards, tokenizer
 from data.facts import FactsConfig
 from data.loader import parse_sources
 from data.reasoning import ReasoningConfig
@@ -41,8 +43,8 @@ from train import GraphedStep, TrainConfig, new_window, optimizer_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"facts": 0.35, "problem": 0.55, "mano": 0.10}  # of the training tokens
-TOKENS_OF = {"facts": 51, "mano": 13.8}  # mean length of a document, its eos included; problems: see `mixture`
 REAL_TASKS = ("triviaqa", "hellaswag", "gsm8k", "humaneval")  # the paper's: two of memory, two of reasoning
+COMPILED = 2**22  # tokens from which a run repays compiling on CUDA
 POINTS = (0.25, 0.5, 1.0)  # shares of the training at which everything is measured
 
 
@@ -85,6 +87,11 @@ class Run:
         return self.tokens // (self.batch * self.seq_len)
 
 
+def form(run):
+    """What runs must share to be trained side by side: as many steps, each as long."""
+    return run.d_model, run.n_layers, run.n_experts, run.top_k, run.d_expert, run.tokens, run.optimizer, run.batch, run.seq_len, run.data
+
+
 def key(run):
     """Names a run in a results file: 12 hex digits of its fields."""
     return hashlib.sha256(json.dumps(dataclasses.asdict(run), sort_keys=True).encode()).hexdigest()[:12]
@@ -107,11 +114,15 @@ def mixture(run):
     reasoning = ReasoningConfig(max_steps=run.max_steps, modulus=run.modulus, names=max(40, 2 * run.max_steps + 1), mano_length=run.mano_length,
                                 seed=run.seed)
     wanted = {kind: 1.03 * share * run.data_tokens for kind, share in SHARES.items()}
-    problems = math.ceil(wanted["problem"] / (24 + 16.7 * (1 + run.max_steps) / 2))  # measured for 1 .. 12 steps
+    second = max(0, run.modulus - 10) / run.modulus  # share of the numbers that have two digits, and so two tokens
+    steps, operations = (1 + run.max_steps) / 2, (1 + run.mano_length) / 2
+    tokens_of = {"facts": 51, "problem": 24 + 3.5 * second + (16.7 + 3.7 * second) * steps,  # measured mean lengths, eos included
+                 "mano": 6.8 + 2 * operations + second * (2 + operations)}
+    biographies, problems, n_mano = (math.ceil(wanted[kind] / tokens_of[kind]) for kind in SHARES)
     n_problems = min(run.unique or problems, problems)
-    return procedural.MixtureConfig(facts, reasoning, exposures=math.ceil(wanted["facts"] / TOKENS_OF["facts"] / run.people),
+    return procedural.MixtureConfig(facts, reasoning, exposures=math.ceil(biographies / run.people),
                                     n_problems=n_problems, repeats=math.ceil(problems / n_problems),
-                                    n_mano=math.ceil(wanted["mano"] / TOKENS_OF["mano"]), window=run.seq_len, seed=run.seed)
+                                    n_mano=n_mano, window=run.seq_len, seed=run.seed)
 
 
 def data_dir(run, cache):
@@ -153,6 +164,7 @@ class Samples:
             if not run.data:  # the first part of a mixture is a mixture with fewer exposures; the last window lacks its last target
                 require(windows >= want - 1, "data_tokens", run.data_tokens, f"the mixture came out at {len(flat):,} tokens; lower tokens")
                 windows = min(windows, want)
+                flats = [flat[: windows * run.seq_len + 1]]
             order = np.concatenate([rng.permutation(windows) for _ in range(math.ceil(want / windows))])[:want]
             starts.append(offset + order.astype(np.int64) * run.seq_len)
             offset += len(flat)
@@ -167,38 +179,73 @@ class Samples:
         return windows[:, :-1], windows[:, 1:]
 
 
-class Trainer:
-    """A model in training: `loss = trainer.advance(step)`."""
+def compile_parts(model):
+    """torch.compile of attention and norms, where half of a small step's kernels are, but not of whole blocks: no E, k or F changes the shapes of
+    these parts, so a process compiles them once for all its runs of one width, and others find them in inductor's cache on disk."""
+    torch._inductor.config.compile_threads = 1  # several processes compile at once: no pool of helpers for each
+    torch._dynamo.config.recompile_limit = 64  # of widths and batches that one process may see
+    for block in model.blocks:
+        for part in (block.attn_norm, block.attn, block.mlp_norm):
+            part.compile(fullgraph=True, dynamic=False)
 
-    def __init__(self, cfg, samples, device):
-        torch.manual_seed(cfg.seed)
-        self.model, self.cfg, self.samples, self.done = GPT(cfg).to(device), cfg, samples, 0
-        self.optimizer, self.window = make_optimizer(self.model, cfg), new_window(cfg, device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # `done` on the device: a recorded step reads it
-        self.run_step = GraphedStep(self._step) if torch.device(device).type == "cuda" else self._step
+
+class Trainer:
+    """Models of one shape in training, in step with one another: `[(loss, load_cv), ...] = trainer.advance(step)`.
+
+    The kernels of one small model leave most of a GPU idle. On CUDA one graph holds a step of each model, on branches that run at the same time."""
+
+    def __init__(self, cfgs, samples, device):
+        self.cfgs, self.samples, self.done, self.models = cfgs, samples, 0, []
+        for cfg in cfgs:
+            torch.manual_seed(cfg.seed)
+            self.models.append(GPT(cfg).to(device))
+        self.optimizers = [make_optimizer(model, cfg) for model, cfg in zip(self.models, cfgs, strict=True)]
+        self.windows = [new_window(cfg, device) for cfg in cfgs]
+        self.positions = [torch.zeros(1, dtype=torch.int64, device=device) for _ in cfgs]  # `done` on the device: a recorded step reads it
+        self.run_step, self.streams = self._step, [None] * len(cfgs)
+        if torch.device(device).type == "cuda":
+            if cfgs[0].steps * cfgs[0].batch_size * cfgs[0].seq_len >= COMPILED:
+                for model in self.models:
+                    compile_parts(model)
+            self.run_step, self.streams = GraphedStep(self._step), [torch.cuda.Stream() for _ in cfgs]
 
     def _step(self, _):
-        optimizer_step(self.model, self.optimizer, self.cfg, self.window, [self.samples.batch(self.position)])
-        self.position += 1
+        start = torch.cuda.current_stream() if self.streams[0] else None
+        for parts in zip(self.models, self.optimizers, self.cfgs, self.windows, self.samples, self.positions, self.streams, strict=True):
+            model, optimizer, cfg, window, samples, position, stream = parts
+            if stream:
+                stream.wait_stream(start)
+            with torch.cuda.stream(stream):  # does nothing for None
+                optimizer_step(model, optimizer, cfg, window, [samples.batch(position)])
+                position += 1
+        for stream in self.streams:
+            if stream:
+                start.wait_stream(stream)
 
     def _train(self, n):
-        self.model.train()
+        for model in self.models:
+            model.train()
         for _ in range(n):
-            self.optimizer.set_lr(lr_at(self.done, self.cfg))
+            for optimizer, cfg in zip(self.optimizers, self.cfgs, strict=True):
+                optimizer.set_lr(lr_at(self.done, cfg))
             self.run_step([])
             self.done += 1
 
     def advance(self, step):
-        """Train up to this step. Returns the mean loss of the last twentieth of all steps so far, which is smooth enough to compare runs, and the
-        coefficient of variation of the experts' loads over it (mean of the layers). Waits for the device."""
+        """Train up to this step. Returns for each model the mean loss of the last twentieth of all steps so far, which is smooth enough to compare
+        runs, and the coefficient of variation of the experts' loads over it (mean of the layers). Waits for the device."""
         tail = min(max(1, step // 20), step - self.done)
         self._train(step - tail - self.done)
-        for name in ("sums", "counts_NE", "probs_NE"):  # not "steps": it counts the bad ones of the whole run
-            self.window[name].zero_()
+        for window in self.windows:
+            for name in ("sums", "counts_NE", "probs_NE"):  # not "steps": it counts the bad ones of the whole run
+                window[name].zero_()
         self._train(tail)
-        load = self.window["counts_NE"].float()
-        loss, *_, steps = self.window["sums"].tolist()  # skipped steps are not in the sums
-        return loss / steps if steps else math.nan, float((load.std(1, correction=0) / load.mean(1).clamp(min=1)).mean())
+        found = []
+        for window in self.windows:
+            load = window["counts_NE"].float()
+            loss, *_, steps = window["sums"].tolist()  # skipped steps are not in the sums
+            found.append((loss / steps if steps else math.nan, float((load.std(1, correction=0) / load.mean(1).clamp(min=1)).mean())))
+        return found
 
 
 @torch.no_grad()
@@ -217,24 +264,24 @@ def validation_loss(model, sources, seq_len, device, limit=256):
 
 
 def measure(model, directory, n, final):
-    """Both abilities of a model trained on a mixture. n: items per kind and number of steps; unless final, without what costs most."""
+    """Both abilities of a model trained on a mixture. n: items per kind and number of steps; unless final, without bits and untrained lengths.
+
+    Nothing is generated: whether greedy decoding would write an answer is read off one forward pass."""
     cfg, enc = procedural.read_config(directory), tokenizer.load(directory)
-    trained = range(1, cfg.reasoning.max_steps + 1)
-    steps = range(1, cfg.reasoning.max_steps * 3 // 2 + 1) if final else trained
+    most = cfg.reasoning.max_steps
     facts = procedural_eval.fact_recall(model, enc, cfg.facts, 5 * n)
     facts["by_attribute"] = {name: row["recall"] for name, row in facts["by_attribute"].items()}
-    each = n if final else max(1, n // 4)  # generating is the slowest part
-    accuracy = procedural_eval.reasoning_accuracy(model, enc, cfg.reasoning, steps, each, batch_size=1024)
-    known = [row["solution"] for s, row in accuracy.items() if s in trained]
-    beyond = [row["solution"] for s, row in accuracy.items() if s not in trained]
+    problems = procedural_eval.solutions_written(model, enc, cfg.reasoning, range(1, (most * 3 // 2 if final else most) + 1), n)
+    known, beyond = ([share for s, share in problems["accuracy"].items() if (s <= most) == trained] for trained in (True, False))
+    seen = [reasoning.problem(cfg.reasoning, i) for i in range(min(4 * n, cfg.n_problems))]
+    seen = procedural_eval.graded(model, enc, [(p.question, p.solution) for p in seen])
     mano = procedural_eval.mano_accuracy(model, enc, cfg.reasoning, 2 * n)
     within = [right for length, right in mano["accuracy"].items() if length <= cfg.reasoning.mano_length]
     return {"facts": facts, "bits": procedural_eval.stored_bits(model, enc, cfg.facts, 5 * n) if final else None,
-            "problems": {"loss": procedural_eval.solution_loss(model, enc, cfg.reasoning, 4 * n),
-                         "loss_seen": procedural_eval.solution_loss(model, enc, cfg.reasoning, min(4 * n, cfg.n_problems), "train"),
-                         "accuracy": sum(known) / len(known), "beyond": sum(beyond) / len(beyond) if beyond else None,
-                         "by_steps": {str(s): row["solution"] for s, row in accuracy.items()},
-                         "answers_by_steps": {str(s): row["answer"] for s, row in accuracy.items()}},
+            "problems": {"loss": problems["loss"], "loss_seen": procedural_eval.loss_of(seen),
+                         "accuracy": sum(known) / len(known), "accuracy_seen": sum(right for *_, right in seen) / len(seen),
+                         "beyond": sum(beyond) / len(beyond) if beyond else None,
+                         "by_steps": {str(s): share for s, share in problems["accuracy"].items()}},
             "mano": {"loss": mano["loss"], "chance": mano["chance"], "accuracy": sum(within) / max(1, len(within)),
                      "by_length": {str(length): right for length, right in mano["accuracy"].items()}}}
 
@@ -283,41 +330,59 @@ def execute(run, cache, device, lr=0.0, n=100, keep=None):
 
     cache: where data directories are; lr: the peak rate where run.lr is 0; n: size of the measurements (100: standard errors near 1 %);
     keep: a directory for the final weights, laid out as a run of train.py. A run whose loss is not finite is recorded as diverged."""
+    return execute_together([run], cache, device, [lr], n, [keep])[0]
+
+
+def execute_together(runs, cache, device, rates, n=100, keep=()):
+    """`execute` for runs of one `form`, trained side by side. A row's seconds are its share of what all took, tokens_per_s the speed of all."""
     began, device = time.perf_counter(), torch.device(device)
-    require(lr or run.lr, "lr", 0.0, "run the sweep preset lr first: it finds one for every (E, k)")
-    sources = prepare_data(run, cache)
-    enc = tokenizer.load(sources[0][0])
-    cfg = train_config(run, enc.n_vocab, lr)
-    params, flops = count_params(cfg), flops_per_token(cfg)
-    trainer = Trainer(cfg, Samples(run, sources, device), device)
-    model, points, seconds = trainer.model, [], 0.0
+    keep = keep or [None] * len(runs)
+    for run, lr in zip(runs, rates, strict=True):
+        require(lr or run.lr, "lr", 0.0, "run the sweep preset lr first: it finds one for every (E, k)")
+    sources = [prepare_data(run, cache) for run in runs]
+    cfgs = [train_config(run, tokenizer.load(source[0][0]).n_vocab, lr) for run, source, lr in zip(runs, sources, rates, strict=True)]
+    trainer = Trainer(cfgs, [Samples(run, source, device) for run, source in zip(runs, sources, strict=True)], device)
+    points, loads, seconds = [[] for _ in runs], [math.nan] * len(runs), 0.0
     for share in POINTS:
         done, clock = trainer.done, time.perf_counter()
-        loss, load_cv = trainer.advance(max(1, round(share * run.steps)))
+        found = trainer.advance(max(1, round(share * runs[0].steps)))
         spent = time.perf_counter() - clock
-        seconds, speed = seconds + spent, (trainer.done - done) * run.batch * run.seq_len / spent  # the last part's: nothing is compiled in it
-        if not math.isfinite(loss):
+        tokens = trainer.done * runs[0].batch * runs[0].seq_len
+        seconds, speed = seconds + spent, len(runs) * tokens * (1 - done / trainer.done) / spent  # the last part's: nothing is compiled in it
+        for i, (run, source, model, (loss, load_cv)) in enumerate(zip(runs, sources, trainer.models, found, strict=True)):
+            loads[i] = load_cv
+            if math.isfinite(loss):
+                points[i].append({"step": trainer.done, "tokens": tokens, "train_loss": loss, **measured(run, source, model, device, n, share == 1)})
+        if not any(math.isfinite(loss) for loss, _ in found):
             break
-        final = share == 1
-        found = measure_text(model, sources[0][0], 10 * n) if run.data else measure(model, sources[0][0], n if final else n // 2 or 1, final)
-        points.append({"step": trainer.done, "tokens": trainer.done * run.batch * run.seq_len, "train_loss": loss,
-                       "val_loss": validation_loss(model, sources, run.seq_len, device), **found})
-    last = points[-1] if points and points[-1]["step"] == run.steps else {}
-    row = {"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "config": dataclasses.asdict(cfg), "diverged": not last,
-           "tokens": run.tokens, "tpp": run.tokens / params.total, "params": params._asdict(), "flops": run.tokens * flops,
-           **last, "points": points[:-1] if last else points,
-           "load_cv": load_cv, "skipped_steps": int(trainer.window["steps"][BAD]), "train_seconds": round(seconds, 3),
-           "seconds": round(time.perf_counter() - began, 3), "tokens_per_s": round(speed),
-           "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-           "torch": torch.__version__, "revision": revision(), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
-    if keep and last:
-        os.makedirs(keep, exist_ok=True)
-        config.save(dataclasses.replace(cfg, data=run.data or sources[0][0], out_dir=str(keep)), Path(keep) / "config.json")
-        checkpoint.save(keep, run.steps, {"step": run.steps, "config": dataclasses.asdict(cfg),
-                                           "model": trainer.optimizer.weights(model)}, keep=1)
-        checkpoint.replace_file(Path(keep) / "results.json", json.dumps(row, indent=1) + "\n")
+    rows = []
+    for i, (run, cfg) in enumerate(zip(runs, cfgs, strict=True)):
+        params, flops = count_params(cfg), flops_per_token(cfg)
+        last = points[i][-1] if points[i] and points[i][-1]["step"] == run.steps else {}
+        rows.append({"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "config": dataclasses.asdict(cfg), "diverged": not last,
+                     "tokens": run.tokens, "tpp": run.tokens / params.total, "params": params._asdict(), "flops": run.tokens * flops,
+                     **last, "points": points[i][:-1] if last else points[i],
+                     "load_cv": loads[i], "skipped_steps": int(trainer.windows[i]["steps"][BAD]), "together": len(runs), "tokens_per_s": round(speed),
+                     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+                     "torch": torch.__version__, "revision": revision(), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())})
+    for row in rows:
+        row |= {"train_seconds": round(seconds / len(runs), 3), "seconds": round((time.perf_counter() - began) / len(runs), 3)}
+    for run, cfg, source, model, optimizer, row, path in zip(runs, cfgs, sources, trainer.models, trainer.optimizers, rows, keep, strict=True):
+        if path and not row["diverged"]:
+            os.makedirs(path, exist_ok=True)
+            config.save(dataclasses.replace(cfg, data=run.data or source[0][0], out_dir=str(path)), Path(path) / "config.json")
+            checkpoint.save(path, run.steps, {"step": run.steps, "config": dataclasses.asdict(cfg), "model": optimizer.weights(model)}, keep=1)
+            checkpoint.replace_file(Path(path) / "results.json", json.dumps(row, indent=1) + "\n")
     del trainer, model
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return rounded(row)
+    return [rounded(row) for row in rows]
+
+
+def measured(run, sources, model, device, n, final):
+    """Everything that is measured of a model at one point of its training."""
+    with torch.compiler.set_stance("force_eager"):  # the compiled parts are for the shapes of training
+        val_loss = validation_loss(model, sources, run.seq_len, device)
+        found = measure_text(model, sources[0][0], 10 * n) if run.data else measure(model, sources[0][0], n if final else n // 2 or 1, final)
+    return {"val_loss": val_loss, **found}

@@ -1,11 +1,11 @@
-"""Run what is missing of a grid of runs, in parallel, within a time limit:  python -m study.sweep PRESET --results study/results.jsonl --minutes 9
+"""Run what is missing of a grid of runs, in parallel, within a time limit:  python -m study.sweep PRESET,PRESET --minutes 9
 
 One JSON line is appended for every finished run (study/run.py says what is in it); what the file already has is skipped, so the
 same command goes on where the last one stopped, on whatever day and machine. A run that was cut off leaves nothing and is done again.
 The order of each grid is such that whatever is finished is useful: tokens and seeds change slowest, and the extremes come first.
 
 presets   smoke    two tiny runs: does it work, on a CPU in seconds
-          pilot    what is learned from how many tokens, about how many people, at which rates and widths
+          pilot    which people, problems and expressions are neither out of reach nor child's play
           lr       peak learning rates at the corners of the (E, k) grid; every run below takes its rate from these rows
           main     E 4..256 x k 1..8 at one width, 2^24 and 2^26 tokens, 3 seeds
           scarce   the same E at k = 2 and 8 with 20,000 different problems only, seen again and again
@@ -27,15 +27,20 @@ import signal
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from config import require
 from study.results import append, read
-from study.run import Run, execute, key, prepare_data
+from study.run import Run, data_dir, execute_together, form, key, prepare_data
 
+JOBS = 3  # processes per GPU: while one or two of them start, compile or measure, work of the CPU for the most part, the others train
+TOGETHER = 3  # the seeds, or rates, of one (E, k): on branches of one CUDA graph, where one model alone would leave the GPU waiting for launches
 EXPERTS = (256, 4, 32, 128, 8, 64, 16)  # extremes first
 TOP_K = (2, 8, 1, 4)
 CORNERS = ((32, 2), (256, 8), (4, 1), (256, 1), (8, 8))
+UNUSUAL = ("optimizer", "n_layers", "init_std", "batch", "people", "unique", "max_steps", "mano_length", "modulus")  # named in a line where they are
 RATES = {"muon": (6e-3, 1.2e-2, 3e-3), "adamw": (4e-3, 2e-3, 8e-3)}
 
 
@@ -46,12 +51,17 @@ def smoke(data):
 
 
 def pilot(data):
-    small, large = dict(n_experts=16), dict(n_experts=128)
-    learns = [small, large, small | dict(people=5_000), large | dict(people=5_000)]  # in 2^24 tokens: which tasks, how much of them
-    rates = [small | dict(lr=1.2e-2), small | dict(lr=3e-3), small | dict(batch=16), small | dict(optimizer="adamw", lr=4e-3)]
-    longer = [size | dict(tokens=2**26, people=people) for people in (5_000, 20_000) for size in (small, large)]
-    others = [small | dict(d_model=64, d_expert=32), small | dict(n_layers=6), small | dict(d_model=256, d_expert=128)]
-    return [Run(**{"lr": 6e-3} | variant) for variant in learns + rates + longer + others]
+    """Which people, problems and expressions are neither out of reach nor child's play, at one end and the other of the grid (docs/STUDY.md)."""
+    base = dict(lr=6e-3, data_tokens=2**25)
+    scarce = base | dict(people=4_000, unique=4_000, mano_length=3)  # 29 biographies of each in 2^24 tokens
+    fresh = base | dict(people=2_000, modulus=23, mano_length=2)
+    rare = base | dict(people=1_000, unique=1_000, mano_length=2)
+    long = base | dict(people=8_000, modulus=11, max_steps=10, mano_length=2)
+    pairs = [scarce, fresh, rare, scarce | dict(tokens=2**25), fresh | dict(tokens=2**25), long, rare | dict(tokens=2**25)]
+    runs = [setting | dict(n_experts=e) for setting in pairs for e in (16, 128)]
+    runs += [scarce | dict(n_experts=e) for e in (4, 256)] + [scarce | dict(n_experts=128, top_k=8), scarce | dict(seed=1)]
+    runs += [setting | dict(n_experts=e, tokens=2**26, data_tokens=2**26) for setting in (scarce, fresh) for e in (16, 128)]
+    return [Run(**run) for run in runs]
 
 
 def lr(data):
@@ -149,11 +159,11 @@ def work(device, threads, cache, items, inbox, outbox):
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device))
     while (task := inbox.get()) is not None:
-        run, rate, keep = task
+        runs, rates, keep = task
         try:
-            outbox.put((key(run), execute(run, cache, device, rate, items, keep)))
+            outbox.put((key(runs[0]), execute_together(runs, cache, device, rates, items, keep)))
         except Exception as error:  # one bad run must not end a sweep; it is reported, and tried again by the next sweep
-            outbox.put((key(run), traceback.format_exc(limit=-4)))
+            outbox.put((key(runs[0]), traceback.format_exc(limit=-4)))
             if "CUDA error" in str(error):
                 return  # nothing works after that in this process
 
@@ -162,11 +172,12 @@ def threads_of(processes):
     return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // processes))
 
 
-def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, items=100, keep=()):
+def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, items=100, keep=(), together=1):
     """Run what is missing of `runs` (a list of Run, in this order) and append to the file `results`. Returns how many failed or were killed.
 
     minutes: no run is started that is not expected to end in time, and what still runs then is dropped; 0 only reports.
-    jobs: processes per device. keep: names like "E16k2" whose final weights are kept under cache/weights."""
+    jobs: processes per device. together: runs of one form that a process trains side by side.
+    keep: names like "E16k2" whose final weights are kept under cache/weights."""
     ends = time.monotonic() + 60 * minutes
     rows = read(results)
     done = {row["key"] for row in rows}
@@ -176,17 +187,24 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     lanes = min(len(devices) * jobs, max(1, len(todo)))
 
     def left():
-        rest = [*todo, *running.values(), *failed]
+        rest = [*todo, *in_flight(), *failed]
         if not rest:
             return f"all {len(runs)} runs are finished"
         seconds = [estimate(run, rows, name) for run in rest]
         when = "no estimate yet" if None in seconds else f"about {sum(seconds) / lanes / 60:.1f} minutes"
         return f"{len(rest)} of {len(runs)} runs left, {when}"
 
-    running, failed, lost = {}, [], 0
+    def in_flight():
+        return [run for runs in running.values() for run in runs]
+
+    running, failed, lost = {}, [], 0  # running: first key of a group -> its runs
     print(f"{results}: {left()} on {len(devices)} x {name}, {jobs} at a time on each", flush=True)
     if not todo or not minutes:
         return 0
+    data, builder = {}, ThreadPoolExecutor(1)  # directories are built in order, meanwhile what has its own is trained
+    for run in todo:
+        if not run.data and data_dir(run, cache) not in data:
+            data[data_dir(run, cache)] = builder.submit(prepare_data, run, cache, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Queue(), context.Queue()
     threads = threads_of(jobs * len(devices))
@@ -197,38 +215,41 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     try:
         while (todo or running) and time.monotonic() < ends:
             alive, lost = sum(worker.is_alive() for worker in workers), sum(worker.exitcode not in (None, 0) for worker in workers)
-            while len(running) < alive + lost and (task := choose(todo, running, rows, ends, name)):
-                run, rate = task
-                prepare_data(run, cache, workers=os.cpu_count() or 1)
-                weights = f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None
-                todo.remove(run)
-                running[key(run)] = run
-                inbox.put((run, rate, weights))
+            while len(running) < alive + lost and (group := choose_group(todo, in_flight(), rows, ends, name, together)):
+                members, rates = map(list, zip(*group, strict=True))
+                for run in members:
+                    todo.remove(run)
+                    if not run.data:
+                        data[data_dir(run, cache)].result()
+                running[key(members[0])] = members
+                inbox.put((members, rates, [f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None for run in members]))
             if len(running) <= lost or not alive:  # a killed worker's run never comes back
                 break
             try:
-                finished, row = outbox.get(timeout=1)
+                finished, found = outbox.get(timeout=1)
             except queue.Empty:
                 continue
-            run = running.pop(finished)
-            if isinstance(row, str):
-                failed.append(run)
-                print(f"FAILED: {row}in {run}", flush=True)
-                if len(failed) == 3 and len(rows) == len(done):
+            members = running.pop(finished)
+            if isinstance(found, str):
+                failed += members
+                print(f"FAILED: {found}in {members}", flush=True)
+                if len(failed) >= 3 * together and len(rows) == len(done):
                     break  # nothing works
                 continue
-            row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
-            append(results, row)
-            rows.append(row)
-            print(f"{line(row)} | {left()}", flush=True)
+            for row in found:
+                row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
+                append(results, row)
+                rows.append(row)
+                print(f"{line(row)} | {left()}", flush=True)
     finally:
+        builder.shutdown(wait=False, cancel_futures=True)
         for _ in workers:
             inbox.put(None)
         for worker in workers:
             worker.join(timeout=0 if running else 5)
             if worker.is_alive():
                 worker.terminate()  # its run is not in the file and will be done again
-    print(f"{left()}" + (f", {len(failed)} failed" if failed else "") + (f", {len(running)} cut off" if running else "")
+    print(f"{left()}" + (f", {len(failed)} failed" if failed else "") + (f", {len(in_flight())} cut off" if running else "")
           + (f", {lost} worker processes killed, perhaps for want of memory: use fewer --jobs" if lost else ""), flush=True)
     waiting = [run for run in todo if not run.lr and best_rate(run, rows) is None]
     if waiting:
@@ -241,7 +262,7 @@ def choose(todo, running, rows, ends, name):
     for run in todo:
         rate = 0.0
         if not run.lr:
-            compared = [r for r in [*running.values(), *todo] if r.lr and shape(dataclasses.asdict(r)) == shape(dataclasses.asdict(run))]
+            compared = [r for r in [*running, *todo] if r.lr and shape(dataclasses.asdict(r)) == shape(dataclasses.asdict(run))]
             rate = best_rate(run, rows)
             if compared or rate is None:
                 continue
@@ -251,11 +272,21 @@ def choose(todo, running, rows, ends, name):
     return None
 
 
+def choose_group(todo, running, rows, ends, name, most):
+    """What `choose` says and up to most - 1 runs of its form that can start, too, as a list of (run, rate); [] when nothing can."""
+    group, waiting = [], list(todo)
+    while len(group) < most and (found := choose(waiting, running, rows, ends, name)):
+        group.append(found)
+        waiting = [run for run in todo if form(run) == form(found[0]) and run not in [member for member, _ in group]]
+        ends -= estimate(found[0], rows, name) or 0.0
+    return group
+
+
 def line(row):
     """A finished run for people."""
     run = row["run"]
     head = (f"d={run['d_model']} E={run['n_experts']} k={run['top_k']} F={run['d_expert']} lr={row['lr']:g} tokens={row['tokens'] / 1e6:.1f}M "
-            f"seed={run['seed']}")
+            f"seed={run['seed']}" + "".join(f" {name}={run[name]}" for name in UNUSUAL if run[name] != getattr(Run, name)))
     if row["diverged"]:
         return f"{head}: diverged"
     if run["data"]:
@@ -267,10 +298,11 @@ def line(row):
 
 def cli(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("presets", help="one, or several in this order: lr,main")
     parser.add_argument("--results", default="study/results.jsonl", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=9, help="time limit; 0: only say what is left (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=0, help="processes per device (default: 4 on a GPU, 1 on the CPU)")
+    parser.add_argument("--jobs", type=int, default=0, help="processes per device (default: 3 on a GPU, 1 on the CPU)")
+    parser.add_argument("--together", type=int, default=0, help="runs of one (E, k) that a process trains side by side (default: 3 on a GPU, else 1)")
     parser.add_argument("--cache", default="runs/study", help="where data directories and kept weights go (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data", default="", help="for the preset text: DIR:weight,DIR:weight")
@@ -283,8 +315,12 @@ def cli(argv=None):
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda': no CUDA device is visible; use --device=cpu")
-        return sweep(PRESETS[args.preset](args.data), args.results, args.minutes, args.cache, devices, args.jobs or (4 if cuda else 1), args.items,
-                     [name for name in args.keep.split(",") if name])
+        for name in (names := args.presets.split(",")):
+            require(name in PRESETS, "preset", name, f"use {', '.join(PRESETS)}")
+        runs = [run for name in names for run in PRESETS[name](args.data)]
+        jobs = args.jobs or (JOBS if cuda else 1)
+        return sweep(runs, args.results, args.minutes, args.cache, devices, jobs, args.items, [name for name in args.keep.split(",") if name],
+                     args.together or (TOGETHER if cuda else 1))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

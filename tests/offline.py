@@ -91,8 +91,9 @@ def compile_only(capability=90):
 
 
 def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
-    """Rows of every kernel of one training step through routing, experts, the loss and AdamW (float32, with bfloat16 copies, all in bfloat16)."""
-    from moe_kernels import adamw, cross_entropy, experts, routing
+    """Rows of every kernel of one training step through routing, experts, the loss, AdamW (float32, with bfloat16 copies, all in bfloat16) and, where
+    maps are small, Muon."""
+    from moe_kernels import adamw, cross_entropy, experts, muon, routing
 
     empty = torch.empty
     x, w_in, w_out, gates = empty(T, D, dtype=dtype), empty(E, 2 * F, D, dtype=dtype), empty(E, D, F, dtype=dtype), empty(T, K)
@@ -106,6 +107,9 @@ def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
                                     (empty(E, D, dtype=dtype), empty(E, D, dtype=dtype), None)):
             scalars = [empty(()) for _ in range(4)]  # step, lr, scale, skip
             adamw.launch(weights, grad, weights, weights, *scalars, 0.9, 0.99, 1e-8, 0.1, copy, 0)
+        for shape, maps in (((E, 2 * F, D), [F, F]), ((E, D, F), [D])):
+            if muon.fits(shape, maps):
+                muon.muon_update(*([empty(shape)] * 4 for _ in range(3)), maps, empty(()), 0.95, 0.1, empty(()), empty(()), True)
     return rows
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from tests.offline import SHARED_LIMIT
 
-# T, D, F, E, K: each tile family at full and at small rows per expert; widths down to the smallest model; generation.
-SHAPES = ["4096,2048,768,16,8", "1024,2048,768,128,8", "4096,512,1024,16,4", "1536,1536,256,8,8", "512,128,256,8,2", "64,64,48,8,2", "4,512,1024,16,2"]
+# T, D, F, E, K: each tile family at full and at small rows per expert; widths down to the smallest model; generation; the study.
+SHAPES = ["4096,2048,768,16,8", "1024,2048,768,128,8", "4096,512,1024,16,4", "1536,1536,256,8,8", "512,128,256,8,2", "64,64,48,8,2", "4,512,1024,16,2", "8192,128,64,16,2"]
 GEMMS = {"up_kernel", "rows_kernel", "dswiglu_kernel", "dw_kernel"}
 
 
@@ -26,7 +26,7 @@ def rows():
 
 def test_every_kernel_compiles_without_spills(rows):
     assert {row["shape"] for row in rows} == set(SHAPES)
-    assert GEMMS < {row["name"] for row in rows}
+    assert GEMMS | {"muon_kernel"} < {row["name"] for row in rows}
     spilled = [row for row in rows if row["spilled"] > 0]
     assert not spilled, spilled
 

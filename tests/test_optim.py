@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model import GPT, ModelConfig, training_memory
+from moe_kernels.muon import fits, muon_update
 from optim import AdamW, Muon, clip_factor, lr_at, make_optimizer, orthogonalize
 from parallel import grad_norm, total_norm
 from tests.checks import check
@@ -98,6 +99,43 @@ def test_expert_without_tokens_stands_still():
     whole.grad[1] = 0
     ours.step()
     assert torch.equal(whole[1], after[1]) and not torch.equal(whole[0], after[0]) and not torch.equal(whole[2], after[2])
+
+
+@pytest.mark.parametrize("shape, rows", [((3, 32, 24), [16, 16]), ((2, 64, 32), [64]), ((48, 16), [16, 16, 16]), ((24, 40), [24])])
+def test_the_kernel_is_muon(shape, rows, device, monkeypatch):
+    """Three steps on nine parameters, the first of which has a map without gradient: two launches, against the batched products."""
+    monkeypatch.setattr("optim.on_chip", lambda p, rows: False)
+    g, still = torch.Generator().manual_seed(0), len(shape) == 3
+    params = [torch.nn.Parameter(torch.randn(shape, generator=g).to(device)) for _ in range(9)]
+    weights, momenta = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
+    before = torch.stack(weights)
+    rate, skip, scale = torch.tensor(0.1, device=device), torch.zeros((), device=device), torch.tensor(0.5, device=device)
+    muon = Muon([{"params": params, "rows": rows}], rate, 0.9, 0.1)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(shape, generator=g).to(device)
+        if still:
+            params[0].grad[1] = 0
+        grads = [p.grad.clone() for p in params]
+        muon.scale = scale  # halves the gradients in place
+        muon.step()
+        muon_update(weights, momenta, grads, rows, rate, 0.9, 0.1, scale, skip, still)
+    moved, truth = torch.stack(weights) - before, torch.stack([p.detach() for p in params]) - before
+    bound = 1e-5 if device == "cpu" else 3e-2
+    check(moved, truth, bound)
+    check(torch.stack(momenta), torch.stack([muon.state[p]["momentum"] for p in params]), 1e-5)
+    if still:
+        check(weights[0][1], before[0, 1] * 0.99**3, 1e-6)
+    with pytest.raises(AssertionError):
+        check(moved.roll(1, 0), truth, bound)
+    kept = torch.stack([*weights, *momenta])
+    muon_update(weights, momenta, [p.grad * float("nan") for p in params], rows, rate, 0.9, 0.1, None, skip + 1, still)
+    assert torch.equal(torch.stack([*weights, *momenta]), kept)
+
+
+def test_what_the_kernel_takes():
+    assert fits((256, 128, 128), [64, 64]) and fits((256, 128, 64), [128]) and fits((384, 128), [128] * 3) and fits((9, 48, 1), [48])
+    assert not fits((8, 128, 256), [128]) and not fits((8, 256, 160), [256]) and not fits((64, 32), [32, 16, 16])
 
 
 def test_which_parameters_get_muon():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import time
 
 import pytest
 import torch
@@ -51,6 +52,15 @@ def test_the_same_run_gives_the_same_numbers_and_another_seed_does_not(row, cach
     assert key(TINY) == row["key"] != key(dataclasses.replace(TINY, seed=1))
 
 
+def test_runs_trained_side_by_side_are_the_same_runs(row, cache):
+    other = dataclasses.replace(TINY, seed=1, lr=5e-3)
+    rows = run.execute_together([other, TINY], cache, "cpu", [0, 0], n=4)
+    measured = ("train_loss", "val_loss", "facts", "problems", "mano", "points")
+    assert {name: rows[1][name] for name in measured} == {name: row[name] for name in measured}
+    assert rows[0]["key"] == key(other) and rows[0]["train_loss"] != row["train_loss"] and rows[0]["together"] == 2
+    assert run.form(other) == run.form(TINY) != run.form(dataclasses.replace(TINY, n_experts=8))
+
+
 def test_samples_are_the_first_part_of_the_data_once_and_targets_follow_tokens(cache):
     sources = run.prepare_data(TINY, cache)
     samples = run.Samples(TINY, sources, "cpu")
@@ -67,29 +77,31 @@ def test_samples_are_the_first_part_of_the_data_once_and_targets_follow_tokens(c
 def test_the_training_step_is_that_of_train_py(cache):
     """Two steps by hand on the same windows give the same weights."""
     cfg = run.train_config(TINY, 1344)
-    trainer = run.Trainer(cfg, run.Samples(TINY, run.prepare_data(TINY, cache), "cpu"), "cpu")
+    trainer = run.Trainer([cfg], [run.Samples(TINY, run.prepare_data(TINY, cache), "cpu")], "cpu")
     torch.manual_seed(cfg.seed)
     model = run.GPT(cfg)
     optimizer = run.make_optimizer(model, cfg)
     for step in range(2):
         optimizer.set_lr(run.lr_at(step, cfg))
-        run.optimizer_step(model, optimizer, cfg, run.new_window(cfg, "cpu"), [trainer.samples.batch(torch.tensor([step]))])
+        run.optimizer_step(model, optimizer, cfg, run.new_window(cfg, "cpu"), [trainer.samples[0].batch(torch.tensor([step]))])
     trainer.advance(2)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.models[0].parameters(), strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_recorded_steps_are_plain_steps(cache):
-    """Twelve steps, nine of them replayed, follow the same losses as twelve plain ones: data, rate and position move on inside the graph."""
-    cfg = run.train_config(TINY, 1344)
-    losses = []
-    for plain in (False, True):
-        trainer = run.Trainer(cfg, run.Samples(TINY, run.prepare_data(TINY, cache), "cuda"), "cuda")
-        if plain:
-            trainer.run_step = trainer._step
-        losses.append([trainer.advance(step)[0] for step in range(1, 13)])
-        assert int(trainer.position) == 12
-    assert losses[0] == pytest.approx(losses[1], rel=3e-2) and losses[0][-1] < losses[0][0] - 0.3
+    """Twelve steps of two models, nine of them replayed on two branches, follow the same losses as twelve plain ones of each: data, rate and position
+    move on inside the graph."""
+    cfg, samples = run.train_config(TINY, 1344), run.Samples(TINY, run.prepare_data(TINY, cache), "cuda")
+    cfgs = [cfg, dataclasses.replace(cfg, seed=1)]
+    trainer = run.Trainer(cfgs, [samples] * 2, "cuda")
+    both = [[loss for loss, _ in trainer.advance(step)] for step in range(1, 13)]
+    for i in range(2):
+        plain = run.Trainer(cfgs[i : i + 1], [samples], "cuda")
+        plain.run_step = plain._step
+        losses = [plain.advance(step)[0][0] for step in range(1, 13)]
+        assert [pair[i] for pair in both] == pytest.approx(losses, rel=3e-2) and losses[-1] < losses[0] - 0.3
+        assert int(trainer.positions[i]) == int(plain.positions[0]) == 12
 
 
 def test_mixture_has_the_tokens_and_the_different_problems_it_is_asked_for(tmp_path):
@@ -157,9 +169,13 @@ def test_learning_rate_comes_from_the_nearest_shape_with_the_lowest_loss():
     other = [fake(Run(n_experts=8, top_k=4, batch=16, lr=1.2e-2), lambda c, tpp: (0.5, 0.5, 0.1))]  # another batch: not to be compared
     assert sweep.best_rate(Run(n_experts=8, top_k=4), rows + other) == 6e-3
     waiting = [Run(n_experts=8, top_k=4)]
-    assert sweep.choose(waiting, {}, rows, math.inf, "CPU") == (waiting[0], 6e-3)
-    assert sweep.choose(waiting, {"x": Run(lr=6e-3)}, rows, math.inf, "CPU") is None  # rates of its shape are still being compared
-    assert sweep.choose([Run(lr=1e-3)], {}, rows, -math.inf, "NVIDIA fake") is None  # no time left
+    assert sweep.choose(waiting, [], rows, math.inf, "CPU") == (waiting[0], 6e-3)
+    assert sweep.choose(waiting, [Run(lr=6e-3)], rows, math.inf, "CPU") is None  # rates of its shape are still being compared
+    assert sweep.choose([Run(lr=1e-3)], [], rows, -math.inf, "NVIDIA fake") is None  # no time left
+    grid = sweep.main("")
+    group = [r for r, _ in sweep.choose_group(grid, [], rows, math.inf, "CPU", 3)]
+    assert len({run.form(r) for r in group}) == 1 and [r.seed for r in group] == [0, 1, 2] and group[0] == grid[0]
+    assert len(sweep.choose_group(grid, [], rows, time.monotonic() + 25, "NVIDIA fake", 3)) == 2  # ten seconds each
     assert sweep.estimate(Run(tokens=2**26), rows, "NVIDIA fake") == pytest.approx(2 + 8 * 4)
 
 

@@ -1,0 +1,96 @@
+"""Muon's step for small matrices, one program each: momentum, normalisation, five Newton-Schulz rounds and the weight's update, all on chip.
+
+A step of a small MoE is hundreds of matrices that each fit into one multiprocessor. In batched products they go to memory and back fifteen times;
+here gradient, momentum and weight are read once, momentum and weight written once, and the matrices of several layers share a launch.
+
+Shapes: P parameters of one shape, (R, B) or (E, R, B), whose R rows are stacked maps of A rows: N maps (A, B) in each.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels.tiles import interpreting
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
+ROUNDS = 5
+MOST = 2**14  # elements of a padded matrix that stays on chip without spilling registers (128 x 256 spills a kilobyte a thread)
+PER_LAUNCH = 8  # parameters whose addresses one launch takes
+
+
+def fits(shape, rows):
+    """Whether `muon_update` takes parameters of this shape whose stacked maps have these numbers of rows."""
+    return len(set(rows)) == 1 and math.prod(padded(rows[0], shape[-1])) <= MOST
+
+
+def padded(A, B):
+    """Shorter and longer side of the tile that holds a matrix."""
+    return [max(16, triton.next_power_of_2(side)) for side in sorted((A, B))]
+
+
+@triton.jit
+def pick(tensors, index, N: tl.constexpr):
+    """tensors[index] of a tuple of pointers, for an index that only the program knows."""
+    found = tensors[0]
+    for i in tl.static_range(1, N):
+        found = tl.where(index == i, tensors[i], found)
+    return found
+
+
+@triton.jit
+def muon_kernel(weights, momenta, grads, lr_ptr, scale_ptr, skip_ptr, mu, weight_decay, size, P: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+                STILL: tl.constexpr, DTYPE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+                C1: tl.constexpr, C3: tl.constexpr, C5: tl.constexpr, ROUNDS: tl.constexpr):
+    """One map, held with its shorter side first: the square products are then the small ones. Padding is zero and stays zero."""
+    if skip_ptr is not None:
+        if tl.load(skip_ptr) > 0:
+            return
+    layer, start = tl.program_id(1), tl.program_id(0).to(tl.int64) * (A * B)
+    TALL: tl.constexpr = A > B
+    short, long = tl.arange(0, BLOCK_S)[:, None], tl.arange(0, BLOCK_L)[None, :]
+    offs = short + long * B if TALL else short * B + long
+    mask = (short < (B if TALL else A)) & (long < (A if TALL else B))
+
+    momentum_ptr = pick(momenta, layer, P) + start
+    grad = tl.load(pick(grads, layer, P) + start + offs, mask=mask, other=0.0)
+    if scale_ptr is not None:
+        grad *= tl.load(scale_ptr)
+    momentum = tl.load(momentum_ptr + offs, mask=mask, other=0.0)
+    momentum += (1 - mu) * (grad - momentum)
+    tl.store(momentum_ptr + offs, momentum, mask=mask)
+    ahead = grad + mu * (momentum - grad)  # Nesterov
+    rate = tl.load(lr_ptr)
+    step = rate * size
+    if STILL:  # One that no token chose stands still: normalisation would make a full step of its fading momentum, again and again.
+        step = tl.where(tl.max(tl.max(tl.abs(grad), 1), 0) > 0, step, 0.0)
+
+    norm = tl.sqrt(tl.sum(tl.sum(ahead * ahead, 1), 0))
+    x = (ahead / tl.maximum(norm, 1e-20)).to(DTYPE)
+    for _ in range(ROUNDS):
+        gram = tl.dot(x, tl.trans(x), input_precision="ieee").to(DTYPE)
+        square = (C3 * gram.to(tl.float32) + C5 * tl.dot(gram, gram, input_precision="ieee")).to(DTYPE)
+        x = (C1 * x.to(tl.float32) + tl.dot(square, x, input_precision="ieee")).to(DTYPE)
+
+    weight_ptr = pick(weights, layer, P) + start
+    weight = tl.load(weight_ptr + offs, mask=mask)
+    tl.store(weight_ptr + offs, weight * (1 - rate * weight_decay) - step * x.to(tl.float32), mask=mask)
+
+
+def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, scale=None, skip=None, still=False):
+    """A step of optim.Muon, its twin, on float32 parameters of one shape, in place on lists of weights and momenta. Products are in bfloat16,
+    in the interpreter in float32.
+
+    rows: of each stacked map, all equal (`fits`). lr: float32 0-d tensor. scale: None, or one that gradients are multiplied by. skip: None, or one;
+    where it is 1, nothing changes.
+    still: a map whose gradient is all zero only decays."""
+    A, B = rows[0], weights[0].shape[-1]
+    maps, blocks = weights[0].numel() // (A * B), padded(A, B)
+    grads = [grad.contiguous() for grad in grads]
+    dtype = tl.float32 if interpreting() else tl.bfloat16
+    for i in range(0, len(weights) if maps else 0, PER_LAUNCH):
+        some = [tuple(tensors[i : i + PER_LAUNCH]) for tensors in (weights, momenta, grads)]
+        P = len(some[0])
+        muon_kernel[(maps, P)](*some, lr, scale, skip, mu, weight_decay, 0.2 * math.sqrt(max(A, B)), P, A, B, still, dtype, *blocks, *COEFFICIENTS, ROUNDS,
+                               num_warps=4 if math.prod(blocks) <= 2**13 else 8)
