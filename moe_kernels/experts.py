@@ -3,6 +3,8 @@
 Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token, S = T*K.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -116,10 +118,22 @@ def experts_bwd(
     sorted_ = Dispatch(offsets, row_slot_S, slot_row_TK, tile_expert, tile_row, tile_count, by_size)
     tiles = gemm_tiles(row_slot_S.numel(), w_in.shape[0], x.shape[1], w_out.shape[2], x.dtype)
     dh, ga, dgates_parts = gemm.dswiglu(dy, w_out, h_SG, gates, sorted_, tiles["dswiglu"])
+    # With few rows per expert dx reads the weights and dW writes their gradients: side by side 3 % of the layer on an H200. With many rows both want the
+    # tensor cores and nothing is gained; outside of a graph a second stream costs more Python than it saves.
+    main = torch.cuda.current_stream() if x.is_cuda and tiles["dx"].BLOCK_M < 128 and torch.cuda.is_current_stream_capturing() else None
+    side = main and side_stream(main)
+    if main:
+        side.wait_stream(main)
+    with torch.cuda.stream(side):  # nothing changes for None
+        dx, dgates = combine(gemm.dx(dh, w_in, sorted_, tiles["dx"]), slot_row_TK, dgates_parts=dgates_parts)
     dw_out = gemm.dw(dy, ga, True, sorted_, tiles["dw_out"])
-    dx, dgates = combine(gemm.dx(dh, w_in, sorted_, tiles["dx"]), slot_row_TK, dgates_parts=dgates_parts)
     dw_in = gemm.dw(dh, x, False, sorted_, tiles["dw_in"])
+    if main:
+        main.wait_stream(side)
     return dx, dw_in, dw_out, dgates
+
+
+side_stream = functools.cache(lambda main: torch.cuda.Stream(main.device))  # one for each: branches of one graph must not meet in it
 
 
 experts_bwd_op = torch.library.custom_op("moe_kernels::experts_bwd", experts_bwd, mutates_args=())
