@@ -29,7 +29,6 @@ from data import shards, tokenizer
 from data.loader import Loader
 from model import GPT, flops_per_token, peak_flops
 from optim import make_optimizer
-from report import read_window
 from train import GraphedStep, TrainConfig, compile_blocks, new_window, optimizer_step
 
 PARTS = ("data", "forward", "backward", "optimiser")
@@ -44,16 +43,21 @@ def random_tokens(directory, n):
     return str(directory)
 
 
-def balance(model, optimizer, loader, cfg, steps):
-    """Train until the experts' loads are even, as they are after the first hundred steps of any run: right after initialisation one expert may
+def balance(model, loader, steps):
+    """Train the routers alone until the experts' loads are about even, as in any run after its first hundred steps: at initialisation one expert may
     get four times its share, and such a step is slower. Returns the largest load / mean load."""
-    optimizer.set_lr(1e-3)
-    cfg = dataclasses.replace(cfg, balance_coef=1.0)
-    for _ in range(steps):
-        window = new_window(cfg, loader.device)
-        optimizer_step(model, optimizer, cfg, window, [loader.next()])
-    optimizer.set_lr(0.0)
-    return max(read_window(window).get("load_max", [1.0]))
+    routers = [p for name, p in model.named_parameters() if "router" in name]
+    if not routers:
+        return 1.0
+    optimizer = torch.optim.AdamW(routers, weight_decay=0.0)
+    for step in range(steps):
+        out = model(*loader.next())
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        for p, grad in zip(routers, torch.autograd.grad(out.balance, routers), strict=True):
+            p.grad = grad
+        optimizer.step()
+    optimizer.zero_grad()
+    return float((out.counts_NE.amax(1) / out.counts_NE.float().mean(1)).max())
 
 
 def part_times(run, repeats, cuda):
@@ -165,6 +169,7 @@ def main(argv=None):
         with torch.device(device):  # billions of random numbers take a CPU a minute
             model = GPT(cfg).train()
         optimizer = make_optimizer(model, cfg)
+        optimizer.set_lr(0.0)  # the weights stay as they are: random tokens teach nothing, and a model that has fallen apart routes all tokens alike
         if cuda:
             compile_blocks(model, cfg)
         train_step = partial(optimizer_step, model, optimizer, cfg, new_window(cfg, device))
@@ -180,7 +185,7 @@ def main(argv=None):
         for _ in range(3):
             run()
         warm = time.perf_counter() - start
-        load = balance(model, optimizer, loader, cfg, 60 if cuda else 1)
+        load = balance(model, loader, 40 if cuda else 2)
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
