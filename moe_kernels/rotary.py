@@ -22,8 +22,8 @@ def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5, im
     q_weight, k_weight (d,): RMSNorm of each query and key head before the rotation, with this weight and eps; both or neither.
     impl: as in `moe_experts`; "grouped_mm" is the reference here. Differentiable in qkv and the weights; qkv is saved for the weights only.
     Raises ValueError for other shapes, and for float64 on the triton path."""
-    n_kv_heads, odd = divmod(qkv_BLNd.shape[2] - n_heads, 2) if qkv_BLNd.ndim == 4 else (0, 0)
-    if n_kv_heads < 1 or n_heads < 1 or odd or qkv_BLNd.shape[3] % 2:
+    rest = qkv_BLNd.shape[2] - n_heads if qkv_BLNd.ndim == 4 else 0
+    if rest < 2 or rest % 2 or n_heads < 1 or qkv_BLNd.shape[3] % 2:
         raise ValueError(f"qkv {tuple(qkv_BLNd.shape)}, n_heads={n_heads}: expected (B, L, H + 2 Hkv, d) with even d")
     B, L, _, d = qkv_BLNd.shape
     if cos.shape != sin.shape or cos.shape not in ((L, 1, d), (B, L, 1, d)):

@@ -76,8 +76,9 @@ def test_an_unused_output_has_no_gradient(device):
     assert (dqkv[:, :, :4] == 0).all() and (dqkv[:, :, 4:6] != 0).any() and (dqkv[:, :, 6:] == 0).all()
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
-def test_fullgraph_compile_and_opcheck(norm, device):
+def test_fullgraph_compile_and_opcheck(norm, dynamic, device):
     args, dy = problem(2, 9, 4, 2, 8, torch.float32, device, norm)
     plain = [t.detach() if torch.is_tensor(t) else t for t in args]
     qkv, cos, sin, n_heads, q_weight, k_weight, eps = plain
@@ -89,7 +90,7 @@ def test_fullgraph_compile_and_opcheck(norm, device):
 
     w = torch.ones_like(qkv).requires_grad_()
     leaves = [w, *(t for t in args if torch.is_tensor(t) and t.requires_grad)]
-    eager, compiled = layer(w, *args), torch.compile(layer, fullgraph=True, backend="aot_eager")(w, *args)
+    eager, compiled = layer(w, *args), torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)(w, *args)
     for a, b in zip((*eager, *torch.autograd.grad(eager, leaves, dy)), (*compiled, *torch.autograd.grad(compiled, leaves, dy)), strict=True):
         assert torch.equal(a, b)
 
