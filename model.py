@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import config
 from config import require
-from moe_kernels import balance_loss, gates_of, linear_cross_entropy, moe_experts, route
+from moe_kernels import balance_loss, gates_of, linear_cross_entropy, moe_experts, rope, route, swiglu
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,16 @@ class ModelConfig:
     embed_init_std: float = 0.0  # input embeddings; 0: init_std
     # Execution
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 on CPU
-    impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
+    impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # kernels of moe_kernels; auto: by device
     loss_chunk: int = 8192  # tokens whose logits exist at one time in training (triton only: the others hold all T x V)
 
     def __post_init__(self):
         self.validate()
+
+    @property
+    def kernels(self):
+        """The argument impl of the ops."""
+        return None if self.impl == "auto" else self.impl
 
     def validate(self):
         """Raise ValueError naming the field, its value and the remedy."""
@@ -135,34 +140,27 @@ def rope_tables(cfg):
     return torch.cat([cos, cos], 1).float()[:, None], torch.cat([-sin, sin], 1).float()[:, None]
 
 
-def rotate(x_BLHd, cos, sin):
-    x = x_BLHd.float()
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x_BLHd.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.heads = (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)
-        self.head_dim = cfg.head_dim
+        self.head_dim, self.eps, self.impl = cfg.head_dim, cfg.norm_eps, cfg.kernels
         self.qkv = Linear(cfg.d_model, sum(self.heads) * cfg.head_dim)
         self.out = Linear(cfg.n_heads * cfg.head_dim, cfg.d_model)
         q_width, k_width = (n * cfg.head_dim if cfg.qk_norm_joint else cfg.head_dim for n in self.heads[:2])
         self.q_norm = RMSNorm(q_width, cfg.norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(k_width, cfg.norm_eps) if cfg.qk_norm else None
-        self.joint = cfg.qk_norm_joint
+        self.joint = cfg.qk_norm and cfg.qk_norm_joint
 
     def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0):
         B, L, _ = x_BLD.shape
         H, Hkv, _ = self.heads
         qkv = self.qkv(x_BLD).view(B, L, sum(self.heads), self.head_dim)
-        qk, v = qkv[:, :, : H + Hkv], qkv[:, :, H + Hkv :]
-        if self.q_norm is not None:
-            q, k = qk[:, :, :H], qk[:, :, H:]
-            if self.joint:
-                q, k = q.flatten(2), k.flatten(2)
-            qk = torch.cat([self.q_norm(q).view(B, L, H, -1), self.k_norm(k).view(B, L, Hkv, -1)], 2)
-        q, k = rotate(qk, cos, sin).split((H, Hkv), 2)  # one rotation for both: half the small ops
+        if self.joint:
+            q, k, v = qkv.split(self.heads, 2)
+            qkv = torch.cat([self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k), v], 2)
+        norms = (None, None) if self.joint or self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        q, k, v = rope(qkv, cos, sin, H, *norms, self.eps, self.impl)
         if cache is not None:
             k_all, v_all = cache.update(layer, k, v)
             if mask is not None:  # else the new tokens are all there is
@@ -177,13 +175,12 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, d_model, d_hidden):
+    def __init__(self, cfg, d_hidden):
         super().__init__()
-        self.gate_up, self.down = Linear(d_model, 2 * d_hidden), Linear(d_hidden, d_model)
+        self.gate_up, self.down, self.impl = Linear(cfg.d_model, 2 * d_hidden), Linear(d_hidden, cfg.d_model), cfg.kernels
 
-    def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F_.silu(gate) * up)
+    def forward(self, x_TD):
+        return self.down(swiglu(self.gate_up(x_TD), self.impl))
 
 
 class MoE(nn.Module):
@@ -198,12 +195,11 @@ class MoE(nn.Module):
         self.w_in = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
         self.w_out = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
         self.experts = moe_experts  # with expert parallelism, what parallel.py puts here: the same between two all-to-alls
-        self.shared = SwiGLU(cfg.d_model, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
+        self.shared = SwiGLU(cfg, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
         self.register_buffer("bias_E", torch.zeros(cfg.n_experts) if cfg.router_bias_rate else None)
 
     def forward(self, x_TD, replay_TK=None, stats=True):
-        cfg = self.cfg
-        impl = None if cfg.impl == "auto" else cfg.impl
+        cfg, impl = self.cfg, self.cfg.kernels
         logits_TE = self.router(x_TD)
         r = route(logits_TE, cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=impl)
         chosen_TK = r.experts_TK
@@ -224,7 +220,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(cfg.d_model, cfg.norm_eps), Attention(cfg)
         self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.mlp = SwiGLU(cfg.d_model, (cfg.top_k + cfg.n_shared_experts) * cfg.d_expert) if cfg.dense else MoE(cfg)
+        self.mlp = SwiGLU(cfg, (cfg.top_k + cfg.n_shared_experts) * cfg.d_expert) if cfg.dense else MoE(cfg)
 
     def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0, replay_TK=None):
         x_BLD = x_BLD + self.attn(self.attn_norm(x_BLD), cos, sin, mask, cache, layer)
@@ -291,8 +287,7 @@ class GPT(nn.Module):
         if targets_BL is None:
             logits = self.head(x)
         else:
-            impl = None if self.cfg.impl == "auto" else self.cfg.impl
-            loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets_BL.flatten(), self.cfg.loss_chunk, impl)
+            loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets_BL.flatten(), self.cfg.loss_chunk, self.cfg.kernels)
         if not stats:
             zero = x.new_zeros((), dtype=torch.float32)
             return Output(logits, loss, zero, zero, tokens_BL.new_zeros((0, self.cfg.n_experts), dtype=torch.int32),
@@ -349,10 +344,10 @@ def flops_per_token(cfg, seq_len=None):
 def training_memory(cfg, tokens, weights="float32"):
     """Bytes of one GPU training with AdamW in bfloat16 on `tokens` tokens at a time, by part; weights: as in train.py. Weights, gradients and states
     are exact for one micro-batch a step (else the gradients of float32 weights are float32 too: 2 bytes more for each in blocks); the activations
-    are an estimate of what autograd keeps (attention 4 D + 3 (H + 2 Hkv) d, experts 2 D + 2 F K per token and layer)."""
+    are an estimate of what autograd keeps (attention 4 D + 3 (H + 2 Hkv) d, experts 2 D + 2 F K, dense 2 D + 3 F per token and layer)."""
     total, _, embedding = count_params(cfg)
     rest = embedding + norm_params(cfg) + (0 if cfg.dense else cfg.n_layers * cfg.d_model * cfg.n_experts)  # the routers
-    hidden = 2 * cfg.d_expert * (cfg.top_k + cfg.n_shared_experts)
+    hidden = cfg.d_expert * ((3 if cfg.dense else 2) * cfg.top_k + 3 * cfg.n_shared_experts)
     layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + hidden
     logits = 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
     wide = total if weights == "float32" else rest  # parameters that are float32, their states too

@@ -5,10 +5,12 @@
     loss = y_TD.square().mean() + 1e-2 * balance_loss(r.counts_E, r.probs_E) + 1e-3 * r.z
 """
 
+from moe_kernels.activation import swiglu
 from moe_kernels.adamw import adamw_step
 from moe_kernels.cross_entropy import linear_cross_entropy
 from moe_kernels.experts import moe_experts
 from moe_kernels.reference import gates_of
+from moe_kernels.rotary import rope
 from moe_kernels.routing import Routing, balance_loss, route
 
-__all__ = ["Routing", "adamw_step", "balance_loss", "gates_of", "linear_cross_entropy", "moe_experts", "route"]
+__all__ = ["Routing", "adamw_step", "balance_loss", "gates_of", "linear_cross_entropy", "moe_experts", "rope", "route", "swiglu"]

@@ -48,6 +48,7 @@ def dispatch(experts_TK, n_experts):
 
 
 def swiglu(h_SG):
+    """Twin of `activation.swiglu`."""
     gate, up = h_SG.chunk(2, dim=1)
     return F_.silu(gate) * up
 
@@ -77,6 +78,18 @@ def linear_cross_entropy(x_TD, w_VD, targets_T):
     logits = x_TD @ w_VD.to(x_TD.dtype).T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F_.cross_entropy(logits, targets_T, ignore_index=-1, reduction="sum") / (targets_T >= 0).sum().clamp(min=1)
+
+
+def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5):
+    """Twin of `rotary.rope`: (q, k, v)."""
+    H, Hkv, d = n_heads, (qkv_BLNd.shape[2] - n_heads) // 2, qkv_BLNd.shape[3]
+    qk, v = qkv_BLNd[:, :, : H + Hkv], qkv_BLNd[:, :, H + Hkv :]
+    if q_weight is not None:
+        heads = (qk[:, :, :H], q_weight), (qk[:, :, H:], k_weight)
+        qk = torch.cat([F_.rms_norm(x, (d,), weight.to(x.dtype), eps) for x, weight in heads], 2)
+    x = qk if qk.dtype == torch.float64 else qk.float()
+    q, k = torch.addcmul(x * cos, x.roll(d // 2, -1), sin).to(qk.dtype).split((H, Hkv), 2)
+    return q, k, v
 
 
 # One twin per grouped GEMM kernel; `row_slot_S` and `offsets` come from `dispatch`.

@@ -28,6 +28,8 @@ class Compiled(NamedTuple):
     shared: int  # bytes per block
     wgmma: int  # tensor core instructions in the PTX
     async_copies: int  # asynchronous global-to-shared copies and TMA loads in the PTX
+    wide: int  # loads and stores of 16 bytes in the PTX
+    narrow: int  # other loads and stores, of global memory like those
 
 
 class _Driver:
@@ -62,6 +64,7 @@ def resources(kernel, capability):
         kernel.metadata.shared,
         text.count("wgmma.mma_async"),
         text.count("cp.async.cg") + text.count("cp.async.bulk.tensor"),
+        *(len(re.findall(rf"\b(?:ld|st)\.global[.\w:]*(?<{sign}\.v4\.b32)\s", text)) for sign in "=!"),
     )
 
 
@@ -91,9 +94,9 @@ def compile_only(capability=90):
 
 
 def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
-    """Rows of every kernel of one training step through routing, experts, the loss, AdamW (float32, with bfloat16 copies, all in bfloat16) and, where
-    maps are small, Muon."""
-    from moe_kernels import adamw, cross_entropy, experts, muon, routing
+    """Rows of every kernel of one training step through routing, experts, a dense layer, rotations with and without norms, the loss, AdamW (float32,
+    with bfloat16 copies, all in bfloat16) and, where maps are small, Muon."""
+    from moe_kernels import activation, adamw, cross_entropy, experts, muon, rotary, routing
 
     empty = torch.empty
     x, w_in, w_out, gates = empty(T, D, dtype=dtype), empty(E, 2 * F, D, dtype=dtype), empty(E, D, F, dtype=dtype), empty(T, K)
@@ -102,6 +105,12 @@ def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
         routing.route_bwd(empty(T, E, dtype=dtype), routed[1], gates, gates, routed[3], routed[4], False, True)
         out = experts.experts_fwd(x, w_in, w_out, gates, routed[1])
         experts.experts_bwd(x, x, w_in, w_out, gates, *out[1:])
+        activation.swiglu_bwd(empty(T, 2 * F, dtype=dtype), activation.swiglu_fwd(empty(T, 2 * F, dtype=dtype)))
+        for heads, d in ((12, 64), (4, 128)):
+            qkv, table, weight = empty(1, T, heads + 8, d, dtype=dtype), empty(T, 1, d), empty(d)
+            for norms in ((None, None), (weight, weight)):
+                q, k = rotary.rope_fwd(qkv, table, table, *norms, heads, 1e-5)
+                rotary.rope_bwd(q, k, k, qkv if norms[0] is not None else None, table, table, *norms, 1e-5)
         cross_entropy.cross_entropy_op._init_fn(empty(8, 16, dtype=dtype), empty(50304, 16), empty(8, dtype=torch.int64), 8, True)
         for weights, grad, copy in ((empty(E, D), empty(E, D), None), (empty(E, D), empty(E, D, dtype=dtype), empty(E, D, dtype=dtype)),
                                     (empty(E, D, dtype=dtype), empty(E, D, dtype=dtype), None)):

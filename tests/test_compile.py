@@ -27,6 +27,7 @@ def rows():
 def test_every_kernel_compiles_without_spills(rows):
     assert {row["shape"] for row in rows} == set(SHAPES)
     assert GEMMS | {"muon_kernel"} < {row["name"] for row in rows}
+    assert {f"{op}_{way}_kernel" for op in ("swiglu", "rope", "route") for way in ("fwd", "bwd")} < {row["name"] for row in rows}
     spilled = [row for row in rows if row["spilled"] > 0]
     assert not spilled, spilled
 
@@ -39,3 +40,9 @@ def test_large_tiles_use_wgmma_and_asynchronous_copies(rows):
     large = [row for row in rows if row["name"] in GEMMS and row["shape"] == SHAPES[0]]
     assert len(large) >= 4 and all(row["wgmma"] > 0 and row["async_copies"] > 0 for row in large)
     assert not any(row["wgmma"] for row in rows if row["name"] == "combine_kernel")  # the count can be zero
+
+
+def test_elementwise_kernels_move_16_bytes_at_a_time(rows):
+    moved = [row for row in rows if row["name"].startswith("swiglu_") or row["name"].startswith("rope_") and row["shared"] == 0]
+    assert len({row["name"] for row in moved}) == 4 and all(row["wide"] > 0 and row["narrow"] == 0 for row in moved), moved
+    assert any(row["narrow"] for row in rows if row["name"] == "count_kernel")

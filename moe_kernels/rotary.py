@@ -1,0 +1,272 @@
+"""Rotary position embedding of queries and keys, with RMSNorm of each head before it where the model has that: from the projection's output, and back
+to its gradient, in one launch each.
+
+Shapes: B batch, L sequence, T = B*L tokens, H query heads, Hkv key (and as many value) heads, d head width. Computed in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_kernels import reference
+from moe_kernels.tiles import eager, pick_impl
+
+
+def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5, impl=None):
+    """Queries (B, L, H, d) and keys (B, L, Hkv, d), rotated (arXiv 2104.09864), and values (B, L, Hkv, d): a view of qkv.
+
+    qkv_BLNd (B, L, N, d), N = H + 2 Hkv: heads of queries, keys, values; H = n_heads; d even.
+    cos, sin: float32 (L, 1, d), or (B, L, 1, d) for rows at positions of their own, of model.rope_tables: the first half of sin is negated.
+    q_weight, k_weight (d,): RMSNorm of each query and key head before the rotation, with this weight and eps; both or neither.
+    impl: as in `moe_experts`; "grouped_mm" is the reference here. Differentiable in qkv and the weights; qkv is saved for the weights only.
+    Raises ValueError for other shapes, and for float64 on the triton path."""
+    rest = qkv_BLNd.shape[2] - n_heads if qkv_BLNd.ndim == 4 else 0
+    if rest < 2 or rest % 2 or n_heads < 1 or qkv_BLNd.shape[3] % 2:
+        raise ValueError(f"qkv {tuple(qkv_BLNd.shape)}, n_heads={n_heads}: expected (B, L, H + 2 Hkv, d) with even d")
+    B, L, _, d = qkv_BLNd.shape
+    if cos.shape != sin.shape or cos.shape not in ((L, 1, d), (B, L, 1, d)):
+        raise ValueError(f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: expected ({L}, 1, {d}) or ({B}, {L}, 1, {d})")
+    if (q_weight is None) != (k_weight is None) or q_weight is not None and not q_weight.shape == k_weight.shape == (d,):
+        raise ValueError(f"q_weight and k_weight: expected two of shape ({d},), or none")
+    if impl == "grouped_mm" or pick_impl(impl, qkv_BLNd) != "triton":
+        return reference.rope(qkv_BLNd, cos, sin, n_heads, q_weight, k_weight, eps)
+    if qkv_BLNd.dtype == torch.float64:
+        raise ValueError("impl='triton' computes in float32 at most, not float64: use impl='reference'")
+    return Rope.apply(qkv_BLNd, cos, sin, q_weight, k_weight, n_heads, eps)
+
+
+@triton.jit
+def _rows(T, L, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Sequence, position, first token and mask of this program's tokens, and the columns of half a head."""
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    return (offs_t // L).to(tl.int64), (offs_t % L).to(tl.int64), offs_t.to(tl.int64), offs_d, (offs_t < T) & (offs_d < D // 2)
+
+
+@triton.jit
+def _normed(x_ptrs, mask, eps, D: tl.constexpr):
+    """Both halves of a head over its root mean square, and what they were multiplied by."""
+    x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptrs + D // 2, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / D + eps)[:, None]
+    return x1 * rstd, x2 * rstd, rstd
+
+
+@triton.jit
+def _rotate(x_ptrs, y_ptrs, cos, sin, mask, weight_ptr, offs_d, eps, HEADS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr):
+    HALF: tl.constexpr = D // 2
+    if NORM:
+        w1 = tl.load(weight_ptr + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)
+        w2 = tl.load(weight_ptr + HALF + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)
+    for _ in range(HEADS):
+        if NORM:
+            x1, x2, _rstd = _normed(x_ptrs, mask, eps, D)
+            x1, x2 = x1 * w1, x2 * w2
+        else:
+            x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+            x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptrs, (x1 * cos - x2 * sin).to(y_ptrs.dtype.element_ty), mask=mask)
+        tl.store(y_ptrs + HALF, (x2 * cos + x1 * sin).to(y_ptrs.dtype.element_ty), mask=mask)
+        x_ptrs += D
+        y_ptrs += D
+
+
+@triton.jit(do_not_specialize=["T", "L"])
+def rope_fwd_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    q_ptr,
+    k_ptr,
+    T,
+    L,
+    stride_table,
+    eps,
+    H: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """All query heads or all key heads of BLOCK_T tokens: cos and sin are read once for them."""
+    offs_b, offs_l, offs_t, offs_d, mask = _rows(T, L, D, BLOCK_T, BLOCK_D)
+    table = offs_b * stride_table + offs_l * D + offs_d
+    cos, sin = tl.load(cos_ptr + table, mask=mask, other=0.0), tl.load(sin_ptr + D // 2 + table, mask=mask, other=0.0)
+    x_ptrs = qkv_ptr + offs_t * ((H + 2 * HKV) * D) + offs_d
+    if tl.program_id(1) == 0:
+        _rotate(x_ptrs, q_ptr + offs_t * (H * D) + offs_d, cos, sin, mask, q_weight_ptr, offs_d, eps, H, D, NORM)
+    else:
+        _rotate(x_ptrs + H * D, k_ptr + offs_t * (HKV * D) + offs_d, cos, sin, mask, k_weight_ptr, offs_d, eps, HKV, D, NORM)
+
+
+@triton.jit
+def _rotate_back(
+    dy_ptrs, stride_dy, x_ptrs, dx_ptrs, cos, sin, mask, weight_ptr, dweight_ptr, offs_d, eps, HEADS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr
+):
+    HALF: tl.constexpr = D // 2
+    if NORM:
+        w1 = tl.load(weight_ptr + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)
+        w2 = tl.load(weight_ptr + HALF + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)
+        dw1, dw2 = tl.zeros_like(cos), tl.zeros_like(cos)
+    for _ in range(HEADS):
+        dy1 = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+        dy2 = tl.load(dy_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
+        dx1, dx2 = dy1 * cos + dy2 * sin, dy2 * cos - dy1 * sin
+        if NORM:
+            x1, x2, rstd = _normed(x_ptrs, mask, eps, D)
+            dw1 += tl.where(mask, dx1 * x1, 0.0)  # rows past the end are NaN when eps is 0
+            dw2 += tl.where(mask, dx2 * x2, 0.0)
+            dx1, dx2 = dx1 * w1, dx2 * w2
+            mean = (tl.sum(dx1 * x1 + dx2 * x2, 1) / D)[:, None]
+            dx1, dx2 = (dx1 - x1 * mean) * rstd, (dx2 - x2 * mean) * rstd
+            x_ptrs += D
+        tl.store(dx_ptrs, dx1.to(dx_ptrs.dtype.element_ty), mask=mask)
+        tl.store(dx_ptrs + HALF, dx2.to(dx_ptrs.dtype.element_ty), mask=mask)
+        dy_ptrs += stride_dy
+        dx_ptrs += D
+    if NORM:  # a partial sum per program, added up in a fixed order by the launcher
+        tl.store(dweight_ptr + offs_d, tl.sum(dw1, 0)[None, :], mask=offs_d < HALF)
+        tl.store(dweight_ptr + HALF + offs_d, tl.sum(dw2, 0)[None, :], mask=offs_d < HALF)
+
+
+@triton.jit(do_not_specialize=["T", "L"])
+def rope_bwd_kernel(
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    dqkv_ptr,
+    dweight_ptr,
+    T,
+    L,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    stride_table,
+    eps,
+    H: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The gradient of all query heads, all key heads or all value heads of BLOCK_T tokens; those of values are copied."""
+    offs_b, offs_l, offs_t, offs_d, mask = _rows(T, L, D, BLOCK_T, BLOCK_D)
+    offs_x = offs_t * ((H + 2 * HKV) * D) + offs_d
+    x_ptrs, dx_ptrs = qkv_ptr + offs_x, dqkv_ptr + offs_x
+    if tl.program_id(1) == 2:
+        dv_ptrs = dv_ptr + offs_b * stride_vb + offs_l * stride_vl + offs_d
+        dx_ptrs += (H + HKV) * D
+        for _ in range(HKV):
+            tl.store(dx_ptrs, tl.load(dv_ptrs, mask=mask, other=0.0), mask=mask)
+            tl.store(dx_ptrs + D // 2, tl.load(dv_ptrs + D // 2, mask=mask, other=0.0), mask=mask)
+            dv_ptrs += stride_vh
+            dx_ptrs += D
+    else:
+        table = offs_b * stride_table + offs_l * D + offs_d
+        cos, sin = tl.load(cos_ptr + table, mask=mask, other=0.0), tl.load(sin_ptr + D // 2 + table, mask=mask, other=0.0)
+        dweight_ptr += tl.program_id(0).to(tl.int64) * (2 * D)
+        if tl.program_id(1) == 0:
+            dq_ptrs = dq_ptr + offs_b * stride_qb + offs_l * stride_ql + offs_d
+            _rotate_back(dq_ptrs, stride_qh, x_ptrs, dx_ptrs, cos, sin, mask, q_weight_ptr, dweight_ptr, offs_d, eps, H, D, NORM)
+        else:
+            dk_ptrs = dk_ptr + offs_b * stride_kb + offs_l * stride_kl + offs_d
+            x_ptrs += H * D
+            dx_ptrs += H * D
+            _rotate_back(dk_ptrs, stride_kh, x_ptrs, dx_ptrs, cos, sin, mask, k_weight_ptr, dweight_ptr + D, offs_d, eps, HKV, D, NORM)
+
+
+def _tables(cos, sin):
+    return cos.contiguous(), sin.contiguous(), cos.shape[1] * cos.shape[3] if cos.ndim == 4 else 0
+
+
+def _blocks(d):
+    block_d = triton.next_power_of_2(d // 2)
+    return max(1, 512 // block_d), block_d  # 8 values a thread of 2 warps: accesses of 16 bytes in bfloat16
+
+
+def rope_fwd(
+    qkv_BLNd: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, n_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Rotated queries and keys."""
+    qkv, (B, L, N, d), (cos, sin, stride_table) = qkv_BLNd.contiguous(), qkv_BLNd.shape, _tables(cos, sin)
+    n_kv_heads, T, blocks = (N - n_heads) // 2, B * L, _blocks(d)
+    q, k = qkv.new_empty(B, L, n_heads, d), qkv.new_empty(B, L, n_kv_heads, d)
+    if T > 0:
+        rope_fwd_kernel[(triton.cdiv(T, blocks[0]), 2)](
+            qkv, cos, sin, q_weight, k_weight, q, k, T, L, stride_table, eps, n_heads, n_kv_heads, d, q_weight is not None, *blocks, num_warps=2
+        )
+    return q, k
+
+
+def rope_bwd(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv_BLNd: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradient of qkv, contiguous, from gradients of any layout; and (2, d) float32 those of the two weights, (0, d) without."""
+    dq, dk, dv = (t if t.stride(3) == 1 else t.contiguous() for t in (dq, dk, dv))
+    (B, L, H, d), n_kv_heads, (cos, sin, stride_table) = dq.shape, dk.shape[2], _tables(cos, sin)
+    T, norm, blocks = B * L, q_weight is not None, _blocks(d)
+    n_blocks = triton.cdiv(T, blocks[0])
+    dqkv = dq.new_empty(B, L, H + 2 * n_kv_heads, d)
+    dweights = dq.new_empty(n_blocks, 2 if norm else 0, d, dtype=torch.float32)
+    if T > 0:
+        strides = (stride for t in (dq, dk, dv) for stride in t.stride()[:3])
+        qkv = None if qkv_BLNd is None else qkv_BLNd.contiguous()
+        rope_bwd_kernel[(n_blocks, 3)](
+            dq, dk, dv, dqkv if qkv is None else qkv, cos, sin, q_weight, k_weight, dqkv, dweights, T, L, *strides, stride_table, eps,
+            H, n_kv_heads, d, norm, *blocks, num_warps=2,
+        )  # fmt: skip
+    return dqkv, dweights.sum(0)
+
+
+rope_fwd_op = torch.library.custom_op("moe_kernels::rope_fwd", rope_fwd, mutates_args=())
+rope_bwd_op = torch.library.custom_op("moe_kernels::rope_bwd", rope_bwd, mutates_args=())
+
+
+@rope_fwd_op.register_fake
+def _(qkv_BLNd, cos, sin, q_weight, k_weight, n_heads, eps):
+    B, L, N, d = qkv_BLNd.shape
+    return qkv_BLNd.new_empty(B, L, n_heads, d), qkv_BLNd.new_empty(B, L, (N - n_heads) // 2, d)
+
+
+@rope_bwd_op.register_fake
+def _(dq, dk, dv, qkv_BLNd, cos, sin, q_weight, k_weight, eps):
+    B, L, H, d = dq.shape
+    return dq.new_empty(B, L, H + 2 * dk.shape[2], d), dq.new_empty(0 if q_weight is None else 2, d, dtype=torch.float32)
+
+
+class Rope(torch.autograd.Function):
+    """Around the ops, not registered with them: an op's output cannot be a view of its input, as the values are, and only as outputs of one node do
+    the gradients of queries, keys and values come together."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, q_weight, k_weight, n_heads, eps):
+        q, k = (rope_fwd if eager(qkv) else rope_fwd_op)(qkv, cos, sin, q_weight, k_weight, n_heads, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(None if q_weight is None else qkv, cos, sin, q_weight, k_weight)
+        return q, k, qkv[:, :, n_heads + k.shape[2] :]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk, dv):
+        qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
+        dqkv, dweights = (rope_bwd if eager(dq) else rope_bwd_op)(dq, dk, dv, qkv, cos, sin, q_weight, k_weight, ctx.eps)
+        if q_weight is None:
+            return dqkv, None, None, None, None, None, None
+        return dqkv, None, None, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None, None
