@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -141,7 +142,8 @@ def prepare_data(run, cache, workers=1):
             file = directory.resolve().with_suffix(".json")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(dataclasses.asdict(mixture(run))))
-            subprocess.run([sys.executable, "-m", "data.procedural", f"--out={directory.resolve()}", f"--config={file}", f"--workers={workers}"],
+            yielding = ["nice", "-n", "10"] if shutil.which("nice") else []  # runs that compile and measure meanwhile go first
+            subprocess.run([*yielding, sys.executable, "-m", "data.procedural", f"--out={directory.resolve()}", f"--config={file}", f"--workers={workers}"],
                            cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         else:
             procedural.build(directory, mixture(run))

@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -34,7 +35,7 @@ import torch
 
 from config import require
 from study.results import answer_loss, append, read
-from study.run import Run, data_dir, execute_together, form, key, prepare_data
+from study.run import ROOT, Run, data_dir, execute_together, form, key, prepare_data
 
 JOBS = 3  # processes per GPU: while one or two of them start, compile or measure, work of the CPU for the most part, the others train
 TOGETHER = 3  # the seeds, or rates, of one (E, k): on branches of one CUDA graph, where one model alone would leave the GPU waiting for launches
@@ -77,7 +78,8 @@ def lr(data):
 
 
 def main(data):
-    return [sized(tokens, n_experts=e, top_k=k, seed=seed) for tokens in (2**24, 2**26) for k in TOP_K for e in EXPERTS for seed in range(3) if k <= e]
+    sizes = [(tokens, e, k) for tokens in (2**24, 2**26) for k in TOP_K for e in EXPERTS if k <= e]
+    return [sized(tokens, n_experts=e, top_k=k, seed=seed) for tokens, e, k in sizes for seed in range(3)]
 
 
 def scarce(data):
@@ -135,10 +137,10 @@ def shape(run):
 
 
 def best_rate(run, rows, pending=()):
-    """The learning rate with the lowest results.answer_loss (mean over seeds) at the nearest (E, k) of the same shape; None without rows, and while
-    runs of that (E, k) are among `pending`.
+    """The learning rate with the lowest results.answer_loss (mean over seeds) at the nearest (E, k) of the same shape; None without rows, and
+    while runs of that (E, k) are among `pending`.
 
-    Rates are compared on runs that differ in nothing else, on the same seeds; of several such sets at one (E, k) on the one with the fewest tokens."""
+    Rates are compared on runs that differ in nothing else, on the same seeds; of several such sets at one (E, k) on that of fewest tokens."""
     wanted, groups = vars(run), {}
     for other, row in [*((row["run"], row) for row in rows), *((vars(each), None) for each in pending)]:
         if other["lr"] and shape(other) == shape(wanted):
@@ -182,6 +184,16 @@ def work(device, threads, cache, items, inbox, outbox):
             outbox.put((key(runs[0]), traceback.format_exc(limit=-4)))
             if "CUDA error" in str(error):
                 return  # nothing works after that in this process
+
+
+def warm_up(runs, device):
+    """Start study/warm.py for the shapes of these runs and go on; None where there is nothing to compile for."""
+    shapes = dict.fromkeys(f"{run.d_model},{run.d_expert},{run.n_experts},{run.top_k}" for run in runs if not run.data)
+    if not device.startswith("cuda") or torch.version.hip or not shapes:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return subprocess.Popen([sys.executable, "-m", "study.warm", f"--capability={10 * major + minor}", *shapes], cwd=ROOT, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def threads_of(processes):
@@ -229,6 +241,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
     for worker in workers:
         worker.start()
+    warm = warm_up(todo, devices[0])
     try:
         while (todo or running) and time.monotonic() < ends:
             alive, lost = sum(worker.is_alive() for worker in workers), sum(worker.exitcode not in (None, 0) for worker in workers)
@@ -236,8 +249,14 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
                 members, rates = map(list, zip(*group, strict=True))
                 for run in members:
                     todo.remove(run)
-                    if not run.data:
-                        data[data_dir(run, cache)].result()
+                try:
+                    for run in members:
+                        if not run.data:
+                            data[data_dir(run, cache)].result()
+                except Exception as error:  # no data, no run; others have theirs
+                    failed += members
+                    print(f"FAILED: no data: {error} in {members}", flush=True)
+                    continue
                 running[key(members[0])] = members
                 inbox.put((members, rates, [f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None for run in members]))
             if len(running) <= lost or not alive:  # a killed worker's run never comes back
@@ -260,6 +279,8 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
                 print(f"{time.monotonic() - began:5.0f} s: {line(row)} | {left()}", flush=True)
     finally:
         builder.shutdown(wait=False, cancel_futures=True)
+        if warm:
+            warm.terminate()
         for _ in workers:
             inbox.put(None)
         for worker in workers:

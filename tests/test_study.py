@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 import time
 
 import pytest
@@ -129,7 +132,8 @@ def test_task_loss_of_text_models(tiny_run, monkeypatch):  # noqa: F811
 
 def test_seeds_differ_in_everything_and_experts_in_nothing_but_the_model():
     at = lambda **fields: run.mixture(Run(**fields))  # noqa: E731
-    assert run.data_dir(Run(), "c") == run.data_dir(Run(n_experts=256, top_k=8, lr=1.0, init_std=0.1, d_model=64), "c") != run.data_dir(Run(seed=1), "c")
+    other = Run(n_experts=256, top_k=8, lr=1.0, init_std=0.1, d_model=64)
+    assert run.data_dir(Run(), "c") == run.data_dir(other, "c") != run.data_dir(Run(seed=1), "c")
     zero, one = at(), at(seed=1)
     assert not {p.name for p in facts.people(zero.facts)[:500]} & {p.name for p in facts.people(one.facts)[:500]}
     assert reasoning.problem(zero.reasoning, 0) != reasoning.problem(one.reasoning, 0) and zero.seed != one.seed
@@ -150,7 +154,8 @@ def test_recall_asks_about_people_whom_training_met(cache):
     sources = run.prepare_data(TINY, cache)
     samples = run.Samples(TINY, sources, "cpu")
     text = run.tokenizer.load(sources[0][0]).decode(samples.ids.tolist())
-    assert min(text.count(person.name) for person in facts.people(run.mixture(TINY).facts)) >= run.mixture(TINY).exposures - 3 >= 3  # 15,360 of 17,000 tokens
+    cfg = run.mixture(TINY)
+    assert min(text.count(person.name) for person in facts.people(cfg.facts)) >= cfg.exposures - 3 >= 3  # 15,360 of 17,000 tokens
 
 
 # ---- the sweep
@@ -167,6 +172,21 @@ def test_sweep_runs_what_is_missing_and_survives_a_torn_line(tmp_path):
     file.write_text('nonsense\n{"key": "x"}\n')
     with pytest.raises(ValueError, match="line 1"):
         results.read(file)
+
+
+def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys):
+    good = sweep.smoke("")[0]
+    bad, homeless = dataclasses.replace(good, data=str(tmp_path / "none")), dataclasses.replace(good, seed=2, max_steps=60)  # too few names for these
+    assert sweep.sweep([bad, homeless, good], tmp_path / "r.jsonl", 5, tmp_path / "cache", items=2) == 2
+    assert [r["key"] for r in results.read(tmp_path / "r.jsonl")] == [key(good)]
+    assert "no data" in (text := capsys.readouterr().out) and "2 failed" in text
+
+
+def test_kernels_are_compiled_ahead(tmp_path):
+    env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-m", "study.warm", "--capability=90", "64,32,4,1"], env=env, cwd=run.ROOT, check=True)
+    compiled = {path.stem for path in tmp_path.glob("*/*.cubin")}
+    assert compiled >= {"route_fwd_kernel", "place_kernel", "up_kernel", "dswiglu_kernel", "dw_kernel", "muon_kernel", "cross_entropy_kernel"}
 
 
 def fake(config, effect=None, rng=random.Random(0)):
