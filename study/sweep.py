@@ -58,7 +58,7 @@ def pilot(data):
     base = dict(lr=6e-3, data_tokens=2**25)
     scarce = base | dict(people=4_000, unique=4_000, mano_length=3)  # 29 biographies of each in 2^24 tokens
     fresh = base | dict(people=2_000, unique=0, modulus=23, mano_length=2)
-    rare = base | dict(people=1_000, unique=1_000, mano_length=2)
+    rare = base | dict(people=1_000, unique=1_000, mano_length=4)
     long = base | dict(people=8_000, unique=0, modulus=11, max_steps=10, mano_length=2)
     pairs = [scarce, fresh, rare, scarce | dict(tokens=2**25), fresh | dict(tokens=2**25), long, rare | dict(tokens=2**25)]
     runs = [setting | dict(n_experts=e) for setting in pairs for e in (16, 128)]
