@@ -30,6 +30,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -192,6 +193,8 @@ def warm_up(runs, device):
     if not device.startswith("cuda") or torch.version.hip or not shapes:
         return None
     major, minor = torch.cuda.get_device_capability(device)
+    # Triton's default, for all alike: inductor would move each worker's to a directory of its own for every device.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     return subprocess.Popen([sys.executable, "-m", "study.warm", f"--capability={10 * major + minor}", *shapes], cwd=ROOT, stdin=subprocess.DEVNULL,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
@@ -239,9 +242,9 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     threads = threads_of(jobs * len(devices))
     arguments = [(devices[i % len(devices)], threads, cache, items, inbox, outbox) for i in range(lanes)]
     workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
+    warm = warm_up(todo, devices[0])  # first: workers inherit where the kernels are
     for worker in workers:
         worker.start()
-    warm = warm_up(todo, devices[0])
     try:
         while (todo or running) and time.monotonic() < ends:
             alive, lost = sum(worker.is_alive() for worker in workers), sum(worker.exitcode not in (None, 0) for worker in workers)

@@ -182,7 +182,17 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys):
     assert "no data" in (text := capsys.readouterr().out) and "2 failed" in text
 
 
-def test_kernels_are_compiled_ahead(tmp_path):
+def test_kernels_are_compiled_ahead(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", "put back by undo")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.append((command, options["env"])))
+    sweep.warm_up(sweep.lr(""), "cuda:0")
+    (command, env), = started
+    assert command[3:5] == ["--capability=90", "128,64,256,8"] and len(command) == 9  # each shape once, in the order of the runs
+    assert env["TRITON_CACHE_DIR"] == os.environ["TRITON_CACHE_DIR"] and sweep.warm_up(sweep.lr(""), "cpu") is None
+    monkeypatch.undo()
     env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-m", "study.warm", "--capability=90", "64,32,4,1"], env=env, cwd=run.ROOT, check=True)
     compiled = {path.stem for path in tmp_path.glob("*/*.cubin")}
