@@ -5,8 +5,8 @@
     fig5  task loss and accuracy against density k/E                           fig7  accuracy against tokens per parameter
     bits  bits stored per total and per active parameter
 
-Figures 1, 2, 3, 5 and bits are drawn for each regime (study/results.py); 4 and 7 pool the regimes that differ in tokens only. One colour
-for each number of active parameters, as (d, k) sets it; lines join models of growing E; bands span the seeds.
+Figures 1, 2, 3, 5 and bits are drawn for each regime (study/results.py); 4 and 7 pool the regimes that differ in tokens only, and in people so that
+each is met as often. One colour for each number of active parameters, as (d, k) sets it; lines join models of growing E; bands span the seeds.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from study import results
-from study.results import MEMORY, accuracy, families, tasks_of
+from study.results import MEMORY, accuracy, families, loss_unit, tasks_of
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # told apart by most eyes, and in grey by their markers
 MARKERS = "osD^vP"
@@ -70,10 +70,6 @@ def loss_of(task):
     return lambda row: row[task]["loss"]
 
 
-def loss_label(row):
-    return "bits per byte" if row["run"]["data"] else "nats per token"
-
-
 def grid_figure(plt, panels, title, columns=None):
     """panels: [(title, x label, y label, draw(axis), scale of x)]. Panels without data are left out; None when all are."""
     columns = columns or len(panels)
@@ -97,7 +93,7 @@ def grid_figure(plt, panels, title, columns=None):
 def regime_figures(plt, regime, cells):
     """[(name, figure)] of one regime."""
     row = next(row for seeds in cells.values() for row in seeds.values())
-    names, unit = tasks_of(row), loss_label(row)
+    names, unit = tasks_of(row), loss_unit(row)
     scored = [task for task in names if any(accuracy(r, task) is not None for seeds in cells.values() for r in seeds.values())]
 
     def lines(x, y):
@@ -126,7 +122,7 @@ def regime_figures(plt, regime, cells):
 
 
 def pooled_figures(plt, title, groups):
-    """Figures over several token budgets. groups: [(regime, cells)] that differ in tokens only."""
+    """Figures over several token budgets. groups: [(regime, cells)] of one results.pool."""
     rows = [row for _, cells in groups for seeds in cells.values() for row in seeds.values()]
     names = tasks_of(rows[0])
     scored = [task for task in names if accuracy(rows[0], task) is not None]
@@ -181,7 +177,7 @@ def draw(rows, out):
     with plt.rc_context(SMALL):
         work = [(str(regime), regime_figures(plt, regime, cells)) for regime, cells in found.items()]
         for regime, cells in found.items():
-            pools[regime._replace(tokens=0)].append((regime, cells))
+            pools[results.pool(regime)].append((regime, cells))
         work += [(str(pool), pooled_figures(plt, pool, groups)) for pool, groups in pools.items()]
         for title, figures in work:
             for name, figure in figures:

@@ -4,6 +4,7 @@ A regime is what runs must share to be compared over E and k.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class Regime(NamedTuple):
     def __str__(self):
         what = "text" if self.data else f"{self.unique:,} problems repeated" if self.unique else "fresh problems"
         unusual = [f"{name} {value}" for name, value in self._asdict().items()
-                   if name not in ("d_model", "d_expert", "tokens", "unique", "data") and value != getattr(Run, name)]
+                   if name not in ("d_model", "d_expert", "tokens", "unique", "data") and value not in (0, getattr(Run, name))]
         tokens = [f"{self.tokens / 1e6:.3g} M tokens"] if self.tokens else []
         return ", ".join([f"d={self.d_model}", f"F={self.d_expert}", *tokens, what, *unusual])
 
@@ -73,8 +74,28 @@ def accuracy(row, task):
     return row[task].get("overall", row[task].get("accuracy"))
 
 
+def loss_unit(row):
+    return "bits per byte" if row["run"]["data"] else "nats per token"
+
+
 def regime(row):
     return Regime(*(row["run"][field] for field in Regime._fields))
+
+
+def pool(regime):
+    """What regimes share that are one experiment at several lengths: people grow with the tokens, so that each is met as often."""
+    return regime._replace(tokens=0, people=0)
+
+
+def answer_loss(row):
+    """What learning rates are chosen by: the geometric mean of the losses of answers that training never had in this form, memory and reasoning
+    counting half each. Their losses differ by a factor of hundreds, so in a sum, weighted by tokens or not, one of the two would decide alone.
+    Prepared text: the validation loss."""
+    if row["run"]["data"]:
+        return row["val_loss"]
+    logs = {task: math.log(max(row[task]["loss"], 1e-6)) for task in TASKS}
+    halves = [[logs[task] for task in TASKS if (task in MEMORY) == memory] for memory in (True, False)]
+    return math.exp(sum(sum(half) / len(half) for half in halves) / 2)
 
 
 def standard(rows):

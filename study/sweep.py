@@ -2,18 +2,19 @@
 
 One JSON line is appended for every finished run (study/run.py says what is in it); what the file already has is skipped, so the
 same command goes on where the last one stopped, on whatever day and machine. A run that was cut off leaves nothing and is done again.
-The order of each grid is such that whatever is finished is useful: tokens and seeds change slowest, and the extremes come first.
+The order of each grid is such that whatever is finished is useful: what decides a claim for the least time comes first.
 
 presets   smoke    two tiny runs: does it work, on a CPU in seconds
           pilot    which people, problems and expressions are neither out of reach nor child's play
           lr       peak learning rates at the corners of the (E, k) grid; every run below takes its rate from these rows
-          main     E 4..256 x k 1..8 at one width, 2^24 and 2^26 tokens, 3 seeds
-          scarce   the same E at k = 2 and 8 with 20,000 different problems only, seen again and again
-          long     the same E at k = 2 and 8, 2^28 tokens
+          main     E 4..256 x k 1..8 at one width, 2^24 and 2^26 tokens, 3 seeds; 4,000 different problems, people by the tokens
+          scarce   the same E at k = 2 and 8, 2^24 tokens, with 1,000 different problems only
+          long     the same as main at k = 2 and 8, 2^28 tokens
           topk     k 1..8 with k * d_expert and E * d_expert fixed: equal active and total parameters
           init     smaller and larger initial weights
           width    half and twice the width
           adamw    the deciding points again with the paper's optimiser
+          full     lr, main, scarce, topk and init in the order of what they teach per minute
           text     prepared text (--data DIR:weight,...), task loss on the paper's tasks
 """
 
@@ -24,22 +25,25 @@ import multiprocessing
 import os
 import queue
 import signal
+import subprocess
 import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
 from config import require
-from study.results import append, read
-from study.run import Run, data_dir, execute_together, form, key, prepare_data
+from study.results import answer_loss, append, read
+from study.run import ROOT, Run, data_dir, execute_together, form, key, prepare_data
 
 JOBS = 3  # processes per GPU: while one or two of them start, compile or measure, work of the CPU for the most part, the others train
 TOGETHER = 3  # the seeds, or rates, of one (E, k): on branches of one CUDA graph, where one model alone would leave the GPU waiting for launches
 EXPERTS = (256, 4, 32, 128, 8, 64, 16)  # extremes first
 TOP_K = (2, 8, 1, 4)
-CORNERS = ((32, 2), (256, 8), (4, 1), (256, 1), (8, 8))
+CORNERS = ((256, 8), (32, 2), (8, 8), (256, 1), (4, 1))  # slowest first; two of them have three seeds
+SLACK = 1.1  # times its estimate must be left before a run is started: what is cut off is lost
 UNUSUAL = ("optimizer", "n_layers", "init_std", "batch", "people", "unique", "max_steps", "mano_length", "modulus")  # named in a line where they are
 RATES = {"muon": (6e-3, 1.2e-2, 3e-3), "adamw": (4e-3, 2e-3, 8e-3)}
 
@@ -54,14 +58,19 @@ def pilot(data):
     """Which people, problems and expressions are neither out of reach nor child's play, at one end and the other of the grid (docs/STUDY.md)."""
     base = dict(lr=6e-3, data_tokens=2**25)
     scarce = base | dict(people=4_000, unique=4_000, mano_length=3)  # 29 biographies of each in 2^24 tokens
-    fresh = base | dict(people=2_000, modulus=23, mano_length=2)
-    rare = base | dict(people=1_000, unique=1_000, mano_length=2)
-    long = base | dict(people=8_000, modulus=11, max_steps=10, mano_length=2)
+    fresh = base | dict(people=2_000, unique=0, modulus=23, mano_length=2)
+    rare = base | dict(people=1_000, unique=1_000, mano_length=4)
+    long = base | dict(people=8_000, unique=0, modulus=11, max_steps=10, mano_length=2)
     pairs = [scarce, fresh, rare, scarce | dict(tokens=2**25), fresh | dict(tokens=2**25), long, rare | dict(tokens=2**25)]
     runs = [setting | dict(n_experts=e) for setting in pairs for e in (16, 128)]
     runs += [scarce | dict(n_experts=e) for e in (4, 256)] + [scarce | dict(n_experts=128, top_k=8), scarce | dict(seed=1)]
     runs += [setting | dict(n_experts=e, tokens=2**26, data_tokens=2**26) for setting in (scarce, fresh) for e in (16, 128)]
     return [Run(**run) for run in runs]
+
+
+def sized(tokens, **fields):
+    """A run of so many tokens whose people are as many as are met 29 times each."""
+    return Run(tokens=tokens, data_tokens=tokens, people=Run.people * tokens // Run.tokens, **fields)
 
 
 def lr(data):
@@ -70,18 +79,16 @@ def lr(data):
 
 
 def main(data):
-    every = [Run(n_experts=e, top_k=k, tokens=tokens, seed=seed) for tokens in (2**24, 2**26) for seed in range(3) for e in EXPERTS
-             for k in TOP_K if k <= e]
-    # What is dear and decides least comes last: long runs of more seeds at k = 1 and 4.
-    return sorted(every, key=lambda run: run.seed > 0 and run.tokens == 2**26 and run.top_k in (1, 4))
+    sizes = [(tokens, e, k) for tokens in (2**24, 2**26) for k in TOP_K for e in EXPERTS if k <= e]
+    return [sized(tokens, n_experts=e, top_k=k, seed=seed) for tokens, e, k in sizes for seed in range(3)]
 
 
 def scarce(data):
-    return [Run(n_experts=e, top_k=k, tokens=2**26, seed=seed, unique=20_000) for seed in range(3) for e in EXPERTS for k in (2, 8) if k <= e]
+    return [Run(n_experts=e, top_k=k, seed=seed, unique=1_000) for k in (2, 8) for e in EXPERTS for seed in range(3) if k <= e]
 
 
 def long(data):
-    return [Run(n_experts=e, top_k=k, tokens=2**28, data_tokens=2**28, seed=seed) for seed in range(3) for e in EXPERTS for k in (2, 8) if k <= e]
+    return [sized(2**28, n_experts=e, top_k=k, seed=seed) for seed in range(3) for e in EXPERTS for k in (2, 8) if k <= e]
 
 
 def topk(data):
@@ -106,6 +113,14 @@ def adamw(data):
     return runs + [dataclasses.replace(base, n_experts=e, top_k=k, seed=seed) for seed in range(3) for e in (256, 8, 32) for k in (2, 8)]
 
 
+def full(data):
+    """What decides a claim for the least time first: one k in each regime, before the other k."""
+    runs = main(data)
+    short, longer = ([run for run in runs if run.tokens == tokens] for tokens in (runs[0].tokens, runs[-1].tokens))
+    at = lambda runs, *ks: [run for run in runs if run.top_k in ks]  # noqa: E731
+    return [*lr(data), *short, *at(scarce(data), 2), *topk(data), *at(longer, 2), *init(data), *at(scarce(data), 8), *at(longer, 8), *longer]
+
+
 def text(data):
     if not data:
         raise ValueError("data='': the preset text needs --data DIR:weight,DIR:weight of prepared text (python -m data.prepare)")
@@ -114,7 +129,7 @@ def text(data):
     return runs + [dataclasses.replace(base, n_experts=e, top_k=k, seed=seed) for seed in range(3) for e in (128, 8, 32) for k in (2, 8)]
 
 
-PRESETS = {preset.__name__: preset for preset in (smoke, pilot, lr, main, scarce, long, topk, init, width, adamw, text)}
+PRESETS = {preset.__name__: preset for preset in (smoke, pilot, lr, main, scarce, long, topk, init, width, adamw, full, text)}
 
 
 def shape(run):
@@ -122,34 +137,38 @@ def shape(run):
     return run["d_model"], run["n_layers"], run["d_expert"], run["optimizer"], bool(run["data"])
 
 
-def best_rate(run, rows):
-    """The learning rate with the lowest validation loss (mean over seeds) at the nearest (E, k) of the same shape; None without rows.
+def best_rate(run, rows, pending=()):
+    """The learning rate with the lowest results.answer_loss (mean over seeds) at the nearest (E, k) of the same shape; None without rows, and
+    while runs of that (E, k) are among `pending`.
 
-    Rates are compared on runs that differ in nothing else, on the same seeds; of several such sets on the one with the fewest tokens."""
-    wanted, groups = dataclasses.asdict(run), {}
-    for row in rows:
-        other = row["run"]
+    Rates are compared on runs that differ in nothing else, on the same seeds; of several such sets at one (E, k) on that of fewest tokens."""
+    wanted, groups = vars(run), {}
+    for other, row in [*((row["run"], row) for row in rows), *((vars(each), None) for each in pending)]:
         if other["lr"] and shape(other) == shape(wanted):
             group = tuple((field, value) for field, value in other.items() if field not in ("lr", "seed"))
-            loss = math.inf if row["diverged"] else row["val_loss"]
+            loss = row and (math.inf if row["diverged"] else answer_loss(row))
             groups.setdefault(group, {}).setdefault(other["lr"], {})[other["seed"]] = loss
     groups = [(dict(group), rates) for group, rates in groups.items() if len(rates) > 1 and set.intersection(*map(set, rates.values()))]
     if not groups:
         return None
-    doublings = lambda other, field: abs(math.log2(other[field] / wanted[field]))  # noqa: E731
-    _, rates = min(groups, key=lambda group: (doublings(group[0], "n_experts") + doublings(group[0], "top_k"), group[0]["tokens"]))
+    away = lambda group, field: abs(math.log2(group[field] / wanted[field]))  # noqa: E731
+    far = lambda group: (away(group, "n_experts") + away(group, "top_k"), away(group, "top_k"), group["tokens"])  # noqa: E731
+    _, rates = min(groups, key=lambda entry: far(entry[0]))
+    if any(loss is None for seeds in rates.values() for loss in seeds.values()):
+        return None
     seeds = set.intersection(*map(set, rates.values()))
-    return min(rates, key=lambda rate: sum(rates[rate][seed] for seed in seeds))
+    return min(rates, key=lambda rate: sum(math.log(rates[rate][seed]) for seed in seeds))
 
 
 def estimate(run, rows, device):
-    """Seconds that a run will take, from the most similar finished one on this device; None when there is none."""
+    """Seconds that a run will take, from the most similar finished one on this device, of several the last, which compiled least; None when there
+    is none."""
     sizes = lambda r: [math.log2(r[name]) for name in ("tokens", "d_model", "n_experts", "top_k", "n_layers")]  # noqa: E731
     wanted = dataclasses.asdict(run)
     known = [row for row in rows if row["device"] == device and not row["diverged"]]
     if not known:
         return None
-    near = min(known, key=lambda row: sum(abs(a - b) for a, b in zip(sizes(row["run"]), sizes(wanted), strict=True)))
+    near = min(reversed(known), key=lambda row: sum(abs(a - b) for a, b in zip(sizes(row["run"]), sizes(wanted), strict=True)))
     return near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]  # compiling and measuring take as long in longer runs
 
 
@@ -168,6 +187,18 @@ def work(device, threads, cache, items, inbox, outbox):
                 return  # nothing works after that in this process
 
 
+def warm_up(runs, device):
+    """Start study/warm.py for the shapes of these runs and go on; None where there is nothing to compile for."""
+    shapes = dict.fromkeys(f"{run.d_model},{run.d_expert},{run.n_experts},{run.top_k}" for run in runs if not run.data)
+    if not device.startswith("cuda") or torch.version.hip or not shapes:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    # Triton's default, for all alike: inductor would move each worker's to a directory of its own for every device.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+    return subprocess.Popen([sys.executable, "-m", "study.warm", f"--capability={10 * major + minor}", *shapes], cwd=ROOT, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+
+
 def threads_of(processes):
     return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // processes))
 
@@ -178,7 +209,8 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     minutes: no run is started that is not expected to end in time, and what still runs then is dropped; 0 only reports.
     jobs: processes per device. together: runs of one form that a process trains side by side.
     keep: names like "E16k2" whose final weights are kept under cache/weights."""
-    ends = time.monotonic() + 60 * minutes
+    began = time.monotonic()
+    ends = began + 60 * minutes
     rows = read(results)
     done = {row["key"] for row in rows}
     runs = list({key(run): run for run in runs}.values())
@@ -210,6 +242,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     threads = threads_of(jobs * len(devices))
     arguments = [(devices[i % len(devices)], threads, cache, items, inbox, outbox) for i in range(lanes)]
     workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
+    warm = warm_up(todo, devices[0])  # first: workers inherit where the kernels are
     for worker in workers:
         worker.start()
     try:
@@ -219,8 +252,14 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
                 members, rates = map(list, zip(*group, strict=True))
                 for run in members:
                     todo.remove(run)
-                    if not run.data:
-                        data[data_dir(run, cache)].result()
+                try:
+                    for run in members:
+                        if not run.data:
+                            data[data_dir(run, cache)].result()
+                except Exception as error:  # no data, no run; others have theirs
+                    failed += members
+                    print(f"FAILED: no data: {error} in {members}", flush=True)
+                    continue
                 running[key(members[0])] = members
                 inbox.put((members, rates, [f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None for run in members]))
             if len(running) <= lost or not alive:  # a killed worker's run never comes back
@@ -240,9 +279,11 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
                 row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
                 append(results, row)
                 rows.append(row)
-                print(f"{line(row)} | {left()}", flush=True)
+                print(f"{time.monotonic() - began:5.0f} s: {line(row)} | {left()}", flush=True)
     finally:
         builder.shutdown(wait=False, cancel_futures=True)
+        if warm:
+            warm.terminate()
         for _ in workers:
             inbox.put(None)
         for worker in workers:
@@ -258,16 +299,15 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
 
 
 def choose(todo, running, rows, ends, name):
-    """The next run that can start, with its learning rate (0: its own), or None. It waits while rates of its shape are being compared."""
+    """The next run that can start, with its learning rate (0: its own), or None. It waits while the rates at its corner are being compared."""
     for run in todo:
         rate = 0.0
         if not run.lr:
-            compared = [r for r in [*running, *todo] if r.lr and shape(dataclasses.asdict(r)) == shape(dataclasses.asdict(run))]
-            rate = best_rate(run, rows)
-            if compared or rate is None:
+            rate = best_rate(run, rows, [*running, *todo])
+            if rate is None:
                 continue
         seconds = estimate(run, rows, name)
-        if seconds is None or time.monotonic() + seconds < ends:
+        if seconds is None or time.monotonic() + SLACK * seconds < ends:
             return run, rate
     return None
 

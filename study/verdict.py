@@ -26,14 +26,14 @@ from typing import NamedTuple
 import numpy as np
 
 from study import results
-from study.results import MEMORY, accuracy, families, tasks_of
+from study.results import MEMORY, accuracy, families, loss_unit, tasks_of
 from study.run import Run, key
 from study.sweep import PRESETS
 
 BEGIN, END = "<!-- tables: begin (python -m study.verdict) -->", "<!-- tables: end -->"
 MIN_SEEDS = 3
 T975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-COMPARABLE = 0.02  # validation losses within this share of each other count as equal
+COMPARABLE = 0.05  # training losses within this share of each other count as equal; those of two seeds differ as much
 BRACKET = (10, 40)  # TPP that a regime must reach on both sides before it can say where between them an optimum lies
 
 
@@ -47,6 +47,7 @@ class Test(NamedTuple):
     runs: int
     little: bool = False  # the claim is that the effect, of whatever sign, is smaller than the margin
     note: str = ""
+    votes: bool = True  # False: shown beside the measure that decides
 
 
 def interval(values):
@@ -74,7 +75,7 @@ def decide(test):
 
 
 def overall(tests):
-    found = [decide(test) for test in tests if len(test.effects) >= MIN_SEEDS]
+    found = [decide(test) for test in tests if test.votes and len(test.effects) >= MIN_SEEDS]
     if {"supported", "not supported"} <= set(found):
         return "mixed"
     return next((verdict for verdict in ("supported", "not supported") if verdict in found and 2 * found.count(verdict) >= len(found)), "undecided")
@@ -170,12 +171,18 @@ def count(lines):
 
 
 def memory_rises(rows):
+    """The loss of the values decides: exact recall jumps from nothing to everything within a doubling of training, and two seeds jump apart."""
     for regime, cells in families(rows).items():
-        lines = by_k(cells)
-        for task in (task for task in tasks_of(first_row(cells)) if task in MEMORY):
-            told = telling(lines, task)
-            effects = per_seed(told, lambda line, seed, t=task: slope(np.log2(list(line)), [score(cell[seed], t) for cell in line.values()]))
-            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 0.5, "points per doubling of E", count(lines), note=silence(told))
+        lines, sample = by_k(cells), first_row(cells)
+        for task in (task for task in tasks_of(sample) if task in MEMORY):
+            told, exact = telling(lines, task), accuracy(sample, task) is not None
+            for measure, value, margin, votes in (("loss", lambda row, t=task: -row[t]["loss"], 0.02, True),
+                                                  ("recall", lambda row, t=task: score(row, t), 0.5, False)):
+                if votes or exact:
+                    effects = per_seed(told, lambda line, seed, v=value: slope(np.log2(list(line)), [v(cell[seed]) for cell in line.values()]))
+                    unit = f"{'fewer ' + loss_unit(sample) if votes else 'points'} per doubling of E"
+                    note = "; ".join(filter(None, [silence(told), "" if votes else "has no vote"]))
+                    yield Test(f"{regime}; {tasks_of(sample)[task]}, {measure}", effects, margin, unit, count(lines), note=note, votes=votes)
 
 
 def reasoning_turns(rows):
@@ -208,7 +215,7 @@ def denser_at_equal_loss(rows):
     for regime, cells in families(rows).items():
         for seeds in cells.values():
             for seed, row in seeds.items():
-                pooled[regime._replace(tokens=0)][seed].append(row)
+                pooled[results.pool(regime)][seed].append(row)
     for regime, seeds in pooled.items():
         sample = next(iter(seeds.values()))[0]
         for task in reasoning(sample):
@@ -227,11 +234,11 @@ def denser_at_equal_loss(rows):
 
 
 def top_k_alone(rows):
-    """What the choice of k is worth, in validation loss and in scores, where k * d_expert and E * d_expert are the same."""
+    """What the choice of k is worth, in training loss and in scores, where k * d_expert and E * d_expert are the same."""
     groups = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         run = row["run"]
-        if not row["diverged"] and run["init_std"] == Run.init_std and run["lr"] and not run["data"] and not run["unique"]:
+        if not row["diverged"] and run["init_std"] == Run.init_std and run["lr"] and not run["data"]:
             group = results.regime(row)._replace(d_expert=0), run["top_k"] * run["d_expert"], run["n_experts"] * run["d_expert"], run["lr"]
             groups[group][run["seed"]][run["top_k"]] = row
     for (regime, active, total, _), seeds in sorted(groups.items()):
@@ -240,8 +247,8 @@ def top_k_alone(rows):
             continue
         where = f"{regime}".replace("F=0", f"k F={active}, E F={total}")
         line = {0: turned(full)}
-        losses = per_seed(line, lambda line, seed: lead(line, lambda row: 100 * math.log(row["val_loss"]), seed))
-        yield Test(f"{where}; validation loss", losses, 2.0, "% between the best and worst k", sum(map(len, full.values())), little=True)
+        losses = per_seed(line, lambda line, seed: lead(line, lambda row: 100 * math.log(row["train_loss"]), seed))
+        yield Test(f"{where}; training loss", losses, 100 * COMPARABLE, "% between the best and worst k", sum(map(len, full.values())), little=True)
         for task in ("problems", "mano"):
             told = telling(line, task)
             points = per_seed(told, lambda line, seed, t=task: lead(line, lambda row: score(row, t), seed))
@@ -250,7 +257,7 @@ def top_k_alone(rows):
 
 
 def gentler(rows, name, unit):
-    """Score at the next lower value of `name` minus that at the value with the best validation loss, where the losses are comparable.
+    """Score at the next lower value of `name` minus that at the value with the best training loss, where the losses are comparable.
 
     The mean over the seeds says which value is best and which comparable: the seed that is lucky at one must not choose it."""
     groups = defaultdict(lambda: defaultdict(dict))
@@ -265,7 +272,7 @@ def gentler(rows, name, unit):
         line = {value: cell for value, cell in turned(seeds).items() if len(cell) == len(seeds)}
         if len(line) < 3 or len(seeds) < MIN_SEEDS:
             continue
-        losses = {value: np.mean([row["val_loss"] for row in cell.values()]) for value, cell in line.items()}
+        losses = {value: np.mean([row["train_loss"] for row in cell.values()]) for value, cell in line.items()}
         best = min(losses, key=losses.get)
         lower = max((value for value in losses if value < best and losses[value] <= (1 + COMPARABLE) * losses[best]), default=None)
         if lower is None:
@@ -341,7 +348,7 @@ def tables(rows):
     lines = [f"{len(rows)} runs, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; {diverged} diverged.", "",
              "| claim of the paper | verdict | sets of runs: for / against / open | still missing |", "|---|---|---|---|"]
     for number_, ((text, _, presets), found) in enumerate(zip(CLAIMS, tests, strict=True), 1):
-        verdicts = [decide(test) for test in found]
+        verdicts = [decide(test) for test in found if test.votes]
         runs, minutes = missing(presets, rows)
         cost = "more seeds" if overall(found) == "undecided" else "nothing"
         if runs:
