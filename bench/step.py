@@ -24,7 +24,7 @@ import config
 from bench.compare import begin, finish
 from bench.problem import Cost, Shape
 from bench.results import DTYPES, HEADER, arguments
-from bench.timing import MIB, quantiles
+from bench.timing import MIB, Times, quantiles
 from data import shards, tokenizer
 from data.loader import Loader
 from model import GPT, flops_per_token, peak_flops
@@ -202,17 +202,18 @@ def main(argv=None):
     shape = Shape(tokens, cfg.d_model, cfg.d_expert, cfg.n_experts, cfg.top_k)
     name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}" + ":bfloat16-weights" * (cfg.weights == "bfloat16")
     flops, best = flops_per_token(cfg) * tokens, peak_flops(torch.cuda.get_device_name()) if cuda and cfg.dtype == "bfloat16" else None
-    add = partial(results.add, "step", name, shape=shape)
+    add = partial(results.add, implementation=name, shape=shape)
     for part in PARTS:
-        add(mode=part, times=times[part])
+        add("step", mode=part, times=times[part])
     for mode in ("full", "full-graph"):
         if mode in times:
             mfu = flops / (times[mode].p50 / 1e3) / best if best else None
-            add(mode=mode, times=times[mode], cost=Cost(flops, 0), ceiling=mfu, peak_mib=peak)
+            add("step", mode=mode, times=times[mode], cost=Cost(flops, 0), ceiling=mfu, peak_mib=peak)
             print(f"{mode}: {tokens / times[mode].p50 * 1e3:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}")
     print(f"the first three steps took {warm:.1f} s; the fullest expert of any layer has {load:.2f} times its share")
     print(f"\n{'family':<36}{'ms/step':>10}{'share':>8}")
     for what, ms in families.items():
+        add("step-family", mode=what, times=Times(ms, ms, ms), quiet=True)
         print(f"{what:<36}{ms:>10.3f}{ms / times['full'].p50:>8.1%}")
     print(f"{'sum, of the step':<36}{sum(families.values()):>10.3f}{sum(families.values()) / times['full'].p50:>8.1%}")
     return finish(args, results, [])
