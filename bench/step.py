@@ -194,7 +194,7 @@ def main(argv=None):
         times = part_times(run, args.repeats, cuda)
         peak = torch.cuda.max_memory_allocated() / MIB if cuda else None
         families = family_times(run, cfg, model, 3, cuda)
-        if cuda and cfg.cuda_graph:
+        if cuda and cfg.cuda_graph and cfg.impl in ("auto", "triton"):  # the others count rows on the host, as in train.py
             graphed = GraphedStep(train_step)
             for _ in range(GraphedStep.WARM_UP + 2):
                 graphed([loader.next()])
