@@ -241,8 +241,8 @@ def dswiglu_kernel(
         silu = g * sig
         a = silu * u  # zero past F, where da holds another expert's columns
         dgate += tl.sum(da * a, 1)
-        da *= weight
         tl.store(ga_ptr + part * WIDTH + offs_a, (weight * a).to(dtype), mask=mask_part)
+        da *= weight
         tl.store(dh_ptr + part * WIDTH + offs_h, (da * u * (sig + silu - silu * sig)).to(dtype), mask=mask_part)
         tl.store(dh_ptr + F + part * WIDTH + offs_h, (da * silu).to(dtype), mask=mask_part)
     tl.store(dgates_part_ptr + pid_n * S.to(tl.int64) + row + offs_m, dgate, mask=mask_m)
