@@ -1,7 +1,7 @@
 """A training step by part (data, forward, backward, optimiser) and by family of kernels.
 
-    python -m bench.step --preset=paper-d512-e64-k4 --vocab-size=99584 --batch-size=8 --csv bench/h100.csv
-    python -m bench.step --preset=paper-d512-e64-k4 --vocab-size=99584 --batch-size=8 --compile=false
+    python -m bench.step --preset=paper-d512-e64-k4 --batch-size=8 --csv bench/h100.csv
+    python -m bench.step --preset=paper-d512-e64-k4 --batch-size=8 --compile=false
     python -m bench.step --preset=paper-d1024-e64-k2 --vocab-size=50304 --seq-len=2048 --batch-size=8 --optimizer=adamw --weights=bfloat16  # 6.6 G
 
 All flags of train.py are understood; the step is train.py's with its optimiser, on one GPU, with one micro-batch of --batch-size sequences and
@@ -27,7 +27,7 @@ from bench.results import DTYPES, HEADER, arguments
 from bench.timing import MIB, Times, quantiles
 from data import shards, tokenizer
 from data.loader import Loader
-from model import GPT, flops_per_token, peak_flops
+from model import GPT, flops_per_token, peak_flops, preset_fields
 from optim import make_optimizer
 from train import GraphedStep, TrainConfig, compile_blocks, new_window, optimizer_step
 
@@ -161,7 +161,8 @@ def main(argv=None):
     small = [] if cuda else ["--batch-size=2", "--seq-len=64"]
     cfg = config.parse(TrainConfig, [*small, *args.rest, f"--dtype={str(DTYPES[args.dtype])[6:]}"])
     if not cfg.vocab_size:
-        cfg = dataclasses.replace(cfg, vocab_size=320)  # the 257 of random_tokens, rounded up as train.py does
+        # Of the paper's models theirs; else the 257 of random_tokens, rounded up as train.py does.
+        cfg = dataclasses.replace(cfg, vocab_size=preset_fields(cfg.preset).get("vocab_size", 320) if cfg.preset else 320)
     print(HEADER)
     device = "cuda" if cuda else "cpu"
     tokens = cfg.batch_size * cfg.seq_len
