@@ -26,7 +26,6 @@ from bench.timing import Ceilings, capture, poisoned, skipping, times_ms
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels import reference
 from moe_kernels.dispatch import combine, dispatch
-from moe_kernels.launch import Kernel
 from moe_kernels.routing import route_bwd, route_fwd
 from moe_kernels.tiles import gemm_tiles, interpreting
 
@@ -176,16 +175,19 @@ def parse_tile(text, base):
 
 def resources(run):
     """(registers, spilled bytes, shared memory) of the largest kernel that run() launches."""
-    launched, original = [], Kernel.launch
+    from triton.runtime.jit import JITFunction
 
-    def record(kernel, grid, *args, **options):
-        launched.append(kernel.jit[grid](*args, **options))
+    launched, original = [], JITFunction.run
 
-    Kernel.launch = record
+    def record(kernel, *args, **kwargs):
+        launched.append(original(kernel, *args, **kwargs))
+        return launched[-1]
+
+    JITFunction.run = record
     try:
         run()
     finally:
-        Kernel.launch = original
+        JITFunction.run = original
     return max(((kernel.n_regs, kernel.n_spills, kernel.metadata.shared) for kernel in launched), default=(0, 0, 0))
 
 

@@ -1,7 +1,8 @@
 """Figures from benchmark CSVs: `python -m bench.plot bench/h100.csv --out docs/figures`. Draws those for which the CSV has rows.
 
 throughput_by_experts.png, throughput_by_topk.png (sweeps of bench.layer), ceiling.png (fraction of the cuBLAS ceiling by shape and
-implementation), roofline.png (bench.kernels), routing.png (routing as a share of the layer), memory.png.
+implementation), roofline.png (bench.kernels), routing.png (routing as a share of the layer), memory.png, step.png (bench.step: where a training
+step's time goes).
 """
 
 import argparse
@@ -100,7 +101,8 @@ def bars(ax, shapes, series, digits=0, rotation=0):
         ax.bar(xs, heights, width * 0.92, color=COLORS.get(name, "#444444"), label=name)
         for x, height in zip(xs, heights, strict=True):
             text = f"{height:,.{digits}f}"
-            ax.annotate(text, (x, height), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9, rotation=rotation)
+            ax.annotate(text, (x, height), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9, rotation=rotation,
+                        bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
     ax.set_xticks(range(len(shapes)), [label(shape) for shape in shapes], fontsize=10)
     ax.grid(axis="x", visible=False)
 
@@ -209,6 +211,49 @@ def memory(rows, out):
     finish(fig, "Memory of one expert layer", rows, out)
 
 
+PARTS = {  # of a step: a colour, and how the names of its families begin
+    "expert GEMMs": ("#0b6e4f", ("experts: up", "experts: rows", "experts: dswiglu", "experts: dw", "experts: aten")),
+    "sort, sums, router": ("#6fc3a5", ("experts:", "router")),
+    "attention": ("#c8553d", ("attention",)),
+    "projections, dense MLP": ("#e09f3e", ("attention projections", "experts: torch")),
+    "norms, rotations, activations": ("#8d6a9f", ("norms", "weight casts")),
+    "head and loss": ("#4a6fa5", ("lm head",)),
+    "optimiser, gradient norm": ("#7d8597", ("optimiser", "gradient")),
+    "other": ("#cccccc", ("",)),
+}
+
+
+def part_of(family):
+    """The part whose prefix of the family's name is the longest."""
+    return max(PARTS, key=lambda part: max((len(prefix) + 1 for prefix in PARTS[part][1] if family.startswith(prefix)), default=0))
+
+
+def step(rows, out):
+    """A bar per model: microseconds per 1,024 tokens, by part."""
+    rows = select(rows, kernel="step-family")
+    models = list(dict.fromkeys((row["implementation"], shape_of(row)) for row in rows))
+    if not models:
+        return
+    fig, ax = plt.subplots(figsize=(11, 1.6 + 0.62 * len(models)))
+    for y, (name, shape) in enumerate(models):
+        parts, left = dict.fromkeys(PARTS, 0.0), 0.0
+        for row in select(rows, implementation=name, **shape._asdict()):
+            parts[part_of(row["mode"])] += 1e3 * row["p50_ms"] / (shape.T / 1024)
+        for part, width in parts.items():
+            ax.barh(y, width, left=left, color=PARTS[part][0], label=part if y == 0 else None, edgecolor="white")
+            if width > 0.04 * sum(parts.values()):
+                ax.annotate(f"{width:.0f}", (left + width / 2, y), ha="center", va="center", fontsize=9, color="white")
+            left += width
+    kind = lambda name, s: "dense" if name.startswith("dense") else f"E {s.E}"  # noqa: E731
+    names = [f"D {s.D}, F {s.F}, K {s.K}, {kind(name, s)}" + "\nbfloat16 weights" * ("bfloat16-weights" in name) for name, s in models]
+    ax.set_yticks(range(len(models)), names)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("microseconds of GPU time per 1,024 tokens")
+    fig.legend(loc="outside lower center", ncols=4)
+    finish(fig, "Where a training step's time goes", rows, out)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", nargs="+", type=Path)
@@ -226,6 +271,7 @@ def main(argv=None):
         roofline(rows, args.out / "roofline.png")
         routing(rows, args.out / "routing.png")
         memory(rows, args.out / "memory.png")
+        step(rows, args.out / "step.png")
     return 0
 
 

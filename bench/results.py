@@ -1,7 +1,7 @@
 """One CSV schema for every benchmark, and the command line they share.
 
 kernel           what ran: a kernel's name, "layer" (experts, routing given), "layer+router", "routing" (router, top-k, dispatch), "step",
-                 or "ceiling" (the machine's largest matrix product and copy)
+                 "step-family" (a family of a step's kernels, its name as the mode), or "ceiling" (the machine's largest matrix product and copy)
 implementation   triton, grouped_mm, reference, gemms (cuBLAS products of the same FLOPs, nothing else), torch, or a peer
 mode             forward, backward, full, or a part; "-graph" when replayed from a CUDA graph (single kernels always are, on a GPU)
 T D F E K        sizes (README); dtype; routing: softmax, balanced, zipfA
@@ -73,8 +73,8 @@ class Results:
         if not torch.cuda.is_available():
             print("No GPU: tiny shapes, to show that everything runs. The numbers mean nothing about GPUs.")
 
-    def add(self, kernel, implementation, mode, shape, times, cost=Cost(0, 0), routing="", ceiling_ms=None, note="", **more):
-        """One row; `ceiling_ms` is the least possible time, `more` are columns by name. The note is printed, not stored."""
+    def add(self, kernel, implementation, mode, shape, times, cost=Cost(0, 0), routing="", ceiling_ms=None, note="", quiet=False, **more):
+        """One row; `ceiling_ms` is the least possible time, `more` are columns by name. The note is printed, not stored; with `quiet` nothing is."""
         row = dict.fromkeys(COLUMNS) | self.environment | dict(kernel=kernel, implementation=implementation, mode=mode, routing=routing)
         row |= dict(zip("TDFEK", shape, strict=True)) | dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True))
         row |= {"tflops": cost.flops / times.p50 * 1e-9, "gb_s": cost.bytes / times.p50 * 1e-6, "ceiling": ceiling_ms and ceiling_ms / times.p50}
@@ -82,7 +82,8 @@ class Results:
         self.rows.append(row)
         if self.path:
             append(self.path, row)
-        print(line(row) + ("   " + note if note else ""), flush=True)
+        if not quiet:
+            print(line(row) + ("   " + note if note else ""), flush=True)
         return row
 
     def add_ceilings(self):

@@ -1,7 +1,7 @@
 """A training step by part (data, forward, backward, optimiser) and by family of kernels.
 
-    python -m bench.step --preset=paper-d512-e64-k4 --vocab-size=99584 --batch-size=8 --csv bench/h100.csv
-    python -m bench.step --preset=paper-d512-e64-k4 --vocab-size=99584 --batch-size=8 --compile=false
+    python -m bench.step --preset=paper-d512-e64-k4 --batch-size=8 --csv bench/h100.csv
+    python -m bench.step --preset=paper-d512-e64-k4 --batch-size=8 --compile=false
     python -m bench.step --preset=paper-d1024-e64-k2 --vocab-size=50304 --seq-len=2048 --batch-size=8 --optimizer=adamw --weights=bfloat16  # 6.6 G
 
 All flags of train.py are understood; the step is train.py's with its optimiser, on one GPU, with one micro-batch of --batch-size sequences and
@@ -24,10 +24,10 @@ import config
 from bench.compare import begin, finish
 from bench.problem import Cost, Shape
 from bench.results import DTYPES, HEADER, arguments
-from bench.timing import MIB, quantiles
+from bench.timing import MIB, Times, quantiles
 from data import shards, tokenizer
 from data.loader import Loader
-from model import GPT, flops_per_token, peak_flops
+from model import GPT, flops_per_token, peak_flops, preset_fields
 from optim import make_optimizer
 from train import GraphedStep, TrainConfig, compile_blocks, new_window, optimizer_step
 
@@ -161,7 +161,8 @@ def main(argv=None):
     small = [] if cuda else ["--batch-size=2", "--seq-len=64"]
     cfg = config.parse(TrainConfig, [*small, *args.rest, f"--dtype={str(DTYPES[args.dtype])[6:]}"])
     if not cfg.vocab_size:
-        cfg = dataclasses.replace(cfg, vocab_size=320)  # the 257 of random_tokens, rounded up as train.py does
+        # Of the paper's models theirs; else the 257 of random_tokens, rounded up as train.py does.
+        cfg = dataclasses.replace(cfg, vocab_size=preset_fields(cfg.preset).get("vocab_size", 320) if cfg.preset else 320)
     print(HEADER)
     device = "cuda" if cuda else "cpu"
     tokens = cfg.batch_size * cfg.seq_len
@@ -194,7 +195,7 @@ def main(argv=None):
         times = part_times(run, args.repeats, cuda)
         peak = torch.cuda.max_memory_allocated() / MIB if cuda else None
         families = family_times(run, cfg, model, 3, cuda)
-        if cuda and cfg.cuda_graph:
+        if cuda and cfg.cuda_graph and cfg.impl in ("auto", "triton"):  # the others count rows on the host, as in train.py
             graphed = GraphedStep(train_step)
             for _ in range(GraphedStep.WARM_UP + 2):
                 graphed([loader.next()])
@@ -202,17 +203,18 @@ def main(argv=None):
     shape = Shape(tokens, cfg.d_model, cfg.d_expert, cfg.n_experts, cfg.top_k)
     name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}" + ":bfloat16-weights" * (cfg.weights == "bfloat16")
     flops, best = flops_per_token(cfg) * tokens, peak_flops(torch.cuda.get_device_name()) if cuda and cfg.dtype == "bfloat16" else None
-    add = partial(results.add, "step", name, shape=shape)
+    add = partial(results.add, implementation=name, shape=shape)
     for part in PARTS:
-        add(mode=part, times=times[part])
+        add("step", mode=part, times=times[part])
     for mode in ("full", "full-graph"):
         if mode in times:
             mfu = flops / (times[mode].p50 / 1e3) / best if best else None
-            add(mode=mode, times=times[mode], cost=Cost(flops, 0), ceiling=mfu, peak_mib=peak)
+            add("step", mode=mode, times=times[mode], cost=Cost(flops, 0), ceiling=mfu, peak_mib=peak)
             print(f"{mode}: {tokens / times[mode].p50 * 1e3:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}")
     print(f"the first three steps took {warm:.1f} s; the fullest expert of any layer has {load:.2f} times its share")
     print(f"\n{'family':<36}{'ms/step':>10}{'share':>8}")
     for what, ms in families.items():
+        add("step-family", mode=what, times=Times(ms, ms, ms), quiet=True)
         print(f"{what:<36}{ms:>10.3f}{ms / times['full'].p50:>8.1%}")
     print(f"{'sum, of the step':<36}{sum(families.values()):>10.3f}{sum(families.values()) / times['full'].p50:>8.1%}")
     return finish(args, results, [])

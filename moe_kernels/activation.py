@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
 from moe_kernels.grouped_gemm import _sigmoid
-from moe_kernels.launch import Kernel
 from moe_kernels.tiles import eager, pick_impl
 
 
@@ -29,7 +28,6 @@ def swiglu(h_TG, impl=None):
     return (EagerSwiglu.apply if eager(h_TG) else swiglu_op)(h_TG)
 
 
-@Kernel
 @triton.jit(do_not_specialize=["T"])
 def swiglu_fwd_kernel(h_ptr, a_ptr, T, stride_h, F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
     n_blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
@@ -42,7 +40,6 @@ def swiglu_fwd_kernel(h_ptr, a_ptr, T, stride_h, F: tl.constexpr, BLOCK_T: tl.co
     tl.store(a_ptr + offs_t * F + offs_f, (gate * _sigmoid(gate) * up).to(a_ptr.dtype.element_ty), mask=mask)
 
 
-@Kernel
 @triton.jit(do_not_specialize=["T"])
 def swiglu_bwd_kernel(
     h_ptr, da_ptr, dh_ptr, T, stride_h, stride_da, F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels import reference
-from moe_kernels.launch import Kernel
 from moe_kernels.tiles import pick_impl
 
 
@@ -34,7 +33,6 @@ def linear_cross_entropy(x_TD, w_VD, targets_T, chunk=8192, impl=None):
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@Kernel
 @triton.jit
 def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, V: tl.constexpr, GRADS: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr):
     """One row: its loss, and softmax - onehot in place of its logits; a row that does not count is not read and becomes zeros.

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.launch import Kernel
-
 CHUNK = 512  # slots per program of the sort
 
 
@@ -26,7 +24,6 @@ class Dispatch(NamedTuple):
     by_size: Tensor  # (3, E): experts by falling number of rows, the first row of each, the row after its last
 
 
-@Kernel
 @triton.jit(do_not_specialize=["S"])
 def count_kernel(experts_ptr, chunk_counts_ptr, S, E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
     pid = tl.program_id(0)
@@ -37,7 +34,6 @@ def count_kernel(experts_ptr, chunk_counts_ptr, S, E: tl.constexpr, CHUNK: tl.co
     tl.store(chunk_counts_ptr + pid * E + offs_e, tl.histogram(experts, BLOCK_E, mask=mask), mask=offs_e < E)
 
 
-@Kernel
 @triton.jit(do_not_specialize=["n_chunks"])
 def scan_kernel(chunk_counts_ptr, counts_ptr, n_chunks, E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr):
     # In place: chunk_counts becomes its exclusive prefix sum over chunks, one column of experts per program.
@@ -53,7 +49,6 @@ def scan_kernel(chunk_counts_ptr, counts_ptr, n_chunks, E: tl.constexpr, BLOCK_C
     tl.store(counts_ptr + offs_e, total, mask=offs_e < E)
 
 
-@Kernel
 @triton.jit(do_not_specialize=["S", "n_chunks", "max_tiles", "block_m"])
 def place_kernel(
     experts_ptr,
@@ -150,7 +145,6 @@ def dispatch(experts_TK, n_experts, block_m):
     return out
 
 
-@Kernel
 @triton.jit(do_not_specialize=["S"])
 def combine_kernel(
     y_ptr,

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.launch import Kernel
 from moe_kernels.tiles import interpreting, resident_programs
 
 
@@ -62,7 +61,6 @@ def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
             return _split_columns(right, PARTS // 2, part - PARTS // 2)
 
 
-@Kernel
 @triton.jit(do_not_specialize=["S", "max_tiles"])
 def up_kernel(
     x_ptr,
@@ -124,7 +122,6 @@ def up_kernel(
         tl.store(a_ptr + offs_m[:, None] * F + offs_n[None, :], (g * _sigmoid(g) * u).to(dtype), mask=mask)
 
 
-@Kernel
 @triton.jit
 def rows_kernel(
     a_desc,
@@ -173,7 +170,6 @@ def rows_kernel(
             tl.store(tile_ptr + offs_m[:, None] * N + offs_n[None, :], _split_columns(acc, PARTS, part).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@Kernel
 @triton.jit(do_not_specialize=["S", "max_tiles"])
 def dswiglu_kernel(
     dy_ptr,
@@ -245,14 +241,13 @@ def dswiglu_kernel(
         silu = g * sig
         a = silu * u  # zero past F, where da holds another expert's columns
         dgate += tl.sum(da * a, 1)
-        da *= weight
         tl.store(ga_ptr + part * WIDTH + offs_a, (weight * a).to(dtype), mask=mask_part)
-        tl.store(dh_ptr + part * WIDTH + offs_h, (da * u * (sig + silu * (1.0 - sig))).to(dtype), mask=mask_part)
+        da *= weight
+        tl.store(dh_ptr + part * WIDTH + offs_h, (da * u * (sig + silu - silu * sig)).to(dtype), mask=mask_part)
         tl.store(dh_ptr + F + part * WIDTH + offs_h, (da * silu).to(dtype), mask=mask_part)
     tl.store(dgates_part_ptr + pid_n * S.to(tl.int64) + row + offs_m, dgate, mask=mask_m)
 
 
-@Kernel
 @triton.jit(do_not_specialize=["E"])
 def dw_kernel(
     a_ptr,

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
-from moe_kernels.launch import Kernel
 from moe_kernels.tiles import eager, pick_impl
 
 
@@ -74,7 +73,6 @@ def _rotate(x_ptrs, y_ptrs, cos, sin, mask, weight_ptr, offs_d, eps, HEADS: tl.c
         y_ptrs += D
 
 
-@Kernel
 @triton.jit(do_not_specialize=["T", "L"])
 def rope_fwd_kernel(
     qkv_ptr,
@@ -136,7 +134,6 @@ def _rotate_back(
         tl.store(dweight_ptr + HALF + offs_d, tl.sum(dw2, 0)[None, :], mask=offs_d < HALF)
 
 
-@Kernel
 @triton.jit(do_not_specialize=["T", "L"])
 def rope_bwd_kernel(
     dq_ptr,

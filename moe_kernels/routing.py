@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
-from moe_kernels.launch import Kernel
 from moe_kernels.tiles import eager, pick_impl
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
@@ -63,7 +62,6 @@ def balance_loss(counts_E, probs_E):
     return counts_E.shape[0] * (f_E * probs_E).sum()
 
 
-@Kernel
 @triton.jit(do_not_specialize=["T"])
 def route_fwd_kernel(
     logits_ptr,
@@ -140,7 +138,6 @@ def route_fwd_kernel(
     tl.store(part_stats_ptr + pid * (E + 1) + E, tl.sum(tl.where(mask_t, lse * lse, 0.0), 0))
 
 
-@Kernel
 @triton.jit(do_not_specialize=["T", "n_blocks"])
 def route_stats_kernel(
     part_counts_ptr, part_stats_ptr, counts_ptr, probs_ptr, z_ptr, T, n_blocks, E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr
@@ -158,7 +155,6 @@ def route_stats_kernel(
     tl.store(z_ptr + offs_e - E, stats / T, mask=offs_e == E)
 
 
-@Kernel
 @triton.jit(do_not_specialize=["T"])
 def route_bwd_kernel(
     logits_ptr,

@@ -67,9 +67,9 @@ def test_fullgraph_compile_and_opcheck(device):
     assert torch.equal(compiled, eager[0]) and torch.equal(torch.autograd.grad(compiled, h, da)[0], eager[1])
 
 
-def test_bad_inputs_are_named():
+def test_bad_inputs_are_named(device):
     for bad in (torch.zeros(3), torch.zeros(3, 5), torch.zeros(3, 4, dtype=torch.int32)):
         with pytest.raises(ValueError, match="expected"):
             swiglu(bad)
     with pytest.raises(ValueError, match="float64"):
-        swiglu(torch.zeros(3, 4, dtype=torch.float64), "triton")
+        swiglu(torch.zeros(3, 4, dtype=torch.float64, device=device), "triton")

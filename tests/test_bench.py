@@ -218,11 +218,19 @@ def test_step_on_the_cpu(tmp_path, capsys):
     path = tmp_path / "step.csv"
     flags = ["--n-layers=1", "--batch-size=2", "--seq-len=32", "--repeats=2"]
     assert step.main(["--csv", str(path), *flags]) == 0
-    rows = {row["mode"]: row for row in read(path)}
+    rows = {row["mode"]: row for row in read(path) if row["kernel"] == "step"}
     assert list(rows) == [*step.PARTS, "full"] and rows["full"]["T"] == 64 and rows["full"]["tflops"] > 0
-    out = capsys.readouterr().out
+    families, out = [row["mode"] for row in read(path) if row["kernel"] == "step-family"], capsys.readouterr().out
     for family in ("attention projections", "lm head and loss", "optimiser", "norms", "router"):
-        assert family in out
+        assert family in out and any(found.startswith(family) for found in families)
+    assert plot.main([str(path), "--out", str(tmp_path)]) == 0 and (tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_parts_of_a_step():
+    parts = {"experts: dw (backward)": "expert GEMMs", "experts: combine": "sort, sums, router", "router": "sort, sums, router", "attention": "attention",
+             "attention projections": "projections, dense MLP", "experts: torch products": "projections, dense MLP", "embedding": "other",
+             "gradient norm": "optimiser, gradient norm", "norms, rotations, elementwise": "norms, rotations, activations"}  # fmt: skip
+    assert {family: plot.part_of(family) for family in parts} == parts
 
 
 def test_families_of_gpu_kernels():

@@ -95,9 +95,10 @@ def test_fullgraph_compile_and_opcheck(norm, dynamic, device):
         assert torch.equal(a, b)
 
 
-def test_bad_shapes_are_named():
-    args, _ = problem(2, 9, 4, 2, 8, torch.float32, "cpu")
-    for changed, match in (({0: args[0][0]}, "expected"), ({3: 5}, "expected"), ({0: args[0][..., :7]}, "expected"), ({1: args[1][:3]}, "cos"), ({4: args[1][0, 0]}, "weight")):
+def test_bad_shapes_are_named(device):
+    args, _ = problem(2, 9, 4, 2, 8, torch.float32, device)
+    cases = ({0: args[0][0]}, "expected"), ({3: 5}, "expected"), ({0: args[0][..., :7]}, "expected"), ({1: args[1][:3]}, "cos"), ({4: args[1][0, 0]}, "weight")
+    for changed, match in cases:
         with pytest.raises(ValueError, match=match):
             rope(*(changed.get(i, arg) for i, arg in enumerate(args)))
     with pytest.raises(ValueError, match="float64"):
