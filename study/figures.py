@@ -3,10 +3,11 @@
     fig1  training, validation and task loss against total parameters          fig2  task loss against training loss
     fig3  accuracy against training loss                                       fig4  error against training loss, earlier points too, by sparsity
     fig5  task loss and accuracy against density k/E                           fig7  accuracy against tokens per parameter
-    bits  bits stored per total and per active parameter
+    bits  bits stored per total and per active parameter                       rates  answers against the learning rate, where rates were compared
 
-Figures 1, 2, 3, 5 and bits are drawn for each regime (study/results.py); 4 and 7 pool the regimes that differ in tokens only, and in people so that
-each is met as often. One colour for each number of active parameters, as (d, k) sets it; lines join models of growing E; bands span the seeds.
+Figures 1, 2, 3, 5 and bits are drawn for each family (study/results.py: a regime, at one learning rate or at the best of each (E, k)); 4 and 7 pool
+the families that differ in tokens only, and in people so that each is met as often. One colour for each number of active parameters, as (d, k) sets it;
+lines join models of growing E; bands span the seeds.
 """
 
 import argparse
@@ -90,8 +91,8 @@ def grid_figure(plt, panels, title, columns=None):
     return fig
 
 
-def regime_figures(plt, regime, cells):
-    """[(name, figure)] of one regime."""
+def family_figures(plt, regime, cells):
+    """[(name, figure)] of one family, called `regime`."""
     row = next(row for seeds in cells.values() for row in seeds.values())
     names, unit = tasks_of(row), loss_unit(row)
     scored = [task for task in names if any(accuracy(r, task) is not None for seeds in cells.values() for r in seeds.values())]
@@ -161,6 +162,47 @@ def pooled_figures(plt, title, groups):
                               f"Tokens per parameter (one line for each k and number of tokens; dashed: 20): {title}")
 
 
+def rate_figures(plt, rows):
+    """[(regime, figure)]: means over the seeds of all rates against the rate, a column for each k and a line for each E that has run two rates."""
+    import matplotlib
+
+    regimes = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(dict))))
+    for row in rows:
+        if not row["diverged"]:
+            regimes[results.regime(row)][row["run"]["top_k"]][row["run"]["n_experts"]][row["lr"]][row["run"]["seed"]] = row
+    for regime, lines in sorted(regimes.items()):
+        told = {k: {e: rates for e, rates in sorted(line.items()) if len(rates) > 1 and set.intersection(*map(set, rates.values()))}
+                for k, line in sorted(lines.items())}
+        told = {k: line for k, line in told.items() if line}
+        sizes, colours = sorted({e for line in told.values() for e in line}), matplotlib.colormaps["viridis"]
+        ticks = sorted({rate for line in told.values() for rates in line.values() for rate in rates})
+
+        def curves(line, y, sizes=sizes, colours=colours, ticks=ticks):
+            def draw(axis):
+                for n, e in enumerate(sizes):  # all of them, for the order of the legend
+                    rates = line.get(e, {})
+                    seeds = set.intersection(*map(set, rates.values())) if rates else ()
+                    means = [sum(y(found[seed]) for seed in seeds) / len(seeds) for _, found in sorted(rates.items())]
+                    axis.plot(sorted(rates), means, "o-", color=colours(0.95 * n / max(1, len(sizes) - 1)), label=f"E={e}")
+                axis.set_xscale("log")
+                axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+                axis.minorticks_off()
+            return draw
+
+        if told:
+            names = tasks_of(first(told[min(told)]))
+            panels = [(f"{name}, k={k}", "learning rate", "task loss", curves(line, loss_of(task)), None) for task, name in names.items()
+                      for k, line in told.items()]
+            yield str(regime), grid_figure(plt, panels, f"Task loss and learning rate: {regime}", len(told))
+
+
+def first(nested):
+    """A row of nested dicts of rows."""
+    while "run" not in nested:
+        nested = next(iter(nested.values()))
+    return nested
+
+
 def draw(rows, out):
     """Write all figures that the rows allow into the directory `out`; returns their paths. Raises ValueError when there is none."""
     import matplotlib
@@ -170,19 +212,20 @@ def draw(rows, out):
 
     found = families(rows)
     if not found:
-        raise ValueError("no regime has three values of E at one k yet: run `python -m study.sweep lr` and `main` first")
+        raise ValueError("no line has three values of E at one k and one rate yet: run `python -m study.sweep main` first")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     paths, pools = [], collections.defaultdict(list)
     with plt.rc_context(SMALL):
-        work = [(str(regime), regime_figures(plt, regime, cells)) for regime, cells in found.items()]
-        for regime, cells in found.items():
-            pools[results.pool(regime)].append((regime, cells))
+        work = [(str(family), family_figures(plt, family, cells)) for family, cells in found.items()]
+        work += [(title, [("rates", figure)]) for title, figure in rate_figures(plt, results.standard(rows))]
+        for (regime, rate), cells in found.items():
+            pools[results.Family(results.pool(regime), rate)].append((regime, cells))
         work += [(str(pool), pooled_figures(plt, pool, groups)) for pool, groups in pools.items()]
         for title, figures in work:
             for name, figure in figures:
                 path = out / f"{name}-{re.sub('[^a-z0-9.]+', '-', title.lower())}.png"
-                figure.savefig(path, dpi=200)
+                figure.savefig(path, dpi=160)
                 plt.close(figure)
                 paths.append(path)
     return paths

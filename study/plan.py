@@ -105,7 +105,7 @@ def paper_table(args):
 
 def own_table(args):
     """Measured runs within the budget, best first: mean over seeds, regimes apart because they are not comparable."""
-    finished = results.standard(results.read(args.results))
+    finished = [row for row in results.standard(results.read(args.results)) if not row["diverged"]]
     rows = [row for row in finished if (not args.flops or row["flops"] <= args.flops) and (not args.tokens or row["tokens"] <= args.tokens)]
     lines = [f"From the runs of this study ({args.results}), for {args.purpose}:", ""]
     found = {}
@@ -113,17 +113,17 @@ def own_table(args):
         scores = [results.accuracy(row, task) for task in results.tasks_of(row) if (task in results.MEMORY) == (args.purpose == "memory")]
         scores = [score for score in scores if score is not None]
         if scores:
-            cell = results.regime(row), row["run"]["n_experts"], row["run"]["top_k"]
+            cell = results.regime(row), row["run"]["n_experts"], row["run"]["top_k"], row["lr"]
             found.setdefault(cell, []).append((sum(scores) / len(scores), row))
     if not found:
-        return lines + ["no finished run fits the budget" if finished else "no finished run yet: python -m study.sweep lr, then main"]
-    lines.append(f"{'E':>4}{'k':>3}{'TPP':>8}{'total':>9}{'active':>9}{'FLOPs':>10}{'score':>8}{'seeds':>7}{'seconds':>9}   regime")
+        return lines + ["no finished run fits the budget" if finished else "no finished run yet: python -m study.sweep main"]
+    lines.append(f"{'E':>4}{'k':>3}{'lr':>8}{'TPP':>8}{'total':>9}{'active':>9}{'FLOPs':>10}{'score':>8}{'seeds':>7}{'seconds':>9}   regime")
     means = {cell: sum(score for score, _ in runs) / len(runs) for cell, runs in found.items()}
     for cell in sorted(means, key=lambda cell: -means[cell])[: args.rows]:
-        regime, e, k = cell
+        regime, e, k, rate = cell
         runs = [row for _, row in found[cell]]
         params = runs[0]["params"]
-        lines.append(f"{e:>4}{k:>3}{runs[0]['tpp']:>8.3g}{short(params['total']):>9}{short(params['active']):>9}{runs[0]['flops']:>10.2e}"
+        lines.append(f"{e:>4}{k:>3}{rate:>8g}{runs[0]['tpp']:>8.3g}{short(params['total']):>9}{short(params['active']):>9}{runs[0]['flops']:>10.2e}"
                      f"{means[cell]:>8.1%}"
                      f"{len({row['run']['seed'] for row in runs}):>7}{sum(row['train_seconds'] for row in runs) / len(runs):>9.1f}   {regime}")
     what = "values recalled" if args.purpose == "memory" else "mean of whole solutions and mental arithmetic, trained lengths"

@@ -63,7 +63,7 @@ class Run:
     # Training
     tokens: int = 2**24
     optimizer: str = "muon"  # or adamw, the paper's
-    lr: float = 0.0  # peak; 0: the best of the rows of the preset `lr` for this width, at the nearest (E, k)
+    lr: float = 0.0  # peak; 0 in plans only: study/sweep.py puts the best rate of the nearest (E, k) here before it runs
     batch: int = 32  # windows per step
     seq_len: int = 256
     seed: int = 0  # of weights, order, people and problems
@@ -330,22 +330,22 @@ def rounded(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def execute(run, cache, device, lr=0.0, n=100, keep=None):
+def execute(run, cache, device, n=100, keep=None):
     """Train and measure. Returns the row for the results file, JSON types only.
 
-    cache: where data directories are; lr: the peak rate where run.lr is 0; n: size of the measurements (100: standard errors near 1 %);
-    keep: a directory for the final weights, laid out as a run of train.py. A run whose loss is not finite is recorded as diverged."""
-    return execute_together([run], cache, device, [lr], n, [keep])[0]
+    cache: where data directories are; n: size of the measurements (100: standard errors near 1 %); keep: a directory for the final weights, laid
+    out as a run of train.py. A run whose loss is not finite is recorded as diverged."""
+    return execute_together([run], cache, device, n, [keep])[0]
 
 
-def execute_together(runs, cache, device, rates, n=100, keep=()):
+def execute_together(runs, cache, device, n=100, keep=()):
     """`execute` for runs of one `form`, trained side by side. A row's seconds are its share of what all took, tokens_per_s the speed of all."""
     began, device = time.perf_counter(), torch.device(device)
     keep = keep or [None] * len(runs)
-    for run, lr in zip(runs, rates, strict=True):
-        require(lr or run.lr, "lr", 0.0, "run the sweep preset lr first: it finds one for every (E, k)")
+    for run in runs:
+        require(run.lr, "lr", run.lr, "give one; study/sweep.py finds one for every (E, k)")
     sources = [prepare_data(run, cache) for run in runs]
-    cfgs = [train_config(run, tokenizer.load(source[0][0]).n_vocab, lr) for run, source, lr in zip(runs, sources, rates, strict=True)]
+    cfgs = [train_config(run, tokenizer.load(source[0][0]).n_vocab) for run, source in zip(runs, sources, strict=True)]
     trainer = Trainer(cfgs, [Samples(run, source, device) for run, source in zip(runs, sources, strict=True)], device)
     points, loads, seconds = [[] for _ in runs], [math.nan] * len(runs), 0.0
     for share in POINTS:

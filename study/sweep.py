@@ -6,16 +6,19 @@ The order of each grid is such that whatever is finished is useful: what decides
 
 presets   smoke    two tiny runs: does it work, on a CPU in seconds
           pilot    which people, problems and expressions are neither out of reach nor child's play
-          lr       peak learning rates at the corners of the (E, k) grid; every run below takes its rate from these rows
-          main     E 4..256 x k 1..8 at one width, 2^24 and 2^26 tokens, 3 seeds; 4,000 different problems, people by the tokens
+          main     E 4..256 x k 1..8 at one width, 3 seeds, 2^24 tokens at three learning rates and 2^26 at the best; 4,000 different problems
+          lr       main at 2^24 tokens and one rate beyond the three, where the first sweep found the best at the edge
           scarce   the same E at k = 2 and 8, 2^24 tokens, with 1,000 different problems only
           long     the same as main at k = 2 and 8, 2^28 tokens
-          topk     k 1..8 with k * d_expert and E * d_expert fixed: equal active and total parameters
+          topk     k 1..8 with k * d_expert and E * d_expert fixed, three rates: equal active and total parameters
           init     smaller and larger initial weights
-          width    half and twice the width
-          adamw    the deciding points again with the paper's optimiser
-          full     lr, main, scarce, topk and init in the order of what they teach per minute
-          text     prepared text (--data DIR:weight,...), task loss on the paper's tasks
+          width    half and twice the width, three rates
+          adamw    the deciding points again with the paper's optimiser, three rates
+          full     main, lr, topk, scarce and init in the order of what they teach per minute
+          text     prepared text (--data DIR:weight,...), three rates, task loss on the paper's tasks
+
+A run planned with lr 0 takes the best rate of its own (E, k), compared at 2^24 tokens on the same kind of data where there is such a comparison, otherwise
+of the nearest, and waits until that is finished. The results file names the rate itself.
 """
 
 import argparse
@@ -35,17 +38,17 @@ from pathlib import Path
 import torch
 
 from config import require
-from study.results import answer_loss, append, read
+from study.results import alike, answer_loss, append, best, distinct, pool, read, regime_of
 from study.run import ROOT, Run, data_dir, execute_together, form, key, prepare_data
 
 JOBS = 3  # processes per GPU: while one or two of them start, compile or measure, work of the CPU for the most part, the others train
 TOGETHER = 3  # the seeds, or rates, of one (E, k): on branches of one CUDA graph, where one model alone would leave the GPU waiting for launches
 EXPERTS = (256, 4, 32, 128, 8, 64, 16)  # extremes first
 TOP_K = (2, 8, 1, 4)
-CORNERS = ((256, 8), (32, 2), (8, 8), (256, 1), (4, 1))  # slowest first; two of them have three seeds
 SLACK = 1.1  # times its estimate must be left before a run is started: what is cut off is lost
 UNUSUAL = ("optimizer", "n_layers", "init_std", "batch", "people", "unique", "max_steps", "mano_length", "modulus")  # named in a line where they are
 RATES = {"muon": (6e-3, 1.2e-2, 3e-3), "adamw": (4e-3, 2e-3, 8e-3)}
+BEYOND = {1: 2.4e-2, 2: 1.5e-3, 4: 1.5e-3, 8: 1.5e-3}  # of k: in the first sweep the best was the highest rate at k = 1, else the lowest
 
 
 def smoke(data):
@@ -73,14 +76,17 @@ def sized(tokens, **fields):
     return Run(tokens=tokens, data_tokens=tokens, people=Run.people * tokens // Run.tokens, **fields)
 
 
-def lr(data):
-    return [Run(n_experts=e, top_k=k, lr=rate, seed=seed) for seed, corners in ((0, CORNERS), (1, CORNERS[:2]), (2, CORNERS[:2]))
-            for e, k in corners for rate in RATES["muon"]]
+def grid(tokens, rates):
+    """Runs of every (E, k) from three seeds; rates: k -> learning rates. Rates change faster than seeds: the first group needs one seed's data."""
+    return [sized(tokens, n_experts=e, top_k=k, seed=seed, lr=rate) for k in TOP_K for e in EXPERTS if k <= e for seed in range(3) for rate in rates(k)]
 
 
 def main(data):
-    sizes = [(tokens, e, k) for tokens in (2**24, 2**26) for k in TOP_K for e in EXPERTS if k <= e]
-    return [sized(tokens, n_experts=e, top_k=k, seed=seed) for tokens, e, k in sizes for seed in range(3)]
+    return grid(2**24, lambda k: RATES["muon"]) + grid(2**26, lambda k: (0.0,))
+
+
+def lr(data):
+    return grid(2**24, lambda k: (BEYOND[k],))
 
 
 def scarce(data):
@@ -92,8 +98,8 @@ def long(data):
 
 
 def topk(data):
-    return [Run(n_experts=8 * total * k, top_k=k, d_expert=256 // k, tokens=2**24, seed=seed, lr=6e-3) for seed in range(3) for total in (1, 4)
-            for k in (1, 8, 2, 4)]
+    return [Run(n_experts=8 * total * k, top_k=k, d_expert=256 // k, tokens=2**24, seed=seed, lr=rate) for total in (4, 1) for k in (1, 8, 2, 4)
+            for seed in range(3) for rate in RATES["muon"]]
 
 
 def init(data):
@@ -102,62 +108,60 @@ def init(data):
 
 
 def width(data):
-    runs = [Run(d_model=d, d_expert=d // 2, n_experts=32, lr=rate) for d in (64, 256) for rate in RATES["muon"]]
-    return runs + [Run(d_model=d, d_expert=d // 2, n_experts=e, top_k=k, seed=seed) for seed in range(3) for d in (64, 256) for e in (256, 8, 32)
-                   for k in (2, 8)]
+    return [Run(d_model=d, d_expert=d // 2, n_experts=e, top_k=k, seed=seed, lr=rate) for d in (64, 256) for k in (2, 8) for e in (256, 8, 32)
+            for seed in range(3) for rate in RATES["muon"]]
 
 
 def adamw(data):
-    base = Run(optimizer="adamw")
-    runs = [dataclasses.replace(base, n_experts=e, top_k=k, lr=rate) for e, k in CORNERS[:2] for rate in RATES["adamw"]]
-    return runs + [dataclasses.replace(base, n_experts=e, top_k=k, seed=seed) for seed in range(3) for e in (256, 8, 32) for k in (2, 8)]
+    return [Run(optimizer="adamw", n_experts=e, top_k=k, seed=seed, lr=rate) for k in (2, 8) for e in (256, 8, 32) for seed in range(3)
+            for rate in RATES["adamw"]]
 
 
 def full(data):
-    """What decides a claim for the least time first: one k in each regime, before the other k."""
-    runs = main(data)
-    short, longer = ([run for run in runs if run.tokens == tokens] for tokens in (runs[0].tokens, runs[-1].tokens))
-    at = lambda runs, *ks: [run for run in runs if run.top_k in ks]  # noqa: E731
-    return [*lr(data), *short, *at(scarce(data), 2), *topk(data), *at(longer, 2), *init(data), *at(scarce(data), 8), *at(longer, 8), *longer]
+    """What decides a claim for the least time first. What takes the best rates of a k comes after all that are compared at this k."""
+    short, longer = ([run for run in main(data) if run.tokens == tokens] for tokens in (2**24, 2**26))
+    at = lambda runs: [run for run in runs if run.top_k in (2, 8)]  # noqa: E731
+    return [*short, *at(lr(data)), *at(longer), *topk(data), *scarce(data), *init(data), *lr(data), *longer]
 
 
 def text(data):
     if not data:
         raise ValueError("data='': the preset text needs --data DIR:weight,DIR:weight of prepared text (python -m data.prepare)")
-    base = Run(data=data, d_model=256, n_layers=8, d_expert=256, seq_len=512, init_std=0.02, tokens=2**25, top_k=2, n_experts=16)
-    runs = [dataclasses.replace(base, lr=rate) for rate in (2e-3, 4e-3, 1e-3)]
-    return runs + [dataclasses.replace(base, n_experts=e, top_k=k, seed=seed) for seed in range(3) for e in (128, 8, 32) for k in (2, 8)]
+    return [Run(data=data, d_model=256, n_layers=8, d_expert=256, seq_len=512, init_std=0.02, tokens=2**25, n_experts=e, top_k=k, seed=seed, lr=rate)
+            for k in (2, 8) for e in (128, 8, 32) for seed in range(3) for rate in (2e-3, 4e-3, 1e-3)]
 
 
 PRESETS = {preset.__name__: preset for preset in (smoke, pilot, lr, main, scarce, long, topk, init, width, adamw, full, text)}
 
 
-def shape(run):
-    """Runs of one shape share their choice of learning rate."""
-    return run["d_model"], run["n_layers"], run["d_expert"], run["optimizer"], bool(run["data"])
-
-
-def best_rate(run, rows, pending=()):
-    """The learning rate with the lowest results.answer_loss (mean over seeds) at the nearest (E, k) of the same shape; None without rows, and
-    while runs of that (E, k) are among `pending`.
-
-    Rates are compared on runs that differ in nothing else, on the same seeds; of several such sets at one (E, k) on that of fewest tokens."""
-    wanted, groups = vars(run), {}
-    for other, row in [*((row["run"], row) for row in rows), *((vars(each), None) for each in pending)]:
-        if other["lr"] and shape(other) == shape(wanted):
+def comparisons(rows, pending=()):
+    """[(what its runs share, {rate: {seed: answer loss, None while it is pending}})]: the sets of runs that differ in rate and seed alone."""
+    groups = {}
+    for other, row in [*((row["run"], row) for row in distinct(rows)), *((vars(each), None) for each in pending)]:
+        if other["lr"]:
             group = tuple((field, value) for field, value in other.items() if field not in ("lr", "seed"))
-            loss = row and (math.inf if row["diverged"] else answer_loss(row))
-            groups.setdefault(group, {}).setdefault(other["lr"], {})[other["seed"]] = loss
-    groups = [(dict(group), rates) for group, rates in groups.items() if len(rates) > 1 and set.intersection(*map(set, rates.values()))]
-    if not groups:
+            groups.setdefault(group, {}).setdefault(other["lr"], {}).setdefault(other["seed"], row and answer_loss(row))
+    return [(dict(group), rates) for group, rates in groups.items() if len(rates) > 1 and set.intersection(*map(set, rates.values()))]
+
+
+def best_rate(run, compared):
+    """The best learning rate (results.best) at the nearest (E, k) of `comparisons` among models of the same shape; of equals that of the same k, of the
+    same data, of fewest tokens. None without one, and while runs of it are pending."""
+    wanted = regime_of(vars(run))
+    away = lambda group, field: abs(math.log2(group[field] / getattr(run, field)))  # noqa: E731
+    far = lambda group: (away(group, "n_experts") + away(group, "top_k"), away(group, "top_k"), group["init_std"] != run.init_std,  # noqa: E731
+                         pool(regime_of(group)) != pool(wanted), group["tokens"])
+    near = min((entry for entry in compared if alike(regime_of(entry[0]), wanted)), key=lambda entry: far(entry[0]), default=None)
+    if near is None or any(loss is None for seeds in near[1].values() for loss in seeds.values()):
         return None
-    away = lambda group, field: abs(math.log2(group[field] / wanted[field]))  # noqa: E731
-    far = lambda group: (away(group, "n_experts") + away(group, "top_k"), away(group, "top_k"), group["tokens"])  # noqa: E731
-    _, rates = min(groups, key=lambda entry: far(entry[0]))
-    if any(loss is None for seeds in rates.values() for loss in seeds.values()):
-        return None
-    seeds = set.intersection(*map(set, rates.values()))
-    return min(rates, key=lambda rate: sum(math.log(rates[rate][seed]) for seed in seeds))
+    return best(near[1])
+
+
+def settle(runs, rows, pending=()):
+    """`runs` with the learning rates that are known by now, less what is finished or pending (other runs than these)."""
+    compared, known = comparisons(rows, [*pending, *runs]), {row["key"] for row in rows} | set(map(key, pending))
+    settled = (run if run.lr else dataclasses.replace(run, lr=best_rate(run, compared) or 0.0) for run in runs)
+    return [run for name, run in {key(run): run for run in settled}.items() if name not in known]
 
 
 def estimate(run, rows, device):
@@ -172,15 +176,22 @@ def estimate(run, rows, device):
     return near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]  # compiling and measuring take as long in longer runs
 
 
+def gpu_minutes(runs, rows):
+    """Minutes of one GPU that runs take, on the GPU of the last row; None before there is one."""
+    gpu = [row for row in rows if not row["device"].startswith("CPU")][-1:]
+    times = {form(run): estimate(run, rows, gpu[0]["device"]) / gpu[0]["jobs"] / 60 for run in runs if gpu}
+    return sum(times[form(run)] for run in runs) if gpu else None
+
+
 def work(device, threads, cache, items, inbox, outbox):
     """A worker process: runs what comes, until None comes."""
     torch.set_num_threads(threads)
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device))
     while (task := inbox.get()) is not None:
-        runs, rates, keep = task
+        runs, keep = task
         try:
-            outbox.put((key(runs[0]), execute_together(runs, cache, device, rates, items, keep)))
+            outbox.put((key(runs[0]), execute_together(runs, cache, device, items, keep)))
         except Exception as error:  # one bad run must not end a sweep; it is reported, and tried again by the next sweep
             outbox.put((key(runs[0]), traceback.format_exc(limit=-4)))
             if "CUDA error" in str(error):
@@ -212,19 +223,19 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     began = time.monotonic()
     ends = began + 60 * minutes
     rows = read(results)
-    done = {row["key"] for row in rows}
-    runs = list({key(run): run for run in runs}.values())
-    todo = [run for run in runs if key(run) not in done]
+    before, planned = len(rows), len(set(map(key, runs)))
+    todo = settle(runs, rows)
     name = torch.cuda.get_device_name(devices[0]) if devices[0].startswith("cuda") else f"CPU, {threads_of(jobs)} threads"
     lanes = min(len(devices) * jobs, max(1, len(todo)))
 
     def left():
         rest = [*todo, *in_flight(), *failed]
         if not rest:
-            return f"all {len(runs)} runs are finished"
-        seconds = [estimate(run, rows, name) for run in rest]
+            return f"all {planned} runs are finished"
+        times = {form(run): estimate(run, rows, name) for run in {form(run): run for run in rest}.values()}
+        seconds = [times[form(run)] for run in rest]
         when = "no estimate yet" if None in seconds else f"about {sum(seconds) / lanes / 60:.1f} minutes"
-        return f"{len(rest)} of {len(runs)} runs left, {when}"
+        return f"{len(rest)} of {planned} runs left, {when}"
 
     def in_flight():
         return [run for runs in running.values() for run in runs]
@@ -232,6 +243,8 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     running, failed, lost = {}, [], 0  # running: first key of a group -> its runs
     print(f"{results}: {left()} on {len(devices)} x {name}, {jobs} at a time on each", flush=True)
     if not todo or not minutes:
+        if cost := gpu_minutes(todo, rows):
+            print(f"about {cost:.1f} minutes of one GPU like the last; the first rows come after a minute more")
         return 0
     data, builder = {}, ThreadPoolExecutor(1)  # directories are built in order, meanwhile what has its own is trained
     for run in todo:
@@ -248,8 +261,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     try:
         while (todo or running) and time.monotonic() < ends:
             alive, lost = sum(worker.is_alive() for worker in workers), sum(worker.exitcode not in (None, 0) for worker in workers)
-            while len(running) < alive + lost and (group := choose_group(todo, in_flight(), rows, ends, name, together)):
-                members, rates = map(list, zip(*group, strict=True))
+            while len(running) < alive + lost and (members := choose_group(todo, rows, ends, name, together)):
                 for run in members:
                     todo.remove(run)
                 try:
@@ -259,9 +271,10 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
                 except Exception as error:  # no data, no run; others have theirs
                     failed += members
                     print(f"FAILED: no data: {error} in {members}", flush=True)
+                    todo = settle(todo, rows, in_flight())
                     continue
                 running[key(members[0])] = members
-                inbox.put((members, rates, [f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None for run in members]))
+                inbox.put((members, [f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None for run in members]))
             if len(running) <= lost or not alive:  # a killed worker's run never comes back
                 break
             try:
@@ -272,14 +285,15 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
             if isinstance(found, str):
                 failed += members
                 print(f"FAILED: {found}in {members}", flush=True)
-                if len(failed) >= 3 * together and len(rows) == len(done):
+                if len(failed) >= 3 * together and len(rows) == before:
                     break  # nothing works
-                continue
+                found = []
             for row in found:
                 row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
                 append(results, row)
                 rows.append(row)
-                print(f"{time.monotonic() - began:5.0f} s: {line(row)} | {left()}", flush=True)
+                print(f"{time.monotonic() - began:5.0f} s: {line(row)}" + (f" | {left()}" if row is found[-1] else ""), flush=True)
+            todo = settle(todo, rows, in_flight())
     finally:
         builder.shutdown(wait=False, cancel_futures=True)
         if warm:
@@ -292,33 +306,30 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
                 worker.terminate()  # its run is not in the file and will be done again
     print(f"{left()}" + (f", {len(failed)} failed" if failed else "") + (f", {len(in_flight())} cut off" if running else "")
           + (f", {lost} worker processes killed, perhaps for want of memory: use fewer --jobs" if lost else ""), flush=True)
-    waiting = [run for run in todo if not run.lr and best_rate(run, rows) is None]
-    if waiting:
-        print(f"{len(waiting)} runs wait for learning rates of their shape: run the preset lr (or this one again)")
+    if waiting := sum(not run.lr for run in todo):
+        print(f"{waiting} runs wait for learning rates of their shape: run the preset that compares them (or this one again)")
     return len(failed) + lost
 
 
-def choose(todo, running, rows, ends, name):
-    """The next run that can start, with its learning rate (0: its own), or None. It waits while the rates at its corner are being compared."""
-    for run in todo:
-        rate = 0.0
-        if not run.lr:
-            rate = best_rate(run, rows, [*running, *todo])
-            if rate is None:
-                continue
-        seconds = estimate(run, rows, name)
+def choose(todo, rows, ends, name):
+    """The next run that has its learning rate and can end in time, or None."""
+    times = {}
+    for run in (run for run in todo if run.lr):
+        if form(run) not in times:
+            times[form(run)] = estimate(run, rows, name)
+        seconds = times[form(run)]
         if seconds is None or time.monotonic() + SLACK * seconds < ends:
-            return run, rate
+            return run
     return None
 
 
-def choose_group(todo, running, rows, ends, name, most):
-    """What `choose` says and up to most - 1 runs of its form that can start, too, as a list of (run, rate); [] when nothing can."""
-    group, waiting = [], list(todo)
-    while len(group) < most and (found := choose(waiting, running, rows, ends, name)):
+def choose_group(todo, rows, ends, name, most):
+    """What `choose` says and up to most - 1 runs of its form that can start, too; [] when nothing can."""
+    group, waiting = [], todo
+    while len(group) < most and (found := choose(waiting, rows, ends, name)):
         group.append(found)
-        waiting = [run for run in todo if form(run) == form(found[0]) and run not in [member for member, _ in group]]
-        ends -= estimate(found[0], rows, name) or 0.0
+        waiting = [run for run in todo if form(run) == form(found) and run not in group]
+        ends -= estimate(found, rows, name) or 0.0
     return group
 
 

@@ -3,6 +3,10 @@
 Writes the tables between the two marker lines of docs/STUDY.md (or to stdout); the text around them is written by hand.
 
 The rules, the same for every claim:
+  runs       Only runs that differ in nothing but what the claim is about are compared (results.families): lines along E at one learning rate, and the
+             line of the best rate of each (E, k), once each of its points has run the same three rates or more (COMPARED) from the same seeds; longer
+             and other runs borrow these. Only the best-rate lines vote. One rate for all is shown beside them: it is nearer the best of one E than of
+             another, and how near is not what the claims are about. Rates that nobody compared make no line.
   effect     one number per seed, in the claim's direction (positive: as claimed), computed from that seed's runs alone. Where heights are compared
              after picking the best (or worst) of several noisy points, the other seeds' mean picks, so that noise cannot make a peak or a
              spread. Where a peak is, each seed says for itself: what the other seeds' means say would agree too well.
@@ -13,6 +17,8 @@ The rules, the same for every claim:
              Of a claim that an effect is small: supported when the interval lies within the margin on both sides of 0, not supported when outside.
 A claim with several regimes or tasks is (not) supported when at least half of those with enough seeds say so and none the opposite, "mixed" when
 both are among them.
+The rule about runs is not the one fixed before the first run. That one gave each run the rate of the nearest of five corners and compared across them; in
+the first sweep (107 runs) the rate changed along a line from 0.012 to 0.003 and moved recall more than E did. Nothing else was changed.
 """
 
 import argparse
@@ -26,9 +32,9 @@ from typing import NamedTuple
 import numpy as np
 
 from study import results
-from study.results import MEMORY, accuracy, families, loss_unit, tasks_of
-from study.run import Run, key
-from study.sweep import PRESETS
+from study.results import BEST, MEMORY, accuracy, families, loss_unit, tasks_of
+from study.run import Run
+from study.sweep import PRESETS, comparisons, gpu_minutes, settle
 
 BEGIN, END = "<!-- tables: begin (python -m study.verdict) -->", "<!-- tables: end -->"
 MIN_SEEDS = 3
@@ -158,8 +164,13 @@ def telling(lines, task, least=0.0):
     return found
 
 
-def silence(lines):
-    return "" if lines else "nothing learned, or everything, at every k"
+def remarks(lines, family, *more):
+    """What is to be said of a test beside its numbers: why it has no vote, or no effect."""
+    return "; ".join(filter(None, ["" if lines else "nothing learned, or everything, at every k", "" if votes(family) else "one rate", *more]))
+
+
+def votes(family):
+    return family.rate == BEST
 
 
 def first_row(cells):
@@ -172,32 +183,33 @@ def count(lines):
 
 def memory_rises(rows):
     """The loss of the values decides: exact recall jumps from nothing to everything within a doubling of training, and two seeds jump apart."""
-    for regime, cells in families(rows).items():
+    for family, cells in families(rows).items():
         lines, sample = by_k(cells), first_row(cells)
         for task in (task for task in tasks_of(sample) if task in MEMORY):
             told, exact = telling(lines, task), accuracy(sample, task) is not None
-            for measure, value, margin, votes in (("loss", lambda row, t=task: -row[t]["loss"], 0.02, True),
-                                                  ("recall", lambda row, t=task: score(row, t), 0.5, False)):
-                if votes or exact:
+            for measure, value, margin, decides in (("loss", lambda row, t=task: -row[t]["loss"], 0.02, True),
+                                                    ("recall", lambda row, t=task: score(row, t), 0.5, False)):
+                if decides or exact:
                     effects = per_seed(told, lambda line, seed, v=value: slope(np.log2(list(line)), [v(cell[seed]) for cell in line.values()]))
-                    unit = f"{'fewer ' + loss_unit(sample) if votes else 'points'} per doubling of E"
-                    note = "; ".join(filter(None, [silence(told), "" if votes else "has no vote"]))
-                    yield Test(f"{regime}; {tasks_of(sample)[task]}, {measure}", effects, margin, unit, count(lines), note=note, votes=votes)
+                    unit = f"{'fewer ' + loss_unit(sample) if decides else 'points'} per doubling of E"
+                    note = remarks(told, family, "" if decides else "recall")
+                    yield Test(f"{family}; {tasks_of(sample)[task]}, {measure}", effects, margin, unit, count(lines), note=note,
+                               votes=decides and votes(family))
 
 
 def reasoning_turns(rows):
-    for regime, cells in families(rows).items():
+    for family, cells in families(rows).items():
         lines = by_k(cells)
         for task in reasoning(first_row(cells)):
             told = telling(lines, task)
             effects = per_seed(told, lambda line, seed, t=task: lead(line, lambda row: score(row, t), seed, worst=max(line)))
-            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 2.0, "points lost from the best E to the largest", count(lines),
-                       note=silence(told))
+            yield Test(f"{family}; {tasks_of(first_row(cells))[task]}", effects, 2.0, "points lost from the best E to the largest", count(lines),
+                       note=remarks(told, family), votes=votes(family))
 
 
 def optimum_near_20(rows):
     """Per k and seed, how many doublings the best TPP is above 20: few are claimed, so the claim is of the kind `little`."""
-    for regime, cells in families(rows).items():
+    for family, cells in families(rows).items():
         for k, line in by_k(cells).items():
             tpp = {e: next(iter(cell.values()))["tpp"] for e, cell in line.items()}
             if min(tpp.values()) > BRACKET[0] or max(tpp.values()) < BRACKET[1]:
@@ -205,18 +217,18 @@ def optimum_near_20(rows):
             for task in reasoning(first_row(cells)):
                 curved = telling({k: line}, task, 5)
                 away = lambda line, seed, t=task, tpp=tpp: math.log2(tpp[peak(line, t, seed)] / 20)  # noqa: E731
-                yield Test(f"{regime}, k={k}; {tasks_of(first_row(cells))[task]}", per_seed(curved, away), 1.0, "doublings from 20 to the best TPP",
-                           count({k: line}), little=True, note=silence(curved))
+                yield Test(f"{family}, k={k}; {tasks_of(first_row(cells))[task]}", per_seed(curved, away), 1.0, "doublings from 20 to the best TPP",
+                           count({k: line}), little=True, note=remarks(curved, family), votes=votes(family))
 
 
 def denser_at_equal_loss(rows):
     """Points per doubling of k/E in a regression of the score on training loss (quadratic) and log2 k/E, over final and earlier points."""
     pooled = defaultdict(lambda: defaultdict(list))
-    for regime, cells in families(rows).items():
+    for family, cells in families(rows).items():
         for seeds in cells.values():
             for seed, row in seeds.items():
-                pooled[results.pool(regime)][seed].append(row)
-    for regime, seeds in pooled.items():
+                pooled[results.Family(results.pool(family.regime), family.rate)][seed].append(row)
+    for family, seeds in pooled.items():
         sample = next(iter(seeds.values()))[0]
         for task in reasoning(sample):
             effects, n = {}, 0
@@ -230,30 +242,32 @@ def denser_at_equal_loss(rows):
                     density, loss, y = np.array(points).T
                     design = np.stack([np.ones_like(loss), loss - loss.mean(), (loss - loss.mean()) ** 2, density], 1)
                     effects[seed] = float(np.linalg.lstsq(design, y, rcond=None)[0][3])
-            yield Test(f"{regime}; {tasks_of(sample)[task]}", effects, 0.5, "points per doubling of k/E at equal loss", n)
+            yield Test(f"{family}; {tasks_of(sample)[task]}", effects, 0.5, "points per doubling of k/E at equal loss", n, note=remarks(True, family),
+                       votes=votes(family))
 
 
 def top_k_alone(rows):
     """What the choice of k is worth, in training loss and in scores, where k * d_expert and E * d_expert are the same."""
-    groups = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
+    groups = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for row in results.standard(rows):
         run = row["run"]
-        if not row["diverged"] and run["init_std"] == Run.init_std and run["lr"] and not run["data"]:
-            group = results.regime(row)._replace(d_expert=0), run["top_k"] * run["d_expert"], run["n_experts"] * run["d_expert"], run["lr"]
-            groups[group][run["seed"]][run["top_k"]] = row
-    for (regime, active, total, _), seeds in sorted(groups.items()):
-        full = {seed: line for seed, line in seeds.items() if len(line) >= 3}
-        if not full:
+        if not run["data"]:
+            group = results.regime(row)._replace(d_expert=0), run["top_k"] * run["d_expert"], run["n_experts"] * run["d_expert"]
+            groups[group][run["top_k"]][row["lr"]][run["seed"]] = row
+    for (regime, active, total), cells in sorted(groups.items()):
+        if len(cells) < 3:
             continue
-        where = f"{regime}".replace("F=0", f"k F={active}, E F={total}")
-        line = {0: turned(full)}
-        losses = per_seed(line, lambda line, seed: lead(line, lambda row: 100 * math.log(row["train_loss"]), seed))
-        yield Test(f"{where}; training loss", losses, 100 * COMPARABLE, "% between the best and worst k", sum(map(len, full.values())), little=True)
-        for task in ("problems", "mano"):
-            told = telling(line, task)
-            points = per_seed(told, lambda line, seed, t=task: lead(line, lambda row: score(row, t), seed))
-            yield Test(f"{where}; {results.TASKS[task]}", points, 5.0, "points between the best and worst k", sum(map(len, full.values())),
-                       little=True, note=silence(told))
+        for rate, line in results.policies(cells, results.best_along(cells)).items():
+            family = results.Family(regime, rate)
+            where, n = f"{family}".replace("F=0", f"k F={active}, E F={total}"), count({0: line})
+            losses = per_seed({0: line}, lambda line, seed: lead(line, lambda row: 100 * math.log(row["train_loss"]), seed))
+            yield Test(f"{where}; training loss", losses, 100 * COMPARABLE, "% between the best and worst k", n, little=True,
+                       note=remarks(True, family), votes=votes(family))
+            for task in ("problems", "mano"):
+                told = telling({0: line}, task)
+                points = per_seed(told, lambda line, seed, t=task: lead(line, lambda row: score(row, t), seed))
+                yield Test(f"{where}; {results.TASKS[task]}", points, 5.0, "points between the best and worst k", n, little=True,
+                           note=remarks(told, family), votes=votes(family))
 
 
 def gentler(rows, name, unit):
@@ -261,9 +275,9 @@ def gentler(rows, name, unit):
 
     The mean over the seeds says which value is best and which comparable: the seed that is lucky at one must not choose it."""
     groups = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
+    for row in results.distinct(rows):
         run = row["run"]
-        if row["diverged"] or run["data"] or name == "lr" and (not run["lr"] or run["init_std"] != Run.init_std) or name == "init_std" and run["lr"]:
+        if row["diverged"] or run["data"] or name == "lr" and run["init_std"] != Run.init_std:
             continue
         value = run[name]
         groups[tuple((field, v) for field, v in run.items() if field not in (name, "seed"))][run["seed"]][value] = row
@@ -293,7 +307,7 @@ def gentler_training(rows):
 
 def more_active_moves(rows):
     """How many halvings of the best E a doubling of active parameters brings; only where some k has its optimum inside the grid."""
-    for regime, cells in families(rows).items():
+    for family, cells in families(rows).items():
         lines = by_k(cells)
         for task in reasoning(first_row(cells)):
             curved = telling(lines, task, 5)
@@ -307,18 +321,18 @@ def more_active_moves(rows):
                 effects[seed] = -slope(active, [math.log2(e) for e in best.values()])
             if not inside:
                 effects = {}
-            yield Test(f"{regime}; {tasks_of(first_row(cells))[task]}", effects, 0.25, "halvings of the best E per doubling of active parameters",
-                       count(lines), note=silence(curved) or ("" if inside else "no optimum inside the grid"))
+            yield Test(f"{family}; {tasks_of(first_row(cells))[task]}", effects, 0.25, "halvings of the best E per doubling of active parameters",
+                       count(lines), note=remarks(curved, family, "" if inside or not curved else "no optimum inside the grid"), votes=votes(family))
 
 
 CLAIMS = (  # text, what computes it, presets that decide it
-    ("Memory rises with total parameters at fixed active parameters", memory_rises, ("main", "scarce")),
-    ("Reasoning turns over as total parameters grow at fixed active parameters", reasoning_turns, ("main", "scarce", "long")),
-    ("Reasoning is best near 20 tokens per parameter", optimum_near_20, ("main", "long")),
-    ("At equal training loss, denser models reason better", denser_at_equal_loss, ("main", "scarce")),
+    ("Memory rises with total parameters at fixed active parameters", memory_rises, ("main", "lr", "scarce")),
+    ("Reasoning turns over as total parameters grow at fixed active parameters", reasoning_turns, ("main", "lr", "scarce", "long")),
+    ("Reasoning is best near 20 tokens per parameter", optimum_near_20, ("main", "lr", "long")),
+    ("At equal training loss, denser models reason better", denser_at_equal_loss, ("main", "lr", "scarce")),
     ("Top-k alone changes little at fixed active and total size", top_k_alone, ("topk",)),
-    ("Lower learning rates and smaller initial weights help reasoning at comparable loss", gentler_training, ("lr", "init")),
-    ("More active compute moves the optimum towards denser models", more_active_moves, ("main",)),
+    ("Lower learning rates and smaller initial weights help reasoning at comparable loss", gentler_training, ("main", "lr", "init")),
+    ("More active compute moves the optimum towards denser models", more_active_moves, ("main", "lr")),
 )
 
 
@@ -326,26 +340,41 @@ def number(value):
     return "–" if value is None else f"{value:+.2f}"
 
 
-def device_seconds(row):
-    return row["seconds"] / row["jobs"]
-
-
 def missing(presets, rows):
-    """(runs missing of these presets, minutes of one GPU that they would take at the mean speed of the finished ones, or None)."""
-    done = {row["key"] for row in rows}
-    todo = list({key(run): run for name in presets for run in PRESETS[name]("") if key(run) not in done}.values())
-    on_gpu = [row for row in rows if not row["device"].startswith("CPU")]
-    tokens, seconds = sum(row["tokens"] for row in on_gpu), sum(device_seconds(row) for row in on_gpu)
-    return len(todo), sum(run.tokens for run in todo) * seconds / tokens / 60 if tokens else None
+    """(runs missing of these presets, minutes of one GPU that they would take, or None)."""
+    todo = settle([run for name in presets for run in PRESETS[name]("")], rows)
+    return len(todo), gpu_minutes(todo, rows)
+
+
+def noise(rows):
+    """A sentence on runs that were done twice: what the same run differs by from itself."""
+    pairs = [pair for pair in results.repeats(rows) if not pair[0]["run"]["data"]]
+    if not pairs:
+        return ""
+    rms = lambda value: math.sqrt(np.mean([(value(a) - value(b)) ** 2 for a, b in pairs]))  # noqa: E731
+    same = sum(a["train_loss"] == b["train_loss"] and a["facts"] == b["facts"] for a, b in pairs)
+    return (f" {len(pairs)} are runs done again, {same} of these with the same bits; root mean square difference: training loss "
+            f"{rms(lambda row: row['train_loss']):.3f}, loss of the values {rms(lambda row: row['facts']['loss']):.3f}, recall "
+            f"{rms(lambda row: score(row, 'facts')):.1f} points, solutions {rms(lambda row: score(row, 'problems')):.1f}, mental arithmetic "
+            f"{rms(lambda row: score(row, 'mano')):.1f}. The first of each is used below.")
+
+
+def edges(rows):
+    """A sentence on the (E, k) whose best rate was the lowest or the highest that they tried, so that a better one may lie beyond."""
+    compared = [(group, rates, results.best(rates)) for group, rates in comparisons(rows) if group["init_std"] == Run.init_std and len(rates) >= 3]
+    compared = [(group, rates, rate) for group, rates, rate in compared if rate]
+    names = [f"E={group['n_experts']} k={group['top_k']} ({rate:g})" for group, rates, rate in compared if rate in (min(rates), max(rates))]
+    return f"Three rates or more were compared at {len(compared)} sets of one (E, k); the best was at the edge for {len(names)}: {', '.join(names) or 'none'}."
 
 
 def tables(rows):
     """The generated part of docs/STUDY.md."""
     tests = [list(compute(rows)) for _, compute, _ in CLAIMS]
-    minutes, flops = sum(device_seconds(row) for row in rows) / 60, sum(row["flops"] for row in rows)
+    minutes, flops = sum(row["seconds"] / row["jobs"] for row in rows) / 60, sum(row["flops"] for row in rows)
     devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
     diverged = sum(row["diverged"] for row in rows)
-    lines = [f"{len(rows)} runs, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; {diverged} diverged.", "",
+    lines = [f"{len(rows)} runs, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; {diverged} diverged.{noise(rows)}", "",
+             edges(rows), "",
              "| claim of the paper | verdict | sets of runs: for / against / open | still missing |", "|---|---|---|---|"]
     for number_, ((text, _, presets), found) in enumerate(zip(CLAIMS, tests, strict=True), 1):
         verdicts = [decide(test) for test in found if test.votes]
@@ -353,8 +382,8 @@ def tables(rows):
         cost = "more seeds" if overall(found) == "undecided" else "nothing"
         if runs:
             cost = f"{runs} runs of `{'`, `'.join(presets)}`" + (f", about {minutes:.0f} minutes" if minutes else "")
-        tally = " / ".join(str(verdicts.count(v)) for v in ("supported", "not supported", "undecided")) if found else "no runs"
-        why = "" if found else ": not enough runs"
+        tally = " / ".join(str(verdicts.count(v)) for v in ("supported", "not supported", "undecided")) if verdicts else "no runs"
+        why = "" if verdicts else ": not enough runs"
         lines.append(f"| {number_}. {text} | **{overall(found)}**{why} | {tally} | {cost} |")
     for number_, ((text, compute, _), found) in enumerate(zip(CLAIMS, tests, strict=True), 1):
         lines += ["", f"### {number_}. {text}", ""]
@@ -367,7 +396,7 @@ def tables(rows):
             margin = f"{'below' if test.little else 'above'} {test.margin:g}"
             note = f" ({test.note})" if test.note else f" (fewer than {MIN_SEEDS} seeds)" if len(test.effects) < MIN_SEEDS else ""
             lines.append(f"| {test.where}; {test.runs} runs | {number(mean)} {test.unit} | {number(low)} to {number(high)} | {margin} | "
-                         f"{len(test.effects)} | {decide(test)}{note} |")
+                         f"{len(test.effects)} | {decide(test) if test.votes else 'no vote'}{note} |")
     return "\n".join(lines)
 
 

@@ -57,7 +57,7 @@ def test_the_same_run_gives_the_same_numbers_and_another_seed_does_not(row, cach
 
 def test_runs_trained_side_by_side_are_the_same_runs(row, cache):
     other = dataclasses.replace(TINY, seed=1, lr=5e-3)
-    rows = run.execute_together([other, TINY], cache, "cpu", [0, 0], n=4)
+    rows = run.execute_together([other, TINY], cache, "cpu", n=4)
     measured = ("train_loss", "val_loss", "facts", "problems", "mano", "points")
     assert {name: rows[1][name] for name in measured} == {name: row[name] for name in measured}
     assert rows[0]["key"] == key(other) and rows[0]["train_loss"] != row["train_loss"] and rows[0]["together"] == 2
@@ -190,7 +190,7 @@ def test_kernels_are_compiled_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.append((command, options["env"])))
     sweep.warm_up(sweep.lr(""), "cuda:0")
     (command, env), = started
-    assert command[3:5] == ["--capability=90", "128,64,256,8"] and len(command) == 9  # each shape once, in the order of the runs
+    assert command[3:5] == ["--capability=90", "128,64,256,2"] and len(command) == 4 + 27  # each shape once, in the order of the runs
     assert env["TRITON_CACHE_DIR"] == os.environ["TRITON_CACHE_DIR"] and sweep.warm_up(sweep.lr(""), "cpu") is None
     monkeypatch.undo()
     env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
@@ -218,55 +218,89 @@ def fake(config, effect=None, rng=random.Random(0)):
             "bits": {"per_parameter": memory, "per_active_parameter": memory, "total": memory, "possible": 1}}
 
 
-def test_learning_rate_comes_from_the_nearest_shape_with_the_lowest_loss():
-    rows = [fake(r, lambda c, tpp: (0.5, 0.5, 1 + abs(math.log2(c.lr / (3e-3 if c.n_experts == 256 else 6e-3))))) for r in sweep.lr("")]
-    assert sweep.best_rate(Run(n_experts=128, top_k=8), rows) == 3e-3 and sweep.best_rate(Run(n_experts=8, top_k=4), rows) == 6e-3
-    assert sweep.best_rate(Run(d_model=64, n_experts=8), rows) is None and sweep.best_rate(Run(optimizer="adamw", n_experts=8), rows) is None
-    other = [fake(Run(n_experts=8, top_k=4, batch=16, lr=1.2e-2), lambda c, tpp: (0.5, 0.5, 0.1))]  # another batch: not to be compared
-    assert sweep.best_rate(Run(n_experts=8, top_k=4), rows + other) == 6e-3
-    waiting = [Run(n_experts=8, top_k=4)]
-    assert sweep.choose(waiting, [], rows, math.inf, "CPU") == (waiting[0], 6e-3)
-    assert sweep.choose([Run(lr=1e-3)], [], rows, -math.inf, "NVIDIA fake") is None  # no time left
+def world(effect, runs, change=lambda row: row):
+    """Rows of planned runs, those that take the best rate after those that have one."""
+    rows = [change(fake(r, effect)) for r in runs if r.lr]
+    return rows + [change(fake(r, effect)) for r in sweep.settle([r for r in runs if not r.lr], rows)]
+
+
+def swept(effect):
+    return world(effect, [r for r in sweep.main("") if r.lr])
+
+
+def test_learning_rate_is_the_best_of_the_same_experts_and_k():
+    rows = swept(lambda c, tpp: (0.5 - 0.1 * abs(math.log2(c.lr / (3e-3 if c.n_experts == 256 else 6e-3))), 0.5, 1))
+    rate = lambda rows, **fields: sweep.best_rate(Run(**fields), sweep.comparisons(rows))  # noqa: E731
+    assert rate(rows, n_experts=256, top_k=8) == 3e-3 and rate(rows, n_experts=128, top_k=8) == 6e-3  # neighbours do not matter
+    assert rate(rows, n_experts=512, top_k=8) == 3e-3 and rate(rows, n_experts=512, top_k=8, tokens=2**26, data_tokens=2**26, people=16_000) == 3e-3
+    assert rate(rows, d_model=64, n_experts=8) is None and rate(rows, optimizer="adamw", n_experts=8) is None
+    scarce = [fake(Run(n_experts=256, top_k=8, unique=1_000, lr=lr, seed=seed), lambda c, tpp: (10 * c.lr, 0.5, 1)) for lr in (3e-3, 6e-3) for seed in (0, 1)]
+    assert rate(rows + scarce, n_experts=256, top_k=8, unique=1_000) == 6e-3 and rate(rows + scarce, n_experts=256, top_k=8) == 3e-3  # same data first
+    assert rate(rows + scarce, n_experts=256, top_k=8, unique=500) == 3e-3
+    lonely = [fake(Run(n_experts=8, top_k=2, batch=16, lr=1.2e-2), lambda c, tpp: (0.9, 0.9, 0.1))]  # one rate is no comparison
+    assert rate(rows + lonely, n_experts=8, top_k=2) == 6e-3
+    fewer = [row for row in rows if row["lr"] == 6e-3 or row["run"]["seed"] == 0]  # the others did not run from all seeds
+    assert rate(fewer, n_experts=8, top_k=2) is None
+
+
+def test_plans_take_their_rates_when_these_are_known_and_are_done_once():
+    rows = swept(lambda c, tpp: (0.5 - 0.1 * abs(math.log2(c.lr / 6e-3)), 0.5, 1))
+    plan = [Run(n_experts=256, top_k=8, unique=1_000), Run(n_experts=8, top_k=2)]
+    (settled,) = sweep.settle(plan, rows)  # the second is a run of the sweep
+    assert settled == dataclasses.replace(plan[0], lr=6e-3) and sweep.settle(plan, rows, [settled]) == []
+    most = [row for row in rows if (row["run"]["n_experts"], row["run"]["top_k"], row["lr"]) != (256, 8, 3e-3)]
+    pending = [r for r in sweep.main("") if (r.n_experts, r.top_k, r.lr) == (256, 8, 3e-3)]
+    assert sweep.settle(plan[:1], most, pending) == plan[:1] and sweep.settle(plan[:1], most) == [settled]
+    assert sweep.choose(plan[:1], most, math.inf, "CPU") is None and sweep.choose([plan[0], settled], most, math.inf, "CPU") == settled
+    assert sweep.choose([settled], rows, -math.inf, "NVIDIA fake") is None  # no time left
     grid = sweep.main("")
-    group = [r for r, _ in sweep.choose_group(grid, [], rows, math.inf, "CPU", 3)]
-    assert len({run.form(r) for r in group}) == 1 and [r.seed for r in group] == [0, 1, 2] and group[0] == grid[0]
-    assert len(sweep.choose_group(grid, [], rows, time.monotonic() + 25, "NVIDIA fake", 3)) == 2  # ten seconds each
+    group = sweep.choose_group(grid, rows, math.inf, "CPU", 3)
+    assert len({run.form(r) for r in group}) == 1 and [(r.seed, r.lr) for r in group] == [(0, rate) for rate in sweep.RATES["muon"]]
+    assert len(sweep.choose_group(grid, rows, time.monotonic() + 25, "NVIDIA fake", 3)) == 2  # ten seconds each
     assert sweep.estimate(sweep.sized(2**26), rows, "NVIDIA fake") == pytest.approx(2 + 8 * 4)
-
-
-def test_a_run_waits_for_the_rates_of_its_own_corner_only():
-    rows = [fake(r, lambda c, tpp: (0.5, 0.5, 1 + abs(math.log2(c.lr / 6e-3)))) for r in sweep.lr("")]
-    of = lambda corner: [row for row in rows if (row["run"]["n_experts"], row["run"]["top_k"]) == corner]  # noqa: E731
-    most = [row for row in rows if row not in of((32, 2))]
-    pending = [r for r in sweep.lr("") if r.n_experts == 32]
-    near, far = Run(n_experts=128, top_k=2), Run(n_experts=128, top_k=8)  # as far from (32, 2) as from (256, 1): the k decides
-    assert sweep.best_rate(near, most, pending) is None and sweep.best_rate(far, most, pending) == 6e-3
-    assert sweep.best_rate(near, rows, [Run(n_experts=32, top_k=2, lr=6e-3, unique=7)]) == 6e-3  # one rate alone is no comparison: topk
-    assert sweep.best_rate(near, most) == 6e-3  # its corner failed: the next one
-    grid = sweep.full("")
-    assert sweep.choose(grid, pending, most, math.inf, "CPU")[0] == grid[0]  # rates come first
-    assert sweep.choose(grid[27:], pending, most, math.inf, "CPU")[0].top_k == 2 and sweep.choose([near], pending, most, math.inf, "CPU") is None
 
 
 def test_rates_are_chosen_by_answers_of_both_abilities():
     row = fake(Run(lr=6e-3), lambda c, tpp: (0.5, 0.5, 1))
     losses = lambda facts, problems, mano: row | {"facts": {"loss": facts}, "problems": {"loss": problems}, "mano": {"loss": mano}}  # noqa: E731
-    assert results.answer_loss(losses(1.0, 0.01, 1.0)) == pytest.approx(0.01**0.25)
-    assert results.answer_loss(losses(0.8, 0.01, 1.0)) < results.answer_loss(losses(1.0, 0.009, 1.0)) < results.answer_loss(losses(1.0, 0.01, 1.0))
-    assert results.answer_loss(losses(0.0, 0.0, 1.0)) > 0
+    assert results.answer_loss(losses(1.0, 0.1, 1.3)) == pytest.approx(0.5 + 0.35)
+    assert results.answer_loss(losses(1.0, 0.006, 1.4)) < results.answer_loss(losses(1.5, 0.002, 1.4))  # what the geometric mean got wrong
+    assert results.answer_loss(row | {"diverged": True}) == math.inf
+    measured = results.read(run.ROOT / "study/results.jsonl")
+    first = [row for row in measured if row["date"] < "2026-11-27 12"]
+    assert sweep.best_rate(Run(n_experts=32), sweep.comparisons(first)) == 3e-3
+
+
+def test_rows_planned_without_a_rate_become_the_runs_that_they_were(tmp_path):
+    new = fake(Run(lr=6e-3), lambda c, tpp: (0.5, 0.5, 1))
+    old = new | {"key": key(Run()), "run": new["run"] | {"lr": 0.0}}
+    file = tmp_path / "r.jsonl"
+    for row in (old, new | {"train_loss": 9}, {"key": "x"}):
+        results.append(file, row)
+    rows = results.read(file)
+    assert rows[0] == json.loads(json.dumps(new)) and rows[2] == {"key": "x"}
+    assert results.distinct(rows) == [rows[0], rows[2]] and results.repeats(rows) == [(rows[0], rows[1])]
+    assert "1 are runs done again" in verdict.tables(rows[:2])
+    kept = results.read(run.ROOT / "study/results.jsonl")
+    assert all(row["run"]["lr"] == row["lr"] and row["key"] == key(Run(**row["run"])) for row in kept)
 
 
 def test_grids_cover_what_they_promise():
     grid = sweep.main("")
-    assert {r.n_experts for r in grid} == {4, 8, 16, 32, 64, 128, 256} and {r.top_k for r in grid} == {1, 2, 4, 8} and len(grid) == 6 * 27
+    assert {r.n_experts for r in grid} == {4, 8, 16, 32, 64, 128, 256} and {r.top_k for r in grid} == {1, 2, 4, 8} and len(grid) == 3 * 27 * 4
+    assert {r.lr for r in grid if r.tokens == 2**24} == {3e-3, 6e-3, 1.2e-2} and {r.lr for r in grid if r.tokens == 2**26} == {0}
+    assert len({*grid, *sweep.lr("")}) == len(grid) + len(sweep.lr("")) == 3 * 27 * 5
     tpp = [r.tokens / count_params(run.train_config(r, 1344, 1e-3)).total for r in grid]
     assert min(tpp) < 1 and max(tpp) > 60
     for r in (*grid, *sweep.long(""), *sweep.scarce(""), *sweep.topk("")):  # each person is met as often, and data is as long as the training
         assert r.data_tokens == r.tokens and run.mixture(r).exposures == 30
     assert {(run.mixture(r).n_problems, r.tokens) for r in (*grid, *sweep.scarce(""))} == {(4000, 2**24), (4000, 2**26), (1000, 2**24)}
     keys = [key(r) for r in dict.fromkeys(sweep.full(""))]
-    assert set(keys) == {key(r) for name in ("lr", "main", "scarce", "topk", "init") for r in sweep.PRESETS[name]("")}
-    assert keys[:27] == [key(r) for r in sweep.lr("")] and all(r.tokens == 2**24 for r in sweep.full("")[: 27 + 81])
+    assert set(keys) == {key(r) for name in ("main", "lr", "scarce", "topk", "init") for r in sweep.PRESETS[name]("")}
+    assert all(r.tokens == 2**24 and r.lr for r in sweep.full("")[: 3 * 81 + 39]) and sweep.full("")[3 * 81 + 39].tokens == 2**26
+    plan = list(dict.fromkeys(sweep.full("")))
+    last = {k: max(i for i, r in enumerate(plan) if r.lr and r.top_k == k and r.d_expert == 64 and r.tokens == 2**24) for k in (2, 8)}
+    assert all(i > last[r.top_k] for i, r in enumerate(plan) if not r.lr and r.top_k in last)  # rates first
     assert {key(r) for r in sweep.pilot("")} == {row["key"] for row in results.read(run.ROOT / "docs/runs/study-pilot.jsonl")}
     for group in ({2048}, {8192}):
         same = {tuple(count_params(run.train_config(r, 1344))[i] for i in (0,)) for r in sweep.topk("") if {r.n_experts * r.d_expert} == group}
@@ -298,17 +332,17 @@ def decided(rows, number):
 
 def test_verdicts_follow_the_data():
     runs = [*sweep.main(""), *sweep.lr(""), *sweep.init(""), *sweep.topk("")]
-    as_claimed, otherwise = ([fake(r, world) for r in runs] for world in (paper_world, other_world))
+    as_claimed, otherwise = (world(effect, runs) for effect in (paper_world, other_world))
     assert [decided(as_claimed, number) for number in (1, 2, 4, 6, 7)] == ["supported"] * 5
     assert [decided(otherwise, number) for number in (1, 2, 3)] == ["not supported"] * 3
-    assert decided([fake(r, lambda c, tpp: (0.5, 0.5, 2.0)) for r in sweep.topk("")], 5) == "supported"
-    assert decided([fake(r, lambda c, tpp: (0.5, 0.5 + 0.03 * c.top_k, 2 + 0.1 * c.top_k)) for r in sweep.topk("")], 5) == "not supported"
-    near = [fake(r, lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 20)), 2)) for r in sweep.main("")]
-    far = [fake(r, lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 3)), 2)) for r in sweep.main("")]
+    assert decided(world(lambda c, tpp: (0.5, 0.5, 2.0), sweep.topk("")), 5) == "supported"
+    assert decided(world(lambda c, tpp: (0.5, 0.5 + 0.03 * c.top_k, 2 + 0.1 * c.top_k), sweep.topk("")), 5) == "not supported"
+    near = world(lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 20)), 2), sweep.main(""))
+    far = world(lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 3)), 2), sweep.main(""))
     assert decided(near, 3) == "supported" and decided(far, 3) == "not supported"
-    aside = [fake(r, lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 20 / 4 ** (1 if c.top_k > 2 else -1))), 2)) for r in sweep.main("")]
+    aside = world(lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 20 / 4 ** (1 if c.top_k > 2 else -1))), 2), sweep.main(""))
     assert decided(aside, 3) == "not supported"  # far above 20 at some k and far below at others is not near
-    constant = [fake(r, lambda c, tpp: (0.5, 0.2 - 0.01 * abs(math.log2(c.n_experts / 32)), 2)) for r in sweep.main("")]
+    constant = world(lambda c, tpp: (0.5, 0.2 - 0.01 * abs(math.log2(c.n_experts / 32)), 2), sweep.main(""))
     for row in constant:
         row["mano"]["chance"] = row["problems"]["chance"] = 0.19
     assert decided(constant, 2) == "undecided"  # who always says 0 has learned nothing
@@ -317,24 +351,59 @@ def test_verdicts_follow_the_data():
 def test_memory_is_judged_by_its_loss_beside_recall():
     """Recall of two seeds lies on both sides of its cliff; the loss is smooth."""
     jump = {0: 0.30, 1: 0.08, 2: 0.20}
-    rows = [fake(r, lambda c, tpp: (jump[c.seed] + 0.02 * c.seed * math.log2(c.n_experts) * (-1) ** c.seed, 0.5, 2)) for r in sweep.main("")]
-    for row in rows:
+
+    def smooth(row):
         row["facts"]["loss"] = 1.6 - 0.05 * math.log2(row["run"]["n_experts"]) + 0.1 * row["run"]["seed"]
-    tests = list(verdict.memory_rises(rows))
+        return row
+
+    effect = lambda c, tpp: (jump[c.seed] + 0.02 * c.seed * math.log2(c.n_experts) * (-1) ** c.seed, 0.5, 2)  # noqa: E731
+    rows = world(effect, sweep.main(""), smooth)
+    tests = [test for test in verdict.memory_rises(rows) if "best rates" in test.where]
     assert [test.votes for test in tests] == [True, False] * 2 and {verdict.decide(test) for test in tests if not test.votes} == {"undecided"}
-    assert verdict.overall(tests) == "supported" and "has no vote" in verdict.tables(rows)
+    assert verdict.overall(tests) == "supported" and "no vote (recall)" in verdict.tables(rows)
+
+
+def test_rates_that_differ_along_a_line_move_no_verdict():
+    """Memory and reasoning depend on the rate alone, and in the first sweep the rate fell as E rose."""
+    by_rate = lambda c, tpp: (0.9 - 70 * c.lr, 0.9 - 40 * c.lr, 1.5 + 30 * c.lr)  # noqa: E731
+    rate_of = lambda r: 1.2e-2 if r.n_experts <= 16 else 6e-3 if r.n_experts <= 64 else 3e-3  # noqa: E731
+    plan = [dataclasses.replace(r, lr=rate_of(r)) for r in sweep.main("") if not r.lr or r.lr == 6e-3]
+    confounded = world(by_rate, plan)
+    assert results.families(confounded) == {} and {decided(confounded, number) for number in range(1, 8)} == {"undecided"}
+    hidden = [row | {"run": row["run"] | {"lr": 6e-3}} for row in confounded]  # as if they had not differed: there is an effect to be found
+    assert {verdict.decide(test) for test in verdict.memory_rises(hidden)} == {"supported"}
+    half = confounded + world(by_rate, [r for r in sweep.main("") if r.lr and r.n_experts >= 128])  # swept at one end only
+    assert {decided(half, number) for number in range(1, 8)} == {"undecided"}
+    assert not any(test.votes for number in (1, 2, 3, 4, 7) for test in verdict.CLAIMS[number - 1][1](half))
+    two = world(by_rate, [r for r in sweep.main("") if r.lr and r.lr < 1e-2])  # two of three rates: shown, no vote
+    assert {family.rate for family in results.families(two)} == {3e-3, 6e-3} and decided(two, 1) == "undecided"
+    full = confounded + world(by_rate, sweep.main(""))
+    assert results.BEST in {family.rate for family in results.families(full)} and decided(full, 1) == "not supported"
+    for (_, rate), cells in results.families(full).items():
+        assert rate or {row["lr"] for cell in cells.values() for row in cell.values()} == {3e-3}
+
+
+def test_a_line_has_every_size_of_its_regime_and_the_same_seeds():
+    rows = [row for row in swept(paper_world) if row["run"]["top_k"] in (2, 8)]
+    regime = results.regime(rows[0])
+    sizes = lambda rows, rate: {k for _, k in results.families(rows).get(results.Family(regime, rate), ())}  # noqa: E731
+    assert sizes(rows, results.BEST) == sizes(rows, 3e-3) == {2, 8}
+    less = [row for row in rows if (row["run"]["n_experts"], row["run"]["top_k"], row["lr"], row["run"]["seed"]) != (64, 8, 3e-3, 1)]
+    assert sizes(less, results.BEST) == {2} and sizes(less, 3e-3) == {2} and sizes(less, 6e-3) == {2, 8}  # the other k waits for its third seed
+    bad = [row | {"diverged": row["lr"] == 1.2e-2 and row["run"]["n_experts"] == 256} for row in rows]
+    assert sizes(bad, results.BEST) == {2, 8} and sizes(bad, 1.2e-2) == set()  # what diverges is not the best
 
 
 def test_few_seeds_and_noise_decide_nothing():
-    two = [fake(r, paper_world) for r in sweep.main("") if r.seed < 2]
+    two = world(paper_world, [r for r in sweep.main("") if r.seed < 2])
     assert [decided(two, number) for number in range(1, 8)] == ["undecided"] * 7
     assert [decided([], number) for number in range(1, 8)] == ["undecided"] * 7
-    flat = [[fake(r, lambda c, tpp, share=share: (share, share, 2)) for r in sweep.main("")] for share in (0.0, 0.97)]
+    flat = [world(lambda c, tpp, share=share: (share, share, 2), sweep.main("")) for share in (0.0, 0.97)]
     assert all(decided(rows, number) == "undecided" for rows in flat for number in (1, 2, 3, 7))  # nothing learned, or everything
     rng = random.Random(1)
-    noise = [fake(r, lambda c, tpp: (0.5, 0.5 + rng.gauss(0, 0.05), 2)) for r in sweep.main("")]
+    noise = world(lambda c, tpp: (0.5, 0.5 + rng.gauss(0, 0.05), 2), sweep.main(""))
     assert decided(noise, 2) != "supported" and decided(noise, 4) != "supported"  # the best of seven noisy points is no optimum
-    worlds = [[fake(r, lambda c, tpp: (0.5, 0.5 + rng.gauss(0, 0.04), 2)) for r in sweep.topk("")] for _ in range(5)]
+    worlds = [world(lambda c, tpp: (0.5, 0.5 + rng.gauss(0, 0.04), 2), sweep.topk("")) for _ in range(5)]
     assert "not supported" not in {decided(rows, 5) for rows in worlds}  # nor is the distance of the best of four from the worst a spread
 
 
@@ -361,18 +430,19 @@ def test_tables_are_put_between_the_markers(tmp_path):
 
 def test_figures_of_a_small_grid(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [fake(Run(n_experts=e, top_k=2, seed=seed), paper_world) for e in (4, 16, 64) for seed in (0, 1)]
+    rows = [fake(Run(n_experts=e, top_k=2, seed=seed, lr=lr), paper_world) for lr in (6e-3, 3e-3) for e in (4, 16, 64) for seed in (0, 1)]
     drawn = figures.draw(rows, tmp_path)
-    assert {path.name.split("-")[0] for path in drawn} == {"fig1", "fig2", "fig3", "fig4", "fig5", "fig7", "bits"}
+    assert {path.name.split("-")[0] for path in drawn} == {"fig1", "fig2", "fig3", "fig4", "fig5", "fig7", "bits", "rates"}
+    assert len(drawn) == 2 * 7 + 1  # two rates; their best is none of three
     assert all(path.stat().st_size > 10_000 for path in drawn)
-    with pytest.raises(ValueError, match="no regime"):
+    with pytest.raises(ValueError, match="no line"):
         figures.draw(rows[:2], tmp_path)
 
 
 def test_plan_ranks_by_purpose_and_keeps_to_the_budget(tmp_path, capsys):
     file = tmp_path / "r.jsonl"
     for e in (4, 16, 64):
-        results.append(file, fake(Run(n_experts=e), other_world))
+        results.append(file, fake(Run(n_experts=e, lr=6e-3), other_world))
     plan.main(["--for=reasoning", "--flops=1e20", "--memory=80", "--gpus=8", "--rows=3", f"--results={file}"])
     text = capsys.readouterr().out
     first = next(line for line in text.splitlines() if line.startswith("paper-")).split()
