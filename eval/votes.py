@@ -58,10 +58,10 @@ def majority(votes: list[str | None], gold: str, k: int) -> float:
 
 
 def curves(questions: list[dict], resamples: int = 2000, seed: int = 0) -> dict:
-    """questions: {"votes": [...], "gold": ...}, equally many votes each. Coverage and majority at 1, 2, 4, ... samples: means over the
+    """questions: {"votes": [...], "gold": ...}, equally many votes each. Coverage and majority at 1, 2, 4, ... and all samples: means over the
     questions with 95 % bands by bootstrap over the questions (percentiles of `resamples` draws)."""
     n = len(questions[0]["votes"])
-    points = [2**i for i in range(n.bit_length())]
+    points = sorted({*(2**i for i in range(n.bit_length())), n})
     rights = [sum(vote is not None and vote == q["gold"] for vote in q["votes"]) for q in questions]
     values = {"coverage": np.array([[pass_at_k(n, right, k) for k in points] for right in rights]),
               "majority": np.array([[majority(q["votes"], q["gold"], k) for k in points] for q in questions])}
@@ -135,4 +135,4 @@ if __name__ == "__main__":
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; the same command, without --overwrite, goes on from here")

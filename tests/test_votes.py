@@ -62,6 +62,7 @@ def test_curves():
             assert low < mean < high
     assert result["coverage"]["mean"] == sorted(result["coverage"]["mean"])
     assert result["without_answer"] == pytest.approx(sum(q["votes"].count(None) for q in questions) / 300 / 16)
+    assert curves([{"gold": "1", "votes": ["1", None, "2"]}])["samples"] == [1, 2, 3]  # the last point has all samples
     assert curves([{"gold": None, "votes": [None, "1"]}])["coverage"]["mean"] == [0, 0]  # no answer is never right
 
 
