@@ -153,6 +153,8 @@ def main(argv=None):
             progress(len(wanted) - len(pending) + start + len(chunk))
         done[name] = {"shots": shots, "seq_len": model.cfg.seq_len, **summarise([stored.items[item.id] for _, item in wanted])}
     old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
+    if old.get("checkpoint") != file:  # no numbers of other weights under this one's name
+        old = {}
     results = extra | {"checkpoint": file, "sources": old.get("sources", {}) | source.used, "tasks": old.get("tasks", {}) | done}
     write_json(out / "results.json", results)
     print(f"{table(done)}\n{out}/results.json", flush=True)

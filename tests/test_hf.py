@@ -132,6 +132,11 @@ def test_evaluating_an_export_equals_evaluating_the_run(tiny_run):  # noqa: F811
     pytest.importorskip("tokenizers")
     hf.main([str(tiny_run), str(tiny_run / "whole")])
     assert evaluate([f"--hf={tiny_run}/whole", *options])["tasks"] == expected
+    edit(tiny_run / "whole/config.json", lambda config: config.update(rope_theta=500.0))
+    with pytest.raises(ValueError, match="hellaswag.jsonl was made with checkpoint='whole-"):
+        evaluate([f"--hf={tiny_run}/whole", *options])
+    results = evaluate([f"--hf={tiny_run}/whole", *options[:2], "--tasks=gsm8k", "--shots=0", "--overwrite"])
+    assert list(results["tasks"]) == ["gsm8k"]  # not HellaSwag's of what the folder held before
 
 
 @pytest.mark.parametrize("settings, template, bos", [({}, True, [1]), ({}, False, []), ({"add_bos_token": False, "bos_token": "<s>"}, True, []),
