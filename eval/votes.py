@@ -110,17 +110,21 @@ def main(argv=None):
     for start in range(0, len(pending), per_chunk):
         chunk = pending[start : start + per_chunk]
         prompts, streams = zip(*((item.prompt, 4096 * i + j) for i, item in chunk for j in range(cfg.samples)), strict=True)
-        written, _ = texts(model, tokens, task, prompts, streams, room, cfg)
+        written, cut = texts(model, tokens, task, prompts, streams, room, cfg)
         votes = [task.vote(text) for text in written]
-        stored.add([{"id": item.id, "gold": task.vote(item.answer), "votes": votes[j * cfg.samples : (j + 1) * cfg.samples]}
+        stored.add([{"id": item.id, "gold": task.vote(item.answer), "votes": votes[j * cfg.samples : (j + 1) * cfg.samples],
+                     "cut": cut[j * cfg.samples]}
                     for j, (_, item) in enumerate(chunk)])
         progress(len(stored.items))
-    result = settings | {"sources": source.used} | curves([stored.items[item.id] for _, item in wanted])
+    questions = [stored.items[item.id] for _, item in wanted]
+    result = settings | {"sources": source.used, "cut": sum(question.get("cut", False) for question in questions)} | curves(questions)
     write_json(path, result)
     print("samples    coverage            majority")
     for i, n in enumerate(result["samples"]):
         mean, low, high = ([result[kind][name][i] for kind in ("coverage", "majority")] for name in ("mean", "low", "high"))
         print(f"{n:>7}    {mean[0]:.4f} [{low[0]:.3f}, {high[0]:.3f}]   {mean[1]:.4f} [{low[1]:.3f}, {high[1]:.3f}]")
+    if result["cut"]:
+        print(f"  {result['cut']:,} questions did not fit the model's {model.cfg.seq_len} tokens: their prompts lost their beginnings")
     try:
         plot({"": result}, path.with_suffix(".png"), f"{cfg.task}, {result['questions']} questions")
         print(path.with_suffix(".png"))
