@@ -62,7 +62,7 @@ def load(cfg):
         tokens = run_tokens(cfg.tokenizer, model) if cfg.tokenizer else hf.load_tokens(cfg.hf)
         out = Path(cfg.out or Path(cfg.hf) / "eval")
         out.mkdir(parents=True, exist_ok=True)
-        return model, tokens, hf.fingerprint(cfg.hf), out
+        return model, tokens, hf.fingerprint(cfg.hf, *([Path(cfg.tokenizer) / tokenizer.FILE] if cfg.tokenizer else [])), out
     path = Path(cfg.checkpoint or cfg.run)
     model = checkpoint.load_model(path, "cuda" if cuda else "cpu", dtype=cfg.dtype, impl=cfg.impl)
     frozen(model)

@@ -297,11 +297,11 @@ def read_json(path, default=None):
         raise ValueError(f"{path} is damaged ({error}): download it again") from None
 
 
-def fingerprint(directory):
-    """A name for results: the folder's own, with a hash of all files that they depend on."""
+def fingerprint(directory, *others):
+    """A name for results: the folder's own, with a hash of all files that they depend on, among them other paths (a tokenizer from elsewhere)."""
     directory, digest = Path(directory).resolve(), hashlib.sha256()
     names = (CONFIG, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-    for path in [*sorted(directory.glob("*.safetensors")), *filter(Path.is_file, (directory / name for name in names))]:
+    for path in [*sorted(directory.glob("*.safetensors")), *filter(Path.is_file, (directory / name for name in names)), *others]:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"{directory.name}-{digest.hexdigest()[:16]}"
