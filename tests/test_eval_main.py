@@ -163,7 +163,8 @@ def test_checkpoint_file_and_tokenizer(tiny_run, tmp_path):
     (["--tasks="], "tasks='': name some of .*gsm8k"), (["--tasks=gsm9k"], "unknown task 'gsm9k'"), (["--tasks=mbpp"], "put mbpp/mbpp.jsonl"),
     (["--tasks=gsm8k", "--samples=2"], "samples=2: greedy"), (["--tasks=gsm8k", "--shots=-1"], "shots=-1"),
     (["--tasks=gsm8k", "--limit=-1"], "limit=-1"), (["--tasks=gsm8k", "--batch-size=0"], "batch_size=0"),
-    (["--tasks=gsm8k", "--checkpoint=x"], "one of them"), (["--tasks=gsm8k", "--run=", "--checkpoint=x"], "checkpoint='x': no such file"), (["--tasks=gsm8k", "--shots=0", "--device=cuda"], "no CUDA device"),
+    (["--tasks=gsm8k", "--checkpoint=x"], "one of them"),
+    (["--tasks=gsm8k", "--run=", "--checkpoint=x"], "checkpoint='x': no such file"), (["--tasks=gsm8k", "--shots=0", "--device=cuda"], "no CUDA device"),
 ])
 def test_bad_arguments(tiny_run, flags, message):
     if "cuda" in str(flags) and torch.cuda.is_available():
