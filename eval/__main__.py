@@ -42,7 +42,7 @@ class EvalConfig(ModelChoice):
             tasks.load(name)
 
     def names(self):
-        return [name for name in self.tasks.split(",") if name]
+        return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
 
 
 def evaluate(model, tokens, task, chunk, room, cfg):
@@ -135,11 +135,13 @@ def main(argv=None):
         work.append((name, task, shots, task.items(source, shots)))
     extra = {"sandbox": sandbox.confinement()} if cfg.accuracy and any(hasattr(task, "program") for _, task, _, _ in work) else {}
     model, tokens, file, out = load(cfg)
-    done = {}
-    for name, task, shots, items in work:
+    stores, done = {}, {}
+    for name, _, shots, items in work:  # and so are results of other settings
         settings = {"checkpoint": file, "shots": shots, "items": fingerprint(items), "loss": cfg.loss, "accuracy": cfg.accuracy,
                     "samples": cfg.samples, "temperature": cfg.temperature, "top_p": cfg.top_p, "seed": cfg.seed, "dtype": str(model.dtype)}
-        stored = Records(out / f"{name}.jsonl", settings, cfg.overwrite)
+        stores[name] = Records(out / f"{name}.jsonl", settings, cfg.overwrite)
+    for name, task, shots, items in work:
+        stored = stores[name]
         wanted = list(enumerate(items))[: cfg.limit or None]
         pending = [(i, item) for i, item in wanted if item.id not in stored.items]
         pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
@@ -151,6 +153,8 @@ def main(argv=None):
             progress(len(wanted) - len(pending) + start + len(chunk))
         done[name] = {"shots": shots, "seq_len": model.cfg.seq_len, **summarise([stored.items[item.id] for _, item in wanted])}
     old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
+    if old.get("checkpoint") != file:  # no numbers of other weights under this one's name
+        old = {}
     results = extra | {"checkpoint": file, "sources": old.get("sources", {}) | source.used, "tasks": old.get("tasks", {}) | done}
     write_json(out / "results.json", results)
     print(f"{table(done)}\n{out}/results.json", flush=True)
@@ -163,4 +167,4 @@ if __name__ == "__main__":
     except (ValueError, FileNotFoundError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; the same command, without --overwrite, goes on from here")

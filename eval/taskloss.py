@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
     """What evaluation needs of a tokenizer."""
 
     encode: Callable[[str], list[int]]  # without special tokens
-    decode: Callable[[list[int]], str]
+    decode: Callable[[list[int]], str]  # of what follows other tokens: leading spaces stay
     bos: list[int]  # starts every prompt
     eos: list[int]  # any of these ends a generation
     n_vocab: int  # ids from here on are padding rows of the model's head
@@ -46,7 +46,18 @@ def encode_pair(tokens: Tokens, prompt: str, answer: str) -> tuple[list[int], li
     context, whole = tokens.bos + tokens.encode(prompt), tokens.bos + tokens.encode(prompt + answer)
     if whole[: len(context)] == context:
         return context, whole[len(context) :], False
-    return context, tokens.encode(answer), True
+    return context, encode_inside(tokens, answer), True
+
+
+def encode_inside(tokens: Tokens, text: str) -> list[int]:
+    """Of a text that follows others: without the space that SentencePiece puts in front of every text."""
+    ids = tokens.encode(text)
+    if tokens.decode(ids) == " " + text:
+        for before in "\n.a":
+            head, whole = tokens.encode(before), tokens.encode(before + text)
+            if whole[: len(head)] == head and tokens.decode(whole[len(head) :]) == text:
+                return whole[len(head) :]
+    return ids
 
 
 def windows(context: list[int], answer: list[int], seq_len: int):

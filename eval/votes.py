@@ -58,10 +58,10 @@ def majority(votes: list[str | None], gold: str, k: int) -> float:
 
 
 def curves(questions: list[dict], resamples: int = 2000, seed: int = 0) -> dict:
-    """questions: {"votes": [...], "gold": ...}, equally many votes each. Coverage and majority at 1, 2, 4, ... samples: means over the
+    """questions: {"votes": [...], "gold": ...}, equally many votes each. Coverage and majority at 1, 2, 4, ... and all samples: means over the
     questions with 95 % bands by bootstrap over the questions (percentiles of `resamples` draws)."""
     n = len(questions[0]["votes"])
-    points = [2**i for i in range(n.bit_length())]
+    points = sorted({*(2**i for i in range(n.bit_length())), n})
     rights = [sum(vote is not None and vote == q["gold"] for vote in q["votes"]) for q in questions]
     values = {"coverage": np.array([[pass_at_k(n, right, k) for k in points] for right in rights]),
               "majority": np.array([[majority(q["votes"], q["gold"], k) for k in points] for q in questions])}
@@ -110,17 +110,21 @@ def main(argv=None):
     for start in range(0, len(pending), per_chunk):
         chunk = pending[start : start + per_chunk]
         prompts, streams = zip(*((item.prompt, 4096 * i + j) for i, item in chunk for j in range(cfg.samples)), strict=True)
-        written, _ = texts(model, tokens, task, prompts, streams, room, cfg)
+        written, cut = texts(model, tokens, task, prompts, streams, room, cfg)
         votes = [task.vote(text) for text in written]
-        stored.add([{"id": item.id, "gold": task.vote(item.answer), "votes": votes[j * cfg.samples : (j + 1) * cfg.samples]}
+        stored.add([{"id": item.id, "gold": task.vote(item.answer), "votes": votes[j * cfg.samples : (j + 1) * cfg.samples],
+                     "cut": cut[j * cfg.samples]}
                     for j, (_, item) in enumerate(chunk)])
         progress(len(stored.items))
-    result = settings | {"sources": source.used} | curves([stored.items[item.id] for _, item in wanted])
+    questions = [stored.items[item.id] for _, item in wanted]
+    result = settings | {"sources": source.used, "cut": sum(question.get("cut", False) for question in questions)} | curves(questions)
     write_json(path, result)
     print("samples    coverage            majority")
     for i, n in enumerate(result["samples"]):
         mean, low, high = ([result[kind][name][i] for kind in ("coverage", "majority")] for name in ("mean", "low", "high"))
         print(f"{n:>7}    {mean[0]:.4f} [{low[0]:.3f}, {high[0]:.3f}]   {mean[1]:.4f} [{low[1]:.3f}, {high[1]:.3f}]")
+    if result["cut"]:
+        print(f"  {result['cut']:,} questions did not fit the model's {model.cfg.seq_len} tokens: their prompts lost their beginnings")
     try:
         plot({"": result}, path.with_suffix(".png"), f"{cfg.task}, {result['questions']} questions")
         print(path.with_suffix(".png"))
@@ -135,4 +139,4 @@ if __name__ == "__main__":
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; the same command, without --overwrite, goes on from here")

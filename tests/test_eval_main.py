@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import checkpoint
+from data import tokenizer
 from eval import __main__ as command
 from eval import harness, tasks
 from eval.sources import Source
@@ -96,6 +97,9 @@ def test_resumes(tiny_run, monkeypatch):
         assert stats["mean"] == pytest.approx(whole["tasks"]["gsm8k"]["metrics"][metric]["mean"], rel=1e-5)
     with pytest.raises(ValueError, match="gsm8k.jsonl was made with shots=0, not 1: give the same, use --overwrite"):
         run(tiny_run, "--tasks=gsm8k", "--shots=1")
+    with pytest.raises(ValueError, match="gsm8k.jsonl was made with"):  # before the other task is computed
+        run(tiny_run, "--tasks=hellaswag, gsm8k, gsm8k", "--shots=1")
+    assert len(done) == 8
     (tiny_run / "gsm8k/test.jsonl").write_text((tiny_run / "gsm8k/test.jsonl").read_text().replace("eggs", "hens"))
     with pytest.raises(ValueError, match="was made with items="):  # other data under the same name
         run(tiny_run, *flags)
@@ -147,6 +151,10 @@ def test_checkpoint_file_and_tokenizer(tiny_run, tmp_path):
     with pytest.raises(ValueError, match="no tokenizer.json there, in .*name the run's data directory with --tokenizer"):
         run(tiny_run, "--tasks=gsm8k", "--shots=0")
     run(tiny_run, "--tasks=gsm8k", "--limit=1", "--shots=0", f"--tokenizer={tmp_path / 'moved'}")
+    (tmp_path / "larger").mkdir()
+    tokenizer.save(tokenizer.encoding({bytes([b]): b for b in range(256)} | {b"a%d" % i: 256 + i for i in range(80)}), tmp_path / "larger")
+    with pytest.raises(ValueError, match="larger': it has 337 tokens and the model 320"):
+        run(tiny_run, "--tasks=gsm8k", "--shots=0", f"--tokenizer={tmp_path / 'larger'}")
     (tiny_run / "config.json").write_text(json.dumps({"data": f"{tmp_path / 'moved'}:0.5,other:0.5"}))
     run(tiny_run, "--tasks=gsm8k", "--limit=1", "--shots=0")
 
@@ -155,7 +163,8 @@ def test_checkpoint_file_and_tokenizer(tiny_run, tmp_path):
     (["--tasks="], "tasks='': name some of .*gsm8k"), (["--tasks=gsm9k"], "unknown task 'gsm9k'"), (["--tasks=mbpp"], "put mbpp/mbpp.jsonl"),
     (["--tasks=gsm8k", "--samples=2"], "samples=2: greedy"), (["--tasks=gsm8k", "--shots=-1"], "shots=-1"),
     (["--tasks=gsm8k", "--limit=-1"], "limit=-1"), (["--tasks=gsm8k", "--batch-size=0"], "batch_size=0"),
-    (["--tasks=gsm8k", "--checkpoint=x"], "one of them"), (["--tasks=gsm8k", "--shots=0", "--device=cuda"], "no CUDA device"),
+    (["--tasks=gsm8k", "--checkpoint=x"], "one of them"),
+    (["--tasks=gsm8k", "--run=", "--checkpoint=x"], "checkpoint='x': no such file"), (["--tasks=gsm8k", "--shots=0", "--device=cuda"], "no CUDA device"),
 ])
 def test_bad_arguments(tiny_run, flags, message):
     if "cuda" in str(flags) and torch.cuda.is_available():

