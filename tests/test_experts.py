@@ -1,5 +1,7 @@
 """The expert layer and each of its GEMM kernels against float64: python -m pytest tests/test_experts.py (GPU where there is one)."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -200,6 +202,43 @@ def test_cuda_graph_capture_follows_new_routing():
     graph.replay()
     fresh = run("triton", other, dy)
     assert torch.equal(captured[0], fresh[0]) and all(torch.equal(a, b) for a, b in zip(captured[1], fresh[1], strict=True))
+
+
+@pytest.mark.skipif(ON_GPU, reason="stands in for streams")
+def test_results_are_not_memory_of_the_side_stream(monkeypatch):
+    """Nothing records for the allocator that the main stream reads them. And the two streams wait for each other, around all that the side one does."""
+    events, on_side, theirs = [], [], []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def enter(stream):
+        on_side.append(stream.name)
+        yield
+        on_side.pop()
+
+    def watched(make, *args, **kwargs):
+        t = make(*args, **kwargs)
+        if on_side and t.numel():  # the interpreter makes views of empty tensors
+            events.append("side allocates")
+            theirs.append(t)
+        return t
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, lambda *args, _make=getattr(owner, name), **kwargs: watched(_make, *args, **kwargs))
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    monkeypatch.setattr("moe_kernels.experts.captured_stream", lambda tensor: Stream("main"))
+    monkeypatch.setattr("moe_kernels.experts.side_stream", lambda main: Stream("side"))
+    inputs, dy = problem(24, 32, 16, 4, 2, torch.float32, "cpu"), torch.randn(24, 32)
+    got = run("triton", inputs, dy)
+    assert events[0] == "side waits for main" and events[-1] == "main waits for side" and set(events[1:-1]) == {"side allocates"}
+    assert not {t.data_ptr() for t in theirs} & {t.data_ptr() for t in got[1]}
+    compare(got, run_truth(inputs, dy), BOUNDS[torch.float32])
 
 
 @pytest.mark.parametrize(
