@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_kernels import linear_cross_entropy, reference
+from moe_kernels.cross_entropy import cross_entropy_kernel
 from tests.checks import BOUNDS, DTYPES, check, rms_ratio
 
 
@@ -50,6 +51,18 @@ def test_uncounted_rows_give_nothing(device, poison):
     assert all((t == 0).all() for t in results(x, w, torch.full_like(targets, -1)))  # no target at all is no NaN
     empty = results(x[:0], w, targets[:0])
     assert empty[0] == 0 and empty[1].shape == (0, 16) and (empty[2] == 0).all()
+
+
+def test_uncounted_rows_are_not_read(device):
+    """Whatever their logits are."""
+    logits, losses = torch.randn(3, 40, device=device), torch.empty(3, device=device)
+    logits[1] = float("nan")
+    counted = logits[::2].clone()
+    cross_entropy_kernel[(3,)](logits, torch.tensor([5, -1, 39], device=device), losses, 40, True, 16, 8)
+    targets = torch.tensor([5, 39], device=device)
+    assert losses[1] == 0 and (logits[1] == 0).all()
+    check(losses[::2], torch.nn.functional.cross_entropy(counted, targets, reduction="none"), 1e-6)
+    check(logits[::2], counted.softmax(1) - torch.nn.functional.one_hot(targets, 40), 1e-5)
 
 
 def test_extreme_logits_stay_finite(device):
