@@ -81,6 +81,16 @@ def test_without_gradients_only_the_loss_is_computed(device):
     assert not out.requires_grad
 
 
+def test_a_second_derivative_is_refused(device):
+    x, w, targets = problem(12, 16, 40, torch.float32, device)
+    loss = linear_cross_entropy(x, w, targets, impl="triton")
+    (dx,) = torch.autograd.grad(loss.square(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice|not have been used"):
+        torch.autograd.grad(dx.sum(), x)
+    with pytest.raises(RuntimeError, match="twice"):
+        dx.sum().backward()
+
+
 @pytest.mark.parametrize("grads", [True, False])
 def test_opcheck(grads, device):
     x, w, targets = problem(12, 16, 40, torch.float32, device)
