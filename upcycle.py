@@ -57,8 +57,8 @@ def upcycle(model, path, noise=0.0, seed=0):
     missing, unexpected = model.load_state_dict(own, strict=False)
     require(not unexpected and all(".mlp." in name for name in missing), "upcycle_from", str(path), f"other weights: {missing} {unexpected}")
     for layer, block in enumerate(model.blocks):
-        gate_WD, up_WD = weights[f"blocks.{layer}.mlp.gate_up.weight"].chunk(2)
-        down_DW = weights[f"blocks.{layer}.mlp.down.weight"]
+        gate_WD, up_WD = weights[f"blocks.{layer}.mlp.gate_up.weight"].float().chunk(2)  # a run with --weights=bfloat16 saves those
+        down_DW = weights[f"blocks.{layer}.mlp.down.weight"].float()
         moe = block.mlp
         if shared:
             moe.shared.gate_up.weight.copy_(torch.cat([gate_WD[:shared], up_WD[:shared]]))

@@ -60,9 +60,9 @@ def swiglu_bwd_kernel(
 
 
 def _launch(kernel, T, F, *args):
-    block_f = min(triton.next_power_of_2(F), 1024)
-    block_t = max(1, 1024 // block_f)  # 8 values a thread: accesses of 16 bytes in bfloat16
     if T * F > 0:
+        block_f = min(triton.next_power_of_2(F), 1024)
+        block_t = max(1, 1024 // block_f)  # 8 values a thread: accesses of 16 bytes in bfloat16
         kernel[(triton.cdiv(T, block_t) * triton.cdiv(F, block_f),)](*args, F, block_t, block_f)
 
 

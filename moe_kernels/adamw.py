@@ -17,6 +17,7 @@ from moe_kernels.tiles import pick_impl
 BLOCK = 2048  # values per program of four warps: 16 per thread
 
 
+@torch.no_grad()
 def adamw_step(weight, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, scale=None, skip=None, copy=None, seed=0, impl=None):
     """Update weight, exp_avg and exp_avg_sq in place.
 

@@ -184,13 +184,13 @@ def combine_kernel(
                 tl.store(dgates_ptr + t * K + k, dgate)
 
 
-def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None):
+def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None, out=None):
     """sum_k gates[t,k] * y[row of (t,k)] (T, D), accumulated in float32; gates of one when None.
 
-    dgates_parts (N, S) float32: partial gate gradients by row; then also returns their sum, (T, K) float32, else None."""
+    dgates_parts (N, S) float32: partial gate gradients by row; then also returns their sum, (T, K) float32, else None.
+    out: contiguous tensors for the two results."""
     (T, K), (S, D) = slot_row_TK.shape, y_SD.shape
-    out = y_SD.new_empty(T, D)
-    dgates = None if dgates_parts is None else y_SD.new_empty(T, K, dtype=torch.float32)
+    out, dgates = out or (y_SD.new_empty(T, D), None if dgates_parts is None else y_SD.new_empty(T, K, dtype=torch.float32))
     if T > 0:
         block_d = min(triton.next_power_of_2(D), 2048)
         n_parts = 0 if dgates_parts is None else dgates_parts.shape[0]

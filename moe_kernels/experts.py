@@ -120,12 +120,15 @@ def experts_bwd(
     dh, ga, dgates_parts = gemm.dswiglu(dy, w_out, h_SG, gates, sorted_, tiles["dswiglu"])
     # With few rows per expert dx reads the weights and dW writes their gradients: side by side 3 % of the layer on an H200. With many rows both want the
     # tensor cores and nothing is gained; outside of a graph a second stream costs more Python than it saves.
-    main = torch.cuda.current_stream() if x.is_cuda and tiles["dx"].BLOCK_M < 128 and torch.cuda.is_current_stream_capturing() else None
+    main = captured_stream(x) if tiles["dx"].BLOCK_M < 128 else None
     side = main and side_stream(main)
+    # Results are this stream's memory: what the side stream allocates would, once freed, be given to its next kernels without a wait for those here
+    # that read it. torch has 32 streams and deals them out again and again, so the side stream may be another branch's main one.
+    dx, dgates = torch.empty_like(x), torch.empty_like(gates)
     if main:
         side.wait_stream(main)
     with torch.cuda.stream(side):  # nothing changes for None
-        dx, dgates = combine(gemm.dx(dh, w_in, sorted_, tiles["dx"]), slot_row_TK, dgates_parts=dgates_parts)
+        combine(gemm.dx(dh, w_in, sorted_, tiles["dx"]), slot_row_TK, dgates_parts=dgates_parts, out=(dx, dgates))
     dw_out = gemm.dw(dy, ga, True, sorted_, tiles["dw_out"])
     dw_in = gemm.dw(dh, x, False, sorted_, tiles["dw_in"])
     if main:
@@ -133,7 +136,12 @@ def experts_bwd(
     return dx, dw_in, dw_out, dgates
 
 
-side_stream = functools.cache(lambda main: torch.cuda.Stream(main.device))  # one for each: branches of one graph must not meet in it
+def captured_stream(tensor):
+    """The current stream if it is recorded into a CUDA graph, else None."""
+    return torch.cuda.current_stream() if tensor.is_cuda and torch.cuda.is_current_stream_capturing() else None
+
+
+side_stream = functools.cache(lambda main: torch.cuda.Stream(main.device))  # one for each: branches of one graph that meet in it wait for each other
 
 
 experts_bwd_op = torch.library.custom_op("moe_kernels::experts_bwd", experts_bwd, mutates_args=())

@@ -34,6 +34,7 @@ def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5, im
         return reference.rope(qkv_BLNd, cos, sin, n_heads, q_weight, k_weight, eps)
     if qkv_BLNd.dtype == torch.float64:
         raise ValueError("impl='triton' computes in float32 at most, not float64: use impl='reference'")
+    q_weight, k_weight = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
     return Rope.apply(qkv_BLNd, cos, sin, q_weight, k_weight, n_heads, eps)
 
 

@@ -104,7 +104,8 @@ def route_fwd_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
         ranking = scores + bias[None, :]
-    ranking = tl.where((offs_e < E)[None, :], ranking, float("-inf"))
+    # Minus infinity is for experts that are taken or do not exist: one whose score is that is still taken once only.
+    ranking = tl.where((offs_e < E)[None, :], tl.where(ranking == float("-inf"), -3e38, ranking), float("-inf"))
 
     # Reductions over tokens cross warps: one after the loop instead of one in every round.
     taken = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)

@@ -22,7 +22,7 @@ def truth(h, da):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T,F", [(37, 48), (3, 1040), (5, 2048), (1, 1), (0, 16), (33, 16)])
+@pytest.mark.parametrize("T,F", [(37, 48), (3, 1040), (5, 2048), (1, 1), (0, 16), (33, 16), (7, 131), (3, 0)])
 def test_matches_reference(T, F, dtype, device, poison):
     inputs = problem(T, F, dtype, device)
     for name, a, b in zip(("a", "dh"), results(*inputs), truth(*inputs), strict=True):

@@ -148,4 +148,12 @@ def test_bad_arguments(device):
     with pytest.raises(ValueError, match="copy torch.float32: it is the bfloat16 copy"):
         call(weight, grad, mean, var, copy=mean)
     call(*(t[:0] for t in (weight, grad, mean, var)))
-    call(weight, torch.ones((), device=device).expand(8), mean, var)  # expanded gradients are fine
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_parameters_and_expanded_gradients(impl, dtype, device):
+    weight, _, mean, var = tensors(8, device, dtype)
+    p, before = torch.nn.Parameter(weight), weight.clone()
+    adamw_step(p, torch.ones((), device=device).expand(8), mean, var, scalar(1, device), 1e-1, **SETTINGS, impl=impl)
+    assert p.requires_grad and p.is_leaf and not torch.equal(p, before)

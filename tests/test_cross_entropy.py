@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_kernels import linear_cross_entropy, reference
+from moe_kernels.cross_entropy import cross_entropy_kernel
 from tests.checks import BOUNDS, DTYPES, check, rms_ratio
 
 
@@ -52,6 +53,18 @@ def test_uncounted_rows_give_nothing(device, poison):
     assert empty[0] == 0 and empty[1].shape == (0, 16) and (empty[2] == 0).all()
 
 
+def test_uncounted_rows_are_not_read(device):
+    """Whatever their logits are."""
+    logits, losses = torch.randn(3, 40, device=device), torch.empty(3, device=device)
+    logits[1] = float("nan")
+    counted = logits[::2].clone()
+    cross_entropy_kernel[(3,)](logits, torch.tensor([5, -1, 39], device=device), losses, 40, True, 16, 8)
+    targets = torch.tensor([5, 39], device=device)
+    assert losses[1] == 0 and (logits[1] == 0).all()
+    check(losses[::2], torch.nn.functional.cross_entropy(counted, targets, reduction="none"), 1e-6)
+    check(logits[::2], counted.softmax(1) - torch.nn.functional.one_hot(targets, 40), 1e-5)
+
+
 def test_extreme_logits_stay_finite(device):
     x, w, targets = problem(30, 16, 40, torch.float32, device)
     with torch.no_grad():
@@ -66,6 +79,16 @@ def test_without_gradients_only_the_loss_is_computed(device):
         out = linear_cross_entropy(x, w, targets, impl="triton")
     check(out, reference.linear_cross_entropy(x, w, targets), 1e-6)
     assert not out.requires_grad
+
+
+def test_a_second_derivative_is_refused(device):
+    x, w, targets = problem(12, 16, 40, torch.float32, device)
+    loss = linear_cross_entropy(x, w, targets, impl="triton")
+    (dx,) = torch.autograd.grad(loss.square(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice|not have been used"):
+        torch.autograd.grad(dx.sum(), x)
+    with pytest.raises(RuntimeError, match="twice"):
+        dx.sum().backward()
 
 
 @pytest.mark.parametrize("grads", [True, False])

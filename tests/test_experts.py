@@ -1,5 +1,7 @@
 """The expert layer and each of its GEMM kernels against float64: python -m pytest tests/test_experts.py (GPU where there is one)."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -187,19 +189,82 @@ def test_fullgraph_compile_and_opcheck(device):
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-def test_cuda_graph_capture_follows_new_routing():
-    inputs = problem(300, 64, 48, 8, 2, torch.bfloat16, "cuda")
-    dy = torch.randn(300, 64, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("T", [300, 100])  # with 100 tokens, 25 rows per expert, dx runs on a second stream
+def test_cuda_graph_capture_follows_new_routing(T):
+    inputs = problem(T, 64, 48, 8, 2, torch.bfloat16, "cuda")
+    dy = torch.randn(T, 64, device="cuda", dtype=torch.bfloat16)
+    assert (gemm_tiles(2 * T, 8, 64, 48, torch.bfloat16)["dx"].BLOCK_M < 128) == (T == 100)
     run("triton", inputs, dy)  # compile outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run("triton", inputs, dy)
-    other = problem(300, 64, 48, 8, 2, torch.bfloat16, "cuda", "hole", seed=5)
+    other = problem(T, 64, 48, 8, 2, torch.bfloat16, "cuda", "hole", seed=5)
     for static, new in zip(inputs, other, strict=True):
         static.copy_(new)
     graph.replay()
     fresh = run("triton", other, dy)
     assert torch.equal(captured[0], fresh[0]) and all(torch.equal(a, b) for a, b in zip(captured[1], fresh[1], strict=True))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_branches_of_a_graph_do_not_meet(monkeypatch):
+    """Two branches, each with the other's stream as its second one: the most unlucky of what torch's pool of streams may give."""
+    inputs = [problem(100, 64, 48, 8, 2, torch.bfloat16, "cuda", seed=seed) for seed in range(2)]
+    dy = torch.randn(100, 64, device="cuda", dtype=torch.bfloat16)
+    alone, streams, captured = [run("triton", each, dy) for each in inputs], [torch.cuda.Stream() for _ in inputs], []
+    monkeypatch.setattr("moe_kernels.experts.side_stream", lambda main: streams[1 - streams.index(main)])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        start = torch.cuda.current_stream()
+        for each, stream in zip(inputs, streams, strict=True):
+            stream.wait_stream(start)
+            with torch.cuda.stream(stream):
+                y, grads = run("triton", each, dy)
+                captured.append((y, [grad.clone() for grad in grads]))  # freed, the originals are the next branch's to overwrite
+                del y, grads
+        for stream in streams:
+            start.wait_stream(stream)
+    for _ in range(10):
+        graph.replay()
+        for (y, grads), (true_y, true_grads) in zip(captured, alone, strict=True):
+            assert torch.equal(y, true_y) and all(torch.equal(a, b) for a, b in zip(grads, true_grads, strict=True))
+
+
+@pytest.mark.skipif(ON_GPU, reason="stands in for streams")
+def test_results_are_not_memory_of_the_side_stream(monkeypatch):
+    """Nothing records for the allocator that the main stream reads them. And the two streams wait for each other, around all that the side one does."""
+    events, on_side, theirs = [], [], []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def enter(stream):
+        on_side.append(stream.name)
+        yield
+        on_side.pop()
+
+    def watched(make, *args, **kwargs):
+        t = make(*args, **kwargs)
+        if on_side and t.numel():  # the interpreter makes views of empty tensors
+            events.append("side allocates")
+            theirs.append(t)
+        return t
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, lambda *args, _make=getattr(owner, name), **kwargs: watched(_make, *args, **kwargs))
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    monkeypatch.setattr("moe_kernels.experts.captured_stream", lambda tensor: Stream("main"))
+    monkeypatch.setattr("moe_kernels.experts.side_stream", lambda main: Stream("side"))
+    inputs, dy = problem(24, 32, 16, 4, 2, torch.float32, "cpu"), torch.randn(24, 32)
+    got = run("triton", inputs, dy)
+    assert events[0] == "side waits for main" and events[-1] == "main waits for side" and set(events[1:-1]) == {"side allocates"}
+    assert not {t.data_ptr() for t in theirs} & {t.data_ptr() for t in got[1]}
+    compare(got, run_truth(inputs, dy), BOUNDS[torch.float32])
 
 
 @pytest.mark.parametrize(

@@ -171,12 +171,13 @@ def test_learns_and_resumes_bit_for_bit(mode):
     model, batch = model_and_batch(cfg=model_cfg)
     optimizer = make_optimizer(model, cfg)
     losses = train(model, optimizer, batch, 4)
-    saved = copy.deepcopy((optimizer.weights(model), optimizer.state_dict()))
+    saved, loss = copy.deepcopy((optimizer.weights(model), optimizer.state_dict())), model(*batch).loss
     losses += train(model, optimizer, batch, 4)
     assert losses[-1] < losses[0] - 0.5
     for forget in (False, True):  # the check can fail
         other, _ = model_and_batch(cfg=model_cfg)
         other.load_state_dict(saved[0])  # before the optimiser, as train.py does
+        assert torch.equal(other(*batch).loss, loss)  # validation in training, on copies or not, is evaluation of the checkpoint
         again = make_optimizer(other, cfg)
         if not forget:
             again.load_state_dict(copy.deepcopy(saved[1]))

@@ -69,6 +69,15 @@ def test_gradients_of_any_layout(layout, device, poison):
         check(a, b, 1e-5, name)
 
 
+def test_inputs_of_any_layout(device, poison):
+    """qkv, tables and weights with gaps between their values."""
+    args, dy = problem(2, 9, 4, 2, 8, torch.float32, device, norm=True, positions=True)
+    args = [t.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_(t.requires_grad) if torch.is_tensor(t) else t for t in args]
+    assert not any(t.is_contiguous() for t in args if torch.is_tensor(t))
+    for name, a, b in zip(NAMES, results(args, dy), truth(args, dy), strict=True):
+        check(a, b, 1e-5, name)
+
+
 def test_an_unused_output_has_no_gradient(device):
     args, dy = problem(2, 9, 4, 2, 8, torch.float32, device)
     _, k, _ = rope(*args, impl="triton")

@@ -56,6 +56,21 @@ def test_ties_go_to_the_lower_expert(device):
         assert route(torch.zeros(3, 8, device=device), 3, impl=impl).experts_TK.tolist() == [[0, 1, 2]] * 3
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("masked_by", ["logits", "bias"])
+def test_masked_experts_are_chosen_once(score, masked_by, device):
+    """Fewer experts than K have a finite score: the choice is still of K different ones, and no gradient is lost."""
+    logits, bias = torch.randn(9, 5, device=device), None
+    if masked_by == "logits":
+        logits[:, 1::2] = logits[:, 4] = -float("inf")
+    else:
+        bias = torch.tensor([0.1, -float("inf"), 0.2, -float("inf"), -float("inf")], device=device)
+    kernel, truth, grad, true_grad = both(logits, 4, score, True, bias)
+    assert torch.equal(kernel.experts_TK, truth[1]) and torch.equal(kernel.counts_E, truth[2])
+    check(kernel.gates_TK, truth[0], 1e-5)
+    check(grad, true_grad, 1e-5)
+
+
 def test_nan_logits_name_existing_experts(device):
     logits = torch.randn(9, 5, device=device)
     logits[4] = float("nan")

@@ -95,6 +95,20 @@ def test_noise_and_training(dense):
     assert losses[-1] < losses[0] - 0.1 and not torch.equal(moe.w_in[0], moe.w_in[2]) and not torch.equal(moe.router.weight[0], moe.router.weight[1])
 
 
+def test_from_bfloat16_weights(dense, tmp_path):
+    """Of a run with --weights=bfloat16: neither three times a weight nor a little noise on it is a bfloat16 number, but the mixture is float32."""
+    model = dense[0]
+    state = {name: t.bfloat16() if ".mlp." in name else t for name, t in model.state_dict().items()}
+    path = checkpoint.save(tmp_path, 8, {"config": dataclasses.asdict(DENSE), "model": state}, keep=2)
+    model.load_state_dict(state)
+    exact, noisy = mixture(**CASES["one of three shared"]), mixture(**CASES["one of three shared"])
+    upcycle.upcycle(exact, path)
+    upcycle.upcycle(noisy, path, 1e-3)
+    w = exact.blocks[0].mlp.w_in
+    assert (noisy.blocks[0].mlp.w_in - w).std().item() == pytest.approx(1e-3 * w.std().item(), rel=0.1)
+    check(logits(exact), logits(model), BOUND)
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(d_expert=48), "d_expert=48: slices of this width, 0 of them shared, do not make up the dense hidden width 64"),
     (dict(d_expert=64, n_shared_experts=1), "d_expert=64: slices"),
