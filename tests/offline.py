@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from moe_kernels.precompile import Driver
 
 SHARED_LIMIT = 232448  # bytes of shared memory a block may use on compute capability 9.0
 
@@ -30,22 +31,6 @@ class Compiled(NamedTuple):
     async_copies: int  # asynchronous global-to-shared copies and TMA loads in the PTX
     wide: int  # loads and stores of 16 bytes in the PTX
     narrow: int  # other loads and stores, of global memory like those
-
-
-class _Driver:
-    """As much of a driver as compiling needs."""
-
-    def __init__(self, capability):
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def resources(kernel, capability):
@@ -84,7 +69,7 @@ def compile_only(capability=90):
 
     seen = set()
     before = driver._active
-    driver.set_active(_Driver(capability))
+    driver.set_active(Driver(capability))
     JITFunction.__getitem__ = record
     try:
         yield compiled
