@@ -17,7 +17,7 @@ import torch
 
 from bench.compare import begin, finish
 from bench.problem import Cost, Shape
-from bench.results import DTYPES, HEADER, arguments
+from bench.results import DTYPES, HEADER, arguments, cli
 from bench.timing import quantiles, skipping
 from eval import hf
 from eval.generate import any_shape, generate
@@ -131,4 +131,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(cli(main))

@@ -14,7 +14,7 @@ import torch
 
 from bench.compare import begin, finish
 from bench.problem import TINY, Cost, Shape, layer_cost, parse_shape, require_accuracy, rms
-from bench.results import DTYPES, HEADER, arguments
+from bench.results import DTYPES, HEADER, arguments, cli
 from bench.timing import memory_mib, skipping, times_ms
 from moe_kernels.transformers import NAME, register
 
@@ -105,4 +105,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(cli(main))

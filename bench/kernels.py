@@ -21,7 +21,7 @@ import torch
 from bench.compare import begin, finish
 from bench.precompile import compile_layer, empty_inputs, precompile
 from bench.problem import BACKWARD, TARGETS, TINY, kernel_costs, make_inputs, parse_shape, require_accuracy, rms, sample
-from bench.results import DTYPES, HEADER, arguments
+from bench.results import DTYPES, HEADER, arguments, cli
 from bench.timing import Ceilings, capture, poisoned, skipping, times_ms
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels import reference
@@ -259,4 +259,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(cli(main))

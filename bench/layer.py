@@ -24,7 +24,7 @@ from bench.precompile import compile_layer, precompile
 from bench.problem import (
     TARGETS, TINY, Cost, Shape, kernel_costs, layer_cost, layer_errors, layer_floor_ms, make_inputs, parse_shape, require_accuracy, rms,
 )  # fmt: skip
-from bench.results import DTYPES, HEADER, arguments
+from bench.results import DTYPES, HEADER, arguments, cli
 from bench.timing import MIB, capture, memory_mib, poisoned, skipping, times_ms
 from moe_kernels import moe_experts, route
 from moe_kernels.dispatch import dispatch
@@ -265,4 +265,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(cli(main))

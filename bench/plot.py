@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
 from bench.problem import TARGETS, Shape
-from bench.results import latest, read
+from bench.results import cli, latest, read
 
 COLORS = {
     "triton": "#0b6e4f", "triton, graph": "#6fc3a5", "sonicmoe": "#c8553d", "liger": "#e09f3e", "scattermoe": "#8d6a9f",
@@ -276,4 +276,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(cli(main))

@@ -56,6 +56,16 @@ def arguments(description):
     return parser
 
 
+def cli(main):
+    """main() of a benchmark for the command line: a wrong argument or file is one line, with DEBUG set a traceback."""
+    try:
+        return main()
+    except ValueError as error:
+        if "DEBUG" in os.environ:
+            raise
+        return f"error: {error}"
+
+
 class Results:
     """The rows of this run, printed and appended to the CSV one by one, so that whatever fails later loses none of them."""
 

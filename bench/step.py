@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import config
 from bench.compare import begin, finish
 from bench.problem import Cost, Shape
-from bench.results import DTYPES, HEADER, arguments
+from bench.results import DTYPES, HEADER, arguments, cli
 from bench.timing import MIB, Times, quantiles
 from data import shards, tokenizer
 from data.loader import Loader
@@ -221,4 +221,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(cli(main))

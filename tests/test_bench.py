@@ -11,7 +11,7 @@ from bench import compare, kernels, layer, peers, plot, problem, step, timing
 from bench import generate as generation
 from bench import hf as bench_hf
 from bench.problem import TARGETS, Cost, Shape, kernel_costs, layer_cost, layer_errors, layer_floor_ms, make_inputs, parse_shape, require_accuracy
-from bench.results import COLUMNS, append, latest, read
+from bench.results import COLUMNS, append, cli, latest, read
 from model import ModelConfig
 from moe_kernels import moe_experts
 from moe_kernels.tiles import Tile
@@ -290,3 +290,10 @@ def test_inside_transformers_on_the_cpu(tmp_path, capsys):
     assert bench_hf.main(["--csv", str(tmp_path / "hf.csv"), "--impl", "moe_kernels,eager", "--layers", "1"]) == 0
     assert [row["kernel"] for row in read(tmp_path / "hf.csv")] == 4 * ["hf-block"] + 4 * ["hf-model"]
     assert "hf-model: moe_kernels is" in capsys.readouterr().out
+
+
+def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("DEBUG", raising=False)
+    (tmp_path / "not.csv").write_text("a,b")
+    assert cli(lambda: plot.main([str(tmp_path / "not.csv")])).startswith(f"error: {tmp_path}/not.csv: expected the header")
+    assert cli(lambda: 1) == 1
