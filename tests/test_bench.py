@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import compare, kernels, layer, peers, plot, problem, step, timing
+import config
+from bench import compare, kernels, layer, peers, plot, problem, readme, step, timing
 from bench import generate as generation
 from bench import hf as bench_hf
 from bench.problem import TARGETS, Cost, Shape, kernel_costs, layer_cost, layer_errors, layer_floor_ms, make_inputs, parse_shape, require_accuracy
+from bench.layer import powers
 from bench.results import COLUMNS, append, cli, latest, read
 from model import ModelConfig
 from moe_kernels import moe_experts
@@ -297,3 +300,18 @@ def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "not.csv").write_text("a,b")
     assert cli(lambda: plot.main([str(tmp_path / "not.csv")])).startswith(f"error: {tmp_path}/not.csv: expected the header")
     assert cli(lambda: 1) == 1
+
+
+def test_the_readmes_benchmarks_exist(tmp_path, capsys):
+    argv = ["--csv", str(tmp_path / "x.csv"), "--list"]
+    assert readme.main(argv) == 0 and capsys.readouterr().out.count("python -m bench.") == len(readme.RUNS)
+    assert readme.main([*argv, "--only=hf"]) == 0 and capsys.readouterr().out.count("\n") == 1
+    for run in readme.RUNS:
+        assert (Path(readme.__file__).parent / f"{run.kind}.py").exists()
+        if run.kind == "step":
+            cfg = config.parse(step.TrainConfig, [word for word in run.arguments.split() if not word.startswith("--repeats")])
+            assert cfg.optimizer == "adamw" and cfg.batch_size in (8, 16, 20, 32, 64)
+    shapes = [powers(word.partition("=")[2]) for run in readme.RUNS for word in run.arguments.split() if word.startswith(("--experts", "--topk"))]
+    assert shapes[0] == [8, 16, 32, 64, 128, 256] and shapes[1] == [1, 2, 4, 8, 16]
+    if not torch.cuda.is_available():
+        assert readme.main(argv[:2]).startswith("error: these sizes need a GPU")

@@ -1,0 +1,84 @@
+"""Everything that the README's numbers and pictures come from, one benchmark after another into one CSV:
+
+    python -m bench.readme --csv docs/runs/bench-h100.csv --minutes 25        # about 20 minutes on an H100, a third of them compilation
+    python -m bench.readme --csv docs/runs/bench-h100.csv --only step         # one kind; --list prints the commands and runs nothing
+    python -m bench.plot docs/runs/bench-h100.csv --out docs/figures
+
+A benchmark is not started when the time left is shorter than what it took on an H100; the most important come first. Rows are appended, and the last
+of equal ones counts (bench/results.py), so a run that was cut short goes on with --only.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+GPT2 = "--dense --preset=paper-d512-e8-k2 --d-model=768 --n-layers=12 --n-heads=12 --n-kv-heads=12 --head-dim=64 --d-expert=1024 --vocab-size=50304"
+WIDE = "--preset=paper-d1024-e16-k2 --vocab-size=50304 --seq-len=2048"
+SMALL = "--preset=tiny --d-model=256 --n-heads=8 --n-kv-heads=8 --n-layers=6 --d-expert=128 --seq-len=256 --batch-size=32"
+TEXT = "--preset=paper-d512-e16-k2 --vocab-size=16384 --seq-len=1024 --batch-size=64"  # the model of the runs on real text
+STEP = "--optimizer=adamw --compile=true"
+
+
+class Run(NamedTuple):
+    kind: str  # module of bench
+    arguments: str
+    seconds: int  # about, on an H100 with 16 cores and an empty compilation cache
+
+
+RUNS = (
+    Run("layer", "--graph", 100),
+    Run("step", f"{STEP} {WIDE} --batch-size=16", 60),
+    Run("step", f"{STEP} {WIDE} --batch-size=16 --dense", 40),
+    Run("step", f"{STEP} {WIDE} --batch-size=20 --n-experts=64 --weights=bfloat16", 60),
+    Run("step", f"{STEP} {GPT2} --seq-len=1024 --batch-size=64", 45),
+    Run("step", f"{STEP} --preset=paper-d512-e64-k4 --batch-size=8", 45),
+    Run("step", f"{STEP} --preset=paper-d512-e64-k4 --batch-size=8 --dense", 40),
+    Run("generate", "", 100),
+    Run("hf", "", 60),
+    Run("layer", "--routing=zipf1.5,balanced --impl=triton", 60),
+    Run("layer", "--experts=8,...,256 --topk=1,...,16 --impl=triton,grouped_mm", 180),
+    Run("layer", "--at 32768,512,1024 16384,2048,4096 --experts=8,...,256 --topk=2,8,16 --impl=triton", 150),
+    Run("kernels", "", 60),
+    *(Run("step", f"{STEP} {TEXT} --impl={impl}", 60) for impl in ("triton", "grouped_mm")),
+    Run("step", f"--optimizer=adamw --compile=false --repeats=5 {TEXT} --impl=reference", 60),
+    *(Run("step", f"{STEP} {SMALL} --n-experts={e}", 30) for e in (8, 32, 128)),
+)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = list(dict.fromkeys(run.kind for run in RUNS))
+    parser.add_argument("--csv", type=Path, required=True, help="append the rows to this file")
+    parser.add_argument("--minutes", type=float, default=25, help="time limit (default: %(default)s)")
+    parser.add_argument("--only", choices=kinds, help="benchmarks of one kind")
+    parser.add_argument("--list", action="store_true", help="print the commands only")
+    args = parser.parse_args(argv)
+    ends, failed = time.monotonic() + 60 * args.minutes, 0
+    if not args.list and not torch.cuda.is_available():
+        return "error: these sizes need a GPU; --list prints the commands"
+    for run in RUNS:
+        if args.only not in (None, run.kind):
+            continue
+        words = ["-m", f"bench.{run.kind}", *run.arguments.split(), "--csv", str(args.csv)]
+        left = ends - time.monotonic()
+        if args.list:
+            print("python", *words)
+        elif left < run.seconds:
+            print(f"{left:.0f} s left, not started ({run.seconds} s): python", *words, flush=True)
+        else:
+            print("\npython", *words, flush=True)
+            try:
+                failed += subprocess.run([sys.executable, *words], timeout=left).returncode != 0
+            except subprocess.TimeoutExpired:
+                failed += 1
+                print("cut off: the time is over; the rows so far are in the file", flush=True)
+    return f"error: {failed} of these benchmarks failed or were cut off" if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
