@@ -12,8 +12,8 @@ import config
 from bench import compare, kernels, layer, peers, plot, problem, readme, step, timing
 from bench import generate as generation
 from bench import hf as bench_hf
-from bench.problem import TARGETS, Cost, Shape, kernel_costs, layer_cost, layer_errors, layer_floor_ms, make_inputs, parse_shape, require_accuracy
 from bench.layer import powers
+from bench.problem import TARGETS, Cost, Shape, kernel_costs, layer_cost, layer_errors, layer_floor_ms, make_inputs, parse_shape, require_accuracy
 from bench.results import COLUMNS, append, cli, latest, read
 from model import ModelConfig
 from moe_kernels import moe_experts
