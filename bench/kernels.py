@@ -19,13 +19,14 @@ from typing import NamedTuple
 import torch
 
 from bench.compare import begin, finish
-from bench.precompile import compile_layer, empty_inputs, precompile
+from bench.precompile import compile_layer, empty_inputs
 from bench.problem import BACKWARD, TARGETS, TINY, kernel_costs, make_inputs, parse_shape, require_accuracy, rms, sample
 from bench.results import DTYPES, HEADER, arguments, cli
 from bench.timing import Ceilings, capture, poisoned, skipping, times_ms
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels import reference
 from moe_kernels.dispatch import combine, dispatch
+from moe_kernels.precompile import precompile
 from moe_kernels.routing import route_bwd, route_fwd
 from moe_kernels.tiles import gemm_tiles, interpreting
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F_
 
 from bench import peers
 from bench.compare import begin, finish
-from bench.precompile import compile_layer, precompile
+from bench.precompile import compile_layer
 from bench.problem import (
     TARGETS, TINY, Cost, Shape, kernel_costs, layer_cost, layer_errors, layer_floor_ms, make_inputs, parse_shape, require_accuracy, rms,
 )  # fmt: skip
@@ -28,6 +28,7 @@ from bench.results import DTYPES, HEADER, arguments, cli
 from bench.timing import MIB, capture, memory_mib, poisoned, skipping, times_ms
 from moe_kernels import moe_experts, route
 from moe_kernels.dispatch import dispatch
+from moe_kernels.precompile import precompile
 from moe_kernels.tiles import IMPLS, gemm_tiles, interpreting
 
 MODES = ("forward", "backward", "full")

@@ -6,7 +6,6 @@ import torch
 
 from bench.problem import Inputs
 from moe_kernels.experts import experts_bwd_op, experts_op
-from moe_kernels.precompile import precompile  # noqa: F401
 from moe_kernels.routing import route_bwd_op, route_op
 
 

@@ -1,10 +1,10 @@
-"""Everything that the README's numbers and pictures come from, one benchmark after another into one CSV:
+"""All that the tables and pictures of the README's section on speed come from, one benchmark after another into one CSV:
 
-    python -m bench.readme --csv docs/runs/bench-h100.csv --minutes 25        # about 20 minutes on an H100, a third of them compilation
+    python -m bench.readme --csv docs/runs/bench-h100.csv --minutes 25        # an estimated 20 minutes on an H100
     python -m bench.readme --csv docs/runs/bench-h100.csv --only step         # one kind; --list prints the commands and runs nothing
     python -m bench.plot docs/runs/bench-h100.csv --out docs/figures
 
-A benchmark is not started when the time left is shorter than what it took on an H100; the most important come first. Rows are appended, and the last
+A benchmark is not started when the time left is shorter than its estimate; the most important come first. Rows are appended, and the last
 of equal ones counts (bench/results.py), so a run that was cut short goes on with --only.
 """
 
@@ -27,14 +27,14 @@ STEP = "--optimizer=adamw --compile=true"
 class Run(NamedTuple):
     kind: str  # module of bench
     arguments: str
-    seconds: int  # about, on an H100 with 16 cores and an empty compilation cache
+    seconds: int  # an estimate for an H100 with 16 cores and an empty compilation cache: steps, generate and hf took about that, the rest is a guess
 
 
 RUNS = (
     Run("layer", "--graph", 100),
     Run("step", f"{STEP} {WIDE} --batch-size=16", 60),
     Run("step", f"{STEP} {WIDE} --batch-size=16 --dense", 40),
-    Run("step", f"{STEP} {WIDE} --batch-size=20 --n-experts=64 --weights=bfloat16", 60),
+    *(Run("step", f"{STEP} {WIDE} --batch-size={batch} --n-experts=64 --weights=bfloat16", 60) for batch in (16, 20)),
     Run("step", f"{STEP} {GPT2} --seq-len=1024 --batch-size=64", 45),
     Run("step", f"{STEP} --preset=paper-d512-e64-k4 --batch-size=8", 45),
     Run("step", f"{STEP} --preset=paper-d512-e64-k4 --batch-size=8 --dense", 40),

@@ -264,7 +264,8 @@ def test_peers_say_what_is_missing():
 
 def test_kernels_compile_ahead_without_a_gpu(tmp_path):
     code = (
-        "import torch; from bench.problem import Shape; from bench.precompile import compile_layer, precompile;"
+        "import torch; from bench.problem import Shape; from bench.precompile import compile_layer;"
+        "from moe_kernels.precompile import precompile;"
         "print(precompile([lambda: compile_layer(Shape(64, 64, 64, 4, 2), torch.bfloat16), lambda: 1 / 0], capability=90))"
     )
     assert run(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) == "[0, 1]\n"
