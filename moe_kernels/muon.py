@@ -8,7 +8,6 @@ Shapes: P parameters of one shape, (R, B) or (E, R, B), whose R rows are stacked
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 

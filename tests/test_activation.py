@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_kernels import reference, swiglu
+from moe_kernels import swiglu
 from tests.checks import BOUNDS, DTYPES, check, rms_ratio
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import config
-from bench import compare, kernels, layer, peers, plot, problem, readme, step, timing
+from bench import compare, kernels, layer, peers, plot, readme, step, timing
 from bench import generate as generation
 from bench import hf as bench_hf
 from bench.layer import powers
