@@ -55,7 +55,7 @@ class ModelConfig:
     # Execution
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 on CPU
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # kernels of moe_kernels; auto: by device
-    loss_chunk: int = 8192  # tokens whose logits exist at one time in training (triton only: the others hold all T x V)
+    loss_chunk: int = 16384  # tokens whose logits exist at one time in training (triton only: the others hold all T x V)
 
     def __post_init__(self):
         self.validate()

@@ -131,12 +131,12 @@ class Cases:
     def dw_in(self):
         dh, x = self.new(self.shape.S, 2 * self.shape.F), self.inputs.x_TD
         twin = lambda: reference.dw_in(*self.rows(dh), x.double(), *self.sampled[3:], self.shape.K)  # noqa: E731
-        return Case(lambda tile: (gemm.dw(dh, x, False, self.any_sorted, tile),), lambda out: [(out[0][self.sampled[1]], twin())])
+        return Case(lambda tile: (gemm.dw(x, dh, True, self.any_sorted, tile),), lambda out: [(out[0][self.sampled[1]], twin())])
 
     def dw_out(self):
         dy, ga = self.inputs.dy_TD, self.new(self.shape.S, self.shape.F)
         twin = lambda: reference.dw_out(dy.double(), *self.rows(ga), *self.sampled[3:], self.shape.K)  # noqa: E731
-        return Case(lambda tile: (gemm.dw(dy, ga, True, self.any_sorted, tile),), lambda out: [(out[0][self.sampled[1]], twin())])
+        return Case(lambda tile: (gemm.dw(dy, ga, False, self.any_sorted, tile),), lambda out: [(out[0][self.sampled[1]], twin())])
 
 
 def check(case, outputs, dtype):

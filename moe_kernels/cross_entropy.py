@@ -14,7 +14,7 @@ from moe_kernels import reference
 from moe_kernels.tiles import pick_impl
 
 
-def linear_cross_entropy(x_TD, w_VD, targets_T, chunk=8192, impl=None):
+def linear_cross_entropy(x_TD, w_VD, targets_T, chunk=16384, impl=None):
     """Mean cross-entropy in nats (float32 scalar) of softmax(x W^T) against the targets; those of -1 do not count.
 
     x_TD (T, D) in the compute dtype; w_VD (V, D) in any floating dtype, cast to x's; targets_T (T,) int64 below V (not checked).
@@ -90,7 +90,7 @@ def cross_entropy_op(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, chunk: int, 
         if grads:
             torch.mm(logits, w, out=dx[start : start + chunk])
             if x.is_cuda and x.dtype != torch.float32:
-                dw = torch.addmm(dw, logits.T, rows, out_dtype=torch.float32)
+                torch.addmm(dw, logits.T, rows, out_dtype=torch.float32, out=dw)
             else:
                 dw += logits.T @ rows
     return losses.sum() * scale, scale, dx, dw.to(w_VD.dtype) if grads else dw

@@ -129,8 +129,8 @@ def experts_bwd(
         side.wait_stream(main)
     with torch.cuda.stream(side):  # nothing changes for None
         combine(gemm.dx(dh, w_in, sorted_, tiles["dx"]), slot_row_TK, dgates_parts=dgates_parts, out=(dx, dgates))
-    dw_out = gemm.dw(dy, ga, True, sorted_, tiles["dw_out"])
-    dw_in = gemm.dw(dh, x, False, sorted_, tiles["dw_in"])
+    dw_out = gemm.dw(dy, ga, False, sorted_, tiles["dw_out"])
+    dw_in = gemm.dw(x, dh, True, sorted_, tiles["dw_in"])
     if main:
         main.wait_stream(side)
     return dx, dw_in, dw_out, dgates

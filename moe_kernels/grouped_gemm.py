@@ -251,7 +251,7 @@ def dswiglu_kernel(
 @triton.jit(do_not_specialize=["E"])
 def dw_kernel(
     a_ptr,
-    b,
+    b_desc,
     dw_ptr,
     row_slot_ptr,
     by_size_ptr,
@@ -259,16 +259,17 @@ def dw_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
-    GATHER_A: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """dw[e] (M, N) = a[rows of e]^T b[rows of e]: one operand is gathered by token, the other lies sorted by expert. No rows: zeros.
+    """dw[e] (M, N) = a[rows of e]^T b[rows of e], stored as (N, M) when TRANSPOSED. `a` is gathered by token, `b` lies sorted by expert. No rows: zeros.
 
-    `b` is a pointer when it is the gathered one, else a descriptor (12 % faster there; for `a` a descriptor is 5 % slower)."""
+    The sorted operand is the wide one and on the right for both weights: through TMA it costs no address arithmetic there, while TMA of a left operand,
+    which the product reads transposed, is slower than pointers. Turning the result round costs one pass through shared memory per tile."""
     M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
@@ -281,33 +282,27 @@ def dw_kernel(
     pid_m = first_m + pid % (GROUP_M * N_TILES) % size_m
     pid_n = pid % (GROUP_M * N_TILES) // size_m
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # The token ids of the next step are loaded one step ahead: an index loaded where it is used halves the depth of the pipeline.
     tokens = tl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
     for row in range(start, end, BLOCK_K):
         rows = row + offs_k
-        mask_k = (rows < end)[:, None]
-        row_a = tokens if GATHER_A else rows
-        mask_a = mask_k
+        mask = (rows < end)[:, None]
         if M % BLOCK_M != 0:
-            mask_a = mask_k & (offs_m < M)[None, :]
-        a = tl.load(a_ptr + row_a.to(tl.int64)[:, None] * M + offs_m[None, :], mask=mask_a, other=0.0)
-        if GATHER_A:
-            b_tile = b.load([row, pid_n * BLOCK_N])  # rows past the end meet zeros of `a`
-        else:
-            mask_b = mask_k
-            if N % BLOCK_N != 0:
-                mask_b = mask_k & (offs_n < N)[None, :]
-            b_tile = tl.load(b + tokens.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask_b, other=0.0)
+            mask = mask & (offs_m < M)[None, :]
+        a = tl.load(a_ptr + tokens.to(tl.int64)[:, None] * M + offs_m[None, :], mask=mask, other=0.0)
+        b = b_desc.load([row, pid_n * BLOCK_N])  # rows past the end meet zeros of `a`
         tokens = tl.load(row_slot_ptr + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0) // TOP_K
-        acc = tl.dot(a.T, b_tile, acc, input_precision="ieee")
+        acc = tl.dot(a.T, b, acc, input_precision="ieee")
     dw_ptr += expert.to(tl.int64) * (M * N)
     for part in tl.static_range(PARTS):
         columns = pid_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)
-        mask = (offs_m < M)[:, None] & (columns < N)[None, :]
-        tl.store(dw_ptr + offs_m[:, None] * N + columns[None, :], _split_columns(acc, PARTS, part).to(dw_ptr.dtype.element_ty), mask=mask)
+        tile = _split_columns(acc, PARTS, part).to(dw_ptr.dtype.element_ty)
+        if TRANSPOSED:
+            tl.store(dw_ptr + columns[:, None] * M + offs_m[None, :], tile.T, mask=(columns < N)[:, None] & (offs_m < M)[None, :])
+        else:
+            tl.store(dw_ptr + offs_m[:, None] * N + columns[None, :], tile, mask=(offs_m < M)[:, None] & (columns < N)[None, :])
 
 
 def _row_grid(dispatch, n_columns, tile):
@@ -399,12 +394,12 @@ def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, dispatch, tile):
     return dh, ga, dgates_parts
 
 
-def dw(a, b, gather_a, dispatch, tile):
-    """(E, M, N): a[rows of e]^T b[rows of e], the operand named by `gather_a` indexed by token, the other by routed row."""
+def dw(a_TM, b_SN, transposed, dispatch, tile):
+    """(E, M, N): a[tokens of e's rows]^T b[rows of e]; its transpose (E, N, M) when `transposed`."""
     E, K = dispatch.offsets.numel() - 1, dispatch.slot_row_TK.shape[1]
-    M, N = a.shape[1], b.shape[1]
-    out = a.new_empty(E, M, N)
+    M, N = a_TM.shape[1], b_SN.shape[1]
+    out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
     grid = (E * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),)
-    b_source = _desc(b, tile.BLOCK_K, tile.BLOCK_N) if gather_a else b
-    dw_kernel[grid](a, b_source, out, dispatch.row_slot_S, dispatch.by_size, E, M, N, K, gather_a, **tile._asdict())
+    b_desc = _desc(b_SN, tile.BLOCK_K, tile.BLOCK_N)
+    dw_kernel[grid](a_TM, b_desc, out, dispatch.row_slot_S, dispatch.by_size, E, M, N, K, transposed, **tile._asdict())
     return out

@@ -86,8 +86,8 @@ def test_each_gemm_against_its_twin(dtype, device, poison):
         "ga": (ga, true_ga),
         "dgates": (parts.sum(0), true_dgates),
         "dx": (gemm.dx(dh, w_in, d, tiles["dx"]), reference.dx(*wide(dh, w_in), offsets)),
-        "dw_in": (gemm.dw(dh, x, False, d, tiles["dw_in"]), reference.dw_in(*wide(dh, x), row_slot, offsets, K)),
-        "dw_out": (gemm.dw(dy, ga, True, d, tiles["dw_out"]), reference.dw_out(*wide(dy, ga), row_slot, offsets, K)),
+        "dw_in": (gemm.dw(x, dh, True, d, tiles["dw_in"]), reference.dw_in(*wide(dh, x), row_slot, offsets, K)),
+        "dw_out": (gemm.dw(dy, ga, False, d, tiles["dw_out"]), reference.dw_out(*wide(dy, ga), row_slot, offsets, K)),
     }
     for name, (result, truth) in pairs.items():
         check(result, truth, BOUNDS[dtype], name)
