@@ -157,11 +157,11 @@ def best_rate(run, compared):
     return best(near[1])
 
 
-def settle(runs, rows, pending=()):
-    """`runs` with the learning rates that are known by now, less what is finished or pending (other runs than these)."""
-    compared, known = comparisons(rows, [*pending, *runs]), {row["key"] for row in rows} | set(map(key, pending))
+def settle(runs, rows, pending=(), again=lambda run: False):
+    """`runs` with the learning rates that are known by now, less what is finished (and not wanted `again`) or pending (other runs than these)."""
+    compared, finished, started = comparisons(rows, [*pending, *runs]), {row["key"] for row in rows}, set(map(key, pending))
     settled = (run if run.lr else dataclasses.replace(run, lr=best_rate(run, compared) or 0.0) for run in runs)
-    return [run for name, run in {key(run): run for run in settled}.items() if name not in known]
+    return [run for name, run in {key(run): run for run in settled}.items() if name not in started and (name not in finished or again(run))]
 
 
 def estimate(run, rows, device):
@@ -219,12 +219,19 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
 
     minutes: no run is started that is not expected to end in time, and what still runs then is dropped; 0 only reports.
     jobs: processes per device. together: runs of one form that a process trains side by side.
-    keep: names like "E16k2" whose final weights are kept under cache/weights."""
+    keep: names like "E16k2" whose final weights are kept under cache/weights; what is finished without them is run again for them."""
     began = time.monotonic()
     ends = began + 60 * minutes
     rows = read(results)
     before, planned = len(rows), len(set(map(key, runs)))
-    todo = settle(runs, rows)
+
+    def kept(run):
+        return f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None
+
+    def weightless(run):
+        return kept(run) and not os.path.isdir(kept(run))
+
+    todo = settle(runs, rows, again=weightless)
     name = torch.cuda.get_device_name(devices[0]) if devices[0].startswith("cuda") else f"CPU, {threads_of(jobs)} threads"
     lanes = min(len(devices) * jobs, max(1, len(todo)))
 
@@ -271,10 +278,10 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
                 except Exception as error:  # no data, no run; others have theirs
                     failed += members
                     print(f"FAILED: no data: {error} in {members}", flush=True)
-                    todo = settle(todo, rows, in_flight())
+                    todo = settle(todo, rows, in_flight(), weightless)
                     continue
                 running[key(members[0])] = members
-                inbox.put((members, [f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None for run in members]))
+                inbox.put((members, [kept(run) for run in members]))
             if len(running) <= lost or not alive:  # a killed worker's run never comes back
                 break
             try:
@@ -293,7 +300,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
                 append(results, row)
                 rows.append(row)
                 print(f"{time.monotonic() - began:5.0f} s: {line(row)}" + (f" | {left()}" if row is found[-1] else ""), flush=True)
-            todo = settle(todo, rows, in_flight())
+            todo = settle(todo, rows, in_flight(), weightless)
     finally:
         builder.shutdown(wait=False, cancel_futures=True)
         if warm:

@@ -164,8 +164,11 @@ def test_sweep_runs_what_is_missing_and_survives_a_torn_line(tmp_path):
     with open(file, "a") as torn:
         torn.write('{"key": "')
     assert sweep.sweep(runs, file, 5, tmp_path / "cache", items=2) == 0  # starts no process: nothing is missing
+    for _ in range(2):  # finished without weights: run again for them, once
+        assert sweep.sweep(runs, file, 5, tmp_path / "cache", items=2, keep=["E2k1"]) == 0
+    assert checkpoint.find(tmp_path / "cache/weights" / key(runs[0]))
     results.append(file, {"key": "x"})
-    assert [r["key"] for r in results.read(file)] == [key(runs[0]), "x"]
+    assert [r["key"] for r in results.read(file)] == [key(runs[0]), key(runs[0]), "x"]
     file.write_text('nonsense\n{"key": "x"}\n')
     with pytest.raises(ValueError, match="line 1"):
         results.read(file)
