@@ -14,6 +14,7 @@ presets   smoke    two tiny runs: does it work, on a CPU in seconds
           init     smaller and larger initial weights
           width    half and twice the width, three rates
           adamw    the deciding points again with the paper's optimiser, three rates
+          family   main at k = 2 and 8, 2^24 tokens and the best rates: with --keep=all the models that study.posttrain starts from
           full     main, lr, topk, scarce and init in the order of what they teach per minute
           text     prepared text (--data DIR:weight,...), three rates, task loss on the paper's tasks
 
@@ -117,6 +118,10 @@ def adamw(data):
             for rate in RATES["adamw"]]
 
 
+def family(data):
+    return [Run(n_experts=e, top_k=k, seed=seed) for k in (2, 8) for e in EXPERTS for seed in range(3) if k <= e]
+
+
 def full(data):
     """What decides a claim for the least time first. What takes the best rates of a k comes after all that are compared at this k."""
     short, longer = ([run for run in main(data) if run.tokens == tokens] for tokens in (2**24, 2**26))
@@ -131,7 +136,7 @@ def text(data):
             for k in (2, 8) for e in (128, 8, 32) for seed in range(3) for rate in (2e-3, 4e-3, 1e-3)]
 
 
-PRESETS = {preset.__name__: preset for preset in (smoke, pilot, lr, main, scarce, long, topk, init, width, adamw, full, text)}
+PRESETS = {preset.__name__: preset for preset in (smoke, pilot, lr, main, scarce, long, topk, init, width, adamw, family, full, text)}
 
 
 def comparisons(rows, pending=()):
@@ -219,14 +224,14 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
 
     minutes: no run is started that is not expected to end in time, and what still runs then is dropped; 0 only reports.
     jobs: processes per device. together: runs of one form that a process trains side by side.
-    keep: names like "E16k2" whose final weights are kept under cache/weights; what is finished without them is run again for them."""
+    keep: names like "E16k2", or "all", whose final weights are kept under cache/weights; what is finished without them is run again for them."""
     began = time.monotonic()
     ends = began + 60 * minutes
     rows = read(results)
     before, planned = len(rows), len(set(map(key, runs)))
 
     def kept(run):
-        return f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep else None
+        return f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep or "all" in keep else None
 
     def weightless(run):
         return kept(run) and not os.path.isdir(kept(run))
@@ -364,7 +369,7 @@ def cli(argv=None):
     parser.add_argument("--cache", default="runs/study", help="where data directories and kept weights go (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data", default="", help="for the preset text: DIR:weight,DIR:weight")
-    parser.add_argument("--keep", default="", help="families whose final weights are kept under CACHE/weights: E16k2,E64k2")
+    parser.add_argument("--keep", default="", help="models whose final weights are kept under CACHE/weights: all, or E16k2,E64k2")
     parser.add_argument("--items", type=int, default=100, help="size of the measurements: problems per number of steps (default: %(default)s)")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit from outside then ends the workers too

@@ -1,5 +1,7 @@
 """What the results say about each claim of the paper:  python -m study.verdict study/results.jsonl --out docs/STUDY.md
 
+Of the two claims about remedies, votes and GRPO, the rows of study.posttrain say it (--posttrain).
+
 Writes the tables between the two marker lines of docs/STUDY.md (or to stdout); the text around them is written by hand.
 
 The rules, the same for every claim:
@@ -26,12 +28,13 @@ import itertools
 import math
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from study import results
+from study import posttrain, results
 from study.results import BEST, MEMORY, accuracy, families, loss_unit, tasks_of
 from study.run import Run
 from study.sweep import PRESETS, comparisons, gpu_minutes, settle
@@ -325,6 +328,34 @@ def more_active_moves(rows):
                        count(lines), note=remarks(curved, family, "" if inside or not curved else "no optimum inside the grid"), votes=votes(family))
 
 
+def still_lost(rows, remedies):
+    """Points lost from the best E, by the greedy answers of the other seeds before any remedy, to the largest, before and with each remedy {name: (when,
+    measure)} of study.posttrain. No vote where it is not shown that anything was lost before: then there is nothing to rescue."""
+    for (d, k, _), cells in posttrain.families(rows).items():
+        if len(cells) < 3:
+            continue
+
+        def lost(when, measure):
+            def effect(line, seed):
+                others = {E: [np.mean(row["before"]["greedy"]) for s, row in cell.items() if s != seed] for E, cell in line.items()}
+                if not all(others.values()):
+                    return None
+                best = max(others, key=lambda E: np.mean(others[E]))
+                return 100 * float(np.mean(line[best][seed][when][measure]) - np.mean(line[max(line)][seed][when][measure]))  # noqa: B023
+            return per_seed({k: cells}, effect)  # noqa: B023
+
+        add = partial(Test, margin=2.0, unit="points lost from the best E to the largest", runs=count({k: cells}))
+        before = add(f"d={d}, k={k}; greedy answers before", lost("before", "greedy"), note="what there is to rescue", votes=False)
+        shown = decide(before) == "supported"
+        yield before
+        for name, remedy in remedies.items():
+            yield add(f"d={d}, k={k}; {name}", lost(*remedy), note="" if shown else "nothing was lost before, as far as is shown", votes=shown)
+
+
+REMEDIES = (  # text, what is compared: results of study.posttrain
+    ("More test-time compute does not rescue a model that is too sparse", {"majority of all draws": ("before", "majority")}),
+    ("GRPO does not rescue a model that is too sparse", {"greedy answers after": ("after", "greedy"), "majority of all draws after": ("after", "majority")}),
+)
 CLAIMS = (  # text, what computes it, presets that decide it
     ("Memory rises with total parameters at fixed active parameters", memory_rises, ("main", "lr", "scarce")),
     ("Reasoning turns over as total parameters grow at fixed active parameters", reasoning_turns, ("main", "lr", "scarce", "long")),
@@ -341,9 +372,10 @@ def number(value):
 
 
 def missing(presets, rows):
-    """(runs missing of these presets, minutes of one GPU that they would take, or None)."""
+    """The runs missing of these presets and the minutes of one GPU that they would take, in words; "" when there are none."""
     todo = settle([run for name in presets for run in PRESETS[name]("")], rows)
-    return len(todo), gpu_minutes(todo, rows)
+    minutes = gpu_minutes(todo, rows)
+    return f"{len(todo)} runs of `{'`, `'.join(presets)}`" + (f", about {minutes:.0f} minutes" if minutes else "") if todo else ""
 
 
 def noise(rows):
@@ -367,25 +399,25 @@ def edges(rows):
     return f"Three rates or more were compared at {len(compared)} sets of one (E, k); the best was at the edge for {len(names)}: {', '.join(names) or 'none'}."
 
 
-def tables(rows):
-    """The generated part of docs/STUDY.md."""
-    tests = [list(compute(rows)) for _, compute, _ in CLAIMS]
+def tables(rows, posttrained=()):
+    """The generated part of docs/STUDY.md, from the rows of the sweep and of study.posttrain."""
+    claims = [(text, list(compute(rows)), missing(presets, rows)) for text, compute, presets in CLAIMS]
+    models = {(row["d_model"], row["n_experts"], row["top_k"], row["seed"]) for row in posttrained}
+    left = {(run.d_model, run.n_experts, run.top_k, run.seed) for run in PRESETS["family"]("")} - models
+    claims += [(text, list(still_lost(posttrained, remedies)), f"{len(left)} models of `family`" if left else "") for text, remedies in REMEDIES]
     minutes, flops = sum(row["seconds"] / row["jobs"] for row in rows) / 60, sum(row["flops"] for row in rows)
     devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
     diverged = sum(row["diverged"] for row in rows)
     lines = [f"{len(rows)} runs, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; {diverged} diverged.{noise(rows)}", "",
              edges(rows), "",
              "| claim of the paper | verdict | sets of runs: for / against / open | still missing |", "|---|---|---|---|"]
-    for number_, ((text, _, presets), found) in enumerate(zip(CLAIMS, tests, strict=True), 1):
+    for number_, (text, found, cost) in enumerate(claims, 1):
         verdicts = [decide(test) for test in found if test.votes]
-        runs, minutes = missing(presets, rows)
-        cost = "more seeds" if overall(found) == "undecided" else "nothing"
-        if runs:
-            cost = f"{runs} runs of `{'`, `'.join(presets)}`" + (f", about {minutes:.0f} minutes" if minutes else "")
+        cost = cost or ("more seeds" if overall(found) == "undecided" else "nothing")
         tally = " / ".join(str(verdicts.count(v)) for v in ("supported", "not supported", "undecided")) if verdicts else "no runs"
-        why = "" if verdicts else ": not enough runs"
+        why = "" if verdicts else ": nothing was lost" if found and not any(test.votes for test in found) and text in dict(REMEDIES) else ": not enough runs"
         lines.append(f"| {number_}. {text} | **{overall(found)}**{why} | {tally} | {cost} |")
-    for number_, ((text, compute, _), found) in enumerate(zip(CLAIMS, tests, strict=True), 1):
+    for number_, (text, found, _) in enumerate(claims, 1):
         lines += ["", f"### {number_}. {text}", ""]
         if not found:
             lines.append("Undecided: not enough runs.")
@@ -413,10 +445,11 @@ def write(path, generated):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", default="study/results.jsonl")
+    parser.add_argument("--posttrain", default="study/posttrain.jsonl", help="results of study.posttrain (default: %(default)s)")
     parser.add_argument("--out", help="file whose tables are replaced; default: print them")
     args = parser.parse_args(argv)
     try:
-        generated = tables(results.read(args.results))
+        generated = tables(results.read(args.results), results.read(args.posttrain))
         if args.out:
             write(args.out, generated)
             print(args.out)

@@ -14,6 +14,7 @@ from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from model import GPT, ModelConfig
 from study.posttrain import fall, families, main, report
+from study.verdict import REMEDIES, overall, still_lost, tables
 
 BUDGET = ("--steps=2 --batch-prompts=4 --mini-batch=2 --group-size=2 --questions=20 --lr=1e-2 --problems=4 --samples=4 --device=cpu --eval-every=0 "
           "--eval-questions=2").split()
@@ -91,3 +92,15 @@ def test_what_is_lost_past_the_best():
     assert best == 8 and low < 0 < high
     assert fall(cells, "before", "majority")[1:] == (0, 0, 0)
     assert "| 8 | 2 | 8 | 16 | 3" in report(rows) and fall({4: cells[4]}, "before", "greedy") is None
+
+
+def test_verdicts_on_remedies():
+    made = lambda before, after: [made_up(E, seed, rate, rate_after) for seed in range(3)  # noqa: E731
+                                  for E, rate, rate_after in zip((4, 8, 16), before, after, strict=True)]
+    falls, flat, rises = (0.3, 0.6, 0.2), (1.0, 1.0, 1.0), (0.2, 0.4, 0.6)
+    grpo_claim = lambda rows: overall(list(still_lost(rows, {"greedy answers after": ("after", "greedy")})))  # noqa: E731
+    assert grpo_claim(made(falls, falls)) == "supported" and grpo_claim(made(falls, flat)) == "not supported"
+    assert grpo_claim(made(rises, flat)) == "undecided"  # nothing to rescue
+    text = tables([], made(rises, flat))
+    assert f"| 8. {REMEDIES[0][0]} | **undecided**: nothing was lost | no runs | 39 models of `family` |" in text  # those of d=8 are not of the family
+    assert "no vote (nothing was lost before, as far as is shown)" in text and "not enough runs" in tables([], [])
