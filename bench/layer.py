@@ -6,7 +6,7 @@
     python -m bench.layer --peers scattermoe,sonicmoe,liger
 
 "gemms" is torch.bmm on E equal groups of T*K/E rows: the same matrix FLOPs (6 T K D F forward, 12 backward) and nothing else. "routing" rows
-time router + top-k + statistics + sort by expert (backward: up to the router's gradients), in our kernels and in torch ops.
+time router + top-k + statistics + sort by expert (backward: up to the router's gradients), in our kernels and in torch ops; not in sweeps.
 """
 
 import time
@@ -187,7 +187,7 @@ def bench_shape(results, args, shape, routing, dtype, failures):
         for router in (None, w_router)[: 1 + (args.router and routing == "softmax")]:
             with skipping(f"{shape} {routing} {name}" + " with router" * (router is not None), failures):
                 bench_layer(results, name, shape, routing, inputs, router, costs, ceilings, args.graph)
-    if routing == "softmax":
+    if routing == "softmax" and not args.sweep:
         with skipping(f"{shape} routing", failures):
             bench_routing(results, shape, routing, inputs, w_router, cuda)
 
@@ -240,7 +240,8 @@ def main(argv=None):
     args, results = begin(parser, argv)
     dtype, failures = DTYPES[args.dtype], []
     shapes = args.shapes or list(TARGETS if cuda else TINY)
-    if args.experts or args.topk:
+    args.sweep = bool(args.experts or args.topk)
+    if args.sweep:
         shapes = [parse_shape(f"{at},{E},{K}") for at in args.at for E in args.experts or [64] for K in args.topk or [2] if K <= E]
     for shape in [shape for shape in shapes if not fits(shape, dtype.itemsize)]:
         shapes.remove(shape)

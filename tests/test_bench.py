@@ -313,6 +313,6 @@ def test_the_readmes_benchmarks_exist(tmp_path, capsys):
             cfg = config.parse(step.TrainConfig, [word for word in run.arguments.split() if not word.startswith("--repeats")])
             assert cfg.optimizer == "adamw" and cfg.batch_size in (8, 16, 20, 32, 64)
     shapes = [powers(word.partition("=")[2]) for run in readme.RUNS for word in run.arguments.split() if word.startswith(("--experts", "--topk"))]
-    assert shapes[0] == [8, 16, 32, 64, 128, 256] and shapes[1] == [1, 2, 4, 8, 16]
+    assert shapes == [[8, 16, 32, 64, 128, 256], [2, 8], [8, 16, 32, 64, 128, 256], [1, 2, 4, 8, 16]]
     if not torch.cuda.is_available():
         assert readme.main(argv[:2]).startswith("error: these sizes need a GPU")
