@@ -332,6 +332,7 @@ def still_lost(rows, remedies):
     """Points lost from the best E, by the greedy answers of the other seeds before any remedy, to the largest, before and with each remedy {name: (when,
     measure)} of study.posttrain. No vote where it is not shown that anything was lost before: then there is nothing to rescue."""
     for (d, k, _), cells in posttrain.families(rows).items():
+        cells = {E: cell for E, cell in cells.items() if len(cell) == max(map(len, cells.values()))}  # an E with fewer seeds would cost all others theirs
         if len(cells) < 3:
             continue
 
