@@ -15,6 +15,7 @@ import collections
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from study import results
@@ -26,9 +27,10 @@ SMALL = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fonts
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 
 
-def plot(axis, cells, x, y):
+def plot(axis, cells, x, y, style="-"):
     """One line for each k through the seed means of its cells; bands from the lowest to the highest seed. x, y: row -> number or None."""
-    for n, k in enumerate(sorted({k for _, k in cells})):
+    for k in sorted({k for _, k in cells}):
+        n = k.bit_length() - 1  # the same colour in every figure
         line = []
         for (_, _), seeds in sorted((cell for cell in cells.items() if cell[0][1] == k)):
             values = [(x(row), y(row)) for row in seeds.values() if y(row) is not None]
@@ -39,7 +41,7 @@ def plot(axis, cells, x, y):
             xs, means, lows, highs = zip(*line, strict=True)
             active = [next(iter(seeds.values()))["params"] for (_, kk), seeds in cells.items() if kk == k]
             label = f"k={k}, {short(min(a['active'] - a['embedding'] for a in active))} active"
-            axis.plot(xs, means, color=COLOURS[n % 6], marker=MARKERS[n % 6], label=label)
+            axis.plot(xs, means, style, color=COLOURS[n % 6], marker=MARKERS[n % 6], label=label)
             axis.fill_between(xs, lows, highs, color=COLOURS[n % 6], alpha=0.2, lw=0)
 
 
@@ -85,7 +87,7 @@ def grid_figure(plt, panels, title, columns=None):
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
-    fig.suptitle(title, fontsize=9)
+    fig.suptitle(textwrap.fill(title, 38 * columns), fontsize=9)
     if handles:
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 2 * columns), frameon=False)
     return fig
@@ -153,13 +155,13 @@ def pooled_figures(plt, title, groups):
                 for (e, k), seeds in cells.items():
                     for seed, row in seeds.items():
                         merged[regime.tokens, e, k][seed] = row
-            for tokens in sorted({regime.tokens for regime, _ in groups}):
-                plot(axis, {(e, k): seeds for (t, e, k), seeds in merged.items() if t == tokens}, lambda row: row["tpp"], percent(task))
+            for tokens, style in zip(sorted({regime.tokens for regime, _ in groups}), ("-", "--", ":", "-."), strict=False):
+                plot(axis, {(e, k): seeds for (t, e, k), seeds in merged.items() if t == tokens}, lambda row: row["tpp"], percent(task), style)
             axis.axvline(20, color="0.5", lw=0.8, ls="--")
         return draw
 
     yield "fig7", grid_figure(plt, [(names[task], "tokens per parameter", "accuracy, %", over_tpp(task), 10) for task in scored],
-                              f"Tokens per parameter (one line for each k and number of tokens; dashed: 20): {title}")
+                              f"Tokens per parameter (a line for each k and number of tokens, solid for the fewest; vertical: 20): {title}")
 
 
 def rate_figures(plt, rows):
@@ -185,13 +187,13 @@ def rate_figures(plt, rows):
                     means = [sum(y(found[seed]) for seed in seeds) / len(seeds) for _, found in sorted(rates.items())]
                     axis.plot(sorted(rates), means, "o-", color=colours(0.95 * n / max(1, len(sizes) - 1)), label=f"E={e}")
                 axis.set_xscale("log")
-                axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+                axis.set_xticks(ticks, [f"{1000 * rate:g}" for rate in ticks])
                 axis.minorticks_off()
             return draw
 
         if told:
             names = tasks_of(first(told[min(told)]))
-            panels = [(f"{name}, k={k}", "learning rate", "task loss", curves(line, loss_of(task)), None) for task, name in names.items()
+            panels = [(f"{name}, k={k}", "learning rate, thousandths", "task loss", curves(line, loss_of(task)), None) for task, name in names.items()
                       for k, line in told.items()]
             yield str(regime), grid_figure(plt, panels, f"Task loss and learning rate: {regime}", len(told))
 
