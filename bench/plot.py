@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-from bench.problem import TARGETS, Shape
+from bench.problem import TARGETS, Shape, kernel_costs
 from bench.results import cli, latest, read
 
 COLORS = {
@@ -141,7 +141,7 @@ def ceiling(rows, out):
 
 def roofline(rows, out):
     roof = {row["mode"]: row for row in select(rows, kernel="ceiling")}
-    points = [row for row in rows if row["gb_s"] and row["kernel"] not in ("ceiling", "layer", "layer+router", "routing", "step")]
+    points = [row for row in rows if row["gb_s"] and row["kernel"] in kernel_costs(TARGETS[0])]
     shapes = targets_of(points)
     if not shapes or len(roof) < 2:
         return
@@ -212,7 +212,7 @@ def memory(rows, out):
 
 
 PARTS = {  # of a step: a colour, and how the names of its families begin
-    "expert GEMMs": ("#0b6e4f", ("experts: up", "experts: rows", "experts: dswiglu", "experts: dw", "experts: aten")),
+    "expert GEMMs": ("#0b6e4f", ("experts: up", "experts: rows", "experts: dswiglu", "experts: dw", "experts: grouped_mm")),
     "sort, sums, router": ("#6fc3a5", ("experts:", "router")),
     "attention": ("#c8553d", ("attention",)),
     "projections, dense MLP": ("#e09f3e", ("attention projections", "experts: torch")),
@@ -234,18 +234,23 @@ def step(rows, out):
     models = list(dict.fromkeys((row["implementation"], shape_of(row)) for row in rows))
     if not models:
         return
-    fig, ax = plt.subplots(figsize=(11, 1.6 + 0.62 * len(models)))
-    for y, (name, shape) in enumerate(models):
-        parts, left = dict.fromkeys(PARTS, 0.0), 0.0
+    bars_of = {}
+    for name, shape in models:
+        bars_of[name, shape] = parts = dict.fromkeys(PARTS, 0.0)
         for row in select(rows, implementation=name, **shape._asdict()):
             parts[part_of(row["mode"])] += 1e3 * row["p50_ms"] / (shape.T / 1024)
+    longest = max(sum(parts.values()) for parts in bars_of.values())
+    fig, ax = plt.subplots(figsize=(11, 1.6 + 0.62 * len(models)))
+    for y, parts in enumerate(bars_of.values()):
+        left = 0.0
         for part, width in parts.items():
             ax.barh(y, width, left=left, color=PARTS[part][0], label=part if y == 0 else None, edgecolor="white")
-            if width > 0.04 * sum(parts.values()):
+            if width > 0.025 * longest:
                 ax.annotate(f"{width:.0f}", (left + width / 2, y), ha="center", va="center", fontsize=9, color="white")
             left += width
     kind = lambda name, s: "dense" if name.startswith("dense") else f"E {s.E}"  # noqa: E731
-    names = [f"D {s.D}, F {s.F}, K {s.K}, {kind(name, s)}" + "\nbfloat16 weights" * ("bfloat16-weights" in name) for name, s in models]
+    other = lambda name: "" if (impl := name.split(":")[1]) in ("auto", "triton") else f"\n{impl}"  # noqa: E731
+    names = [f"D {s.D}, F {s.F}, K {s.K}, {kind(name, s)}{other(name)}" + "\nbfloat16 weights" * ("bfloat16-weights" in name) for name, s in models]
     ax.set_yticks(range(len(models)), names)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)

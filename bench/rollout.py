@@ -147,6 +147,8 @@ def plot(rows, path):
             points = sorted((row["T"], 1e3 * row["T"] / row["p50_ms"]) for row in mine if (row["kernel"], row["mode"]) == ("rollout", mode))
             if points:
                 left.plot(*zip(*points, strict=True), style, color=f"C{i}", ms=4, label=f"{name}, {mode}")
+                for x, y in points if mode == "full" else ():
+                    left.annotate(f"{y:,.0f}", (x, y), (-4, 5), textcoords="offset points", fontsize=8, ha="right")
         for j, mode in enumerate(("packed", "padded")):
             for row in mine:
                 if (row["kernel"], row["mode"]) == ("update", mode):
@@ -160,6 +162,7 @@ def plot(rows, path):
     left.set(xscale="log", yscale="log", xlabel="rows sampled together", ylabel="tokens per second", title="sampling")
     left.set_xticks(ticks := sorted({row["T"] for row in rows if row["kernel"] == "rollout"}), [str(tick) for tick in ticks])
     left.minorticks_off()
+    left.margins(x=0.15, y=0.1)
     left.legend(fontsize=8)
     middle.set(title="update, real tokens per millisecond", xticks=[])
     middle.margins(y=0.2)

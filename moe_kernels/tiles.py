@@ -72,7 +72,7 @@ def gemm_tiles(n_rows, n_experts, D, F, dtype):
     warps = 8 if block_m == 128 else 4
     wide = lambda n, block_n: min(_pow2(n), block_n)  # noqa: E731
     if n_rows // n_experts > 512:
-        dw_in, dw_out = Tile(128, wide(2 * F, 256), 64, 4, 4, 8, 3), Tile(128, wide(F, 256), 64, 4, 2, 8, 3)
+        dw_in, dw_out = Tile(128, wide(2 * F, 256), 64, 4, 8, 8, 4), Tile(128, wide(F, 256), 64, 4, 2, 8, 3)
     else:  # few steps per tile: small tiles, several to a multiprocessor, hide one another's latencies
         dw_k = min(max(_pow2(n_rows // n_experts), 16), 32)
         dw_in, dw_out = (Tile(128, wide(n, 128), dw_k, 4, 2, 4, 4) for n in (2 * F, F))
