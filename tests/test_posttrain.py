@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
 
 def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
     results = tmp_path / "posttrain.jsonl"
-    flags = [f"--runs={runs}/E*", f"--results={results}", *BUDGET]
+    flags = [f"--runs={runs}/E*,{runs}/E2", f"--results={results}", *BUDGET]
     rows = main(flags)
     assert [(row["n_experts"], row["top_k"], row["seed"], row["val_loss"]) for row in rows] == [(2, 1, 3, 2.8), (4, 1, 3, 2.6)]
     assert rows[0]["settings"] == rows[1]["settings"] and all(len(row["rewards"]) == 2 and len(row["seconds"]) == 3 for row in rows)
