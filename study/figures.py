@@ -12,6 +12,7 @@ lines join models of growing E; bands span the seeds.
 
 import argparse
 import collections
+import itertools
 import math
 import re
 import sys
@@ -155,7 +156,7 @@ def pooled_figures(plt, title, groups):
                 for (e, k), seeds in cells.items():
                     for seed, row in seeds.items():
                         merged[regime.tokens, e, k][seed] = row
-            for tokens, style in zip(sorted({regime.tokens for regime, _ in groups}), ("-", "--", ":", "-."), strict=False):
+            for tokens, style in zip(sorted({regime.tokens for regime, _ in groups}), itertools.cycle(("-", "--", ":", "-.")), strict=False):
                 plot(axis, {(e, k): seeds for (t, e, k), seeds in merged.items() if t == tokens}, lambda row: row["tpp"], percent(task), style)
             axis.axvline(20, color="0.5", lw=0.8, ls="--")
         return draw

@@ -130,7 +130,8 @@ def posttrain(run, cfg):
 
 def run_missing(cfg):
     """Does what the results file lacks, one line at once for each model that is finished."""
-    runs = [Path(name) for part in cfg.runs.split(",") for name in sorted(glob.glob(part)) if "-grpo-" not in Path(name).name and checkpoint.find(name)]
+    names = dict.fromkeys(name for part in cfg.runs.split(",") for name in sorted(glob.glob(part)))  # once each, in this order
+    runs = [Path(name) for name in names if "-grpo-" not in Path(name).name and checkpoint.find(name)]
     require(bool(runs), "runs", cfg.runs, "no directory of that name holds a checkpoint (ckpt-*.pt)")
     done = {row["checkpoint"] for row in read(cfg.results) if row["settings"] == settings(cfg)}
     missing = [run for run in runs if checkpoint.find(run)[-1][1].name not in done]

@@ -233,8 +233,11 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     def kept(run):
         return f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep or "all" in keep else None
 
-    def weightless(run):
-        return kept(run) and not os.path.isdir(kept(run))
+    def weightless(run):  # results.json is written last: a directory without it was cut off. What diverged has no weights, however often it is run
+        if not kept(run) or os.path.exists(f"{kept(run)}/results.json"):
+            return False
+        name = key(run)
+        return not any(row["key"] == name and row["diverged"] for row in rows)
 
     todo = settle(runs, rows, again=weightless)
     name = torch.cuda.get_device_name(devices[0]) if devices[0].startswith("cuda") else f"CPU, {threads_of(jobs)} threads"

@@ -332,7 +332,8 @@ def still_lost(rows, remedies):
     """Points lost from the best E, by the greedy answers of the other seeds before any remedy, to the largest, before and with each remedy {name: (when,
     measure)} of study.posttrain. No vote where it is not shown that anything was lost before: then there is nothing to rescue."""
     for (d, k, _), cells in posttrain.families(rows).items():
-        cells = {E: cell for E, cell in cells.items() if len(cell) == max(map(len, cells.values()))}  # an E with fewer seeds would cost all others theirs
+        # An E that lacks seeds of the largest would cost all others theirs; without the largest itself the claim would be about another E.
+        cells = {E: cell for E, cell in cells.items() if cell.keys() >= cells[max(cells)].keys()}
         if len(cells) < 3:
             continue
 
@@ -348,9 +349,10 @@ def still_lost(rows, remedies):
         add = partial(Test, margin=2.0, unit="points lost from the best E to the largest", runs=count({k: cells}))
         before = add(f"d={d}, k={k}; greedy answers before", lost("before", "greedy"), note="what there is to rescue", votes=False)
         shown = decide(before) == "supported"
+        why = "" if shown or len(before.effects) < MIN_SEEDS else "no loss before is shown"
         yield before
         for name, remedy in remedies.items():
-            yield add(f"d={d}, k={k}; {name}", lost(*remedy), note="" if shown else "nothing was lost before, as far as is shown", votes=shown)
+            yield add(f"d={d}, k={k}; {name}", lost(*remedy), note=why, votes=shown)
 
 
 REMEDIES = (  # text, what is compared: results of study.posttrain
@@ -416,7 +418,8 @@ def tables(rows, posttrained=()):
         verdicts = [decide(test) for test in found if test.votes]
         cost = cost or ("more seeds" if overall(found) == "undecided" else "nothing")
         tally = " / ".join(str(verdicts.count(v)) for v in ("supported", "not supported", "undecided")) if verdicts else "no runs"
-        why = "" if verdicts else ": nothing was lost" if found and not any(test.votes for test in found) and text in dict(REMEDIES) else ": not enough runs"
+        unlost = text in dict(REMEDIES) and any(len(test.effects) >= MIN_SEEDS for test in found)
+        why = "" if verdicts else ": no loss to rescue is shown" if unlost else ": not enough runs"
         lines.append(f"| {number_}. {text} | **{overall(found)}**{why} | {tally} | {cost} |")
     for number_, (text, found, _) in enumerate(claims, 1):
         lines += ["", f"### {number_}. {text}", ""]

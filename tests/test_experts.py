@@ -13,7 +13,7 @@ from moe_kernels.tiles import gemm_tiles
 from tests.checks import BOUNDS, DTYPES, ON_GPU, check, problem, rms_ratio
 
 SMALL = [(37, 48, 32, 4, 2), (9, 16, 80, 8, 3), (1, 16, 16, 1, 1), (0, 16, 16, 2, 1)]
-LARGE = [(1000, 48, 80, 7, 3), (513, 128, 256, 256, 16), (2000, 256, 128, 8, 8), (4096, 512, 256, 64, 4)] if ON_GPU else []
+LARGE = [(1000, 48, 80, 7, 3), (513, 128, 256, 256, 16), (2000, 256, 128, 8, 8), (1500, 144, 80, 3, 2), (4096, 512, 256, 64, 4)] if ON_GPU else []
 NAMES = ("x", "w_in", "w_out", "gates")
 
 
@@ -91,6 +91,22 @@ def test_each_gemm_against_its_twin(dtype, device, poison):
     }
     for name, (result, truth) in pairs.items():
         check(result, truth, BOUNDS[dtype], name)
+
+
+@pytest.mark.parametrize("rows", [8, 10_000])
+@pytest.mark.parametrize("D,F", [(48, 16), (144, 80), (272, 144)])
+def test_weight_gradients_with_the_tiles_of_a_gpu(D, F, rows, device, poison, monkeypatch):
+    """Both families of tiles, by rows per expert, at widths that are less than a tile or no multiple of it; the interpreter's own are small squares."""
+    monkeypatch.setattr("moe_kernels.tiles.interpreting", lambda: False)
+    T, E, K = 40, 6, 2
+    x, *_, experts = problem(T, D, F, E, K, torch.float16, device, "hole")
+    tiles = gemm_tiles(rows * E, E, D, F, torch.float16)
+    assert tiles["dw_in"].BLOCK_K == (16 if rows == 8 else 64)
+    d, (offsets, row_slot, _) = dispatch(experts, E, 16), reference.dispatch(experts, E)
+    g = torch.Generator().manual_seed(2)
+    dh, ga = (torch.randn(T * K, n, generator=g).to(device, torch.float16) for n in (2 * F, F))
+    check(gemm.dw(x, dh, True, d, tiles["dw_in"]), reference.dw_in(dh.double(), x.double(), row_slot, offsets, K), BOUNDS[torch.float16], "dw_in")
+    check(gemm.dw(x, ga, False, d, tiles["dw_out"]), reference.dw_out(x.double(), ga.double(), row_slot, offsets, K), BOUNDS[torch.float16], "dw_out")
 
 
 def test_reference_is_the_formula():

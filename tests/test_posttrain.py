@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
 
 def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
     results = tmp_path / "posttrain.jsonl"
-    flags = [f"--runs={runs}/E*", f"--results={results}", *BUDGET]
+    flags = [f"--runs={runs}/E*,{runs}/E2", f"--results={results}", *BUDGET]
     rows = main(flags)
     assert [(row["n_experts"], row["top_k"], row["seed"], row["val_loss"]) for row in rows] == [(2, 1, 3, 2.8), (4, 1, 3, 2.6)]
     assert rows[0]["settings"] == rows[1]["settings"] and all(len(row["rewards"]) == 2 and len(row["seconds"]) == 3 for row in rows)
@@ -102,5 +102,17 @@ def test_verdicts_on_remedies():
     assert grpo_claim(made(falls, falls)) == "supported" and grpo_claim(made(falls, flat)) == "not supported"
     assert grpo_claim(made(rises, flat)) == "undecided"  # nothing to rescue
     text = tables([], made(rises, flat))
-    assert f"| 8. {REMEDIES[0][0]} | **undecided**: nothing was lost | no runs | 39 models of `family` |" in text  # those of d=8 are not of the family
-    assert "no vote (nothing was lost before, as far as is shown)" in text and "not enough runs" in tables([], [])
+    unlost, few = (f"| 8. {REMEDIES[0][0]} | **undecided**: {why} | no runs |" for why in ("no loss to rescue is shown", "not enough runs"))
+    assert f"{unlost} 39 models of `family` |" in text  # those of d=8 are not of the family
+    assert "no vote (no loss before is shown)" in text and few in tables([], [])
+
+
+def test_no_verdict_on_remedies_while_seeds_are_missing():
+    remedies = {"greedy answers after": ("after", "greedy")}
+    rows = [made_up(E, seed, rate, rate) for seed in range(3) for E, rate in ((4, 0.3), (8, 0.6), (16, 0.5), (32, 0.2))]
+    tests = lambda left_out: list(still_lost([row for row in rows if (row["n_experts"], row["seed"]) not in left_out], remedies))  # noqa: E731
+    assert [test.runs for test in tests([])] == [12, 12] and overall(tests([])) == "supported"
+    assert [test.runs for test in tests([(4, 1)])] == [9, 9] and overall(tests([(4, 1)])) == "supported"  # a small E may be unfinished
+    assert [len(test.effects) for test in tests([(32, 1)])] == [2, 2] and overall(tests([(32, 1)])) == "undecided"  # not the loss to E=16 instead
+    text = tables([], [row for row in rows if row["seed"] < 2])
+    assert f"| 9. {REMEDIES[1][0]} | **undecided**: not enough runs |" in text and "no vote (fewer than 3 seeds)" in text

@@ -164,6 +164,11 @@ def test_sweep_runs_what_is_missing_and_survives_a_torn_line(tmp_path):
     with open(file, "a") as torn:
         torn.write('{"key": "')
     assert sweep.sweep(runs, file, 5, tmp_path / "cache", items=2) == 0  # starts no process: nothing is missing
+    diverged = tmp_path / "diverged.jsonl"
+    results.append(diverged, results.read(file)[0] | {"diverged": True})
+    assert sweep.sweep(runs, diverged, 5, tmp_path / "cache", items=2, keep=["all"]) == 0
+    assert len(results.read(diverged)) == 1  # again it would have no weights
+    (tmp_path / "cache/weights" / key(runs[0])).mkdir(parents=True)  # as of a run that was cut off before it wrote them
     for _ in range(2):  # finished without weights: run again for them, once
         assert sweep.sweep(runs, file, 5, tmp_path / "cache", items=2, keep=["E2k1"]) == 0
     assert checkpoint.find(tmp_path / "cache/weights" / key(runs[0]))
