@@ -121,7 +121,7 @@ def posttrain(run, cfg):
     log = [row for line in (out / "metrics.jsonl").read_text().splitlines() if "reward" in (row := json.loads(line))]
     params = count_params(model_cfg)
     return {"checkpoint": file.name, "settings": settings(cfg), "d_model": model_cfg.d_model, "n_experts": model_cfg.n_experts,
-            "top_k": model_cfg.top_k, "seed": trained.get("seed", 0), "total": params.total, "active": params.active - params.embedding,
+            "top_k": model_cfg.top_k, "seed": trained.get("seed", 0), "run": known.get("run"), "total": params.total, "active": params.active - params.embedding,
             "tpp": known.get("tpp"), "train_loss": known.get("train_loss", known.get("loss")), "val_loss": known.get("val_loss"),
             "before": before, "after": after, "rewards": [round(row["reward"], 4) for row in log], "kl": [round(row["kl"], 5) for row in log],
             "seconds": [round(b - a, 1) for a, b in zip(clock, clock[1:], strict=False)],
@@ -159,10 +159,12 @@ def run_missing(cfg):
 # ---- what the rows say
 
 def families(rows):
-    """{(d, k, settings as text): {E: {seed: row}}}, the last row where there are several."""
+    """{(d, k, settings and training as text): {E: {seed: row}}}, the last row where there are several; training: all fields of its study.run.Run but
+    those that a family varies."""
     found = {}
     for row in rows:
-        key = row["d_model"], row["top_k"], json.dumps(row["settings"], sort_keys=True)
+        training = {name: value for name, value in (row.get("run") or {}).items() if name not in ("n_experts", "top_k", "seed", "lr")}
+        key = row["d_model"], row["top_k"], json.dumps([row["settings"], training], sort_keys=True)
         found.setdefault(key, {}).setdefault(row["n_experts"], {})[row["seed"]] = row
     return {key: dict(sorted(cells.items())) for key, cells in sorted(found.items())}
 

@@ -25,6 +25,7 @@ the first sweep (107 runs) the rate changed along a line from 0.012 to 0.003 and
 
 import argparse
 import itertools
+import json
 import math
 import sys
 from collections import defaultdict
@@ -331,7 +332,10 @@ def more_active_moves(rows):
 def still_lost(rows, remedies):
     """Points lost from the best E, by the greedy answers of the other seeds before any remedy, to the largest, before and with each remedy {name: (when,
     measure)} of study.posttrain. No vote where it is not shown that anything was lost before: then there is nothing to rescue."""
-    for (d, k, _), cells in posttrain.families(rows).items():
+    for (d, k, same), cells in posttrain.families(rows).items():
+        settings, training = json.loads(same)
+        where = f"d={d}, k={k}" + (f", {training['tokens'] / 1e6:.3g} M tokens, {training['unique']:,} problems repeated" if training else "")
+        budget = f", {settings.get('steps')} steps of {settings.get('batch_prompts')} x {settings.get('group_size')} answers"
         # An E that lacks seeds of the largest would cost all others theirs; without the largest itself the claim would be about another E.
         cells = {E: cell for E, cell in cells.items() if cell.keys() >= cells[max(cells)].keys()}
         if len(cells) < 3:
@@ -347,12 +351,12 @@ def still_lost(rows, remedies):
             return per_seed({k: cells}, effect)  # noqa: B023
 
         add = partial(Test, margin=2.0, unit="points lost from the best E to the largest", runs=count({k: cells}))
-        before = add(f"d={d}, k={k}; greedy answers before", lost("before", "greedy"), note="what there is to rescue", votes=False)
+        before = add(f"{where}; greedy answers before", lost("before", "greedy"), note="what there is to rescue", votes=False)
         shown = decide(before) == "supported"
         why = "" if shown or len(before.effects) < MIN_SEEDS else "no loss before is shown"
         yield before
         for name, remedy in remedies.items():
-            yield add(f"d={d}, k={k}; {name}", lost(*remedy), note=why, votes=shown)
+            yield add(f"{where}{budget * (remedy[0] == 'after')}; {name}", lost(*remedy), note=why, votes=shown)
 
 
 REMEDIES = (  # text, what is compared: results of study.posttrain
