@@ -12,7 +12,7 @@ the answers in mini-batches, an optimiser step for each:
     r = p / p_old, s = p_start / p,  A = (reward - mean of the group) / (standard deviation + 1e-6)
 
 p is the model's probability of a token at the sampling temperature; p_old the same before the step, p_start the start model's. The second term is
-an unbiased, never negative estimate of KL(p || p_start) for tokens drawn from p. weight: 1 / answer tokens of the mini-batch, or
+an unbiased, never negative estimate of KL(p || p_start) for tokens drawn from p, with s cut off at exp(MAX_LOG_S). weight: 1 / answer tokens of the mini-batch, or
 1 / (samples * tokens of this answer). Prompts and padding have no term at all.
 
 A run directory is that of train.py; `python -m eval --run=DIR` and everything else that reads one works on it.
@@ -189,12 +189,17 @@ def look_back(batch, model, start_model, cfg, n_vocab):
     return batch._replace(old_A=old_A, start_A=answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None)
 
 
+# A token drawn with one choice of experts may be all but impossible with the choice made in training: s is then up to 1e8, and a thousandth of it outweighs
+# all other tokens. It happens in sparse models above all (docs/LOG.md). Beyond e^5 such a token adds no gradient.
+MAX_LOG_S = 5.0
+
+
 def policy_loss(logp_A, batch, clip, kl_coef):
     """The loss at the top of this file; and (3,): sums over tokens of the KL estimate and of clipped ones, and the number of tokens."""
     old_A = logp_A.detach() if batch.old_A is None else batch.old_A
     surrogate = (logp_A - old_A).exp() * batch.advantage_A
     gain = torch.minimum(surrogate, (logp_A - old_A).exp().clamp(1 - clip, 1 + clip) * batch.advantage_A)
-    log_s = torch.zeros_like(logp_A) if batch.start_A is None else batch.start_A - logp_A
+    log_s = torch.zeros_like(logp_A) if batch.start_A is None else (batch.start_A - logp_A).clamp(max=MAX_LOG_S)
     kl = torch.expm1(log_s) - log_s
     loss = (batch.weight_A * (kl_coef * kl - gain)).sum()
     return loss, torch.stack([kl.sum(), (gain < surrogate).sum(), torch.ones_like(gain).sum()]).detach()

@@ -146,6 +146,10 @@ def test_kl_estimate_is_never_negative_and_unbiased():
     logs = torch.cat([-torch.logspace(-9, 1.5, 2000), torch.logspace(-9, 1.5, 2000)])
     each = torch.stack([estimate(torch.tensor([-2.0]), torch.tensor([-2.0]) + x) for x in logs])
     assert (each >= 0).all() and each.max() > 1
+    x = torch.tensor([-20.0, -2.0], requires_grad=True)  # what training finds impossible weighs little and pulls at nothing
+    loss = estimate(x, torch.tensor([-1e-3, -1.0]))
+    loss.backward()
+    assert loss < 150 and x.grad.tolist() == [0.0, pytest.approx(1 - math.e)]
 
 
 # ---- the whole model
