@@ -187,12 +187,12 @@ def fall(cells, when, measure, resamples=2000):
 
 def report(rows):
     """Markdown: the models, then for each k the fall past the best E before and after each remedy."""
-    lines = ["| d | k | E | seeds | val. loss | greedy | votes | solutions covered | greedy, GRPO | votes, GRPO | solutions covered, GRPO |",
+    lines = ["| d | k | E | seeds | training loss | greedy | votes | solutions covered | greedy, GRPO | votes, GRPO | solutions covered, GRPO |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]
     mean = lambda seeds, when, name: 100 * np.mean([np.mean(row[when][name]) for row in seeds.values()])  # noqa: E731
     for (d, k, _), cells in families(rows).items():
         for E, seeds in cells.items():
-            losses = [row["val_loss"] for row in seeds.values() if row["val_loss"] is not None]
+            losses = [row["train_loss"] for row in seeds.values() if row["train_loss"] is not None]
             cells_of = [f"{np.mean(losses) if losses else math.nan:.4f}"]
             for when in ("before", "after"):
                 covered = 100 * np.mean([row[when]["curves"]["solutions"][-1] for row in seeds.values()])
@@ -219,7 +219,7 @@ def figure(rows, path):
     for i, ((d, k, _), cells) in enumerate(families(rows).items()):
         name, color = f"d={d}, k={k}", f"C{i}"
         average = lambda E, f: np.mean([f(row) for row in cells[E].values()])  # noqa: B023, E731
-        losses = [average(E, lambda row: np.nan if row["val_loss"] is None else row["val_loss"]) for E in cells]
+        losses = [average(E, lambda row: np.nan if row["train_loss"] is None else row["train_loss"]) for E in cells]
         for axis, remedy in ((left, ("before", "majority", "o-")), (middle, ("after", "greedy", "s-"))):
             for when, measure, style in (("before", "greedy", "o:"), remedy):
                 values = [100 * average(E, lambda row: np.mean(row[when][measure])) for E in cells]  # noqa: B023
@@ -233,7 +233,7 @@ def figure(rows, path):
                 covered = np.mean([row[when]["curves"]["solutions"] for row in cells[E].values()], axis=0)
                 right.plot(draws, 100 * covered, style, color=color, alpha=shade, marker="o", ms=3, label=f"{name}, E={E}, {when} GRPO")
     for axis, title in ((left, f"majority of {rows[-1]['settings']['samples']} draws"), (middle, "after GRPO, greedy")):
-        axis.set(title=title, xlabel="validation loss of pre-training (numbers: E)", ylabel="right answers, %")
+        axis.set(title=title, xlabel="training loss of pre-training (numbers: E)", ylabel="right answers, %")
         axis.invert_xaxis()
     right.set(title="whole solutions covered", xlabel="draws per problem", ylabel="problems, %", xscale="log")
     right.set_xticks(draws, draws)

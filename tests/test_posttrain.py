@@ -79,7 +79,7 @@ def made_up(E, seed, rate, rate_after, n=500):
     rng = np.random.default_rng((E, seed))
     parts = {"majority": [0.0] * n, "answers": [0] * n, "curves": {"samples": [1, 2], "solutions": [0.1, 0.2]}}
     draw = lambda p: {"greedy": (rng.random(n) < p).astype(int).tolist(), **parts}  # noqa: E731
-    return {"d_model": 8, "top_k": 2, "n_experts": E, "seed": seed, "settings": {"samples": 2}, "val_loss": 1.0, "before": draw(rate),
+    return {"d_model": 8, "top_k": 2, "n_experts": E, "seed": seed, "settings": {"samples": 2}, "train_loss": 1.0, "before": draw(rate),
             "after": draw(rate_after)}
 
 
