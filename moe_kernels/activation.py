@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
 from moe_kernels.grouped_gemm import _sigmoid
-from moe_kernels.tiles import eager, pick_impl
+from moe_kernels.tiles import cdiv, eager, pick_impl, pow2
 
 
 def swiglu(h_TG, impl=None):
@@ -61,9 +61,9 @@ def swiglu_bwd_kernel(
 
 def _launch(kernel, T, F, *args):
     if T * F > 0:
-        block_f = min(triton.next_power_of_2(F), 1024)
+        block_f = min(pow2(F), 1024)
         block_t = max(1, 1024 // block_f)  # 8 values a thread: accesses of 16 bytes in bfloat16
-        kernel[(triton.cdiv(T, block_t) * triton.cdiv(F, block_f),)](*args, F, block_t, block_f)
+        kernel[(cdiv(T, block_t) * cdiv(F, block_f),)](*args, F, block_t, block_f)
 
 
 def _rows(tensor):

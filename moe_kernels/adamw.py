@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels import reference
-from moe_kernels.tiles import pick_impl
+from moe_kernels.tiles import cdiv, pick_impl
 
 BLOCK = 2048  # values per program of four warps: 16 per thread
 
@@ -46,7 +46,7 @@ def launch(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta
             for t in (weight, grad.contiguous(), exp_avg, exp_avg_sq, weight if copy is None else copy)]  # fmt: skip
     logs = [math.log(max(beta, 1e-300)) for beta in (beta1, beta2)]
     n = weight.numel()
-    adamw_kernel[(triton.cdiv(n, BLOCK),)](
+    adamw_kernel[(cdiv(n, BLOCK),)](
         *bits, step, lr, scale, skip, n, seed, eps, weight_decay, beta1, beta2, *logs, copy is not None, BLOCK, num_warps=4
     )
 

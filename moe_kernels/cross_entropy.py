@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
-from moe_kernels.tiles import pick_impl
+from moe_kernels.tiles import pick_impl, pow2
 
 
 def linear_cross_entropy(x_TD, w_VD, targets_T, chunk=16384, impl=None):
@@ -79,7 +79,7 @@ def cross_entropy_op(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, chunk: int, 
     x, w, targets = x_TD.contiguous(), w_VD.to(x_TD.dtype).contiguous(), targets_T.contiguous()
     (T, _), V = x.shape, w.shape[0]
     # Two groups a thread. At most two rows of 32 warps are on a multiprocessor: more would push one another out of L2 between their two passes.
-    block, group = (min(max(triton.next_power_of_2(V), 8), 16384), 8) if V % 8 == 0 else (min(triton.next_power_of_2(V), 4096), 1)
+    block, group = (min(max(pow2(V), 8), 16384), 8) if V % 8 == 0 else (min(pow2(V), 4096), 1)
     scale = 1.0 / (targets >= 0).sum().clamp(min=1).float()
     losses = x.new_empty(T, dtype=torch.float32)
     dx, dw = (torch.empty_like(x), w.new_zeros(w.shape, dtype=torch.float32)) if grads else (x.new_empty(0), w.new_empty(0))

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.tiles import cdiv, max_tiles, pow2
+
 CHUNK = 512  # slots per program of the sort
 
 
@@ -119,18 +121,13 @@ def place_kernel(
                 tl.store(tile_row_ptr + tile, tl.zeros([128], tl.int32), mask=tile < max_tiles)
 
 
-def max_tiles(n_rows, n_experts, block_m):
-    """Static upper bound of sum_e ceil(rows_e / block_m)."""
-    return n_rows // block_m + min(n_experts, n_rows)
-
-
 def dispatch(experts_TK, n_experts, block_m):
     """Sort the slots by expert and cut each expert's rows into tiles of `block_m`.
 
     experts_TK: (T, K) int32 contiguous, every id in 0..n_experts-1 (not checked: that would wait for the GPU). Returns a `Dispatch`."""
     S, E = experts_TK.numel(), n_experts
-    n_chunks = triton.cdiv(S, CHUNK)
-    block_e = triton.next_power_of_2(E)
+    n_chunks = cdiv(S, CHUNK)
+    block_e = pow2(E)
     n_tiles = max_tiles(S, E, block_m)
     new = lambda *shape: experts_TK.new_empty(shape, dtype=torch.int32)  # noqa: E731
     out = Dispatch(new(E + 1), new(S), new(*experts_TK.shape), new(n_tiles), new(n_tiles), new(1), new(3, E))
@@ -140,7 +137,7 @@ def dispatch(experts_TK, n_experts, block_m):
         return out
     chunk_counts, counts = new(n_chunks, E), new(E)
     count_kernel[(n_chunks,)](experts_TK, chunk_counts, S, E, CHUNK, block_e)
-    scan_kernel[(triton.cdiv(E, 16),)](chunk_counts, counts, n_chunks, E, BLOCK_C=64, BLOCK_E=16)
+    scan_kernel[(cdiv(E, 16),)](chunk_counts, counts, n_chunks, E, BLOCK_C=64, BLOCK_E=16)
     place_kernel[(n_chunks + E,)](experts_TK, chunk_counts, counts, *out, S, n_chunks, n_tiles, block_m, E, CHUNK, block_e)
     return out
 
@@ -192,9 +189,9 @@ def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None, out=None):
     (T, K), (S, D) = slot_row_TK.shape, y_SD.shape
     out, dgates = out or (y_SD.new_empty(T, D), None if dgates_parts is None else y_SD.new_empty(T, K, dtype=torch.float32))
     if T > 0:
-        block_d = min(triton.next_power_of_2(D), 2048)
+        block_d = min(pow2(D), 2048)
         n_parts = 0 if dgates_parts is None else dgates_parts.shape[0]
-        combine_kernel[(T, triton.cdiv(D, block_d))](
+        combine_kernel[(T, cdiv(D, block_d))](
             y_SD,
             slot_row_TK,
             gates_TK,

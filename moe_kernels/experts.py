@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels import reference
-from moe_kernels.dispatch import Dispatch, combine, dispatch, max_tiles
+from moe_kernels.dispatch import Dispatch, combine, dispatch
 from moe_kernels.routing import MAX_EXPERTS, MAX_TOP_K
-from moe_kernels.tiles import eager, gemm_tiles, pick_impl
+from moe_kernels.tiles import eager, gemm_tiles, max_tiles, pick_impl
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

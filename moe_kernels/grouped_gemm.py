@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.tiles import interpreting, resident_programs
+from moe_kernels.tiles import cdiv, interpreting, resident_programs
 
 
 @triton.jit
@@ -307,7 +307,7 @@ def dw_kernel(
 
 def _row_grid(dispatch, n_columns, tile):
     # Every launch is sized by the static bound on the number of row tiles; the surplus programs return at once.
-    return (dispatch.tile_expert.numel() * triton.cdiv(n_columns, tile.BLOCK_N),)
+    return (dispatch.tile_expert.numel() * cdiv(n_columns, tile.BLOCK_N),)
 
 
 def _desc(tensor, rows, columns):
@@ -369,7 +369,7 @@ def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, dispatch, tile):
     S, K = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1]
     _, D, F = w_out_EDF.shape
     dh, ga = torch.empty_like(h_SG), h_SG.new_empty(S, F)
-    dgates_parts = h_SG.new_empty(triton.cdiv(F, tile.BLOCK_N), S, dtype=torch.float32)
+    dgates_parts = h_SG.new_empty(cdiv(F, tile.BLOCK_N), S, dtype=torch.float32)
     w_desc = _desc(w_out_EDF, tile.BLOCK_K, tile.BLOCK_N)
     dswiglu_kernel[_row_grid(dispatch, F, tile)](
         dy_TD,
@@ -399,7 +399,7 @@ def dw(a_TM, b_SN, transposed, dispatch, tile):
     E, K = dispatch.offsets.numel() - 1, dispatch.slot_row_TK.shape[1]
     M, N = a_TM.shape[1], b_SN.shape[1]
     out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
-    grid = (E * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),)
+    grid = (E * cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),)
     b_desc = _desc(b_SN, tile.BLOCK_K, tile.BLOCK_N)
     dw_kernel[grid](a_TM, b_desc, out, dispatch.row_slot_S, dispatch.by_size, E, M, N, K, transposed, **tile._asdict())
     return out

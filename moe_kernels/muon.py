@@ -11,7 +11,7 @@ import math
 import triton
 import triton.language as tl
 
-from moe_kernels.tiles import interpreting
+from moe_kernels.tiles import interpreting, pow2
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
 ROUNDS = 5
@@ -26,7 +26,7 @@ def fits(shape, rows):
 
 def padded(A, B):
     """Shorter and longer side of the tile that holds a matrix."""
-    return [max(16, triton.next_power_of_2(side)) for side in sorted((A, B))]
+    return [max(16, pow2(side)) for side in sorted((A, B))]
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
-from moe_kernels.tiles import eager, pick_impl
+from moe_kernels.tiles import cdiv, eager, pick_impl, pow2
 
 
 def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5, impl=None):
@@ -198,7 +198,7 @@ def _tables(cos, sin):
 
 
 def _blocks(d):
-    block_d = triton.next_power_of_2(d // 2)
+    block_d = pow2(d // 2)
     return max(1, 512 // block_d), block_d  # 8 values a thread of 2 warps: accesses of 16 bytes in bfloat16
 
 
@@ -210,7 +210,7 @@ def rope_fwd(
     n_kv_heads, T, blocks = (N - n_heads) // 2, B * L, _blocks(d)
     q, k = qkv.new_empty(B, L, n_heads, d), qkv.new_empty(B, L, n_kv_heads, d)
     if T > 0:
-        rope_fwd_kernel[(triton.cdiv(T, blocks[0]), 2)](
+        rope_fwd_kernel[(cdiv(T, blocks[0]), 2)](
             qkv, cos, sin, q_weight, k_weight, q, k, T, L, stride_table, eps, n_heads, n_kv_heads, d, q_weight is not None, *blocks, num_warps=2
         )
     return q, k
@@ -223,7 +223,7 @@ def rope_bwd(
     dq, dk, dv = (t if t.stride(3) == 1 else t.contiguous() for t in (dq, dk, dv))
     (B, L, H, d), n_kv_heads, (cos, sin, stride_table) = dq.shape, dk.shape[2], _tables(cos, sin)
     T, norm, blocks = B * L, q_weight is not None, _blocks(d)
-    n_blocks = triton.cdiv(T, blocks[0])
+    n_blocks = cdiv(T, blocks[0])
     dqkv = dq.new_empty(B, L, H + 2 * n_kv_heads, d)
     dweights = dq.new_empty(n_blocks, 2 if norm else 0, d, dtype=torch.float32)
     if T > 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
-from moe_kernels.tiles import eager, pick_impl
+from moe_kernels.tiles import cdiv, eager, pick_impl, pow2
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 
@@ -230,9 +230,9 @@ def route_bwd_kernel(
 
 
 def _blocks(E, K):
-    block_e = triton.next_power_of_2(E)
+    block_e = pow2(E)
     # About 2048 logits per program of 4 warps: each of the half dozen (BLOCK_T, BLOCK_E) arrays then takes 16 registers a thread.
-    return dict(BLOCK_T=max(1, 2048 // block_e) if block_e > 32 else 64, BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(K))
+    return dict(BLOCK_T=max(1, 2048 // block_e) if block_e > 32 else 64, BLOCK_E=block_e, BLOCK_K=pow2(K))
 
 
 def route_fwd(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -240,7 +240,7 @@ def route_fwd(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: boo
     logits = logits_TE.contiguous()
     T, E = logits.shape
     blocks = _blocks(E, top_k)
-    n_blocks = triton.cdiv(T, blocks["BLOCK_T"])
+    n_blocks = cdiv(T, blocks["BLOCK_T"])
     gates, experts = logits.new_empty(T, top_k, dtype=torch.float32), logits.new_empty(T, top_k, dtype=torch.int32)
     if T == 0:
         return gates, experts, logits.new_zeros(E, dtype=torch.int32), logits.new_zeros(E, dtype=torch.float32), logits.new_zeros((), dtype=torch.float32)
@@ -250,7 +250,7 @@ def route_fwd(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: boo
     route_fwd_kernel[(n_blocks,)](
         logits, bias_E, gates, experts, part_counts, part_stats, T, E, top_k, sigmoid, normalize, bias_E is not None, **blocks
     )
-    route_stats_kernel[(triton.cdiv(E + 1, 8),)](part_counts, part_stats, counts, probs, z, T, n_blocks, E, BLOCK_B=512, BLOCK_E=8)
+    route_stats_kernel[(cdiv(E + 1, 8),)](part_counts, part_stats, counts, probs, z, T, n_blocks, E, BLOCK_B=512, BLOCK_E=8)
     return gates, experts, counts, probs, z
 
 
@@ -264,7 +264,7 @@ def route_bwd(
     dlogits = torch.empty_like(logits)
     blocks = _blocks(E, K)
     if T > 0:
-        route_bwd_kernel[(triton.cdiv(T, blocks["BLOCK_T"]),)](
+        route_bwd_kernel[(cdiv(T, blocks["BLOCK_T"]),)](
             logits, experts_TK, gates_TK, dgates_TK.contiguous(), dprobs_E.contiguous(), dz.contiguous(), dlogits, T, E, K, sigmoid, normalize, **blocks
         )
     return dlogits

@@ -1,11 +1,10 @@
 """Which implementation runs where, and which tile each GEMM kernel uses: static tables, no autotuning, so a first call costs one compilation."""
 
+import functools
 import os
 from typing import NamedTuple
 
 import torch
-
-from moe_kernels.dispatch import max_tiles
 
 IMPLS = ("reference", "grouped_mm", "triton")
 
@@ -53,44 +52,62 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def _pow2(n):
+def pow2(n):
+    """The least power of two that is not below n. (triton.next_power_of_2 and triton.cdiv take 6 us a call on the host, a tenth of a launch all told.)"""
     return 1 << max(n - 1, 0).bit_length()
 
 
+def cdiv(a, b):
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def max_tiles(n_rows, n_experts, block_m):
+    """Static upper bound of sum_e ceil(rows_e / block_m)."""
+    return n_rows // block_m + min(n_experts, n_rows)
+
+
 def gemm_tiles(n_rows, n_experts, D, F, dtype):
-    """The tile of each GEMM for S = n_rows routed rows over n_experts: dict with keys up, down, dswiglu, dx, dw_in, dw_out.
+    """The tile of each GEMM for S = n_rows routed rows over n_experts: dict with keys up, down, dswiglu, dx, dw_in, dw_out; not to be changed.
 
     All row-tiled GEMMs share BLOCK_M, hence one tile table. It follows the mean number of rows per expert."""
-    if interpreting():
+    sizes = n_rows, n_experts, D, F
+    table = _gemm_tiles if all(type(n) is int for n in sizes) else _gemm_tiles.__wrapped__  # the symbolic sizes of a compilation are not hashable
+    return table(*sizes, dtype, interpreting())
+
+
+@functools.lru_cache(maxsize=1024)
+def _gemm_tiles(n_rows, n_experts, D, F, dtype, interpreted):
+    if interpreted:
         step = 16 if min(D, F) < 64 else 32
         tile = Tile(step, step, step, 2, 2, 4, 2)
         return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
     if dtype == torch.float32:  # full-precision dots run outside the tensor cores: any tile that fits
         tile = Tile(64, 64, 16, 8, 1, 8, 2)
         return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
-    block_m = min(max(_pow2(n_rows // n_experts), 16), 128)
+    block_m = min(max(pow2(n_rows // n_experts), 16), 128)
     warps = 8 if block_m == 128 else 4
-    wide = lambda n, block_n: min(_pow2(n), block_n)  # noqa: E731
+    wide = lambda n, block_n: min(pow2(n), block_n)  # noqa: E731
     if n_rows // n_experts > 512:
         dw_in, dw_out = Tile(128, wide(2 * F, 256), 64, 4, 8, 8, 4), Tile(128, wide(F, 256), 64, 4, 2, 8, 3)
     else:  # few steps per tile: small tiles, several to a multiprocessor, hide one another's latencies
-        dw_k = min(max(_pow2(n_rows // n_experts), 16), 32)
+        dw_k = min(max(pow2(n_rows // n_experts), 16), 32)
         dw_in, dw_out = (Tile(128, wide(n, 128), dw_k, 4, 2, 4, 4) for n in (2 * F, F))
     row_tiles = max_tiles(n_rows, n_experts, block_m)
 
     def forward(n, block_n, parts):
         # A few tokens at a time (generation): narrower tiles until every multiprocessor reads a share of the weights.
         block_n = wide(n, block_n)
-        while block_m == 16 and block_n > 32 and row_tiles * -(-n // block_n) < 132:  # those of an H100
+        while block_m == 16 and block_n > 32 and row_tiles * cdiv(n, block_n) < 132:  # those of an H100
             block_n, parts = block_n // 2, max(1, parts // 2)
         return block_n, parts
 
     (up_n, up_parts), (down_n, down_parts) = forward(F, 128, 4), forward(D, 256, 2)
     return {
-        "up": Tile(block_m, up_n, min(64, _pow2(D)), 8, up_parts, warps, 4),
-        "down": Tile(block_m, down_n, min(64, _pow2(F)), 8, down_parts, warps, 4),
-        "dswiglu": Tile(block_m, wide(F, 256), min(64, _pow2(D)), 8, 8, 8 if block_m >= 64 else 4, 4),
-        "dx": Tile(block_m, wide(D, 256), min(64, _pow2(2 * F)), 8, 4, warps, 3),
+        "up": Tile(block_m, up_n, min(64, pow2(D)), 8, up_parts, warps, 4),
+        "down": Tile(block_m, down_n, min(64, pow2(F)), 8, down_parts, warps, 4),
+        "dswiglu": Tile(block_m, wide(F, 256), min(64, pow2(D)), 8, 8, 8 if block_m >= 64 else 4, 4),
+        "dx": Tile(block_m, wide(D, 256), min(64, pow2(2 * F)), 8, 4, warps, 3),
         "dw_in": dw_in,
         "dw_out": dw_out,
     }

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moe_kernels import reference
-from moe_kernels.dispatch import CHUNK, combine, dispatch, max_tiles
+from moe_kernels.dispatch import CHUNK, combine, dispatch
+from moe_kernels.tiles import max_tiles
 from tests.checks import check, rms_ratio
 
 SHAPES = [(70, 8, 2), (700, 24, 5), (5, 256, 16), (1, 1, 1), (0, 8, 2), (CHUNK, 3, 3)]
