@@ -391,7 +391,7 @@ def main():
                  ("training FLOPs", f"{cfg.tokens * flops:.4g}")]
     memory = training_memory(cfg, cfg.micro_batch * cfg.seq_len, cfg.weights)
     memory[f"training memory, {cfg.micro_batch} x {cfg.seq_len} tokens"] = sum(memory.values())
-    rows += [(part, f"{size / 2**30:.3f} GiB") for part, size in memory.items()]
+    rows += [(part, f"{size / 2**30:.3f} GiB") for part, size in memory.items() if size]
     for name, value in rows:
         print(f"{name:<44} {value:>20}")
 

@@ -53,7 +53,7 @@ RUNS = (
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = list(dict.fromkeys(run.kind for run in RUNS))
-    parser.add_argument("--csv", type=Path, required=True, help="append the rows to this file")
+    parser.add_argument("--csv", type=Path, default=Path("mine.csv"), help="append the rows to this file (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=25, help="time limit (default: %(default)s)")
     parser.add_argument("--only", choices=kinds, help="benchmarks of one kind")
     parser.add_argument("--list", action="store_true", help="print the commands only")

@@ -402,7 +402,7 @@ def edges(rows):
     """A sentence on the (E, k) whose best rate was the lowest or the highest that they tried, so that a better one may lie beyond."""
     compared = [(group, rates, results.best(rates)) for group, rates in comparisons(rows) if group["init_std"] == Run.init_std and len(rates) >= 3]
     compared = [(group, rates, rate) for group, rates, rate in compared if rate]
-    names = [f"E={group['n_experts']} k={group['top_k']} ({rate:g})" for group, rates, rate in compared if rate in (min(rates), max(rates))]
+    names = [f"E={group['n_experts']} k={group['top_k']} F={group['d_expert']} ({rate:g})" for group, rates, rate in compared if rate in (min(rates), max(rates))]
     return f"Three rates or more were compared at {len(compared)} sets of one (E, k); the best was at the edge for {len(names)}: {', '.join(names) or 'none'}."
 
 
