@@ -67,7 +67,7 @@ def final_report(model, cfg, sources, enc, val_loader, results):
     lines = [("training loss, nats per token", "loss", ".4f"), ("validation loss", "val_loss", ".4f"),
              ("validation bits per byte", "val_bits_per_byte", ".4f"), ("balance loss (1: balanced)", "balance", ".3f"),
              ("tokens per second", "tokens_per_s", ",.0f"), ("model FLOPs utilisation", "mfu", ".1%"), ("parameters", "parameters", ",d"),
-             ("of these active per token", "active_parameters", ",d"), ("training tokens per parameter", "tokens_per_parameter", ".3g"),
+             ("of these active per token", "active_parameters", ",d"), ("training tokens per parameter", "tokens_per_parameter", ".3g"), ("passes over the most read data", "epochs", ".2f"),
              ("peak memory, GB", "memory_gb", ".2f"), ("seconds", "seconds", ".0f")]
     print()
     for title, name, form in lines:

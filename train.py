@@ -393,7 +393,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     if not lead:
         return None
     results = {**row, **val_row, "parameters": params.total, "active_parameters": params.active, "seconds": time.perf_counter() - began,
-               "tokens_per_parameter": cfg.steps * tokens_per_step / params.total}
+               "tokens_per_parameter": cfg.steps * tokens_per_step / params.total, "epochs": max(loader.epochs)}
     if timed_steps:
         rate = timed_steps * tokens_per_step / timed_seconds
         results |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None}

@@ -101,7 +101,9 @@ def test_learns_and_reports(whole_run):
     assert all(len(r["load_max"]) == 2 and 1 <= max(r["load_max"]) <= 2.0 for r in train_rows)  # 4 experts, k = 2: at most 2
     assert all(0.9 < r["balance"] < 1.5 for r in train_rows)
     assert train_rows[-1]["tokens"] == 8 * 8 * 16
-    meta = shards.read_meta(json.loads((out / "config.json").read_text())["data"])["splits"]["val"]
+    splits = shards.read_meta(json.loads((out / "config.json").read_text())["data"])["splits"]
+    assert results["epochs"] == pytest.approx(8 * 8 / ((splits["train"]["tokens"] - 1) // 16))  # samples of 16 tokens over windows
+    meta = splits["val"]
     expected = results["val_loss"] / np.log(2) * meta["tokens"] / meta["bytes"]
     assert results["val_bits_per_byte"] == pytest.approx(expected)
     assert json.loads((out / "results.json").read_text())["val_loss"] == results["val_loss"] and len(results["samples"]) == 2
