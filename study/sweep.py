@@ -384,9 +384,10 @@ def cli(argv=None):
         for name in (names := args.presets.split(",")):
             require(name in PRESETS, "preset", name, f"use {', '.join(PRESETS)}")
         runs = [run for name in names for run in PRESETS[name](args.data)]
-        jobs = args.jobs or (JOBS if cuda else 1)
-        return sweep(runs, args.results, args.minutes, args.cache, devices, jobs, args.items, [name for name in args.keep.split(",") if name],
-                     args.together or (TOGETHER if cuda else 1))
+        jobs, keep = args.jobs or (JOBS if cuda else 1), [name for name in args.keep.split(",") if name]
+        models = {f"E{run.n_experts}k{run.top_k}" for run in runs} | {"all"}
+        require(models >= set(keep), "keep", args.keep, "name models of these presets, such as E16k2, or all")
+        return sweep(runs, args.results, args.minutes, args.cache, devices, jobs, args.items, keep, args.together or (TOGETHER if cuda else 1))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -179,6 +179,12 @@ def test_sweep_runs_what_is_missing_and_survives_a_torn_line(tmp_path):
         results.read(file)
 
 
+def test_bad_names_are_refused():
+    for words, message in ((["mian"], "preset='mian'"), (["smoke", "--keep=E2k1,E3k2"], "keep='E2k1,E3k2'")):
+        with pytest.raises(SystemExit, match=message):
+            sweep.cli([*words, "--minutes=0", "--device=cpu"])
+
+
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys):
     good = sweep.smoke("")[0]
     bad, homeless = dataclasses.replace(good, data=str(tmp_path / "none")), dataclasses.replace(good, seed=2, max_steps=60)  # too few names for these
