@@ -70,10 +70,15 @@ def place_kernel(
     E: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
 ):
     pid = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
-    counts = tl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
+    if ONE_CHUNK:  # few slots, as in generation: every program counts them all, and this is the only launch
+        all_slots = tl.arange(0, CHUNK)
+        counts = tl.histogram(tl.load(experts_ptr + all_slots, mask=all_slots < S, other=0), BLOCK_E, mask=all_slots < S)
+    else:
+        counts = tl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
     ends = tl.cumsum(counts, 0)
     starts = ends - counts
     if pid < n_chunks:
@@ -87,8 +92,10 @@ def place_kernel(
         expert = tl.minimum(packed // CHUNK, BLOCK_E - 1)
         slot = pid * CHUNK + packed % CHUNK
         here = tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=mask)
-        before = tl.load(chunk_prefix_ptr + pid * E + offs_e, mask=offs_e < E, other=0)
-        row = tl.gather(starts + before - (tl.cumsum(here, 0) - here), expert, 0) + offs
+        first = starts - (tl.cumsum(here, 0) - here)
+        if not ONE_CHUNK:
+            first += tl.load(chunk_prefix_ptr + pid * E + offs_e, mask=offs_e < E, other=0)
+        row = tl.gather(first, expert, 0) + offs
         mask_sorted = packed < BLOCK_E * CHUNK
         tl.store(row_slot_ptr + row, slot, mask=mask_sorted)
         tl.store(slot_row_ptr + slot, row, mask=mask_sorted)
@@ -97,13 +104,13 @@ def place_kernel(
         e = pid - n_chunks
         n_tiles = (counts + block_m - 1) // block_m
         mine = offs_e == e
-        first = tl.sum(tl.where(offs_e < e, n_tiles, 0), 0)
+        first_tile = tl.sum(tl.where(offs_e < e, n_tiles, 0), 0)
         start = tl.sum(tl.where(mine, starts, 0), 0)
         n = tl.sum(tl.where(mine, n_tiles, 0), 0)
         for i in range(0, n, 128):
             tile = i + tl.arange(0, 128)
-            tl.store(tile_expert_ptr + first + tile, tl.zeros([128], tl.int32) + e, mask=tile < n)
-            tl.store(tile_row_ptr + first + tile, start + tile * block_m, mask=tile < n)
+            tl.store(tile_expert_ptr + first_tile + tile, tl.zeros([128], tl.int32) + e, mask=tile < n)
+            tl.store(tile_row_ptr + first_tile + tile, start + tile * block_m, mask=tile < n)
         size = tl.sum(tl.where(mine, counts, 0), 0)
         before_it = (counts > size) | ((counts == size) & (offs_e < e))
         rank_ptr = by_size_ptr + tl.sum(before_it.to(tl.int32), 0)
@@ -135,10 +142,11 @@ def dispatch(experts_TK, n_experts, block_m):
         for index in out:
             index.zero_()
         return out
-    chunk_counts, counts = new(n_chunks, E), new(E)
-    count_kernel[(n_chunks,)](experts_TK, chunk_counts, S, E, CHUNK, block_e)
-    scan_kernel[(cdiv(E, 16),)](chunk_counts, counts, n_chunks, E, BLOCK_C=64, BLOCK_E=16)
-    place_kernel[(n_chunks + E,)](experts_TK, chunk_counts, counts, *out, S, n_chunks, n_tiles, block_m, E, CHUNK, block_e)
+    chunk_counts, counts = (None, None) if n_chunks == 1 else (new(n_chunks, E), new(E))
+    if n_chunks > 1:
+        count_kernel[(n_chunks,)](experts_TK, chunk_counts, S, E, CHUNK, block_e)
+        scan_kernel[(cdiv(E, 16),)](chunk_counts, counts, n_chunks, E, BLOCK_C=64, BLOCK_E=16)
+    place_kernel[(n_chunks + E,)](experts_TK, chunk_counts, counts, *out, S, n_chunks, n_tiles, block_m, E, CHUNK, block_e, n_chunks == 1)
     return out
 
 
