@@ -43,6 +43,7 @@ class KVCache:
         require(self.filled + L <= self.k.shape[2], "length", self.filled + L, f"the cache holds max_len={self.k.shape[2]} tokens")
         device = self.lengths_B.device
         self.pos_BL = self.lengths_B[:, None] + torch.arange(L, device=device)
+        self.row_B1 = torch.arange(len(self.pos_BL), device=device)[:, None]
         if not self.filled:
             return self.pos_BL, None
         hidden = self.pos_BL[:, None, :, None] < torch.arange(self.span or self.filled + L, device=device)
@@ -50,8 +51,8 @@ class KVCache:
 
     def update(self, layer, k_BLHd, v_BLHd):
         """Store a layer's new keys and values; return all of them, (B, span, Hkv, d)."""
-        L, rows = self.pos_BL.shape[1], self._rows()
-        self.k[layer, rows, self.pos_BL], self.v[layer, rows, self.pos_BL] = k_BLHd, v_BLHd
+        L, at = self.pos_BL.shape[1], (layer, self.row_B1, self.pos_BL)
+        self.k[at], self.v[at] = k_BLHd, v_BLHd
         span = self.span or self.filled + L
         return self.k[layer, :, :span], self.v[layer, :, :span]
 
@@ -62,10 +63,7 @@ class KVCache:
     def record(self, layer, experts_TK):
         """Store the experts that a layer's router chose, where they are asked for."""
         if self.experts is not None:
-            self.experts[layer, self._rows(), self.pos_BL] = experts_TK.view(*self.pos_BL.shape, -1).to(torch.int16)
-
-    def _rows(self):
-        return torch.arange(len(self.pos_BL), device=self.pos_BL.device)[:, None]
+            self.experts[layer, self.row_B1, self.pos_BL] = experts_TK.view(*self.pos_BL.shape, -1).to(torch.int16)
 
     def end(self, L):
         """Advance the lengths; return the index (B,) of the last real token of each row."""
