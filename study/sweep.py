@@ -16,7 +16,7 @@ presets   smoke    two tiny runs: does it work, on a CPU in seconds
           adamw    the deciding points again with the paper's optimiser, three rates
           family   main at k = 2 and 8, 2^24 tokens and the best rates: with --keep=all the models that study.posttrain starts from
           full     main, lr, topk, scarce and init in the order of what they teach per minute
-          text     prepared text (--data DIR:weight,...), three rates, task loss on the paper's tasks
+          text     prepared text (--data DIR:weight,...), the paper's optimiser at three rates, task loss on the paper's tasks
 
 A run planned with lr 0 takes the best rate of its own (E, k), compared at 2^24 tokens on the same kind of data where there is such a comparison, otherwise
 of the nearest, and waits until that is finished. The results file names the rate itself.
@@ -132,7 +132,7 @@ def full(data):
 def text(data):
     if not data:
         raise ValueError("data='': the preset text needs --data DIR:weight,DIR:weight of prepared text (python -m data.prepare)")
-    return [Run(data=data, d_model=256, n_layers=8, d_expert=256, seq_len=512, init_std=0.02, tokens=2**25, n_experts=e, top_k=k, seed=seed, lr=rate)
+    return [Run(data=data, optimizer="adamw", d_model=256, n_layers=8, d_expert=256, seq_len=512, init_std=0.02, tokens=2**25, n_experts=e, top_k=k, seed=seed, lr=rate)
             for k in (2, 8) for e in (128, 8, 32) for seed in range(3) for rate in (2e-3, 4e-3, 1e-3)]
 
 
