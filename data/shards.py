@@ -154,8 +154,9 @@ def read_meta(directory: str | Path) -> dict:
         meta = json.loads(path.read_text())
         if meta["version"] != VERSION:
             raise ValueError(f"version {meta['version']}, this code reads {VERSION}")
-        meta["splits"], meta["vocab_size"], np.dtype(meta["dtype"])
-    except (ValueError, KeyError, TypeError) as error:
+        meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"], np.dtype(meta["dtype"])
+        [(shard["file"], shard["tokens"], shard["sha256"]) for split in meta["splits"].values() for shard in split["shards"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used ({error!r}); prepare the data again") from error
     return meta
 
@@ -163,12 +164,15 @@ def read_meta(directory: str | Path) -> dict:
 def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[np.memmap]:
     """Read-only memory maps of a split's shards, in order.
 
-    The size of every shard is compared with meta.json, and its SHA-256 too unless verify=False (about 1 GB/s, once a
-    process while the file does not change). Raises ValueError naming the shard that is missing, truncated or corrupt.
+    The size of every shard is compared with meta.json, and its SHA-256 and the tokenizer's too unless verify=False (about 1 GB/s,
+    once a process while the file does not change). Raises ValueError naming the file that is missing, truncated or corrupt.
     """
     directory, meta = Path(directory), read_meta(directory)
     if split not in meta["splits"]:
         raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(meta['splits']) or 'none'}")
+    path = directory / meta["tokenizer"]
+    if verify and path.exists() and _sha256(path, path.stat().st_mtime_ns) != meta["tokenizer_sha256"]:
+        raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); prepare the data again")
     dtype, maps = np.dtype(meta["dtype"]).newbyteorder("<"), []
     for shard in meta["splits"][split]["shards"]:
         path, size = directory / shard["file"], shard["tokens"] * dtype.itemsize

@@ -319,7 +319,8 @@ def test_reasoning():
 
 
 def test_procedural_source(tmp_path):
-    meta = {"version": 1, "splits": {}, "vocab_size": 3, "dtype": "uint16", "procedural": {"facts": {"n_people": 3}}}
+    meta = {"version": 1, "splits": {}, "vocab_size": 3, "dtype": "uint16", "tokenizer": "tokenizer.json", "tokenizer_sha256": "",
+            "procedural": {"facts": {"n_people": 3}}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     assert Source(None, tmp_path).procedural("facts") == {"n_people": 3}
     with pytest.raises(ValueError, match="was not trained on procedural reasoning"):

@@ -82,6 +82,11 @@ def test_damage_is_found_and_named(tmp_path):
     shards.open_shards(tmp_path / "d", "val")
     path.write_bytes(good)
     shards.open_shards(tmp_path / "d", "train")
+    path = tmp_path / "d" / tokenizer.FILE
+    path.write_text(path.read_text().replace("AA==", "/wAA"))  # another token, and still a tokenizer
+    assert tokenizer.load(tmp_path / "d").n_vocab == ENC.n_vocab
+    with pytest.raises(ValueError, match=f"{tokenizer.FILE} is corrupt"):
+        shards.open_shards(tmp_path / "d", "train")
 
 
 def test_bad_directories_are_named(tmp_path):
@@ -92,7 +97,8 @@ def test_bad_directories_are_named(tmp_path):
         shards.open_shards(tmp_path / "d", "test")
     path = tmp_path / "d" / "meta.json"
     meta = json.loads(path.read_text())
-    for content in (json.dumps(meta | {"version": 99}), path.read_text()[:-40], "[]", json.dumps({"version": 1})):
+    for content in (json.dumps(meta | {"version": 99}), path.read_text()[:-40], "[]", json.dumps({"version": 1}), json.dumps(meta | {"splits": []}),
+                    path.read_text().replace('"shards"', '"shords"'), path.read_text().replace('"file"', '"fale"')):
         path.write_text(content)
         with pytest.raises(ValueError, match="meta.json cannot be used"):
             shards.open_shards(tmp_path / "d", "train")
