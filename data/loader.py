@@ -7,6 +7,7 @@ document ends and shard borders.
 The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows r*B .. (r+1)*B of
 each global batch of W*B samples, so a run continues on another number of ranks with the same global batch.
 """
+import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -39,8 +40,8 @@ class Loader:
 
     def __init__(self, sources, split: str, batch_size: int, seq_len: int, seed: int = 0, rank: int = 0, world: int = 1,
                  device: str | torch.device = "cpu"):
-        if not sources or any(weight <= 0 for _, weight in sources):
-            raise ValueError(f"sources={sources}: at least one (directory, weight), with weights above 0")
+        if not sources or not all(0 < weight < math.inf for _, weight in sources):
+            raise ValueError(f"sources={sources}: at least one (directory, weight), with finite weights above 0")
         if batch_size < 1 or seq_len < 1 or not 0 <= rank < world:
             raise ValueError(f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world={world}: must be positive, rank < world")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed

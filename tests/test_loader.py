@@ -129,7 +129,7 @@ def test_mixture_follows_the_weights_at_any_moment(tmp_path):
 
 def test_bad_input_is_named(tmp_path):
     data = write(tmp_path / "a", 400, shard_tokens=100)
-    for sources in ([], [(data, 0.0)], [(data, 1.0), (data, -1.0)]):
+    for sources in ([], [(data, 0.0)], [(data, 1.0), (data, -1.0)], [(data, float("nan"))], [(data, float("inf"))]):
         with pytest.raises(ValueError, match="sources="):
             Loader(sources, "train", 2, L)
     for bad in ({"rank": 2, "world": 2}, {"batch_size": 0}, {"seq_len": 0}):
