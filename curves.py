@@ -17,28 +17,37 @@ from pathlib import Path
 
 
 def read(run):
-    """(config, training rows, validation rows) of a run directory; a last line torn by a crash is dropped.
+    """(config, training rows, validation rows) of a run directory; damaged lines, such as a last one torn by a crash, are dropped.
 
     Raises ValueError when there is nothing to show."""
     run = Path(run)
     if not (run / "metrics.jsonl").exists():
         raise ValueError(f"{run} holds no metrics.jsonl: give a run directory of train.py")
     rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    for line in (run / "metrics.jsonl").read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            break
+            continue
+        rows += [row] if isinstance(row, dict) else []
     train = [row for row in rows if "loss" in row]
     if not train:
         raise ValueError(f"{run} has logged no training step yet")
-    config = json.loads((run / "config.json").read_text())
+    try:
+        config = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run / 'config.json'} cannot be read ({error})") from error
     return config, train, [row for row in rows if "val_loss" in row]
 
 
 def label(run, config):
     kind = "dense" if config["dense"] else f"E={config['n_experts']}, k={config['top_k']}"
-    return f"{Path(run).name} (d={config['d_model']}, {kind})"
+    return f"{Path(run).absolute().name} (d={config['d_model']}, {kind})"
+
+
+def dot(rows):
+    """The style with which a run of one row is seen: a line takes two."""
+    return {"marker": "."} if len(rows) == 1 else {}
 
 
 def set_loss_limits(axis, losses):
@@ -69,20 +78,20 @@ def figure(run):
     parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
 
     loss, rate, norm = parts[0].subplots(1, 3)
-    loss.plot(tokens, column("loss"), lw=0.8, alpha=0.8, label="training")
+    loss.plot(tokens, column("loss"), lw=0.8, alpha=0.8, label="training", **dot(rows))
     loss.plot([row["step"] * scale for row in val], [row["val_loss"] for row in val], "o-", ms=3, lw=1.2, label="validation")
     set_loss_limits(loss, column("loss") + [row["val_loss"] for row in val])
     loss.legend(fontsize=8)
-    rate.plot(tokens, column("lr"))
-    norm.plot(tokens, column("grad_norm"), lw=0.8)
+    rate.plot(tokens, column("lr"), **dot(rows))
+    norm.plot(tokens, column("grad_norm"), lw=0.8, **dot(rows))
     norm.set_yscale("log")
     named = [(loss, "cross-entropy, nats per token"), (rate, "learning rate"), (norm, "gradient norm before clipping")]
     if entropy:
         spread, dead = parts[1].subplots(1, 2)
         for layer, values in enumerate(zip(*column("router_entropy"), strict=True)):
-            spread.plot(tokens, values, lw=0.8, color=plt.cm.viridis(layer / max(1, len(entropy) - 1)))
+            spread.plot(tokens, values, lw=0.8, color=plt.cm.viridis(layer / max(1, len(entropy) - 1)), **dot(rows))
         spread.axhline(math.log(config["n_experts"]), color="gray", ls=":", lw=1)
-        dead.step(tokens, column("dead_experts"), where="post")
+        dead.step(tokens, column("dead_experts"), where="post", **dot(rows))
         dead.set_ylim(-0.05, 1.05 * max(1, *column("dead_experts")))
         named += [(spread, "entropy of the mean router distribution, nats (dark: first layer, dotted: even)"),
                   (dead, "experts without a token, all layers")]
@@ -120,7 +129,7 @@ def write(draw, path):
     tmp = Path(path).with_suffix(".tmp.png")
     try:
         draw().savefig(tmp, dpi=110)
-    except (ValueError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}" + ("; pip install 'optimoe[plot]'" if isinstance(error, ImportError) else ""))
     os.replace(tmp, path)
     print(path)
@@ -137,8 +146,11 @@ class Curves:
 
     def refresh(self):
         if self.possible and (self.process is None or self.process.poll() is not None):
-            self.process = subprocess.Popen(["nice", "-n", "10", sys.executable, __file__, str(self.run_dir)],
-                                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                self.process = subprocess.Popen(["nice", "-n", "10", sys.executable, __file__, str(self.run_dir)],
+                                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            except OSError as error:  # no memory for a process, or none allowed
+                print(f"{self.run_dir}/curves.png was not drawn: {error}", flush=True)
 
     def close(self):
         """Draw once more, with the last rows, and wait (at most a minute)."""

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 import curves
-from curves import label, read
+from curves import dot, label, read
 
 
 def overlay(runs):
@@ -26,10 +26,10 @@ def overlay(runs):
     for i, (run, config, rows, val) in enumerate(data):
         million = lambda row, c=config: row["step"] * c["batch_size"] * c["seq_len"] / 1e6  # noqa: E731
         tokens = [million(row) for row in rows]
-        loss.plot(tokens, [row["loss"] for row in rows], color=f"C{i}", lw=0.8, alpha=0.7)
+        loss.plot(tokens, [row["loss"] for row in rows], color=f"C{i}", lw=0.8, alpha=0.7, **dot(rows))
         loss.plot([million(row) for row in val], [row["val_loss"] for row in val], "o-", color=f"C{i}", ms=3, lw=1.5, label=label(run, config))
-        rate.plot(tokens, [row["lr"] for row in rows], color=f"C{i}")
-        norm.plot(tokens, [row["grad_norm"] for row in rows], color=f"C{i}", lw=0.8)
+        rate.plot(tokens, [row["lr"] for row in rows], color=f"C{i}", **dot(rows))
+        norm.plot(tokens, [row["grad_norm"] for row in rows], color=f"C{i}", lw=0.8, **dot(rows))
     curves.set_loss_limits(loss, [row["loss"] for _, _, rows, _ in data for row in rows] + [row["val_loss"] for *_, val in data for row in val])
     loss.legend(fontsize=8, title="dots: validation, thin: training", title_fontsize=8)
     for axis, title in ((loss, "cross-entropy, nats per token"), (rate, "learning rate"), (norm, "gradient norm before clipping")):

@@ -60,11 +60,41 @@ def test_dense_and_several_runs(run, tmp_path):
     assert (tmp_path / "both.png").stat().st_size > 10_000
 
 
+def test_a_run_of_one_row_is_seen(tmp_path, monkeypatch):
+    """A line of one point has no length: it gets a dot."""
+    one, two = (write_run(tmp_path / name, rows) for name, rows in (("one", [row(1)]), ("two", [row(1), row(2)])))
+    dots = lambda fig: [line.get_marker() for axis in fig.axes for line in axis.lines if len(line.get_xdata()) == 1]  # noqa: E731
+    assert dots(curves.figure(one)) == ["."] * 7 and dots(curves.figure(two)) == []
+    assert dots(show.overlay([one, two])) == ["."] * 3
+    monkeypatch.chdir(one)
+    assert curves.label(".", CONFIG) == "one (d=32, E=4, k=2)"
+
+
 def test_nothing_to_show_is_said(tmp_path):
     with pytest.raises(SystemExit, match="holds no metrics.jsonl"):
         show.main([str(tmp_path)])
     with pytest.raises(SystemExit, match="has logged no training step yet"):
         curves.main([str(write_run(tmp_path / "empty", []))])
+    (tmp_path / "empty" / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
+    with pytest.raises(SystemExit, match="error: .*No such file or directory: '/nonexistent/"):
+        curves.main([str(tmp_path / "empty"), "--out=/nonexistent/curves.png"])
+    for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
+        damage(tmp_path / "empty" / "config.json")
+        with pytest.raises(SystemExit, match="empty/config.json cannot be read"):
+            curves.main([str(tmp_path / "empty")])
+
+
+def test_damaged_lines_are_left_out(run):
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"5\n" + lines[0] + b"\xff\n[1]\n" + b"".join(lines[1:]) + lines[0][:-9])
+    assert [r["step"] for r in curves.read(run)[1]] == [1, 2, 3]
+
+
+def test_training_goes_on_where_no_process_can_be_started(run, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(run))  # no nice
+    pictures = curves.Curves(run)
+    pictures.refresh(), pictures.close()
+    assert "curves.png was not drawn" in capsys.readouterr().out and not (run / "curves.png").exists()
 
 
 def test_redrawn_beside_training(run, capsys, monkeypatch):
