@@ -34,14 +34,16 @@ def open_run(name, resume):
 
 
 def rewind_metrics(path, step):
-    """Drop what a killed run logged after the checkpoint it resumes from; those steps will be logged again."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """Drop what a killed run logged after the checkpoint it resumes from; those steps will be logged again. Returns the rows that stay."""
+    kept = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows += [line] if json.loads(line)["step"] <= step else []
-        except ValueError:  # the last line, torn by the kill
+            row = json.loads(line)
+            kept += [(line.decode(), row)] if row["step"] <= step else []
+        except (ValueError, TypeError, KeyError):  # the last line, torn by the kill, or one that was damaged since
             pass
-    replace_file(path, "".join(row + "\n" for row in rows))
+    replace_file(path, "".join(line + "\n" for line, _ in kept))
+    return [row for _, row in kept]
 
 
 def replace_file(path, text):

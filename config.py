@@ -118,7 +118,7 @@ def _read(cls, path):
         raise FileNotFoundError(f"{path}: no such config file; check the path")
     try:
         values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of UTF-8
         raise ValueError(f"{path}: not valid JSON ({error}); restore the file or drop --config") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}; a JSON object of field: value is needed")

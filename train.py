@@ -275,6 +275,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                 require(saved == value, name, value, f"the checkpoint has {saved!r}; resume without this flag")
         model.load_state_dict(state["model"])
         start = state["step"]
+        require(start <= cfg.steps, "steps", cfg.steps, f"the checkpoint is that of step {start}; use as many or more")
     elif cfg.upcycle_from:
         upcycle(model, cfg.upcycle_from, cfg.upcycle_noise, cfg.seed)
     net = parallel.wrap(model, cfg, device, world)
@@ -297,7 +298,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     per_token = report.bytes_per_token(sources, "val")
     if lead:
         config.save(cfg, run_dir / "config.json")
-        checkpoint.rewind_metrics(run_dir / "metrics.jsonl", start)
+        logged = checkpoint.rewind_metrics(run_dir / "metrics.jsonl", start)
         print(f"{run_dir}: {params.total:,} parameters ({params.active:,} active), {cfg.steps - start} steps of {tokens_per_step:,} tokens, "
               f"{str(model.dtype)[6:]} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'} x {world}", flush=True)
 
@@ -392,6 +393,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     val_row = val_row or run_validation(step)  # none yet: the checkpoint was the last one
     if not lead:
         return None
+    row = row or next((r for r in reversed(logged) if "loss" in r), {})
     results = {**row, **val_row, "parameters": params.total, "active_parameters": params.active, "seconds": time.perf_counter() - began,
                "tokens_per_parameter": cfg.steps * tokens_per_step / params.total, "epochs": max(loader.epochs)}
     if timed_steps:

@@ -98,7 +98,8 @@ def test_file_round_trip_and_precedence(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"lr": 1', "not valid JSON"),
+    ('{"lr": 1', "config.json: not valid JSON"),
+    (b'{"lr": \xff', "config.json: not valid JSON"),
     ('[1]', "JSON object"),
     ('{"learning_rate": 1}', "unknown field 'learning_rate'"),
     ('{"lr": "fast"}', "lr='fast'"),
@@ -107,10 +108,11 @@ def test_file_round_trip_and_precedence(tmp_path):
 ])
 def test_bad_files(tmp_path, text, message):
     path = tmp_path / "config.json"
-    path.write_text(text)
+    text = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(text)
     with pytest.raises(ValueError, match=message):
         config.load(Config, path)
-    assert path.read_text() == text
+    assert path.read_bytes() == text
 
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
