@@ -1,7 +1,7 @@
 """Steps that must not be taken: a loss or a gradient that is not finite, or a loss that has exploded.
 
 `judge` runs on the device inside the step (also inside its CUDA graph) and only says whether to take it, so nothing waits. With bad_steps=skip the
-run goes on with the next batch, unless all steps since the last log line were bad. With bad_steps=stop the weights also stand still from the bad
+run goes on with the next batch, unless all steps between two log lines were bad. With bad_steps=stop the weights also stand still from the bad
 step on, until the next log line, where the host looks: they and the remembered cursor of the loader then repeat the bad step exactly, and `dump`
 writes down what it finds in which layer.
 """

@@ -286,6 +286,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
         loader.load_state_dict(state["loader"])
         for name, sums in state["window"].items():
             window[name].copy_(sums)
+        window["steps"][guard.BAD] *= cfg.bad_steps == "skip"  # what was skipped by option is no reason to stop
         torch.set_rng_state(state["rng"])
         del state
     if device.type == "cuda" and (world == 1 or cfg.parallel == "ddp"):
@@ -308,7 +309,8 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                 file.write(json.dumps(row) + "\n")
 
     def save(step):
-        check_steps(step)
+        if cfg.bad_steps == "stop":  # a skipped step changed nothing, and how many in a row are too many is known at the next line
+            check_steps(step)
         (weights, norm), states = parallel.full_state(model, optimizer, rank), optimizer.state_dict()  # all ranks take part
         guard.check_finite("norm of the weights", norm, step)
         if lead:

@@ -138,6 +138,20 @@ def test_nan_is_skipped_by_option(data_dir, tmp_path, monkeypatch):  # noqa: F81
             run(data_dir, tmp_path / "all", *flags)
 
 
+def test_a_step_skipped_just_before_a_checkpoint_stops_nothing(data_dir, tmp_path, monkeypatch):  # noqa: F811
+    """Step 4 is the first after a line, and saved: all steps so far were bad, but the next line is not due. Nor does a run stop for
+    it that is resumed with --bad-steps=stop."""
+    flags = ["--val-every=0", "--bad-steps=skip"]
+    with monkeypatch.context() as patch:
+        poisoned(patch, {4})
+        run(data_dir, tmp_path / "out", *flags)
+    assert [r.get("skipped_steps", 0) for r in rows(tmp_path / "out") if "loss" in r] == [0, 1, 0]
+    checkpoint.find(tmp_path / "out")[-1][1].unlink()
+    assert checkpoint.read(tmp_path / "out")["window"]["steps"].tolist() == [1, 1, 1]
+    main([f"--resume={tmp_path / 'out'}", "--bad-steps=stop"])
+    assert [r["step"] for r in rows(tmp_path / "out") if "loss" in r] == [3, 6, 8]
+
+
 def test_exploded_loss_and_gradient_are_bad(data_dir, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match=r"loss=5\.\d+ at step 1, first in finite when repeated"):
         run(data_dir, tmp_path / "out", "--max-loss=3")
