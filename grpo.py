@@ -38,12 +38,10 @@ from torch import Tensor
 import checkpoint
 import config
 from config import require
-from data import tokenizer
 from eval import rewards
 from eval.generate import any_shape, generate
-from eval.harness import ModelChoice, frozen, training_data
+from eval.harness import ModelChoice, frozen, run_tokens, training_data
 from eval.sources import Source
-from eval.taskloss import tiktoken_tokens
 from train import Stop
 
 
@@ -220,7 +218,7 @@ def load_start(cfg, device):
         path = checkpoint.find(path)[-1][1]
     model = checkpoint.load_model(path, device, dtype=cfg.dtype, impl=cfg.impl)
     data = cfg.data or str(training_data(ModelChoice(checkpoint=str(path))))
-    return path, model, data, tiktoken_tokens(tokenizer.load(data)), Source(cfg.evaldata or None, data)
+    return path, model, data, run_tokens(data, model), Source(cfg.evaldata or None, data)
 
 
 def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
@@ -248,7 +246,7 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], **option}
                                    for matrix, option in zip((True, False), options, strict=True)], fused=True)
     step, row = 0, {}
-    if cfg.resume:
+    if cfg.resume and checkpoint.find(run_dir):  # none: the run ended before its first one and starts again
         state = checkpoint.read(run_dir)
         step, row = state["step"], state["row"]
         model.load_state_dict(state.pop("model"))
@@ -257,7 +255,7 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
             group.update(option)
     if lead:
         config.save(cfg, run_dir / "config.json")
-        checkpoint.rewind_metrics(run_dir / "metrics.jsonl", step)
+        checkpoint.rewind_metrics(run_dir / "metrics.jsonl", step or -1)  # step 0 is logged again
         print(f"{run_dir}: from {start_path}, {len(asked):,} questions, answers of up to {answer_tokens} tokens, {cfg.steps - step} steps of "
               f"{cfg.batch_prompts} x {cfg.group_size} answers, {str(model.dtype)[6:]} on {device.type} x {world}", flush=True)
 

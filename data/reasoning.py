@@ -193,9 +193,9 @@ def _apply(x: int, sign: str, y: int, modulus: int) -> int:
 
 
 _STATEMENT = re.compile(r" (\w+) (is|adds|takes|has) (\w+)(?: (to|from|times) ([a-z]+))?\.")
-_SENTENCE = re.compile(r" (\w+) (is|adds|takes|has) (?:([a-z]+) )?(\d{1,9})(?: (to|from|times) (?:([a-z]+) )?(\d{1,9}) is (\d{1,9}))?\.")
+_SENTENCE = re.compile(r" (\w+) (is|adds|takes|has) (?:([a-z]+) )?(\d{1,9})(?: (to|from|times) (?:([a-z]+) )?(\d{1,9}) is (\d{1,9}))?\.", re.ASCII)
 _PLAN = re.compile(r" Plan:(?: [a-z]+)+\.")
-_ANSWER = re.compile(r" Answer: (\d{1,9})\.$")  # no more digits: int() of thousands raises
+_ANSWER = re.compile(r" Answer: (\d{1,9})\.\Z", re.ASCII)  # no more digits: int() of thousands raises
 
 
 def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:

@@ -16,6 +16,7 @@ import sys
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Add, Mul, Pow, preorder_traversal
 
+SUBSCRIPTS = re.compile(r"_\{?(\w+)")  # bases of numbers, which math-verify ignores
 COMMANDS = re.compile(r"\\[a-zA-Z]+|!")
 NOTATION = {r"\frac", r"\sqrt", r"\cdot", r"\times", r"\pi", r"\text", r"\cup", r"\infty", r"\begin", r"\end"}
 
@@ -24,6 +25,8 @@ def equal(gold: str, answer: str) -> bool:
     if len(answer) > 2 * len(gold) + 16 or answer.count("=") > gold.count("=") or "$" in answer:
         return False
     if set(COMMANDS.findall(answer)) - set(COMMANDS.findall(gold)) - NOTATION:
+        return False
+    if sorted(SUBSCRIPTS.findall(answer)) != sorted(SUBSCRIPTS.findall(gold)):
         return False
     parsed = [parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None) for text in (gold, answer)]
     if not all(parsed) or any(isinstance(options[0], str) for options in parsed):
@@ -46,7 +49,8 @@ def undone(expression) -> int:
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent: grpo.py finishes its step
+    for number in (signal.SIGINT, signal.SIGTERM):  # these are for the parent: grpo.py finishes its step
+        signal.signal(number, signal.SIG_IGN)
     for line in sys.stdin:
         signal.alarm(60)  # ends this process where the parent, which waits for less, is gone
         try:

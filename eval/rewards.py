@@ -123,16 +123,20 @@ def grade(task, questions, texts) -> list[float]:
 
 # ---- answers in words
 
-MARKED = re.compile(r"####[ \t]*(.*)|\banswer is:?[ \t]*(.*)", re.IGNORECASE)
+MARKED = re.compile(r"(?:####|\banswer is:?)[ \t]*(.*?)(?:\.\s|\.?$)", re.IGNORECASE | re.MULTILINE)  # a sentence; the next may mark another
 NUMBER = re.compile(r"-?\d+(/\d+)?", re.ASCII)  # as `canonical` writes it
+SEVERAL = re.compile(r"(?<!frac)(?<!frac )\d\s+\d|\\text\{\s[^}]*\d")  # "1 1/2" is not 11/2; "5\text{ or 6}" has no unit
+WORDS = re.compile(r"\\(?:mbox|text(?:bf|it)?|mathrm)\{(?!\s)[^}]*[a-zA-Z]{2}")  # not a product of letters, of which east and seat are the same
 
 
 def stated(text: str) -> str | None:
     """The one answer that the text marks as its own; None where there is none, or where there are several and they differ."""
     answers = list(_boxed(text))
+    if len({answer if len(answer) > LONGEST_ANSWER else canonical(answer) for answer in answers}) > 1:
+        return None
     for found in MARKED.finditer(text):
-        answer = re.split(r"\.(?:\s|$)", found[1] or found[2] or "")[0]
-        for inside in _boxed(answer):  # "the answer is \boxed{3}" and "is 2 + 1 = \boxed{3}" are one answer, "#### 2 \boxed{3}" two
+        answer = found[1]
+        for inside in dict.fromkeys(_boxed(answer)):  # "the answer is \boxed{3}" and "is 2 + 1 = \boxed{3}" are one answer, "#### 2 \boxed{3}" two
             answer = re.sub(r"^.*=\s*(?=\\f?boxed)", "", answer).replace(f"\\boxed{{{inside}}}", inside)
         answers.append(answer.strip(" $."))
     if not answers or any(len(answer) > LONGEST_ANSWER for answer in answers):
@@ -143,7 +147,7 @@ def stated(text: str) -> str | None:
 def _boxed(text):
     for start in re.finditer(r"\\f?boxed\s*\{", text):
         depth, end = 1, start.end()
-        while end < len(text) and depth:
+        while end < len(text) and depth and end - start.end() <= LONGEST_ANSWER + 1:  # nothing longer is an answer
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
         yield "" if depth else text[start.end() : end - 1]
@@ -153,10 +157,14 @@ def _grade_text(question, text):
     answer, gold = stated(text), canonical(question.gold)
     if answer is None or not gold:
         return 0.0
+    if SEVERAL.search(answer) or SEVERAL.search(question.gold):
+        return float(answer.split() == question.gold.split())
     said = canonical(answer)
+    if WORDS.search(question.gold):
+        return float(said.lower() == gold.lower())
     if said == gold or NUMBER.fullmatch(gold):
         return float(said == gold)
-    if said in re.sub(r"[\s$]|\\left|\\right", "", question.prompt):
+    if said in canonical(question.prompt):
         return 0.0
     return float(_equal_expressions(gold, said))
 

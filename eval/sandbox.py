@@ -73,6 +73,7 @@ def _session(program, message, values, seconds, memory):
            "packages": [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]}
     ours, theirs = socket.socketpair()
     directory, process = tempfile.mkdtemp(prefix="sandbox-"), None
+    ours.settimeout(4 * seconds)  # a program that says it is ready, and is not, need not read what it is sent
     deadline, token, said, stage = time.monotonic() + 4 * seconds, secrets.token_bytes(16), b"", "program"
     try:
         with theirs:

@@ -378,6 +378,23 @@ def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch):
     assert [(group["weight_decay"], group["betas"], group["lr"]) for group in groups] == [(0.3, (0.9, 0.5), 0.1), (0, (0.9, 0.5), 0.1)]
 
 
+def test_killed_before_the_first_checkpoint_starts_again(whole_run, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(whole_run[0], cut)
+    for _, path in checkpoint.find(cut):
+        path.unlink()
+    main([f"--resume={cut}"])
+    assert rows(cut) == rows(whole_run[0])
+
+
+def test_data_of_another_model(start, tmp_path):
+    mixture = MixtureConfig(FactsConfig(n_people=2), ReasoningConfig(names=90), exposures=0, n_problems=0, n_mano=50, window=0)
+    procedural.build(tmp_path / "data", mixture)
+    with pytest.raises(ValueError, match="name the data directory that the model was trained on"):
+        main([*SHORT, f"--model={start}", f"--out-dir={tmp_path / 'x'}", f"--data={tmp_path / 'data'}"])
+    assert not (tmp_path / "x").exists()
+
+
 def test_two_ranks_equal_one(whole_run, start, tmp_path):
     whole, _ = whole_run
     out = tmp_path / "two"

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import signal
+import time
 
 import pytest
 
@@ -56,6 +59,7 @@ def test_reasoning(source):
         texts = {p.solution: 1, f" Answer: {right}.": 1, "": 0, f" Answer: {wrong}.": 0, f" Answer: {right}": 0, f"{right}.": 0,
                  f" Answer: {right}. Answer": 0,
                  f" Answer: {wrong}. Answer: {right}.": 0, " ".join(f"Answer: {n}." for n in range(7)): 0, p.solution + p.solution: 0,
+                 f" Answer: {right}.\n": 0, f" Answer: {chr(0x660 + right)}.": 0,  # an Arabic digit
                  f" Answer: {right + 7}.": 0, f" Answer: -{right}.": 0, p.solution + " And so on.": 0, f" Answer: {'4' * 5000}.": 0,
                  p.solution.replace(" is ", " is " + "4" * 5000, 1): 1, f" Answer: {right}{wrong}.": 0}
         assert dict(zip(texts, grade("reasoning", [question] * len(texts), list(texts)), strict=True)) == texts
@@ -78,9 +82,24 @@ def test_mano():
     ("\n".join(f"#### {n}" for n in range(400)), 0),
     (r"\boxed{17 \cdot 23}", 0), ("#### 17*23", 0), (r"\boxed{390=391}", 0), (r"\boxed{x=391}", 1), (r"\boxed{\boxed{391}}", 0), (r"\boxed{391", 0),
     ("#### 391" + "0" * 5000, 0), (r"\boxed{" * 500, 0), (r"\boxed{\frac{391}{0}}", 0), (r"\boxed{\frac{782}{2}}", 1), ("#### 9^9^9^9", 0),
-    ("#### \0", 0)])
+    ("#### \0", 0), ("#### 391. #### 390", 0), ("The answer is 391. The answer is 390.", 0), ("#### 391. #### 391", 1), ("#### 391...", 1),
+    ("#### 39 1", 0), (r"\boxed{391\text{ or 390}}", 0), (r"\boxed{391\text{ eggs}}", 1)])
 def test_numbers(text, reward):
     assert grade("gsm8k", [EGGS], [text]) == [reward]
+
+
+def test_numbers_apart_are_not_one_number():
+    cases = [("11/2", "1 1/2", 0), ("1 1/2", "11/2", 0), ("1 1/2", "1  1/2", 1), ("12", "1 2", 0), (r"11\sqrt{2}", r"1 1\sqrt{2}", 0),
+             ("1/2", r"\frac 1 2", 1)]
+    questions = [Question("", gold) for gold, _, _ in cases]
+    assert grade("gsm8k", questions, [rf"\boxed{{{answer}}}" for _, answer, _ in cases]) == [float(reward) for *_, reward in cases]
+
+
+def test_enormous_answers_take_no_time():
+    begin = time.process_time()
+    texts = [r"\boxed{" * 10_000, "the answer is " + r"\boxed{" * 10_000, "the answer is " + r"\boxed{1} " * 10_000, "the answer is " * 10**5]
+    assert grade("gsm8k", [EGGS] * 4, texts) == [0] * 4
+    assert time.process_time() - begin < 10
 
 
 def test_what_an_answer_is():
@@ -98,13 +117,22 @@ def test_expressions():
              ("x+1", "}{", 0), (r"(3,391)", r"(3,17\cdot23)", 0), ("(1,9)", "(1,3^2)", 0), (r"\{1,2\}", r"\{1,1+1\}", 0), ("x+12", "x+5+7", 0),
              (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\1+1\end{pmatrix}", 0), ("2^{10}x", "x2^{10}", 1), ("x-3", "-3+x", 1),
              (r"-\frac{3\sqrt{2}}{2}", r"\frac{-3\sqrt{2}}{2}", 1), (r"(3,\frac{\pi}{2})", r"(3,\pi/2)", 1), ("3-9i", "-9i+3", 1),
-             (r"(-\frac{1}{2},\sqrt{3})", r"(-1/2,\sqrt{3})", 1), (r"\frac{x^2-3}{4}", "(x^2-3)/4", 1)]
+             (r"(-\frac{1}{2},\sqrt{3})", r"(-1/2,\sqrt{3})", 1), (r"\frac{x^2-3}{4}", "(x^2-3)/4", 1),
+             ("1011_2", "1011_3", 0), ("1011_2", "1011", 0), ("1011_2", "1011_{2}", 1), (r"\text{east}", r"\text{seat}", 0), (r"\text{Evelyn}", "nylevE", 0),
+             (r"\text{Evelyn}", "evelyn", 1), ("ab", "ba", 1), (r"\text{(A)}", "A", 1), (r"5\sqrt{x}\text{ cm}", r"\sqrt{x}5", 1)]
     questions = [Question("Problem:\nSimplify.\n\nSolution:", gold) for gold, _, _ in cases]
     assert grade("math", questions, [rf"\boxed{{{answer}}}" for _, answer, _ in cases]) == [float(reward) for *_, reward in cases]
     copied = Question("Problem:\nWrite $y - (1 - x)$ simply.\n\nSolution:", "x+y-1")
     assert grade("math", [copied] * 2, [r"\boxed{y-(1-x)}", r"\boxed{y+x-1}"]) == [0.0, 1.0]
+    copied = Question("Problem:\nSimplify $\\dfrac{2x}{4}\\, + 1$.\n\nSolution:", r"\frac{x}{2}+1")
+    assert grade("math", [copied] * 3, [r"\boxed{\dfrac{2x}{4}+1}", r"\boxed{\frac{2x}4 + 1}", r"\boxed{1+\frac{x}{2}}"]) == [0.0, 0.0, 1.0]
     assert not rewards._equal_expressions("x+1", "9^{9^{9^{9}}}", seconds=0)
     assert rewards._equal_expressions("x+1", "1+x")  # a process that hung has been replaced
+    child = rewards._child
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun and schedulers send it to all processes, and the step is to be finished
+        os.kill(child.pid, number)
+    time.sleep(0.5)
+    assert rewards._equal_expressions("x+1", "1+x") and rewards._child is child
 
 
 SOLVE = "def simple_math_problem():\n    boxes = 17\n    return boxes * 23\n"

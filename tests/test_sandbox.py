@@ -87,6 +87,14 @@ def test_endless(program, seconds):
     assert time.monotonic() - start < 10
 
 
+def test_a_program_that_does_not_read_its_tests():
+    """It says that it is ready and sleeps; the tests are more than the channel holds."""
+    program = ("import os, time\nfor d in range(3, 64):\n    try: os.write(d, b'\\0\\0\\0\\5ready')\n    except OSError: pass\ntime.sleep(20)\n")
+    start = time.monotonic()
+    assert run(program, "x = 1\n" * 10**6, seconds=0.5) == (False, "timeout")
+    assert time.monotonic() - start < 10
+
+
 def test_memory_bomb():
     assert run("x = []\nwhile True:\n    x.append(bytearray(10**7))\n").reason == "MemoryError: "
     assert run("x = bytearray(2 * 10**8)\n" + RIGHT, memory=2**27).reason == "MemoryError: "
