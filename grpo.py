@@ -195,8 +195,9 @@ MAX_LOG_S = 5.0
 def policy_loss(logp_A, batch, clip, kl_coef):
     """The loss at the top of this file; and (3,): sums over tokens of the KL estimate and of clipped ones, and the number of tokens."""
     old_A = logp_A.detach() if batch.old_A is None else batch.old_A
-    surrogate = (logp_A - old_A).exp() * batch.advantage_A
-    gain = torch.minimum(surrogate, (logp_A - old_A).exp().clamp(1 - clip, 1 + clip) * batch.advantage_A)
+    ratio_A = (logp_A - old_A).clamp(max=20).exp()  # e^89 would be infinite, and its gradient no number
+    surrogate = ratio_A * batch.advantage_A
+    gain = torch.minimum(surrogate, ratio_A.clamp(1 - clip, 1 + clip) * batch.advantage_A)
     log_s = torch.zeros_like(logp_A) if batch.start_A is None else (batch.start_A - logp_A).clamp(max=MAX_LOG_S)
     kl = torch.expm1(log_s) - log_s
     loss = (batch.weight_A * (kl_coef * kl - gain)).sum()

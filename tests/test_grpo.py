@@ -150,6 +150,9 @@ def test_kl_estimate_is_never_negative_and_unbiased():
     loss = estimate(x, torch.tensor([-1e-3, -1.0]))
     loss.backward()
     assert loss < 150 and x.grad.tolist() == [0.0, pytest.approx(1 - math.e)]
+    x = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)  # nor does what was impossible before the step make anything infinite
+    policy_loss(x, Batch(*[None] * 4, torch.tensor([1.0, 0.0, -1.0]), torch.ones(3), torch.full((3,), -95.0)), 0.2, 0.0)[0].backward()
+    assert x.grad.tolist() == [0.0, 0.0, 0.0]
 
 
 # ---- the whole model
