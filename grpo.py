@@ -12,8 +12,8 @@ the answers in mini-batches, an optimiser step for each:
     r = p / p_old, s = p_start / p,  A = (reward - mean of the group) / (standard deviation + 1e-6)
 
 p is the model's probability of a token at the sampling temperature; p_old the same before the step, p_start the start model's. The second term is
-an unbiased, never negative estimate of KL(p || p_start) for tokens drawn from p, with s cut off at exp(MAX_LOG_S). weight: 1 / answer tokens of the mini-batch, or
-1 / (samples * tokens of this answer). Prompts and padding have no term at all.
+a never negative estimate of KL(p || p_start) for tokens drawn from p, unbiased but for s being cut off at exp(MAX_LOG_S). weight: 1 / answer tokens
+of the mini-batch, or 1 / (samples * tokens of this answer). Prompts and padding have no term at all.
 
 A run directory is that of train.py; `python -m eval --run=DIR` and everything else that reads one works on it.
 
@@ -187,8 +187,8 @@ def look_back(batch, model, start_model, cfg, n_vocab):
     return batch._replace(old_A=old_A, start_A=answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None)
 
 
-# A token drawn with one choice of experts may be all but impossible with the choice made in training: s is then up to 1e8, and a thousandth of it outweighs
-# all other tokens. It happens in sparse models above all (docs/LOG.md). Beyond e^5 such a token adds no gradient.
+# A token drawn with one choice of experts may be all but impossible with the choice made in training: s is then up to 1e8, and a thousandth of it
+# outweighs all other tokens. It happens in sparse models above all (docs/LOG.md). Beyond e^5 such a token adds no gradient.
 MAX_LOG_S = 5.0
 
 

@@ -67,8 +67,8 @@ def final_report(model, cfg, sources, enc, val_loader, results):
     lines = [("training loss, nats per token", "loss", ".4f"), ("validation loss", "val_loss", ".4f"),
              ("validation bits per byte", "val_bits_per_byte", ".4f"), ("balance loss (1: balanced)", "balance", ".3f"),
              ("tokens per second", "tokens_per_s", ",.0f"), ("model FLOPs utilisation", "mfu", ".1%"), ("parameters", "parameters", ",d"),
-             ("of these active per token", "active_parameters", ",d"), ("training tokens per parameter", "tokens_per_parameter", ".3g"), ("passes over the most read data", "epochs", ".2f"),
-             ("peak memory, GB", "memory_gb", ".2f"), ("seconds", "seconds", ".0f")]
+             ("of these active per token", "active_parameters", ",d"), ("training tokens per parameter", "tokens_per_parameter", ".3g"),
+             ("passes over the most read data", "epochs", ".2f"), ("peak memory, GB", "memory_gb", ".2f"), ("seconds", "seconds", ".0f")]
     print()
     for title, name, form in lines:
         print(f"{title:<32} {'n/a' if results.get(name) is None else format(results[name], form):>14}")

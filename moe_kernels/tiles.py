@@ -53,7 +53,7 @@ class Tile(NamedTuple):
 
 
 def pow2(n):
-    """The least power of two that is not below n. (triton.next_power_of_2 and triton.cdiv take 6 us a call on the host, a tenth of a launch all told.)"""
+    """The least power of two that is not below n; like `cdiv` for the host, where triton's own are compiler functions and slow (docs/LOG.md)."""
     return 1 << max(n - 1, 0).bit_length()
 
 

@@ -13,8 +13,9 @@ from data.facts import FactsConfig
 from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from model import GPT, ModelConfig
+from study.claims import REMEDIES, overall, still_lost
 from study.posttrain import fall, families, main, report
-from study.verdict import REMEDIES, overall, still_lost, tables
+from study.verdict import tables
 
 BUDGET = ("--steps=2 --batch-prompts=4 --mini-batch=2 --group-size=2 --questions=20 --lr=1e-2 --problems=4 --samples=4 --device=cpu --eval-every=0 "
           "--eval-questions=2").split()

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from study import figures, plan, results, sweep, verdict
+from study import claims, figures, plan, results, sweep, verdict
 from study.run import Run
 from tests.studyrows import fake, swept, world
 
@@ -26,7 +26,7 @@ def other_world(config, tpp):
 
 
 def decided(rows, number):
-    return verdict.overall(list(verdict.CLAIMS[number - 1][1](rows)))
+    return claims.overall(list(claims.CLAIMS[number - 1][1](rows)))
 
 
 def test_verdicts_follow_the_data():
@@ -57,9 +57,9 @@ def test_memory_is_judged_by_its_loss_beside_recall():
 
     effect = lambda c, tpp: (jump[c.seed] + 0.02 * c.seed * math.log2(c.n_experts) * (-1) ** c.seed, 0.5, 2)  # noqa: E731
     rows = world(effect, sweep.main(""), smooth)
-    tests = [test for test in verdict.memory_rises(rows) if "best rates" in test.where]
-    assert [test.votes for test in tests] == [True, False] * 2 and {verdict.decide(test) for test in tests if not test.votes} == {"undecided"}
-    assert verdict.overall(tests) == "supported" and "no vote (recall)" in verdict.tables(rows)
+    tests = [test for test in claims.memory_rises(rows) if "best rates" in test.where]
+    assert [test.votes for test in tests] == [True, False] * 2 and {claims.decide(test) for test in tests if not test.votes} == {"undecided"}
+    assert claims.overall(tests) == "supported" and "no vote (recall)" in verdict.tables(rows)
 
 
 def test_rates_that_differ_along_a_line_move_no_verdict():
@@ -70,10 +70,10 @@ def test_rates_that_differ_along_a_line_move_no_verdict():
     confounded = world(by_rate, plan)
     assert results.families(confounded) == {} and {decided(confounded, number) for number in range(1, 8)} == {"undecided"}
     hidden = [row | {"run": row["run"] | {"lr": 6e-3}} for row in confounded]  # as if they had not differed: there is an effect to be found
-    assert {verdict.decide(test) for test in verdict.memory_rises(hidden)} == {"supported"}
+    assert {claims.decide(test) for test in claims.memory_rises(hidden)} == {"supported"}
     half = confounded + world(by_rate, [r for r in sweep.main("") if r.lr and r.n_experts >= 128])  # swept at one end only
     assert {decided(half, number) for number in range(1, 8)} == {"undecided"}
-    assert not any(test.votes for number in (1, 2, 3, 4, 7) for test in verdict.CLAIMS[number - 1][1](half))
+    assert not any(test.votes for number in (1, 2, 3, 4, 7) for test in claims.CLAIMS[number - 1][1](half))
     two = world(by_rate, [r for r in sweep.main("") if r.lr and r.lr < 1e-2])  # two of three rates: shown, no vote
     assert {family.rate for family in results.families(two)} == {3e-3, 6e-3} and decided(two, 1) == "undecided"
     full = confounded + world(by_rate, sweep.main(""))
@@ -107,11 +107,11 @@ def test_few_seeds_and_noise_decide_nothing():
 
 
 def test_interval_is_wider_than_the_spread_of_three_seeds_and_shrinks():
-    mean, low, high = verdict.interval([1.0, 2.0, 3.0])
+    mean, low, high = claims.interval([1.0, 2.0, 3.0])
     assert mean == 2 and low < 0.2 and high > 3.8  # Student's t would say 2 +- 2.5
-    many = verdict.interval([1.0, 2.0, 3.0] * 10)
+    many = claims.interval([1.0, 2.0, 3.0] * 10)
     assert 1.6 < many[1] < 2 < many[2] < 2.4
-    assert verdict.interval([1.0]) == (1.0, None, None)
+    assert claims.interval([1.0]) == (1.0, None, None)
 
 
 def test_tables_are_put_between_the_markers(tmp_path):
