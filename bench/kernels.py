@@ -34,7 +34,7 @@ GEMMS = ("up", "down", "dswiglu", "dw_out", "dx", "dw_in")
 KERNELS = ("route_fwd", "route_bwd", "dispatch", "up", "down", "combine", "dswiglu", "dw_out", "dx", "combine_dx", "dw_in")
 CANDIDATES = {
     "up": "128x128x64:s3,128x128x64:s4,128x128x64:g4,128x128x64:g16,128x128x64:p2,64x128x64:w4,128x64x64:w8,128x64x128:s3",
-    "dswiglu": "128x256x64:s3,128x256x64:p4,128x256x64:g4,128x256x64:g16,128x128x64:p4,128x128x64:p4:w4,64x256x64:w4",
+    "dswiglu": "128x256x64:s3,128x256x64:g4,128x256x64:g16,128x128x64:p4,128x128x64:p4:w4,64x256x64:w4",
     **dict.fromkeys(("down", "dx"), "128x256x64:s3,128x256x64:s4,128x256x64:g4,128x256x64:g16,128x128x64:w8,128x128x64:w4:s4,64x256x64:w4"),
     **dict.fromkeys(("dw_out", "dw_in"), "128x256x64:s3,128x256x64:s4,256x128x64:s4,128x256x32:s5,128x128x64:w8,128x128x64:w4,128x256x64:g8"),
 }
@@ -108,7 +108,7 @@ class Cases:
     def up(self):
         x, w = self.inputs.x_TD, self.inputs.w_in_EGD
         twin = lambda: reference.up(x.double(), self.weights(w), *self.sampled[3:], self.shape.K)  # noqa: E731
-        return Case(lambda tile: gemm.up(x, w, self.sorted(tile.BLOCK_M), tile), lambda out: zip(self.rows(*out), twin(), strict=True))
+        return Case(lambda tile: gemm.up(x, w, self.sorted(tile.BLOCK_M), tile), lambda out: zip(self.rows(gemm.to_rows(out[0]), out[1]), twin(), strict=True))
 
     def down(self):
         a, w = self.new(self.shape.S, self.shape.F), self.inputs.w_out_EDF
@@ -116,8 +116,9 @@ class Cases:
         return Case(lambda tile: (gemm.down(a, w, self.sorted(tile.BLOCK_M), tile),), lambda out: [(*self.rows(*out), twin())])
 
     def dswiglu(self):
-        dy, w, h, gates = self.inputs.dy_TD, self.inputs.w_out_EDF, self.new(self.shape.S, 2 * self.shape.F), self.inputs.gates_TK
-        twin = lambda: reference.dswiglu(dy.double(), self.weights(w), *self.rows(h), gates.double(), *self.sampled[3:])  # noqa: E731
+        dy, w, gates = self.inputs.dy_TD, self.inputs.w_out_EDF, self.inputs.gates_TK
+        h = self.new(*gemm.panels(self.shape.S, self.shape.F, self.tiles["dswiglu"]))
+        twin = lambda: reference.dswiglu(dy.double(), self.weights(w), *self.rows(gemm.to_rows(h)), gates.double(), *self.sampled[3:])  # noqa: E731
         return Case(
             lambda tile: gemm.dswiglu(dy, w, h, gates, self.sorted(tile.BLOCK_M), tile),
             lambda out: zip(self.rows(*out[:2], out[2].double().sum(0)), twin(), strict=True),

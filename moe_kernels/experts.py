@@ -65,7 +65,7 @@ def _dense(tensor):
 def experts_fwd(
     x_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, gates_TK: Tensor, experts_TK: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output (T, D), pre-activation (S, 2F), and the seven tensors of a `Dispatch`."""
+    """Output (T, D), pre-activation in the panels of gemm.up, and the seven tensors of a `Dispatch`."""
     if x_TD.dtype not in DTYPES:
         raise ValueError(f"impl='triton' computes in float32, float16 or bfloat16, not {x_TD.dtype}")
     x, w_in, w_out = _dense(x_TD), _dense(w_in_EGD), _dense(w_out_EDF)
@@ -75,7 +75,7 @@ def experts_fwd(
     tiles = gemm_tiles(S, E, D, G // 2, x.dtype)
     sorted_ = dispatch(experts_TK.contiguous(), E, tiles["up"].BLOCK_M)
     if T == 0:
-        return x.new_empty(0, D), x.new_empty(0, G), *sorted_
+        return x.new_empty(0, D), x.new_empty(gemm.panels(0, G // 2, tiles["up"])), *sorted_
     h, a = gemm.up(x, w_in, sorted_, tiles["up"])
     y = gemm.down(a, w_out, sorted_, tiles["down"])
     return combine(y, sorted_.slot_row_TK, gates_TK.contiguous())[0], h, *sorted_
@@ -87,11 +87,12 @@ experts_op = torch.library.custom_op("moe_kernels::experts", experts_fwd, mutate
 @experts_op.register_fake
 def _(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
     (T, K), E, G = experts_TK.shape, w_in_EGD.shape[0], w_in_EGD.shape[1]
-    n_tiles = max_tiles(T * K, E, gemm_tiles(T * K, E, x_TD.shape[1], G // 2, x_TD.dtype)["up"].BLOCK_M)
+    tile = gemm_tiles(T * K, E, x_TD.shape[1], G // 2, x_TD.dtype)["up"]
+    n_tiles = max_tiles(T * K, E, tile.BLOCK_M)
     index = lambda *shape: x_TD.new_empty(shape, dtype=torch.int32)  # noqa: E731
     return (
         x_TD.new_empty(x_TD.shape),
-        x_TD.new_empty(T * K, G),
+        x_TD.new_empty(gemm.panels(T * K, G // 2, tile)),
         *Dispatch(index(E + 1), index(T * K), index(T, K), index(n_tiles), index(n_tiles), index(1), index(3, E)),
     )
 
@@ -102,7 +103,7 @@ def experts_bwd(
     w_in_EGD: Tensor,
     w_out_EDF: Tensor,
     gates_TK: Tensor,
-    h_SG: Tensor,
+    h_PSW: Tensor,
     offsets: Tensor,
     row_slot_S: Tensor,
     slot_row_TK: Tensor,
@@ -117,7 +118,7 @@ def experts_bwd(
         return torch.zeros_like(x), torch.zeros_like(w_in), torch.zeros_like(w_out), torch.zeros_like(gates)
     sorted_ = Dispatch(offsets, row_slot_S, slot_row_TK, tile_expert, tile_row, tile_count, by_size)
     tiles = gemm_tiles(row_slot_S.numel(), w_in.shape[0], x.shape[1], w_out.shape[2], x.dtype)
-    dh, ga, dgates_parts = gemm.dswiglu(dy, w_out, h_SG, gates, sorted_, tiles["dswiglu"])
+    dh, ga, dgates_parts = gemm.dswiglu(dy, w_out, h_PSW, gates, sorted_, tiles["dswiglu"])
     # With few rows per expert dx reads the weights and dW writes their gradients: side by side 3 % of the layer on an H200. With many rows both want the
     # tensor cores and nothing is gained; outside of a graph a second stream costs more Python than it saves.
     main = captured_stream(x) if tiles["dx"].BLOCK_M < 128 else None

@@ -5,6 +5,9 @@ S = T*K routed rows sorted by expert (see `dispatch`). Accumulation is float32; 
 
 In the kernels M indexes rows of the output tile, N its columns, and the reduction goes in steps of BLOCK_K. Weights come through tensor
 descriptors (TMA on Hopper), gathered rows through pointers (asynchronous copies). Tiles: `tiles.py`.
+
+The pre-activation h goes from `up_kernel` to `dswiglu_kernel` and nowhere else, so it lies as these two use it: in panels (F / P, S, 2P), each of P gate columns
+and the P up columns beside them, where P is the width of a column part of both kernels. What a tile reads of a panel is one piece of memory.
 """
 
 import torch
@@ -83,7 +86,8 @@ def up_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """h = gather(x) W_in^T and a = silu(gate) * up: one A tile feeds a gate and an up accumulator."""
+    """h = gather(x) W_in^T and a = silu(gate) * up. One product has the gate columns of the tile and the up columns that belong to them: W_in, seen as
+    (2E, F, D), has them in neighbouring planes, of which one TMA box takes a piece each."""
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     # What the first loads of x wait for is two loads deep: the walk is that of the static bound, the gather covers whole tiles, and neither needs the
@@ -96,30 +100,29 @@ def up_kernel(
     mask_m = offs_m < n_rows
     tokens = tl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0) // TOP_K
     x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * D + offs_k[None, :]
-    w_row = expert * (2 * F) + pid_n * BLOCK_N
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for k in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:
             x = tl.load(x_ptrs + k)
         else:
             x = tl.load(x_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
-        gate = tl.dot(x, w_in_desc.load([w_row, k]).T, gate, input_precision="ieee")
-        up = tl.dot(x, w_in_desc.load([w_row + F, k]).T, up, input_precision="ieee")
+        w = w_in_desc.load([2 * expert, pid_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
     # A 64-bit base and 32-bit offsets inside the tile: pointers of 64 bits per element would fill the registers.
     dtype = a_ptr.dtype.element_ty
-    h_ptr += row.to(tl.int64) * (2 * F) + pid_n * BLOCK_N
+    panel = S.to(tl.int64) * (2 * WIDTH)
+    h_ptr += pid_n * PARTS * panel + row.to(tl.int64) * (2 * WIDTH)
     a_ptr += row.to(tl.int64) * F + pid_n * BLOCK_N
+    offs_n = tl.arange(0, WIDTH)
+    offs_h = offs_m[:, None] * (2 * WIDTH) + offs_n[None, :]
     for part in tl.static_range(PARTS):
-        offs_n = part * WIDTH + tl.arange(0, WIDTH)
         mask = mask_m[:, None]
         if F % BLOCK_N != 0:
-            mask = mask & (offs_n < F - pid_n * BLOCK_N)[None, :]
-        offs_h = offs_m[:, None] * (2 * F) + offs_n[None, :]
-        g, u = _split_columns(gate, PARTS, part), _split_columns(up, PARTS, part)
-        tl.store(h_ptr + offs_h, g.to(dtype), mask=mask)
-        tl.store(h_ptr + F + offs_h, u.to(dtype), mask=mask)
-        tl.store(a_ptr + offs_m[:, None] * F + offs_n[None, :], (g * _sigmoid(g) * u).to(dtype), mask=mask)
+            mask = mask & (part * WIDTH < F - pid_n * BLOCK_N)  # all of a panel or nothing
+        g, u = _split_columns(acc, 2 * PARTS, part), _split_columns(acc, 2 * PARTS, PARTS + part)
+        tl.store(h_ptr + part * panel + offs_h, g.to(dtype), mask=mask)
+        tl.store(h_ptr + part * panel + WIDTH + offs_h, u.to(dtype), mask=mask)
+        tl.store(a_ptr + part * WIDTH + offs_m[:, None] * F + offs_n[None, :], (g * _sigmoid(g) * u).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -218,24 +221,23 @@ def dswiglu_kernel(
     dtype = ga_ptr.dtype.element_ty
     weight = tl.load(gates_ptr + slots, mask=mask_m, other=0.0)[:, None]
     dgate = tl.zeros([BLOCK_M], tl.float32)
-    base = row.to(tl.int64) * (2 * F) + pid_n * BLOCK_N
-    h_ptr += base
-    dh_ptr += base
+    panel = S.to(tl.int64) * (2 * WIDTH)
+    h_ptr += pid_n * PARTS * panel + row.to(tl.int64) * (2 * WIDTH)
+    dh_ptr += row.to(tl.int64) * (2 * F) + pid_n * BLOCK_N
     ga_ptr += row.to(tl.int64) * F + pid_n * BLOCK_N
-    offs_h = offs_m[:, None] * (2 * F) + offs_n[None, :]
+    offs_h = offs_m[:, None] * (2 * WIDTH) + offs_n[None, :]
+    offs_dh = offs_m[:, None] * (2 * F) + offs_n[None, :]
     offs_a = offs_m[:, None] * F + offs_n[None, :]
     mask = mask_m[:, None]
-    if F % BLOCK_N != 0:
-        mask = mask_m[:, None] & (offs_n < F - pid_n * BLOCK_N)[None, :]
     g_next = tl.load(h_ptr + offs_h, mask=mask, other=0.0)
-    u_next = tl.load(h_ptr + F + offs_h, mask=mask, other=0.0)
+    u_next = tl.load(h_ptr + WIDTH + offs_h, mask=mask, other=0.0)
     for part in tl.static_range(PARTS):
         g, u, mask_part = g_next.to(tl.float32), u_next.to(tl.float32), mask
         if part + 1 < PARTS:
             if F % BLOCK_N != 0:
-                mask = mask_m[:, None] & (offs_n < F - pid_n * BLOCK_N - (part + 1) * WIDTH)[None, :]
-            g_next = tl.load(h_ptr + (part + 1) * WIDTH + offs_h, mask=mask, other=0.0)
-            u_next = tl.load(h_ptr + F + (part + 1) * WIDTH + offs_h, mask=mask, other=0.0)
+                mask = mask_m[:, None] & ((part + 1) * WIDTH < F - pid_n * BLOCK_N)  # all of a panel or nothing
+            g_next = tl.load(h_ptr + (part + 1) * panel + offs_h, mask=mask, other=0.0)
+            u_next = tl.load(h_ptr + (part + 1) * panel + WIDTH + offs_h, mask=mask, other=0.0)
         da = _split_columns(acc, PARTS, part)
         sig = _sigmoid(g)
         silu = g * sig
@@ -243,8 +245,8 @@ def dswiglu_kernel(
         dgate += tl.sum(da * a, 1)
         tl.store(ga_ptr + part * WIDTH + offs_a, (weight * a).to(dtype), mask=mask_part)
         da *= weight
-        tl.store(dh_ptr + part * WIDTH + offs_h, (da * u * (sig + silu - silu * sig)).to(dtype), mask=mask_part)
-        tl.store(dh_ptr + F + part * WIDTH + offs_h, (da * silu).to(dtype), mask=mask_part)
+        tl.store(dh_ptr + part * WIDTH + offs_dh, (da * u * (sig + silu - silu * sig)).to(dtype), mask=mask_part)
+        tl.store(dh_ptr + F + part * WIDTH + offs_dh, (da * silu).to(dtype), mask=mask_part)
     tl.store(dgates_part_ptr + pid_n * S.to(tl.int64) + row + offs_m, dgate, mask=mask_m)
 
 
@@ -314,12 +316,23 @@ def _desc(tensor, rows, columns):
     return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [rows, columns])
 
 
+def panels(S, F, tile):
+    """Shape (F / P, S, 2P) of the pre-activations of S rows between the tiles of `up` and `dswiglu`, both with P = BLOCK_N / PARTS, a divisor of F."""
+    P = tile.BLOCK_N // tile.PARTS
+    return F // P, S, 2 * P
+
+
+def to_rows(h_PSW):
+    """Pre-activations in panels as (S, 2F), gate columns first."""
+    return h_PSW.unflatten(2, (2, -1)).permute(1, 2, 0, 3).flatten(1)
+
+
 def up(x_TD, w_in_EGD, dispatch, tile):
-    """Pre-activations h (S, 2F) and activations swiglu(h) (S, F) of the routed rows."""
+    """Pre-activations h of the routed rows, in `panels`, and activations swiglu(h) (S, F)."""
     S, K = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1]
     (E, G, D), F = w_in_EGD.shape, w_in_EGD.shape[1] // 2
-    h, a = x_TD.new_empty(S, G), x_TD.new_empty(S, F)
-    w_desc = _desc(w_in_EGD, tile.BLOCK_N, tile.BLOCK_K)
+    h, a = x_TD.new_empty(panels(S, F, tile)), x_TD.new_empty(S, F)
+    w_desc = TensorDescriptor.from_tensor(w_in_EGD.view(2 * E, F, D), [2, tile.BLOCK_N, tile.BLOCK_K])
     up_kernel[_row_grid(dispatch, F, tile)](
         x_TD,
         w_desc,
@@ -364,17 +377,21 @@ def dx(dh_SG, w_in_EGD, dispatch, tile):
     return rows_gemm(dh_SG, w_in_EGD, False, dispatch, tile)
 
 
-def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, dispatch, tile):
-    """dh (S, 2F), gate * swiglu(h) (S, F), and the gates' gradient by row in one partial sum per column tile (tiles, S) float32."""
+def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile):
+    """dh (S, 2F), gate * swiglu(h) (S, F), and the gates' gradient by row in one partial sum per column tile (tiles, S) float32.
+
+    Raises ValueError when h does not lie in the panels of this tile."""
     S, K = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1]
     _, D, F = w_out_EDF.shape
-    dh, ga = torch.empty_like(h_SG), h_SG.new_empty(S, F)
-    dgates_parts = h_SG.new_empty(cdiv(F, tile.BLOCK_N), S, dtype=torch.float32)
+    if h_PSW.shape != panels(S, F, tile):
+        raise ValueError(f"h {tuple(h_PSW.shape)}: the tile takes {panels(S, F, tile)}; BLOCK_N / PARTS must be that of up's tile")
+    dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
+    dgates_parts = h_PSW.new_empty(cdiv(F, tile.BLOCK_N), S, dtype=torch.float32)
     w_desc = _desc(w_out_EDF, tile.BLOCK_K, tile.BLOCK_N)
     dswiglu_kernel[_row_grid(dispatch, F, tile)](
         dy_TD,
         w_desc,
-        h_SG,
+        h_PSW,
         gates_TK,
         dh,
         ga,

@@ -82,8 +82,9 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, interpreted):
         step = 16 if min(D, F) < 64 else 32
         tile = Tile(step, step, step, 2, 2, 4, 2)
         return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
+    panel = 32 if F % 32 == 0 else 16  # columns of a part of up and dswiglu (grouped_gemm.py); 64 spill registers, 16 are 10 % slower
     if dtype == torch.float32:  # full-precision dots run outside the tensor cores: any tile that fits
-        tile = Tile(64, 64, 16, 8, 1, 8, 2)
+        tile = Tile(64, 64, 16, 8, 64 // panel, 8, 2)
         return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
     block_m = min(max(pow2(n_rows // n_experts), 16), 128)
     warps = 8 if block_m == 128 else 4
@@ -95,18 +96,18 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, interpreted):
         dw_in, dw_out = (Tile(128, wide(n, 128), dw_k, 4, 2, 4, 4) for n in (2 * F, F))
     row_tiles = max_tiles(n_rows, n_experts, block_m)
 
-    def forward(n, block_n, parts):
+    def forward(n, block_n):
         # A few tokens at a time (generation): narrower tiles until every multiprocessor reads a share of the weights.
         block_n = wide(n, block_n)
         while block_m == 16 and block_n > 32 and row_tiles * cdiv(n, block_n) < 132:  # those of an H100
-            block_n, parts = block_n // 2, max(1, parts // 2)
-        return block_n, parts
+            block_n //= 2
+        return block_n
 
-    (up_n, up_parts), (down_n, down_parts) = forward(F, 128, 4), forward(D, 256, 2)
+    up_n, down_n, dswiglu_n = forward(F, 128), forward(D, 256), wide(F, 256)
     return {
-        "up": Tile(block_m, up_n, min(64, pow2(D)), 8, up_parts, warps, 4),
-        "down": Tile(block_m, down_n, min(64, pow2(F)), 8, down_parts, warps, 4),
-        "dswiglu": Tile(block_m, wide(F, 256), min(64, pow2(D)), 8, 8, 8 if block_m >= 64 else 4, 4),
+        "up": Tile(block_m, up_n, min(64, pow2(D)), 8, up_n // panel, warps, 4),
+        "down": Tile(block_m, down_n, min(64, pow2(F)), 8, 1 if block_m == 16 else 2, warps, 4),
+        "dswiglu": Tile(block_m, dswiglu_n, min(64, pow2(D)), 8, dswiglu_n // panel, 8 if block_m >= 64 else 4, 4),
         "dx": Tile(block_m, wide(D, 256), min(64, pow2(2 * F)), 8, 4, warps, 3),
         "dw_in": dw_in,
         "dw_out": dw_out,

@@ -77,9 +77,10 @@ def test_each_gemm_against_its_twin(dtype, device, poison):
     h, a = gemm.up(x, w_in, d, tiles["up"])
     true_h, true_a = reference.up(*wide(x, w_in), row_slot, offsets, K)
     dh, ga, parts = gemm.dswiglu(dy, w_out, h, gates, d, tiles["dswiglu"])
-    true_dh, true_ga, true_dgates = reference.dswiglu(*wide(dy, w_out, h, gates), row_slot, offsets)
+    h_SG = gemm.to_rows(h)
+    true_dh, true_ga, true_dgates = reference.dswiglu(*wide(dy, w_out, h_SG, gates), row_slot, offsets)
     pairs = {
-        "h": (h, true_h),
+        "h": (h_SG, true_h),
         "a": (a, true_a),
         "y": (gemm.down(a, w_out, d, tiles["down"]), reference.down(*wide(a, w_out), offsets)),
         "dh": (dh, true_dh),
@@ -94,19 +95,38 @@ def test_each_gemm_against_its_twin(dtype, device, poison):
 
 
 @pytest.mark.parametrize("rows", [8, 10_000])
-@pytest.mark.parametrize("D,F", [(48, 16), (144, 80), (272, 144)])
-def test_weight_gradients_with_the_tiles_of_a_gpu(D, F, rows, device, poison, monkeypatch):
+@pytest.mark.parametrize("D,F", [(48, 16), (144, 96), (272, 144)])
+def test_the_tiles_of_a_gpu(D, F, rows, device, poison, monkeypatch):
     """Both families of tiles, by rows per expert, at widths that are less than a tile or no multiple of it; the interpreter's own are small squares."""
     monkeypatch.setattr("moe_kernels.tiles.interpreting", lambda: False)
     T, E, K = 40, 6, 2
-    x, *_, experts = problem(T, D, F, E, K, torch.float16, device, "hole")
+    x, w_in, w_out, gates, experts = problem(T, D, F, E, K, torch.float16, device, "hole")
     tiles = gemm_tiles(rows * E, E, D, F, torch.float16)
     assert tiles["dw_in"].BLOCK_K == (16 if rows == 8 else 64)
-    d, (offsets, row_slot, _) = dispatch(experts, E, 16), reference.dispatch(experts, E)
+    d, (offsets, row_slot, _) = dispatch(experts, E, tiles["up"].BLOCK_M), reference.dispatch(experts, E)
     g = torch.Generator().manual_seed(2)
-    dh, ga = (torch.randn(T * K, n, generator=g).to(device, torch.float16) for n in (2 * F, F))
-    check(gemm.dw(x, dh, True, d, tiles["dw_in"]), reference.dw_in(dh.double(), x.double(), row_slot, offsets, K), BOUNDS[torch.float16], "dw_in")
-    check(gemm.dw(x, ga, False, d, tiles["dw_out"]), reference.dw_out(x.double(), ga.double(), row_slot, offsets, K), BOUNDS[torch.float16], "dw_out")
+    dy, dh, ga = (torch.randn(n, m, generator=g).to(device, torch.float16) for n, m in ((T, D), (T * K, 2 * F), (T * K, F)))
+    h, a = gemm.up(x, w_in, d, tiles["up"])
+    backward = gemm.dswiglu(dy, w_out, h, gates, d, tiles["dswiglu"])
+    truths = (
+        reference.up(x.double(), w_in.double(), row_slot, offsets, K),
+        reference.dswiglu(dy.double(), w_out.double(), gemm.to_rows(h).double(), gates.double(), row_slot, offsets),
+        (reference.dw_in(dh.double(), x.double(), row_slot, offsets, K), reference.dw_out(x.double(), ga.double(), row_slot, offsets, K)),
+    )
+    weights = gemm.dw(x, dh, True, d, tiles["dw_in"]), gemm.dw(x, ga, False, d, tiles["dw_out"])
+    results = (gemm.to_rows(h), a), (*backward[:2], backward[2].sum(0)), weights
+    for names, got, want in zip(("h a", "dh ga dgates", "dw_in dw_out"), results, truths, strict=True):
+        for name, result, truth in zip(names.split(), got, want, strict=True):
+            check(result, truth, BOUNDS[torch.float16], name)
+
+
+def test_panels_of_another_width_are_refused(device):
+    T, D, F, E, K = 8, 32, 64, 2, 1
+    x, _, w_out, gates, experts = problem(T, D, F, E, K, torch.float32, device)
+    tile = gemm_tiles(T * K, E, D, F, torch.float32)["dswiglu"]
+    h = torch.zeros(gemm.panels(T * K, F, tile), device=device)
+    with pytest.raises(ValueError, match="BLOCK_N / PARTS"):
+        gemm.dswiglu(x, w_out, h, gates, dispatch(experts, E, tile.BLOCK_M), tile._replace(PARTS=1))
 
 
 def test_reference_is_the_formula():
