@@ -95,7 +95,7 @@ def scarce(data):
 
 
 def long(data):
-    return [sized(2**28, n_experts=e, top_k=k, seed=seed) for seed in range(3) for e in EXPERTS for k in (2, 8) if k <= e]
+    return [sized(2**28, n_experts=e, top_k=k, seed=seed) for k in (2, 8) for e in EXPERTS for seed in range(3) if k <= e]
 
 
 def topk(data):
