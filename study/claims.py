@@ -93,6 +93,10 @@ def score(row, task):
     return 100 * share if share is not None else -100 * row[task]["loss"]
 
 
+def score_unit(row, task):
+    return "points" if accuracy(row, task) is not None else "hundredths of a bit per byte"
+
+
 def slope(x, y):
     return float(np.polyfit(x, y, 1)[0])
 
@@ -180,8 +184,8 @@ def reasoning_turns(rows):
         for task in reasoning(first_row(cells)):
             told = telling(lines, task)
             effects = per_seed(told, lambda line, seed, t=task: lead(line, lambda row: score(row, t), seed, worst=max(line)))
-            yield Test(f"{family}; {tasks_of(first_row(cells))[task]}", effects, 2.0, "points lost from the best E to the largest", count(lines),
-                       note=remarks(told, family), votes=votes(family))
+            yield Test(f"{family}; {tasks_of(first_row(cells))[task]}", effects, 2.0, f"{score_unit(first_row(cells), task)} lost from the best E to the largest",
+                       count(lines), note=remarks(told, family), votes=votes(family))
 
 
 def optimum_near_20(rows):
@@ -219,8 +223,8 @@ def denser_at_equal_loss(rows):
                     density, loss, y = np.array(points).T
                     design = np.stack([np.ones_like(loss), loss - loss.mean(), (loss - loss.mean()) ** 2, density], 1)
                     effects[seed] = float(np.linalg.lstsq(design, y, rcond=None)[0][3])
-            yield Test(f"{family}; {tasks_of(sample)[task]}", effects, 0.5, "points per doubling of k/E at equal loss", n, note=remarks(True, family),
-                       votes=votes(family))
+            yield Test(f"{family}; {tasks_of(sample)[task]}", effects, 0.5, f"{score_unit(sample, task)} per doubling of k/E at equal loss", n,
+                       note=remarks(True, family), votes=votes(family))
 
 
 def top_k_alone(rows):
@@ -305,10 +309,12 @@ def more_active_moves(rows):
 def still_lost(rows, remedies):
     """Points lost from the best E, by the greedy answers of the other seeds before any remedy, to the largest, before and with each remedy {name: (when,
     measure)} of study.posttrain. No vote where it is not shown that anything was lost before: then there is nothing to rescue."""
+    if all(when == "before" for when, _ in remedies.values()):  # whatever the model was post-trained with later
+        rows = list({(row["checkpoint"], row["seed"], row["n_experts"], row["top_k"]): row for row in rows}.values())
     for (d, k, same), cells in posttrain.families(rows).items():
         settings, training = json.loads(same)
         where = f"d={d}, k={k}" + (f", {training['tokens'] / 1e6:.3g} M tokens, {training['unique']:,} problems repeated" if training else "")
-        budget = f", {settings.get('steps')} steps of {settings.get('batch_prompts')} x {settings.get('group_size')} answers"
+        budget = f", {settings.get('steps')} steps of {settings.get('batch_prompts')} x {settings.get('group_size')} answers{', experts replayed' * bool(settings.get('replay'))}"
         # An E that lacks seeds of the largest would cost all others theirs; without the largest itself the claim would be about another E.
         cells = {E: cell for E, cell in cells.items() if cell.keys() >= cells[max(cells)].keys()}
         if len(cells) < 3:

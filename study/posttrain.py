@@ -38,9 +38,6 @@ from eval.votes import curves, majority, pass_at_k
 from model import count_params
 from study.results import read
 
-MEASURES = {"greedy": "one greedy answer", "majority": "majority of all draws"}
-
-
 @dataclass(frozen=True)
 class PosttrainConfig(grpo.GRPOConfig):
     # Comparison
@@ -169,42 +166,20 @@ def families(rows):
     return {key: dict(sorted(cells.items())) for key, cells in sorted(found.items())}
 
 
-def fall(cells, when, measure, resamples=2000):
-    """What is lost from the E that answers best greedily before post-training to the largest E: (best E, loss, low, high), with a 95 % interval
-    by bootstrap over problems and seeds; the problems of one seed are the same for every E. None with a single E."""
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in (cells[min(cells)], cells[max(cells)]))))
-    everywhere = [seed for seed in seeds if all(seed in by_seed for by_seed in cells.values())] or seeds
-    if len(cells) < 2 or not seeds:
-        return None
-    score = lambda E: np.mean([np.mean(row["before"]["greedy"]) for seed, row in cells[E].items() if seed in everywhere] or [-1])  # noqa: E731
-    best, last = max(cells, key=score), max(cells)
-    seeds = [seed for seed in seeds if seed in cells[best]]
-    lost = np.array([np.subtract(cells[best][seed][when][measure], cells[last][seed][when][measure]) for seed in seeds])  # (seed, problem)
-    rng = np.random.default_rng(0)
-    draws = [lost[rng.integers(len(seeds), size=len(seeds))][:, rng.integers(lost.shape[1], size=lost.shape[1])].mean() for _ in range(resamples)]
-    return best, float(lost.mean()), *map(float, np.percentile(draws, [2.5, 97.5]))
-
-
 def report(rows):
-    """Markdown: the models, then for each k the fall past the best E before and after each remedy."""
-    lines = ["| d | k | E | seeds | training loss | greedy | votes | solutions covered | greedy, GRPO | votes, GRPO | solutions covered, GRPO |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    """A Markdown table of the models; study.verdict says what is lost to the largest E before and after each remedy."""
+    lines = ["| d | k | replay | E | seeds | training loss | greedy | votes | solutions covered | greedy, GRPO | votes, GRPO | solutions covered, GRPO |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     mean = lambda seeds, when, name: 100 * np.mean([np.mean(row[when][name]) for row in seeds.values()])  # noqa: E731
-    for (d, k, _), cells in families(rows).items():
+    for (d, k, same), cells in families(rows).items():
+        replay = "yes" if json.loads(same)[0].get("replay") else "no"
         for E, seeds in cells.items():
             losses = [row["train_loss"] for row in seeds.values() if row["train_loss"] is not None]
             cells_of = [f"{np.mean(losses) if losses else math.nan:.4f}"]
             for when in ("before", "after"):
                 covered = 100 * np.mean([row[when]["curves"]["solutions"][-1] for row in seeds.values()])
                 cells_of += [f"{value:.1f}" for value in (mean(seeds, when, "greedy"), mean(seeds, when, "majority"), covered)]
-            lines.append(f"| {d} | {k} | {E} | {len(seeds)} | {' | '.join(cells_of)} |")
-    lines += ["", "Points lost from the best E to the largest (95 % interval):", "",
-              "| d | k | best E | largest E | greedy | votes | GRPO | GRPO and votes |", "|---|---|---|---|---|---|---|---|"]
-    for (d, k, _), cells in families(rows).items():
-        if fall(cells, "before", "greedy"):
-            found = [fall(cells, when, name) for when in ("before", "after") for name in MEASURES]
-            lost = (f"{100 * x:.1f} [{100 * low:.1f}, {100 * high:.1f}]" for _, x, low, high in found)
-            lines.append(f"| {d} | {k} | {found[0][0]} | {max(cells)} | {' | '.join(lost)} |")
+            lines.append(f"| {d} | {k} | {replay} | {E} | {len(seeds)} | {' | '.join(cells_of)} |")
     return "\n".join(lines)
 
 
@@ -216,22 +191,27 @@ def figure(rows, path):
     import matplotlib.pyplot as plt
 
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
-    for i, ((d, k, _), cells) in enumerate(families(rows).items()):
-        name, color = f"d={d}, k={k}", f"C{i}"
+    voted, styles = set(), {}  # budgets share their models, hence their votes
+    for (d, k, same), cells in families(rows).items():
+        settings = json.loads(same)[0]
+        name = f"d={d}, k={k}"
+        color = styles.setdefault((d, k), f"C{len(styles)}")
         average = lambda E, f: np.mean([f(row) for row in cells[E].values()])  # noqa: B023, E731
         losses = [average(E, lambda row: np.nan if row["train_loss"] is None else row["train_loss"]) for E in cells]
-        for axis, remedy in ((left, ("before", "majority", "o-")), (middle, ("after", "greedy", "s-"))):
-            for when, measure, style in (("before", "greedy", "o:"), remedy):
-                values = [100 * average(E, lambda row: np.mean(row[when][measure])) for E in cells]  # noqa: B023
-                what = {"o:": "before", "o-": "votes", "s-": "GRPO"}[style]
-                axis.plot(losses, values, style, color=color, ms=4, mfc="white" if what == "before" else color, label=f"{name}, {what}")
-            for E, x, y in zip(cells, losses, values, strict=True):
+        first, replay = (d, k) not in voted, settings.get("replay")
+        lines = [(left, "before", "greedy", "o:", "before"), (left, "before", "majority", "o-", "votes"), (middle, "before", "greedy", "o:", "before")] * first
+        lines += [(middle, "after", "greedy", "^--" if replay else "s-", "GRPO, experts replayed" if replay else "GRPO")]
+        for axis, when, measure, style, what in lines:
+            values = [100 * average(E, lambda row: np.mean(row[when][measure])) for E in cells]  # noqa: B023
+            axis.plot(losses, values, style, color=color, ms=4, mfc="white" if what == "before" else color, label=f"{name}, {what}")
+            for E, x, y in zip(cells, losses, values, strict=True) if what != "before" and not replay else ():
                 axis.annotate(E, (x, y), (0, 5), textcoords="offset points", fontsize=7, ha="center")
-        for E, shade in zip(dict.fromkeys((min(cells), max(cells))), (0.4, 1.0), strict=False):
+        for E, shade in zip(dict.fromkeys((min(cells), max(cells))), (0.4, 1.0), strict=False) if first else ():
             draws = next(iter(cells[E].values()))["before"]["curves"]["samples"]
             for when, style in (("before", ":"), ("after", "-")):
                 covered = np.mean([row[when]["curves"]["solutions"] for row in cells[E].values()], axis=0)
                 right.plot(draws, 100 * covered, style, color=color, alpha=shade, marker="o", ms=3, label=f"{name}, E={E}, {when} GRPO")
+        voted.add((d, k))
     for axis, title in ((left, f"majority of {rows[-1]['settings']['samples']} draws"), (middle, "after GRPO, greedy")):
         axis.set(title=title, xlabel="training loss of pre-training (numbers: E)", ylabel="right answers, %")
         axis.invert_xaxis()
@@ -239,7 +219,7 @@ def figure(rows, path):
     right.set_xticks(draws, draws)
     for axis in (left, middle, right):
         axis.margins(y=0.25)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, **dict(loc="center left", bbox_to_anchor=(1, 0.5)) if axis is right else {})
         axis.grid(alpha=0.3)
     fig.savefig(path, dpi=150)
     plt.close(fig)

@@ -14,7 +14,7 @@ from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from model import GPT, ModelConfig
 from study.claims import REMEDIES, overall, still_lost
-from study.posttrain import fall, families, main, report
+from study.posttrain import main, report
 from study.verdict import tables
 
 BUDGET = ("--steps=2 --batch-prompts=4 --mini-batch=2 --group-size=2 --questions=20 --lr=1e-2 --problems=4 --samples=4 --device=cpu --eval-every=0 "
@@ -80,19 +80,8 @@ def made_up(E, seed, rate, rate_after, n=500):
     rng = np.random.default_rng((E, seed))
     parts = {"majority": [0.0] * n, "answers": [0] * n, "curves": {"samples": [1, 2], "solutions": [0.1, 0.2]}}
     draw = lambda p: {"greedy": (rng.random(n) < p).astype(int).tolist(), **parts}  # noqa: E731
-    return {"d_model": 8, "top_k": 2, "n_experts": E, "seed": seed, "settings": {"samples": 2}, "train_loss": 1.0, "before": draw(rate),
+    return {"d_model": 8, "top_k": 2, "n_experts": E, "seed": seed, "checkpoint": "", "settings": {"samples": 2}, "train_loss": 1.0, "before": draw(rate),
             "after": draw(rate_after)}
-
-
-def test_what_is_lost_past_the_best():
-    rows = [made_up(E, seed, *rates) for seed in range(3) for E, rates in ((4, (0.3, 0.6)), (8, (0.5, 0.7)), (16, (0.2, 0.7)))]
-    ((_, cells),) = families(rows).items()
-    best, lost, low, high = fall(cells, "before", "greedy")
-    assert best == 8 and 0.2 < low < lost < high < 0.4 and high - low < 0.15
-    best, lost, low, high = fall(cells, "after", "greedy")  # rescued; still compared at the best E of before
-    assert best == 8 and low < 0 < high
-    assert fall(cells, "before", "majority")[1:] == (0, 0, 0)
-    assert "| 8 | 2 | 8 | 16 | 3" in report(rows) and fall({4: cells[4]}, "before", "greedy") is None
 
 
 def test_verdicts_on_remedies():
@@ -106,6 +95,15 @@ def test_verdicts_on_remedies():
     unlost, few = (f"| 8. {REMEDIES[0][0]} | **undecided**: {why} | no runs |" for why in ("no loss to rescue is shown", "not enough runs"))
     assert f"{unlost} 39 models of `family` |" in text  # those of d=8 are not of the family
     assert "no vote (no loss before is shown)" in text and few in tables([], [])
+
+
+def test_budgets_share_their_models_votes():
+    """Two budgets of one family: votes are counted once, GRPO for each, and the table names what differs."""
+    rows = [made_up(E, seed, rate, rate) for seed in range(3) for E, rate in ((4, 0.3), (8, 0.6), (16, 0.2))]
+    rows += [row | {"settings": row["settings"] | {"replay": True}} for row in rows]
+    votes, after = ([test.where for test in still_lost(rows, remedies)] for _, remedies in REMEDIES)
+    assert len(votes) == 2 and len(after) == 6 and sum("experts replayed" in where for where in after) == 2
+    assert "| 8 | 2 | no | 16 | 3 |" in report(rows) and "| 8 | 2 | yes | 16 | 3 |" in report(rows)
 
 
 def test_no_verdict_on_remedies_while_seeds_are_missing():
