@@ -7,7 +7,8 @@
 
 A roofline is max(FLOPs / peak, bytes / bandwidth) with the fewest bytes that the kernel can move, and both ceilings measured in the same process
 (one cuBLAS product, one copy) unless --ceilings gives them. On a GPU every kernel is replayed from a CUDA graph: launch overhead is not in its time.
-A tile is BLOCK_M x BLOCK_N x BLOCK_K and any of g (GROUP_M), p (PARTS), w (num_warps), s (num_stages) or NAME=value; the rest is as in tiles.py.
+A tile is BLOCK_M x BLOCK_N x BLOCK_K and any of g (GROUP_M), p (PARTS), w (num_warps), s (num_stages) or NAME=value; the rest is as in tiles.py,
+PARTS such that the parts are as wide. For up and dswiglu that width must divide F and be one and the same.
 """
 
 import re
@@ -33,8 +34,8 @@ from moe_kernels.tiles import gemm_tiles, interpreting
 GEMMS = ("up", "down", "dswiglu", "dw_out", "dx", "dw_in")
 KERNELS = ("route_fwd", "route_bwd", "dispatch", "up", "down", "combine", "dswiglu", "dw_out", "dx", "combine_dx", "dw_in")
 CANDIDATES = {
-    "up": "128x128x64:s3,128x128x64:s4,128x128x64:g4,128x128x64:g16,128x128x64:p2,64x128x64:w4,128x64x64:w8,128x64x128:s3",
-    "dswiglu": "128x256x64:s3,128x256x64:g4,128x256x64:g16,128x128x64:p4,128x128x64:p4:w4,64x256x64:w4",
+    "up": "128x128x64:s3,128x128x64:s4,128x128x64:g4,128x128x64:g16,64x128x64:w4,128x64x64:w8,128x64x128:s3",
+    "dswiglu": "128x256x64:s3,128x256x64:g4,128x256x64:g16,128x128x64,128x128x64:w4,64x256x64:w4",
     **dict.fromkeys(("down", "dx"), "128x256x64:s3,128x256x64:s4,128x256x64:g4,128x256x64:g16,128x128x64:w8,128x128x64:w4:s4,64x256x64:w4"),
     **dict.fromkeys(("dw_out", "dw_in"), "128x256x64:s3,128x256x64:s4,256x128x64:s4,128x256x32:s5,128x128x64:w8,128x128x64:w4,128x256x64:g8"),
 }
@@ -164,11 +165,12 @@ def timed(case, tile, dtype):
 
 
 def parse_tile(text, base):
-    """ "128x256x64:g8:p2:w8:s4" as a tile; what it leaves out is as in `base`. ValueError for anything else."""
+    """ "128x256x64:g8:p2:w8:s4" as a tile; what it leaves out is as in `base`, PARTS by their width. ValueError for anything else."""
     blocks, *options = text.split(":")
     if not re.fullmatch(r"\d+x\d+x\d+", blocks):
         raise ValueError(f"tile {text!r}: expected BLOCK_MxBLOCK_NxBLOCK_K:g8:p2:w8:s4")
     values = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), map(int, blocks.split("x")), strict=True))
+    values["PARTS"] = max(1, values["BLOCK_N"] * base.PARTS // base.BLOCK_N)
     for option in options:
         name, value = re.fullmatch(r"([A-Za-z_]+)=?(\d+)", option).groups()
         values[{"g": "GROUP_M", "p": "PARTS", "w": "num_warps", "s": "num_stages"}.get(name, name)] = int(value)

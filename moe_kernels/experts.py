@@ -3,6 +3,7 @@
 Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token, S = T*K.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -26,7 +27,7 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None):
     gates_TK (T, K) float; experts_TK (T, K) integer, ids in 0..E-1 (not checked on the GPU: that would wait for it).
     impl: "reference", "grouped_mm", "triton", or None to choose by device.
     Returns (T, D) in x's dtype; differentiable in x, both weights and the gates. The triton backward is deterministic and saves x,
-    the pre-activation (T*K, 2F) and 8 bytes per routed row.
+    the T*K*2F values of the pre-activation and 8 bytes per routed row.
     Raises ValueError for wrong shapes or dtypes: D and F must be multiples of 16, 1 <= K <= min(E, 32), E <= 1024.
     """
     _check(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK)
@@ -128,7 +129,7 @@ def experts_bwd(
     dx, dgates = torch.empty_like(x), torch.empty_like(gates)
     if main:
         side.wait_stream(main)
-    with torch.cuda.stream(side):  # nothing changes for None
+    with torch.cuda.stream(side) if main else contextlib.nullcontext():
         combine(gemm.dx(dh, w_in, sorted_, tiles["dx"]), slot_row_TK, dgates_parts=dgates_parts, out=(dx, dgates))
     dw_out = gemm.dw(dy, ga, False, sorted_, tiles["dw_out"])
     dw_in = gemm.dw(x, dh, True, sorted_, tiles["dw_in"])

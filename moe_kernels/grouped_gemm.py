@@ -241,7 +241,7 @@ def dswiglu_kernel(
         da = _split_columns(acc, PARTS, part)
         sig = _sigmoid(g)
         silu = g * sig
-        a = silu * u  # zero past F, where da holds another expert's columns
+        a = silu * u
         dgate += tl.sum(da * a, 1)
         tl.store(ga_ptr + part * WIDTH + offs_a, (weight * a).to(dtype), mask=mask_part)
         da *= weight
@@ -317,8 +317,12 @@ def _desc(tensor, rows, columns):
 
 
 def panels(S, F, tile):
-    """Shape (F / P, S, 2P) of the pre-activations of S rows between the tiles of `up` and `dswiglu`, both with P = BLOCK_N / PARTS, a divisor of F."""
+    """Shape (F / P, S, 2P) of the pre-activations of S rows, P = BLOCK_N / PARTS columns of F each; one P for the tiles of `up` and `dswiglu`.
+
+    Raises ValueError where P does not divide F: the last panel would not be whole."""
     P = tile.BLOCK_N // tile.PARTS
+    if F % P:
+        raise ValueError(f"F={F}: BLOCK_N / PARTS = {P} of the tile must divide it")
     return F // P, S, 2 * P
 
 

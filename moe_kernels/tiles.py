@@ -82,7 +82,7 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, interpreted):
         step = 16 if min(D, F) < 64 else 32
         tile = Tile(step, step, step, 2, 2, 4, 2)
         return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
-    panel = 32 if F % 32 == 0 else 16  # columns of a part of up and dswiglu (grouped_gemm.py); 64 spill registers, 16 are 10 % slower
+    panel = 32 if F % 32 == 0 else 16  # columns of a part of up and dswiglu (grouped_gemm.py): dswiglu spills with 64 and was 7-16 % slower with 16
     if dtype == torch.float32:  # full-precision dots run outside the tensor cores: any tile that fits
         tile = Tile(64, 64, 16, 8, 64 // panel, 8, 2)
         return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)

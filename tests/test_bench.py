@@ -62,7 +62,7 @@ def test_parsing():
     assert layer.powers("8,...,256") == [8, 16, 32, 64, 128, 256] and layer.powers("1,3") == [1, 3] and layer.powers("1,…,2") == [1, 2]
     base = Tile(128, 128, 64, 8, 2, 8, 4)
     assert kernels.parse_tile("64x256x32:g4:p1:w4:s3", base) == Tile(64, 256, 32, 4, 1, 4, 3)
-    assert kernels.parse_tile("64x256x32:num_stages=5", base) == base._replace(BLOCK_M=64, BLOCK_N=256, BLOCK_K=32, num_stages=5)
+    assert kernels.parse_tile("64x256x32:num_stages=5", base) == base._replace(BLOCK_M=64, BLOCK_N=256, BLOCK_K=32, PARTS=4, num_stages=5)  # parts as wide
     with pytest.raises(ValueError, match="64x64"):
         kernels.parse_tile("64x64", base)
 

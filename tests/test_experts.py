@@ -120,13 +120,16 @@ def test_the_tiles_of_a_gpu(D, F, rows, device, poison, monkeypatch):
             check(result, truth, BOUNDS[torch.float16], name)
 
 
-def test_panels_of_another_width_are_refused(device):
-    T, D, F, E, K = 8, 32, 64, 2, 1
-    x, _, w_out, gates, experts = problem(T, D, F, E, K, torch.float32, device)
-    tile = gemm_tiles(T * K, E, D, F, torch.float32)["dswiglu"]
+def test_panels_that_do_not_fit_are_refused(device):
+    T, D, F, E, K = 8, 32, 80, 2, 1
+    x, w_in, w_out, gates, experts = problem(T, D, F, E, K, torch.float32, device)
+    tile = gemm_tiles(T * K, E, D, F, torch.float32)["up"]
+    d = dispatch(experts, E, tile.BLOCK_M)
     h = torch.zeros(gemm.panels(T * K, F, tile), device=device)
-    with pytest.raises(ValueError, match="BLOCK_N / PARTS"):
-        gemm.dswiglu(x, w_out, h, gates, dispatch(experts, E, tile.BLOCK_M), tile._replace(PARTS=1))
+    with pytest.raises(ValueError, match="must be that of up's tile"):
+        gemm.dswiglu(x, w_out, h, gates, d, tile._replace(PARTS=2 * tile.PARTS))
+    with pytest.raises(ValueError, match="must divide it"):  # else the last panel would be written past its end
+        gemm.up(x, w_in, d, tile._replace(BLOCK_N=64, PARTS=1))
 
 
 def test_reference_is_the_formula():
