@@ -89,7 +89,8 @@ def _all_labels(axes):
     found = {}
     for ax in axes:
         found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    return list(found.values()), list(found)
+    names = sorted(found, key=lambda name: (name.startswith("cuBLAS"), len(name), name))
+    return [found[name] for name in names], names
 
 
 def bars(ax, shapes, series, digits=0, rotation=0):
