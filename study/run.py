@@ -365,7 +365,7 @@ def execute_together(runs, cache, device, n=100, keep=()):
     for i, (run, cfg) in enumerate(zip(runs, cfgs, strict=True)):
         params, flops = count_params(cfg), flops_per_token(cfg)
         last = points[i][-1] if points[i] and points[i][-1]["step"] == run.steps else {}
-        rows.append({"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "config": dataclasses.asdict(cfg), "diverged": not last,
+        rows.append({"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "diverged": not last,
                      "tokens": run.tokens, "tpp": run.tokens / params.total, "params": params._asdict(), "flops": run.tokens * flops,
                      **last, "points": points[i][:-1] if last else points[i],
                      "load_cv": loads[i], "skipped_steps": int(trainer.windows[i]["steps"][BAD]), "together": len(runs), "tokens_per_s": round(speed),
