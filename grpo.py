@@ -74,7 +74,7 @@ class GRPOConfig:
     clip: float = 0.2  # the probability ratio counts between 1 - clip and 1 + clip
     kl_coef: float = 1e-3  # weight of the KL term; 0: the start model is not even loaded
     normalize: Literal["token", "sample"] = "token"  # every token of a mini-batch weighs the same, or every answer
-    replay: bool = False  # train with the experts that sampling chose
+    replay: bool = False  # train with the experts that sampling chose: steadier where experts are many (docs/STUDY.md)
     beta1: float = 0.9  # AdamW, mean
     beta2: float = 0.999  # AdamW, variance
     eps: float = 1e-8  # AdamW
