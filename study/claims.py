@@ -345,7 +345,7 @@ REMEDIES = (  # text, what is compared: results of study.posttrain
 CLAIMS = (  # text, what computes it, presets that decide it
     ("Memory rises with total parameters at fixed active parameters", memory_rises, ("main", "lr", "scarce")),
     ("Reasoning turns over as total parameters grow at fixed active parameters", reasoning_turns, ("main", "lr", "scarce", "long")),
-    ("Reasoning is best near 20 tokens per parameter", optimum_near_20, ("main", "lr", "long")),
+    ("Reasoning is best near 20 tokens per parameter", optimum_near_20, ("main", "lr")),
     ("At equal training loss, denser models reason better", denser_at_equal_loss, ("main", "lr", "scarce")),
     ("Top-k alone changes little at fixed active and total size", top_k_alone, ("topk",)),
     ("Lower learning rates and smaller initial weights help reasoning at comparable loss", gentler_training, ("main", "lr", "init")),
