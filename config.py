@@ -81,6 +81,16 @@ def parse(cls, argv=None, description=""):
     return cls(**values)
 
 
+def parse_run(cls, argv, description=""):
+    """`parse` for a program whose runs can go on: with --resume=DIR the configuration is that of DIR, flags override, and the run stays in DIR."""
+    cfg = parse(cls, argv, description)
+    if not cfg.resume:
+        return cfg
+    require(not cfg.out_dir or os.path.abspath(cfg.out_dir) == os.path.abspath(cfg.resume), "out_dir", cfg.out_dir,
+            f"a resumed run stays in {cfg.resume}; leave this flag away, or copy the directory and resume the copy")
+    return dataclasses.replace(parse(cls, [f"--config={cfg.resume}/config.json", *argv]), out_dir=cfg.resume)
+
+
 def save(cfg, path):
     """Write cfg as JSON. The file appears whole or not at all (temporary file, fsync, rename)."""
     path = Path(path)

@@ -100,13 +100,6 @@ class GRPOConfig:
         require(self.batch_prompts % self.mini_batch == 0, "batch_prompts", self.batch_prompts, f"use a multiple of mini_batch={self.mini_batch}")
 
 
-def read_config(argv):
-    cfg = config.parse(GRPOConfig, argv, __doc__)
-    if cfg.resume:
-        cfg = dataclasses.replace(config.parse(GRPOConfig, [f"--config={cfg.resume}/config.json", *argv]), out_dir=cfg.resume)
-    return cfg
-
-
 class Sample(NamedTuple):
     ids: list[int]  # prompt, answer, and the end-of-text token if the answer ended in time
     start: int  # index of the answer's first token
@@ -382,7 +375,7 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
 def main(argv=None):
     """Entry point of `python grpo.py` and torchrun; returns what `grpo` returns."""
     try:
-        cfg = read_config(sys.argv[1:] if argv is None else argv)
+        cfg = config.parse_run(GRPOConfig, sys.argv[1:] if argv is None else argv, __doc__)
         rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()

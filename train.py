@@ -106,14 +106,6 @@ class TrainConfig(ModelConfig):
                     "sums of bfloat16 gradients lose what is below 1/256 of them: use 64 or less")
 
 
-def read_config(argv):
-    cfg = config.parse(TrainConfig, argv, __doc__)
-    if cfg.resume:
-        cfg = config.parse(TrainConfig, [f"--config={cfg.resume}/config.json", *argv])
-        cfg = dataclasses.replace(cfg, out_dir=cfg.resume)
-    return cfg
-
-
 def compile_blocks(model, cfg):
     """torch.compile of each block. It takes half a minute: "auto" wants at least a minute of training at 20 % of an H100's peak."""
     if cfg.compile == "true" or cfg.compile == "auto" and cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg) > 1e16:
@@ -417,7 +409,7 @@ def main(argv=None):
     """Entry point of `python train.py` and torchrun; returns what `train` returns."""
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
-        cfg = read_config(sys.argv[1:] if argv is None else argv)
+        cfg = config.parse_run(TrainConfig, sys.argv[1:] if argv is None else argv, __doc__)
         cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
         require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

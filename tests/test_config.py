@@ -132,3 +132,18 @@ def test_help_comes_from_the_source(capsys):
     for part in ("Trains something.", "Model:", "Optimiser:", "--lr float", "0.0003", "peak learning rate", "relu|silu",
                  "the '#' inside a comment # stays", "--limit int?", "residual stream"):
         assert part in page, part
+
+
+def test_a_resumed_run_stays_where_it_is(tmp_path):
+    @dataclass(frozen=True)
+    class Run(Config):
+        out_dir: str = ""
+        resume: str = ""
+
+    config.save(Run(lr=1e-2, steps=7, out_dir="moved/since"), tmp_path / "config.json")
+    run = lambda *argv: config.parse_run(Run, list(argv))  # noqa: E731
+    assert run("--lr=1", "--out-dir=new") == Run(lr=1.0, out_dir="new")
+    for same in ([], [f"--out-dir={tmp_path}/"]):
+        assert run(f"--resume={tmp_path}", "--lr=1", *same) == Run(lr=1.0, steps=7, out_dir=str(tmp_path), resume=str(tmp_path))
+    with pytest.raises(ValueError, match="out_dir='new': a resumed run stays"):
+        run(f"--resume={tmp_path}", "--out-dir=new")

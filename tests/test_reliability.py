@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+import config
 import guard
 import train as train_file
 from data import shards
@@ -100,7 +101,7 @@ def test_bad_steps_inside_a_cuda_graph(data_dir, tmp_path, flags):  # noqa: F811
             with pytest.raises(ValueError, match="loss=9.9 at step 1, first in a layer"):
                 run(data_dir, tmp_path / bad_steps, *flags, "--max-loss=1e-6", f"--bad-steps={bad_steps}", "--checkpoint-every=0")
         torch.manual_seed(0)
-        cfg = train_file.read_config([f"--config={tmp_path / bad_steps / 'config.json'}"])
+        cfg = config.load(train_file.TrainConfig, tmp_path / bad_steps / "config.json")
         assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(saved[0], GPT(cfg).parameters(), strict=True))
 
 
