@@ -381,11 +381,14 @@ def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch):
     assert [(group["weight_decay"], group["betas"], group["lr"]) for group in groups] == [(0.3, (0.9, 0.5), 0.1), (0, (0.9, 0.5), 0.1)]
 
 
-def test_killed_before_the_first_checkpoint_starts_again(whole_run, tmp_path):
+def test_killed_before_the_first_checkpoint_starts_again(whole_run, tmp_path, monkeypatch):
     cut = tmp_path / "cut"
     shutil.copytree(whole_run[0], cut)
     for _, path in checkpoint.find(cut):
         path.unlink()
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"loss=nan at step 1: .*--resume={cut} --lr=... starts again"):
+        patch.setattr(grpo_file, "policy_loss", lambda logp_A, *args: (logp_A.sum() * math.nan, logp_A.new_zeros(3)))
+        main([f"--resume={cut}"])
     main([f"--resume={cut}"])
     assert rows(cut) == rows(whole_run[0])
 
@@ -415,7 +418,7 @@ def test_two_ranks_equal_one(whole_run, start, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--model="], "model=''"), (["--group-size=1"], "group_size=1"), (["--mini-batch=5"], "batch_prompts=1024"),
-    (["--temperature=0"], "temperature=0"),
+    (["--temperature=0"], "temperature=0"), (["--seed=-1"], "seed=-1"),
     (["--clip=1"], "clip=1"), (["--prompt-tokens=2"], "prompt_tokens=2"), (["--task=gsm8k"], "gsm8k/train was not found"),
     (["--questions=0"], "no end of them")])
 def test_mistakes_are_named(start, tmp_path, flags, message):
