@@ -66,7 +66,7 @@ def test_types():
     (["--lr=fast"], "lr='fast': a finite number"),
     (["--lr=inf"], "lr='inf': a finite number"),
     (["--lr=nan"], "lr='nan': a finite number"),
-    (["--bogus=3"], "unknown field 'bogus': --help lists"),  # 'out_dir' is far
+    (["--bogus=3"], "unknown field 'bogus': --help lists"),  # not 'out'
     (["--help=1"], "unknown field 'help': --help lists"),
     (["--warmup=1"], "did you mean 'warmup_steps'"),
     (["--act=gelu"], "act='gelu': use one of relu, silu"),

@@ -144,6 +144,12 @@ def test_long_prompts_are_cut_at_the_beginning(tiny_run, capsys):
     assert harness.cut_at("a.b\nc", ("\n", ".")) == "a" and harness.cut_at("abc", ("\n",)) == "abc"
 
 
+def test_kernels_that_cannot_run_are_refused(tiny_run, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="impl='triton' needs a CUDA GPU.*leave --impl=auto"):
+        run(tiny_run, "--tasks=gsm8k", "--shots=0", "--impl=triton")
+
+
 def test_groups(tiny_run):
     (tiny_run / "gsm_plus").mkdir()
     rows = [{"question": f"{i}?", "solution": f"#### {i}", "answer": str(i), "perturbation_type": ("add", "drop")[i % 2]} for i in range(6)]
