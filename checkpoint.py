@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from config import make_directory
 from model import GPT, ModelConfig
 
 NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
@@ -21,8 +22,7 @@ NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
 
 def open_run(name, resume):
     """Create (or reopen) a run directory and lock it. Returns (directory, lock file); the lock ends with the process."""
-    run_dir = Path(name)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir = make_directory(name, "out_dir", name)
     lock = open(run_dir / "lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,8 +21,10 @@ import difflib
 import inspect
 import io
 import json
+import math
 import os
 import sys
+import tempfile
 import textwrap
 import tokenize
 import types
@@ -36,6 +38,17 @@ def require(ok, name, value, remedy):
     """Raise ValueError naming the field, its value and the remedy unless ok. For the __post_init__ of config classes."""
     if not ok:
         raise ValueError(f"{name}={value!r}: {remedy}")
+
+
+def make_directory(path, name, value):
+    """The directory as a Path, made where it is missing; ValueError blaming the field `name` where files cannot be written in it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        require(False, name, value, f"nothing can be written to {path} ({error.strerror}); name another directory")
+    return path
 
 
 def parse(cls, argv=None, description=""):
@@ -86,6 +99,7 @@ def parse_run(cls, argv, description=""):
     cfg = parse(cls, argv, description)
     if not cfg.resume:
         return cfg
+    require(Path(cfg.resume, "config.json").is_file(), "resume", cfg.resume, "not a run directory (it has no config.json); check the path")
     require(not cfg.out_dir or os.path.abspath(cfg.out_dir) == os.path.abspath(cfg.resume), "out_dir", cfg.out_dir,
             f"a resumed run stays in {cfg.resume}; leave this flag away, or copy the directory and resume the copy")
     return dataclasses.replace(parse(cls, [f"--config={cfg.resume}/config.json", *argv]), out_dir=cfg.resume)
@@ -129,7 +143,7 @@ def _read(cls, path):
     try:
         values = json.loads(path.read_text())
     except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f"{path}: not valid JSON ({error}); restore the file or drop --config") from None
+        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}; a JSON object of field: value is needed")
     hints = typing.get_type_hints(cls)
@@ -141,7 +155,7 @@ def _read(cls, path):
 def _check_name(cls, name, where=""):
     names = [field.name for field in dataclasses.fields(cls)]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.65)  # at 0.5 'help' is near 'eps'
         hint = f"did you mean {near[0]!r}?" if near else "--help lists the fields"
         raise ValueError(f"{where}unknown field {name!r}: {hint}")
 
@@ -165,13 +179,13 @@ def _convert(name, value, hint):
             if hint is int and isinstance(value, (int, str)) and str(value).lstrip("+-").replace("_", "").isdigit():
                 return int(value)  # exact beyond 2^53, where a float is not
             number = float(value)
-            if hint is float or number == int(number):
+            if math.isfinite(number) if hint is float else number == int(number):
                 return hint(number)
         except (TypeError, ValueError, OverflowError):  # not a number, or int(inf), int(nan)
             pass
     if hint is str and isinstance(value, str):
         return value
-    kind = {int: "a whole number (1e6 is one)", float: "a number", str: "text"}[hint]
+    kind = {int: "a whole number (1e6 is one)", float: "a finite number", str: "text"}[hint]
     raise ValueError(f"{name}={value!r}: {kind} is needed")
 
 

@@ -51,9 +51,10 @@ def dot(rows):
 
 
 def set_loss_limits(axis, losses):
-    """The first steps would flatten the rest."""
+    """All of them, unless the first steps took more than half of the height from the rest."""
     losses = sorted(losses)
-    axis.set_ylim(losses[0] - 0.1, losses[int(0.95 * (len(losses) - 1))] + 0.3)
+    low, usual = losses[0] - 0.1, losses[int(0.95 * (len(losses) - 1))] + 0.3
+    axis.set_ylim(low, usual if losses[-1] - low > 2 * (usual - low) else max(usual, losses[-1] + 0.1))
 
 
 def figure(run):
@@ -72,14 +73,15 @@ def figure(run):
     maps = _heat_maps(rows)
     columns = max(1, min(4, len(maps)))
     map_rows = math.ceil(len(maps) / columns)
-    heights = [3.2] + [2.4] * bool(entropy) + [1.9] * map_rows
+    heights = [3.2] + [2.4] * bool(entropy) + [2.1] * map_rows
     fig = plt.figure(figsize=(13, sum(heights) + 0.6), layout="constrained")
     fig.suptitle(label(run, config))
     parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
 
     loss, rate, norm = parts[0].subplots(1, 3)
     loss.plot(tokens, column("loss"), lw=0.8, alpha=0.8, label="training", **dot(rows))
-    loss.plot([row["step"] * scale for row in val], [row["val_loss"] for row in val], "o-", ms=3, lw=1.2, label="validation")
+    if val:
+        loss.plot([row["step"] * scale for row in val], [row["val_loss"] for row in val], "o-", ms=3, lw=1.2, label="validation")
     set_loss_limits(loss, column("loss") + [row["val_loss"] for row in val])
     loss.legend(fontsize=8)
     rate.plot(tokens, column("lr"), **dot(rows))
@@ -90,7 +92,8 @@ def figure(run):
         spread, dead = parts[1].subplots(1, 2)
         for layer, values in enumerate(zip(*column("router_entropy"), strict=True)):
             spread.plot(tokens, values, lw=0.8, color=plt.cm.viridis(layer / max(1, len(entropy) - 1)), **dot(rows))
-        spread.axhline(math.log(config["n_experts"]), color="gray", ls=":", lw=1)
+        spread.axhline(math.log(config["n_experts"]), color="black", ls=":", lw=1.5, zorder=3)
+        spread.margins(y=0.1)
         dead.step(tokens, column("dead_experts"), where="post", **dot(rows))
         dead.set_ylim(-0.05, 1.05 * max(1, *column("dead_experts")))
         named += [(spread, "entropy of the mean router distribution, nats (dark: first layer, dotted: even)"),
@@ -98,6 +101,7 @@ def figure(run):
     for axis, title in named:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("million tokens", fontsize=8)
+        axis.locator_params(axis="x", nbins=5)  # more would touch in a run of a few thousand tokens
         axis.grid(alpha=0.3)
     for index, part in enumerate(parts[len(parts) - map_rows :]):
         axes = part.subplots(1, columns, squeeze=False)[0]
@@ -109,6 +113,7 @@ def figure(run):
             drawn = axis.imshow(image, aspect="auto", origin="lower", cmap=load_colours, vmin=-2, vmax=2, interpolation="nearest",
                                 extent=(0, tokens[-1], -0.5, len(image) - 0.5))
             axis.set_title(f"load of layer {layer}", fontsize=8)
+            axis.set_xlabel("million tokens", fontsize=8)
             axis.set_ylabel("expert", fontsize=8)
             axis.tick_params(labelsize=7)
             axis.yaxis.get_major_locator().set_params(integer=True)

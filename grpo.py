@@ -37,12 +37,14 @@ from torch import Tensor
 
 import checkpoint
 import config
+import guard
 from config import require
 from eval import rewards
 from eval.generate import any_shape, generate
 from eval.harness import ModelChoice, frozen, run_tokens, training_data
 from eval.sources import Source
-from train import Stop
+from model import pick_device
+from train import STOPPED, Stop
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class GRPOConfig:
         require(self.group_size >= 2, "group_size", self.group_size, "an answer is compared with others of its group: use 2 or more")
         require(self.temperature > 0, "temperature", self.temperature, "greedy answers are all equal; use a positive number")
         require(0 < self.clip < 1, "clip", self.clip, "use a number between 0 and 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to below 2^63")
         require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "beta1, beta2", (self.beta1, self.beta2), "use numbers from 0 to below 1")
         require(self.batch_prompts % self.mini_batch == 0, "batch_prompts", self.batch_prompts, f"use a multiple of mini_batch={self.mini_batch}")
 
@@ -200,7 +203,7 @@ def policy_loss(logp_A, batch, clip, kl_coef):
 def draw_questions(n_questions, start, count, seed):
     """Indices start .. start + count - 1 of an endless stream that goes through all questions in a new order each time: a function of the seed."""
     epochs = range(start // n_questions, (start + count - 1) // n_questions + 1)
-    order = torch.cat([torch.randperm(n_questions, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)) for epoch in epochs])
+    order = torch.cat([torch.randperm(n_questions, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)) for epoch in epochs])
     return order[start % n_questions :][:count].tolist()
 
 
@@ -250,8 +253,9 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
     if lead:
         config.save(cfg, run_dir / "config.json")
         checkpoint.rewind_metrics(run_dir / "metrics.jsonl", step or -1)  # step 0 is logged again
-        print(f"{run_dir}: from {start_path}, {len(asked):,} questions, answers of up to {answer_tokens} tokens, {cfg.steps - step} steps of "
-              f"{cfg.batch_prompts} x {cfg.group_size} answers, {str(model.dtype)[6:]} on {device.type} x {world}", flush=True)
+        print(f"{run_dir}: from {start_path}, {len(asked):,} questions, answers of up to {answer_tokens} tokens, "
+              f"{cfg.steps - step} step{'s' * (cfg.steps - step != 1)} of {cfg.batch_prompts} x {cfg.group_size} answers, "
+              f"{str(model.dtype)[6:]} on {device.type} x {world}", flush=True)
 
     def record(row, line):
         if lead:
@@ -261,7 +265,7 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
 
     def save(step):
         norm = float(torch.nn.utils.get_total_norm(list(model.parameters())))
-        require(math.isfinite(norm), "norm of the weights", norm, f"at step {step}; lower lr, the last checkpoint is from before")
+        guard.check_finite("norm of the weights", norm, step, run_dir)
         if lead:
             checkpoint.save(run_dir, step, {"step": step, "row": row, "config": dataclasses.asdict(model.cfg), "grpo": dataclasses.asdict(cfg),
                                             "model": model.state_dict(), "optimizer": optimizer.state_dict()}, cfg.keep_checkpoints)
@@ -335,7 +339,7 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
             # Report; waits for the device
             stats = torch.tensor(summed(torch.stack(stats))).double()
             loss, kl, clipped, n_tokens, routed, changed = stats.sum(0).tolist()
-            require(math.isfinite(loss), "loss", loss, f"at step {step}; lower lr, the last checkpoint is from before")
+            guard.check_finite("loss", loss, step, run_dir)
             clock.append(time.perf_counter())
             seconds = [b - a for a, b in zip(clock, clock[1:], strict=False)]
             mixed = (reward_PG.amin(1) < reward_PG.amax(1)).sum()
@@ -378,18 +382,16 @@ def main(argv=None):
         cfg = config.parse_run(GRPOConfig, sys.argv[1:] if argv is None else argv, __doc__)
         rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
-        require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
-        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-        if cuda:
+        device = pick_device(cfg, local_rank)
+        if device.type == "cuda":
             torch.cuda.set_device(device)
         if world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return grpo(cfg, rank, world, device)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
         if argv is not None or "DEBUG" in os.environ:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if str(error) else STOPPED)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

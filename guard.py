@@ -11,9 +11,9 @@ import math
 
 import torch
 
+import checkpoint
 from optim import local
 
-REMEDY = "lower lr or raise warmup_steps; the last checkpoint is from before and was kept"
 STEPS, BAD, FIRST = range(3)  # of window["steps"]: steps since the last log line, bad ones among them, number of the first bad one (from 1)
 
 
@@ -32,9 +32,16 @@ def judge(window, loss, grad_norm, cfg):
     return (bad if cfg.bad_steps == "skip" else steps[BAD] > 0).float()
 
 
-def check_finite(name, value, step):
+def remedy(run_dir):
+    """What to do about such an end. Every checkpoint is from before it: weights that are not finite are never saved."""
+    files = checkpoint.find(run_dir)
+    goes_on = f"goes on from {files[-1][1].name}" if files else "starts again, for there is no checkpoint yet"
+    return f"use a lower lr; --resume={run_dir} --lr=... {goes_on}"
+
+
+def check_finite(name, value, step, run_dir):
     if not math.isfinite(value):
-        raise ValueError(f"{name}={value} at step {step}: {REMEDY}")
+        raise ValueError(f"{name}={value} at step {step}: {remedy(run_dir)}")
 
 
 def summary(values):

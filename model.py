@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import config
 from config import require
 from moe_kernels import balance_loss, gates_of, linear_cross_entropy, moe_experts, rope, route, swiglu
+from moe_kernels.tiles import pick_impl
 
 
 @dataclass(frozen=True)
@@ -255,10 +256,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self):
-        """The compute dtype."""
-        if self.cfg.dtype == "auto":
-            return torch.bfloat16 if self.embed.weight.is_cuda else torch.float32
-        return getattr(torch, self.cfg.dtype)
+        return compute_dtype(self.cfg, self.embed.weight.device)
 
     def forward(self, tokens_BL, targets_BL=None, cache=None, replay_NTK=None):
         """tokens (B, L) int64 -> Output. With targets (B, L; -1: no loss) the loss and no logits; with a cache (eval/kv_cache.py) the tokens continue
@@ -356,6 +354,24 @@ def training_memory(cfg, tokens, weights="float32"):
             "activations (estimate)": 2 * cfg.n_layers * layer * tokens + logits}
 
 
+def compute_dtype(cfg, device):
+    if cfg.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, cfg.dtype)
+
+
+def pick_device(cfg, local_rank=0):
+    """Where a program runs that has the fields device, dtype and impl; ValueError naming the one that cannot be had here."""
+    cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
+    require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    try:
+        pick_impl(None if cfg.impl == "auto" else cfg.impl, torch.empty(0, dtype=compute_dtype(cfg, device), device=device))
+    except RuntimeError as error:
+        raise ValueError(f"{error}; or leave --impl=auto, which chooses") from None
+    return device
+
+
 def peak_flops(device_name):
     """Dense bfloat16 FLOP/s of a GPU by torch.cuda.get_device_name(); None when it is not in the table (MFU is then n/a)."""
     table = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H20": 148e12, "H800": 989e12,
@@ -375,6 +391,11 @@ class SizeConfig(ModelConfig):
     weights: Literal["float32", "bfloat16"] = "float32"  # as in train.py, for the memory
 
     preset_fields = staticmethod(preset_fields)
+
+    def validate(self):
+        super().validate()
+        require(self.tokens >= 0, "tokens", self.tokens, "use 0 (no budget) or more")
+        require(self.micro_batch >= 1, "micro_batch", self.micro_batch, "use 1 or more")
 
 
 def main():

@@ -35,7 +35,7 @@ from config import require
 from curves import Curves
 from data import shards, tokenizer
 from data.loader import Loader, parse_sources
-from model import GPT, ModelConfig, count_params, flops_per_token, peak_flops, update_router_bias
+from model import GPT, ModelConfig, count_params, flops_per_token, peak_flops, pick_device, update_router_bias
 from moe_kernels import balance_loss
 from optim import clip_factor, lr_at
 from upcycle import upcycle
@@ -97,8 +97,11 @@ class TrainConfig(ModelConfig):
         for name in ("warmup_steps", "weight_decay", "clip_norm", "balance_coef", "z_coef", "val_every", "checkpoint_every",
                      "sample_tokens", "lr", "eps", "max_loss", "upcycle_noise"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
-        for name in ("beta1", "beta2", "muon_momentum", "decay_frac", "min_lr_frac"):
+        for name in ("decay_frac", "min_lr_frac"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "use a number from 0 to 1")
+        for name in ("beta1", "beta2", "muon_momentum"):  # at 1 nothing new would enter the mean
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "use a number from 0 to below 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to below 2^63")
         require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, f"use a multiple of grad_accum={self.grad_accum}")
         if self.weights == "bfloat16":
             require(self.optimizer == "adamw", "weights", self.weights, "only AdamW rounds stochastically: add --optimizer=adamw")
@@ -203,6 +206,9 @@ def validate(model, loader, n_batches, world):
     return float(total) / world
 
 
+STOPPED = "stopped; --resume goes on from the last checkpoint, and the same command starts again where training had not begun"
+
+
 class Stop:
     """Inside `with Stop() as stop`, the first SIGINT or SIGTERM sets stop.asked; a second one acts as usual."""
 
@@ -292,8 +298,11 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     if lead:
         config.save(cfg, run_dir / "config.json")
         logged = checkpoint.rewind_metrics(run_dir / "metrics.jsonl", start)
-        print(f"{run_dir}: {params.total:,} parameters ({params.active:,} active), {cfg.steps - start} steps of {tokens_per_step:,} tokens, "
-              f"{str(model.dtype)[6:]} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'} x {world}", flush=True)
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        print(f"{run_dir}: {params.total:,} parameters ({params.active:,} active), {cfg.steps - start} step{'s' * (cfg.steps - start != 1)} of "
+              f"{tokens_per_step:,} tokens, {str(model.dtype)[6:]} on {where} x {world}", flush=True)
+        if cfg.steps < cfg.warmup_steps:
+            print(f"steps={cfg.steps} ends within the warm-up, before lr={cfg.lr:g} is reached; lower warmup_steps={cfg.warmup_steps}", flush=True)
 
     def record(row):
         if lead:
@@ -304,7 +313,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
         if cfg.bad_steps == "stop":  # a skipped step changed nothing, and how many in a row are too many is known at the next line
             check_steps(step)
         (weights, norm), states = parallel.full_state(model, optimizer, rank), optimizer.state_dict()  # all ranks take part
-        guard.check_finite("norm of the weights", norm, step)
+        guard.check_finite("norm of the weights", norm, step, run_dir)
         if lead:
             checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(cfg), "model": weights, "optimizer": states,
                                             "loader": loader.state_dict(), "window": window, "rng": torch.get_rng_state()}, cfg.keep_checkpoints)
@@ -318,7 +327,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
             back = min(steps - first + 1, len(cursors))  # the run may have been resumed in the middle of skipped steps
             path = run_dir / f"bad-step-{step - back + 1:08d}-rank{rank}.json"
             loss, where = guard.dump(path, model, loader, cursors[-back], cfg, step - back + 1)
-            raise ValueError(f"loss={loss} at step {step - back + 1}, first in {where} (layers and batch: {path}): {guard.REMEDY}")
+            raise ValueError(f"loss={loss} at step {step - back + 1}, first in {where} (layers and batch: {path}): {guard.remedy(run_dir)}")
 
     def run_validation(step):
         loss = validate(model, val_loader, n_val, world)
@@ -410,22 +419,20 @@ def main(argv=None):
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
         cfg = config.parse_run(TrainConfig, sys.argv[1:] if argv is None else argv, __doc__)
-        cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
-        require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
-        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-        if cuda:
+        device = pick_device(cfg, local_rank)
+        if device.type == "cuda":
             torch.cuda.set_device(device)
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # the tests do that; a run need not pay for it
         if world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return train(cfg, rank, world, device)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
         if argv is not None or "DEBUG" in os.environ:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if str(error) else STOPPED)
     except RuntimeError as error:
         if world == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
             raise

@@ -27,7 +27,6 @@ SAME = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim"
 
 def slices_per_copy(dense, cfg):
     """G for the config dict of a dense checkpoint and the ModelConfig of the MoE; ValueError names what does not fit."""
-    require(dense["dense"], "upcycle_from", "a mixture of experts", "give the run directory of a --dense model")
     for name in SAME:
         require(getattr(cfg, name) == dense[name], name, getattr(cfg, name), f"the dense checkpoint has {dense[name]!r}; use the same")
     require(not cfg.dense, "dense", True, "a dense model is continued with --resume; upcycle_from starts a mixture")
@@ -49,6 +48,7 @@ def upcycle(model, path, noise=0.0, seed=0):
 
     Raises ValueError when the shapes do not allow an exact start, or for a damaged checkpoint; FileNotFoundError without one."""
     cfg, state = model.cfg, checkpoint.read(path)
+    require(state["config"]["dense"], "upcycle_from", str(path), "a mixture of experts; give the run directory of a --dense model")
     slices = slices_per_copy(state["config"], cfg)
     weights = state["model"]
     shared, F = cfg.n_shared_experts * cfg.d_expert, cfg.d_expert

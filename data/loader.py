@@ -24,7 +24,10 @@ def parse_sources(text):
     """DIR or DIR:0.7,DIR:0.3 -> [(directory, weight)]."""
     parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",")]
     try:
-        return [(directory, float(weight)) for directory, _, weight in parts]
+        sources = [(directory, float(weight)) for directory, _, weight in parts]
+        if not all(0 < weight < math.inf for _, weight in sources):
+            raise ValueError("weights must be above 0 and finite")
+        return sources
     except ValueError as error:
         raise ValueError(f"data={text!r}: {error}; write DIR or DIR:0.7,DIR2:0.3") from None
 

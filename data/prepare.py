@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import os
 import sys
 import time
@@ -36,6 +37,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from config import make_directory
 from data import shards, tokenizer
 
 SEPARATOR = "\n\0\n"
@@ -227,14 +229,18 @@ def prepare(inputs: list[str], out: str | Path, vocab_size: int = 16384, tokeniz
             seed: int = 0, max_document: int | None = None, text_field: str = "text", encoding_errors: str = "strict",
             sample_bytes: float = 32e6, licence: str = "", overwrite: bool = False, workers: int | None = None) -> dict:
     """Writes the data directory `out` and returns its meta.json. Arguments as on the command line (--help)."""
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"--val_fraction {val_fraction}: must be at least 0 and below 1")
-    if max_document is not None and max_document < 256:
-        raise ValueError(f"--max_document {max_document}: must be at least 256 characters")
-    if not tokenizer_name and vocab_size < 257:
-        raise ValueError(f"--vocab_size {vocab_size}: must be at least 257 (256 bytes and {tokenizer.EOT})")
+    for ok, given, rule in (
+            (0 <= val_fraction < 1, f"--val_fraction {val_fraction}", "at least 0 and below 1"),
+            (0 <= seed < 2**63, f"--seed {seed}", "at least 0 and below 2^63"),
+            (max_document is None or max_document >= 256, f"--max_document {max_document}", "at least 256 characters"),
+            (tokenizer_name or vocab_size >= 257, f"--vocab_size {vocab_size}", f"at least 257 (256 bytes and {tokenizer.EOT})"),
+            (0 < sample_bytes < math.inf, f"--sample_bytes {sample_bytes}", "above 0 and finite"),
+            (workers is None or workers >= 1, f"--workers {workers}", "at least 1")):
+        if not ok:
+            raise ValueError(f"{given}: must be {rule}")
     out, workers, progress = Path(out), workers or _cores(), Progress()
     shards.refuse_existing(out, overwrite)  # before the work, not after it
+    make_directory(Path(os.path.abspath(out)).parent, "--out", str(out))
     enc = None
     if tokenizer_name:
         enc = tokenizer.load(tokenizer_name) if Path(tokenizer_name).is_dir() else tokenizer.named(tokenizer_name)
@@ -349,16 +355,23 @@ def _report(meta: dict, out: Path, seconds: float, workers: int) -> None:
     print(f"{out}: vocabulary {meta['vocab_size']:,}; {megabytes:.1f} MB in {seconds:.1f} s = {megabytes / seconds:.1f} MB/s with {workers} threads")
 
 
+def whole_number(text: str) -> int:
+    """1e6 is one. The name is part of argparse's message."""
+    if not float(text).is_integer():
+        raise ValueError
+    return int(float(text))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="GLOB", help="files, directories or quoted patterns")
     add("--out", required=True, metavar="DIR", help="the data directory to write")
-    add("--vocab_size", type=lambda s: int(float(s)), default=16384, metavar="N", help="of the BPE trained on the input (default 16384)")
+    add("--vocab_size", type=whole_number, default=16384, metavar="N", help="of the BPE trained on the input (default 16384)")
     add("--tokenizer", metavar="NAME|DIR", help="use this instead: a tiktoken name (cl100k_base) or a data directory")
     add("--val_fraction", type=float, default=0.01, metavar="X", help="share of documents held out (default 0.01; 0: none)")
     add("--seed", type=int, default=0, metavar="N", help="of the split (default 0)")
-    add("--max_document", type=lambda s: int(float(s)), metavar="N", help="characters; longer documents are cut (default 2^20, less for inputs below 16 MB)")
+    add("--max_document", type=whole_number, metavar="N", help="characters; longer documents are cut (default 2^20, less for inputs below 16 MB)")
     add("--text_field", default="text", metavar="NAME", help="of jsonl lines (default text)")
     add("--encoding_errors", choices=("strict", "replace"), default="strict", help="what to do about bytes that are not UTF-8 (default strict)")
     add("--sample_bytes", type=float, default=32e6, metavar="N", help="of text, about, that the BPE is trained on (default 32e6)")

@@ -78,7 +78,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p
         decoder.cache.keep_experts(model.cfg.top_k)
         experts[:] = [None] * len(prompts)
     for rows in batches:
-        decoder.start([prompts[i] for i in rows], [seed * 1_000_003 + (i if streams is None else streams[i]) for i in rows])
+        decoder.start([prompts[i] for i in rows], [(seed * 1_000_003 + (i if streams is None else streams[i])) % 2**63 for i in rows])
         alive = rows
         while alive:
             new, rows = decoder.read(), list(rows)

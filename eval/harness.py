@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 
 import checkpoint
-from config import require
+from config import make_directory, require
 from data import tokenizer
 from eval.generate import generate
 from eval.taskloss import Tokens, tiktoken_tokens
+from model import pick_device
 
 
 @dataclass(frozen=True)
@@ -43,33 +44,33 @@ class ModelChoice:
     def validate(self):
         """Raise ValueError naming the field, its value and the remedy."""
         given = bool(self.run) + bool(self.checkpoint) + bool(self.hf)
-        require(given == 1, "run", self.run, "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them")
+        require(given == 1, "run, checkpoint, hf", (self.run, self.checkpoint, self.hf),
+                "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them")
         require(not self.run or Path(self.run).is_dir(), "run", self.run, "no such directory")
         require(not self.checkpoint or Path(self.checkpoint).is_file(), "checkpoint", self.checkpoint, "no such file; --run=DIR takes the newest of a run")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to below 2^63")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "use a number above 0, at most 1")
 
 
 def load(cfg):
     """(model in evaluation mode, Tokens, name of the checkpoint file, output directory) of a ModelChoice."""
-    cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
-    require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
+    device = pick_device(cfg)
+    out = cfg.out and make_directory(cfg.out, "out", cfg.out)
     if cfg.hf:
         from eval import hf  # only these need its packages
 
-        model = hf.load_model(cfg.hf, "cuda" if cuda else "cpu", cfg.dtype, cfg.impl)
+        model = hf.load_model(cfg.hf, device, cfg.dtype, cfg.impl)
         tokens = run_tokens(cfg.tokenizer, model) if cfg.tokenizer else hf.load_tokens(cfg.hf)
-        out = Path(cfg.out or Path(cfg.hf) / "eval")
-        out.mkdir(parents=True, exist_ok=True)
+        out = out or make_directory(Path(cfg.hf) / "eval", "out", cfg.out)
         return model, tokens, hf.fingerprint(cfg.hf, *([Path(cfg.tokenizer) / tokenizer.FILE] if cfg.tokenizer else [])), out
     path = Path(cfg.checkpoint or cfg.run)
-    model = checkpoint.load_model(path, "cuda" if cuda else "cpu", dtype=cfg.dtype, impl=cfg.impl)
+    model = checkpoint.load_model(path, device, dtype=cfg.dtype, impl=cfg.impl)
     frozen(model)
     if path.is_dir():
         path = checkpoint.find(path)[-1][1]
-    out = Path(cfg.out or path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}")
-    out.mkdir(parents=True, exist_ok=True)
+    out = out or make_directory(path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}", "out", cfg.out)
     return model, run_tokens(training_data(cfg), model), path.name, out
 
 
@@ -138,16 +139,16 @@ class Records:
     def __init__(self, path: Path, settings: dict, overwrite: bool = False):
         self.path, self.items = path, {}
         if path.exists() and not overwrite:
-            text = path.read_text()
-            first, *lines = text[: text.rfind("\n") + 1].splitlines() or ["{}"]
-            old = json.loads(first)
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            old, *items = [parse_line(path, number, line) for number, line in enumerate(whole.splitlines(), 1)] or [{}]
             for name in settings:
                 if old and old.get(name) != settings[name]:
                     raise ValueError(f"{path} was made with {name}={old.get(name)!r}, not {settings[name]!r}: "
                                      "give the same, use --overwrite to replace it, or write elsewhere with --out")
             if old:
-                self.items = {record["id"]: record for record in map(json.loads, lines)}
-                os.truncate(path, len(text[: text.rfind("\n") + 1].encode()))
+                self.items = {record["id"]: record for record in items}
+                os.truncate(path, len(whole))
                 return
         path.write_text(json.dumps(settings) + "\n")
 
@@ -155,6 +156,13 @@ class Records:
         with open(self.path, "a") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
         self.items |= {record["id"]: record for record in records}
+
+
+def parse_line(path, number, line):
+    try:
+        return json.loads(line)
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path}:{number} is damaged ({error}): remove that line to compute its item again, or use --overwrite for all") from None
 
 
 def fingerprint(items) -> str:

@@ -16,12 +16,13 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 import checkpoint
-from config import require
+from config import make_directory, require
 from data import tokenizer
 from eval.taskloss import Tokens
 from model import GPT, ModelConfig, rope_tables
@@ -183,8 +184,12 @@ def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=
         size += nbytes
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards, strict=True):
-        save_file({name: view.to("cpu", dtype, copy=True) for name, view in shard}, directory / (file + ".tmp"), metadata={"format": "pt"})
-        os.replace(directory / (file + ".tmp"), directory / file)
+        tmp = directory / (file + ".tmp")
+        tmp.touch()
+        mode = tmp.stat().st_mode  # safetensors would let nobody else read it
+        save_file({name: view.to("cpu", dtype, copy=True) for name, view in shard}, tmp, metadata={"format": "pt"})
+        tmp.chmod(mode)
+        os.replace(tmp, directory / file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(view.numel() * dtype.itemsize for _, view in views)},
                  "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}}
@@ -315,13 +320,20 @@ def main(argv=None):
     args = parser.parse_args(argv)
     from eval.harness import ModelChoice, training_data  # which reads this file for --hf
 
-    path = Path(args.run)
+    path, out = Path(args.run), Path(os.path.abspath(args.out))
+    for name in ("safetensors.torch", "tokenizers"):
+        package(name)
+    require(not out.exists() or out.is_dir() and not any(out.iterdir()), "OUT", args.out, "it exists already; write to a new folder")
+    make_directory(out.parent, "OUT", args.out)
     model = checkpoint.load_model(path)
     data = training_data(ModelChoice(run=args.run) if path.is_dir() else ModelChoice(checkpoint=args.run))
     enc = tokenizer.load(data)
-    save_model(model, args.out, getattr(torch, args.dtype), eos=enc.eot_token)
-    save_tokens(enc, args.out)
-    print(f"{args.out}: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as partial:  # a failure leaves nothing behind
+        whole = Path(partial) / out.name
+        save_model(model, whole, getattr(torch, args.dtype), eos=enc.eot_token)
+        save_tokens(enc, whole)
+        os.rename(whole, out)
+    print(f"{args.out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 if __name__ == "__main__":

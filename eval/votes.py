@@ -87,7 +87,7 @@ def plot(curves_by_name: dict[str, dict], path, title: str = "") -> None:
             axes.plot(result["samples"], result[kind]["mean"], style, color=f"C{i}", marker="o", markersize=3, label=f"{name} {kind}".strip())
             axes.fill_between(result["samples"], result[kind]["low"], result[kind]["high"], color=f"C{i}", alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="samples per question", ylabel="share of questions", title=title, ylim=(0, None))
+    axes.set(xlabel="samples per question", ylabel="share of questions", title=title, ylim=(-0.03, 1.03))
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)

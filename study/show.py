@@ -34,6 +34,7 @@ def overlay(runs):
     loss.legend(fontsize=8, title="dots: validation, thin: training", title_fontsize=8)
     for axis, title in ((loss, "cross-entropy, nats per token"), (rate, "learning rate"), (norm, "gradient norm before clipping")):
         axis.set(title=title, xlabel="million tokens")
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
     norm.set_yscale("log")
     for i, (run, config, rows) in enumerate(moe):

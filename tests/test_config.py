@@ -31,6 +31,9 @@ class Config(Base):
     steps: int = 1000  # optimiser steps
     compile: bool = False  # use torch.compile
     data: str = ""  # a directory
+    warmup_steps: int = 0  # linear
+    eps: float = 1e-8  # AdamW
+    out: str = ""  # another
     limit: int | None = None  # at most this many
     preset: str = ""  # start from a named size
 
@@ -60,7 +63,12 @@ def test_types():
     (["--steps=inf"], "whole number"),
     (["--steps=nan"], "whole number"),
     (["--steps=many"], "whole number"),
-    (["--lr=fast"], "lr='fast': a number"),
+    (["--lr=fast"], "lr='fast': a finite number"),
+    (["--lr=inf"], "lr='inf': a finite number"),
+    (["--lr=nan"], "lr='nan': a finite number"),
+    (["--bogus=3"], "unknown field 'bogus': --help lists"),  # not 'out'
+    (["--help=1"], "unknown field 'help': --help lists"),
+    (["--warmup=1"], "did you mean 'warmup_steps'"),
     (["--act=gelu"], "act='gelu': use one of relu, silu"),
     (["--compile=maybe"], "true or false"),
     (["--compile", "false"], "only with '='"),
@@ -105,6 +113,7 @@ def test_file_round_trip_and_precedence(tmp_path):
     ('{"lr": "fast"}', "lr='fast'"),
     ('{"steps": true}', "steps=True"),
     ('{"data": 3}', "data=3: text"),
+    ('{"lr": Infinity}', "lr=inf: a finite number"),
 ])
 def test_bad_files(tmp_path, text, message):
     path = tmp_path / "config.json"
@@ -147,3 +156,17 @@ def test_a_resumed_run_stays_where_it_is(tmp_path):
         assert run(f"--resume={tmp_path}", "--lr=1", *same) == Run(lr=1.0, steps=7, out_dir=str(tmp_path), resume=str(tmp_path))
     with pytest.raises(ValueError, match="out_dir='new': a resumed run stays"):
         run(f"--resume={tmp_path}", "--out-dir=new")
+    for wrong in (tmp_path / "config.json", tmp_path / "absent"):
+        with pytest.raises(ValueError, match=f"resume='{wrong}': not a run directory"):
+            run(f"--resume={wrong}")
+    (tmp_path / "config.json").write_text('{"lr": 1')
+    with pytest.raises(ValueError, match=r"config.json: not valid JSON .*; restore the file$"):
+        run(f"--resume={tmp_path}")
+
+
+def test_a_directory_that_cannot_be_written_is_named_by_its_field(tmp_path):
+    assert config.make_directory(tmp_path / "a/b", "out", "a/b").is_dir() and not list((tmp_path / "a/b").iterdir())
+    (tmp_path / "file").write_text("")
+    for path in ("/proc", "/proc/x", tmp_path / "file"):
+        with pytest.raises(ValueError, match=f"out='given': nothing can be written to {path} .*; name another directory"):
+            config.make_directory(path, "out", "given")

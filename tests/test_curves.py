@@ -48,6 +48,9 @@ def test_picture_shows_every_number(run):
     assert [len(axis.images) for title, axis in axes.items() if title.startswith("load of layer")] == [1, 1, 1]
     image = axes["load of layer 0"].images[0].get_array()
     assert image.shape == (4, 3) and image.mask[0].all() and not image.mask[1:].any() and image[3].tolist() == [1, 1, 1]
+    assert {axis.get_xlabel() for title, axis in axes.items() if title} == {"million tokens"}
+    even = next(axis for title, axis in axes.items() if title.startswith("entropy")).lines[-1]
+    assert even.get_ydata()[0] == math.log(4) and even.get_zorder() > loss.lines[0].get_zorder() and even.get_color() == "black"
     curves.main([str(run)])
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG" and not list(run.glob("*.tmp*"))
 
@@ -60,12 +63,28 @@ def test_dense_and_several_runs(run, tmp_path):
     assert (tmp_path / "both.png").stat().st_size > 10_000
 
 
+def test_the_legend_names_what_is_there(run, tmp_path):
+    texts = lambda run: [text.get_text() for text in curves.figure(run).axes[0].get_legend().get_texts()]  # noqa: E731
+    assert texts(run) == ["training", "validation"] and texts(write_run(tmp_path / "early", [row(1), row(2)])) == ["training"]
+
+
+@pytest.mark.parametrize("first, shown", [(3.5, True), (9.0, False)])
+def test_first_losses_are_cut_off_only_where_they_would_flatten_the_rest(tmp_path, first, shown):
+    run = write_run(tmp_path / "run", [row(1) | {"loss": first}, *(row(step) | {"loss": 3 - step / 20} for step in range(2, 30))])
+    low, high = curves.figure(run).axes[0].get_ylim()
+    assert (high > first) == shown and low < 1.55 and high > 2.9
+
+
 def test_a_run_of_one_row_is_seen(tmp_path, monkeypatch):
     """A line of one point has no length: it gets a dot."""
     one, two = (write_run(tmp_path / name, rows) for name, rows in (("one", [row(1)]), ("two", [row(1), row(2)])))
     dots = lambda fig: [line.get_marker() for axis in fig.axes for line in axis.lines if len(line.get_xdata()) == 1]  # noqa: E731
     assert dots(curves.figure(one)) == ["."] * 7 and dots(curves.figure(two)) == []
     assert dots(show.overlay([one, two])) == ["."] * 3
+    for fig in (curves.figure(one), show.overlay([one, one])):  # and numbers of many digits below the axis do not touch
+        fig.canvas.draw()
+        boxes = [[label.get_window_extent() for label in axis.get_xticklabels()] for axis in fig.axes[:3]]
+        assert all(a.x1 < b.x0 for labels in boxes for a, b in zip(labels, labels[1:], strict=False))
     monkeypatch.chdir(one)
     assert curves.label(".", CONFIG) == "one (d=32, E=4, k=2)"
 

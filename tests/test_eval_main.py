@@ -122,6 +122,18 @@ def test_an_interruption_keeps_what_is_done(tiny_run, monkeypatch):
     assert len(calls) == 5 and len(records(tiny_run, "gsm8k")) == 4
 
 
+def test_a_damaged_record_is_named(tiny_run):
+    flags = ["--tasks=gsm8k", "--shots=0"]
+    whole, path = run(tiny_run, *flags), tiny_run / "eval-00000003/gsm8k.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for damage in (lines[2][:9] + b"\n", b"\xff" + lines[2]):
+        path.write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
+        with pytest.raises(ValueError, match=f"{path}:3 is damaged .*--overwrite"):
+            run(tiny_run, *flags)
+    path.write_bytes(b"".join(lines[:2] + lines[3:]))  # the remedy
+    assert run(tiny_run, *flags)["tasks"] == whole["tasks"]
+
+
 def test_long_prompts_are_cut_at_the_beginning(tiny_run, capsys):
     result = run(tiny_run, "--tasks=gsm8k", "--shots=3", "--limit=2")["tasks"]["gsm8k"]
     assert result["cut"] == 2 and "2 items did not fit the model's 64 tokens: their prompts lost" in capsys.readouterr().out
@@ -130,6 +142,12 @@ def test_long_prompts_are_cut_at_the_beginning(tiny_run, capsys):
     assert cut and len(ids) == 32 and ids[0] == tokens.bos[0] and ids[1:] == tokens.encode("x" * 31)
     assert harness.prompt_ids(model, tokens, "x" * 31, 32) == (tokens.bos + tokens.encode("x" * 31), False)
     assert harness.cut_at("a.b\nc", ("\n", ".")) == "a" and harness.cut_at("abc", ("\n",)) == "abc"
+
+
+def test_kernels_that_cannot_run_are_refused(tiny_run, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="impl='triton' needs a CUDA GPU.*leave --impl=auto"):
+        run(tiny_run, "--tasks=gsm8k", "--shots=0", "--impl=triton")
 
 
 def test_groups(tiny_run):
@@ -163,7 +181,8 @@ def test_checkpoint_file_and_tokenizer(tiny_run, tmp_path):
     (["--tasks="], "tasks='': name some of .*gsm8k"), (["--tasks=gsm9k"], "unknown task 'gsm9k'"), (["--tasks=mbpp"], "put mbpp/mbpp.jsonl"),
     (["--tasks=gsm8k", "--samples=2"], "samples=2: greedy"), (["--tasks=gsm8k", "--shots=-1"], "shots=-1"),
     (["--tasks=gsm8k", "--limit=-1"], "limit=-1"), (["--tasks=gsm8k", "--batch-size=0"], "batch_size=0"),
-    (["--tasks=gsm8k", "--checkpoint=x"], "one of them"),
+    (["--tasks=gsm8k", "--checkpoint=x"], r"run, checkpoint, hf=\('.*/run', 'x', ''\): give .* one of them"), (["--tasks=gsm8k", "--seed=-1"], "seed=-1"),
+    (["--tasks=gsm8k", "--shots=0", "--out=/proc/x"], "out='/proc/x': nothing can be written"),
     (["--tasks=gsm8k", "--run=", "--checkpoint=x"], "checkpoint='x': no such file"), (["--tasks=gsm8k", "--shots=0", "--device=cuda"], "no CUDA device"),
 ])
 def test_bad_arguments(tiny_run, flags, message):

@@ -364,7 +364,7 @@ def test_without_differences_the_weights_stand_still(start, tmp_path, monkeypatc
     assert all(row["kl"] == 0 and row["reward"] == (row["reward"] if reward is None else reward) for row in rows(tmp_path / "run") if "reward" in row)
 
 
-def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch):
+def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch, capsys):
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         patch.setattr(grpo_file.Stop, "asked", True)
@@ -377,15 +377,27 @@ def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch):
     ended = main([f"--resume={tmp_path / 'ended'}", "--steps=1"])
     assert ended["step"] == 1 and ended["test_reward"] == rows(tmp_path / "ended")[-1]["test_reward"] and len(rows(tmp_path / "ended")) == 3
     main([f"--resume={tmp_path / 'ended'}", "--steps=2", "--weight-decay=0.3", "--beta2=0.5", "--lr=0.1"])  # other flags override
+    assert "1 step of 12 x " in capsys.readouterr().out
     groups = checkpoint.read(tmp_path / "ended")["optimizer"]["param_groups"]
     assert [(group["weight_decay"], group["betas"], group["lr"]) for group in groups] == [(0.3, (0.9, 0.5), 0.1), (0, (0.9, 0.5), 0.1)]
 
 
-def test_killed_before_the_first_checkpoint_starts_again(whole_run, tmp_path):
+def test_an_interrupt_before_the_first_step_ends_with_a_message(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo_file, "load_start", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *SHORT, f"--model={start}", f"--out-dir={tmp_path / 'x'}"])
+    monkeypatch.delenv("DEBUG", raising=False)
+    with pytest.raises(SystemExit, match="^stopped; "):
+        main()
+
+
+def test_killed_before_the_first_checkpoint_starts_again(whole_run, tmp_path, monkeypatch):
     cut = tmp_path / "cut"
     shutil.copytree(whole_run[0], cut)
     for _, path in checkpoint.find(cut):
         path.unlink()
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"loss=nan at step 1: .*--resume={cut} --lr=... starts again"):
+        patch.setattr(grpo_file, "policy_loss", lambda logp_A, *args: (logp_A.sum() * math.nan, logp_A.new_zeros(3)))
+        main([f"--resume={cut}"])
     main([f"--resume={cut}"])
     assert rows(cut) == rows(whole_run[0])
 
@@ -415,7 +427,7 @@ def test_two_ranks_equal_one(whole_run, start, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--model="], "model=''"), (["--group-size=1"], "group_size=1"), (["--mini-batch=5"], "batch_prompts=1024"),
-    (["--temperature=0"], "temperature=0"),
+    (["--temperature=0"], "temperature=0"), (["--seed=-1"], "seed=-1"),
     (["--clip=1"], "clip=1"), (["--prompt-tokens=2"], "prompt_tokens=2"), (["--task=gsm8k"], "gsm8k/train was not found"),
     (["--questions=0"], "no end of them")])
 def test_mistakes_are_named(start, tmp_path, flags, message):

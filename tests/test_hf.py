@@ -3,6 +3,7 @@ transformers 5 skip themselves where it is not installed)"""
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def test_save_and_load(kind, tmp_path):
     hf.save_model(model, tmp_path / "many", max_shard_bytes=100_000)
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2 and not list(tmp_path.glob("*/*.tmp"))
     assert max(path.stat().st_size for path in (tmp_path / "many").glob("*.safetensors")) < 120_000
+    assert len({path.stat().st_mode for path in (tmp_path / "one").iterdir()}) == 1
     for folder in ("one", "many"):
         back = hf.load_model(tmp_path / folder)
         assert dataclasses.replace(back.cfg, dtype="float32", init_std=0.3) == model.cfg
@@ -137,6 +139,25 @@ def test_evaluating_an_export_equals_evaluating_the_run(tiny_run):  # noqa: F811
         evaluate([f"--hf={tiny_run}/whole", *options])
     results = evaluate([f"--hf={tiny_run}/whole", *options[:2], "--tasks=gsm8k", "--shots=0", "--overwrite"])
     assert list(results["tasks"]) == ["gsm8k"]  # not HellaSwag's of what the folder held before
+
+
+def test_a_failed_export_leaves_nothing_and_can_be_repeated(tiny_run, tmp_path, monkeypatch):  # noqa: F811
+    pytest.importorskip("tokenizers")
+    export, failing = [str(tiny_run), str(tmp_path / "out")], lambda *args: (_ for _ in ()).throw(ValueError("too late"))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="the package tokenizers is not installed"):
+        patch.setitem(sys.modules, "tokenizers", None)
+        patch.setattr(checkpoint, "load_model", failing)  # before any work
+        hf.main(export)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="too late"):
+        patch.setattr(hf, "save_tokens", failing)
+        hf.main(export)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "out").mkdir()
+    hf.main(export)
+    assert len(list((tmp_path / "out").iterdir())) == 4 and not list(tmp_path.glob(".*"))
+    for out, message in ((export[1], "it exists already"), ("/proc/x/out", "nothing can be written")):
+        with pytest.raises(ValueError, match=f"OUT='{out}': {message}"):
+            hf.main([export[0], out])
 
 
 @pytest.mark.parametrize("settings, template, bos", [({}, True, [1]), ({}, False, []), ({"add_bos_token": False, "bos_token": "<s>"}, True, []),

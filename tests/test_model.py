@@ -391,3 +391,6 @@ def test_command_line():
                           check=True, cwd=Path(model_file.__file__).parent).stdout
     for part in ("320,160,256", "169,165,312", "101,974,016", "390.4", "9.103e+08", "training memory"):
         assert part in page, part
+    for field, value in (("tokens", -5.0), ("micro_batch", 0)):
+        with pytest.raises(ValueError, match=f"{field}={value}: use"):
+            model_file.SizeConfig(**{field: value})

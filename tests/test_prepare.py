@@ -194,12 +194,18 @@ def test_command_line_errors(tmp_path, capsys):
                            (["--vocab_size", "100"], "--vocab_size 100: must be at least 257"),
                            (["--val_fraction", "1.5"], "--val_fraction 1.5: must be"),
                            (["--max_document", "10"], "--max_document 10: must be"),
+                           (["--vocab_size", "abc"], "--vocab_size: invalid whole_number value: 'abc'"),
+                           (["--vocab_size", "inf"], "--vocab_size: invalid whole_number value: 'inf'"),
+                           (["--workers", "0"], "--workers 0: must be at least 1"),
+                           (["--sample_bytes", "-5"], "--sample_bytes -5.0: must be above 0"),
+                           (["--seed", "-1"], "--seed -1: must be at least 0"),
+                           (["--out", "/proc/x/d"], "--out='/proc/x/d': nothing can be written to /proc/x"),
                            (["--tokenizer", "gpt9"], "gpt9"),
                            (["--input", str(tmp_path / "*.text")], "no such file or directory")):
         with pytest.raises(SystemExit) as stop:
             main(good + extra)
         assert message in capsys.readouterr().err + str(stop.value) and stop.value.code != 0
-    main(good + ["--vocab_size", "260"])
+    main(good + ["--vocab_size", "2.6e2"])
     before = (tmp_path / "d" / "meta.json").read_bytes()
     with pytest.raises(SystemExit, match="exists and is not empty.*--overwrite"):
         main(good + ["--vocab_size", "258"])

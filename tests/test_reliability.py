@@ -154,8 +154,12 @@ def test_a_step_skipped_just_before_a_checkpoint_stops_nothing(data_dir, tmp_pat
 
 
 def test_exploded_loss_and_gradient_are_bad(data_dir, tmp_path):  # noqa: F811
-    with pytest.raises(ValueError, match=r"loss=5\.\d+ at step 1, first in finite when repeated"):
-        run(data_dir, tmp_path / "out", "--max-loss=3")
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=rf"loss=5\.\d+ at step 1, first in finite when repeated.*--resume={out} --lr=... starts again, for there is no"):
+        run(data_dir, out, "--max-loss=3")
+    main([f"--resume={out}", "--lr=1e-3", "--max-loss=0"])  # the remedy
+    (_, newest) = checkpoint.find(out)[-1]
+    assert guard.remedy(out).endswith(f"--resume={out} --lr=... goes on from {newest.name}")
     cfg = train_file.TrainConfig(vocab_size=64)
     for loss, norm, bad in ((2.0, 1.0, 0), (7.0, 1.0, 0), (8.0, 1.0, 1), (2.0, float("inf"), 1), (2.0, float("nan"), 1), (float("nan"), 1.0, 1)):
         window = train_file.new_window(cfg, "cpu")

@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 import train as train_file
-from data import shards, tokenizer
+from data import procedural, shards, tokenizer
 from data.loader import parse_sources
 from moe_kernels import reference
 from train import main
@@ -252,6 +252,9 @@ def test_sources():
     assert parse_sources("a/b") == [("a/b", 1.0)] and parse_sources("a:0.7,b:3") == [("a", 0.7), ("b", 3.0)]
     with pytest.raises(ValueError, match="data='a:x': could not convert.*'x'"):
         parse_sources("a:x")
+    for weight in ("-1", "0", "nan", "inf"):
+        with pytest.raises(ValueError, match=f"data='a:1,b:{weight}': weights must be above 0"):
+            parse_sources(f"a:1,b:{weight}")
 
 
 def test_mixture_of_two_directories(data_dir, tmp_path):
@@ -272,8 +275,12 @@ def snapshot(path):
     (["--d-model=40"], "d_model=40: the kernels need a multiple of 16"),
     (["--batch-size=9", "--grad-accum=2"], "batch_size=9: use a multiple of grad_accum=2"),
     (["--seq-len=100000"], "use a smaller seq_len or more data"),
-    (["--resume=/nonexistent"], "/nonexistent/config.json: no such config file"),
-    (["--beta2=1.5"], "beta2=1.5"),
+    (["--resume=/nonexistent"], "resume='/nonexistent': not a run directory"),
+    (["--beta2=1"], "beta2=1.0: use a number from 0 to below 1"),
+    (["--muon-momentum=1"], "muon_momentum=1.0: use a number from 0 to below 1"),
+    (["--seed=-1"], "seed=-1: use a whole number from 0 to below 2"),
+    ([f"--seed={2**63}"], "seed=9223372036854775808: use a whole number"),
+    (["--out-dir=/proc/x"], "out_dir='/proc/x': nothing can be written"),
     (["--weights=bfloat16"], "weights='bfloat16': only AdamW rounds stochastically: add --optimizer=adamw"),
     (["--weights=bfloat16", "--optimizer=adamw", "--batch-size=128", "--grad-accum=128"], "grad_accum=128: .* use 64 or less"),
 ])
@@ -282,6 +289,40 @@ def test_bad_flags(data_dir, tmp_path, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(data_dir, tmp_path / "out", *flags)
     assert snapshot(data_dir) == before and snapshot(tmp_path) == {}
+
+
+def test_kernels_that_cannot_run_are_refused_before_any_data_is_made(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="impl='triton' needs a CUDA GPU.*leave --impl=auto"):
+        main([*SMALL, "--impl=triton", f"--out-dir={tmp_path / 'out'}"])
+    assert snapshot(tmp_path) == {}
+
+
+def test_the_largest_seed_trains_to_the_end(data_dir, tmp_path):
+    assert run(data_dir, tmp_path / "out", f"--seed={2**63 - 1}", "--steps=1")["samples"]
+
+
+def test_a_run_that_ends_within_its_warm_up_says_so(data_dir, tmp_path, capsys):
+    for steps, said in ((2, True), (3, False)):
+        run(data_dir, tmp_path / str(steps), f"--steps={steps}")
+        assert (f"steps={steps} ends within the warm-up, before lr=0.01 is reached; lower warmup_steps=3" in capsys.readouterr().out) == said
+    run(data_dir, tmp_path / "1", "--steps=1")
+    assert "1 step of 128 tokens" in capsys.readouterr().out
+
+
+def test_an_interrupt_before_the_first_step_ends_with_a_message(data_dir, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    flags = [*SMALL, f"--out-dir={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    monkeypatch.delenv("DEBUG", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(procedural, "build", interrupted)
+        with pytest.raises(SystemExit, match="stopped; .* the same command starts again"):
+            main()
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, f"--data={data_dir}", "--steps=1"])
+    main()  # the remedy
 
 
 def test_bfloat16_weights_are_for_one_process(tmp_path):

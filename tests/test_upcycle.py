@@ -125,7 +125,7 @@ def test_what_cannot_be_exact_is_refused(dense, changes, message):
 def test_not_a_dense_checkpoint(tmp_path):
     model = mixture()
     path = checkpoint.save(tmp_path, 1, {"config": dataclasses.asdict(model.cfg), "model": model.state_dict()}, keep=1)
-    with pytest.raises(ValueError, match="upcycle_from='a mixture of experts'"):
+    with pytest.raises(ValueError, match=f"upcycle_from='{path}': a mixture of experts"):
         upcycle.upcycle(mixture(), path)
 
 

@@ -75,10 +75,15 @@ def test_bands_cover():
     assert sum(low <= truth <= high for low, high in half) < 85
 
 
-def test_plot(tmp_path):
+def test_plot(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     votes.plot({"a": curves(make_questions(5)), "b": curves(make_questions(5, 1))}, tmp_path / "votes.png", "title")
     assert (tmp_path / "votes.png").stat().st_size > 10_000
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    votes.plot({"": curves([{"gold": "1", "votes": ["2", None]}])}, tmp_path / "votes.png")
+    low, high = pyplot.gca().get_ylim()
+    assert -0.1 < low < 0 and 1 < high < 1.1  # curves of zeros do not lie on the frame
 
 
 def test_command(tiny_run, monkeypatch, capsys):
