@@ -226,6 +226,7 @@ def test_step_on_the_cpu(tmp_path, capsys):
     families, out = [row["mode"] for row in read(path) if row["kernel"] == "step-family"], capsys.readouterr().out
     for family in ("attention projections", "lm head and loss", "optimiser", "norms", "router"):
         assert family in out and any(found.startswith(family) for found in families)
+    assert "% (the profiler makes a CPU's operators slower)" in out
     assert plot.main([str(path), "--out", str(tmp_path)]) == 0 and (tmp_path / "step.png").stat().st_size > 10_000
 
 
@@ -301,6 +302,26 @@ def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "not.csv").write_text("a,b")
     assert cli(lambda: plot.main([str(tmp_path / "not.csv")])).startswith(f"error: {tmp_path}/not.csv: expected the header")
     assert cli(lambda: 1) == 1
+
+
+def test_figures_cut_nothing_off(tmp_path, monkeypatch):
+    """With one panel the figure is narrow, with one part taking nearly all the time the others' segments are."""
+    pyplot, figures = pytest.importorskip("matplotlib.pyplot"), []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    common = dict(T=32768, D=512, F=1024, saved_mib=1.5, peak_mib=2.5, ceiling=0.5, gpu="NVIDIA H100 80GB HBM3", torch="2.11.0+cu130", triton="3.6.0")
+    kinds = [(name, k, mode) for mode in layer.MODES for k in (2, 4, 8) for name in ("grouped_mm", "triton", "gemms")] + [("triton", 2, "full-graph")]
+    rows = [dict(implementation=name, K=k, mode=mode) for name, k, mode in kinds]
+    families = dict(router=1000.0, attention=30.0, optimiser=12.0)  # ms
+    rows += [dict(kernel="step-family", implementation="dense:auto", mode=name, p50_ms=ms) for name, ms in families.items()]
+    for row in rows:
+        append(tmp_path / "rows.csv", ROW | common | row)
+    assert plot.main([str(tmp_path / "rows.csv"), "--out", str(tmp_path)]) == 0
+    throughput, ceiling, _, parts = figures
+    title = throughput.get_suptitle(), throughput._suptitle.get_window_extent()
+    assert "experts per token" in title[0] and title[1].x0 > 0 and title[1].x1 < throughput.bbox.x1
+    legend = [text.get_text() for text in ceiling.axes[0].get_legend().get_texts()]
+    assert legend == ["triton", "triton, graph", "grouped_mm", "gemms"]  # as the bars stand
+    assert [number.get_text() for number in parts.axes[0].texts if number.get_visible()] == ["31250"]  # of 31250, 938 and 375 us
 
 
 def test_the_readmes_benchmarks_exist(tmp_path, capsys):
