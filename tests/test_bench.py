@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,9 +155,16 @@ def test_compare_flags_only_what_is_beyond_noise(tmp_path, capsys):
     run = subprocess.run([sys.executable, "-m", "bench.compare", str(old), str(new)], capture_output=True, text=True)
     assert run.returncode == 1, run.stderr
     assert run.stdout.count("REGRESSION") == 1 and "2 rows compared, 1 regressions; 1 rows have no baseline" in run.stdout
+    run = subprocess.run([sys.executable, "-m", "bench.compare", "missing.csv", str(new)], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr == "error: [Errno 2] No such file or directory: 'missing.csv'\n"
     assert compare.compare(read(old), read(old)) == 0
     with pytest.raises(SystemExit, match="neither a CSV file nor a git revision"):
         compare.baseline("no-such-revision", new)
+
+
+def test_only_ceilings_are_nothing_measured():
+    status = lambda *kernels: compare.finish(SimpleNamespace(compare=None), SimpleNamespace(rows=[{"kernel": k} for k in kernels]), ["x"])  # noqa: E731
+    assert status() == status("ceiling", "ceiling") == 1 and status("ceiling", "layer") == 0
 
 
 def test_skipping_keeps_going_and_fails_on_a_broken_gpu(capsys):
@@ -301,7 +309,24 @@ def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("DEBUG", raising=False)
     (tmp_path / "not.csv").write_text("a,b")
     assert cli(lambda: plot.main([str(tmp_path / "not.csv")])).startswith(f"error: {tmp_path}/not.csv: expected the header")
+    assert cli(lambda: plot.main([str(tmp_path / "no.csv")])) == f"error: [Errno 2] No such file or directory: '{tmp_path}/no.csv'"
     assert cli(lambda: 1) == 1
+
+
+@pytest.mark.parametrize("library,main", [("matplotlib", lambda: plot.main(["x.csv"])), ("transformers", lambda: bench_hf.main([]))])
+def test_a_missing_library_is_named_with_its_remedy(library, main, monkeypatch):
+    monkeypatch.delenv("DEBUG", raising=False)
+    for name in (library, "transformers.integrations.moe"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert library in (message := cli(main)) and message.endswith({"matplotlib": "'optimoe[plot]'", "transformers": "'transformers>=5'"}[library])
+
+
+def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.delenv("DEBUG", raising=False)
+    monkeypatch.setattr("bench.results.measure_ceilings", lambda dtype: pytest.fail("measured"))
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for path, message in ((tmp_path, "directory"), (tmp_path / "other.csv", "its columns are not those")):
+        assert message in cli(lambda path=path: layer.main(["--csv", str(path)]))
 
 
 def test_figures_cut_nothing_off(tmp_path, monkeypatch):
