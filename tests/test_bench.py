@@ -57,15 +57,21 @@ def test_layer_flops_and_floors():
 
 def test_parsing():
     assert parse_shape("1,2,3,4,4") == Shape(1, 2, 3, 4, 4)
-    for bad in ("1,2,3,4,5", "1,2,3,4", "0,1,1,1,1"):
+    for bad in ("1,2,3,4,5", "1,2,3,4", "0,1,1,1,1", "1,2,3,4,x"):
         with pytest.raises(ValueError, match="T,D,F,E,K"):
             parse_shape(bad)
     assert layer.powers("8,...,256") == [8, 16, 32, 64, 128, 256] and layer.powers("1,3") == [1, 3] and layer.powers("1,…,2") == [1, 2]
+    for bad in ("8,...,7", "0,...,8", "0", "8,x", ""):
+        with pytest.raises(ValueError, match="such as 8,24"):
+            layer.powers(bad)
+    assert kernels.parse_ceilings("798,3.0") == timing.Ceilings(798, 3)
     base = Tile(128, 128, 64, 8, 2, 8, 4)
     assert kernels.parse_tile("64x256x32:g4:p1:w4:s3", base) == Tile(64, 256, 32, 4, 1, 4, 3)
     assert kernels.parse_tile("64x256x32:num_stages=5", base) == base._replace(BLOCK_M=64, BLOCK_N=256, BLOCK_K=32, PARTS=4, num_stages=5)  # parts as wide
-    with pytest.raises(ValueError, match="64x64"):
-        kernels.parse_tile("64x64", base)
+    for bad, message in (("64x64", "BLOCK_MxBLOCK_NxBLOCK_K"), ("64x64x64:q9", "'q9' .*g .GROUP_M"), ("64x64x64:w", "'w' is not"), ("17x64x64", "powers of two"),
+                         ("64x64x64:p3", "PARTS .3."), ("16x16x16:p32", "at most BLOCK_N"), ("64x64x64:g0", "at least 1")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"tile '{bad}': .*{message}"):
+            kernels.parse_tile(bad, base)
 
 
 @pytest.mark.parametrize("routing", ["softmax", "balanced", "zipf1.5"])
@@ -80,8 +86,9 @@ def test_routing_is_as_named(routing):
         assert counts[0] > 350 and counts[0] > counts[1] > counts[3] > counts[7]
     else:
         assert counts.min() > 90 and counts.max() < 170
-    with pytest.raises(ValueError, match="routing 'even'"):
-        make_inputs(shape, torch.float32, "cpu", "even")
+    for bad in ("even", "zipf", "zipf-1"):
+        with pytest.raises(ValueError, match=f"routing '{bad}': expected softmax"):
+            make_inputs(shape, torch.float32, "cpu", bad)
 
 
 def results_of(inputs):
@@ -222,6 +229,7 @@ def test_kernels_in_the_interpreter(tmp_path):
     assert "skipped" not in out, out
     assert [row["kernel"] for row in read(path)][2:] == list(kernels.KERNELS)
     assert out.count("dx      16x32x16") == 2 and out.count("<- today") == 4
+    assert "regs" not in out and " TF " not in out  # a candidate's row has no columns that mean something on a GPU only
 
 
 @cpu_only
@@ -327,6 +335,27 @@ def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_p
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     for path, message in ((tmp_path, "directory"), (tmp_path / "other.csv", "its columns are not those")):
         assert message in cli(lambda path=path: layer.main(["--csv", str(path)]))
+
+
+@pytest.mark.parametrize(
+    "main,argv,message",
+    [
+        (layer.main, "--impl foo", "'foo' is unknown; implementations are reference, grouped_mm, triton, peers scattermoe"),
+        (layer.main, "--peers foo", "'foo' is unknown"),
+        (layer.main, "--routing softmax,zipf-1", "routing 'zipf-1': expected softmax"),
+        (layer.main, "--experts 8,...,7", "'8,...,7': expected numbers"),
+        (layer.main, "--experts 2,4 --topk 8", "nothing to measure: every K of [8] (--topk) is above every E of [2, 4]"),
+        (layer.main, "--shapes 64,32,48,4,9", "with 1 <= K <= E, such as"),
+        pytest.param(layer.main, "--impl triton", "set TRITON_INTERPRET=1", marks=cpu_only),
+        (kernels.main, "--ceilings 1", "'1': expected TFLOP/s and TB/s"),
+        (generation.main, "--impl foo", "known are cache"),
+    ],
+)
+def test_arguments_are_refused_with_what_is_known(main, argv, message, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(SystemExit) as refused:
+        main(argv.split())
+    assert refused.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_figures_cut_nothing_off(tmp_path, monkeypatch):
