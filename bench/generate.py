@@ -96,6 +96,8 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=3)
     args, results = begin(parser, argv)
     dtype, failures, device, names = DTYPES[args.dtype], [], "cuda" if cuda else "cpu", args.impl.split(",")
+    if unknown := set(names) - set(IMPLS):
+        parser.error(f"--impl {','.join(unknown)}: known are {', '.join(IMPLS)}")
     torch.manual_seed(0)
     cfg = preset(args.preset, seq_len=args.prompt + args.new, dtype=str(dtype)[6:])
     cfg = cfg if cfg.vocab_size else preset(args.preset, seq_len=cfg.seq_len, dtype=cfg.dtype, vocab_size=320)

@@ -14,7 +14,7 @@ import torch
 
 from bench.compare import begin, finish
 from bench.problem import TINY, Cost, Shape, layer_cost, parse_shape, require_accuracy, rms
-from bench.results import DTYPES, HEADER, arguments, cli
+from bench.results import DTYPES, HEADER, arguments, cli, typed
 from bench.timing import memory_mib, skipping, times_ms
 from moe_kernels.transformers import NAME, register
 
@@ -84,7 +84,7 @@ def main(argv=None):
     cuda = torch.cuda.is_available()
     parser = arguments(__doc__)
     parser.add_argument("--family", choices=("qwen3_moe", "mixtral", "olmoe"), default="qwen3_moe")
-    parser.add_argument("--shape", type=parse_shape, default=Shape(16384, 2048, 768, 128, 8) if cuda else TINY[0], metavar="T,D,F,E,K")
+    parser.add_argument("--shape", type=typed(parse_shape), default=Shape(16384, 2048, 768, 128, 8) if cuda else TINY[0], metavar="T,D,F,E,K")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--impl", default=f"{NAME},grouped_mm,eager")
     args, results = begin(parser, argv)

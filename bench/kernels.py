@@ -21,15 +21,15 @@ import torch
 
 from bench.compare import begin, finish
 from bench.precompile import compile_layer, empty_inputs
-from bench.problem import BACKWARD, TARGETS, TINY, kernel_costs, make_inputs, parse_shape, require_accuracy, rms, sample
-from bench.results import DTYPES, HEADER, arguments, cli
+from bench.problem import BACKWARD, TARGETS, TINY, kernel_costs, make_inputs, parse_routing, parse_shape, require_accuracy, rms, sample
+from bench.results import DTYPES, HEADER, arguments, cli, typed
 from bench.timing import Ceilings, capture, poisoned, skipping, times_ms
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels import reference
 from moe_kernels.dispatch import combine, dispatch
 from moe_kernels.precompile import precompile
 from moe_kernels.routing import route_bwd, route_fwd
-from moe_kernels.tiles import gemm_tiles, interpreting
+from moe_kernels.tiles import Tile, gemm_tiles, interpreting
 
 GEMMS = ("up", "down", "dswiglu", "dw_out", "dx", "dw_in")
 KERNELS = ("route_fwd", "route_bwd", "dispatch", "up", "down", "combine", "dswiglu", "dw_out", "dx", "combine_dx", "dw_in")
@@ -39,6 +39,8 @@ CANDIDATES = {
     **dict.fromkeys(("down", "dx"), "128x256x64:s3,128x256x64:s4,128x256x64:g4,128x256x64:g16,128x128x64:w8,128x128x64:w4:s4,64x256x64:w4"),
     **dict.fromkeys(("dw_out", "dw_in"), "128x256x64:s3,128x256x64:s4,256x128x64:s4,128x256x32:s5,128x128x64:w8,128x128x64:w4,128x256x64:g8"),
 }
+
+LETTERS = {"g": "GROUP_M", "p": "PARTS", "w": "num_warps", "s": "num_stages"}
 
 
 class Case(NamedTuple):
@@ -172,9 +174,24 @@ def parse_tile(text, base):
     values = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), map(int, blocks.split("x")), strict=True))
     values["PARTS"] = max(1, values["BLOCK_N"] * base.PARTS // base.BLOCK_N)
     for option in options:
-        name, value = re.fullmatch(r"([A-Za-z_]+)=?(\d+)", option).groups()
-        values[{"g": "GROUP_M", "p": "PARTS", "w": "num_warps", "s": "num_stages"}.get(name, name)] = int(value)
-    return base._replace(**values)
+        name, value = re.fullmatch(r"(.*?)=?(\d*)", option).groups()
+        if not value or LETTERS.get(name, name) not in Tile._fields:
+            known = ", ".join(f"{letter} ({field})" for letter, field in LETTERS.items())
+            raise ValueError(f"tile {text!r}: {option!r} is not understood; expected one of {known} and a number")
+        values[LETTERS.get(name, name)] = int(value)
+    tile = base._replace(**values)
+    doubling = *tile[:3], tile.PARTS, tile.num_warps
+    if min(tile) < 1 or any(n & (n - 1) for n in doubling) or tile.PARTS > tile.BLOCK_N:
+        raise ValueError(f"tile {text!r}: blocks, PARTS ({tile.PARTS}) and num_warps must be powers of two, the others at least 1, PARTS at most BLOCK_N")
+    return tile
+
+
+def parse_ceilings(text):
+    """ "798,3.0" as Ceilings; ValueError for anything else."""
+    numbers = [float(word) for word in text.split(",")] if re.fullmatch(r"\d+(\.\d+)?,\d+(\.\d+)?", text) else []
+    if not numbers or 0 in numbers:
+        raise ValueError(f"{text!r}: expected TFLOP/s and TB/s such as 798,3.0")
+    return Ceilings(*numbers)
 
 
 def resources(run):
@@ -195,7 +212,7 @@ def resources(run):
     return max(((kernel.n_regs, kernel.n_spills, kernel.metadata.shared) for kernel in launched), default=(0, 0, 0))
 
 
-def compare_tiles(shape, dtype, device, names, candidates, machine, failures):
+def compare_tiles(shape, dtype, device, names, candidates, routing, machine, failures):
     """Prints the candidates of each kernel as they are timed and once more from fastest to slowest. The tile of today comes first and last:
     the difference between the two is noise."""
     today, jobs = gemm_tiles(shape.S, shape.E, shape.D, shape.F, dtype), []
@@ -206,7 +223,7 @@ def compare_tiles(shape, dtype, device, names, candidates, machine, failures):
     start = time.perf_counter()
     codes = precompile([lambda job=job: getattr(Cases(shape, empty_inputs(shape, dtype), torch.empty), job[0])().run(job[1]) for job in jobs])
     print(f"{shape}: {len(jobs)} candidates compiled ahead in {time.perf_counter() - start:.1f} s")
-    cases, costs, table = Cases(shape, make_inputs(shape, dtype, device)), kernel_costs(shape, dtype.itemsize), []
+    cases, costs, table = Cases(shape, make_inputs(shape, dtype, device, routing)), kernel_costs(shape, dtype.itemsize), []
     for (name, tile), code in zip(jobs, codes, strict=True):
         label = "x".join(map(str, tile[:3])) + "".join(f" {field}={value}" for field, value in list(tile._asdict().items())[3:])
         with skipping(f"{name} {label}", failures):
@@ -214,10 +231,12 @@ def compare_tiles(shape, dtype, device, names, candidates, machine, failures):
                 raise RuntimeError(f"the compiler crashed (signal {-code})")
             case = getattr(cases, name)()
             times, error = timed(case, tile, dtype)
-            regs, spills, shared = resources(partial(case.run, tile)) if device == "cuda" else (0, 0, 0)
             text = f"{name:<8}{label:<64}{times.p50:>9.4f} ms ({times.p20:.4f}-{times.p80:.4f})"
-            text += f"{costs[name].flops / times.p50 * 1e-9:>7.0f} TF {costs[name].floor_ms(*machine) / times.p50:>6.1%}"
-            text += f"  regs {regs:>3}  spills {spills:>4}  shared {shared:>6}  error {error:.1e}" + "  <- today" * (tile == today[name])
+            if device == "cuda":  # the interpreter has no registers, and its speed means nothing
+                regs, spills, shared = resources(partial(case.run, tile))
+                text += f"{costs[name].flops / times.p50 * 1e-9:>7.0f} TF {costs[name].floor_ms(*machine) / times.p50:>6.1%}"
+                text += f"  regs {regs:>3}  spills {spills:>4}  shared {shared:>6}"
+            text += f"  error {error:.1e}" + "  <- today" * (tile == today[name])
             table.append((names.index(name), times.p50, text))
             print(text, flush=True)
     print("\nFastest first:")
@@ -228,11 +247,11 @@ def compare_tiles(shape, dtype, device, names, candidates, machine, failures):
 def main(argv=None):
     cuda = torch.cuda.is_available()
     parser = arguments(__doc__)
-    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="T,D,F,E,K", default=None)
+    parser.add_argument("--shapes", nargs="+", type=typed(parse_shape), metavar="T,D,F,E,K", default=None)
     parser.add_argument("--kernel", default="", help="comma-separated, of " + ", ".join(KERNELS))
     parser.add_argument("--candidates", help="comma-separated tiles to time (only six GEMM kernels have tiles), or default")
-    parser.add_argument("--routing", default="softmax", help="softmax, balanced or zipf1.5")
-    parser.add_argument("--ceilings", metavar="TFLOPS,TB_S", help="such as 798,3.0; default: measured here")
+    parser.add_argument("--routing", type=typed(parse_routing), default="softmax", help="softmax, balanced or zipf1.5")
+    parser.add_argument("--ceilings", type=typed(parse_ceilings), metavar="TFLOPS,TB_S", help="such as 798,3.0; default: measured here")
     args, results = begin(parser, argv)
     dtype, device, failures = DTYPES[args.dtype], "cuda" if cuda else "cpu", []
     shapes = args.shapes or (TARGETS[:1] if args.candidates else TARGETS) if cuda else args.shapes or TINY
@@ -244,10 +263,10 @@ def main(argv=None):
         print("Triton kernels need a GPU: set TRITON_INTERPRET=1 to run them in its interpreter.")
         return 0
     print(HEADER)
-    machine = Ceilings(*map(float, args.ceilings.split(","))) if args.ceilings else results.add_ceilings()
+    machine = args.ceilings or results.add_ceilings()
     if args.candidates:
         for shape in shapes:
-            compare_tiles(shape, dtype, device, names, args.candidates, machine, failures)
+            compare_tiles(shape, dtype, device, names, args.candidates, args.routing, machine, failures)
         return 0
     precompile([partial(compile_layer, shape, dtype) for shape in shapes])
     for shape in shapes:

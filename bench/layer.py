@@ -9,6 +9,7 @@
 time router + top-k + statistics + sort by expert (backward: up to the router's gradients), in our kernels and in torch ops; not in sweeps.
 """
 
+import re
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -22,9 +23,10 @@ from bench import peers
 from bench.compare import begin, finish
 from bench.precompile import compile_layer
 from bench.problem import (
-    TARGETS, TINY, Cost, Shape, kernel_costs, layer_cost, layer_errors, layer_floor_ms, make_inputs, parse_shape, require_accuracy, rms,
+    TARGETS, TINY, Cost, Shape, kernel_costs, layer_cost, layer_errors, layer_floor_ms, make_inputs, parse_routing, parse_shape, require_accuracy,
+    rms,
 )  # fmt: skip
-from bench.results import DTYPES, HEADER, arguments, cli
+from bench.results import DTYPES, HEADER, arguments, cli, typed
 from bench.timing import MIB, capture, memory_mib, poisoned, skipping, times_ms
 from moe_kernels import moe_experts, route
 from moe_kernels.dispatch import dispatch
@@ -36,12 +38,28 @@ CAPTURABLE = ("gemms", "triton")  # the others wait for the GPU inside
 
 
 def powers(text):
-    """ "8,16,64" or, doubling, "8,...,256" as a list of integers."""
-    words = text.replace("…", "...").split(",")
-    if "..." not in words:
-        return [int(word) for word in words]
-    first, last = int(words[0]), int(words[-1])
-    return [first << i for i in range(64) if first << i <= last]
+    """ "8,16,64" or, doubling, "8,...,256" as a list of integers; ValueError for anything else, and when it names none."""
+    text = text.replace("…", "...")
+    numbers = [int(word) for word in re.findall(r"\d+", text)]
+    if re.fullmatch(r"\d+,\.\.\.,\d+", text):
+        first, last = numbers
+        numbers = [first << i for i in range(64) if first << i <= last]
+    elif not re.fullmatch(r"\d+(,\d+)*", text):
+        numbers = []
+    if not numbers or 0 in numbers:
+        raise ValueError(f"{text!r}: expected numbers such as 8,24 or, doubling up to the last, 8,...,256")
+    return numbers
+
+
+def implementations(text):
+    """Comma-separated names of implementations and peers as a list; ValueError for those that are unknown or cannot run here."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in (*IMPLS, *peers.MODULES):
+            raise ValueError(f"{name!r} is unknown; implementations are {', '.join(IMPLS)}, peers {', '.join(peers.MODULES)}")
+    if "triton" in names and not torch.cuda.is_available() and not interpreting():
+        raise ValueError("triton kernels need a GPU: set TRITON_INTERPRET=1 to run them in its interpreter")
+    return names
 
 
 def route_with(name, x_TD, w_router_ED, top_k):
@@ -228,13 +246,14 @@ def main(argv=None):
     cuda = torch.cuda.is_available()
     impl, at = ("triton,grouped_mm", "32768,1024,2048") if cuda else ("reference,grouped_mm" + ",triton" * interpreting(), "64,32,48")
     parser = arguments(__doc__)
-    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="T,D,F,E,K", help="default: the six target shapes")
-    parser.add_argument("--experts", type=powers, help="such as 8,...,256 (doubling) or 8,24; makes a sweep")
-    parser.add_argument("--topk", type=powers, help="such as 1,...,16; makes a sweep")
+    parser.add_argument("--shapes", nargs="+", type=typed(parse_shape), metavar="T,D,F,E,K", help="default: the six target shapes")
+    parser.add_argument("--experts", type=typed(powers), help="such as 8,...,256 (doubling) or 8,24; makes a sweep")
+    parser.add_argument("--topk", type=typed(powers), help="such as 1,...,16; makes a sweep")
     parser.add_argument("--at", nargs="+", metavar="T,D,F", default=[at], help="fixed sizes of the sweep")
-    parser.add_argument("--impl", default=impl, help="comma-separated, of " + ", ".join(IMPLS))
-    parser.add_argument("--peers", default="", help="comma-separated, of " + ", ".join(peers.MODULES))
-    parser.add_argument("--routing", default="softmax", help="comma-separated: softmax, balanced, zipf1.5")
+    parser.add_argument("--impl", type=typed(implementations), default=impl, help="comma-separated, of " + ", ".join(IMPLS))
+    parser.add_argument("--peers", type=typed(implementations), default="", help="comma-separated, of " + ", ".join(peers.MODULES))
+    routings = typed(lambda text: [parse_routing(word) for word in text.split(",")])
+    parser.add_argument("--routing", type=routings, default="softmax", help="comma-separated: softmax, balanced, zipf1.5")
     parser.add_argument("--graph", action="store_true", help="also replay CUDA graphs (ours and gemms)")
     parser.add_argument("--router", action="store_true", help="also with a linear router and top-k in front (ours: route; the others: torch ops)")
     args, results = begin(parser, argv)
@@ -243,11 +262,13 @@ def main(argv=None):
     args.sweep = bool(args.experts or args.topk)
     if args.sweep:
         shapes = [parse_shape(f"{at},{E},{K}") for at in args.at for E in args.experts or [64] for K in args.topk or [2] if K <= E]
+        if not shapes:
+            parser.error(f"nothing to measure: every K of {args.topk or [2]} (--topk) is above every E of {args.experts or [64]} (--experts)")
     for shape in [shape for shape in shapes if not fits(shape, dtype.itemsize)]:
         shapes.remove(shape)
         failures.append(f"{shape}: weights and activations do not fit this GPU")
-    args.names = args.impl.split(",")
-    for name in filter(None, args.peers.split(",")):
+    args.names = [name for name in args.impl + args.peers if name in IMPLS]
+    for name in (name for name in args.impl + args.peers if name in peers.MODULES):
         with skipping(f"peer {name}", failures):
             peers.load(name)
             args.names.append(name)
@@ -259,7 +280,7 @@ def main(argv=None):
     print(HEADER)
     machine = results.add_ceilings()
     for shape in shapes:
-        for routing in args.routing.split(","):
+        for routing in args.routing:
             with skipping(f"{shape} {routing}", failures):
                 bench_shape(results, args, shape, routing, dtype, failures)
     summary(results.rows, machine, dtype.itemsize)

@@ -8,12 +8,6 @@ step's time goes).
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter
-
 from bench.problem import TARGETS, Shape, kernel_costs
 from bench.results import cli, latest, read
 
@@ -47,7 +41,8 @@ def select(rows, **wanted):
 
 
 def finish(fig, title, rows, path):
-    fig.suptitle(f"{title}\n{rows[0]['gpu']}, {rows[0]['dtype']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}", fontsize=12)
+    title = fig.suptitle(f"{title}\n{rows[0]['gpu']}, {rows[0]['dtype']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}", fontsize=12)
+    fig.set_figwidth(max(fig.get_figwidth(), title.get_window_extent().width / fig.dpi + 0.3))
     fig.savefig(path)
     plt.close(fig)
     print(path)
@@ -73,7 +68,7 @@ def throughput(rows, along, out):
                 if line:
                     ax.plot(*zip(*line, strict=True), color=colors[value], label=f"{other} = {value}" if name == "triton" else None, **style)
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.set_xticks(sorted({row[along] for row in group}))
         ax.minorticks_off()
         ax.set_title(f"T {short(T)}, D {D}, F {F}")
@@ -81,16 +76,18 @@ def throughput(rows, along, out):
     axes[0][0].set_ylabel("forward + backward, TFLOP/s")
     axes[0][0].set_ylim(bottom=0)
     axes[0][-1].plot([], [], color="gray", ls=":", lw=1.2, label="cuBLAS, the same FLOPs")
-    axes[0][-1].legend(*_all_labels(axes[0]), loc="center left", bbox_to_anchor=(1, 0.5))
+    found = _handles(axes[0])
+    names = sorted(found, key=lambda name: (name.startswith("cuBLAS"), len(name), name))  # numbers by size
+    axes[0][-1].legend([found[name] for name in names], names, loc="center left", bbox_to_anchor=(1, 0.5))
     finish(fig, f"Expert layer against {'the number of experts' if along == 'E' else 'experts per token'}", rows, out)
 
 
-def _all_labels(axes):
+def _handles(axes):
+    """What the legend of all `axes` together holds: {name: handle}."""
     found = {}
     for ax in axes:
         found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    names = sorted(found, key=lambda name: (name.startswith("cuBLAS"), len(name), name))
-    return [found[name] for name in names], names
+    return found
 
 
 def bars(ax, shapes, series, digits=0, rotation=0):
@@ -136,7 +133,8 @@ def ceiling(rows, out):
         ax.axhline(100, color="black", lw=1)
         ax.set_ylim(0, 112)
         ax.set_ylabel("forward + backward" if mode == "full" else mode)
-    axes[0].legend(*_all_labels(axes), **ABOVE)
+    found = in_order(_handles(axes))
+    axes[0].legend(list(found.values()), list(found), **ABOVE)
     finish(fig, "Expert layer: throughput in % of bare cuBLAS products of the same FLOPs", rows, out)
 
 
@@ -240,14 +238,13 @@ def step(rows, out):
         bars_of[name, shape] = parts = dict.fromkeys(PARTS, 0.0)
         for row in select(rows, implementation=name, **shape._asdict()):
             parts[part_of(row["mode"])] += 1e3 * row["p50_ms"] / (shape.T / 1024)
-    longest = max(sum(parts.values()) for parts in bars_of.values())
     fig, ax = plt.subplots(figsize=(11, 1.6 + 0.62 * len(models)))
+    numbers = []
     for y, parts in enumerate(bars_of.values()):
         left = 0.0
         for part, width in parts.items():
-            ax.barh(y, width, left=left, color=PARTS[part][0], label=part if y == 0 else None, edgecolor="white")
-            if width > 0.025 * longest:
-                ax.annotate(f"{width:.0f}", (left + width / 2, y), ha="center", va="center", fontsize=9, color="white")
+            bar = ax.barh(y, width, left=left, color=PARTS[part][0], label=part if y == 0 else None, edgecolor="white")
+            numbers += [(*bar, *ax.bar_label(bar, fmt="%.0f", label_type="center", fontsize=9, color="white"))]
             left += width
     kind = lambda name, s: "dense" if name.startswith("dense") else f"E {s.E}"  # noqa: E731
     other = lambda name: "" if (impl := name.split(":")[1]) in ("auto", "triton") else f"\n{impl}"  # noqa: E731
@@ -257,6 +254,9 @@ def step(rows, out):
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("microseconds of GPU time per 1,024 tokens")
     fig.legend(loc="outside lower center", ncols=4)
+    fig.draw_without_rendering()  # gives the bars their widths in pixels
+    for bar, number in numbers:
+        number.set_visible(number.get_window_extent().width + 6 < bar.get_window_extent().width)
     finish(fig, "Where a training step's time goes", rows, out)
 
 
@@ -266,6 +266,12 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("."), help="directory of the PNGs")
     parser.add_argument("--gpu", default="", help="part of the GPU's name, when the files hold several")
     args = parser.parse_args(argv)
+    global plt  # imported here, so that without matplotlib the command line says what to install
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     rows = [row for row in latest(row for path in args.csv for row in read(path)).values() if args.gpu in row["gpu"]]
     if len(gpus := {row["gpu"] for row in rows}) != 1:
         raise SystemExit(f"rows of {len(gpus)} GPUs {sorted(gpus)}: choose one with --gpu")

@@ -5,6 +5,7 @@ A full float64 reference of a large layer takes seconds and tens of GB, so check
 gradients of some experts. Each of these is exact, because a token's output depends on its K experts alone and a weight on its own rows alone.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ TINY = (Shape(64, 32, 48, 4, 2),)  # what a CPU can do
 
 def parse_shape(text):
     """ "T,D,F,E,K" as a Shape; ValueError for anything else."""
-    numbers = [int(word) for word in text.split(",")]
-    if len(numbers) != 5 or min(numbers) < 1 or numbers[4] > numbers[3]:
+    numbers = [int(word) for word in text.split(",")] if re.fullmatch(r"\d+(,\d+){4}", text) else []
+    if not numbers or min(numbers) < 1 or numbers[4] > numbers[3]:
         raise ValueError(f"shape {text!r}: expected T,D,F,E,K with 1 <= K <= E, such as {TARGETS[0]}")
     return Shape(*numbers)
 
@@ -103,23 +104,28 @@ def layer_floor_ms(shape, mode, tflops, tb_s, itemsize=2):
     return sum(costs[name].floor_ms(tflops, tb_s) for name in kernels_of(mode))
 
 
+def parse_routing(text):
+    """`text` if it names a routing; ValueError for anything else."""
+    if not re.fullmatch(r"softmax|balanced|zipf\d+(\.\d+)?", text):
+        raise ValueError(f"routing {text!r}: expected softmax, balanced or zipfA such as zipf1.5")
+    return text
+
+
 def router_logits(shape, routing, generator):
     """Logits (T, E) float32 whose top-k makes the routing "softmax" (independent normal logits), "balanced" (equal counts where E divides S) or
     "zipfA" (expert e is drawn in proportion to (e + 1)^-A, without replacement)."""
     T, E, K = shape.T, shape.E, shape.K
     device = generator.device
-    if routing == "balanced":
+    if parse_routing(routing) == "balanced":
         # Token i of a random order takes experts i*K .. i*K + K-1, modulo E.
         order = torch.randperm(T, generator=generator, device=device)
         experts = (order[:, None] * K + torch.arange(K, device=device)) % E
         return torch.randn(T, E, generator=generator, device=device).scatter_add(1, experts, experts.new_full((T, K), 20).float())
     if routing == "softmax":
         return torch.randn(T, E, generator=generator, device=device)
-    if routing.startswith("zipf"):
-        # Adding Gumbel noise to log-probabilities and taking the top k samples k without replacement.
-        gumbel = -torch.empty(T, E, device=device).exponential_(generator=generator).log()
-        return gumbel - float(routing[4:]) * torch.arange(1, E + 1, device=device).log()
-    raise ValueError(f"routing {routing!r}: expected softmax, balanced or zipfA such as zipf1.5")
+    # Adding Gumbel noise to log-probabilities and taking the top k samples k without replacement.
+    gumbel = -torch.empty(T, E, device=device).exponential_(generator=generator).log()
+    return gumbel - float(routing.removeprefix("zipf")) * torch.arange(1, E + 1, device=device).log()
 
 
 class Inputs(NamedTuple):

@@ -32,6 +32,7 @@ COLUMNS = (
 ).split()
 KEY = COLUMNS[:10] + ["gpu"]
 INTEGERS, FLOATS = COLUMNS[3:8], COLUMNS[10:18]
+INSTALL = {"matplotlib": "'optimoe[plot]'", "transformers": "'transformers>=5'"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -56,14 +57,27 @@ def arguments(description):
     return parser
 
 
+def typed(parse):
+    """`parse` as the type of an argument: argparse shows the text of this exception, but not that of a ValueError."""
+
+    def convert(text):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(error) from error
+
+    return convert
+
+
 def cli(main):
-    """main() of a benchmark for the command line: a wrong argument or file is one line, with DEBUG set a traceback."""
+    """main() of a benchmark for the command line: a wrong argument or file or a missing library is one line, with DEBUG set a traceback."""
     try:
         return main()
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         if "DEBUG" in os.environ:
             raise
-        return f"error: {error}"
+        library = (getattr(error, "name", None) or "").split(".")[0]
+        return f"error: {error}" + (f"; pip install {INSTALL[library]}" if library in INSTALL else "")
 
 
 class Results:
@@ -71,6 +85,8 @@ class Results:
 
     def __init__(self, args):
         self.path, self.rows = args.csv, []
+        if self.path:
+            append(self.path)  # a file that takes no rows is found before anything is measured
         self.environment = {
             "dtype": args.dtype,
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
@@ -120,8 +136,8 @@ def line(row):
     )  # fmt: skip
 
 
-def append(path, row):
-    """Add one row to a CSV, at once and on a line of its own even after an interrupted write. Raises ValueError if the file has other columns."""
+def append(path, *rows):
+    """Add rows to a CSV, at once and on lines of their own even after an interrupted write. Raises ValueError if the file has other columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text() if path.exists() else ""
     if text and text.splitlines()[0].split(",") != COLUMNS:
@@ -132,7 +148,7 @@ def append(path, row):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not text:
             writer.writeheader()
-        writer.writerow({name: "" if value is None else value for name, value in row.items()})
+        writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
         file.flush()
         os.fsync(file.fileno())
 

@@ -16,7 +16,6 @@ Rows: "rollout", T the batch: p50 is the time in which the batch gains one token
 import dataclasses
 import json
 import random
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import grpo
 import model as model_file
 from bench.compare import begin, finish
 from bench.problem import Cost, Shape
-from bench.results import DTYPES, HEADER, arguments, latest, read
+from bench.results import DTYPES, HEADER, arguments, cli, latest, read
 from bench.timing import quantiles, skipping
 from eval.generate import generate
 from model import GPT, ModelConfig, count_params, flops_per_token
@@ -206,4 +205,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(cli(main))

@@ -28,7 +28,7 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None):
     impl: "reference", "grouped_mm", "triton", or None to choose by device.
     Returns (T, D) in x's dtype; differentiable in x, both weights and the gates. The triton backward is deterministic and saves x,
     the T*K*2F values of the pre-activation and 8 bytes per routed row.
-    Raises ValueError for wrong shapes or dtypes: D and F must be multiples of 16, 1 <= K <= min(E, 32), E <= 1024.
+    Raises ValueError for wrong shapes, dtypes or ids: D and F must be multiples of 16, 1 <= K <= min(E, 32), E <= 1024.
     """
     _check(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK)
     impl = pick_impl(impl, x_TD)
@@ -55,6 +55,10 @@ def _check(x, w_in, w_out, gates, experts):
         raise ValueError(f"x {x.dtype}, w_in {w_in.dtype}, w_out {w_out.dtype}: expected one floating dtype")
     if experts.is_floating_point() or experts.dtype == torch.bool:
         raise ValueError(f"experts must be integers, got {experts.dtype}")
+    if experts.device.type == "cpu" and experts.numel() and eager(experts):  # traced ids have no values
+        low, high = (int(n) for n in experts.aminmax())
+        if low < 0 or high >= E:
+            raise ValueError(f"experts hold ids from {low} to {high}: with E = {E} they must be in 0..{E - 1}")
 
 
 def _dense(tensor):

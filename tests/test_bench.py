@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,15 +57,21 @@ def test_layer_flops_and_floors():
 
 def test_parsing():
     assert parse_shape("1,2,3,4,4") == Shape(1, 2, 3, 4, 4)
-    for bad in ("1,2,3,4,5", "1,2,3,4", "0,1,1,1,1"):
+    for bad in ("1,2,3,4,5", "1,2,3,4", "0,1,1,1,1", "1,2,3,4,x"):
         with pytest.raises(ValueError, match="T,D,F,E,K"):
             parse_shape(bad)
     assert layer.powers("8,...,256") == [8, 16, 32, 64, 128, 256] and layer.powers("1,3") == [1, 3] and layer.powers("1,…,2") == [1, 2]
+    for bad in ("8,...,7", "0,...,8", "0", "8,x", ""):
+        with pytest.raises(ValueError, match="such as 8,24"):
+            layer.powers(bad)
+    assert kernels.parse_ceilings("798,3.0") == timing.Ceilings(798, 3)
     base = Tile(128, 128, 64, 8, 2, 8, 4)
     assert kernels.parse_tile("64x256x32:g4:p1:w4:s3", base) == Tile(64, 256, 32, 4, 1, 4, 3)
     assert kernels.parse_tile("64x256x32:num_stages=5", base) == base._replace(BLOCK_M=64, BLOCK_N=256, BLOCK_K=32, PARTS=4, num_stages=5)  # parts as wide
-    with pytest.raises(ValueError, match="64x64"):
-        kernels.parse_tile("64x64", base)
+    for bad, message in (("64x64", "BLOCK_MxBLOCK_NxBLOCK_K"), ("64x64x64:q9", "'q9' .*g .GROUP_M"), ("64x64x64:w", "'w' is not"), ("17x64x64", "powers of two"),
+                         ("64x64x64:p3", "PARTS .3."), ("16x16x16:p32", "at most BLOCK_N"), ("64x64x64:g0", "at least 1")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"tile '{bad}': .*{message}"):
+            kernels.parse_tile(bad, base)
 
 
 @pytest.mark.parametrize("routing", ["softmax", "balanced", "zipf1.5"])
@@ -79,8 +86,9 @@ def test_routing_is_as_named(routing):
         assert counts[0] > 350 and counts[0] > counts[1] > counts[3] > counts[7]
     else:
         assert counts.min() > 90 and counts.max() < 170
-    with pytest.raises(ValueError, match="routing 'even'"):
-        make_inputs(shape, torch.float32, "cpu", "even")
+    for bad in ("even", "zipf", "zipf-1"):
+        with pytest.raises(ValueError, match=f"routing '{bad}': expected softmax"):
+            make_inputs(shape, torch.float32, "cpu", bad)
 
 
 def results_of(inputs):
@@ -154,9 +162,16 @@ def test_compare_flags_only_what_is_beyond_noise(tmp_path, capsys):
     run = subprocess.run([sys.executable, "-m", "bench.compare", str(old), str(new)], capture_output=True, text=True)
     assert run.returncode == 1, run.stderr
     assert run.stdout.count("REGRESSION") == 1 and "2 rows compared, 1 regressions; 1 rows have no baseline" in run.stdout
+    run = subprocess.run([sys.executable, "-m", "bench.compare", "missing.csv", str(new)], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr == "error: [Errno 2] No such file or directory: 'missing.csv'\n"
     assert compare.compare(read(old), read(old)) == 0
     with pytest.raises(SystemExit, match="neither a CSV file nor a git revision"):
         compare.baseline("no-such-revision", new)
+
+
+def test_only_ceilings_are_nothing_measured():
+    status = lambda *kernels: compare.finish(SimpleNamespace(compare=None), SimpleNamespace(rows=[{"kernel": k} for k in kernels]), ["x"])  # noqa: E731
+    assert status() == status("ceiling", "ceiling") == 1 and status("ceiling", "layer") == 0
 
 
 def test_skipping_keeps_going_and_fails_on_a_broken_gpu(capsys):
@@ -214,6 +229,7 @@ def test_kernels_in_the_interpreter(tmp_path):
     assert "skipped" not in out, out
     assert [row["kernel"] for row in read(path)][2:] == list(kernels.KERNELS)
     assert out.count("dx      16x32x16") == 2 and out.count("<- today") == 4
+    assert "regs" not in out and " TF " not in out  # a candidate's row has no columns that mean something on a GPU only
 
 
 @cpu_only
@@ -226,6 +242,7 @@ def test_step_on_the_cpu(tmp_path, capsys):
     families, out = [row["mode"] for row in read(path) if row["kernel"] == "step-family"], capsys.readouterr().out
     for family in ("attention projections", "lm head and loss", "optimiser", "norms", "router"):
         assert family in out and any(found.startswith(family) for found in families)
+    assert "% (the profiler makes a CPU's operators slower)" in out
     assert plot.main([str(path), "--out", str(tmp_path)]) == 0 and (tmp_path / "step.png").stat().st_size > 10_000
 
 
@@ -300,7 +317,65 @@ def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("DEBUG", raising=False)
     (tmp_path / "not.csv").write_text("a,b")
     assert cli(lambda: plot.main([str(tmp_path / "not.csv")])).startswith(f"error: {tmp_path}/not.csv: expected the header")
+    assert cli(lambda: plot.main([str(tmp_path / "no.csv")])) == f"error: [Errno 2] No such file or directory: '{tmp_path}/no.csv'"
     assert cli(lambda: 1) == 1
+
+
+@pytest.mark.parametrize("library,main", [("matplotlib", lambda: plot.main(["x.csv"])), ("transformers", lambda: bench_hf.main([]))])
+def test_a_missing_library_is_named_with_its_remedy(library, main, monkeypatch):
+    monkeypatch.delenv("DEBUG", raising=False)
+    for name in (library, "transformers.integrations.moe"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert library in (message := cli(main)) and message.endswith({"matplotlib": "'optimoe[plot]'", "transformers": "'transformers>=5'"}[library])
+
+
+def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.delenv("DEBUG", raising=False)
+    monkeypatch.setattr("bench.results.measure_ceilings", lambda dtype: pytest.fail("measured"))
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for path, message in ((tmp_path, "directory"), (tmp_path / "other.csv", "its columns are not those")):
+        assert message in cli(lambda path=path: layer.main(["--csv", str(path)]))
+
+
+@pytest.mark.parametrize(
+    "main,argv,message",
+    [
+        (layer.main, "--impl foo", "'foo' is unknown; implementations are reference, grouped_mm, triton, peers scattermoe"),
+        (layer.main, "--peers foo", "'foo' is unknown"),
+        (layer.main, "--routing softmax,zipf-1", "routing 'zipf-1': expected softmax"),
+        (layer.main, "--experts 8,...,7", "'8,...,7': expected numbers"),
+        (layer.main, "--experts 2,4 --topk 8", "nothing to measure: every K of [8] (--topk) is above every E of [2, 4]"),
+        (layer.main, "--shapes 64,32,48,4,9", "with 1 <= K <= E, such as"),
+        pytest.param(layer.main, "--impl triton", "set TRITON_INTERPRET=1", marks=cpu_only),
+        (kernels.main, "--ceilings 1", "'1': expected TFLOP/s and TB/s"),
+        (generation.main, "--impl foo", "known are cache"),
+    ],
+)
+def test_arguments_are_refused_with_what_is_known(main, argv, message, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(SystemExit) as refused:
+        main(argv.split())
+    assert refused.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_figures_cut_nothing_off(tmp_path, monkeypatch):
+    """With one panel the figure is narrow, with one part taking nearly all the time the others' segments are."""
+    pyplot, figures = pytest.importorskip("matplotlib.pyplot"), []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    common = dict(T=32768, D=512, F=1024, saved_mib=1.5, peak_mib=2.5, ceiling=0.5, gpu="NVIDIA H100 80GB HBM3", torch="2.11.0+cu130", triton="3.6.0")
+    kinds = [(name, k, mode) for mode in layer.MODES for k in (2, 4, 8) for name in ("grouped_mm", "triton", "gemms")] + [("triton", 2, "full-graph")]
+    rows = [dict(implementation=name, K=k, mode=mode) for name, k, mode in kinds]
+    families = dict(router=1000.0, attention=30.0, optimiser=12.0)  # ms
+    rows += [dict(kernel="step-family", implementation="dense:auto", mode=name, p50_ms=ms) for name, ms in families.items()]
+    for row in rows:
+        append(tmp_path / "rows.csv", ROW | common | row)
+    assert plot.main([str(tmp_path / "rows.csv"), "--out", str(tmp_path)]) == 0
+    throughput, ceiling, _, parts = figures
+    title = throughput.get_suptitle(), throughput._suptitle.get_window_extent()
+    assert "experts per token" in title[0] and title[1].x0 > 0 and title[1].x1 < throughput.bbox.x1
+    legend = [text.get_text() for text in ceiling.axes[0].get_legend().get_texts()]
+    assert legend == ["triton", "triton, graph", "grouped_mm", "gemms"]  # as the bars stand
+    assert [number.get_text() for number in parts.axes[0].texts if number.get_visible()] == ["31250"]  # of 31250, 938 and 375 us
 
 
 def test_the_readmes_benchmarks_exist(tmp_path, capsys):

@@ -314,6 +314,8 @@ def test_results_are_not_memory_of_the_side_stream(monkeypatch):
         (dict(w_in=torch.zeros(4, 30, 32)), "w_in"),
         (dict(gates=torch.zeros(5, 2)), "gates"),
         (dict(experts=torch.zeros(24, 2)), "integers"),
+        (dict(experts=torch.arange(48).view(24, 2) % 5, impl="grouped_mm"), r"ids from 0 to 4: .* in 0\.\.3"),
+        (dict(experts=torch.arange(48).view(24, 2) % 4 - 1, impl="reference"), r"ids from -1 to 2: .* in 0\.\.3"),
         (dict(x=torch.zeros(24, 32, dtype=torch.float16)), "floating dtype"),
         (dict(impl="fast"), "fast"),
     ],
