@@ -15,7 +15,6 @@ import glob
 import hashlib
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,10 @@ from eval.generate import generate
 from eval.tasks.reasoning import vote
 from eval.votes import curves, majority, pass_at_k
 from model import count_params
-from study.results import read
+from study.results import append, read
+
+ROW = ("checkpoint", "settings", "d_model", "n_experts", "top_k", "seed", "train_loss", "before", "after")  # keys of every row
+
 
 @dataclass(frozen=True)
 class PosttrainConfig(grpo.GRPOConfig):
@@ -130,7 +132,7 @@ def run_missing(cfg):
     names = dict.fromkeys(name for part in cfg.runs.split(",") for name in sorted(glob.glob(part)))  # once each, in this order
     runs = [Path(name) for name in names if "-grpo-" not in Path(name).name and checkpoint.find(name)]
     require(bool(runs), "runs", cfg.runs, "no directory of that name holds a checkpoint (ckpt-*.pt)")
-    done = {row["checkpoint"] for row in read(cfg.results) if row["settings"] == settings(cfg)}
+    done = {row["checkpoint"] for row in read(cfg.results, ROW, optional=True) if row["settings"] == settings(cfg)}
     missing = [run for run in runs if checkpoint.find(run)[-1][1].name not in done]
     print(f"{len(runs)} runs, {len(missing)} of them to do", flush=True)
     if cfg.jobs > 1 and len(missing) > 1:
@@ -146,11 +148,7 @@ def run_missing(cfg):
         require(not failed, "runs", cfg.runs, f"{failed} of {len(missing)} failed, see above; the same command does them again")
         return
     for run in missing:
-        row = json.dumps(posttrain(run, cfg)) + "\n"
-        Path(cfg.results).parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(cfg.results, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # several processes append whole lines
-        os.write(handle, row.encode())
-        os.close(handle)
+        append(cfg.results, posttrain(run, cfg), ROW)
 
 
 # ---- what the rows say
@@ -230,7 +228,7 @@ def main(argv=None):
     cfg = config.parse(PosttrainConfig, sys.argv[1:] if argv is None else argv, __doc__)
     if cfg.runs:
         run_missing(cfg)
-    rows = read(cfg.results)
+    rows = read(cfg.results, ROW)
     require(bool(rows), "results", cfg.results, "there is nothing in it; name --runs to post-train")
     print(report(rows))
     path = Path(cfg.out or Path(cfg.results).parent) / "posttrain.png"
@@ -243,5 +241,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

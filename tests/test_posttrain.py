@@ -55,6 +55,11 @@ def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
     assert main([f"--results={results}"]) == rows
     with pytest.raises(ValueError, match="no directory of that name"):
         main(["--runs=/nonexistent/*", f"--results={results}"])
+    results.write_text('{"a": 1}\n')
+    for file, error, message in ((results, ValueError, "posttrain.jsonl, line 1: not a row .* lacks checkpoint"),
+                                 (tmp_path / "none", FileNotFoundError, "none: no such results file")):
+        with pytest.raises(error, match=message):
+            main([f"--results={file}"])
 
 
 def test_half_a_budget_is_no_row(runs, tmp_path, monkeypatch):
