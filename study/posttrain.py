@@ -187,8 +187,9 @@ def figure(rows, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patheffects import withStroke
 
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 5.2), layout="constrained")
     voted, styles = set(), {}  # budgets share their models, hence their votes
     for (d, k, same), cells in families(rows).items():
         settings = json.loads(same)[0]
@@ -197,13 +198,15 @@ def figure(rows, path):
         average = lambda E, f: np.mean([f(row) for row in cells[E].values()])  # noqa: B023, E731
         losses = [average(E, lambda row: np.nan if row["train_loss"] is None else row["train_loss"]) for E in cells]
         first, replay = (d, k) not in voted, settings.get("replay")
+        aside, vertical = ((-3, -5), "top") if list(styles).index((d, k)) % 2 == 0 else ((3, 5), "bottom")  # numbers of two families at one point
         lines = [(left, "before", "greedy", "o:", "before"), (left, "before", "majority", "o-", "votes"), (middle, "before", "greedy", "o:", "before")] * first
         lines += [(middle, "after", "greedy", "^--" if replay else "s-", "GRPO, experts replayed" if replay else "GRPO")]
         for axis, when, measure, style, what in lines:
             values = [100 * average(E, lambda row: np.mean(row[when][measure])) for E in cells]  # noqa: B023
             axis.plot(losses, values, style, color=color, ms=4, mfc="white" if what == "before" else color, label=f"{name}, {what}")
             for E, x, y in zip(cells, losses, values, strict=True) if what != "before" and not replay else ():
-                axis.annotate(E, (x, y), (0, 5), textcoords="offset points", fontsize=7, ha="center")
+                axis.annotate(E, (x, y), aside, textcoords="offset points", fontsize=8, ha="center", va=vertical, color=color,
+                              path_effects=[withStroke(linewidth=2.5, foreground="white")], zorder=5)
         for E, shade in zip(dict.fromkeys((min(cells), max(cells))), (0.4, 1.0), strict=False) if first else ():
             draws = next(iter(cells[E].values()))["before"]["curves"]["samples"]
             for when, style in (("before", ":"), ("after", "-")):
@@ -216,8 +219,10 @@ def figure(rows, path):
     right.set(title="whole solutions covered", xlabel="draws per problem", ylabel="problems, %", xscale="log")
     right.set_xticks(draws, draws)
     for axis in (left, middle, right):
-        axis.margins(y=0.25)
-        axis.legend(fontsize=7, **dict(loc="center left", bbox_to_anchor=(1, 0.5)) if axis is right else {})
+        axis.margins(x=0.07, y=0.08)
+        axis.set_ylim(top=min(101, axis.get_ylim()[1]))  # the number of a point at 100 % has room
+        axis.set_yticks([tick for tick in axis.get_yticks() if axis.get_ylim()[0] <= tick <= 100])
+        axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
         axis.grid(alpha=0.3)
     fig.savefig(path, dpi=150)
     plt.close(fig)
