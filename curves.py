@@ -23,16 +23,20 @@ def read(run):
     run = Path(run)
     if not (run / "metrics.jsonl").exists():
         raise ValueError(f"{run} holds no metrics.jsonl: give a run directory of train.py")
-    rows = []
-    for line in (run / "metrics.jsonl").read_bytes().splitlines():
+    rows, damaged = [], []
+    for number, line in enumerate((run / "metrics.jsonl").read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError:
-            continue
-        rows += [row] if isinstance(row, dict) else []
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            damaged.append(str(number))
     train = [row for row in rows if "loss" in row]
     if not train:
-        raise ValueError(f"{run} has logged no training step yet")
+        why = f": {run / 'metrics.jsonl'}, line {', '.join(damaged)}: damaged" if damaged else " yet"
+        raise ValueError(f"{run} has logged no training step{why}")
     try:
         config = json.loads((run / "config.json").read_text())
     except (OSError, ValueError) as error:

@@ -1,13 +1,13 @@
 """The paper's figures from a results file:  python -m study.figures study/results.jsonl --out docs/study
 
     fig1  training, validation and task loss against total parameters          fig2  task loss against training loss
-    fig3  accuracy against training loss                                       fig4  error against training loss, earlier points too, by sparsity
+    fig3  accuracy against training loss                                       fig4  error against training loss, earlier points too, by density
     fig5  task loss and accuracy against density k/E                           fig7  accuracy against tokens per parameter
     bits  bits stored per total and per active parameter                       rates  answers against the learning rate, where rates were compared
 
-Figures 1, 2, 3, 5 and bits are drawn for each family (study/results.py: a regime, at one learning rate or at the best of each (E, k)); 4 and 7 pool
-the families that differ in tokens only, and in people so that each is met as often. One colour for each number of active parameters, as (d, k) sets it;
-lines join models of growing E; bands span the seeds.
+Figures 1, 2, 3, 5 and bits are drawn for each family (study/results.py: a regime, at the best rate of each (E, k), or with --all also at one rate for
+all); 4 and 7 pool the families that differ in tokens only, and in people so that each is met as often. One colour for each number of active
+parameters, as (d, k) sets it; lines join models of growing E; bands span the seeds.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import textwrap
 from pathlib import Path
 
 from study import results
-from study.results import MEMORY, accuracy, families, loss_unit, tasks_of
+from study.results import BEST, MEMORY, accuracy, families, loss_unit, tasks_of
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # told apart by most eyes, and in grey by their markers
 MARKERS = "osD^vP"
@@ -51,7 +51,7 @@ def short(number):
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.2g}{unit}" if number < 100 * size else f"{number / size:.0f}{unit}"
-    return f"{number:.0f}"
+    return f"{number:.3g}"
 
 
 def total(row):
@@ -77,20 +77,25 @@ def loss_of(task):
 def grid_figure(plt, panels, title, columns=None):
     """panels: [(title, x label, y label, draw(axis), scale of x)]. Panels without data are left out; None when all are."""
     columns = columns or len(panels)
-    rows = math.ceil(len(panels) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.4 * rows + 0.5), squeeze=False, layout="constrained")
+    rows, width = math.ceil(len(panels) / columns), max(4.0, 2.6 * columns)  # one panel alone would be narrower than its legend
+    fig, axes = plt.subplots(rows, columns, figsize=(width, 2.4 * rows + 0.5), squeeze=False, layout="constrained")
     handles = {}
     for axis, (name, x, y, draw, scale) in zip(axes.flat, panels, strict=False):
         draw(axis)
         axis.set(title=name, xlabel=x, ylabel=y)
         if scale:
             axis.set_xscale("log", base=scale)
+        if scale == 10:
+            low, high = axis.get_xlim()
+            axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(10, (1, 2, 5) if high < 40 * low else (1, 3)))
+            axis.xaxis.set_major_formatter(lambda x, _: short(x))
+            axis.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
-    fig.suptitle(textwrap.fill(title, 38 * columns), fontsize=9)
+    fig.suptitle(textwrap.fill(title, int(14.6 * width)), fontsize=9)
     if handles:
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 2 * columns), frameon=False)
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), int(width / 1.35)), frameon=False)
     return fig
 
 
@@ -132,18 +137,18 @@ def pooled_figures(plt, title, groups):
     scored = [task for task in names if accuracy(rows[0], task) is not None]
     if not scored:
         return
-    sparsities = sorted({density(row) for row in rows})
+    densities = sorted({density(row) for row in rows})
 
     def errors(task):
         def draw(axis):
             import matplotlib
 
-            colours = matplotlib.colormaps["viridis"]
-            for i, share in enumerate(sparsities):
+            colours = matplotlib.colormaps["turbo"]
+            for i, share in enumerate(densities):
                 of_this = [point for row in rows if density(row) == share for point in (*row["points"], row)]
                 points = [(point["train_loss"], 100 - 100 * accuracy(point, task)) for point in of_this]
-                label = f"sparsity {1 - share:.3g}" if len(sparsities) <= 6 or i % (len(sparsities) // 5) == 0 else None
-                axis.plot(*zip(*points, strict=True), "o", ms=2.5, color=colours(i / max(1, len(sparsities) - 1)), label=label)
+                axis.plot(*zip(*points, strict=True), MARKERS[i % 6], ms=3, mew=0, color=colours(i / max(1, len(densities) - 1)),
+                          label=f"k/E = 1/{1 / share:g}" if share < 1 else "k/E = 1")
         return draw
 
     yield "fig4", grid_figure(plt, [(names[task], "training loss", "error, %", errors(task), None) for task in scored],
@@ -206,25 +211,25 @@ def first(nested):
     return nested
 
 
-def draw(rows, out):
-    """Write all figures that the rows allow into the directory `out`; returns their paths. Raises ValueError when there is none."""
+def draw(rows, out, everything=False):
+    """Write the figures that the rows allow into the directory `out`, those of one rate for all only where `everything` is asked for; returns their
+    paths. Raises ValueError when there is none."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = families(rows)
-    if not found:
-        raise ValueError("no line has three values of E at one k and one rate yet: run `python -m study.sweep main` first")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    paths, pools = [], collections.defaultdict(list)
+    found = {family: cells for family, cells in families(rows).items() if everything or family.rate == BEST}
+    out, paths, pools = Path(out), [], collections.defaultdict(list)
     with plt.rc_context(SMALL):
         work = [(str(family), family_figures(plt, family, cells)) for family, cells in found.items()]
         work += [(title, [("rates", figure)]) for title, figure in rate_figures(plt, results.standard(rows))]
         for (regime, rate), cells in found.items():
             pools[results.Family(results.pool(regime), rate)].append((regime, cells))
         work += [(str(pool), pooled_figures(plt, pool, groups)) for pool, groups in pools.items()]
+        if not work:
+            raise ValueError("no line has three values of E at one k and compared rates yet: run `python -m study.sweep main`, or draw all lines (--all)")
+        out.mkdir(parents=True, exist_ok=True)
         for title, figures in work:
             for name, figure in figures:
                 path = out / f"{name}-{re.sub('[^a-z0-9.]+', '-', title.lower())}.png"
@@ -238,10 +243,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", default="study/results.jsonl")
     parser.add_argument("--out", default="docs/study", help="directory (default: %(default)s)")
+    parser.add_argument("--all", action="store_true", help="draw lines at one rate for all too, not only those at the best rate of each (E, k)")
     args = parser.parse_args(argv)
     try:
-        print(*draw(results.read(args.results), args.out), sep="\n")
-    except (ValueError, ImportError) as error:
+        print(*draw(results.read(args.results), args.out, args.all), sep="\n")
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}" + ("; pip install 'optimoe[plot]'" if isinstance(error, ImportError) else ""))
 
 

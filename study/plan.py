@@ -14,10 +14,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from config import require
 from model import PRESETS, count_params, flops_per_token, peak_flops, preset, training_memory
 from study import results
+from study.claims import MIN_SEEDS
 
 THROUGHPUT = Path(__file__).resolve().parent.parent / "docs" / "throughput.csv"
+RESULTS = "study/results.jsonl"
 BEST_TPP, RESOLUTION = 20, 2  # the paper's optimum, and the factor to which its grid resolves it
 
 
@@ -34,13 +37,17 @@ class Plan(NamedTuple):
 
 def throughput(path):
     """[(flops per token, share of the peak, row)] of the measured models."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
     found = []
-    for row in rows:
-        cfg = preset(row["model"], vocab_size=int(row["vocab_size"]), seq_len=int(row["seq_len"]))
-        peak = peak_flops(row["gpu"])
-        found.append((flops_per_token(cfg), float(row["mfu"] or float(row["tokens_per_s"]) * flops_per_token(cfg) / peak), row))
+    with open(path, newline="") as file:
+        for row in (reader := csv.DictReader(file)):
+            try:
+                require(None not in row.values(), "row", [value for value in row.values() if value is not None], "fields are missing")
+                cfg = preset(row["model"], vocab_size=int(row["vocab_size"]), seq_len=int(row["seq_len"]))
+                share = float(row["mfu"] or float(row["tokens_per_s"]) * flops_per_token(cfg) / peak_flops(row["gpu"]))
+                require(0 < share <= 1, "mfu", share, "a share of the peak is needed")
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {reader.line_num}: not a measured speed ({error}); restore the file or delete the line") from None
+            found.append((flops_per_token(cfg), share, row))
     return found
 
 
@@ -84,6 +91,12 @@ def short(number):
     return f"{number:.3g}"
 
 
+def aligned(header, rows):
+    """Lines of a table whose columns are as wide as their widest cell, names to the left, numbers to the right."""
+    forms = [("<" if name in ("model", "regime") else ">") + str(max(map(len, (name, *cells)))) for name, *cells in zip(header, *rows, strict=True)]
+    return ["  ".join(map(format, row, forms)).rstrip() for row in (header, *rows)]
+
+
 def paper_table(args):
     measured = throughput(args.throughput)
     plans = rank(candidates(args, measured), args.purpose)
@@ -92,20 +105,20 @@ def paper_table(args):
     lines = [f"From the paper's grid, for {args.purpose}: {why}.", ""]
     if not plans:
         return lines + ["nothing fits: raise --memory or --flops, or lower --micro-batch or --tokens"]
-    lines.append(f"{'model':<22}{'tokens':>9}{'TPP':>8}{'total':>9}{'active':>9}{'FLOPs':>10}{'GiB/GPU':>9}{'hours':>10}")
-    for plan in plans[: args.rows]:
-        hours = "n/a" if plan.hours is None else f"{plan.hours:,.2f}" if plan.hours < 100 else f"{plan.hours:,.0f}"
-        lines.append(f"{plan.name:<22}{short(plan.tokens):>9}{plan.tpp:>8.3g}{short(plan.total):>9}{short(plan.active):>9}{plan.flops:>10.2e}"
-                     f"{plan.gib:>9.1f}{hours:>10}")
+    hours = lambda value: "n/a" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"  # noqa: E731
+    lines += aligned("model tokens TPP total active FLOPs GiB/GPU hours".split(), [
+        [plan.name, short(plan.tokens), f"{plan.tpp:.3g}", short(plan.total), short(plan.active), f"{plan.flops:.2e}", f"{plan.gib:.1f}", hours(plan.hours)]
+        for plan in plans[: args.rows]])
     if len(plans) > args.rows:
         lines.append(f"... and {len(plans) - args.rows} more that fit (--rows)")
-    sources = "; ".join(f"{row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']} ({row['source']})" for *_, row in measured)
-    return [*lines, "", f"hours: {args.gpus} x {args.gpu}, data parallel without loss, at the utilisation of {sources or 'nothing: no measurement'}"]
+    sources = [f"  {row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']} ({row['source']})" for *_, row in measured]
+    return [*lines, "", f"hours: {args.gpus} x {args.gpu}, data parallel without loss, at the utilisation of the nearest of", *(sources or ["  no measurement"])]
 
 
 def own_table(args):
-    """Measured runs within the budget, best first: mean over seeds, regimes apart because they are not comparable."""
-    finished = [row for row in results.standard(results.read(args.results)) if not row["diverged"]]
+    """Measured runs within the budget, best first, after those of MIN_SEEDS seeds the others: mean over seeds, regimes apart as they are not comparable."""
+    found = results.read(args.results, optional=args.results == RESULTS)
+    finished = [row for row in results.standard(found) if not row["diverged"]]
     rows = [row for row in finished if (not args.flops or row["flops"] <= args.flops) and (not args.tokens or row["tokens"] <= args.tokens)]
     lines = [f"From the runs of this study ({args.results}), for {args.purpose}:", ""]
     found = {}
@@ -117,17 +130,18 @@ def own_table(args):
             found.setdefault(cell, []).append((sum(scores) / len(scores), row))
     if not found:
         return lines + ["no finished run fits the budget" if finished else "no finished run yet: python -m study.sweep main"]
-    lines.append(f"{'E':>4}{'k':>3}{'lr':>8}{'TPP':>8}{'total':>9}{'active':>9}{'FLOPs':>10}{'score':>8}{'seeds':>7}{'seconds':>9}   regime")
     means = {cell: sum(score for score, _ in runs) / len(runs) for cell, runs in found.items()}
-    for cell in sorted(means, key=lambda cell: -means[cell])[: args.rows]:
+    seeds = {cell: len({row["run"]["seed"] for _, row in runs}) for cell, runs in found.items()}
+    cells = []
+    for cell in sorted(means, key=lambda cell: (seeds[cell] < MIN_SEEDS, -means[cell]))[: args.rows]:
         regime, e, k, rate = cell
         runs = [row for _, row in found[cell]]
         params = runs[0]["params"]
-        lines.append(f"{e:>4}{k:>3}{rate:>8g}{runs[0]['tpp']:>8.3g}{short(params['total']):>9}{short(params['active']):>9}{runs[0]['flops']:>10.2e}"
-                     f"{means[cell]:>8.1%}"
-                     f"{len({row['run']['seed'] for row in runs}):>7}{sum(row['train_seconds'] for row in runs) / len(runs):>9.1f}   {regime}")
+        cells.append([str(e), str(k), f"{rate:g}", f"{runs[0]['tpp']:.3g}", short(params["total"]), short(params["active"]), f"{runs[0]['flops']:.2e}",
+                      f"{means[cell]:.1%}", str(seeds[cell]), f"{sum(row['train_seconds'] for row in runs) / len(runs):.1f}", str(regime)])
+    lines += aligned("E k lr TPP total active FLOPs score seeds seconds regime".split(), cells)
     what = "values recalled" if args.purpose == "memory" else "mean of whole solutions and mental arithmetic, trained lengths"
-    return [*lines, "", f"score: {what}; one device, {', '.join(sorted({row['device'] for row in rows}))}"]
+    return [*lines, "", f"score: {what}; below them what has fewer than {MIN_SEEDS} seeds; one device, {', '.join(sorted({row['device'] for row in rows}))}"]
 
 
 def main(argv=None):
@@ -141,18 +155,19 @@ def main(argv=None):
     parser.add_argument("--seq-len", type=int, default=4096, help="default: the paper's %(default)s")
     parser.add_argument("--vocab-size", type=int, default=99_584, help="default: the paper's %(default)s")
     parser.add_argument("--micro-batch", type=int, default=1, help="sequences per GPU and forward pass (default: %(default)s)")
-    parser.add_argument("--results", default="study/results.jsonl")
+    parser.add_argument("--results", default=RESULTS)
     parser.add_argument("--throughput", default=str(THROUGHPUT), help="measured training speeds (default: docs/throughput.csv)")
     parser.add_argument("--rows", type=int, default=10, help="lines of each table (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         if not args.flops and not args.tokens:
             raise ValueError("give a budget: --flops=1e20, --tokens=1e10, or both")
+        for name in ("flops", "tokens", "memory"):
+            require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "use a finite number above 0, or leave it away")
         for name in ("gpus", "seq_len", "vocab_size", "micro_batch", "rows"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"{name}={getattr(args, name)}: use 1 or more")
+            require(getattr(args, name) >= 1, name, getattr(args, name), "use 1 or more")
         print("\n".join([*paper_table(args), "", *own_table(args)]))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -15,7 +15,6 @@ import glob
 import hashlib
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,10 @@ from eval.generate import generate
 from eval.tasks.reasoning import vote
 from eval.votes import curves, majority, pass_at_k
 from model import count_params
-from study.results import read
+from study.results import append, read
+
+ROW = ("checkpoint", "settings", "d_model", "n_experts", "top_k", "seed", "train_loss", "before", "after")  # keys of every row
+
 
 @dataclass(frozen=True)
 class PosttrainConfig(grpo.GRPOConfig):
@@ -130,7 +132,7 @@ def run_missing(cfg):
     names = dict.fromkeys(name for part in cfg.runs.split(",") for name in sorted(glob.glob(part)))  # once each, in this order
     runs = [Path(name) for name in names if "-grpo-" not in Path(name).name and checkpoint.find(name)]
     require(bool(runs), "runs", cfg.runs, "no directory of that name holds a checkpoint (ckpt-*.pt)")
-    done = {row["checkpoint"] for row in read(cfg.results) if row["settings"] == settings(cfg)}
+    done = {row["checkpoint"] for row in read(cfg.results, ROW, optional=True) if row["settings"] == settings(cfg)}
     missing = [run for run in runs if checkpoint.find(run)[-1][1].name not in done]
     print(f"{len(runs)} runs, {len(missing)} of them to do", flush=True)
     if cfg.jobs > 1 and len(missing) > 1:
@@ -146,11 +148,7 @@ def run_missing(cfg):
         require(not failed, "runs", cfg.runs, f"{failed} of {len(missing)} failed, see above; the same command does them again")
         return
     for run in missing:
-        row = json.dumps(posttrain(run, cfg)) + "\n"
-        Path(cfg.results).parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(cfg.results, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # several processes append whole lines
-        os.write(handle, row.encode())
-        os.close(handle)
+        append(cfg.results, posttrain(run, cfg), ROW)
 
 
 # ---- what the rows say
@@ -189,8 +187,9 @@ def figure(rows, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patheffects import withStroke
 
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 5.2), layout="constrained")
     voted, styles = set(), {}  # budgets share their models, hence their votes
     for (d, k, same), cells in families(rows).items():
         settings = json.loads(same)[0]
@@ -199,13 +198,15 @@ def figure(rows, path):
         average = lambda E, f: np.mean([f(row) for row in cells[E].values()])  # noqa: B023, E731
         losses = [average(E, lambda row: np.nan if row["train_loss"] is None else row["train_loss"]) for E in cells]
         first, replay = (d, k) not in voted, settings.get("replay")
+        aside, vertical = ((-3, -5), "top") if list(styles).index((d, k)) % 2 == 0 else ((3, 5), "bottom")  # numbers of two families at one point
         lines = [(left, "before", "greedy", "o:", "before"), (left, "before", "majority", "o-", "votes"), (middle, "before", "greedy", "o:", "before")] * first
         lines += [(middle, "after", "greedy", "^--" if replay else "s-", "GRPO, experts replayed" if replay else "GRPO")]
         for axis, when, measure, style, what in lines:
             values = [100 * average(E, lambda row: np.mean(row[when][measure])) for E in cells]  # noqa: B023
             axis.plot(losses, values, style, color=color, ms=4, mfc="white" if what == "before" else color, label=f"{name}, {what}")
             for E, x, y in zip(cells, losses, values, strict=True) if what != "before" and not replay else ():
-                axis.annotate(E, (x, y), (0, 5), textcoords="offset points", fontsize=7, ha="center")
+                axis.annotate(E, (x, y), aside, textcoords="offset points", fontsize=8, ha="center", va=vertical, color=color,
+                              path_effects=[withStroke(linewidth=2.5, foreground="white")], zorder=5)
         for E, shade in zip(dict.fromkeys((min(cells), max(cells))), (0.4, 1.0), strict=False) if first else ():
             draws = next(iter(cells[E].values()))["before"]["curves"]["samples"]
             for when, style in (("before", ":"), ("after", "-")):
@@ -218,8 +219,10 @@ def figure(rows, path):
     right.set(title="whole solutions covered", xlabel="draws per problem", ylabel="problems, %", xscale="log")
     right.set_xticks(draws, draws)
     for axis in (left, middle, right):
-        axis.margins(y=0.25)
-        axis.legend(fontsize=7, **dict(loc="center left", bbox_to_anchor=(1, 0.5)) if axis is right else {})
+        axis.margins(x=0.07, y=0.08)
+        axis.set_ylim(top=min(101, axis.get_ylim()[1]))  # the number of a point at 100 % has room
+        axis.set_yticks([tick for tick in axis.get_yticks() if axis.get_ylim()[0] <= tick <= 100])
+        axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
         axis.grid(alpha=0.3)
     fig.savefig(path, dpi=150)
     plt.close(fig)
@@ -230,7 +233,7 @@ def main(argv=None):
     cfg = config.parse(PosttrainConfig, sys.argv[1:] if argv is None else argv, __doc__)
     if cfg.runs:
         run_missing(cfg)
-    rows = read(cfg.results)
+    rows = read(cfg.results, ROW)
     require(bool(rows), "results", cfg.results, "there is nothing in it; name --runs to post-train")
     print(report(rows))
     path = Path(cfg.out or Path(cfg.results).parent) / "posttrain.png"
@@ -243,5 +246,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -3,6 +3,7 @@
 A regime is what runs must share to be compared over E and k.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -15,6 +16,7 @@ TASKS = {"facts": "biographies", "problems": "word problems", "mano": "mental ar
 TEXT_TASKS = {"triviaqa": "TriviaQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
 MEMORY = ("facts", "triviaqa", "hellaswag")
 BEST = 0.0  # the rate policy of runs and lines that take the best rate of each (E, k)
+ROW = ("key", "run", "lr", "diverged", "tokens", "tpp", "params", "flops", "points", "tokens_per_s", "seconds", "jobs", "device")  # keys of every row
 COMPARED = 3  # rates that every (E, k) of a line must have run before the best of each may be compared
 
 
@@ -57,34 +59,53 @@ def rate_name(rate):
     return "best rates" if rate == BEST else f"lr {rate:g}"
 
 
-def read(path):
-    """The rows of a results file, without a last line torn by a crash; [] where there is none. Raises ValueError for other damage."""
+def read(path, needed=ROW, optional=False):
+    """The rows of a results file, without a last line torn by a crash. needed: keys that every row has, the first written first.
+    optional: where there is no file there are no rows. Raises ValueError for other damage and for files of another kind."""
     path = Path(path)
-    content = path.read_text() if path.exists() else ""
-    rows = []
-    for number, line in enumerate(content[: content.rfind("\n") + 1].splitlines(), 1):
+    if not optional and not path.exists():
+        raise FileNotFoundError(f"{path}: no such results file; check the path")
+    return parsed(path.read_bytes() if path.exists() else b"", path, needed)[0]
+
+
+def parsed(content, path, needed, first=1):
+    """(rows, bytes that they take) of the content of a results file from this line on: all of it but a torn last line."""
+    rows, size = [], 0
+    for number, line in enumerate(content.splitlines(keepends=True), first):
         try:
-            rows.append(migrated(json.loads(line)))
+            row = json.loads(line)
         except ValueError as error:
+            begin = f'{{"{needed[0]}": "'.encode()
+            if not line.endswith(b"\n") and begin.startswith(line[: len(begin)]):
+                break
             raise ValueError(f"{path}, line {number}: not JSON ({error}); restore the file or delete the line") from None
-    return rows
+        lacking = [name for name in needed if name not in row] if isinstance(row, dict) else needed
+        if lacking:
+            raise ValueError(f"{path}, line {number}: not a row of such a results file, it lacks {', '.join(lacking)}; name another file or delete the line")
+        rows.append(migrated(row))
+        size += len(line)
+    return rows, size
 
 
 def migrated(row):
     """A row of the first sweep that was planned with rate 0 is, since rates are swept, the run with the rate that it took."""
-    if "lr" in row and row.get("run", {}).get("lr") == 0:
+    if "lr" in row and row["run"]["lr"] == 0:
         fields = row["run"] | {"lr": row["lr"]}
         row |= {"key": key(Run(**fields)), "run": fields}
     return row
 
 
-def append(path, row):
-    """One more line, on disk when this returns; a torn last line is removed first."""
+def append(path, row, needed=ROW):
+    """One more line, on disk when this returns; a torn last line is removed first. Several processes may do so at once."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
+        content = file.read()
+        last = content.rfind(b"\n") + 1
+        end = last + parsed(content[last:], path, needed, content.count(b"\n") + 1)[1]
+        file.truncate(end)
+        file.write(b"\n" * (end > last) + json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

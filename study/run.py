@@ -144,7 +144,7 @@ def prepare_data(run, cache, workers=1):
             file.write_text(json.dumps(dataclasses.asdict(mixture(run))))
             yielding = ["nice", "-n", "10"] if shutil.which("nice") else []  # runs that compile and measure meanwhile go first
             subprocess.run([*yielding, sys.executable, "-m", "data.procedural", f"--out={directory.resolve()}", f"--config={file}", f"--workers={workers}"],
-                           cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+                           cwd=ROOT, check=True, stdout=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the sweep: it finishes this directory
         else:
             procedural.build(directory, mixture(run))
         tokens = shards.read_meta(directory)["splits"]["train"]["tokens"]

@@ -31,6 +31,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,8 @@ from pathlib import Path
 import torch
 
 from config import require
+from data import shards
+from data.loader import parse_sources
 from study.results import alike, answer_loss, append, best, distinct, pool, read, regime_of
 from study.run import ROOT, Run, data_dir, execute_together, form, key, prepare_data
 
@@ -46,6 +49,7 @@ JOBS = 3  # processes per GPU: while one or two of them start, compile or measur
 TOGETHER = 3  # the seeds, or rates, of one (E, k): on branches of one CUDA graph, where one model alone would leave the GPU waiting for launches
 EXPERTS = (256, 4, 32, 128, 8, 64, 16)  # extremes first
 TOP_K = (2, 8, 1, 4)
+SMOKE = "runs/study/smoke.jsonl"  # what two tiny runs on a CPU measure is no result of the study
 SLACK = 1.1  # times its estimate must be left before a run is started: what is cut off is lost
 UNUSUAL = ("optimizer", "n_layers", "init_std", "batch", "people", "unique", "max_steps", "mano_length", "modulus")  # named in a line where they are
 RATES = {"muon": (6e-3, 1.2e-2, 3e-3), "adamw": (4e-3, 2e-3, 8e-3)}
@@ -162,11 +166,16 @@ def best_rate(run, compared):
     return best(near[1])
 
 
+def rated(runs, rows, pending=()):
+    """{key: run}: `runs` with the learning rates that are known by now. One planned with rate 0 may turn out to be another that names its rate."""
+    compared = comparisons(rows, [*pending, *runs])
+    return {key(run): run for run in (run if run.lr else dataclasses.replace(run, lr=best_rate(run, compared) or 0.0) for run in runs)}
+
+
 def settle(runs, rows, pending=(), again=lambda run: False):
-    """`runs` with the learning rates that are known by now, less what is finished (and not wanted `again`) or pending (other runs than these)."""
-    compared, finished, started = comparisons(rows, [*pending, *runs]), {row["key"] for row in rows}, set(map(key, pending))
-    settled = (run if run.lr else dataclasses.replace(run, lr=best_rate(run, compared) or 0.0) for run in runs)
-    return [run for name, run in {key(run): run for run in settled}.items() if name not in started and (name not in finished or again(run))]
+    """`rated` as a list, less what is finished (and not wanted `again`) or pending (other runs than these)."""
+    finished, started = {row["key"] for row in rows}, set(map(key, pending))
+    return [run for name, run in rated(runs, rows, pending).items() if name not in started and (name not in finished or again(run))]
 
 
 def estimate(run, rows, device):
@@ -186,6 +195,17 @@ def gpu_minutes(runs, rows):
     gpu = [row for row in rows if not row["device"].startswith("CPU")][-1:]
     times = {form(run): estimate(run, rows, gpu[0]["device"]) / gpu[0]["jobs"] / 60 for run in runs if gpu}
     return sum(times[form(run)] for run in runs) if gpu else None
+
+
+def check_writable(results, cache):
+    """Raise ValueError now, not after the first run, where one of the two cannot be written."""
+    for name, value, directory, probe in (("results", results, Path(results).parent, lambda: open(results, "ab")),
+                                          ("cache", cache, Path(cache), lambda: tempfile.TemporaryFile(dir=cache))):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            probe().close()
+        except OSError as error:
+            raise ValueError(f"{name}={str(value)!r}: cannot be written ({error.strerror}); name another place") from None
 
 
 def work(device, threads, cache, items, inbox, outbox):
@@ -227,8 +247,8 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     keep: names like "E16k2", or "all", whose final weights are kept under cache/weights; what is finished without them is run again for them."""
     began = time.monotonic()
     ends = began + 60 * minutes
-    rows = read(results)
-    before, planned = len(rows), len(set(map(key, runs)))
+    rows = read(results, optional=True)
+    before = len(rows)
 
     def kept(run):
         return f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep or "all" in keep else None
@@ -244,7 +264,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     lanes = min(len(devices) * jobs, max(1, len(todo)))
 
     def left():
-        rest = [*todo, *in_flight(), *failed]
+        rest, planned = [*todo, *in_flight(), *failed], len(rated(runs, rows))
         if not rest:
             return f"all {planned} runs are finished"
         times = {form(run): estimate(run, rows, name) for run in {form(run): run for run in rest}.values()}
@@ -261,6 +281,7 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
         if cost := gpu_minutes(todo, rows):
             print(f"about {cost:.1f} minutes of one GPU like the last; the first rows come after a minute more")
         return 0
+    check_writable(results, cache)
     data, builder = {}, ThreadPoolExecutor(1)  # directories are built in order, meanwhile what has its own is trained
     for run in todo:
         if not run.data and data_dir(run, cache) not in data:
@@ -271,14 +292,14 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     arguments = [(devices[i % len(devices)], threads, cache, items, inbox, outbox) for i in range(lanes)]
     workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
     warm = warm_up(todo, devices[0])  # first: workers inherit where the kernels are
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C reaches them too, and it is the parent who ends them
     for worker in workers:
         worker.start()
+    signal.signal(signal.SIGINT, interrupted)
     try:
         while (todo or running) and time.monotonic() < ends:
             alive, lost = sum(worker.is_alive() for worker in workers), sum(worker.exitcode not in (None, 0) for worker in workers)
             while len(running) < alive + lost and (members := choose_group(todo, rows, ends, name, together)):
-                for run in members:
-                    todo.remove(run)
                 try:
                     for run in members:
                         if not run.data:
@@ -286,8 +307,10 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
                 except Exception as error:  # no data, no run; others have theirs
                     failed += members
                     print(f"FAILED: no data: {error} in {members}", flush=True)
-                    todo = settle(todo, rows, in_flight(), weightless)
+                    todo = settle([run for run in todo if run not in members], rows, in_flight(), weightless)
                     continue
+                for run in members:
+                    todo.remove(run)
                 running[key(members[0])] = members
                 inbox.put((members, [kept(run) for run in members]))
             if len(running) <= lost or not alive:  # a killed worker's run never comes back
@@ -319,8 +342,9 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
             worker.join(timeout=0 if running else 5)
             if worker.is_alive():
                 worker.terminate()  # its run is not in the file and will be done again
-    print(f"{left()}" + (f", {len(failed)} failed" if failed else "") + (f", {len(in_flight())} cut off" if running else "")
-          + (f", {lost} worker processes killed, perhaps for want of memory: use fewer --jobs" if lost else ""), flush=True)
+        print(f"{left()}" + (f", {len(failed)} failed" if failed else "") + (f", {len(in_flight())} cut off" if running else "")
+              + (f", {lost} worker processes killed, perhaps for want of memory: use fewer --jobs" if lost else "")
+              + ("; the data directory in work is finished first" if any(each.running() for each in data.values()) else ""), flush=True)
     if waiting := sum(not run.lr for run in todo):
         print(f"{waiting} runs wait for learning rates of their shape: run the preset that compares them (or this one again)")
     return len(failed) + lost
@@ -365,7 +389,7 @@ def line(row):
 def cli(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", help="one, or several in this order: lr,main")
-    parser.add_argument("--results", default="study/results.jsonl", help="default: %(default)s")
+    parser.add_argument("--results", help=f"default: study/results.jsonl; with the preset smoke {SMOKE}")
     parser.add_argument("--minutes", type=float, default=9, help="time limit; 0: only say what is left (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=0, help="processes per device (default: 3 on a GPU, 1 on the CPU)")
     parser.add_argument("--together", type=int, default=0, help="runs of one (E, k) that a process trains side by side (default: 3 on a GPU, else 1)")
@@ -375,7 +399,6 @@ def cli(argv=None):
     parser.add_argument("--keep", default="", help="models whose final weights are kept under CACHE/weights: all, or E16k2,E64k2")
     parser.add_argument("--items", type=int, default=100, help="size of the measurements: problems per number of steps (default: %(default)s)")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit from outside then ends the workers too
     cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cuda else ["cpu"]
     try:
@@ -383,14 +406,22 @@ def cli(argv=None):
             raise ValueError("device='cuda': no CUDA device is visible; use --device=cpu")
         for name in (names := args.presets.split(",")):
             require(name in PRESETS, "preset", name, f"use {', '.join(PRESETS)}")
+        for name, least, remedy in (("minutes", 0, "use 0 (only say what is left) or more"), ("jobs", 0, "use 1 or more, or 0 for the default"),
+                                    ("together", 0, "use 1 or more, or 0 for the default"), ("items", 1, "use 1 or more")):
+            require(getattr(args, name) >= least, name, getattr(args, name), remedy)
+        for directory, _ in parse_sources(args.data) if args.data else ():
+            require((Path(directory) / shards.META).exists(), "data", args.data, f"{directory} holds no {shards.META}; make it with python -m data.prepare")
         runs = [run for name in names for run in PRESETS[name](args.data)]
         jobs, keep = args.jobs or (JOBS if cuda else 1), [name for name in args.keep.split(",") if name]
         models = {f"E{run.n_experts}k{run.top_k}" for run in runs} | {"all"}
         require(models >= set(keep), "keep", args.keep, "name models of these presets, such as E16k2, or all")
-        return sweep(runs, args.results, args.minutes, args.cache, devices, jobs, args.items, keep, args.together or (TOGETHER if cuda else 1))
-    except ValueError as error:
+        results = args.results or (SMOKE if "smoke" in names else "study/results.jsonl")
+        return sweep(runs, results, args.minutes, args.cache, devices, jobs, args.items, keep, args.together or (TOGETHER if cuda else 1))
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
+    for stop in (signal.SIGTERM, signal.SIGINT):  # a time limit from outside, Ctrl-C: either ends the workers too
+        signal.signal(stop, lambda number, _: sys.exit(128 + number))
     sys.exit(min(1, cli()))

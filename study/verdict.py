@@ -30,7 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from study import results
+from config import require
+from study import posttrain, results
 from study.claims import CLAIMS, MIN_SEEDS, REMEDIES, decide, interval, overall, score, still_lost
 from study.run import Run
 from study.sweep import PRESETS, comparisons, gpu_minutes, settle
@@ -121,13 +122,15 @@ def main(argv=None):
     parser.add_argument("--out", help="file whose tables are replaced; default: print them")
     args = parser.parse_args(argv)
     try:
-        generated = tables(results.read(args.results), results.read(args.posttrain))
+        rows = results.read(args.results)
+        require(rows or not args.out, "results", args.results, f"there is no run in it to write tables of into {args.out}; run study.sweep first")
+        generated = tables(rows, results.read(args.posttrain, posttrain.ROW, optional=args.posttrain == parser.get_default("posttrain")))
         if args.out:
             write(args.out, generated)
             print(args.out)
         else:
             print(generated)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

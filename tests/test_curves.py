@@ -94,6 +94,9 @@ def test_nothing_to_show_is_said(tmp_path):
         show.main([str(tmp_path)])
     with pytest.raises(SystemExit, match="has logged no training step yet"):
         curves.main([str(write_run(tmp_path / "empty", []))])
+    (tmp_path / "empty" / "metrics.jsonl").write_text('{"step": 1, "val_loss": 4}\n' + json.dumps(row(1))[:-5] + "\n")
+    with pytest.raises(SystemExit, match="has logged no training step: .*empty/metrics.jsonl, line 2: damaged"):
+        show.main([str(tmp_path / "empty")])
     (tmp_path / "empty" / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
     with pytest.raises(SystemExit, match="error: .*No such file or directory: '/nonexistent/"):
         curves.main([str(tmp_path / "empty"), "--out=/nonexistent/curves.png"])

@@ -14,7 +14,7 @@ from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from model import GPT, ModelConfig
 from study.claims import REMEDIES, overall, still_lost
-from study.posttrain import main, report
+from study.posttrain import figure, main, report
 from study.verdict import tables
 
 BUDGET = ("--steps=2 --batch-prompts=4 --mini-batch=2 --group-size=2 --questions=20 --lr=1e-2 --problems=4 --samples=4 --device=cpu --eval-every=0 "
@@ -55,6 +55,11 @@ def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
     assert main([f"--results={results}"]) == rows
     with pytest.raises(ValueError, match="no directory of that name"):
         main(["--runs=/nonexistent/*", f"--results={results}"])
+    results.write_text('{"a": 1}\n')
+    for file, error, message in ((results, ValueError, "posttrain.jsonl, line 1: not a row .* lacks checkpoint"),
+                                 (tmp_path / "none", FileNotFoundError, "none: no such results file")):
+        with pytest.raises(error, match=message):
+            main([f"--results={file}"])
 
 
 def test_half_a_budget_is_no_row(runs, tmp_path, monkeypatch):
@@ -104,6 +109,19 @@ def test_budgets_share_their_models_votes():
     votes, after = ([test.where for test in still_lost(rows, remedies)] for _, remedies in REMEDIES)
     assert len(votes) == 2 and len(after) == 6 and sum("experts replayed" in where for where in after) == 2
     assert "| 8 | 2 | no | 16 | 3 |" in report(rows) and "| 8 | 2 | yes | 16 | 3 |" in report(rows)
+
+
+def test_picture_has_its_legends_outside_and_no_share_above_100(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    rows = [made_up(E, 0, rate, rate) | {"top_k": k, "train_loss": loss} for k in (2, 8) for E, rate, loss in ((4, 0.99, 0.6), (8, 1.0, 0.5), (16, 1.0, 0.5))]
+    monkeypatch.setattr(plt, "close", lambda fig: None)
+    figure(rows, tmp_path / "p.png")
+    fig = plt.gcf()
+    for axis in fig.axes:
+        assert max(axis.get_yticks()) <= 100 and axis.get_ylim()[1] <= 101
+        assert axis.get_legend().get_window_extent().y1 < axis.get_window_extent().y0
+    numbers = [text.get_window_extent() for text in fig.axes[0].texts if text.get_text() == "8"]
+    assert len(numbers) == 2 and not numbers[0].overlaps(numbers[1])  # of two families at one point
 
 
 def test_no_verdict_on_remedies_while_seeds_are_missing():

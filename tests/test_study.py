@@ -4,9 +4,11 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -172,17 +174,82 @@ def test_sweep_runs_what_is_missing_and_survives_a_torn_line(tmp_path):
     for _ in range(2):  # finished without weights: run again for them, once
         assert sweep.sweep(runs, file, 5, tmp_path / "cache", items=2, keep=["E2k1"]) == 0
     assert checkpoint.find(tmp_path / "cache/weights" / key(runs[0]))
-    results.append(file, {"key": "x"})
+    results.append(file, results.read(file)[0] | {"key": "x"})
     assert [r["key"] for r in results.read(file)] == [key(runs[0]), key(runs[0]), "x"]
-    file.write_text('nonsense\n{"key": "x"}\n')
-    with pytest.raises(ValueError, match="line 1"):
-        results.read(file)
 
 
-def test_bad_names_are_refused():
-    for words, message in ((["mian"], "preset='mian'"), (["smoke", "--keep=E2k1,E3k2"], "keep='E2k1,E3k2'")):
+ROW = fake(Run(lr=6e-3), lambda c, tpp: (0.5, 0.5, 1))
+
+
+def test_a_last_line_is_kept_when_whole_dropped_when_torn_and_refused_when_of_another_file(tmp_path):
+    file, line = tmp_path / "r.jsonl", json.dumps(ROW)
+    for content, kept in ((line, 1), (line + "\n" + line, 2), (line + "\n" + line[:50], 1), (line[:3], 0), ("", 0)):
+        file.write_text(content)
+        assert len(results.read(file)) == kept
+        results.append(file, ROW)
+        assert file.read_text() == (kept + 1) * (line + "\n")
+    foreign = (("notes", "line 1: not JSON"), ("nonsense\n" + line, "line 1: not JSON"), (line + "\nmore", "line 2: not JSON"), ("5\n", "line 1: not a row"),
+               (line + '\n{"a": 1}\n', "line 2: not a row of such a results file, it lacks key, run"))
+    for content, message in foreign:
+        file.write_text(content)
+        with pytest.raises(ValueError, match=f"r.jsonl, {message}"):
+            results.read(file)
+        if not content.endswith("\n") and not content.endswith(line):
+            with pytest.raises(ValueError, match=f"r.jsonl, {message}"):
+                results.append(file, ROW)
+        assert file.read_text() == content
+    with pytest.raises(FileNotFoundError, match="none.jsonl: no such results file"):
+        results.read(tmp_path / "none.jsonl")
+    assert results.read(tmp_path / "none.jsonl", optional=True) == []
+
+
+def test_several_writers_of_one_file_lose_nothing(tmp_path):
+    """Threads stand for processes: each append opens the file, and the lock belongs to what was opened."""
+    file = tmp_path / "r.jsonl"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: results.append(file, ROW), range(200)))
+    assert len(results.read(file)) == 200
+
+
+def test_bad_options_are_refused(tmp_path, monkeypatch):
+    refused = (("mian", "preset='mian'"), ("smoke --keep=E2k1,E3k2", "keep='E2k1,E3k2'"), ("smoke --minutes=-1", "minutes=-1.0: use 0"),
+               ("smoke --minutes=nan", "minutes=nan"), ("smoke --jobs=-1", "jobs=-1: use 1"), ("smoke --items=0", "items=0: use 1"),
+               ("smoke --together=-1", "together=-1: use 1"), (f"text --data={tmp_path}", f"data='{tmp_path}': {tmp_path} holds no meta.json"),
+               (f"smoke --results={tmp_path}", "Is a directory"), ("smoke --minutes=1 --results=/dev/null/r.jsonl", "results='/dev/null/r.jsonl': cannot be written"),
+               (f"smoke --minutes=1 --results={tmp_path}/r.jsonl --cache=/dev/null/c", "cache='/dev/null/c': cannot be written"))
+    monkeypatch.setattr(sweep.multiprocessing, "get_context", None)  # no worker may be started
+    for words, message in refused:
         with pytest.raises(SystemExit, match=message):
-            sweep.cli([*words, "--minutes=0", "--device=cpu"])
+            sweep.cli(["--minutes=0", "--device=cpu", *words.split()])
+
+
+def test_smoke_is_no_part_of_the_study(monkeypatch):
+    files = []
+    monkeypatch.setattr(sweep, "sweep", lambda runs, results, *rest: files.append(results))
+    for words in (["smoke"], ["main"], ["smoke", "--results=r.jsonl"]):
+        sweep.cli([*words, "--device=cpu"])
+    assert files == ["runs/study/smoke.jsonl", "study/results.jsonl", "r.jsonl"]
+
+
+def test_runs_that_turn_out_equal_are_counted_once(tmp_path, capsys):
+    """At E=32, k=2 the run of `init` with the usual weights takes the best rate, and is then one of `main`."""
+    file, same = tmp_path / "r.jsonl", lambda run: (run.n_experts, run.top_k, run.init_std) == (32, 2, Run.init_std)  # noqa: E731
+    for row in (rows := swept(lambda c, tpp: (0.5 - 0.1 * abs(math.log2(c.lr / 6e-3)), 0.5, 1))):
+        if same(Run(**row["run"])):
+            results.append(file, row)
+    plan = [r for name in ("main", "init") for r in sweep.PRESETS[name]("") if same(r) and r.tokens == 2**24]
+    assert len(plan) == 12 and len(rows) > 9 and sweep.sweep(plan, file, 0) == 0
+    assert "all 9 runs are finished" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_the_workers_and_says_what_is_left(tmp_path):
+    command = [sys.executable, "-m", "study.sweep", "smoke", "--device=cpu", "--items=2000", f"--results={tmp_path}/r.jsonl", f"--cache={tmp_path}/cache"]
+    process = subprocess.Popen(command, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    first = process.stdout.readline()
+    time.sleep(1.5)  # workers are starting
+    os.killpg(process.pid, signal.SIGINT)
+    text = first + process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in text and text.count("2 of 2 runs left") == 2, text
 
 
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys):
@@ -257,10 +324,10 @@ def test_rows_planned_without_a_rate_become_the_runs_that_they_were(tmp_path):
     new = fake(Run(lr=6e-3), lambda c, tpp: (0.5, 0.5, 1))
     old = new | {"key": key(Run()), "run": new["run"] | {"lr": 0.0}}
     file = tmp_path / "r.jsonl"
-    for row in (old, new | {"train_loss": 9}, {"key": "x"}):
+    for row in (old, new | {"train_loss": 9}, new | {"key": "x"}):
         results.append(file, row)
     rows = results.read(file)
-    assert rows[0] == json.loads(json.dumps(new)) and rows[2] == {"key": "x"}
+    assert rows[0] == json.loads(json.dumps(new)) and rows[2] == json.loads(json.dumps(new)) | {"key": "x"}
     assert results.distinct(rows) == [rows[0], rows[2]] and results.repeats(rows) == [(rows[0], rows[1])]
     assert "1 are runs done again" in verdict.tables(rows[:2])
     kept = results.read(run.ROOT / "study/results.jsonl")

@@ -125,20 +125,62 @@ def test_tables_are_put_between_the_markers(tmp_path):
         verdict.write(file, "x")
 
 
+def test_tables_are_not_replaced_by_those_of_nothing(tmp_path):
+    study, empty, none, foreign = (tmp_path / name for name in ("STUDY.md", "empty.jsonl", "none.jsonl", "foreign.jsonl"))
+    study.write_text(f"{verdict.BEGIN}\nold\n{verdict.END}\n")
+    empty.write_text(""), foreign.write_text('{"a": 1}\n')
+    for words, message in (([none], "none.jsonl: no such results file"), ([empty], "empty.jsonl.*there is no run in it"),
+                           ([foreign], "foreign.jsonl, line 1: not a row"), ([f"--posttrain={none}"], "none.jsonl: no such results file"),
+                           ([f"--posttrain={foreign}"], "foreign.jsonl, line 1: not a row .* lacks checkpoint")):
+        with pytest.raises(SystemExit, match=message):
+            verdict.main([*map(str, words), f"--out={study}"])
+    assert "old" in study.read_text()
+
+
 # ---- figures and plans
 
 def test_figures_of_a_small_grid(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [fake(Run(n_experts=e, top_k=2, seed=seed, lr=lr), paper_world) for lr in (6e-3, 3e-3) for e in (4, 16, 64) for seed in (0, 1)]
-    drawn = figures.draw(rows, tmp_path)
+    drawn = figures.draw(rows, tmp_path, everything=True)
     assert {path.name.split("-")[0] for path in drawn} == {"fig1", "fig2", "fig3", "fig4", "fig5", "fig7", "bits", "rates"}
     assert len(drawn) == 2 * 7 + 1  # two rates; their best is none of three
     assert all(path.stat().st_size > 10_000 for path in drawn)
+    assert [path.name for path in figures.draw(rows, tmp_path)] == ["rates-d-128-f-64-16.8-m-tokens-4-000-problems-repeated.png"]
     with pytest.raises(ValueError, match="no line"):
         figures.draw(rows[:2], tmp_path)
+    file = tmp_path / "r.jsonl"
+    for row in rows:
+        results.append(file, row)
+    for words, message in (([f"{tmp_path}/none.jsonl"], "none.jsonl: no such results file"), ([str(file), "--out=/dev/null/x"], "error: .*'/dev/null/x'")):
+        with pytest.raises(SystemExit, match=message):
+            figures.main(words)
 
 
-def test_plan_ranks_by_purpose_and_keeps_to_the_budget(tmp_path, capsys):
+def test_what_stands_in_a_figure_fits_into_it():
+    """A figure of one panel is as wide as its title and legend need; ticks of sizes are few and short; every density has a mark of its own."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [fake(Run(n_experts=e, top_k=k, lr=6e-3), paper_world) for k in (1, 2) for e in (4, 8, 16, 32, 64, 128, 256)]
+    cells = {(row["run"]["n_experts"], row["run"]["top_k"]): {0: row} for row in rows}
+    panel = ("task", "total parameters", "loss", lambda axis: figures.plot(axis, cells, figures.total, figures.train_loss), 10)
+    with plt.rc_context(figures.SMALL):
+        fig = figures.grid_figure(plt, [panel], "Accuracy and training loss: d=256, F=256, 33.6 M tokens, text, n_layers 8, optimizer adamw, best rates")
+        (_, scatter), *_ = figures.pooled_figures(plt, "", [(results.regime(rows[0]), cells)])
+    fig.canvas.draw()
+    boxes = [artist.get_window_extent() for artist in (*fig.legends, fig._suptitle)]
+    assert all(fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 for box in boxes)
+    labels = [label for label in fig.axes[0].get_xticklabels() if fig.axes[0].get_xlim()[0] <= label.get_position()[0] <= fig.axes[0].get_xlim()[1]]
+    assert [label.get_text() for label in labels] == ["1M", "2M", "5M", "10M", "20M"] and not any(t.get_text() for t in fig.axes[0].get_xticklabels(minor=True))
+    looks = {(line.get_marker(), line.get_color()) for line in scatter.axes[0].lines}
+    names = [text.get_text() for text in scatter.legends[0].get_texts()]
+    assert len(looks) == 8 and names == [f"k/E = 1/{2**n}" for n in range(8, 0, -1)]
+    plt.close("all")
+
+
+def test_plan_ranks_by_purpose_and_keeps_to_the_budget(tmp_path, capsys, monkeypatch):
     file = tmp_path / "r.jsonl"
     for e in (4, 16, 64):
         results.append(file, fake(Run(n_experts=e, lr=6e-3), other_world))
@@ -148,8 +190,30 @@ def test_plan_ranks_by_purpose_and_keeps_to_the_budget(tmp_path, capsys):
     assert 10 <= float(first[2]) <= 40 and float(first[-2]) <= 80 and "tokens/s on NVIDIA H100" in text
     own = [line.split()[0] for line in text.splitlines() if line.endswith("problems repeated")]
     assert own == ["64", "16", "4"]
-    plan.main(["--for=memory", "--tokens=1e10", "--memory=80", "--rows=1", f"--results={tmp_path}/none"])
+    monkeypatch.chdir(tmp_path)  # where the default file is not
+    plan.main(["--for=memory", "--tokens=1e10", "--memory=80", "--rows=1"])
     text = capsys.readouterr().out
     assert "paper-d2048-e8-k8" in text and "no finished run yet" in text  # the largest total that fits 80 GiB
-    with pytest.raises(SystemExit, match="give a budget"):
-        plan.main(["--for=memory"])
+    cut = tmp_path / "cut.csv"
+    for size in (60, 100, 115):  # within a line; before and in the speed; "0." for a share
+        cut.write_text(plan.THROUGHPUT.read_text()[:size])
+        with pytest.raises(SystemExit, match="cut.csv, line 2: not a measured speed"):
+            plan.main(["--for=memory", "--flops=1e20", f"--throughput={cut}"])
+    for words, message in (([], "give a budget"), (["--tokens=-4"], "tokens=-4.0: use a finite"), (["--flops=nan"], "flops=nan"), (["--flops=-1"], "flops=-1"),
+                           (["--flops=1e20", "--memory=-1"], "memory=-1"), (["--flops=1e20", "--results=none"], "none: no such results file")):
+        with pytest.raises(SystemExit, match=message):
+            plan.main(["--for=memory", *words])
+
+
+def test_plans_tables_are_readable(tmp_path, capsys):
+    """Columns stay apart whatever the numbers; each source has its line; what has fewer than three seeds comes last, though its score is higher."""
+    file = tmp_path / "r.jsonl"
+    for e, seeds in ((4, 3), (64, 2)):
+        for seed in range(seeds):
+            results.append(file, fake(Run(n_experts=e, lr=6e-3, seed=seed), other_world))
+    plan.main(["--for=reasoning", "--tokens=2e7", "--rows=3", f"--results={file}"])
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines() if line.endswith("problems repeated")] == ["4", "64"] and "fewer than 3 seeds" in text
+    assert sum(line.startswith("  paper-") for line in text.splitlines()) == len(plan.THROUGHPUT.read_text().splitlines()) - 1
+    plan.main(["--for=reasoning", "--flops=1234", "--rows=3", f"--results={file}"])
+    assert {len(line.split()) for line in capsys.readouterr().out.splitlines() if line.startswith(("model", "paper-"))} == {8}
