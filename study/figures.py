@@ -17,6 +17,7 @@ import math
 import re
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 from study import results
@@ -222,16 +223,16 @@ def draw(rows, out, everything=False):
     found = {family: cells for family, cells in families(rows).items() if everything or family.rate == BEST}
     out, paths, pools = Path(out), [], collections.defaultdict(list)
     with plt.rc_context(SMALL):
-        work = [(str(family), family_figures(plt, family, cells)) for family, cells in found.items()]
-        work += [(title, [("rates", figure)]) for title, figure in rate_figures(plt, results.standard(rows))]
+        work = [(str(family), partial(family_figures, plt, family, cells)) for family, cells in found.items()]  # drawn one at a time
+        work += [(title, partial(list, [("rates", figure)])) for title, figure in rate_figures(plt, results.standard(rows))]
         for (regime, rate), cells in found.items():
             pools[results.Family(results.pool(regime), rate)].append((regime, cells))
-        work += [(str(pool), pooled_figures(plt, pool, groups)) for pool, groups in pools.items()]
+        work += [(str(pool), partial(pooled_figures, plt, pool, groups)) for pool, groups in pools.items()]
         if not work:
             raise ValueError("no line has three values of E at one k and compared rates yet: run `python -m study.sweep main`, or draw all lines (--all)")
         out.mkdir(parents=True, exist_ok=True)
         for title, figures in work:
-            for name, figure in figures:
+            for name, figure in figures():
                 path = out / f"{name}-{re.sub('[^a-z0-9.]+', '-', title.lower())}.png"
                 figure.savefig(path, dpi=160)
                 plt.close(figure)
