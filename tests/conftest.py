@@ -1,6 +1,7 @@
 """Runs the Triton kernels on the GPU where there is one, else in Triton's interpreter on the CPU (float32 and float16: its bfloat16 is wrong)."""
 
 import os
+import sys
 
 import torch
 
@@ -23,3 +24,11 @@ def poison():
     """Fresh buffers hold NaN (integers: a huge index) until written, so that reading one before writing it shows."""
     with poisoned_empty():
         yield
+
+
+@pytest.fixture(autouse=True)
+def figures():
+    """Closes what a test has drawn."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
