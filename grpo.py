@@ -391,7 +391,7 @@ def main(argv=None):
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if argv is not None or "DEBUG" in os.environ:
             raise
-        sys.exit(f"error: {error}" if str(error) else STOPPED)
+        sys.exit(STOPPED if isinstance(error, KeyboardInterrupt) else f"error: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

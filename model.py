@@ -355,6 +355,7 @@ def training_memory(cfg, tokens, weights="float32"):
 
 
 def compute_dtype(cfg, device):
+    """The torch.dtype in which a model of this config computes on a device."""
     if cfg.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, cfg.dtype)
@@ -365,8 +366,9 @@ def pick_device(cfg, local_rank=0):
     cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
     require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    tensor = torch.empty(0, dtype=compute_dtype(cfg, device), device=device)
     try:
-        pick_impl(None if cfg.impl == "auto" else cfg.impl, torch.empty(0, dtype=compute_dtype(cfg, device), device=device))
+        pick_impl(None if cfg.impl == "auto" else cfg.impl, tensor)
     except RuntimeError as error:
         raise ValueError(f"{error}; or leave --impl=auto, which chooses") from None
     return device

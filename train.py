@@ -432,7 +432,7 @@ def main(argv=None):
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if argv is not None or "DEBUG" in os.environ:
             raise
-        sys.exit(f"error: {error}" if str(error) else STOPPED)
+        sys.exit(STOPPED if isinstance(error, KeyboardInterrupt) else f"error: {error}")
     except RuntimeError as error:
         if world == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
             raise

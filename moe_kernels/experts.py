@@ -70,7 +70,7 @@ def _dense(tensor):
 def experts_fwd(
     x_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, gates_TK: Tensor, experts_TK: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output (T, D), pre-activation in the panels of gemm.up, and the seven tensors of a `Dispatch`."""
+    """Output (T, D), pre-activation (P, S, W) in the panels of gemm.up, and the seven tensors of a `Dispatch`."""
     if x_TD.dtype not in DTYPES:
         raise ValueError(f"impl='triton' computes in float32, float16 or bfloat16, not {x_TD.dtype}")
     x, w_in, w_out = _dense(x_TD), _dense(w_in_EGD), _dense(w_out_EDF)

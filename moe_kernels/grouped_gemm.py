@@ -6,8 +6,8 @@ S = T*K routed rows sorted by expert (see `dispatch`). Accumulation is float32; 
 In the kernels M indexes rows of the output tile, N its columns, and the reduction goes in steps of BLOCK_K. Weights come through tensor
 descriptors (TMA on Hopper), gathered rows through pointers (asynchronous copies). Tiles: `tiles.py`.
 
-The pre-activation h goes from `up_kernel` to `dswiglu_kernel` and nowhere else, so it lies as these two use it: in panels (F / P, S, 2P), each of P gate columns
-and the P up columns beside them, where P is the width of a column part of both kernels. What a tile reads of a panel is one piece of memory.
+The pre-activation h goes from `up_kernel` to `dswiglu_kernel` and nowhere else, so it lies as these two use it: h_PSW, P panels of W = 2F / P columns,
+W / 2 of the gate and the W / 2 of up that belong to them; W / 2 is the width of a column part of both kernels. What a tile reads of a panel is one piece of memory.
 """
 
 import torch
@@ -317,22 +317,22 @@ def _desc(tensor, rows, columns):
 
 
 def panels(S, F, tile):
-    """Shape (F / P, S, 2P) of the pre-activations of S rows, P = BLOCK_N / PARTS columns of F each; one P for the tiles of `up` and `dswiglu`.
+    """Shape (P, S, W) of the pre-activations of S rows, W / 2 = BLOCK_N / PARTS; one W for the tiles of `up` and `dswiglu`.
 
-    Raises ValueError where P does not divide F: the last panel would not be whole."""
-    P = tile.BLOCK_N // tile.PARTS
-    if F % P:
-        raise ValueError(f"F={F}: BLOCK_N / PARTS = {P} of the tile must divide it")
-    return F // P, S, 2 * P
+    Raises ValueError where W / 2 does not divide F: the last panel would not be whole."""
+    width = tile.BLOCK_N // tile.PARTS
+    if F % width:
+        raise ValueError(f"F={F}: BLOCK_N / PARTS = {width} of the tile must divide it")
+    return F // width, S, 2 * width
 
 
 def to_rows(h_PSW):
-    """Pre-activations in panels as (S, 2F), gate columns first."""
+    """Pre-activations (P, S, W) as (S, 2F), gate columns first."""
     return h_PSW.unflatten(2, (2, -1)).permute(1, 2, 0, 3).flatten(1)
 
 
 def up(x_TD, w_in_EGD, dispatch, tile):
-    """Pre-activations h of the routed rows, in `panels`, and activations swiglu(h) (S, F)."""
+    """Pre-activations h (P, S, W) of the routed rows, see `panels`, and activations swiglu(h) (S, F). Raises ValueError as `panels` does."""
     S, K = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1]
     (E, G, D), F = w_in_EGD.shape, w_in_EGD.shape[1] // 2
     h, a = x_TD.new_empty(panels(S, F, tile)), x_TD.new_empty(S, F)
@@ -384,7 +384,7 @@ def dx(dh_SG, w_in_EGD, dispatch, tile):
 def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile):
     """dh (S, 2F), gate * swiglu(h) (S, F), and the gates' gradient by row in one partial sum per column tile (tiles, S) float32.
 
-    Raises ValueError when h does not lie in the panels of this tile."""
+    Raises ValueError when h (P, S, W) does not lie in the panels of this tile."""
     S, K = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1]
     _, D, F = w_out_EDF.shape
     if h_PSW.shape != panels(S, F, tile):

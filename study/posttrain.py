@@ -123,6 +123,7 @@ def posttrain(run, cfg):
             "top_k": model_cfg.top_k, "seed": trained.get("seed", 0), "run": known.get("run"), "total": params.total, "active": params.active - params.embedding,
             "tpp": known.get("tpp"), "train_loss": known.get("train_loss", known.get("loss")), "val_loss": known.get("val_loss"),
             "before": before, "after": after, "rewards": [round(row["reward"], 4) for row in log], "kl": [round(row["kl"], 5) for row in log],
+            "grad_norm": [float(f"{row['grad_norm']:.4g}") for row in log], "router_changed": [round(row["router_changed"], 5) for row in log],
             "seconds": [round(b - a, 1) for a, b in zip(clock, clock[1:], strict=False)],
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
 

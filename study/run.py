@@ -185,7 +185,7 @@ def compile_parts(model):
     """torch.compile of attention and norms, where half of a small step's kernels are, but not of whole blocks: no E, k or F changes the shapes of
     these parts, so a process compiles them once for all its runs of one width, and others find them in inductor's cache on disk."""
     torch._inductor.config.compile_threads = 1  # several processes compile at once: no pool of helpers for each
-    torch._inductor.config.deterministic = True  # no tuning of reductions by timing: a process starts sooner (docs/LOG.md)
+    torch._inductor.config.deterministic = True  # reductions chosen by rule, not by timing in each process: one reason less for other bits (docs/LOG.md)
     torch._dynamo.config.recompile_limit = 64  # of widths and batches that one process may see
     for block in model.blocks:
         for part in (block.attn_norm, block.attn, block.mlp_norm):

@@ -31,7 +31,6 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +38,7 @@ from pathlib import Path
 
 import torch
 
-from config import require
+from config import make_directory, require
 from data import shards
 from data.loader import parse_sources
 from study.results import alike, answer_loss, append, best, distinct, pool, read, regime_of
@@ -199,13 +198,12 @@ def gpu_minutes(runs, rows):
 
 def check_writable(results, cache):
     """Raise ValueError now, not after the first run, where one of the two cannot be written."""
-    for name, value, directory, probe in (("results", results, Path(results).parent, lambda: open(results, "ab")),
-                                          ("cache", cache, Path(cache), lambda: tempfile.TemporaryFile(dir=cache))):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            probe().close()
-        except OSError as error:
-            raise ValueError(f"{name}={str(value)!r}: cannot be written ({error.strerror}); name another place") from None
+    make_directory(Path(results).parent, "results", str(results))
+    make_directory(cache, "cache", str(cache))
+    try:
+        open(results, "ab").close()
+    except OSError as error:
+        require(False, "results", str(results), f"cannot be written ({error.strerror}); name another file")
 
 
 def work(device, threads, cache, items, inbox, outbox):

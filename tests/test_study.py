@@ -215,8 +215,8 @@ def test_bad_options_are_refused(tmp_path, monkeypatch):
     refused = (("mian", "preset='mian'"), ("smoke --keep=E2k1,E3k2", "keep='E2k1,E3k2'"), ("smoke --minutes=-1", "minutes=-1.0: use 0"),
                ("smoke --minutes=nan", "minutes=nan"), ("smoke --jobs=-1", "jobs=-1: use 1"), ("smoke --items=0", "items=0: use 1"),
                ("smoke --together=-1", "together=-1: use 1"), (f"text --data={tmp_path}", f"data='{tmp_path}': {tmp_path} holds no meta.json"),
-               (f"smoke --results={tmp_path}", "Is a directory"), ("smoke --minutes=1 --results=/dev/null/r.jsonl", "results='/dev/null/r.jsonl': cannot be written"),
-               (f"smoke --minutes=1 --results={tmp_path}/r.jsonl --cache=/dev/null/c", "cache='/dev/null/c': cannot be written"))
+               (f"smoke --results={tmp_path}", "Is a directory"), ("smoke --minutes=1 --results=/dev/null/r.jsonl", "results='/dev/null/r.jsonl': nothing can be written to /dev/null"),
+               (f"smoke --minutes=1 --results={tmp_path}/r.jsonl --cache=/dev/null/c", "cache='/dev/null/c': nothing can be written to /dev/null/c"))
     monkeypatch.setattr(sweep.multiprocessing, "get_context", None)  # no worker may be started
     for words, message in refused:
         with pytest.raises(SystemExit, match=message):
