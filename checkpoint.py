@@ -27,9 +27,13 @@ def open_run(name, resume):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"out_dir={name!r}: another process is training there; wait for it or use another directory") from None
+        raise ValueError(
+            f"out_dir={name!r}: another process is training there; wait for it or use another directory"
+        ) from None
     if not resume and ((run_dir / "metrics.jsonl").exists() or find(run_dir)):
-        raise ValueError(f"out_dir={name!r}: it already holds a run; continue it with --resume={name} or use another directory")
+        raise ValueError(
+            f"out_dir={name!r}: it already holds a run; continue it with --resume={name} or use another directory"
+        )
     return run_dir, lock
 
 
@@ -84,7 +88,11 @@ def save(run_dir, step, state, keep):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch wraps some of its writer's
         tmp.unlink(missing_ok=True)
-        newest = f"{find(run_dir)[-1][1]} is whole: free some space, then --resume={run_dir}" if find(run_dir) else "there is no older one"
+        newest = (
+            f"{find(run_dir)[-1][1]} is whole: free some space, then --resume={run_dir}"
+            if find(run_dir)
+            else "there is no older one"
+        )
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); {newest}") from error
     path = run_dir / f"ckpt-{step:08d}-{hashing.digest.hexdigest()[:16]}.pt"
     os.replace(tmp, path)
@@ -117,7 +125,9 @@ def read(path):
     if digest != match[2]:
         older = [str(other) for _, other in find(path.parent) if other != path]
         remedy = f"move it away to continue from {older[-1]}" if older else "restore it from a copy"
-        raise ValueError(f"{path} is corrupt ({path.stat().st_size:,} bytes, SHA-256 {digest}... differs from its name): {remedy}")
+        raise ValueError(
+            f"{path} is corrupt ({path.stat().st_size:,} bytes, SHA-256 {digest}... differs from its name): {remedy}"
+        )
     # Mapped: ranks that read the same file share its memory, and who wants the weights alone never loads the optimiser's states.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 

@@ -71,7 +71,9 @@ def parse(cls, argv=None, description=""):
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"unexpected argument {word!r}: write --field=value (a bool takes its value only with '=')")
+            raise ValueError(
+                f"unexpected argument {word!r}: write --field=value (a bool takes its value only with '=')"
+            )
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
         if name != "config":
@@ -99,9 +101,18 @@ def parse_run(cls, argv, description=""):
     cfg = parse(cls, argv, description)
     if not cfg.resume:
         return cfg
-    require(Path(cfg.resume, "config.json").is_file(), "resume", cfg.resume, "not a run directory (it has no config.json); check the path")
-    require(not cfg.out_dir or os.path.abspath(cfg.out_dir) == os.path.abspath(cfg.resume), "out_dir", cfg.out_dir,
-            f"a resumed run stays in {cfg.resume}; leave this flag away, or copy the directory and resume the copy")
+    require(
+        Path(cfg.resume, "config.json").is_file(),
+        "resume",
+        cfg.resume,
+        "not a run directory (it has no config.json); check the path",
+    )
+    require(
+        not cfg.out_dir or os.path.abspath(cfg.out_dir) == os.path.abspath(cfg.resume),
+        "out_dir",
+        cfg.out_dir,
+        f"a resumed run stays in {cfg.resume}; leave this flag away, or copy the directory and resume the copy",
+    )
     return dataclasses.replace(parse(cls, [f"--config={cfg.resume}/config.json", *argv]), out_dir=cfg.resume)
 
 
@@ -127,12 +138,16 @@ def help_text(cls, description=""):
     notes, headings = _comments(cls)
     hints = typing.get_type_hints(cls)
     lines = [description.strip(), ""] if description else []
-    lines += ["usage: --field=value or --field value; bools --flag or --flag=false; --config=FILE.json loads saved values first"]
+    lines += [
+        "usage: --field=value or --field value; bools --flag or --flag=false; --config=FILE.json loads saved values first"
+    ]
     for field in dataclasses.fields(cls):
         if field.name in headings:
             lines += ["", headings[field.name] + ":"]
         default = "required" if field.default is dataclasses.MISSING else repr(field.default)
-        lines.append(f"  --{field.name + ' ' + _type_name(hints[field.name]):<32} {default:<12} {notes.get(field.name, '')}".rstrip())
+        lines.append(
+            f"  --{field.name + ' ' + _type_name(hints[field.name]):<32} {default:<12} {notes.get(field.name, '')}".rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -202,8 +217,11 @@ def _comments(cls):
         if not dataclasses.is_dataclass(base):
             continue
         source = textwrap.dedent(inspect.getsource(base))
-        comments = {token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
-                    for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+        comments = {
+            token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
                 text, _ = comments.get(node.end_lineno, ("", False))

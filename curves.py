@@ -85,7 +85,14 @@ def figure(run):
     loss, rate, norm = parts[0].subplots(1, 3)
     loss.plot(tokens, column("loss"), lw=0.8, alpha=0.8, label="training", **dot(rows))
     if val:
-        loss.plot([row["step"] * scale for row in val], [row["val_loss"] for row in val], "o-", ms=3, lw=1.2, label="validation")
+        loss.plot(
+            [row["step"] * scale for row in val],
+            [row["val_loss"] for row in val],
+            "o-",
+            ms=3,
+            lw=1.2,
+            label="validation",
+        )
     set_loss_limits(loss, column("loss") + [row["val_loss"] for row in val])
     loss.legend(fontsize=8)
     rate.plot(tokens, column("lr"), **dot(rows))
@@ -100,8 +107,10 @@ def figure(run):
         spread.margins(y=0.1)
         dead.step(tokens, column("dead_experts"), where="post", **dot(rows))
         dead.set_ylim(-0.05, 1.05 * max(1, *column("dead_experts")))
-        named += [(spread, "entropy of the mean router distribution, nats (dark: first layer, dotted: even)"),
-                  (dead, "experts without a token, all layers")]
+        named += [
+            (spread, "entropy of the mean router distribution, nats (dark: first layer, dotted: even)"),
+            (dead, "experts without a token, all layers"),
+        ]
     for axis, title in named:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("million tokens", fontsize=8)
@@ -114,8 +123,16 @@ def figure(run):
                 axis.axis("off")
                 continue
             image = maps[layer]
-            drawn = axis.imshow(image, aspect="auto", origin="lower", cmap=load_colours, vmin=-2, vmax=2, interpolation="nearest",
-                                extent=(0, tokens[-1], -0.5, len(image) - 0.5))
+            drawn = axis.imshow(
+                image,
+                aspect="auto",
+                origin="lower",
+                cmap=load_colours,
+                vmin=-2,
+                vmax=2,
+                interpolation="nearest",
+                extent=(0, tokens[-1], -0.5, len(image) - 0.5),
+            )
             axis.set_title(f"load of layer {layer}", fontsize=8)
             axis.set_xlabel("million tokens", fontsize=8)
             axis.set_ylabel("expert", fontsize=8)
@@ -156,8 +173,12 @@ class Curves:
     def refresh(self):
         if self.possible and (self.process is None or self.process.poll() is not None):
             try:
-                self.process = subprocess.Popen(["nice", "-n", "10", sys.executable, __file__, str(self.run_dir)],
-                                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                self.process = subprocess.Popen(
+                    ["nice", "-n", "10", sys.executable, __file__, str(self.run_dir)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
             except OSError as error:  # no memory for a process, or none allowed
                 print(f"{self.run_dir}/curves.png was not drawn: {error}", flush=True)
 

@@ -51,17 +51,23 @@ from train import STOPPED, Stop
 class GRPOConfig:
     # Run
     model: str = ""  # run directory or checkpoint file of the model to start from; the KL is measured against it
-    task: Literal["reasoning", "mano", "gsm8k", "math", "mbpp"] = "reasoning"  # questions and verifier, see eval/rewards.py
+    task: Literal["reasoning", "mano", "gsm8k", "math", "mbpp"] = (
+        "reasoning"  # questions and verifier, see eval/rewards.py
+    )
     data: str = ""  # training data directory of the start model, for its tokenizer; empty: where its config says
     evaldata: str = ""  # folder of gsm8k/, math/, mbpp/, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
     out_dir: str = ""  # run directory; empty: that of the start model with "-grpo"
     resume: str = ""  # run directory to continue
     seed: int = 0  # of the order of the questions and of sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype of sampling and training; auto: bfloat16 on CUDA, float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # compute dtype of sampling and training; auto: bfloat16 on CUDA, float32 on CPU
+    )
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
     # Sampling
-    questions: int = 7500  # training questions to go through again and again; 0: all there are (procedural tasks have no end)
+    questions: int = (
+        7500  # training questions to go through again and again; 0: all there are (procedural tasks have no end)
+    )
     batch_prompts: int = 1024  # questions per step, over all ranks
     group_size: int = 5  # answers per question
     temperature: float = 1.0
@@ -89,18 +95,58 @@ class GRPOConfig:
     keep_checkpoints: int = 1  # newest ones kept
 
     def __post_init__(self):
-        for name in ("batch_prompts", "prompt_tokens", "answer_tokens", "rollout_batch", "steps", "mini_batch", "micro_tokens", "eval_questions",
-                     "keep_checkpoints"):
+        for name in (
+            "batch_prompts",
+            "prompt_tokens",
+            "answer_tokens",
+            "rollout_batch",
+            "steps",
+            "mini_batch",
+            "micro_tokens",
+            "eval_questions",
+            "keep_checkpoints",
+        ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
-        for name in ("questions", "lr", "kl_coef", "eps", "weight_decay", "clip_norm", "eval_every", "checkpoint_every"):
+        for name in (
+            "questions",
+            "lr",
+            "kl_coef",
+            "eps",
+            "weight_decay",
+            "clip_norm",
+            "eval_every",
+            "checkpoint_every",
+        ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
-        require(bool(self.model or self.resume), "model", self.model, "name the run directory of a trained model, or one to --resume")
-        require(self.group_size >= 2, "group_size", self.group_size, "an answer is compared with others of its group: use 2 or more")
-        require(self.temperature > 0, "temperature", self.temperature, "greedy answers are all equal; use a positive number")
+        require(
+            bool(self.model or self.resume),
+            "model",
+            self.model,
+            "name the run directory of a trained model, or one to --resume",
+        )
+        require(
+            self.group_size >= 2,
+            "group_size",
+            self.group_size,
+            "an answer is compared with others of its group: use 2 or more",
+        )
+        require(
+            self.temperature > 0, "temperature", self.temperature, "greedy answers are all equal; use a positive number"
+        )
         require(0 < self.clip < 1, "clip", self.clip, "use a number between 0 and 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to below 2^63")
-        require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "beta1, beta2", (self.beta1, self.beta2), "use numbers from 0 to below 1")
-        require(self.batch_prompts % self.mini_batch == 0, "batch_prompts", self.batch_prompts, f"use a multiple of mini_batch={self.mini_batch}")
+        require(
+            0 <= self.beta1 < 1 and 0 <= self.beta2 < 1,
+            "beta1, beta2",
+            (self.beta1, self.beta2),
+            "use numbers from 0 to below 1",
+        )
+        require(
+            self.batch_prompts % self.mini_batch == 0,
+            "batch_prompts",
+            self.batch_prompts,
+            f"use a multiple of mini_batch={self.mini_batch}",
+        )
 
 
 class Sample(NamedTuple):
@@ -125,10 +171,22 @@ class Batch(NamedTuple):
 def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed):
     """One answer to each prompt (token ids) as a Sample; what is drawn depends on the prompt, the seed and its stream only."""
     experts = []
-    answers = generate(model, prompts, answer_tokens, tokens.eos[:1], cfg.temperature, seed=seed, batch_size=cfg.rollout_batch,
-                       n_vocab=tokens.n_vocab, streams=streams, experts=experts)
-    return [Sample(prompt + ids + tokens.eos[:1] * (len(ids) < answer_tokens), len(prompt), chosen, tokens.decode(ids))
-            for prompt, ids, chosen in zip(prompts, answers, experts, strict=True)]
+    answers = generate(
+        model,
+        prompts,
+        answer_tokens,
+        tokens.eos[:1],
+        cfg.temperature,
+        seed=seed,
+        batch_size=cfg.rollout_batch,
+        n_vocab=tokens.n_vocab,
+        streams=streams,
+        experts=experts,
+    )
+    return [
+        Sample(prompt + ids + tokens.eos[:1] * (len(ids) < answer_tokens), len(prompt), chosen, tokens.decode(ids))
+        for prompt, ids, chosen in zip(prompts, answers, experts, strict=True)
+    ]
 
 
 def advantages(rewards_PG):
@@ -180,7 +238,9 @@ def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
 def look_back(batch, model, start_model, cfg, n_vocab):
     """The batch with the log-probabilities of its answers by the model as it is now and by the start model, where these are given."""
     old_A = answer_logprobs(model, batch, cfg, n_vocab, cfg.replay)[0] if model else None
-    return batch._replace(old_A=old_A, start_A=answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None)
+    return batch._replace(
+        old_A=old_A, start_A=answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None
+    )
 
 
 # A token drawn with one choice of experts may be all but impossible with the choice made in training: s is then up to 1e8, and a thousandth of it
@@ -203,7 +263,12 @@ def policy_loss(logp_A, batch, clip, kl_coef):
 def draw_questions(n_questions, start, count, seed):
     """Indices start .. start + count - 1 of an endless stream that goes through all questions in a new order each time: a function of the seed."""
     epochs = range(start // n_questions, (start + count - 1) // n_questions + 1)
-    order = torch.cat([torch.randperm(n_questions, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)) for epoch in epochs])
+    order = torch.cat(
+        [
+            torch.randperm(n_questions, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
+            for epoch in epochs
+        ]
+    )
     return order[start % n_questions :][:count].tolist()
 
 
@@ -226,10 +291,20 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
     # ---- model, questions, run directory
     start_path, model, data, tokens, source = load_start(cfg, device)
     limit = min(cfg.prompt_tokens, model.cfg.seq_len // 2)
-    asked, held_out = ([(question, ids) for question in rewards.load(cfg.task, split, source, n)
-                        if len(ids := tokens.bos + tokens.encode(question.prompt)) <= limit]
-                       for split, n in (("train", cfg.questions), ("test", cfg.eval_questions)))
-    require(bool(asked) and bool(held_out), "prompt_tokens", limit, "no question is that short (at most half of seq_len counts)")
+    asked, held_out = (
+        [
+            (question, ids)
+            for question in rewards.load(cfg.task, split, source, n)
+            if len(ids := tokens.bos + tokens.encode(question.prompt)) <= limit
+        ]
+        for split, n in (("train", cfg.questions), ("test", cfg.eval_questions))
+    )
+    require(
+        bool(asked) and bool(held_out),
+        "prompt_tokens",
+        limit,
+        "no question is that short (at most half of seq_len counts)",
+    )
     answer_tokens = min(cfg.answer_tokens, model.cfg.seq_len - max(len(ids) for _, ids in asked + held_out))
     run_dir = lock = None
     if lead:
@@ -238,10 +313,20 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
         dist.broadcast_object_list(shared := [run_dir])
         run_dir = shared[0]
     cfg = dataclasses.replace(cfg, model=str(start_path), data=data)
-    start_model = frozen(checkpoint.load_model(start_path, device, dtype=cfg.dtype, impl=cfg.impl)) if cfg.kl_coef else None
-    options = [{"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps, "weight_decay": cfg.weight_decay * matrix} for matrix in (True, False)]
-    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], **option}
-                                   for matrix, option in zip((True, False), options, strict=True)], fused=True)
+    start_model = (
+        frozen(checkpoint.load_model(start_path, device, dtype=cfg.dtype, impl=cfg.impl)) if cfg.kl_coef else None
+    )
+    options = [
+        {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps, "weight_decay": cfg.weight_decay * matrix}
+        for matrix in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], **option}
+            for matrix, option in zip((True, False), options, strict=True)
+        ],
+        fused=True,
+    )
     step, row = 0, {}
     if cfg.resume and checkpoint.find(run_dir):  # none: the run ended before its first one and starts again
         state = checkpoint.read(run_dir)
@@ -253,9 +338,12 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
     if lead:
         config.save(cfg, run_dir / "config.json")
         checkpoint.rewind_metrics(run_dir / "metrics.jsonl", step or -1)  # step 0 is logged again
-        print(f"{run_dir}: from {start_path}, {len(asked):,} questions, answers of up to {answer_tokens} tokens, "
-              f"{cfg.steps - step} step{'s' * (cfg.steps - step != 1)} of {cfg.batch_prompts} x {cfg.group_size} answers, "
-              f"{str(model.dtype)[6:]} on {device.type} x {world}", flush=True)
+        print(
+            f"{run_dir}: from {start_path}, {len(asked):,} questions, answers of up to {answer_tokens} tokens, "
+            f"{cfg.steps - step} step{'s' * (cfg.steps - step != 1)} of {cfg.batch_prompts} x {cfg.group_size} answers, "
+            f"{str(model.dtype)[6:]} on {device.type} x {world}",
+            flush=True,
+        )
 
     def record(row, line):
         if lead:
@@ -267,8 +355,19 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
         norm = float(torch.nn.utils.get_total_norm(list(model.parameters())))
         guard.check_finite("norm of the weights", norm, step, run_dir)
         if lead:
-            checkpoint.save(run_dir, step, {"step": step, "row": row, "config": dataclasses.asdict(model.cfg), "grpo": dataclasses.asdict(cfg),
-                                            "model": model.state_dict(), "optimizer": optimizer.state_dict()}, cfg.keep_checkpoints)
+            checkpoint.save(
+                run_dir,
+                step,
+                {
+                    "step": step,
+                    "row": row,
+                    "config": dataclasses.asdict(model.cfg),
+                    "grpo": dataclasses.asdict(cfg),
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                },
+                cfg.keep_checkpoints,
+            )
 
     def summed(values):
         """Sums over the ranks, as a list; waits for the device."""
@@ -280,9 +379,21 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
     def test(step):
         """Greedy accuracy on unseen questions."""
         mine = held_out[rank::world]
-        found = generate(model, [ids for _, ids in mine], answer_tokens, tokens.eos, batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab)
-        right = summed([sum(rewards.grade(cfg.task, [question for question, _ in mine], [tokens.decode(ids) for ids in found]))])[0] / len(held_out)
-        record({"step": step, "test_reward": right}, f"step {step:>4}/{cfg.steps} | greedy reward on {len(held_out)} unseen questions {right:.4f}")
+        found = generate(
+            model,
+            [ids for _, ids in mine],
+            answer_tokens,
+            tokens.eos,
+            batch_size=cfg.rollout_batch,
+            n_vocab=tokens.n_vocab,
+        )
+        right = summed(
+            [sum(rewards.grade(cfg.task, [question for question, _ in mine], [tokens.decode(ids) for ids in found]))]
+        )[0] / len(held_out)
+        record(
+            {"step": step, "test_reward": right},
+            f"step {step:>4}/{cfg.steps} | greedy reward on {len(held_out)} unseen questions {right:.4f}",
+        )
         return right
 
     # ---- the loop
@@ -293,15 +404,27 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
             clock = [time.perf_counter()]
 
             # Answers. Rank r has the r-th part of every mini-batch: what a step learns from does not depend on the number of ranks.
-            drawn, share = draw_questions(len(asked), step * cfg.batch_prompts, cfg.batch_prompts, cfg.seed), cfg.mini_batch // world
-            mine = [m + rank * share + i for m in range(0, cfg.batch_prompts, cfg.mini_batch) for i in range(share) for _ in range(cfg.group_size)]
+            drawn, share = (
+                draw_questions(len(asked), step * cfg.batch_prompts, cfg.batch_prompts, cfg.seed),
+                cfg.mini_batch // world,
+            )
+            mine = [
+                m + rank * share + i
+                for m in range(0, cfg.batch_prompts, cfg.mini_batch)
+                for i in range(share)
+                for _ in range(cfg.group_size)
+            ]
             streams = [at * cfg.group_size + i % cfg.group_size for i, at in enumerate(mine)]
             questions, prompts = zip(*(asked[drawn[at]] for at in mine), strict=True)
-            samples = sample_answers(model, tokens, list(prompts), streams, answer_tokens, cfg, cfg.seed * 1_000_000 + step)
+            samples = sample_answers(
+                model, tokens, list(prompts), streams, answer_tokens, cfg, cfg.seed * 1_000_000 + step
+            )
             clock.append(time.perf_counter())
 
             # Rewards
-            reward_PG = torch.tensor(rewards.grade(cfg.task, questions, [s.text for s in samples])).view(-1, cfg.group_size)
+            reward_PG = torch.tensor(rewards.grade(cfg.task, questions, [s.text for s in samples])).view(
+                -1, cfg.group_size
+            )
             advantage = advantages(reward_PG).flatten().tolist()
             clock.append(time.perf_counter())
 
@@ -311,27 +434,41 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
             batches, n_read = [], 0
             for m, (mini, count) in enumerate(zip(minis, counts, strict=True)):
                 used = [i for i in mini if cfg.kl_coef or advantage[i]]  # without the KL, equal rewards teach nothing
-                weight = {i: 1 / count if cfg.normalize == "token" else 1 / (len(mini) * world * samples[i].length) for i in used}
+                weight = {
+                    i: 1 / count if cfg.normalize == "token" else 1 / (len(mini) * world * samples[i].length)
+                    for i in used
+                }
                 parts = micro_batches(used, [len(s.ids) - 1 for s in samples], cfg.micro_tokens)
-                parts = [collate([samples[i] for i in part], [advantage[i] for i in part], [weight[i] for i in part], device) for part in parts]
+                parts = [
+                    collate([samples[i] for i in part], [advantage[i] for i in part], [weight[i] for i in part], device)
+                    for part in parts
+                ]
                 n_read += sum(len(samples[i].ids) - 1 for i in used)
                 # The first mini-batch meets the weights that sampled: its own forward pass gives p_old.
-                batches.append([look_back(batch, model if m else None, start_model, cfg, tokens.n_vocab) for batch in parts])
+                batches.append(
+                    [look_back(batch, model if m else None, start_model, cfg, tokens.n_vocab) for batch in parts]
+                )
 
             # Updates
             stats, grad_norms = [], []
             for mini in batches:
-                stats.append(torch.zeros(6, device=device))  # loss; KL, clipped tokens, tokens; choices of the routers, changed ones
+                stats.append(
+                    torch.zeros(6, device=device)
+                )  # loss; KL, clipped tokens, tokens; choices of the routers, changed ones
                 for batch in mini:
                     logp_A, routed = answer_logprobs(model, batch, cfg, tokens.n_vocab, cfg.replay)
                     loss, sums = policy_loss(logp_A, batch, cfg.clip, cfg.kl_coef)
                     loss.backward()
                     stats[-1] += torch.cat([loss.detach()[None], sums, routed])
                 for p in model.parameters():
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # there may have been nothing to learn here
+                    p.grad = (
+                        torch.zeros_like(p) if p.grad is None else p.grad
+                    )  # there may have been nothing to learn here
                     if world > 1:  # a sum, not a mean: the weights in the loss are those of the whole mini-batch
                         dist.all_reduce(p.grad)
-                grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf, foreach=True))
+                grad_norms.append(
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf, foreach=True)
+                )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -343,19 +480,41 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
             clock.append(time.perf_counter())
             seconds = [b - a for a, b in zip(clock, clock[1:], strict=False)]
             mixed = (reward_PG.amin(1) < reward_PG.amax(1)).sum()
-            ended, right, mixed, n_read, padded = summed([sum(s.ids[-1] in tokens.eos for s in samples), reward_PG.sum(), mixed, n_read,
-                                                          sum(batch.tokens_BL.numel() for mini in batches for batch in mini)])
+            ended, right, mixed, n_read, padded = summed(
+                [
+                    sum(s.ids[-1] in tokens.eos for s in samples),
+                    reward_PG.sum(),
+                    mixed,
+                    n_read,
+                    sum(batch.tokens_BL.numel() for mini in batches for batch in mini),
+                ]
+            )
             n = cfg.batch_prompts * cfg.group_size
-            row = {"step": step, "reward": right / n, "mixed_groups": mixed / cfg.batch_prompts, "ended": ended / n, "answer_tokens": sum(counts) / n,
-                   "loss": loss / len(minis), "kl": kl / max(1, n_tokens), "clipped": clipped / max(1, n_tokens),
-                   "grad_norm": float(torch.stack(grad_norms).mean()), "router_changed": changed / max(1, routed),
-                   "router_changed_same_weights": float(stats[0, 5] / stats[0, 4].clamp(min=1)), "seconds_rollout": seconds[0],
-                   "seconds_reward": seconds[1], "seconds_update": seconds[2], "rollout_tokens_per_s": sum(counts) / seconds[0],
-                   "padding": 1 - n_read / max(1, padded),
-                   "memory_gb": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None}
-            record(row, f"step {step:>4}/{cfg.steps} | reward {row['reward']:.4f} | {row['answer_tokens']:.1f} tokens | KL {row['kl']:.2e} | "
-                        f"clipped {row['clipped']:.2%} | other experts {row['router_changed']:.2%} | grad {row['grad_norm']:.3f} | rollout "
-                        f"{seconds[0]:.1f} s at {row['rollout_tokens_per_s']:,.0f} tokens/s, reward {seconds[1]:.1f} s, update {seconds[2]:.1f} s")
+            row = {
+                "step": step,
+                "reward": right / n,
+                "mixed_groups": mixed / cfg.batch_prompts,
+                "ended": ended / n,
+                "answer_tokens": sum(counts) / n,
+                "loss": loss / len(minis),
+                "kl": kl / max(1, n_tokens),
+                "clipped": clipped / max(1, n_tokens),
+                "grad_norm": float(torch.stack(grad_norms).mean()),
+                "router_changed": changed / max(1, routed),
+                "router_changed_same_weights": float(stats[0, 5] / stats[0, 4].clamp(min=1)),
+                "seconds_rollout": seconds[0],
+                "seconds_reward": seconds[1],
+                "seconds_update": seconds[2],
+                "rollout_tokens_per_s": sum(counts) / seconds[0],
+                "padding": 1 - n_read / max(1, padded),
+                "memory_gb": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+            }
+            record(
+                row,
+                f"step {step:>4}/{cfg.steps} | reward {row['reward']:.4f} | {row['answer_tokens']:.1f} tokens | KL {row['kl']:.2e} | "
+                f"clipped {row['clipped']:.2%} | other experts {row['router_changed']:.2%} | grad {row['grad_norm']:.3f} | rollout "
+                f"{seconds[0]:.1f} s at {row['rollout_tokens_per_s']:,.0f} tokens/s, reward {seconds[1]:.1f} s, update {seconds[2]:.1f} s",
+            )
             if step == cfg.steps or cfg.eval_every and step % cfg.eval_every == 0:
                 row["test_reward"] = test(step)
             stopping = bool(summed([stop.asked])[0])  # ranks hear a signal at different times
@@ -380,8 +539,9 @@ def main(argv=None):
     """Entry point of `python grpo.py` and torchrun; returns what `grpo` returns."""
     try:
         cfg = config.parse_run(GRPOConfig, sys.argv[1:] if argv is None else argv, __doc__)
-        rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
-                                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, world, local_rank = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
         device = pick_device(cfg, local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -14,7 +14,9 @@ import torch
 import checkpoint
 from optim import local
 
-STEPS, BAD, FIRST = range(3)  # of window["steps"]: steps since the last log line, bad ones among them, number of the first bad one (from 1)
+STEPS, BAD, FIRST = range(
+    3
+)  # of window["steps"]: steps since the last log line, bad ones among them, number of the first bad one (from 1)
 
 
 def loss_limit(cfg):
@@ -47,7 +49,11 @@ def check_finite(name, value, step, run_dir):
 def summary(values):
     """Root mean square and largest magnitude of a tensor, as JSON takes them."""
     values = values.detach().float()
-    return {"rms": as_json(float(values.square().mean().sqrt())), "max": as_json(float(values.abs().max())), "finite": bool(values.isfinite().all())}
+    return {
+        "rms": as_json(float(values.square().mean().sqrt())),
+        "max": as_json(float(values.abs().max())),
+        "finite": bool(values.isfinite().all()),
+    }
 
 
 def as_json(number):
@@ -62,7 +68,9 @@ def dump(path, model, loader, cursor, cfg, step):
     outputs = {}
     for index, block in enumerate(model.blocks):
         block._compiled_call_impl = None  # hooks on compiled blocks would be compiled with them, again
-        block.register_forward_hook(lambda block, inputs, output, index=index: outputs.setdefault(index, []).append(summary(output[0])))
+        block.register_forward_hook(
+            lambda block, inputs, output, index=index: outputs.setdefault(index, []).append(summary(output[0]))
+        )
     loader.load_state_dict(cursor)
     model.zero_grad(set_to_none=True)
     losses, batches = [], []
@@ -72,12 +80,36 @@ def dump(path, model, loader, cursor, cfg, step):
         ((out.loss + cfg.balance_coef * out.balance + cfg.z_coef * out.z) / cfg.grad_accum).backward()
         losses.append(float(out.loss.detach()))
         batches.append(tokens_BL.tolist())
-    gradients = {name: summary(local(p.grad)) for name, p in model.named_parameters() if p.grad is not None and local(p.grad).numel()}
+    gradients = {
+        name: summary(local(p.grad))
+        for name, p in model.named_parameters()
+        if p.grad is not None and local(p.grad).numel()
+    }
     layers = [index for index, seen in outputs.items() if not all(s["finite"] for s in seen)]
-    broken = [name for name, s in reversed(gradients.items()) if not s["finite"]]  # the backward pass meets the last layers first
-    where = (f"the weights already: {weights[0]}" if weights else f"the output of layer {layers[0]}" if layers else
-             f"the gradient of {broken[0]}" if broken else f"finite when repeated: above max_loss={loss_limit(cfg):.3g}")
+    broken = [
+        name for name, s in reversed(gradients.items()) if not s["finite"]
+    ]  # the backward pass meets the last layers first
+    where = (
+        f"the weights already: {weights[0]}"
+        if weights
+        else f"the output of layer {layers[0]}"
+        if layers
+        else f"the gradient of {broken[0]}"
+        if broken
+        else f"finite when repeated: above max_loss={loss_limit(cfg):.3g}"
+    )
     with open(path, "w") as file:
-        json.dump({"step": step, "loss": [as_json(loss) for loss in losses], "first": where, "weights_not_finite": weights,
-                   "output_of_layer": outputs, "gradient": gradients, "cursor": cursor, "tokens": batches}, file)
+        json.dump(
+            {
+                "step": step,
+                "loss": [as_json(loss) for loss in losses],
+                "first": where,
+                "weights_not_finite": weights,
+                "output_of_layer": outputs,
+                "gradient": gradients,
+                "cursor": cursor,
+                "tokens": batches,
+            },
+            file,
+        )
     return sum(losses) / len(losses), where

@@ -43,11 +43,17 @@ class ModelConfig:
     n_shared_experts: int = 0  # experts of width F that every token passes, outside the router
     dense: bool = False  # no router: one SwiGLU of width (K + shared) * F, the same active FLOPs
     router_score: Literal["softmax", "sigmoid"] = "softmax"  # score of an expert, a function of the router's logits
-    router_normalize: bool = True  # gates sum to 1 over the K chosen (with softmax: top-k, then softmax); false: the raw scores
-    router_bias_rate: float = 0.0  # > 0: loss-free balancing, a selection bias moved by this much per step (1e-3 is usual)
+    router_normalize: bool = (
+        True  # gates sum to 1 over the K chosen (with softmax: top-k, then softmax); false: the raw scores
+    )
+    router_bias_rate: float = (
+        0.0  # > 0: loss-free balancing, a selection bias moved by this much per step (1e-3 is usual)
+    )
     # Choices
     qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
-    qk_norm_joint: bool = False  # with qk_norm: one RMSNorm over all query heads of a token, one over all key heads (OLMoE)
+    qk_norm_joint: bool = (
+        False  # with qk_norm: one RMSNorm over all query heads of a token, one over all key heads (OLMoE)
+    )
     tie_embeddings: bool = False  # one matrix for input and output embeddings
     rope_theta: float = 1e4  # base of the RoPE wavelengths
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
@@ -56,7 +62,9 @@ class ModelConfig:
     # Execution
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 on CPU
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # kernels of moe_kernels; auto: by device
-    loss_chunk: int = 16384  # tokens whose logits exist at one time in training (triton only: the others hold all T x V)
+    loss_chunk: int = (
+        16384  # tokens whose logits exist at one time in training (triton only: the others hold all T x V)
+    )
 
     def __post_init__(self):
         self.validate()
@@ -68,7 +76,18 @@ class ModelConfig:
 
     def validate(self):
         """Raise ValueError naming the field, its value and the remedy."""
-        for name in ("seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "n_experts", "top_k", "d_expert", "loss_chunk"):
+        for name in (
+            "seq_len",
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "n_experts",
+            "top_k",
+            "d_expert",
+            "loss_chunk",
+        ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         for name in ("vocab_size", "n_shared_experts", "router_bias_rate", "norm_eps", "embed_init_std"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
@@ -77,26 +96,72 @@ class ModelConfig:
         require(self.d_model % 16 == 0, "d_model", self.d_model, "the kernels need a multiple of 16")
         require(self.d_expert % 16 == 0, "d_expert", self.d_expert, "the kernels need a multiple of 16")
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "RoPE rotates pairs: use an even number")
-        require(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads, f"use a divisor of n_heads={self.n_heads}")
+        require(
+            self.n_heads % self.n_kv_heads == 0,
+            "n_kv_heads",
+            self.n_kv_heads,
+            f"use a divisor of n_heads={self.n_heads}",
+        )
         require(self.n_experts <= 1024, "n_experts", self.n_experts, "the kernels take at most 1024")
         require(self.top_k <= 32, "top_k", self.top_k, "the kernels take at most 32")
-        require(self.top_k <= self.n_experts, "top_k", self.top_k, f"a token cannot use more than n_experts={self.n_experts}")
+        require(
+            self.top_k <= self.n_experts,
+            "top_k",
+            self.top_k,
+            f"a token cannot use more than n_experts={self.n_experts}",
+        )
 
 
 PAPER_VOCAB = 99_584  # llm-jp-tokenizer v3, padded to a multiple of 128
-PRESETS = ("tiny", *(f"paper-d{d}-e{e}-k{k}" for d in (512, 1024, 2048) for e in (8, 16, 32, 64, 128, 256) for k in (2, 4, 8, 16)
-                     if k <= e and (d, e) != (2048, 256)))
+PRESETS = (
+    "tiny",
+    *(
+        f"paper-d{d}-e{e}-k{k}"
+        for d in (512, 1024, 2048)
+        for e in (8, 16, 32, 64, 128, 256)
+        for k in (2, 4, 8, 16)
+        if k <= e and (d, e) != (2048, 256)
+    ),
+)
 
 
 def preset_fields(name):
     """The fields that the preset sets, as a dict: "tiny" is that of `python train.py`, the others are the 65 models of the paper."""
-    require(name in PRESETS, "preset", name, "use tiny or paper-dD-eE-kK, D in 512 1024 2048, E in 8 16 .. 256, K in 2 4 8 16, K <= E")
+    require(
+        name in PRESETS,
+        "preset",
+        name,
+        "use tiny or paper-dD-eE-kK, D in 512 1024 2048, E in 8 16 .. 256, K in 2 4 8 16, K <= E",
+    )
     if name == "tiny":  # found by trial (docs/LOG.md): learns lookup and arithmetic from two million tokens
-        return dict(seq_len=144, d_model=128, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=32, n_experts=8, top_k=2, d_expert=128,
-                    qk_norm=True, rope_theta=500.0, init_std=0.05, embed_init_std=0.5)
+        return dict(
+            seq_len=144,
+            d_model=128,
+            n_layers=3,
+            n_heads=4,
+            n_kv_heads=4,
+            head_dim=32,
+            n_experts=8,
+            top_k=2,
+            d_expert=128,
+            qk_norm=True,
+            rope_theta=500.0,
+            init_std=0.05,
+            embed_init_std=0.5,
+        )
     d, e, k = (int(part[1:]) for part in name.split("-")[1:])
-    return dict(vocab_size=PAPER_VOCAB, seq_len=4096, d_model=d, n_layers=16, n_heads=d // 128, n_kv_heads=d // 128, head_dim=128,
-                n_experts=e, top_k=k, d_expert=2 * d)
+    return dict(
+        vocab_size=PAPER_VOCAB,
+        seq_len=4096,
+        d_model=d,
+        n_layers=16,
+        n_heads=d // 128,
+        n_kv_heads=d // 128,
+        head_dim=128,
+        n_experts=e,
+        top_k=k,
+        d_expert=2 * d,
+    )
 
 
 def preset(name, **overrides):
@@ -110,7 +175,9 @@ class Output(NamedTuple):
     balance: Tensor  # float32, sum over MoE layers of E * sum_e f_e p_e: N at perfect balance
     z: Tensor  # float32, sum over MoE layers of mean logsumexp(router logits)^2
     counts_NE: Tensor  # int32 (token, slot) pairs per layer and expert; (0, E) in a dense model
-    probs_NE: Tensor  # float32 mean router probability, differentiable: with counts of all ranks it gives the global balance
+    probs_NE: (
+        Tensor  # float32 mean router probability, differentiable: with counts of all ranks it gives the global balance
+    )
     experts: tuple[Tensor, ...] = ()  # for each MoE layer int32 (T, K): the experts that the router chose
 
 
@@ -130,7 +197,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F_.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # statistics in float32 for any dtype
+        return F_.rms_norm(
+            x, self.weight.shape, self.weight.to(x.dtype), self.eps
+        )  # statistics in float32 for any dtype
 
 
 def rope_tables(cfg):
@@ -167,10 +236,14 @@ class Attention(nn.Module):
             if mask is not None:  # else the new tokens are all there is
                 k, v = k_all, v_all
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if mask is not None and L == 1:  # a group's query heads are as many queries of their one key head: nothing is repeated
+        if (
+            mask is not None and L == 1
+        ):  # a group's query heads are as many queries of their one key head: nothing is repeated
             y = F_.scaled_dot_product_attention(q.view(B, Hkv, H // Hkv, self.head_dim), k, v, attn_mask=mask)
         else:
-            y = F_.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != Hkv)
+            y = F_.scaled_dot_product_attention(
+                q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != Hkv
+            )
             y = y.transpose(1, 2)
         return self.out(y.reshape(B, L, H * self.head_dim))
 
@@ -178,7 +251,11 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, cfg, d_hidden):
         super().__init__()
-        self.gate_up, self.down, self.impl = Linear(cfg.d_model, 2 * d_hidden), Linear(d_hidden, cfg.d_model), cfg.kernels
+        self.gate_up, self.down, self.impl = (
+            Linear(cfg.d_model, 2 * d_hidden),
+            Linear(d_hidden, cfg.d_model),
+            cfg.kernels,
+        )
 
     def forward(self, x_TD):
         return self.down(swiglu(self.gate_up(x_TD), self.impl))
@@ -195,7 +272,9 @@ class MoE(nn.Module):
         self.router = Linear(cfg.d_model, cfg.n_experts)
         self.w_in = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
         self.w_out = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
-        self.experts = moe_experts  # with expert parallelism, what parallel.py puts here: the same between two all-to-alls
+        self.experts = (
+            moe_experts  # with expert parallelism, what parallel.py puts here: the same between two all-to-alls
+        )
         self.shared = SwiGLU(cfg, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
         self.register_buffer("bias_E", torch.zeros(cfg.n_experts) if cfg.router_bias_rate else None)
 
@@ -206,7 +285,9 @@ class MoE(nn.Module):
         chosen_TK = r.experts_TK
         if replay_TK is not None:
             experts_TK = torch.where(replay_TK >= 0, replay_TK, chosen_TK)
-            r = r._replace(experts_TK=experts_TK, gates_TK=gates_of(logits_TE, experts_TK, cfg.router_score, cfg.router_normalize))
+            r = r._replace(
+                experts_TK=experts_TK, gates_TK=gates_of(logits_TE, experts_TK, cfg.router_score, cfg.router_normalize)
+            )
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
         y_TD = self.experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, impl=impl)
         if self.shared is not None:
@@ -236,7 +317,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        require(cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, "a model needs its vocabulary; give the tokenizer's size")
+        require(
+            cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, "a model needs its vocabulary; give the tokenizer's size"
+        )
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
@@ -273,7 +356,9 @@ class GPT(nn.Module):
             # train.py may have compiled the blocks for its one shape; evaluation, with its many shapes, always runs them eagerly.
             compiled = self.training and cache is None and replay_NTK is None
             replay_TK = None if replay_NTK is None else replay_NTK[layer]
-            x, layer_stats = block(x, cos, sin) if compiled else block.forward(x, cos, sin, mask, cache, layer, replay_TK)
+            x, layer_stats = (
+                block(x, cos, sin) if compiled else block.forward(x, cos, sin, mask, cache, layer, replay_TK)
+            )
             if layer_stats is not None and cache is not None:
                 cache.record(layer, layer_stats[-1])
             elif layer_stats is not None:
@@ -285,11 +370,19 @@ class GPT(nn.Module):
         if targets_BL is None:
             logits = self.head(x)
         else:
-            loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets_BL.flatten(), self.cfg.loss_chunk, self.cfg.kernels)
+            loss = linear_cross_entropy(
+                x.flatten(0, 1), self.head.weight, targets_BL.flatten(), self.cfg.loss_chunk, self.cfg.kernels
+            )
         if not stats:
             zero = x.new_zeros((), dtype=torch.float32)
-            return Output(logits, loss, zero, zero, tokens_BL.new_zeros((0, self.cfg.n_experts), dtype=torch.int32),
-                          x.new_zeros((0, self.cfg.n_experts), dtype=torch.float32))
+            return Output(
+                logits,
+                loss,
+                zero,
+                zero,
+                tokens_BL.new_zeros((0, self.cfg.n_experts), dtype=torch.int32),
+                x.new_zeros((0, self.cfg.n_experts), dtype=torch.float32),
+            )
         *losses, experts = zip(*stats, strict=True)
         balance, z, counts, probs = map(torch.stack, losses)
         return Output(logits, loss, balance.sum(), z.sum(), counts, probs, experts)
@@ -325,8 +418,10 @@ def count_params(cfg):
     attention = 2 * D * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + qk_norm_params(cfg)
     always = attention + 2 * D + cfg.n_shared_experts * expert + (0 if cfg.dense else D * cfg.n_experts)
     embedding = cfg.vocab_size * D * (1 if cfg.tie_embeddings else 2)
-    total, active = (embedding + D + cfg.n_layers * (always + n * expert)
-                     for n in (cfg.top_k if cfg.dense else cfg.n_experts, cfg.top_k))
+    total, active = (
+        embedding + D + cfg.n_layers * (always + n * expert)
+        for n in (cfg.top_k if cfg.dense else cfg.n_experts, cfg.top_k)
+    )
     return Params(total, active, embedding)
 
 
@@ -344,14 +439,20 @@ def training_memory(cfg, tokens, weights="float32"):
     are exact for one micro-batch a step (else the gradients of float32 weights are float32 too: 2 bytes more for each in blocks); the activations
     are an estimate of what autograd keeps (attention 4 D + 3 (H + 2 Hkv) d, experts 2 D + 2 F K, dense 2 D + 3 F per token and layer)."""
     total, _, embedding = count_params(cfg)
-    rest = embedding + norm_params(cfg) + (0 if cfg.dense else cfg.n_layers * cfg.d_model * cfg.n_experts)  # the routers
+    rest = (
+        embedding + norm_params(cfg) + (0 if cfg.dense else cfg.n_layers * cfg.d_model * cfg.n_experts)
+    )  # the routers
     hidden = cfg.d_expert * ((3 if cfg.dense else 2) * cfg.top_k + 3 * cfg.n_shared_experts)
     layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + hidden
     logits = 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
     wide = total if weights == "float32" else rest  # parameters that are float32, their states too
-    return {"weights and AdamW states (float32)": 12 * wide, "weights and AdamW states (bfloat16)": 6 * (total - wide),
-            "bfloat16 copies of float32 weights": 2 * wide, "gradients (bfloat16 in blocks)": 2 * (total - rest) + 4 * rest,
-            "activations (estimate)": 2 * cfg.n_layers * layer * tokens + logits}
+    return {
+        "weights and AdamW states (float32)": 12 * wide,
+        "weights and AdamW states (bfloat16)": 6 * (total - wide),
+        "bfloat16 copies of float32 weights": 2 * wide,
+        "gradients (bfloat16 in blocks)": 2 * (total - rest) + 4 * rest,
+        "activations (estimate)": 2 * cfg.n_layers * layer * tokens + logits,
+    }
 
 
 def compute_dtype(cfg, device):
@@ -376,10 +477,29 @@ def pick_device(cfg, local_rank=0):
 
 def peak_flops(device_name):
     """Dense bfloat16 FLOP/s of a GPU by torch.cuda.get_device_name(); None when it is not in the table (MFU is then n/a)."""
-    table = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H20": 148e12, "H800": 989e12,
-             "B200": 2250e12, "A100": 312e12, "A800": 312e12, "A10G": 70e12, "A10": 125e12, "A30": 165e12,
-             "A40": 150e12, "A6000": 155e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 3090": 71e12, "RTX 4090": 165e12,
-             "RTX 5090": 209e12}
+    table = {
+        "H200": 989e12,
+        "H100 PCIe": 756e12,
+        "H100 NVL": 835e12,
+        "H100": 989e12,
+        "GH200": 989e12,
+        "H20": 148e12,
+        "H800": 989e12,
+        "B200": 2250e12,
+        "A100": 312e12,
+        "A800": 312e12,
+        "A10G": 70e12,
+        "A10": 125e12,
+        "A30": 165e12,
+        "A40": 150e12,
+        "A6000": 155e12,
+        "L40S": 362e12,
+        "L40": 181e12,
+        "L4": 121e12,
+        "RTX 3090": 71e12,
+        "RTX 4090": 165e12,
+        "RTX 5090": 209e12,
+    }
     matches = [key for key in table if re.search(rf"\b{key}\b", device_name) and "Laptop" not in device_name]
     return table[max(matches, key=len)] if matches else None
 
@@ -405,13 +525,20 @@ def main():
     if not cfg.vocab_size:
         cfg = dataclasses.replace(cfg, vocab_size=512)
     params, flops = count_params(cfg), flops_per_token(cfg)
-    rows = [("parameters, total", f"{params.total:,}"), ("parameters, active per token", f"{params.active:,}"),
-            ("of these, embeddings", f"{params.embedding:,}"), ("vocabulary", f"{cfg.vocab_size:,}"),
-            ("sparsity 1 - K/E", f"{0.0 if cfg.dense else 1 - cfg.top_k / cfg.n_experts:.4g}"),
-            ("training FLOPs per token", f"{flops:.4g}")]
+    rows = [
+        ("parameters, total", f"{params.total:,}"),
+        ("parameters, active per token", f"{params.active:,}"),
+        ("of these, embeddings", f"{params.embedding:,}"),
+        ("vocabulary", f"{cfg.vocab_size:,}"),
+        ("sparsity 1 - K/E", f"{0.0 if cfg.dense else 1 - cfg.top_k / cfg.n_experts:.4g}"),
+        ("training FLOPs per token", f"{flops:.4g}"),
+    ]
     if cfg.tokens:
-        rows += [("training tokens", f"{cfg.tokens:.4g}"), ("tokens per parameter (TPP)", f"{cfg.tokens / params.total:.4g}"),
-                 ("training FLOPs", f"{cfg.tokens * flops:.4g}")]
+        rows += [
+            ("training tokens", f"{cfg.tokens:.4g}"),
+            ("tokens per parameter (TPP)", f"{cfg.tokens / params.total:.4g}"),
+            ("training FLOPs", f"{cfg.tokens * flops:.4g}"),
+        ]
     memory = training_memory(cfg, cfg.micro_batch * cfg.seq_len, cfg.weights)
     memory[f"training memory, {cfg.micro_batch} x {cfg.seq_len} tokens"] = sum(memory.values())
     rows += [(part, f"{size / 2**30:.3f} GiB") for part, size in memory.items() if size]

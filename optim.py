@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw as adamw_fused
 
 from moe_kernels import adamw_step
-
 from moe_kernels.muon import COEFFICIENTS, ROUNDS, fits, muon_update
 
 
@@ -59,7 +58,10 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, lr, betas, eps, fused=True, capturable=isinstance(lr, torch.Tensor))
         self.copies = copies or {}
         # One for each tensor, or equal positions of two would round alike.
-        self.seeds = {p: (seed * 1_000_003 + i) % 2**31 for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        self.seeds = {
+            p: (seed * 1_000_003 + i) % 2**31
+            for i, p in enumerate(p for group in self.param_groups for p in group["params"])
+        }
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -71,7 +73,11 @@ class AdamW(torch.optim.AdamW):
                     continue
                 state = self.state[p]
                 if not state:
-                    state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    state |= {
+                        "step": torch.zeros((), device=p.device),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
                 tensors = *map(local, (p, grad, state["exp_avg"], state["exp_avg_sq"])), state["step"]
                 if p in self.copies or p.dtype == torch.bfloat16 or p.is_cuda and tensors[0].numel() >= self.LARGE:
                     large.append((*tensors, self.copies.get(p), self.seeds[p]))
@@ -86,8 +92,24 @@ class AdamW(torch.optim.AdamW):
         if self.scale is not None:
             torch._foreach_mul_(grads, self.scale)
         beta1, beta2 = group["betas"]
-        adamw_fused(weights, grads, means, variances, [], steps, fused=True, capturable=group["capturable"], found_inf=self.found_inf, amsgrad=False,
-                    beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+        adamw_fused(
+            weights,
+            grads,
+            means,
+            variances,
+            [],
+            steps,
+            fused=True,
+            capturable=group["capturable"],
+            found_inf=self.found_inf,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
     def _step_large(self, group, large):
         steps = [step for *_, step, _, _ in large]
@@ -95,7 +117,9 @@ class AdamW(torch.optim.AdamW):
         scale = torch.ones_like(skip) if self.scale is None else self.scale
         torch._foreach_add_(steps, [1 - skip] * len(steps))  # a tensor instead of the list would be read by the host
         for *tensors, copy, seed in large:
-            adamw_step(*tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip, copy, seed)
+            adamw_step(
+                *tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip, copy, seed
+            )
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
@@ -141,16 +165,32 @@ class Muon(torch.optim.Optimizer):
                 self._step_batch(batch, group)
 
     def _step_on_chip(self, params, group):
-        weights, momenta, grads = ([local(t) for t in ts] for ts in (params, [self.state[p]["momentum"] for p in params], [p.grad for p in params]))
+        weights, momenta, grads = (
+            [local(t) for t in ts]
+            for ts in (params, [self.state[p]["momentum"] for p in params], [p.grad for p in params])
+        )
         rate = group["lr"]
         if not isinstance(rate, torch.Tensor):
             rate = torch.full((), rate, device=weights[0].device)
-        muon_update(weights, momenta, grads, group["rows"], rate, group["momentum"], group["weight_decay"], self.scale, self.found_inf,
-                    params[0].ndim == 3)
+        muon_update(
+            weights,
+            momenta,
+            grads,
+            group["rows"],
+            rate,
+            group["momentum"],
+            group["weight_decay"],
+            self.scale,
+            self.found_inf,
+            params[0].ndim == 3,
+        )
 
     def _step_batch(self, batch, group):
         rate, mu = group["lr"], group["momentum"]
-        weights, momenta, grads = ([local(t) for t in ts] for ts in (batch, [self.state[p]["momentum"] for p in batch], [p.grad for p in batch]))
+        weights, momenta, grads = (
+            [local(t) for t in ts]
+            for ts in (batch, [self.state[p]["momentum"] for p in batch], [p.grad for p in batch])
+        )
         if self.scale is not None:  # in place: next to the products below, one more pass over the gradients is nothing
             torch._foreach_mul_(grads, self.scale)
         if self.found_inf is not None:
@@ -174,7 +214,9 @@ class Muon(torch.optim.Optimizer):
 
 def on_chip(p, rows):
     """Whether `muon_update` can step this parameter, one of equals: this rank has whole small maps of it, on CUDA."""
-    return p.is_cuda and p.dtype == torch.float32 and (p.ndim == 3 or not isinstance(p, DTensor)) and fits(p.shape, rows)
+    return (
+        p.is_cuda and p.dtype == torch.float32 and (p.ndim == 3 or not isinstance(p, DTensor)) and fits(p.shape, rows)
+    )
 
 
 def local(t):
@@ -184,12 +226,20 @@ def local(t):
 
 def whole(t, p):
     """The matrix whose rows like those of parameter p are t."""
-    return DTensor.from_local(t, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor() if isinstance(p, DTensor) else t
+    return (
+        DTensor.from_local(t, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+        if isinstance(p, DTensor)
+        else t
+    )
 
 
 def part_of(t, p):
     """The rows of matrix t that this rank holds of parameter p."""
-    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None).to_local() if isinstance(p, DTensor) else t
+    return (
+        distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None).to_local()
+        if isinstance(p, DTensor)
+        else t
+    )
 
 
 class Together:
@@ -279,6 +329,14 @@ def make_optimizer(model, cfg, piece=None):
     cuda = model.embed.weight.is_cuda
     lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr
     # Experts apart: checkpoints have them in a group of their own.
-    groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay)) if ps]
+    groups = [
+        {"params": ps, "weight_decay": decay}
+        for ps, decay in ((matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay))
+        if ps
+    ]
     rest = AdamW(groups, lr, (cfg.beta1, cfg.beta2), cfg.eps, copies, cfg.seed)
-    return Together(rest, Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay)) if hidden else Together(rest)
+    return (
+        Together(rest, Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay))
+        if hidden
+        else Together(rest)
+    )

@@ -29,13 +29,20 @@ def wrap(model, cfg, device, world):
         return model.to(device)
     if cfg.parallel == "ep":
         mesh = init_device_mesh(device.type, (world,))
-        require(cfg.n_experts % world == 0, "n_experts", cfg.n_experts, f"parallel=ep deals out whole experts: use a multiple of {world} ranks")
+        require(
+            cfg.n_experts % world == 0,
+            "n_experts",
+            cfg.n_experts,
+            f"parallel=ep deals out whole experts: use a multiple of {world} ranks",
+        )
         for moe in (module for module in model.modules() if isinstance(module, MoE)):
             for name in ("w_in", "w_out"):
                 own = getattr(moe, name).detach().chunk(world)[dist.get_rank()].to(device, copy=True)
                 setattr(moe, name, torch.nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)])))
             moe.experts = experts_all_to_all
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [n for n, p in model.named_parameters() if isinstance(p, DTensor)])
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
+        )
     if cfg.parallel != "fsdp":
         # Buffers stay out of it: the router bias is the same everywhere because the counts are. Always call the wrapper, never its module.
         return DistributedDataParallel(model.to(device), broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -43,7 +50,9 @@ def wrap(model, cfg, device, world):
     # Every use in a block casts to the compute dtype anyway: doing so before the gather halves its bytes and changes no bit. Not so
     # the embedding, whose gradient is a sum over tokens and stays float32; nor the inputs, among which are float32 RoPE tables.
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh)
@@ -73,7 +82,9 @@ def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None):
     world, own = dist.get_world_size(), len(w_in)
     for w in (w_in, w_out):
         if w.requires_grad:
-            w.register_hook(lambda grad: grad / world)  # a sum over all ranks' tokens, while DDP makes all other gradients means over ranks
+            w.register_hook(
+                lambda grad: grad / world
+            )  # a sum over all ranks' tokens, while DDP makes all other gradients means over ranks
     to_rank_S, order_S = (experts_TK.flatten() // own).sort(stable=True)
     sent = torch.bincount(to_rank_S, minlength=world)
     received = torch.empty_like(sent)
@@ -152,7 +163,15 @@ class Sharded(Together):
         mapped = []
         for part, state in zip(self.parts, states, strict=True):
             params = [p for group in part.param_groups for p in group["params"]]
-            mapped.append(state | {"state": {i: {name: change(params[i], t) for name, t in values.items()} for i, values in state["state"].items()}})
+            mapped.append(
+                state
+                | {
+                    "state": {
+                        i: {name: change(params[i], t) for name, t in values.items()}
+                        for i, values in state["state"].items()
+                    }
+                }
+            )
         return mapped
 
     def _gather(self, p, t):

@@ -27,8 +27,13 @@ def read_window(window):
     if len(counts_NE):
         load_NE = counts_NE / counts_NE.mean(1, keepdim=True)
         p_NE = window["probs_NE"] / window["probs_NE"].sum(1, keepdim=True)
-        row |= {"load_max": load_NE.amax(1).tolist(), "load_min": load_NE.amin(1).tolist(), "dead_experts": int((counts_NE == 0).sum()),
-                "router_entropy": torch.special.entr(p_NE).sum(1).tolist(), "load": [[round(x, 3) for x in layer] for layer in load_NE.tolist()]}
+        row |= {
+            "load_max": load_NE.amax(1).tolist(),
+            "load_min": load_NE.amin(1).tolist(),
+            "dead_experts": int((counts_NE == 0).sum()),
+            "router_entropy": torch.special.entr(p_NE).sum(1).tolist(),
+            "load": [[round(x, 3) for x in layer] for layer in load_NE.tolist()],
+        }
     if bad := int(window["steps"][guard.BAD]):
         row["skipped_steps"] = bad
     return row
@@ -44,17 +49,24 @@ def log_line(row, cfg, tokens_per_step):
     eta = int((cfg.steps - row["step"]) * tokens_per_step / row["tokens_per_s"])
     mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
     load = f"{max(row['load_max']):.2f}" if "load_max" in row else "n/a"
-    return (f"step {row['step']:>6}/{cfg.steps} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {float(row['grad_norm'] or 'nan'):.2f} | "
-            f"{row['tokens_per_s']:,.0f} tok/s | mfu {mfu} | load {load} | eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
+    return (
+        f"step {row['step']:>6}/{cfg.steps} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {float(row['grad_norm'] or 'nan'):.2f} | "
+        f"{row['tokens_per_s']:,.0f} tok/s | mfu {mfu} | load {load} | eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
+    )
 
 
 def next_steps(run_dir, cfg, sources):
     """What to try after a run, as commands."""
     data = ",".join(f"{directory}:{weight:g}" if len(sources) > 1 else str(directory) for directory, weight in sources)
-    commands = [(f"python train.py --resume={run_dir} --steps={2 * cfg.steps}", "go on"),
-                (f"python train.py --data={data} --n_experts={4 * cfg.n_experts}", "more experts on the same data; --dense: none"),
-                (f"python -m study.show {run_dir} RUN...", "runs over one another"),
-                ("python -m data.prepare --help", "text of your own")]
+    commands = [
+        (f"python train.py --resume={run_dir} --steps={2 * cfg.steps}", "go on"),
+        (
+            f"python train.py --data={data} --n_experts={4 * cfg.n_experts}",
+            "more experts on the same data; --dense: none",
+        ),
+        (f"python -m study.show {run_dir} RUN...", "runs over one another"),
+        ("python -m data.prepare --help", "text of your own"),
+    ]
     if "procedural" in shards.read_meta(sources[0][0]):
         commands.insert(2, (f"python grpo.py --model={run_dir}", "reinforcement learning on the reasoning problems"))
     width = max(len(command) for command, _ in commands)
@@ -64,11 +76,20 @@ def next_steps(run_dir, cfg, sources):
 def final_report(model, cfg, sources, enc, val_loader, results):
     """Print the table and samples; return what evaluation adds to results.json."""
     model.eval()
-    lines = [("training loss, nats per token", "loss", ".4f"), ("validation loss", "val_loss", ".4f"),
-             ("validation bits per byte", "val_bits_per_byte", ".4f"), ("balance loss (1: balanced)", "balance", ".3f"),
-             ("tokens per second", "tokens_per_s", ",.0f"), ("model FLOPs utilisation", "mfu", ".1%"), ("parameters", "parameters", ",d"),
-             ("of these active per token", "active_parameters", ",d"), ("training tokens per parameter", "tokens_per_parameter", ".3g"),
-             ("passes over the most read data", "epochs", ".2f"), ("peak memory, GB", "memory_gb", ".2f"), ("seconds", "seconds", ".0f")]
+    lines = [
+        ("training loss, nats per token", "loss", ".4f"),
+        ("validation loss", "val_loss", ".4f"),
+        ("validation bits per byte", "val_bits_per_byte", ".4f"),
+        ("balance loss (1: balanced)", "balance", ".3f"),
+        ("tokens per second", "tokens_per_s", ",.0f"),
+        ("model FLOPs utilisation", "mfu", ".1%"),
+        ("parameters", "parameters", ",d"),
+        ("of these active per token", "active_parameters", ",d"),
+        ("training tokens per parameter", "tokens_per_parameter", ".3g"),
+        ("passes over the most read data", "epochs", ".2f"),
+        ("peak memory, GB", "memory_gb", ".2f"),
+        ("seconds", "seconds", ".0f"),
+    ]
     print()
     for title, name, form in lines:
         print(f"{title:<32} {'n/a' if results.get(name) is None else format(results[name], form):>14}")
@@ -83,9 +104,19 @@ def final_report(model, cfg, sources, enc, val_loader, results):
     tokens_BL, _ = val_loader.next()
     length = min(cfg.seq_len // 2, 32)
     prompts = [row[:length].tolist() for row in tokens_BL[:2]]
-    new = generate(model, prompts, min(cfg.sample_tokens, cfg.seq_len - length), [enc.eot_token], temperature=0.8, top_p=0.95,
-                   seed=cfg.seed, n_vocab=enc.n_vocab)
-    samples = [{"prompt": enc.decode(prompt), "text": enc.decode(ids)} for prompt, ids in zip(prompts, new, strict=True)]
+    new = generate(
+        model,
+        prompts,
+        min(cfg.sample_tokens, cfg.seq_len - length),
+        [enc.eot_token],
+        temperature=0.8,
+        top_p=0.95,
+        seed=cfg.seed,
+        n_vocab=enc.n_vocab,
+    )
+    samples = [
+        {"prompt": enc.decode(prompt), "text": enc.decode(ids)} for prompt, ids in zip(prompts, new, strict=True)
+    ]
     for sample in samples:
         print(f"\nprompt from validation: {sample['prompt']}\nsample: {sample['text']}")
     return {"samples": samples}

@@ -52,10 +52,16 @@ class TrainConfig(ModelConfig):
     upcycle_noise: float = 0.0  # added to its copies, as a share of each weight's standard deviation
     seed: int = 0  # of the weights and of the data order
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of each block, on CUDA; auto: where the run is long enough to repay it
+    compile: Literal["auto", "true", "false"] = (
+        "auto"  # torch.compile of each block, on CUDA; auto: where the run is long enough to repay it
+    )
     cuda_graph: bool = True  # on one CUDA GPU, replay the whole optimiser step as one graph
-    parallel: Literal["ddp", "fsdp", "ep"] = "ddp"  # on several GPUs: optimiser states, everything, or experts too are sharded (parallel.py)
-    deterministic: bool = False  # on CUDA, too, the same bits in every run (attention's backward then sums in a fixed order, slower)
+    parallel: Literal["ddp", "fsdp", "ep"] = (
+        "ddp"  # on several GPUs: optimiser states, everything, or experts too are sharded (parallel.py)
+    )
+    deterministic: bool = (
+        False  # on CUDA, too, the same bits in every run (attention's backward then sums in a fixed order, slower)
+    )
     # Optimisation
     steps: int = 1700  # optimiser steps
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
@@ -71,7 +77,9 @@ class TrainConfig(ModelConfig):
     eps: float = 1e-8  # AdamW
     muon_momentum: float = 0.95  # Muon
     weight_decay: float = 0.1  # on matrices, the router and embeddings among them; never on norms
-    weights: Literal["float32", "bfloat16"] = "float32"  # of experts, attention and dense layers, with AdamW's states: 8 bytes each, not 16
+    weights: Literal["float32", "bfloat16"] = (
+        "float32"  # of experts, attention and dense layers, with AdamW's states: 8 bytes each, not 16
+    )
     clip_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
     bad_steps: Literal["stop", "skip"] = "stop"  # what a NaN or an exploded loss does to the run (guard.py)
     max_loss: float = 0.0  # cross-entropy of a step that counts as exploded; 0: 1.5 ln V + 1
@@ -94,25 +102,57 @@ class TrainConfig(ModelConfig):
         super().validate()
         for name in ("steps", "batch_size", "grad_accum", "log_every", "val_batches", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "balance_coef", "z_coef", "val_every", "checkpoint_every",
-                     "sample_tokens", "lr", "eps", "max_loss", "upcycle_noise"):
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "clip_norm",
+            "balance_coef",
+            "z_coef",
+            "val_every",
+            "checkpoint_every",
+            "sample_tokens",
+            "lr",
+            "eps",
+            "max_loss",
+            "upcycle_noise",
+        ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
         for name in ("decay_frac", "min_lr_frac"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "use a number from 0 to 1")
         for name in ("beta1", "beta2", "muon_momentum"):  # at 1 nothing new would enter the mean
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "use a number from 0 to below 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to below 2^63")
-        require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, f"use a multiple of grad_accum={self.grad_accum}")
+        require(
+            self.batch_size % self.grad_accum == 0,
+            "batch_size",
+            self.batch_size,
+            f"use a multiple of grad_accum={self.grad_accum}",
+        )
         if self.weights == "bfloat16":
-            require(self.optimizer == "adamw", "weights", self.weights, "only AdamW rounds stochastically: add --optimizer=adamw")
-            require(self.grad_accum <= 64, "grad_accum", self.grad_accum,
-                    "sums of bfloat16 gradients lose what is below 1/256 of them: use 64 or less")
+            require(
+                self.optimizer == "adamw",
+                "weights",
+                self.weights,
+                "only AdamW rounds stochastically: add --optimizer=adamw",
+            )
+            require(
+                self.grad_accum <= 64,
+                "grad_accum",
+                self.grad_accum,
+                "sums of bfloat16 gradients lose what is below 1/256 of them: use 64 or less",
+            )
 
 
 def compile_blocks(model, cfg):
     """torch.compile of each block. It takes half a minute: "auto" wants at least a minute of training at 20 % of an H100's peak."""
-    if cfg.compile == "true" or cfg.compile == "auto" and cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg) > 1e16:
-        torch._dynamo.config.optimize_ddp = False  # would cut blocks at DDP's buckets; between blocks gradients overlap anyway
+    if (
+        cfg.compile == "true"
+        or cfg.compile == "auto"
+        and cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg) > 1e16
+    ):
+        torch._dynamo.config.optimize_ddp = (
+            False  # would cut blocks at DDP's buckets; between blocks gradients overlap anyway
+        )
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
 
@@ -127,7 +167,9 @@ def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda pa
         balance = out.balance
         if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
             dist.all_reduce(out.counts_NE)
-            balance = sum((balance_loss(c, p) for c, p in zip(out.counts_NE, out.probs_NE, strict=True)), 0 * out.balance)
+            balance = sum(
+                (balance_loss(c, p) for c, p in zip(out.counts_NE, out.probs_NE, strict=True)), 0 * out.balance
+            )
         loss = out.loss + cfg.balance_coef * balance + cfg.z_coef * out.z
         mark("forward")
         (loss / len(batches)).backward()
@@ -144,7 +186,9 @@ def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda pa
     skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg)
     optimizer.step(skip, clip_factor(grad_norm, cfg.clip_norm))
     optimizer.zero_grad()
-    sums, counts_NE, probs_NE = (torch.where(skip > 0, 0, t) for t in (sums, counts_NE, probs_NE))  # not times 0: they may be NaN
+    sums, counts_NE, probs_NE = (
+        torch.where(skip > 0, 0, t) for t in (sums, counts_NE, probs_NE)
+    )  # not times 0: they may be NaN
     if cfg.router_bias_rate:
         update_router_bias(model, counts_NE)
     window["sums"] += sums
@@ -188,15 +232,20 @@ class GraphedStep:
 def new_window(cfg, device):
     """Sums since the last log line: they stay on the device, in place, until a line is due, and are part of a checkpoint."""
     shape = (0 if cfg.dense else cfg.n_layers, cfg.n_experts)
-    return {"sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
-            "steps": torch.zeros(3, device=device, dtype=torch.int64),  # see guard.py
-            "counts_NE": torch.zeros(shape, device=device, dtype=torch.int64), "probs_NE": torch.zeros(shape, device=device)}
+    return {
+        "sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
+        "steps": torch.zeros(3, device=device, dtype=torch.int64),  # see guard.py
+        "counts_NE": torch.zeros(shape, device=device, dtype=torch.int64),
+        "probs_NE": torch.zeros(shape, device=device),
+    }
 
 
 @torch.no_grad()
 def validate(model, loader, n_batches, world):
     """Mean cross-entropy in nats over the same first batches of the validation stream every time; the router losses are not in it."""
-    if not parallel.is_fsdp(model):  # whose blocks must run as modules; nothing but the choice of compiled blocks depends on the mode
+    if not parallel.is_fsdp(
+        model
+    ):  # whose blocks must run as modules; nothing but the choice of compiled blocks depends on the mode
         model.eval()
     loader.load_state_dict(loader.state_dict() | {"drawn": [0] * len(loader.sources)})
     total = sum(model(*loader.next()).loss for _ in range(n_batches)) / n_batches
@@ -206,7 +255,9 @@ def validate(model, loader, n_batches, world):
     return float(total) / world
 
 
-STOPPED = "stopped; --resume goes on from the last checkpoint, and the same command starts again where training had not begun"
+STOPPED = (
+    "stopped; --resume goes on from the last checkpoint, and the same command starts again where training had not begun"
+)
 
 
 class Stop:
@@ -230,9 +281,18 @@ class Stop:
 def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     """One run from start, or from its newest checkpoint, to the end. Returns the contents of results.json (rank 0) or None."""
     lead = rank == 0
-    require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size,
-            f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}")
-    require(world == 1 or cfg.weights == "float32", "weights", cfg.weights, "several GPUs keep float32 weights; --parallel=fsdp divides their bytes")
+    require(
+        cfg.batch_size % (world * cfg.grad_accum) == 0,
+        "batch_size",
+        cfg.batch_size,
+        f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}",
+    )
+    require(
+        world == 1 or cfg.weights == "float32",
+        "weights",
+        cfg.weights,
+        "several GPUs keep float32 weights; --parallel=fsdp divides their bytes",
+    )
     micro_batch = cfg.batch_size // (world * cfg.grad_accum)
 
     # ---- run directory and data
@@ -259,7 +319,12 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     enc = tokenizer.load(sources[0][0])
     if not cfg.vocab_size:
         cfg = dataclasses.replace(cfg, vocab_size=-(-enc.n_vocab // 64) * 64)  # tensor cores like multiples of 64
-    require(cfg.vocab_size >= enc.n_vocab, "vocab_size", cfg.vocab_size, f"the tokenizer of {sources[0][0]} has {enc.n_vocab} tokens")
+    require(
+        cfg.vocab_size >= enc.n_vocab,
+        "vocab_size",
+        cfg.vocab_size,
+        f"the tokenizer of {sources[0][0]} has {enc.n_vocab} tokens",
+    )
 
     # ---- model, optimiser, state
     torch.manual_seed(cfg.seed)
@@ -292,17 +357,27 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     pictures = Curves(run_dir) if lead and cfg.curves else None
 
     params, flops = count_params(cfg), flops_per_token(cfg)
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and model.dtype == torch.bfloat16 else None
+    peak = (
+        peak_flops(torch.cuda.get_device_name(device))
+        if device.type == "cuda" and model.dtype == torch.bfloat16
+        else None
+    )
     tokens_per_step = cfg.batch_size * cfg.seq_len
     per_token = report.bytes_per_token(sources, "val")
     if lead:
         config.save(cfg, run_dir / "config.json")
         logged = checkpoint.rewind_metrics(run_dir / "metrics.jsonl", start)
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        print(f"{run_dir}: {params.total:,} parameters ({params.active:,} active), {cfg.steps - start} step{'s' * (cfg.steps - start != 1)} of "
-              f"{tokens_per_step:,} tokens, {str(model.dtype)[6:]} on {where} x {world}", flush=True)
+        print(
+            f"{run_dir}: {params.total:,} parameters ({params.active:,} active), {cfg.steps - start} step{'s' * (cfg.steps - start != 1)} of "
+            f"{tokens_per_step:,} tokens, {str(model.dtype)[6:]} on {where} x {world}",
+            flush=True,
+        )
         if cfg.steps < cfg.warmup_steps:
-            print(f"steps={cfg.steps} ends within the warm-up, before lr={cfg.lr:g} is reached; lower warmup_steps={cfg.warmup_steps}", flush=True)
+            print(
+                f"steps={cfg.steps} ends within the warm-up, before lr={cfg.lr:g} is reached; lower warmup_steps={cfg.warmup_steps}",
+                flush=True,
+            )
 
     def record(row):
         if lead:
@@ -310,13 +385,30 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                 file.write(json.dumps(row) + "\n")
 
     def save(step):
-        if cfg.bad_steps == "stop":  # a skipped step changed nothing, and how many in a row are too many is known at the next line
+        if (
+            cfg.bad_steps == "stop"
+        ):  # a skipped step changed nothing, and how many in a row are too many is known at the next line
             check_steps(step)
-        (weights, norm), states = parallel.full_state(model, optimizer, rank), optimizer.state_dict()  # all ranks take part
+        (weights, norm), states = (
+            parallel.full_state(model, optimizer, rank),
+            optimizer.state_dict(),
+        )  # all ranks take part
         guard.check_finite("norm of the weights", norm, step, run_dir)
         if lead:
-            checkpoint.save(run_dir, step, {"step": step, "config": dataclasses.asdict(cfg), "model": weights, "optimizer": states,
-                                            "loader": loader.state_dict(), "window": window, "rng": torch.get_rng_state()}, cfg.keep_checkpoints)
+            checkpoint.save(
+                run_dir,
+                step,
+                {
+                    "step": step,
+                    "config": dataclasses.asdict(cfg),
+                    "model": weights,
+                    "optimizer": states,
+                    "loader": loader.state_dict(),
+                    "window": window,
+                    "rng": torch.get_rng_state(),
+                },
+                cfg.keep_checkpoints,
+            )
 
     def check_steps(step):
         """Raises if a step since the last line was bad and the run shall stop for it, or if all were; waits for the device."""
@@ -327,7 +419,9 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
             back = min(steps - first + 1, len(cursors))  # the run may have been resumed in the middle of skipped steps
             path = run_dir / f"bad-step-{step - back + 1:08d}-rank{rank}.json"
             loss, where = guard.dump(path, model, loader, cursors[-back], cfg, step - back + 1)
-            raise ValueError(f"loss={loss} at step {step - back + 1}, first in {where} (layers and batch: {path}): {guard.remedy(run_dir)}")
+            raise ValueError(
+                f"loss={loss} at step {step - back + 1}, first in {where} (layers and batch: {path}): {guard.remedy(run_dir)}"
+            )
 
     def run_validation(step):
         loss = validate(model, val_loader, n_val, world)
@@ -340,7 +434,9 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     # ---- the loop
     model.train()
     run_step = partial(optimizer_step, net, optimizer, cfg, window, world=world)
-    if cfg.cuda_graph and device.type == "cuda" and world == 1 and cfg.impl in ("auto", "triton"):  # the others count rows on the host
+    if (
+        cfg.cuda_graph and device.type == "cuda" and world == 1 and cfg.impl in ("auto", "triton")
+    ):  # the others count rows on the host
         run_step = GraphedStep(run_step)
     step, row, val_row, began = start, {}, {}, time.perf_counter()
     cursors = []  # of the loader, before each step since the last line
@@ -367,7 +463,11 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
                     sums.zero_()
                 cursors.clear()
                 rate = (step - clock_step) * tokens_per_step / (now - clock)
-                row |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None, "memory_gb": report.peak_memory_gb(device)}
+                row |= {
+                    "tokens_per_s": rate,
+                    "mfu": rate * flops / (peak * world) if peak else None,
+                    "memory_gb": report.peak_memory_gb(device),
+                }
                 clock, clock_step = now, step
                 record(row)
                 if lead:
@@ -397,8 +497,15 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     if not lead:
         return None
     row = row or next((r for r in reversed(logged) if "loss" in r), {})
-    results = {**row, **val_row, "parameters": params.total, "active_parameters": params.active, "seconds": time.perf_counter() - began,
-               "tokens_per_parameter": cfg.steps * tokens_per_step / params.total, "epochs": max(loader.epochs)}
+    results = {
+        **row,
+        **val_row,
+        "parameters": params.total,
+        "active_parameters": params.active,
+        "seconds": time.perf_counter() - began,
+        "tokens_per_parameter": cfg.steps * tokens_per_step / params.total,
+        "epochs": max(loader.epochs),
+    }
     if timed_steps:
         rate = timed_steps * tokens_per_step / timed_seconds
         results |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None}
@@ -416,7 +523,9 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
 
 def main(argv=None):
     """Entry point of `python train.py` and torchrun; returns what `train` returns."""
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     try:
         cfg = config.parse_run(TrainConfig, sys.argv[1:] if argv is None else argv, __doc__)
         device = pick_device(cfg, local_rank)
@@ -437,8 +546,12 @@ def main(argv=None):
         if world == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
             raise
         # Not sys.exit: communication threads may still wait for the rank that is gone.
-        print(f"error: rank {rank} lost its connection to another rank, which died (its own message says why); "
-              f"continue from the last checkpoint with --resume\n{error}", file=sys.stderr, flush=True)
+        print(
+            f"error: rank {rank} lost its connection to another rank, which died (its own message says why); "
+            f"continue from the last checkpoint with --resume\n{error}",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)
     finally:
         if dist.is_initialized():

@@ -21,21 +21,41 @@ import torch
 import checkpoint
 from config import require
 
-SAME = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "qk_norm", "qk_norm_joint", "tie_embeddings", "rope_theta",
-        "norm_eps")
+SAME = (
+    "vocab_size",
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "qk_norm",
+    "qk_norm_joint",
+    "tie_embeddings",
+    "rope_theta",
+    "norm_eps",
+)
 
 
 def slices_per_copy(dense, cfg):
     """G for the config dict of a dense checkpoint and the ModelConfig of the MoE; ValueError names what does not fit."""
     for name in SAME:
-        require(getattr(cfg, name) == dense[name], name, getattr(cfg, name), f"the dense checkpoint has {dense[name]!r}; use the same")
+        require(
+            getattr(cfg, name) == dense[name],
+            name,
+            getattr(cfg, name),
+            f"the dense checkpoint has {dense[name]!r}; use the same",
+        )
     require(not cfg.dense, "dense", True, "a dense model is continued with --resume; upcycle_from starts a mixture")
     require(cfg.router_normalize, "router_normalize", False, "the dense output is only kept by gates that sum to 1")
     width = (dense["top_k"] + dense["n_shared_experts"]) * dense["d_expert"]
     routed = width - cfg.n_shared_experts * cfg.d_expert
     whole = routed > 0 and routed % cfg.d_expert == 0
-    require(whole, "d_expert", cfg.d_expert,
-            f"slices of this width, {cfg.n_shared_experts} of them shared, do not make up the dense hidden width {width}")
+    require(
+        whole,
+        "d_expert",
+        cfg.d_expert,
+        f"slices of this width, {cfg.n_shared_experts} of them shared, do not make up the dense hidden width {width}",
+    )
     slices = routed // cfg.d_expert
     for name, value in (("top_k", cfg.top_k), ("n_experts", cfg.n_experts)):
         require(value % slices == 0, name, value, f"one copy of the dense layer is {slices} experts: use a multiple")
@@ -48,22 +68,36 @@ def upcycle(model, path, noise=0.0, seed=0):
 
     Raises ValueError when the shapes do not allow an exact start, or for a damaged checkpoint; FileNotFoundError without one."""
     cfg, state = model.cfg, checkpoint.read(path)
-    require(state["config"]["dense"], "upcycle_from", str(path), "a mixture of experts; give the run directory of a --dense model")
+    require(
+        state["config"]["dense"],
+        "upcycle_from",
+        str(path),
+        "a mixture of experts; give the run directory of a --dense model",
+    )
     slices = slices_per_copy(state["config"], cfg)
     weights = state["model"]
     shared, F = cfg.n_shared_experts * cfg.d_expert, cfg.d_expert
     generator = torch.Generator().manual_seed(seed)
     own = {name: value for name, value in weights.items() if ".mlp." not in name}
     missing, unexpected = model.load_state_dict(own, strict=False)
-    require(not unexpected and all(".mlp." in name for name in missing), "upcycle_from", str(path), f"other weights: {missing} {unexpected}")
+    require(
+        not unexpected and all(".mlp." in name for name in missing),
+        "upcycle_from",
+        str(path),
+        f"other weights: {missing} {unexpected}",
+    )
     for layer, block in enumerate(model.blocks):
-        gate_WD, up_WD = weights[f"blocks.{layer}.mlp.gate_up.weight"].float().chunk(2)  # a run with --weights=bfloat16 saves those
+        gate_WD, up_WD = (
+            weights[f"blocks.{layer}.mlp.gate_up.weight"].float().chunk(2)
+        )  # a run with --weights=bfloat16 saves those
         down_DW = weights[f"blocks.{layer}.mlp.down.weight"].float()
         moe = block.mlp
         if shared:
             moe.shared.gate_up.weight.copy_(torch.cat([gate_WD[:shared], up_WD[:shared]]))
             moe.shared.down.weight.copy_(down_DW[:, :shared])
-        w_in = torch.stack([torch.cat([gate_WD[at : at + F], up_WD[at : at + F]]) for at in range(shared, len(gate_WD), F)])
+        w_in = torch.stack(
+            [torch.cat([gate_WD[at : at + F], up_WD[at : at + F]]) for at in range(shared, len(gate_WD), F)]
+        )
         w_out = torch.stack([down_DW[:, at : at + F] for at in range(shared, len(gate_WD), F)]) * slices
         for weight, start in ((moe.w_in, w_in), (moe.w_out, w_out)):
             copies = start.repeat(cfg.n_experts // slices, 1, 1)
@@ -74,4 +108,9 @@ def upcycle(model, path, noise=0.0, seed=0):
         # One row of the initialisation per copy: softmax scores of equal logits are equal, so none of a copy's slices is left behind.
         rows_ED.copy_(rows_ED[: cfg.n_experts // slices].repeat_interleave(slices, 0))
     for name, value in model.named_parameters():
-        require(math.isfinite(value.abs().max()), "upcycle_from", str(path), f"{name} is not finite; choose another checkpoint")
+        require(
+            math.isfinite(value.abs().max()),
+            "upcycle_from",
+            str(path),
+            f"{name} is not finite; choose another checkpoint",
+        )

@@ -33,7 +33,9 @@ def baseline(source, csv_path):
         raise SystemExit(f"--compare {source}: no such file, and for a git revision --csv must name the committed CSV")
     shown = subprocess.run(["git", "show", f"{source}:./{os.path.relpath(csv_path)}"], capture_output=True, text=True)
     if shown.returncode:
-        raise SystemExit(f"--compare {source}: neither a CSV file nor a git revision that holds {csv_path} ({shown.stderr.strip()})")
+        raise SystemExit(
+            f"--compare {source}: neither a CSV file nor a git revision that holds {csv_path} ({shown.stderr.strip()})"
+        )
     return parse(shown.stdout, f"{csv_path} in {source}")
 
 
@@ -47,8 +49,12 @@ def compare(old_rows, new_rows):
         slower += word == "slower"
         name = " ".join(str(part) for part in key[:3]) + "  " + ",".join(map(str, key[3:8])) + f"  {key[9]}"
         word = "REGRESSION" if word == "slower" else word
-        print(f"{name:<70} {old[key]['p50_ms']:>9.4f} -> {new[key]['p50_ms']:>9.4f} ms {change:>+7.1%}  {word}".rstrip())
-    print(f"{len(common)} rows compared, {slower} regressions; {len(new) - len(common)} rows have no baseline with the same {', '.join(KEY)}")
+        print(
+            f"{name:<70} {old[key]['p50_ms']:>9.4f} -> {new[key]['p50_ms']:>9.4f} ms {change:>+7.1%}  {word}".rstrip()
+        )
+    print(
+        f"{len(common)} rows compared, {slower} regressions; {len(new) - len(common)} rows have no baseline with the same {', '.join(KEY)}"
+    )
     return slower
 
 

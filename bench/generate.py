@@ -33,10 +33,14 @@ def step_cost(cfg, batch, length, itemsize):
     weights of the parts that always run, of as many experts as batch * K can reach, and keys and values."""
     params = count_params(cfg)
     expert = 3 * cfg.d_model * cfg.d_expert * cfg.n_layers
-    always = params.active - params.embedding - cfg.top_k * expert + cfg.vocab_size * cfg.d_model  # with the head, without the lookup
+    always = (
+        params.active - params.embedding - cfg.top_k * expert + cfg.vocab_size * cfg.d_model
+    )  # with the head, without the lookup
     cached = batch * length * cfg.n_layers * cfg.head_dim
     flops = 2 * batch * (always + cfg.top_k * expert) + 4 * cached * cfg.n_heads
-    return Cost(flops, itemsize * (always + min(cfg.n_experts, batch * cfg.top_k) * expert + 2 * cached * cfg.n_kv_heads))
+    return Cost(
+        flops, itemsize * (always + min(cfg.n_experts, batch * cfg.top_k) * expert + 2 * cached * cfg.n_kv_heads)
+    )
 
 
 def seconds(fn):
@@ -57,7 +61,9 @@ def recompute(model, prompts, new, samples=8):
     total, steps = 0.0, sorted({round(i * (new - 1) / max(1, samples - 1)) for i in range(samples)})
     for step in steps:
         ids = torch.nn.functional.pad(prompts, (0, step), value=1)
-        forward = lambda: model(ids, cache=KVCache(model.cfg, *ids.shape, ids.device, model.dtype)).logits[:, 0].argmax(1)  # noqa: B023, E731
+        forward = lambda: (
+            model(ids, cache=KVCache(model.cfg, *ids.shape, ids.device, model.dtype)).logits[:, 0].argmax(1)
+        )  # noqa: B023, E731
         forward()  # a new shape
         total += seconds(forward)[0]
     return total / len(steps)
@@ -111,7 +117,9 @@ def main(argv=None):
     for batch in map(int, args.batch.split(",")):
         shape = Shape(batch, cfg.d_model, cfg.d_expert, cfg.n_experts, cfg.top_k)
         cost = step_cost(cfg, batch, args.prompt + args.new // 2, dtype.itemsize)
-        add = partial(results.add, "generate", shape=shape, mode="step", cost=cost, ceiling_ms=cost.bytes / machine.tb_s * 1e-9)
+        add = partial(
+            results.add, "generate", shape=shape, mode="step", cost=cost, ceiling_ms=cost.bytes / machine.tb_s * 1e-9
+        )
         prompts = torch.randint(cfg.vocab_size, (batch, args.prompt), device=device)
         first = None
         for name in names:

@@ -28,11 +28,26 @@ def make_model(family, shape, layers, dtype, device):
     _, D, F, E, K = shape
     head_dim = 128 if D >= 512 else 16
     heads = D // head_dim
-    common = dict(vocab_size=128, hidden_size=D, num_hidden_layers=layers, num_attention_heads=heads,
-                  num_key_value_heads=max(1, heads // 4), head_dim=head_dim, num_experts_per_tok=K, max_position_embeddings=SEQ_LEN, norm_topk_prob=True)
-    cfg = {"qwen3_moe": lambda: transformers.Qwen3MoeConfig(**common, num_experts=E, moe_intermediate_size=F, intermediate_size=F),
-           "mixtral": lambda: transformers.MixtralConfig(**common, num_local_experts=E, intermediate_size=F),
-           "olmoe": lambda: transformers.OlmoeConfig(**common | dict(num_key_value_heads=heads), num_experts=E, intermediate_size=F)}[family]()
+    common = dict(
+        vocab_size=128,
+        hidden_size=D,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        head_dim=head_dim,
+        num_experts_per_tok=K,
+        max_position_embeddings=SEQ_LEN,
+        norm_topk_prob=True,
+    )
+    cfg = {
+        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+            **common, num_experts=E, moe_intermediate_size=F, intermediate_size=F
+        ),
+        "mixtral": lambda: transformers.MixtralConfig(**common, num_local_experts=E, intermediate_size=F),
+        "olmoe": lambda: transformers.OlmoeConfig(
+            **common | dict(num_key_value_heads=heads), num_experts=E, intermediate_size=F
+        ),
+    }[family]()
     torch.manual_seed(0)
     with torch.device(device):
         return transformers.AutoModel.from_config(cfg, dtype=dtype, attn_implementation="sdpa")
@@ -75,7 +90,9 @@ def bench(results, kernel, model, module, inputs, args, shape, layers, failures)
             both = times_ms(full)
             peak, saved = memory_mib(forward, backward)
             add = partial(results.add, kernel, name, shape=shape, routing="softmax")
-            forward_cost, full_cost = (Cost(layers * layer_cost(shape, mode).flops, 0) for mode in ("forward", "full"))  # of the experts alone
+            forward_cost, full_cost = (
+                Cost(layers * layer_cost(shape, mode).flops, 0) for mode in ("forward", "full")
+            )  # of the experts alone
             add(mode="forward", times=first, cost=forward_cost, note=f"error {error:.1e}")
             add(mode="full", times=both, cost=full_cost, peak_mib=peak, saved_mib=saved)
 
@@ -84,7 +101,12 @@ def main(argv=None):
     cuda = torch.cuda.is_available()
     parser = arguments(__doc__)
     parser.add_argument("--family", choices=("qwen3_moe", "mixtral", "olmoe"), default="qwen3_moe")
-    parser.add_argument("--shape", type=typed(parse_shape), default=Shape(16384, 2048, 768, 128, 8) if cuda else TINY[0], metavar="T,D,F,E,K")
+    parser.add_argument(
+        "--shape",
+        type=typed(parse_shape),
+        default=Shape(16384, 2048, 768, 128, 8) if cuda else TINY[0],
+        metavar="T,D,F,E,K",
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--impl", default=f"{NAME},grouped_mm,eager")
     args, results = begin(parser, argv)

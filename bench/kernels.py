@@ -21,7 +21,18 @@ import torch
 
 from bench.compare import begin, finish
 from bench.precompile import compile_layer, empty_inputs
-from bench.problem import BACKWARD, TARGETS, TINY, kernel_costs, make_inputs, parse_routing, parse_shape, require_accuracy, rms, sample
+from bench.problem import (
+    BACKWARD,
+    TARGETS,
+    TINY,
+    kernel_costs,
+    make_inputs,
+    parse_routing,
+    parse_shape,
+    require_accuracy,
+    rms,
+    sample,
+)
 from bench.results import DTYPES, HEADER, arguments, cli, typed
 from bench.timing import Ceilings, capture, poisoned, skipping, times_ms
 from moe_kernels import grouped_gemm as gemm
@@ -32,12 +43,30 @@ from moe_kernels.routing import route_bwd, route_fwd
 from moe_kernels.tiles import Tile, gemm_tiles, interpreting
 
 GEMMS = ("up", "down", "dswiglu", "dw_out", "dx", "dw_in")
-KERNELS = ("route_fwd", "route_bwd", "dispatch", "up", "down", "combine", "dswiglu", "dw_out", "dx", "combine_dx", "dw_in")
+KERNELS = (
+    "route_fwd",
+    "route_bwd",
+    "dispatch",
+    "up",
+    "down",
+    "combine",
+    "dswiglu",
+    "dw_out",
+    "dx",
+    "combine_dx",
+    "dw_in",
+)
 CANDIDATES = {
     "up": "128x128x64:s3,128x128x64:s4,128x128x64:g4,128x128x64:g16,64x128x64:w4,128x64x64:w8,128x64x128:s3",
     "dswiglu": "128x256x64:s3,128x256x64:g4,128x256x64:g16,128x128x64,128x128x64:w4,64x256x64:w4",
-    **dict.fromkeys(("down", "dx"), "128x256x64:s3,128x256x64:s4,128x256x64:g4,128x256x64:g16,128x128x64:w8,128x128x64:w4:s4,64x256x64:w4"),
-    **dict.fromkeys(("dw_out", "dw_in"), "128x256x64:s3,128x256x64:s4,256x128x64:s4,128x256x32:s5,128x128x64:w8,128x128x64:w4,128x256x64:g8"),
+    **dict.fromkeys(
+        ("down", "dx"),
+        "128x256x64:s3,128x256x64:s4,128x256x64:g4,128x256x64:g16,128x128x64:w8,128x128x64:w4:s4,64x256x64:w4",
+    ),
+    **dict.fromkeys(
+        ("dw_out", "dw_in"),
+        "128x256x64:s3,128x256x64:s4,256x128x64:s4,128x256x32:s5,128x128x64:w8,128x128x64:w4,128x256x64:g8",
+    ),
 }
 
 LETTERS = {"g": "GROUP_M", "p": "PARTS", "w": "num_warps", "s": "num_stages"}
@@ -75,19 +104,32 @@ class Cases:
 
     def route_fwd(self):
         logits, K = self.inputs.logits_TE.to(self.inputs.x_TD.dtype), self.shape.K
-        return Case(lambda _: route_fwd(logits, None, K, False, True), lambda out: zip(out, reference.route(logits.double(), K), strict=True))
+        return Case(
+            lambda _: route_fwd(logits, None, K, False, True),
+            lambda out: zip(out, reference.route(logits.double(), K), strict=True),
+        )
 
     def route_bwd(self):
         leaf = self.inputs.logits_TE.to(self.inputs.x_TD.dtype).double().requires_grad_()
         gates, experts, _, probs, z = reference.route(leaf, self.shape.K)
         grads = [torch.randn_like(t) for t in (gates, probs, z)]
         want = torch.autograd.grad((gates, probs, z), leaf, grads)
-        args = leaf.detach().to(self.inputs.x_TD.dtype), experts, gates.detach().float(), *(t.float() for t in grads), False, True
+        args = (
+            leaf.detach().to(self.inputs.x_TD.dtype),
+            experts,
+            gates.detach().float(),
+            *(t.float() for t in grads),
+            False,
+            True,
+        )
         return Case(lambda _: (route_bwd(*args),), lambda out: zip(out, want, strict=True))
 
     def dispatch(self):
         experts, E, block_m = self.inputs.experts_TK, self.shape.E, self.tiles["up"].BLOCK_M
-        return Case(lambda _: dispatch(experts, E, block_m), lambda out: zip(out[:3], reference.dispatch(experts, E), strict=True))
+        return Case(
+            lambda _: dispatch(experts, E, block_m),
+            lambda out: zip(out[:3], reference.dispatch(experts, E), strict=True),
+        )
 
     def combine(self):
         y, places, gates = self.new(self.shape.S, self.shape.D), self.any_sorted.slot_row_TK, self.inputs.gates_TK
@@ -106,22 +148,31 @@ class Cases:
     def tokens_sum(self, out, y, places, gates=None):
         tokens = self.sampled[0]
         flat = torch.arange(len(tokens) * self.shape.K, device=y.device).view(-1, self.shape.K)
-        return out[tokens], reference.combine(y[places[tokens].flatten()].double(), flat, gates if gates is None else gates[tokens].double())
+        return out[tokens], reference.combine(
+            y[places[tokens].flatten()].double(), flat, gates if gates is None else gates[tokens].double()
+        )
 
     def up(self):
         x, w = self.inputs.x_TD, self.inputs.w_in_EGD
         twin = lambda: reference.up(x.double(), self.weights(w), *self.sampled[3:], self.shape.K)  # noqa: E731
-        return Case(lambda tile: gemm.up(x, w, self.sorted(tile.BLOCK_M), tile), lambda out: zip(self.rows(gemm.to_rows(out[0]), out[1]), twin(), strict=True))
+        return Case(
+            lambda tile: gemm.up(x, w, self.sorted(tile.BLOCK_M), tile),
+            lambda out: zip(self.rows(gemm.to_rows(out[0]), out[1]), twin(), strict=True),
+        )
 
     def down(self):
         a, w = self.new(self.shape.S, self.shape.F), self.inputs.w_out_EDF
         twin = lambda: reference.down(*self.rows(a), self.weights(w), self.sampled[4])  # noqa: E731
-        return Case(lambda tile: (gemm.down(a, w, self.sorted(tile.BLOCK_M), tile),), lambda out: [(*self.rows(*out), twin())])
+        return Case(
+            lambda tile: (gemm.down(a, w, self.sorted(tile.BLOCK_M), tile),), lambda out: [(*self.rows(*out), twin())]
+        )
 
     def dswiglu(self):
         dy, w, gates = self.inputs.dy_TD, self.inputs.w_out_EDF, self.inputs.gates_TK
         h = self.new(*gemm.panels(self.shape.S, self.shape.F, self.tiles["dswiglu"]))
-        twin = lambda: reference.dswiglu(dy.double(), self.weights(w), *self.rows(gemm.to_rows(h)), gates.double(), *self.sampled[3:])  # noqa: E731
+        twin = lambda: reference.dswiglu(
+            dy.double(), self.weights(w), *self.rows(gemm.to_rows(h)), gates.double(), *self.sampled[3:]
+        )  # noqa: E731
         return Case(
             lambda tile: gemm.dswiglu(dy, w, h, gates, self.sorted(tile.BLOCK_M), tile),
             lambda out: zip(self.rows(*out[:2], out[2].double().sum(0)), twin(), strict=True),
@@ -130,17 +181,24 @@ class Cases:
     def dx(self):
         dh, w = self.new(self.shape.S, 2 * self.shape.F), self.inputs.w_in_EGD
         twin = lambda: reference.dx(*self.rows(dh), self.weights(w), self.sampled[4])  # noqa: E731
-        return Case(lambda tile: (gemm.dx(dh, w, self.sorted(tile.BLOCK_M), tile),), lambda out: [(*self.rows(*out), twin())])
+        return Case(
+            lambda tile: (gemm.dx(dh, w, self.sorted(tile.BLOCK_M), tile),), lambda out: [(*self.rows(*out), twin())]
+        )
 
     def dw_in(self):
         dh, x = self.new(self.shape.S, 2 * self.shape.F), self.inputs.x_TD
         twin = lambda: reference.dw_in(*self.rows(dh), x.double(), *self.sampled[3:], self.shape.K)  # noqa: E731
-        return Case(lambda tile: (gemm.dw(x, dh, True, self.any_sorted, tile),), lambda out: [(out[0][self.sampled[1]], twin())])
+        return Case(
+            lambda tile: (gemm.dw(x, dh, True, self.any_sorted, tile),), lambda out: [(out[0][self.sampled[1]], twin())]
+        )
 
     def dw_out(self):
         dy, ga = self.inputs.dy_TD, self.new(self.shape.S, self.shape.F)
         twin = lambda: reference.dw_out(dy.double(), *self.rows(ga), *self.sampled[3:], self.shape.K)  # noqa: E731
-        return Case(lambda tile: (gemm.dw(dy, ga, False, self.any_sorted, tile),), lambda out: [(out[0][self.sampled[1]], twin())])
+        return Case(
+            lambda tile: (gemm.dw(dy, ga, False, self.any_sorted, tile),),
+            lambda out: [(out[0][self.sampled[1]], twin())],
+        )
 
 
 def check(case, outputs, dtype):
@@ -182,7 +240,9 @@ def parse_tile(text, base):
     tile = base._replace(**values)
     doubling = *tile[:3], tile.PARTS, tile.num_warps
     if min(tile) < 1 or any(n & (n - 1) for n in doubling) or tile.PARTS > tile.BLOCK_N:
-        raise ValueError(f"tile {text!r}: blocks, PARTS ({tile.PARTS}) and num_warps must be powers of two, the others at least 1, PARTS at most BLOCK_N")
+        raise ValueError(
+            f"tile {text!r}: blocks, PARTS ({tile.PARTS}) and num_warps must be powers of two, the others at least 1, PARTS at most BLOCK_N"
+        )
     return tile
 
 
@@ -221,11 +281,22 @@ def compare_tiles(shape, dtype, device, names, candidates, routing, machine, fai
         tiles = dict.fromkeys([today[name], *(parse_tile(text, today[name]) for text in texts)])
         jobs += [(name, tile) for tile in (*tiles, today[name])]
     start = time.perf_counter()
-    codes = precompile([lambda job=job: getattr(Cases(shape, empty_inputs(shape, dtype), torch.empty), job[0])().run(job[1]) for job in jobs])
+    codes = precompile(
+        [
+            lambda job=job: getattr(Cases(shape, empty_inputs(shape, dtype), torch.empty), job[0])().run(job[1])
+            for job in jobs
+        ]
+    )
     print(f"{shape}: {len(jobs)} candidates compiled ahead in {time.perf_counter() - start:.1f} s")
-    cases, costs, table = Cases(shape, make_inputs(shape, dtype, device, routing)), kernel_costs(shape, dtype.itemsize), []
+    cases, costs, table = (
+        Cases(shape, make_inputs(shape, dtype, device, routing)),
+        kernel_costs(shape, dtype.itemsize),
+        [],
+    )
     for (name, tile), code in zip(jobs, codes, strict=True):
-        label = "x".join(map(str, tile[:3])) + "".join(f" {field}={value}" for field, value in list(tile._asdict().items())[3:])
+        label = "x".join(map(str, tile[:3])) + "".join(
+            f" {field}={value}" for field, value in list(tile._asdict().items())[3:]
+        )
         with skipping(f"{name} {label}", failures):
             if code < 0:
                 raise RuntimeError(f"the compiler crashed (signal {-code})")
@@ -249,9 +320,13 @@ def main(argv=None):
     parser = arguments(__doc__)
     parser.add_argument("--shapes", nargs="+", type=typed(parse_shape), metavar="T,D,F,E,K", default=None)
     parser.add_argument("--kernel", default="", help="comma-separated, of " + ", ".join(KERNELS))
-    parser.add_argument("--candidates", help="comma-separated tiles to time (only six GEMM kernels have tiles), or default")
+    parser.add_argument(
+        "--candidates", help="comma-separated tiles to time (only six GEMM kernels have tiles), or default"
+    )
     parser.add_argument("--routing", type=typed(parse_routing), default="softmax", help="softmax, balanced or zipf1.5")
-    parser.add_argument("--ceilings", type=typed(parse_ceilings), metavar="TFLOPS,TB_S", help="such as 798,3.0; default: measured here")
+    parser.add_argument(
+        "--ceilings", type=typed(parse_ceilings), metavar="TFLOPS,TB_S", help="such as 798,3.0; default: measured here"
+    )
     args, results = begin(parser, argv)
     dtype, device, failures = DTYPES[args.dtype], "cuda" if cuda else "cpu", []
     shapes = args.shapes or (TARGETS[:1] if args.candidates else TARGETS) if cuda else args.shapes or TINY
@@ -271,13 +346,26 @@ def main(argv=None):
     precompile([partial(compile_layer, shape, dtype) for shape in shapes])
     for shape in shapes:
         with skipping(f"{shape}", failures):
-            cases, costs = Cases(shape, make_inputs(shape, dtype, device, args.routing)), kernel_costs(shape, dtype.itemsize)
+            cases, costs = (
+                Cases(shape, make_inputs(shape, dtype, device, args.routing)),
+                kernel_costs(shape, dtype.itemsize),
+            )
             for name in names:
                 with skipping(f"{shape} {name}", failures):
                     times, error = timed(getattr(cases, name)(), cases.tiles.get(name), dtype)
                     mode = ("backward" if name in ("route_bwd", *BACKWARD) else "forward") + "-graph" * cuda
                     floor = costs[name].floor_ms(*machine)
-                    results.add(name, "triton", mode, shape, times, costs[name], args.routing, floor, note=f"RMS error {error:.1e}")
+                    results.add(
+                        name,
+                        "triton",
+                        mode,
+                        shape,
+                        times,
+                        costs[name],
+                        args.routing,
+                        floor,
+                        note=f"RMS error {error:.1e}",
+                    )
     return finish(args, results, failures)
 
 

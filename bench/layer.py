@@ -23,7 +23,18 @@ from bench import peers
 from bench.compare import begin, finish
 from bench.precompile import compile_layer
 from bench.problem import (
-    TARGETS, TINY, Cost, Shape, kernel_costs, layer_cost, layer_errors, layer_floor_ms, make_inputs, parse_routing, parse_shape, require_accuracy,
+    TARGETS,
+    TINY,
+    Cost,
+    Shape,
+    kernel_costs,
+    layer_cost,
+    layer_errors,
+    layer_floor_ms,
+    make_inputs,
+    parse_routing,
+    parse_shape,
+    require_accuracy,
     rms,
 )  # fmt: skip
 from bench.results import DTYPES, HEADER, arguments, cli, typed
@@ -56,7 +67,9 @@ def implementations(text):
     names = [name for name in text.split(",") if name]
     for name in names:
         if name not in (*IMPLS, *peers.MODULES):
-            raise ValueError(f"{name!r} is unknown; implementations are {', '.join(IMPLS)}, peers {', '.join(peers.MODULES)}")
+            raise ValueError(
+                f"{name!r} is unknown; implementations are {', '.join(IMPLS)}, peers {', '.join(peers.MODULES)}"
+            )
     if "triton" in names and not torch.cuda.is_available() and not interpreting():
         raise ValueError("triton kernels need a GPU: set TRITON_INTERPRET=1 to run them in its interpreter")
     return names
@@ -117,7 +130,9 @@ def time_modes(results, kernel, name, shape, routing, forward, full, costs, ceil
         fwd, both = (times_ms(capture(fn)[0] if suffix else fn) for fn in (forward, full))
         for mode, times in zip(MODES, (fwd, both.minus(fwd.p50), both), strict=True):
             last = dict(memory, note=note) if mode == "full" and not suffix else {}
-            results.add(kernel, name, mode + suffix, shape, times, costs[mode], routing, ceilings.get(mode + suffix), **last)
+            results.add(
+                kernel, name, mode + suffix, shape, times, costs[mode], routing, ceilings.get(mode + suffix), **last
+            )
 
 
 def bench_gemms(results, shape, routing, inputs, costs, graph):
@@ -143,7 +158,10 @@ def bench_layer(results, name, shape, routing, inputs, w_router, costs, ceilings
     outputs["dw_in"] = layer.restore(outputs["dw_in"])
     if w_router is not None:  # its own choice of experts decides; dx holds the router's share too
         gates, experts = route_with(name, inputs.x_TD, w_router, shape.K)
-        inputs, outputs = inputs._replace(gates_TK=gates, experts_TK=experts), {what: outputs[what] for what in ("y", "dw_in", "dw_out")}
+        inputs, outputs = (
+            inputs._replace(gates_TK=gates, experts_TK=experts),
+            {what: outputs[what] for what in ("y", "dw_in", "dw_out")},
+        )
     # The others round every intermediate to the dtype: twice the tolerance of ours.
     error = require_accuracy(layer_errors(inputs, outputs), y.dtype, slack=1 if name in ("triton", "reference") else 2)
     if name == "triton" and not all(map(torch.equal, (y, *grads), layer.run(dy))):
@@ -173,10 +191,19 @@ def bench_routing(results, shape, routing, inputs, w_router, cuda):
         logits = F_.linear(x, w).float()
         top = logits.topk(K, dim=1)
         flat = top.indices.flatten()
-        counts, order = flat.new_zeros(E).index_add_(0, flat, torch.ones_like(flat)), flat.argsort(stable=True)  # bincount waits for the GPU
+        counts, order = (
+            flat.new_zeros(E).index_add_(0, flat, torch.ones_like(flat)),
+            flat.argsort(stable=True),
+        )  # bincount waits for the GPU
         slot_row = torch.empty_like(order)
         slot_row[order] = torch.arange(flat.numel(), device=x.device)
-        return top.values.softmax(1), logits.softmax(1).mean(0), logits.logsumexp(1).square().mean(), counts, (counts.cumsum(0), order, slot_row)
+        return (
+            top.values.softmax(1),
+            logits.softmax(1).mean(0),
+            logits.logsumexp(1).square().mean(),
+            counts,
+            (counts.cumsum(0), order, slot_row),
+        )
 
     with torch.no_grad():  # a live autograd graph of this stream would break the capture of another
         got, want = ours(), torch_ops()
@@ -221,14 +248,30 @@ def summary(rows, machine, itemsize):
     """What the targets are about, a line per shape and routing, and the cliffs along E."""
     full, curves = {}, defaultdict(list)
     for row in rows:
-        full[row["kernel"], row["implementation"], row["mode"], row["routing"], Shape(*(row[letter] for letter in "TDFEK"))] = row["p50_ms"]
+        full[
+            row["kernel"],
+            row["implementation"],
+            row["mode"],
+            row["routing"],
+            Shape(*(row[letter] for letter in "TDFEK")),
+        ] = row["p50_ms"]
     for (kernel, name, mode, routing, shape), ms in full.items():
         if (kernel, mode) == ("layer", "full") and name == "triton":
-            others = {other: full[key] for key in full if key[0] == "layer" and key[2:] == (mode, routing, shape) and (other := key[1]) != name}
-            line = f"{shape} {routing}: " + ", ".join(f"{other_ms / ms:.2f}x {other}" for other, other_ms in others.items())
+            others = {
+                other: full[key]
+                for key in full
+                if key[0] == "layer" and key[2:] == (mode, routing, shape) and (other := key[1]) != name
+            }
+            line = f"{shape} {routing}: " + ", ".join(
+                f"{other_ms / ms:.2f}x {other}" for other, other_ms in others.items()
+            )
             if gemms_ms := full.get(("layer", "gemms", "full-graph", routing, shape)):
                 line += f"; graph {gemms_ms / full['layer', name, 'full-graph', routing, shape]:.2f}x gemms"
-            eager, graph, ops, ops_graph = (full.get(("routing", who, how, routing, shape)) for who in (name, "torch") for how in (mode, "full-graph"))
+            eager, graph, ops, ops_graph = (
+                full.get(("routing", who, how, routing, shape))
+                for who in (name, "torch")
+                for how in (mode, "full-graph")
+            )
             if graph and ops_graph:
                 line += f"; routing {graph / ms:.1%} of the layer (graphs), torch ops take {ops / eager:.1f}x as long eager, {ops_graph / graph:.1f}x in graphs"
             print(line)
@@ -239,31 +282,57 @@ def summary(rows, machine, itemsize):
             best, best_floor = min(ms for ms, _, _ in points), min(floor for _, floor, _ in points)
             share, allowed, E = min((best / ms, best_floor / floor, E) for ms, floor, E in points)
             T, D, F, _, K = shape
-            print(f"T,D,F,K {T},{D},{F},{K}: slowest at E={E}, {share:.2f} of the best E; the weights' bytes allow {allowed:.2f}")
+            print(
+                f"T,D,F,K {T},{D},{F},{K}: slowest at E={E}, {share:.2f} of the best E; the weights' bytes allow {allowed:.2f}"
+            )
 
 
 def main(argv=None):
     cuda = torch.cuda.is_available()
-    impl, at = ("triton,grouped_mm", "32768,1024,2048") if cuda else ("reference,grouped_mm" + ",triton" * interpreting(), "64,32,48")
+    impl, at = (
+        ("triton,grouped_mm", "32768,1024,2048")
+        if cuda
+        else ("reference,grouped_mm" + ",triton" * interpreting(), "64,32,48")
+    )
     parser = arguments(__doc__)
-    parser.add_argument("--shapes", nargs="+", type=typed(parse_shape), metavar="T,D,F,E,K", help="default: the six target shapes")
+    parser.add_argument(
+        "--shapes", nargs="+", type=typed(parse_shape), metavar="T,D,F,E,K", help="default: the six target shapes"
+    )
     parser.add_argument("--experts", type=typed(powers), help="such as 8,...,256 (doubling) or 8,24; makes a sweep")
     parser.add_argument("--topk", type=typed(powers), help="such as 1,...,16; makes a sweep")
     parser.add_argument("--at", nargs="+", metavar="T,D,F", default=[at], help="fixed sizes of the sweep")
-    parser.add_argument("--impl", type=typed(implementations), default=impl, help="comma-separated, of " + ", ".join(IMPLS))
-    parser.add_argument("--peers", type=typed(implementations), default="", help="comma-separated, of " + ", ".join(peers.MODULES))
+    parser.add_argument(
+        "--impl", type=typed(implementations), default=impl, help="comma-separated, of " + ", ".join(IMPLS)
+    )
+    parser.add_argument(
+        "--peers", type=typed(implementations), default="", help="comma-separated, of " + ", ".join(peers.MODULES)
+    )
     routings = typed(lambda text: [parse_routing(word) for word in text.split(",")])
-    parser.add_argument("--routing", type=routings, default="softmax", help="comma-separated: softmax, balanced, zipf1.5")
+    parser.add_argument(
+        "--routing", type=routings, default="softmax", help="comma-separated: softmax, balanced, zipf1.5"
+    )
     parser.add_argument("--graph", action="store_true", help="also replay CUDA graphs (ours and gemms)")
-    parser.add_argument("--router", action="store_true", help="also with a linear router and top-k in front (ours: route; the others: torch ops)")
+    parser.add_argument(
+        "--router",
+        action="store_true",
+        help="also with a linear router and top-k in front (ours: route; the others: torch ops)",
+    )
     args, results = begin(parser, argv)
     dtype, failures = DTYPES[args.dtype], []
     shapes = args.shapes or list(TARGETS if cuda else TINY)
     args.sweep = bool(args.experts or args.topk)
     if args.sweep:
-        shapes = [parse_shape(f"{at},{E},{K}") for at in args.at for E in args.experts or [64] for K in args.topk or [2] if K <= E]
+        shapes = [
+            parse_shape(f"{at},{E},{K}")
+            for at in args.at
+            for E in args.experts or [64]
+            for K in args.topk or [2]
+            if K <= E
+        ]
         if not shapes:
-            parser.error(f"nothing to measure: every K of {args.topk or [2]} (--topk) is above every E of {args.experts or [64]} (--experts)")
+            parser.error(
+                f"nothing to measure: every K of {args.topk or [2]} (--topk) is above every E of {args.experts or [64]} (--experts)"
+            )
     for shape in [shape for shape in shapes if not fits(shape, dtype.itemsize)]:
         shapes.remove(shape)
         failures.append(f"{shape}: weights and activations do not fit this GPU")
@@ -276,7 +345,10 @@ def main(argv=None):
     if "triton" in args.names:
         start = time.perf_counter()
         codes = precompile([partial(compile_layer, shape, dtype) for shape in shapes])
-        print(f"compiled ahead in {time.perf_counter() - start:.1f} s" + ", not everything: the rest compiles at its first call" * any(codes))
+        print(
+            f"compiled ahead in {time.perf_counter() - start:.1f} s"
+            + ", not everything: the rest compiles at its first call" * any(codes)
+        )
     print(HEADER)
     machine = results.add_ceilings()
     for shape in shapes:

@@ -1,8 +1,8 @@
 """Other libraries' expert layers behind one signature. None is a dependency: each is imported when it is asked for.
 
-    scattermoe   https://github.com/shawntan/scattermoe        Triton
-    sonicmoe     https://github.com/Dao-AILab/sonic-moe        CuTe, Hopper and newer; pip install sonic-moe
-    liger        https://github.com/linkedin/Liger-Kernel      Triton; pip install liger-kernel (autotunes for minutes on its first calls)
+scattermoe   https://github.com/shawntan/scattermoe        Triton
+sonicmoe     https://github.com/Dao-AILab/sonic-moe        CuTe, Hopper and newer; pip install sonic-moe
+liger        https://github.com/linkedin/Liger-Kernel      Triton; pip install liger-kernel (autotunes for minutes on its first calls)
 """
 
 import importlib
@@ -37,14 +37,20 @@ def load(name):
 def _scattermoe(module):
     def experts(x, w_in, w_out, gates, experts):
         order = module.flatten_sort_count(experts, w_in.shape[0])
-        gate, up = module.parallel_linear(x, w_in.transpose(1, 2), experts.shape[1], *order, grouped_out=True).chunk(2, dim=1)
-        return module.parallel_linear(F_.silu(gate) * up, w_out.transpose(1, 2), 1, *order, grouped_in=True, gates=gates.to(x.dtype))
+        gate, up = module.parallel_linear(x, w_in.transpose(1, 2), experts.shape[1], *order, grouped_out=True).chunk(
+            2, dim=1
+        )
+        return module.parallel_linear(
+            F_.silu(gate) * up, w_out.transpose(1, 2), 1, *order, grouped_in=True, gates=gates.to(x.dtype)
+        )
 
     return Peer(experts)
 
 
 def _liger(module):
-    return Peer(lambda x, w_in, w_out, gates, experts: module.LigerFusedMoEFunction.apply(x, w_in, w_out, experts, gates))
+    return Peer(
+        lambda x, w_in, w_out, gates, experts: module.LigerFusedMoEFunction.apply(x, w_in, w_out, experts, gates)
+    )
 
 
 def _sonicmoe(module):
@@ -58,7 +64,18 @@ def _sonicmoe(module):
         stream = torch.cuda.current_stream().cuda_stream
         w_in, w_out = w_in.permute(1, 2, 0), w_out.permute(1, 2, 0)
         return module.moe_general_routing_inputs(
-            x, gates.flatten(), tokens[T, K], experts.flatten(), w_in, None, w_out, None, w_out.shape[2], stream, swiglu, False
+            x,
+            gates.flatten(),
+            tokens[T, K],
+            experts.flatten(),
+            w_in,
+            None,
+            w_out,
+            None,
+            w_out.shape[2],
+            stream,
+            swiglu,
+            False,
         )[0]
 
     return Peer(experts, interleave, deinterleave)

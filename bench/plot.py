@@ -37,11 +37,18 @@ def label(shape):
 
 
 def select(rows, **wanted):
-    return [row for row in rows if all(row[name] in (value if isinstance(value, tuple) else (value,)) for name, value in wanted.items())]
+    return [
+        row
+        for row in rows
+        if all(row[name] in (value if isinstance(value, tuple) else (value,)) for name, value in wanted.items())
+    ]
 
 
 def finish(fig, title, rows, path):
-    title = fig.suptitle(f"{title}\n{rows[0]['gpu']}, {rows[0]['dtype']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}", fontsize=12)
+    title = fig.suptitle(
+        f"{title}\n{rows[0]['gpu']}, {rows[0]['dtype']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}",
+        fontsize=12,
+    )
     fig.set_figwidth(max(fig.get_figwidth(), title.get_window_extent().width / fig.dpi + 0.3))
     fig.savefig(path)
     plt.close(fig)
@@ -60,13 +67,22 @@ def throughput(rows, along, out):
         return
     fig, axes = plt.subplots(1, len(panels), figsize=(1 + 4.2 * len(panels), 4.4), sharey=True, squeeze=False)
     values = sorted({row[other] for group in panels.values() for row in group})
-    colors = dict(zip(values, plt.cm.viridis([0.9 * i / max(1, len(values) - 1) for i in range(len(values))]), strict=True))
+    colors = dict(
+        zip(values, plt.cm.viridis([0.9 * i / max(1, len(values) - 1) for i in range(len(values))]), strict=True)
+    )
     for ax, ((T, D, F), group) in zip(axes[0], panels.items(), strict=True):
         for value in values:
             for name, style in (("gemms", dict(ls=":", lw=1.2)), ("triton", dict(marker="o", ms=5))):
-                line = sorted((row[along], row["tflops"]) for row in select(group, implementation=name, **{other: value}))
+                line = sorted(
+                    (row[along], row["tflops"]) for row in select(group, implementation=name, **{other: value})
+                )
                 if line:
-                    ax.plot(*zip(*line, strict=True), color=colors[value], label=f"{other} = {value}" if name == "triton" else None, **style)
+                    ax.plot(
+                        *zip(*line, strict=True),
+                        color=colors[value],
+                        label=f"{other} = {value}" if name == "triton" else None,
+                        **style,
+                    )
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.set_xticks(sorted({row[along] for row in group}))
@@ -99,8 +115,17 @@ def bars(ax, shapes, series, digits=0, rotation=0):
         ax.bar(xs, heights, width * 0.92, color=COLORS.get(name, "#444444"), label=name)
         for x, height in zip(xs, heights, strict=True):
             text = f"{height:,.{digits}f}"
-            ax.annotate(text, (x, height), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9, rotation=rotation,
-                        bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
+            ax.annotate(
+                text,
+                (x, height),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=9,
+                rotation=rotation,
+                bbox=dict(facecolor="white", edgecolor="none", pad=0.5),
+            )
     ax.set_xticks(range(len(shapes)), [label(shape) for shape in shapes], fontsize=10)
     ax.grid(axis="x", visible=False)
 
@@ -116,7 +141,10 @@ def named(row):
 
 
 def in_order(series):
-    return {name: series[name] for name in sorted(series, key=lambda name: list(COLORS).index(name) if name in COLORS else 99)}
+    return {
+        name: series[name]
+        for name in sorted(series, key=lambda name: list(COLORS).index(name) if name in COLORS else 99)
+    }
 
 
 def ceiling(rows, out):
@@ -151,16 +179,36 @@ def roofline(rows, out):
     for kernel, color in zip(kernels, plt.cm.Dark2.colors, strict=False):
         for row in select(dense, kernel=kernel):
             marker = MARKERS[shapes.index(shape_of(row))]
-            left.scatter(row["tflops"] * 1e3 / row["gb_s"], row["tflops"], color=color, marker=marker, s=48, edgecolor="white", lw=0.5, zorder=3)
+            left.scatter(
+                row["tflops"] * 1e3 / row["gb_s"],
+                row["tflops"],
+                color=color,
+                marker=marker,
+                s=48,
+                edgecolor="white",
+                lw=0.5,
+                zorder=3,
+            )
         left.scatter([], [], color=color, label=kernel)
     for shape, marker in zip(shapes, MARKERS, strict=False):
-        left.scatter([], [], color="gray", marker=marker, label=f"{short(shape.T)}, {shape.D}, {shape.F}, {shape.E}, {shape.K}")
+        left.scatter(
+            [], [], color="gray", marker=marker, label=f"{short(shape.T)}, {shape.D}, {shape.F}, {shape.E}, {shape.K}"
+        )
     ridge = peak / bandwidth
     xs = [row["tflops"] * 1e3 / row["gb_s"] for row in dense] + [ridge]
     left.plot([min(xs) / 1.5, ridge, max(xs) * 1.5], [min(xs) / 1.5 * bandwidth, peak, peak], color="black", lw=1.2)
-    left.annotate(f"{peak:.0f} TFLOP/s, cuBLAS", (max(xs) * 1.5, peak), (0, 4), textcoords="offset points", ha="right", fontsize=9)
+    left.annotate(
+        f"{peak:.0f} TFLOP/s, cuBLAS", (max(xs) * 1.5, peak), (0, 4), textcoords="offset points", ha="right", fontsize=9
+    )
     middle = (min(xs) * ridge) ** 0.5
-    left.annotate(f"{bandwidth:.2f} TB/s, copy", (middle, middle * bandwidth), (-6, 4), textcoords="offset points", ha="right", fontsize=9)
+    left.annotate(
+        f"{bandwidth:.2f} TB/s, copy",
+        (middle, middle * bandwidth),
+        (-6, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9,
+    )
     left.set(xscale="log", yscale="log", xlabel="arithmetic intensity, FLOP per byte", ylabel="TFLOP/s")
     left.set_title("matrix kernels (legend: T, D, F, E, K)")
     left.legend(loc="lower right", fontsize=8.5, ncols=2)
@@ -170,7 +218,13 @@ def roofline(rows, out):
     moved = [row for row in points if not row["tflops"] and shape_of(row) in shapes]
     names = list(dict.fromkeys(row["kernel"] for row in moved))
     for row in moved:
-        right.scatter(row["gb_s"] / 1e3, names.index(row["kernel"]), color="gray", marker=MARKERS[shapes.index(shape_of(row))], s=40)
+        right.scatter(
+            row["gb_s"] / 1e3,
+            names.index(row["kernel"]),
+            color="gray",
+            marker=MARKERS[shapes.index(shape_of(row))],
+            s=40,
+        )
     right.axvline(bandwidth, color="black", lw=1.2)
     right.set_yticks(range(len(names)), names)
     right.set(xlim=(0, bandwidth * 1.1), ylim=(len(names) - 0.5, -0.5), xlabel="TB/s of the fewest bytes (line: copy)")
@@ -179,7 +233,10 @@ def roofline(rows, out):
 
 
 def routing(rows, out):
-    layer = {shape_of(row): row["p50_ms"] for row in select(rows, kernel="layer", implementation="triton", mode="full", routing="softmax")}
+    layer = {
+        shape_of(row): row["p50_ms"]
+        for row in select(rows, kernel="layer", implementation="triton", mode="full", routing="softmax")
+    }
     series, shapes = {}, targets_of([row for row in select(rows, kernel="routing") if shape_of(row) in layer])
     for row in select(rows, kernel="routing", mode=("full", "full-graph")):
         if shape_of(row) in shapes:
@@ -199,7 +256,9 @@ def memory(rows, out):
     if not shapes:
         return
     fig, axes = plt.subplots(2, 1, figsize=(1.5 + 1.55 * len(shapes), 7.5), sharex=True)
-    for ax, column, title in zip(axes, ("saved_mib", "peak_mib"), ("kept for backward, MiB", "peak above inputs, MiB"), strict=True):
+    for ax, column, title in zip(
+        axes, ("saved_mib", "peak_mib"), ("kept for backward, MiB", "peak above inputs, MiB"), strict=True
+    ):
         series = {}
         for row in rows:
             series.setdefault(named(row), {})[shape_of(row)] = row[column]
@@ -211,7 +270,10 @@ def memory(rows, out):
 
 
 PARTS = {  # of a step: a colour, and how the names of its families begin
-    "expert GEMMs": ("#0b6e4f", ("experts: up", "experts: rows", "experts: dswiglu", "experts: dw", "experts: grouped_mm")),
+    "expert GEMMs": (
+        "#0b6e4f",
+        ("experts: up", "experts: rows", "experts: dswiglu", "experts: dw", "experts: grouped_mm"),
+    ),
     "sort, sums, router": ("#6fc3a5", ("experts:", "router")),
     "attention": ("#c8553d", ("attention",)),
     "projections, dense MLP": ("#e09f3e", ("attention projections", "experts: torch")),
@@ -224,7 +286,10 @@ PARTS = {  # of a step: a colour, and how the names of its families begin
 
 def part_of(family):
     """The part whose prefix of the family's name is the longest."""
-    return max(PARTS, key=lambda part: max((len(prefix) + 1 for prefix in PARTS[part][1] if family.startswith(prefix)), default=0))
+    return max(
+        PARTS,
+        key=lambda part: max((len(prefix) + 1 for prefix in PARTS[part][1] if family.startswith(prefix)), default=0),
+    )
 
 
 def step(rows, out):
@@ -248,7 +313,10 @@ def step(rows, out):
             left += width
     kind = lambda name, s: "dense" if name.startswith("dense") else f"E {s.E}"  # noqa: E731
     other = lambda name: "" if (impl := name.split(":")[1]) in ("auto", "triton") else f"\n{impl}"  # noqa: E731
-    names = [f"D {s.D}, F {s.F}, K {s.K}, {kind(name, s)}{other(name)}" + "\nbfloat16 weights" * ("bfloat16-weights" in name) for name, s in models]
+    names = [
+        f"D {s.D}, F {s.F}, K {s.K}, {kind(name, s)}{other(name)}" + "\nbfloat16 weights" * ("bfloat16-weights" in name)
+        for name, s in models
+    ]
     ax.set_yticks(range(len(models)), names)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)

@@ -13,7 +13,15 @@ def empty_inputs(shape, dtype):
     """Inputs of the real sizes on the CPU; they are never touched and take no memory."""
     T, D, F, E, K = shape
     new, floats = partial(torch.empty, dtype=dtype), partial(torch.empty, dtype=torch.float32)
-    return Inputs(new(T, D), new(E, 2 * F, D), new(E, D, F), floats(T, K), torch.empty(T, K, dtype=torch.int32), new(T, D), floats(T, E))
+    return Inputs(
+        new(T, D),
+        new(E, 2 * F, D),
+        new(E, D, F),
+        floats(T, K),
+        torch.empty(T, K, dtype=torch.int32),
+        new(T, D),
+        floats(T, E),
+    )
 
 
 def compile_layer(shape, dtype):

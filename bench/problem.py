@@ -120,7 +120,9 @@ def router_logits(shape, routing, generator):
         # Token i of a random order takes experts i*K .. i*K + K-1, modulo E.
         order = torch.randperm(T, generator=generator, device=device)
         experts = (order[:, None] * K + torch.arange(K, device=device)) % E
-        return torch.randn(T, E, generator=generator, device=device).scatter_add(1, experts, experts.new_full((T, K), 20).float())
+        return torch.randn(T, E, generator=generator, device=device).scatter_add(
+            1, experts, experts.new_full((T, K), 20).float()
+        )
     if routing == "softmax":
         return torch.randn(T, E, generator=generator, device=device)
     # Adding Gumbel noise to log-probabilities and taking the top k samples k without replacement.
@@ -145,7 +147,15 @@ def make_inputs(shape, dtype, device, routing="softmax", seed=0):
     randn = lambda *size: torch.randn(size, generator=generator, device=device, dtype=dtype)  # noqa: E731
     logits = router_logits(shape, routing, generator)
     gates, experts, *_ = reference.route(logits, K)
-    return Inputs(randn(T, D), randn(E, 2 * F, D) * D**-0.5, randn(E, D, F) * F**-0.5, gates.contiguous(), experts.contiguous(), randn(T, D), logits)
+    return Inputs(
+        randn(T, D),
+        randn(E, 2 * F, D) * D**-0.5,
+        randn(E, D, F) * F**-0.5,
+        gates.contiguous(),
+        experts.contiguous(),
+        randn(T, D),
+        logits,
+    )
 
 
 def rms(got, want):
@@ -166,7 +176,9 @@ def sample(experts_TK, n_experts, seed=0, n_tokens=256):
 def expert_alone(inputs, e, token, slot):
     """Float64 contribution of expert e to the rows (token, slot): y, dx, dw_in, dw_out and dgates, the layer with this one expert."""
     x, w_in, w_out, gates, _, dy, _ = inputs
-    leaves = [t.double().requires_grad_() for t in (x[token], w_in[e : e + 1], w_out[e : e + 1], gates[token, slot, None])]
+    leaves = [
+        t.double().requires_grad_() for t in (x[token], w_in[e : e + 1], w_out[e : e + 1], gates[token, slot, None])
+    ]
     y = reference.experts(*leaves, torch.zeros_like(token[:, None]))
     return y.detach(), *torch.autograd.grad(y, leaves, dy[token].double())
 
@@ -198,5 +210,7 @@ def require_accuracy(errors, dtype, slack=1):
     """The worst of `errors` (by name); ValueError unless every one is within `slack` times the tolerance of `dtype`."""
     for name, error in errors.items():
         if not error <= slack * TOLERANCE[dtype]:
-            raise ValueError(f"wrong result: {name} has RMS ratio {error:.1e}, allowed is {slack * TOLERANCE[dtype]:.0e}")
+            raise ValueError(
+                f"wrong result: {name} has RMS ratio {error:.1e}, allowed is {slack * TOLERANCE[dtype]:.0e}"
+            )
     return max(errors.values())

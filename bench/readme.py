@@ -19,8 +19,12 @@ import torch
 
 GPT2 = "--dense --preset=paper-d512-e8-k2 --d-model=768 --n-layers=12 --n-heads=12 --n-kv-heads=12 --head-dim=64 --d-expert=1024 --vocab-size=50304"
 WIDE = "--preset=paper-d1024-e16-k2 --vocab-size=50304 --seq-len=2048"
-SMALL = "--preset=tiny --d-model=256 --n-heads=8 --n-kv-heads=8 --n-layers=6 --d-expert=128 --seq-len=256 --batch-size=32"
-TEXT = "--preset=paper-d512-e16-k2 --vocab-size=16384 --seq-len=1024 --batch-size=64"  # the model of the runs on real text
+SMALL = (
+    "--preset=tiny --d-model=256 --n-heads=8 --n-kv-heads=8 --n-layers=6 --d-expert=128 --seq-len=256 --batch-size=32"
+)
+TEXT = (
+    "--preset=paper-d512-e16-k2 --vocab-size=16384 --seq-len=1024 --batch-size=64"  # the model of the runs on real text
+)
 STEP = "--optimizer=adamw --compile=true"
 
 
@@ -53,7 +57,9 @@ RUNS = (
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = list(dict.fromkeys(run.kind for run in RUNS))
-    parser.add_argument("--csv", type=Path, default=Path("mine.csv"), help="append the rows to this file (default: %(default)s)")
+    parser.add_argument(
+        "--csv", type=Path, default=Path("mine.csv"), help="append the rows to this file (default: %(default)s)"
+    )
     parser.add_argument("--minutes", type=float, default=25, help="time limit (default: %(default)s)")
     parser.add_argument("--only", choices=kinds, help="benchmarks of one kind")
     parser.add_argument("--list", action="store_true", help="print the commands only")

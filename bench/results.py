@@ -38,19 +38,27 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def revision():
     """Short git revision of this file's repository, with "+" when tracked files differ from it; "unknown" outside git."""
-    git = lambda *args: subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout  # noqa: E731
+    git = lambda *args: (
+        subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+    )  # noqa: E731
     try:
-        return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
+        return git("rev-parse", "--short", "HEAD").strip() + (
+            "+" if git("status", "--porcelain", "-uno").strip() else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def arguments(description):
     """A parser with the options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--csv", type=Path, help="append the rows to this file (created with a header)")
     parser.add_argument(
-        "--compare", metavar="REV_OR_CSV", help="baseline: a CSV, or a git revision for its committed copy of --csv; regressions exit with status 1"
+        "--compare",
+        metavar="REV_OR_CSV",
+        help="baseline: a CSV, or a git revision for its committed copy of --csv; regressions exit with status 1",
     )
     parser.add_argument("--revision", default=None, help="git revision to write into the rows (default: ask git)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if torch.cuda.is_available() else "fp32")
@@ -99,12 +107,35 @@ class Results:
         if not torch.cuda.is_available():
             print("No GPU: tiny shapes, to show that everything runs. The numbers mean nothing about GPUs.")
 
-    def add(self, kernel, implementation, mode, shape, times, cost=Cost(0, 0), routing="", ceiling_ms=None, note="", quiet=False, **more):
+    def add(
+        self,
+        kernel,
+        implementation,
+        mode,
+        shape,
+        times,
+        cost=Cost(0, 0),
+        routing="",
+        ceiling_ms=None,
+        note="",
+        quiet=False,
+        **more,
+    ):
         """One row; `ceiling_ms` is the least possible time, `more` are columns by name. The note is printed, not stored; with `quiet` nothing is."""
-        row = dict.fromkeys(COLUMNS) | self.environment | dict(kernel=kernel, implementation=implementation, mode=mode, routing=routing)
+        row = (
+            dict.fromkeys(COLUMNS)
+            | self.environment
+            | dict(kernel=kernel, implementation=implementation, mode=mode, routing=routing)
+        )
         row |= dict(zip("TDFEK", shape, strict=True)) | dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True))
-        row |= {"tflops": cost.flops / times.p50 * 1e-9, "gb_s": cost.bytes / times.p50 * 1e-6, "ceiling": ceiling_ms and ceiling_ms / times.p50}
-        row = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in (row | more).items()}
+        row |= {
+            "tflops": cost.flops / times.p50 * 1e-9,
+            "gb_s": cost.bytes / times.p50 * 1e-6,
+            "ceiling": ceiling_ms and ceiling_ms / times.p50,
+        }
+        row = {
+            name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in (row | more).items()
+        }
         self.rows.append(row)
         if self.path:
             append(self.path, row)
@@ -127,7 +158,9 @@ HEADER = (
 
 
 def line(row):
-    number = lambda name, width, digits: f"{row[name]:>{width}.{digits}f}" if row[name] not in (None, 0) else " " * (width - 1) + "-"  # noqa: E731
+    number = lambda name, width, digits: (
+        f"{row[name]:>{width}.{digits}f}" if row[name] not in (None, 0) else " " * (width - 1) + "-"
+    )  # noqa: E731
     sizes = ",".join(str(row[name]) for name in "TDFEK")
     return (
         f"{sizes:<26}{row['kernel']:<13}{row['implementation']:<15}{row['mode']:<15}"
@@ -164,7 +197,9 @@ def parse(text, where="CSV"):
             if None in raw or None in raw.values():
                 raise ValueError("wrong number of cells")
             row = {name: value or None if name in FLOATS else value for name, value in raw.items()}
-            row.update({name: int(row[name]) for name in INTEGERS}, **{name: float(row[name]) for name in FLOATS if row[name]})
+            row.update(
+                {name: int(row[name]) for name in INTEGERS}, **{name: float(row[name]) for name in FLOATS if row[name]}
+            )
             rows.append(row)
         except ValueError as error:
             print(f"{where}, line {number}: left out ({error})", file=sys.stderr)

@@ -58,7 +58,9 @@ def timed(fn, repeats):
 def sampling(model, args, results, shape):
     """Adds the rollout rows."""
     rng, V = random.Random(0), model.cfg.vocab_size
-    stops = range(V - max(1, 8 * V // args.new_tokens), V)  # random weights: a token is one of these once in new_tokens / 8 times
+    stops = range(
+        V - max(1, 8 * V // args.new_tokens), V
+    )  # random weights: a token is one of these once in new_tokens / 8 times
     for batch in args.batches:
         prompts = [[rng.randrange(V) for _ in range(args.prompt_tokens)] for _ in range(batch)]
         flops = flops_per_token(model.cfg, args.prompt_tokens + args.new_tokens) / 3
@@ -74,8 +76,15 @@ def sampling(model, args, results, shape):
             times = timed(run, args.repeats)
             tokens = sum(map(len, made[-1]))
             per_token = [t * batch / tokens for t in times]
-            results.add("rollout", model.cfg.impl, mode, shape(batch), type(times)(*per_token), cost,
-                        note=f"{1e3 * batch / per_token[1]:,.0f} tokens/s, {tokens / batch:.0f} tokens a row")
+            results.add(
+                "rollout",
+                model.cfg.impl,
+                mode,
+                shape(batch),
+                type(times)(*per_token),
+                cost,
+                note=f"{1e3 * batch / per_token[1]:,.0f} tokens/s, {tokens / batch:.0f} tokens a row",
+            )
 
 
 def updating(model, args, results, shape):
@@ -92,8 +101,16 @@ def updating(model, args, results, shape):
     longest, ones = max(lengths), [1.0] * len(samples)
     rows = max(1, args.micro_tokens // longest)
     everyone = [list(range(i, min(i + rows, len(samples)))) for i in range(0, len(samples), rows)]
-    for mode, parts in (("packed", grpo.micro_batches(range(len(samples)), lengths, args.micro_tokens)), ("padded", everyone)):
-        padding = [samples[0]._replace(ids=[0] * (longest + 1), experts=samples[0].experts.new_zeros(model.cfg.n_layers, longest, model.cfg.top_k))]
+    for mode, parts in (
+        ("packed", grpo.micro_batches(range(len(samples)), lengths, args.micro_tokens)),
+        ("padded", everyone),
+    ):
+        padding = [
+            samples[0]._replace(
+                ids=[0] * (longest + 1),
+                experts=samples[0].experts.new_zeros(model.cfg.n_layers, longest, model.cfg.top_k),
+            )
+        ]
 
         def run():
             for part in parts:  # noqa: B023
@@ -109,14 +126,31 @@ def updating(model, args, results, shape):
 
         times = timed(run, args.repeats)
         note = f"{sum(lengths) / times.p50 * 1e3:,.0f} tokens/s in {len(parts)} micro-batches"
-        results.add("update", model.cfg.impl, mode, shape(sum(lengths)), times, Cost(flops_per_token(model.cfg) * sum(lengths), 0), note=note)
+        results.add(
+            "update",
+            model.cfg.impl,
+            mode,
+            shape(sum(lengths)),
+            times,
+            Cost(flops_per_token(model.cfg) * sum(lengths), 0),
+            note=note,
+        )
 
 
 def stepping(args, results, shape):
     """Adds the rows of whole GRPO steps on the questions that the model was trained on."""
     with tempfile.TemporaryDirectory() as tmp:
-        grpo.main([f"--model={args.run}", f"--out-dir={tmp}/run", f"--steps={1 + args.repeats}", "--eval-every=0", "--eval-questions=64",
-                   "--checkpoint-every=0", *args.rest])
+        grpo.main(
+            [
+                f"--model={args.run}",
+                f"--out-dir={tmp}/run",
+                f"--steps={1 + args.repeats}",
+                "--eval-every=0",
+                "--eval-questions=64",
+                "--checkpoint-every=0",
+                *args.rest,
+            ]
+        )
         rows = [json.loads(line) for line in (Path(tmp) / "run/metrics.jsonl").read_text().splitlines()]
         cfg = json.loads((Path(tmp) / "run/config.json").read_text())
     rows = [row for row in rows if "reward" in row][1:]  # the first step compiles
@@ -125,9 +159,20 @@ def stepping(args, results, shape):
     whole = quantiles(parts["full"]).p50
     for part, times in parts.items():
         times = quantiles(times)
-        results.add("grpo", cfg["impl"], part, shape(cfg["batch_prompts"] * cfg["group_size"]), times, note=f"{times.p50 / whole:.1%} of the step")
-    rate = sum(row["answer_tokens"] for row in rows) / len(rows) * cfg["batch_prompts"] * cfg["group_size"] / whole * 1e3
-    print(f"answers of {rows[-1]['answer_tokens']:.1f} tokens, {rate:,.0f} answer tokens/s over whole steps, padding {rows[-1]['padding']:.1%}")
+        results.add(
+            "grpo",
+            cfg["impl"],
+            part,
+            shape(cfg["batch_prompts"] * cfg["group_size"]),
+            times,
+            note=f"{times.p50 / whole:.1%} of the step",
+        )
+    rate = (
+        sum(row["answer_tokens"] for row in rows) / len(rows) * cfg["batch_prompts"] * cfg["group_size"] / whole * 1e3
+    )
+    print(
+        f"answers of {rows[-1]['answer_tokens']:.1f} tokens, {rate:,.0f} answer tokens/s over whole steps, padding {rows[-1]['padding']:.1%}"
+    )
 
 
 def plot(rows, path):
@@ -137,13 +182,23 @@ def plot(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    models = list(dict.fromkeys(tuple(row[letter] for letter in "DFEK") for row in rows if row["kernel"] in ("rollout", "update", "grpo")))
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained", width_ratios=(1.4, 1, 1))
+    models = list(
+        dict.fromkeys(
+            tuple(row[letter] for letter in "DFEK") for row in rows if row["kernel"] in ("rollout", "update", "grpo")
+        )
+    )
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(14, 4.2), layout="constrained", width_ratios=(1.4, 1, 1)
+    )
     for i, size in enumerate(models):
         name = "D {}, F {}, E {}, K {}".format(*size)
         mine = [row for row in rows if tuple(row[letter] for letter in "DFEK") == size]
         for mode, style in (("full", "o-"), ("ragged", "s--")):
-            points = sorted((row["T"], 1e3 * row["T"] / row["p50_ms"]) for row in mine if (row["kernel"], row["mode"]) == ("rollout", mode))
+            points = sorted(
+                (row["T"], 1e3 * row["T"] / row["p50_ms"])
+                for row in mine
+                if (row["kernel"], row["mode"]) == ("rollout", mode)
+            )
             if points:
                 left.plot(*zip(*points, strict=True), style, color=f"C{i}", ms=4, label=f"{name}, {mode}")
                 for x, y in points if mode == "full" else ():
@@ -159,7 +214,9 @@ def plot(rows, path):
             right.bar_label(bar, [f"{part}\n{step[part] / 1e3:.2f} s"], label_type="center", fontsize=8)
             bottom += step[part] / step["full"]
     left.set(xscale="log", yscale="log", xlabel="rows sampled together", ylabel="tokens per second", title="sampling")
-    left.set_xticks(ticks := sorted({row["T"] for row in rows if row["kernel"] == "rollout"}), [str(tick) for tick in ticks])
+    left.set_xticks(
+        ticks := sorted({row["T"] for row in rows if row["kernel"] == "rollout"}), [str(tick) for tick in ticks]
+    )
     left.minorticks_off()
     left.margins(x=0.15, y=0.1)
     left.legend(fontsize=8)
@@ -174,8 +231,14 @@ def plot(rows, path):
 def main(argv=None):
     cuda = torch.cuda.is_available()
     parser = arguments(__doc__)
-    parser.add_argument("--run", default="", help="run directory of train.py; without it: random weights of the model flags")
-    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[64, 128, 256, 512, 1024] if cuda else [4, 8])
+    parser.add_argument(
+        "--run", default="", help="run directory of train.py; without it: random weights of the model flags"
+    )
+    parser.add_argument(
+        "--batches",
+        type=lambda text: [int(n) for n in text.split(",")],
+        default=[64, 128, 256, 512, 1024] if cuda else [4, 8],
+    )
     parser.add_argument("--prompt-tokens", type=int, default=64 if cuda else 8)
     parser.add_argument("--new-tokens", type=int, default=256 if cuda else 16)
     parser.add_argument("--micro-tokens", type=int, default=16384 if cuda else 64)
@@ -190,17 +253,30 @@ def main(argv=None):
             args.prompt_tokens, args.new_tokens = model.cfg.seq_len // 2, model.cfg.seq_len // 2
         args.rest += [f"--micro-tokens={args.micro_tokens}", f"--dtype={dtype}", f"--device={device}"]
     else:
-        cfg = config.parse(BenchModel, [f"--seq-len={args.prompt_tokens + args.new_tokens}", *args.rest, f"--dtype={dtype}"])
+        cfg = config.parse(
+            BenchModel, [f"--seq-len={args.prompt_tokens + args.new_tokens}", *args.rest, f"--dtype={dtype}"]
+        )
         torch.manual_seed(0)
         model = GPT(dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 512)).to(device).eval()
     shape = lambda T: Shape(T, model.cfg.d_model, model.cfg.d_expert, model.cfg.n_experts, model.cfg.top_k)  # noqa: E731
     failures = []
     print(HEADER)
-    for what in (partial(sampling, model, args), partial(updating, model, args), *([partial(stepping, args)] if args.run else [])):
+    for what in (
+        partial(sampling, model, args),
+        partial(updating, model, args),
+        *([partial(stepping, args)] if args.run else []),
+    ):
         with skipping(what.func.__name__, failures):
             what(results, shape)
     if args.plot:
-        plot([row for row in latest(read(args.csv) if args.csv else results.rows).values() if row["gpu"] == results.environment["gpu"]], args.plot)
+        plot(
+            [
+                row
+                for row in latest(read(args.csv) if args.csv else results.rows).values()
+                if row["gpu"] == results.environment["gpu"]
+            ],
+            args.plot,
+        )
     return finish(args, results, failures)
 
 

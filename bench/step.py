@@ -52,7 +52,9 @@ def balance(model, loader, steps):
     optimizer = torch.optim.AdamW(routers, weight_decay=0.0)
     for step in range(steps):
         out = model(*loader.next())
-        optimizer.param_groups[0]["lr"] = 0.25 / model.cfg.d_model * (1 - step / steps)  # a logit moves by about that times d_model
+        optimizer.param_groups[0]["lr"] = (
+            0.25 / model.cfg.d_model * (1 - step / steps)
+        )  # a logit moves by about that times d_model
         for p, grad in zip(routers, torch.autograd.grad(out.balance, routers), strict=True):
             p.grad = grad
         optimizer.step()
@@ -104,7 +106,11 @@ def family(kernel, ops, sizes, cfg, weights):
     if inside("linear_cross_entropy"):
         return "lm head and loss"
     if kernel in EXPERT_KERNELS or inside("grouped_mm"):
-        return "experts: " + (kernel.removesuffix("_kernel") if kernel in EXPERT_KERNELS else "grouped_mm") + " (backward)" * inside("bwd", "Backward")
+        return (
+            "experts: "
+            + (kernel.removesuffix("_kernel") if kernel in EXPERT_KERNELS else "grouped_mm")
+            + " (backward)" * inside("bwd", "Backward")
+        )
     if kernel.startswith("route_"):
         return "router"
     if inside("embedding"):
@@ -137,7 +143,11 @@ def family_times(run, cfg, model, repeats, cuda):
             if not getattr(event, "is_user_annotation", False):
                 unlinked[event.name] += event.time_range.elapsed_us()
             continue
-        launched = [(kernel.name, kernel.duration) for kernel in event.kernels] if cuda else [(event.name, event.self_cpu_time_total)]
+        launched = (
+            [(kernel.name, kernel.duration) for kernel in event.kernels]
+            if cuda
+            else [(event.name, event.self_cpu_time_total)]
+        )
         if launched:
             ops, parent = [], event
             while parent is not None:
@@ -162,17 +172,27 @@ def main(argv=None):
     cfg = config.parse(TrainConfig, [*small, *args.rest, f"--dtype={str(DTYPES[args.dtype])[6:]}"])
     if not cfg.vocab_size:
         # Of the paper's models theirs; else the 257 of random_tokens, rounded up as train.py does.
-        cfg = dataclasses.replace(cfg, vocab_size=preset_fields(cfg.preset).get("vocab_size", 320) if cfg.preset else 320)
+        cfg = dataclasses.replace(
+            cfg, vocab_size=preset_fields(cfg.preset).get("vocab_size", 320) if cfg.preset else 320
+        )
     print(HEADER)
     device = "cuda" if cuda else "cpu"
     tokens = cfg.batch_size * cfg.seq_len
     with tempfile.TemporaryDirectory() as tmp:
-        loader = Loader([(random_tokens(Path(tmp) / "data", 8 * tokens + 1), 1.0)], "train", cfg.batch_size, cfg.seq_len, device=device)
+        loader = Loader(
+            [(random_tokens(Path(tmp) / "data", 8 * tokens + 1), 1.0)],
+            "train",
+            cfg.batch_size,
+            cfg.seq_len,
+            device=device,
+        )
         torch.manual_seed(cfg.seed)
         with torch.device(device):  # billions of random numbers take a CPU a minute
             model = GPT(cfg).train()
         optimizer = make_optimizer(model, cfg)
-        optimizer.set_lr(0.0)  # the weights stay as they are: random tokens teach nothing, and a model that has fallen apart routes all tokens alike
+        optimizer.set_lr(
+            0.0
+        )  # the weights stay as they are: random tokens teach nothing, and a model that has fallen apart routes all tokens alike
         if cuda:
             compile_blocks(model, cfg)
         train_step = partial(optimizer_step, model, optimizer, cfg, new_window(cfg, device))
@@ -195,14 +215,19 @@ def main(argv=None):
         times = part_times(run, args.repeats, cuda)
         peak = torch.cuda.max_memory_allocated() / MIB if cuda else None
         families = family_times(run, cfg, model, 3, cuda)
-        if cuda and cfg.cuda_graph and cfg.impl in ("auto", "triton"):  # the others count rows on the host, as in train.py
+        if (
+            cuda and cfg.cuda_graph and cfg.impl in ("auto", "triton")
+        ):  # the others count rows on the host, as in train.py
             graphed = GraphedStep(train_step)
             for _ in range(GraphedStep.WARM_UP + 2):
                 graphed([loader.next()])
             times["full-graph"] = step_times(lambda: graphed([loader.next()]), args.repeats)
     shape = Shape(tokens, cfg.d_model, cfg.d_expert, cfg.n_experts, cfg.top_k)
     name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}" + ":bfloat16-weights" * (cfg.weights == "bfloat16")
-    flops, best = flops_per_token(cfg) * tokens, peak_flops(torch.cuda.get_device_name()) if cuda and cfg.dtype == "bfloat16" else None
+    flops, best = (
+        flops_per_token(cfg) * tokens,
+        peak_flops(torch.cuda.get_device_name()) if cuda and cfg.dtype == "bfloat16" else None,
+    )
     add = partial(results.add, implementation=name, shape=shape)
     for part in PARTS:
         add("step", mode=part, times=times[part])
@@ -213,13 +238,23 @@ def main(argv=None):
             print(f"{mode}: {tokens / times[mode].p50 * 1e3:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}")
     print(f"the first three steps took {warm:.1f} s; the fullest expert of any layer has {load:.2f} times its share")
     print(f"\n{'family':<36}{'ms/step':>10}{'share':>8}")
-    believed = not cuda or sum(families.values()) < 1.05 * times["full"].p50  # else the profiler slowed or counted something twice
-    why = " (the profiler makes a CPU's operators slower)" if not cuda else " (more than the step: not written to the CSV)" if not believed else ""
+    believed = (
+        not cuda or sum(families.values()) < 1.05 * times["full"].p50
+    )  # else the profiler slowed or counted something twice
+    why = (
+        " (the profiler makes a CPU's operators slower)"
+        if not cuda
+        else " (more than the step: not written to the CSV)"
+        if not believed
+        else ""
+    )
     for what, ms in families.items():
         if believed:
             add("step-family", mode=what, times=Times(ms, ms, ms), quiet=True)
         print(f"{what:<36}{ms:>10.3f}{ms / times['full'].p50:>8.1%}")
-    print(f"{'sum, of the step':<36}{sum(families.values()):>10.3f}{sum(families.values()) / times['full'].p50:>8.1%}{why}")
+    print(
+        f"{'sum, of the step':<36}{sum(families.values()):>10.3f}{sum(families.values()) / times['full'].p50:>8.1%}{why}"
+    )
     return finish(args, results, [])
 
 

@@ -54,7 +54,11 @@ def times_ms(fn, budget_ms=300, min_reps=20, max_reps=200):
 
 
 def quantiles(samples):
-    return Times(*torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
+    return Times(
+        *torch.tensor(samples, dtype=torch.float64)
+        .quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+        .tolist()
+    )
 
 
 def capture(fn):
@@ -127,7 +131,9 @@ def skipping(what, failures):
         print(f"skipped {what}: {type(error).__name__}: {reason}", flush=True)
         failures.append(f"{what}: {reason}")
         if any(word in str(error) for word in ("CUDA error", "illegal memory", "launch failure", "misaligned")):
-            raise SystemExit("the GPU is in an undefined state: the rows before this one are kept, run the rest again") from error
+            raise SystemExit(
+                "the GPU is in an undefined state: the rows before this one are kept, run the rest again"
+            ) from error
         traceback.clear_frames(error.__traceback__)  # its local variables hold GPU memory
     gc.collect()
     if torch.cuda.is_available():

@@ -6,6 +6,7 @@
 Needs `pip install -e '.[hub]'` and a network (HF_ENDPOINT, HF_TOKEN and proxies work as in `datasets`). A slice on disk,
 rather than a stream into training, so that the split, the tokenizer and a resumed run all see the same text.
 """
+
 import argparse
 import gzip
 import json
@@ -16,8 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def documents(dataset: str, config: str | None = None, split: str = "train", text_field: str = "text", max_bytes: float = 2e8,
-              shuffle_buffer: int = 0, seed: int = 0) -> Iterator[str]:
+def documents(
+    dataset: str,
+    config: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+    max_bytes: float = 2e8,
+    shuffle_buffer: int = 0,
+    seed: int = 0,
+) -> Iterator[str]:
     """Yields texts of a hub dataset (or a local directory of parquet or jsonl files) until `max_bytes` of UTF-8 text.
 
     shuffle_buffer > 0 draws from a buffer of so many documents, and from the dataset's files in random order, by `seed`.
@@ -72,14 +80,25 @@ def download(out: str | Path, **which) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m data.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python -m data.hub",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--dataset", required=True, metavar="NAME", help="owner/name on the hub, or a local directory")
     add("--config", metavar="NAME", help="configuration (subset) of the dataset")
     add("--split", default="train", metavar="NAME", help="default train")
     add("--text_field", default="text", metavar="NAME", help="default text")
     add("--max_bytes", type=float, default=2e8, metavar="N", help="of text, UTF-8 (default 2e8)")
-    add("--shuffle_buffer", type=int, default=0, metavar="N", help="documents to shuffle among (default 0: in the dataset's order)")
+    add(
+        "--shuffle_buffer",
+        type=int,
+        default=0,
+        metavar="N",
+        help="documents to shuffle among (default 0: in the dataset's order)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the shuffling (default 0)")
     add("--out", required=True, metavar="FILE.jsonl.gz", help="the file to write")
     which = vars(parser.parse_args(argv))

@@ -7,6 +7,7 @@ document ends and shard borders.
 The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows r*B .. (r+1)*B of
 each global batch of W*B samples, so a run continues on another number of ranks with the same global batch.
 """
+
 import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -41,12 +42,23 @@ class Loader:
     Raises ValueError for damaged data, sources of different tokenizers, or a source shorter than one window.
     """
 
-    def __init__(self, sources, split: str, batch_size: int, seq_len: int, seed: int = 0, rank: int = 0, world: int = 1,
-                 device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        sources,
+        split: str,
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: str | torch.device = "cpu",
+    ):
         if not sources or not all(0 < weight < math.inf for _, weight in sources):
             raise ValueError(f"sources={sources}: at least one (directory, weight), with finite weights above 0")
         if batch_size < 1 or seq_len < 1 or not 0 <= rank < world:
-            raise ValueError(f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world={world}: must be positive, rank < world")
+            raise ValueError(
+                f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world={world}: must be positive, rank < world"
+            )
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world, self.device = rank, world, torch.device(device)
         total = sum(weight for _, weight in sources)
@@ -55,11 +67,13 @@ class Loader:
         first = self.sources[0]
         for source in self.sources[1:]:
             if source.tokenizer != first.tokenizer:
-                raise ValueError(f"{source.directory} and {first.directory} have different tokenizers; prepare one with --tokenizer {first.directory}")
+                raise ValueError(
+                    f"{source.directory} and {first.directory} have different tokenizers; prepare one with --tokenizer {first.directory}"
+                )
         self.vocab_size = first.vocab_size
-        self._drawn = [0] * len(sources)    # samples of each source in the batches handed out: the whole cursor
+        self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the whole cursor
         self._planned = [0] * len(sources)  # the same, for the batches being prepared; belongs to the thread
-        self._ahead = deque()               # futures of (batch, its cursor), oldest first
+        self._ahead = deque()  # futures of (batch, its cursor), oldest first
         self._thread = ThreadPoolExecutor(1, "loader")
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +87,7 @@ class Loader:
 
     def _prepare(self):
         rows = [self._plan() for _ in range(self.batch_size * self.world)]
-        rows = rows[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]
+        rows = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
         batch = torch.empty(2, self.batch_size, self.seq_len, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         for b, (source, number) in enumerate(rows):
             window = torch.from_numpy(source.sample(number))
@@ -105,7 +119,9 @@ class Loader:
         """Continues after the batch at which `state` was taken, on any rank and world. ValueError if the stream is another."""
         for key, value in self._identity().items():
             if state.get(key) != value:
-                raise ValueError(f"loader state: {key} is {state.get(key)}, this run has {value}; resume with the data and settings of the saved run")
+                raise ValueError(
+                    f"loader state: {key} is {state.get(key)}, this run has {value}; resume with the data and settings of the saved run"
+                )
         for future in self._ahead:
             future.cancel()
         wait(self._ahead)
@@ -113,8 +129,14 @@ class Loader:
         self._drawn, self._planned = list(state["drawn"]), list(state["drawn"])
 
     def _identity(self):
-        return {"split": self.split, "seq_len": self.seq_len, "seed": self.seed, "weights": self.weights, "n_windows": self.n_windows,
-                "checksums": [source.checksum for source in self.sources]}
+        return {
+            "split": self.split,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "weights": self.weights,
+            "n_windows": self.n_windows,
+            "checksums": [source.checksum for source in self.sources],
+        }
 
 
 class _Source:
@@ -129,8 +151,10 @@ class _Source:
         n_tokens = int(self.ends[-1]) if self.maps else 0
         self.n_windows = (n_tokens - 1) // seq_len
         if self.n_windows < 1:
-            raise ValueError(f"{directory}: split {split!r} has {n_tokens} tokens, one window of seq_len={seq_len} needs {seq_len + 1}; "
-                             "use a smaller seq_len or more data")
+            raise ValueError(
+                f"{directory}: split {split!r} has {n_tokens} tokens, one window of seq_len={seq_len} needs {seq_len + 1}; "
+                "use a smaller seq_len or more data"
+            )
         self.epoch, self.order = -1, None
 
     def sample(self, number: int) -> np.ndarray:  # (seq_len + 1,) int64
@@ -144,7 +168,7 @@ class _Source:
         shard = int(np.searchsorted(self.ends, start, "right"))
         while n:
             offset = start - (int(self.ends[shard]) - len(self.maps[shard]))
-            parts.append(self.maps[shard][offset:offset + n])
+            parts.append(self.maps[shard][offset : offset + n])
             start, n, shard = start + len(parts[-1]), n - len(parts[-1]), shard + 1
         return np.concatenate(parts).astype(np.int64)
 

@@ -15,6 +15,7 @@ Held out for validation are the documents whose hash (of the text and --seed) is
 documents fall on the same side, and adding files moves no document (at equal --max_document); but at least the one
 lowest of all.
 """
+
 import argparse
 import difflib
 import glob
@@ -35,21 +36,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from config import make_directory
 from data import shards, tokenizer
 
 SEPARATOR = "\n\0\n"
 EXPANSION = {".xz": 4.3, ".gz": 3.3}  # usual bytes of English text per compressed byte, for estimates only
-BLOCK = 2**20                         # characters read at once, and about as many encoded as one task
+BLOCK = 2**20  # characters read at once, and about as many encoded as one task
 
 
 # ---- what to read
 
+
 @dataclass
 class Source:
     """A file, or the Python files of one directory or pattern; the line that meta.json and the closing table give to it."""
+
     name: str
     files: list[Path] = field(default_factory=list)
     skipped: set[Path] = field(default_factory=set)  # Python files in other encodings than UTF-8
@@ -65,7 +67,9 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
         found = False
         for top in paths:
             if not top.exists():
-                raise ValueError(f"--input {given}: no such file or directory (quote a pattern so that the shell leaves it alone)")
+                raise ValueError(
+                    f"--input {given}: no such file or directory (quote a pattern so that the shell leaves it alone)"
+                )
             for path in sorted(_walk(top)) if top.is_dir() else [top]:
                 found = True
                 if path.resolve() in seen:
@@ -96,10 +100,13 @@ def _kind(path: Path) -> str:  # "a.txt.xz" -> ".txt"
 
 # ---- documents
 
+
 class Reader:
     """Iterates over (source index, document) of all sources and knows how far it is."""
 
-    def __init__(self, sources: list[Source], max_document: int, text_field: str = "text", encoding_errors: str = "strict"):
+    def __init__(
+        self, sources: list[Source], max_document: int, text_field: str = "text", encoding_errors: str = "strict"
+    ):
         self.sources, self.max_document = sources, max_document
         self.text_field, self.encoding_errors = text_field, encoding_errors
         self.done, self.file, self.total = 0, None, sum(f.stat().st_size for s in sources for f in s.files)
@@ -123,10 +130,14 @@ class Reader:
                     if path.suffix == ".py":  # test suites of tools that read Python have such files on purpose
                         source.skipped.add(path)
                         continue
-                    raise ValueError(f"{path} is not UTF-8 ({error.reason}, byte 0x{error.object[error.start]:02x}); convert it, "
-                                     "or pass --encoding_errors replace") from error
+                    raise ValueError(
+                        f"{path} is not UTF-8 ({error.reason}, byte 0x{error.object[error.start]:02x}); convert it, "
+                        "or pass --encoding_errors replace"
+                    ) from error
                 except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-                    raise ValueError(f"{path} cannot be decompressed ({error}); it is truncated or not what its name says") from error
+                    raise ValueError(
+                        f"{path} cannot be decompressed ({error}); it is truncated or not what its name says"
+                    ) from error
                 finally:
                     self.file = None
                     self.done += path.stat().st_size
@@ -152,7 +163,9 @@ class Reader:
         text = item.get(self.text_field) if isinstance(item, dict) else None
         if not isinstance(text, str):
             there = ", ".join(item) if isinstance(item, dict) else type(item).__name__
-            raise ValueError(f"{path}:{number} has no text in field {self.text_field!r} (it has: {there}); pass --text_field")
+            raise ValueError(
+                f"{path}:{number} has no text in field {self.text_field!r} (it has: {there}); pass --text_field"
+            )
         return text.encode("utf-8", "replace").decode() if "\\u" in line else text  # "\ud800" alone is no character
 
 
@@ -201,6 +214,7 @@ def hashes(text: str, seed: int) -> tuple[float, float]:
 
 # ---- running
 
+
 def batches(documents: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
     """Groups the documents of one source into tasks of about BLOCK characters."""
     index, batch, size = 0, [], 0
@@ -225,17 +239,34 @@ def in_order(pool: ThreadPoolExecutor, ahead: int, work: Callable, tasks: Iterab
         yield waiting.popleft().result()
 
 
-def prepare(inputs: list[str], out: str | Path, vocab_size: int = 16384, tokenizer_name: str | None = None, val_fraction: float = 0.01,
-            seed: int = 0, max_document: int | None = None, text_field: str = "text", encoding_errors: str = "strict",
-            sample_bytes: float = 32e6, licence: str = "", overwrite: bool = False, workers: int | None = None) -> dict:
+def prepare(
+    inputs: list[str],
+    out: str | Path,
+    vocab_size: int = 16384,
+    tokenizer_name: str | None = None,
+    val_fraction: float = 0.01,
+    seed: int = 0,
+    max_document: int | None = None,
+    text_field: str = "text",
+    encoding_errors: str = "strict",
+    sample_bytes: float = 32e6,
+    licence: str = "",
+    overwrite: bool = False,
+    workers: int | None = None,
+) -> dict:
     """Writes the data directory `out` and returns its meta.json. Arguments as on the command line (--help)."""
     for ok, given, rule in (
-            (0 <= val_fraction < 1, f"--val_fraction {val_fraction}", "at least 0 and below 1"),
-            (0 <= seed < 2**63, f"--seed {seed}", "at least 0 and below 2^63"),
-            (max_document is None or max_document >= 256, f"--max_document {max_document}", "at least 256 characters"),
-            (tokenizer_name or vocab_size >= 257, f"--vocab_size {vocab_size}", f"at least 257 (256 bytes and {tokenizer.EOT})"),
-            (0 < sample_bytes < math.inf, f"--sample_bytes {sample_bytes}", "above 0 and finite"),
-            (workers is None or workers >= 1, f"--workers {workers}", "at least 1")):
+        (0 <= val_fraction < 1, f"--val_fraction {val_fraction}", "at least 0 and below 1"),
+        (0 <= seed < 2**63, f"--seed {seed}", "at least 0 and below 2^63"),
+        (max_document is None or max_document >= 256, f"--max_document {max_document}", "at least 256 characters"),
+        (
+            tokenizer_name or vocab_size >= 257,
+            f"--vocab_size {vocab_size}",
+            f"at least 257 (256 bytes and {tokenizer.EOT})",
+        ),
+        (0 < sample_bytes < math.inf, f"--sample_bytes {sample_bytes}", "above 0 and finite"),
+        (workers is None or workers >= 1, f"--workers {workers}", "at least 1"),
+    ):
         if not ok:
             raise ValueError(f"{given}: must be {rule}")
     out, workers, progress = Path(out), workers or _cores(), Progress()
@@ -267,14 +298,19 @@ def prepare(inputs: list[str], out: str | Path, vocab_size: int = 16384, tokeniz
         if not n_documents:
             raise ValueError(f"--input {' '.join(inputs)}: no text in it")
         if val_fraction and len(lowest) < 2:
-            raise ValueError("the input is one document, so nothing can be held out: pass a smaller --max_document, more input, or --val_fraction 0")
+            raise ValueError(
+                "the input is one document, so nothing can be held out: pass a smaller --max_document, more input, or --val_fraction 0"
+            )
         threshold = max(val_fraction, lowest[1]) if val_fraction else 0
 
         if enc is None:
             progress(f"training the tokenizer on {len(pieces):,} different pieces")
             enc = tokenizer.bpe_from_counts(pieces, vocab_size)
             if enc.n_vocab < vocab_size:
-                print(f"\nthe input has too little variety for {vocab_size} tokens; the tokenizer has {enc.n_vocab}", file=sys.stderr)
+                print(
+                    f"\nthe input has too little variety for {vocab_size} tokens; the tokenizer has {enc.n_vocab}",
+                    file=sys.stderr,
+                )
 
         # Pass 2: encode and write.
         end = np.array([enc.eot_token], np.uint32)
@@ -296,10 +332,20 @@ def prepare(inputs: list[str], out: str | Path, vocab_size: int = 16384, tokeniz
             if sum(written.values()) != n_documents:
                 raise ValueError("the input changed while it was being read; run again")
             if not written["train"]:
-                raise ValueError(f"--val_fraction {val_fraction} leaves nothing to train on; pass a smaller one, or a smaller --max_document")
+                raise ValueError(
+                    f"--val_fraction {val_fraction} leaves nothing to train on; pass a smaller one, or a smaller --max_document"
+                )
             writer.notes.update(
-                licence=licence, seed=seed, val_fraction=val_fraction, max_document=max_document,
-                sources=[{"name": s.name, "files": len(s.files), "skipped": len(s.skipped), "sha256": _digest(s.files)} | s.counts for s in sources])
+                licence=licence,
+                seed=seed,
+                val_fraction=val_fraction,
+                max_document=max_document,
+                sources=[
+                    {"name": s.name, "files": len(s.files), "skipped": len(s.skipped), "sha256": _digest(s.files)}
+                    | s.counts
+                    for s in sources
+                ],
+            )
         meta = shards.read_meta(out)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -345,14 +391,24 @@ def _report(meta: dict, out: Path, seconds: float, workers: int) -> None:
     print(row("source", "MB", "documents", "tokens", "bytes/token"))
     for s in meta["sources"][:30]:
         n = Counter(s["train"]) + Counter(s["val"])
-        print(row(s["name"][-44:], f"{n['bytes'] / 1e6:.2f}", f"{n['documents']:,}", f"{n['tokens']:,}", f"{n['bytes'] / max(1, n['tokens']):.2f}")
-              + (f"  ({s['skipped']} files that are not UTF-8 skipped)" if s["skipped"] else ""))
+        print(
+            row(
+                s["name"][-44:],
+                f"{n['bytes'] / 1e6:.2f}",
+                f"{n['documents']:,}",
+                f"{n['tokens']:,}",
+                f"{n['bytes'] / max(1, n['tokens']):.2f}",
+            )
+            + (f"  ({s['skipped']} files that are not UTF-8 skipped)" if s["skipped"] else "")
+        )
     if len(meta["sources"]) > 30:
         print(f"... and {len(meta['sources']) - 30} more in {out / shards.META}")
     for split, s in meta["splits"].items():
         print(f"{split}: {s['tokens']:,} tokens, {s['documents']:,} documents, {s['bytes'] / 1e6:.2f} MB")
     megabytes = sum(s["bytes"] for s in meta["splits"].values()) / 1e6
-    print(f"{out}: vocabulary {meta['vocab_size']:,}; {megabytes:.1f} MB in {seconds:.1f} s = {megabytes / seconds:.1f} MB/s with {workers} threads")
+    print(
+        f"{out}: vocabulary {meta['vocab_size']:,}; {megabytes:.1f} MB in {seconds:.1f} s = {megabytes / seconds:.1f} MB/s with {workers} threads"
+    )
 
 
 def whole_number(text: str) -> int:
@@ -363,18 +419,51 @@ def whole_number(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python -m data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="GLOB", help="files, directories or quoted patterns")
     add("--out", required=True, metavar="DIR", help="the data directory to write")
-    add("--vocab_size", type=whole_number, default=16384, metavar="N", help="of the BPE trained on the input (default 16384)")
+    add(
+        "--vocab_size",
+        type=whole_number,
+        default=16384,
+        metavar="N",
+        help="of the BPE trained on the input (default 16384)",
+    )
     add("--tokenizer", metavar="NAME|DIR", help="use this instead: a tiktoken name (cl100k_base) or a data directory")
-    add("--val_fraction", type=float, default=0.01, metavar="X", help="share of documents held out (default 0.01; 0: none)")
+    add(
+        "--val_fraction",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="share of documents held out (default 0.01; 0: none)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the split (default 0)")
-    add("--max_document", type=whole_number, metavar="N", help="characters; longer documents are cut (default 2^20, less for inputs below 16 MB)")
+    add(
+        "--max_document",
+        type=whole_number,
+        metavar="N",
+        help="characters; longer documents are cut (default 2^20, less for inputs below 16 MB)",
+    )
     add("--text_field", default="text", metavar="NAME", help="of jsonl lines (default text)")
-    add("--encoding_errors", choices=("strict", "replace"), default="strict", help="what to do about bytes that are not UTF-8 (default strict)")
-    add("--sample_bytes", type=float, default=32e6, metavar="N", help="of text, about, that the BPE is trained on (default 32e6)")
+    add(
+        "--encoding_errors",
+        choices=("strict", "replace"),
+        default="strict",
+        help="what to do about bytes that are not UTF-8 (default strict)",
+    )
+    add(
+        "--sample_bytes",
+        type=float,
+        default=32e6,
+        metavar="N",
+        help="of text, about, that the BPE is trained on (default 32e6)",
+    )
     add("--licence", default="", metavar="TEXT", help="note kept in meta.json")
     add("--overwrite", action="store_true", help="replace the data directory if it exists")
     add("--workers", type=int, metavar="N", help="threads (default: all cores)")

@@ -8,6 +8,7 @@ The result is a data directory as in data/shards.py. Its training split holds ev
 the problems; its validation split new wordings of the same people's biographies and problems with unseen templates. meta.json keeps
 the MixtureConfig, from which `read_config` and the generators recover everything that evaluation needs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,8 +40,20 @@ CHUNK = 2**14  # documents made, shuffled over the chunk's windows and written a
 @dataclass(frozen=True)
 class MixtureConfig:
     """How much of what. `n_problems` unique problems are each seen `repeats` times; n_problems beyond need is the unlimited case."""
-    facts: FactsConfig = field(default_factory=lambda: FactsConfig(
-        n_people=60, first_names=40, middle_names=40, last_names=80, cities=40, universities=40, majors=40, employers=40, years=100))
+
+    facts: FactsConfig = field(
+        default_factory=lambda: FactsConfig(
+            n_people=60,
+            first_names=40,
+            middle_names=40,
+            last_names=80,
+            cities=40,
+            universities=40,
+            majors=40,
+            employers=40,
+            years=100,
+        )
+    )
     reasoning: ReasoningConfig = field(default_factory=lambda: ReasoningConfig(max_steps=6, modulus=7, names=24))
     exposures: int = 80  # biographies of each person
     n_problems: int = 24_000
@@ -57,14 +70,24 @@ class MixtureConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: need {least} or more")
 
 
-def build(out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | None = None, overwrite: bool = False, workers: int = 1) -> dict:
+def build(
+    out_dir: str | Path,
+    cfg: MixtureConfig | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+    workers: int = 1,
+) -> dict:
     """Writes the data directory; `seed` replaces the seeds of people, problems and order. Returns meta.json's contents.
 
     One process writes about 1 M tokens per second; with `workers` above 1 others make the texts, and the bytes are the same."""
     cfg = cfg or MixtureConfig()
     if seed is not None:
-        cfg = dataclasses.replace(cfg, seed=seed, facts=dataclasses.replace(cfg.facts, seed=seed),
-                                  reasoning=dataclasses.replace(cfg.reasoning, seed=seed))
+        cfg = dataclasses.replace(
+            cfg,
+            seed=seed,
+            facts=dataclasses.replace(cfg.facts, seed=seed),
+            reasoning=dataclasses.replace(cfg.reasoning, seed=seed),
+        )
     cfg.validate()
     with ShardWriter(out_dir, encoder(cfg), overwrite) as writer:
         # spawn: the caller may hold a GPU, which a forked child could not use or even leave alone
@@ -72,7 +95,11 @@ def build(out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | Non
             for split in ("train", "val"):
                 for ids in (pool.imap if pool else map)(partial(_chunk, cfg, split), _order(cfg, split)):
                     writer.add(split, ids)
-        writer.notes |= {"procedural": dataclasses.asdict(cfg), "source": "data/procedural.py", "licence": "generated; CC0"}
+        writer.notes |= {
+            "procedural": dataclasses.asdict(cfg),
+            "source": "data/procedural.py",
+            "licence": "generated; CC0",
+        }
     return read_meta(out_dir)
 
 
@@ -91,7 +118,9 @@ def read_config(data_dir: str | Path) -> MixtureConfig:
 
 def from_dict(kept: dict) -> MixtureConfig:
     """What dataclasses.asdict(cfg) was made from; TypeError for unknown fields."""
-    return MixtureConfig(**kept | {"facts": FactsConfig(**kept["facts"]), "reasoning": ReasoningConfig(**kept["reasoning"])})
+    return MixtureConfig(
+        **kept | {"facts": FactsConfig(**kept["facts"]), "reasoning": ReasoningConfig(**kept["reasoning"])}
+    )
 
 
 def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple[str, int]]:
@@ -102,8 +131,11 @@ def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple
     if split == "train":
         parts = [("facts", n * cfg.exposures), ("problem", cfg.n_problems * cfg.repeats), ("mano", cfg.n_mano)]
     else:  # about a fiftieth of the training split
-        parts = [("facts", min(n, 2000) if cfg.exposures else 0), ("problem", min(2000, -(-cfg.n_problems * cfg.repeats // 50))),
-                 ("mano", min(2000, -(-cfg.n_mano // 50)))]
+        parts = [
+            ("facts", min(n, 2000) if cfg.exposures else 0),
+            ("problem", min(2000, -(-cfg.n_problems * cfg.repeats // 50))),
+            ("mano", min(2000, -(-cfg.n_mano // 50))),
+        ]
     left, at = [count for _, count in parts], [0] * len(parts)
     while total := sum(left):
         pick = rng.random() * total
@@ -141,7 +173,11 @@ def _text(cfg: MixtureConfig, people: list[facts.Person], split: str, kind: str,
     if kind == "facts":  # validation: an exposure that training does not reach
         return facts.biography(cfg.facts, people[i % n], i // n + (cfg.exposures if split == "val" else 0))
     make = reasoning.problem if kind == "problem" else reasoning.mano
-    p = make(cfg.reasoning, i % cfg.n_problems if kind == "problem" and split == "train" else i, "train" if split == "train" else "test")
+    p = make(
+        cfg.reasoning,
+        i % cfg.n_problems if kind == "problem" and split == "train" else i,
+        "train" if split == "train" else "test",
+    )
     return p.question + p.solution
 
 
@@ -167,7 +203,9 @@ def _pack(enc, texts: list[str], window: int) -> np.ndarray:
         if len(open_) > 32:
             open_.sort(key=len)
             full.append(open_.pop())
-    return np.array([token for block in full + open_ for token in block + [eos] * (-len(block) % window)], dtype=np.uint32)
+    return np.array(
+        [token for block in full + open_ for token in block + [eos] * (-len(block) % window)], dtype=np.uint32
+    )
 
 
 def prompt(enc, text: str) -> list[int]:
@@ -178,7 +216,9 @@ def prompt(enc, text: str) -> list[int]:
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write a data directory of biographies and problems.")
     parser.add_argument("--out", required=True, help="the directory")
-    parser.add_argument("--config", help="JSON of a MixtureConfig with all fields of facts and reasoning; default: the main job's")
+    parser.add_argument(
+        "--config", help="JSON of a MixtureConfig with all fields of facts and reasoning; default: the main job's"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@ same model only learns to guess among the statements.
 
 `mano` makes the counterpart without a solution: mental arithmetic on a prefix expression (Physics of Language Models 4.1).
 """
+
 from __future__ import annotations
 
 import math
@@ -35,7 +36,13 @@ tile towel tower trunk tub vase violin wagon wheel whistle window""".split()
 
 LEAF, ADD_C, SUB_C, MUL_C, ADD, SUB = range(6)  # _C: the second operand is a number
 # What the text says, lamp VERB y PREPOSITION x, and what it means, x SIGN y.
-WORDS = {ADD_C: ("adds", "to"), SUB_C: ("takes", "from"), MUL_C: ("has", "times"), ADD: ("adds", "to"), SUB: ("takes", "from")}
+WORDS = {
+    ADD_C: ("adds", "to"),
+    SUB_C: ("takes", "from"),
+    MUL_C: ("has", "times"),
+    ADD: ("adds", "to"),
+    SUB: ("takes", "from"),
+}
 SIGN = {"adds": "+", "takes": "-", "has": "*"}
 TEST_SHARE = 5  # one template in so many is a test template
 
@@ -43,9 +50,12 @@ TEST_SHARE = 5  # one template in so many is a test template
 @dataclass(frozen=True)
 class ReasoningConfig:
     """Which problems are drawn."""
+
     max_steps: int = 6  # operations in the solution, uniform on 1..max_steps
     modulus: int = 10  # all arithmetic is modulo this
-    share: float = 0.25  # probability that a second operand is a quantity that is needed elsewhere too, where there is one
+    share: float = (
+        0.25  # probability that a second operand is a quantity that is needed elsewhere too, where there is one
+    )
     branch: float = 0.0  # 0: every step uses the one before and at most a number or shared quantity; 1: both operands grow, as in a random tree
     distractors: int = 0  # up to this many quantities that the question does not need, uniform on 0..distractors
     ordered: bool = False  # statements in an order in which they can be computed; otherwise at random
@@ -65,7 +75,9 @@ class ReasoningConfig:
         if self.max_steps < 1 or self.mano_length < 1:
             raise ValueError(f"max_steps={self.max_steps}, mano_length={self.mano_length}: need 1 or more")
         if not self.most_names(self.max_steps) <= self.names <= len(NOUNS):
-            raise ValueError(f"names={self.names}: need {self.most_names(self.max_steps)} (2 * max_steps + 1 + distractors) to {len(NOUNS)}")
+            raise ValueError(
+                f"names={self.names}: need {self.most_names(self.max_steps)} (2 * max_steps + 1 + distractors) to {len(NOUNS)}"
+            )
 
     def most_names(self, steps: int) -> int:
         """Names that a problem of so many steps may need."""
@@ -122,7 +134,7 @@ def _draw_graph(r, steps: int, cfg: ReasoningConfig):
         order.append(node)
     for at, node in shared:  # now it is known what is solved before each of these
         op, x, _ = graph[node]
-        others = [q for q in order[at + 1:] + frontier if q != x]
+        others = [q for q in order[at + 1 :] + frontier if q != x]
         if others:
             y = others[int(r() * len(others))]
         else:
@@ -158,7 +170,7 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
             graph.append((LEAF, int(r() * m), None))
         else:
             graph.append((op, x, y if op >= ADD else 2 + int(r() * (m - 2))))
-    name = rng.sample(NOUNS[:max(cfg.names, len(graph))], len(graph))
+    name = rng.sample(NOUNS[: max(cfg.names, len(graph))], len(graph))
     value = [x for _, x, _ in graph]
     last = graph[order[0]][1]  # the quantity of the sentence before
     sentences = [f" {name[last]} is {value[last]}."]
@@ -170,8 +182,12 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
         named = "" if x == last else name[x] + " "
         sentences.append(f" {name[node]} {verb} {operand} {preposition} {named}{value[x]} is {value[node]}.")
         last = node
-    statements = [f" {n} is {x}." if op == LEAF else f" {n} {WORDS[op][0]} {name[y] if op >= ADD else y} {WORDS[op][1]} {name[x]}."
-                  for n, (op, x, y) in zip(name, graph)]
+    statements = [
+        f" {n} is {x}."
+        if op == LEAF
+        else f" {n} {WORDS[op][0]} {name[y] if op >= ADD else y} {WORDS[op][1]} {name[x]}."
+        for n, (op, x, y) in zip(name, graph)
+    ]
     if cfg.ordered:
         sequence: list[int] = []
         for node in order:
@@ -184,8 +200,13 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
     else:
         rng.shuffle(statements)
     plan = f" Plan:{''.join(' ' + name[q] for q in reversed(order))} {name[graph[order[0]][1]]}." if cfg.plan else ""
-    return Problem(f"Given:{''.join(statements)} What is {name[0]}? Solution:", f"{plan}{''.join(sentences)} Answer: {value[0]}.",
-                   value[0], len(order), template)
+    return Problem(
+        f"Given:{''.join(statements)} What is {name[0]}? Solution:",
+        f"{plan}{''.join(sentences)} Answer: {value[0]}.",
+        value[0],
+        len(order),
+        template,
+    )
 
 
 def _apply(x: int, sign: str, y: int, modulus: int) -> int:
@@ -193,7 +214,10 @@ def _apply(x: int, sign: str, y: int, modulus: int) -> int:
 
 
 _STATEMENT = re.compile(r" (\w+) (is|adds|takes|has) (\w+)(?: (to|from|times) ([a-z]+))?\.")
-_SENTENCE = re.compile(r" (\w+) (is|adds|takes|has) (?:([a-z]+) )?(\d{1,9})(?: (to|from|times) (?:([a-z]+) )?(\d{1,9}) is (\d{1,9}))?\.", re.ASCII)
+_SENTENCE = re.compile(
+    r" (\w+) (is|adds|takes|has) (?:([a-z]+) )?(\d{1,9})(?: (to|from|times) (?:([a-z]+) )?(\d{1,9}) is (\d{1,9}))?\.",
+    re.ASCII,
+)
 _PLAN = re.compile(r" Plan:(?: [a-z]+)+\.")
 _ANSWER = re.compile(r" Answer: (\d{1,9})\.\Z", re.ASCII)  # no more digits: int() of thousands raises
 
@@ -233,9 +257,17 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
             if definition != ("is", value_y, "", "") or y or preposition:
                 return True, False
             continue
-        if (name in done or not definition or definition[:3] != (verb, y or value_y, preposition) or x and x != definition[3]
-                or y and known.get(y) != int(value_y) or known.get(definition[3]) != int(value_x)
-                or int(result) != _apply(int(value_x), SIGN[verb], int(value_y), modulus)):
+        if (
+            name in done
+            or not definition
+            or definition[:3] != (verb, y or value_y, preposition)
+            or x
+            and x != definition[3]
+            or y
+            and known.get(y) != int(value_y)
+            or known.get(definition[3]) != int(value_x)
+            or int(result) != _apply(int(value_x), SIGN[verb], int(value_y), modulus)
+        ):
             return True, False
         known[name] = int(result)
         done.add(name)
@@ -243,7 +275,7 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
 
 
 def mano(cfg: ReasoningConfig, index: int, split: str = "train", length: int | None = None) -> Problem:
-    """"Mano: - 3 + 4 5 =" and " 4.": a prefix expression of `length` operations + - * on numbers, without any steps.
+    """ "Mano: - 3 + 4 5 =" and " 4.": a prefix expression of `length` operations + - * on numbers, without any steps.
 
     The expressions of the two splits differ; those of length 1, which are the tables themselves, are all for training, so
     ask for tests of length 2 or more."""
@@ -264,11 +296,19 @@ def _expression(r, length: int, modulus: int) -> tuple[str, int]:
         value = int(r() * modulus)
         return f" {value}", value
     left = int(r() * length)
-    sign, (text_x, x), (text_y, y) = "+-*"[int(r() * 3)], _expression(r, left, modulus), _expression(r, length - 1 - left, modulus)
+    sign, (text_x, x), (text_y, y) = (
+        "+-*"[int(r() * 3)],
+        _expression(r, left, modulus),
+        _expression(r, length - 1 - left, modulus),
+    )
     return f" {sign}{text_x}{text_y}", _apply(x, sign, y, modulus)
 
 
 def vocabulary(cfg: ReasoningConfig) -> list[str]:
     """Every piece of text that a problem, plan, solution or expression can contain, for a word tokenizer."""
-    words = NOUNS[:cfg.names] + "is adds to takes from has times What Solution Plan Answer + - * =".split() + [str(d) for d in range(10)]
+    words = (
+        NOUNS[: cfg.names]
+        + "is adds to takes from has times What Solution Plan Answer + - * =".split()
+        + [str(d) for d in range(10)]
+    )
     return [" " + word for word in words] + [str(d) for d in range(10)] + ["Given", "Mano", ".", ":", "?"]

@@ -7,6 +7,7 @@
 
 Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text, for bits per byte.
 """
+
 import functools
 import hashlib
 import json
@@ -36,14 +37,18 @@ class ShardWriter:
     it at the end.
     """
 
-    def __init__(self, directory: str | Path, enc: tiktoken.Encoding, overwrite: bool = False, shard_tokens: int = 2**26):
+    def __init__(
+        self, directory: str | Path, enc: tiktoken.Encoding, overwrite: bool = False, shard_tokens: int = 2**26
+    ):
         self.directory = Path(os.path.abspath(directory))
         self.overwrite, self.shard_tokens, self.notes = overwrite, shard_tokens, {}
         refuse_existing(self.directory, overwrite)
         self.eos, self.vocab_size = enc.eot_token, enc.n_vocab
         self.dtype = np.dtype("<u2" if enc.n_vocab <= 2**16 else "<u4")
         self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self.partial = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.", suffix=".partial", dir=self.directory.parent))
+        self.partial = Path(
+            tempfile.mkdtemp(prefix=f".{self.directory.name}.", suffix=".partial", dir=self.directory.parent)
+        )
         tokenizer.save(enc, self.partial)
         self._bytes_of = tokenizer.token_bytes(enc)
         self._splits, self._open = {}, {}
@@ -57,7 +62,9 @@ class ShardWriter:
         if not len(ids):
             return 0
         if ids[-1] != self.eos:
-            raise ValueError(f"split {split!r}: the last id of a document is {ids[-1]}, not eos ({self.eos}); end each document with it")
+            raise ValueError(
+                f"split {split!r}: the last id of a document is {ids[-1]}, not eos ({self.eos}); end each document with it"
+            )
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, vocabulary of {self.vocab_size}")
         totals = self._splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
@@ -92,8 +99,15 @@ class ShardWriter:
         """Finishes the shards, writes meta.json and renames the directory. Returns the contents of meta.json."""
         for split in list(self._open):
             self._end_shard(split)
-        meta = {"version": VERSION, "tokenizer": tokenizer.FILE, "tokenizer_sha256": _sha256(self.partial / tokenizer.FILE),
-                "vocab_size": self.vocab_size, "eos": self.eos, "dtype": self.dtype.name, "splits": self._splits} | self.notes
+        meta = {
+            "version": VERSION,
+            "tokenizer": tokenizer.FILE,
+            "tokenizer_sha256": _sha256(self.partial / tokenizer.FILE),
+            "vocab_size": self.vocab_size,
+            "eos": self.eos,
+            "dtype": self.dtype.name,
+            "splits": self._splits,
+        } | self.notes
         with open(self.partial / META, "w") as file:
             json.dump(meta, file, indent=1)
             file.flush()
@@ -145,17 +159,24 @@ def _sync_directory(path: Path) -> None:
 
 # ---- reading
 
+
 def read_meta(directory: str | Path) -> dict:
     """The contents of meta.json. Raises ValueError naming the file when it is missing, damaged or of another version."""
     path = Path(directory) / META
     if not path.exists():
-        raise ValueError(f"{path} does not exist: not a finished data directory; make one with `python -m data.prepare`")
+        raise ValueError(
+            f"{path} does not exist: not a finished data directory; make one with `python -m data.prepare`"
+        )
     try:
         meta = json.loads(path.read_text())
         if meta["version"] != VERSION:
             raise ValueError(f"version {meta['version']}, this code reads {VERSION}")
         meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"], np.dtype(meta["dtype"])
-        [(shard["file"], shard["tokens"], shard["sha256"]) for split in meta["splits"].values() for shard in split["shards"]]
+        [
+            (shard["file"], shard["tokens"], shard["sha256"])
+            for split in meta["splits"].values()
+            for shard in split["shards"]
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used ({error!r}); prepare the data again") from error
     return meta
@@ -179,7 +200,9 @@ def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[
         if not path.exists():
             raise ValueError(f"{path} is missing ({META} lists it); prepare the data again")
         if path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}: truncated or overwritten; prepare the data again")
+            raise ValueError(
+                f"{path} has {path.stat().st_size:,} bytes instead of {size:,}: truncated or overwritten; prepare the data again"
+            )
         if verify and _sha256(path, path.stat().st_mtime_ns) != shard["sha256"]:
             raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); prepare the data again")
         maps.append(np.memmap(path, dtype, "r"))

@@ -7,6 +7,7 @@ the data as one JSON file, so that nothing is downloaded to read a data director
     save(enc, "data/books"); enc = load("data/books")
     enc.encode_ordinary("48/2"), enc.eot_token
 """
+
 import base64
 import hashlib
 import heapq
@@ -28,15 +29,17 @@ FILE = "tokenizer.json"
 # digits, so that arithmetic sees place values; punctuation with the line end after it; line ends; indentation, which leaves its
 # last space to the word that follows. White space is bounded because the engine backtracks over it; bounding letters
 # too would halve the speed.
-PATTERN = "|".join([
-    r"'(?i:s|t|d|m|ll|ve|re)(?!\p{L})",
-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
-    r"\p{N}",
-    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
-    r"[^\S\r\n]{0,64}[\r\n]+",
-    r"[^\S\r\n]{1,64}(?=[^\S\r\n])",
-    r"\s",
-])
+PATTERN = "|".join(
+    [
+        r"'(?i:s|t|d|m|ll|ve|re)(?!\p{L})",
+        r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
+        r"[^\S\r\n]{0,64}[\r\n]+",
+        r"[^\S\r\n]{1,64}(?=[^\S\r\n])",
+        r"\s",
+    ]
+)
 
 
 def encoding(ranks: dict[bytes, int], pattern: str = PATTERN, name: str = "optimoe") -> tiktoken.Encoding:
@@ -45,6 +48,7 @@ def encoding(ranks: dict[bytes, int], pattern: str = PATTERN, name: str = "optim
 
 
 # ---- training
+
 
 def count_pieces(texts: Iterable[str], counts: Counter | None = None) -> Counter:
     """Occurrences of each pre-token of PATTERN; adds to `counts` if given."""
@@ -85,7 +89,7 @@ def _merges(counts: Counter, n_merges: int):
     if not words or n_merges <= 0:
         return
     lengths = np.array([len(word) + 1 for word, _ in words])  # each word is followed by one end mark, id -1
-    ids = np.full(lengths.sum() + 1, -1, np.int64)            # and a mark at the very front
+    ids = np.full(lengths.sum() + 1, -1, np.int64)  # and a mark at the very front
     is_mark = np.zeros(len(ids), bool)
     is_mark[0] = is_mark[np.cumsum(lengths)] = True
     ids[~is_mark] = np.frombuffer(b"".join(word for word, _ in words), np.uint8)
@@ -95,7 +99,9 @@ def _merges(counts: Counter, n_merges: int):
 
     places, total, heap = {}, {}, []
 
-    def tally(at):  # -> the places sorted by the pair that starts there, where each pair begins among them, pairs, counts
+    def tally(
+        at,
+    ):  # -> the places sorted by the pair that starts there, where each pair begins among them, pairs, counts
         at = at[(ids[at] >= 0) & (ids[after[at]] >= 0)]
         pairs = ids[at] * base + ids[after[at]]
         order = np.argsort(pairs, kind="stable")
@@ -112,7 +118,9 @@ def _merges(counts: Counter, n_merges: int):
 
     appear(np.flatnonzero(~is_mark))
     for new in range(256, base):
-        while heap and -heap[0][0] != (n := total.get(heap[0][1], 0)):  # the heap's counts may be out of date, never too low
+        while heap and -heap[0][0] != (
+            n := total.get(heap[0][1], 0)
+        ):  # the heap's counts may be out of date, never too low
             pair = heapq.heappop(heap)[1]
             if n:
                 heapq.heappush(heap, (-n, pair))
@@ -124,13 +132,17 @@ def _merges(counts: Counter, n_merges: int):
 
         left = places.pop(pair)
         left = left[(ids[left] == a) & (ids[after[left]] == b)]  # ascending, as all lists of places here
-        if a == b:  # in a run "aaaa" merge 1st+2nd, 3rd+4th: keep the places at even distance from the start of their run
+        if (
+            a == b
+        ):  # in a run "aaaa" merge 1st+2nd, 3rd+4th: keep the places at even distance from the start of their run
             is_start = np.append(True, after[left[:-1]] != left[1:])
             run_start = np.flatnonzero(is_start)[np.cumsum(is_start) - 1]
             left = left[(np.arange(len(left)) - run_start) % 2 == 0]
         right = after[left]
         alone = np.append(True, before[left[1:]] != right[:-1])  # not directly after another of these places
-        _, _, others, counts = tally(np.concatenate([before[left[alone]], right]))  # the neighbouring pairs that end here
+        _, _, others, counts = tally(
+            np.concatenate([before[left[alone]], right])
+        )  # the neighbouring pairs that end here
         for other, n in zip(others, counts):
             total[other] -= n
         del total[pair]
@@ -142,6 +154,7 @@ def _merges(counts: Counter, n_merges: int):
 
 # ---- given vocabularies
 
+
 def word_tokenizer(words: Iterable[str], pattern: str = PATTERN) -> tiktoken.Encoding:
     """256 bytes and the given pieces, each encoded as one token; any other text falls back to pieces and bytes.
 
@@ -150,7 +163,9 @@ def word_tokenizer(words: Iterable[str], pattern: str = PATTERN) -> tiktoken.Enc
     ranks = {bytes([b]): b for b in range(256)}
     for word in dict.fromkeys(words):
         if word and regex.findall(pattern, word) != [word]:
-            raise ValueError(f"words: {word!r} is split by the pattern into {regex.findall(pattern, word)}; give one piece a word")
+            raise ValueError(
+                f"words: {word!r} is split by the pattern into {regex.findall(pattern, word)}; give one piece a word"
+            )
         if word:
             ranks.setdefault(word.encode(), len(ranks))
     return encoding(ranks, pattern, "words")
@@ -164,28 +179,41 @@ def named(name: str) -> tiktoken.Encoding:
     known = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
     if name not in known:
         raise ValueError(f"tokenizer={name!r}: neither a directory with {FILE} nor one of {', '.join(known)}")
-    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-                 or Path(tempfile.gettempdir()) / "data-gym-cache")
+    cache = Path(
+        os.environ.get("TIKTOKEN_CACHE_DIR")
+        or os.environ.get("DATA_GYM_CACHE_DIR")
+        or Path(tempfile.gettempdir()) / "data-gym-cache"
+    )
     url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
     path = cache / hashlib.sha1(url.encode()).hexdigest()  # tiktoken's own name for it
     if not path.exists():
-        raise ValueError(f"tokenizer={name!r}: its file {path} is missing. With a network, run once: "
-                         f"TIKTOKEN_CACHE_DIR={cache} python -c \"import tiktoken; tiktoken.get_encoding('{name}')\"")
+        raise ValueError(
+            f"tokenizer={name!r}: its file {path} is missing. With a network, run once: "
+            f"TIKTOKEN_CACHE_DIR={cache} python -c \"import tiktoken; tiktoken.get_encoding('{name}')\""
+        )
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache))
     return tiktoken.get_encoding(name)
 
 
 # ---- files
 
+
 def save(enc: tiktoken.Encoding, directory: str | Path) -> Path:
     """Writes directory/tokenizer.json: everything `load` needs, named encodings too."""
     tokens = sorted(enc._mergeable_ranks, key=enc._mergeable_ranks.get)
     assert [enc._mergeable_ranks[t] for t in tokens] == list(range(len(tokens))), "ids of ordinary tokens have gaps"
     path = Path(directory) / FILE
-    path.write_text(json.dumps({
-        "name": enc.name, "pattern": enc._pat_str, "special_tokens": enc._special_tokens,
-        "tokens": [base64.b64encode(t).decode() for t in tokens],  # in order of id
-    }, indent=0))
+    path.write_text(
+        json.dumps(
+            {
+                "name": enc.name,
+                "pattern": enc._pat_str,
+                "special_tokens": enc._special_tokens,
+                "tokens": [base64.b64encode(t).decode() for t in tokens],  # in order of id
+            },
+            indent=0,
+        )
+    )
     return path
 
 
@@ -193,11 +221,15 @@ def load(directory: str | Path) -> tiktoken.Encoding:
     """Reads directory/tokenizer.json. Raises ValueError naming the file when it is missing or damaged."""
     path = Path(directory) / FILE
     if not path.exists():
-        raise ValueError(f"{path} does not exist; a tokenizer directory is one that data.prepare or tokenizer.save wrote")
+        raise ValueError(
+            f"{path} does not exist; a tokenizer directory is one that data.prepare or tokenizer.save wrote"
+        )
     try:
         d = json.loads(path.read_text())
         ranks = {base64.b64decode(t): i for i, t in enumerate(d["tokens"])}
-        enc = tiktoken.Encoding(d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=d["special_tokens"])
+        enc = tiktoken.Encoding(
+            d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=d["special_tokens"]
+        )
         if len(ranks) != len(d["tokens"]) or EOT not in d["special_tokens"]:
             raise ValueError("repeated tokens, or no " + EOT)
     except (ValueError, KeyError, TypeError) as error:

@@ -15,7 +15,17 @@ from dataclasses import dataclass
 import config
 from config import require
 from eval import sandbox, tasks
-from eval.harness import ModelChoice, Progress, Records, answer_length, fingerprint, load, texts, training_data, write_json
+from eval.harness import (
+    ModelChoice,
+    Progress,
+    Records,
+    answer_length,
+    fingerprint,
+    load,
+    texts,
+    training_data,
+    write_json,
+)
 from eval.sources import Source
 from eval.taskloss import bits, encode_pair, mean_stderr, score
 from eval.votes import pass_at_k
@@ -36,7 +46,12 @@ class EvalConfig(ModelChoice):
         require(self.names(), "tasks", self.tasks, f"name some of {', '.join(tasks.NAMES)}")
         require(self.samples >= 1, "samples", self.samples, "use 1 or more")
         require(self.temperature >= 0, "temperature", self.temperature, "use 0 (greedy) or more")
-        require(self.samples == 1 or self.temperature > 0, "samples", self.samples, "greedy samples are all equal; give a --temperature")
+        require(
+            self.samples == 1 or self.temperature > 0,
+            "samples",
+            self.samples,
+            "greedy samples are all equal; give a --temperature",
+        )
         require(self.shots is None or self.shots >= 0, "shots", self.shots, "use 0 or more")
         for name in self.names():
             tasks.load(name)
@@ -49,7 +64,9 @@ def evaluate(model, tokens, task, chunk, room, cfg):
     """Records of a chunk of (index, item): {"id", "group", "metrics": {name: number}} and what they were computed from. room: tokens to generate."""
     wanted = [(item.loss_prompt or item.prompt, item.answer) for _, item in chunk if cfg.loss]
     wanted += [(item.prompt, choice) for _, item in chunk if cfg.accuracy for choice in item.choices]
-    pairs = {pair: encode_pair(tokens, *pair) for pair in wanted}  # the right choice and the answer are often the same pair
+    pairs = {
+        pair: encode_pair(tokens, *pair) for pair in wanted
+    }  # the right choice and the answer are often the same pair
     nats = dict(zip(pairs, score(model, [pair[:2] for pair in pairs.values()]), strict=True))
 
     records = []
@@ -58,15 +75,24 @@ def evaluate(model, tokens, task, chunk, room, cfg):
         if cfg.loss:
             pair = item.loss_prompt or item.prompt, item.answer
             (context, answer, merged), size = pairs[pair], len(item.answer.encode())
-            record |= {"nats": nats[pair], "tokens": len(answer), "bytes": size, "merged": merged,
-                       "cut": len(context) + len(answer) > model.cfg.seq_len + 1}
+            record |= {
+                "nats": nats[pair],
+                "tokens": len(answer),
+                "bytes": size,
+                "merged": merged,
+                "cut": len(context) + len(answer) > model.cfg.seq_len + 1,
+            }
             record["metrics"] |= {"bits/token": bits(nats[pair], len(answer)), "bits/byte": bits(nats[pair], size)}
         if cfg.accuracy and item.choices:
             costs = [nats[item.prompt, choice] for choice in item.choices]
-            per_character = [cost / len(choice.removeprefix(" ")) for cost, choice in zip(costs, item.choices, strict=True)]
+            per_character = [
+                cost / len(choice.removeprefix(" ")) for cost, choice in zip(costs, item.choices, strict=True)
+            ]
             record["choices"] = costs
-            record["metrics"] |= {"acc": float(costs.index(min(costs)) == item.gold),
-                                  "acc_norm": float(per_character.index(min(per_character)) == item.gold)}
+            record["metrics"] |= {
+                "acc": float(costs.index(min(costs)) == item.gold),
+                "acc_norm": float(per_character.index(min(per_character)) == item.gold),
+            }
         records.append(record)
     if cfg.accuracy and hasattr(task, "STOPS"):
         generate_and_score(model, tokens, task, chunk, records, room, cfg)
@@ -84,11 +110,19 @@ def generate_and_score(model, tokens, task, chunk, records, room, cfg):
             scores = [task.score(item, text) for text in record["texts"]]
             record["metrics"] |= {name: sum(s[name] for s in scores) / n for name in scores[0]}
     if hasattr(task, "program"):
-        results = sandbox.run_many([task.program(item, text) for (_, item), record in zip(chunk, records, strict=True) for text in record["texts"]])
+        results = sandbox.run_many(
+            [
+                task.program(item, text)
+                for (_, item), record in zip(chunk, records, strict=True)
+                for text in record["texts"]
+            ]
+        )
         for i, record in enumerate(records):
             own = results[i * n : (i + 1) * n]
             record["reasons"] = [result.reason for result in own]
-            record["metrics"] |= {f"pass@{k}": pass_at_k(n, sum(result.passed for result in own), k) for k in (1, 10, 100) if k <= n}
+            record["metrics"] |= {
+                f"pass@{k}": pass_at_k(n, sum(result.passed for result in own), k) for k in (1, 10, 100) if k <= n
+            }
 
 
 def summarise(records):
@@ -104,9 +138,13 @@ def summarise(records):
     groups = collections.defaultdict(list)
     for record in records:
         groups[record["group"]].append(record)
-    return {"items": len(records), "metrics": means(records),
-            "groups": {group: means(members) for group, members in sorted(groups.items()) if group},
-            "merged": sum(record.get("merged", False) for record in records), "cut": sum(record.get("cut", False) for record in records)}
+    return {
+        "items": len(records),
+        "metrics": means(records),
+        "groups": {group: means(members) for group, members in sorted(groups.items()) if group},
+        "merged": sum(record.get("merged", False) for record in records),
+        "cut": sum(record.get("cut", False) for record in records),
+    }
 
 
 def table(results):
@@ -118,9 +156,13 @@ def table(results):
             lines.append(f"{head:<27}  {metric:<12} {stats['mean']:>8.4f}  {error}")
             head = ""
         if result["cut"]:
-            lines.append(f"  {result['cut']:,} items did not fit the model's {result['seq_len']} tokens: their prompts lost their beginnings")
+            lines.append(
+                f"  {result['cut']:,} items did not fit the model's {result['seq_len']} tokens: their prompts lost their beginnings"
+            )
         if result["merged"]:
-            lines.append(f"  {result['merged']:,} answers merge with their prompts when encoded together; they were encoded apart (eval/taskloss.py)")
+            lines.append(
+                f"  {result['merged']:,} answers merge with their prompts when encoded together; they were encoded apart (eval/taskloss.py)"
+            )
     return "\n".join(lines)
 
 
@@ -133,12 +175,26 @@ def main(argv=None):
         task = tasks.load(name)
         shots = task.SHOTS if cfg.shots is None else cfg.shots
         work.append((name, task, shots, task.items(source, shots)))
-    extra = {"sandbox": sandbox.confinement()} if cfg.accuracy and any(hasattr(task, "program") for _, task, _, _ in work) else {}
+    extra = (
+        {"sandbox": sandbox.confinement()}
+        if cfg.accuracy and any(hasattr(task, "program") for _, task, _, _ in work)
+        else {}
+    )
     model, tokens, file, out = load(cfg)
     stores, done = {}, {}
     for name, _, shots, items in work:  # and so are results of other settings
-        settings = {"checkpoint": file, "shots": shots, "items": fingerprint(items), "loss": cfg.loss, "accuracy": cfg.accuracy,
-                    "samples": cfg.samples, "temperature": cfg.temperature, "top_p": cfg.top_p, "seed": cfg.seed, "dtype": str(model.dtype)}
+        settings = {
+            "checkpoint": file,
+            "shots": shots,
+            "items": fingerprint(items),
+            "loss": cfg.loss,
+            "accuracy": cfg.accuracy,
+            "samples": cfg.samples,
+            "temperature": cfg.temperature,
+            "top_p": cfg.top_p,
+            "seed": cfg.seed,
+            "dtype": str(model.dtype),
+        }
         stores[name] = Records(out / f"{name}.jsonl", settings, cfg.overwrite)
     for name, task, shots, items in work:
         stored = stores[name]
@@ -151,11 +207,19 @@ def main(argv=None):
             chunk = pending[start : start + cfg.batch_size]
             stored.add(evaluate(model, tokens, task, chunk, room, cfg))
             progress(len(wanted) - len(pending) + start + len(chunk))
-        done[name] = {"shots": shots, "seq_len": model.cfg.seq_len, **summarise([stored.items[item.id] for _, item in wanted])}
+        done[name] = {
+            "shots": shots,
+            "seq_len": model.cfg.seq_len,
+            **summarise([stored.items[item.id] for _, item in wanted]),
+        }
     old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
     if old.get("checkpoint") != file:  # no numbers of other weights under this one's name
         old = {}
-    results = extra | {"checkpoint": file, "sources": old.get("sources", {}) | source.used, "tasks": old.get("tasks", {}) | done}
+    results = extra | {
+        "checkpoint": file,
+        "sources": old.get("sources", {}) | source.used,
+        "tasks": old.get("tasks", {}) | done,
+    }
     write_json(out / "results.json", results)
     print(f"{table(done)}\n{out}/results.json", flush=True)
     return results

@@ -26,8 +26,21 @@ any_shape = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENT
 
 @torch.no_grad()
 @any_shape
-def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p=1.0, seed=0, batch_size=64, n_vocab=None,
-             stop_strings=(), decode=None, streams=None, experts=None):
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    stop_ids=(),
+    temperature=0.0,
+    top_p=1.0,
+    seed=0,
+    batch_size=64,
+    n_vocab=None,
+    stop_strings=(),
+    decode=None,
+    streams=None,
+    experts=None,
+):
     """Continue each prompt; return the new token ids, one list per prompt.
 
     prompts: lists of token ids, none empty. A row ends before any of stop_ids (not returned), with the token that completes one of
@@ -46,8 +59,10 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: use 1 or more")
     if longest + max_new_tokens > model.cfg.seq_len:
-        raise ValueError(f"a prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds seq_len={model.cfg.seq_len}: "
-                         "shorten one of them")
+        raise ValueError(
+            f"a prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds seq_len={model.cfg.seq_len}: "
+            "shorten one of them"
+        )
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature}, top_p={top_p}: use temperature >= 0 and 0 < top_p <= 1")
     if stop_strings and decode is None:
@@ -65,7 +80,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p
             if token in stop_ids:
                 return len(ids)
             ids.append(token)
-            if suspect and any(s in decode(ids[-len(s.encode()):]) for s in stop_strings):
+            if suspect and any(s in decode(ids[-len(s.encode()) :]) for s in stop_strings):
                 return len(ids) - 1
         return max_new_tokens - 1 if len(ids) == max_new_tokens else None
 
@@ -78,7 +93,10 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_p
         decoder.cache.keep_experts(model.cfg.top_k)
         experts[:] = [None] * len(prompts)
     for rows in batches:
-        decoder.start([prompts[i] for i in rows], [(seed * 1_000_003 + (i if streams is None else streams[i])) % 2**63 for i in rows])
+        decoder.start(
+            [prompts[i] for i in rows],
+            [(seed * 1_000_003 + (i if streams is None else streams[i])) % 2**63 for i in rows],
+        )
         alive = rows
         while alive:
             new, rows = decoder.read(), list(rows)
@@ -105,13 +123,17 @@ class Decoder:
     def __init__(self, model, n_rows, longest, max_new_tokens, temperature, top_p, n_vocab):
         device = model.embed.weight.device
         self.coarse = coarse(device)
-        self.capture = device.type == "cuda" and (model.cfg.dense or model.cfg.impl in ("auto", "triton"))  # the others wait for the device inside
+        self.capture = device.type == "cuda" and (
+            model.cfg.dense or model.cfg.impl in ("auto", "triton")
+        )  # the others wait for the device inside
         self.max_new_tokens, self.temperature, self.top_p, self.n_vocab = max_new_tokens, temperature, top_p, n_vocab
         # Weights are cast once, not at every step, and the model keeps its mode: a copy that shares what has the right dtype already.
         cast = {id(p): nn.Parameter(p.detach().to(model.dtype), requires_grad=False) for p in model.parameters()}
         self.model = copy.deepcopy(model, cast | {id(b): b for b in model.buffers()}).eval()
         n_rows = self.bucket(n_rows)
-        max_len = min(model.cfg.seq_len, -(-(longest + max_new_tokens - 1) // 16) * 16)  # attention likes its masks aligned
+        max_len = min(
+            model.cfg.seq_len, -(-(longest + max_new_tokens - 1) // 16) * 16
+        )  # attention likes its masks aligned
         self.cache = KVCache(model.cfg, n_rows, max_len, device, model.dtype)
         self.tokens = torch.zeros(n_rows, 1, dtype=torch.long, device=device)
         self.written = torch.zeros(n_rows, max_new_tokens, dtype=torch.long, device=device)
@@ -135,7 +157,11 @@ class Decoder:
         self.cache.lengths_B.zero_()
         cache = self.cache.view(n, 0)
         cache.new_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.pick(self.model(torch.tensor([prompt + [0] * (L - len(prompt)) for prompt in prompts], device=device), cache=cache).logits)
+        self.pick(
+            self.model(
+                torch.tensor([prompt + [0] * (L - len(prompt)) for prompt in prompts], device=device), cache=cache
+            ).logits
+        )
         self.n_rows, self.filled, self.n_written, self.n_read = n, L, 1, 0
         if self.bucket(n) > n:
             self.select(list(range(n)))
@@ -171,7 +197,9 @@ class Decoder:
 
     def run(self, n_rows, span):
         shape = n_rows, span
-        if not self.capture or shape not in self.graphs:  # the first time loads and compiles what the capture must find ready
+        if (
+            not self.capture or shape not in self.graphs
+        ):  # the first time loads and compiles what the capture must find ready
             self.graphs[shape] = None
             return self.decode(*shape)
         if self.graphs[shape] is None:
@@ -205,5 +233,7 @@ def sample(logits_BV, top_p, uniform_B):
     cumulative = probs.cumsum(1)
     total = cumulative[:, -1:]
     pick = torch.searchsorted(cumulative, uniform_B[:, None] * total, right=True)
-    pick = pick.clamp(max=(cumulative < total).sum(1, keepdim=True))  # rounding up to the total must not pick a token of probability 0
+    pick = pick.clamp(
+        max=(cumulative < total).sum(1, keepdim=True)
+    )  # rounding up to the total must not pick a token of probability 0
     return (pick if ids is None else ids.gather(1, pick))[:, 0]

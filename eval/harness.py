@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 import checkpoint
 from config import make_directory, require
 from data import tokenizer
@@ -25,7 +23,9 @@ class ModelChoice:
     run: str = ""  # run directory of train.py: its newest checkpoint
     checkpoint: str = ""  # or one checkpoint file of it
     hf: str = ""  # or a folder with a Hugging Face checkpoint: Mixtral, Qwen3-MoE, OLMoE
-    tokenizer: str = ""  # data directory of the run, if it was moved; with --hf: use its tokenizer instead of the checkpoint's
+    tokenizer: str = (
+        ""  # data directory of the run, if it was moved; with --hf: use its tokenizer instead of the checkpoint's
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
@@ -44,10 +44,19 @@ class ModelChoice:
     def validate(self):
         """Raise ValueError naming the field, its value and the remedy."""
         given = bool(self.run) + bool(self.checkpoint) + bool(self.hf)
-        require(given == 1, "run, checkpoint, hf", (self.run, self.checkpoint, self.hf),
-                "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them")
+        require(
+            given == 1,
+            "run, checkpoint, hf",
+            (self.run, self.checkpoint, self.hf),
+            "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them",
+        )
         require(not self.run or Path(self.run).is_dir(), "run", self.run, "no such directory")
-        require(not self.checkpoint or Path(self.checkpoint).is_file(), "checkpoint", self.checkpoint, "no such file; --run=DIR takes the newest of a run")
+        require(
+            not self.checkpoint or Path(self.checkpoint).is_file(),
+            "checkpoint",
+            self.checkpoint,
+            "no such file; --run=DIR takes the newest of a run",
+        )
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
         require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to below 2^63")
@@ -64,7 +73,12 @@ def load(cfg):
         model = hf.load_model(cfg.hf, device, cfg.dtype, cfg.impl)
         tokens = run_tokens(cfg.tokenizer, model) if cfg.tokenizer else hf.load_tokens(cfg.hf)
         out = out or make_directory(Path(cfg.hf) / "eval", "out", cfg.out)
-        return model, tokens, hf.fingerprint(cfg.hf, *([Path(cfg.tokenizer) / tokenizer.FILE] if cfg.tokenizer else [])), out
+        return (
+            model,
+            tokens,
+            hf.fingerprint(cfg.hf, *([Path(cfg.tokenizer) / tokenizer.FILE] if cfg.tokenizer else [])),
+            out,
+        )
     path = Path(cfg.checkpoint or cfg.run)
     model = checkpoint.load_model(path, device, dtype=cfg.dtype, impl=cfg.impl)
     frozen(model)
@@ -77,8 +91,12 @@ def load(cfg):
 def run_tokens(directory, model) -> Tokens:
     """The tokenizer of a data directory; ValueError where it has more tokens than the model."""
     tokens = tiktoken_tokens(tokenizer.load(directory))
-    require(tokens.n_vocab <= model.cfg.vocab_size, "tokenizer", str(directory),
-            f"it has {tokens.n_vocab:,} tokens and the model {model.cfg.vocab_size:,}: name the data directory that the model was trained on")
+    require(
+        tokens.n_vocab <= model.cfg.vocab_size,
+        "tokenizer",
+        str(directory),
+        f"it has {tokens.n_vocab:,} tokens and the model {model.cfg.vocab_size:,}: name the data directory that the model was trained on",
+    )
     return tokens
 
 
@@ -99,8 +117,11 @@ def training_data(cfg) -> Path | None:
     for directory in (cfg.tokenizer, run_dir / "data", first, first.rpartition(":")[0]):
         if directory and (Path(directory) / tokenizer.FILE).is_file():
             return Path(directory)
-    raise ValueError(f"tokenizer={cfg.tokenizer!r}: no {tokenizer.FILE} there, in {run_dir / 'data'}" + (f" or in {first}" if first else "") +
-                     ": name the run's data directory with --tokenizer (grpo.py: --data)")
+    raise ValueError(
+        f"tokenizer={cfg.tokenizer!r}: no {tokenizer.FILE} there, in {run_dir / 'data'}"
+        + (f" or in {first}" if first else "")
+        + ": name the run's data directory with --tokenizer (grpo.py: --data)"
+    )
 
 
 def answer_length(model, tokens: Tokens, task, items) -> int:
@@ -112,16 +133,30 @@ def answer_length(model, tokens: Tokens, task, items) -> int:
 def prompt_ids(model, tokens: Tokens, prompt: str, max_new_tokens: int) -> tuple[list[int], bool]:
     """(ids of bos + prompt, whether its beginning was cut off to leave room for max_new_tokens)."""
     ids, room = tokens.encode(prompt), model.cfg.seq_len - max_new_tokens - len(tokens.bos)
-    return tokens.bos + ids[max(0, len(ids) - room):], len(ids) > room
+    return tokens.bos + ids[max(0, len(ids) - room) :], len(ids) > room
 
 
-def texts(model, tokens: Tokens, task, prompts: list[str], streams: list[int], max_new_tokens: int, cfg) -> tuple[list[str], list[bool]]:
+def texts(
+    model, tokens: Tokens, task, prompts: list[str], streams: list[int], max_new_tokens: int, cfg
+) -> tuple[list[str], list[bool]]:
     """Continuations of the prompts up to the task's stop strings, and which prompts were cut. cfg: temperature, top_p, seed, batch_size.
 
     The text drawn for a prompt depends on (seed, its stream) and on nothing else."""
     ids, cut = zip(*(prompt_ids(model, tokens, prompt, max_new_tokens) for prompt in prompts), strict=True)
-    new = generate(model, list(ids), max_new_tokens, tokens.eos, cfg.temperature, cfg.top_p, cfg.seed, cfg.batch_size, tokens.n_vocab, task.STOPS,
-                   tokens.decode, streams)
+    new = generate(
+        model,
+        list(ids),
+        max_new_tokens,
+        tokens.eos,
+        cfg.temperature,
+        cfg.top_p,
+        cfg.seed,
+        cfg.batch_size,
+        tokens.n_vocab,
+        task.STOPS,
+        tokens.decode,
+        streams,
+    )
     return [cut_at(tokens.decode(row), task.STOPS) for row in new], list(cut)
 
 
@@ -144,8 +179,10 @@ class Records:
             old, *items = [parse_line(path, number, line) for number, line in enumerate(whole.splitlines(), 1)] or [{}]
             for name in settings:
                 if old and old.get(name) != settings[name]:
-                    raise ValueError(f"{path} was made with {name}={old.get(name)!r}, not {settings[name]!r}: "
-                                     "give the same, use --overwrite to replace it, or write elsewhere with --out")
+                    raise ValueError(
+                        f"{path} was made with {name}={old.get(name)!r}, not {settings[name]!r}: "
+                        "give the same, use --overwrite to replace it, or write elsewhere with --out"
+                    )
             if old:
                 self.items = {record["id"]: record for record in items}
                 os.truncate(path, len(whole))
@@ -162,12 +199,16 @@ def parse_line(path, number, line):
     try:
         return json.loads(line)
     except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f"{path}:{number} is damaged ({error}): remove that line to compute its item again, or use --overwrite for all") from None
+        raise ValueError(
+            f"{path}:{number} is damaged ({error}): remove that line to compute its item again, or use --overwrite for all"
+        ) from None
 
 
 def fingerprint(items) -> str:
     """Of prompts and answers: records of other items are not continued."""
-    return hashlib.sha256(json.dumps([(item.prompt, item.answer, item.choices) for item in items]).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([(item.prompt, item.answer, item.choices) for item in items]).encode()
+    ).hexdigest()[:16]
 
 
 class Progress:
@@ -184,7 +225,9 @@ class Progress:
         rate = (done - self.first) / max(1e-9, now - self.start)
         left = "" if last else f", {(self.total - done) / max(1e-9, rate):,.0f} s left"
         line = f"{self.name}: {done:,}/{self.total:,} items, {rate:.3g}/s{left}"
-        print(f"\r{line:<70}" if terminal else line, end="\n" if last or not terminal else "", file=sys.stderr, flush=True)
+        print(
+            f"\r{line:<70}" if terminal else line, end="\n" if last or not terminal else "", file=sys.stderr, flush=True
+        )
 
 
 def write_json(path: Path, value) -> None:

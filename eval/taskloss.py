@@ -79,14 +79,19 @@ def score(model, pairs: list[tuple[list[int], list[int]]], max_tokens: int | Non
     device, cfg = model.embed.weight.device, model.cfg
     max_tokens = max_tokens or min(16384, 2**29 // cfg.vocab_size)
     work = [(*window, i) for i, pair in enumerate(pairs) for window in windows(*pair, cfg.seq_len)]
-    work.sort(key=lambda window: len(window[0]), reverse=True)  # longest first: what does not fit in memory fails at once
+    work.sort(
+        key=lambda window: len(window[0]), reverse=True
+    )  # longest first: what does not fit in memory fails at once
     totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
     while work:
         L = len(work[0][0]) - 1
         rows = max(1, max_tokens // max(1, L))
         batch, work = work[:rows], work[rows:]
         ids = torch.tensor([ids + [0] * (L + 1 - len(ids)) for ids, _, _ in batch], device=device)
-        ends, counts, owners = (torch.tensor(values, device=device) for values in zip(*((len(ids), n, i) for ids, n, i in batch), strict=True))
+        ends, counts, owners = (
+            torch.tensor(values, device=device)
+            for values in zip(*((len(ids), n, i) for ids, n, i in batch), strict=True)
+        )
         position = torch.arange(1, L + 1, device=device)
         scored_BL = (position < ends[:, None]) & (position >= (ends - counts)[:, None])
         logits = model(ids[:, :-1]).logits[scored_BL].float()

@@ -15,7 +15,17 @@ import numpy as np
 import config
 from config import require
 from eval import tasks
-from eval.harness import ModelChoice, Progress, Records, answer_length, fingerprint, load, texts, training_data, write_json
+from eval.harness import (
+    ModelChoice,
+    Progress,
+    Records,
+    answer_length,
+    fingerprint,
+    load,
+    texts,
+    training_data,
+    write_json,
+)
 from eval.sources import Source
 
 
@@ -30,9 +40,16 @@ class VotesConfig(ModelChoice):
 
     def validate(self):
         super().validate()
-        require(hasattr(tasks.load(self.task), "vote"), "task", self.task, "it has no `vote` function in eval/tasks; try gsm8k")
+        require(
+            hasattr(tasks.load(self.task), "vote"),
+            "task",
+            self.task,
+            "it has no `vote` function in eval/tasks; try gsm8k",
+        )
         require(1 <= self.samples <= 4096, "samples", self.samples, "use 1 to 4096")
-        require(self.temperature > 0, "temperature", self.temperature, "greedy samples are all equal; use a positive number")
+        require(
+            self.temperature > 0, "temperature", self.temperature, "greedy samples are all equal; use a positive number"
+        )
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -63,11 +80,18 @@ def curves(questions: list[dict], resamples: int = 2000, seed: int = 0) -> dict:
     n = len(questions[0]["votes"])
     points = sorted({*(2**i for i in range(n.bit_length())), n})
     rights = [sum(vote is not None and vote == q["gold"] for vote in q["votes"]) for q in questions]
-    values = {"coverage": np.array([[pass_at_k(n, right, k) for k in points] for right in rights]),
-              "majority": np.array([[majority(q["votes"], q["gold"], k) for k in points] for q in questions])}
-    weights = np.random.default_rng(seed).multinomial(len(questions), np.full(len(questions), 1 / len(questions)), resamples) / len(questions)
-    result = {"samples": points, "questions": len(questions),
-              "without_answer": sum(vote is None for q in questions for vote in q["votes"]) / n / len(questions)}
+    values = {
+        "coverage": np.array([[pass_at_k(n, right, k) for k in points] for right in rights]),
+        "majority": np.array([[majority(q["votes"], q["gold"], k) for k in points] for q in questions]),
+    }
+    weights = np.random.default_rng(seed).multinomial(
+        len(questions), np.full(len(questions), 1 / len(questions)), resamples
+    ) / len(questions)
+    result = {
+        "samples": points,
+        "questions": len(questions),
+        "without_answer": sum(vote is None for q in questions for vote in q["votes"]) / n / len(questions),
+    }
     for name, value in values.items():
         low, high = np.percentile(weights @ value, [2.5, 97.5], axis=0)
         result[name] = {"mean": value.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
@@ -84,8 +108,18 @@ def plot(curves_by_name: dict[str, dict], path, title: str = "") -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for i, (name, result) in enumerate(curves_by_name.items()):
         for kind, style in (("coverage", "--"), ("majority", "-")):
-            axes.plot(result["samples"], result[kind]["mean"], style, color=f"C{i}", marker="o", markersize=3, label=f"{name} {kind}".strip())
-            axes.fill_between(result["samples"], result[kind]["low"], result[kind]["high"], color=f"C{i}", alpha=0.15, linewidth=0)
+            axes.plot(
+                result["samples"],
+                result[kind]["mean"],
+                style,
+                color=f"C{i}",
+                marker="o",
+                markersize=3,
+                label=f"{name} {kind}".strip(),
+            )
+            axes.fill_between(
+                result["samples"], result[kind]["low"], result[kind]["high"], color=f"C{i}", alpha=0.15, linewidth=0
+            )
     axes.set_xscale("log", base=2)
     axes.set(xlabel="samples per question", ylabel="share of questions", title=title, ylim=(-0.03, 1.03))
     axes.legend(fontsize=8)
@@ -99,32 +133,61 @@ def main(argv=None):
     task, source = tasks.load(cfg.task), Source(cfg.data, training_data(cfg))
     items = task.items(source, cfg.shots)
     model, tokens, file, out = load(cfg)
-    settings = {"checkpoint": file, "items": fingerprint(items), "shots": cfg.shots, "samples": cfg.samples, "temperature": cfg.temperature,
-                "top_p": cfg.top_p, "seed": cfg.seed, "dtype": str(model.dtype)}
+    settings = {
+        "checkpoint": file,
+        "items": fingerprint(items),
+        "shots": cfg.shots,
+        "samples": cfg.samples,
+        "temperature": cfg.temperature,
+        "top_p": cfg.top_p,
+        "seed": cfg.seed,
+        "dtype": str(model.dtype),
+    }
     path = out / f"votes-{cfg.task}.json"
     stored = Records(path.with_suffix(".jsonl"), settings, cfg.overwrite)
     wanted = list(enumerate(items))[: cfg.limit or None]
     pending = [(i, item) for i, item in wanted if item.id not in stored.items]
     room = answer_length(model, tokens, task, items)
-    progress, per_chunk = Progress(path.stem, len(wanted), len(wanted) - len(pending)), max(1, cfg.batch_size // cfg.samples)
+    progress, per_chunk = (
+        Progress(path.stem, len(wanted), len(wanted) - len(pending)),
+        max(1, cfg.batch_size // cfg.samples),
+    )
     for start in range(0, len(pending), per_chunk):
         chunk = pending[start : start + per_chunk]
-        prompts, streams = zip(*((item.prompt, 4096 * i + j) for i, item in chunk for j in range(cfg.samples)), strict=True)
+        prompts, streams = zip(
+            *((item.prompt, 4096 * i + j) for i, item in chunk for j in range(cfg.samples)), strict=True
+        )
         written, cut = texts(model, tokens, task, prompts, streams, room, cfg)
         votes = [task.vote(text) for text in written]
-        stored.add([{"id": item.id, "gold": task.vote(item.answer), "votes": votes[j * cfg.samples : (j + 1) * cfg.samples],
-                     "cut": cut[j * cfg.samples]}
-                    for j, (_, item) in enumerate(chunk)])
+        stored.add(
+            [
+                {
+                    "id": item.id,
+                    "gold": task.vote(item.answer),
+                    "votes": votes[j * cfg.samples : (j + 1) * cfg.samples],
+                    "cut": cut[j * cfg.samples],
+                }
+                for j, (_, item) in enumerate(chunk)
+            ]
+        )
         progress(len(stored.items))
     questions = [stored.items[item.id] for _, item in wanted]
-    result = settings | {"sources": source.used, "cut": sum(question.get("cut", False) for question in questions)} | curves(questions)
+    result = (
+        settings
+        | {"sources": source.used, "cut": sum(question.get("cut", False) for question in questions)}
+        | curves(questions)
+    )
     write_json(path, result)
     print("samples    coverage            majority")
     for i, n in enumerate(result["samples"]):
-        mean, low, high = ([result[kind][name][i] for kind in ("coverage", "majority")] for name in ("mean", "low", "high"))
+        mean, low, high = (
+            [result[kind][name][i] for kind in ("coverage", "majority")] for name in ("mean", "low", "high")
+        )
         print(f"{n:>7}    {mean[0]:.4f} [{low[0]:.3f}, {high[0]:.3f}]   {mean[1]:.4f} [{low[1]:.3f}, {high[1]:.3f}]")
     if result["cut"]:
-        print(f"  {result['cut']:,} questions did not fit the model's {model.cfg.seq_len} tokens: their prompts lost their beginnings")
+        print(
+            f"  {result['cut']:,} questions did not fit the model's {model.cfg.seq_len} tokens: their prompts lost their beginnings"
+        )
     try:
         plot({"": result}, path.with_suffix(".png"), f"{cfg.task}, {result['questions']} questions")
         print(path.with_suffix(".png"))

@@ -1,8 +1,8 @@
 """Mixture-of-Experts layers on hand-written Triton kernels: routing, dispatch and grouped GEMMs, forward and backward.
 
-    r = route(x_TD @ w_router_ED.T, top_k=2)
-    y_TD = moe_experts(x_TD, w_in_EGD, w_out_EDF, r.gates_TK, r.experts_TK)
-    loss = y_TD.square().mean() + 1e-2 * balance_loss(r.counts_E, r.probs_E) + 1e-3 * r.z
+r = route(x_TD @ w_router_ED.T, top_k=2)
+y_TD = moe_experts(x_TD, w_in_EGD, w_out_EDF, r.gates_TK, r.experts_TK)
+loss = y_TD.square().mean() + 1e-2 * balance_loss(r.counts_E, r.probs_E) + 1e-3 * r.z
 """
 
 from moe_kernels.activation import swiglu
@@ -13,4 +13,14 @@ from moe_kernels.reference import gates_of
 from moe_kernels.rotary import rope
 from moe_kernels.routing import Routing, balance_loss, route
 
-__all__ = ["Routing", "adamw_step", "balance_loss", "gates_of", "linear_cross_entropy", "moe_experts", "rope", "route", "swiglu"]
+__all__ = [
+    "Routing",
+    "adamw_step",
+    "balance_loss",
+    "gates_of",
+    "linear_cross_entropy",
+    "moe_experts",
+    "rope",
+    "route",
+    "swiglu",
+]

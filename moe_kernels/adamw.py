@@ -18,7 +18,23 @@ BLOCK = 2048  # values per program of four warps: 16 per thread
 
 
 @torch.no_grad()
-def adamw_step(weight, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, scale=None, skip=None, copy=None, seed=0, impl=None):
+def adamw_step(
+    weight,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    scale=None,
+    skip=None,
+    copy=None,
+    seed=0,
+    impl=None,
+):
     """Update weight, exp_avg and exp_avg_sq in place.
 
     weight, exp_avg, exp_avg_sq: contiguous tensors of one shape, each float32 or bfloat16; what is stored in bfloat16 is rounded stochastically.
@@ -27,10 +43,19 @@ def adamw_step(weight, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, w
     scale: float32 scalar tensor that the gradient is multiplied by; None: 1. skip: float32 scalar tensor; where it is not 0 nothing changes.
     seed: of the rounding, below 2**31; tensors with seeds of their own are rounded independently.
     impl: as in `moe_experts`; "grouped_mm" is the reference here. Nothing waits for the device. Raises ValueError for other shapes or dtypes."""
-    tensors = {"weight": weight, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq} | ({} if copy is None else {"copy": copy})
+    tensors = {"weight": weight, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq} | (
+        {} if copy is None else {"copy": copy}
+    )
     for name, t in tensors.items():
-        if t.shape != weight.shape or t.dtype not in (torch.float32, torch.bfloat16) or name != "grad" and not t.is_contiguous():
-            raise ValueError(f"{name} {tuple(t.shape)} {t.dtype}: expected contiguous float32 or bfloat16 of weight's shape {tuple(weight.shape)}")
+        if (
+            t.shape != weight.shape
+            or t.dtype not in (torch.float32, torch.bfloat16)
+            or name != "grad"
+            and not t.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name} {tuple(t.shape)} {t.dtype}: expected contiguous float32 or bfloat16 of weight's shape {tuple(weight.shape)}"
+            )
     if copy is not None and copy.dtype != torch.bfloat16:
         raise ValueError(f"copy {copy.dtype}: it is the bfloat16 copy of weight")
     if weight.numel() == 0:
@@ -47,7 +72,21 @@ def launch(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta
     logs = [math.log(max(beta, 1e-300)) for beta in (beta1, beta2)]
     n = weight.numel()
     adamw_kernel[(cdiv(n, BLOCK),)](
-        *bits, step, lr, scale, skip, n, seed, eps, weight_decay, beta1, beta2, *logs, copy is not None, BLOCK, num_warps=4
+        *bits,
+        step,
+        lr,
+        scale,
+        skip,
+        n,
+        seed,
+        eps,
+        weight_decay,
+        beta1,
+        beta2,
+        *logs,
+        copy is not None,
+        BLOCK,
+        num_warps=4,
     )
 
 
@@ -114,4 +153,6 @@ def adamw_kernel(weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, st
     # number. Rounded to the nearest, with a beta2 near 1 it would rise with large gradients and never fall: the steps would stay small for good.
     store_float(exp_avg_sq_ptr + start, offs, v, mix(noise ^ 0x9E3779B9) & 0xFFFF, mask)
     if COPY:
-        store_bfloat16(copy_ptr + start, offs, w, 0x7FFF + ((w.to(tl.uint32, bitcast=True) >> 16) & 1), mask)  # nearest, ties to even
+        store_bfloat16(
+            copy_ptr + start, offs, w, 0x7FFF + ((w.to(tl.uint32, bitcast=True) >> 16) & 1), mask
+        )  # nearest, ties to even

@@ -21,7 +21,9 @@ def linear_cross_entropy(x_TD, w_VD, targets_T, chunk=16384, impl=None):
     chunk: tokens whose logits exist at one time on the triton path. Differentiable in x and w; w's gradient has w's dtype.
     impl: as in `moe_experts`; "grouped_mm" is the reference here. Raises ValueError when the shapes do not fit, and for float64 on the triton path."""
     if x_TD.ndim != 2 or w_VD.ndim != 2 or x_TD.shape[1] != w_VD.shape[1] or targets_T.shape != x_TD.shape[:1]:
-        raise ValueError(f"x {tuple(x_TD.shape)}, w {tuple(w_VD.shape)}, targets {tuple(targets_T.shape)}: expected (T, D), (V, D), (T,)")
+        raise ValueError(
+            f"x {tuple(x_TD.shape)}, w {tuple(w_VD.shape)}, targets {tuple(targets_T.shape)}: expected (T, D), (V, D), (T,)"
+        )
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: use 1 or more")
     if impl == "grouped_mm" or pick_impl(impl, x_TD) != "triton":
@@ -35,7 +37,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, V: tl.constexpr, GRADS: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr):
+def cross_entropy_kernel(
+    logits_ptr,
+    targets_ptr,
+    losses_ptr,
+    V: tl.constexpr,
+    GRADS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """One row: its loss, and softmax - onehot in place of its logits; a row that does not count is not read and becomes zeros.
 
     GROUP neighbours belong to one thread (8: 16 bytes of bfloat16), which keeps a running maximum and sum for them: 1.1 exponentials a value where a
@@ -74,7 +84,9 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, V: tl.constexpr, G
 
 
 @torch.library.custom_op("moe_kernels::linear_cross_entropy", mutates_args=())
-def cross_entropy_op(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, chunk: int, grads: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cross_entropy_op(
+    x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, chunk: int, grads: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The mean loss, the factor (1 / counted targets) by which the two gradients that follow are too large, and these; empty without `grads`."""
     x, w, targets = x_TD.contiguous(), w_VD.to(x_TD.dtype).contiguous(), targets_T.contiguous()
     (T, _), V = x.shape, w.shape[0]
@@ -82,11 +94,15 @@ def cross_entropy_op(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, chunk: int, 
     block, group = (min(max(pow2(V), 8), 16384), 8) if V % 8 == 0 else (min(pow2(V), 4096), 1)
     scale = 1.0 / (targets >= 0).sum().clamp(min=1).float()
     losses = x.new_empty(T, dtype=torch.float32)
-    dx, dw = (torch.empty_like(x), w.new_zeros(w.shape, dtype=torch.float32)) if grads else (x.new_empty(0), w.new_empty(0))
+    dx, dw = (
+        (torch.empty_like(x), w.new_zeros(w.shape, dtype=torch.float32)) if grads else (x.new_empty(0), w.new_empty(0))
+    )
     for start in range(0, T, chunk):
         rows = x[start : start + chunk]
         logits = rows @ w.T
-        cross_entropy_kernel[(len(rows),)](logits, targets[start:], losses[start:], V, grads, block, group, num_warps=max(4, block // 512))
+        cross_entropy_kernel[(len(rows),)](
+            logits, targets[start:], losses[start:], V, grads, block, group, num_warps=max(4, block // 512)
+        )
         if grads:
             torch.mm(logits, w, out=dx[start : start + chunk])
             if x.is_cuda and x.dtype != torch.float32:

@@ -76,7 +76,9 @@ def place_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     if ONE_CHUNK:  # few slots, as in generation: every program counts them all, and this is the only launch
         all_slots = tl.arange(0, CHUNK)
-        counts = tl.histogram(tl.load(experts_ptr + all_slots, mask=all_slots < S, other=0), BLOCK_E, mask=all_slots < S)
+        counts = tl.histogram(
+            tl.load(experts_ptr + all_slots, mask=all_slots < S, other=0), BLOCK_E, mask=all_slots < S
+        )
     else:
         counts = tl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
     ends = tl.cumsum(counts, 0)
@@ -146,7 +148,9 @@ def dispatch(experts_TK, n_experts, block_m):
     if n_chunks > 1:
         count_kernel[(n_chunks,)](experts_TK, chunk_counts, S, E, CHUNK, block_e)
         scan_kernel[(cdiv(E, 16),)](chunk_counts, counts, n_chunks, E, BLOCK_C=64, BLOCK_E=16)
-    place_kernel[(n_chunks + E,)](experts_TK, chunk_counts, counts, *out, S, n_chunks, n_tiles, block_m, E, CHUNK, block_e, n_chunks == 1)
+    place_kernel[(n_chunks + E,)](
+        experts_TK, chunk_counts, counts, *out, S, n_chunks, n_tiles, block_m, E, CHUNK, block_e, n_chunks == 1
+    )
     return out
 
 
@@ -195,7 +199,10 @@ def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None, out=None):
     dgates_parts (N, S) float32: partial gate gradients by row; then also returns their sum, (T, K) float32, else None.
     out: contiguous tensors for the two results."""
     (T, K), (S, D) = slot_row_TK.shape, y_SD.shape
-    out, dgates = out or (y_SD.new_empty(T, D), None if dgates_parts is None else y_SD.new_empty(T, K, dtype=torch.float32))
+    out, dgates = out or (
+        y_SD.new_empty(T, D),
+        None if dgates_parts is None else y_SD.new_empty(T, K, dtype=torch.float32),
+    )
     if T > 0:
         block_d = min(pow2(D), 2048)
         n_parts = 0 if dgates_parts is None else dgates_parts.shape[0]

@@ -41,16 +41,22 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None):
 
 def _check(x, w_in, w_out, gates, experts):
     if x.ndim != 2 or w_in.ndim != 3 or w_out.ndim != 3:
-        raise ValueError(f"expected x (T, D), w_in (E, 2F, D), w_out (E, D, F); got {tuple(x.shape)}, {tuple(w_in.shape)}, {tuple(w_out.shape)}")
+        raise ValueError(
+            f"expected x (T, D), w_in (E, 2F, D), w_out (E, D, F); got {tuple(x.shape)}, {tuple(w_in.shape)}, {tuple(w_out.shape)}"
+        )
     (T, D), (E, G, _), F = x.shape, w_in.shape, w_out.shape[2]
     if w_in.shape != (E, 2 * F, D) or w_out.shape != (E, D, F):
-        raise ValueError(f"w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)} do not fit (E, 2F, D) and (E, D, F) with D = {D} from x")
+        raise ValueError(
+            f"w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)} do not fit (E, 2F, D) and (E, D, F) with D = {D} from x"
+        )
     if D % 16 or F % 16:
         raise ValueError(f"D={D} and F={F} must be multiples of 16: pad the weights with zeros")
     if gates.shape != experts.shape or gates.ndim != 2 or gates.shape[0] != T:
         raise ValueError(f"gates {tuple(gates.shape)} and experts {tuple(experts.shape)}: expected (T, K) with T = {T}")
     if not 1 <= gates.shape[1] <= min(E, MAX_TOP_K) or E > MAX_EXPERTS:
-        raise ValueError(f"K={gates.shape[1]}, E={E}: supported are 1 <= K <= min(E, {MAX_TOP_K}) and E <= {MAX_EXPERTS}")
+        raise ValueError(
+            f"K={gates.shape[1]}, E={E}: supported are 1 <= K <= min(E, {MAX_TOP_K}) and E <= {MAX_EXPERTS}"
+        )
     if not (x.dtype == w_in.dtype == w_out.dtype) or x.dtype not in (*DTYPES, torch.float64):
         raise ValueError(f"x {x.dtype}, w_in {w_in.dtype}, w_out {w_out.dtype}: expected one floating dtype")
     if experts.is_floating_point() or experts.dtype == torch.bool:
@@ -147,7 +153,9 @@ def captured_stream(tensor):
     return torch.cuda.current_stream() if tensor.is_cuda and torch.cuda.is_current_stream_capturing() else None
 
 
-side_stream = functools.cache(lambda main: torch.cuda.Stream(main.device))  # one for each: branches of one graph that meet in it wait for each other
+side_stream = functools.cache(
+    lambda main: torch.cuda.Stream(main.device)
+)  # one for each: branches of one graph that meet in it wait for each other
 
 
 experts_bwd_op = torch.library.custom_op("moe_kernels::experts_bwd", experts_bwd, mutates_args=())

@@ -40,6 +40,7 @@ def _sigmoid_approx(x):
 
 _sigmoid = tl.sigmoid if interpreting() else _sigmoid_approx
 
+
 @triton.jit
 def _tile(pid, n_row_tiles, tile_expert_ptr, tile_row_ptr, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
     # GROUP_M row tiles walk the columns together, so that the weights they share are read from L2 and not from memory.
@@ -122,7 +123,9 @@ def up_kernel(
         g, u = _split_columns(acc, 2 * PARTS, part), _split_columns(acc, 2 * PARTS, PARTS + part)
         tl.store(h_ptr + part * panel + offs_h, g.to(dtype), mask=mask)
         tl.store(h_ptr + part * panel + WIDTH + offs_h, u.to(dtype), mask=mask)
-        tl.store(a_ptr + part * WIDTH + offs_m[:, None] * F + offs_n[None, :], (g * _sigmoid(g) * u).to(dtype), mask=mask)
+        tl.store(
+            a_ptr + part * WIDTH + offs_m[:, None] * F + offs_n[None, :], (g * _sigmoid(g) * u).to(dtype), mask=mask
+        )
 
 
 @triton.jit
@@ -170,7 +173,11 @@ def rows_kernel(
             mask = (offs_m < n_rows)[:, None]
             if N % BLOCK_N != 0:
                 mask = mask & (offs_n < N - pid_n * BLOCK_N)[None, :]
-            tl.store(tile_ptr + offs_m[:, None] * N + offs_n[None, :], _split_columns(acc, PARTS, part).to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(
+                tile_ptr + offs_m[:, None] * N + offs_n[None, :],
+                _split_columns(acc, PARTS, part).to(y_ptr.dtype.element_ty),
+                mask=mask,
+            )
 
 
 @triton.jit(do_not_specialize=["S", "max_tiles"])
@@ -201,7 +208,9 @@ def dswiglu_kernel(
     """da = gather(dy) W_out, then in the epilogue dh, ga = gate * swiglu(h), and the row sums of da * swiglu(h) that make the gate's gradient."""
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    expert, row, pid_m, pid_n = _tile(tl.program_id(0), max_tiles, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)  # as in up_kernel
+    expert, row, pid_m, pid_n = _tile(
+        tl.program_id(0), max_tiles, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M
+    )  # as in up_kernel
     if pid_m >= tl.load(tile_count_ptr):
         return
     n_rows = tl.load(offsets_ptr + expert + 1) - row
@@ -302,9 +311,17 @@ def dw_kernel(
         columns = pid_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)
         tile = _split_columns(acc, PARTS, part).to(dw_ptr.dtype.element_ty)
         if TRANSPOSED:
-            tl.store(dw_ptr + columns[:, None] * M + offs_m[None, :], tile.T, mask=(columns < N)[:, None] & (offs_m < M)[None, :])
+            tl.store(
+                dw_ptr + columns[:, None] * M + offs_m[None, :],
+                tile.T,
+                mask=(columns < N)[:, None] & (offs_m < M)[None, :],
+            )
         else:
-            tl.store(dw_ptr + offs_m[:, None] * N + columns[None, :], tile, mask=(offs_m < M)[:, None] & (columns < N)[None, :])
+            tl.store(
+                dw_ptr + offs_m[:, None] * N + columns[None, :],
+                tile,
+                mask=(offs_m < M)[:, None] & (columns < N)[None, :],
+            )
 
 
 def _row_grid(dispatch, n_columns, tile):
@@ -366,7 +383,17 @@ def rows_gemm(a_SR, w, transposed, dispatch, tile):
     w_desc = _desc(w, tile.BLOCK_N, tile.BLOCK_K) if transposed else _desc(w, tile.BLOCK_K, tile.BLOCK_N)
     grid = (min(_row_grid(dispatch, N, tile)[0], resident_programs(tile, a_SR.device)),)
     rows_kernel[grid](
-        a_desc, w_desc, y, dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count, N, R, transposed, **tile._asdict()
+        a_desc,
+        w_desc,
+        y,
+        dispatch.offsets,
+        dispatch.tile_expert,
+        dispatch.tile_row,
+        dispatch.tile_count,
+        N,
+        R,
+        transposed,
+        **tile._asdict(),
     )
     return y
 
@@ -388,7 +415,9 @@ def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile):
     S, K = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1]
     _, D, F = w_out_EDF.shape
     if h_PSW.shape != panels(S, F, tile):
-        raise ValueError(f"h {tuple(h_PSW.shape)}: the tile takes {panels(S, F, tile)}; BLOCK_N / PARTS must be that of up's tile")
+        raise ValueError(
+            f"h {tuple(h_PSW.shape)}: the tile takes {panels(S, F, tile)}; BLOCK_N / PARTS must be that of up's tile"
+        )
     dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
     dgates_parts = h_PSW.new_empty(cdiv(F, tile.BLOCK_N), S, dtype=torch.float32)
     w_desc = _desc(w_out_EDF, tile.BLOCK_K, tile.BLOCK_N)

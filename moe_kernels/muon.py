@@ -13,9 +13,15 @@ import triton.language as tl
 
 from moe_kernels.tiles import interpreting, pow2
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
+COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
 ROUNDS = 5
-MOST = 2**14  # elements of a padded matrix that stays on chip without spilling registers (128 x 256 spills a kilobyte a thread)
+MOST = (
+    2**14
+)  # elements of a padded matrix that stays on chip without spilling registers (128 x 256 spills a kilobyte a thread)
 PER_LAUNCH = 8  # parameters whose addresses one launch takes
 
 
@@ -39,9 +45,28 @@ def pick(tensors, index, N: tl.constexpr):
 
 
 @triton.jit
-def muon_kernel(weights, momenta, grads, lr_ptr, scale_ptr, skip_ptr, mu, weight_decay, size, P: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-                STILL: tl.constexpr, DTYPE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
-                C1: tl.constexpr, C3: tl.constexpr, C5: tl.constexpr, ROUNDS: tl.constexpr):
+def muon_kernel(
+    weights,
+    momenta,
+    grads,
+    lr_ptr,
+    scale_ptr,
+    skip_ptr,
+    mu,
+    weight_decay,
+    size,
+    P: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    STILL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    C1: tl.constexpr,
+    C3: tl.constexpr,
+    C5: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
     """One map, held with its shorter side first: the square products are then the small ones. Padding is zero and stays zero."""
     if skip_ptr is not None:
         if tl.load(skip_ptr) > 0:
@@ -91,5 +116,21 @@ def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, scale=None,
     for i in range(0, len(weights) if maps else 0, PER_LAUNCH):
         some = [tuple(tensors[i : i + PER_LAUNCH]) for tensors in (weights, momenta, grads)]
         P = len(some[0])
-        muon_kernel[(maps, P)](*some, lr, scale, skip, mu, weight_decay, 0.2 * math.sqrt(max(A, B)), P, A, B, still, dtype, *blocks, *COEFFICIENTS, ROUNDS,
-                               num_warps=4 if math.prod(blocks) <= 2**13 else 8)
+        muon_kernel[(maps, P)](
+            *some,
+            lr,
+            scale,
+            skip,
+            mu,
+            weight_decay,
+            0.2 * math.sqrt(max(A, B)),
+            P,
+            A,
+            B,
+            still,
+            dtype,
+            *blocks,
+            *COEFFICIENTS,
+            ROUNDS,
+            num_warps=4 if math.prod(blocks) <= 2**13 else 8,
+        )

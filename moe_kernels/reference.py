@@ -145,7 +145,9 @@ def dw_in(dh_SG, x_TD, row_slot_S, offsets, top_k):
 def dw_out(dy_TD, ga_SF, row_slot_S, offsets, top_k):
     """(E, D, F), from ga = gate * swiglu(h)."""
     dy_SD = dy_TD[row_slot_S // top_k]
-    return torch.stack([dy.T @ ga for dy, ga in zip(_by_expert(dy_SD, offsets), _by_expert(ga_SF, offsets), strict=True)])
+    return torch.stack(
+        [dy.T @ ga for dy, ga in zip(_by_expert(dy_SD, offsets), _by_expert(ga_SF, offsets), strict=True)]
+    )
 
 
 def adamw(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta2, eps, weight_decay, copy, seed):

@@ -27,8 +27,14 @@ def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5, im
         raise ValueError(f"qkv {tuple(qkv_BLNd.shape)}, n_heads={n_heads}: expected (B, L, H + 2 Hkv, d) with even d")
     B, L, _, d = qkv_BLNd.shape
     if cos.shape != sin.shape or cos.shape not in ((L, 1, d), (B, L, 1, d)):
-        raise ValueError(f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: expected ({L}, 1, {d}) or ({B}, {L}, 1, {d})")
-    if (q_weight is None) != (k_weight is None) or q_weight is not None and not q_weight.shape == k_weight.shape == (d,):
+        raise ValueError(
+            f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: expected ({L}, 1, {d}) or ({B}, {L}, 1, {d})"
+        )
+    if (
+        (q_weight is None) != (k_weight is None)
+        or q_weight is not None
+        and not q_weight.shape == k_weight.shape == (d,)
+    ):
         raise ValueError(f"q_weight and k_weight: expected two of shape ({d},), or none")
     if impl == "grouped_mm" or pick_impl(impl, qkv_BLNd) != "triton":
         return reference.rope(qkv_BLNd, cos, sin, n_heads, q_weight, k_weight, eps)
@@ -43,7 +49,13 @@ def _rows(T, L, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """Sequence, position, first token and mask of this program's tokens, and the columns of half a head."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     offs_d = tl.arange(0, BLOCK_D)[None, :]
-    return (offs_t // L).to(tl.int64), (offs_t % L).to(tl.int64), offs_t.to(tl.int64), offs_d, (offs_t < T) & (offs_d < D // 2)
+    return (
+        (offs_t // L).to(tl.int64),
+        (offs_t % L).to(tl.int64),
+        offs_t.to(tl.int64),
+        offs_d,
+        (offs_t < T) & (offs_d < D // 2),
+    )
 
 
 @triton.jit
@@ -56,7 +68,9 @@ def _normed(x_ptrs, mask, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x_ptrs, y_ptrs, cos, sin, mask, weight_ptr, offs_d, eps, HEADS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr):
+def _rotate(
+    x_ptrs, y_ptrs, cos, sin, mask, weight_ptr, offs_d, eps, HEADS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr
+):
     HALF: tl.constexpr = D // 2
     if NORM:
         w1 = tl.load(weight_ptr + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)
@@ -102,12 +116,27 @@ def rope_fwd_kernel(
     if tl.program_id(1) == 0:
         _rotate(x_ptrs, q_ptr + offs_t * (H * D) + offs_d, cos, sin, mask, q_weight_ptr, offs_d, eps, H, D, NORM)
     else:
-        _rotate(x_ptrs + H * D, k_ptr + offs_t * (HKV * D) + offs_d, cos, sin, mask, k_weight_ptr, offs_d, eps, HKV, D, NORM)
+        _rotate(
+            x_ptrs + H * D, k_ptr + offs_t * (HKV * D) + offs_d, cos, sin, mask, k_weight_ptr, offs_d, eps, HKV, D, NORM
+        )
 
 
 @triton.jit
 def _rotate_back(
-    dy_ptrs, stride_dy, x_ptrs, dx_ptrs, cos, sin, mask, weight_ptr, dweight_ptr, offs_d, eps, HEADS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr
+    dy_ptrs,
+    stride_dy,
+    x_ptrs,
+    dx_ptrs,
+    cos,
+    sin,
+    mask,
+    weight_ptr,
+    dweight_ptr,
+    offs_d,
+    eps,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
     if NORM:
@@ -181,16 +210,36 @@ def rope_bwd_kernel(
             dx_ptrs += D
     else:
         table = offs_b * stride_table + offs_l * D + offs_d
-        cos, sin = tl.load(cos_ptr + table, mask=mask, other=0.0), tl.load(sin_ptr + D // 2 + table, mask=mask, other=0.0)
+        cos, sin = (
+            tl.load(cos_ptr + table, mask=mask, other=0.0),
+            tl.load(sin_ptr + D // 2 + table, mask=mask, other=0.0),
+        )
         dweight_ptr += tl.program_id(0).to(tl.int64) * (2 * D)
         if tl.program_id(1) == 0:
             dq_ptrs = dq_ptr + offs_b * stride_qb + offs_l * stride_ql + offs_d
-            _rotate_back(dq_ptrs, stride_qh, x_ptrs, dx_ptrs, cos, sin, mask, q_weight_ptr, dweight_ptr, offs_d, eps, H, D, NORM)
+            _rotate_back(
+                dq_ptrs, stride_qh, x_ptrs, dx_ptrs, cos, sin, mask, q_weight_ptr, dweight_ptr, offs_d, eps, H, D, NORM
+            )
         else:
             dk_ptrs = dk_ptr + offs_b * stride_kb + offs_l * stride_kl + offs_d
             x_ptrs += H * D
             dx_ptrs += H * D
-            _rotate_back(dk_ptrs, stride_kh, x_ptrs, dx_ptrs, cos, sin, mask, k_weight_ptr, dweight_ptr + D, offs_d, eps, HKV, D, NORM)
+            _rotate_back(
+                dk_ptrs,
+                stride_kh,
+                x_ptrs,
+                dx_ptrs,
+                cos,
+                sin,
+                mask,
+                k_weight_ptr,
+                dweight_ptr + D,
+                offs_d,
+                eps,
+                HKV,
+                D,
+                NORM,
+            )
 
 
 def _tables(cos, sin):
@@ -203,7 +252,13 @@ def _blocks(d):
 
 
 def rope_fwd(
-    qkv_BLNd: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, n_heads: int, eps: float
+    qkv_BLNd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    n_heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Rotated queries and keys."""
     qkv, (B, L, N, d), (cos, sin, stride_table) = qkv_BLNd.contiguous(), qkv_BLNd.shape, _tables(cos, sin)
@@ -211,13 +266,37 @@ def rope_fwd(
     q, k = qkv.new_empty(B, L, n_heads, d), qkv.new_empty(B, L, n_kv_heads, d)
     if T > 0:
         rope_fwd_kernel[(cdiv(T, blocks[0]), 2)](
-            qkv, cos, sin, q_weight, k_weight, q, k, T, L, stride_table, eps, n_heads, n_kv_heads, d, q_weight is not None, *blocks, num_warps=2
+            qkv,
+            cos,
+            sin,
+            q_weight,
+            k_weight,
+            q,
+            k,
+            T,
+            L,
+            stride_table,
+            eps,
+            n_heads,
+            n_kv_heads,
+            d,
+            q_weight is not None,
+            *blocks,
+            num_warps=2,
         )
     return q, k
 
 
 def rope_bwd(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv_BLNd: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv_BLNd: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of qkv, contiguous, from gradients of any layout; and (2, d) float32 those of the two weights, (0, d) without."""
     dq, dk, dv = (t if t.stride(3) == 1 else t.contiguous() for t in (dq, dk, dv))
@@ -249,7 +328,9 @@ def _(qkv_BLNd, cos, sin, q_weight, k_weight, n_heads, eps):
 @rope_bwd_op.register_fake
 def _(dq, dk, dv, qkv_BLNd, cos, sin, q_weight, k_weight, eps):
     B, L, H, d = dq.shape
-    return dq.new_empty(B, L, H + 2 * dk.shape[2], d), dq.new_empty(0 if q_weight is None else 2, d, dtype=torch.float32)
+    return dq.new_empty(B, L, H + 2 * dk.shape[2], d), dq.new_empty(
+        0 if q_weight is None else 2, d, dtype=torch.float32
+    )
 
 
 class Rope(torch.autograd.Function):
@@ -267,7 +348,9 @@ class Rope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq, dk, dv):
         qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
-        dqkv, dweights = (rope_bwd if eager(dq) else rope_bwd_op)(dq, dk, dv, qkv, cos, sin, q_weight, k_weight, ctx.eps)
+        dqkv, dweights = (rope_bwd if eager(dq) else rope_bwd_op)(
+            dq, dk, dv, qkv, cos, sin, q_weight, k_weight, ctx.eps
+        )
         if q_weight is None:
             return dqkv, None, None, None, None, None, None
         return dqkv, None, None, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None, None

@@ -141,7 +141,16 @@ def route_fwd_kernel(
 
 @triton.jit(do_not_specialize=["T", "n_blocks"])
 def route_stats_kernel(
-    part_counts_ptr, part_stats_ptr, counts_ptr, probs_ptr, z_ptr, T, n_blocks, E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr
+    part_counts_ptr,
+    part_stats_ptr,
+    counts_ptr,
+    probs_ptr,
+    z_ptr,
+    T,
+    n_blocks,
+    E: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)
@@ -149,8 +158,20 @@ def route_stats_kernel(
     for start in range(0, n_blocks, BLOCK_B):
         offs_b = start + tl.arange(0, BLOCK_B)
         mask_b = (offs_b < n_blocks)[:, None]
-        counts += tl.sum(tl.load(part_counts_ptr + offs_b[:, None] * E + offs_e[None, :], mask=mask_b & (offs_e < E)[None, :], other=0), 0)
-        stats += tl.sum(tl.load(part_stats_ptr + offs_b[:, None] * (E + 1) + offs_e[None, :], mask=mask_b & (offs_e < E + 1)[None, :], other=0.0), 0)
+        counts += tl.sum(
+            tl.load(
+                part_counts_ptr + offs_b[:, None] * E + offs_e[None, :], mask=mask_b & (offs_e < E)[None, :], other=0
+            ),
+            0,
+        )
+        stats += tl.sum(
+            tl.load(
+                part_stats_ptr + offs_b[:, None] * (E + 1) + offs_e[None, :],
+                mask=mask_b & (offs_e < E + 1)[None, :],
+                other=0.0,
+            ),
+            0,
+        )
     tl.store(counts_ptr + offs_e, counts, mask=offs_e < E)
     tl.store(probs_ptr + offs_e, stats / T, mask=offs_e < E)
     tl.store(z_ptr + offs_e - E, stats / T, mask=offs_e == E)
@@ -206,7 +227,9 @@ def route_bwd_kernel(
     gates = tl.load(gates_ptr + slots, mask=mask_slots, other=0.0)
     dgates = tl.load(dgates_ptr + slots, mask=mask_slots, other=0.0).to(tl.float32)
     mean_dgates = tl.sum(gates * dgates, 1)
-    spread = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)  # gradient at the chosen experts' gates (normalised softmax: at their logits)
+    spread = tl.zeros(
+        [BLOCK_T, BLOCK_E], tl.float32
+    )  # gradient at the chosen experts' gates (normalised softmax: at their logits)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     for k in range(K):
         expert = tl.load(experts_ptr + offs_t * K + k, mask=mask_t, other=-1)
@@ -235,7 +258,9 @@ def _blocks(E, K):
     return dict(BLOCK_T=max(1, 2048 // block_e) if block_e > 32 else 64, BLOCK_E=block_e, BLOCK_K=pow2(K))
 
 
-def route_fwd(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def route_fwd(
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches the forward kernels; shapes and dtypes as in `Routing`."""
     logits = logits_TE.contiguous()
     T, E = logits.shape
@@ -243,19 +268,50 @@ def route_fwd(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: boo
     n_blocks = cdiv(T, blocks["BLOCK_T"])
     gates, experts = logits.new_empty(T, top_k, dtype=torch.float32), logits.new_empty(T, top_k, dtype=torch.int32)
     if T == 0:
-        return gates, experts, logits.new_zeros(E, dtype=torch.int32), logits.new_zeros(E, dtype=torch.float32), logits.new_zeros((), dtype=torch.float32)
+        return (
+            gates,
+            experts,
+            logits.new_zeros(E, dtype=torch.int32),
+            logits.new_zeros(E, dtype=torch.float32),
+            logits.new_zeros((), dtype=torch.float32),
+        )
     part_counts = logits.new_empty(n_blocks, E, dtype=torch.int32)
     part_stats = logits.new_empty(n_blocks, E + 1, dtype=torch.float32)
-    counts, probs, z = logits.new_empty(E, dtype=torch.int32), logits.new_empty(E, dtype=torch.float32), logits.new_empty((), dtype=torch.float32)
-    route_fwd_kernel[(n_blocks,)](
-        logits, bias_E, gates, experts, part_counts, part_stats, T, E, top_k, sigmoid, normalize, bias_E is not None, **blocks
+    counts, probs, z = (
+        logits.new_empty(E, dtype=torch.int32),
+        logits.new_empty(E, dtype=torch.float32),
+        logits.new_empty((), dtype=torch.float32),
     )
-    route_stats_kernel[(cdiv(E + 1, 8),)](part_counts, part_stats, counts, probs, z, T, n_blocks, E, BLOCK_B=512, BLOCK_E=8)
+    route_fwd_kernel[(n_blocks,)](
+        logits,
+        bias_E,
+        gates,
+        experts,
+        part_counts,
+        part_stats,
+        T,
+        E,
+        top_k,
+        sigmoid,
+        normalize,
+        bias_E is not None,
+        **blocks,
+    )
+    route_stats_kernel[(cdiv(E + 1, 8),)](
+        part_counts, part_stats, counts, probs, z, T, n_blocks, E, BLOCK_B=512, BLOCK_E=8
+    )
     return gates, experts, counts, probs, z
 
 
 def route_bwd(
-    logits_TE: Tensor, experts_TK: Tensor, gates_TK: Tensor, dgates_TK: Tensor, dprobs_E: Tensor, dz: Tensor, sigmoid: bool, normalize: bool
+    logits_TE: Tensor,
+    experts_TK: Tensor,
+    gates_TK: Tensor,
+    dgates_TK: Tensor,
+    dprobs_E: Tensor,
+    dz: Tensor,
+    sigmoid: bool,
+    normalize: bool,
 ) -> Tensor:
     """Gradient of the logits (T, E), in their dtype, from the gradients of gates, probs and z."""
     logits = logits_TE.contiguous()
@@ -265,7 +321,19 @@ def route_bwd(
     blocks = _blocks(E, K)
     if T > 0:
         route_bwd_kernel[(cdiv(T, blocks["BLOCK_T"]),)](
-            logits, experts_TK, gates_TK, dgates_TK.contiguous(), dprobs_E.contiguous(), dz.contiguous(), dlogits, T, E, K, sigmoid, normalize, **blocks
+            logits,
+            experts_TK,
+            gates_TK,
+            dgates_TK.contiguous(),
+            dprobs_E.contiguous(),
+            dz.contiguous(),
+            dlogits,
+            T,
+            E,
+            K,
+            sigmoid,
+            normalize,
+            **blocks,
         )
     return dlogits
 

@@ -23,9 +23,13 @@ def pick_impl(impl, tensor):
             "importing triton to run the kernels slowly on the CPU"
         )
     if impl == "triton" and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-        raise RuntimeError(f"impl='triton' needs compute capability 8.0 or newer, {torch.cuda.get_device_name()} is older: use impl='reference'")
+        raise RuntimeError(
+            f"impl='triton' needs compute capability 8.0 or newer, {torch.cuda.get_device_name()} is older: use impl='reference'"
+        )
     if impl == "grouped_mm" and (tensor.dtype == torch.float64 or tensor.is_cuda and tensor.dtype != torch.bfloat16):
-        raise RuntimeError(f"impl='grouped_mm' does not take {tensor.dtype} on {tensor.device.type}: use impl='reference'")
+        raise RuntimeError(
+            f"impl='grouped_mm' does not take {tensor.dtype} on {tensor.device.type}: use impl='reference'"
+        )
     return impl
 
 
@@ -72,7 +76,9 @@ def gemm_tiles(n_rows, n_experts, D, F, dtype):
 
     All row-tiled GEMMs share BLOCK_M, hence one tile table. It follows the mean number of rows per expert."""
     sizes = n_rows, n_experts, D, F
-    table = _gemm_tiles if all(type(n) is int for n in sizes) else _gemm_tiles.__wrapped__  # the symbolic sizes of a compilation are not hashable
+    table = (
+        _gemm_tiles if all(type(n) is int for n in sizes) else _gemm_tiles.__wrapped__
+    )  # the symbolic sizes of a compilation are not hashable
     return table(*sizes, dtype, interpreting())
 
 
@@ -82,7 +88,9 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, interpreted):
         step = 16 if min(D, F) < 64 else 32
         tile = Tile(step, step, step, 2, 2, 4, 2)
         return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
-    panel = 32 if F % 32 == 0 else 16  # columns of a part of up and dswiglu (grouped_gemm.py): dswiglu spills with 64 and was 7-16 % slower with 16
+    panel = (
+        32 if F % 32 == 0 else 16
+    )  # columns of a part of up and dswiglu (grouped_gemm.py): dswiglu spills with 64 and was 7-16 % slower with 16
     if dtype == torch.float32:  # full-precision dots run outside the tensor cores: any tile that fits
         tile = Tile(64, 64, 16, 8, 64 // panel, 8, 2)
         return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)

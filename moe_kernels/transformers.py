@@ -31,7 +31,9 @@ def experts_forward(module, hidden_states, top_k_index, top_k_weights, impl=None
     Returns (T, D) in the dtype of hidden_states; computes in that of the weights."""
     _check(module)
     w_in, w_out = module.gate_up_proj, module.down_proj
-    return moe_experts(hidden_states.to(w_in.dtype), w_in, w_out, top_k_weights, top_k_index, impl=impl).to(hidden_states.dtype)
+    return moe_experts(hidden_states.to(w_in.dtype), w_in, w_out, top_k_weights, top_k_index, impl=impl).to(
+        hidden_states.dtype
+    )
 
 
 def _check(module):
@@ -49,5 +51,7 @@ def _check(module):
     }
     found = [what for what, present in problems.items() if present]
     if found:
-        raise ValueError(f"{type(module).__name__} has {', '.join(found)}: experts_implementation={NAME!r} takes plain SwiGLU experts; "
-                         "use 'grouped_mm'")
+        raise ValueError(
+            f"{type(module).__name__} has {', '.join(found)}: experts_implementation={NAME!r} takes plain SwiGLU experts; "
+            "use 'grouped_mm'"
+        )

@@ -53,7 +53,13 @@ def decide(test):
     if len(test.effects) < MIN_SEEDS:
         return "undecided"
     if test.little:
-        return "supported" if -test.margin < low and high < test.margin else "not supported" if max(low, -high) > test.margin else "undecided"
+        return (
+            "supported"
+            if -test.margin < low and high < test.margin
+            else "not supported"
+            if max(low, -high) > test.margin
+            else "undecided"
+        )
     return "supported" if low > 0 and mean >= test.margin else "not supported" if high < test.margin else "undecided"
 
 
@@ -61,7 +67,14 @@ def overall(tests):
     found = [decide(test) for test in tests if test.votes and len(test.effects) >= MIN_SEEDS]
     if {"supported", "not supported"} <= set(found):
         return "mixed"
-    return next((verdict for verdict in ("supported", "not supported") if verdict in found and 2 * found.count(verdict) >= len(found)), "undecided")
+    return next(
+        (
+            verdict
+            for verdict in ("supported", "not supported")
+            if verdict in found and 2 * found.count(verdict) >= len(found)
+        ),
+        "undecided",
+    )
 
 
 def by_k(cells):
@@ -147,7 +160,12 @@ def telling(lines, task, least=0.0):
 
 def remarks(lines, family, *more):
     """What is to be said of a test beside its numbers: why it has no vote, or no effect."""
-    return "; ".join(filter(None, ["" if lines else "nothing learned, or everything, at every k", "" if votes(family) else "one rate", *more]))
+    return "; ".join(
+        filter(
+            None,
+            ["" if lines else "nothing learned, or everything, at every k", "" if votes(family) else "one rate", *more],
+        )
+    )
 
 
 def votes(family):
@@ -168,14 +186,28 @@ def memory_rises(rows):
         lines, sample = by_k(cells), first_row(cells)
         for task in (task for task in tasks_of(sample) if task in MEMORY):
             told, exact = telling(lines, task), accuracy(sample, task) is not None
-            for measure, value, margin, decides in (("loss", lambda row, t=task: -row[t]["loss"], 0.02, True),
-                                                    ("recall", lambda row, t=task: score(row, t), 0.5, False)):
+            for measure, value, margin, decides in (
+                ("loss", lambda row, t=task: -row[t]["loss"], 0.02, True),
+                ("recall", lambda row, t=task: score(row, t), 0.5, False),
+            ):
                 if decides or exact:
-                    effects = per_seed(told, lambda line, seed, v=value: slope(np.log2(list(line)), [v(cell[seed]) for cell in line.values()]))
+                    effects = per_seed(
+                        told,
+                        lambda line, seed, v=value: slope(
+                            np.log2(list(line)), [v(cell[seed]) for cell in line.values()]
+                        ),
+                    )
                     unit = f"{'fewer ' + loss_unit(sample) if decides else 'points'} per doubling of E"
                     note = remarks(told, family, "" if decides else "recall")
-                    yield Test(f"{family}; {tasks_of(sample)[task]}, {measure}", effects, margin, unit, count(lines), note=note,
-                               votes=decides and votes(family))
+                    yield Test(
+                        f"{family}; {tasks_of(sample)[task]}, {measure}",
+                        effects,
+                        margin,
+                        unit,
+                        count(lines),
+                        note=note,
+                        votes=decides and votes(family),
+                    )
 
 
 def reasoning_turns(rows):
@@ -183,9 +215,18 @@ def reasoning_turns(rows):
         lines = by_k(cells)
         for task in reasoning(first_row(cells)):
             told = telling(lines, task)
-            effects = per_seed(told, lambda line, seed, t=task: lead(line, lambda row: score(row, t), seed, worst=max(line)))
-            yield Test(f"{family}; {tasks_of(first_row(cells))[task]}", effects, 2.0, f"{score_unit(first_row(cells), task)} lost from the best E to the largest",
-                       count(lines), note=remarks(told, family), votes=votes(family))
+            effects = per_seed(
+                told, lambda line, seed, t=task: lead(line, lambda row: score(row, t), seed, worst=max(line))
+            )
+            yield Test(
+                f"{family}; {tasks_of(first_row(cells))[task]}",
+                effects,
+                2.0,
+                f"{score_unit(first_row(cells), task)} lost from the best E to the largest",
+                count(lines),
+                note=remarks(told, family),
+                votes=votes(family),
+            )
 
 
 def optimum_near_20(rows):
@@ -198,8 +239,16 @@ def optimum_near_20(rows):
             for task in reasoning(first_row(cells)):
                 curved = telling({k: line}, task, 5)
                 away = lambda line, seed, t=task, tpp=tpp: math.log2(tpp[peak(line, t, seed)] / 20)  # noqa: E731
-                yield Test(f"{family}, k={k}; {tasks_of(first_row(cells))[task]}", per_seed(curved, away), 1.0, "doublings from 20 to the best TPP",
-                           count({k: line}), little=True, note=remarks(curved, family), votes=votes(family))
+                yield Test(
+                    f"{family}, k={k}; {tasks_of(first_row(cells))[task]}",
+                    per_seed(curved, away),
+                    1.0,
+                    "doublings from 20 to the best TPP",
+                    count({k: line}),
+                    little=True,
+                    note=remarks(curved, family),
+                    votes=votes(family),
+                )
 
 
 def denser_at_equal_loss(rows):
@@ -214,17 +263,29 @@ def denser_at_equal_loss(rows):
         for task in reasoning(sample):
             effects, n = {}, 0
             for seed, members in sorted(seeds.items()):
-                points = [(math.log2(row["run"]["top_k"] / row["run"]["n_experts"]), point["train_loss"], score(point, task))
-                          for row in members for point in (*row["points"], row)]
+                points = [
+                    (math.log2(row["run"]["top_k"] / row["run"]["n_experts"]), point["train_loss"], score(point, task))
+                    for row in members
+                    for point in (*row["points"], row)
+                ]
                 floor = 100 * max(row[task].get("chance", 0) for row in members) + 2
-                points = [p for p in points if task not in results.TASKS or floor < p[2] < 98]  # the floor and the ceiling say nothing
+                points = [
+                    p for p in points if task not in results.TASKS or floor < p[2] < 98
+                ]  # the floor and the ceiling say nothing
                 n += len(members)
                 if len(points) >= 12 and len({density for density, *_ in points}) >= 3:
                     density, loss, y = np.array(points).T
                     design = np.stack([np.ones_like(loss), loss - loss.mean(), (loss - loss.mean()) ** 2, density], 1)
                     effects[seed] = float(np.linalg.lstsq(design, y, rcond=None)[0][3])
-            yield Test(f"{family}; {tasks_of(sample)[task]}", effects, 0.5, f"{score_unit(sample, task)} per doubling of k/E at equal loss", n,
-                       note=remarks(True, family), votes=votes(family))
+            yield Test(
+                f"{family}; {tasks_of(sample)[task]}",
+                effects,
+                0.5,
+                f"{score_unit(sample, task)} per doubling of k/E at equal loss",
+                n,
+                note=remarks(True, family),
+                votes=votes(family),
+            )
 
 
 def top_k_alone(rows):
@@ -233,7 +294,11 @@ def top_k_alone(rows):
     for row in results.standard(rows):
         run = row["run"]
         if not run["data"]:
-            group = results.regime(row)._replace(d_expert=0), run["top_k"] * run["d_expert"], run["n_experts"] * run["d_expert"]
+            group = (
+                results.regime(row)._replace(d_expert=0),
+                run["top_k"] * run["d_expert"],
+                run["n_experts"] * run["d_expert"],
+            )
             groups[group][run["top_k"]][row["lr"]][run["seed"]] = row
     for (regime, active, total), cells in sorted(groups.items()):
         if len(cells) < 3:
@@ -241,14 +306,32 @@ def top_k_alone(rows):
         for rate, line in results.policies(cells, results.best_along(cells)).items():
             family = results.Family(regime, rate)
             where, n = f"{family}".replace("F=0", f"k F={active}, E F={total}"), count({0: line})
-            losses = per_seed({0: line}, lambda line, seed: lead(line, lambda row: 100 * math.log(row["train_loss"]), seed))
-            yield Test(f"{where}; training loss", losses, 100 * COMPARABLE, "% between the best and worst k", n, little=True,
-                       note=remarks(True, family), votes=votes(family))
+            losses = per_seed(
+                {0: line}, lambda line, seed: lead(line, lambda row: 100 * math.log(row["train_loss"]), seed)
+            )
+            yield Test(
+                f"{where}; training loss",
+                losses,
+                100 * COMPARABLE,
+                "% between the best and worst k",
+                n,
+                little=True,
+                note=remarks(True, family),
+                votes=votes(family),
+            )
             for task in ("problems", "mano"):
                 told = telling({0: line}, task)
                 points = per_seed(told, lambda line, seed, t=task: lead(line, lambda row: score(row, t), seed))
-                yield Test(f"{where}; {results.TASKS[task]}", points, 5.0, "points between the best and worst k", n, little=True,
-                           note=remarks(told, family), votes=votes(family))
+                yield Test(
+                    f"{where}; {results.TASKS[task]}",
+                    points,
+                    5.0,
+                    "points between the best and worst k",
+                    n,
+                    little=True,
+                    note=remarks(told, family),
+                    votes=votes(family),
+                )
 
 
 def gentler(rows, name, unit):
@@ -269,16 +352,26 @@ def gentler(rows, name, unit):
             continue
         losses = {value: np.mean([row["train_loss"] for row in cell.values()]) for value, cell in line.items()}
         best = min(losses, key=losses.get)
-        lower = max((value for value in losses if value < best and losses[value] <= (1 + COMPARABLE) * losses[best]), default=None)
+        lower = max(
+            (value for value in losses if value < best and losses[value] <= (1 + COMPARABLE) * losses[best]),
+            default=None,
+        )
         if lower is None:
             continue
         n += 2 * len(seeds)
         for task in (task for task in ("problems", "mano") if telling({0: line}, task)):
             for seed in seeds:
-                found[task][seed].append((score(line[lower][seed], task) - score(line[best][seed], task)) / math.log2(best / lower))
+                found[task][seed].append(
+                    (score(line[lower][seed], task) - score(line[best][seed], task)) / math.log2(best / lower)
+                )
     for task in ("problems", "mano"):
-        yield Test(f"{unit}; {results.TASKS[task]}", {s: float(np.mean(v)) for s, v in sorted(found[task].items())}, 1.0,
-                   "points per halving at comparable loss", n)
+        yield Test(
+            f"{unit}; {results.TASKS[task]}",
+            {s: float(np.mean(v)) for s, v in sorted(found[task].items())},
+            1.0,
+            "points per halving at comparable loss",
+            n,
+        )
 
 
 def gentler_training(rows):
@@ -294,7 +387,11 @@ def more_active_moves(rows):
             curved = telling(lines, task, 5)
             effects, inside = {}, False
             for seed in sorted({s for line in curved.values() for cell in line.values() for s in cell}):
-                best = {k: peak(line, task, seed) for k, line in curved.items() if all(seed in cell for cell in line.values())}
+                best = {
+                    k: peak(line, task, seed)
+                    for k, line in curved.items()
+                    if all(seed in cell for cell in line.values())
+                }
                 if len(best) < 3:
                     continue
                 inside |= any(min(curved[k]) < e < max(curved[k]) for k, e in best.items())
@@ -302,8 +399,15 @@ def more_active_moves(rows):
                 effects[seed] = -slope(active, [math.log2(e) for e in best.values()])
             if not inside:
                 effects = {}
-            yield Test(f"{family}; {tasks_of(first_row(cells))[task]}", effects, 0.25, "halvings of the best E per doubling of active parameters",
-                       count(lines), note=remarks(curved, family, "" if inside or not curved else "no optimum inside the grid"), votes=votes(family))
+            yield Test(
+                f"{family}; {tasks_of(first_row(cells))[task]}",
+                effects,
+                0.25,
+                "halvings of the best E per doubling of active parameters",
+                count(lines),
+                note=remarks(curved, family, "" if inside or not curved else "no optimum inside the grid"),
+                votes=votes(family),
+            )
 
 
 def still_lost(rows, remedies):
@@ -313,7 +417,9 @@ def still_lost(rows, remedies):
         rows = list({(row["checkpoint"], row["seed"], row["n_experts"], row["top_k"]): row for row in rows}.values())
     for (d, k, same), cells in posttrain.families(rows).items():
         settings, training = json.loads(same)
-        where = f"d={d}, k={k}" + (f", {training['tokens'] / 1e6:.3g} M tokens, {training['unique']:,} problems repeated" if training else "")
+        where = f"d={d}, k={k}" + (
+            f", {training['tokens'] / 1e6:.3g} M tokens, {training['unique']:,} problems repeated" if training else ""
+        )
         budget = f", {settings.get('steps')} steps of {settings.get('batch_prompts')} x {settings.get('group_size')} answers{', experts replayed' * bool(settings.get('replay'))}"
         # An E that lacks seeds of the largest would cost all others theirs; without the largest itself the claim would be about another E.
         cells = {E: cell for E, cell in cells.items() if cell.keys() >= cells[max(cells)].keys()}
@@ -322,15 +428,23 @@ def still_lost(rows, remedies):
 
         def lost(when, measure):
             def effect(line, seed):
-                others = {E: [np.mean(row["before"]["greedy"]) for s, row in cell.items() if s != seed] for E, cell in line.items()}
+                others = {
+                    E: [np.mean(row["before"]["greedy"]) for s, row in cell.items() if s != seed]
+                    for E, cell in line.items()
+                }
                 if not all(others.values()):
                     return None
                 best = max(others, key=lambda E: np.mean(others[E]))
-                return 100 * float(np.mean(line[best][seed][when][measure]) - np.mean(line[max(line)][seed][when][measure]))  # noqa: B023
+                return 100 * float(
+                    np.mean(line[best][seed][when][measure]) - np.mean(line[max(line)][seed][when][measure])
+                )  # noqa: B023
+
             return per_seed({k: cells}, effect)  # noqa: B023
 
         add = partial(Test, margin=2.0, unit="points lost from the best E to the largest", runs=count({k: cells}))
-        before = add(f"{where}; greedy answers before", lost("before", "greedy"), note="what there is to rescue", votes=False)
+        before = add(
+            f"{where}; greedy answers before", lost("before", "greedy"), note="what there is to rescue", votes=False
+        )
         shown = decide(before) == "supported"
         why = "" if shown or len(before.effects) < MIN_SEEDS else "no loss before is shown"
         yield before
@@ -339,15 +453,29 @@ def still_lost(rows, remedies):
 
 
 REMEDIES = (  # text, what is compared: results of study.posttrain
-    ("More test-time compute does not rescue a model that is too sparse", {"majority of all draws": ("before", "majority")}),
-    ("GRPO does not rescue a model that is too sparse", {"greedy answers after": ("after", "greedy"), "majority of all draws after": ("after", "majority")}),
+    (
+        "More test-time compute does not rescue a model that is too sparse",
+        {"majority of all draws": ("before", "majority")},
+    ),
+    (
+        "GRPO does not rescue a model that is too sparse",
+        {"greedy answers after": ("after", "greedy"), "majority of all draws after": ("after", "majority")},
+    ),
 )
 CLAIMS = (  # text, what computes it, presets that decide it
     ("Memory rises with total parameters at fixed active parameters", memory_rises, ("main", "lr", "scarce")),
-    ("Reasoning turns over as total parameters grow at fixed active parameters", reasoning_turns, ("main", "lr", "scarce", "long")),
+    (
+        "Reasoning turns over as total parameters grow at fixed active parameters",
+        reasoning_turns,
+        ("main", "lr", "scarce", "long"),
+    ),
     ("Reasoning is best near 20 tokens per parameter", optimum_near_20, ("main", "lr")),
     ("At equal training loss, denser models reason better", denser_at_equal_loss, ("main", "lr", "scarce")),
     ("Top-k alone changes little at fixed active and total size", top_k_alone, ("topk",)),
-    ("Lower learning rates and smaller initial weights help reasoning at comparable loss", gentler_training, ("main", "lr", "init")),
+    (
+        "Lower learning rates and smaller initial weights help reasoning at comparable loss",
+        gentler_training,
+        ("main", "lr", "init"),
+    ),
     ("More active compute moves the optimum towards denser models", more_active_moves, ("main", "lr")),
 )

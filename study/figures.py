@@ -23,10 +23,27 @@ from pathlib import Path
 from study import results
 from study.results import BEST, MEMORY, accuracy, families, loss_unit, tasks_of
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # told apart by most eyes, and in grey by their markers
+COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+)  # told apart by most eyes, and in grey by their markers
 MARKERS = "osD^vP"
-SMALL = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "lines.markersize": 4, "lines.linewidth": 1.4,
-         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+SMALL = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "lines.markersize": 4,
+    "lines.linewidth": 1.4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
 
 
 def plot(axis, cells, x, y, style="-"):
@@ -34,7 +51,7 @@ def plot(axis, cells, x, y, style="-"):
     for k in sorted({k for _, k in cells}):
         n = k.bit_length() - 1  # the same colour in every figure
         line = []
-        for (_, _), seeds in sorted((cell for cell in cells.items() if cell[0][1] == k)):
+        for (_, _), seeds in sorted(cell for cell in cells.items() if cell[0][1] == k):
             values = [(x(row), y(row)) for row in seeds.values() if y(row) is not None]
             if values:
                 xs, ys = zip(*values, strict=True)
@@ -78,7 +95,10 @@ def loss_of(task):
 def grid_figure(plt, panels, title, columns=None):
     """panels: [(title, x label, y label, draw(axis), scale of x)]. Panels without data are left out; None when all are."""
     columns = columns or len(panels)
-    rows, width = math.ceil(len(panels) / columns), max(4.0, 2.6 * columns)  # one panel alone would be narrower than its legend
+    rows, width = (
+        math.ceil(len(panels) / columns),
+        max(4.0, 2.6 * columns),
+    )  # one panel alone would be narrower than its legend
     fig, axes = plt.subplots(rows, columns, figsize=(width, 2.4 * rows + 0.5), squeeze=False, layout="constrained")
     handles = {}
     for axis, (name, x, y, draw, scale) in zip(axes.flat, panels, strict=False):
@@ -92,11 +112,17 @@ def grid_figure(plt, panels, title, columns=None):
             axis.xaxis.set_major_formatter(lambda x, _: short(x))
             axis.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    for axis in axes.flat[len(panels):]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     fig.suptitle(textwrap.fill(title, int(14.6 * width)), fontsize=9)
     if handles:
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), int(width / 1.35)), frameon=False)
+        fig.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=min(len(handles), int(width / 1.35)),
+            frameon=False,
+        )
     return fig
 
 
@@ -104,31 +130,99 @@ def family_figures(plt, regime, cells):
     """[(name, figure)] of one family, called `regime`."""
     row = next(row for seeds in cells.values() for row in seeds.values())
     names, unit = tasks_of(row), loss_unit(row)
-    scored = [task for task in names if any(accuracy(r, task) is not None for seeds in cells.values() for r in seeds.values())]
+    scored = [
+        task for task in names if any(accuracy(r, task) is not None for seeds in cells.values() for r in seeds.values())
+    ]
 
     def lines(x, y):
         return lambda axis: plot(axis, cells, x, y)
 
     kind = lambda task: f"{names[task]} ({'memory' if task in MEMORY else 'reasoning'})"  # noqa: E731
-    yield "fig1", grid_figure(plt, [
-        ("training", "total parameters", "loss, nats per token", lines(total, train_loss), 10),
-        ("validation", "total parameters", "loss, nats per token", lines(total, lambda r: r["val_loss"]), 10),
-        *((kind(task), "total parameters", f"task loss, {unit}", lines(total, loss_of(task)), 10) for task in names),
-    ], f"Loss and total size: {regime}", 3)
-    yield "fig2", grid_figure(plt, [(kind(task), "training loss", f"task loss, {unit}", lines(train_loss, loss_of(task)), None) for task in names],
-                              f"Task loss and training loss: {regime}")
+    yield (
+        "fig1",
+        grid_figure(
+            plt,
+            [
+                ("training", "total parameters", "loss, nats per token", lines(total, train_loss), 10),
+                ("validation", "total parameters", "loss, nats per token", lines(total, lambda r: r["val_loss"]), 10),
+                *(
+                    (kind(task), "total parameters", f"task loss, {unit}", lines(total, loss_of(task)), 10)
+                    for task in names
+                ),
+            ],
+            f"Loss and total size: {regime}",
+            3,
+        ),
+    )
+    yield (
+        "fig2",
+        grid_figure(
+            plt,
+            [
+                (kind(task), "training loss", f"task loss, {unit}", lines(train_loss, loss_of(task)), None)
+                for task in names
+            ],
+            f"Task loss and training loss: {regime}",
+        ),
+    )
     if scored:
-        yield "fig3", grid_figure(plt, [(kind(task), "training loss", "accuracy, %", lines(train_loss, percent(task)), None) for task in scored],
-                                  f"Accuracy and training loss: {regime}")
-    yield "fig5", grid_figure(plt, [
-        *((kind(task), "density k/E", f"task loss, {unit}", lines(density, loss_of(task)), 2) for task in names),
-        *((kind(task), "density k/E", "accuracy, %", lines(density, percent(task)), 2) for task in scored)], f"Density: {regime}", len(names))
+        yield (
+            "fig3",
+            grid_figure(
+                plt,
+                [
+                    (kind(task), "training loss", "accuracy, %", lines(train_loss, percent(task)), None)
+                    for task in scored
+                ],
+                f"Accuracy and training loss: {regime}",
+            ),
+        )
+    yield (
+        "fig5",
+        grid_figure(
+            plt,
+            [
+                *(
+                    (kind(task), "density k/E", f"task loss, {unit}", lines(density, loss_of(task)), 2)
+                    for task in names
+                ),
+                *((kind(task), "density k/E", "accuracy, %", lines(density, percent(task)), 2) for task in scored),
+            ],
+            f"Density: {regime}",
+            len(names),
+        ),
+    )
     if row.get("bits"):
-        yield "bits", grid_figure(plt, [
-            ("per parameter", "total parameters", "bits", lines(total, lambda r: r["bits"]["per_parameter"]), 10),
-            ("per active parameter", "total parameters", "bits", lines(total, lambda r: r["bits"]["per_active_parameter"]), 10),
-            ("of all there is to know", "total parameters", "%", lines(total, lambda r: 100 * r["bits"]["total"] / r["bits"]["possible"]), 10),
-        ], f"Bits stored about {row['run']['people']:,} people: {regime}")
+        yield (
+            "bits",
+            grid_figure(
+                plt,
+                [
+                    (
+                        "per parameter",
+                        "total parameters",
+                        "bits",
+                        lines(total, lambda r: r["bits"]["per_parameter"]),
+                        10,
+                    ),
+                    (
+                        "per active parameter",
+                        "total parameters",
+                        "bits",
+                        lines(total, lambda r: r["bits"]["per_active_parameter"]),
+                        10,
+                    ),
+                    (
+                        "of all there is to know",
+                        "total parameters",
+                        "%",
+                        lines(total, lambda r: 100 * r["bits"]["total"] / r["bits"]["possible"]),
+                        10,
+                    ),
+                ],
+                f"Bits stored about {row['run']['people']:,} people: {regime}",
+            ),
+        )
 
 
 def pooled_figures(plt, title, groups):
@@ -148,12 +242,25 @@ def pooled_figures(plt, title, groups):
             for i, share in enumerate(densities):
                 of_this = [point for row in rows if density(row) == share for point in (*row["points"], row)]
                 points = [(point["train_loss"], 100 - 100 * accuracy(point, task)) for point in of_this]
-                axis.plot(*zip(*points, strict=True), MARKERS[i % 6], ms=3, mew=0, color=colours(i / max(1, len(densities) - 1)),
-                          label=f"k/E = 1/{1 / share:g}" if share < 1 else "k/E = 1")
+                axis.plot(
+                    *zip(*points, strict=True),
+                    MARKERS[i % 6],
+                    ms=3,
+                    mew=0,
+                    color=colours(i / max(1, len(densities) - 1)),
+                    label=f"k/E = 1/{1 / share:g}" if share < 1 else "k/E = 1",
+                )
+
         return draw
 
-    yield "fig4", grid_figure(plt, [(names[task], "training loss", "error, %", errors(task), None) for task in scored],
-                              f"Error at equal training loss: {title}")
+    yield (
+        "fig4",
+        grid_figure(
+            plt,
+            [(names[task], "training loss", "error, %", errors(task), None) for task in scored],
+            f"Error at equal training loss: {title}",
+        ),
+    )
 
     def over_tpp(task):
         def draw(axis):
@@ -162,26 +269,51 @@ def pooled_figures(plt, title, groups):
                 for (e, k), seeds in cells.items():
                     for seed, row in seeds.items():
                         merged[regime.tokens, e, k][seed] = row
-            for tokens, style in zip(sorted({regime.tokens for regime, _ in groups}), itertools.cycle(("-", "--", ":", "-.")), strict=False):
-                plot(axis, {(e, k): seeds for (t, e, k), seeds in merged.items() if t == tokens}, lambda row: row["tpp"], percent(task), style)
+            for tokens, style in zip(
+                sorted({regime.tokens for regime, _ in groups}), itertools.cycle(("-", "--", ":", "-.")), strict=False
+            ):
+                plot(
+                    axis,
+                    {(e, k): seeds for (t, e, k), seeds in merged.items() if t == tokens},
+                    lambda row: row["tpp"],
+                    percent(task),
+                    style,
+                )
             axis.axvline(20, color="0.5", lw=0.8, ls="--")
+
         return draw
 
-    yield "fig7", grid_figure(plt, [(names[task], "tokens per parameter", "accuracy, %", over_tpp(task), 10) for task in scored],
-                              f"Tokens per parameter (a line for each k and number of tokens, solid for the fewest; vertical: 20): {title}")
+    yield (
+        "fig7",
+        grid_figure(
+            plt,
+            [(names[task], "tokens per parameter", "accuracy, %", over_tpp(task), 10) for task in scored],
+            f"Tokens per parameter (a line for each k and number of tokens, solid for the fewest; vertical: 20): {title}",
+        ),
+    )
 
 
 def rate_figures(plt, rows):
     """[(regime, figure)]: means over the seeds of all rates against the rate, a column for each k and a line for each E that has run two rates."""
     import matplotlib
 
-    regimes = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(dict))))
+    regimes = collections.defaultdict(
+        lambda: collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(dict)))
+    )
     for row in rows:
         if not row["diverged"]:
-            regimes[results.regime(row)][row["run"]["top_k"]][row["run"]["n_experts"]][row["lr"]][row["run"]["seed"]] = row
+            regimes[results.regime(row)][row["run"]["top_k"]][row["run"]["n_experts"]][row["lr"]][
+                row["run"]["seed"]
+            ] = row
     for regime, lines in sorted(regimes.items()):
-        told = {k: {e: rates for e, rates in sorted(line.items()) if len(rates) > 1 and set.intersection(*map(set, rates.values()))}
-                for k, line in sorted(lines.items())}
+        told = {
+            k: {
+                e: rates
+                for e, rates in sorted(line.items())
+                if len(rates) > 1 and set.intersection(*map(set, rates.values()))
+            }
+            for k, line in sorted(lines.items())
+        }
         told = {k: line for k, line in told.items() if line}
         sizes, colours = sorted({e for line in told.values() for e in line}), matplotlib.colormaps["viridis"]
         ticks = sorted({rate for line in told.values() for rates in line.values() for rate in rates})
@@ -192,16 +324,22 @@ def rate_figures(plt, rows):
                     rates = line.get(e, {})
                     seeds = set.intersection(*map(set, rates.values())) if rates else ()
                     means = [sum(y(found[seed]) for seed in seeds) / len(seeds) for _, found in sorted(rates.items())]
-                    axis.plot(sorted(rates), means, "o-", color=colours(0.95 * n / max(1, len(sizes) - 1)), label=f"E={e}")
+                    axis.plot(
+                        sorted(rates), means, "o-", color=colours(0.95 * n / max(1, len(sizes) - 1)), label=f"E={e}"
+                    )
                 axis.set_xscale("log")
                 axis.set_xticks(ticks, [f"{1000 * rate:g}" for rate in ticks])
                 axis.minorticks_off()
+
             return draw
 
         if told:
             names = tasks_of(first(told[min(told)]))
-            panels = [(f"{name}, k={k}", "learning rate, thousandths", "task loss", curves(line, loss_of(task)), None) for task, name in names.items()
-                      for k, line in told.items()]
+            panels = [
+                (f"{name}, k={k}", "learning rate, thousandths", "task loss", curves(line, loss_of(task)), None)
+                for task, name in names.items()
+                for k, line in told.items()
+            ]
             yield str(regime), grid_figure(plt, panels, f"Task loss and learning rate: {regime}", len(told))
 
 
@@ -223,13 +361,19 @@ def draw(rows, out, everything=False):
     found = {family: cells for family, cells in families(rows).items() if everything or family.rate == BEST}
     out, paths, pools = Path(out), [], collections.defaultdict(list)
     with plt.rc_context(SMALL):
-        work = [(str(family), partial(family_figures, plt, family, cells)) for family, cells in found.items()]  # drawn one at a time
-        work += [(title, partial(list, [("rates", figure)])) for title, figure in rate_figures(plt, results.standard(rows))]
+        work = [
+            (str(family), partial(family_figures, plt, family, cells)) for family, cells in found.items()
+        ]  # drawn one at a time
+        work += [
+            (title, partial(list, [("rates", figure)])) for title, figure in rate_figures(plt, results.standard(rows))
+        ]
         for (regime, rate), cells in found.items():
             pools[results.Family(results.pool(regime), rate)].append((regime, cells))
         work += [(str(pool), partial(pooled_figures, plt, pool, groups)) for pool, groups in pools.items()]
         if not work:
-            raise ValueError("no line has three values of E at one k and compared rates yet: run `python -m study.sweep main`, or draw all lines (--all)")
+            raise ValueError(
+                "no line has three values of E at one k and compared rates yet: run `python -m study.sweep main`, or draw all lines (--all)"
+            )
         out.mkdir(parents=True, exist_ok=True)
         for title, figures in work:
             for name, figure in figures():
@@ -244,7 +388,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", default="study/results.jsonl")
     parser.add_argument("--out", default="docs/study", help="directory (default: %(default)s)")
-    parser.add_argument("--all", action="store_true", help="draw lines at one rate for all too, not only those at the best rate of each (E, k)")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="draw lines at one rate for all too, not only those at the best rate of each (E, k)",
+    )
     args = parser.parse_args(argv)
     try:
         print(*draw(results.read(args.results), args.out, args.all), sep="\n")

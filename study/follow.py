@@ -27,7 +27,9 @@ def follow(run, poll=1.0):
     """Rows of metrics.jsonl as they appear, each step's once although a resumed run writes some again; ends with the last step's validation."""
     path, seen = Path(run) / "metrics.jsonl", set()
     while True:
-        steps = json.loads((Path(run) / "config.json").read_text())["steps"]  # read again: a run may be resumed for more
+        steps = json.loads((Path(run) / "config.json").read_text())[
+            "steps"
+        ]  # read again: a run may be resumed for more
         text = path.read_text() if path.exists() else ""
         for line in text[: text.rfind("\n") + 1].splitlines():  # the last line may be half written
             row = json.loads(line)

@@ -41,12 +41,19 @@ def throughput(path):
     with open(path, newline="") as file:
         for row in (reader := csv.DictReader(file)):
             try:
-                require(None not in row.values(), "row", [value for value in row.values() if value is not None], "fields are missing")
+                require(
+                    None not in row.values(),
+                    "row",
+                    [value for value in row.values() if value is not None],
+                    "fields are missing",
+                )
                 cfg = preset(row["model"], vocab_size=int(row["vocab_size"]), seq_len=int(row["seq_len"]))
                 share = float(row["mfu"] or float(row["tokens_per_s"]) * flops_per_token(cfg) / peak_flops(row["gpu"]))
                 require(0 < share <= 1, "mfu", share, "a share of the peak is needed")
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: not a measured speed ({error}); restore the file or delete the line") from None
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: not a measured speed ({error}); restore the file or delete the line"
+                ) from None
             found.append((flops_per_token(cfg), share, row))
     return found
 
@@ -71,8 +78,16 @@ def candidates(args, measured):
         gib = sum(training_memory(cfg, args.micro_batch * args.seq_len).values()) / 2**30
         if args.flops and tokens * per_token > args.flops * 1.0001 or args.memory and gib > args.memory:
             continue
-        yield Plan(name, tokens, tokens / params.total, params.total, params.active, tokens * per_token, gib,
-                   hours_of(tokens * per_token, per_token, args.gpus, args.gpu, measured))
+        yield Plan(
+            name,
+            tokens,
+            tokens / params.total,
+            params.total,
+            params.active,
+            tokens * per_token,
+            gib,
+            hours_of(tokens * per_token, per_token, args.gpus, args.gpu, measured),
+        )
 
 
 def rank(plans, purpose):
@@ -93,43 +108,80 @@ def short(number):
 
 def aligned(header, rows):
     """Lines of a table whose columns are as wide as their widest cell, names to the left, numbers to the right."""
-    forms = [("<" if name in ("model", "regime") else ">") + str(max(map(len, (name, *cells)))) for name, *cells in zip(header, *rows, strict=True)]
+    forms = [
+        ("<" if name in ("model", "regime") else ">") + str(max(map(len, (name, *cells))))
+        for name, *cells in zip(header, *rows, strict=True)
+    ]
     return ["  ".join(map(format, row, forms)).rstrip() for row in (header, *rows)]
 
 
 def paper_table(args):
     measured = throughput(args.throughput)
     plans = rank(candidates(args, measured), args.purpose)
-    why = ("largest total size first" if args.purpose == "memory" else
-           f"TPP within a factor of {RESOLUTION} of {BEST_TPP} first, the most active parameters among them, then the nearest TPP")
+    why = (
+        "largest total size first"
+        if args.purpose == "memory"
+        else f"TPP within a factor of {RESOLUTION} of {BEST_TPP} first, the most active parameters among them, then the nearest TPP"
+    )
     lines = [f"From the paper's grid, for {args.purpose}: {why}.", ""]
     if not plans:
         return lines + ["nothing fits: raise --memory or --flops, or lower --micro-batch or --tokens"]
     hours = lambda value: "n/a" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"  # noqa: E731
-    lines += aligned("model tokens TPP total active FLOPs GiB/GPU hours".split(), [
-        [plan.name, short(plan.tokens), f"{plan.tpp:.3g}", short(plan.total), short(plan.active), f"{plan.flops:.2e}", f"{plan.gib:.1f}", hours(plan.hours)]
-        for plan in plans[: args.rows]])
+    lines += aligned(
+        "model tokens TPP total active FLOPs GiB/GPU hours".split(),
+        [
+            [
+                plan.name,
+                short(plan.tokens),
+                f"{plan.tpp:.3g}",
+                short(plan.total),
+                short(plan.active),
+                f"{plan.flops:.2e}",
+                f"{plan.gib:.1f}",
+                hours(plan.hours),
+            ]
+            for plan in plans[: args.rows]
+        ],
+    )
     if len(plans) > args.rows:
         lines.append(f"... and {len(plans) - args.rows} more that fit (--rows)")
-    sources = [f"  {row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']} ({row['source']})" for *_, row in measured]
-    return [*lines, "", f"hours: {args.gpus} x {args.gpu}, data parallel without loss, at the utilisation of the nearest of", *(sources or ["  no measurement"])]
+    sources = [
+        f"  {row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']} ({row['source']})"
+        for *_, row in measured
+    ]
+    return [
+        *lines,
+        "",
+        f"hours: {args.gpus} x {args.gpu}, data parallel without loss, at the utilisation of the nearest of",
+        *(sources or ["  no measurement"]),
+    ]
 
 
 def own_table(args):
     """Measured runs within the budget, best first, after those of MIN_SEEDS seeds the others: mean over seeds, regimes apart as they are not comparable."""
     found = results.read(args.results, optional=args.results == RESULTS)
     finished = [row for row in results.standard(found) if not row["diverged"]]
-    rows = [row for row in finished if (not args.flops or row["flops"] <= args.flops) and (not args.tokens or row["tokens"] <= args.tokens)]
+    rows = [
+        row
+        for row in finished
+        if (not args.flops or row["flops"] <= args.flops) and (not args.tokens or row["tokens"] <= args.tokens)
+    ]
     lines = [f"From the runs of this study ({args.results}), for {args.purpose}:", ""]
     found = {}
     for row in rows:
-        scores = [results.accuracy(row, task) for task in results.tasks_of(row) if (task in results.MEMORY) == (args.purpose == "memory")]
+        scores = [
+            results.accuracy(row, task)
+            for task in results.tasks_of(row)
+            if (task in results.MEMORY) == (args.purpose == "memory")
+        ]
         scores = [score for score in scores if score is not None]
         if scores:
             cell = results.regime(row), row["run"]["n_experts"], row["run"]["top_k"], row["lr"]
             found.setdefault(cell, []).append((sum(scores) / len(scores), row))
     if not found:
-        return lines + ["no finished run fits the budget" if finished else "no finished run yet: python -m study.sweep main"]
+        return lines + [
+            "no finished run fits the budget" if finished else "no finished run yet: python -m study.sweep main"
+        ]
     means = {cell: sum(score for score, _ in runs) / len(runs) for cell, runs in found.items()}
     seeds = {cell: len({row["run"]["seed"] for _, row in runs}) for cell, runs in found.items()}
     cells = []
@@ -137,11 +189,32 @@ def own_table(args):
         regime, e, k, rate = cell
         runs = [row for _, row in found[cell]]
         params = runs[0]["params"]
-        cells.append([str(e), str(k), f"{rate:g}", f"{runs[0]['tpp']:.3g}", short(params["total"]), short(params["active"]), f"{runs[0]['flops']:.2e}",
-                      f"{means[cell]:.1%}", str(seeds[cell]), f"{sum(row['train_seconds'] for row in runs) / len(runs):.1f}", str(regime)])
+        cells.append(
+            [
+                str(e),
+                str(k),
+                f"{rate:g}",
+                f"{runs[0]['tpp']:.3g}",
+                short(params["total"]),
+                short(params["active"]),
+                f"{runs[0]['flops']:.2e}",
+                f"{means[cell]:.1%}",
+                str(seeds[cell]),
+                f"{sum(row['train_seconds'] for row in runs) / len(runs):.1f}",
+                str(regime),
+            ]
+        )
     lines += aligned("E k lr TPP total active FLOPs score seeds seconds regime".split(), cells)
-    what = "values recalled" if args.purpose == "memory" else "mean of whole solutions and mental arithmetic, trained lengths"
-    return [*lines, "", f"score: {what}; below them what has fewer than {MIN_SEEDS} seeds; one device, {', '.join(sorted({row['device'] for row in rows}))}"]
+    what = (
+        "values recalled"
+        if args.purpose == "memory"
+        else "mean of whole solutions and mental arithmetic, trained lengths"
+    )
+    return [
+        *lines,
+        "",
+        f"score: {what}; below them what has fewer than {MIN_SEEDS} seeds; one device, {', '.join(sorted({row['device'] for row in rows}))}",
+    ]
 
 
 def main(argv=None):
@@ -154,16 +227,25 @@ def main(argv=None):
     parser.add_argument("--gpu", default="NVIDIA H100 80GB HBM3", help="name of the GPU (default: %(default)s)")
     parser.add_argument("--seq-len", type=int, default=4096, help="default: the paper's %(default)s")
     parser.add_argument("--vocab-size", type=int, default=99_584, help="default: the paper's %(default)s")
-    parser.add_argument("--micro-batch", type=int, default=1, help="sequences per GPU and forward pass (default: %(default)s)")
+    parser.add_argument(
+        "--micro-batch", type=int, default=1, help="sequences per GPU and forward pass (default: %(default)s)"
+    )
     parser.add_argument("--results", default=RESULTS)
-    parser.add_argument("--throughput", default=str(THROUGHPUT), help="measured training speeds (default: docs/throughput.csv)")
+    parser.add_argument(
+        "--throughput", default=str(THROUGHPUT), help="measured training speeds (default: docs/throughput.csv)"
+    )
     parser.add_argument("--rows", type=int, default=10, help="lines of each table (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         if not args.flops and not args.tokens:
             raise ValueError("give a budget: --flops=1e20, --tokens=1e10, or both")
         for name in ("flops", "tokens", "memory"):
-            require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "use a finite number above 0, or leave it away")
+            require(
+                0 <= getattr(args, name) < math.inf,
+                name,
+                getattr(args, name),
+                "use a finite number above 0, or leave it away",
+            )
         for name in ("gpus", "seq_len", "vocab_size", "micro_batch", "rows"):
             require(getattr(args, name) >= 1, name, getattr(args, name), "use 1 or more")
         print("\n".join([*paper_table(args), "", *own_table(args)]))

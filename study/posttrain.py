@@ -37,13 +37,25 @@ from eval.votes import curves, majority, pass_at_k
 from model import count_params
 from study.results import append, read
 
-ROW = ("checkpoint", "settings", "d_model", "n_experts", "top_k", "seed", "train_loss", "before", "after")  # keys of every row
+ROW = (
+    "checkpoint",
+    "settings",
+    "d_model",
+    "n_experts",
+    "top_k",
+    "seed",
+    "train_loss",
+    "before",
+    "after",
+)  # keys of every row
 
 
 @dataclass(frozen=True)
 class PosttrainConfig(grpo.GRPOConfig):
     # Comparison
-    runs: str = ""  # run directories, a pattern like 'runs/study/weights/*' or names separated by commas; empty: only report
+    runs: str = (
+        ""  # run directories, a pattern like 'runs/study/weights/*' or names separated by commas; empty: only report
+    )
     results: str = "study/posttrain.jsonl"  # JSON lines, one per model and budget
     out: str = ""  # directory of posttrain.png; empty: that of the results
     problems: int = 400  # unseen ones, in equal numbers for every trained number of steps
@@ -57,17 +69,37 @@ class PosttrainConfig(grpo.GRPOConfig):
         for name in ("problems", "samples", "jobs"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         require(self.samples & (self.samples - 1) == 0, "samples", self.samples, "use a power of two")
-        require(self.task == "reasoning", "task", self.task, "only word problems are compared here; grpo.py and eval.votes do the others")
+        require(
+            self.task == "reasoning",
+            "task",
+            self.task,
+            "only word problems are compared here; grpo.py and eval.votes do the others",
+        )
 
     def budget(self, **changes):
         """The GRPOConfig in it, with some fields changed."""
-        return grpo.GRPOConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(grpo.GRPOConfig)} | {"model": "-"} | changes)
+        return grpo.GRPOConfig(
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(grpo.GRPOConfig)} | {"model": "-"} | changes
+        )
 
 
 def settings(cfg):
     """What must be equal for two rows to be comparable."""
-    places = ("model", "data", "evaldata", "out_dir", "resume", "device", "rollout_batch", "micro_tokens", "checkpoint_every", "keep_checkpoints",
-              "eval_every", "eval_questions", "impl")
+    places = (
+        "model",
+        "data",
+        "evaldata",
+        "out_dir",
+        "resume",
+        "device",
+        "rollout_batch",
+        "micro_tokens",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "eval_every",
+        "eval_questions",
+        "impl",
+    )
     kept = {name: value for name, value in dataclasses.asdict(cfg.budget()).items() if name not in places}
     return kept | {name: getattr(cfg, name) for name in ("problems", "samples", "vote_temperature", "vote_top_p")}
 
@@ -84,8 +116,13 @@ def measure(run, cfg, device):
     repeated = [prompt for prompt in prompts for _ in range(cfg.samples)]
     draws = generate(model, repeated, room, tokens.eos, cfg.vote_temperature, cfg.vote_top_p, cfg.seed, **options)
     checked = [reasoning.check(p.question, text, problem_cfg.modulus) for p, text in zip(problems, greedy, strict=True)]
-    found = {"greedy": [int(answer) for answer, _ in checked], "greedy_solution": [int(solution) for _, solution in checked],
-             "majority": [], "answers": [], "solutions": []}
+    found = {
+        "greedy": [int(answer) for answer, _ in checked],
+        "greedy_solution": [int(solution) for _, solution in checked],
+        "majority": [],
+        "answers": [],
+        "solutions": [],
+    }
     questions = []
     for i, p in enumerate(problems):
         texts = [tokens.decode(ids) for ids in draws[i * cfg.samples : (i + 1) * cfg.samples]]
@@ -95,13 +132,18 @@ def measure(run, cfg, device):
         found["answers"].append(sum(answer for answer, _ in both))
         found["solutions"].append(sum(solution for _, solution in both))
     found["curves"] = curves(questions)
-    found["curves"]["solutions"] = [sum(pass_at_k(cfg.samples, n, k) for n in found["solutions"]) / len(problems) for k in found["curves"]["samples"]]
+    found["curves"]["solutions"] = [
+        sum(pass_at_k(cfg.samples, n, k) for n in found["solutions"]) / len(problems)
+        for k in found["curves"]["samples"]
+    ]
     return found
 
 
 def posttrain(run, cfg):
     """The row of one run directory: measured, post-trained, measured again."""
-    device = torch.device("cuda" if cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available() else "cpu")
+    device = torch.device(
+        "cuda" if cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available() else "cpu"
+    )
     file = checkpoint.find(run)[-1][1]
     trained = checkpoint.read(file)["config"]
     known = json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else {}
@@ -112,41 +154,73 @@ def posttrain(run, cfg):
         shutil.rmtree(out)  # broken off before its first checkpoint
     before = measure(file, cfg, device)
     clock.append(time.perf_counter())
-    if grpo.grpo(cfg.budget(model=str(file), out_dir=str(out), resume=str(out) if out.exists() else ""), device=device) is None:
+    if (
+        grpo.grpo(cfg.budget(model=str(file), out_dir=str(out), resume=str(out) if out.exists() else ""), device=device)
+        is None
+    ):
         sys.exit(f"{out}: stopped and saved; the same command goes on from there")  # half a budget is no row
     clock.append(time.perf_counter())
     after = measure(out, cfg, device)
     clock.append(time.perf_counter())
     log = [row for line in (out / "metrics.jsonl").read_text().splitlines() if "reward" in (row := json.loads(line))]
     params = count_params(model_cfg)
-    return {"checkpoint": file.name, "settings": settings(cfg), "d_model": model_cfg.d_model, "n_experts": model_cfg.n_experts,
-            "top_k": model_cfg.top_k, "seed": trained.get("seed", 0), "run": known.get("run"), "total": params.total, "active": params.active - params.embedding,
-            "tpp": known.get("tpp"), "train_loss": known.get("train_loss", known.get("loss")), "val_loss": known.get("val_loss"),
-            "before": before, "after": after, "rewards": [round(row["reward"], 4) for row in log], "kl": [round(row["kl"], 5) for row in log],
-            "grad_norm": [float(f"{row['grad_norm']:.4g}") for row in log], "router_changed": [round(row["router_changed"], 5) for row in log],
-            "seconds": [round(b - a, 1) for a, b in zip(clock, clock[1:], strict=False)],
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
+    return {
+        "checkpoint": file.name,
+        "settings": settings(cfg),
+        "d_model": model_cfg.d_model,
+        "n_experts": model_cfg.n_experts,
+        "top_k": model_cfg.top_k,
+        "seed": trained.get("seed", 0),
+        "run": known.get("run"),
+        "total": params.total,
+        "active": params.active - params.embedding,
+        "tpp": known.get("tpp"),
+        "train_loss": known.get("train_loss", known.get("loss")),
+        "val_loss": known.get("val_loss"),
+        "before": before,
+        "after": after,
+        "rewards": [round(row["reward"], 4) for row in log],
+        "kl": [round(row["kl"], 5) for row in log],
+        "grad_norm": [float(f"{row['grad_norm']:.4g}") for row in log],
+        "router_changed": [round(row["router_changed"], 5) for row in log],
+        "seconds": [round(b - a, 1) for a, b in zip(clock, clock[1:], strict=False)],
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+    }
 
 
 def run_missing(cfg):
     """Does what the results file lacks, one line at once for each model that is finished."""
-    names = dict.fromkeys(name for part in cfg.runs.split(",") for name in sorted(glob.glob(part)))  # once each, in this order
+    names = dict.fromkeys(
+        name for part in cfg.runs.split(",") for name in sorted(glob.glob(part))
+    )  # once each, in this order
     runs = [Path(name) for name in names if "-grpo-" not in Path(name).name and checkpoint.find(name)]
     require(bool(runs), "runs", cfg.runs, "no directory of that name holds a checkpoint (ckpt-*.pt)")
     done = {row["checkpoint"] for row in read(cfg.results, ROW, optional=True) if row["settings"] == settings(cfg)}
     missing = [run for run in runs if checkpoint.find(run)[-1][1].name not in done]
     print(f"{len(runs)} runs, {len(missing)} of them to do", flush=True)
     if cfg.jobs > 1 and len(missing) > 1:
-        flags = [f"--{name}={value}" for name, value in dataclasses.asdict(cfg).items() if name not in ("runs", "jobs") and value != ""]
+        flags = [
+            f"--{name}={value}"
+            for name, value in dataclasses.asdict(cfg).items()
+            if name not in ("runs", "jobs") and value != ""
+        ]
 
         def other_process(run):
-            done = subprocess.run([sys.executable, "-m", "study.posttrain", *flags, f"--runs={run}"], stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "study.posttrain", *flags, f"--runs={run}"], stdout=subprocess.PIPE, text=True
+            )
             print(f"{run}: {'finished' if done.returncode == 0 else 'failed'}", flush=True)
             return done.returncode
 
         with ThreadPoolExecutor(cfg.jobs) as pool:
             failed = sum(code != 0 for code in pool.map(other_process, missing))
-        require(not failed, "runs", cfg.runs, f"{failed} of {len(missing)} failed, see above; the same command does them again")
+        require(
+            not failed,
+            "runs",
+            cfg.runs,
+            f"{failed} of {len(missing)} failed, see above; the same command does them again",
+        )
         return
     for run in missing:
         append(cfg.results, posttrain(run, cfg), ROW)
@@ -154,12 +228,17 @@ def run_missing(cfg):
 
 # ---- what the rows say
 
+
 def families(rows):
     """{(d, k, settings and training as text): {E: {seed: row}}}, the last row where there are several; training: all fields of its study.run.Run but
     those that a family varies."""
     found = {}
     for row in rows:
-        training = {name: value for name, value in (row.get("run") or {}).items() if name not in ("n_experts", "top_k", "seed", "lr")}
+        training = {
+            name: value
+            for name, value in (row.get("run") or {}).items()
+            if name not in ("n_experts", "top_k", "seed", "lr")
+        }
         key = row["d_model"], row["top_k"], json.dumps([row["settings"], training], sort_keys=True)
         found.setdefault(key, {}).setdefault(row["n_experts"], {})[row["seed"]] = row
     return {key: dict(sorted(cells.items())) for key, cells in sorted(found.items())}
@@ -167,8 +246,10 @@ def families(rows):
 
 def report(rows):
     """A Markdown table of the models; study.verdict says what is lost to the largest E before and after each remedy."""
-    lines = ["| d | k | replay | E | seeds | training loss | greedy | votes | solutions covered | greedy, GRPO | votes, GRPO | solutions covered, GRPO |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| d | k | replay | E | seeds | training loss | greedy | votes | solutions covered | greedy, GRPO | votes, GRPO | solutions covered, GRPO |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     mean = lambda seeds, when, name: 100 * np.mean([np.mean(row[when][name]) for row in seeds.values()])  # noqa: E731
     for (d, k, same), cells in families(rows).items():
         replay = "yes" if json.loads(same)[0].get("replay") else "no"
@@ -177,7 +258,9 @@ def report(rows):
             cells_of = [f"{np.mean(losses) if losses else math.nan:.4f}"]
             for when in ("before", "after"):
                 covered = 100 * np.mean([row[when]["curves"]["solutions"][-1] for row in seeds.values()])
-                cells_of += [f"{value:.1f}" for value in (mean(seeds, when, "greedy"), mean(seeds, when, "majority"), covered)]
+                cells_of += [
+                    f"{value:.1f}" for value in (mean(seeds, when, "greedy"), mean(seeds, when, "majority"), covered)
+                ]
             lines.append(f"| {d} | {k} | {replay} | {E} | {len(seeds)} | {' | '.join(cells_of)} |")
     return "\n".join(lines)
 
@@ -199,20 +282,55 @@ def figure(rows, path):
         average = lambda E, f: np.mean([f(row) for row in cells[E].values()])  # noqa: B023, E731
         losses = [average(E, lambda row: np.nan if row["train_loss"] is None else row["train_loss"]) for E in cells]
         first, replay = (d, k) not in voted, settings.get("replay")
-        aside, vertical = ((-3, -5), "top") if list(styles).index((d, k)) % 2 == 0 else ((3, 5), "bottom")  # numbers of two families at one point
-        lines = [(left, "before", "greedy", "o:", "before"), (left, "before", "majority", "o-", "votes"), (middle, "before", "greedy", "o:", "before")] * first
-        lines += [(middle, "after", "greedy", "^--" if replay else "s-", "GRPO, experts replayed" if replay else "GRPO")]
+        aside, vertical = (
+            ((-3, -5), "top") if list(styles).index((d, k)) % 2 == 0 else ((3, 5), "bottom")
+        )  # numbers of two families at one point
+        lines = [
+            (left, "before", "greedy", "o:", "before"),
+            (left, "before", "majority", "o-", "votes"),
+            (middle, "before", "greedy", "o:", "before"),
+        ] * first
+        lines += [
+            (middle, "after", "greedy", "^--" if replay else "s-", "GRPO, experts replayed" if replay else "GRPO")
+        ]
         for axis, when, measure, style, what in lines:
             values = [100 * average(E, lambda row: np.mean(row[when][measure])) for E in cells]  # noqa: B023
-            axis.plot(losses, values, style, color=color, ms=4, mfc="white" if what == "before" else color, label=f"{name}, {what}")
+            axis.plot(
+                losses,
+                values,
+                style,
+                color=color,
+                ms=4,
+                mfc="white" if what == "before" else color,
+                label=f"{name}, {what}",
+            )
             for E, x, y in zip(cells, losses, values, strict=True) if what != "before" and not replay else ():
-                axis.annotate(E, (x, y), aside, textcoords="offset points", fontsize=8, ha="center", va=vertical, color=color,
-                              path_effects=[withStroke(linewidth=2.5, foreground="white")], zorder=5)
+                axis.annotate(
+                    E,
+                    (x, y),
+                    aside,
+                    textcoords="offset points",
+                    fontsize=8,
+                    ha="center",
+                    va=vertical,
+                    color=color,
+                    path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                    zorder=5,
+                )
         for E, shade in zip(dict.fromkeys((min(cells), max(cells))), (0.4, 1.0), strict=False) if first else ():
             draws = next(iter(cells[E].values()))["before"]["curves"]["samples"]
             for when, style in (("before", ":"), ("after", "-")):
                 covered = np.mean([row[when]["curves"]["solutions"] for row in cells[E].values()], axis=0)
-                right.plot(draws, 100 * covered, style, color=color, alpha=shade, marker="o", ms=3, label=f"{name}, E={E}, {when} GRPO")
+                right.plot(
+                    draws,
+                    100 * covered,
+                    style,
+                    color=color,
+                    alpha=shade,
+                    marker="o",
+                    ms=3,
+                    label=f"{name}, E={E}, {when} GRPO",
+                )
         voted.add((d, k))
     for axis, title in ((left, f"majority of {rows[-1]['settings']['samples']} draws"), (middle, "after GRPO, greedy")):
         axis.set(title=title, xlabel="training loss of pre-training (numbers: E)", ylabel="right answers, %")

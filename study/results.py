@@ -16,7 +16,21 @@ TASKS = {"facts": "biographies", "problems": "word problems", "mano": "mental ar
 TEXT_TASKS = {"triviaqa": "TriviaQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
 MEMORY = ("facts", "triviaqa", "hellaswag")
 BEST = 0.0  # the rate policy of runs and lines that take the best rate of each (E, k)
-ROW = ("key", "run", "lr", "diverged", "tokens", "tpp", "params", "flops", "points", "tokens_per_s", "seconds", "jobs", "device")  # keys of every row
+ROW = (
+    "key",
+    "run",
+    "lr",
+    "diverged",
+    "tokens",
+    "tpp",
+    "params",
+    "flops",
+    "points",
+    "tokens_per_s",
+    "seconds",
+    "jobs",
+    "device",
+)  # keys of every row
 COMPARED = 3  # rates that every (E, k) of a line must have run before the best of each may be compared
 
 
@@ -39,8 +53,11 @@ class Regime(NamedTuple):
 
     def __str__(self):
         what = "text" if self.data else f"{self.unique:,} problems repeated" if self.unique else "fresh problems"
-        unusual = [f"{name} {value}" for name, value in self._asdict().items()
-                   if name not in ("d_model", "d_expert", "tokens", "unique", "data") and value not in (0, getattr(Run, name))]
+        unusual = [
+            f"{name} {value}"
+            for name, value in self._asdict().items()
+            if name not in ("d_model", "d_expert", "tokens", "unique", "data") and value not in (0, getattr(Run, name))
+        ]
         tokens = [f"{self.tokens / 1e6:.3g} M tokens"] if self.tokens else []
         return ", ".join([f"d={self.d_model}", f"F={self.d_expert}", *tokens, what, *unusual])
 
@@ -78,10 +95,14 @@ def parsed(content, path, needed, first=1):
             begin = f'{{"{needed[0]}": "'.encode()
             if not line.endswith(b"\n") and begin.startswith(line[: len(begin)]):
                 break
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); restore the file or delete the line") from None
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({error}); restore the file or delete the line"
+            ) from None
         lacking = [name for name in needed if name not in row] if isinstance(row, dict) else needed
         if lacking:
-            raise ValueError(f"{path}, line {number}: not a row of such a results file, it lacks {', '.join(lacking)}; name another file or delete the line")
+            raise ValueError(
+                f"{path}, line {number}: not a row of such a results file, it lacks {', '.join(lacking)}; name another file or delete the line"
+            )
         rows.append(migrated(row))
         size += len(line)
     return rows, size
@@ -157,7 +178,11 @@ def distinct(rows):
 def repeats(rows):
     """[(row, row of the same run, done again)]"""
     first = {row["key"]: row for row in distinct(rows)}
-    return [(first[row["key"]], row) for row in rows if row is not first[row["key"]] and not row["diverged"] and not first[row["key"]]["diverged"]]
+    return [
+        (first[row["key"]], row)
+        for row in rows
+        if row is not first[row["key"]] and not row["diverged"] and not first[row["key"]]["diverged"]
+    ]
 
 
 def standard(rows):
@@ -180,25 +205,33 @@ def best_along(line):
     rates = [rate for rate in sorted(rates) if len(seeds[rate]) == most > 0]
     if len(rates) < COMPARED:
         return {}
-    return {x: best({rate: {seed: answer_loss(cell[rate][seed]) for seed in seeds[rate]} for rate in rates}) for x, cell in line.items()}
+    return {
+        x: best({rate: {seed: answer_loss(cell[rate][seed]) for seed in seeds[rate]} for rate in rates})
+        for x, cell in line.items()
+    }
 
 
 def policies(line, chosen):
     """{rate: {x: {seed: row}}} of a line {x: {rate: {seed: row}}}: each rate that every x has run, and BEST with the rates `chosen` ({x: rate}).
     Each holds the same seeds at every x."""
-    choices = {rate: dict.fromkeys(line, rate) for rate in set.intersection(*map(set, line.values()))} | ({BEST: chosen} if chosen else {})
+    choices = {rate: dict.fromkeys(line, rate) for rate in set.intersection(*map(set, line.values()))} | (
+        {BEST: chosen} if chosen else {}
+    )
     found = {}
     for policy, rates in sorted(choices.items()):
         cells = {x: {seed: row for seed, row in line[x].get(rates[x], {}).items() if not row["diverged"]} for x in line}
         if seeds := set.intersection(*map(set, cells.values())):
-            found[policy] = {x: {seed: row for seed, row in sorted(cell.items()) if seed in seeds} for x, cell in cells.items()}
+            found[policy] = {
+                x: {seed: row for seed, row in sorted(cell.items()) if seed in seeds} for x, cell in cells.items()
+            }
     return found
 
 
 def alike(regime, other):
     """Whether rates found in one regime serve in the other: models of one shape and one optimiser."""
-    return all(getattr(regime, name) == getattr(other, name) for name in ("d_model", "n_layers", "d_expert", "optimizer")) and (
-        bool(regime.data) == bool(other.data))
+    return all(
+        getattr(regime, name) == getattr(other, name) for name in ("d_model", "n_layers", "d_expert", "optimizer")
+    ) and (bool(regime.data) == bool(other.data))
 
 
 def families(rows):
@@ -215,7 +248,10 @@ def families(rows):
         if len(line) < 3:
             continue
         near = lambda other, where=where: (other != where, pool(other) != pool(where), other.tokens)  # noqa: E731
-        sources = [grid[other, k] for other in sorted((other for other, kk in grid if kk == k and alike(other, where)), key=near)]
+        sources = [
+            grid[other, k]
+            for other in sorted((other for other, kk in grid if kk == k and alike(other, where)), key=near)
+        ]
         sources = [{e: source[e] for e in line} for source in sources if source.keys() >= line.keys()]
         chosen = next(filter(None, map(best_along, sources)), {})
         for rate, cells in policies(line, chosen).items():
@@ -223,5 +259,7 @@ def families(rows):
     for family, lines in found.items():
         seeds = {k: set(next(iter(cells.values()))) for k, cells in lines.items()}
         most = max(seeds.values(), key=len)
-        found[family] = {(e, k): cell for k, cells in sorted(lines.items()) if seeds[k] == most for e, cell in sorted(cells.items())}
+        found[family] = {
+            (e, k): cell for k, cells in sorted(lines.items()) if seeds[k] == most for e, cell in sorted(cells.items())
+        }
     return dict(sorted(found.items()))

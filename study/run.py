@@ -63,7 +63,9 @@ class Run:
     # Training
     tokens: int = 2**24
     optimizer: str = "muon"  # or adamw, the paper's
-    lr: float = 0.0  # peak; 0 in plans only: study/sweep.py puts the best rate of the nearest (E, k) here before it runs
+    lr: float = (
+        0.0  # peak; 0 in plans only: study/sweep.py puts the best rate of the nearest (E, k) here before it runs
+    )
     batch: int = 32  # windows per step
     seq_len: int = 256
     seed: int = 0  # of weights, order, people and problems
@@ -74,14 +76,26 @@ class Run:
     mano_length: int = 3  # operations of an expression
     modulus: int = 7  # of all arithmetic
     data_tokens: int = 2**24  # of the data directory that runs share; they train on its first `tokens`
-    data: str = ""  # prepared text instead, as for train.py: DIR or DIR:0.7,DIR:0.3; people .. data_tokens then mean nothing
+    data: str = (
+        ""  # prepared text instead, as for train.py: DIR or DIR:0.7,DIR:0.3; people .. data_tokens then mean nothing
+    )
 
     def __post_init__(self):
         for name in ("tokens", "batch", "seq_len", "people", "max_steps", "mano_length"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         require(self.optimizer in ("muon", "adamw"), "optimizer", self.optimizer, "use muon or adamw")
-        require(self.tokens >= 10 * self.batch * self.seq_len, "tokens", self.tokens, f"use 10 steps or more: {10 * self.batch * self.seq_len}")
-        require(self.data or self.tokens <= self.data_tokens, "tokens", self.tokens, f"data_tokens={self.data_tokens} must be as many")
+        require(
+            self.tokens >= 10 * self.batch * self.seq_len,
+            "tokens",
+            self.tokens,
+            f"use 10 steps or more: {10 * self.batch * self.seq_len}",
+        )
+        require(
+            self.data or self.tokens <= self.data_tokens,
+            "tokens",
+            self.tokens,
+            f"data_tokens={self.data_tokens} must be as many",
+        )
 
     @property
     def steps(self):
@@ -90,7 +104,18 @@ class Run:
 
 def form(run):
     """What runs must share to be trained side by side: as many steps, each as long."""
-    return run.d_model, run.n_layers, run.n_experts, run.top_k, run.d_expert, run.tokens, run.optimizer, run.batch, run.seq_len, run.data
+    return (
+        run.d_model,
+        run.n_layers,
+        run.n_experts,
+        run.top_k,
+        run.d_expert,
+        run.tokens,
+        run.optimizer,
+        run.batch,
+        run.seq_len,
+        run.data,
+    )
 
 
 def key(run):
@@ -102,33 +127,80 @@ def train_config(run, vocab_size, lr=0.0):
     """The TrainConfig of a run: the recipe that makes tiny models learn (docs/LOG.md) for its sizes."""
     heads = max(1, run.d_model // 32)
     recipe = dict(qk_norm=True, rope_theta=500.0, embed_init_std=0.5, beta2=0.99) if not run.data else dict(beta2=0.95)
-    return TrainConfig(preset="", data=run.data, vocab_size=-(-vocab_size // 64) * 64, d_model=run.d_model, n_layers=run.n_layers, n_heads=heads,
-                       n_kv_heads=heads, head_dim=run.d_model // heads, n_experts=run.n_experts, top_k=run.top_k, d_expert=run.d_expert,
-                       init_std=run.init_std, seq_len=run.seq_len, batch_size=run.batch, steps=run.steps, lr=lr or run.lr, seed=run.seed,
-                       warmup_steps=max(2, run.steps // 20), compile="false", optimizer=run.optimizer, bad_steps="skip", **recipe)
+    return TrainConfig(
+        preset="",
+        data=run.data,
+        vocab_size=-(-vocab_size // 64) * 64,
+        d_model=run.d_model,
+        n_layers=run.n_layers,
+        n_heads=heads,
+        n_kv_heads=heads,
+        head_dim=run.d_model // heads,
+        n_experts=run.n_experts,
+        top_k=run.top_k,
+        d_expert=run.d_expert,
+        init_std=run.init_std,
+        seq_len=run.seq_len,
+        batch_size=run.batch,
+        steps=run.steps,
+        lr=lr or run.lr,
+        seed=run.seed,
+        warmup_steps=max(2, run.steps // 20),
+        compile="false",
+        optimizer=run.optimizer,
+        bad_steps="skip",
+        **recipe,
+    )
 
 
 def mixture(run):
     """The MixtureConfig whose training split has run.data_tokens tokens or a few percent more, by SHARES."""
-    facts = FactsConfig(n_people=run.people, first_names=100, middle_names=100, last_names=200, cities=200, universities=100, majors=100,
-                        employers=100, seed=run.seed)
-    reasoning = ReasoningConfig(max_steps=run.max_steps, modulus=run.modulus, names=max(40, 2 * run.max_steps + 1), mano_length=run.mano_length,
-                                seed=run.seed)
+    facts = FactsConfig(
+        n_people=run.people,
+        first_names=100,
+        middle_names=100,
+        last_names=200,
+        cities=200,
+        universities=100,
+        majors=100,
+        employers=100,
+        seed=run.seed,
+    )
+    reasoning = ReasoningConfig(
+        max_steps=run.max_steps,
+        modulus=run.modulus,
+        names=max(40, 2 * run.max_steps + 1),
+        mano_length=run.mano_length,
+        seed=run.seed,
+    )
     wanted = {kind: 1.03 * share * run.data_tokens for kind, share in SHARES.items()}
     second = max(0, run.modulus - 10) / run.modulus  # share of the numbers that have two digits, and so two tokens
     steps, operations = (1 + run.max_steps) / 2, (1 + run.mano_length) / 2
-    tokens_of = {"facts": 51, "problem": 24 + 3.5 * second + (16.7 + 3.7 * second) * steps,  # measured mean lengths, eos included
-                 "mano": 6.8 + 2 * operations + second * (2 + operations)}
+    tokens_of = {
+        "facts": 51,
+        "problem": 24 + 3.5 * second + (16.7 + 3.7 * second) * steps,  # measured mean lengths, eos included
+        "mano": 6.8 + 2 * operations + second * (2 + operations),
+    }
     biographies, problems, n_mano = (math.ceil(wanted[kind] / tokens_of[kind]) for kind in SHARES)
     n_problems = min(run.unique or problems, problems)
-    return procedural.MixtureConfig(facts, reasoning, exposures=math.ceil(biographies / run.people),
-                                    n_problems=n_problems, repeats=math.ceil(problems / n_problems),
-                                    n_mano=n_mano, window=run.seq_len, seed=run.seed)
+    return procedural.MixtureConfig(
+        facts,
+        reasoning,
+        exposures=math.ceil(biographies / run.people),
+        n_problems=n_problems,
+        repeats=math.ceil(problems / n_problems),
+        n_mano=n_mano,
+        window=run.seq_len,
+        seed=run.seed,
+    )
 
 
 def data_dir(run, cache):
     cfg = mixture(run)
-    return Path(cache) / f"data-{hashlib.sha256(json.dumps(dataclasses.asdict(cfg), sort_keys=True).encode()).hexdigest()[:12]}"
+    return (
+        Path(cache)
+        / f"data-{hashlib.sha256(json.dumps(dataclasses.asdict(cfg), sort_keys=True).encode()).hexdigest()[:12]}"
+    )
 
 
 def prepare_data(run, cache, workers=1):
@@ -138,13 +210,30 @@ def prepare_data(run, cache, workers=1):
     directory = data_dir(run, cache)
     if not (directory / shards.META).exists():
         began = time.perf_counter()
-        if workers > 1:  # a program of its own: its many processes would otherwise each import everything that this one has
+        if (
+            workers > 1
+        ):  # a program of its own: its many processes would otherwise each import everything that this one has
             file = directory.resolve().with_suffix(".json")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(dataclasses.asdict(mixture(run))))
-            yielding = ["nice", "-n", "10"] if shutil.which("nice") else []  # runs that compile and measure meanwhile go first
-            subprocess.run([*yielding, sys.executable, "-m", "data.procedural", f"--out={directory.resolve()}", f"--config={file}", f"--workers={workers}"],
-                           cwd=ROOT, check=True, stdout=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the sweep: it finishes this directory
+            yielding = (
+                ["nice", "-n", "10"] if shutil.which("nice") else []
+            )  # runs that compile and measure meanwhile go first
+            subprocess.run(
+                [
+                    *yielding,
+                    sys.executable,
+                    "-m",
+                    "data.procedural",
+                    f"--out={directory.resolve()}",
+                    f"--config={file}",
+                    f"--workers={workers}",
+                ],
+                cwd=ROOT,
+                check=True,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # Ctrl-C is for the sweep: it finishes this directory
         else:
             procedural.build(directory, mixture(run))
         tokens = shards.read_meta(directory)["splits"]["train"]["tokens"]
@@ -156,22 +245,36 @@ class Samples:
     """All windows of a training split on a device, and which of them each step takes: rows_SB of starts into ids, S steps of B."""
 
     def __init__(self, run, sources, device):
-        flats = [np.concatenate([np.asarray(shard) for shard in shards.open_shards(directory, "train")]) for directory, _ in sources]
+        flats = [
+            np.concatenate([np.asarray(shard) for shard in shards.open_shards(directory, "train")])
+            for directory, _ in sources
+        ]
         total = sum(weight for _, weight in sources)
         rng, starts, offset, needed = np.random.default_rng(run.seed), [], 0, run.steps * run.batch
         for flat, (directory, weight) in zip(flats, sources, strict=True):
             windows = (len(flat) - 1) // run.seq_len
             want = needed if len(flats) == 1 else math.ceil(needed * weight / total)
-            require(windows >= 1, "data", directory, f"its {len(flat):,} tokens hold no window of seq_len={run.seq_len}")
-            if not run.data:  # the first part of a mixture is a mixture with fewer exposures; the last window lacks its last target
-                require(windows >= want - 1, "data_tokens", run.data_tokens, f"the mixture came out at {len(flat):,} tokens; lower tokens")
+            require(
+                windows >= 1, "data", directory, f"its {len(flat):,} tokens hold no window of seq_len={run.seq_len}"
+            )
+            if (
+                not run.data
+            ):  # the first part of a mixture is a mixture with fewer exposures; the last window lacks its last target
+                require(
+                    windows >= want - 1,
+                    "data_tokens",
+                    run.data_tokens,
+                    f"the mixture came out at {len(flat):,} tokens; lower tokens",
+                )
                 windows = min(windows, want)
                 flats = [flat[: windows * run.seq_len + 1]]
             order = np.concatenate([rng.permutation(windows) for _ in range(math.ceil(want / windows))])[:want]
             starts.append(offset + order.astype(np.int64) * run.seq_len)
             offset += len(flat)
         self.ids = torch.from_numpy(np.concatenate(flats).astype(np.int32)).to(device)
-        starts = np.concatenate(starts)[:needed] if len(flats) == 1 else rng.permutation(np.concatenate(starts))[:needed]
+        starts = (
+            np.concatenate(starts)[:needed] if len(flats) == 1 else rng.permutation(np.concatenate(starts))[:needed]
+        )
         self.starts_SB = torch.from_numpy(starts).view(run.steps, run.batch).to(device)
         self.span = torch.arange(run.seq_len + 1, device=device)
 
@@ -185,7 +288,9 @@ def compile_parts(model):
     """torch.compile of attention and norms, where half of a small step's kernels are, but not of whole blocks: no E, k or F changes the shapes of
     these parts, so a process compiles them once for all its runs of one width, and others find them in inductor's cache on disk."""
     torch._inductor.config.compile_threads = 1  # several processes compile at once: no pool of helpers for each
-    torch._inductor.config.deterministic = True  # reductions chosen by rule, not by timing in each process: one reason less for other bits (docs/LOG.md)
+    torch._inductor.config.deterministic = (
+        True  # reductions chosen by rule, not by timing in each process: one reason less for other bits (docs/LOG.md)
+    )
     torch._dynamo.config.recompile_limit = 64  # of widths and batches that one process may see
     for block in model.blocks:
         for part in (block.attn_norm, block.attn, block.mlp_norm):
@@ -204,7 +309,9 @@ class Trainer:
             self.models.append(GPT(cfg).to(device))
         self.optimizers = [make_optimizer(model, cfg) for model, cfg in zip(self.models, cfgs, strict=True)]
         self.windows = [new_window(cfg, device) for cfg in cfgs]
-        self.positions = [torch.zeros(1, dtype=torch.int64, device=device) for _ in cfgs]  # `done` on the device: a recorded step reads it
+        self.positions = [
+            torch.zeros(1, dtype=torch.int64, device=device) for _ in cfgs
+        ]  # `done` on the device: a recorded step reads it
         self.run_step, self.streams = self._step, [None] * len(cfgs)
         if torch.device(device).type == "cuda":
             if cfgs[0].steps * cfgs[0].batch_size * cfgs[0].seq_len >= COMPILED:
@@ -214,7 +321,16 @@ class Trainer:
 
     def _step(self, _):
         start = torch.cuda.current_stream() if self.streams[0] else None
-        for parts in zip(self.models, self.optimizers, self.cfgs, self.windows, self.samples, self.positions, self.streams, strict=True):
+        for parts in zip(
+            self.models,
+            self.optimizers,
+            self.cfgs,
+            self.windows,
+            self.samples,
+            self.positions,
+            self.streams,
+            strict=True,
+        ):
             model, optimizer, cfg, window, samples, position, stream = parts
             if stream:
                 stream.wait_stream(start)
@@ -247,7 +363,12 @@ class Trainer:
         for window in self.windows:
             load = window["counts_NE"].float()
             loss, *_, steps = window["sums"].tolist()  # skipped steps are not in the sums
-            found.append((loss / steps if steps else math.nan, float((load.std(1, correction=0) / load.mean(1).clamp(min=1)).mean())))
+            found.append(
+                (
+                    loss / steps if steps else math.nan,
+                    float((load.std(1, correction=0) / load.mean(1).clamp(min=1)).mean()),
+                )
+            )
         return found
 
 
@@ -263,8 +384,15 @@ def validation_loss(model, sources, seq_len, device, limit=256):
         flat = np.concatenate([np.asarray(shard) for shard in shards.open_shards(directory, "val")])
         n = min(limit, (len(flat) - 1) // seq_len)
         ids = torch.from_numpy(flat[: n * seq_len + 1].astype(np.int64)).to(device)
-        sums = [model(ids[i * seq_len : j * seq_len].view(-1, seq_len), ids[i * seq_len + 1 : j * seq_len + 1].view(-1, seq_len)).loss * (j - i)
-                for i in range(0, n, 64) for j in [min(n, i + 64)]]
+        sums = [
+            model(
+                ids[i * seq_len : j * seq_len].view(-1, seq_len),
+                ids[i * seq_len + 1 : j * seq_len + 1].view(-1, seq_len),
+            ).loss
+            * (j - i)
+            for i in range(0, n, 64)
+            for j in [min(n, i + 64)]
+        ]
         losses.append((weight, float(sum(sums)) / n))
     return sum(weight * loss for weight, loss in losses) / sum(weight for weight, _ in losses)
 
@@ -277,19 +405,34 @@ def measure(model, directory, n, final):
     most = cfg.reasoning.max_steps
     facts = procedural_eval.fact_recall(model, enc, cfg.facts, 5 * n)
     facts["by_attribute"] = {name: row["recall"] for name, row in facts["by_attribute"].items()}
-    problems = procedural_eval.solutions_written(model, enc, cfg.reasoning, range(1, (most * 3 // 2 if final else most) + 1), n)
-    known, beyond = ([share for s, share in problems["accuracy"].items() if (s <= most) == trained] for trained in (True, False))
+    problems = procedural_eval.solutions_written(
+        model, enc, cfg.reasoning, range(1, (most * 3 // 2 if final else most) + 1), n
+    )
+    known, beyond = (
+        [share for s, share in problems["accuracy"].items() if (s <= most) == trained] for trained in (True, False)
+    )
     seen = [reasoning.problem(cfg.reasoning, i) for i in range(min(4 * n, cfg.n_problems))]
     seen = procedural_eval.graded(model, enc, [(p.question, p.solution) for p in seen])
     mano = procedural_eval.mano_accuracy(model, enc, cfg.reasoning, 2 * n)
     within = [right for length, right in mano["accuracy"].items() if length <= cfg.reasoning.mano_length]
-    return {"facts": facts, "bits": procedural_eval.stored_bits(model, enc, cfg.facts, 5 * n) if final else None,
-            "problems": {"loss": problems["loss"], "loss_seen": procedural_eval.loss_of(seen),
-                         "accuracy": sum(known) / len(known), "accuracy_seen": sum(right for *_, right in seen) / len(seen),
-                         "beyond": sum(beyond) / len(beyond) if beyond else None,
-                         "by_steps": {str(s): share for s, share in problems["accuracy"].items()}},
-            "mano": {"loss": mano["loss"], "chance": mano["chance"], "accuracy": sum(within) / max(1, len(within)),
-                     "by_length": {str(length): right for length, right in mano["accuracy"].items()}}}
+    return {
+        "facts": facts,
+        "bits": procedural_eval.stored_bits(model, enc, cfg.facts, 5 * n) if final else None,
+        "problems": {
+            "loss": problems["loss"],
+            "loss_seen": procedural_eval.loss_of(seen),
+            "accuracy": sum(known) / len(known),
+            "accuracy_seen": sum(right for *_, right in seen) / len(seen),
+            "beyond": sum(beyond) / len(beyond) if beyond else None,
+            "by_steps": {str(s): share for s, share in problems["accuracy"].items()},
+        },
+        "mano": {
+            "loss": mano["loss"],
+            "chance": mano["chance"],
+            "accuracy": sum(within) / max(1, len(within)),
+            "by_length": {str(length): right for length, right in mano["accuracy"].items()},
+        },
+    }
 
 
 def measure_text(model, directory, limit):
@@ -300,11 +443,16 @@ def measure_text(model, directory, limit):
         texts = {(item.loss_prompt or item.prompt, answer) for item in items for answer in (item.answer, *item.choices)}
         pairs = {pair: encode_pair(tokens, *pair)[:2] for pair in sorted(texts)}
         nats = dict(zip(pairs, score(model, list(pairs.values())), strict=True))
-        per_byte = [nats[item.loss_prompt or item.prompt, item.answer] / math.log(2) / len(item.answer.encode()) for item in items]
+        per_byte = [
+            nats[item.loss_prompt or item.prompt, item.answer] / math.log(2) / len(item.answer.encode())
+            for item in items
+        ]
         results[name] = {"loss": sum(per_byte) / len(items), "items": len(items)}
         if items[0].choices:
             costs = [[nats[item.prompt, choice] for choice in item.choices] for item in items]
-            results[name]["accuracy"] = sum(c.index(min(c)) == item.gold for c, item in zip(costs, items, strict=True)) / len(items)
+            results[name]["accuracy"] = sum(
+                c.index(min(c)) == item.gold for c, item in zip(costs, items, strict=True)
+            ) / len(items)
     return results
 
 
@@ -312,9 +460,15 @@ def measure_text(model, directory, limit):
 def revision():
     """git revision, "+" when tracked files differ from it, else "none"; and a hash of the sources, which a copy without git has too."""
     digest = hashlib.sha256()
-    for path in sorted(file for pattern in ("*.py", "moe_kernels/*.py", "data/*.py", "eval/**/*.py", "study/run.py") for file in ROOT.glob(pattern)):
+    for path in sorted(
+        file
+        for pattern in ("*.py", "moe_kernels/*.py", "data/*.py", "eval/**/*.py", "study/run.py")
+        for file in ROOT.glob(pattern)
+    ):
         digest.update(path.read_bytes())
-    git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    git = lambda *args: subprocess.run(
+        ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()  # noqa: E731
     try:
         commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -354,30 +508,72 @@ def execute_together(runs, cache, device, n=100, keep=()):
         found = trainer.advance(max(1, round(share * runs[0].steps)))
         spent = time.perf_counter() - clock
         tokens = trainer.done * runs[0].batch * runs[0].seq_len
-        seconds, speed = seconds + spent, len(runs) * tokens * (1 - done / trainer.done) / spent  # the last part's: nothing is compiled in it
-        for i, (run, source, model, (loss, load_cv)) in enumerate(zip(runs, sources, trainer.models, found, strict=True)):
+        seconds, speed = (
+            seconds + spent,
+            len(runs) * tokens * (1 - done / trainer.done) / spent,
+        )  # the last part's: nothing is compiled in it
+        for i, (run, source, model, (loss, load_cv)) in enumerate(
+            zip(runs, sources, trainer.models, found, strict=True)
+        ):
             loads[i] = load_cv
             if math.isfinite(loss):
-                points[i].append({"step": trainer.done, "tokens": tokens, "train_loss": loss, **measured(run, source, model, device, n, share == 1)})
+                points[i].append(
+                    {
+                        "step": trainer.done,
+                        "tokens": tokens,
+                        "train_loss": loss,
+                        **measured(run, source, model, device, n, share == 1),
+                    }
+                )
         if not any(math.isfinite(loss) for loss, _ in found):
             break
     rows = []
     for i, (run, cfg) in enumerate(zip(runs, cfgs, strict=True)):
         params, flops = count_params(cfg), flops_per_token(cfg)
         last = points[i][-1] if points[i] and points[i][-1]["step"] == run.steps else {}
-        rows.append({"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "diverged": not last,
-                     "tokens": run.tokens, "tpp": run.tokens / params.total, "params": params._asdict(), "flops": run.tokens * flops,
-                     **last, "points": points[i][:-1] if last else points[i],
-                     "load_cv": loads[i], "skipped_steps": int(trainer.windows[i]["steps"][BAD]), "together": len(runs), "tokens_per_s": round(speed),
-                     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-                     "torch": torch.__version__, "revision": revision(), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())})
+        rows.append(
+            {
+                "key": key(run),
+                "run": dataclasses.asdict(run),
+                "lr": cfg.lr,
+                "diverged": not last,
+                "tokens": run.tokens,
+                "tpp": run.tokens / params.total,
+                "params": params._asdict(),
+                "flops": run.tokens * flops,
+                **last,
+                "points": points[i][:-1] if last else points[i],
+                "load_cv": loads[i],
+                "skipped_steps": int(trainer.windows[i]["steps"][BAD]),
+                "together": len(runs),
+                "tokens_per_s": round(speed),
+                "device": torch.cuda.get_device_name(device)
+                if device.type == "cuda"
+                else f"CPU, {torch.get_num_threads()} threads",
+                "torch": torch.__version__,
+                "revision": revision(),
+                "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+            }
+        )
     for row in rows:
-        row |= {"train_seconds": round(seconds / len(runs), 3), "seconds": round((time.perf_counter() - began) / len(runs), 3)}
-    for run, cfg, source, model, optimizer, row, path in zip(runs, cfgs, sources, trainer.models, trainer.optimizers, rows, keep, strict=True):
+        row |= {
+            "train_seconds": round(seconds / len(runs), 3),
+            "seconds": round((time.perf_counter() - began) / len(runs), 3),
+        }
+    for run, cfg, source, model, optimizer, row, path in zip(
+        runs, cfgs, sources, trainer.models, trainer.optimizers, rows, keep, strict=True
+    ):
         if path and not row["diverged"]:
             os.makedirs(path, exist_ok=True)
-            config.save(dataclasses.replace(cfg, data=run.data or source[0][0], out_dir=str(path)), Path(path) / "config.json")
-            checkpoint.save(path, run.steps, {"step": run.steps, "config": dataclasses.asdict(cfg), "model": optimizer.weights(model)}, keep=1)
+            config.save(
+                dataclasses.replace(cfg, data=run.data or source[0][0], out_dir=str(path)), Path(path) / "config.json"
+            )
+            checkpoint.save(
+                path,
+                run.steps,
+                {"step": run.steps, "config": dataclasses.asdict(cfg), "model": optimizer.weights(model)},
+                keep=1,
+            )
             checkpoint.replace_file(Path(path) / "results.json", json.dumps(row, indent=1) + "\n")
     del trainer, model
     gc.collect()
@@ -390,5 +586,9 @@ def measured(run, sources, model, device, n, final):
     """Everything that is measured of a model at one point of its training."""
     with torch.compiler.set_stance("force_eager"):  # the compiled parts are for the shapes of training
         val_loss = validation_loss(model, sources, run.seq_len, device)
-        found = measure_text(model, sources[0][0], 10 * n) if run.data else measure(model, sources[0][0], n if final else n // 2 or 1, final)
+        found = (
+            measure_text(model, sources[0][0], 10 * n)
+            if run.data
+            else measure(model, sources[0][0], n if final else n // 2 or 1, final)
+        )
     return {"val_loss": val_loss, **found}

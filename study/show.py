@@ -27,12 +27,27 @@ def overlay(runs):
         million = lambda row, c=config: row["step"] * c["batch_size"] * c["seq_len"] / 1e6  # noqa: E731
         tokens = [million(row) for row in rows]
         loss.plot(tokens, [row["loss"] for row in rows], color=f"C{i}", lw=0.8, alpha=0.7, **dot(rows))
-        loss.plot([million(row) for row in val], [row["val_loss"] for row in val], "o-", color=f"C{i}", ms=3, lw=1.5, label=label(run, config))
+        loss.plot(
+            [million(row) for row in val],
+            [row["val_loss"] for row in val],
+            "o-",
+            color=f"C{i}",
+            ms=3,
+            lw=1.5,
+            label=label(run, config),
+        )
         rate.plot(tokens, [row["lr"] for row in rows], color=f"C{i}", **dot(rows))
         norm.plot(tokens, [row["grad_norm"] for row in rows], color=f"C{i}", lw=0.8, **dot(rows))
-    curves.set_loss_limits(loss, [row["loss"] for _, _, rows, _ in data for row in rows] + [row["val_loss"] for *_, val in data for row in val])
+    curves.set_loss_limits(
+        loss,
+        [row["loss"] for _, _, rows, _ in data for row in rows] + [row["val_loss"] for *_, val in data for row in val],
+    )
     loss.legend(fontsize=8, title="dots: validation, thin: training", title_fontsize=8)
-    for axis, title in ((loss, "cross-entropy, nats per token"), (rate, "learning rate"), (norm, "gradient norm before clipping")):
+    for axis, title in (
+        (loss, "cross-entropy, nats per token"),
+        (rate, "learning rate"),
+        (norm, "gradient norm before clipping"),
+    ):
         axis.set(title=title, xlabel="million tokens")
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
@@ -40,11 +55,24 @@ def overlay(runs):
     for i, (run, config, rows) in enumerate(moe):
         axis = fig.add_subplot(grid[1 + i, :])
         last = rows[-1]["step"] * config["batch_size"] * config["seq_len"] / 1e6
-        typical = sorted(max(row["load_max"]) for row in rows)[len(rows) // 2]  # the first steps would leave no colours for the rest
-        image = axis.imshow(list(zip(*(row["load_max"] for row in rows), strict=True)), aspect="auto", origin="lower", cmap="viridis", vmin=1,
-                            vmax=max(2.0, typical), extent=(0, last, -0.5, config["n_layers"] - 0.5))
+        typical = sorted(max(row["load_max"]) for row in rows)[
+            len(rows) // 2
+        ]  # the first steps would leave no colours for the rest
+        image = axis.imshow(
+            list(zip(*(row["load_max"] for row in rows), strict=True)),
+            aspect="auto",
+            origin="lower",
+            cmap="viridis",
+            vmin=1,
+            vmax=max(2.0, typical),
+            extent=(0, last, -0.5, config["n_layers"] - 0.5),
+        )
         axis.yaxis.get_major_locator().set_params(integer=True)
-        axis.set(title=f"load of the busiest expert, 1 = even split: {label(run, config)}", xlabel="million tokens", ylabel="layer")
+        axis.set(
+            title=f"load of the busiest expert, 1 = even split: {label(run, config)}",
+            xlabel="million tokens",
+            ylabel="layer",
+        )
         fig.colorbar(image, ax=axis, pad=0.01)
     return fig
 
@@ -52,7 +80,9 @@ def overlay(runs):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--out", help="PNG file; default: curves.png in the run directory, overlay.png in the first of several")
+    parser.add_argument(
+        "--out", help="PNG file; default: curves.png in the run directory, overlay.png in the first of several"
+    )
     args = parser.parse_args(argv)
     several = len(args.runs) > 1
     out = args.out or str(Path(args.runs[0]) / ("overlay.png" if several else "curves.png"))

@@ -50,14 +50,42 @@ EXPERTS = (256, 4, 32, 128, 8, 64, 16)  # extremes first
 TOP_K = (2, 8, 1, 4)
 SMOKE = "runs/study/smoke.jsonl"  # what two tiny runs on a CPU measure is no result of the study
 SLACK = 1.1  # times its estimate must be left before a run is started: what is cut off is lost
-UNUSUAL = ("optimizer", "n_layers", "init_std", "batch", "people", "unique", "max_steps", "mano_length", "modulus")  # named in a line where they are
+UNUSUAL = (
+    "optimizer",
+    "n_layers",
+    "init_std",
+    "batch",
+    "people",
+    "unique",
+    "max_steps",
+    "mano_length",
+    "modulus",
+)  # named in a line where they are
 RATES = {"muon": (6e-3, 1.2e-2, 3e-3), "adamw": (4e-3, 2e-3, 8e-3)}
-BEYOND = {1: 2.4e-2, 2: 1.5e-3, 4: 1.5e-3, 8: 1.5e-3}  # of k: in the first sweep the best was the highest rate at k = 1, else the lowest
+BEYOND = {
+    1: 2.4e-2,
+    2: 1.5e-3,
+    4: 1.5e-3,
+    8: 1.5e-3,
+}  # of k: in the first sweep the best was the highest rate at k = 1, else the lowest
 
 
 def smoke(data):
-    base = Run(d_model=32, n_layers=1, d_expert=32, top_k=1, tokens=2**14, lr=6e-3, batch=4, seq_len=96, people=20, max_steps=2, mano_length=2,
-               modulus=5, data_tokens=2**14)
+    base = Run(
+        d_model=32,
+        n_layers=1,
+        d_expert=32,
+        top_k=1,
+        tokens=2**14,
+        lr=6e-3,
+        batch=4,
+        seq_len=96,
+        people=20,
+        max_steps=2,
+        mano_length=2,
+        modulus=5,
+        data_tokens=2**14,
+    )
     return [dataclasses.replace(base, n_experts=e) for e in (2, 4)]
 
 
@@ -68,10 +96,23 @@ def pilot(data):
     fresh = base | dict(people=2_000, unique=0, modulus=23, mano_length=2)
     rare = base | dict(people=1_000, unique=1_000, mano_length=4)
     long = base | dict(people=8_000, unique=0, modulus=11, max_steps=10, mano_length=2)
-    pairs = [scarce, fresh, rare, scarce | dict(tokens=2**25), fresh | dict(tokens=2**25), long, rare | dict(tokens=2**25)]
+    pairs = [
+        scarce,
+        fresh,
+        rare,
+        scarce | dict(tokens=2**25),
+        fresh | dict(tokens=2**25),
+        long,
+        rare | dict(tokens=2**25),
+    ]
     runs = [setting | dict(n_experts=e) for setting in pairs for e in (16, 128)]
-    runs += [scarce | dict(n_experts=e) for e in (4, 256)] + [scarce | dict(n_experts=128, top_k=8), scarce | dict(seed=1)]
-    runs += [setting | dict(n_experts=e, tokens=2**26, data_tokens=2**26) for setting in (scarce, fresh) for e in (16, 128)]
+    runs += [scarce | dict(n_experts=e) for e in (4, 256)] + [
+        scarce | dict(n_experts=128, top_k=8),
+        scarce | dict(seed=1),
+    ]
+    runs += [
+        setting | dict(n_experts=e, tokens=2**26, data_tokens=2**26) for setting in (scarce, fresh) for e in (16, 128)
+    ]
     return [Run(**run) for run in runs]
 
 
@@ -82,7 +123,14 @@ def sized(tokens, **fields):
 
 def grid(tokens, rates):
     """Runs of every (E, k) from three seeds; rates: k -> learning rates. Rates change faster than seeds: the first group needs one seed's data."""
-    return [sized(tokens, n_experts=e, top_k=k, seed=seed, lr=rate) for k in TOP_K for e in EXPERTS if k <= e for seed in range(3) for rate in rates(k)]
+    return [
+        sized(tokens, n_experts=e, top_k=k, seed=seed, lr=rate)
+        for k in TOP_K
+        for e in EXPERTS
+        if k <= e
+        for seed in range(3)
+        for rate in rates(k)
+    ]
 
 
 def main(data):
@@ -94,31 +142,60 @@ def lr(data):
 
 
 def scarce(data):
-    return [Run(n_experts=e, top_k=k, seed=seed, unique=1_000) for k in (2, 8) for e in EXPERTS for seed in range(3) if k <= e]
+    return [
+        Run(n_experts=e, top_k=k, seed=seed, unique=1_000)
+        for k in (2, 8)
+        for e in EXPERTS
+        for seed in range(3)
+        if k <= e
+    ]
 
 
 def long(data):
-    return [sized(2**28, n_experts=e, top_k=k, seed=seed) for k in (2, 8) for e in EXPERTS for seed in range(3) if k <= e]
+    return [
+        sized(2**28, n_experts=e, top_k=k, seed=seed) for k in (2, 8) for e in EXPERTS for seed in range(3) if k <= e
+    ]
 
 
 def topk(data):
-    return [Run(n_experts=8 * total * k, top_k=k, d_expert=256 // k, tokens=2**24, seed=seed, lr=rate) for total in (4, 1) for k in (1, 8, 2, 4)
-            for seed in range(3) for rate in RATES["muon"]]
+    return [
+        Run(n_experts=8 * total * k, top_k=k, d_expert=256 // k, tokens=2**24, seed=seed, lr=rate)
+        for total in (4, 1)
+        for k in (1, 8, 2, 4)
+        for seed in range(3)
+        for rate in RATES["muon"]
+    ]
 
 
 def init(data):
     shapes = ((32, 2), (256, 8))
-    return [Run(n_experts=e, top_k=k, seed=seed, init_std=std) for seed in range(3) for e, k in shapes for std in (0.05, 0.0125, 0.025, 0.1)]
+    return [
+        Run(n_experts=e, top_k=k, seed=seed, init_std=std)
+        for seed in range(3)
+        for e, k in shapes
+        for std in (0.05, 0.0125, 0.025, 0.1)
+    ]
 
 
 def width(data):
-    return [Run(d_model=d, d_expert=d // 2, n_experts=e, top_k=k, seed=seed, lr=rate) for d in (64, 256) for k in (2, 8) for e in (256, 8, 32)
-            for seed in range(3) for rate in RATES["muon"]]
+    return [
+        Run(d_model=d, d_expert=d // 2, n_experts=e, top_k=k, seed=seed, lr=rate)
+        for d in (64, 256)
+        for k in (2, 8)
+        for e in (256, 8, 32)
+        for seed in range(3)
+        for rate in RATES["muon"]
+    ]
 
 
 def adamw(data):
-    return [Run(optimizer="adamw", n_experts=e, top_k=k, seed=seed, lr=rate) for k in (2, 8) for e in (256, 8, 32) for seed in range(3)
-            for rate in RATES["adamw"]]
+    return [
+        Run(optimizer="adamw", n_experts=e, top_k=k, seed=seed, lr=rate)
+        for k in (2, 8)
+        for e in (256, 8, 32)
+        for seed in range(3)
+        for rate in RATES["adamw"]
+    ]
 
 
 def family(data):
@@ -134,12 +211,35 @@ def full(data):
 
 def text(data):
     if not data:
-        raise ValueError("data='': the preset text needs --data DIR:weight,DIR:weight of prepared text (python -m data.prepare)")
-    return [Run(data=data, optimizer="adamw", d_model=256, n_layers=8, d_expert=256, seq_len=512, init_std=0.02, tokens=2**25, n_experts=e, top_k=k, seed=seed, lr=rate)
-            for k in (2, 8) for e in (128, 8, 32) for seed in range(3) for rate in (2e-3, 4e-3, 1e-3)]
+        raise ValueError(
+            "data='': the preset text needs --data DIR:weight,DIR:weight of prepared text (python -m data.prepare)"
+        )
+    return [
+        Run(
+            data=data,
+            optimizer="adamw",
+            d_model=256,
+            n_layers=8,
+            d_expert=256,
+            seq_len=512,
+            init_std=0.02,
+            tokens=2**25,
+            n_experts=e,
+            top_k=k,
+            seed=seed,
+            lr=rate,
+        )
+        for k in (2, 8)
+        for e in (128, 8, 32)
+        for seed in range(3)
+        for rate in (2e-3, 4e-3, 1e-3)
+    ]
 
 
-PRESETS = {preset.__name__: preset for preset in (smoke, pilot, lr, main, scarce, long, topk, init, width, adamw, family, full, text)}
+PRESETS = {
+    preset.__name__: preset
+    for preset in (smoke, pilot, lr, main, scarce, long, topk, init, width, adamw, family, full, text)
+}
 
 
 def comparisons(rows, pending=()):
@@ -149,7 +249,11 @@ def comparisons(rows, pending=()):
         if other["lr"]:
             group = tuple((field, value) for field, value in other.items() if field not in ("lr", "seed"))
             groups.setdefault(group, {}).setdefault(other["lr"], {}).setdefault(other["seed"], row and answer_loss(row))
-    return [(dict(group), rates) for group, rates in groups.items() if len(rates) > 1 and set.intersection(*map(set, rates.values()))]
+    return [
+        (dict(group), rates)
+        for group, rates in groups.items()
+        if len(rates) > 1 and set.intersection(*map(set, rates.values()))
+    ]
 
 
 def best_rate(run, compared):
@@ -157,9 +261,18 @@ def best_rate(run, compared):
     same data, of fewest tokens. None without one, and while runs of it are pending."""
     wanted = regime_of(vars(run))
     away = lambda group, field: abs(math.log2(group[field] / getattr(run, field)))  # noqa: E731
-    far = lambda group: (away(group, "n_experts") + away(group, "top_k"), away(group, "top_k"), group["init_std"] != run.init_std,  # noqa: E731
-                         pool(regime_of(group)) != pool(wanted), group["tokens"])
-    near = min((entry for entry in compared if alike(regime_of(entry[0]), wanted)), key=lambda entry: far(entry[0]), default=None)
+    far = lambda group: (
+        away(group, "n_experts") + away(group, "top_k"),
+        away(group, "top_k"),
+        group["init_std"] != run.init_std,  # noqa: E731
+        pool(regime_of(group)) != pool(wanted),
+        group["tokens"],
+    )
+    near = min(
+        (entry for entry in compared if alike(regime_of(entry[0]), wanted)),
+        key=lambda entry: far(entry[0]),
+        default=None,
+    )
     if near is None or any(loss is None for seeds in near[1].values() for loss in seeds.values()):
         return None
     return best(near[1])
@@ -168,13 +281,20 @@ def best_rate(run, compared):
 def rated(runs, rows, pending=()):
     """{key: run}: `runs` with the learning rates that are known by now. One planned with rate 0 may turn out to be another that names its rate."""
     compared = comparisons(rows, [*pending, *runs])
-    return {key(run): run for run in (run if run.lr else dataclasses.replace(run, lr=best_rate(run, compared) or 0.0) for run in runs)}
+    return {
+        key(run): run
+        for run in (run if run.lr else dataclasses.replace(run, lr=best_rate(run, compared) or 0.0) for run in runs)
+    }
 
 
 def settle(runs, rows, pending=(), again=lambda run: False):
     """`rated` as a list, less what is finished (and not wanted `again`) or pending (other runs than these)."""
     finished, started = {row["key"] for row in rows}, set(map(key, pending))
-    return [run for name, run in rated(runs, rows, pending).items() if name not in started and (name not in finished or again(run))]
+    return [
+        run
+        for name, run in rated(runs, rows, pending).items()
+        if name not in started and (name not in finished or again(run))
+    ]
 
 
 def estimate(run, rows, device):
@@ -185,8 +305,12 @@ def estimate(run, rows, device):
     known = [row for row in rows if row["device"] == device and not row["diverged"]]
     if not known:
         return None
-    near = min(reversed(known), key=lambda row: sum(abs(a - b) for a, b in zip(sizes(row["run"]), sizes(wanted), strict=True)))
-    return near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]  # compiling and measuring take as long in longer runs
+    near = min(
+        reversed(known), key=lambda row: sum(abs(a - b) for a, b in zip(sizes(row["run"]), sizes(wanted), strict=True))
+    )
+    return (
+        near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]
+    )  # compiling and measuring take as long in longer runs
 
 
 def gpu_minutes(runs, rows):
@@ -215,7 +339,9 @@ def work(device, threads, cache, items, inbox, outbox):
         runs, keep = task
         try:
             outbox.put((key(runs[0]), execute_together(runs, cache, device, items, keep)))
-        except Exception as error:  # one bad run must not end a sweep; it is reported, and tried again by the next sweep
+        except (
+            Exception
+        ) as error:  # one bad run must not end a sweep; it is reported, and tried again by the next sweep
             outbox.put((key(runs[0]), traceback.format_exc(limit=-4)))
             if "CUDA error" in str(error):
                 return  # nothing works after that in this process
@@ -229,8 +355,14 @@ def warm_up(runs, device):
     major, minor = torch.cuda.get_device_capability(device)
     # Triton's default, for all alike: inductor would move each worker's to a directory of its own for every device.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
-    return subprocess.Popen([sys.executable, "-m", "study.warm", f"--capability={10 * major + minor}", *shapes], cwd=ROOT, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.Popen(
+        [sys.executable, "-m", "study.warm", f"--capability={10 * major + minor}", *shapes],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
 
 
 def threads_of(processes):
@@ -251,14 +383,18 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     def kept(run):
         return f"{cache}/weights/{key(run)}" if f"E{run.n_experts}k{run.top_k}" in keep or "all" in keep else None
 
-    def weightless(run):  # results.json is written last: a directory without it was cut off. What diverged has no weights, however often it is run
+    def weightless(
+        run,
+    ):  # results.json is written last: a directory without it was cut off. What diverged has no weights, however often it is run
         if not kept(run) or os.path.exists(f"{kept(run)}/results.json"):
             return False
         name = key(run)
         return not any(row["key"] == name and row["diverged"] for row in rows)
 
     todo = settle(runs, rows, again=weightless)
-    name = torch.cuda.get_device_name(devices[0]) if devices[0].startswith("cuda") else f"CPU, {threads_of(jobs)} threads"
+    name = (
+        torch.cuda.get_device_name(devices[0]) if devices[0].startswith("cuda") else f"CPU, {threads_of(jobs)} threads"
+    )
     lanes = min(len(devices) * jobs, max(1, len(todo)))
 
     def left():
@@ -290,13 +426,18 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     arguments = [(devices[i % len(devices)], threads, cache, items, inbox, outbox) for i in range(lanes)]
     workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
     warm = warm_up(todo, devices[0])  # first: workers inherit where the kernels are
-    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C reaches them too, and it is the parent who ends them
+    interrupted = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # workers inherit it: Ctrl-C reaches them too, and it is the parent who ends them
     for worker in workers:
         worker.start()
     signal.signal(signal.SIGINT, interrupted)
     try:
         while (todo or running) and time.monotonic() < ends:
-            alive, lost = sum(worker.is_alive() for worker in workers), sum(worker.exitcode not in (None, 0) for worker in workers)
+            alive, lost = (
+                sum(worker.is_alive() for worker in workers),
+                sum(worker.exitcode not in (None, 0) for worker in workers),
+            )
             while len(running) < alive + lost and (members := choose_group(todo, rows, ends, name, together)):
                 try:
                     for run in members:
@@ -328,7 +469,10 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
                 row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
                 append(results, row)
                 rows.append(row)
-                print(f"{time.monotonic() - began:5.0f} s: {line(row)}" + (f" | {left()}" if row is found[-1] else ""), flush=True)
+                print(
+                    f"{time.monotonic() - began:5.0f} s: {line(row)}" + (f" | {left()}" if row is found[-1] else ""),
+                    flush=True,
+                )
             todo = settle(todo, rows, in_flight(), weightless)
     finally:
         builder.shutdown(wait=False, cancel_futures=True)
@@ -340,11 +484,22 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
             worker.join(timeout=0 if running else 5)
             if worker.is_alive():
                 worker.terminate()  # its run is not in the file and will be done again
-        print(f"{left()}" + (f", {len(failed)} failed" if failed else "") + (f", {len(in_flight())} cut off" if running else "")
-              + (f", {lost} worker processes killed, perhaps for want of memory: use fewer --jobs" if lost else "")
-              + ("; the data directory in work is finished first" if any(each.running() for each in data.values()) else ""), flush=True)
+        print(
+            f"{left()}"
+            + (f", {len(failed)} failed" if failed else "")
+            + (f", {len(in_flight())} cut off" if running else "")
+            + (f", {lost} worker processes killed, perhaps for want of memory: use fewer --jobs" if lost else "")
+            + (
+                "; the data directory in work is finished first"
+                if any(each.running() for each in data.values())
+                else ""
+            ),
+            flush=True,
+        )
     if waiting := sum(not run.lr for run in todo):
-        print(f"{waiting} runs wait for learning rates of their shape: run the preset that compares them (or this one again)")
+        print(
+            f"{waiting} runs wait for learning rates of their shape: run the preset that compares them (or this one again)"
+        )
     return len(failed) + lost
 
 
@@ -373,8 +528,10 @@ def choose_group(todo, rows, ends, name, most):
 def line(row):
     """A finished run for people."""
     run = row["run"]
-    head = (f"d={run['d_model']} E={run['n_experts']} k={run['top_k']} F={run['d_expert']} lr={row['lr']:g} tokens={row['tokens'] / 1e6:.1f}M "
-            f"seed={run['seed']}" + "".join(f" {name}={run[name]}" for name in UNUSUAL if run[name] != getattr(Run, name)))
+    head = (
+        f"d={run['d_model']} E={run['n_experts']} k={run['top_k']} F={run['d_expert']} lr={row['lr']:g} tokens={row['tokens'] / 1e6:.1f}M "
+        f"seed={run['seed']}" + "".join(f" {name}={run[name]}" for name in UNUSUAL if run[name] != getattr(Run, name))
+    )
     if row["diverged"]:
         return f"{head}: diverged"
     if run["data"]:
@@ -388,14 +545,30 @@ def cli(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", help="one, or several in this order: lr,main")
     parser.add_argument("--results", help=f"default: study/results.jsonl; with the preset smoke {SMOKE}")
-    parser.add_argument("--minutes", type=float, default=9, help="time limit; 0: only say what is left (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="time limit; 0: only say what is left (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, default=0, help="processes per device (default: 3 on a GPU, 1 on the CPU)")
-    parser.add_argument("--together", type=int, default=0, help="runs of one (E, k) that a process trains side by side (default: 3 on a GPU, else 1)")
-    parser.add_argument("--cache", default="runs/study", help="where data directories and kept weights go (default: %(default)s)")
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=0,
+        help="runs of one (E, k) that a process trains side by side (default: 3 on a GPU, else 1)",
+    )
+    parser.add_argument(
+        "--cache", default="runs/study", help="where data directories and kept weights go (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data", default="", help="for the preset text: DIR:weight,DIR:weight")
-    parser.add_argument("--keep", default="", help="models whose final weights are kept under CACHE/weights: all, or E16k2,E64k2")
-    parser.add_argument("--items", type=int, default=100, help="size of the measurements: problems per number of steps (default: %(default)s)")
+    parser.add_argument(
+        "--keep", default="", help="models whose final weights are kept under CACHE/weights: all, or E16k2,E64k2"
+    )
+    parser.add_argument(
+        "--items",
+        type=int,
+        default=100,
+        help="size of the measurements: problems per number of steps (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cuda else ["cpu"]
@@ -404,17 +577,36 @@ def cli(argv=None):
             raise ValueError("device='cuda': no CUDA device is visible; use --device=cpu")
         for name in (names := args.presets.split(",")):
             require(name in PRESETS, "preset", name, f"use {', '.join(PRESETS)}")
-        for name, least, remedy in (("minutes", 0, "use 0 (only say what is left) or more"), ("jobs", 0, "use 1 or more, or 0 for the default"),
-                                    ("together", 0, "use 1 or more, or 0 for the default"), ("items", 1, "use 1 or more")):
+        for name, least, remedy in (
+            ("minutes", 0, "use 0 (only say what is left) or more"),
+            ("jobs", 0, "use 1 or more, or 0 for the default"),
+            ("together", 0, "use 1 or more, or 0 for the default"),
+            ("items", 1, "use 1 or more"),
+        ):
             require(getattr(args, name) >= least, name, getattr(args, name), remedy)
         for directory, _ in parse_sources(args.data) if args.data else ():
-            require((Path(directory) / shards.META).exists(), "data", args.data, f"{directory} holds no {shards.META}; make it with python -m data.prepare")
+            require(
+                (Path(directory) / shards.META).exists(),
+                "data",
+                args.data,
+                f"{directory} holds no {shards.META}; make it with python -m data.prepare",
+            )
         runs = [run for name in names for run in PRESETS[name](args.data)]
         jobs, keep = args.jobs or (JOBS if cuda else 1), [name for name in args.keep.split(",") if name]
         models = {f"E{run.n_experts}k{run.top_k}" for run in runs} | {"all"}
         require(models >= set(keep), "keep", args.keep, "name models of these presets, such as E16k2, or all")
         results = args.results or (SMOKE if "smoke" in names else "study/results.jsonl")
-        return sweep(runs, results, args.minutes, args.cache, devices, jobs, args.items, keep, args.together or (TOGETHER if cuda else 1))
+        return sweep(
+            runs,
+            results,
+            args.minutes,
+            args.cache,
+            devices,
+            jobs,
+            args.items,
+            keep,
+            args.together or (TOGETHER if cuda else 1),
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -47,7 +47,11 @@ def missing(presets, rows):
     """The runs missing of these presets and the minutes of one GPU that they would take, in words; "" when there are none."""
     todo = settle([run for name in presets for run in PRESETS[name]("")], rows)
     minutes = gpu_minutes(todo, rows)
-    return f"{len(todo)} runs of `{'`, `'.join(presets)}`" + (f", about {minutes:.0f} minutes" if minutes else "") if todo else ""
+    return (
+        f"{len(todo)} runs of `{'`, `'.join(presets)}`" + (f", about {minutes:.0f} minutes" if minutes else "")
+        if todo
+        else ""
+    )
 
 
 def noise(rows):
@@ -57,17 +61,27 @@ def noise(rows):
         return ""
     rms = lambda value: math.sqrt(np.mean([(value(a) - value(b)) ** 2 for a, b in pairs]))  # noqa: E731
     same = sum(a["train_loss"] == b["train_loss"] and a["facts"] == b["facts"] for a, b in pairs)
-    return (f" {len(pairs)} are runs done again, {same} of these with the same bits; root mean square difference: training loss "
-            f"{rms(lambda row: row['train_loss']):.3f}, loss of the values {rms(lambda row: row['facts']['loss']):.3f}, recall "
-            f"{rms(lambda row: score(row, 'facts')):.1f} points, solutions {rms(lambda row: score(row, 'problems')):.1f}, mental arithmetic "
-            f"{rms(lambda row: score(row, 'mano')):.1f}. The first of each is used below.")
+    return (
+        f" {len(pairs)} are runs done again, {same} of these with the same bits; root mean square difference: training loss "
+        f"{rms(lambda row: row['train_loss']):.3f}, loss of the values {rms(lambda row: row['facts']['loss']):.3f}, recall "
+        f"{rms(lambda row: score(row, 'facts')):.1f} points, solutions {rms(lambda row: score(row, 'problems')):.1f}, mental arithmetic "
+        f"{rms(lambda row: score(row, 'mano')):.1f}. The first of each is used below."
+    )
 
 
 def edges(rows):
     """A sentence on the (E, k) whose best rate was the lowest or the highest that they tried, so that a better one may lie beyond."""
-    compared = [(group, rates, results.best(rates)) for group, rates in comparisons(rows) if group["init_std"] == Run.init_std and len(rates) >= 3]
+    compared = [
+        (group, rates, results.best(rates))
+        for group, rates in comparisons(rows)
+        if group["init_std"] == Run.init_std and len(rates) >= 3
+    ]
     compared = [(group, rates, rate) for group, rates, rate in compared if rate]
-    names = [f"E={group['n_experts']} k={group['top_k']} F={group['d_expert']} ({rate:g})" for group, rates, rate in compared if rate in (min(rates), max(rates))]
+    names = [
+        f"E={group['n_experts']} k={group['top_k']} F={group['d_expert']} ({rate:g})"
+        for group, rates, rate in compared
+        if rate in (min(rates), max(rates))
+    ]
     return f"Three rates or more were compared at {len(compared)} sets of one (E, k); the best was at the edge for {len(names)}: {', '.join(names) or 'none'}."
 
 
@@ -76,17 +90,29 @@ def tables(rows, posttrained=()):
     claims = [(text, list(compute(rows)), missing(presets, rows)) for text, compute, presets in CLAIMS]
     models = {(row["d_model"], row["n_experts"], row["top_k"], row["seed"]) for row in posttrained}
     left = {(run.d_model, run.n_experts, run.top_k, run.seed) for run in PRESETS["family"]("")} - models
-    claims += [(text, list(still_lost(posttrained, remedies)), f"{len(left)} models of `family`" if left else "") for text, remedies in REMEDIES]
+    claims += [
+        (text, list(still_lost(posttrained, remedies)), f"{len(left)} models of `family`" if left else "")
+        for text, remedies in REMEDIES
+    ]
     minutes, flops = sum(row["seconds"] / row["jobs"] for row in rows) / 60, sum(row["flops"] for row in rows)
     devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
     diverged = sum(row["diverged"] for row in rows)
-    lines = [f"{len(rows)} runs, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; {diverged} diverged.{noise(rows)}", "",
-             edges(rows), "",
-             "| claim of the paper | verdict | sets of runs: for / against / open | still missing |", "|---|---|---|---|"]
+    lines = [
+        f"{len(rows)} runs, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; {diverged} diverged.{noise(rows)}",
+        "",
+        edges(rows),
+        "",
+        "| claim of the paper | verdict | sets of runs: for / against / open | still missing |",
+        "|---|---|---|---|",
+    ]
     for number_, (text, found, cost) in enumerate(claims, 1):
         verdicts = [decide(test) for test in found if test.votes]
         cost = cost or ("more seeds" if overall(found) == "undecided" else "nothing")
-        tally = " / ".join(str(verdicts.count(v)) for v in ("supported", "not supported", "undecided")) if verdicts else "no runs"
+        tally = (
+            " / ".join(str(verdicts.count(v)) for v in ("supported", "not supported", "undecided"))
+            if verdicts
+            else "no runs"
+        )
         unlost = text in dict(REMEDIES) and any(len(test.effects) >= MIN_SEEDS for test in found)
         why = "" if verdicts else ": no loss to rescue is shown" if unlost else ": not enough runs"
         lines.append(f"| {number_}. {text} | **{overall(found)}**{why} | {tally} | {cost} |")
@@ -99,9 +125,17 @@ def tables(rows, posttrained=()):
         for test in found:
             mean, low, high = interval(test.effects.values())
             margin = f"{'below' if test.little else 'above'} {test.margin:g}"
-            note = f" ({test.note})" if test.note else f" (fewer than {MIN_SEEDS} seeds)" if len(test.effects) < MIN_SEEDS else ""
-            lines.append(f"| {test.where}; {test.runs} runs | {number(mean)} {test.unit} | {number(low)} to {number(high)} | {margin} | "
-                         f"{len(test.effects)} | {decide(test) if test.votes else 'no vote'}{note} |")
+            note = (
+                f" ({test.note})"
+                if test.note
+                else f" (fewer than {MIN_SEEDS} seeds)"
+                if len(test.effects) < MIN_SEEDS
+                else ""
+            )
+            lines.append(
+                f"| {test.where}; {test.runs} runs | {number(mean)} {test.unit} | {number(low)} to {number(high)} | {margin} | "
+                f"{len(test.effects)} | {decide(test) if test.votes else 'no vote'}{note} |"
+            )
     return "\n".join(lines)
 
 
@@ -118,13 +152,23 @@ def write(path, generated):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", default="study/results.jsonl")
-    parser.add_argument("--posttrain", default="study/posttrain.jsonl", help="results of study.posttrain (default: %(default)s)")
+    parser.add_argument(
+        "--posttrain", default="study/posttrain.jsonl", help="results of study.posttrain (default: %(default)s)"
+    )
     parser.add_argument("--out", help="file whose tables are replaced; default: print them")
     args = parser.parse_args(argv)
     try:
         rows = results.read(args.results)
-        require(rows or not args.out, "results", args.results, f"there is no run in it to write tables of into {args.out}; run study.sweep first")
-        generated = tables(rows, results.read(args.posttrain, posttrain.ROW, optional=args.posttrain == parser.get_default("posttrain")))
+        require(
+            rows or not args.out,
+            "results",
+            args.results,
+            f"there is no run in it to write tables of into {args.out}; run study.sweep first",
+        )
+        generated = tables(
+            rows,
+            results.read(args.posttrain, posttrain.ROW, optional=args.posttrain == parser.get_default("posttrain")),
+        )
         if args.out:
             write(args.out, generated)
             print(args.out)

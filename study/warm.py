@@ -26,14 +26,25 @@ def compile_run(D, F, E, K, vocab):
         x, logits, gates = new(T, D), new(T, E), floats(T, K)
         routed = routing.route_fwd(logits, None, K, False, True)
         sorted_ = experts.experts_fwd(x, w_in, w_out, gates, routed[1])[1:]
-        cross_entropy.cross_entropy_op._init_fn(new(8, D), floats(vocab, D), torch.empty(8, dtype=torch.int64), 8, T == TRAINING)
+        cross_entropy.cross_entropy_op._init_fn(
+            new(8, D), floats(vocab, D), torch.empty(8, dtype=torch.int64), 8, T == TRAINING
+        )
         if T == TRAINING:
             experts.experts_bwd(x, x, w_in, w_out, gates, *sorted_)
             for z in (floats(()), floats(2)[1]):  # the first layer's gradient of z is aligned, others' are not
                 routing.route_bwd(logits, routed[1], gates, gates, routed[3], z, False, True)
     for shape, maps in (((3 * D, D), [D] * 3), ((D, D), [D]), ((E, 2 * F, D), [F, F]), ((E, D, F), [D])):
         if muon.fits(shape, maps):
-            muon.muon_update(*([floats(shape)] * 4 for _ in range(3)), maps, floats(()), 0.95, 0.1, floats(()), floats(()), len(shape) == 3)
+            muon.muon_update(
+                *([floats(shape)] * 4 for _ in range(3)),
+                maps,
+                floats(()),
+                0.95,
+                0.1,
+                floats(()),
+                floats(()),
+                len(shape) == 3,
+            )
 
 
 def main(argv=None):

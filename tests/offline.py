@@ -39,7 +39,9 @@ def resources(kernel, capability):
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
         ptx.write(kernel.asm["ptx"])
         ptx.flush()
-        log = subprocess.run([ptxas, "-v", f"--gpu-name={arch}", ptx.name, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
+        log = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={arch}", ptx.name, "-o", "/dev/null"], capture_output=True, text=True, check=True
+        ).stderr
     number = lambda pattern: int(re.search(pattern, log).group(1))  # noqa: E731
     text = kernel.asm["ptx"]
     return Compiled(
@@ -84,7 +86,12 @@ def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
     from moe_kernels import activation, adamw, cross_entropy, experts, muon, rotary, routing
 
     empty = torch.empty
-    x, w_in, w_out, gates = empty(T, D, dtype=dtype), empty(E, 2 * F, D, dtype=dtype), empty(E, D, F, dtype=dtype), empty(T, K)
+    x, w_in, w_out, gates = (
+        empty(T, D, dtype=dtype),
+        empty(E, 2 * F, D, dtype=dtype),
+        empty(E, D, F, dtype=dtype),
+        empty(T, K),
+    )
     with compile_only() as rows:
         routed = routing.route_fwd(empty(T, E, dtype=dtype), None, K, False, True)
         routing.route_bwd(empty(T, E, dtype=dtype), routed[1], gates, gates, routed[3], routed[4], False, True)
@@ -96,14 +103,21 @@ def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
             for norms in ((None, None), (weight, weight)):
                 q, k = rotary.rope_fwd(qkv, table, table, *norms, heads, 1e-5)
                 rotary.rope_bwd(q, k, k, qkv if norms[0] is not None else None, table, table, *norms, 1e-5)
-        cross_entropy.cross_entropy_op._init_fn(empty(8, 16, dtype=dtype), empty(50304, 16), empty(8, dtype=torch.int64), 8, True)
-        for weights, grad, copy in ((empty(E, D), empty(E, D), None), (empty(E, D), empty(E, D, dtype=dtype), empty(E, D, dtype=dtype)),
-                                    (empty(E, D, dtype=dtype), empty(E, D, dtype=dtype), None)):
+        cross_entropy.cross_entropy_op._init_fn(
+            empty(8, 16, dtype=dtype), empty(50304, 16), empty(8, dtype=torch.int64), 8, True
+        )
+        for weights, grad, copy in (
+            (empty(E, D), empty(E, D), None),
+            (empty(E, D), empty(E, D, dtype=dtype), empty(E, D, dtype=dtype)),
+            (empty(E, D, dtype=dtype), empty(E, D, dtype=dtype), None),
+        ):
             scalars = [empty(()) for _ in range(4)]  # step, lr, scale, skip
             adamw.launch(weights, grad, weights, weights, *scalars, 0.9, 0.99, 1e-8, 0.1, copy, 0)
         for shape, maps in (((E, 2 * F, D), [F, F]), ((E, D, F), [D])):
             if muon.fits(shape, maps):
-                muon.muon_update(*([empty(shape)] * 4 for _ in range(3)), maps, empty(()), 0.95, 0.1, empty(()), empty(()), True)
+                muon.muon_update(
+                    *([empty(shape)] * 4 for _ in range(3)), maps, empty(()), 0.95, 0.1, empty(()), empty(()), True
+                )
     return rows
 
 

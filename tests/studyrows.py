@@ -7,8 +7,22 @@ from model import count_params, flops_per_token
 from study import run, sweep
 from study.run import Run, key
 
-TINY = Run(d_model=32, n_layers=1, n_experts=4, top_k=2, d_expert=32, tokens=40 * 4 * 96, lr=1e-2, batch=4, seq_len=96, people=20, max_steps=2,
-           mano_length=2, modulus=5, data_tokens=2**14)
+TINY = Run(
+    d_model=32,
+    n_layers=1,
+    n_experts=4,
+    top_k=2,
+    d_expert=32,
+    tokens=40 * 4 * 96,
+    lr=1e-2,
+    batch=4,
+    seq_len=96,
+    people=20,
+    max_steps=2,
+    mano_length=2,
+    modulus=5,
+    data_tokens=2**14,
+)
 
 
 def fake(config, effect=None, rng=random.Random(0)):
@@ -21,13 +35,32 @@ def fake(config, effect=None, rng=random.Random(0)):
         noise = lambda: rng.gauss(0, 0.002)  # noqa: E731
         later = loss + 0.5 * (1 - share)
         a, b = (min(0.97, max(0.03, value * share + noise())) for value in (memory, reason))
-        return {"train_loss": later + noise(), "val_loss": later, "facts": {"overall": a, "loss": 1 - a}, "problems": {"accuracy": b, "loss": 1 - b},
-                "mano": {"accuracy": b, "loss": later}}
+        return {
+            "train_loss": later + noise(),
+            "val_loss": later,
+            "facts": {"overall": a, "loss": 1 - a},
+            "problems": {"accuracy": b, "loss": 1 - b},
+            "mano": {"accuracy": b, "loss": later},
+        }
 
-    return {"key": key(config), "run": dataclasses.asdict(config), "lr": cfg.lr, "diverged": False, "tokens": config.tokens, "jobs": 1,
-            "tpp": config.tokens / params.total, "params": params._asdict(), "flops": config.tokens * flops_per_token(cfg),
-            "points": [point(0.5)], **point(1.0), "seconds": 10.0, "train_seconds": 8.0, "tokens_per_s": config.tokens / 8, "device": "NVIDIA fake",
-            "bits": {"per_parameter": memory, "per_active_parameter": memory, "total": memory, "possible": 1}}
+    return {
+        "key": key(config),
+        "run": dataclasses.asdict(config),
+        "lr": cfg.lr,
+        "diverged": False,
+        "tokens": config.tokens,
+        "jobs": 1,
+        "tpp": config.tokens / params.total,
+        "params": params._asdict(),
+        "flops": config.tokens * flops_per_token(cfg),
+        "points": [point(0.5)],
+        **point(1.0),
+        "seconds": 10.0,
+        "train_seconds": 8.0,
+        "tokens_per_s": config.tokens / 8,
+        "device": "NVIDIA fake",
+        "bits": {"per_parameter": memory, "per_active_parameter": memory, "total": memory, "possible": 1},
+    }
 
 
 def world(effect, runs, change=lambda row: row):

@@ -9,7 +9,9 @@ from tests.checks import BOUNDS, DTYPES, check, rms_ratio
 
 def problem(T, F, dtype, device):
     g = torch.Generator().manual_seed(T + F)
-    return torch.randn(T, 2 * F, generator=g).to(device, dtype).requires_grad_(), torch.randn(T, F, generator=g).to(device, dtype)
+    return torch.randn(T, 2 * F, generator=g).to(device, dtype).requires_grad_(), torch.randn(T, F, generator=g).to(
+        device, dtype
+    )
 
 
 def results(h, da, impl="triton"):

@@ -17,7 +17,9 @@ def tensors(n, device, dtype=FULL, grad_dtype=None, seed=0):
     """weight, grad, exp_avg, exp_avg_sq of unit scale, as after some steps."""
     g = torch.Generator().manual_seed(seed)
     weight, grad, mean, var = (torch.randn(n, generator=g) for _ in range(4))
-    return [t.to(device, d) for t, d in ((weight, dtype), (grad, grad_dtype or dtype), (mean, dtype), (var.square(), dtype))]
+    return [
+        t.to(device, d) for t, d in ((weight, dtype), (grad, grad_dtype or dtype), (mean, dtype), (var.square(), dtype))
+    ]
 
 
 def scalar(value, device):
@@ -30,13 +32,30 @@ def test_equals_torch_in_float32(impl, device):
     weight, *_ = tensors(3000, device)
     theirs = torch.nn.Parameter(weight.clone())
     optimizer = torch.optim.AdamW([theirs], betas=(0.9, 0.999), weight_decay=0.1)
-    ours, moments, copy = weight.clone(), [torch.zeros_like(weight), torch.zeros_like(weight)], torch.empty_like(weight, dtype=HALF)
+    ours, moments, copy = (
+        weight.clone(),
+        [torch.zeros_like(weight), torch.zeros_like(weight)],
+        torch.empty_like(weight, dtype=HALF),
+    )
     for step in range(1, 6):
         _, grad, *_ = tensors(3000, device, seed=step)
         optimizer.param_groups[0]["lr"] = 0.1 / step
         theirs.grad = grad * 0.5
         optimizer.step()
-        adamw_step(ours, grad, *moments, scalar(step, device), 0.1 / step, 0.9, 0.999, 1e-8, 0.1, scale=scalar(0.5, device), copy=copy, impl=impl)
+        adamw_step(
+            ours,
+            grad,
+            *moments,
+            scalar(step, device),
+            0.1 / step,
+            0.9,
+            0.999,
+            1e-8,
+            0.1,
+            scale=scalar(0.5, device),
+            copy=copy,
+            impl=impl,
+        )
     check(ours - weight, theirs.detach() - weight, BOUNDS[FULL])
     for mine, name in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
         check(mine, optimizer.state[theirs][name], BOUNDS[FULL])
@@ -91,7 +110,13 @@ def test_rounding_is_unbiased_repeatable_and_to_a_neighbour(impl, device):
     # Rounding of the three results is independent, and so is that of neighbouring positions.
     ups = (found > found.double().mean((0, 2), keepdim=True)).float()
     ups = (ups - ups.mean((0, 2), keepdim=True)) / ups.std((0, 2), keepdim=True)
-    for a, b in ((ups[:, 0], ups[:, 1]), (ups[:, 0], ups[:, 2]), (ups[:, 1], ups[:, 2]), (ups[:, 0, 1:], ups[:, 0, :-1]), (ups[1:, 0], ups[:-1, 0])):
+    for a, b in (
+        (ups[:, 0], ups[:, 1]),
+        (ups[:, 0], ups[:, 2]),
+        (ups[:, 1], ups[:, 2]),
+        (ups[:, 0, 1:], ups[:, 0, :-1]),
+        (ups[1:, 0], ups[:-1, 0]),
+    ):
         assert (a * b).mean().abs() < 5 / a.numel() ** 0.5
     assert (ups[:, 0] * ups[:, 0]).mean() > 0.9  # the check can fail
 
@@ -103,8 +128,20 @@ def test_skip_leaves_everything_untouched(impl, dtype, device):
     mine[1].fill_(float("nan"))
     copy = torch.ones_like(mine[0], dtype=HALF)
     for skip in (1.0, 0.0):
-        adamw_step(*mine, scalar(2, device), 1e-2, **SETTINGS, skip=scalar(skip, device), scale=scalar("nan", device), copy=copy, impl=impl)
-        same = [torch.equal(a, b) for a, b in zip((mine[0], *mine[2:], copy), (before[0], *before[2:], torch.ones_like(copy)), strict=True)]
+        adamw_step(
+            *mine,
+            scalar(2, device),
+            1e-2,
+            **SETTINGS,
+            skip=scalar(skip, device),
+            scale=scalar("nan", device),
+            copy=copy,
+            impl=impl,
+        )
+        same = [
+            torch.equal(a, b)
+            for a, b in zip((mine[0], *mine[2:], copy), (before[0], *before[2:], torch.ones_like(copy)), strict=True)
+        ]
         assert all(same) if skip else not any(same)
     assert all(t.isnan().all() for t in (*mine, copy))  # no NaN is rounded to a number
 
@@ -113,7 +150,9 @@ def test_skip_leaves_everything_untouched(impl, dtype, device):
 def test_small_steps_and_a_falling_second_moment_survive_bfloat16(impl, device):
     """Steps of 1e-4 move a weight of 1, and beta2 = 0.999 lets a second moment of 1 fall; rounded to nearest, both would stand still."""
     steps = 20 if impl == "triton" and device == "cpu" else 200  # the interpreter is slow
-    weight, grad, mean, var, still, none, zero, falling = (torch.full((4096,), x, dtype=HALF, device=device) for x in (1, 1, 1, 1, 1, 0, 0, 1))
+    weight, grad, mean, var, still, none, zero, falling = (
+        torch.full((4096,), x, dtype=HALF, device=device) for x in (1, 1, 1, 1, 1, 0, 0, 1)
+    )
     for step in range(steps):
         at = scalar(1e6 + step, device)  # the corrections are 1
         adamw_step(weight, grad, mean, var, at, 1e-4, 0.9, 0.999, 0.0, 0.0, impl=impl)
@@ -126,20 +165,31 @@ def test_small_steps_and_a_falling_second_moment_survive_bfloat16(impl, device):
 def test_positions_beyond_32_bits_differ():
     """The hash takes the high word of the position too; checked on the twin, which has no memory to allocate for it."""
     key = lambda high: mix(mix(mix(torch.tensor(5)) ^ 3) ^ high)  # noqa: E731
-    assert mix(torch.arange(8) ^ key(1)).tolist() != mix(torch.arange(8) ^ key(0)).tolist() == random_bits(5, torch.tensor(3.0), 8, "cpu").tolist()
+    assert (
+        mix(torch.arange(8) ^ key(1)).tolist()
+        != mix(torch.arange(8) ^ key(0)).tolist()
+        == random_bits(5, torch.tensor(3.0), 8, "cpu").tolist()
+    )
 
 
 def test_rounding_of_the_extremes():
     x = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1.0, -1.0, 1e-40])
     for noise in (0, 0x7FFF, 0xFFFF):
         up = round_to(HALF, x, torch.full(x.shape, noise))
-        assert torch.equal(up[:4].float(), x[:4]) and up[4].isnan() and torch.equal(up[5:7].float(), x[5:7]) and 9e-41 < up[7].item() < 1.9e-40
+        assert (
+            torch.equal(up[:4].float(), x[:4])
+            and up[4].isnan()
+            and torch.equal(up[5:7].float(), x[5:7])
+            and 9e-41 < up[7].item() < 1.9e-40
+        )
 
 
 def test_bad_arguments(device):
     weight, grad, mean, var = tensors(8, device)
     call = lambda *a, **k: adamw_step(*a, scalar(1, device), 1e-3, **SETTINGS, **k)  # noqa: E731
-    with pytest.raises(ValueError, match=r"grad \(4,\) torch.float32: expected contiguous float32 or bfloat16 of weight's shape \(8,\)"):
+    with pytest.raises(
+        ValueError, match=r"grad \(4,\) torch.float32: expected contiguous float32 or bfloat16 of weight's shape \(8,\)"
+    ):
         call(weight, grad[:4], mean, var)
     with pytest.raises(ValueError, match="exp_avg .* torch.float16"):
         call(weight, grad, mean.half(), var)

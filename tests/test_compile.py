@@ -11,7 +11,16 @@ import pytest
 from tests.offline import SHARED_LIMIT
 
 # T, D, F, E, K: each tile family at full and at small rows per expert; widths down to the smallest model; generation; the study.
-SHAPES = ["4096,2048,768,16,8", "1024,2048,768,128,8", "4096,512,1024,16,4", "1536,1536,256,8,8", "512,128,256,8,2", "64,64,48,8,2", "4,512,1024,16,2", "8192,128,64,16,2"]
+SHAPES = [
+    "4096,2048,768,16,8",
+    "1024,2048,768,128,8",
+    "4096,512,1024,16,4",
+    "1536,1536,256,8,8",
+    "512,128,256,8,2",
+    "64,64,48,8,2",
+    "4,512,1024,16,2",
+    "8192,128,64,16,2",
+]
 GEMMS = {"up_kernel", "rows_kernel", "dswiglu_kernel", "dw_kernel"}
 
 
@@ -19,7 +28,13 @@ GEMMS = {"up_kernel", "rows_kernel", "dswiglu_kernel", "dw_kernel"}
 def rows():
     # The interpreter replaces `triton.jit` at import, so compiling needs a process of its own.
     env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    out = subprocess.run([sys.executable, "-m", "tests.offline", *SHAPES], env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    out = subprocess.run(
+        [sys.executable, "-m", "tests.offline", *SHAPES],
+        env=env,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     assert out.returncode == 0, out.stderr[-3000:]
     return [json.loads(line) for line in out.stdout.splitlines()]
 
@@ -27,7 +42,9 @@ def rows():
 def test_every_kernel_compiles_without_spills(rows):
     assert {row["shape"] for row in rows} == set(SHAPES)
     assert GEMMS | {"muon_kernel"} < {row["name"] for row in rows}
-    assert {f"{op}_{way}_kernel" for op in ("swiglu", "rope", "route") for way in ("fwd", "bwd")} < {row["name"] for row in rows}
+    assert {f"{op}_{way}_kernel" for op in ("swiglu", "rope", "route") for way in ("fwd", "bwd")} < {
+        row["name"] for row in rows
+    }
     spilled = [row for row in rows if row["spilled"] > 0]
     assert not spilled, spilled
 
@@ -43,6 +60,12 @@ def test_large_tiles_use_wgmma_and_asynchronous_copies(rows):
 
 
 def test_elementwise_kernels_move_16_bytes_at_a_time(rows):
-    moved = [row for row in rows if row["name"].startswith("swiglu_") or row["name"].startswith("rope_") and row["shared"] == 0]
-    assert len({row["name"] for row in moved}) == 4 and all(row["wide"] > 0 and row["narrow"] == 0 for row in moved), moved
+    moved = [
+        row
+        for row in rows
+        if row["name"].startswith("swiglu_") or row["name"].startswith("rope_") and row["shared"] == 0
+    ]
+    assert len({row["name"] for row in moved}) == 4 and all(row["wide"] > 0 and row["narrow"] == 0 for row in moved), (
+        moved
+    )
     assert any(row["narrow"] for row in rows if row["name"] == "count_kernel")

@@ -56,27 +56,30 @@ def test_types():
     assert parse("--lr=1", "--lr=2").lr == 2.0
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--stpes=3"], "unknown field 'stpes': did you mean 'steps'"),
-    (["--zzzzzz=3"], "--help lists"),
-    (["--steps=1.5"], r"steps='1.5': a whole number"),
-    (["--steps=inf"], "whole number"),
-    (["--steps=nan"], "whole number"),
-    (["--steps=many"], "whole number"),
-    (["--lr=fast"], "lr='fast': a finite number"),
-    (["--lr=inf"], "lr='inf': a finite number"),
-    (["--lr=nan"], "lr='nan': a finite number"),
-    (["--bogus=3"], "unknown field 'bogus': --help lists"),  # not 'out'
-    (["--help=1"], "unknown field 'help': --help lists"),
-    (["--warmup=1"], "did you mean 'warmup_steps'"),
-    (["--act=gelu"], "act='gelu': use one of relu, silu"),
-    (["--compile=maybe"], "true or false"),
-    (["--compile", "false"], "only with '='"),
-    (["--width=100"], "width=100: use a multiple of 16"),
-    (["--lr"], "needs a value"),
-    (["lr=3"], "unexpected argument"),
-    (["--config=/nonexistent.json"], "no such config file"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--stpes=3"], "unknown field 'stpes': did you mean 'steps'"),
+        (["--zzzzzz=3"], "--help lists"),
+        (["--steps=1.5"], r"steps='1.5': a whole number"),
+        (["--steps=inf"], "whole number"),
+        (["--steps=nan"], "whole number"),
+        (["--steps=many"], "whole number"),
+        (["--lr=fast"], "lr='fast': a finite number"),
+        (["--lr=inf"], "lr='inf': a finite number"),
+        (["--lr=nan"], "lr='nan': a finite number"),
+        (["--bogus=3"], "unknown field 'bogus': --help lists"),  # not 'out'
+        (["--help=1"], "unknown field 'help': --help lists"),
+        (["--warmup=1"], "did you mean 'warmup_steps'"),
+        (["--act=gelu"], "act='gelu': use one of relu, silu"),
+        (["--compile=maybe"], "true or false"),
+        (["--compile", "false"], "only with '='"),
+        (["--width=100"], "width=100: use a multiple of 16"),
+        (["--lr"], "needs a value"),
+        (["lr=3"], "unexpected argument"),
+        (["--config=/nonexistent.json"], "no such config file"),
+    ],
+)
 def test_mistakes_name_field_value_and_remedy(argv, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         config.parse(Config, argv)
@@ -105,16 +108,19 @@ def test_file_round_trip_and_precedence(tmp_path):
     assert parse("--width=96", "--preset=large").width == 96
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"lr": 1', "config.json: not valid JSON"),
-    (b'{"lr": \xff', "config.json: not valid JSON"),
-    ('[1]', "JSON object"),
-    ('{"learning_rate": 1}', "unknown field 'learning_rate'"),
-    ('{"lr": "fast"}', "lr='fast'"),
-    ('{"steps": true}', "steps=True"),
-    ('{"data": 3}', "data=3: text"),
-    ('{"lr": Infinity}', "lr=inf: a finite number"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"lr": 1', "config.json: not valid JSON"),
+        (b'{"lr": \xff', "config.json: not valid JSON"),
+        ("[1]", "JSON object"),
+        ('{"learning_rate": 1}', "unknown field 'learning_rate'"),
+        ('{"lr": "fast"}', "lr='fast'"),
+        ('{"steps": true}', "steps=True"),
+        ('{"data": 3}', "data=3: text"),
+        ('{"lr": Infinity}', "lr=inf: a finite number"),
+    ],
+)
 def test_bad_files(tmp_path, text, message):
     path = tmp_path / "config.json"
     text = text if isinstance(text, bytes) else text.encode()
@@ -138,8 +144,18 @@ def test_help_comes_from_the_source(capsys):
         config.parse(Config, ["--help"], description="Trains something.")
     assert exit_info.value.code == 0
     page = capsys.readouterr().out
-    for part in ("Trains something.", "Model:", "Optimiser:", "--lr float", "0.0003", "peak learning rate", "relu|silu",
-                 "the '#' inside a comment # stays", "--limit int?", "residual stream"):
+    for part in (
+        "Trains something.",
+        "Model:",
+        "Optimiser:",
+        "--lr float",
+        "0.0003",
+        "peak learning rate",
+        "relu|silu",
+        "the '#' inside a comment # stays",
+        "--limit int?",
+        "residual stream",
+    ):
         assert part in page, part
 
 
@@ -153,7 +169,9 @@ def test_a_resumed_run_stays_where_it_is(tmp_path):
     run = lambda *argv: config.parse_run(Run, list(argv))  # noqa: E731
     assert run("--lr=1", "--out-dir=new") == Run(lr=1.0, out_dir="new")
     for same in ([], [f"--out-dir={tmp_path}/"]):
-        assert run(f"--resume={tmp_path}", "--lr=1", *same) == Run(lr=1.0, steps=7, out_dir=str(tmp_path), resume=str(tmp_path))
+        assert run(f"--resume={tmp_path}", "--lr=1", *same) == Run(
+            lr=1.0, steps=7, out_dir=str(tmp_path), resume=str(tmp_path)
+        )
     with pytest.raises(ValueError, match="out_dir='new': a resumed run stays"):
         run(f"--resume={tmp_path}", "--out-dir=new")
     for wrong in (tmp_path / "config.json", tmp_path / "absent"):
@@ -168,5 +186,7 @@ def test_a_directory_that_cannot_be_written_is_named_by_its_field(tmp_path):
     assert config.make_directory(tmp_path / "a/b", "out", "a/b").is_dir() and not list((tmp_path / "a/b").iterdir())
     (tmp_path / "file").write_text("")
     for path in ("/proc", "/proc/x", tmp_path / "file"):
-        with pytest.raises(ValueError, match=f"out='given': nothing can be written to {path} .*; name another directory"):
+        with pytest.raises(
+            ValueError, match=f"out='given': nothing can be written to {path} .*; name another directory"
+        ):
             config.make_directory(path, "out", "given")

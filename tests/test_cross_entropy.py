@@ -28,7 +28,10 @@ def truth(x, w, targets):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T,D,V,chunk", [(37, 48, 100, 8192), (20, 16, 5000, 7), (1, 16, 16, 1), (64, 32, 257, 64), (6, 16, 16392, 4), (6, 16, 4099, 6)])
+@pytest.mark.parametrize(
+    "T,D,V,chunk",
+    [(37, 48, 100, 8192), (20, 16, 5000, 7), (1, 16, 16, 1), (64, 32, 257, 64), (6, 16, 16392, 4), (6, 16, 4099, 6)],
+)
 def test_matches_reference(T, D, V, chunk, dtype, device, poison):
     inputs = problem(T, D, V, dtype, device)
     got = results(*inputs, chunk)

@@ -14,13 +14,32 @@ from study import follow, show
 from tests.test_train import data_dir  # noqa: F401  a fixture
 from tests.test_train import run as train_run
 
-CONFIG = {"dense": False, "n_experts": 4, "top_k": 2, "d_model": 32, "n_layers": 3, "batch_size": 8, "seq_len": 16, "steps": 5}
+CONFIG = {
+    "dense": False,
+    "n_experts": 4,
+    "top_k": 2,
+    "d_model": 32,
+    "n_layers": 3,
+    "batch_size": 8,
+    "seq_len": 16,
+    "steps": 5,
+}
 
 
 def row(step, load=None):
     load = load or [[0.0, 1.0, 1.0, 2.0], [1.0] * 4, [0.25, 4.0, 1.0, 1.0]]
-    return {"step": step, "loss": 5 - 0.1 * step, "lr": 1e-3, "grad_norm": 1.0, "load": load, "load_max": [max(x) for x in load], "mfu": None,
-            "load_min": [min(x) for x in load], "router_entropy": [1.2, 1.3, 1.1], "dead_experts": sum(x.count(0.0) for x in load)}
+    return {
+        "step": step,
+        "loss": 5 - 0.1 * step,
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "load": load,
+        "load_max": [max(x) for x in load],
+        "mfu": None,
+        "load_min": [min(x) for x in load],
+        "router_entropy": [1.2, 1.3, 1.1],
+        "dead_experts": sum(x.count(0.0) for x in load),
+    }
 
 
 def write_run(path, rows, **changes):
@@ -50,7 +69,11 @@ def test_picture_shows_every_number(run):
     assert image.shape == (4, 3) and image.mask[0].all() and not image.mask[1:].any() and image[3].tolist() == [1, 1, 1]
     assert {axis.get_xlabel() for title, axis in axes.items() if title} == {"million tokens"}
     even = next(axis for title, axis in axes.items() if title.startswith("entropy")).lines[-1]
-    assert even.get_ydata()[0] == math.log(4) and even.get_zorder() > loss.lines[0].get_zorder() and even.get_color() == "black"
+    assert (
+        even.get_ydata()[0] == math.log(4)
+        and even.get_zorder() > loss.lines[0].get_zorder()
+        and even.get_color() == "black"
+    )
     curves.main([str(run)])
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG" and not list(run.glob("*.tmp*"))
 
@@ -65,12 +88,16 @@ def test_dense_and_several_runs(run, tmp_path):
 
 def test_the_legend_names_what_is_there(run, tmp_path):
     texts = lambda run: [text.get_text() for text in curves.figure(run).axes[0].get_legend().get_texts()]  # noqa: E731
-    assert texts(run) == ["training", "validation"] and texts(write_run(tmp_path / "early", [row(1), row(2)])) == ["training"]
+    assert texts(run) == ["training", "validation"] and texts(write_run(tmp_path / "early", [row(1), row(2)])) == [
+        "training"
+    ]
 
 
 @pytest.mark.parametrize("first, shown", [(3.5, True), (9.0, False)])
 def test_first_losses_are_cut_off_only_where_they_would_flatten_the_rest(tmp_path, first, shown):
-    run = write_run(tmp_path / "run", [row(1) | {"loss": first}, *(row(step) | {"loss": 3 - step / 20} for step in range(2, 30))])
+    run = write_run(
+        tmp_path / "run", [row(1) | {"loss": first}, *(row(step) | {"loss": 3 - step / 20} for step in range(2, 30))]
+    )
     low, high = curves.figure(run).axes[0].get_ylim()
     assert (high > first) == shown and low < 1.55 and high > 2.9
 
@@ -160,8 +187,12 @@ def test_adapters(run, monkeypatch):
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 5, "val_loss": 4.5}) + "\n")
     logged = []
-    writer = SimpleNamespace(add_scalar=lambda name, value, step: logged.append((step, name, value)), flush=lambda: None)
-    session = SimpleNamespace(log=lambda values, step: logged.extend((step, name, value) for name, value in values.items()))
+    writer = SimpleNamespace(
+        add_scalar=lambda name, value, step: logged.append((step, name, value)), flush=lambda: None
+    )
+    session = SimpleNamespace(
+        log=lambda values, step: logged.extend((step, name, value) for name, value in values.items())
+    )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda path: writer))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda name, config: session))
     follow.main([str(run)])
@@ -181,5 +212,7 @@ def test_training_draws_its_curves(data_dir, tmp_path):  # noqa: F811
     config, rows, val = curves.read(tmp_path / "out")
     for r in rows:
         assert len(r["router_entropy"]) == 2 and all(0.5 < h <= math.log(4) + 1e-6 for h in r["router_entropy"])
-        assert [len(layer) for layer in r["load"]] == [4, 4] and [max(layer) for layer in r["load"]] == pytest.approx(r["load_max"], abs=1e-3)
+        assert [len(layer) for layer in r["load"]] == [4, 4] and [max(layer) for layer in r["load"]] == pytest.approx(
+            r["load_max"], abs=1e-3
+        )
         assert all(sum(layer) == pytest.approx(4, abs=0.01) for layer in r["load"])

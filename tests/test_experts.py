@@ -13,7 +13,17 @@ from moe_kernels.tiles import gemm_tiles
 from tests.checks import BOUNDS, DTYPES, ON_GPU, check, problem, rms_ratio
 
 SMALL = [(37, 48, 32, 4, 2), (9, 16, 80, 8, 3), (1, 16, 16, 1, 1), (0, 16, 16, 2, 1)]
-LARGE = [(1000, 48, 80, 7, 3), (513, 128, 256, 256, 16), (2000, 256, 128, 8, 8), (1500, 144, 80, 3, 2), (4096, 512, 256, 64, 4)] if ON_GPU else []
+LARGE = (
+    [
+        (1000, 48, 80, 7, 3),
+        (513, 128, 256, 256, 16),
+        (2000, 256, 128, 8, 8),
+        (1500, 144, 80, 3, 2),
+        (4096, 512, 256, 64, 4),
+    ]
+    if ON_GPU
+    else []
+)
 NAMES = ("x", "w_in", "w_out", "gates")
 
 
@@ -48,7 +58,9 @@ def test_uneven_routing(routing, device, poison):
     got = run("triton", inputs, dy)
     compare(got, run_truth(inputs, dy), BOUNDS[torch.float32])
     idle = 4 if routing == "one" else 0
-    assert got[1][1][idle].abs().max() == 0 and got[1][2][idle].abs().max() == 0  # an expert without tokens: zeros, not garbage
+    assert (
+        got[1][1][idle].abs().max() == 0 and got[1][2][idle].abs().max() == 0
+    )  # an expert without tokens: zeros, not garbage
 
 
 @pytest.mark.skipif(ON_GPU, reason="on the GPU grouped_mm takes bfloat16 only: see test_grouped_mm_on_gpu")
@@ -62,7 +74,9 @@ def test_grouped_mm_composition_matches_float64():
 def test_grouped_mm_on_gpu():
     inputs = problem(600, 64, 128, 8, 2, torch.bfloat16, "cuda")
     dy = torch.randn(600, 64, device="cuda", dtype=torch.bfloat16)
-    compare(run("grouped_mm", inputs, dy), run_truth(inputs, dy), 1e-2)  # it rounds more often: gates and activations pass through bfloat16
+    compare(
+        run("grouped_mm", inputs, dy), run_truth(inputs, dy), 1e-2
+    )  # it rounds more often: gates and activations pass through bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DTYPES[-1]])
@@ -105,13 +119,18 @@ def test_the_tiles_of_a_gpu(D, F, rows, device, poison, monkeypatch):
     assert tiles["dw_in"].BLOCK_K == (16 if rows == 8 else 64)
     d, (offsets, row_slot, _) = dispatch(experts, E, tiles["up"].BLOCK_M), reference.dispatch(experts, E)
     g = torch.Generator().manual_seed(2)
-    dy, dh, ga = (torch.randn(n, m, generator=g).to(device, torch.float16) for n, m in ((T, D), (T * K, 2 * F), (T * K, F)))
+    dy, dh, ga = (
+        torch.randn(n, m, generator=g).to(device, torch.float16) for n, m in ((T, D), (T * K, 2 * F), (T * K, F))
+    )
     h, a = gemm.up(x, w_in, d, tiles["up"])
     backward = gemm.dswiglu(dy, w_out, h, gates, d, tiles["dswiglu"])
     truths = (
         reference.up(x.double(), w_in.double(), row_slot, offsets, K),
         reference.dswiglu(dy.double(), w_out.double(), gemm.to_rows(h).double(), gates.double(), row_slot, offsets),
-        (reference.dw_in(dh.double(), x.double(), row_slot, offsets, K), reference.dw_out(x.double(), ga.double(), row_slot, offsets, K)),
+        (
+            reference.dw_in(dh.double(), x.double(), row_slot, offsets, K),
+            reference.dw_out(x.double(), ga.double(), row_slot, offsets, K),
+        ),
     )
     weights = gemm.dw(x, dh, True, d, tiles["dw_in"]), gemm.dw(x, ga, False, d, tiles["dw_out"])
     results = (gemm.to_rows(h), a), (*backward[:2], backward[2].sum(0)), weights
@@ -139,7 +158,11 @@ def test_reference_is_the_formula():
     h = torch.einsum("td,egd->teg", x, w_in)
     a = torch.nn.functional.silu(h[..., :16]) * h[..., 16:]
     weights = torch.zeros(30, 5, dtype=torch.float64).scatter(1, experts.long(), gates)
-    check(moe_experts(x, w_in, w_out, gates, experts, impl="reference"), torch.einsum("tef,edf,te->td", a, w_out, weights), 1e-12)
+    check(
+        moe_experts(x, w_in, w_out, gates, experts, impl="reference"),
+        torch.einsum("tef,edf,te->td", a, w_out, weights),
+        1e-12,
+    )
 
 
 def test_reference_twins_compose_to_autograd():
@@ -151,11 +174,14 @@ def test_reference_twins_compose_to_autograd():
     offsets, row_slot, slot_row = reference.dispatch(experts, E)
     h, a = reference.up(x, w_in, row_slot, offsets, K)
     dh, ga, dgates = reference.dswiglu(dy, w_out, h, gates, row_slot, offsets)
-    got = reference.combine(reference.down(a, w_out, offsets), slot_row, gates), (
-        reference.combine(reference.dx(dh, w_in, offsets), slot_row),
-        reference.dw_in(dh, x, row_slot, offsets, K),
-        reference.dw_out(dy, ga, row_slot, offsets, K),
-        dgates[slot_row.long()],
+    got = (
+        reference.combine(reference.down(a, w_out, offsets), slot_row, gates),
+        (
+            reference.combine(reference.dx(dh, w_in, offsets), slot_row),
+            reference.dw_in(dh, x, row_slot, offsets, K),
+            reference.dw_out(dy, ga, row_slot, offsets, K),
+            dgates[slot_row.long()],
+        ),
     )
     compare(got, run_truth((x, w_in, w_out, gates, experts), dy), 1e-12)
 
@@ -242,7 +268,9 @@ def test_cuda_graph_capture_follows_new_routing(T):
         static.copy_(new)
     graph.replay()
     fresh = run("triton", other, dy)
-    assert torch.equal(captured[0], fresh[0]) and all(torch.equal(a, b) for a, b in zip(captured[1], fresh[1], strict=True))
+    assert torch.equal(captured[0], fresh[0]) and all(
+        torch.equal(a, b) for a, b in zip(captured[1], fresh[1], strict=True)
+    )
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
@@ -259,7 +287,9 @@ def test_branches_of_a_graph_do_not_meet(monkeypatch):
             stream.wait_stream(start)
             with torch.cuda.stream(stream):
                 y, grads = run("triton", each, dy)
-                captured.append((y, [grad.clone() for grad in grads]))  # freed, the originals are the next branch's to overwrite
+                captured.append(
+                    (y, [grad.clone() for grad in grads])
+                )  # freed, the originals are the next branch's to overwrite
                 del y, grads
         for stream in streams:
             start.wait_stream(stream)
@@ -295,13 +325,19 @@ def test_results_are_not_memory_of_the_side_stream(monkeypatch):
         return t
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, lambda *args, _make=getattr(owner, name), **kwargs: watched(_make, *args, **kwargs))
+        monkeypatch.setattr(
+            owner, name, lambda *args, _make=getattr(owner, name), **kwargs: watched(_make, *args, **kwargs)
+        )
     monkeypatch.setattr(torch.cuda, "stream", enter)
     monkeypatch.setattr("moe_kernels.experts.captured_stream", lambda tensor: Stream("main"))
     monkeypatch.setattr("moe_kernels.experts.side_stream", lambda main: Stream("side"))
     inputs, dy = problem(24, 32, 16, 4, 2, torch.float32, "cpu"), torch.randn(24, 32)
     got = run("triton", inputs, dy)
-    assert events[0] == "side waits for main" and events[-1] == "main waits for side" and set(events[1:-1]) == {"side allocates"}
+    assert (
+        events[0] == "side waits for main"
+        and events[-1] == "main waits for side"
+        and set(events[1:-1]) == {"side allocates"}
+    )
     assert not {t.data_ptr() for t in theirs} & {t.data_ptr() for t in got[1]}
     compare(got, run_truth(inputs, dy), BOUNDS[torch.float32])
 

@@ -7,8 +7,20 @@ from eval.generate import Decoder, generate, sample
 from eval.kv_cache import KVCache
 from model import GPT, ModelConfig
 
-CFG = dict(vocab_size=50, seq_len=40, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, n_experts=4, top_k=2, d_expert=32,
-           init_std=0.3, dtype="float32")
+CFG = dict(
+    vocab_size=50,
+    seq_len=40,
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    n_experts=4,
+    top_k=2,
+    d_expert=32,
+    init_std=0.3,
+    dtype="float32",
+)
 
 
 def make(**overrides):
@@ -29,10 +41,12 @@ def greedy_without_cache(model, prompt, n, stop_ids=()):
             if token in stop_ids:
                 break
             ids.append(token)
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("options", [{}, dict(dense=True), dict(qk_norm=True, n_kv_heads=4, router_score="sigmoid", n_shared_experts=1)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(dense=True), dict(qk_norm=True, n_kv_heads=4, router_score="sigmoid", n_shared_experts=1)]
+)
 def test_cache_equals_recompute(options):
     model = make(**options)
     prompt = make_prompts([24])[0]
@@ -43,7 +57,9 @@ def test_cache_equals_recompute(options):
             rows.append((end - 1, model(torch.tensor([prompt[start:end]]), cache=cache).logits[0, 0]))
     for position, logits in rows:
         torch.testing.assert_close(logits, expected[position], rtol=1e-4, atol=1e-4)
-        assert (logits - expected[position - 1]).abs().max() > 0.1  # the check can fail: a neighbour's logits are far off
+        assert (
+            logits - expected[position - 1]
+        ).abs().max() > 0.1  # the check can fail: a neighbour's logits are far off
 
 
 def test_rows_of_a_batch_are_independent():
@@ -59,7 +75,9 @@ def test_rows_of_a_batch_are_independent():
         assert cache.lengths_B.tolist() == [4, 12, 8]
         for i, prompt in enumerate(prompts):
             torch.testing.assert_close(first[i], model(torch.tensor([prompt])).logits[0, -1], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(second[i], model(torch.tensor([prompt + [5 + i]])).logits[0, -1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                second[i], model(torch.tensor([prompt + [5 + i]])).logits[0, -1], rtol=1e-4, atol=1e-4
+            )
 
 
 def test_training_mode_uses_the_cache_too():
@@ -95,14 +113,20 @@ def test_sampling_is_reproducible_and_independent_of_the_batch():
     same = generate(model, [prompts[0]] * 4, 15, temperature=1.0)
     assert len({tuple(ids) for ids in same}) == 4  # equal prompts draw different samples
     assert generate(model, prompts, 15, temperature=1e-4) == generate(model, prompts, 15)  # cold is greedy
-    assert generate(model, prompts, 15, temperature=5.0, top_p=1e-6) == generate(model, prompts, 15)  # a nucleus of one token
+    assert generate(model, prompts, 15, temperature=5.0, top_p=1e-6) == generate(
+        model, prompts, 15
+    )  # a nucleus of one token
 
 
 def test_sample_follows_the_distribution_and_the_nucleus():
     probs = torch.tensor([0.1, 0.5, 0.15, 0.25])
     uniform = (torch.arange(10_000) + 0.5) / 10_000
     logits = probs.log().expand(10_000, 4)
-    for top_p, expected in ((1.0, probs), (0.74, torch.tensor([0, 2 / 3, 0, 1 / 3])), (0.4, torch.tensor([0, 1.0, 0, 0]))):
+    for top_p, expected in (
+        (1.0, probs),
+        (0.74, torch.tensor([0, 2 / 3, 0, 1 / 3])),
+        (0.4, torch.tensor([0, 1.0, 0, 0])),
+    ):
         shares = torch.bincount(sample(logits, top_p, uniform), minlength=4) / 10_000
         torch.testing.assert_close(shares, expected, rtol=0, atol=1e-3)
     for top_p in (1.0, 0.999):  # never a token of probability 0
@@ -132,8 +156,10 @@ def test_records_the_experts_of_every_token_read(coarse, monkeypatch):
     prompts = make_prompts([5, 1, 17, 9, 12, 3])
     decode = lambda ids: "".join(f"<{i}>" for i in ids)  # noqa: E731
     free = generate(model, prompts, 15)
-    for options, read in ((dict(stop_ids=(free[0][4], free[2][7])), lambda ids: ids),
-                          (dict(stop_strings=[decode([free[4][6]])], decode=decode), lambda ids: ids[:-1])):
+    for options, read in (
+        (dict(stop_ids=(free[0][4], free[2][7])), lambda ids: ids),
+        (dict(stop_strings=[decode([free[4][6]])], decode=decode), lambda ids: ids[:-1]),
+    ):
         experts = []
         found = generate(model, prompts, 15, batch_size=4, experts=experts, **options)
         assert len({len(ids) for ids in found}) > 1
@@ -152,14 +178,17 @@ def test_leaves_the_model_as_it_was():
     assert generate(model, [], 5) == []
 
 
-@pytest.mark.parametrize("prompts, options, message", [
-    ([[1], []], {}, "a prompt is empty"),
-    ([[1] * 36], {}, "36 tokens.*seq_len=40"),
-    ([[1]], dict(temperature=-1), "temperature=-1"),
-    ([[1]], dict(top_p=0), "top_p=0"),
-    ([[1]], dict(batch_size=0), "batch_size=0"),
-    ([[1]], dict(stop_strings=["x"]), "needs decode"),
-])
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([[1], []], {}, "a prompt is empty"),
+        ([[1] * 36], {}, "36 tokens.*seq_len=40"),
+        ([[1]], dict(temperature=-1), "temperature=-1"),
+        ([[1]], dict(top_p=0), "top_p=0"),
+        ([[1]], dict(batch_size=0), "batch_size=0"),
+        ([[1]], dict(stop_strings=["x"]), "needs decode"),
+    ],
+)
 def test_bad_arguments(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(make(), prompts, 5, **options)
@@ -171,8 +200,12 @@ def test_few_shapes_give_the_same(monkeypatch):
     prompts = make_prompts([5, 1, 17, 9, 12, 3, 3, 8, 2])
     free = generate(model, prompts, 20)
     decode = lambda ids: "".join(f"<{i}>" for i in ids)  # noqa: E731
-    cases = [{}, dict(stop_ids=(free[0][4], free[2][7])), dict(temperature=1.0, top_p=0.9, seed=3),
-             dict(stop_strings=[decode(free[1][8:10])], decode=decode)]
+    cases = [
+        {},
+        dict(stop_ids=(free[0][4], free[2][7])),
+        dict(temperature=1.0, top_p=0.9, seed=3),
+        dict(stop_strings=[decode(free[1][8:10])], decode=decode),
+    ]
     expected = [generate(model, prompts, 20, **case) for case in cases]
     shapes = set()
     monkeypatch.setattr("eval.generate.coarse", lambda device: True)
@@ -186,7 +219,9 @@ def test_few_shapes_give_the_same(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [{}, dict(dense=True), dict(dtype="bfloat16", impl="triton"), dict(dtype="bfloat16", impl="grouped_mm")])
+@pytest.mark.parametrize(
+    "options", [{}, dict(dense=True), dict(dtype="bfloat16", impl="triton"), dict(dtype="bfloat16", impl="grouped_mm")]
+)
 def test_graphs_give_what_single_steps_give(options, monkeypatch):
     model, captures, capture = make(seq_len=300, **options).cuda(), [], torch.cuda.graph
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: captures.append(args) or capture(*args, **kwargs))
@@ -203,7 +238,9 @@ def test_graphs_give_what_single_steps_give(options, monkeypatch):
 def test_weights_are_cast_once_in_a_copy():
     model = make(dtype="bfloat16", impl="reference", tie_embeddings=True).train()
     copy = Decoder(model, 2, 3, 4, 0.0, 1.0, None).model
-    assert {p.dtype for p in copy.parameters()} == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in copy.parameters()} == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {
+        torch.float32
+    }
     assert copy.head.weight is copy.embed.weight and copy.cos is model.cos and model.training and not copy.training
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(copy(tokens).logits, model(tokens).logits)

@@ -23,8 +23,19 @@ from data.facts import FactsConfig
 from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from eval import rewards
-from grpo import (Batch, GRPOConfig, advantages, answer_logprobs, collate, draw_questions, look_back, main, micro_batches, policy_loss,
-                  sample_answers)
+from grpo import (
+    Batch,
+    GRPOConfig,
+    advantages,
+    answer_logprobs,
+    collate,
+    draw_questions,
+    look_back,
+    main,
+    micro_batches,
+    policy_loss,
+    sample_answers,
+)
 from model import GPT, ModelConfig
 
 ROOT = Path(grpo_file.__file__).parent
@@ -37,16 +48,48 @@ def start(tmp_path_factory):
     """A model that answers mental arithmetic modulo 10 in the right form with a random digit: one in ten is right."""
     torch.manual_seed(0)
     run = tmp_path_factory.mktemp("start") / "run"
-    facts = FactsConfig(n_people=2, first_names=4, middle_names=4, last_names=4, cities=4, universities=4, majors=4, employers=4, years=4)
-    mixture = MixtureConfig(facts, ReasoningConfig(max_steps=1, modulus=10, mano_length=1, names=10), exposures=0, n_problems=0, n_mano=50, window=0)
+    facts = FactsConfig(
+        n_people=2,
+        first_names=4,
+        middle_names=4,
+        last_names=4,
+        cities=4,
+        universities=4,
+        majors=4,
+        employers=4,
+        years=4,
+    )
+    mixture = MixtureConfig(
+        facts,
+        ReasoningConfig(max_steps=1, modulus=10, mano_length=1, names=10),
+        exposures=0,
+        n_problems=0,
+        n_mano=50,
+        window=0,
+    )
     procedural.build(run / "data", mixture)
     enc = tokenizer.load(run / "data")
-    cfg = ModelConfig(vocab_size=-(-enc.n_vocab // 64) * 64, seq_len=24, d_model=64, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=32, n_experts=4,
-                      top_k=2, d_expert=64, init_std=0.1, embed_init_std=0.5)
+    cfg = ModelConfig(
+        vocab_size=-(-enc.n_vocab // 64) * 64,
+        seq_len=24,
+        d_model=64,
+        n_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        head_dim=32,
+        n_experts=4,
+        top_k=2,
+        d_expert=64,
+        init_std=0.1,
+        embed_init_std=0.5,
+    )
     model, rng = GPT(cfg), random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
-        texts = [reasoning.mano(mixture.reasoning, rng.randrange(10**6)).question + f" {rng.randrange(10)}." for _ in range(64)]
+        texts = [
+            reasoning.mano(mixture.reasoning, rng.randrange(10**6)).question + f" {rng.randrange(10)}."
+            for _ in range(64)
+        ]
         rows = torch.tensor([[enc.eot_token, *enc.encode_ordinary(text), enc.eot_token] for text in texts])
         targets = rows[:, 1:].clone()
         targets[:, :-3] = -1
@@ -64,6 +107,7 @@ def rows(run_dir):
 
 # ---- parts
 
+
 def test_advantages():
     found = advantages(torch.tensor([[1.0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 0, 1, 0]]))
     assert (found[1:3] == 0).all()
@@ -75,7 +119,9 @@ def test_questions_come_in_a_new_order_every_epoch():
     stream = draw_questions(7, 0, 30, seed=3)
     epochs = [stream[i : i + 7] for i in range(0, 28, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 4
-    assert [i for start in range(0, 30, 5) for i in draw_questions(7, start, 5, seed=3)] == stream  # wherever a step begins
+    assert [
+        i for start in range(0, 30, 5) for i in draw_questions(7, start, 5, seed=3)
+    ] == stream  # wherever a step begins
     assert draw_questions(7, 0, 30, seed=4) != stream
 
 
@@ -86,7 +132,11 @@ def test_micro_batches_hold_every_row_once_with_little_padding():
     assert sorted(i for batch in batches for i in batch) == used
     padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
     real = [sum(lengths[i] for i in batch) for batch in batches]
-    assert max(padded) <= 400 and max(p - r for p, r in zip(padded, real, strict=True)) <= 25 and sum(padded) < 1.05 * sum(real)
+    assert (
+        max(padded) <= 400
+        and max(p - r for p, r in zip(padded, real, strict=True)) <= 25
+        and sum(padded) < 1.05 * sum(real)
+    )
     assert sum(padded) < 0.6 * len(used) * max(lengths)  # what padding all to the longest would cost
     assert micro_batches([3], lengths, 1) == [[3]]  # a row longer than the limit still goes through
 
@@ -94,7 +144,9 @@ def test_micro_batches_hold_every_row_once_with_little_padding():
 def formula(logp, old, start, advantage, weight, clip, kl_coef):
     """The loss token by token, in Python floats."""
     loss = 0.0
-    for p, o, s, a, w in zip(*(v.double().exp().tolist() for v in (logp, old, start)), advantage.tolist(), weight.tolist(), strict=True):
+    for p, o, s, a, w in zip(
+        *(v.double().exp().tolist() for v in (logp, old, start)), advantage.tolist(), weight.tolist(), strict=True
+    ):
         ratio = p / o
         clipped = min(max(ratio, 1 - clip), 1 + clip)
         loss += w * (-min(ratio * a, clipped * a) + kl_coef * (s / p - 1 - math.log(s / p)))
@@ -111,7 +163,7 @@ def formula_gradient(logp, old, start, advantage, weight, clip, kl_coef):
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_loss_and_gradient_equal_the_formula(dtype, bound):
     g = torch.Generator().manual_seed(0)
-    logp = (-3 * torch.rand(500, generator=g).double() - 0.01)
+    logp = -3 * torch.rand(500, generator=g).double() - 0.01
     old, begin = (logp + 0.4 * torch.randn(500, generator=g).double() for _ in range(2))
     advantage, weight = torch.randn(500, generator=g).double(), torch.rand(500, generator=g).double()
     batch = Batch(None, None, None, None, advantage.to(dtype), weight.to(dtype), old.to(dtype), begin.to(dtype))
@@ -124,7 +176,9 @@ def test_loss_and_gradient_equal_the_formula(dtype, bound):
     assert ((x.grad - truth).norm() / truth.norm()).item() <= bound
     for wrong in ((0.3, 0.5), (0.2, 0.4)):  # the check can fail
         assert abs(formula(logp, old, begin, advantage, weight, *wrong) - expected) > 1e-2 * abs(expected)
-        assert ((formula_gradient(logp, old, begin, advantage, weight, *wrong) - truth).norm() / truth.norm()).item() > 1e-2
+        assert (
+            (formula_gradient(logp, old, begin, advantage, weight, *wrong) - truth).norm() / truth.norm()
+        ).item() > 1e-2
 
 
 def test_kl_estimate_is_never_negative_and_unbiased():
@@ -132,7 +186,9 @@ def test_kl_estimate_is_never_negative_and_unbiased():
     p, q = (torch.randn(20, 6, generator=g).double().log_softmax(1) for _ in range(2))
 
     def estimate(logp, start):
-        return policy_loss(logp, Batch(*[None] * 4, torch.zeros_like(logp), torch.ones_like(logp), logp, start), 0.2, 1.0)[0]
+        return policy_loss(
+            logp, Batch(*[None] * 4, torch.zeros_like(logp), torch.ones_like(logp), logp, start), 0.2, 1.0
+        )[0]
 
     for p_V, q_V in zip(p, q, strict=True):  # its mean over all tokens, each with its probability, is the KL itself
         mean = sum(p_V[v].exp() * estimate(p_V[v : v + 1], q_V[v : v + 1]) for v in range(6))
@@ -146,12 +202,18 @@ def test_kl_estimate_is_never_negative_and_unbiased():
     logs = torch.cat([-torch.logspace(-9, 1.5, 2000), torch.logspace(-9, 1.5, 2000)])
     each = torch.stack([estimate(torch.tensor([-2.0]), torch.tensor([-2.0]) + x) for x in logs])
     assert (each >= 0).all() and each.max() > 1
-    x = torch.tensor([-20.0, -2.0], requires_grad=True)  # what training finds impossible weighs little and pulls at nothing
+    x = torch.tensor(
+        [-20.0, -2.0], requires_grad=True
+    )  # what training finds impossible weighs little and pulls at nothing
     loss = estimate(x, torch.tensor([-1e-3, -1.0]))
     loss.backward()
     assert loss < 150 and x.grad.tolist() == [0.0, pytest.approx(1 - math.e)]
-    x = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)  # nor does what was impossible before the step make anything infinite
-    policy_loss(x, Batch(*[None] * 4, torch.tensor([1.0, 0.0, -1.0]), torch.ones(3), torch.full((3,), -95.0)), 0.2, 0.0)[0].backward()
+    x = torch.tensor(
+        [-1.0, -1.0, -1.0], requires_grad=True
+    )  # nor does what was impossible before the step make anything infinite
+    policy_loss(
+        x, Batch(*[None] * 4, torch.tensor([1.0, 0.0, -1.0]), torch.ones(3), torch.full((3,), -95.0)), 0.2, 0.0
+    )[0].backward()
     assert x.grad.tolist() == [0.0, 0.0, 0.0]
 
 
@@ -163,8 +225,22 @@ N_VOCAB = 45
 
 def make(seed=0):
     torch.manual_seed(seed)
-    return GPT(ModelConfig(vocab_size=50, seq_len=40, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, n_experts=4, top_k=2, d_expert=32,
-                           init_std=0.3, dtype="float32")).eval()
+    return GPT(
+        ModelConfig(
+            vocab_size=50,
+            seq_len=40,
+            d_model=32,
+            n_layers=2,
+            n_heads=2,
+            n_kv_heads=2,
+            head_dim=16,
+            n_experts=4,
+            top_k=2,
+            d_expert=32,
+            init_std=0.3,
+            dtype="float32",
+        )
+    ).eval()
 
 
 class Letters:
@@ -180,7 +256,10 @@ def sampled():
     prompts = [torch.randint(1, N_VOCAB, (n,), generator=rng).tolist() for n in (3, 9, 5, 12, 4, 7, 6, 8)]
     for seed in range(50):
         samples = sample_answers(model, Letters, prompts, range(8), 20, CFG, seed)
-        if len({s.length for s in samples}) > 3 and {s.ids[-1] == 0 for s in samples} == {True, False}:  # some ended, some were cut
+        if len({s.length for s in samples}) > 3 and {s.ids[-1] == 0 for s in samples} == {
+            True,
+            False,
+        }:  # some ended, some were cut
             break
     else:
         raise AssertionError("no suitable samples")
@@ -218,7 +297,10 @@ def test_gradient_of_the_model_equals_that_of_each_answer_alone(sampled, normali
     expected = 0.0
     for s, a, w in zip(samples, advantage, weight, strict=True):
         mine = logp(now, s)
-        given = [t.detach() for t in (mine, logp(model, s), logp(begin, s), torch.full_like(mine, a), torch.full_like(mine, w))]
+        given = [
+            t.detach()
+            for t in (mine, logp(model, s), logp(begin, s), torch.full_like(mine, a), torch.full_like(mine, w))
+        ]
         expected += formula(*given, 0.2, 0.1)
         (mine * formula_gradient(*given, 0.2, 0.1)).sum().backward()
     assert total == pytest.approx(expected, rel=1e-4)
@@ -230,11 +312,15 @@ def test_prompts_and_padding_get_no_gradient(sampled):
     model, now, begin, samples, advantage = sampled
     batch = look_back(collate(samples, advantage, weights(samples, "token"), "cpu"), model, begin, CFG, N_VOCAB)
     seen = []
-    handle = now.head.register_forward_hook(lambda module, inputs, output: output.register_hook(lambda g: seen.append(g.flatten(0, 1))) and None)
+    handle = now.head.register_forward_hook(
+        lambda module, inputs, output: output.register_hook(lambda g: seen.append(g.flatten(0, 1))) and None
+    )
     losses = []
     for padding in (0, 17):
         tokens = batch.tokens_BL.masked_fill(batch.sampled_NTK[0, :, 0].view_as(batch.tokens_BL) < 0, padding)
-        losses.append(policy_loss(answer_logprobs(now, batch._replace(tokens_BL=tokens), CFG, N_VOCAB)[0], batch, 0.2, 0.1)[0])
+        losses.append(
+            policy_loss(answer_logprobs(now, batch._replace(tokens_BL=tokens), CFG, N_VOCAB)[0], batch, 0.2, 0.1)[0]
+        )
         losses[-1].backward()
     handle.remove()
     torch.testing.assert_close(*losses)
@@ -253,7 +339,9 @@ def test_equal_rewards_teach_nothing(sampled):
     equal = advantages(torch.ones(2, 4)).flatten().tolist()
     for given, zero in ((equal, True), (advantage, False)):
         model.zero_grad()
-        batch = look_back(collate(samples, given, weights(samples, "token"), "cpu"), None, copy.deepcopy(model), CFG, N_VOCAB)
+        batch = look_back(
+            collate(samples, given, weights(samples, "token"), "cpu"), None, copy.deepcopy(model), CFG, N_VOCAB
+        )
         policy_loss(answer_logprobs(model, batch, CFG, N_VOCAB)[0], batch, 0.2, 0.1)[0].backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         assert norm < 1e-6 if zero else norm > 1e-2
@@ -263,10 +351,16 @@ def test_changed_choices_are_counted_and_replayed(sampled):
     model, now, _, samples, advantage = sampled
     batch = collate(samples, advantage, weights(samples, "token"), "cpu")
     _, (slots, changed) = answer_logprobs(model, batch, CFG, N_VOCAB)
-    assert slots == sum(2 * 2 * (len(s.ids) - 1) for s in samples) and changed == 0  # layers x K; the weights that sampled choose the same
+    assert (
+        slots == sum(2 * 2 * (len(s.ids) - 1) for s in samples) and changed == 0
+    )  # layers x K; the weights that sampled choose the same
     logp, (_, changed) = answer_logprobs(now, batch, CFG, N_VOCAB)
-    expected = sum(len(set(a) - set(b)) for s in samples for own, before in zip(now(torch.tensor([s.ids[:-1]])).experts, s.experts, strict=True)
-                   for a, b in zip(own.tolist(), before.tolist(), strict=True))
+    expected = sum(
+        len(set(a) - set(b))
+        for s in samples
+        for own, before in zip(now(torch.tensor([s.ids[:-1]])).experts, s.experts, strict=True)
+        for a, b in zip(own.tolist(), before.tolist(), strict=True)
+    )
     assert changed == expected > 0
     replayed, _ = answer_logprobs(now, batch, CFG, N_VOCAB, replay=True)
     assert (replayed - logp).abs().max() > 1e-3
@@ -279,45 +373,102 @@ def test_changed_choices_are_counted_and_replayed(sampled):
 
 # ---- runs
 
+
 def test_learns_from_rewards_alone(start, tmp_path, monkeypatch):
     """From a reward of 10 % to 95 % and more on sums and differences with 0, which a start model in the right form guesses."""
     everything = rewards.load
     easy = lambda q: q.prompt.endswith(" 0 =") and "*" not in q.prompt  # noqa: E731
-    monkeypatch.setattr(rewards, "load", lambda task, split, source, n: list(filter(easy, everything(task, "train", source, n))))
-    results = main(["--task=mano", f"--model={start}", f"--out-dir={tmp_path / 'run'}", "--questions=3000", "--eval-questions=600",
-                    "--answer-tokens=6", "--batch-prompts=64", "--mini-batch=32", "--group-size=16", "--steps=45", "--lr=1e-3", "--beta2=0.99",
-                    "--eval-every=0", "--device=cpu"])
+    monkeypatch.setattr(
+        rewards, "load", lambda task, split, source, n: list(filter(easy, everything(task, "train", source, n)))
+    )
+    results = main(
+        [
+            "--task=mano",
+            f"--model={start}",
+            f"--out-dir={tmp_path / 'run'}",
+            "--questions=3000",
+            "--eval-questions=600",
+            "--answer-tokens=6",
+            "--batch-prompts=64",
+            "--mini-batch=32",
+            "--group-size=16",
+            "--steps=45",
+            "--lr=1e-3",
+            "--beta2=0.99",
+            "--eval-every=0",
+            "--device=cpu",
+        ]
+    )
     log = rows(tmp_path / "run")
     assert 0.05 < log[1]["reward"] < 0.15 and log[0]["test_reward"] < 0.3
     assert sum(row["reward"] for row in log[-6:-1]) / 5 >= 0.95 and results["test_reward"] >= 0.95
-    assert 0 < log[-2]["kl"] < 5 and log[1]["kl"] < log[-2]["kl"] and log[1]["mixed_groups"] > 0.5 > log[-2]["mixed_groups"]
+    assert (
+        0 < log[-2]["kl"] < 5
+        and log[1]["kl"] < log[-2]["kl"]
+        and log[1]["mixed_groups"] > 0.5 > log[-2]["mixed_groups"]
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("replay", [False, True])
 def test_on_a_gpu(start, tmp_path, replay):
     """bfloat16, Triton kernels, sampling from CUDA graphs: the routers change few of their choices between sampling and training."""
-    main([*SHORT, f"--model={start}", f"--out-dir={tmp_path / 'run'}", "--device=cuda", "--dtype=bfloat16", "--batch-prompts=64", "--mini-batch=16",
-          "--steps=3", "--eval-every=0", f"--replay={replay}"])
+    main(
+        [
+            *SHORT,
+            f"--model={start}",
+            f"--out-dir={tmp_path / 'run'}",
+            "--device=cuda",
+            "--dtype=bfloat16",
+            "--batch-prompts=64",
+            "--mini-batch=16",
+            "--steps=3",
+            "--eval-every=0",
+            f"--replay={replay}",
+        ]
+    )
     log = [row for row in rows(tmp_path / "run") if "reward" in row]
-    assert all(row["ended"] > 0.9 and 0 < row["reward"] < 0.4 and row["router_changed_same_weights"] < 0.1 for row in log)
+    assert all(
+        row["ended"] > 0.9 and 0 < row["reward"] < 0.4 and row["router_changed_same_weights"] < 0.1 for row in log
+    )
     assert log[0]["kl"] < 0.05 and 0 < log[-1]["grad_norm"] < 10
 
 
 @pytest.fixture(scope="module")
 def whole_run(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("grpo") / "whole"
-    results = main([*SHORT, f"--model={start}", f"--out-dir={out}", "--batch-prompts=12", "--mini-batch=4", "--steps=4", "--eval-every=3",
-                    "--checkpoint-every=2", "--keep-checkpoints=9"])
+    results = main(
+        [
+            *SHORT,
+            f"--model={start}",
+            f"--out-dir={out}",
+            "--batch-prompts=12",
+            "--mini-batch=4",
+            "--steps=4",
+            "--eval-every=3",
+            "--checkpoint-every=2",
+            "--keep-checkpoints=9",
+        ]
+    )
     return out, results
 
 
 def test_run_directory(whole_run, start):
     out, results = whole_run
     log = rows(out)
-    assert [row["step"] for row in log if "reward" in row] == [1, 2, 3, 4] and [row["step"] for row in log if "test_reward" in row] == [0, 3, 4]
-    assert json.loads((out / "results.json").read_text())["test_reward"] == results["test_reward"] == log[-1]["test_reward"]
-    assert all(0 <= row["reward"] <= 1 and row["padding"] < 0.1 and row["router_changed_same_weights"] < 0.01 for row in log if "reward" in row)
+    assert [row["step"] for row in log if "reward" in row] == [1, 2, 3, 4] and [
+        row["step"] for row in log if "test_reward" in row
+    ] == [0, 3, 4]
+    assert (
+        json.loads((out / "results.json").read_text())["test_reward"]
+        == results["test_reward"]
+        == log[-1]["test_reward"]
+    )
+    assert all(
+        0 <= row["reward"] <= 1 and row["padding"] < 0.1 and row["router_changed_same_weights"] < 0.01
+        for row in log
+        if "reward" in row
+    )
     assert checkpoint.load_model(out).cfg == checkpoint.load_model(start).cfg
     with pytest.raises(ValueError, match="it already holds a run"):
         main([*SHORT, f"--model={start}", f"--out-dir={out}"])
@@ -357,11 +508,28 @@ def test_without_differences_the_weights_stand_still(start, tmp_path, monkeypatc
     """All answers right, or all wrong; and with rewards as they are, without a KL, normalised per answer and with replay, they move."""
     if reward is not None:
         monkeypatch.setattr(rewards, "grade", lambda task, questions, texts: [reward] * len(texts))
-    main([*SHORT, f"--model={start}", f"--out-dir={tmp_path / 'run'}", "--batch-prompts=16", "--mini-batch=8", "--steps=2", "--eval-every=0",
-          "--kl-coef=0", "--weight-decay=0", "--normalize=sample", "--replay"])
+    main(
+        [
+            *SHORT,
+            f"--model={start}",
+            f"--out-dir={tmp_path / 'run'}",
+            "--batch-prompts=16",
+            "--mini-batch=8",
+            "--steps=2",
+            "--eval-every=0",
+            "--kl-coef=0",
+            "--weight-decay=0",
+            "--normalize=sample",
+            "--replay",
+        ]
+    )
     before, after = (checkpoint.read(run)["model"] for run in (start, tmp_path / "run"))
     assert all(torch.equal(before[name], after[name]) for name in before) == (reward is not None)
-    assert all(row["kl"] == 0 and row["reward"] == (row["reward"] if reward is None else reward) for row in rows(tmp_path / "run") if "reward" in row)
+    assert all(
+        row["kl"] == 0 and row["reward"] == (row["reward"] if reward is None else reward)
+        for row in rows(tmp_path / "run")
+        if "reward" in row
+    )
 
 
 def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch, capsys):
@@ -375,11 +543,20 @@ def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch, cap
     main([f"--resume={out}"])
     assert rows(out) == rows(whole_run[0])
     ended = main([f"--resume={tmp_path / 'ended'}", "--steps=1"])
-    assert ended["step"] == 1 and ended["test_reward"] == rows(tmp_path / "ended")[-1]["test_reward"] and len(rows(tmp_path / "ended")) == 3
-    main([f"--resume={tmp_path / 'ended'}", "--steps=2", "--weight-decay=0.3", "--beta2=0.5", "--lr=0.1"])  # other flags override
+    assert (
+        ended["step"] == 1
+        and ended["test_reward"] == rows(tmp_path / "ended")[-1]["test_reward"]
+        and len(rows(tmp_path / "ended")) == 3
+    )
+    main(
+        [f"--resume={tmp_path / 'ended'}", "--steps=2", "--weight-decay=0.3", "--beta2=0.5", "--lr=0.1"]
+    )  # other flags override
     assert "1 step of 12 x " in capsys.readouterr().out
     groups = checkpoint.read(tmp_path / "ended")["optimizer"]["param_groups"]
-    assert [(group["weight_decay"], group["betas"], group["lr"]) for group in groups] == [(0.3, (0.9, 0.5), 0.1), (0, (0.9, 0.5), 0.1)]
+    assert [(group["weight_decay"], group["betas"], group["lr"]) for group in groups] == [
+        (0.3, (0.9, 0.5), 0.1),
+        (0, (0.9, 0.5), 0.1),
+    ]
 
 
 def test_an_interrupt_before_the_first_step_ends_with_a_message(start, tmp_path, monkeypatch):
@@ -395,7 +572,10 @@ def test_killed_before_the_first_checkpoint_starts_again(whole_run, tmp_path, mo
     shutil.copytree(whole_run[0], cut)
     for _, path in checkpoint.find(cut):
         path.unlink()
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"loss=nan at step 1: .*--resume={cut} --lr=... starts again"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match=f"loss=nan at step 1: .*--resume={cut} --lr=... starts again"),
+    ):
         patch.setattr(grpo_file, "policy_loss", lambda logp_A, *args: (logp_A.sum() * math.nan, logp_A.new_zeros(3)))
         main([f"--resume={cut}"])
     main([f"--resume={cut}"])
@@ -403,7 +583,9 @@ def test_killed_before_the_first_checkpoint_starts_again(whole_run, tmp_path, mo
 
 
 def test_data_of_another_model(start, tmp_path):
-    mixture = MixtureConfig(FactsConfig(n_people=2), ReasoningConfig(names=90), exposures=0, n_problems=0, n_mano=50, window=0)
+    mixture = MixtureConfig(
+        FactsConfig(n_people=2), ReasoningConfig(names=90), exposures=0, n_problems=0, n_mano=50, window=0
+    )
     procedural.build(tmp_path / "data", mixture)
     with pytest.raises(ValueError, match="name the data directory that the model was trained on"):
         main([*SHORT, f"--model={start}", f"--out-dir={tmp_path / 'x'}", f"--data={tmp_path / 'data'}"])
@@ -413,9 +595,19 @@ def test_data_of_another_model(start, tmp_path):
 def test_two_ranks_equal_one(whole_run, start, tmp_path):
     whole, _ = whole_run
     out = tmp_path / "two"
-    flags = [*SHORT, f"--model={start}", f"--out-dir={out}", "--batch-prompts=12", "--mini-batch=4", "--steps=4", "--eval-every=3"]
+    flags = [
+        *SHORT,
+        f"--model={start}",
+        f"--out-dir={out}",
+        "--batch-prompts=12",
+        "--mini-batch=4",
+        "--steps=4",
+        "--eval-every=3",
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "grpo.py", *flags]
-    process = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
     assert process.returncode == 0, process.stderr
     for one, two in zip(rows(whole), rows(out), strict=True):
         for name in set(one) - {"padding"}:
@@ -425,11 +617,20 @@ def test_two_ranks_equal_one(whole_run, start, tmp_path):
         assert (one[name] - two[name]).norm() <= 0.02 * (one[name] - before[name]).norm(), name
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--model="], "model=''"), (["--group-size=1"], "group_size=1"), (["--mini-batch=5"], "batch_prompts=1024"),
-    (["--temperature=0"], "temperature=0"), (["--seed=-1"], "seed=-1"),
-    (["--clip=1"], "clip=1"), (["--prompt-tokens=2"], "prompt_tokens=2"), (["--task=gsm8k"], "gsm8k/train was not found"),
-    (["--questions=0"], "no end of them")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model="], "model=''"),
+        (["--group-size=1"], "group_size=1"),
+        (["--mini-batch=5"], "batch_prompts=1024"),
+        (["--temperature=0"], "temperature=0"),
+        (["--seed=-1"], "seed=-1"),
+        (["--clip=1"], "clip=1"),
+        (["--prompt-tokens=2"], "prompt_tokens=2"),
+        (["--task=gsm8k"], "gsm8k/train was not found"),
+        (["--questions=0"], "no end of them"),
+    ],
+)
 def test_mistakes_are_named(start, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         main([*SHORT, f"--model={start}", f"--out-dir={tmp_path / 'x'}", *flags])
@@ -439,10 +640,25 @@ def test_mistakes_are_named(start, tmp_path, flags, message):
 def test_benchmark(start, tmp_path):
     from bench import results, rollout
 
-    flags = ["--task=mano", "--questions=60", "--answer-tokens=6", "--batch-prompts=8", "--mini-batch=4", "--group-size=4"]
-    flags += [f"--run={start}", f"--csv={tmp_path / 'x.csv'}", f"--plot={tmp_path / 'x.png'}", "--batches=4", "--revision=test"]
+    flags = [
+        "--task=mano",
+        "--questions=60",
+        "--answer-tokens=6",
+        "--batch-prompts=8",
+        "--mini-batch=4",
+        "--group-size=4",
+    ]
+    flags += [
+        f"--run={start}",
+        f"--csv={tmp_path / 'x.csv'}",
+        f"--plot={tmp_path / 'x.png'}",
+        "--batches=4",
+        "--revision=test",
+    ]
     assert rollout.main(flags) == 0
     found = {(row["kernel"], row["mode"]): row for row in results.read(tmp_path / "x.csv")}
-    assert {mode for kernel, mode in found if kernel == "grpo"} == {"rollout", "reward", "update", "full"} and found["grpo", "full"]["T"] == 32
+    assert {mode for kernel, mode in found if kernel == "grpo"} == {"rollout", "reward", "update", "full"} and found[
+        "grpo", "full"
+    ]["T"] == 32
     assert {("update", "packed"), ("update", "padded"), ("rollout", "full")} < set(found)
     assert (tmp_path / "x.png").stat().st_size > 10_000

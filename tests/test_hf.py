@@ -23,10 +23,26 @@ from model import GPT, ModelConfig  # noqa: E402
 from tests.checks import check  # noqa: E402
 from tests.evalrun import tiny_run  # noqa: E402, F401
 
-CFG = dict(vocab_size=96, seq_len=48, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, n_experts=4, top_k=2, d_expert=48, init_std=0.3,
-           dtype="float32")
-KINDS = {"mixtral": {}, "qwen3_moe": dict(qk_norm=True, router_normalize=False), "olmoe": dict(qk_norm=True, qk_norm_joint=True),
-         "tied": dict(tie_embeddings=True)}
+CFG = dict(
+    vocab_size=96,
+    seq_len=48,
+    d_model=64,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    n_experts=4,
+    top_k=2,
+    d_expert=48,
+    init_std=0.3,
+    dtype="float32",
+)
+KINDS = {
+    "mixtral": {},
+    "qwen3_moe": dict(qk_norm=True, router_normalize=False),
+    "olmoe": dict(qk_norm=True, qk_norm_joint=True),
+    "tied": dict(tie_embeddings=True),
+}
 TOKENS = torch.randint(0, 96, (3, 20), generator=torch.Generator().manual_seed(1))
 
 
@@ -59,7 +75,10 @@ def test_save_and_load(kind, tmp_path):
         assert torch.equal(back(TOKENS).logits, model(TOKENS).logits)
         assert generate(back, [[5, 6]], 10) == generate(model, [[5, 6]], 10)
     half = hf.load_model(tmp_path / "one", dtype="bfloat16", impl="reference")
-    assert torch.equal(half.blocks[1].mlp.w_in, model.blocks[1].mlp.w_in.bfloat16()) and half(TOKENS).logits.dtype == torch.bfloat16
+    assert (
+        torch.equal(half.blocks[1].mlp.w_in, model.blocks[1].mlp.w_in.bfloat16())
+        and half(TOKENS).logits.dtype == torch.bfloat16
+    )
 
 
 def test_names_and_layout_of_a_released_mixtral(tmp_path):
@@ -67,9 +86,14 @@ def test_names_and_layout_of_a_released_mixtral(tmp_path):
     hf.save_model(model, tmp_path, torch.bfloat16)
     tensors, moe, F = load_file(tmp_path / hf.SINGLE), model.blocks[1].mlp, 48
     assert len(tensors) == 3 + 2 * (2 + 4 + 1 + 3 * 4) and all(t.dtype == torch.bfloat16 for t in tensors.values())
-    for name, expected in (("block_sparse_moe.experts.3.w1", moe.w_in[3, :F]), ("block_sparse_moe.experts.3.w3", moe.w_in[3, F:]),
-                           ("block_sparse_moe.experts.0.w2", moe.w_out[0]), ("block_sparse_moe.gate", moe.router.weight),
-                           ("self_attn.q_proj", model.blocks[1].attn.qkv.weight[:64]), ("self_attn.v_proj", model.blocks[1].attn.qkv.weight[96:])):
+    for name, expected in (
+        ("block_sparse_moe.experts.3.w1", moe.w_in[3, :F]),
+        ("block_sparse_moe.experts.3.w3", moe.w_in[3, F:]),
+        ("block_sparse_moe.experts.0.w2", moe.w_out[0]),
+        ("block_sparse_moe.gate", moe.router.weight),
+        ("self_attn.q_proj", model.blocks[1].attn.qkv.weight[:64]),
+        ("self_attn.v_proj", model.blocks[1].attn.qkv.weight[96:]),
+    ):
         assert torch.equal(tensors[f"model.layers.1.{name}.weight"], expected.bfloat16()), name
 
 
@@ -104,8 +128,12 @@ def test_bad_folders_name_what_is_wrong(tmp_path):
     broken(ValueError, f"{at} is damaged")
     (tmp_path / hf.CONFIG).write_text("{")
     broken(ValueError, "config.json is damaged")
-    for change, match in ((dict(model_type="llama"), "model_type='llama'"), (dict(hidden_act="gelu"), "hidden_act='gelu'"),
-                          (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_type='linear'"), (dict(hidden_size=None), "lacks hidden_size")):
+    for change, match in (
+        (dict(model_type="llama"), "model_type='llama'"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_type='linear'"),
+        (dict(hidden_size=None), "lacks hidden_size"),
+    ):
         edit(tmp_path / hf.CONFIG, lambda config, change=change: config.update(change))
         broken(ValueError, match)
     (tmp_path / hf.INDEX).unlink()
@@ -114,8 +142,13 @@ def test_bad_folders_name_what_is_wrong(tmp_path):
 
 
 def test_what_cannot_be_saved(tmp_path):
-    for options in (dict(dense=True), dict(n_shared_experts=1), dict(router_score="sigmoid"), dict(router_normalize=False),
-                    dict(qk_norm=True, qk_norm_joint=True, head_dim=8)):
+    for options in (
+        dict(dense=True),
+        dict(n_shared_experts=1),
+        dict(router_score="sigmoid"),
+        dict(router_normalize=False),
+        dict(qk_norm=True, qk_norm_joint=True, head_dim=8),
+    ):
         with pytest.raises(ValueError, match=next(iter(reversed(options)))):
             hf.save_model(make(**options), tmp_path)
     hf.save_model(make(), tmp_path)
@@ -143,7 +176,10 @@ def test_evaluating_an_export_equals_evaluating_the_run(tiny_run):  # noqa: F811
 
 def test_a_failed_export_leaves_nothing_and_can_be_repeated(tiny_run, tmp_path, monkeypatch):  # noqa: F811
     pytest.importorskip("tokenizers")
-    export, failing = [str(tiny_run), str(tmp_path / "out")], lambda *args: (_ for _ in ()).throw(ValueError("too late"))
+    export, failing = (
+        [str(tiny_run), str(tmp_path / "out")],
+        lambda *args: (_ for _ in ()).throw(ValueError("too late")),
+    )
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="the package tokenizers is not installed"):
         patch.setitem(sys.modules, "tokenizers", None)
         patch.setattr(checkpoint, "load_model", failing)  # before any work
@@ -160,8 +196,15 @@ def test_a_failed_export_leaves_nothing_and_can_be_repeated(tiny_run, tmp_path, 
             hf.main([export[0], out])
 
 
-@pytest.mark.parametrize("settings, template, bos", [({}, True, [1]), ({}, False, []), ({"add_bos_token": False, "bos_token": "<s>"}, True, []),
-                                                     ({"add_bos_token": True, "bos_token": {"content": "<s>"}}, False, [1])])
+@pytest.mark.parametrize(
+    "settings, template, bos",
+    [
+        ({}, True, [1]),
+        ({}, False, []),
+        ({"add_bos_token": False, "bos_token": "<s>"}, True, []),
+        ({"add_bos_token": True, "bos_token": {"content": "<s>"}}, False, [1]),
+    ],
+)
 def test_their_tokenizer(settings, template, bos, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(c): c - 29 for c in range(32, 127)}}
@@ -169,7 +212,9 @@ def test_their_tokenizer(settings, template, bos, tmp_path):
     fast.decoder = tokenizers.decoders.Fuse()
     fast.add_special_tokens(["<unk>", "<s>", "</s>"])
     if template:
-        fast.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        fast.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
     fast.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2, "vocab_size": 128}))
@@ -183,19 +228,24 @@ def test_sentencepiece_keeps_every_space(dummy, tmp_path):
     """Llama's and Mixtral's kind of tokenizer puts a space in front of a text and drops it in decoding. A continuation begins with its own."""
     tokenizers = pytest.importorskip("tokenizers")
     merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁", "x")]
-    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "▁", "▁▁", "▁▁▁▁", "▁x", *"\nabcdefghijklmnopqrstuvwxyz():+1"])}
+    vocab = {
+        word: i
+        for i, word in enumerate(["<unk>", "<s>", "▁", "▁▁", "▁▁▁▁", "▁x", *"\nabcdefghijklmnopqrstuvwxyz():+1"])
+    }
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>"))
     put = [tokenizers.normalizers.Prepend("▁")] if dummy == "always" else []
     drop = [tokenizers.decoders.Strip(" ", 1, 0)] if dummy == "always" else []
     fast.normalizer = tokenizers.normalizers.Sequence([*put, tokenizers.normalizers.Replace(" ", "▁")])
-    fast.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), *drop])
+    fast.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), *drop]
+    )
     fast.enable_truncation(8)
     fast.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": len(vocab)}))
     tokens = hf.load_tokens(tmp_path)
     prompt, body = "def f(x):\n", "    return x + 1\n    x\n"
     whole = tokens.encode(prompt + body)
-    assert tokens.decode(whole[len(tokens.encode(prompt)):]) == body  # also: not cut at 8 tokens
+    assert tokens.decode(whole[len(tokens.encode(prompt)) :]) == body  # also: not cut at 8 tokens
     for text, cut in ((prompt + body, i) for i in range(1, len(prompt + body))):
         context, answer, _ = encode_pair(tokens, text[:cut], text[cut:])
         spelled = "".join(fast.id_to_token(i) for i in [*context, *answer]).replace("▁", " ")
@@ -208,7 +258,10 @@ def test_a_tokenizer_of_another_model(tmp_path):
     pytest.importorskip("tokenizers")
     hf.save_tokens(enc, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 200}))
-    with pytest.raises(ValueError, match=r"is token 2\d\d in tokenizer.json, but config.json has vocab_size=200: they are of different models"):
+    with pytest.raises(
+        ValueError,
+        match=r"is token 2\d\d in tokenizer.json, but config.json has vocab_size=200: they are of different models",
+    ):
         hf.load_tokens(tmp_path).encode("tick tock")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is damaged"):
@@ -218,9 +271,18 @@ def test_a_tokenizer_of_another_model(tmp_path):
 def test_results_belong_to_all_that_made_them(tmp_path):
     """Other weights of the same sizes, or another tokenizer, in the same folder."""
     names = set()
-    for change in (lambda: hf.save_model(make(), tmp_path), lambda: (tmp_path / "tokenizer.json").write_text("{}"),
-                   lambda: save_file({k: v + (k == "model.layers.1.block_sparse_moe.gate.weight") for k, v in load_file(tmp_path / hf.SINGLE).items()},
-                                     tmp_path / hf.SINGLE, metadata={"format": "pt"})):
+    for change in (
+        lambda: hf.save_model(make(), tmp_path),
+        lambda: (tmp_path / "tokenizer.json").write_text("{}"),
+        lambda: save_file(
+            {
+                k: v + (k == "model.layers.1.block_sparse_moe.gate.weight")
+                for k, v in load_file(tmp_path / hf.SINGLE).items()
+            },
+            tmp_path / hf.SINGLE,
+            metadata={"format": "pt"},
+        ),
+    ):
         change()
         names.add(hf.fingerprint(tmp_path))
         (tmp_path / "results.json").write_text(str(names))
@@ -240,16 +302,41 @@ def test_an_exported_tokenizer_is_the_same(tmp_path):
 
 # ---- against transformers
 
+
 def theirs(kind, **overrides):
     transformers = pytest.importorskip("transformers", minversion="5")
-    common = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2,
-                  max_position_embeddings=48, initializer_range=0.3, bos_token_id=1, eos_token_id=None, pad_token_id=None, **overrides)
+    common = dict(
+        vocab_size=96,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts_per_tok=2,
+        max_position_embeddings=48,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=None,
+        **overrides,
+    )
     torch.manual_seed(0)
     model = {
-        "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**common, intermediate_size=48, num_local_experts=4)),
-        "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
-            **common, intermediate_size=80, moe_intermediate_size=48, num_experts=4, head_dim=32, norm_topk_prob=True)),
-        "olmoe": lambda: transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**common, intermediate_size=48, num_experts=4)),
+        "mixtral": lambda: transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(**common, intermediate_size=48, num_local_experts=4)
+        ),
+        "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
+            transformers.Qwen3MoeConfig(
+                **common,
+                intermediate_size=80,
+                moe_intermediate_size=48,
+                num_experts=4,
+                head_dim=32,
+                norm_topk_prob=True,
+            )
+        ),
+        "olmoe": lambda: transformers.OlmoeForCausalLM(
+            transformers.OlmoeConfig(**common, intermediate_size=48, num_experts=4)
+        ),
     }[kind]().eval()
     for name, weight in model.named_parameters():
         if "norm" in name:
@@ -265,7 +352,9 @@ def test_equals_transformers_both_ways(kind, tmp_path):
     model.save_pretrained(tmp_path / "stacked", save_original_format=False)
     with torch.no_grad():
         expected = model(TOKENS).logits
-    greedy = model.generate(TOKENS[:, :8], attention_mask=torch.ones(3, 8), do_sample=False, max_new_tokens=24)[:, 8:].tolist()
+    greedy = model.generate(TOKENS[:, :8], attention_mask=torch.ones(3, 8), do_sample=False, max_new_tokens=24)[
+        :, 8:
+    ].tolist()
     assert len({tuple(row) for row in greedy}) == 3
     for folder in ("released", "stacked"):
         ours = hf.load_model(tmp_path / folder)
@@ -277,7 +366,10 @@ def test_equals_transformers_both_ways(kind, tmp_path):
         check(back(TOKENS).logits, expected, 1e-5, "back")
 
 
-@pytest.mark.parametrize("kind, impl, length", [("mixtral", None, 20), ("qwen3_moe", None, 20), ("olmoe", None, 20), ("mixtral", "triton", 4)])
+@pytest.mark.parametrize(
+    "kind, impl, length",
+    [("mixtral", None, 20), ("qwen3_moe", None, 20), ("olmoe", None, 20), ("mixtral", "triton", 4)],
+)
 def test_the_kernels_inside_transformers(kind, impl, length, device):
     """Loss, logits and every gradient are those of the eager loop over experts."""
     model, tokens = theirs(kind).to(device), TOKENS[:, :length].to(device)
@@ -294,7 +386,9 @@ def test_the_kernels_inside_transformers(kind, impl, length, device):
     expected, results = run("eager"), run(adapter.NAME)
     for name, truth in expected.items():
         check(results[name], truth, 1e-5, name)
-    assert any(not torch.equal(results[name], truth) for name, truth in expected.items())  # it was another implementation
+    assert any(
+        not torch.equal(results[name], truth) for name, truth in expected.items()
+    )  # it was another implementation
 
 
 def test_other_experts_are_refused():

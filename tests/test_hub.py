@@ -43,8 +43,10 @@ def test_download_stops_at_the_size(datasets, tmp_path):
 
 
 def test_errors(datasets, tmp_path, monkeypatch):
-    for which, message in (({"dataset": "missing/dataset"}, "--dataset missing/dataset.*not on the hub"),
-                           ({"dataset": "owner/name", "text_field": "body"}, "--text_field body: not a text.*text, url")):
+    for which, message in (
+        ({"dataset": "missing/dataset"}, "--dataset missing/dataset.*not on the hub"),
+        ({"dataset": "owner/name", "text_field": "body"}, "--text_field body: not a text.*text, url"),
+    ):
         with pytest.raises(ValueError, match=message):
             hub.download(tmp_path / "x.jsonl.gz", **which)
     with pytest.raises(ValueError, match="must end in"):

@@ -59,7 +59,7 @@ def test_every_epoch_has_every_window_once(tmp_path, n_tokens):
 def test_batches_run_across_epochs_without_loss(tmp_path):
     loader = Loader([(write(tmp_path / "d", 10 * L + 1), 1.0)], "train", 4, L)
     flat = starts(loader, 15)  # 60 windows = 6 epochs of 10, though 4 does not divide 10
-    assert all(is_epoch(flat[i:i + 10], 10) for i in range(0, 60, 10))
+    assert all(is_epoch(flat[i : i + 10], 10) for i in range(0, 60, 10))
 
 
 def test_shard_borders_do_not_show(tmp_path):
@@ -107,9 +107,13 @@ def test_a_state_of_another_stream_is_refused(tmp_path):
     data = write(tmp_path / "a", 400)
     state = Loader([(data, 1.0)], "train", 2, L).state_dict()
     other = write(tmp_path / "b", 400, first=5)
-    for loader, key in ((Loader([(data, 1.0)], "train", 2, L, seed=1), "seed"), (Loader([(data, 1.0)], "val", 2, L), "split"),
-                        (Loader([(data, 1.0)], "train", 2, L + 1), "seq_len"), (Loader([(other, 1.0)], "train", 2, L), "checksums"),
-                        (Loader([(data, 1.0), (other, 1.0)], "train", 2, L), "weights")):
+    for loader, key in (
+        (Loader([(data, 1.0)], "train", 2, L, seed=1), "seed"),
+        (Loader([(data, 1.0)], "val", 2, L), "split"),
+        (Loader([(data, 1.0)], "train", 2, L + 1), "seq_len"),
+        (Loader([(other, 1.0)], "train", 2, L), "checksums"),
+        (Loader([(data, 1.0), (other, 1.0)], "train", 2, L), "weights"),
+    ):
         with pytest.raises(ValueError, match=f"loader state: {key}"):
             loader.load_state_dict(state)
 
@@ -123,7 +127,7 @@ def test_mixture_follows_the_weights_at_any_moment(tmp_path):
     assert np.abs(counts - shares).max() <= 1
     flat = np.array(starts(Loader(sources, "train", 4, L), 500))
     for i, weight in enumerate(weights):  # each source goes through its own epochs
-        mine = flat[flat // 4000 == i][:len(flat[flat // 4000 == i]) // 37 * 37].reshape(-1, 37)
+        mine = flat[flat // 4000 == i][: len(flat[flat // 4000 == i]) // 37 * 37].reshape(-1, 37)
         assert all(is_epoch(epoch.tolist(), 37, 4000 * i) for epoch in mine) and (len(mine) or weight < 1)
 
 
@@ -186,7 +190,6 @@ def test_shuffle_is_a_permutation_that_never_changes():
     assert np.corrcoef(first, np.arange(100_000))[0, 1] ** 2 < 1e-3
     assert np.corrcoef(first, shuffled(100_000, 3, 1))[0, 1] ** 2 < 1e-3
     assert shuffled(8, 1, 2).tolist() == [0, 3, 6, 4, 7, 5, 1, 2]  # resumed runs rely on it
-
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,10 +13,32 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import model as model_file
 from eval.kv_cache import KVCache
-from model import GPT, PRESETS, ModelConfig, count_params, flops_per_token, peak_flops, preset, training_memory, update_router_bias
+from model import (
+    GPT,
+    PRESETS,
+    ModelConfig,
+    count_params,
+    flops_per_token,
+    peak_flops,
+    preset,
+    training_memory,
+    update_router_bias,
+)
 
-SMALL = dict(vocab_size=61, seq_len=24, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=8, n_experts=4, top_k=2, d_expert=48,
-             init_std=0.2, dtype="float32")
+SMALL = dict(
+    vocab_size=61,
+    seq_len=24,
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=4,
+    head_dim=8,
+    n_experts=4,
+    top_k=2,
+    d_expert=48,
+    init_std=0.2,
+    dtype="float32",
+)
 OPTIONS = {
     "default": {},
     "gqa": dict(n_kv_heads=2),
@@ -31,8 +53,15 @@ OPTIONS = {
     "dense_shared": dict(dense=True, n_shared_experts=1),
     "one_expert": dict(n_experts=1, top_k=1),
     "all_experts": dict(top_k=4),
-    "everything": dict(n_kv_heads=1, n_shared_experts=1, router_score="sigmoid", router_normalize=False, router_bias_rate=1e-2, qk_norm=True,
-                       tie_embeddings=True),
+    "everything": dict(
+        n_kv_heads=1,
+        n_shared_experts=1,
+        router_score="sigmoid",
+        router_normalize=False,
+        router_bias_rate=1e-2,
+        qk_norm=True,
+        tie_embeddings=True,
+    ),
 }
 
 
@@ -75,7 +104,10 @@ def plain_forward(model, tokens_BL, replay_NTK=None):
         qkv = (h @ w[p + "attn.qkv.weight"].T).view(B, L, -1, cfg.head_dim)
         q, k, v = qkv.split((cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads), 2)
         if cfg.qk_norm:
-            q, k = (norm(x.flatten(2) if cfg.qk_norm_joint else x, w[p + f"attn.{name}_norm.weight"]).view_as(x) for name, x in (("q", q), ("k", k)))
+            q, k = (
+                norm(x.flatten(2) if cfg.qk_norm_joint else x, w[p + f"attn.{name}_norm.weight"]).view_as(x)
+                for name, x in (("q", q), ("k", k))
+            )
         group = cfg.n_heads // cfg.n_kv_heads
         k, v = rope(k).repeat_interleave(group, 2), v.repeat_interleave(group, 2)
         scores = torch.einsum("bihd,bjhd->bhij", rope(q), k) / math.sqrt(cfg.head_dim)
@@ -90,7 +122,11 @@ def plain_forward(model, tokens_BL, replay_NTK=None):
                     continue
                 logits = w[p + "mlp.router.weight"] @ h[b, t]
                 score = logits.softmax(0) if cfg.router_score == "softmax" else logits.sigmoid()
-                chosen = (score + w.get(p + "mlp.bias_E", 0)).topk(cfg.top_k).indices if replay_NTK is None else replay_NTK[i, b * L + t]
+                chosen = (
+                    (score + w.get(p + "mlp.bias_E", 0)).topk(cfg.top_k).indices
+                    if replay_NTK is None
+                    else replay_NTK[i, b * L + t]
+                )
                 gates = score[chosen] / (score[chosen].sum() if cfg.router_normalize else 1)
                 for gate, e in zip(gates, chosen, strict=True):
                     y[b, t] += gate * swiglu(h[b, t], w[p + "mlp.w_in"][e], w[p + "mlp.w_out"][e])
@@ -125,11 +161,14 @@ def test_every_parameter_is_counted_and_trained(name):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), key
 
 
-@pytest.mark.parametrize("name, total, active", [
-    ("paper-d512-e8-k2", 320_160_256, 169_165_312),
-    ("paper-d512-e16-k2", 521_552_384, 169_230_848),
-    ("paper-d2048-e128-k16", None, None),
-])
+@pytest.mark.parametrize(
+    "name, total, active",
+    [
+        ("paper-d512-e8-k2", 320_160_256, 169_165_312),
+        ("paper-d512-e16-k2", 521_552_384, 169_230_848),
+        ("paper-d2048-e128-k16", None, None),
+    ],
+)
 def test_paper_counts(name, total, active):
     cfg = preset(name)
     counted = count_params(cfg)
@@ -142,7 +181,9 @@ def test_paper_counts(name, total, active):
     assert counted.embedding == 2 * 99_584 * d
     if total:
         assert (counted.total, counted.active) == (total, active)
-    assert count_params(dataclasses.replace(cfg, dense=True)).total == counted.active - 16 * d * e  # a dense twin has no router
+    assert (
+        count_params(dataclasses.replace(cfg, dense=True)).total == counted.active - 16 * d * e
+    )  # a dense twin has no router
 
 
 def test_presets():
@@ -150,8 +191,15 @@ def test_presets():
     for name in PRESETS:
         cfg = preset(name, vocab_size=512)
         assert cfg.n_heads * cfg.head_dim == cfg.d_model and cfg.top_k <= cfg.n_experts
-    tiny, paper = preset("tiny"), preset("paper-d512-e8-k2")  # what the tiny recipe changes must not leak into the paper's models
-    assert tiny.n_experts >= 8 and tiny.top_k == 2 and (paper.qk_norm, paper.rope_theta, paper.init_std) == (False, 1e4, 0.02)
+    tiny, paper = (
+        preset("tiny"),
+        preset("paper-d512-e8-k2"),
+    )  # what the tiny recipe changes must not leak into the paper's models
+    assert (
+        tiny.n_experts >= 8
+        and tiny.top_k == 2
+        and (paper.qk_norm, paper.rope_theta, paper.init_std) == (False, 1e4, 0.02)
+    )
     with pytest.raises(ValueError, match="preset='paper-d512-e7-k2'"):
         preset("paper-d512-e7-k2")
 
@@ -201,7 +249,7 @@ def test_balance_is_one_at_balance_and_high_when_collapsed():
     out = model(x)
     assert out.balance.item() == pytest.approx(8.0, abs=1e-4) and out.counts_NE.tolist() == [[96, 0, 0, 0]] * 2
     with torch.no_grad():
-        model.embed.weight[: 31, 0] = -1.0  # half the vocabulary to expert 3
+        model.embed.weight[:31, 0] = -1.0  # half the vocabulary to expert 3
     assert 4.0 <= model(x).balance.item() < 4.2
 
 
@@ -229,7 +277,10 @@ def test_implementations_agree_on_a_training_step(impl, device):
         model = make(impl=choice, dtype=dtype, n_shared_experts=1).to(device)
         out = model(tokens(2, 10).to(device), tokens(2, 10, seed=2).to(device))
         (out.loss + 1e-2 * out.balance + 1e-3 * out.z).backward()
-        results.append({"loss": out.loss.detach(), "counts": out.counts_NE} | {name: p.grad for name, p in model.named_parameters()})
+        results.append(
+            {"loss": out.loss.detach(), "counts": out.counts_NE}
+            | {name: p.grad for name, p in model.named_parameters()}
+        )
     for name, expected in results[0].items():
         assert ratio(results[1][name], expected) < bound, name
         assert ratio(results[1][name] * 0.9, expected) > bound  # the check can fail
@@ -239,7 +290,9 @@ def test_bfloat16_compute_keeps_float32_weights_and_statistics():
     full, half = make(), make(dtype="bfloat16")
     x, y = tokens(), tokens(seed=2)
     out = half(x, y)
-    assert half(x).logits.dtype == torch.bfloat16 and out.loss.dtype == out.balance.dtype == out.z.dtype == torch.float32
+    assert (
+        half(x).logits.dtype == torch.bfloat16 and out.loss.dtype == out.balance.dtype == out.z.dtype == torch.float32
+    )
     assert all(p.dtype == torch.float32 for p in half.parameters())
     assert abs(out.loss.item() - full(x, y).loss.item()) < 0.05
     norm = half.norm
@@ -250,8 +303,13 @@ def test_bfloat16_compute_keeps_float32_weights_and_statistics():
 
 def test_dense_equals_one_expert_and_gqa_equals_repeated_heads():
     one, dense = make(n_experts=1, top_k=1), make(dense=True, n_experts=1, top_k=1)
-    weights = {name.replace("w_in", "gate_up.weight").replace("w_out", "down.weight"): value.squeeze(0) if "mlp.w_" in name else value
-               for name, value in one.state_dict().items() if "router" not in name}
+    weights = {
+        name.replace("w_in", "gate_up.weight").replace("w_out", "down.weight"): value.squeeze(0)
+        if "mlp.w_" in name
+        else value
+        for name, value in one.state_dict().items()
+        if "router" not in name
+    }
     dense.load_state_dict(weights)
     assert ratio(dense(tokens()).logits, one(tokens()).logits) < 1e-6
     gqa, mha = make(n_kv_heads=2), make()
@@ -269,8 +327,12 @@ def test_replayed_experts():
     x = tokens()
     free = model(x)
     own = torch.stack(free.experts)
-    assert own.shape == (2, x.numel(), 2) and torch.equal(own[0].flatten().bincount(minlength=6), free.counts_NE[0].long())
-    assert torch.equal(model(x, replay_NTK=own).logits, free.logits) and torch.equal(model(x, replay_NTK=torch.full_like(own, -1)).logits, free.logits)
+    assert own.shape == (2, x.numel(), 2) and torch.equal(
+        own[0].flatten().bincount(minlength=6), free.counts_NE[0].long()
+    )
+    assert torch.equal(model(x, replay_NTK=own).logits, free.logits) and torch.equal(
+        model(x, replay_NTK=torch.full_like(own, -1)).logits, free.logits
+    )
     other = (own + 1) % 6
     forced = model(x, replay_NTK=other)
     assert ratio(forced.logits, plain_forward(model, x, other)) < 1e-5 and ratio(forced.logits, free.logits) > 0.1
@@ -304,9 +366,13 @@ def test_compiles_as_one_graph(name, device):
     """With inductor on a GPU; on the CPU aot_eager captures the same graphs without the minutes of a C++ compiler."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    options = dict(impl="triton", dtype="float32", **OPTIONS[name])  # exact enough to show a wrong graph; test_train.py compiles in bfloat16
+    options = dict(
+        impl="triton", dtype="float32", **OPTIONS[name]
+    )  # exact enough to show a wrong graph; test_train.py compiles in bfloat16
     models = [make(**options).to(device) for _ in range(2)]
-    run = torch.compile(models[1], backend="inductor" if device == "cuda" else "aot_eager", fullgraph=True, dynamic=False)
+    run = torch.compile(
+        models[1], backend="inductor" if device == "cuda" else "aot_eager", fullgraph=True, dynamic=False
+    )
     x, y = tokens(1, 8).to(device), tokens(1, 8, seed=2).to(device)  # little: the interpreter is slow
     for call in (models[0], run):
         out = call(x, y)
@@ -337,7 +403,9 @@ def test_flops():
     assert flops_per_token(cfg, 12) == by_hand - 6 * layers * 12 * d
     assert flops_per_token(dataclasses.replace(cfg, tie_embeddings=True)) == by_hand  # the head multiplies all the same
     assert flops_per_token(dataclasses.replace(cfg, dense=True)) == by_hand - 6 * layers * d * 4
-    assert flops_per_token(dataclasses.replace(cfg, n_experts=64)) == by_hand + 6 * layers * d * 60  # more experts cost only router
+    assert (
+        flops_per_token(dataclasses.replace(cfg, n_experts=64)) == by_hand + 6 * layers * d * 60
+    )  # more experts cost only router
     from torch.utils.flop_counter import FlopCounterMode
 
     model = make(dense=True)
@@ -352,7 +420,10 @@ def test_memory_table():
     cfg = preset("paper-d512-e8-k2")
     parts = training_memory(cfg, 1024)
     assert training_memory(cfg, 2048)["activations (estimate)"] == 2 * parts["activations (estimate)"]
-    assert training_memory(dataclasses.replace(cfg, loss_chunk=128), 1024)["activations (estimate)"] < parts["activations (estimate)"]
+    assert (
+        training_memory(dataclasses.replace(cfg, loss_chunk=128), 1024)["activations (estimate)"]
+        < parts["activations (estimate)"]
+    )
 
 
 def test_peak_flops():
@@ -362,11 +433,21 @@ def test_peak_flops():
         assert peak_flops(unknown) is None, unknown
 
 
-@pytest.mark.parametrize("field, value, message", [
-    ("d_model", 40, "multiple of 16"), ("d_expert", 100, "multiple of 16"), ("top_k", 5, "cannot use more than n_experts=4"),
-    ("n_kv_heads", 3, "divisor of n_heads=4"), ("head_dim", 7, "even"), ("n_experts", 2048, "at most 1024"), ("n_layers", 0, "1 or more"),
-    ("init_std", 0.0, "positive"), ("vocab_size", -1, "0 or more"), ("router_bias_rate", -0.1, "0 or more"),
-])
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("d_model", 40, "multiple of 16"),
+        ("d_expert", 100, "multiple of 16"),
+        ("top_k", 5, "cannot use more than n_experts=4"),
+        ("n_kv_heads", 3, "divisor of n_heads=4"),
+        ("head_dim", 7, "even"),
+        ("n_experts", 2048, "at most 1024"),
+        ("n_layers", 0, "1 or more"),
+        ("init_std", 0.0, "positive"),
+        ("vocab_size", -1, "0 or more"),
+        ("router_bias_rate", -0.1, "0 or more"),
+    ],
+)
 def test_bad_fields_are_named(field, value, message):
     with pytest.raises(ValueError, match=f"^{field}={value}.*{message}"):
         ModelConfig(**{**SMALL, field: value})
@@ -387,8 +468,13 @@ def test_bad_inputs():
 
 
 def test_command_line():
-    page = subprocess.run([sys.executable, model_file.__file__, "--preset=paper-d512-e8-k2", "--tokens=125e9"], capture_output=True, text=True,
-                          check=True, cwd=Path(model_file.__file__).parent).stdout
+    page = subprocess.run(
+        [sys.executable, model_file.__file__, "--preset=paper-d512-e8-k2", "--tokens=125e9"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(model_file.__file__).parent,
+    ).stdout
     for part in ("320,160,256", "169,165,312", "101,974,016", "390.4", "9.103e+08", "training memory"):
         assert part in page, part
     for field, value in (("tokens", -5.0), ("micro_batch", 0)):

@@ -14,14 +14,41 @@ from optim import AdamW, Muon, clip_factor, lr_at, make_optimizer, orthogonalize
 from parallel import grad_norm, total_norm
 from tests.checks import check
 
-CFG = ModelConfig(vocab_size=64, seq_len=16, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, n_experts=4, d_expert=48, init_std=0.1,
-                  qk_norm=True, n_shared_experts=1)
-SETTINGS = dict(optimizer="muon", weights="float32", seed=0, grad_accum=1, lr=2e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1,
-                muon_momentum=0.9)
+CFG = ModelConfig(
+    vocab_size=64,
+    seq_len=16,
+    d_model=32,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=1,
+    head_dim=16,
+    n_experts=4,
+    d_expert=48,
+    init_std=0.1,
+    qk_norm=True,
+    n_shared_experts=1,
+)
+SETTINGS = dict(
+    optimizer="muon",
+    weights="float32",
+    seed=0,
+    grad_accum=1,
+    lr=2e-2,
+    beta1=0.9,
+    beta2=0.99,
+    eps=1e-8,
+    weight_decay=0.1,
+    muon_momentum=0.9,
+)
 BF16 = dataclasses.replace(CFG, dtype="bfloat16", impl="reference")  # on CUDA the default
 # Settings by mode; in "copies" the model's matrices are bfloat16 copies of the optimiser's float32 weights.
-MODES = {"adamw": (CFG, dict(optimizer="adamw")), "muon": (CFG, {}), "copies": (BF16, dict(optimizer="adamw")),
-         "bfloat16": (BF16, dict(optimizer="adamw", weights="bfloat16")), "bfloat16 in float32": (CFG, dict(optimizer="adamw", weights="bfloat16"))}
+MODES = {
+    "adamw": (CFG, dict(optimizer="adamw")),
+    "muon": (CFG, {}),
+    "copies": (BF16, dict(optimizer="adamw")),
+    "bfloat16": (BF16, dict(optimizer="adamw", weights="bfloat16")),
+    "bfloat16 in float32": (CFG, dict(optimizer="adamw", weights="bfloat16")),
+}
 
 
 def with_settings(cfg=CFG, **changes):
@@ -49,7 +76,9 @@ def singular_values(m):
 @pytest.mark.parametrize("shape", [(1, 16, 64), (5, 48, 32), (2, 64, 64)])
 def test_update_is_nearly_orthogonal(shape, device):
     m = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    values = singular_values(orthogonalize(m * torch.logspace(-6, 3, shape[0], device=device)[:, None, None]))  # of any scale
+    values = singular_values(
+        orthogonalize(m * torch.logspace(-6, 3, shape[0], device=device)[:, None, None])
+    )  # of any scale
     # A square random matrix has singular values near 0, which five rounds do not lift all the way.
     assert values.max() < 1.3 and values.quantile(0.1) > 0.6, values
     assert singular_values(m).max() > 1.3  # the check can fail
@@ -68,7 +97,11 @@ def muon_pair(shape, rows, **changes):
     """Our Muon on one stacked parameter, torch's on its maps one by one, same settings."""
     g = torch.Generator().manual_seed(0)
     whole = torch.nn.Parameter(torch.randn(shape, generator=g))
-    apart = [torch.nn.Parameter(part.clone()) for expert in whole.detach().view(-1, *shape[-2:]) for part in expert.split(rows)]
+    apart = [
+        torch.nn.Parameter(part.clone())
+        for expert in whole.detach().view(-1, *shape[-2:])
+        for part in expert.split(rows)
+    ]
     settings = dict(lr=0.02, momentum=0.9, weight_decay=0.1) | changes
     ours = Muon([{"params": [whole], "rows": rows}], **settings)
     return whole, apart, ours, torch.optim.Muon(apart, adjust_lr_fn="match_rms_adamw", **settings)
@@ -81,7 +114,9 @@ def test_three_steps_equal_torch_muon_on_every_map(shape, rows):
     for step in range(3):
         grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
         whole.grad = grad
-        for p, part in zip(apart, [part for expert in grad.view(-1, *shape[-2:]) for part in expert.split(rows)], strict=True):
+        for p, part in zip(
+            apart, [part for expert in grad.view(-1, *shape[-2:]) for part in expert.split(rows)], strict=True
+        ):
             p.grad = part.clone()
         ours.step(), theirs.step()
     assembled = torch.cat([p.detach() for p in apart]).view(shape)
@@ -98,10 +133,14 @@ def test_expert_without_tokens_stands_still():
     whole.grad = torch.randn(whole.shape)
     whole.grad[1] = 0
     ours.step()
-    assert torch.equal(whole[1], after[1]) and not torch.equal(whole[0], after[0]) and not torch.equal(whole[2], after[2])
+    assert (
+        torch.equal(whole[1], after[1]) and not torch.equal(whole[0], after[0]) and not torch.equal(whole[2], after[2])
+    )
 
 
-@pytest.mark.parametrize("shape, rows", [((3, 32, 24), [16, 16]), ((2, 64, 32), [64]), ((48, 16), [16, 16, 16]), ((24, 40), [24])])
+@pytest.mark.parametrize(
+    "shape, rows", [((3, 32, 24), [16, 16]), ((2, 64, 32), [64]), ((48, 16), [16, 16, 16]), ((24, 40), [24])]
+)
 def test_the_kernel_is_muon(shape, rows, device, monkeypatch):
     """Three steps on nine parameters, the first of which has a map without gradient: two launches, against the batched products."""
     monkeypatch.setattr("optim.on_chip", lambda p, rows: False)
@@ -109,7 +148,11 @@ def test_the_kernel_is_muon(shape, rows, device, monkeypatch):
     params = [torch.nn.Parameter(torch.randn(shape, generator=g).to(device)) for _ in range(9)]
     weights, momenta = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
     before = torch.stack(weights)
-    rate, skip, scale = torch.tensor(0.1, device=device), torch.zeros((), device=device), torch.tensor(0.5, device=device)
+    rate, skip, scale = (
+        torch.tensor(0.1, device=device),
+        torch.zeros((), device=device),
+        torch.tensor(0.5, device=device),
+    )
     muon = Muon([{"params": params, "rows": rows}], rate, 0.9, 0.1)
     for _ in range(3):
         for p in params:
@@ -134,7 +177,12 @@ def test_the_kernel_is_muon(shape, rows, device, monkeypatch):
 
 
 def test_what_the_kernel_takes():
-    assert fits((256, 128, 128), [64, 64]) and fits((256, 128, 64), [128]) and fits((384, 128), [128] * 3) and fits((9, 48, 1), [48])
+    assert (
+        fits((256, 128, 128), [64, 64])
+        and fits((256, 128, 64), [128])
+        and fits((384, 128), [128] * 3)
+        and fits((9, 48, 1), [48])
+    )
     assert not fits((8, 128, 256), [128]) and not fits((8, 256, 160), [256]) and not fits((64, 32), [32, 16, 16])
 
 
@@ -150,7 +198,9 @@ def test_which_parameters_get_muon():
         assert hidden or adamw[id(p)] == (0.0 if "norm" in name else 0.1), name
         assert not hidden or sum(muon[id(p)]["rows"]) == p.shape[-2], name
     rows = lambda name: muon[id(model.get_parameter(name))]["rows"]  # noqa: E731
-    assert rows("blocks.1.attn.qkv.weight") == [32, 16, 16] and rows("blocks.0.mlp.w_in") == rows("blocks.0.mlp.shared.gate_up.weight") == [48, 48]
+    assert rows("blocks.1.attn.qkv.weight") == [32, 16, 16] and rows("blocks.0.mlp.w_in") == rows(
+        "blocks.0.mlp.shared.gate_up.weight"
+    ) == [48, 48]
     groups = make_optimizer(model, with_settings(optimizer="adamw")).param_groups
     assert all(group["weight_decay"] == (0.1 if p.ndim > 1 else 0.0) for group in groups for p in group["params"])
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
@@ -177,13 +227,18 @@ def test_learns_and_resumes_bit_for_bit(mode):
     for forget in (False, True):  # the check can fail
         other, _ = model_and_batch(cfg=model_cfg)
         other.load_state_dict(saved[0])  # before the optimiser, as train.py does
-        assert torch.equal(other(*batch).loss, loss)  # validation in training, on copies or not, is evaluation of the checkpoint
+        assert torch.equal(
+            other(*batch).loss, loss
+        )  # validation in training, on copies or not, is evaluation of the checkpoint
         again = make_optimizer(other, cfg)
         if not forget:
             again.load_state_dict(copy.deepcopy(saved[1]))
         assert (train(other, again, batch, 4) == losses[4:]) is not forget
         ours, theirs = optimizer.weights(model), again.weights(other)
-        assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours) is not forget
+        assert (
+            all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+            is not forget
+        )
 
 
 def test_copies_change_nothing_but_bytes():
@@ -194,8 +249,16 @@ def test_copies_change_nothing_but_bytes():
     ours, theirs = make_optimizer(model, cfg), make_optimizer(plain, cfg, piece=lambda p: p)
     copies = ours.parts[0].copies
     names = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
-    assert names and names == {name for name, p in plain.named_parameters() if name.startswith("blocks") and p.ndim > 1 and "router" not in name}
-    assert len(copies) == len(names) and not theirs.parts[0].copies and all(p.dtype == torch.float32 for p in plain.parameters())
+    assert names and names == {
+        name
+        for name, p in plain.named_parameters()
+        if name.startswith("blocks") and p.ndim > 1 and "router" not in name
+    }
+    assert (
+        len(copies) == len(names)
+        and not theirs.parts[0].copies
+        and all(p.dtype == torch.float32 for p in plain.parameters())
+    )
     assert backward(model, batch) == backward(plain, batch)
     assert all(torch.equal(a.grad.float(), b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
     assert grad_norm(model).item() == pytest.approx(grad_norm(plain).item(), rel=1e-6)
@@ -233,7 +296,9 @@ def test_equal_tensors_round_differently():
     assert not any(torch.equal(a, b) for a in results[0] for b in results[2])
 
 
-@pytest.mark.parametrize("fields", [{}, {"dense": True}, {"n_shared_experts": 1, "qk_norm": True}, {"tie_embeddings": True}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"dense": True}, {"n_shared_experts": 1, "qk_norm": True}, {"tie_embeddings": True}]
+)
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_memory_table_equals_a_step(fields, weights):
     """Bytes of weights, gradients and AdamW's states, counted; what is float32 outside the blocks has copies only while it is used."""
@@ -249,13 +314,20 @@ def test_memory_table_equals_a_step(fields, weights):
     parts = training_memory(cfg, 64, weights)
     rest = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
     assert held == sum(parts.values()) - parts["activations (estimate)"] - 2 * rest
-    assert {p.dtype for name, p in model.named_parameters() if name.endswith(("w_in", "qkv.weight", "gate_up.weight"))} == {torch.bfloat16}
-    assert {p.dtype for name, p in model.named_parameters() if "norm" in name or "embed" in name or "router" in name} == {torch.float32}
+    assert {
+        p.dtype for name, p in model.named_parameters() if name.endswith(("w_in", "qkv.weight", "gate_up.weight"))
+    } == {torch.bfloat16}
+    assert {
+        p.dtype for name, p in model.named_parameters() if "norm" in name or "embed" in name or "router" in name
+    } == {torch.float32}
 
 
 def test_a_resumed_run_keeps_its_own_settings():
     model, batch = model_and_batch()
-    old, new = make_optimizer(model, with_settings()), make_optimizer(model, with_settings(lr=1e-3, beta2=0.9, weight_decay=0.3, muon_momentum=0.8))
+    old, new = (
+        make_optimizer(model, with_settings()),
+        make_optimizer(model, with_settings(lr=1e-3, beta2=0.9, weight_decay=0.3, muon_momentum=0.8)),
+    )
     train(model, old, batch, 1)
     settings = [{key: value for key, value in group.items() if key != "params"} for group in new.param_groups]
     new.load_state_dict(old.state_dict())
@@ -314,10 +386,15 @@ def test_clipping_in_the_step_equals_scaled_gradients(kind, limit):
 def test_norm_of_bfloat16_gradients_is_that_of_their_values():
     """In a list with float32 ones, in an order that torch's kernel for one dtype does not take."""
     g = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1000, generator=g).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32)]
+    tensors = [
+        torch.randn(1000, generator=g).to(dtype)
+        for dtype in (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32)
+    ]
     check(total_norm(tensors)[None], torch.cat([t.double() for t in tensors]).norm()[None], 1e-6)
     with pytest.raises(AssertionError):
-        check(torch.cat(tensors[::2]).norm()[None], torch.cat(tensors[::2]).double().norm()[None], 1e-6)  # the check can fail
+        check(
+            torch.cat(tensors[::2]).norm()[None], torch.cat(tensors[::2]).double().norm()[None], 1e-6
+        )  # the check can fail
 
 
 def test_learning_rate_as_a_tensor_changes_nothing():

@@ -15,15 +15,25 @@ import torch
 import checkpoint
 from model import GPT
 from parallel import Sharded
-from tests.test_train import ROOT, SMALL, cut_at, rows
-from tests.test_train import data_dir  # noqa: F401  a fixture
+from tests.test_train import (
+    ROOT,
+    SMALL,
+    cut_at,
+    data_dir,  # noqa: F401  a fixture
+    rows,
+)
 from train import TrainConfig, main
 
 # Two micro-batches, the balance loss of the global batch, shared experts.
 FLAGS = [*SMALL, "--n-shared-experts=1", "--grad-accum=2", "--router-bias-rate=1e-4", "--balance-coef=0.1", "--steps=8"]
-CASES = {"ddp-2-muon": (2, "ddp", "muon"), "ddp-4-adamw": (4, "ddp", "adamw"),
-         "fsdp-2-adamw": (2, "fsdp", "adamw"), "fsdp-4-muon": (4, "fsdp", "muon"),
-         "ep-2-adamw": (2, "ep", "adamw"), "ep-4-muon": (4, "ep", "muon")}
+CASES = {
+    "ddp-2-muon": (2, "ddp", "muon"),
+    "ddp-4-adamw": (4, "ddp", "adamw"),
+    "fsdp-2-adamw": (2, "fsdp", "adamw"),
+    "fsdp-4-muon": (4, "fsdp", "muon"),
+    "ep-2-adamw": (2, "ep", "adamw"),
+    "ep-4-muon": (4, "ep", "muon"),
+}
 ENGINES = ("ddp", "fsdp", "ep")
 # Selection biases of the first experts. Five experts on two or four ranks are slices of unequal length. With eight on four ranks and two out of
 # reach, a rank gets no token at all.
@@ -45,8 +55,23 @@ def runs(data_dir, tmp_path_factory):  # noqa: F811
         checkpoint.save(start, 2, state, keep=1)
         (start / "results.json").unlink()
     copy = lambda name, like: shutil.copytree(base / like.replace("one", "start"), base / name)  # noqa: E731
-    jobs = [[world, [f"--resume={copy(name, reference(name))}", "--steps=8", f"--parallel={engine}"]] for name, (world, engine, _) in CASES.items()]
-    bad = [[2, [*FLAGS, f"--data={data_dir}", "--max-loss=1", f"--out-dir={base / f'bad-{engine}'}", f"--parallel={engine}"]] for engine in ENGINES]
+    jobs = [
+        [world, [f"--resume={copy(name, reference(name))}", "--steps=8", f"--parallel={engine}"]]
+        for name, (world, engine, _) in CASES.items()
+    ]
+    bad = [
+        [
+            2,
+            [
+                *FLAGS,
+                f"--data={data_dir}",
+                "--max-loss=1",
+                f"--out-dir={base / f'bad-{engine}'}",
+                f"--parallel={engine}",
+            ],
+        ]
+        for engine in ENGINES
+    ]
     (base / "output").write_text(ranks(jobs + bad, failing=len(bad)))
     for one in {reference(name) for name in CASES}:
         main([f"--resume={copy(one, one)}", "--steps=8"])
@@ -60,8 +85,15 @@ def reference(case):
 
 def ranks(jobs, failing=0):
     """Run these jobs, of which so many must fail; returns what they print."""
-    done = subprocess.run([sys.executable, "-m", "tests.ranks", json.dumps(jobs)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ranks", json.dumps(jobs)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=200,
+    )
     assert done.returncode == failing, done.stdout[-4000:]
     return done.stdout
 
@@ -72,7 +104,9 @@ def same_log(run, reference, rtol):
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            np.testing.assert_allclose(a[key], b[key], rtol=rtol, atol=2e-3 if "load" in key else 0, err_msg=f"{key} at step {a['step']}")
+            np.testing.assert_allclose(
+                a[key], b[key], rtol=rtol, atol=2e-3 if "load" in key else 0, err_msg=f"{key} at step {a['step']}"
+            )
 
 
 def same_state(run, reference, bound):
@@ -81,9 +115,15 @@ def same_state(run, reference, bound):
     pairs = [(name, ours["model"][name], weight) for name, weight in theirs["model"].items()]
     for part, (a, b) in enumerate(zip(ours["optimizer"], theirs["optimizer"], strict=True)):
         assert a["state"].keys() == b["state"].keys() and len(a["param_groups"]) == len(b["param_groups"])
-        pairs += [(f"{name} of {part}, {i}", a["state"][i][name], t) for i, values in b["state"].items() for name, t in values.items()]
+        pairs += [
+            (f"{name} of {part}, {i}", a["state"][i][name], t)
+            for i, values in b["state"].items()
+            for name, t in values.items()
+        ]
     for name, a, b in pairs:
-        assert a.shape == b.shape and (a - b).norm() <= bound * b.norm() + 1e-7, f"{name}: {(a - b).norm() / b.norm():.1e}"
+        assert a.shape == b.shape and (a - b).norm() <= bound * b.norm() + 1e-7, (
+            f"{name}: {(a - b).norm() / b.norm():.1e}"
+        )
     assert ours["loader"] == theirs["loader"]
 
 
@@ -105,7 +145,13 @@ def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
     to_two, to_one = (cut_at(runs / "fsdp-4-muon", tmp_path / name, 4) for name in ("two", "one"))
     to_four = cut_at(runs / "ddp-2-muon", tmp_path / "four", 4)
     to_ep = cut_at(runs / "ep-4-muon", tmp_path / "ep", 4)
-    ranks([[2, [f"--resume={to_two}", "--parallel=ddp"]], [4, [f"--resume={to_four}", "--parallel=fsdp"]], [2, [f"--resume={to_ep}"]]])
+    ranks(
+        [
+            [2, [f"--resume={to_two}", "--parallel=ddp"]],
+            [4, [f"--resume={to_four}", "--parallel=fsdp"]],
+            [2, [f"--resume={to_ep}"]],
+        ]
+    )
     main([f"--resume={to_one}", "--parallel=ddp"])
     for run, one in ((to_two, "one-muon-5"), (to_one, "one-muon-5"), (to_four, "one-muon-5"), (to_ep, "one-muon-8")):
         same_log(run, runs / one, rtol=3e-4)
@@ -118,7 +164,9 @@ def test_a_bad_step_stops_all_ranks_with_a_dump_of_each(runs):
         path = runs / f"bad-{engine}" / f"bad-step-00000001-rank{rank}.json"
         assert f"at step 1, first in finite when repeated: above max_loss=1 (layers and batch: {path})" in said, said
         dump = json.loads(path.read_text())
-        assert len(dump["tokens"]) == 2 and len(dump["output_of_layer"]) == 2 and "blocks.1.mlp.w_out" in dump["gradient"]
+        assert (
+            len(dump["tokens"]) == 2 and len(dump["output_of_layer"]) == 2 and "blocks.1.mlp.w_out" in dump["gradient"]
+        )
         assert not checkpoint.find(path.parent)
 
 
@@ -134,5 +182,7 @@ def test_a_rank_holds_its_share_of_the_states(kind, bound):
             p.grad = torch.zeros_like(p)
         for part in optimizer.parts:
             part.step()
-        sizes.append(sum(t.numel() for part in optimizer.parts for values in part.state.values() for t in values.values()))
+        sizes.append(
+            sum(t.numel() for part in optimizer.parts for values in part.state.values() for t in values.values())
+        )
     assert sizes[1] < bound * sizes[0], sizes

@@ -17,23 +17,49 @@ from study.claims import REMEDIES, overall, still_lost
 from study.posttrain import figure, main, report
 from study.verdict import tables
 
-BUDGET = ("--steps=2 --batch-prompts=4 --mini-batch=2 --group-size=2 --questions=20 --lr=1e-2 --problems=4 --samples=4 --device=cpu --eval-every=0 "
-          "--eval-questions=2").split()
+BUDGET = (
+    "--steps=2 --batch-prompts=4 --mini-batch=2 --group-size=2 --questions=20 --lr=1e-2 --problems=4 --samples=4 --device=cpu --eval-every=0 "
+    "--eval-questions=2"
+).split()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two untrained models of one family, laid out as runs."""
     folder = tmp_path_factory.mktemp("runs")
-    facts = FactsConfig(n_people=2, first_names=4, middle_names=4, last_names=4, cities=4, universities=4, majors=4, employers=4, years=4)
+    facts = FactsConfig(
+        n_people=2,
+        first_names=4,
+        middle_names=4,
+        last_names=4,
+        cities=4,
+        universities=4,
+        majors=4,
+        employers=4,
+        years=4,
+    )
     for E in (2, 4):
         run = folder / f"E{E}"
-        mixture = MixtureConfig(facts, ReasoningConfig(max_steps=2, modulus=5, names=10), exposures=0, n_problems=10, window=0)
+        mixture = MixtureConfig(
+            facts, ReasoningConfig(max_steps=2, modulus=5, names=10), exposures=0, n_problems=10, window=0
+        )
         procedural.build(run / "data", mixture)
         torch.manual_seed(E)
-        cfg = ModelConfig(vocab_size=tokenizer.load(run / "data").n_vocab, seq_len=64, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=16,
-                          n_experts=E, top_k=1, d_expert=32)
-        checkpoint.save(run, 5, {"step": 5, "config": dataclasses.asdict(cfg) | {"seed": 3}, "model": GPT(cfg).state_dict()}, keep=1)
+        cfg = ModelConfig(
+            vocab_size=tokenizer.load(run / "data").n_vocab,
+            seq_len=64,
+            d_model=32,
+            n_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            head_dim=16,
+            n_experts=E,
+            top_k=1,
+            d_expert=32,
+        )
+        checkpoint.save(
+            run, 5, {"step": 5, "config": dataclasses.asdict(cfg) | {"seed": 3}, "model": GPT(cfg).state_dict()}, keep=1
+        )
         (run / "results.json").write_text(f'{{"val_loss": {3 - E / 10}, "tpp": 1.5}}')
     return folder
 
@@ -42,8 +68,13 @@ def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
     results = tmp_path / "posttrain.jsonl"
     flags = [f"--runs={runs}/E*,{runs}/E2", f"--results={results}", *BUDGET]
     rows = main(flags)
-    assert [(row["n_experts"], row["top_k"], row["seed"], row["val_loss"]) for row in rows] == [(2, 1, 3, 2.8), (4, 1, 3, 2.6)]
-    assert rows[0]["settings"] == rows[1]["settings"] and all(len(row["rewards"]) == 2 and len(row["seconds"]) == 3 for row in rows)
+    assert [(row["n_experts"], row["top_k"], row["seed"], row["val_loss"]) for row in rows] == [
+        (2, 1, 3, 2.8),
+        (4, 1, 3, 2.6),
+    ]
+    assert rows[0]["settings"] == rows[1]["settings"] and all(
+        len(row["rewards"]) == 2 and len(row["seconds"]) == 3 for row in rows
+    )
     for row in rows:
         for when in ("before", "after"):
             assert len(row[when]["greedy"]) == len(row[when]["majority"]) == len(row[when]["answers"]) == 4
@@ -56,8 +87,10 @@ def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no directory of that name"):
         main(["--runs=/nonexistent/*", f"--results={results}"])
     results.write_text('{"a": 1}\n')
-    for file, error, message in ((results, ValueError, "posttrain.jsonl, line 1: not a row .* lacks checkpoint"),
-                                 (tmp_path / "none", FileNotFoundError, "none: no such results file")):
+    for file, error, message in (
+        (results, ValueError, "posttrain.jsonl, line 1: not a row .* lacks checkpoint"),
+        (tmp_path / "none", FileNotFoundError, "none: no such results file"),
+    ):
         with pytest.raises(error, match=message):
             main([f"--results={file}"])
 
@@ -78,26 +111,45 @@ def test_half_a_budget_is_no_row(runs, tmp_path, monkeypatch):
     checkpoint.save(runs / "E2", 6, state, keep=1)
     before = set(runs.glob("E2-grpo-*"))
     first, second = main(flags)
-    assert first == row and second["checkpoint"].startswith("ckpt-00000006") and len(set(runs.glob("E2-grpo-*")) - before) == 1
+    assert (
+        first == row
+        and second["checkpoint"].startswith("ckpt-00000006")
+        and len(set(runs.glob("E2-grpo-*")) - before) == 1
+    )
 
 
 def made_up(E, seed, rate, rate_after, n=500):
     rng = np.random.default_rng((E, seed))
     parts = {"majority": [0.0] * n, "answers": [0] * n, "curves": {"samples": [1, 2], "solutions": [0.1, 0.2]}}
     draw = lambda p: {"greedy": (rng.random(n) < p).astype(int).tolist(), **parts}  # noqa: E731
-    return {"d_model": 8, "top_k": 2, "n_experts": E, "seed": seed, "checkpoint": "", "settings": {"samples": 2}, "train_loss": 1.0, "before": draw(rate),
-            "after": draw(rate_after)}
+    return {
+        "d_model": 8,
+        "top_k": 2,
+        "n_experts": E,
+        "seed": seed,
+        "checkpoint": "",
+        "settings": {"samples": 2},
+        "train_loss": 1.0,
+        "before": draw(rate),
+        "after": draw(rate_after),
+    }
 
 
 def test_verdicts_on_remedies():
-    made = lambda before, after: [made_up(E, seed, rate, rate_after) for seed in range(3)  # noqa: E731
-                                  for E, rate, rate_after in zip((4, 8, 16), before, after, strict=True)]
+    made = lambda before, after: [
+        made_up(E, seed, rate, rate_after)
+        for seed in range(3)  # noqa: E731
+        for E, rate, rate_after in zip((4, 8, 16), before, after, strict=True)
+    ]
     falls, flat, rises = (0.3, 0.6, 0.2), (1.0, 1.0, 1.0), (0.2, 0.4, 0.6)
     grpo_claim = lambda rows: overall(list(still_lost(rows, {"greedy answers after": ("after", "greedy")})))  # noqa: E731
     assert grpo_claim(made(falls, falls)) == "supported" and grpo_claim(made(falls, flat)) == "not supported"
     assert grpo_claim(made(rises, flat)) == "undecided"  # nothing to rescue
     text = tables([], made(rises, flat))
-    unlost, few = (f"| 8. {REMEDIES[0][0]} | **undecided**: {why} | no runs |" for why in ("no loss to rescue is shown", "not enough runs"))
+    unlost, few = (
+        f"| 8. {REMEDIES[0][0]} | **undecided**: {why} | no runs |"
+        for why in ("no loss to rescue is shown", "not enough runs")
+    )
     assert f"{unlost} 39 models of `family` |" in text  # those of d=8 are not of the family
     assert "no vote (no loss before is shown)" in text and few in tables([], [])
 
@@ -113,7 +165,11 @@ def test_budgets_share_their_models_votes():
 
 def test_picture_has_its_legends_outside_and_no_share_above_100(tmp_path, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")
-    rows = [made_up(E, 0, rate, rate) | {"top_k": k, "train_loss": loss} for k in (2, 8) for E, rate, loss in ((4, 0.99, 0.6), (8, 1.0, 0.5), (16, 1.0, 0.5))]
+    rows = [
+        made_up(E, 0, rate, rate) | {"top_k": k, "train_loss": loss}
+        for k in (2, 8)
+        for E, rate, loss in ((4, 0.99, 0.6), (8, 1.0, 0.5), (16, 1.0, 0.5))
+    ]
     monkeypatch.setattr(plt, "close", lambda fig: None)
     figure(rows, tmp_path / "p.png")
     fig = plt.gcf()
@@ -127,9 +183,17 @@ def test_picture_has_its_legends_outside_and_no_share_above_100(tmp_path, monkey
 def test_no_verdict_on_remedies_while_seeds_are_missing():
     remedies = {"greedy answers after": ("after", "greedy")}
     rows = [made_up(E, seed, rate, rate) for seed in range(3) for E, rate in ((4, 0.3), (8, 0.6), (16, 0.5), (32, 0.2))]
-    tests = lambda left_out: list(still_lost([row for row in rows if (row["n_experts"], row["seed"]) not in left_out], remedies))  # noqa: E731
+    tests = lambda left_out: list(
+        still_lost([row for row in rows if (row["n_experts"], row["seed"]) not in left_out], remedies)
+    )  # noqa: E731
     assert [test.runs for test in tests([])] == [12, 12] and overall(tests([])) == "supported"
-    assert [test.runs for test in tests([(4, 1)])] == [9, 9] and overall(tests([(4, 1)])) == "supported"  # a small E may be unfinished
-    assert [len(test.effects) for test in tests([(32, 1)])] == [2, 2] and overall(tests([(32, 1)])) == "undecided"  # not the loss to E=16 instead
+    assert [test.runs for test in tests([(4, 1)])] == [9, 9] and overall(
+        tests([(4, 1)])
+    ) == "supported"  # a small E may be unfinished
+    assert [len(test.effects) for test in tests([(32, 1)])] == [2, 2] and overall(
+        tests([(32, 1)])
+    ) == "undecided"  # not the loss to E=16 instead
     text = tables([], [row for row in rows if row["seed"] < 2])
-    assert f"| 9. {REMEDIES[1][0]} | **undecided**: not enough runs |" in text and "no vote (fewer than 3 seeds)" in text
+    assert (
+        f"| 9. {REMEDIES[1][0]} | **undecided**: not enough runs |" in text and "no vote (fewer than 3 seeds)" in text
+    )

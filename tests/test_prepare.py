@@ -62,7 +62,14 @@ def corpus(tmp_path_factory):
 
 def test_every_kind_of_input(corpus, tmp_path, capsys):
     top, docs = corpus
-    meta = prepare([f"{top}/*.txt*", f"{top}/*.jsonl*", f"{top}/src"], tmp_path / "d", vocab_size=600, val_fraction=0.2, licence="CC0", max_document=1e6)
+    meta = prepare(
+        [f"{top}/*.txt*", f"{top}/*.jsonl*", f"{top}/src"],
+        tmp_path / "d",
+        vocab_size=600,
+        val_fraction=0.2,
+        licence="CC0",
+        max_document=1e6,
+    )
     train, val = documents(tmp_path / "d", "train"), documents(tmp_path / "d", "val")
     assert sorted(train + val) == sorted(docs) and 5 < len(val) < 50
     assert [d for d in val if d in docs[:80]] == [d for d in docs[:80] if d in val], "not in the order of the input"
@@ -77,7 +84,14 @@ def test_every_kind_of_input(corpus, tmp_path, capsys):
             assert meta["splits"][split][unit] == sum(s[split].get(unit, 0) for s in meta["sources"])
     code = meta["sources"][-1]
     assert (Path(code["name"]), code["files"], code["skipped"]) == (top / "src", 42, 1)
-    assert [Path(s["name"]).name for s in meta["sources"][:-1]] == ["a.txt", "b.txt.gz", "c.txt.xz", "d.jsonl", "e.jsonl.gz", "f.jsonl.xz"]
+    assert [Path(s["name"]).name for s in meta["sources"][:-1]] == [
+        "a.txt",
+        "b.txt.gz",
+        "c.txt.xz",
+        "d.jsonl",
+        "e.jsonl.gz",
+        "f.jsonl.xz",
+    ]
     assert meta["sources"][0]["sha256"] == module.hashlib.sha256((top / "a.txt").read_bytes()).hexdigest()
     out = capsys.readouterr().out
     assert "a.txt" in out and "MB/s" in out and "1 files that are not UTF-8 skipped" in out
@@ -94,7 +108,9 @@ def test_same_input_same_bytes(corpus, tmp_path, monkeypatch):
 
 def test_documents_stay_on_their_side(corpus, tmp_path):
     top, docs = corpus
-    (tmp_path / "twice.txt").write_text("\n\0\n".join(docs[:20] + docs[:20]), newline="")  # the documents of a.txt, twice
+    (tmp_path / "twice.txt").write_text(
+        "\n\0\n".join(docs[:20] + docs[:20]), newline=""
+    )  # the documents of a.txt, twice
     options = dict(vocab_size=300, val_fraction=0.25, max_document=1e6)
     prepare([f"{top}/a.txt"], tmp_path / "one", **options)
     prepare([f"{top}/a.txt", f"{tmp_path}/twice.txt", f"{top}/*.xz"], tmp_path / "more", **options)
@@ -116,7 +132,12 @@ def test_one_long_file_is_split_at_lines(tmp_path):
 
 def test_something_is_always_held_out(tmp_path):
     (tmp_path / "x.txt").write_text("one\n\0\ntwo\n\0\nthree", newline="")
-    assert prepare([str(tmp_path / "x.txt")], tmp_path / "d", vocab_size=260, val_fraction=1e-9)["splits"]["val"]["documents"] == 1
+    assert (
+        prepare([str(tmp_path / "x.txt")], tmp_path / "d", vocab_size=260, val_fraction=1e-9)["splits"]["val"][
+            "documents"
+        ]
+        == 1
+    )
     assert "val" not in prepare([str(tmp_path / "x.txt")], tmp_path / "e", vocab_size=260, val_fraction=0)["splits"]
     with pytest.raises(ValueError, match="nothing to train on"):
         prepare([str(tmp_path / "x.txt")], tmp_path / "f", vocab_size=260, val_fraction=0.999999)
@@ -129,11 +150,15 @@ def test_something_is_always_held_out(tmp_path):
 def test_splitting_does_not_depend_on_blocks():
     rng = random.Random(0)
     for trial in range(300):
-        content = "".join(rng.choices(["\n\0\n", "\n", "\n\n", " ", "word", "\0", "x" * 30], [1, 4, 2, 8, 8, 1, 1], k=rng.randint(0, 200)))
+        content = "".join(
+            rng.choices(
+                ["\n\0\n", "\n", "\n\n", " ", "word", "\0", "x" * 30], [1, 4, 2, 8, 8, 1, 1], k=rng.randint(0, 200)
+            )
+        )
         limit = rng.choice([1, 8, 40, 100])
         whole = list(split_documents([content], limit))
         block = rng.randint(1, 20)
-        assert list(split_documents([content[i:i + block] for i in range(0, len(content), block)], limit)) == whole
+        assert list(split_documents([content[i : i + block] for i in range(0, len(content), block)], limit)) == whole
         assert "".join(whole) == content.replace("\n\0\n", "")
         assert all(len(d) <= max(limit, 2) for d in whole)
         uncut = list(split_documents([content], 10**6))
@@ -154,25 +179,36 @@ def test_an_existing_tokenizer_is_reused_and_mixes(corpus, tmp_path):
 
 def test_special_tokens_in_text_are_text(tmp_path):
     content = "before <|endoftext|> after"
-    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in (content, "\ud800 half a pair", content + "2")))
+    (tmp_path / "x.jsonl").write_text(
+        "\n".join(json.dumps({"text": t}) for t in (content, "\ud800 half a pair", content + "2"))
+    )
     prepare([str(tmp_path / "x.jsonl")], tmp_path / "d", vocab_size=270, val_fraction=0)
     assert documents(tmp_path / "d", "train") == [content, "? half a pair", content + "2"]
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("x.txt", "gr\xfcn\n".encode("latin-1"), r"x.txt is not UTF-8 \(.*0xfc\); convert it"),
-    ("x.txt.xz", lzma.compress(b"abc " * 9999)[:-20], "x.txt.xz cannot be decompressed"),
-    ("x.txt.gz", gzip.compress(text(9999, 0).encode())[:-20], "x.txt.gz cannot be decompressed"),
-    ("x.txt.gz", b"this is not gzip", "x.txt.gz cannot be decompressed"),
-    ("x.jsonl", b'{"text": "fine"}\n{"text": "cut', r"x.jsonl:2 is not JSON"),
-    ("x.jsonl", b'{"text": "fine"}\n\n{"body": "b", "id": 3}', r"x.jsonl:3 has no text in field 'text' \(it has: body, id\); pass --text_field"),
-    ("x.jsonl", b'["text"]', r"x.jsonl:1 has no text.*list"),
-    ("x.txt", b"\n  \n", "no text in it"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.txt", "gr\xfcn\n".encode("latin-1"), r"x.txt is not UTF-8 \(.*0xfc\); convert it"),
+        ("x.txt.xz", lzma.compress(b"abc " * 9999)[:-20], "x.txt.xz cannot be decompressed"),
+        ("x.txt.gz", gzip.compress(text(9999, 0).encode())[:-20], "x.txt.gz cannot be decompressed"),
+        ("x.txt.gz", b"this is not gzip", "x.txt.gz cannot be decompressed"),
+        ("x.jsonl", b'{"text": "fine"}\n{"text": "cut', r"x.jsonl:2 is not JSON"),
+        (
+            "x.jsonl",
+            b'{"text": "fine"}\n\n{"body": "b", "id": 3}',
+            r"x.jsonl:3 has no text in field 'text' \(it has: body, id\); pass --text_field",
+        ),
+        ("x.jsonl", b'["text"]', r"x.jsonl:1 has no text.*list"),
+        ("x.txt", b"\n  \n", "no text in it"),
+    ],
+)
 def test_bad_files_are_named_and_nothing_is_written(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     (tmp_path / "good.txt").write_text("good\n\0\ntext", newline="")
-    inputs = [str(tmp_path / name)] if "no text in it" in message else [str(tmp_path / "good.txt"), str(tmp_path / name)]
+    inputs = (
+        [str(tmp_path / name)] if "no text in it" in message else [str(tmp_path / "good.txt"), str(tmp_path / name)]
+    )
     with pytest.raises(ValueError, match=message):
         prepare(inputs, tmp_path / "d", vocab_size=260)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["good.txt", name])
@@ -190,18 +226,20 @@ def test_remedies_work(tmp_path):
 def test_command_line_errors(tmp_path, capsys):
     (tmp_path / "x.txt").write_text("one\n\0\ntwo", newline="")
     good = ["--input", str(tmp_path / "x.txt"), "--out", str(tmp_path / "d")]
-    for extra, message in ((["--vocabsize", "300"], "unknown argument --vocabsize; did you mean --vocab_size?"),
-                           (["--vocab_size", "100"], "--vocab_size 100: must be at least 257"),
-                           (["--val_fraction", "1.5"], "--val_fraction 1.5: must be"),
-                           (["--max_document", "10"], "--max_document 10: must be"),
-                           (["--vocab_size", "abc"], "--vocab_size: invalid whole_number value: 'abc'"),
-                           (["--vocab_size", "inf"], "--vocab_size: invalid whole_number value: 'inf'"),
-                           (["--workers", "0"], "--workers 0: must be at least 1"),
-                           (["--sample_bytes", "-5"], "--sample_bytes -5.0: must be above 0"),
-                           (["--seed", "-1"], "--seed -1: must be at least 0"),
-                           (["--out", "/proc/x/d"], "--out='/proc/x/d': nothing can be written to /proc/x"),
-                           (["--tokenizer", "gpt9"], "gpt9"),
-                           (["--input", str(tmp_path / "*.text")], "no such file or directory")):
+    for extra, message in (
+        (["--vocabsize", "300"], "unknown argument --vocabsize; did you mean --vocab_size?"),
+        (["--vocab_size", "100"], "--vocab_size 100: must be at least 257"),
+        (["--val_fraction", "1.5"], "--val_fraction 1.5: must be"),
+        (["--max_document", "10"], "--max_document 10: must be"),
+        (["--vocab_size", "abc"], "--vocab_size: invalid whole_number value: 'abc'"),
+        (["--vocab_size", "inf"], "--vocab_size: invalid whole_number value: 'inf'"),
+        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--sample_bytes", "-5"], "--sample_bytes -5.0: must be above 0"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--out", "/proc/x/d"], "--out='/proc/x/d': nothing can be written to /proc/x"),
+        (["--tokenizer", "gpt9"], "gpt9"),
+        (["--input", str(tmp_path / "*.text")], "no such file or directory"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(good + extra)
         assert message in capsys.readouterr().err + str(stop.value) and stop.value.code != 0
@@ -234,7 +272,26 @@ def test_an_interrupt_leaves_nothing(corpus, tmp_path, monkeypatch, capsys, when
 
 
 def test_as_a_program(corpus, tmp_path):
-    run = subprocess.run([sys.executable, "-m", "data.prepare", "--input", f"{corpus[0]}/*.txt*", "--out", str(tmp_path / "d"), "--vocab_size", "400"],
-                         cwd=Path(module.__file__).parents[1], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "data.prepare",
+            "--input",
+            f"{corpus[0]}/*.txt*",
+            "--out",
+            str(tmp_path / "d"),
+            "--vocab_size",
+            "400",
+        ],
+        cwd=Path(module.__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
-    assert "vocabulary 400" in run.stdout and sorted(p.name for p in (tmp_path / "d").iterdir()) == ["meta.json", "tokenizer.json", "train-00000.bin", "val-00000.bin"]
+    assert "vocabulary 400" in run.stdout and sorted(p.name for p in (tmp_path / "d").iterdir()) == [
+        "meta.json",
+        "tokenizer.json",
+        "train-00000.bin",
+        "val-00000.bin",
+    ]

@@ -42,7 +42,14 @@ def solve(text, modulus):
     return known[asked]
 
 
-@pytest.mark.parametrize("cfg", [ReasoningConfig(), ReasoningConfig(max_steps=4, modulus=7, names=24, distractors=3, plan=False), ReasoningConfig(ordered=True)])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        ReasoningConfig(),
+        ReasoningConfig(max_steps=4, modulus=7, names=24, distractors=3, plan=False),
+        ReasoningConfig(ordered=True),
+    ],
+)
 def test_problems_are_right_and_solutions_pass(cfg):
     for split in ("train", "test"):
         for i in range(150):
@@ -59,7 +66,10 @@ def test_wrong_solutions_fail():
         p = reasoning.problem(cfg, i, steps=2 + i % 3)
         wrong = f" Answer: {(p.answer + 1) % 7}."
         assert reasoning.check(p.question, re.sub(r" Answer: \d\.", wrong, p.solution), 7) == (False, False)
-        assert reasoning.check(p.question, f" Answer: {p.answer}.", 7) == (True, False)  # right by luck, without the work
+        assert reasoning.check(p.question, f" Answer: {p.answer}.", 7) == (
+            True,
+            False,
+        )  # right by luck, without the work
         assert reasoning.check(p.question, "", 7) == (False, False)
         other = re.sub(r"is (\d)\. Answer", lambda m: f"is {(int(m[1]) + 1) % 7}. Answer", p.solution)
         assert not reasoning.check(p.question, other, 7)[1]
@@ -99,14 +109,19 @@ def test_bad_sizes_are_named():
 def test_build_round_trip_and_report(tmp_path):
     meta = procedural.build(tmp_path / "d", SMALL, seed=3)
     enc = tokenizer.load(tmp_path / "d")
-    text = {split: enc.decode([int(t) for shard in open_shards(tmp_path / "d", split) for t in shard]) for split in ("train", "val")}
+    text = {
+        split: enc.decode([int(t) for shard in open_shards(tmp_path / "d", split) for t in shard])
+        for split in ("train", "val")
+    }
     cfg = procedural.read_config(tmp_path / "d")
     assert cfg.reasoning.seed == cfg.facts.seed == 3 and read_meta(tmp_path / "d") == meta
     for person in facts.people(cfg.facts):
         assert text["train"].count(person.name) == 3
     assert text["train"].count("Answer:") == 60
     held_out = {reasoning.problem(cfg.reasoning, i, "test").question for i in range(40)}
-    assert not any(question in text["train"] for question in held_out) and any(question in text["val"] for question in held_out)
+    assert not any(question in text["train"] for question in held_out) and any(
+        question in text["val"] for question in held_out
+    )
     assert all(len(enc.encode_ordinary(piece)) == 1 for piece in (" Answer", " 5", "Given"))  # words are tokens
     model = GPT(preset("tiny", vocab_size=enc.n_vocab, n_layers=1))
     printed, scores = report(model, tmp_path / "d", n_people=4, n_problems=4)
@@ -153,7 +168,11 @@ def test_graded_agrees_with_greedy_generation_and_task_loss():
     prompts = [procedural.prompt(enc, question) for question, _ in pairs]
     written = generate(model, prompts, max(map(len, answers)), n_vocab=enc.n_vocab)
     grades = graded(model, enc, pairs, max_tokens=20)  # several batches
-    assert [right for *_, right in grades] == [new[: len(ids)] == ids for new, ids in zip(written, answers)] == [True, True, False, False]
+    assert (
+        [right for *_, right in grades]
+        == [new[: len(ids)] == ids for new, ids in zip(written, answers)]
+        == [True, True, False, False]
+    )
     nats = score(model.eval(), list(zip(prompts, answers)))
     assert [g[0] for g in grades] == pytest.approx(nats, rel=1e-4)
     assert loss_of(grades) == pytest.approx(sum(nats) / sum(map(len, answers)), rel=1e-4)
@@ -177,7 +196,9 @@ def test_solutions_written_are_those_of_generation():
     assert 0 < found["accuracy"][3] < 1
     assert found["loss"] > 0.1
     narrow = GPT(preset("tiny", vocab_size=enc.n_vocab, n_layers=1, seq_len=96))
-    assert 3 <= max(solutions_written(narrow, enc, cfg, range(1, 9), 2)["accuracy"]) < 8  # what is not trained and does not fit is left out
+    assert (
+        3 <= max(solutions_written(narrow, enc, cfg, range(1, 9), 2)["accuracy"]) < 8
+    )  # what is not trained and does not fit is left out
 
 
 def test_mental_arithmetic_is_tested_on_unseen_expressions_beyond_the_trained_lengths():

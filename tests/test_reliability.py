@@ -18,19 +18,40 @@ import guard
 import train as train_file
 from data import shards
 from model import GPT
-from tests.test_train import ROOT, differences, launch, rows, run, snapshot
-from tests.test_train import data_dir  # noqa: F401  a fixture
-from tests.test_train import SMALL
+from tests.test_train import (
+    ROOT,
+    SMALL,
+    data_dir,  # noqa: F401  a fixture
+    differences,
+    launch,
+    rows,
+    run,
+    snapshot,
+)
 from train import main
 
 
 def test_sigkill_at_any_moment_changes_no_bit(data_dir, tmp_path):  # noqa: F811
     """Twenty kills, half of them while a checkpoint is being written."""
-    flags = [*SMALL, f"--data={data_dir}", "--steps=60", "--checkpoint-every=1", "--log-every=1", "--val-every=10", "--keep-checkpoints=2",
-             "--optimizer=muon"]
+    flags = [
+        *SMALL,
+        f"--data={data_dir}",
+        "--steps=60",
+        "--checkpoint-every=1",
+        "--log-every=1",
+        "--val-every=10",
+        "--keep-checkpoints=2",
+        "--optimizer=muon",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "tests.killrun", "20", *flags, f"--out-dir={tmp_path / 'killed'}"], cwd=ROOT, env=env, text=True,
-                          capture_output=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killrun", "20", *flags, f"--out-dir={tmp_path / 'killed'}"],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["kills"] >= 20 and seen["in_write"] >= 8 and seen["torn"] >= 8 and len(set(seen["steps"])) >= 5, seen
@@ -56,9 +77,12 @@ def test_full_disk_keeps_the_previous_checkpoint(data_dir, tmp_path, kind):  # n
             main([f"--resume={out}", "--steps=8"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    (_, path), = checkpoint.find(out)
+    ((_, path),) = checkpoint.find(out)
     said = str(raised.value)
-    assert said.startswith("the checkpoint of step 8 could not be written") and f"{path} is whole: free some space, then --resume={out}" in said
+    assert (
+        said.startswith("the checkpoint of step 8 could not be written")
+        and f"{path} is whole: free some space, then --resume={out}" in said
+    )
     del raised  # its traceback holds the lock of the run
     gc.collect()
     assert not (out / "ckpt.tmp").exists() and snapshot(out)[path.relative_to(out)] == before[path.relative_to(out)]
@@ -90,16 +114,32 @@ def poisoned(monkeypatch, bad_batches, layer=1):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [["--optimizer=adamw"], ["--optimizer=muon"], ["--optimizer=adamw", "--weights=bfloat16"]])
+@pytest.mark.parametrize(
+    "flags", [["--optimizer=adamw"], ["--optimizer=muon"], ["--optimizer=adamw", "--weights=bfloat16"]]
+)
 def test_bad_steps_inside_a_cuda_graph(data_dir, tmp_path, flags):  # noqa: F811
     """A bound that every loss exceeds: no step of the graph, recorded or replayed, changes a weight, and the host finds the first one."""
     flags = ["--device=cuda", "--val-every=0", "--steps=12", "--log-every=12", *flags]
     for bad_steps in ("stop", "skip"):
         saved = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(guard, "dump", lambda path, model, *a: (saved.append([p.detach().cpu() for p in model.parameters()]), (9.9, "a layer"))[1])
+            patch.setattr(
+                guard,
+                "dump",
+                lambda path, model, *a: (
+                    saved.append([p.detach().cpu() for p in model.parameters()]),
+                    (9.9, "a layer"),
+                )[1],
+            )
             with pytest.raises(ValueError, match="loss=9.9 at step 1, first in a layer"):
-                run(data_dir, tmp_path / bad_steps, *flags, "--max-loss=1e-6", f"--bad-steps={bad_steps}", "--checkpoint-every=0")
+                run(
+                    data_dir,
+                    tmp_path / bad_steps,
+                    *flags,
+                    "--max-loss=1e-6",
+                    f"--bad-steps={bad_steps}",
+                    "--checkpoint-every=0",
+                )
         torch.manual_seed(0)
         cfg = config.load(train_file.TrainConfig, tmp_path / bad_steps / "config.json")
         assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(saved[0], GPT(cfg).parameters(), strict=True))
@@ -111,12 +151,21 @@ def test_nan_stops_with_step_batch_and_layer(data_dir, tmp_path, monkeypatch, op
     flags = ["--log-every=3", "--checkpoint-every=2", f"--optimizer={optimizer}", "--val-every=0"]
     batches = []
     step = train_file.optimizer_step
-    monkeypatch.setattr(train_file, "optimizer_step", lambda *a, **k: (batches.append(a[4][0][0].tolist()), step(*a, **k))[1])
+    monkeypatch.setattr(
+        train_file, "optimizer_step", lambda *a, **k: (batches.append(a[4][0][0].tolist()), step(*a, **k))[1]
+    )
     poisoned(monkeypatch, {5})
-    with pytest.raises(ValueError, match="loss=nan at step 5, first in the output of layer 1 .*bad-step-00000005-rank0.json"):
+    with pytest.raises(
+        ValueError, match="loss=nan at step 5, first in the output of layer 1 .*bad-step-00000005-rank0.json"
+    ):
         run(data_dir, tmp_path / "out", *flags)
     dump = json.loads((tmp_path / "out" / "bad-step-00000005-rank0.json").read_text())
-    assert dump["step"] == 5 and dump["tokens"] == [batches[4]] and dump["loss"] == ["nan"] and dump["weights_not_finite"] == []
+    assert (
+        dump["step"] == 5
+        and dump["tokens"] == [batches[4]]
+        and dump["loss"] == ["nan"]
+        and dump["weights_not_finite"] == []
+    )
     assert dump["output_of_layer"]["0"][0]["finite"] and not dump["output_of_layer"]["1"][0]["finite"]
     assert [s for s, _ in checkpoint.find(tmp_path / "out")] == [2, 4]
 
@@ -128,7 +177,9 @@ def test_nan_is_skipped_by_option(data_dir, tmp_path, monkeypatch):  # noqa: F81
         poisoned(patch, {5})
         run(data_dir, tmp_path / "out", *flags)
     log = [r for r in rows(tmp_path / "out") if "loss" in r]
-    assert [r.get("skipped_steps", 0) for r in log] == [0, 1, 0] and "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert [r.get("skipped_steps", 0) for r in log] == [0, 1, 0] and "NaN" not in (
+        tmp_path / "out" / "metrics.jsonl"
+    ).read_text()
     state = checkpoint.read(tmp_path / "out")
     assert float(state["optimizer"][0]["state"][0]["step"]) == 7 and state["step"] == 8
     run(data_dir, tmp_path / "good", *flags)
@@ -155,13 +206,23 @@ def test_a_step_skipped_just_before_a_checkpoint_stops_nothing(data_dir, tmp_pat
 
 def test_exploded_loss_and_gradient_are_bad(data_dir, tmp_path):  # noqa: F811
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match=rf"loss=5\.\d+ at step 1, first in finite when repeated.*--resume={out} --lr=... starts again, for there is no"):
+    with pytest.raises(
+        ValueError,
+        match=rf"loss=5\.\d+ at step 1, first in finite when repeated.*--resume={out} --lr=... starts again, for there is no",
+    ):
         run(data_dir, out, "--max-loss=3")
     main([f"--resume={out}", "--lr=1e-3", "--max-loss=0"])  # the remedy
     (_, newest) = checkpoint.find(out)[-1]
     assert guard.remedy(out).endswith(f"--resume={out} --lr=... goes on from {newest.name}")
     cfg = train_file.TrainConfig(vocab_size=64)
-    for loss, norm, bad in ((2.0, 1.0, 0), (7.0, 1.0, 0), (8.0, 1.0, 1), (2.0, float("inf"), 1), (2.0, float("nan"), 1), (float("nan"), 1.0, 1)):
+    for loss, norm, bad in (
+        (2.0, 1.0, 0),
+        (7.0, 1.0, 0),
+        (8.0, 1.0, 1),
+        (2.0, float("inf"), 1),
+        (2.0, float("nan"), 1),
+        (float("nan"), 1.0, 1),
+    ):
         window = train_file.new_window(cfg, "cpu")
         assert float(guard.judge(window, torch.tensor(loss), torch.tensor(norm), cfg)) == bad, (loss, norm)
         assert window["steps"].tolist() == [1, bad, bad]
@@ -183,7 +244,9 @@ def test_a_rank_that_dies_ends_the_others(data_dir, tmp_path):  # noqa: F811
     for line in process.stdout:
         if line.startswith("step"):
             break
-    children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True
+    ).stdout.split()
     assert len(children) == 2
     os.kill(int(children[1]), signal.SIGKILL)
     start = time.perf_counter()

@@ -34,7 +34,16 @@ def truth(args, dy):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("B,L,H,Hkv,d,positions", [(2, 9, 4, 2, 8, False), (1, 21, 3, 3, 64, False), (3, 5, 2, 1, 12, True), (2, 1, 2, 2, 2, True), (0, 3, 2, 2, 8, False)])
+@pytest.mark.parametrize(
+    "B,L,H,Hkv,d,positions",
+    [
+        (2, 9, 4, 2, 8, False),
+        (1, 21, 3, 3, 64, False),
+        (3, 5, 2, 1, 12, True),
+        (2, 1, 2, 2, 2, True),
+        (0, 3, 2, 2, 8, False),
+    ],
+)
 def test_matches_reference(B, L, H, Hkv, d, positions, norm, dtype, device, poison):
     args, dy = problem(B, L, H, Hkv, d, dtype, device, norm, positions)
     for name, a, b in zip(NAMES, results(args, dy), truth(args, dy), strict=False):
@@ -72,7 +81,10 @@ def test_gradients_of_any_layout(layout, device, poison):
 def test_inputs_of_any_layout(device, poison):
     """qkv, tables and weights with gaps between their values."""
     args, dy = problem(2, 9, 4, 2, 8, torch.float32, device, norm=True, positions=True)
-    args = [t.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_(t.requires_grad) if torch.is_tensor(t) else t for t in args]
+    args = [
+        t.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_(t.requires_grad) if torch.is_tensor(t) else t
+        for t in args
+    ]
     assert not any(t.is_contiguous() for t in args if torch.is_tensor(t))
     for name, a, b in zip(NAMES, results(args, dy), truth(args, dy), strict=True):
         check(a, b, 1e-5, name)
@@ -92,21 +104,36 @@ def test_fullgraph_compile_and_opcheck(norm, dynamic, device):
     plain = [t.detach() if torch.is_tensor(t) else t for t in args]
     qkv, cos, sin, n_heads, q_weight, k_weight, eps = plain
     torch.library.opcheck(torch.ops.moe_kernels.rope_fwd, (qkv, cos, sin, q_weight, k_weight, n_heads, eps))
-    torch.library.opcheck(torch.ops.moe_kernels.rope_bwd, (*dy, qkv if norm else None, cos, sin, q_weight, k_weight, eps))
+    torch.library.opcheck(
+        torch.ops.moe_kernels.rope_bwd, (*dy, qkv if norm else None, cos, sin, q_weight, k_weight, eps)
+    )
 
     def layer(w, qkv, *rest):  # as in the model: what comes before is differentiated too
         return rope(w * qkv, *rest, impl="triton")
 
     w = torch.ones_like(qkv).requires_grad_()
     leaves = [w, *(t for t in args if torch.is_tensor(t) and t.requires_grad)]
-    eager, compiled = layer(w, *args), torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)(w, *args)
-    for a, b in zip((*eager, *torch.autograd.grad(eager, leaves, dy)), (*compiled, *torch.autograd.grad(compiled, leaves, dy)), strict=True):
+    eager, compiled = (
+        layer(w, *args),
+        torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)(w, *args),
+    )
+    for a, b in zip(
+        (*eager, *torch.autograd.grad(eager, leaves, dy)),
+        (*compiled, *torch.autograd.grad(compiled, leaves, dy)),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
 def test_bad_shapes_are_named(device):
     args, _ = problem(2, 9, 4, 2, 8, torch.float32, device)
-    cases = ({0: args[0][0]}, "expected"), ({3: 5}, "expected"), ({0: args[0][..., :7]}, "expected"), ({1: args[1][:3]}, "cos"), ({4: args[1][0, 0]}, "weight")
+    cases = (
+        ({0: args[0][0]}, "expected"),
+        ({3: 5}, "expected"),
+        ({0: args[0][..., :7]}, "expected"),
+        ({1: args[1][:3]}, "cos"),
+        ({4: args[1][0, 0]}, "weight"),
+    )
     for changed, match in cases:
         with pytest.raises(ValueError, match=match):
             rope(*(changed.get(i, arg) for i, arg in enumerate(args)))
@@ -117,7 +144,9 @@ def test_bad_shapes_are_named(device):
 def test_reference_is_the_complex_product():
     (qkv, cos, sin, *rest), _ = problem(2, 9, 4, 2, 8, torch.float64, "cpu")
     q, k, v = reference.rope(qkv, cos, sin, *rest)
-    turn = torch.polar(torch.ones(9, 1, 4), torch.arange(9)[:, None, None] * 1e4 ** (-torch.arange(4) / 4)).to(torch.complex128)
+    turn = torch.polar(torch.ones(9, 1, 4), torch.arange(9)[:, None, None] * 1e4 ** (-torch.arange(4) / 4)).to(
+        torch.complex128
+    )
     z = torch.complex(qkv[:, :, :6, :4], qkv[:, :, :6, 4:]) * turn
     check(torch.cat([q, k], 2), torch.cat([z.real, z.imag], 3), 1e-6)
     assert torch.equal(v, qkv[:, :, 6:])

@@ -31,7 +31,12 @@ def test_matches_reference(T, E, K, score, normalize, use_bias, device, poison):
     bias = torch.randn(E, device=device) * 0.3 if use_bias else None
     kernel, truth, grad, true_grad = both(logits, K, score, normalize, bias)
     assert torch.equal(kernel.experts_TK, truth[1]) and torch.equal(kernel.counts_E, truth[2])
-    for name, a, b in (("gates", kernel.gates_TK, truth[0]), ("probs", kernel.probs_E, truth[3]), ("z", kernel.z, truth[4]), ("grad", grad, true_grad)):
+    for name, a, b in (
+        ("gates", kernel.gates_TK, truth[0]),
+        ("probs", kernel.probs_E, truth[3]),
+        ("z", kernel.z, truth[4]),
+        ("grad", grad, true_grad),
+    ):
         check(a, b, 1e-5, name)
 
 
@@ -133,7 +138,10 @@ def test_gates_of_a_recorded_choice(device, score, normalize):
     own = reference.route(logits, 2, score, normalize)
     replayed = gates_of(logits, own[1], score, normalize)
     check(replayed, own[0], 1e-12)
-    check(*(torch.autograd.grad((gates * upstream).sum(), logits, retain_graph=True)[0] for gates in (replayed, own[0])), 1e-12)
+    check(
+        *(torch.autograd.grad((gates * upstream).sum(), logits, retain_graph=True)[0] for gates in (replayed, own[0])),
+        1e-12,
+    )
     bias = torch.tensor([0, 0, 0, 99.0, 0, 98], device=device, dtype=torch.float64)
     other = reference.route(logits, 2, score, normalize, bias)
     assert (other[1] == torch.tensor([3, 5], device=device)).all()

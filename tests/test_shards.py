@@ -42,11 +42,17 @@ def test_what_is_written_is_read(tmp_path, shard_tokens):
 
 
 def test_large_vocabulary_is_stored_in_four_bytes(tmp_path):
-    small, large = (tokenizer.encoding({bytes([b]): b for b in range(256)} | {b"\0%d" % i: i for i in range(256, n)}) for n in (65535, 65536))
+    small, large = (
+        tokenizer.encoding({bytes([b]): b for b in range(256)} | {b"\0%d" % i: i for i in range(256, n)})
+        for n in (65535, 65536)
+    )
     for name, enc in (("small", small), ("large", large)):
         with shards.ShardWriter(tmp_path / name, enc) as writer:
             writer.add("train", [0, 65534, enc.eot_token])
-    assert shards.read_meta(tmp_path / "small")["dtype"] == "uint16" and shards.read_meta(tmp_path / "large")["dtype"] == "uint32"
+    assert (
+        shards.read_meta(tmp_path / "small")["dtype"] == "uint16"
+        and shards.read_meta(tmp_path / "large")["dtype"] == "uint32"
+    )
     for name, eos in (("small", 65535), ("large", 65536)):
         assert shards.open_shards(tmp_path / name, "train")[0].tolist() == [0, 65534, eos]
 
@@ -75,7 +81,9 @@ def test_damage_is_found_and_named(tmp_path):
     path.write_bytes(good[:50] + bytes([good[50] ^ 1]) + good[51:])
     with pytest.raises(ValueError, match="train-00001.bin is corrupt"):
         shards.open_shards(tmp_path / "d", "train")
-    shards.open_shards(tmp_path / "d", "train", verify=False)  # the flipped bit is found by the checksum and by nothing else
+    shards.open_shards(
+        tmp_path / "d", "train", verify=False
+    )  # the flipped bit is found by the checksum and by nothing else
     path.unlink()
     with pytest.raises(ValueError, match="train-00001.bin is missing"):
         shards.open_shards(tmp_path / "d", "train")
@@ -97,8 +105,15 @@ def test_bad_directories_are_named(tmp_path):
         shards.open_shards(tmp_path / "d", "test")
     path = tmp_path / "d" / "meta.json"
     meta = json.loads(path.read_text())
-    for content in (json.dumps(meta | {"version": 99}), path.read_text()[:-40], "[]", json.dumps({"version": 1}), json.dumps(meta | {"splits": []}),
-                    path.read_text().replace('"shards"', '"shords"'), path.read_text().replace('"file"', '"fale"')):
+    for content in (
+        json.dumps(meta | {"version": 99}),
+        path.read_text()[:-40],
+        "[]",
+        json.dumps({"version": 1}),
+        json.dumps(meta | {"splits": []}),
+        path.read_text().replace('"shards"', '"shords"'),
+        path.read_text().replace('"file"', '"fale"'),
+    ):
         path.write_text(content)
         with pytest.raises(ValueError, match="meta.json cannot be used"):
             shards.open_shards(tmp_path / "d", "train")

@@ -35,12 +35,19 @@ def row(cache):
 
 # ---- one run
 
+
 def test_a_run_is_measured_everywhere_and_learns(row, cache):
     assert [point["step"] for point in row["points"]] == [10, 20] and row["step"] == 40 and not row["diverged"]
     losses = [point["val_loss"] for point in (*row["points"], row)]
-    assert losses[-1] < losses[0] - 0.5 and abs(row["train_loss"] - row["val_loss"]) < 0.8  # the data is new; two steps are noisy
+    assert (
+        losses[-1] < losses[0] - 0.5 and abs(row["train_loss"] - row["val_loss"]) < 0.8
+    )  # the data is new; two steps are noisy
     assert row["problems"]["by_steps"].keys() == {"1", "2", "3"} and row == json.loads(json.dumps(row))
-    assert row["tpp"] == pytest.approx(TINY.tokens / row["params"]["total"], rel=1e-5) and row["flops"] > 0 and row["revision"]
+    assert (
+        row["tpp"] == pytest.approx(TINY.tokens / row["params"]["total"], rel=1e-5)
+        and row["flops"] > 0
+        and row["revision"]
+    )
     assert row["skipped_steps"] == 0 and row["mano"]["chance"] >= 0.2  # modulo 5
     assert row["bits"]["possible"] > 0 and row["facts"]["people"] == 20 and len(json.dumps(row)) < 10_000
     kept = checkpoint.load_model(cache / "kept")
@@ -70,10 +77,14 @@ def test_samples_are_the_first_part_of_the_data_once_and_targets_follow_tokens(c
     assert sorted(samples.starts_SB.flatten().tolist()) == [96 * i for i in range(160)]  # 40 steps of 4 windows
     start = int(samples.starts_SB[7, 2])
     tokens, targets = samples.batch(torch.tensor([7]))
-    assert tokens[2].tolist() == flat[start : start + 96].tolist() and targets[2].tolist() == flat[start + 1 : start + 97].tolist()
+    assert (
+        tokens[2].tolist() == flat[start : start + 96].tolist()
+        and targets[2].tolist() == flat[start + 1 : start + 97].tolist()
+    )
     with pytest.raises(ValueError, match="data_tokens"):
         run.Samples(dataclasses.replace(TINY, tokens=2**14, data_tokens=2**20), sources, "cpu") and run.Samples(
-            dataclasses.replace(TINY, tokens=2**20, data_tokens=2**20), sources, "cpu")
+            dataclasses.replace(TINY, tokens=2**20, data_tokens=2**20), sources, "cpu"
+        )
 
 
 def test_the_training_step_is_that_of_train_py(cache):
@@ -85,7 +96,9 @@ def test_the_training_step_is_that_of_train_py(cache):
     optimizer = run.make_optimizer(model, cfg)
     for step in range(2):
         optimizer.set_lr(run.lr_at(step, cfg))
-        run.optimizer_step(model, optimizer, cfg, run.new_window(cfg, "cpu"), [trainer.samples[0].batch(torch.tensor([step]))])
+        run.optimizer_step(
+            model, optimizer, cfg, run.new_window(cfg, "cpu"), [trainer.samples[0].batch(torch.tensor([step]))]
+        )
     trainer.advance(2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.models[0].parameters(), strict=True))
 
@@ -126,7 +139,9 @@ def test_task_loss_of_text_models(tiny_run, monkeypatch):  # noqa: F811
     monkeypatch.setenv("OPTIMOE_EVALDATA", str(tiny_run))
     found = run.measure_text(checkpoint.load_model(tiny_run), tiny_run / "data", 2)
     assert found.keys() == set(run.REAL_TASKS) and 0 <= found["hellaswag"]["accuracy"] <= 1
-    assert all(5 < task["loss"] < 20 and task["items"] == 2 for task in found.values())  # about 8 bits per byte: it knows nothing
+    assert all(
+        5 < task["loss"] < 20 and task["items"] == 2 for task in found.values()
+    )  # about 8 bits per byte: it knows nothing
 
 
 def test_seeds_differ_in_everything_and_experts_in_nothing_but_the_model():
@@ -154,10 +169,13 @@ def test_recall_asks_about_people_whom_training_met(cache):
     samples = run.Samples(TINY, sources, "cpu")
     text = run.tokenizer.load(sources[0][0]).decode(samples.ids.tolist())
     cfg = run.mixture(TINY)
-    assert min(text.count(person.name) for person in facts.people(cfg.facts)) >= cfg.exposures - 3 >= 3  # 15,360 of 17,000 tokens
+    assert (
+        min(text.count(person.name) for person in facts.people(cfg.facts)) >= cfg.exposures - 3 >= 3
+    )  # 15,360 of 17,000 tokens
 
 
 # ---- the sweep
+
 
 def test_sweep_runs_what_is_missing_and_survives_a_torn_line(tmp_path):
     file, runs = tmp_path / "r.jsonl", sweep.smoke("")[:1]
@@ -188,8 +206,13 @@ def test_a_last_line_is_kept_when_whole_dropped_when_torn_and_refused_when_of_an
         assert len(results.read(file)) == kept
         results.append(file, ROW)
         assert file.read_text() == (kept + 1) * (line + "\n")
-    foreign = (("notes", "line 1: not JSON"), ("nonsense\n" + line, "line 1: not JSON"), (line + "\nmore", "line 2: not JSON"), ("5\n", "line 1: not a row"),
-               (line + '\n{"a": 1}\n', "line 2: not a row of such a results file, it lacks key, run"))
+    foreign = (
+        ("notes", "line 1: not JSON"),
+        ("nonsense\n" + line, "line 1: not JSON"),
+        (line + "\nmore", "line 2: not JSON"),
+        ("5\n", "line 1: not a row"),
+        (line + '\n{"a": 1}\n', "line 2: not a row of such a results file, it lacks key, run"),
+    )
     for content, message in foreign:
         file.write_text(content)
         with pytest.raises(ValueError, match=f"r.jsonl, {message}"):
@@ -212,11 +235,25 @@ def test_several_writers_of_one_file_lose_nothing(tmp_path):
 
 
 def test_bad_options_are_refused(tmp_path, monkeypatch):
-    refused = (("mian", "preset='mian'"), ("smoke --keep=E2k1,E3k2", "keep='E2k1,E3k2'"), ("smoke --minutes=-1", "minutes=-1.0: use 0"),
-               ("smoke --minutes=nan", "minutes=nan"), ("smoke --jobs=-1", "jobs=-1: use 1"), ("smoke --items=0", "items=0: use 1"),
-               ("smoke --together=-1", "together=-1: use 1"), (f"text --data={tmp_path}", f"data='{tmp_path}': {tmp_path} holds no meta.json"),
-               (f"smoke --results={tmp_path}", "Is a directory"), ("smoke --minutes=1 --results=/dev/null/r.jsonl", "results='/dev/null/r.jsonl': nothing can be written to /dev/null"),
-               (f"smoke --minutes=1 --results={tmp_path}/r.jsonl --cache=/dev/null/c", "cache='/dev/null/c': nothing can be written to /dev/null/c"))
+    refused = (
+        ("mian", "preset='mian'"),
+        ("smoke --keep=E2k1,E3k2", "keep='E2k1,E3k2'"),
+        ("smoke --minutes=-1", "minutes=-1.0: use 0"),
+        ("smoke --minutes=nan", "minutes=nan"),
+        ("smoke --jobs=-1", "jobs=-1: use 1"),
+        ("smoke --items=0", "items=0: use 1"),
+        ("smoke --together=-1", "together=-1: use 1"),
+        (f"text --data={tmp_path}", f"data='{tmp_path}': {tmp_path} holds no meta.json"),
+        (f"smoke --results={tmp_path}", "Is a directory"),
+        (
+            "smoke --minutes=1 --results=/dev/null/r.jsonl",
+            "results='/dev/null/r.jsonl': nothing can be written to /dev/null",
+        ),
+        (
+            f"smoke --minutes=1 --results={tmp_path}/r.jsonl --cache=/dev/null/c",
+            "cache='/dev/null/c': nothing can be written to /dev/null/c",
+        ),
+    )
     monkeypatch.setattr(sweep.multiprocessing, "get_context", None)  # no worker may be started
     for words, message in refused:
         with pytest.raises(SystemExit, match=message):
@@ -243,18 +280,34 @@ def test_runs_that_turn_out_equal_are_counted_once(tmp_path, capsys):
 
 
 def test_ctrl_c_ends_the_workers_and_says_what_is_left(tmp_path):
-    command = [sys.executable, "-m", "study.sweep", "smoke", "--device=cpu", "--items=2000", f"--results={tmp_path}/r.jsonl", f"--cache={tmp_path}/cache"]
-    process = subprocess.Popen(command, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "study.sweep",
+        "smoke",
+        "--device=cpu",
+        "--items=2000",
+        f"--results={tmp_path}/r.jsonl",
+        f"--cache={tmp_path}/cache",
+    ]
+    process = subprocess.Popen(
+        command, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     first = process.stdout.readline()
     time.sleep(1.5)  # workers are starting
     os.killpg(process.pid, signal.SIGINT)
     text = first + process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in text and text.count("2 of 2 runs left") == 2, text
+    assert (
+        process.returncode == 128 + signal.SIGINT and "Traceback" not in text and text.count("2 of 2 runs left") == 2
+    ), text
 
 
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys):
     good = sweep.smoke("")[0]
-    bad, homeless = dataclasses.replace(good, data=str(tmp_path / "none")), dataclasses.replace(good, seed=2, max_steps=60)  # too few names for these
+    bad, homeless = (
+        dataclasses.replace(good, data=str(tmp_path / "none")),
+        dataclasses.replace(good, seed=2, max_steps=60),
+    )  # too few names for these
     assert sweep.sweep([bad, homeless, good], tmp_path / "r.jsonl", 5, tmp_path / "cache", items=2) == 2
     assert [r["key"] for r in results.read(tmp_path / "r.jsonl")] == [key(good)]
     assert "no data" in (text := capsys.readouterr().out) and "2 failed" in text
@@ -267,28 +320,56 @@ def test_kernels_are_compiled_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.append((command, options["env"])))
     sweep.warm_up(sweep.lr(""), "cuda:0")
-    (command, env), = started
-    assert command[3:5] == ["--capability=90", "128,64,256,2"] and len(command) == 4 + 27  # each shape once, in the order of the runs
+    ((command, env),) = started
+    assert (
+        command[3:5] == ["--capability=90", "128,64,256,2"] and len(command) == 4 + 27
+    )  # each shape once, in the order of the runs
     assert env["TRITON_CACHE_DIR"] == os.environ["TRITON_CACHE_DIR"] and sweep.warm_up(sweep.lr(""), "cpu") is None
     monkeypatch.undo()
     env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-m", "study.warm", "--capability=90", "64,32,4,1"], env=env, cwd=run.ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "study.warm", "--capability=90", "64,32,4,1"], env=env, cwd=run.ROOT, check=True
+    )
     compiled = {path.stem for path in tmp_path.glob("*/*.cubin")}
-    assert compiled >= {"route_fwd_kernel", "place_kernel", "up_kernel", "dswiglu_kernel", "dw_kernel", "muon_kernel", "cross_entropy_kernel"}
+    assert compiled >= {
+        "route_fwd_kernel",
+        "place_kernel",
+        "up_kernel",
+        "dswiglu_kernel",
+        "dw_kernel",
+        "muon_kernel",
+        "cross_entropy_kernel",
+    }
 
 
 def test_learning_rate_is_the_best_of_the_same_experts_and_k():
     rows = swept(lambda c, tpp: (0.5 - 0.1 * abs(math.log2(c.lr / (3e-3 if c.n_experts == 256 else 6e-3))), 0.5, 1))
     rate = lambda rows, **fields: sweep.best_rate(Run(**fields), sweep.comparisons(rows))  # noqa: E731
-    assert rate(rows, n_experts=256, top_k=8) == 3e-3 and rate(rows, n_experts=128, top_k=8) == 6e-3  # neighbours do not matter
-    assert rate(rows, n_experts=512, top_k=8) == 3e-3 and rate(rows, n_experts=512, top_k=8, tokens=2**26, data_tokens=2**26, people=16_000) == 3e-3
+    assert (
+        rate(rows, n_experts=256, top_k=8) == 3e-3 and rate(rows, n_experts=128, top_k=8) == 6e-3
+    )  # neighbours do not matter
+    assert (
+        rate(rows, n_experts=512, top_k=8) == 3e-3
+        and rate(rows, n_experts=512, top_k=8, tokens=2**26, data_tokens=2**26, people=16_000) == 3e-3
+    )
     assert rate(rows, d_model=64, n_experts=8) is None and rate(rows, optimizer="adamw", n_experts=8) is None
-    scarce = [fake(Run(n_experts=256, top_k=8, unique=1_000, lr=lr, seed=seed), lambda c, tpp: (10 * c.lr, 0.5, 1)) for lr in (3e-3, 6e-3) for seed in (0, 1)]
-    assert rate(rows + scarce, n_experts=256, top_k=8, unique=1_000) == 6e-3 and rate(rows + scarce, n_experts=256, top_k=8) == 3e-3  # same data first
+    scarce = [
+        fake(Run(n_experts=256, top_k=8, unique=1_000, lr=lr, seed=seed), lambda c, tpp: (10 * c.lr, 0.5, 1))
+        for lr in (3e-3, 6e-3)
+        for seed in (0, 1)
+    ]
+    assert (
+        rate(rows + scarce, n_experts=256, top_k=8, unique=1_000) == 6e-3
+        and rate(rows + scarce, n_experts=256, top_k=8) == 3e-3
+    )  # same data first
     assert rate(rows + scarce, n_experts=256, top_k=8, unique=500) == 3e-3
-    lonely = [fake(Run(n_experts=8, top_k=2, batch=16, lr=1.2e-2), lambda c, tpp: (0.9, 0.9, 0.1))]  # one rate is no comparison
+    lonely = [
+        fake(Run(n_experts=8, top_k=2, batch=16, lr=1.2e-2), lambda c, tpp: (0.9, 0.9, 0.1))
+    ]  # one rate is no comparison
     assert rate(rows + lonely, n_experts=8, top_k=2) == 6e-3
-    fewer = [row for row in rows if row["lr"] == 6e-3 or row["run"]["seed"] == 0]  # the others did not run from all seeds
+    fewer = [
+        row for row in rows if row["lr"] == 6e-3 or row["run"]["seed"] == 0
+    ]  # the others did not run from all seeds
     assert rate(fewer, n_experts=8, top_k=2) is None
 
 
@@ -300,20 +381,29 @@ def test_plans_take_their_rates_when_these_are_known_and_are_done_once():
     most = [row for row in rows if (row["run"]["n_experts"], row["run"]["top_k"], row["lr"]) != (256, 8, 3e-3)]
     pending = [r for r in sweep.main("") if (r.n_experts, r.top_k, r.lr) == (256, 8, 3e-3)]
     assert sweep.settle(plan[:1], most, pending) == plan[:1] and sweep.settle(plan[:1], most) == [settled]
-    assert sweep.choose(plan[:1], most, math.inf, "CPU") is None and sweep.choose([plan[0], settled], most, math.inf, "CPU") == settled
+    assert (
+        sweep.choose(plan[:1], most, math.inf, "CPU") is None
+        and sweep.choose([plan[0], settled], most, math.inf, "CPU") == settled
+    )
     assert sweep.choose([settled], rows, -math.inf, "NVIDIA fake") is None  # no time left
     grid = sweep.main("")
     group = sweep.choose_group(grid, rows, math.inf, "CPU", 3)
-    assert len({run.form(r) for r in group}) == 1 and [(r.seed, r.lr) for r in group] == [(0, rate) for rate in sweep.RATES["muon"]]
+    assert len({run.form(r) for r in group}) == 1 and [(r.seed, r.lr) for r in group] == [
+        (0, rate) for rate in sweep.RATES["muon"]
+    ]
     assert len(sweep.choose_group(grid, rows, time.monotonic() + 25, "NVIDIA fake", 3)) == 2  # ten seconds each
     assert sweep.estimate(sweep.sized(2**26), rows, "NVIDIA fake") == pytest.approx(2 + 8 * 4)
 
 
 def test_rates_are_chosen_by_answers_of_both_abilities():
     row = fake(Run(lr=6e-3), lambda c, tpp: (0.5, 0.5, 1))
-    losses = lambda facts, problems, mano: row | {"facts": {"loss": facts}, "problems": {"loss": problems}, "mano": {"loss": mano}}  # noqa: E731
+    losses = lambda facts, problems, mano: (
+        row | {"facts": {"loss": facts}, "problems": {"loss": problems}, "mano": {"loss": mano}}
+    )  # noqa: E731
     assert results.answer_loss(losses(1.0, 0.1, 1.3)) == pytest.approx(0.5 + 0.35)
-    assert results.answer_loss(losses(1.0, 0.006, 1.4)) < results.answer_loss(losses(1.5, 0.002, 1.4))  # what the geometric mean got wrong
+    assert results.answer_loss(losses(1.0, 0.006, 1.4)) < results.answer_loss(
+        losses(1.5, 0.002, 1.4)
+    )  # what the geometric mean got wrong
     assert results.answer_loss(row | {"diverged": True}) == math.inf
     measured = results.read(run.ROOT / "study/results.jsonl")
     first = [row for row in measured if row["date"] < "2026-11-27 12"]
@@ -336,23 +426,50 @@ def test_rows_planned_without_a_rate_become_the_runs_that_they_were(tmp_path):
 
 def test_grids_cover_what_they_promise():
     grid = sweep.main("")
-    assert {r.n_experts for r in grid} == {4, 8, 16, 32, 64, 128, 256} and {r.top_k for r in grid} == {1, 2, 4, 8} and len(grid) == 3 * 27 * 4
-    assert {r.lr for r in grid if r.tokens == 2**24} == {3e-3, 6e-3, 1.2e-2} and {r.lr for r in grid if r.tokens == 2**26} == {0}
+    assert (
+        {r.n_experts for r in grid} == {4, 8, 16, 32, 64, 128, 256}
+        and {r.top_k for r in grid} == {1, 2, 4, 8}
+        and len(grid) == 3 * 27 * 4
+    )
+    assert {r.lr for r in grid if r.tokens == 2**24} == {3e-3, 6e-3, 1.2e-2} and {
+        r.lr for r in grid if r.tokens == 2**26
+    } == {0}
     assert len({*grid, *sweep.lr("")}) == len(grid) + len(sweep.lr("")) == 3 * 27 * 5
     tpp = [r.tokens / count_params(run.train_config(r, 1344, 1e-3)).total for r in grid]
     assert min(tpp) < 1 and max(tpp) > 60
-    for r in (*grid, *sweep.long(""), *sweep.scarce(""), *sweep.topk("")):  # each person is met as often, and data is as long as the training
+    for r in (
+        *grid,
+        *sweep.long(""),
+        *sweep.scarce(""),
+        *sweep.topk(""),
+    ):  # each person is met as often, and data is as long as the training
         assert r.data_tokens == r.tokens and run.mixture(r).exposures == 30
-    assert {(run.mixture(r).n_problems, r.tokens) for r in (*grid, *sweep.scarce(""))} == {(4000, 2**24), (4000, 2**26), (1000, 2**24)}
+    assert {(run.mixture(r).n_problems, r.tokens) for r in (*grid, *sweep.scarce(""))} == {
+        (4000, 2**24),
+        (4000, 2**26),
+        (1000, 2**24),
+    }
     keys = [key(r) for r in dict.fromkeys(sweep.full(""))]
     assert set(keys) == {key(r) for name in ("main", "lr", "scarce", "topk", "init") for r in sweep.PRESETS[name]("")}
-    assert all(r.tokens == 2**24 and r.lr for r in sweep.full("")[: 3 * 81 + 39]) and sweep.full("")[3 * 81 + 39].tokens == 2**26
+    assert (
+        all(r.tokens == 2**24 and r.lr for r in sweep.full("")[: 3 * 81 + 39])
+        and sweep.full("")[3 * 81 + 39].tokens == 2**26
+    )
     plan = list(dict.fromkeys(sweep.full("")))
-    last = {k: max(i for i, r in enumerate(plan) if r.lr and r.top_k == k and r.d_expert == 64 and r.tokens == 2**24) for k in (2, 8)}
+    last = {
+        k: max(i for i, r in enumerate(plan) if r.lr and r.top_k == k and r.d_expert == 64 and r.tokens == 2**24)
+        for k in (2, 8)
+    }
     assert all(i > last[r.top_k] for i, r in enumerate(plan) if not r.lr and r.top_k in last)  # rates first
-    assert {key(r) for r in sweep.pilot("")} == {row["key"] for row in results.read(run.ROOT / "docs/runs/study-pilot.jsonl")}
+    assert {key(r) for r in sweep.pilot("")} == {
+        row["key"] for row in results.read(run.ROOT / "docs/runs/study-pilot.jsonl")
+    }
     for group in ({2048}, {8192}):
-        same = {tuple(count_params(run.train_config(r, 1344))[i] for i in (0,)) for r in sweep.topk("") if {r.n_experts * r.d_expert} == group}
+        same = {
+            tuple(count_params(run.train_config(r, 1344))[i] for i in (0,))
+            for r in sweep.topk("")
+            if {r.n_experts * r.d_expert} == group
+        }
         assert max(same)[0] - min(same)[0] < 0.06 * min(same)[0]  # the routers differ
     assert all(r.data == "d:1" for r in sweep.text("d:1"))
     with pytest.raises(ValueError, match="--data"):

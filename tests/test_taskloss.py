@@ -13,8 +13,20 @@ from model import GPT, ModelConfig
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    cfg = ModelConfig(vocab_size=320, seq_len=24, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, n_experts=4, top_k=2,
-                      d_expert=32, init_std=0.3, dtype="float32")
+    cfg = ModelConfig(
+        vocab_size=320,
+        seq_len=24,
+        d_model=32,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        head_dim=16,
+        n_experts=4,
+        top_k=2,
+        d_expert=32,
+        init_std=0.3,
+        dtype="float32",
+    )
     return GPT(cfg).eval()
 
 
@@ -31,7 +43,14 @@ def slow_nll(model, context, answer):
 def make_pairs():
     rng = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(0, 320, (n,), generator=rng).tolist()  # noqa: E731
-    return [(draw(1), draw(1)), (draw(5), draw(3)), (draw(20), draw(4)), (draw(2), draw(20)), (draw(9), draw(9)), (draw(12), draw(13))]
+    return [
+        (draw(1), draw(1)),
+        (draw(5), draw(3)),
+        (draw(20), draw(4)),
+        (draw(2), draw(20)),
+        (draw(9), draw(9)),
+        (draw(12), draw(13)),
+    ]
 
 
 @torch.no_grad()
@@ -41,7 +60,9 @@ def test_score_equals_one_token_at_a_time(model):
     for max_tokens in (1, 40, None):  # one row, several rows, all rows in a batch
         assert score(model, pairs, max_tokens) == pytest.approx(truth, rel=1e-5)
     shifted = [(context[:-1], context[-1:] + answer) for context, answer in pairs if len(context) > 1]
-    assert score(model, shifted) != pytest.approx(truth[1:], rel=1e-2)  # the check can fail: another boundary, another score
+    assert score(model, shifted) != pytest.approx(
+        truth[1:], rel=1e-2
+    )  # the check can fail: another boundary, another score
     assert score(model, []) == []
 
 

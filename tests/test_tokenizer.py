@@ -10,7 +10,13 @@ from data import tokenizer
 TEXTS = [
     "It's 1987, and the 48/2 = 24 geese weren't flying; naïve façade, “quoted”.\n\n    def f(x):\n\treturn x**2  # ok\r\n",
     "हिन्दी में परीक्षा, 漢字かな交じり文, \U0001f9ea emoji, tab\t\ttab, nbsp\u00a0x, \u2028 line, ſ 'S",
-    "   leading and trailing   ", "\n", "", "a", " ", "\0\1", "<|endoftext|> is text here",
+    "   leading and trailing   ",
+    "\n",
+    "",
+    "a",
+    " ",
+    "\0\1",
+    "<|endoftext|> is text here",
 ]
 
 
@@ -31,7 +37,7 @@ def plain_bpe(counts, n_merges):
             i = 0
             while i < len(word) - 1:
                 if (word[i], word[i + 1]) == (a, b):
-                    word[i:i + 2] = [a + b]
+                    word[i : i + 2] = [a + b]
                 i += 1
         ids[a + b] = len(ids)
     return ids
@@ -40,17 +46,27 @@ def plain_bpe(counts, n_merges):
 def test_training_is_exactly_bpe():
     rng = random.Random(0)
     for trial in range(100):  # two or three letters: long runs and overlapping merges, where shortcuts go wrong
-        counts = Counter("".join(rng.choices("abc"[:2 + trial % 2], k=rng.randint(1, 12))) for _ in range(rng.randint(1, 30)))
+        counts = Counter(
+            "".join(rng.choices("abc"[: 2 + trial % 2], k=rng.randint(1, 12))) for _ in range(rng.randint(1, 30))
+        )
         n_merges = rng.randint(1, 40)
         assert tokenizer.bpe_from_counts(counts, 257 + n_merges)._mergeable_ranks == plain_bpe(counts, n_merges)
     counts.update({"cb": 1000})
-    assert tokenizer.bpe_from_counts(counts, 260)._mergeable_ranks != plain_bpe(Counter(["ab", "ab"]), 3), "the comparison compares nothing"
+    assert tokenizer.bpe_from_counts(counts, 260)._mergeable_ranks != plain_bpe(Counter(["ab", "ab"]), 3), (
+        "the comparison compares nothing"
+    )
 
 
 def test_any_text_comes_back():
     enc = tokenizer.train_bpe(TEXTS * 3, 400)
     rng = random.Random(1)
-    noise = ["".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xd800), rng.randrange(0x10000, 0x110000)])) for _ in range(200)) for _ in range(50)]
+    noise = [
+        "".join(
+            chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xD800), rng.randrange(0x10000, 0x110000)]))
+            for _ in range(200)
+        )
+        for _ in range(50)
+    ]
     sizes = tokenizer.token_bytes(enc)
     for text in TEXTS + noise:
         ids = enc.encode_ordinary(text)
@@ -73,7 +89,18 @@ def test_vocabulary_size_and_determinism():
 
 def test_one_digit_per_token():
     enc = tokenizer.train_bpe(["In 1987 there = 1987 and 19871987 = x. "] * 50, 400)
-    assert [enc.decode([i]) for i in enc.encode_ordinary("48/2 = 1987")] == ["4", "8", "/", "2", " =", " ", "1", "9", "8", "7"]
+    assert [enc.decode([i]) for i in enc.encode_ordinary("48/2 = 1987")] == [
+        "4",
+        "8",
+        "/",
+        "2",
+        " =",
+        " ",
+        "1",
+        "9",
+        "8",
+        "7",
+    ]
     assert any(len(token) > 3 for token in enc._mergeable_ranks), "nothing was merged, so the digits prove nothing"
 
 
@@ -93,7 +120,11 @@ def test_save_and_load(tmp_path):
     assert again.encode("x<|endoftext|>", allowed_special="all")[-1] == enc.eot_token
 
     content = json.loads(path.read_text())
-    for damage in ({"tokens": content["tokens"][:-1] + content["tokens"][:1]}, {"special_tokens": {}}, {"pattern": "("}):
+    for damage in (
+        {"tokens": content["tokens"][:-1] + content["tokens"][:1]},
+        {"special_tokens": {}},
+        {"pattern": "("},
+    ):
         path.write_text(json.dumps(content | damage))
         with pytest.raises(ValueError, match="tokenizer.json is damaged"):
             tokenizer.load(tmp_path)
@@ -124,7 +155,9 @@ def test_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(ValueError, match="gpt5.*neither"):
         tokenizer.named("gpt5")
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: f"the encoding {name}")  # the real one wants the real file
+    monkeypatch.setattr(
+        tiktoken, "get_encoding", lambda name: f"the encoding {name}"
+    )  # the real one wants the real file
     with pytest.raises(ValueError, match="9b5ad71b2ce5302211f9c61530b329a4922fc6a4 is missing.*With a network"):
         tokenizer.named("cl100k_base")
     (tmp_path / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4").touch()

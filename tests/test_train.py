@@ -21,9 +21,11 @@ from moe_kernels import reference
 from train import main
 
 ROOT = Path(train_file.__file__).parent
-SMALL = ("--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --seq-len=16 --batch-size=8 --steps=8 "
-         "--warmup-steps=3 --lr=1e-2 --log-every=3 --val-every=4 --val-batches=2 --checkpoint-every=4 --keep-checkpoints=9 --sample-tokens=4 "
-         "--device=cpu --init-std=0.1 --curves=false").split()
+SMALL = (
+    "--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --seq-len=16 --batch-size=8 --steps=8 "
+    "--warmup-steps=3 --lr=1e-2 --log-every=3 --val-every=4 --val-batches=2 --checkpoint-every=4 --keep-checkpoints=9 --sample-tokens=4 "
+    "--device=cpu --init-std=0.1 --curves=false"
+).split()
 TIMES = ("tokens_per_s", "memory_gb", "mfu")
 
 
@@ -69,7 +71,11 @@ def differences(a, b):
     a, b = flat(a), flat(b)
     assert a.keys() == b.keys()
     same = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y  # noqa: E731
-    return [key for key in a if not same(a[key], b[key]) and key not in ("/config/out_dir", "/config/resume", "/config/checkpoint_every")]
+    return [
+        key
+        for key in a
+        if not same(a[key], b[key]) and key not in ("/config/out_dir", "/config/resume", "/config/checkpoint_every")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +104,22 @@ def test_learns_and_reports(whole_run):
     train_rows, val_rows = [r for r in log if "loss" in r], [r for r in log if "val_loss" in r]
     assert [r["step"] for r in train_rows] == [3, 6, 8] and [r["step"] for r in val_rows] == [4, 8]
     assert train_rows[-1]["loss"] < train_rows[0]["loss"] - 0.3 and val_rows[1]["val_loss"] < val_rows[0]["val_loss"]
-    assert all(len(r["load_max"]) == 2 and 1 <= max(r["load_max"]) <= 2.0 for r in train_rows)  # 4 experts, k = 2: at most 2
+    assert all(
+        len(r["load_max"]) == 2 and 1 <= max(r["load_max"]) <= 2.0 for r in train_rows
+    )  # 4 experts, k = 2: at most 2
     assert all(0.9 < r["balance"] < 1.5 for r in train_rows)
     assert train_rows[-1]["tokens"] == 8 * 8 * 16
     splits = shards.read_meta(json.loads((out / "config.json").read_text())["data"])["splits"]
-    assert results["epochs"] == pytest.approx(8 * 8 / ((splits["train"]["tokens"] - 1) // 16))  # samples of 16 tokens over windows
+    assert results["epochs"] == pytest.approx(
+        8 * 8 / ((splits["train"]["tokens"] - 1) // 16)
+    )  # samples of 16 tokens over windows
     meta = splits["val"]
     expected = results["val_loss"] / np.log(2) * meta["tokens"] / meta["bytes"]
     assert results["val_bits_per_byte"] == pytest.approx(expected)
-    assert json.loads((out / "results.json").read_text())["val_loss"] == results["val_loss"] and len(results["samples"]) == 2
+    assert (
+        json.loads((out / "results.json").read_text())["val_loss"] == results["val_loss"]
+        and len(results["samples"]) == 2
+    )
     assert [step for step, _ in checkpoint.find(out)] == [4, 8]
 
 
@@ -116,10 +129,15 @@ def test_resume_equals_uninterrupted_bit_for_bit(whole_run, tmp_path):
     resumed = main([f"--resume={cut}"])
     assert differences(final_state(cut), final_state(whole)) == []
     assert rows(cut) == rows(whole)  # the line of step 6 averages over steps 4 to 6, across the break
-    assert {k: v for k, v in resumed.items() if k not in (*TIMES, "seconds")} == {k: v for k, v in results.items() if k not in (*TIMES, "seconds")}
+    assert {k: v for k, v in resumed.items() if k not in (*TIMES, "seconds")} == {
+        k: v for k, v in results.items() if k not in (*TIMES, "seconds")
+    }
 
 
-@pytest.mark.parametrize("flags", [["--weights=bfloat16"], ["--dtype=bfloat16"], ["--weights=bfloat16", "--dtype=bfloat16", "--grad-accum=2"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--weights=bfloat16"], ["--dtype=bfloat16"], ["--weights=bfloat16", "--dtype=bfloat16", "--grad-accum=2"]],
+)
 def test_resume_in_bfloat16(data_dir, tmp_path, flags):
     """bfloat16 weights, or bfloat16 copies of float32 ones (then the checkpoint holds float32): bit for bit. What is saved loads for evaluation and
     goes on as a plain float32 run."""
@@ -170,7 +188,14 @@ def test_accumulation_equals_a_bigger_batch(data_dir, tmp_path):
     """The same tokens in one, two and four micro-batches; without the balance loss, whose statistics are those of a micro-batch."""
     losses = []
     for accum in (1, 2, 4):
-        run(data_dir, tmp_path / str(accum), f"--grad-accum={accum}", "--balance-coef=0", "--val-batches=1", "--val-every=0")
+        run(
+            data_dir,
+            tmp_path / str(accum),
+            f"--grad-accum={accum}",
+            "--balance-coef=0",
+            "--val-batches=1",
+            "--val-every=0",
+        )
         losses.append([r["loss"] for r in rows(tmp_path / str(accum)) if "loss" in r])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
@@ -190,7 +215,9 @@ def test_resuming_a_finished_run_only_reports_again(whole_run, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [["--optimizer=adamw"], ["--optimizer=muon"], ["--optimizer=adamw", "--weights=bfloat16"]])
+@pytest.mark.parametrize(
+    "flags", [["--optimizer=adamw"], ["--optimizer=muon"], ["--optimizer=adamw", "--weights=bfloat16"]]
+)
 def test_on_a_gpu(data_dir, tmp_path, flags):
     """Resume is exact with --deterministic; compiled blocks train as eager ones do."""
     flags = ["--device=cuda", "--deterministic", *flags, "--d-model=64", "--head-dim=32", "--steps=8"]
@@ -198,7 +225,10 @@ def test_on_a_gpu(data_dir, tmp_path, flags):
         run(data_dir, tmp_path / "whole", *flags)
         cut = cut_at(tmp_path / "whole", tmp_path / "cut", 4)
         main([f"--resume={cut}"])
-        assert rows(cut) == rows(tmp_path / "whole") and differences(final_state(cut), final_state(tmp_path / "whole")) == []
+        assert (
+            rows(cut) == rows(tmp_path / "whole")
+            and differences(final_state(cut), final_state(tmp_path / "whole")) == []
+        )
         run(data_dir, tmp_path / "eager", *flags, "--compile=false")
         for a, b in zip(rows(tmp_path / "eager"), rows(tmp_path / "whole"), strict=True):
             np.testing.assert_allclose(a.get("loss", 0), b.get("loss", 0), rtol=2e-2)
@@ -207,14 +237,33 @@ def test_on_a_gpu(data_dir, tmp_path, flags):
 
 
 def launch(*flags, ranks=2, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
-    return subprocess.Popen([*command, "train.py", *flags], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    command = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else [sys.executable]
+    )
+    return subprocess.Popen(
+        [*command, "train.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
 
 
 def test_sigterm_saves_and_a_resumed_run_equals_an_unbroken_one(data_dir, tmp_path):
-    flags = [*SMALL, f"--data={data_dir}", "--steps=4000", "--log-every=1", "--checkpoint-every=0", "--val-every=0",
-             "--schedule=wsd", "--decay-frac=0"]  # a rate that does not depend on the number of steps
+    flags = [
+        *SMALL,
+        f"--data={data_dir}",
+        "--steps=4000",
+        "--log-every=1",
+        "--checkpoint-every=0",
+        "--val-every=0",
+        "--schedule=wsd",
+        "--decay-frac=0",
+    ]  # a rate that does not depend on the number of steps
     process = launch(*flags, f"--out-dir={tmp_path / 'stopped'}", ranks=1)
     for line in process.stdout:
         if line.startswith("step"):
@@ -222,7 +271,7 @@ def test_sigterm_saves_and_a_resumed_run_equals_an_unbroken_one(data_dir, tmp_pa
             break
     output = process.stdout.read()
     assert process.wait(timeout=60) == 0 and "continue with" in output, output
-    (step, _), = checkpoint.find(tmp_path / "stopped")
+    ((step, _),) = checkpoint.find(tmp_path / "stopped")
     assert 1 <= step < 4000
     assert rows(tmp_path / "stopped")[-1]["step"] == step
     main([f"--resume={tmp_path / 'stopped'}", f"--steps={step + 5}"])
@@ -237,7 +286,9 @@ def test_validation_is_pure_and_changes_nothing(data_dir, tmp_path):
     run(data_dir, tmp_path / "often", "--val-every=1")
     run(data_dir, tmp_path / "never", "--val-every=0")
     ignored = ("/config/val_every",)
-    assert [d for d in differences(final_state(tmp_path / "often"), final_state(tmp_path / "never")) if d not in ignored] == []
+    assert [
+        d for d in differences(final_state(tmp_path / "often"), final_state(tmp_path / "never")) if d not in ignored
+    ] == []
     # Cross-entropy of the validation windows by hand, on a checkpoint that was loaded for evaluation.
     model = checkpoint.load_model(tmp_path / "never")
     ids = np.concatenate(shards.open_shards(data_dir, "val")).astype(np.int64)
@@ -267,23 +318,29 @@ def snapshot(path):
     return {p.relative_to(path): p.read_bytes() for p in Path(path).rglob("*") if p.is_file() and p.name != "lock"}
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--data=/nonexistent"], "/nonexistent/meta.json does not exist"),
-    (["--vocab-size=100"], "vocab_size=100: the tokenizer of .* has 287 tokens"),
-    (["--stpes=3"], "did you mean 'steps'"),
-    (["--top-k=5"], "top_k=5: a token cannot use more than n_experts=4"),
-    (["--d-model=40"], "d_model=40: the kernels need a multiple of 16"),
-    (["--batch-size=9", "--grad-accum=2"], "batch_size=9: use a multiple of grad_accum=2"),
-    (["--seq-len=100000"], "use a smaller seq_len or more data"),
-    (["--resume=/nonexistent"], "resume='/nonexistent': not a run directory"),
-    (["--beta2=1"], "beta2=1.0: use a number from 0 to below 1"),
-    (["--muon-momentum=1"], "muon_momentum=1.0: use a number from 0 to below 1"),
-    (["--seed=-1"], "seed=-1: use a whole number from 0 to below 2"),
-    ([f"--seed={2**63}"], "seed=9223372036854775808: use a whole number"),
-    (["--out-dir=/proc/x"], "out_dir='/proc/x': nothing can be written"),
-    (["--weights=bfloat16"], "weights='bfloat16': only AdamW rounds stochastically: add --optimizer=adamw"),
-    (["--weights=bfloat16", "--optimizer=adamw", "--batch-size=128", "--grad-accum=128"], "grad_accum=128: .* use 64 or less"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data=/nonexistent"], "/nonexistent/meta.json does not exist"),
+        (["--vocab-size=100"], "vocab_size=100: the tokenizer of .* has 287 tokens"),
+        (["--stpes=3"], "did you mean 'steps'"),
+        (["--top-k=5"], "top_k=5: a token cannot use more than n_experts=4"),
+        (["--d-model=40"], "d_model=40: the kernels need a multiple of 16"),
+        (["--batch-size=9", "--grad-accum=2"], "batch_size=9: use a multiple of grad_accum=2"),
+        (["--seq-len=100000"], "use a smaller seq_len or more data"),
+        (["--resume=/nonexistent"], "resume='/nonexistent': not a run directory"),
+        (["--beta2=1"], "beta2=1.0: use a number from 0 to below 1"),
+        (["--muon-momentum=1"], "muon_momentum=1.0: use a number from 0 to below 1"),
+        (["--seed=-1"], "seed=-1: use a whole number from 0 to below 2"),
+        ([f"--seed={2**63}"], "seed=9223372036854775808: use a whole number"),
+        (["--out-dir=/proc/x"], "out_dir='/proc/x': nothing can be written"),
+        (["--weights=bfloat16"], "weights='bfloat16': only AdamW rounds stochastically: add --optimizer=adamw"),
+        (
+            ["--weights=bfloat16", "--optimizer=adamw", "--batch-size=128", "--grad-accum=128"],
+            "grad_accum=128: .* use 64 or less",
+        ),
+    ],
+)
 def test_bad_flags(data_dir, tmp_path, flags, message):
     before = snapshot(data_dir)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -305,7 +362,10 @@ def test_the_largest_seed_trains_to_the_end(data_dir, tmp_path):
 def test_a_run_that_ends_within_its_warm_up_says_so(data_dir, tmp_path, capsys):
     for steps, said in ((2, True), (3, False)):
         run(data_dir, tmp_path / str(steps), f"--steps={steps}")
-        assert (f"steps={steps} ends within the warm-up, before lr=0.01 is reached; lower warmup_steps=3" in capsys.readouterr().out) == said
+        assert (
+            f"steps={steps} ends within the warm-up, before lr=0.01 is reached; lower warmup_steps=3"
+            in capsys.readouterr().out
+        ) == said
     run(data_dir, tmp_path / "1", "--steps=1")
     assert "1 step of 128 tokens" in capsys.readouterr().out
 
@@ -382,14 +442,20 @@ def test_resume_refuses_another_model_or_data(whole_run, data_dir, tmp_path):
     assert snapshot(cut) == before
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xfe", b"5\n", b"[1]\n", b'{"loss": 1}\n', b'{"step": "x"}\n', b"\0" * 9 + b"\n"])
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe", b"5\n", b"[1]\n", b'{"loss": 1}\n', b'{"step": "x"}\n', b"\0" * 9 + b"\n"]
+)
 def test_damaged_lines_of_the_log_are_dropped(whole_run, tmp_path, damage):
     cut = cut_at(whole_run[0], tmp_path / "cut", 4)
     log = cut / "metrics.jsonl"
     first, *others = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(first[:-3] + damage + first[-3:] + b"".join(others) if damage == b"\xff\xfe" else first + damage + b"".join(others))
+    log.write_bytes(
+        first[:-3] + damage + first[-3:] + b"".join(others)
+        if damage == b"\xff\xfe"
+        else first + damage + b"".join(others)
+    )
     main([f"--resume={cut}"])
-    assert rows(cut) == rows(whole_run[0])[damage == b"\xff\xfe":]
+    assert rows(cut) == rows(whole_run[0])[damage == b"\xff\xfe" :]
 
 
 def test_a_failed_save_keeps_the_older_checkpoints(whole_run, tmp_path, monkeypatch):

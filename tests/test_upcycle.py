@@ -12,8 +12,21 @@ from model import GPT, ModelConfig
 from tests.checks import check
 from train import main
 
-DENSE = ModelConfig(vocab_size=64, seq_len=16, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, n_experts=8, top_k=2, d_expert=32,
-                    dense=True, init_std=0.2, qk_norm=True)  # hidden width 64
+DENSE = ModelConfig(
+    vocab_size=64,
+    seq_len=16,
+    d_model=32,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=1,
+    head_dim=16,
+    n_experts=8,
+    top_k=2,
+    d_expert=32,
+    dense=True,
+    init_std=0.2,
+    qk_norm=True,
+)  # hidden width 64
 TOKENS = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -38,9 +51,16 @@ def logits(model):
         return model.eval().to(device)(TOKENS.to(device)).logits.float().cpu()
 
 
-CASES = {"copies": dict(d_expert=64), "copies, k=3": dict(d_expert=64, top_k=3), "equal FLOPs": dict(), "two copies of two slices": dict(top_k=4),
-         "four slices": dict(d_expert=16, top_k=4), "shared": dict(d_expert=16, n_shared_experts=2), "sigmoid": dict(router_score="sigmoid"),
-         "one of three shared": dict(d_expert=16, n_shared_experts=1, n_experts=9, top_k=3)}
+CASES = {
+    "copies": dict(d_expert=64),
+    "copies, k=3": dict(d_expert=64, top_k=3),
+    "equal FLOPs": dict(),
+    "two copies of two slices": dict(top_k=4),
+    "four slices": dict(d_expert=16, top_k=4),
+    "shared": dict(d_expert=16, n_shared_experts=2),
+    "sigmoid": dict(router_score="sigmoid"),
+    "one of three shared": dict(d_expert=16, n_shared_experts=1, n_experts=9, top_k=3),
+}
 BOUND = 3e-2 if torch.cuda.is_available() else 1e-5  # bfloat16 there
 
 
@@ -53,7 +73,9 @@ def test_outputs_at_step_0_are_those_of_the_dense_model(dense, case):
     counts = model(tokens[:, :-1], tokens[:, 1:]).counts_NE
     G = upcycle.slices_per_copy(dataclasses.asdict(DENSE), model.cfg)
     groups = counts.view(2, -1, G)
-    assert (groups == groups[..., :1]).all() and (groups[..., 0] > 0).sum() > 2  # whole copies are chosen, and not one alone
+    assert (groups == groups[..., :1]).all() and (
+        groups[..., 0] > 0
+    ).sum() > 2  # whole copies are chosen, and not one alone
 
 
 @pytest.mark.parametrize("damage", ["scale", "order", "router"])
@@ -80,7 +102,9 @@ def test_noise_and_training(dense):
     assert torch.equal(w[0], w[2]) and not torch.equal(w[0], w[1])
     rest = noisy.blocks[0].mlp.w_in - w
     assert rest.std().item() == pytest.approx(0.1 * w.std().item(), rel=0.1) and not torch.equal(rest[0], rest[2])
-    assert torch.equal(noisy.blocks[0].mlp.w_in, again.blocks[0].mlp.w_in) and not torch.equal(noisy.blocks[0].mlp.w_in, other.blocks[0].mlp.w_in)
+    assert torch.equal(noisy.blocks[0].mlp.w_in, again.blocks[0].mlp.w_in) and not torch.equal(
+        noisy.blocks[0].mlp.w_in, other.blocks[0].mlp.w_in
+    )
     assert torch.equal(noisy.embed.weight, dense[0].embed.weight)
     # Without noise the copies separate by themselves: their tokens differ, and so do the slices of a copy (their router rows too).
     optimizer = torch.optim.AdamW(exact.parameters(), lr=1e-3)
@@ -92,7 +116,11 @@ def test_noise_and_training(dense):
         optimizer.zero_grad()
         losses.append(out.loss.item())
     moe = exact.blocks[0].mlp
-    assert losses[-1] < losses[0] - 0.1 and not torch.equal(moe.w_in[0], moe.w_in[2]) and not torch.equal(moe.router.weight[0], moe.router.weight[1])
+    assert (
+        losses[-1] < losses[0] - 0.1
+        and not torch.equal(moe.w_in[0], moe.w_in[2])
+        and not torch.equal(moe.router.weight[0], moe.router.weight[1])
+    )
 
 
 def test_from_bfloat16_weights(dense, tmp_path):
@@ -109,14 +137,20 @@ def test_from_bfloat16_weights(dense, tmp_path):
     check(logits(exact), logits(model), BOUND)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(d_expert=48), "d_expert=48: slices of this width, 0 of them shared, do not make up the dense hidden width 64"),
-    (dict(d_expert=64, n_shared_experts=1), "d_expert=64: slices"),
-    (dict(top_k=3), "top_k=3: one copy of the dense layer is 2 experts"),
-    (dict(n_experts=7), "n_experts=7: one copy"),
-    (dict(router_normalize=False), "router_normalize=False: the dense output"),
-    (dict(n_heads=4), "n_heads=4: the dense checkpoint has 2"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(d_expert=48),
+            "d_expert=48: slices of this width, 0 of them shared, do not make up the dense hidden width 64",
+        ),
+        (dict(d_expert=64, n_shared_experts=1), "d_expert=64: slices"),
+        (dict(top_k=3), "top_k=3: one copy of the dense layer is 2 experts"),
+        (dict(n_experts=7), "n_experts=7: one copy"),
+        (dict(router_normalize=False), "router_normalize=False: the dense output"),
+        (dict(n_heads=4), "n_heads=4: the dense checkpoint has 2"),
+    ],
+)
 def test_what_cannot_be_exact_is_refused(dense, changes, message):
     with pytest.raises(ValueError, match=message):
         upcycle.upcycle(mixture(**changes), dense[1])
@@ -136,11 +170,16 @@ def test_in_training_step_0_has_the_dense_loss(tmp_path):
     with shards.ShardWriter(data, enc) as writer:
         for split in ("train", "val"):
             writer.add(split, enc.encode_ordinary("the cat sat on the mat. " * 60) + [enc.eot_token])
-    flags = ("--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --seq-len=16 --batch-size=4 "
-             f"--warmup-steps=1 --init-std=0.2 --val-every=0 --val-batches=4 --sample-tokens=0 --curves=false --device=cpu --data={data}").split()
+    flags = (
+        "--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --seq-len=16 --batch-size=4 "
+        f"--warmup-steps=1 --init-std=0.2 --val-every=0 --val-batches=4 --sample-tokens=0 --curves=false --device=cpu --data={data}"
+    ).split()
     dense = main([*flags, "--dense", "--steps=10", f"--out-dir={tmp_path / 'dense'}"])
     start = [f"--upcycle-from={tmp_path / 'dense'}", "--steps=1", "--lr=0"]
     mixture = main([*flags, *start, f"--out-dir={tmp_path / 'moe'}"])
-    assert mixture["val_loss"] == pytest.approx(dense["val_loss"], rel=1e-5) and mixture["parameters"] > dense["parameters"]
+    assert (
+        mixture["val_loss"] == pytest.approx(dense["val_loss"], rel=1e-5)
+        and mixture["parameters"] > dense["parameters"]
+    )
     noisy = main([*flags, *start, "--upcycle-noise=0.5", f"--out-dir={tmp_path / 'noisy'}"])
     assert abs(noisy["val_loss"] - dense["val_loss"]) > 1e-3

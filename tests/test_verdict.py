@@ -35,11 +35,16 @@ def test_verdicts_follow_the_data():
     assert [decided(as_claimed, number) for number in (1, 2, 4, 6, 7)] == ["supported"] * 5
     assert [decided(otherwise, number) for number in (1, 2, 3)] == ["not supported"] * 3
     assert decided(world(lambda c, tpp: (0.5, 0.5, 2.0), sweep.topk("")), 5) == "supported"
-    assert decided(world(lambda c, tpp: (0.5, 0.5 + 0.03 * c.top_k, 2 + 0.1 * c.top_k), sweep.topk("")), 5) == "not supported"
+    assert (
+        decided(world(lambda c, tpp: (0.5, 0.5 + 0.03 * c.top_k, 2 + 0.1 * c.top_k), sweep.topk("")), 5)
+        == "not supported"
+    )
     near = world(lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 20)), 2), sweep.main(""))
     far = world(lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 3)), 2), sweep.main(""))
     assert decided(near, 3) == "supported" and decided(far, 3) == "not supported"
-    aside = world(lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 20 / 4 ** (1 if c.top_k > 2 else -1))), 2), sweep.main(""))
+    aside = world(
+        lambda c, tpp: (0.5, 0.8 - 0.1 * abs(math.log2(tpp / 20 / 4 ** (1 if c.top_k > 2 else -1))), 2), sweep.main("")
+    )
     assert decided(aside, 3) == "not supported"  # far above 20 at some k and far below at others is not near
     constant = world(lambda c, tpp: (0.5, 0.2 - 0.01 * abs(math.log2(c.n_experts / 32)), 2), sweep.main(""))
     for row in constant:
@@ -58,7 +63,9 @@ def test_memory_is_judged_by_its_loss_beside_recall():
     effect = lambda c, tpp: (jump[c.seed] + 0.02 * c.seed * math.log2(c.n_experts) * (-1) ** c.seed, 0.5, 2)  # noqa: E731
     rows = world(effect, sweep.main(""), smooth)
     tests = [test for test in claims.memory_rises(rows) if "best rates" in test.where]
-    assert [test.votes for test in tests] == [True, False] * 2 and {claims.decide(test) for test in tests if not test.votes} == {"undecided"}
+    assert [test.votes for test in tests] == [True, False] * 2 and {
+        claims.decide(test) for test in tests if not test.votes
+    } == {"undecided"}
     assert claims.overall(tests) == "supported" and "no vote (recall)" in verdict.tables(rows)
 
 
@@ -68,10 +75,16 @@ def test_rates_that_differ_along_a_line_move_no_verdict():
     rate_of = lambda r: 1.2e-2 if r.n_experts <= 16 else 6e-3 if r.n_experts <= 64 else 3e-3  # noqa: E731
     plan = [dataclasses.replace(r, lr=rate_of(r)) for r in sweep.main("") if not r.lr or r.lr == 6e-3]
     confounded = world(by_rate, plan)
-    assert results.families(confounded) == {} and {decided(confounded, number) for number in range(1, 8)} == {"undecided"}
-    hidden = [row | {"run": row["run"] | {"lr": 6e-3}} for row in confounded]  # as if they had not differed: there is an effect to be found
+    assert results.families(confounded) == {} and {decided(confounded, number) for number in range(1, 8)} == {
+        "undecided"
+    }
+    hidden = [
+        row | {"run": row["run"] | {"lr": 6e-3}} for row in confounded
+    ]  # as if they had not differed: there is an effect to be found
     assert {claims.decide(test) for test in claims.memory_rises(hidden)} == {"supported"}
-    half = confounded + world(by_rate, [r for r in sweep.main("") if r.lr and r.n_experts >= 128])  # swept at one end only
+    half = confounded + world(
+        by_rate, [r for r in sweep.main("") if r.lr and r.n_experts >= 128]
+    )  # swept at one end only
     assert {decided(half, number) for number in range(1, 8)} == {"undecided"}
     assert not any(test.votes for number in (1, 2, 3, 4, 7) for test in claims.CLAIMS[number - 1][1](half))
     two = world(by_rate, [r for r in sweep.main("") if r.lr and r.lr < 1e-2])  # two of three rates: shown, no vote
@@ -87,8 +100,14 @@ def test_a_line_has_every_size_of_its_regime_and_the_same_seeds():
     regime = results.regime(rows[0])
     sizes = lambda rows, rate: {k for _, k in results.families(rows).get(results.Family(regime, rate), ())}  # noqa: E731
     assert sizes(rows, results.BEST) == sizes(rows, 3e-3) == {2, 8}
-    less = [row for row in rows if (row["run"]["n_experts"], row["run"]["top_k"], row["lr"], row["run"]["seed"]) != (64, 8, 3e-3, 1)]
-    assert sizes(less, results.BEST) == {2} and sizes(less, 3e-3) == {2} and sizes(less, 6e-3) == {2, 8}  # the other k waits for its third seed
+    less = [
+        row
+        for row in rows
+        if (row["run"]["n_experts"], row["run"]["top_k"], row["lr"], row["run"]["seed"]) != (64, 8, 3e-3, 1)
+    ]
+    assert (
+        sizes(less, results.BEST) == {2} and sizes(less, 3e-3) == {2} and sizes(less, 6e-3) == {2, 8}
+    )  # the other k waits for its third seed
     bad = [row | {"diverged": row["lr"] == 1.2e-2 and row["run"]["n_experts"] == 256} for row in rows]
     assert sizes(bad, results.BEST) == {2, 8} and sizes(bad, 1.2e-2) == set()  # what diverges is not the best
 
@@ -98,12 +117,18 @@ def test_few_seeds_and_noise_decide_nothing():
     assert [decided(two, number) for number in range(1, 8)] == ["undecided"] * 7
     assert [decided([], number) for number in range(1, 8)] == ["undecided"] * 7
     flat = [world(lambda c, tpp, share=share: (share, share, 2), sweep.main("")) for share in (0.0, 0.97)]
-    assert all(decided(rows, number) == "undecided" for rows in flat for number in (1, 2, 3, 7))  # nothing learned, or everything
+    assert all(
+        decided(rows, number) == "undecided" for rows in flat for number in (1, 2, 3, 7)
+    )  # nothing learned, or everything
     rng = random.Random(1)
     noise = world(lambda c, tpp: (0.5, 0.5 + rng.gauss(0, 0.05), 2), sweep.main(""))
-    assert decided(noise, 2) != "supported" and decided(noise, 4) != "supported"  # the best of seven noisy points is no optimum
+    assert (
+        decided(noise, 2) != "supported" and decided(noise, 4) != "supported"
+    )  # the best of seven noisy points is no optimum
     worlds = [world(lambda c, tpp: (0.5, 0.5 + rng.gauss(0, 0.04), 2), sweep.topk("")) for _ in range(5)]
-    assert "not supported" not in {decided(rows, 5) for rows in worlds}  # nor is the distance of the best of four from the worst a spread
+    assert "not supported" not in {
+        decided(rows, 5) for rows in worlds
+    }  # nor is the distance of the best of four from the worst a spread
 
 
 def test_interval_is_wider_than_the_spread_of_three_seeds_and_shrinks():
@@ -119,19 +144,30 @@ def test_tables_are_put_between_the_markers(tmp_path):
     file.write_text(f"before\n{verdict.BEGIN}\nold\n{verdict.END}\nafter\n")
     verdict.write(file, verdict.tables([]))
     text = file.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and text.count("not enough runs") >= 7
+    assert (
+        text.startswith("before\n")
+        and text.endswith("\nafter\n")
+        and "old" not in text
+        and text.count("not enough runs") >= 7
+    )
     file.write_text("no markers")
     with pytest.raises(ValueError, match="needs the two lines"):
         verdict.write(file, "x")
 
 
 def test_tables_are_not_replaced_by_those_of_nothing(tmp_path):
-    study, empty, none, foreign = (tmp_path / name for name in ("STUDY.md", "empty.jsonl", "none.jsonl", "foreign.jsonl"))
+    study, empty, none, foreign = (
+        tmp_path / name for name in ("STUDY.md", "empty.jsonl", "none.jsonl", "foreign.jsonl")
+    )
     study.write_text(f"{verdict.BEGIN}\nold\n{verdict.END}\n")
     empty.write_text(""), foreign.write_text('{"a": 1}\n')
-    for words, message in (([none], "none.jsonl: no such results file"), ([empty], "empty.jsonl.*there is no run in it"),
-                           ([foreign], "foreign.jsonl, line 1: not a row"), ([f"--posttrain={none}"], "none.jsonl: no such results file"),
-                           ([f"--posttrain={foreign}"], "foreign.jsonl, line 1: not a row .* lacks checkpoint")):
+    for words, message in (
+        ([none], "none.jsonl: no such results file"),
+        ([empty], "empty.jsonl.*there is no run in it"),
+        ([foreign], "foreign.jsonl, line 1: not a row"),
+        ([f"--posttrain={none}"], "none.jsonl: no such results file"),
+        ([f"--posttrain={foreign}"], "foreign.jsonl, line 1: not a row .* lacks checkpoint"),
+    ):
         with pytest.raises(SystemExit, match=message):
             verdict.main([*map(str, words), f"--out={study}"])
     assert "old" in study.read_text()
@@ -139,20 +175,40 @@ def test_tables_are_not_replaced_by_those_of_nothing(tmp_path):
 
 # ---- figures and plans
 
+
 def test_figures_of_a_small_grid(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [fake(Run(n_experts=e, top_k=2, seed=seed, lr=lr), paper_world) for lr in (6e-3, 3e-3) for e in (4, 16, 64) for seed in (0, 1)]
+    rows = [
+        fake(Run(n_experts=e, top_k=2, seed=seed, lr=lr), paper_world)
+        for lr in (6e-3, 3e-3)
+        for e in (4, 16, 64)
+        for seed in (0, 1)
+    ]
     drawn = figures.draw(rows, tmp_path, everything=True)
-    assert {path.name.split("-")[0] for path in drawn} == {"fig1", "fig2", "fig3", "fig4", "fig5", "fig7", "bits", "rates"}
+    assert {path.name.split("-")[0] for path in drawn} == {
+        "fig1",
+        "fig2",
+        "fig3",
+        "fig4",
+        "fig5",
+        "fig7",
+        "bits",
+        "rates",
+    }
     assert len(drawn) == 2 * 7 + 1  # two rates; their best is none of three
     assert all(path.stat().st_size > 10_000 for path in drawn)
-    assert [path.name for path in figures.draw(rows, tmp_path)] == ["rates-d-128-f-64-16.8-m-tokens-4-000-problems-repeated.png"]
+    assert [path.name for path in figures.draw(rows, tmp_path)] == [
+        "rates-d-128-f-64-16.8-m-tokens-4-000-problems-repeated.png"
+    ]
     with pytest.raises(ValueError, match="no line"):
         figures.draw(rows[:2], tmp_path)
     file = tmp_path / "r.jsonl"
     for row in rows:
         results.append(file, row)
-    for words, message in (([f"{tmp_path}/none.jsonl"], "none.jsonl: no such results file"), ([str(file), "--out=/dev/null/x"], "error: .*'/dev/null/x'")):
+    for words, message in (
+        ([f"{tmp_path}/none.jsonl"], "none.jsonl: no such results file"),
+        ([str(file), "--out=/dev/null/x"], "error: .*'/dev/null/x'"),
+    ):
         with pytest.raises(SystemExit, match=message):
             figures.main(words)
 
@@ -165,15 +221,31 @@ def test_what_stands_in_a_figure_fits_into_it():
 
     rows = [fake(Run(n_experts=e, top_k=k, lr=6e-3), paper_world) for k in (1, 2) for e in (4, 8, 16, 32, 64, 128, 256)]
     cells = {(row["run"]["n_experts"], row["run"]["top_k"]): {0: row} for row in rows}
-    panel = ("task", "total parameters", "loss", lambda axis: figures.plot(axis, cells, figures.total, figures.train_loss), 10)
+    panel = (
+        "task",
+        "total parameters",
+        "loss",
+        lambda axis: figures.plot(axis, cells, figures.total, figures.train_loss),
+        10,
+    )
     with plt.rc_context(figures.SMALL):
-        fig = figures.grid_figure(plt, [panel], "Accuracy and training loss: d=256, F=256, 33.6 M tokens, text, n_layers 8, optimizer adamw, best rates")
+        fig = figures.grid_figure(
+            plt,
+            [panel],
+            "Accuracy and training loss: d=256, F=256, 33.6 M tokens, text, n_layers 8, optimizer adamw, best rates",
+        )
         (_, scatter), *_ = figures.pooled_figures(plt, "", [(results.regime(rows[0]), cells)])
     fig.canvas.draw()
     boxes = [artist.get_window_extent() for artist in (*fig.legends, fig._suptitle)]
     assert all(fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 for box in boxes)
-    labels = [label for label in fig.axes[0].get_xticklabels() if fig.axes[0].get_xlim()[0] <= label.get_position()[0] <= fig.axes[0].get_xlim()[1]]
-    assert [label.get_text() for label in labels] == ["1M", "2M", "5M", "10M", "20M"] and not any(t.get_text() for t in fig.axes[0].get_xticklabels(minor=True))
+    labels = [
+        label
+        for label in fig.axes[0].get_xticklabels()
+        if fig.axes[0].get_xlim()[0] <= label.get_position()[0] <= fig.axes[0].get_xlim()[1]
+    ]
+    assert [label.get_text() for label in labels] == ["1M", "2M", "5M", "10M", "20M"] and not any(
+        t.get_text() for t in fig.axes[0].get_xticklabels(minor=True)
+    )
     looks = {(line.get_marker(), line.get_color()) for line in scatter.axes[0].lines}
     names = [text.get_text() for text in scatter.legends[0].get_texts()]
     assert len(looks) == 8 and names == [f"k/E = 1/{2**n}" for n in range(8, 0, -1)]
@@ -199,8 +271,14 @@ def test_plan_ranks_by_purpose_and_keeps_to_the_budget(tmp_path, capsys, monkeyp
         cut.write_text(plan.THROUGHPUT.read_text()[:size])
         with pytest.raises(SystemExit, match="cut.csv, line 2: not a measured speed"):
             plan.main(["--for=memory", "--flops=1e20", f"--throughput={cut}"])
-    for words, message in (([], "give a budget"), (["--tokens=-4"], "tokens=-4.0: use a finite"), (["--flops=nan"], "flops=nan"), (["--flops=-1"], "flops=-1"),
-                           (["--flops=1e20", "--memory=-1"], "memory=-1"), (["--flops=1e20", "--results=none"], "none: no such results file")):
+    for words, message in (
+        ([], "give a budget"),
+        (["--tokens=-4"], "tokens=-4.0: use a finite"),
+        (["--flops=nan"], "flops=nan"),
+        (["--flops=-1"], "flops=-1"),
+        (["--flops=1e20", "--memory=-1"], "memory=-1"),
+        (["--flops=1e20", "--results=none"], "none: no such results file"),
+    ):
         with pytest.raises(SystemExit, match=message):
             plan.main(["--for=memory", *words])
 
@@ -213,7 +291,15 @@ def test_plans_tables_are_readable(tmp_path, capsys):
             results.append(file, fake(Run(n_experts=e, lr=6e-3, seed=seed), other_world))
     plan.main(["--for=reasoning", "--tokens=2e7", "--rows=3", f"--results={file}"])
     text = capsys.readouterr().out
-    assert [line.split()[0] for line in text.splitlines() if line.endswith("problems repeated")] == ["4", "64"] and "fewer than 3 seeds" in text
-    assert sum(line.startswith("  paper-") for line in text.splitlines()) == len(plan.THROUGHPUT.read_text().splitlines()) - 1
+    assert [line.split()[0] for line in text.splitlines() if line.endswith("problems repeated")] == [
+        "4",
+        "64",
+    ] and "fewer than 3 seeds" in text
+    assert (
+        sum(line.startswith("  paper-") for line in text.splitlines())
+        == len(plan.THROUGHPUT.read_text().splitlines()) - 1
+    )
     plan.main(["--for=reasoning", "--flops=1234", "--rows=3", f"--results={file}"])
-    assert {len(line.split()) for line in capsys.readouterr().out.splitlines() if line.startswith(("model", "paper-"))} == {8}
+    assert {
+        len(line.split()) for line in capsys.readouterr().out.splitlines() if line.startswith(("model", "paper-"))
+    } == {8}

@@ -46,7 +46,10 @@ def test_majority():
 
 def make_questions(n, seed=0):
     rng = random.Random(seed)
-    return [{"gold": "1", "votes": rng.choices(["1", "2", "3", None], [rng.random(), 0.3, 0.1, 0.1], k=16)} for _ in range(n)]
+    return [
+        {"gold": "1", "votes": rng.choices(["1", "2", "3", None], [rng.random(), 0.3, 0.1, 0.1], k=16)}
+        for _ in range(n)
+    ]
 
 
 def test_curves():
@@ -56,7 +59,9 @@ def test_curves():
     mean = sum(vote == "1" for q in questions for vote in q["votes"]) / 300 / 16
     assert result["coverage"]["mean"][0] == pytest.approx(mean) and result["majority"]["mean"][0] == pytest.approx(mean)
     assert result["coverage"]["mean"][-1] == pytest.approx(sum("1" in q["votes"] for q in questions) / 300)
-    assert result["majority"]["mean"][-1] == pytest.approx(sum(slow_majority(q["votes"], "1", 16) for q in questions) / 300)
+    assert result["majority"]["mean"][-1] == pytest.approx(
+        sum(slow_majority(q["votes"], "1", 16) for q in questions) / 300
+    )
     for kind in ("coverage", "majority"):
         for low, mean, high in zip(*(result[kind][name] for name in ("low", "mean", "high")), strict=True):
             assert low < mean < high
@@ -104,7 +109,9 @@ def test_command(tiny_run, monkeypatch, capsys):
     out = tiny_run / "eval-00000003"
     lines = [json.loads(line) for line in (out / "votes-gsm8k.jsonl").read_text().splitlines()]
     assert lines[1] == {"id": "0", "gold": "0", "votes": ["0", "1", "2", "0"], "cut": False}
-    assert json.loads((out / "votes-gsm8k.json").read_text())["questions"] == 3 and "majority" in capsys.readouterr().out
+    assert (
+        json.loads((out / "votes-gsm8k.json").read_text())["questions"] == 3 and "majority" in capsys.readouterr().out
+    )
     with pytest.raises(ValueError, match="made with temperature=0.6, not 0.7"):
         votes.main([*command, "--temperature=0.7"])
     with pytest.raises(ValueError, match="temperature=0.0: greedy samples are all equal"):
@@ -115,7 +122,15 @@ def test_command(tiny_run, monkeypatch, capsys):
 
 def test_samples_of_a_model(tiny_run):
     """Really generated: equal commands give equal votes, whatever the batch; another seed gives others."""
-    command = [f"--run={tiny_run}", f"--data={tiny_run}", "--device=cpu", "--samples=3", "--limit=2", "--overwrite", "--temperature=1.5"]
+    command = [
+        f"--run={tiny_run}",
+        f"--data={tiny_run}",
+        "--device=cpu",
+        "--samples=3",
+        "--limit=2",
+        "--overwrite",
+        "--temperature=1.5",
+    ]
     runs = []
     for more in (["--batch-size=1"], ["--batch-size=64"], ["--seed=1"]):
         record = []
@@ -128,5 +143,7 @@ def test_samples_of_a_model(tiny_run):
 
 
 def test_says_that_prompts_were_cut(tiny_run, capsys):
-    result = votes.main([f"--run={tiny_run}", f"--data={tiny_run}", "--device=cpu", "--samples=2", "--limit=2", "--shots=3"])
+    result = votes.main(
+        [f"--run={tiny_run}", f"--data={tiny_run}", "--device=cpu", "--samples=2", "--limit=2", "--shots=3"]
+    )
     assert result["cut"] == 2 and "2 questions did not fit the model's 64 tokens" in capsys.readouterr().out

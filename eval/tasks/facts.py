@@ -11,7 +11,9 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 0, (".",), 16
 
 def items(source, shots):
     cfg = FactsConfig(**source.procedural("facts"))
-    return [Item(str(i), probe.prompt, probe.value, group=probe.attribute) for i, probe in enumerate(probes(people(cfg)))]
+    return [
+        Item(str(i), probe.prompt, probe.value, group=probe.attribute) for i, probe in enumerate(probes(people(cfg)))
+    ]
 
 
 def score(item, text):

@@ -17,15 +17,19 @@ def items(source, shots):
     rows = source.rows("gsm8k/test")
     pool = source.first("gsm8k/train", "gsm8k/test") if shots else rows
     prefixes = examples(rows, pool, shots, lambda row: f"Question: {row['question']}\nAnswer: {row['answer']}")
-    return [Item(str(i), f"{prefix}Question: {row['question']}\nAnswer:", row["answer"])
-            for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True))]
+    return [
+        Item(str(i), f"{prefix}Question: {row['question']}\nAnswer:", row["answer"])
+        for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True))
+    ]
 
 
 def score(item, text):
     strict = re.search(r"#### (-?[0-9.,]+)", text)
     numbers = [found.group() for found in re.finditer(r"-?[$0-9.,]{2,}|-?[0-9]+", text)]
-    return {"strict": float(strict is not None and _same(strict[1], item.answer)),
-            "flexible": float(bool(numbers) and _same(numbers[-1], item.answer))}
+    return {
+        "strict": float(strict is not None and _same(strict[1], item.answer)),
+        "flexible": float(bool(numbers) and _same(numbers[-1], item.answer)),
+    }
 
 
 def _same(answer, solution):

@@ -13,5 +13,7 @@ SHOTS = 5
 def items(source, shots):
     rows = source.first("gsm_plus/test", "gsm_plus/testmini")
     prefixes = examples(rows, rows, shots, lambda row: f"Question: {row['question']}\nAnswer: {row['solution']}")
-    return [Item(str(i), f"{prefix}Question: {row['question']}\nAnswer:", row["solution"], group=row["perturbation_type"])
-            for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True))]
+    return [
+        Item(str(i), f"{prefix}Question: {row['question']}\nAnswer:", row["solution"], group=row["perturbation_type"])
+        for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True))
+    ]

@@ -11,7 +11,9 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 0, ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 def items(source, shots):
     if shots:
         raise ValueError(f"shots={shots}: humaneval has no examples; use 0")
-    return [Item(row["task_id"], row["prompt"], row["canonical_solution"], row=row) for row in source.rows("humaneval/test")]
+    return [
+        Item(row["task_id"], row["prompt"], row["canonical_solution"], row=row) for row in source.rows("humaneval/test")
+    ]
 
 
 def program(item, text):

@@ -17,10 +17,21 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("Problem:",), 1024
 def items(source, shots):
     rows = source.rows("math500/test")
     problems = {row["problem"] for row in rows}
-    others = [row for row in source.first("math/test", "math500/test") if row["problem"] not in problems] if shots else []
-    prefixes = examples(rows, others or rows, shots, lambda row: f"Problem:\n{row['problem']}\n\nSolution: {row['solution']}")
-    return [Item(str(i), f"{prefix}Problem:\n{row['problem']}\n\nSolution:", " " + row["solution"], group=f"level {row['level']}")
-            for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True))]
+    others = (
+        [row for row in source.first("math/test", "math500/test") if row["problem"] not in problems] if shots else []
+    )
+    prefixes = examples(
+        rows, others or rows, shots, lambda row: f"Problem:\n{row['problem']}\n\nSolution: {row['solution']}"
+    )
+    return [
+        Item(
+            str(i),
+            f"{prefix}Problem:\n{row['problem']}\n\nSolution:",
+            " " + row["solution"],
+            group=f"level {row['level']}",
+        )
+        for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True))
+    ]
 
 
 def score(item, text):
@@ -52,7 +63,9 @@ def extract(text):
 def canonical(answer):
     s = answer.strip().rstrip(".")
     s = re.sub(r"\\(left|right|displaystyle|[!,;: ])(?![a-z])|\^\{?\\circ\}?|\\?[$%]|~", "", s)
-    s = re.sub(r"\\text\{\s[^}]*\}(?:\^\{?\d\}?)?$|\\(?:mbox|text|textbf|mathrm|textit)\{([^}]*)\}", r"\1", s)  # a trailing unit; other text
+    s = re.sub(
+        r"\\text\{\s[^}]*\}(?:\^\{?\d\}?)?$|\\(?:mbox|text|textbf|mathrm|textit)\{([^}]*)\}", r"\1", s
+    )  # a trailing unit; other text
     s = re.sub(r"^[a-zA-Z]\w?\s*(=|\\in)\s*", "", s)
     s = re.sub(r"\s+", "", s).replace("dfrac", "frac").replace("tfrac", "frac").replace("cfrac", "frac")
     s = re.sub(r"\\sqrt([^{\[])", r"\\sqrt{\1}", s)

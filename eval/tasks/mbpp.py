@@ -15,9 +15,21 @@ def items(source, shots):
     if fixed and shots > len(fixed):
         raise ValueError(f"shots={shots}: mbpp has {len(fixed)} examples")
     show = lambda row: f"{question(row)}{row['code']}\n[DONE]"  # noqa: E731
-    prefixes = ["".join(show(row) + "\n\n" for row in fixed[:shots])] * len(rows) if fixed else examples(rows, rows, shots, show)
-    return [Item(str(row["task_id"]), prefix + question(row), "\n" + row["code"].replace("\r\n", "\n"), loss_prompt=row["text"], row=row)
-            for prefix, row in zip(prefixes, rows, strict=True)]
+    prefixes = (
+        ["".join(show(row) + "\n\n" for row in fixed[:shots])] * len(rows)
+        if fixed
+        else examples(rows, rows, shots, show)
+    )
+    return [
+        Item(
+            str(row["task_id"]),
+            prefix + question(row),
+            "\n" + row["code"].replace("\r\n", "\n"),
+            loss_prompt=row["text"],
+            row=row,
+        )
+        for prefix, row in zip(prefixes, rows, strict=True)
+    ]
 
 
 def question(row):

@@ -14,7 +14,10 @@ SHOTS, STOPS, MAX_NEW_TOKENS, PER_STEPS = 0, (), 256, 200
 def items(source, shots):
     cfg = ReasoningConfig(**source.procedural("reasoning"))
     problems = [problem(cfg, i, "test", steps) for i in range(PER_STEPS) for steps in range(1, cfg.max_steps + 2)]
-    return [Item(str(i), p.question, p.solution, group=f"{p.steps} steps", row={"modulus": cfg.modulus}) for i, p in enumerate(problems)]
+    return [
+        Item(str(i), p.question, p.solution, group=f"{p.steps} steps", row={"modulus": cfg.modulus})
+        for i, p in enumerate(problems)
+    ]
 
 
 def score(item, text):

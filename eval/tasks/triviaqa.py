@@ -17,14 +17,19 @@ def items(source, shots):
     rows = source.rows("triviaqa/validation")
     pool = source.first("triviaqa/train", "triviaqa/validation") if shots else rows
     prefixes = examples(rows, pool, shots, lambda row: f"Question: {row['question']}?\nAnswer: {row['aliases'][0]}")
-    return [Item(row["question_id"], f"{prefix}Question: {row['question']}?\nAnswer:", " " + row["value"], row=row)
-            for prefix, row in zip(prefixes, rows, strict=True)]
+    return [
+        Item(row["question_id"], f"{prefix}Question: {row['question']}?\nAnswer:", " " + row["value"], row=row)
+        for prefix, row in zip(prefixes, rows, strict=True)
+    ]
 
 
 def score(item, text):
     text = text.removeprefix(" ")
     aliases = item.row["aliases"]
-    return {"exact_match": float(plain(text) in map(plain, aliases)), "normalized": float(normalized(text) in map(normalized, aliases))}
+    return {
+        "exact_match": float(plain(text) in map(plain, aliases)),
+        "normalized": float(normalized(text) in map(normalized, aliases)),
+    }
 
 
 def plain(text):
