@@ -35,15 +35,13 @@ import torch.distributed as dist
 import torch.nn.functional as F_
 from torch import Tensor
 
-import checkpoint
-import config
-import guard
-from config import require
 from eval import rewards
 from eval.generate import any_shape, generate
-from eval.harness import ModelChoice, frozen, run_tokens, training_data
 from eval.sources import Source
-from model import pick_device
+from optimoe import checkpoint, config, guard
+from optimoe.checkpoint import training_data
+from optimoe.config import require
+from optimoe.load import frozen, pick_device, run_tokens
 from train import STOPPED, Stop
 
 
@@ -279,7 +277,7 @@ def load_start(cfg, device):
         require(bool(checkpoint.find(path)), "model", cfg.model, "there is no checkpoint (ckpt-*.pt) in it")
         path = checkpoint.find(path)[-1][1]
     model = checkpoint.load_model(path, device, dtype=cfg.dtype, impl=cfg.impl)
-    data = cfg.data or str(training_data(ModelChoice(checkpoint=str(path))))
+    data = cfg.data or str(training_data(path.parent))
     return path, model, data, run_tokens(data, model), Source(cfg.evaldata or None, data)
 
 

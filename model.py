@@ -1,6 +1,5 @@
 """A GPT whose feed-forward layers are mixtures of experts: Mixtral-style, as in arXiv 2508.18672, and its parameter and FLOP counts.
 
-    python model.py --preset=paper-d512-e8-k2 --tokens=125e9      # sizes, FLOPs, tokens per parameter, training memory
 
     model = GPT(preset("tiny", vocab_size=512))
     out = model(tokens_BL, targets_BL)          # out.loss + 1e-2 * out.balance + 1e-3 * out.z is what train.py minimises
@@ -10,9 +9,7 @@ K experts per token, N MoE layers, H attention heads (Hkv of them for keys and v
 Weights are float32; every use casts them to the compute dtype, so no autocast is needed. AdamW makes matrices bfloat16 (optim.py): nothing to cast.
 """
 
-import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,10 +17,8 @@ import torch
 import torch.nn.functional as F_
 from torch import Tensor, nn
 
-import config
-from config import require
 from moe_kernels import balance_loss, gates_of, linear_cross_entropy, moe_experts, rope, route, swiglu
-from moe_kernels.tiles import pick_impl
+from optimoe.config import require
 
 
 @dataclass(frozen=True)
@@ -110,63 +105,6 @@ class ModelConfig:
             self.top_k,
             f"a token cannot use more than n_experts={self.n_experts}",
         )
-
-
-PAPER_VOCAB = 99_584  # llm-jp-tokenizer v3, padded to a multiple of 128
-PRESETS = (
-    "tiny",
-    *(
-        f"paper-d{d}-e{e}-k{k}"
-        for d in (512, 1024, 2048)
-        for e in (8, 16, 32, 64, 128, 256)
-        for k in (2, 4, 8, 16)
-        if k <= e and (d, e) != (2048, 256)
-    ),
-)
-
-
-def preset_fields(name):
-    """The fields that the preset sets, as a dict: "tiny" is that of `python train.py`, the others are the 65 models of the paper."""
-    require(
-        name in PRESETS,
-        "preset",
-        name,
-        "use tiny or paper-dD-eE-kK, D in 512 1024 2048, E in 8 16 .. 256, K in 2 4 8 16, K <= E",
-    )
-    if name == "tiny":  # found by trial (docs/LOG.md): learns lookup and arithmetic from two million tokens
-        return dict(
-            seq_len=144,
-            d_model=128,
-            n_layers=3,
-            n_heads=4,
-            n_kv_heads=4,
-            head_dim=32,
-            n_experts=8,
-            top_k=2,
-            d_expert=128,
-            qk_norm=True,
-            rope_theta=500.0,
-            init_std=0.05,
-            embed_init_std=0.5,
-        )
-    d, e, k = (int(part[1:]) for part in name.split("-")[1:])
-    return dict(
-        vocab_size=PAPER_VOCAB,
-        seq_len=4096,
-        d_model=d,
-        n_layers=16,
-        n_heads=d // 128,
-        n_kv_heads=d // 128,
-        head_dim=128,
-        n_experts=e,
-        top_k=k,
-        d_expert=2 * d,
-    )
-
-
-def preset(name, **overrides):
-    """The named ModelConfig with some fields replaced."""
-    return ModelConfig(**{**preset_fields(name), **overrides})
 
 
 class Output(NamedTuple):
@@ -398,153 +336,8 @@ def update_router_bias(model, counts_NE):
         moe.bias_E += model.cfg.router_bias_rate * torch.sign(counts_E.mean() - counts_E)
 
 
-class Params(NamedTuple):
-    total: int  # everything, embeddings included
-    active: int  # what one token uses: as total with K experts instead of E
-    embedding: int  # input and output embeddings (counted once when tied)
-
-
-def qk_norm_params(cfg):
-    return cfg.qk_norm * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads if cfg.qk_norm_joint else 2)
-
-
-def norm_params(cfg):
-    return cfg.d_model * (2 * cfg.n_layers + 1) + cfg.n_layers * qk_norm_params(cfg)
-
-
-def count_params(cfg):
-    """Parameters by arithmetic; equal to those of GPT(cfg) (tested)."""
-    D, expert = cfg.d_model, 3 * cfg.d_model * cfg.d_expert
-    attention = 2 * D * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + qk_norm_params(cfg)
-    always = attention + 2 * D + cfg.n_shared_experts * expert + (0 if cfg.dense else D * cfg.n_experts)
-    embedding = cfg.vocab_size * D * (1 if cfg.tie_embeddings else 2)
-    total, active = (
-        embedding + D + cfg.n_layers * (always + n * expert)
-        for n in (cfg.top_k if cfg.dense else cfg.n_experts, cfg.top_k)
-    )
-    return Params(total, active, embedding)
-
-
-def flops_per_token(cfg, seq_len=None):
-    """Training FLOPs per token (forward + backward) of what is active: 6 per matmul weight (K experts, router, attention, head; the
-    input embedding is a lookup) + 6 * n_layers * L * H * d for the attention scores and their use, counting the causal half only
-    (the full square, which some reports count, would be 12)."""
-    _, active, embedding = count_params(cfg)
-    matmul = active - embedding - norm_params(cfg) + cfg.vocab_size * cfg.d_model
-    return 6 * matmul + 6 * cfg.n_layers * (seq_len or cfg.seq_len) * cfg.n_heads * cfg.head_dim
-
-
-def training_memory(cfg, tokens, weights="float32"):
-    """Bytes of one GPU training with AdamW in bfloat16 on `tokens` tokens at a time, by part; weights: as in train.py. Weights, gradients and states
-    are exact for one micro-batch a step (else the gradients of float32 weights are float32 too: 2 bytes more for each in blocks); the activations
-    are an estimate of what autograd keeps (attention 4 D + 3 (H + 2 Hkv) d, experts 2 D + 2 F K, dense 2 D + 3 F per token and layer)."""
-    total, _, embedding = count_params(cfg)
-    rest = (
-        embedding + norm_params(cfg) + (0 if cfg.dense else cfg.n_layers * cfg.d_model * cfg.n_experts)
-    )  # the routers
-    hidden = cfg.d_expert * ((3 if cfg.dense else 2) * cfg.top_k + 3 * cfg.n_shared_experts)
-    layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + hidden
-    logits = 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
-    wide = total if weights == "float32" else rest  # parameters that are float32, their states too
-    return {
-        "weights and AdamW states (float32)": 12 * wide,
-        "weights and AdamW states (bfloat16)": 6 * (total - wide),
-        "bfloat16 copies of float32 weights": 2 * wide,
-        "gradients (bfloat16 in blocks)": 2 * (total - rest) + 4 * rest,
-        "activations (estimate)": 2 * cfg.n_layers * layer * tokens + logits,
-    }
-
-
 def compute_dtype(cfg, device):
     """The torch.dtype in which a model of this config computes on a device."""
     if cfg.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, cfg.dtype)
-
-
-def pick_device(cfg, local_rank=0):
-    """Where a program runs that has the fields device, dtype and impl; ValueError naming the one that cannot be had here."""
-    cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
-    require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    tensor = torch.empty(0, dtype=compute_dtype(cfg, device), device=device)
-    try:
-        pick_impl(None if cfg.impl == "auto" else cfg.impl, tensor)
-    except RuntimeError as error:
-        raise ValueError(f"{error}; or leave --impl=auto, which chooses") from None
-    return device
-
-
-def peak_flops(device_name):
-    """Dense bfloat16 FLOP/s of a GPU by torch.cuda.get_device_name(); None when it is not in the table (MFU is then n/a)."""
-    table = {
-        "H200": 989e12,
-        "H100 PCIe": 756e12,
-        "H100 NVL": 835e12,
-        "H100": 989e12,
-        "GH200": 989e12,
-        "H20": 148e12,
-        "H800": 989e12,
-        "B200": 2250e12,
-        "A100": 312e12,
-        "A800": 312e12,
-        "A10G": 70e12,
-        "A10": 125e12,
-        "A30": 165e12,
-        "A40": 150e12,
-        "A6000": 155e12,
-        "L40S": 362e12,
-        "L40": 181e12,
-        "L4": 121e12,
-        "RTX 3090": 71e12,
-        "RTX 4090": 165e12,
-        "RTX 5090": 209e12,
-    }
-    matches = [key for key in table if re.search(rf"\b{key}\b", device_name) and "Laptop" not in device_name]
-    return table[max(matches, key=len)] if matches else None
-
-
-@dataclass(frozen=True)
-class SizeConfig(ModelConfig):
-    # Report
-    preset: str = "tiny"  # a name of model.PRESETS
-    tokens: float = 0.0  # training budget in tokens, for tokens per parameter
-    micro_batch: int = 8  # sequences per GPU and forward pass, for the activations
-    weights: Literal["float32", "bfloat16"] = "float32"  # as in train.py, for the memory
-
-    preset_fields = staticmethod(preset_fields)
-
-    def validate(self):
-        super().validate()
-        require(self.tokens >= 0, "tokens", self.tokens, "use 0 (no budget) or more")
-        require(self.micro_batch >= 1, "micro_batch", self.micro_batch, "use 1 or more")
-
-
-def main():
-    cfg = config.parse(SizeConfig, description="Sizes, FLOPs and training memory of a model.")
-    if not cfg.vocab_size:
-        cfg = dataclasses.replace(cfg, vocab_size=512)
-    params, flops = count_params(cfg), flops_per_token(cfg)
-    rows = [
-        ("parameters, total", f"{params.total:,}"),
-        ("parameters, active per token", f"{params.active:,}"),
-        ("of these, embeddings", f"{params.embedding:,}"),
-        ("vocabulary", f"{cfg.vocab_size:,}"),
-        ("sparsity 1 - K/E", f"{0.0 if cfg.dense else 1 - cfg.top_k / cfg.n_experts:.4g}"),
-        ("training FLOPs per token", f"{flops:.4g}"),
-    ]
-    if cfg.tokens:
-        rows += [
-            ("training tokens", f"{cfg.tokens:.4g}"),
-            ("tokens per parameter (TPP)", f"{cfg.tokens / params.total:.4g}"),
-            ("training FLOPs", f"{cfg.tokens * flops:.4g}"),
-        ]
-    memory = training_memory(cfg, cfg.micro_batch * cfg.seq_len, cfg.weights)
-    memory[f"training memory, {cfg.micro_batch} x {cfg.seq_len} tokens"] = sum(memory.values())
-    rows += [(part, f"{size / 2**30:.3f} GiB") for part, size in memory.items() if size]
-    for name, value in rows:
-        print(f"{name:<44} {value:>20}")
-
-
-if __name__ == "__main__":
-    main()

@@ -25,20 +25,18 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-import checkpoint
-import config
-import guard
-import model as model_file
-import parallel
-import report
-from config import require
-from curves import Curves
 from data import shards, tokenizer
 from data.loader import Loader, parse_sources
-from model import GPT, ModelConfig, count_params, flops_per_token, peak_flops, pick_device, update_router_bias
+from eval import report
+from model import GPT, ModelConfig, update_router_bias
 from moe_kernels import balance_loss
-from optim import clip_factor, lr_at
-from upcycle import upcycle
+from optimoe import checkpoint, config, guard, parallel, sizes
+from optimoe.config import require
+from optimoe.curves import Curves
+from optimoe.load import pick_device
+from optimoe.optim import clip_factor, lr_at
+from optimoe.sizes import count_params, flops_per_token, peak_flops
+from optimoe.upcycle import upcycle
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class TrainConfig(ModelConfig):
 
     @staticmethod
     def preset_fields(name):
-        return {field: value for field, value in model_file.preset_fields(name).items() if field != "vocab_size"}
+        return {field: value for field, value in sizes.preset_fields(name).items() if field != "vocab_size"}
 
     def validate(self):
         super().validate()

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 
 from bench.compare import begin, finish
-from bench.precompile import compile_layer, empty_inputs
 from bench.problem import (
     BACKWARD,
     TARGETS,
@@ -35,6 +34,7 @@ from bench.problem import (
 )
 from bench.results import DTYPES, HEADER, arguments, cli, typed
 from bench.timing import Ceilings, capture, poisoned, skipping, times_ms
+from bench.warm import compile_layer, empty_inputs
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels import reference
 from moe_kernels.dispatch import combine, dispatch

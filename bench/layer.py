@@ -21,7 +21,6 @@ import torch.nn.functional as F_
 
 from bench import peers
 from bench.compare import begin, finish
-from bench.precompile import compile_layer
 from bench.problem import (
     TARGETS,
     TINY,
@@ -39,6 +38,7 @@ from bench.problem import (
 )  # fmt: skip
 from bench.results import DTYPES, HEADER, arguments, cli, typed
 from bench.timing import MIB, capture, memory_mib, poisoned, skipping, times_ms
+from bench.warm import compile_layer
 from moe_kernels import moe_experts, route
 from moe_kernels.dispatch import dispatch
 from moe_kernels.precompile import precompile

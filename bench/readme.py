@@ -31,7 +31,7 @@ STEP = "--optimizer=adamw --compile=true"
 class Run(NamedTuple):
     kind: str  # module of bench
     arguments: str
-    seconds: int  # an estimate for an H100 with 16 cores and an empty compilation cache: steps, generate and hf took about that, the rest is a guess
+    seconds: int  # an estimate for an H100 with 16 cores and an empty compilation cache: steps, generation and hf_layer took about that, the rest is a guess
 
 
 RUNS = (
@@ -42,8 +42,8 @@ RUNS = (
     Run("step", f"{STEP} {GPT2} --seq-len=1024 --batch-size=64", 45),
     Run("step", f"{STEP} --preset=paper-d512-e64-k4 --batch-size=8", 45),
     Run("step", f"{STEP} --preset=paper-d512-e64-k4 --batch-size=8 --dense", 40),
-    Run("generate", "", 100),
-    Run("hf", "", 60),
+    Run("generation", "", 100),
+    Run("hf_layer", "", 60),
     Run("layer", "--at 32768,512,1024 8192,2048,4096 --experts=8,...,256 --topk=2,8 --impl=triton", 120),
     Run("layer", "--routing=zipf1.5,balanced --impl=triton", 60),
     Run("layer", "--experts=8,...,256 --topk=1,...,16 --impl=triton,grouped_mm", 180),

@@ -24,16 +24,15 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import config
 import grpo
-import model as model_file
 from bench.compare import begin, finish
 from bench.problem import Cost, Shape
 from bench.results import DTYPES, HEADER, arguments, cli, latest, read
 from bench.timing import quantiles, skipping
 from eval.generate import generate
-from model import GPT, ModelConfig, count_params, flops_per_token
+from model import GPT, ModelConfig
+from optimoe import checkpoint, config, sizes
+from optimoe.sizes import count_params, flops_per_token
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class BenchModel(ModelConfig):
     # Model
     preset: str = "tiny"  # a name of model.PRESETS
 
-    preset_fields = staticmethod(model_file.preset_fields)
+    preset_fields = staticmethod(sizes.preset_fields)
 
 
 def timed(fn, repeats):

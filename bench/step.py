@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import config
 from bench.compare import begin, finish
 from bench.problem import Cost, Shape
 from bench.results import DTYPES, HEADER, arguments, cli
 from bench.timing import MIB, Times, quantiles
 from data import shards, tokenizer
 from data.loader import Loader
-from model import GPT, flops_per_token, peak_flops, preset_fields
-from optim import make_optimizer
+from model import GPT
+from optimoe import config
+from optimoe.optim import make_optimizer
+from optimoe.sizes import flops_per_token, peak_flops, preset_fields
 from train import GraphedStep, TrainConfig, compile_blocks, new_window, optimizer_step
 
 PARTS = ("data", "forward", "backward", "optimiser")

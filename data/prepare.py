@@ -37,8 +37,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import make_directory
 from data import shards, tokenizer
+from optimoe.config import make_directory
 
 SEPARATOR = "\n\0\n"
 EXPANSION = {".xz": 4.3, ".gz": 3.3}  # usual bytes of English text per compressed byte, for estimates only

@@ -15,8 +15,9 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import regex  # comes with tiktoken, and reads the same patterns
@@ -243,3 +244,18 @@ def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
     for token, rank in enc._mergeable_ranks.items():
         sizes[rank] = len(token)
     return sizes
+
+
+class Tokens(NamedTuple):
+    """What evaluation needs of a tokenizer."""
+
+    encode: Callable[[str], list[int]]  # without special tokens
+    decode: Callable[[list[int]], str]  # of what follows other tokens: leading spaces stay
+    bos: list[int]  # starts every prompt
+    eos: list[int]  # any of these ends a generation
+    n_vocab: int  # ids from here on are padding rows of the model's head
+
+
+def tiktoken_tokens(enc) -> Tokens:
+    """Of a data directory (data.tokenizer): documents follow an end-of-text token there, so prompts do too."""
+    return Tokens(enc.encode_ordinary, enc.decode, [enc.eot_token], [enc.eot_token], enc.n_vocab)

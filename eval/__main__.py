@@ -12,23 +12,13 @@ import json
 import sys
 from dataclasses import dataclass
 
-import config
-from config import require
 from eval import sandbox, tasks
-from eval.harness import (
-    ModelChoice,
-    Progress,
-    Records,
-    answer_length,
-    fingerprint,
-    load,
-    texts,
-    training_data,
-    write_json,
-)
+from eval.harness import ModelChoice, Progress, Records, answer_length, data_of, fingerprint, load, texts, write_json
 from eval.sources import Source
 from eval.taskloss import bits, encode_pair, mean_stderr, score
 from eval.votes import pass_at_k
+from optimoe import config
+from optimoe.config import require
 
 
 @dataclass(frozen=True)
@@ -169,7 +159,7 @@ def table(results):
 def main(argv=None):
     """Returns the contents of results.json."""
     cfg = config.parse(EvalConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    source = Source(cfg.data, training_data(cfg))
+    source = Source(cfg.data, data_of(cfg))
     work = []
     for name in cfg.names():  # all data is found before the first item is computed
         task = tasks.load(name)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import checkpoint
-from config import make_directory, require
 from data import tokenizer
+from data.tokenizer import Tokens
 from eval.generate import generate
-from eval.taskloss import Tokens, tiktoken_tokens
-from model import pick_device
+from optimoe import checkpoint
+from optimoe.config import make_directory, require
+from optimoe.load import frozen, pick_device, run_tokens
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def load(cfg):
     device = pick_device(cfg)
     out = cfg.out and make_directory(cfg.out, "out", cfg.out)
     if cfg.hf:
-        from eval import hf  # only these need its packages
+        from optimoe import hf  # only these need its packages
 
         model = hf.load_model(cfg.hf, device, cfg.dtype, cfg.impl)
         tokens = run_tokens(cfg.tokenizer, model) if cfg.tokenizer else hf.load_tokens(cfg.hf)
@@ -85,43 +85,14 @@ def load(cfg):
     if path.is_dir():
         path = checkpoint.find(path)[-1][1]
     out = out or make_directory(path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}", "out", cfg.out)
-    return model, run_tokens(training_data(cfg), model), path.name, out
+    return model, run_tokens(data_of(cfg), model), path.name, out
 
 
-def run_tokens(directory, model) -> Tokens:
-    """The tokenizer of a data directory; ValueError where it has more tokens than the model."""
-    tokens = tiktoken_tokens(tokenizer.load(directory))
-    require(
-        tokens.n_vocab <= model.cfg.vocab_size,
-        "tokenizer",
-        str(directory),
-        f"it has {tokens.n_vocab:,} tokens and the model {model.cfg.vocab_size:,}: name the data directory that the model was trained on",
-    )
-    return tokens
-
-
-def frozen(model):
-    """The same model with its weights in the compute dtype: cast once, not at every use, as it is not trained any more."""
-    for weight in model.parameters():
-        weight.data = weight.data.to(model.dtype)
-    return model
-
-
-def training_data(cfg) -> Path | None:
-    """The data directory of a run: under the run, or where its config says (DIR or DIR:weight,...). None for other people's checkpoints."""
+def data_of(cfg: ModelChoice) -> Path | None:
+    """The data directory of the chosen run; None for other people's checkpoints."""
     if cfg.hf and not cfg.tokenizer:
         return None
-    run_dir = Path(cfg.run or Path(cfg.checkpoint).parent)
-    config_file = run_dir / "config.json"
-    first = json.loads(config_file.read_text()).get("data", "").split(",")[0] if config_file.exists() else ""
-    for directory in (cfg.tokenizer, run_dir / "data", first, first.rpartition(":")[0]):
-        if directory and (Path(directory) / tokenizer.FILE).is_file():
-            return Path(directory)
-    raise ValueError(
-        f"tokenizer={cfg.tokenizer!r}: no {tokenizer.FILE} there, in {run_dir / 'data'}"
-        + (f" or in {first}" if first else "")
-        + ": name the run's data directory with --tokenizer (grpo.py: --data)"
-    )
+    return checkpoint.training_data(cfg.run or Path(cfg.checkpoint).parent, cfg.tokenizer)
 
 
 def answer_length(model, tokens: Tokens, task, items) -> int:

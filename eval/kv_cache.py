@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from config import require
+from optimoe.config import require
 
 
 class KVCache:

@@ -15,28 +15,12 @@ once, and no byte of the prompt is. Such items are counted as `merged` in the re
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from data.tokenizer import Tokens
 from eval.generate import any_shape
-
-
-class Tokens(NamedTuple):
-    """What evaluation needs of a tokenizer."""
-
-    encode: Callable[[str], list[int]]  # without special tokens
-    decode: Callable[[list[int]], str]  # of what follows other tokens: leading spaces stay
-    bos: list[int]  # starts every prompt
-    eos: list[int]  # any of these ends a generation
-    n_vocab: int  # ids from here on are padding rows of the model's head
-
-
-def tiktoken_tokens(enc) -> Tokens:
-    """Of a data directory (data.tokenizer): documents follow an end-of-text token there, so prompts do too."""
-    return Tokens(enc.encode_ordinary, enc.decode, [enc.eot_token], [enc.eot_token], enc.n_vocab)
 
 
 def encode_pair(tokens: Tokens, prompt: str, answer: str) -> tuple[list[int], list[int], bool]:

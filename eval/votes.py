@@ -12,21 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import config
-from config import require
 from eval import tasks
-from eval.harness import (
-    ModelChoice,
-    Progress,
-    Records,
-    answer_length,
-    fingerprint,
-    load,
-    texts,
-    training_data,
-    write_json,
-)
+from eval.harness import ModelChoice, Progress, Records, answer_length, data_of, fingerprint, load, texts, write_json
 from eval.sources import Source
+from optimoe import config
+from optimoe.config import require
 
 
 @dataclass(frozen=True)
@@ -130,7 +120,7 @@ def plot(curves_by_name: dict[str, dict], path, title: str = "") -> None:
 def main(argv=None):
     """Returns the curves."""
     cfg = config.parse(VotesConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    task, source = tasks.load(cfg.task), Source(cfg.data, training_data(cfg))
+    task, source = tasks.load(cfg.task), Source(cfg.data, data_of(cfg))
     items = task.items(source, cfg.shots)
     model, tokens, file, out = load(cfg)
     settings = {

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from study import posttrain, results
+from study.execute import Run
 from study.results import BEST, MEMORY, accuracy, families, loss_unit, tasks_of
-from study.run import Run
 
 MIN_SEEDS = 3
 T975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

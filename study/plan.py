@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from config import require
-from model import PRESETS, count_params, flops_per_token, peak_flops, preset, training_memory
+from optimoe.config import require
+from optimoe.sizes import PRESETS, count_params, flops_per_token, peak_flops, preset, training_memory
 from study import results
 from study.claims import MIN_SEEDS
 

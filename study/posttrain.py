@@ -3,7 +3,7 @@
     python -m study.posttrain --runs='runs/study/weights/*' --results=study/posttrain.jsonl --steps=60 --batch-prompts=256 --mini-batch=64 --lr=1e-4
     python -m study.posttrain --results=study/posttrain.jsonl --out=docs/study          # tables and figure of what is there
 
-Every run directory (of train.py or study.run, on data with word problems) is post-trained by grpo.py with the same budget; fields of its config are
+Every run directory (of train.py or study.execute, on data with word problems) is post-trained by grpo.py with the same budget; fields of its config are
 flags here. Before and after, on the same unseen problems of every trained number of steps: greedy answers and whole solutions, and `samples` draws
 per problem with their majority vote, coverage of the right answer, and coverage of a wholly right solution (a right answer alone is often luck:
 among 128 draws there is nearly always one). One JSON line per model is appended to the results file; what is there with the same checkpoint and
@@ -26,15 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import config
 import grpo
-from config import require
 from data import procedural, reasoning
 from eval.generate import generate
 from eval.tasks.reasoning import vote
 from eval.votes import curves, majority, pass_at_k
-from model import count_params
+from optimoe import checkpoint, config
+from optimoe.config import require
+from optimoe.sizes import count_params
 from study.results import append, read
 
 ROW = (
@@ -230,7 +229,7 @@ def run_missing(cfg):
 
 
 def families(rows):
-    """{(d, k, settings and training as text): {E: {seed: row}}}, the last row where there are several; training: all fields of its study.run.Run but
+    """{(d, k, settings and training as text): {E: {seed: row}}}, the last row where there are several; training: all fields of its study.execute.Run but
     those that a family varies."""
     found = {}
     for row in rows:

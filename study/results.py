@@ -1,4 +1,4 @@
-"""The results file of the study: JSON lines, one for every finished run (written by study/sweep.py, described in study/run.py).
+"""The results file of the study: JSON lines, one for every finished run (written by study/sweep.py, described in study/execute.py).
 
 A regime is what runs must share to be compared over E and k.
 """
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from study.run import Run, key
+from study.execute import Run, key
 
 TASKS = {"facts": "biographies", "problems": "word problems", "mano": "mental arithmetic"}
 TEXT_TASKS = {"triviaqa": "TriviaQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8K", "humaneval": "HumanEval"}

@@ -7,8 +7,8 @@ gradient norm; below, for every run with experts, the load of the busiest expert
 import argparse
 from pathlib import Path
 
-import curves
-from curves import dot, label, read
+from optimoe import curves
+from optimoe.curves import dot, label, read
 
 
 def overlay(runs):

@@ -1,6 +1,6 @@
 """Run what is missing of a grid of runs, in parallel, within a time limit:  python -m study.sweep PRESET,PRESET --minutes 9
 
-One JSON line is appended for every finished run (study/run.py says what is in it); what the file already has is skipped, so the
+One JSON line is appended for every finished run (study/execute.py says what is in it); what the file already has is skipped, so the
 same command goes on where the last one stopped, on whatever day and machine. A run that was cut off leaves nothing and is done again.
 The order of each grid is such that whatever is finished is useful: what decides a claim for the least time comes first.
 
@@ -29,7 +29,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -38,11 +37,11 @@ from pathlib import Path
 
 import torch
 
-from config import make_directory, require
 from data import shards
 from data.loader import parse_sources
+from optimoe.config import make_directory, require
+from study.execute import Run, data_dir, execute_together, form, key, prepare_data
 from study.results import alike, answer_loss, append, best, distinct, pool, read, regime_of
-from study.run import ROOT, Run, data_dir, execute_together, form, key, prepare_data
 
 JOBS = 3  # processes per GPU: while one or two of them start, compile or measure, work of the CPU for the most part, the others train
 TOGETHER = 3  # the seeds, or rates, of one (E, k): on branches of one CUDA graph, where one model alone would leave the GPU waiting for launches
@@ -347,24 +346,6 @@ def work(device, threads, cache, items, inbox, outbox):
                 return  # nothing works after that in this process
 
 
-def warm_up(runs, device):
-    """Start study/warm.py for the shapes of these runs and go on; None where there is nothing to compile for."""
-    shapes = dict.fromkeys(f"{run.d_model},{run.d_expert},{run.n_experts},{run.top_k}" for run in runs if not run.data)
-    if not device.startswith("cuda") or torch.version.hip or not shapes:
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    # Triton's default, for all alike: inductor would move each worker's to a directory of its own for every device.
-    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
-    return subprocess.Popen(
-        [sys.executable, "-m", "study.warm", f"--capability={10 * major + minor}", *shapes],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )
-
-
 def threads_of(processes):
     return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // processes))
 
@@ -425,7 +406,8 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
     threads = threads_of(jobs * len(devices))
     arguments = [(devices[i % len(devices)], threads, cache, items, inbox, outbox) for i in range(lanes)]
     workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
-    warm = warm_up(todo, devices[0])  # first: workers inherit where the kernels are
+    # Triton's default, for all workers: inductor would give each a directory of its own.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     interrupted = signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # workers inherit it: Ctrl-C reaches them too, and it is the parent who ends them
@@ -476,8 +458,6 @@ def sweep(runs, results, minutes, cache="runs/study", devices=("cpu",), jobs=1, 
             todo = settle(todo, rows, in_flight(), weightless)
     finally:
         builder.shutdown(wait=False, cancel_futures=True)
-        if warm:
-            warm.terminate()
         for _ in workers:
             inbox.put(None)
         for worker in workers:

@@ -30,10 +30,10 @@ from pathlib import Path
 
 import numpy as np
 
-from config import require
+from optimoe.config import require
 from study import posttrain, results
 from study.claims import CLAIMS, MIN_SEEDS, REMEDIES, decide, interval, overall, score, still_lost
-from study.run import Run
+from study.execute import Run
 from study.sweep import PRESETS, comparisons, gpu_minutes, settle
 
 BEGIN, END = "<!-- tables: begin (python -m study.verdict) -->", "<!-- tables: end -->"

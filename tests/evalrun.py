@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-import checkpoint
 from data import tokenizer
 from model import GPT, ModelConfig
+from optimoe import checkpoint
 
 
 def write(path, rows):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch._dynamo  # noqa: F401  optimisers import it: a second that no attempt has to spend
 
-import checkpoint
 import train
+from optimoe import checkpoint
 
 
 def attempt(flags, die_at_write):

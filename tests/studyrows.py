@@ -3,9 +3,10 @@
 import dataclasses
 import random
 
-from model import count_params, flops_per_token
-from study import run, sweep
-from study.run import Run, key
+from optimoe.sizes import count_params, flops_per_token
+from study import execute as run
+from study import sweep
+from study.execute import Run, key
 
 TINY = Run(
     d_model=32,

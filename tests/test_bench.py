@@ -9,10 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import config
-from bench import compare, kernels, layer, peers, plot, readme, step, timing
-from bench import generate as generation
-from bench import hf as bench_hf
+from bench import compare, generation, kernels, layer, peers, plot, readme, step, timing
+from bench import hf_layer as bench_hf
 from bench.layer import powers
 from bench.problem import (
     TARGETS,
@@ -30,6 +28,7 @@ from bench.results import COLUMNS, append, cli, latest, read
 from model import ModelConfig
 from moe_kernels import moe_experts
 from moe_kernels.tiles import Tile
+from optimoe import config
 
 TINY = Shape(48, 32, 16, 4, 2)
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what the benchmarks do without a GPU")
@@ -341,7 +340,7 @@ def test_peers_say_what_is_missing():
 
 def test_kernels_compile_ahead_without_a_gpu(tmp_path):
     code = (
-        "import torch; from bench.problem import Shape; from bench.precompile import compile_layer;"
+        "import torch; from bench.problem import Shape; from bench.warm import compile_layer;"
         "from moe_kernels.precompile import precompile;"
         "print(precompile([lambda: compile_layer(Shape(64, 64, 64, 4, 2), torch.bfloat16), lambda: 1 / 0], capability=90))"
     )
@@ -494,7 +493,7 @@ def test_figures_cut_nothing_off(tmp_path, monkeypatch):
 def test_the_readmes_benchmarks_exist(tmp_path, capsys):
     argv = ["--csv", str(tmp_path / "x.csv"), "--list"]
     assert readme.main(argv) == 0 and capsys.readouterr().out.count("python -m bench.") == len(readme.RUNS)
-    assert readme.main([*argv, "--only=hf"]) == 0 and capsys.readouterr().out.count("\n") == 1
+    assert readme.main([*argv, "--only=hf_layer"]) == 0 and capsys.readouterr().out.count("\n") == 1
     for run in readme.RUNS:
         assert (Path(readme.__file__).parent / f"{run.kind}.py").exists()
         if run.kind == "step":

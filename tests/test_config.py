@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-import config
+from optimoe import config
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import curves
+from optimoe import curves
 from study import follow, show
 from tests.test_train import data_dir  # noqa: F401  a fixture
 from tests.test_train import run as train_run

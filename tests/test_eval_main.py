@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-import checkpoint
 from data import tokenizer
 from eval import __main__ as command
 from eval import harness, tasks
 from eval.sources import Source
 from eval.taskloss import encode_pair, score
+from optimoe import checkpoint
 from tests.evalrun import tiny_run  # noqa: F401
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import grpo as grpo_file
 from data import procedural, reasoning, tokenizer
 from data.facts import FactsConfig
@@ -37,6 +36,7 @@ from grpo import (
     sample_answers,
 )
 from model import GPT, ModelConfig
+from optimoe import checkpoint
 
 ROOT = Path(grpo_file.__file__).parent
 SHORT = "--task=mano --questions=60 --eval-questions=7 --answer-tokens=6 --group-size=4 --device=cpu --lr=1e-3 --kl-coef=0.01".split()

@@ -13,13 +13,15 @@ pytest.importorskip("safetensors")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-import checkpoint  # noqa: E402
 from data import tokenizer  # noqa: E402
-from eval import hf  # noqa: E402
 from eval.__main__ import main as evaluate  # noqa: E402
 from eval.generate import generate  # noqa: E402
 from eval.taskloss import encode_pair  # noqa: E402
 from model import GPT, ModelConfig  # noqa: E402
+from optimoe import (
+    checkpoint,  # noqa: E402
+    hf,  # noqa: E402
+)
 from tests.checks import check  # noqa: E402
 from tests.evalrun import tiny_run  # noqa: E402, F401
 

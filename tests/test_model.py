@@ -13,17 +13,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import model as model_file
 from eval.kv_cache import KVCache
-from model import (
-    GPT,
-    PRESETS,
-    ModelConfig,
-    count_params,
-    flops_per_token,
-    peak_flops,
-    preset,
-    training_memory,
-    update_router_bias,
-)
+from model import GPT, ModelConfig, update_router_bias
+from optimoe import sizes
+from optimoe.sizes import PRESETS, count_params, flops_per_token, peak_flops, preset, training_memory
 
 SMALL = dict(
     vocab_size=61,
@@ -469,7 +461,7 @@ def test_bad_inputs():
 
 def test_command_line():
     page = subprocess.run(
-        [sys.executable, model_file.__file__, "--preset=paper-d512-e8-k2", "--tokens=125e9"],
+        [sys.executable, "-m", "optimoe.sizes", "--preset=paper-d512-e8-k2", "--tokens=125e9"],
         capture_output=True,
         text=True,
         check=True,
@@ -479,4 +471,4 @@ def test_command_line():
         assert part in page, part
     for field, value in (("tokens", -5.0), ("micro_batch", 0)):
         with pytest.raises(ValueError, match=f"{field}={value}: use"):
-            model_file.SizeConfig(**{field: value})
+            sizes.SizeConfig(**{field: value})

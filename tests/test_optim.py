@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model import GPT, ModelConfig, training_memory
+from model import GPT, ModelConfig
 from moe_kernels.muon import fits, muon_update
-from optim import AdamW, Muon, clip_factor, lr_at, make_optimizer, orthogonalize
-from parallel import grad_norm, total_norm
+from optimoe.optim import AdamW, Muon, clip_factor, lr_at, make_optimizer, orthogonalize
+from optimoe.parallel import grad_norm, total_norm
+from optimoe.sizes import training_memory
 from tests.checks import check
 
 CFG = ModelConfig(
@@ -143,7 +144,7 @@ def test_expert_without_tokens_stands_still():
 )
 def test_the_kernel_is_muon(shape, rows, device, monkeypatch):
     """Three steps on nine parameters, the first of which has a map without gradient: two launches, against the batched products."""
-    monkeypatch.setattr("optim.on_chip", lambda p, rows: False)
+    monkeypatch.setattr("optimoe.optim.on_chip", lambda p, rows: False)
     g, still = torch.Generator().manual_seed(0), len(shape) == 3
     params = [torch.nn.Parameter(torch.randn(shape, generator=g).to(device)) for _ in range(9)]
     weights, momenta = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 from model import GPT
-from parallel import Sharded
+from optimoe import checkpoint
+from optimoe.parallel import Sharded
 from tests.test_train import (
     ROOT,
     SMALL,

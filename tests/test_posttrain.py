@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import grpo
 from data import procedural, tokenizer
 from data.facts import FactsConfig
 from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from model import GPT, ModelConfig
+from optimoe import checkpoint
 from study.claims import REMEDIES, overall, still_lost
 from study.posttrain import figure, main, report
 from study.verdict import tables

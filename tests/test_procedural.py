@@ -15,9 +15,10 @@ from data.facts import FactsConfig
 from data.reasoning import ReasoningConfig
 from data.shards import open_shards, read_meta
 from eval.generate import generate
-from eval.procedural import graded, loss_of, mano_accuracy, reasoning_accuracy, report, solutions_written
+from eval.probes import graded, loss_of, mano_accuracy, reasoning_accuracy, report, solutions_written
 from eval.taskloss import score
-from model import GPT, preset
+from model import GPT
+from optimoe.sizes import preset
 
 SMALL = procedural.MixtureConfig(
     FactsConfig(n_people=12, first_names=10, middle_names=10, last_names=10, cities=10, universities=10, majors=10, employers=10, years=20),

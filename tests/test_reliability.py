@@ -12,12 +12,10 @@ import time
 import pytest
 import torch
 
-import checkpoint
-import config
-import guard
 import train as train_file
 from data import shards
 from model import GPT
+from optimoe import checkpoint, config, guard
 from tests.test_train import (
     ROOT,
     SMALL,

@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-import checkpoint
 from data import facts, reasoning, shards
 from data.loader import Loader
-from model import count_params
-from study import results, run, sweep, verdict
-from study.run import Run, execute, key
+from optimoe import checkpoint
+from optimoe.sizes import count_params
+from study import execute as run
+from study import results, sweep, verdict
+from study.execute import Run, execute, key
 from tests.evalrun import tiny_run  # noqa: F401
 from tests.studyrows import TINY, fake, swept
 
@@ -311,35 +312,6 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys):
     assert sweep.sweep([bad, homeless, good], tmp_path / "r.jsonl", 5, tmp_path / "cache", items=2) == 2
     assert [r["key"] for r in results.read(tmp_path / "r.jsonl")] == [key(good)]
     assert "no data" in (text := capsys.readouterr().out) and "2 failed" in text
-
-
-def test_kernels_are_compiled_ahead(tmp_path, monkeypatch):
-    started = []
-    monkeypatch.setenv("TRITON_CACHE_DIR", "put back by undo")
-    monkeypatch.delenv("TRITON_CACHE_DIR")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.append((command, options["env"])))
-    sweep.warm_up(sweep.lr(""), "cuda:0")
-    ((command, env),) = started
-    assert (
-        command[3:5] == ["--capability=90", "128,64,256,2"] and len(command) == 4 + 27
-    )  # each shape once, in the order of the runs
-    assert env["TRITON_CACHE_DIR"] == os.environ["TRITON_CACHE_DIR"] and sweep.warm_up(sweep.lr(""), "cpu") is None
-    monkeypatch.undo()
-    env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
-    subprocess.run(
-        [sys.executable, "-m", "study.warm", "--capability=90", "64,32,4,1"], env=env, cwd=run.ROOT, check=True
-    )
-    compiled = {path.stem for path in tmp_path.glob("*/*.cubin")}
-    assert compiled >= {
-        "route_fwd_kernel",
-        "place_kernel",
-        "up_kernel",
-        "dswiglu_kernel",
-        "dw_kernel",
-        "muon_kernel",
-        "cross_entropy_kernel",
-    }
 
 
 def test_learning_rate_is_the_best_of_the_same_experts_and_k():

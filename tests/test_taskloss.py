@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from data import tokenizer
-from eval.taskloss import Tokens, bits, encode_pair, mean_stderr, score, tiktoken_tokens, windows
+from data.tokenizer import Tokens, tiktoken_tokens
+from eval.taskloss import bits, encode_pair, mean_stderr, score, windows
 from model import GPT, ModelConfig
 
 

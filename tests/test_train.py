@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import train as train_file
 from data import procedural, shards, tokenizer
 from data.loader import parse_sources
 from moe_kernels import reference
+from optimoe import checkpoint
 from train import main
 
 ROOT = Path(train_file.__file__).parent

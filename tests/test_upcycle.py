@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-import checkpoint
-import upcycle
 from data import shards, tokenizer
 from model import GPT, ModelConfig
+from optimoe import checkpoint, upcycle
 from tests.checks import check
 from train import main
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from study import claims, figures, plan, results, sweep, verdict
-from study.run import Run
+from study.execute import Run
 from tests.studyrows import fake, swept, world
 
 

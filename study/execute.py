@@ -26,20 +26,20 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 
-import checkpoint
-import config
-import eval.procedural as procedural_eval
-from config import require
 from data import procedural, reasoning, shards, tokenizer
 from data.facts import FactsConfig
 from data.loader import parse_sources
 from data.reasoning import ReasoningConfig
-from eval import tasks
+from data.tokenizer import tiktoken_tokens
+from eval import probes, tasks
 from eval.sources import Source
-from eval.taskloss import encode_pair, score, tiktoken_tokens
-from guard import BAD
-from model import GPT, count_params, flops_per_token
-from optim import lr_at, make_optimizer
+from eval.taskloss import encode_pair, score
+from model import GPT
+from optimoe import checkpoint, config
+from optimoe.config import require
+from optimoe.guard import BAD
+from optimoe.optim import lr_at, make_optimizer
+from optimoe.sizes import count_params, flops_per_token
 from train import GraphedStep, TrainConfig, new_window, optimizer_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -403,24 +403,22 @@ def measure(model, directory, n, final):
     Nothing is generated: whether greedy decoding would write an answer is read off one forward pass."""
     cfg, enc = procedural.read_config(directory), tokenizer.load(directory)
     most = cfg.reasoning.max_steps
-    facts = procedural_eval.fact_recall(model, enc, cfg.facts, 5 * n)
+    facts = probes.fact_recall(model, enc, cfg.facts, 5 * n)
     facts["by_attribute"] = {name: row["recall"] for name, row in facts["by_attribute"].items()}
-    problems = procedural_eval.solutions_written(
-        model, enc, cfg.reasoning, range(1, (most * 3 // 2 if final else most) + 1), n
-    )
+    problems = probes.solutions_written(model, enc, cfg.reasoning, range(1, (most * 3 // 2 if final else most) + 1), n)
     known, beyond = (
         [share for s, share in problems["accuracy"].items() if (s <= most) == trained] for trained in (True, False)
     )
     seen = [reasoning.problem(cfg.reasoning, i) for i in range(min(4 * n, cfg.n_problems))]
-    seen = procedural_eval.graded(model, enc, [(p.question, p.solution) for p in seen])
-    mano = procedural_eval.mano_accuracy(model, enc, cfg.reasoning, 2 * n)
+    seen = probes.graded(model, enc, [(p.question, p.solution) for p in seen])
+    mano = probes.mano_accuracy(model, enc, cfg.reasoning, 2 * n)
     within = [right for length, right in mano["accuracy"].items() if length <= cfg.reasoning.mano_length]
     return {
         "facts": facts,
-        "bits": procedural_eval.stored_bits(model, enc, cfg.facts, 5 * n) if final else None,
+        "bits": probes.stored_bits(model, enc, cfg.facts, 5 * n) if final else None,
         "problems": {
             "loss": problems["loss"],
-            "loss_seen": procedural_eval.loss_of(seen),
+            "loss_seen": probes.loss_of(seen),
             "accuracy": sum(known) / len(known),
             "accuracy_seen": sum(right for *_, right in seen) / len(seen),
             "beyond": sum(beyond) / len(beyond) if beyond else None,
@@ -462,7 +460,7 @@ def revision():
     digest = hashlib.sha256()
     for path in sorted(
         file
-        for pattern in ("*.py", "moe_kernels/*.py", "data/*.py", "eval/**/*.py", "study/run.py")
+        for pattern in ("*.py", "moe_kernels/*.py", "data/*.py", "eval/**/*.py", "optimoe/*.py", "study/execute.py")
         for file in ROOT.glob(pattern)
     ):
         digest.update(path.read_bytes())

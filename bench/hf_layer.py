@@ -1,7 +1,7 @@
 """Models of Hugging Face transformers with these kernels as their experts, against transformers' own implementations of the experts.
 
-    python -m bench.hf --csv hf.csv                               Qwen3-MoE, T,D,F,E,K = 16384,2048,768,128,8 (the layer of Qwen3-30B-A3B)
-    python -m bench.hf --family mixtral --shape 16384,4096,14336,8,2
+    python -m bench.hf_layer --csv hf.csv                               Qwen3-MoE, T,D,F,E,K = 16384,2048,768,128,8 (the layer of Qwen3-30B-A3B)
+    python -m bench.hf_layer --family mixtral --shape 16384,4096,14336,8,2
 
 "hf-block" is one MoE block, router included; "hf-model" is a whole model of --layers layers with attention and norms, without embeddings
 and head, on sequences of 4096 tokens. Needs transformers 5 (pip install transformers). implementation: moe_kernels, grouped_mm (the default

@@ -17,10 +17,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from config import require
 from model import MoE
 from moe_kernels import moe_experts
-from optim import Together, make_optimizer
+from optimoe.config import require
+from optimoe.optim import Together, make_optimizer
 
 
 def wrap(model, cfg, device, world):

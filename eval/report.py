@@ -4,9 +4,9 @@ import resource
 
 import torch
 
-import guard
 from data import shards
 from eval.generate import generate
+from optimoe import guard
 
 
 def bytes_per_token(sources, split):
@@ -94,9 +94,9 @@ def final_report(model, cfg, sources, enc, val_loader, results):
     for title, name, form in lines:
         print(f"{title:<32} {'n/a' if results.get(name) is None else format(results[name], form):>14}")
     if "procedural" in shards.read_meta(sources[0][0]):
-        from eval import procedural  # only this data needs it
+        from eval import probes  # only this data needs it
 
-        text, scores = procedural.report(model, sources[0][0])
+        text, scores = probes.report(model, sources[0][0])
         print(text)
         return scores
     if not cfg.sample_tokens:

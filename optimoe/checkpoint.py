@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from config import make_directory
+from data import tokenizer
 from model import GPT, ModelConfig
+from optimoe.config import make_directory
 
 NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
 
@@ -140,3 +141,18 @@ def load_model(path, device="cpu", **overrides):
     model = GPT(cfg).to(device)
     model.load_state_dict(state["model"])
     return model.eval()
+
+
+def training_data(run_dir, named=""):
+    """The data directory of a run: `named`, or under the run, or where its config says (DIR or DIR:weight,...)."""
+    run_dir = Path(run_dir)
+    config_file = run_dir / "config.json"
+    first = json.loads(config_file.read_text()).get("data", "").split(",")[0] if config_file.exists() else ""
+    for directory in (named, run_dir / "data", first, first.rpartition(":")[0]):
+        if directory and (Path(directory) / tokenizer.FILE).is_file():
+            return Path(directory)
+    raise ValueError(
+        f"tokenizer={named!r}: no {tokenizer.FILE} there, in {run_dir / 'data'}"
+        + (f" or in {first}" if first else "")
+        + ": name the run's data directory with --tokenizer (grpo.py: --data)"
+    )

@@ -11,8 +11,8 @@ import math
 
 import torch
 
-import checkpoint
-from optim import local
+from optimoe import checkpoint
+from optimoe.optim import local
 
 STEPS, BAD, FIRST = range(
     3

@@ -3,7 +3,7 @@
     model, tokens = load_model("Mixtral-8x7B-v0.1"), load_tokens("Mixtral-8x7B-v0.1")      # a local folder
     save_model(model, "out")                                                               # transformers loads it
 
-    python -m eval.hf runs/NAME out --dtype bfloat16      # exports a run of train.py with its tokenizer
+    python -m optimoe.hf runs/NAME out --dtype bfloat16      # exports a run of train.py with its tokenizer
 
 Both layouts of expert weights are read: one tensor per expert and matrix, as released checkpoints have it, and the stacked tensors
 that transformers 5 holds in memory. Needs the packages safetensors and tokenizers (the extra `hf`), not transformers.
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from config import make_directory, require
 from data import tokenizer
-from eval.taskloss import Tokens
+from data.tokenizer import Tokens
 from model import GPT, ModelConfig, rope_tables
+from optimoe import checkpoint
+from optimoe.config import make_directory, require
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # By model_type: where a layer keeps its router and experts, and an expert's gate, up and down matrix.
@@ -448,8 +448,6 @@ def main(argv=None):
         help="of the weights (default: float32, as trained)",
     )
     args = parser.parse_args(argv)
-    from eval.harness import ModelChoice, training_data  # which reads this file for --hf
-
     path, out = Path(args.run), Path(os.path.abspath(args.out))
     for name in ("safetensors.torch", "tokenizers"):
         package(name)
@@ -461,7 +459,7 @@ def main(argv=None):
     )
     make_directory(out.parent, "OUT", args.out)
     model = checkpoint.load_model(path)
-    data = training_data(ModelChoice(run=args.run) if path.is_dir() else ModelChoice(checkpoint=args.run))
+    data = checkpoint.training_data(path if path.is_dir() else path.parent)
     enc = tokenizer.load(data)
     with tempfile.TemporaryDirectory(
         prefix=f".{out.name}.", suffix=".partial", dir=out.parent

@@ -18,8 +18,8 @@ import math
 
 import torch
 
-import checkpoint
-from config import require
+from optimoe import checkpoint
+from optimoe.config import require
 
 SAME = (
     "vocab_size",

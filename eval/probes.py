@@ -19,7 +19,7 @@ from data.facts import FactsConfig
 from data.procedural import prompt
 from data.reasoning import ReasoningConfig
 from eval.generate import any_shape, generate
-from model import count_params
+from optimoe.sizes import count_params
 
 
 @torch.no_grad()

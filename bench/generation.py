@@ -1,12 +1,12 @@
 """Tokens per second of generation: with the KV cache (eval/generate.py), recomputing every position, and transformers with the same weights.
 
-    python -m bench.generate --csv generate.csv                          batches of 1, 16, 256; prompts of 128 tokens, 128 new ones
-    python -m bench.generate --preset paper-d1024-e16-k2 --batch 1,64 --prompt 1024 --new 256 --impl cache,hf
+    python -m bench.generation --csv generate.csv                          batches of 1, 16, 256; prompts of 128 tokens, 128 new ones
+    python -m bench.generation --preset paper-d1024-e16-k2 --batch 1,64 --prompt 1024 --new 256 --impl cache,hf
 
 kernel "generate"; T is the batch. The times are per step, one token of every row, the whole call with its prompts divided by the new tokens;
 "recompute" is the mean over eight lengths. gb_s counts the weights that a step must read and the cache; ceiling is the time of reading them at the
 speed of a copy. "hf" is generate() of transformers 5 as it comes, "hf+moe_kernels" the same with these kernels as its experts.
-The weights are random, so every text has the full length; they reach transformers through eval/hf.py.
+The weights are random, so every text has the full length; they reach transformers through optimoe/hf.py.
 """
 
 import tempfile
@@ -19,11 +19,12 @@ from bench.compare import begin, finish
 from bench.problem import Cost, Shape
 from bench.results import DTYPES, HEADER, arguments, cli
 from bench.timing import quantiles, skipping
-from eval import hf
 from eval.generate import any_shape, generate
-from eval.harness import frozen
 from eval.kv_cache import KVCache
-from model import GPT, count_params, preset
+from model import GPT
+from optimoe import hf
+from optimoe.load import frozen
+from optimoe.sizes import count_params, preset
 
 IMPLS = ("cache", "recompute", "hf", "hf+moe_kernels")
 
