@@ -1,5 +1,4 @@
-"""A GPT whose feed-forward layers are mixtures of experts: Mixtral-style, as in arXiv 2508.18672, and its parameter and FLOP counts.
-
+"""A GPT whose feed-forward layers are mixtures of experts: Mixtral-style, as in arXiv 2508.18672. optimoe/sizes.py counts it.
 
     model = GPT(preset("tiny", vocab_size=512))
     out = model(tokens_BL, targets_BL)          # out.loss + 1e-2 * out.balance + 1e-3 * out.z is what train.py minimises

@@ -10,8 +10,9 @@
     save(cfg, "run/config.json")   # and later: python prog.py --config=run/config.json --steps=4000
 
 The dataclass is the only place where a field is written down: types come from its annotations (int, float, bool, str, `X | None`,
-Literal), help from the comment behind each field, headings of the help from comment lines between fields, ranges from its
-`__post_init__`. A class with a static method `preset_fields(name) -> dict` also understands --preset=NAME. From weakest to
+Literal, and tuple[X, ...] for values with commas between them), help from the comment behind each field, headings of the help from comment lines between fields, ranges from its
+`__post_init__`. Fields named in the class variable POSITIONAL are words without a flag, the last
+of them any number of words if it is a tuple. A class with a static method `preset_fields(name) -> dict` also understands --preset=NAME. From weakest to
 strongest: defaults, --config, --preset (its default where there is no --config), the other flags.
 """
 
@@ -67,10 +68,15 @@ def parse(cls, argv=None, description=""):
         print(help_text(cls, description))
         sys.exit(0)
     hints = typing.get_type_hints(cls)
-    flags, words = {}, list(argv)
+    flags, words, positional = {}, list(argv), list(getattr(cls, "POSITIONAL", ()))
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
+            if positional:
+                many = typing.get_origin(hints[positional[0]]) is tuple
+                name = positional[0] if many else positional.pop(0)
+                flags[name] = [*flags.get(name, []), word] if many else word
+                continue
             raise ValueError(
                 f"unexpected argument {word!r}: write --field=value (a bool takes its value only with '=')"
             )
@@ -93,6 +99,9 @@ def parse(cls, argv=None, description=""):
     if name and hasattr(cls, "preset_fields"):
         values.update(cls.preset_fields(name))
     values.update({name: _convert(name, text, hints[name]) for name, text in flags.items()})
+    for field in dataclasses.fields(cls):
+        missing = field.name not in values and field.default is field.default_factory is dataclasses.MISSING
+        require(not missing, field.name, "", "it is required; --help lists the fields")
     return cls(**values)
 
 
@@ -146,7 +155,7 @@ def help_text(cls, description=""):
             lines += ["", headings[field.name] + ":"]
         default = "required" if field.default is dataclasses.MISSING else repr(field.default)
         lines.append(
-            f"  --{field.name + ' ' + _type_name(hints[field.name]):<32} {default:<12} {notes.get(field.name, '')}".rstrip()
+            f"  --{field.name + ' ' + _type_name(hints[field.name]):<34} {default:<12} {notes.get(field.name, '')}".rstrip()
         )
     return "\n".join(lines)
 
@@ -181,6 +190,10 @@ def _convert(name, value, hint):
         if value is None or str(value).lower() == "none":
             return None
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is tuple:
+        items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+        require(isinstance(items, (list, tuple)), name, value, "use values with commas between them")
+        return tuple(_convert(name, item, typing.get_args(hint)[0]) for item in items if item != "")
     if typing.get_origin(hint) is typing.Literal:
         options = {str(option): option for option in typing.get_args(hint)}
         require(str(value) in options, name, value, "use one of " + ", ".join(options))
@@ -205,6 +218,8 @@ def _convert(name, value, hint):
 
 
 def _type_name(hint):
+    if typing.get_origin(hint) is tuple:
+        return _type_name(typing.get_args(hint)[0]) + ",..."
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(str(option) for option in typing.get_args(hint))
     return hint.__name__ if isinstance(hint, type) else str(hint).replace(" | None", "?")

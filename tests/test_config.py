@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -190,3 +190,21 @@ def test_a_directory_that_cannot_be_written_is_named_by_its_field(tmp_path):
             ValueError, match=f"out='given': nothing can be written to {path} .*; name another directory"
         ):
             config.make_directory(path, "out", "given")
+
+
+@dataclass(frozen=True)
+class Words:
+    POSITIONAL: ClassVar = ("run", "files")
+    run: str  # a run
+    files: tuple[str, ...] = ()  # any number
+    batch: tuple[int, ...] = (1, 16)  # sizes
+
+
+def test_positional_words_and_lists(capsys):
+    assert config.parse(Words, ["a"]) == Words("a")
+    assert config.parse(Words, ["a", "b", "--batch=2,3", "c"]) == Words("a", ("b", "c"), (2, 3))
+    with pytest.raises(ValueError, match="batch='x'"):
+        config.parse(Words, ["a", "--batch=2,x"])
+    with pytest.raises(ValueError, match="run"):
+        config.parse(Words, [])
+    assert "--batch int,..." in config.help_text(Words) and "  run str" in config.help_text(Words)
