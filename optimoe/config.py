@@ -154,8 +154,9 @@ def help_text(cls, description=""):
         if field.name in headings:
             lines += ["", headings[field.name] + ":"]
         default = "required" if field.default is dataclasses.MISSING else repr(field.default)
+        flag = field.name if field.name in getattr(cls, "POSITIONAL", ()) else "--" + field.name
         lines.append(
-            f"  --{field.name + ' ' + _type_name(hints[field.name]):<34} {default:<12} {notes.get(field.name, '')}".rstrip()
+            f"  {flag + ' ' + _type_name(hints[field.name]):<34} {default:<12} {notes.get(field.name, '')}".rstrip()
         )
     return "\n".join(lines)
 
