@@ -20,6 +20,7 @@ graph; learning rates may be 0-d tensors. Shapes: N matrices in a batch, each (A
 import math
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw as adamw_fused
 
@@ -44,6 +45,12 @@ def clip_factor(norm, limit):
     return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
 
 
+def total_norm(tensors):
+    """Norm of all of them together, in float32: one of bfloat16 has three digits. torch's kernel takes a list of one dtype."""
+    lists = ([t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors))
+    return torch.stack([norm for each in lists for norm in torch._foreach_norm(each, 2, dtype=torch.float32)]).norm()
+
+
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW, whose fused kernel updates many small tensors in one launch; `moe_kernels.adamw_step` takes large and bfloat16 ones.
 
@@ -53,6 +60,7 @@ class AdamW(torch.optim.AdamW):
 
     LARGE = 2**20  # values of a float32 tensor that pays for a launch of its own
     found_inf = scale = None
+    updated = None  # called with each parameter, or its copy, as soon as it has its new weight
 
     def __init__(self, groups, lr, betas, eps, copies=None, seed=0):
         super().__init__(groups, lr, betas, eps, fused=True, capturable=isinstance(lr, torch.Tensor))
@@ -66,7 +74,7 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            small, large = [], []
+            small, large, updated = [], [], []
             for p in group["params"]:
                 grad = self.copies.get(p, p).grad
                 if grad is None:
@@ -80,11 +88,14 @@ class AdamW(torch.optim.AdamW):
                     }
                 tensors = *map(local, (p, grad, state["exp_avg"], state["exp_avg_sq"])), state["step"]
                 if p in self.copies or p.dtype == torch.bfloat16 or p.is_cuda and tensors[0].numel() >= self.LARGE:
-                    large.append((*tensors, self.copies.get(p), self.seeds[p]))
+                    large.append((*tensors, self.copies.get(p), self.seeds[p], p))
                 else:
                     small.append(tensors)
+                    updated.append(p)
             if small:
                 self._step_small(group, *zip(*small, strict=True))
+                for p in updated if self.updated else []:
+                    self.updated(p)
             if large:
                 self._step_large(group, large)
 
@@ -112,14 +123,16 @@ class AdamW(torch.optim.AdamW):
         )
 
     def _step_large(self, group, large):
-        steps = [step for *_, step, _, _ in large]
+        steps = [step for *_, step, _, _, _ in large]
         skip = torch.zeros((), device=steps[0].device) if self.found_inf is None else self.found_inf
         scale = torch.ones_like(skip) if self.scale is None else self.scale
         torch._foreach_add_(steps, [1 - skip] * len(steps))  # a tensor instead of the list would be read by the host
-        for *tensors, copy, seed in large:
+        for *tensors, copy, seed, p in large:
             adamw_step(
                 *tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip, copy, seed
             )
+            if self.updated:
+                self.updated(p if copy is None else copy)
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
@@ -145,7 +158,7 @@ class Muon(torch.optim.Optimizer):
 
     `found_inf` and `scale`: as in `AdamW`."""
 
-    found_inf = scale = None
+    found_inf = scale = updated = None
 
     def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -159,10 +172,16 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if params and on_chip(params[0], group["rows"]):
                 self._step_on_chip(params, group)
+                self._tell(params)
                 continue
             # Matrices of all layers make one batch; a stack of experts is a batch already, and a large one.
             for batch in [params] if params and params[0].ndim == 2 else [[p] for p in params]:
                 self._step_batch(batch, group)
+                self._tell(batch)
+
+    def _tell(self, params):
+        for p in params if self.updated else []:
+            self.updated(p)
 
     def _step_on_chip(self, params, group):
         weights, momenta, grads = (
@@ -266,6 +285,15 @@ class Together:
             part.found_inf, part.scale = skip, scale
             part.step()
 
+    def average_gradients(self):
+        """Of several ranks: finish averaging the gradients. One process has nothing to average."""
+
+    def grad_norm(self):
+        """Norm of all gradients, a float32 scalar tensor."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        copies = {p: copy for part in self.parts for p, copy in getattr(part, "copies", {}).items()}
+        return total_norm([grad for p in params if (grad := copies.get(p, p).grad) is not None])
+
     def zero_grad(self, set_to_none=True):
         for part in self.parts:
             part.zero_grad(set_to_none)
@@ -311,7 +339,12 @@ def make_optimizer(model, cfg, piece=None):
     does not sum gradients over micro-batches (those of the copies are bfloat16).
     On CUDA learning rates are tensors, so that a graph of the step sees them change. piece(p): of several ranks, the part of dimension 0 of a
     parameter that this one updates (Muon's 2-D matrices are always whole)."""
-    copied = cfg.weights == "float32" and piece is None and model.dtype == torch.bfloat16 and cfg.grad_accum == 1
+    copied = (
+        cfg.weights == "float32"
+        and not isinstance(model, FSDPModule)
+        and model.dtype == torch.bfloat16
+        and cfg.grad_accum == 1
+    )
     hidden, experts, matrices, norms, copies = {}, [], [], [], {}
     piece = piece or (lambda p: p)
     for name, p in model.named_parameters():
@@ -321,10 +354,12 @@ def make_optimizer(model, cfg, piece=None):
             continue
         own = piece(p)
         if is_hidden(name, p) and (copied or cfg.weights == "bfloat16"):
-            if copied:
-                own = torch.nn.Parameter(p.detach().float())
-                copies[own] = p
+            exact = own.detach().clone()
             p.data = p.detach().bfloat16()
+            own = piece(p)
+            if copied:
+                copies[exact := torch.nn.Parameter(exact)] = own
+                own = exact
         (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(own)
     cuda = model.embed.weight.is_cuda
     lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr
