@@ -156,6 +156,7 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
     """One step on micro-batches [(tokens_BL, targets_BL)]: forward, backward, clipped update. Adds to the window's sums; returns the gradient norm,
     a tensor: nothing here waits for the device. mark(part) is called at the end of each part (bench/step.py times them)."""
     counts_NE = probs_NE = sums = 0
+    optimizer.begin_step()
     for micro, (tokens_BL, targets_BL) in enumerate(batches):
         parallel.sync_gradients(model, optimizer, micro == len(batches) - 1)
         out = model(tokens_BL, targets_BL)
@@ -413,12 +414,14 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
             run_step = None  # and with it the memory of the graph, for the repeated step
             back = min(steps - first + 1, len(cursors))  # the run may have been resumed in the middle of skipped steps
             path = run_dir / f"bad-step-{step - back + 1:08d}-rank{rank}.json"
+            optimizer.gather_weights()
             loss, where = guard.dump(path, model, loader, cursors[-back], cfg, step - back + 1)
             raise ValueError(
                 f"loss={loss} at step {step - back + 1}, first in {where} (layers and batch: {path}): {guard.remedy(run_dir)}"
             )
 
     def run_validation(step):
+        optimizer.gather_weights()
         loss = validate(model, val_loader, n_val, world)
         bits = {"val_bits_per_byte": loss / math.log(2) / per_token} if per_token else {}
         if lead:

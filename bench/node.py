@@ -28,6 +28,14 @@ WARM, STEPS = 12, 24
 
 def exposed(events):
     """(milliseconds of NCCL's kernels, of these while no other kernel runs) of a list of profiler events."""
+    if os.environ.get("BY_NAME"):
+        import collections
+
+        by = collections.Counter()
+        for e in events:
+            if "nccl" in e.name:
+                by[e.name[:60]] += (e.time_range.end - e.time_range.start) / 3e3
+        print(dict(by), flush=True)
     kernels = [(e.time_range.start, e.time_range.end, "nccl" in e.name) for e in events]
     total = sum(end - start for start, end, nccl in kernels if nccl)
     marks = sorted([(t, nccl, d) for start, end, nccl in kernels for t, d in ((start, 1), (end, -1))])
@@ -85,15 +93,17 @@ def main(argv=None):
     dist.init_process_group("nccl", device_id=device)
     tokens = cfg.batch_size * cfg.seq_len
     rows = {}
-    for name, size in (("one GPU", 1), (f"{world} GPUs, {cfg.parallel}", world)):
+    for name, size in (("one GPU", 1),)[: not os.environ.get("SKIP_ONE")] + ((f"{world} GPUs, {cfg.parallel}", world),):
         dist.barrier()
         rows[name] = measure(cfg, rank, size, device)
-    alone = torch.tensor([rows["one GPU"]["ms"]], device=device)
+    alone = torch.tensor([rows["one GPU"]["ms"] if "one GPU" in rows else 0.0], device=device)
     dist.all_reduce(alone)  # the mean of the single GPUs
     if rank == 0:
         share = alone.item() / world / rows[f"{world} GPUs, {cfg.parallel}"]["ms"]
-        print(f"{torch.cuda.get_device_name()} x {world}, {count_params(cfg).total / 1e9:.2f} G parameters, {tokens:,} tokens a GPU,"
-              f" {flops_per_token(cfg):.3g} FLOPs a token, share {share:.3f}")
+        print(
+            f"{torch.cuda.get_device_name()} x {world}, {count_params(cfg).total / 1e9:.2f} G parameters, {tokens:,} tokens a GPU,"
+            f" {flops_per_token(cfg):.3g} FLOPs a token, share {share:.3f}"
+        )
         for name, row in rows.items():
             print(f"  {name:<16}" + "  ".join(f"{key} {value:.2f}" for key, value in row.items()), flush=True)
         print(json.dumps({"argv": sys.argv[1:], "share": share, **rows}))

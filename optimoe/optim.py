@@ -60,7 +60,6 @@ class AdamW(torch.optim.AdamW):
 
     LARGE = 2**20  # values of a float32 tensor that pays for a launch of its own
     found_inf = scale = None
-    updated = None  # called with each parameter, or its copy, as soon as it has its new weight
 
     def __init__(self, groups, lr, betas, eps, copies=None, seed=0):
         super().__init__(groups, lr, betas, eps, fused=True, capturable=isinstance(lr, torch.Tensor))
@@ -74,7 +73,7 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            small, large, updated = [], [], []
+            small, large = [], []
             for p in group["params"]:
                 grad = self.copies.get(p, p).grad
                 if grad is None:
@@ -88,14 +87,11 @@ class AdamW(torch.optim.AdamW):
                     }
                 tensors = *map(local, (p, grad, state["exp_avg"], state["exp_avg_sq"])), state["step"]
                 if p in self.copies or p.dtype == torch.bfloat16 or p.is_cuda and tensors[0].numel() >= self.LARGE:
-                    large.append((*tensors, self.copies.get(p), self.seeds[p], p))
+                    large.append((*tensors, self.copies.get(p), self.seeds[p]))
                 else:
                     small.append(tensors)
-                    updated.append(p)
             if small:
                 self._step_small(group, *zip(*small, strict=True))
-                for p in updated if self.updated else []:
-                    self.updated(p)
             if large:
                 self._step_large(group, large)
 
@@ -123,16 +119,14 @@ class AdamW(torch.optim.AdamW):
         )
 
     def _step_large(self, group, large):
-        steps = [step for *_, step, _, _, _ in large]
+        steps = [step for *_, step, _, _ in large]
         skip = torch.zeros((), device=steps[0].device) if self.found_inf is None else self.found_inf
         scale = torch.ones_like(skip) if self.scale is None else self.scale
         torch._foreach_add_(steps, [1 - skip] * len(steps))  # a tensor instead of the list would be read by the host
-        for *tensors, copy, seed, p in large:
+        for *tensors, copy, seed in large:
             adamw_step(
                 *tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip, copy, seed
             )
-            if self.updated:
-                self.updated(p if copy is None else copy)
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
@@ -158,7 +152,7 @@ class Muon(torch.optim.Optimizer):
 
     `found_inf` and `scale`: as in `AdamW`."""
 
-    found_inf = scale = updated = None
+    found_inf = scale = None
 
     def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -172,16 +166,10 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if params and on_chip(params[0], group["rows"]):
                 self._step_on_chip(params, group)
-                self._tell(params)
                 continue
             # Matrices of all layers make one batch; a stack of experts is a batch already, and a large one.
             for batch in [params] if params and params[0].ndim == 2 else [[p] for p in params]:
                 self._step_batch(batch, group)
-                self._tell(batch)
-
-    def _tell(self, params):
-        for p in params if self.updated else []:
-            self.updated(p)
 
     def _step_on_chip(self, params, group):
         weights, momenta, grads = (
@@ -284,6 +272,9 @@ class Together:
         for part in self.parts:
             part.found_inf, part.scale = skip, scale
             part.step()
+
+    def begin_step(self):
+        """Of several ranks: start to gather the weights. One process has them."""
 
     def average_gradients(self):
         """Of several ranks: finish averaging the gradients. One process has nothing to average."""

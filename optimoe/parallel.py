@@ -2,9 +2,9 @@
 
     ddp    Every rank holds all weights in the compute dtype. As soon as the backward pass has the gradient of a large tensor, it is
            averaged over the ranks and each keeps one slice of it (reduce-scatter): a slice of dimension 0, that is whole experts, or
-           rows of a matrix. A rank updates its slice, for which alone it holds float32 weights and optimiser states, and the new
-           slices are gathered while the next tensor is updated (ZeRO-2). Small tensors are averaged together and updated everywhere.
-           Nothing waits for the host, so a whole step can be one CUDA graph, collectives included.
+           rows of a matrix. A rank updates its slice, for which alone it holds float32 weights and optimiser states (ZeRO-2).
+           The next step gathers the new slices while its forward pass runs. Small tensors are averaged together and updated
+           everywhere. Nothing waits for the host, so a whole step can be one CUDA graph, collectives included.
     fsdp   Weights, gradients and states are all sharded; a block's weights are gathered, in the compute dtype, when it runs.
     ep     As ddp, but every rank holds only E/world experts and tokens travel to them (experts_all_to_all). It pays where the weights
            of the experts are more bytes than the tokens of a step; the exchange waits for the host, so it is not the default.
@@ -119,6 +119,11 @@ def sync_gradients(model, optimizer, now):
         model.set_requires_gradient_sync(now)
 
 
+def layer_of(name, cfg):
+    """Before which block a weight of model.GPT is needed: the embedding before block 0, the output layer after the last one."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else 0 if name.startswith("embed.") else cfg.n_layers
+
+
 class Sharded(Together):
     """The optimiser of one rank. Its state_dict is that of one process: all ranks take it together, and rank 0 gets all of it.
 
@@ -130,13 +135,14 @@ class Sharded(Together):
         self.model, self.rank, self.world = model, rank, world
         self.full = {}  # this rank's slice of a parameter, in the same memory -> the parameter
         self.reduced = {}  # parameter -> (gradient of this rank's slice, the collective that brings it)
-        self.gathers = []  # collectives that bring new weights
+        self.gathers = {}  # layer -> collectives that bring its weights
         self.divided = world > 1 and not is_fsdp(model)
         super().__init__(*make_optimizer(model, cfg, self._slice if self.divided else None).parts)
         for p in self.full.values():
             p.register_post_accumulate_grad_hook(self._reduce)
-        for part in self.parts:
-            part.updated = self._gather_weight if self.full else None
+        if self.full:
+            self.order = [(layer_of(name, cfg), p) for name, p in model.named_parameters()]
+            model.before_layer = self._wait
 
     def _slice(self, p):
         if isinstance(p, DTensor) or p.numel() < SLICED_FROM or p.shape[0] % self.world:
@@ -177,19 +183,24 @@ class Sharded(Together):
         dist.all_reduce(square)
         return (square + total_norm(plain).square()).sqrt() if plain else square.sqrt()
 
-    def _gather_weight(self, piece):
-        """Called when the optimiser has written a slice: the others' slices travel while it goes on with the next tensor."""
-        if piece in self.full:
-            p, own = self.full[piece], piece.detach()
-            own = own if own.is_cuda else own.clone()  # NCCL gathers in place
-            self.gathers.append(all_gather(p.detach(), own, async_op=True))
+    def begin_step(self):
+        """Start to gather the weights in the order of their use; the model waits for those of a layer before it runs."""
+        pieces = {p: piece for piece, p in self.full.items()}
+        for layer, p in self.order if pieces else []:
+            if p in pieces:
+                own = pieces[p].detach()
+                own = own if own.is_cuda else own.clone()  # NCCL gathers in place
+                self.gathers.setdefault(layer, []).append(all_gather(p.detach(), own, async_op=True))
 
-    @torch.no_grad()
-    def step(self, skip=None, scale=None):
-        super().step(skip, scale)
-        for gather in self.gathers:
+    def _wait(self, layer):
+        for gather in self.gathers.pop(layer, ()):
             gather.wait()
-        self.gathers.clear()
+
+    def gather_weights(self):
+        """Bring all weights up to date; between two steps a rank has only its slices of large tensors."""
+        self.begin_step()
+        for layer in list(self.gathers):
+            self._wait(layer)
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
@@ -236,6 +247,7 @@ class Sharded(Together):
         return t.chunk(self.world)[self.rank].clone() if sliced and t.shape == p.shape else t
 
     def weights(self, model):
+        self.gather_weights()
         state = super().weights(model)
         names = {p: name for name, p in model.named_parameters()}
         for part in self.parts:
