@@ -29,6 +29,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 SLICED_FROM = 2**20  # values of a tensor whose update is divided among the ranks
+AHEAD = 2  # layers whose weights are gathered while one runs
 
 
 def wrap(model, cfg, device, world):
@@ -136,12 +137,15 @@ class Sharded(Together):
         self.full = {}  # this rank's slice of a parameter, in the same memory -> the parameter
         self.reduced = {}  # parameter -> (gradient of this rank's slice, the collective that brings it)
         self.gathers = {}  # layer -> collectives that bring its weights
+        self.next_layer = cfg.n_layers + 1  # the first layer whose weights have not been asked for in this step
         self.divided = world > 1 and not is_fsdp(model)
         super().__init__(*make_optimizer(model, cfg, self._slice if self.divided else None).parts)
         for p in self.full.values():
             p.register_post_accumulate_grad_hook(self._reduce)
         if self.full:
-            self.order = [(layer_of(name, cfg), p) for name, p in model.named_parameters()]
+            self.pieces = [[] for _ in range(cfg.n_layers + 1)]  # of each layer: (slice, parameter)
+            for name, p in model.named_parameters():
+                self.pieces[layer_of(name, cfg)] += [(piece, of) for piece, of in self.full.items() if of is p]
             model.before_layer = self._wait
 
     def _slice(self, p):
@@ -184,22 +188,26 @@ class Sharded(Together):
         return (square + total_norm(plain).square()).sqrt() if plain else square.sqrt()
 
     def begin_step(self):
-        """Start to gather the weights in the order of their use; the model waits for those of a layer before it runs."""
-        pieces = {p: piece for piece, p in self.full.items()}
-        for layer, p in self.order if pieces else []:
-            if p in pieces:
-                own = pieces[p].detach()
-                own = own if own.is_cuda else own.clone()  # NCCL gathers in place
-                self.gathers.setdefault(layer, []).append(all_gather(p.detach(), own, async_op=True))
+        """From here on the weights are old: the model asks for those of each layer before it runs."""
+        self.next_layer = 0
 
     def _wait(self, layer):
+        """Wait for the weights of a layer, and ask for those of the next ones.
+
+        Asked for all at once, they did not overlap with anything in a CUDA graph (8 ms of 163 on two H200s)."""
+        while self.next_layer <= min(layer + AHEAD, len(self.pieces) - 1):
+            gathers = self.gathers[self.next_layer] = []
+            for piece, p in self.pieces[self.next_layer]:
+                own = piece.detach() if piece.is_cuda else piece.detach().clone()  # NCCL gathers in place
+                gathers.append(all_gather(p.detach(), own, async_op=True))
+            self.next_layer += 1
         for gather in self.gathers.pop(layer, ()):
             gather.wait()
 
     def gather_weights(self):
         """Bring all weights up to date; between two steps a rank has only its slices of large tensors."""
         self.begin_step()
-        for layer in list(self.gathers):
+        for layer in range(len(self.pieces) if self.full else 0):
             self._wait(layer)
 
     def zero_grad(self, set_to_none=True):
