@@ -246,7 +246,10 @@ def test_copies_change_nothing_but_bytes():
     rounding error. What is saved is float32, and goes on in a run without copies."""
     cfg = with_settings(BF16, optimizer="adamw")
     (model, batch), (plain, _) = model_and_batch(cfg=BF16), model_and_batch(cfg=BF16)
-    ours, theirs = make_optimizer(model, cfg), make_optimizer(plain, with_settings(BF16, optimizer="adamw", grad_accum=2))
+    ours, theirs = (
+        make_optimizer(model, cfg),
+        make_optimizer(plain, with_settings(BF16, optimizer="adamw", grad_accum=2)),
+    )
     copies = ours.parts[0].copies
     names = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     assert names and names == {
