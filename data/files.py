@@ -10,9 +10,18 @@ and are accepted as they are.
 
 import json
 import os
+import re
+import secrets
+import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks, so nothing that was left behind is removed there
+    fcntl = None
 
 CRC = "crc"
 
@@ -20,17 +29,72 @@ CRC = "crc"
 def replace(path: str | Path, content: str | bytes) -> None:
     """Write a file through a temporary one, flush it to the disk and rename it. A failure leaves the old file as it was."""
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with temporary(path) as tmp:
         with open(tmp, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
-    except OSError:
-        tmp.unlink(missing_ok=True)
-        raise
     sync_directory(path.parent)
+
+
+@contextmanager
+def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
+    """A new hidden file or directory beside `target`, to be filled and renamed; what is not renamed is removed at the end.
+
+    It is locked while its process lives. What killed processes left for the same target is removed first.
+    """
+    target = Path(target)
+    for left in remains(target, "tmp|partial"):
+        _remove(left)
+    while True:
+        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{'partial' if directory else 'tmp'}")
+        path.mkdir() if directory else path.touch(exist_ok=False)
+        with locked(path):
+            if not path.exists():  # another process took it for a remnant before it was locked
+                continue
+            try:
+                yield path
+            finally:
+                _remove(path)
+            return
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock by which `remains` knows that a file or directory belongs to a living process."""
+    handle = os.open(path, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
+
+
+def remains(target: Path, suffix: str) -> list[Path]:
+    """The hidden files and directories .NAME.*.SUFFIX beside `target` that no living process has locked."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-z_]+\.({suffix})")
+    found = []
+    for path in target.parent.iterdir() if fcntl and target.parent.is_dir() else ():
+        if pattern.fullmatch(path.name):
+            try:
+                handle = os.open(path, os.O_RDONLY)
+            except OSError:  # another process has just removed it
+                continue
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.append(path)
+            except OSError:
+                pass
+            finally:
+                os.close(handle)
+    return found
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sync_directory(path: str | Path) -> None:
@@ -49,24 +113,40 @@ def _crc(value: dict) -> str:
 
 def sign(value: dict) -> dict:
     """The same JSON object with the checksum of its members."""
-    return {**value, CRC: _crc(value)}
+    return {**value, CRC: _crc(json.loads(json.dumps(value)))}  # as it will be read: names are strings then
 
 
 def check(value: object, where: str, remedy: str = "restore it from a copy") -> dict:
     """The members of a JSON object without its checksum. ValueError naming `where` if it is no object or was changed."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds a {type(value).__name__} instead of a JSON object; {remedy}")
-    if CRC in value and value[CRC] != _crc(value):
+    try:
+        damaged = CRC in value and value[CRC] != _crc(value)
+    except RecursionError:
+        damaged = True
+    if damaged:
         raise ValueError(f"{where} is damaged: its checksum differs; {remedy}")
     return {name: member for name, member in value.items() if name != CRC}
 
 
 def parse(text: str | bytes, where: str, remedy: str = "restore it from a copy") -> object:
-    """A JSON value; ValueError naming `where` for broken JSON, broken UTF-8 and nesting too deep for the parser."""
+    """A JSON value; a byte-order mark in front of it is ignored.
+
+    ValueError naming `where` for broken JSON or UTF-8, and for numbers too long or nesting too deep for the parser.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is damaged ({error}): {remedy}") from None
+
+
+def json_lines(
+    lines: Iterable[str], path: str | Path, remedy: str = "correct that line"
+) -> Iterator[tuple[str, object]]:
+    """("PATH:NUMBER", JSON value) of each line of other people's files; blank lines and byte-order marks are ignored."""
+    for number, line in enumerate(lines, 1):
+        if line.strip("\ufeff \t\r\n"):
+            yield (where := f"{path}:{number}"), parse(line, where, remedy)
 
 
 def read_json(path: str | Path, remedy: str = "restore it from a copy") -> dict:

@@ -72,8 +72,10 @@ class ReasoningConfig:
             raise ValueError(f"distractors={self.distractors}: need 0 or more")
         if not 0 <= self.share <= 1 or not 0 <= self.branch <= 1:
             raise ValueError(f"share={self.share}, branch={self.branch}: probabilities from 0 to 1")
-        if self.max_steps < 1 or self.mano_length < 1:
-            raise ValueError(f"max_steps={self.max_steps}, mano_length={self.mano_length}: need 1 or more")
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps}: need 1 or more")
+        if not 1 <= self.mano_length <= 200:  # expressions are nested so deep
+            raise ValueError(f"mano_length={self.mano_length}: need 1 to 200")
         if not self.most_names(self.max_steps) <= self.names <= len(NOUNS):
             raise ValueError(
                 f"names={self.names}: need {self.most_names(self.max_steps)} (2 * max_steps + 1 + distractors) to {len(NOUNS)}"
