@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter
 
 import pytest
@@ -142,8 +143,39 @@ def test_many_processes_write_the_same_bytes(tmp_path):
     alone, together = procedural.build(tmp_path / "a", cfg), procedural.build(tmp_path / "b", cfg, workers=2)
     assert alone == together and alone["procedural"]["n_mano"] == 40
     (tmp_path / "cfg.json").write_text(json.dumps(dataclasses.asdict(cfg)))
-    procedural.main([f"--out={tmp_path / 'c'}", f"--config={tmp_path / 'cfg.json'}"])
+    procedural.main([f"--out={tmp_path / 'c'}", f"--mixture={tmp_path / 'cfg.json'}"])
     assert read_meta(tmp_path / "c") == alone
+
+
+def test_a_bad_mixture_is_named(tmp_path):
+    path, whole = tmp_path / "cfg.json", dataclasses.asdict(SMALL)
+    for change, message in (
+        ({"n_mona": 1}, "unknown field 'n_mona' of MixtureConfig"),
+        ({"facts": whole["facts"] | {"people": 1}}, "unknown field 'people' of FactsConfig"),
+        ({"facts": 3}, "facts=3 must be of type dict"),
+        ({"exposures": "3"}, "exposures='3' must be of type int"),
+        ({"reasoning": whole["reasoning"] | {"ordered": 1}}, "ordered=1 must be of type bool"),
+        ({"reasoning": whole["reasoning"] | {"mano_length": 10**6}}, "mano_length=1000000: need 1 to 200"),
+        ({"n_problems": 10**15}, "n_problems=1000000000000000: need 0 to 1,000,000,000"),
+        ({"window": 10**12}, "window=1000000000000: need 0 to 1,048,576"),
+    ):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            procedural.main([f"--out={tmp_path / 'd'}", f"--mixture={path}"])
+    for content in ("{", "[" * 10**5, "[]"):
+        path.write_text(content)
+        with pytest.raises(SystemExit, match=f"^error: {path}"):
+            procedural.main([f"--out={tmp_path / 'd'}", f"--mixture={path}"])
+    with pytest.raises(SystemExit, match="^error: .*missing.json"):
+        procedural.main([f"--out={tmp_path / 'd'}", f"--mixture={tmp_path / 'missing.json'}"])
+    assert [p.name for p in tmp_path.iterdir()] == ["cfg.json"]
+    del whole["reasoning"]["mano_length"], whole["repeats"]  # written before these existed
+    assert procedural.from_dict(whole) == SMALL
+
+
+def test_the_default_data_needs_no_tokenizers_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert procedural.build(tmp_path / "d", SMALL)["splits"]["train"]["tokens"] > 1000
 
 
 def test_the_first_part_of_the_data_has_its_share_of_everything(tmp_path):
