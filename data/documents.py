@@ -31,7 +31,7 @@ MARK = "\ufeff"  # a byte-order mark
 
 @dataclass
 class Source:
-    """A file, or the Python files of one directory or pattern; the line that meta.json and the closing table give to it."""
+    """A file, or the Python files of one directory or pattern: one line of meta.json and of the closing table."""
 
     name: str
     files: list[Path] = field(default_factory=list)
@@ -175,7 +175,7 @@ def _field(item: object, name: str, where: str) -> str:
 
 
 def split_documents(blocks: Iterable[str], max_document: int, separator: str | None = SEPARATOR) -> Iterator[str]:
-    """Documents of a text given in blocks, without byte-order marks; the result does not depend on where the blocks end.
+    """Documents of a text given in blocks, without byte-order marks. The result does not depend on where blocks end.
 
     Holds one block and max_document characters. Pieces of a cut document join up to the document.
     """

@@ -1,11 +1,11 @@
-"""Files that are whole or absent, and JSON that says when it was damaged. Everything that is read back goes through here.
+"""Files that are whole or absent, and JSON that says when it was damaged. What is read back goes through here.
 
     replace("run/results.json", text)                      # appears whole or not at all
     append("run/metrics.jsonl", [{"step": 1, "loss": 2.5}])
     rows, torn = read_rows("run/metrics.jsonl")
 
-A signed JSON object carries a CRC-32 of its other members under "crc". Objects written before signatures existed have none
-and are accepted as they are.
+A signed JSON object carries a CRC-32 of its other members under "crc". Objects written before signatures existed have
+none and are accepted as they are.
 """
 
 import json
@@ -27,7 +27,7 @@ CRC = "crc"
 
 
 def replace(path: str | Path, content: str | bytes) -> None:
-    """Write a file through a temporary one, flush it to the disk and rename it. A failure leaves the old file as it was."""
+    """Write a temporary file, flush it to the disk and rename it. A failure leaves the old file as it was."""
     path = Path(path)
     with temporary(path) as tmp:
         with open(tmp, "wb") as file:
@@ -40,7 +40,7 @@ def replace(path: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
-    """A new hidden file or directory beside `target`, to be filled and renamed; what is not renamed is removed at the end.
+    """A new hidden file or directory beside `target`, to be filled and renamed. If it is not renamed, it is removed.
 
     It is locked while its process lives. What killed processes left for the same target is removed first.
     """
@@ -117,7 +117,7 @@ def sign(value: dict) -> dict:
 
 
 def check(value: object, where: str, remedy: str = "restore it from a copy") -> dict:
-    """The members of a JSON object without its checksum. ValueError naming `where` if it is no object or was changed."""
+    """The members of a JSON object without its checksum; ValueError naming `where` if it is none or was changed."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds a {type(value).__name__} instead of a JSON object; {remedy}")
     try:
@@ -143,14 +143,14 @@ def parse(text: str | bytes, where: str, remedy: str = "restore it from a copy")
 def json_lines(
     lines: Iterable[str], path: str | Path, remedy: str = "correct that line"
 ) -> Iterator[tuple[str, object]]:
-    """("PATH:NUMBER", JSON value) of each line of other people's files; blank lines and byte-order marks are ignored."""
+    """("PATH:NUMBER", JSON value) of each line of somebody's file; blank lines and byte-order marks are ignored."""
     for number, line in enumerate(lines, 1):
         if line.strip("\ufeff \t\r\n"):
             yield (where := f"{path}:{number}"), parse(line, where, remedy)
 
 
 def read_json(path: str | Path, remedy: str = "restore it from a copy") -> dict:
-    """The JSON object of a file, its checksum compared where it has one. FileNotFoundError, or ValueError naming the file."""
+    """The JSON object of a file; its checksum is compared if it has one. FileNotFoundError, or ValueError naming it."""
     return check(parse(Path(path).read_bytes(), str(path), remedy), str(path), remedy)
 
 
@@ -172,7 +172,7 @@ def append(path: str | Path, rows: Iterable[dict], signed: bool = False, sync: b
 def read_rows(path: str | Path, remedy: str = "remove that line") -> tuple[list[dict], int]:
     """(rows of a JSON-lines file without their checksums, length in bytes of what was whole).
 
-    A last line without its line end was torn by a kill and is left out. Any other damage is a ValueError naming file and line.
+    A last line without its line end was torn by a kill and is left out. Other damage is a ValueError naming the line.
     """
     content = Path(path).read_bytes()
     whole = content.rfind(b"\n") + 1

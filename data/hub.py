@@ -1,10 +1,10 @@
-"""A slice of a Hugging Face hub dataset to one file for data.prepare, streamed: only the part that is kept is downloaded.
+"""A slice of a Hugging Face hub dataset to one file for data.prepare; only what is kept is downloaded.
 
     python -m data.hub --dataset HuggingFaceFW/fineweb-edu --subset sample-10BT --max_bytes 2e8 --out fineweb.jsonl.gz
     python -m data.prepare --input fineweb.jsonl.gz --out data/fineweb
 
-Needs `pip install -e '.[hub]'` and a network (HF_ENDPOINT, HF_TOKEN and proxies work as in `datasets`). A slice on disk,
-rather than a stream into training, so that the split, the tokenizer and a resumed run all see the same text.
+Needs `pip install -e '.[hub]'` and a network (HF_ENDPOINT, HF_TOKEN and proxies work as in `datasets`). A slice on
+disk, rather than a stream into training, so that the split, the tokenizer and a resumed run all see the same text.
 """
 
 import gzip
@@ -65,7 +65,7 @@ def documents(cfg: Config) -> Iterator[str]:
 
 
 def download(cfg: Config) -> tuple[int, int]:
-    """Write the documents as gzipped lines {"text": ...}; the file appears when complete. Returns documents, characters."""
+    """Write gzipped lines {"text": ...}; the file appears when complete. Returns the documents and characters."""
     out = Path(cfg.out)
     require(not out.exists(), "out", cfg.out, "it exists; choose another name or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)

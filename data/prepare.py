@@ -3,22 +3,23 @@
     python -m data.prepare --input 'books/*.txt.xz' --out data/mine --vocab_size 16384
     python -m data.prepare notes.jsonl src/ 'fineweb/**/*.parquet' --out data/mine --tokenizer data/books
 
-Two passes over the input, both streaming. The first counts, finds out what to hold out and, unless --tokenizer names one,
-trains a BPE on a sample of the text (with the package `tokenizers`); the second encodes in threads and writes the shards
-in input order.
+Two passes over the input, both streaming. The first counts, finds out what to hold out and, unless --tokenizer names
+one, trains a BPE on a sample of the text (with the package `tokenizers`); the second encodes in threads and writes the
+shards in input order.
 
 What a document is:
-    .txt, or any other file named explicitly: the parts between lines that hold one NUL character ("\\n\\0\\n"), else the file
-    .jsonl, .parquet, .arrow: the field --text_field of each row ("a.b": field b of the object a)      .py: the file
+    .txt, or any other file that is named: the parts between lines that hold one NUL ("\\n\\0\\n"), else the file
+    .jsonl, .parquet, .arrow: the field --text_field of each row ("a.b": field b of the object a)
+    .py: the file
 and .gz, .xz or .zst of these, in upper or lower case. A directory is searched for them; links to directories are not
 followed. Byte-order marks are removed and line ends become "\\n". Parquet, Arrow and .zst need pyarrow.
 A document longer than --max_document characters is cut at paragraph or line ends into pieces of 64 Ki characters (or a
 quarter of --max_document if that is less), which count as documents from then on. So one long file without separators
 still gives a training and a validation part.
 
-Held out for validation are the documents whose hash (of the text and --seed) is among the lowest --val_fraction, so equal
-documents fall on the same side, and adding files moves no document (at equal --max_document); but at least the one
-lowest of all.
+Held out for validation are the documents whose hash (of the text and --seed) is among the lowest --val_fraction, so
+equal documents fall on the same side, and adding files moves no document (at equal --max_document); but at least the
+one lowest of all.
 """
 
 import hashlib
@@ -66,7 +67,8 @@ class Config:
         require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "must be at least 0 and below 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2^63")
         length = self.max_document
-        require(length is None or 256 <= length <= 2**30, "max_document", length, "must be from 256 to 2^30 characters")
+        limits = "must be from 256 to 2^30 characters"
+        require(length is None or 256 <= length <= 2**30, "max_document", length, limits)
         least = f"must be from 257 (256 bytes and {tokenizer.EOT}) to 2^24"
         require(self.tokenizer or 257 <= self.vocab_size <= 2**24, "vocab_size", self.vocab_size, least)
         require(0 < self.sample_bytes < math.inf, "sample_bytes", self.sample_bytes, "must be above 0 and finite")
@@ -80,7 +82,7 @@ def hashes(text: str, seed: int) -> tuple[float, float]:
 
 
 class Scan:
-    """The first pass. Iterating gives the sample for the tokenizer; afterwards it knows the totals and what to hold out."""
+    """The first pass. Iterating gives the sample for the tokenizer; afterwards the totals are known."""
 
     def __init__(self, reader: Reader, cfg: Config, sample_rate: float, progress: "Progress"):
         self.reader, self.cfg, self.sample_rate, self.progress = reader, cfg, sample_rate, progress

@@ -41,19 +41,7 @@ CHUNK = 2**14  # documents made, shuffled over the chunk's windows and written a
 class MixtureConfig:
     """How much of what. Each of `n_problems` different problems is seen `repeats` times."""
 
-    facts: FactsConfig = field(
-        default_factory=lambda: FactsConfig(
-            n_people=60,
-            first_names=40,
-            middle_names=40,
-            last_names=80,
-            cities=40,
-            universities=40,
-            majors=40,
-            employers=40,
-            years=100,
-        )
-    )
+    facts: FactsConfig = field(default_factory=lambda: FactsConfig(60, 40, 40, 80, 40, 40, 40, 40, years=100))
     reasoning: ReasoningConfig = field(default_factory=lambda: ReasoningConfig(max_steps=6, modulus=7, names=24))
     exposures: int = 80  # biographies of each person
     n_problems: int = 24_000
@@ -74,23 +62,15 @@ class MixtureConfig:
 
 
 def build(
-    out_dir: str | Path,
-    cfg: MixtureConfig | None = None,
-    seed: int | None = None,
-    overwrite: bool = False,
-    workers: int = 1,
+    out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | None = None, overwrite=False, workers: int = 1
 ) -> dict:
     """Writes the data directory; `seed` replaces the seeds of people, problems and order. Returns meta.json's contents.
 
-    One process writes about 1 M tokens per second; with `workers` above 1 others make the texts, and the bytes are the same."""
+    One process writes about 1 M tokens per second. More `workers` make texts in parallel; the bytes are the same."""
     cfg = cfg or MixtureConfig()
     if seed is not None:
-        cfg = dataclasses.replace(
-            cfg,
-            seed=seed,
-            facts=dataclasses.replace(cfg.facts, seed=seed),
-            reasoning=dataclasses.replace(cfg.reasoning, seed=seed),
-        )
+        facts_, reasoning_ = (dataclasses.replace(part, seed=seed) for part in (cfg.facts, cfg.reasoning))
+        cfg = dataclasses.replace(cfg, seed=seed, facts=facts_, reasoning=reasoning_)
     cfg.validate()
     with ShardWriter(out_dir, encoder(cfg), overwrite) as writer:
         # spawn: the caller may hold a GPU, which a forked child could not use or even leave alone
@@ -98,11 +78,8 @@ def build(
             for split in ("train", "val"):
                 for ids in (pool.imap if pool else map)(partial(_chunk, cfg, split), _order(cfg, split)):
                     writer.add(split, ids)
-        writer.notes |= {
-            "procedural": dataclasses.asdict(cfg),
-            "source": "data/procedural.py",
-            "licence": "generated; CC0",
-        }
+        writer.notes |= {"procedural": dataclasses.asdict(cfg), "source": "data/procedural.py"}
+        writer.notes["licence"] = "generated; CC0"
     return read_meta(out_dir)
 
 
@@ -120,7 +97,7 @@ def read_config(data_dir: str | Path) -> MixtureConfig:
 
 
 def from_dict(kept: dict, where: str = "mixture") -> MixtureConfig:
-    """What dataclasses.asdict(cfg) was made from; a missing field has its default. ValueError naming `where` and the field."""
+    """What dataclasses.asdict(cfg) was made from; missing fields have their defaults. ValueError names `where`."""
     parts = {name: kind for name, kind in (("facts", FactsConfig), ("reasoning", ReasoningConfig)) if name in kept}
     values = _checked(MixtureConfig, kept, where)
     return MixtureConfig(**values | {name: kind(**_checked(kind, kept[name], where)) for name, kind in parts.items()})
@@ -141,9 +118,10 @@ def _checked(kind, kept: dict, where: str) -> dict:
 
 
 def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple[str, int]]:
-    """(kind, number) of each document of a split, kinds interleaved at random in their proportion. Exposures and repeats each go
-    through everything before anything comes again, in the same order, so what is seen again was last seen long ago, and the first
-    part of the training split is a mixture like the whole with fewer exposures and repeats."""
+    """(kind, number) of each document of a split, the kinds interleaved at random in their proportion.
+
+    Exposures and repeats go through everything, in the same order, before anything comes again. So what comes again was
+    last seen long ago, and the first part of the training split is a mixture like the whole, with fewer repetitions."""
     n = cfg.facts.n_people
     if split == "train":
         parts = [("facts", n * cfg.exposures), ("problem", cfg.n_problems * cfg.repeats), ("mano", cfg.n_mano)]
@@ -156,10 +134,9 @@ def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple
     left, at = [count for _, count in parts], [0] * len(parts)
     while total := sum(left):
         pick = rng.random() * total
-        for k, count in enumerate(left):
-            pick -= count
-            if pick < 0:
-                break
+        k = 0
+        while (pick := pick - left[k]) >= 0 and k + 1 < len(left):
+            k += 1
         yield parts[k][0], at[k]
         left[k], at[k] = left[k] - 1, at[k] + 1
 
@@ -189,19 +166,19 @@ def _text(cfg: MixtureConfig, people: list[facts.Person], split: str, kind: str,
     n = len(people)
     if kind == "facts":  # validation: an exposure that training does not reach
         return facts.biography(cfg.facts, people[i % n], i // n + (cfg.exposures if split == "val" else 0))
-    make = reasoning.problem if kind == "problem" else reasoning.mano
-    p = make(
-        cfg.reasoning,
-        i % cfg.n_problems if kind == "problem" and split == "train" else i,
-        "train" if split == "train" else "test",
-    )
+    part = "train" if split == "train" else "test"
+    if kind == "problem":
+        p = reasoning.problem(cfg.reasoning, i % cfg.n_problems if split == "train" else i, part)
+    else:
+        p = reasoning.mano(cfg.reasoning, i, part)
     return p.question + p.solution
 
 
 def _pack(enc, texts: list[str], window: int) -> np.ndarray:
-    """Token ids of the texts, each ended by eos. With a window: in blocks of that length, each started by eos and filled up with eos.
+    """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos.
 
-    A document that does not start inside its window cannot be understood: in short windows that would be half of them. Longer ones
+    A document that does not start inside its window cannot be understood: in short windows that would be half of them.
+    Longer ones
     than a block go over several."""
     eos = enc.eot_token
     documents = [ids + [eos] for ids in enc.encode_ordinary_batch(texts, num_threads=2)]
@@ -220,9 +197,8 @@ def _pack(enc, texts: list[str], window: int) -> np.ndarray:
         if len(open_) > 32:
             open_.sort(key=len)
             full.append(open_.pop())
-    return np.array(
-        [token for block in full + open_ for token in block + [eos] * (-len(block) % window)], dtype=np.uint32
-    )
+    blocks = (block + [eos] * (-len(block) % window) for block in full + open_)
+    return np.array([token for block in blocks for token in block], dtype=np.uint32)
 
 
 def prompt(enc, text: str) -> list[int]:

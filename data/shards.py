@@ -1,11 +1,12 @@
-"""The data directory: flat token files, a tokenizer and meta.json, written so that a directory with meta.json is complete.
+"""The data directory: flat token files, a tokenizer and meta.json. A directory with meta.json is complete.
 
-    DIR/meta.json        version, tokenizer, vocab_size, eos, dtype, splits, notes of the writer, and a checksum of it all
+    DIR/meta.json        version, tokenizer, vocab_size, eos, dtype, splits, notes of the writer, and a checksum
     DIR/tokenizer.json   see data/tokenizer.py
     DIR/train-00000.bin  token ids, little-endian uint16 (uint32 when the vocabulary exceeds 65,536), no header
     DIR/val-00000.bin
 
-Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text, for bits per byte.
+Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text, for bits per
+byte.
 """
 
 import functools
@@ -59,9 +60,7 @@ class ShardWriter:
         if not len(ids):
             return 0
         if ids[-1] != self.eos:
-            raise ValueError(
-                f"split {split!r}: the last id of a document is {ids[-1]}, not eos ({self.eos}); end each document with it"
-            )
+            raise ValueError(f"split {split!r}: the last id is {ids[-1]}; end each document with eos ({self.eos})")
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, vocabulary of {self.vocab_size}")
         totals = self._splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
@@ -152,7 +151,7 @@ def refuse_existing(directory: Path, overwrite: bool) -> None:
 
 
 def read_meta(directory: str | Path) -> dict:
-    """The contents of meta.json. Raises ValueError naming the file when it is missing, damaged or of another version."""
+    """The contents of meta.json; ValueError naming the file when it is missing, damaged or of another version."""
     path = Path(directory) / META
     if not path.exists():
         raise ValueError(
@@ -177,8 +176,9 @@ def read_meta(directory: str | Path) -> dict:
 def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[np.memmap]:
     """Read-only memory maps of a split's shards, in order.
 
-    The size of every shard is compared with meta.json, and its SHA-256 and the tokenizer's too unless verify=False (about 1 GB/s,
-    once a process while the file does not change). Raises ValueError naming the file that is missing, truncated or corrupt.
+    The size of every shard is compared with meta.json. Unless verify=False so are its SHA-256 and that of the
+    tokenizer: about 1 GB/s, once a process while the file does not change. ValueError names a missing, truncated or
+    corrupt file.
     """
     directory, meta = Path(directory), read_meta(directory)
     if split not in meta["splits"]:

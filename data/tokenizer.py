@@ -1,7 +1,7 @@
 """Tokenizers: a byte-level BPE trained on the data, fixed word lists, and named tiktoken encodings.
 
-All of them are a `tiktoken.Encoding` with the special token "<|endoftext|>", and are kept beside the data as one JSON file,
-so that nothing is downloaded to read a data directory.
+All of them are a `tiktoken.Encoding` with the special token "<|endoftext|>", and are kept beside the data as one JSON
+file, so that nothing is downloaded to read a data directory.
 
     enc = train_bpe(texts, vocab_size=16384)      # iterable of str
     save(enc, "data/books"); enc = load("data/books")
@@ -25,10 +25,10 @@ EOT = "<|endoftext|>"
 FILE, META = "tokenizer.json", "meta.json"
 AGAIN = "prepare the data again"
 
-# Pieces that BPE never merges across: contractions; words with the one character before them (a space, "(", "_"); single
-# digits, so that arithmetic sees place values; punctuation with the line end after it; line ends; indentation, which leaves its
-# last space to the word that follows. White space is bounded because the engine backtracks over it; bounding letters
-# too would halve the speed.
+# Pieces that BPE never merges across: contractions; words with the one character before them (a space, "(", "_");
+# single digits, so that arithmetic sees place values; punctuation with the line end after it; line ends; indentation,
+# which leaves its last space to the word that follows. White space is bounded because the engine backtracks over it;
+# bounding letters too would halve the speed.
 PATTERN = "|".join(
     [
         r"'(?i:s|t|d|m|ll|ve|re)(?!\p{L})",
@@ -188,7 +188,7 @@ def documents(enc, texts: list[str]) -> list[np.ndarray]:
 
 
 def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
-    """(n_vocab,) int64: UTF-8 bytes of each token, 0 for special tokens. Sum over the ids of a text = bytes of the text."""
+    """(n_vocab,) int64: UTF-8 bytes of each token, 0 for special ones. Summed over a text's ids: the text's bytes."""
     sizes = np.zeros(enc.n_vocab, np.int64)
     for token, rank in enc._mergeable_ranks.items():
         sizes[rank] = len(token)

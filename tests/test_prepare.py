@@ -165,7 +165,7 @@ def test_something_is_always_held_out(tmp_path):
 
 def test_splitting_does_not_depend_on_blocks():
     rng = random.Random(0)
-    for trial in range(300):
+    for _ in range(300):
         content = "".join(
             rng.choices(
                 ["\n\0\n", "\n", "\n\n", " ", "word", "\0", "x" * 30], [1, 4, 2, 8, 8, 1, 1], k=rng.randint(0, 200)

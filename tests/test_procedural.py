@@ -22,9 +22,13 @@ from model import GPT
 from optimoe.sizes import preset
 
 SMALL = procedural.MixtureConfig(
-    FactsConfig(n_people=12, first_names=10, middle_names=10, last_names=10, cities=10, universities=10, majors=10, employers=10, years=20),
-    ReasoningConfig(max_steps=3, modulus=7, names=12), exposures=3, n_problems=60, window=0,
-)  # fmt: skip
+    FactsConfig(12, 10, 10, 10, 10, 10, 10, 10, years=20),
+    ReasoningConfig(max_steps=3, modulus=7, names=12),
+    exposures=3,
+    n_problems=60,
+    window=0,
+)
+SIGNS = {"adds": lambda x, y: x + y, "takes": lambda x, y: x - y, "has": lambda x, y: x * y}
 
 
 def solve(text, modulus):
@@ -38,8 +42,7 @@ def solve(text, modulus):
             operands = [y] + rest[1:]
             if name not in known and all(w.isdigit() or w in known for w in operands):
                 y = value(y)
-                known[name] = y if verb == "is" else {"adds": lambda x, y: x + y, "takes": lambda x, y: x - y, "has": lambda x, y: x * y}[verb](
-                    value(rest[1]), y) % modulus  # fmt: skip
+                known[name] = y if verb == "is" else SIGNS[verb](value(rest[1]), y) % modulus
         assert len(known) > before, f"cannot be solved: {text}"
     return known[asked]
 
@@ -203,16 +206,16 @@ def test_graded_agrees_with_greedy_generation_and_task_loss():
     grades = graded(model, enc, pairs, max_tokens=20)  # several batches
     assert (
         [right for *_, right in grades]
-        == [new[: len(ids)] == ids for new, ids in zip(written, answers)]
+        == [new[: len(ids)] == ids for new, ids in zip(written, answers, strict=True)]
         == [True, True, False, False]
     )
-    nats = score(model.eval(), list(zip(prompts, answers)))
+    nats = score(model.eval(), list(zip(prompts, answers, strict=True)))
     assert [g[0] for g in grades] == pytest.approx(nats, rel=1e-4)
     assert loss_of(grades) == pytest.approx(sum(nats) / sum(map(len, answers)), rel=1e-4)
 
 
 def test_solutions_written_are_those_of_generation():
-    """A model that knows half of the test problems by heart gets the same shares from one forward pass as from writing and checking."""
+    """A model that knows half of the problems by heart gets the same shares from one forward pass as from writing."""
     enc, cfg = procedural.encoder(SMALL), SMALL.reasoning
     torch.manual_seed(0)
     model = GPT(preset("tiny", vocab_size=enc.n_vocab, n_layers=1))

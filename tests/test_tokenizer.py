@@ -14,7 +14,8 @@ from data import files, shards, tokenizer
 NEEDS_LIBRARY = pytest.mark.skipif(not importlib.util.find_spec("tokenizers"), reason="needs the package tokenizers")
 
 TEXTS = [
-    "It's 1987, and the 48/2 = 24 geese weren't flying; naïve façade, “quoted”.\n\n    def f(x):\n\treturn x**2  # ok\r\n",
+    "It's 1987, and the 48/2 = 24 geese weren't flying; naïve façade, “quoted”."
+    "\n\n    def f(x):\n\treturn x**2  # ok\r\n",
     "हिन्दी में परीक्षा, 漢字かな交じり文, \U0001f9ea emoji, tab\t\ttab, nbsp\u00a0x, \u2028 line, ſ 'S",
     "   leading and trailing   ",
     "\n",
@@ -35,13 +36,13 @@ def gapped():
 
 
 def plain_bpe(counts, n_merges):
-    """The definition of BPE, one merge a pass over everything: the most frequent pair, the lower pair of ids if equal."""
+    """The definition of BPE, one merge a pass: the most frequent pair, the lower pair of ids if equal."""
     words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
     ids = {bytes([b]): b for b in range(256)}
     while len(ids) < 256 + n_merges:
         pairs = Counter()
         for word, n in words:
-            for a, b in zip(word, word[1:]):
+            for a, b in zip(word, word[1:], strict=False):
                 pairs[ids[a], ids[b]] += n
         if not pairs:
             break
@@ -105,7 +106,8 @@ def test_vocabulary_size_and_determinism():
         tokenizer.train_bpe(texts, 200)
     program = (
         "import hashlib; from data import tokenizer; text = open(tokenizer.__file__).read();"
-        "print(hashlib.sha256(repr(tokenizer.train_bpe([text[i:] for i in range(9)], 900)._mergeable_ranks).encode()).hexdigest())"
+        "enc = tokenizer.train_bpe([text[i:] for i in range(9)], 900);"
+        "print(hashlib.sha256(repr(enc._mergeable_ranks).encode()).hexdigest())"
     )
     run = lambda: subprocess.check_output([sys.executable, "-c", program], cwd=Path(__file__).parents[1])  # noqa: E731
     assert run() == run() != b""  # other hashes of strings, other threads
