@@ -51,7 +51,7 @@ class Config:
     workers: int | None = None  # threads; none: all cores
 
     # Tokenizer
-    tokenizer: str = ""  # a tiktoken name (cl100k_base) or a data directory; empty: train one
+    tokenizer: str = ""  # a tiktoken name (cl100k_base), a data directory or a Hugging Face folder; empty: train one
     vocab_size: int = 16384  # of the BPE trained on the input
     sample_bytes: float = 32e6  # of text, about, that the BPE is trained on
 
@@ -162,16 +162,18 @@ def encode(
     """The second pass: encode in threads, write in order. Returns the documents of each split."""
 
     def task(index, texts):
-        parts = {"train": [], "val": []}
+        parts = {"train": ([], []), "val": ([], [])}
         for text, ids in zip(texts, tokenizer.documents(enc, texts), strict=True):
-            parts["val" if hashes(text, cfg.seed)[0] < threshold else "train"].append(ids)
-        return index, {split: (len(p), np.concatenate(p)) for split, p in parts.items() if p}
+            documents, sizes = parts["val" if hashes(text, cfg.seed)[0] < threshold else "train"]
+            documents.append(ids)
+            sizes.append(len(text.encode()))
+        return index, {split: (len(s), np.concatenate(d), sum(s)) for split, (d, s) in parts.items() if d}
 
     written, pool = Counter(), ThreadPoolExecutor(workers)
     try:
         for index, parts in in_order(pool, 2 * workers, task, batches(reader)):
-            for split, (documents, ids) in parts.items():
-                size = writer.add(split, ids)
+            for split, (documents, ids, size) in parts.items():
+                writer.add(split, ids, size)
                 reader.sources[index].counts[split].update(documents=documents, tokens=len(ids), bytes=size)
                 written[split] += documents
             progress("encoding", reader.fraction)

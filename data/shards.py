@@ -20,6 +20,7 @@ import numpy as np
 import tiktoken
 
 from data import files, tokenizer
+from data.fast import Fast
 from data.tokenizer import AGAIN, META
 
 VERSION = 1
@@ -38,23 +39,23 @@ class ShardWriter:
     """
 
     def __init__(
-        self, directory: str | Path, enc: tiktoken.Encoding, overwrite: bool = False, shard_tokens: int = 2**26
+        self, directory: str | Path, enc: tiktoken.Encoding | Fast, overwrite: bool = False, shard_tokens: int = 2**26
     ):
         self.directory = Path(os.path.abspath(directory))
         self.overwrite, self.shard_tokens, self.notes = overwrite, shard_tokens, {}
         refuse_existing(self.directory, overwrite)
         self.eos, self.vocab_size = enc.eot_token, enc.n_vocab
         self.dtype = np.dtype("<u2" if enc.n_vocab <= 2**16 else "<u4")
-        self._bytes_of = tokenizer.token_bytes(enc)
+        self._enc, self._bytes_of = enc, None
         self._splits, self._open, self._stack = {}, {}, ExitStack()
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         self.partial = self._stack.enter_context(files.temporary(self.directory, directory=True))
         tokenizer.save(enc, self.partial)
 
-    def add(self, split: str, ids) -> int:
+    def add(self, split: str, ids, n_bytes: int | None = None) -> int:
         """Appends documents (list or integer array of token ids, each document ended by eos) to "train", "val", ...
 
-        Returns the bytes of their text.
+        n_bytes: of their text; None sums those of the tokens, which only an encoding of tiktoken knows. Returns it.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if not len(ids):
@@ -65,7 +66,11 @@ class ShardWriter:
             raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, vocabulary of {self.vocab_size}")
         totals = self._splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
         totals["tokens"] += len(ids)
-        totals["bytes"] += (n_bytes := int(self._bytes_of[ids].sum()))
+        if n_bytes is None:
+            if self._bytes_of is None:
+                self._bytes_of = tokenizer.token_bytes(self._enc)
+            n_bytes = int(self._bytes_of[ids].sum())
+        totals["bytes"] += n_bytes
         totals["documents"] += int(np.count_nonzero(ids == self.eos))
         ids = ids.astype(self.dtype)
         while len(ids):

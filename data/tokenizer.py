@@ -1,7 +1,7 @@
-"""Tokenizers: a byte-level BPE trained on the data, fixed word lists, and named tiktoken encodings.
+"""Tokenizers: a byte-level BPE trained on the data, word lists, named tiktoken encodings, and those of other models.
 
-All of them are a `tiktoken.Encoding` with the special token "<|endoftext|>", and are kept beside the data as one JSON
-file, so that nothing is downloaded to read a data directory.
+The first three are a `tiktoken.Encoding` with the special token "<|endoftext|>", the last a `data.fast.Fast`. All are
+kept beside the data as one JSON file, so that nothing is downloaded to read a data directory.
 
     enc = train_bpe(texts, vocab_size=16384)      # iterable of str
     save(enc, "data/books"); enc = load("data/books")
@@ -20,6 +20,7 @@ import numpy as np
 import tiktoken
 
 from data import files
+from data.fast import Fast, from_folder, library
 
 EOT = "<|endoftext|>"
 FILE, META = "tokenizer.json", "meta.json"
@@ -49,18 +50,6 @@ def encoding(ranks: dict[bytes, int], pattern: str = PATTERN, name: str = "optim
 
 
 # ---- making them
-
-
-def library():
-    """The package `tokenizers`; ValueError saying how to install it."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise ValueError(
-            "the package `tokenizers` is needed to train a vocabulary: pip install -e '.[hf]'; "
-            "or use an existing one with --tokenizer"
-        ) from None
-    return tokenizers
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
@@ -134,21 +123,22 @@ def named(name: str) -> tiktoken.Encoding:
 # ---- files
 
 
-def save(enc: tiktoken.Encoding, directory: str | Path) -> Path:
+def save(enc: tiktoken.Encoding | Fast, directory: str | Path) -> Path:
     """Write directory/tokenizer.json: everything `load` needs, named encodings too."""
-    tokens = [None] * (1 + max(enc._mergeable_ranks.values()))  # None: an id that means nothing
-    for token, rank in enc._mergeable_ranks.items():
-        tokens[rank] = base64.b64encode(token).decode()
+    if isinstance(enc, Fast):
+        kept = {"name": enc.name, "begin": enc.begin, "eos": enc.eot_token, "tokenizers": enc.definition}
+    else:
+        tokens = [None] * (1 + max(enc._mergeable_ranks.values()))  # None: an id that means nothing
+        for token, rank in enc._mergeable_ranks.items():
+            tokens[rank] = base64.b64encode(token).decode()
+        kept = {"name": enc.name, "pattern": enc._pat_str, "special_tokens": enc._special_tokens, "tokens": tokens}
     path = Path(directory) / FILE
-    files.write_json(
-        path,
-        {"name": enc.name, "pattern": enc._pat_str, "special_tokens": enc._special_tokens, "tokens": tokens},
-    )
+    files.write_json(path, kept)
     return path
 
 
-def load(directory: str | Path) -> tiktoken.Encoding:
-    """The tokenizer of a data directory, compared with its checksum and with the one in meta.json.
+def load(directory: str | Path) -> tiktoken.Encoding | Fast:
+    """The tokenizer of a data directory, compared with its checksums there and in meta.json; or of a Hugging Face one.
 
     Raises ValueError naming the file when it is missing, damaged or of other data.
     """
@@ -163,7 +153,11 @@ def load(directory: str | Path) -> tiktoken.Encoding:
         if hashlib.sha256(content).hexdigest() != expected:
             raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
     kept = files.check(files.parse(content, str(path), AGAIN), str(path), AGAIN)
+    if "model" in kept and "tokens" not in kept:
+        return from_folder(directory)
     try:
+        if "tokenizers" in kept:
+            return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"])
         return _encoding_of(kept)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {AGAIN}") from error
@@ -183,6 +177,8 @@ def _encoding_of(kept: dict) -> tiktoken.Encoding:
 
 def documents(enc, texts: list[str]) -> list[np.ndarray]:
     """The token ids of each text, with the end of the document. "<|endoftext|>" inside a text is just text."""
+    if isinstance(enc, Fast):
+        return enc.documents(texts)
     end = np.array([enc.eot_token], np.uint32)
     return [np.concatenate([enc.encode_to_numpy(text, disallowed_special=()), end]) for text in texts]
 
@@ -206,7 +202,9 @@ class Tokens(NamedTuple):
 
 
 def tiktoken_tokens(enc) -> Tokens:
-    """Of a data directory (data.tokenizer): documents follow an end-of-text token there, so prompts do too."""
+    """Of a data directory. Documents follow an end-of-text token there, so prompts do too; other models have theirs."""
+    if isinstance(enc, Fast):
+        return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token], enc.n_vocab)
     known = {*enc._mergeable_ranks.values(), *enc._special_tokens.values()}
 
     def decode(ids):  # an untrained model may write an id that means nothing (cl100k_base has 16 of them)
