@@ -125,11 +125,10 @@ class Reader:
                     if path.suffix.lower() == ".py":  # test suites of tools that read Python have such files on purpose
                         source.skipped.add(path)
                         continue
-                    raise ValueError(
-                        f"{path} is not UTF-8 ({error.reason}, byte 0x{error.object[error.start]:02x}); convert it, "
-                        "or pass --encoding_errors replace"
-                    ) from error
-                except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+                    raise _not_utf8(path, error) from error
+                except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+                    if getattr(error, "filename", None):  # the file itself could not be opened
+                        raise
                     raise ValueError(
                         f"{path} cannot be decompressed ({error}); it is truncated or not what its name says"
                     ) from error
@@ -144,8 +143,7 @@ class Reader:
         else:
             stream = _decompressed(path, self.file)
             if kind == ".jsonl":
-                lines = (line.decode("utf-8", self.encoding_errors) for line in stream)
-                items = files.json_lines(lines, path)
+                items = files.json_lines(_lines(path, stream, self.encoding_errors), path)
                 texts = ([_field(item, self.text_field, where)] for where, item in items)
             else:
                 text = io.TextIOWrapper(stream, encoding="utf-8", errors=self.encoding_errors, newline=None)
@@ -160,6 +158,19 @@ def _decompressed(path: Path, file) -> io.BufferedIOBase:
     if suffix == ".zst":
         return _zstd(path, file)
     return {".gz": gzip.open, ".xz": lzma.open}.get(suffix, lambda f: f)(file)
+
+
+def _lines(path: Path, stream, errors: str) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        try:
+            yield line.decode("utf-8", errors)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(f"{path}:{number}", error) from error
+
+
+def _not_utf8(where: str | Path, error: UnicodeDecodeError) -> ValueError:
+    what = f"{error.reason}, byte 0x{error.object[error.start]:02x}"
+    return ValueError(f"{where} is not UTF-8 ({what}); convert it, or pass --encoding_errors replace")
 
 
 def _field(item: object, name: str, where: str) -> str:
@@ -237,8 +248,12 @@ def _rows(path: Path, file, name: str) -> Iterator[tuple[str, dict]]:
             names, batches = table.schema_arrow.names, table.iter_batches(256, columns=[name])
         else:
             try:
-                table = _arrow(path, "ipc").open_stream(file)  # as `datasets` saves them
-                names, batches = table.schema.names, table
+                batches = _arrow(path, "ipc").open_stream(file)  # as `datasets` saves them
+                names, position = batches.schema.names, file.tell()
+                file.seek(-8, os.SEEK_END)
+                if file.read() != b"\xff\xff\xff\xff\0\0\0\0":  # Arrow itself takes a missing end for the end
+                    raise ValueError(f"{path} cannot be read: it is truncated")
+                file.seek(position)
             except pyarrow.ArrowInvalid:
                 file.seek(0)
                 table = _arrow(path, "ipc").open_file(file)

@@ -206,6 +206,7 @@ def test_special_tokens_in_text_are_text(tmp_path):
     "name, content, message",
     [
         ("x.txt", "gr\xfcn\n".encode("latin-1"), r"x.txt is not UTF-8 \(.*0xfc\); convert it"),
+        ("x.jsonl", b'{"text": "fine"}\n{"text": "gr\xfcn"}', r"x.jsonl:2 is not UTF-8 \(.*0xfc\); convert it"),
         ("x.txt.xz", lzma.compress(b"abc " * 9999)[:-20], "x.txt.xz cannot be decompressed"),
         ("x.txt.gz", gzip.compress(text(9999, 0).encode())[:-20], "x.txt.gz cannot be decompressed"),
         ("x.txt.gz", b"this is not gzip", "x.txt.gz cannot be decompressed"),
