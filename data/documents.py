@@ -193,12 +193,14 @@ def split_documents(blocks: Iterable[str], max_document: int, separator: str | N
     piece = max(1, min(2**16, max_document // 4))
     rest, cutting = "", False  # cutting: rest continues a document that was found too long
 
-    def pieces(text):
-        while len(text) > 2 * piece:
-            end = _cut(text, piece)
-            yield text[:end]
-            text = text[end:]
-        yield text
+    def pieces(text, spare=0):
+        """Pieces from the front, then the remainder, of which at most twice a piece and `spare` characters are left."""
+        at = 0
+        while len(text) - spare - at > 2 * piece:
+            end = _cut(text, at, piece)
+            yield text[at:end]
+            at = end
+        yield text[at:]
 
     for block in blocks:
         *whole, rest = (rest + block).split(separator) if separator else [rest + block]
@@ -209,19 +211,18 @@ def split_documents(blocks: Iterable[str], max_document: int, separator: str | N
         rest = rest if cutting else rest.lstrip(MARK)
         known = len(rest) - 2  # the last two characters may be the start of a separator
         cutting = cutting or known > max_document
-        while cutting and len(rest) - 2 > 2 * piece:
-            end = _cut(rest, piece)
-            yield rest[:end]
-            rest = rest[end:]
+        if cutting:
+            *cut, rest = pieces(rest, spare=2)
+            yield from cut
     yield from pieces(rest) if cutting or len(rest) > max_document else [rest]
 
 
-def _cut(text: str, piece: int) -> int:
+def _cut(text: str, start: int, piece: int) -> int:
     for mark in ("\n\n", "\n", " "):
-        at = text.rfind(mark, piece // 2, piece)
+        at = text.rfind(mark, start + piece // 2, start + piece)
         if at >= 0:
             return at + len(mark)
-    return piece
+    return start + piece
 
 
 # ---- formats that need pyarrow

@@ -58,6 +58,8 @@ class Loader:
         if batch_size < 1 or seq_len < 1 or not 0 <= rank < world:
             given = f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world={world}"
             raise ValueError(f"{given}: must be positive, rank < world")
+        if batch_size * world * seq_len > 2**36:
+            raise ValueError(f"batch_size={batch_size}, seq_len={seq_len}: a batch of so many tokens cannot be made")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world, self.device = rank, world, torch.device(device)
         total = sum(weight for _, weight in sources)

@@ -181,6 +181,13 @@ def test_splitting_does_not_depend_on_blocks():
         assert uncut == content.split("\n\0\n") and (limit > 1 or uncut == whole or len(whole) > len(uncut))
 
 
+def test_cutting_a_huge_document_takes_time_in_proportion(tmp_path):
+    """One line of JSON lines may hold a library. Copying the rest at every cut would take days here."""
+    content = "word " * 4_000_000
+    assert "".join(split_documents([content], 256, None)) == content
+    assert "".join(split_documents([content[i : i + 2**20] for i in range(0, len(content), 2**20)], 256)) == content
+
+
 def test_an_existing_tokenizer_is_reused_and_mixes(corpus, tmp_path):
     top, _ = corpus
     prepare([f"{top}/*.txt"], tmp_path / "a", vocab_size=400)
