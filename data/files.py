@@ -63,34 +63,38 @@ def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock by which `remains` knows that a file or directory belongs to a living process."""
-    handle = os.open(path, os.O_RDONLY) if fcntl else None
+    handle = None
     try:
         if fcntl:
+            handle = os.open(path, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:  # it has just been removed, or this file system has no locks: then `remains` finds nothing on it
+        pass
+    try:
         yield
     finally:
-        if fcntl:
+        if handle is not None:
             os.close(handle)
 
 
-def remains(target: Path, suffix: str) -> list[Path]:
-    """The hidden files and directories .NAME.*.SUFFIX beside `target` that no living process has locked."""
+def remains(target: Path, suffix: str) -> Iterator[Path]:
+    """The hidden files and directories .NAME.*.SUFFIX beside `target` that no living process has locked.
+
+    Each is locked until the next one is asked for, so that no other process takes it meanwhile.
+    """
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-z_]+\.({suffix})")
-    found = []
-    for path in target.parent.iterdir() if fcntl and target.parent.is_dir() else ():
+    for path in list(target.parent.iterdir()) if fcntl and target.parent.is_dir() else ():
         if pattern.fullmatch(path.name):
+            handle = None
             try:
                 handle = os.open(path, os.O_RDONLY)
-            except OSError:  # another process has just removed it
-                continue
-            try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                found.append(path)
-            except OSError:
+                yield path
+            except OSError:  # it is in use, or has just been removed
                 pass
             finally:
-                os.close(handle)
-    return found
+                if handle is not None:
+                    os.close(handle)
 
 
 def _remove(path: Path) -> None:

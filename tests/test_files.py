@@ -75,6 +75,32 @@ def test_lines_of_other_people():
             list(files.json_lines(['{"a": 1}', bad], "x.jsonl"))
 
 
+REPLACING = """
+import sys
+from data import files
+for i in range(150):
+    files.replace(sys.argv[1], f"{sys.argv[2]} {i}")
+"""
+
+
+def test_processes_that_replace_one_file_do_not_take_each_others_work_for_remains(tmp_path):
+    flags = [sys.executable, "-c", REPLACING, str(tmp_path / "a.json")]
+    children = [subprocess.Popen([*flags, str(i)], cwd=ROOT, stderr=subprocess.PIPE) for i in range(4)]
+    for child in children:
+        assert not child.communicate()[1] and child.returncode == 0
+    assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text().endswith(" 149")
+
+
+def test_without_locks_files_are_written_and_nothing_is_removed(tmp_path, monkeypatch):
+    """On a file system or operating system that has none."""
+    (tmp_path / ".a.json.4711.tmp").touch()
+    refuse = lambda *_: (_ for _ in ()).throw(OSError("no locks here"))  # noqa: E731
+    for name, value in (("fcntl.flock", refuse), ("fcntl", None)):
+        monkeypatch.setattr(f"data.files.{name}", value)
+        files.replace(tmp_path / "a.json", name)
+        assert (tmp_path / "a.json").read_text() == name and len(os.listdir(tmp_path)) == 2
+
+
 KILLED = """
 import os, signal, sys
 from data import files
