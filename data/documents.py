@@ -6,6 +6,7 @@ for index, text in Reader(sources, max_document=2**20): ...       # text of sour
 
 import glob
 import gzip
+import importlib
 import io
 import lzma
 import os
@@ -47,9 +48,7 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
         found = False
         for top in _matches(given) or [Path(given)]:
             if not os.path.lexists(top):
-                raise ValueError(
-                    f"--input {given}: no such file or directory (quote a pattern so that the shell leaves it alone)"
-                )
+                raise ValueError(f"--input {given}: no such file or directory (quote a pattern against the shell)")
             for path in sorted(_walk(top)) if top.is_dir() else [top]:
                 found = True
                 if not path.is_file():
@@ -129,9 +128,8 @@ class Reader:
                 except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
                     if getattr(error, "filename", None):  # the file itself could not be opened
                         raise
-                    raise ValueError(
-                        f"{path} cannot be decompressed ({error}); it is truncated or not what its name says"
-                    ) from error
+                    what = "it is truncated or not what its name says"
+                    raise ValueError(f"{path} cannot be decompressed ({error}); {what}") from error
                 finally:
                     self.file = None
                     self.done += path.stat().st_size
@@ -156,7 +154,8 @@ class Reader:
 def _decompressed(path: Path, file) -> io.BufferedIOBase:
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        return _zstd(path, file)
+        pyarrow = _arrow(path)
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd"))
     return {".gz": gzip.open, ".xz": lzma.open}.get(suffix, lambda f: f)(file)
 
 
@@ -225,31 +224,26 @@ def _cut(text: str, start: int, piece: int) -> int:
     return start + piece
 
 
-# ---- formats that need pyarrow
+# ---- tables
 
 
-def _arrow(path: Path, module: str):
+def _arrow(path: Path, module: str = "pyarrow"):
     try:
-        return __import__(f"pyarrow.{module}" if module else "pyarrow", fromlist=["_"])
+        return importlib.import_module(module)
     except ImportError:
         raise ValueError(f"{path}: reading it needs the package `pyarrow`: pip install -e '.[arrow]'") from None
 
 
-def _zstd(path: Path, file) -> io.BufferedIOBase:
-    pyarrow = _arrow(path, "")
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd"))
-
-
 def _rows(path: Path, file, name: str) -> Iterator[tuple[str, dict]]:
     """("PATH: row N", row with the column of the text) of a Parquet or Arrow file; one batch is in memory at a time."""
-    pyarrow, number = _arrow(path, ""), 0
+    pyarrow, number = _arrow(path), 0
     try:
         if _kind(path) == ".parquet":
-            table = _arrow(path, "parquet").ParquetFile(file, pre_buffer=False)
+            table = _arrow(path, "pyarrow.parquet").ParquetFile(file, pre_buffer=False)
             names, batches = table.schema_arrow.names, table.iter_batches(256, columns=[name])
         else:
             try:
-                batches = _arrow(path, "ipc").open_stream(file)  # as `datasets` saves them
+                batches = _arrow(path, "pyarrow.ipc").open_stream(file)  # as `datasets` saves them
                 names, position = batches.schema.names, file.tell()
                 file.seek(-8, os.SEEK_END)
                 if file.read() != b"\xff\xff\xff\xff\0\0\0\0":  # Arrow itself takes a missing end for the end
@@ -257,7 +251,7 @@ def _rows(path: Path, file, name: str) -> Iterator[tuple[str, dict]]:
                 file.seek(position)
             except pyarrow.ArrowInvalid:
                 file.seek(0)
-                table = _arrow(path, "ipc").open_file(file)
+                table = _arrow(path, "pyarrow.ipc").open_file(file)
                 names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
         column = name if name in names else name.split(".")[0]
         if column not in names:

@@ -159,9 +159,7 @@ def read_meta(directory: str | Path) -> dict:
     """The contents of meta.json; ValueError naming the file when it is missing, damaged or of another version."""
     path = Path(directory) / META
     if not path.exists():
-        raise ValueError(
-            f"{path} does not exist: not a finished data directory; make one with `python -m data.prepare`"
-        )
+        raise ValueError(f"{path} does not exist: not finished data; make it with `python -m data.prepare`")
     meta = files.read_json(path, AGAIN)
     try:
         if meta["version"] != VERSION:
@@ -199,9 +197,8 @@ def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[
         if not path.exists():
             raise ValueError(f"{path} is missing ({META} lists it); {AGAIN}")
         if path.stat().st_size != size:
-            raise ValueError(
-                f"{path} has {path.stat().st_size:,} bytes instead of {size:,}: truncated or overwritten; {AGAIN}"
-            )
+            found = f"{path.stat().st_size:,} bytes instead of {size:,}"
+            raise ValueError(f"{path} has {found}: truncated or overwritten; {AGAIN}")
         if verify and _sha256(path) != shard["sha256"]:
             raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
         maps.append(np.memmap(path, dtype, "r"))

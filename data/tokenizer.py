@@ -144,9 +144,7 @@ def load(directory: str | Path) -> tiktoken.Encoding | Fast:
     """
     path = Path(directory) / FILE
     if not path.exists():
-        raise ValueError(
-            f"{path} does not exist; a tokenizer directory is one that data.prepare or tokenizer.save wrote"
-        )
+        raise ValueError(f"{path} does not exist; name a data directory, or a Hugging Face folder")
     content, meta = path.read_bytes(), path.with_name(META)
     if meta.exists():
         expected = files.read_json(meta, AGAIN).get("tokenizer_sha256")

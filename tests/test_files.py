@@ -1,5 +1,6 @@
 """Atomic writes and JSON with checksums. Run: python -m pytest tests/test_files.py (CPU, no torch)"""
 
+import fcntl
 import json
 import os
 import signal
@@ -89,6 +90,17 @@ def test_processes_that_replace_one_file_do_not_take_each_others_work_for_remain
     for child in children:
         assert not child.communicate()[1] and child.returncode == 0
     assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text().endswith(" 149")
+
+
+@pytest.mark.parametrize("suffix", ["tmp", "old"])
+def test_remains_are_locked_while_they_are_removed(tmp_path, suffix):
+    """Otherwise their owner could lock one after it was found, and lose it."""
+    (tmp_path / f".a.json.4711.{suffix}").touch()
+    for left in files.remains(tmp_path / "a.json", suffix):
+        with open(left) as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        left.unlink()
+    assert os.listdir(tmp_path) == []
 
 
 def test_without_locks_files_are_written_and_nothing_is_removed(tmp_path, monkeypatch):

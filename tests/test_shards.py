@@ -142,7 +142,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
     writer.add("train", [1, EOS, 2, EOS])  # and never closed
     assert not (tmp_path / "d").exists()
     for directory in tmp_path.iterdir():
-        with pytest.raises(ValueError, match="not a finished data directory"):
+        with pytest.raises(ValueError, match="not finished data"):
             shards.read_meta(directory)
     writer.abandon()
 
