@@ -29,7 +29,7 @@ from data import facts, files, reasoning, tokenizer
 from data.facts import FactsConfig
 from data.reasoning import ReasoningConfig
 from data.shards import META, ShardWriter, read_meta
-from optimoe.config import parse
+from optimoe.config import parse, require
 
 # A word or one digit, each with the space before it; runs of other signs.
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
@@ -47,8 +47,8 @@ class MixtureConfig:
     n_problems: int = 24_000
     repeats: int = 1
     n_mano: int = 0  # mental arithmetic expressions
-    # Tokens; documents that fit are not split by the borders of the loader's windows of this length, and each of these
-    # starts with eos. 0: documents follow one another.
+    # Tokens. Each window of this length starts with eos, and documents that fit into one are not split by its borders.
+    # 0: documents simply follow one another.
     window: int = 144
     seed: int = 0  # of the order
 
@@ -212,6 +212,9 @@ class Config:
     mixture: str = ""  # JSON file of a MixtureConfig; empty: the main job's
     workers: int = 1  # processes
     overwrite: bool = False  # replace the data directory if it exists
+
+    def __post_init__(self):
+        require(1 <= self.workers <= 1024, "workers", self.workers, "must be from 1 to 1024")
 
 
 def main(argv=None):
