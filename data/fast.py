@@ -27,6 +27,13 @@ def library():
     return tokenizers
 
 
+def _open(definition: str):
+    try:
+        return library().Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(str(error)) from None
+
+
 class Fast:
     """A tokenizer of the library. Special tokens that a text spells out are text, not special tokens.
 
@@ -36,12 +43,7 @@ class Fast:
 
     def __init__(self, definition: str, begin: list[int], eot_token: int, name: str):
         self.definition, self.begin, self.eot_token, self.name = definition, list(begin), eot_token, name
-        try:
-            self._fast = library().Tokenizer.from_str(definition)
-        except ValueError:
-            raise
-        except Exception as error:  # the library raises nothing more precise
-            raise ValueError(str(error)) from None
+        self._fast = _open(definition)
         self._fast.no_truncation()  # some were saved with a limit of their training
         self._fast.no_padding()
         self._fast.encode_special_tokens = True
@@ -89,11 +91,10 @@ def from_folder(directory: str | Path) -> Fast:
     files.parse(definition, str(path), AGAIN)
     optional = ("tokenizer_config.json", "generation_config.json", "config.json")
     settings, *configs = (files.read_json(p, AGAIN) if (p := directory / name).exists() else {} for name in optional)
+    library()  # its absence is no damage
     try:
-        fast = library().Tokenizer.from_str(definition)
-    except ValueError:
-        raise
-    except Exception as error:  # the library raises nothing more precise
+        fast = _open(definition)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
 
     def special(name):

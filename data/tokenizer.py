@@ -153,6 +153,8 @@ def load(directory: str | Path) -> tiktoken.Encoding | Fast:
     kept = files.check(files.parse(content, str(path), AGAIN), str(path), AGAIN)
     if "model" in kept and "tokens" not in kept:
         return from_folder(directory)
+    if "tokenizers" in kept:
+        library()  # its absence is no damage
     try:
         if "tokenizers" in kept:
             return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -131,6 +132,16 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / "hf" / "config.json").write_text('{"eos_token_id": 9999}')
     with pytest.raises(ValueError, match="no tokens have the ids .* and 9999"):
         tokenizer.load(tmp_path / "hf")
+
+
+def test_without_the_library_the_remedy_is_named(tmp_path, monkeypatch):
+    folder(tmp_path / "hf", byte_level)
+    with shards.ShardWriter(tmp_path / "d", fast.from_folder(tmp_path / "hf")) as writer:
+        writer.add("train", [5, 0], n_bytes=1)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for name in ("hf", "d"):
+        with pytest.raises(ValueError, match=r"^the package `tokenizers` is needed.*pip install -e '.\[hf\]'"):
+            tokenizer.load(tmp_path / name)
 
 
 def test_damage_in_a_data_directory_is_found(tmp_path):
