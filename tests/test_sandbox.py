@@ -538,22 +538,34 @@ def test_calls_that_reach_out_are_refused(victim):
     assert own == ["(0, 0)", f"({os.getuid()}, 0)"]  # the check can fail: what is allowed works
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGUSR1])
 @pytest.mark.parametrize("judge", ["run", "values"])
-def test_the_parent_s_token_sends_no_signal(victim, judge):
-    """The attack of a public report: whoever owns the channel is signalled when tests and token arrive on it."""
+def test_the_parent_s_token_sends_no_signal(victim, judge, number):
+    """The attack of a public report: the owner of the channel is signalled when tests and token arrive on it."""
     attack = f"""
-import fcntl, os
+import fcntl, os, time
 for descriptor in range(64):
-    for command, argument in ((fcntl.F_SETOWN, {victim}), (fcntl.F_SETSIG, 9), (fcntl.F_SETFL, os.O_ASYNC)):
+    for command, argument in ((fcntl.F_SETOWN, {victim}), (fcntl.F_SETSIG, {int(number)}), (fcntl.F_SETFL, os.O_ASYNC)):
         try:
             fcntl.fcntl(descriptor, command, argument)
         except OSError:
             pass
 """
-    if judge == "run":
-        assert run(attack + RIGHT, CHECK + "\n" + "#" * 10**5).passed
-    else:
-        assert sandbox.values(attack + RIGHT, ["f(1)"]) == ["2"]
+    early = """
+for descriptor in range(3, 64):
+    try:
+        os.write(descriptor, b"\\0\\0\\0\\5ready")
+    except OSError:
+        pass
+time.sleep(0.2)  # a process that waits for data already gets no signal
+"""
+    for program in (attack + RIGHT, attack + early + RIGHT):
+        honest = program == attack + RIGHT
+        if judge == "run":
+            assert run(program, CHECK + "\n" + "#" * 10**5).passed == honest
+        else:
+            assert (sandbox.values(program, ["f(1)"]) == ["2"]) == honest
+    assert "\nState:\tS" in Path(f"/proc/{victim}/status").read_text()  # neither ended nor stopped
 
 
 def running_child():
