@@ -17,90 +17,24 @@ what it has to return, so neither an object that equals everything nor an early 
 """
 
 import ast
-import importlib.util
 import json
 import math
-import os
 import re
 import select
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
-from data import procedural, reasoning
 from eval import sandbox
-from eval.tasks.math500 import canonical, extract
 
-TASKS = ("reasoning", "mano", "gsm8k", "math", "mbpp")
 LONGEST_ANSWER = 200  # characters
 SECONDS = 3  # of CPU time for a program, as in the paper
 
 
-class Question(NamedTuple):
-    prompt: str
-    gold: object  # by task, see above
-
-
-def load(task, split, source, n) -> list[Question]:
-    """The first n questions of split "train" or "test" (n = 0: all; procedural tasks need a number). source: eval.sources.Source.
-
-    Procedural training questions are new ones of the training templates. MATH trains on the test problems outside MATH-500. Raises ValueError."""
-    if task in ("reasoning", "mano"):
-        if not n:
-            raise ValueError(f"{task}: there is no end of them; ask for a number of questions")
-        source.procedural("reasoning")  # with its message where there is none
-        return _procedural(task, split, procedural.read_config(source.training_data), n)
-    if task == "math" and importlib.util.find_spec("math_verify") is None:
-        raise ValueError("task='math': comparing expressions needs math-verify: pip install 'optimoe[rl]'")
-    found = {"gsm8k": _gsm8k, "math": _math, "mbpp": _mbpp}[task](split, source)
-    return found[: n or None]
-
-
-def _procedural(task, split, cfg, n):
-    start = max(cfg.n_problems, cfg.n_mano) if split == "train" else 0
-    if task == "mano":
-        found = [reasoning.mano(cfg.reasoning, start + i, split) for i in range(n)]
-        return [Question(p.question, str(p.answer)) for p in found]
-    steps = (None if split == "train" else 1 + i % cfg.reasoning.max_steps for i in range(n))
-    found = [reasoning.problem(cfg.reasoning, start + i, split, s) for i, s in enumerate(steps)]
-    return [Question(p.question, cfg.reasoning.modulus) for p in found]
-
-
-def _gsm8k(split, source):
-    return [
-        Question(f"Question: {row['question']}\nAnswer:", row["answer"].rpartition("####")[2].strip())
-        for row in source.rows(f"gsm8k/{split}")
-    ]
-
-
-def _math(split, source):
-    held_out = source.rows("math500/test")
-    names = {row["problem"] for row in held_out}
-    rows = held_out if split == "test" else [row for row in source.rows("math/test") if row["problem"] not in names]
-    return [Question(f"Problem:\n{row['problem']}\n\nSolution:", extract(row["solution"])) for row in rows]
-
-
-def _mbpp(split, source):
-    """One test is shown, all count. The few problems with a test other than `assert call == literal`, or with a single one, are left out."""
-    first, last = (601, 974) if split == "train" else (11, 510)
-    questions = []
-    for row in source.rows("mbpp/test"):
-        tests = [_test(text) for text in row["test_list"] + row.get("challenge_test_list", [])]
-        if first <= row["task_id"] <= last and all(tests) and len(tests) > 1 and not row.get("test_setup_code"):
-            task = f"You are an expert Python programmer, and here is your task: {row['text']} Your code should pass this test:"
-            questions.append(Question(f"{task}\n\n{row['test_list'][0]}\n[BEGIN]\n", tests))
-    if not questions:
-        raise ValueError(
-            f"mbpp/{split}: none of its items {first} to {last} in {source.used['mbpp/test']}; put mbpp/mbpp.jsonl, all 974, there"
-        )
-    return questions
-
-
-def _test(text):
+def assertion(text):
     """(expression, value) of `assert expression == literal`, else None."""
     try:
         (node,) = ast.parse(text.strip()).body
@@ -110,33 +44,17 @@ def _test(text):
         return None
 
 
-def grade(task, questions, texts) -> list[float]:
-    """1.0 or 0.0 for each text as an answer to its question. Whatever a text says, it is graded, not raised about."""
-    pairs = list(zip(questions, texts, strict=True))
-    if task == "mbpp":
-        return _run([(text.split("[DONE]")[0], question.gold) for question, text in pairs])
-    if task in ("gsm8k", "math"):
-        programs = [program(text) for text in texts]
-        ran = iter(
-            _run(
-                [
-                    (found[0], [(found[1], number) for number in _number(question.gold)])
-                    for found, (question, _) in zip(programs, pairs, strict=True)
-                    if found
-                ]
-            )
-        )
-        return [next(ran) if found else _grade_text(*pair) for found, pair in zip(programs, pairs, strict=True)]
-    if task == "mano":
-        values = [re.fullmatch(r" (\d{1,9})\.", text, re.ASCII) for text in texts]
-        return [
-            float(value is not None and int(value[1]) == int(question.gold))
-            for value, question in zip(values, questions, strict=True)
-        ]
-    return [
-        float(text.count("Answer") == 1 and reasoning.check(question.prompt, text, question.gold)[0])
-        for question, text in pairs
-    ]
+def judge(question: str, gold: str, text: str) -> float:
+    """1.0 or 0.0 for a text that answers with one final answer, or with one program whose value is the answer."""
+    if found := program(text):
+        return passes(found[0], [(found[1], number) for number in _number(gold)])
+    return _grade_text(question, gold, text)
+
+
+def passes(source: str, tests: list[tuple[str, object]]) -> float:
+    """1.0 if each expression has its value after the program; 0.0 without tests."""
+    found = sandbox.values(source, [expression for expression, _ in tests], SECONDS) if tests else None
+    return float(found is not None and all(map(_right, found, (value for _, value in tests))))
 
 
 # ---- answers in words
@@ -179,18 +97,18 @@ def _boxed(text):
         yield "" if depth else text[start.end() : end - 1]
 
 
-def _grade_text(question, text):
-    answer, gold = stated(text), canonical(question.gold)
+def _grade_text(question, answer_given, text):
+    answer, gold = stated(text), canonical(answer_given)
     if answer is None or not gold:
         return 0.0
-    if SEVERAL.search(answer) or SEVERAL.search(question.gold):
-        return float(answer.split() == question.gold.split())
+    if SEVERAL.search(answer) or SEVERAL.search(answer_given):
+        return float(answer.split() == answer_given.split())
     said = canonical(answer)
-    if WORDS.search(question.gold):
+    if WORDS.search(answer_given):
         return float(said.lower() == gold.lower())
     if said == gold or NUMBER.fullmatch(gold):
         return float(said == gold)
-    if said in canonical(question.prompt):
+    if said in canonical(question):
         return 0.0
     return float(_equal_expressions(gold, said))
 
@@ -203,7 +121,15 @@ def _number(gold):
 _child = None
 
 
+_lock = threading.Lock()
+
+
 def _equal_expressions(gold, answer, seconds=5):
+    with _lock:
+        return _ask(gold, answer, seconds)
+
+
+def _ask(gold, answer, seconds):
     """Asks the process of eval/equal.py, started at the first question and again after every one that it did not answer in time."""
     global _child
     if _child is None or _child.poll() is not None:
@@ -257,18 +183,6 @@ def program(text: str):
     return "", ""
 
 
-def _run(jobs):
-    """Rewards of [(program, [(expression, value), ...]), ...], several processes at a time; without expressions there is none."""
-
-    def one(job):
-        source, tests = job
-        values = sandbox.values(source, [expression for expression, _ in tests], SECONDS) if tests else None
-        return float(values is not None and all(map(_right, values, (value for _, value in tests))))
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(one, jobs))
-
-
 def _right(text, gold):
     """Whether the repr that a program gave is that of gold; a Fraction stands for a number, up to the rounding of floats."""
     try:
@@ -278,3 +192,44 @@ def _right(text, gold):
         return value == gold
     except (SyntaxError, ValueError, TypeError, OverflowError, RecursionError, MemoryError):
         return False
+
+
+def extract(text):
+    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    if start >= 0:
+        begin = text.index("{", start) + 1
+        depth = 1
+        for end in range(begin, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if not depth:
+                return text[begin:end]
+    bare = re.search(r"\\boxed\s+([^\s$]+)", text)  # \boxed 2
+    if bare:
+        return bare[1]
+    said = re.findall(r"answer is:?\s*(.+?)(?:\.\s|\.?$)", text, re.MULTILINE)
+    if said:
+        return said[-1]
+    return text[text.index("$") + 1 : text.rindex("$")] if text.count("$") > 1 else ""
+
+
+def canonical(answer):
+    s = answer.strip().rstrip(".")
+    s = re.sub(r"\\(left|right|displaystyle|[!,;: ])(?![a-z])|\^\{?\\circ\}?|\\?[$%]|~", "", s)
+    s = re.sub(
+        r"\\text\{\s[^}]*\}(?:\^\{?\d\}?)?$|\\(?:mbox|text|textbf|mathrm|textit)\{([^}]*)\}", r"\1", s
+    )  # a trailing unit; other text
+    s = re.sub(r"^[a-zA-Z]\w?\s*(=|\\in)\s*", "", s)
+    s = re.sub(r"\s+", "", s).replace("dfrac", "frac").replace("tfrac", "frac").replace("cfrac", "frac")
+    s = re.sub(r"\\sqrt([^{\[])", r"\\sqrt{\1}", s)
+    s = re.sub(r"\\frac(\w)(\w)", r"\\frac{\1}{\2}", s)
+    s = re.sub(r"\\frac(\w)\{", r"\\frac{\1}{", s)
+    s = re.sub(r"\\frac(\{[^{}]*\})(\w)", r"\\frac\1{\2}", s)
+    if re.fullmatch(r"-?\d{1,3}(,(\\!)?\d{3})+(\.\d+)?", s):
+        s = s.replace(",", "")
+    number = re.fullmatch(r"(-?)(?:\\frac\{(-?\d+)\}\{(\d+)\}|(\d+)/(\d+)|(\d*\.?\d+))", s)
+    if number:
+        sign, over, under, a, b, plain = number.groups()
+        if int(under or b or 1):
+            value = Fraction(plain) if plain else Fraction(int(over or a), int(under or b))
+            return str(-value if sign else value)
+    return s
