@@ -75,7 +75,9 @@ def parse(cls, argv=None, description=""):
             if positional:
                 many = typing.get_origin(hints[positional[0]]) is tuple
                 name = positional[0] if many else positional.pop(0)
-                flags[name] = [*flags.get(name, []), word] if many else word
+                before = flags.get(name, [])
+                before = before.split(",") if isinstance(before, str) else before
+                flags[name] = [*before, word] if many else word
                 continue
             raise ValueError(
                 f"unexpected argument {word!r}: write --field=value (a bool takes its value only with '=')"

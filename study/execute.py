@@ -226,7 +226,7 @@ def prepare_data(run, cache, workers=1):
                     "-m",
                     "data.procedural",
                     f"--out={directory.resolve()}",
-                    f"--config={file}",
+                    f"--mixture={file}",
                     f"--workers={workers}",
                 ],
                 cwd=ROOT,

@@ -2,10 +2,16 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from data import files
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_failed_replace_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -49,3 +55,49 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     with open(path, "a") as file:
         file.write(json.dumps({"a": 3})[:-2])
     assert files.read_rows(path) == ([{"a": 1}, {"a": 2}], whole)
+
+
+def test_names_that_are_numbers_and_deep_values_are_checked_as_they_are_read(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"accuracy": {2: 0.5, 10: 0.25}, "pair": (1, 2)})
+    assert files.read_json(path) == {"accuracy": {"2": 0.5, "10": 0.25}, "pair": [1, 2]}
+    for depth in range(100, 1100, 50):  # beyond the parser's depth, and just below it
+        path.write_text('{"crc": "00000000", "a": ' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(ValueError, match=f"{path} is damaged"):
+            files.read_json(path)
+
+
+def test_lines_of_other_people():
+    lines = ['\ufeff{"a": 1}\r\n', "\n", "\ufeff\n", '{"a": 2}']
+    assert list(files.json_lines(lines, "x.jsonl")) == [("x.jsonl:1", {"a": 1}), ("x.jsonl:4", {"a": 2})]
+    for bad in ("{", "[" * 100_000, "9" * 5000):
+        with pytest.raises(ValueError, match="x.jsonl:2 is damaged.*correct that line"):
+            list(files.json_lines(['{"a": 1}', bad], "x.jsonl"))
+
+
+KILLED = """
+import os, signal, sys
+from data import files
+with files.temporary(sys.argv[1], directory=sys.argv[2] == "True") as path:
+    print(path, flush=True)
+    sys.stdin.readline()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_remains_of_killed_processes_are_removed_and_of_living_ones_kept(tmp_path, directory):
+    target = tmp_path / "a.b"
+    others = [".a.12345678.tmp", ".a.b.c.12345678.tmp", ".a.b.12345678.swp", ".xa.b.12345678.partial"]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".a.b.4711.tmp").touch()  # of an earlier version
+    command = [sys.executable, "-c", KILLED, str(target), str(directory)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    theirs = child.stdout.readline().strip()
+    with files.temporary(target, directory):
+        assert os.path.exists(theirs) and len(os.listdir(tmp_path)) == len(others) + 2
+    child.communicate("die\n")
+    assert child.returncode == -signal.SIGKILL and os.path.exists(theirs)
+    files.replace(target, "new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "a.b"]) and target.read_text() == "new"

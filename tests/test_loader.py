@@ -197,5 +197,5 @@ def test_batches_arrive_on_the_gpu(tmp_path):
     data = write(tmp_path / "a", 400)
     cpu, gpu = (Loader([(data, 1.0)], "train", 2, L, device=d) for d in ("cpu", "cuda"))
     for _ in range(50):
-        for a, b in zip(cpu.next(), gpu.next()):
+        for a, b in zip(cpu.next(), gpu.next(), strict=True):
             assert b.device.type == "cuda" and torch.equal(a, b.cpu())
