@@ -2,12 +2,13 @@
 
     texts = generate(model, [encode("Alice has"), encode("2+2=")], max_new_tokens=32, stop_ids=[eos])
 
-Every prompt gets what it would get alone: rows keep their own positions (KVCache), and sampling draws from a random stream
-of each prompt, so neither the batch size nor the other prompts change a result.
+Every prompt gets what it would get alone: rows keep their own positions (KVCache), and sampling draws from a random
+stream of each prompt, so neither the batch size nor the other prompts change a result.
 
-On a GPU one token of a small model costs more launches than arithmetic. So a step there has few shapes, is captured in a CUDA graph
-when a shape comes a second time, and picks its token inside the graph: a token is one replay. The host looks at the tokens every
-few steps only; what a finished row wrote after its end is dropped, and finished rows leave when most of the batch has finished.
+On a GPU one token of a small model costs more launches than arithmetic. So a step there has few shapes, is captured in
+a CUDA graph when a shape comes a second time, and picks its token inside the graph: a token is one replay. The host
+looks at the tokens every few steps only; what a finished row wrote after its end is dropped, and finished rows leave
+when most of the batch has finished.
 
 Shapes: B rows of the batch, L longest prompt of the batch, V vocabulary.
 """
@@ -43,15 +44,15 @@ def generate(
 ):
     """Continue each prompt; return the new token ids, one list per prompt.
 
-    prompts: lists of token ids, none empty. A row ends before any of stop_ids (not returned), with the token that completes one of
-    stop_strings (returned; needs decode: ids -> str), or after max_new_tokens.
-    temperature 0 is greedy (top_p and seed unused); else sampling from the smallest set of tokens with probability >= top_p.
-    experts: a list to be filled with what the routers chose for each prompt, int16 (N, tokens, K) of the prompt's tokens and of the new
-    ones but the last, which the model has not read (unless a stop id followed it).
-    Prompt i draws from a stream seeded with (seed, streams[i]), by default (seed, i).
-    n_vocab: ids from here on are padding rows of the head, never produced.
-    Takes memory for a copy of the weights in the compute dtype, unless they have it, and for the cache of batch_size rows.
-    Raises ValueError for an empty prompt, bad sampling parameters, or a prompt + max_new_tokens beyond the model's seq_len.
+    prompts: lists of token ids, none empty. A row ends before any of stop_ids (not returned), with the token that
+    completes one of stop_strings (returned; needs decode: ids -> str), or after max_new_tokens. temperature 0 is greedy
+    (top_p and seed unused); else sampling from the smallest set of tokens with probability >= top_p. experts: a list to
+    be filled with what the routers chose for each prompt, int16 (N, tokens, K) of the prompt's tokens and of the new
+    ones but the last, which the model has not read (unless a stop id followed it). Prompt i draws from a stream seeded
+    with (seed, streams[i]), by default (seed, i). n_vocab: ids from here on are padding rows of the head, never
+    produced. Takes memory for a copy of the weights in the compute dtype, unless they have it, and for the cache of
+    batch_size rows. Raises ValueError for an empty prompt, bad sampling parameters, or a prompt + max_new_tokens beyond
+    the model's seq_len.
     """
     longest = max(map(len, prompts), default=0)
     if not all(len(prompt) for prompt in prompts):
@@ -73,8 +74,11 @@ def generate(
     stop_ids, room = set(stop_ids), max((len(s.encode()) for s in stop_strings), default=0)
 
     def extend(ids, new):
-        """Appends the new tokens up to the end of the row. There, says how many of ids the model must have read; before, None."""
-        # A stop string may span tokens; every token has at least one byte of it. One look at all new tokens spares most single looks.
+        """Appends the new tokens up to the end of the row. There, says how many of ids the model must have read;
+        before, None.
+        """
+        # A stop string may span tokens; every token has at least one byte of it. One look at all new tokens spares most
+        # single looks.
         suspect = stop_strings and any(s in decode(ids[-room:] + new) for s in stop_strings)
         for token in new:
             if token in stop_ids:
@@ -127,7 +131,8 @@ class Decoder:
             model.cfg.dense or model.cfg.impl in ("auto", "triton")
         )  # the others wait for the device inside
         self.max_new_tokens, self.temperature, self.top_p, self.n_vocab = max_new_tokens, temperature, top_p, n_vocab
-        # Weights are cast once, not at every step, and the model keeps its mode: a copy that shares what has the right dtype already.
+        # Weights are cast once, not at every step, and the model keeps its mode: a copy that shares what has the right
+        # dtype already.
         cast = {id(p): nn.Parameter(p.detach().to(model.dtype), requires_grad=False) for p in model.parameters()}
         self.model = copy.deepcopy(model, cast | {id(b): b for b in model.buffers()}).eval()
         n_rows = self.bucket(n_rows)
@@ -188,7 +193,9 @@ class Decoder:
         return True
 
     def select(self, rows):
-        """Moves these rows to the front and fills their bucket with copies of the first, which need no other experts than it does."""
+        """Moves these rows to the front and fills their bucket with copies of the first, which need no other experts
+        than it does.
+        """
         rows = torch.tensor(rows + rows[:1] * (self.bucket(len(rows)) - len(rows)), device=self.tokens.device)
         self.n_rows = len(rows)
         self.cache.select(rows)
