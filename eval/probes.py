@@ -273,10 +273,9 @@ def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[
         accuracy = reasoning_accuracy(model, enc, cfg.reasoning, n=n_problems)
         scores["reasoning"] = accuracy
         lines += ["", "reasoning on unseen templates", f"{'steps':<16}{'answer':>8}{'solution':>10}{'chance':>8}"]
-        lines += [
-            f"{_trained(s, cfg.reasoning.max_steps):<16}{row['answer']:>8.1%}{row['solution']:>10.1%}{row['chance']:>8.1%}"
-            for s, row in accuracy.items()
-        ]
+        for s, row in accuracy.items():
+            steps = _trained(s, cfg.reasoning.max_steps)
+            lines.append(f"{steps:<16}{row['answer']:>8.1%}{row['solution']:>10.1%}{row['chance']:>8.1%}")
         samples.append(reasoning.problem(cfg.reasoning, n_problems, "test", min(3, cfg.reasoning.max_steps)).question)
     if cfg.n_mano:
         mano = scores["mano"] = mano_accuracy(model, enc, cfg.reasoning, n_problems)
