@@ -6,9 +6,9 @@ harness's filters: the first "#### number", and the last number of any form.
 """
 
 import re
-from decimal import Decimal
 
 from eval import rewards
+from eval.equal import find_number, plain
 from eval.sources import Set
 from eval.tasks import Item, examples
 
@@ -40,13 +40,13 @@ def score(item, text):
 def _same(answer, solution):
     for dropped in (r",", r"\$", r"(?s).*#### ", r"\.$"):
         answer, solution = re.sub(dropped, "", answer), re.sub(dropped, "", solution)
-    return answer.lower() == solution.lower()
+    return answer.strip().lower() == solution.strip().lower()
 
 
 def vote(text):
-    """The number after the first "####", "Answer" or "The answer is" (the paper's rule; unlike there, commas are understood)."""
-    found = re.search(r"(?:####|[Aa]nswer(?: is)?)[\s:$]*(-?[\d,]*\d(?:\.\d+)?)", text)
-    return f"{Decimal(found[1].replace(',', '')).normalize():f}" if found else None
+    """The number after the first "####", "Answer" or "The answer is" (the paper's rule; here any notation is understood)."""
+    value = find_number(text, "####|[Aa]nswer(?: is)?")
+    return None if value is None else plain(value)
 
 
 def gold(item):

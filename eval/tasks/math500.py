@@ -1,12 +1,13 @@
 r"""MATH-500 (arXiv 2103.03874, 2305.20050): competition problems, worked solutions with the answer in \boxed{}. 500 items.
 
 The harness's "Problem: / Solution:" form. Four examples from the rest of the MATH test set (where only the 500 are there, from
-the other items), which end in \boxed{}. The answer is the last \boxed{}, else what follows "answer is", else what
-stands between the first and the last dollar sign; it is right when equal to the gold one after `canonical`: notation (fractions,
-roots, spacing, units, thousands) does not count, and 0.5 is \frac{1}{2}, but x+1 is not 1+x.
+the other items), which end in \boxed{}. The answer is the last \boxed{}, else what follows "answer is", else what stands between
+the first and the last dollar sign. It is right when it equals the gold one (eval/equal.py, which asks math-verify); the reward
+also wants the form that was asked for, and a single marked answer (eval/rewards.py).
 """
 
-from eval import rewards
+from eval.equal import canonical, equal, need_library
+from eval.rewards import extract, judge
 from eval.sources import Set
 from eval.tasks import Item, examples
 
@@ -28,6 +29,8 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("Problem:",), 1024
 def items(source, shots, split="test"):
     """Training items are the problems of MATH's test set outside MATH-500."""
     rows = source.rows(TEST)
+    if split == "train":
+        need_library()
     if split == "train" or shots:
         problems = {row["problem"] for row in rows}
         pool = source.rows(ALL) if split == "train" else source.first(ALL, TEST)
@@ -48,14 +51,12 @@ def items(source, shots, split="test"):
 
 
 def score(item, text):
-    return {
-        "accuracy": float(rewards.canonical(rewards.extract(text)) == rewards.canonical(rewards.extract(item.answer)))
-    }
+    return {"accuracy": float(equal(extract(item.answer), extract(text)))}
 
 
 def vote(text):
-    return rewards.canonical(rewards.extract(text)) or None
+    return canonical(extract(text)) or None
 
 
 def reward(item, text):
-    return rewards.judge(item.prompt, rewards.extract(item.answer), text)
+    return judge(item.prompt, extract(item.answer), text)
