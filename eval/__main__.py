@@ -15,18 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import files
-from eval import sandbox, tasks
-from eval.harness import (
-    EvalChoice,
-    Progress,
-    Records,
-    answer_length,
-    fingerprint,
-    open_model,
-    open_source,
-    read_items,
-    texts,
-)
+from eval import harness, sandbox, tasks
 from eval.taskloss import bits, encode_pair, mean_stderr, score
 from eval.votes import pass_at_k
 from optimoe import config
@@ -36,7 +25,7 @@ FIELDS = ("id", "group", "metrics", "nats", "tokens", "bytes", "merged", "cut", 
 
 
 @dataclass(frozen=True)
-class EvalConfig(EvalChoice):
+class EvalConfig(harness.EvalChoice):
     # Tasks
     tasks: tuple[str, ...] = ()  # each a file in eval/tasks
     shots: int | None = None  # examples in front of each question; none: as many as the task's file says
@@ -114,7 +103,7 @@ def generate_and_score(loaded, task, chunk, records, room, cfg):
     """Adds cfg.samples texts per item and their metrics to the records."""
     n = cfg.samples
     prompts, streams = zip(*((item.prompt, 4096 * index + i) for index, item in chunk for i in range(n)), strict=True)
-    written, cut = texts(loaded, task, prompts, streams, room, cfg)
+    written, cut = harness.texts(loaded, task, prompts, streams, room, cfg)
     for i, ((_, item), record) in enumerate(zip(chunk, records, strict=True)):
         record |= {"texts": written[i * n : (i + 1) * n], "cut": record.get("cut", False) or cut[i * n]}
         if not task.program:
@@ -174,10 +163,10 @@ def table(results):
 
 
 def open_records(job, name, file, dtype, out, cfg):
-    settings = {"checkpoint": file, "shots": job.shots, "items": fingerprint(job.items)}
+    settings = {"checkpoint": file, "shots": job.shots, "items": harness.fingerprint(job.items)}
     settings |= {name: getattr(cfg, name) for name in ("loss", "accuracy", "samples", "temperature", "top_p", "seed")}
     settings["dtype"] = str(dtype)
-    return Records(out / f"{name}.jsonl", settings, metrics_of(job, cfg), FIELDS, cfg.overwrite)
+    return harness.Records(out / f"{name}.jsonl", settings, metrics_of(job, cfg), FIELDS, cfg.overwrite)
 
 
 def work(loaded, name, job, stored, cfg):
@@ -185,8 +174,8 @@ def work(loaded, name, job, stored, cfg):
     wanted = list(enumerate(job.items))[: cfg.limit or None]
     pending = [(i, item) for i, item in wanted if item.id not in stored.items]
     pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
-    room = answer_length(loaded, job.task, job.items) if job.generates(cfg) else 0
-    progress = Progress(name, len(wanted), len(wanted) - len(pending))
+    room = harness.answer_length(loaded, job.task, job.items) if job.generates(cfg) else 0
+    progress = harness.Progress(name, len(wanted), len(wanted) - len(pending))
     for start in range(0, len(pending), cfg.batch_size):
         chunk = pending[start : start + cfg.batch_size]
         stored.add(evaluate(loaded, job, chunk, room, cfg))
@@ -208,14 +197,14 @@ def earlier_results(path: Path, file: str) -> dict:
 def main(argv=None):
     """Returns the contents of results.json."""
     cfg = config.parse(EvalConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    source, jobs = open_source(cfg), {}
+    source, jobs = harness.open_source(cfg), {}
     for name in cfg.tasks:  # all data is found before the first item is computed
         task = tasks.load(name)
         shots = task.shots if cfg.shots is None else cfg.shots
-        jobs[name] = Job(task, shots, read_items(task, source, shots))
+        jobs[name] = Job(task, shots, harness.read_items(task, source, shots))
     runs_programs = any(job.generates(cfg) and job.task.program for job in jobs.values())
     confinement = {"sandbox": sandbox.confinement()} if runs_programs else {}
-    loaded, out = open_model(cfg)
+    loaded, out = harness.open_model(cfg)
     old = earlier_results(out / "results.json", loaded.name)
     stores = {name: open_records(job, name, loaded.name, loaded.model.dtype, out, cfg) for name, job in jobs.items()}
     done = {name: work(loaded, name, job, stores[name], cfg) for name, job in jobs.items()}

@@ -211,14 +211,6 @@ def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
     }
 
 
-def solution_loss(model, enc, cfg: ReasoningConfig, n: int, split: str = "test") -> float:
-    """Nats per token of worked solutions: of n problems of unseen templates, or, with split "train", of the first n
-    that training had.
-    """
-    problems = [reasoning.problem(cfg, i, split) for i in range(n)]
-    return loss_of(graded(model, enc, [(p.question, p.solution) for p in problems]))
-
-
 def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int, split: str = "test") -> dict:
     """Whole solutions of n problems of each number of steps, without generating them: right is one that greedy decoding
     would write token for token, which one forward pass tells. With cfg.branch = 0 a problem has no other solution, so

@@ -2,9 +2,8 @@
 
     python -m eval.votes --run=runs/NAME --task=gsm8k --samples=128 --limit=200
 
-Writes votes-TASK.jsonl (the answers of every question), votes-TASK.json (the curves) and votes-TASK.png to
-RUN/eval-STEP. As in the paper (arXiv 2508.18672): no examples in the prompt, temperature 0.6, top-p 0.95, samples
-without an answer do not vote.
+Writes votes-TASK.jsonl (the answers of every question) and votes-TASK.json (the curves) to RUN/eval-STEP. As in the
+paper (arXiv 2508.18672): no examples in the prompt, temperature 0.6, top-p 0.95, samples without an answer do not vote.
 """
 
 import math
@@ -14,24 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import files
-from eval import tasks
-from eval.harness import (
-    EvalChoice,
-    Progress,
-    Records,
-    answer_length,
-    fingerprint,
-    open_model,
-    open_source,
-    read_items,
-    texts,
-)
+from eval import harness, tasks
 from optimoe import config
 from optimoe.config import require
 
 
 @dataclass(frozen=True)
-class VotesConfig(EvalChoice):
+class VotesConfig(harness.EvalChoice):
     # Votes
     task: str = "gsm8k"  # a file in eval/tasks whose answers can vote
     shots: int = 0  # examples in front of each question
@@ -101,45 +89,16 @@ def curves(questions: list[dict], resamples: int = 2000, seed: int = 0) -> dict:
     return result
 
 
-def plot(curves_by_name: dict[str, dict], path, title: str = "") -> None:
-    """Coverage (dashed) and majority (solid) with their bands over the number of samples, one colour per entry."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for i, (name, result) in enumerate(curves_by_name.items()):
-        for kind, style in (("coverage", "--"), ("majority", "-")):
-            axes.plot(
-                result["samples"],
-                result[kind]["mean"],
-                style,
-                color=f"C{i}",
-                marker="o",
-                markersize=3,
-                label=f"{name} {kind}".strip(),
-            )
-            axes.fill_between(
-                result["samples"], result[kind]["low"], result[kind]["high"], color=f"C{i}", alpha=0.15, linewidth=0
-            )
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="samples per question", ylabel="share of questions", title=title, ylim=(-0.03, 1.03))
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def sample_answers(loaded, task, items, stored, cfg, name):
     """Computes the records that are missing and returns those of the first cfg.limit items."""
     wanted = list(enumerate(items))[: cfg.limit or None]
     pending = [(i, item) for i, item in wanted if item.id not in stored.items]
-    room, n = answer_length(loaded, task, items), cfg.samples
-    progress, per_chunk = Progress(name, len(wanted), len(wanted) - len(pending)), max(1, cfg.batch_size // n)
+    room, n = harness.answer_length(loaded, task, items), cfg.samples
+    progress, per_chunk = harness.Progress(name, len(wanted), len(wanted) - len(pending)), max(1, cfg.batch_size // n)
     for start in range(0, len(pending), per_chunk):
         chunk = pending[start : start + per_chunk]
         pairs = [(item.prompt, 4096 * i + j) for i, item in chunk for j in range(n)]
-        written, cut = texts(loaded, task, *map(list, zip(*pairs, strict=True)), room, cfg)
+        written, cut = harness.texts(loaded, task, *map(list, zip(*pairs, strict=True)), room, cfg)
         votes = [task.vote(text) for text in written]
         stored.add(
             [
@@ -165,25 +124,20 @@ def table(result, seq_len):
 def main(argv=None):
     """Returns the curves."""
     cfg = config.parse(VotesConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    task, source = tasks.load(cfg.task), open_source(cfg)
-    items = task.asked(read_items(task, source, cfg.shots))
-    loaded, out = open_model(cfg)
-    settings = {"checkpoint": loaded.name, "items": fingerprint(items)}
+    task, source = tasks.load(cfg.task), harness.open_source(cfg)
+    items = task.asked(harness.read_items(task, source, cfg.shots))
+    loaded, out = harness.open_model(cfg)
+    settings = {"checkpoint": loaded.name, "items": harness.fingerprint(items)}
     settings |= {name: getattr(cfg, name) for name in ("shots", "samples", "temperature", "top_p", "seed")}
     settings["dtype"] = str(loaded.model.dtype)
     path = out / f"votes-{cfg.task}.json"
     known = {item.id: set() for item in items}
-    stored = Records(path.with_suffix(".jsonl"), settings, known, ("id", "gold", "votes", "cut"), cfg.overwrite)
+    stored = harness.Records(path.with_suffix(".jsonl"), settings, known, ("id", "gold", "votes", "cut"), cfg.overwrite)
     questions = sample_answers(loaded, task, items, stored, cfg, path.stem)
     cut = sum(question.get("cut", False) for question in questions)
     result = settings | {"sources": source.used, "cut": cut} | curves(questions)
     files.write_json(path, result)
-    print(table(result, loaded.model.cfg.seq_len))
-    try:
-        plot({"": result}, path.with_suffix(".png"), f"{cfg.task}, {result['questions']} questions")
-        print(path.with_suffix(".png"))
-    except ImportError:
-        print(f"{path}: not plotted, matplotlib is missing (pip install matplotlib)")
+    print(f"{table(result, loaded.model.cfg.seq_len)}\n{path}")
     return result
 
 

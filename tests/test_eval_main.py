@@ -92,7 +92,7 @@ def test_right_and_wrong_answers(tiny_run, monkeypatch):
     }
     for right in (1, 0):
         monkeypatch.setattr(
-            command,
+            harness,
             "texts",
             lambda loaded, task, prompts, streams, room, cfg: (
                 [gold[prompt] if right else "    return 99\n#### 99" for prompt in prompts],  # noqa: B023
@@ -109,7 +109,7 @@ def test_pass_at_k(tiny_run, monkeypatch):
     """Ten samples of which sample i of an item is right when i < 3: pass@1 = 0.3, pass@10 = 1."""
     body = {item.prompt: item.answer for item in tasks.load("humaneval").items(Source(tiny_run), 0)}
     monkeypatch.setattr(
-        command,
+        harness,
         "texts",
         lambda loaded, task, prompts, streams, room, cfg: (
             [

@@ -667,7 +667,7 @@ def test_system_call_filter(monkeypatch, machine, column, architecture):
         for number in range(600)
         if number not in allowed and simulate(program, number, architecture=architecture) != "deny"
     ]
-    assert all(0 <= numbers[column] < 600 for numbers in jail.CALLS.values() if numbers[column] is not None)
+    assert all(0 <= numbers[column] < 600 for numbers in jail.CALLS.values() if numbers[column] >= 0)
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(OSError, match="riscv64"):
         jail._seccomp_filter()

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from data import files
-from eval import votes
+from eval import harness, votes
 from eval.votes import curves, majority, pass_at_k
 
 pytest_plugins = ("tests.evalrun",)  # its fixture tiny_run
@@ -81,17 +81,6 @@ def test_bands_cover():
     assert sum(low <= truth <= high for low, high in half) < 85
 
 
-def test_plot(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    votes.plot({"a": curves(make_questions(5)), "b": curves(make_questions(5, 1))}, tmp_path / "votes.png", "title")
-    assert (tmp_path / "votes.png").stat().st_size > 10_000
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
-    votes.plot({"": curves([{"gold": "1", "votes": ["2", None]}])}, tmp_path / "votes.png")
-    low, high = pyplot.gca().get_ylim()
-    assert -0.1 < low < 0 and 1 < high < 1.1  # curves of zeros do not lie on the frame
-
-
 def test_command(tiny_run, monkeypatch, capsys):
     """Samples, resumes, and does not ask the model for finished questions again."""
     asked = []
@@ -100,7 +89,7 @@ def test_command(tiny_run, monkeypatch, capsys):
         asked.extend(zip(prompts, streams, strict=True))
         return [f"The answer is {stream % 3}" for stream in streams], [False] * len(prompts)
 
-    monkeypatch.setattr(votes, "texts", texts)
+    monkeypatch.setattr(harness, "texts", texts)
     command = [f"--run={tiny_run}", f"--evaldata={tiny_run}", "--device=cpu", "--samples=4", "--batch-size=4"]
     first = votes.main([*command, "--limit=2"])
     assert len(asked) == 8 and len(set(asked)) == 8 and first["samples"] == [1, 2, 4] and first["questions"] == 2
@@ -134,8 +123,8 @@ def test_samples_of_a_model(tiny_run):
     for more in (["--batch-size=1"], ["--batch-size=64"], ["--seed=1"]):
         record = []
         with pytest.MonkeyPatch.context() as patch:
-            real = votes.texts
-            patch.setattr(votes, "texts", lambda *args: record.append(real(*args)) or record[-1])  # noqa: B023
+            real = harness.texts
+            patch.setattr(harness, "texts", lambda *args: record.append(real(*args)) or record[-1])  # noqa: B023
             votes.main(command + more)
         runs.append([text for written, _ in record for text in written])
     assert runs[0] == runs[1] != runs[2] and len(set(runs[0])) == 6
