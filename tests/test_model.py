@@ -57,8 +57,7 @@ OPTIONS = {
 }
 
 
-def make(seed=0, **overrides):
-    torch.manual_seed(seed)
+def make(**overrides):
     return GPT(ModelConfig(**{**SMALL, **overrides}))
 
 
