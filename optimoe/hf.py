@@ -90,7 +90,7 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
     if cfg.tie_embeddings and head in weights.files:  # like transformers, keep a head that is not the embedding
         cfg = dataclasses.replace(cfg, tie_embeddings=torch.equal(weights.get(head), weights.get(embedding)))
     if not cfg.router_learns:
-        print(f"warning: {directory}: {UNTAUGHT} in training", file=sys.stderr)
+        print(f"warning: {directory}: top_k={cfg.top_k}: {UNTAUGHT} in training", file=sys.stderr)
     stacked = any(name.endswith(".experts.gate_up_proj") for name in weights.files)
     layout = ("mlp", ()) if stacked else LAYOUTS[raw["model_type"]]
     with torch.device("meta"):

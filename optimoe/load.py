@@ -30,14 +30,13 @@ def pick_device(cfg, local_rank=0):
 
 
 def run_tokens(directory, model) -> Tokens:
-    """The tokenizer of a data directory; ValueError if it has more tokens than the model."""
+    """The tokenizer of a data directory; ValueError where it has more tokens than the model."""
     tokens = tiktoken_tokens(tokenizer.load(directory))
     require(
         tokens.n_vocab <= model.cfg.vocab_size,
         "tokenizer",
         str(directory),
-        f"it has {tokens.n_vocab:,} tokens and the model {model.cfg.vocab_size:,}: "
-        "name the data directory that the model was trained on",
+        f"it has {tokens.n_vocab:,} tokens and the model {model.cfg.vocab_size:,}: name the data directory that the model was trained on",
     )
     return tokens
 
