@@ -1,5 +1,5 @@
-"""Hugging Face checkpoints and the kernels inside transformers. Run: python -m pytest tests/test_hf.py (CPU; the comparisons with
-transformers 5 skip themselves where it is not installed)"""
+"""Hugging Face checkpoints and the kernels inside transformers. Run: python -m pytest tests/test_hf.py (CPU; the
+comparisons with transformers 5 skip themselves where it is not installed)"""
 
 import dataclasses
 import json
@@ -226,7 +226,8 @@ def test_their_tokenizer(settings, template, bos, tmp_path):
 
 @pytest.mark.parametrize("dummy", ["always", "never"])
 def test_sentencepiece_keeps_every_space(dummy, tmp_path):
-    """Llama's and Mixtral's kind of tokenizer puts a space in front of a text and drops it in decoding. A continuation begins with its own."""
+    """Llama's and Mixtral's kind of tokenizer puts a space in front of a text and drops it in decoding. A continuation
+    begins with its own."""
     tokenizers = pytest.importorskip("tokenizers")
     merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁", "x")]
     vocab = {

@@ -218,7 +218,7 @@ def test_initialisation():
 
 
 def test_models_of_any_sparsity_share_their_first_draws():
-    """Everything but the number of experts is paired: attention, embeddings, and experts and router rows by their index."""
+    """Whatever E and k: attention, embeddings, and experts and router rows by their index."""
     base = dict(vocab_size=61, n_layers=2, d_model=32, head_dim=8, d_expert=48)
     few, many = (ModelConfig(**base, n_experts=E, top_k=k) for E, k in ((8, 2), (64, 8)))
     for first, second in (
@@ -266,7 +266,8 @@ STARTS = {
 @pytest.mark.parametrize("options", STARTS.values(), ids=STARTS)
 @pytest.mark.parametrize("name", ["tiny", "paper-d512-e8-k2", "paper-d1024-e64-k8", "paper-d2048-e128-k16"])
 def test_training_starts_near_a_uniform_prediction(name, options, tied):
-    """The loss of fresh models is near ln V, whatever shares the embedding. Fewer layers and vocabulary make it harder."""
+    """The loss of fresh models is near ln V, whatever shares the embedding. Fewer layers and vocabulary make it
+    harder."""
     sizes = dict(vocab_size=512, seq_len=64, n_layers=2, d_expert=16, tie_embeddings=tied)
     cfg = preset(name, **sizes, n_experts=16, **{"top_k": min(preset(name).top_k, 4)} | options)
     x, y = (torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(i)) for i in range(2))
@@ -311,7 +312,8 @@ def test_a_router_without_gradient_is_not_trained_but_loaded(capsys, tmp_path):
 
 
 def test_a_router_variant_is_one_field_and_one_method():
-    """What CONTRIBUTING.md describes: a field of the configuration, used in MoE.choose. It reaches training and replay."""
+    """What CONTRIBUTING.md describes: a field of the configuration, used in MoE.choose. It reaches training and
+    replay."""
 
     @dataclass(frozen=True)
     class Variant(ModelConfig):
@@ -446,7 +448,8 @@ def test_dense_equals_one_expert_and_gqa_equals_repeated_heads():
 
 
 def test_replayed_experts():
-    """Replaying a model's own choice changes nothing; another choice is used where given, with the gates of the router."""
+    """Replaying a model's own choice changes nothing; another choice is used where given, with the gates of the
+    router."""
     model = make(n_experts=6)
     x = tokens()
     free = model(x)
@@ -507,7 +510,8 @@ def test_compiles_as_one_graph(name, device):
 
 
 def test_triton_path_reads_no_value_back(monkeypatch):
-    """A step on tensors that have shapes but no values: an .item(), which on a GPU would wait for the device, raises."""
+    """A step on tensors that have shapes but no values: an .item(), which on a GPU would wait for the device,
+    raises."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # lets the triton path take CPU tensors; no kernel runs
     with FakeTensorMode():
         for options in OPTIONS.values():
