@@ -184,7 +184,7 @@ def help_text(cls, description="", argv=()):
         default = "required" if default is dataclasses.MISSING else repr(default) + " *" * (field.name in marked)
         flag = field.name if field.name in getattr(cls, "POSITIONAL", ()) else "--" + field.name
         flag += " " + _type_name(hints[field.name])
-        lines.append(f"  {flag:<34} {default:<12} {notes.get(field.name, '')}".rstrip())
+        lines.append(f"  {flag:<34} {default:<11}  {notes.get(field.name, '')}".rstrip())
     return "\n".join(lines)
 
 
