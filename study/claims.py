@@ -416,7 +416,7 @@ def still_lost(rows, remedies):
         unit, runs = "points lost from the best E to the largest", sum(len(cell) for cell in cells.values())
         shared = dict(margin=2.0, unit=unit, runs=runs, paired=paired)
         before = lost(cells, "before", "greedy")
-        yield Test(f"{where}; greedy answers before", before, note="what there is to rescue", **shared)
+        yield Test(f"{where}; greedy answers before", before, note="before any remedy", **shared)
         shown = decide(Test("", before, 2.0, "", 0)) == "supported"
         why = "" if shown else "no loss before is shown" if len(before) >= MIN_SEEDS else "too few seeds"
         for name, (when, measure) in remedies.items():

@@ -39,13 +39,14 @@ def seeds_needed(values, margin, most=999):
     return next(enough, None) if distance > 0 else None
 
 
-def pairing(rows):
+def pairing(rows, paired=True):
     """(share, cells): variance of differences between two E of one seed, over that between E of two seeds, of the log loss of unseen
-    solutions; below 1 where pairing helps. Pooled over paired cells that differ in E alone. (None, 0) without two seeds."""
+    solutions; below 1 where a shared seed helps. Pooled over cells that differ in E alone, of paired runs or of those of the first
+    edition, whose seeds share only the data. (None, 0) without two seeds."""
     groups = {}
     for row in distinct(rows):
         run = row["run"]
-        if run["paired"] and run["kind"] == "mixture" and not run["data"] and not row["diverged"]:
+        if run["paired"] == paired and run["kind"] == "mixture" and not run["data"] and not row["diverged"]:
             same = tuple((name, value) for name, value in run.items() if name not in ("n_experts", "seed"))
             groups.setdefault(same, {}).setdefault(run["n_experts"], {})[run["seed"]] = row
     within, between, cells = [], [], 0

@@ -50,6 +50,11 @@ def number(value):
     return "–" if value is None else f"{value:+.3g}"
 
 
+def share_left(pairing):
+    share, cells = pairing
+    return f"{share:.2f} ({cells} pairs of cells)" if cells else "no run yet to say how much"
+
+
 def strongest(tests):
     """The test that a one-line summary shows: one that votes, else one that could say something; paired, most seeds, most runs."""
     silent = lambda test: any(word in test.note for word in ("beside", "nothing learned", "describes", "control"))  # noqa: E731
@@ -93,7 +98,6 @@ def appendix(claims, rows):
     """All effects, as Markdown."""
     minutes, flops = sum(row["seconds"] / row["jobs"] for row in rows) / 60, sum(row["flops"] for row in rows)
     devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
-    share, cells = rules.pairing(rows)
     paired = sum(row["run"]["paired"] for row in rows)
     lines = [
         "# The study: every effect",
@@ -106,9 +110,8 @@ def appendix(claims, rows):
         f"{sum(row['run']['top_k'] == 1 for row in rows)} runs have k = 1. Their normalised gate is always 1, so the loss gave their "
         "routers no gradient: they are in no line and have no vote.",
         "",
-        f"Pairing: {share:.2f} of the variance between two E is left where both have the same seed, over {cells} pairs of cells."
-        if cells
-        else "Pairing: no paired runs yet (`python -m study.sweep pairs`).",
+        f"Pairing: {share_left(rules.pairing(rows))} of the variance between two E is left where both have the same seed (paired weights); "
+        f"{share_left(rules.pairing(rows, paired=False))} where the seed shares only the data (first edition).",
     ]
     for n, (text, tests, _) in enumerate(claims, 1):
         lines += ["", f"## {n}. {text}: {overall(tests)}", ""]

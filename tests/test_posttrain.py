@@ -183,5 +183,5 @@ def test_no_verdict_on_remedies_while_seeds_are_missing():
         tests([(32, 1)])
     ) == "undecided"  # not the loss to E=16 instead
     two = [row for row in rows if row["seed"] < 2]
-    assert {test.note for test in still_lost(two, remedies)} == {"what there is to rescue", "too few seeds"}
+    assert {test.note for test in still_lost(two, remedies)} == {"before any remedy", "too few seeds"}
     assert MIN_SEEDS == 3 and f"| 9. {REMEDIES[1][0]} | **undecided** |" in claims_table(computed([], two), [])
