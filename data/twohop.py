@@ -1,12 +1,13 @@
-"""Facts as bare key and value, and questions that join two of them: what can be stored, and what can be worked out from it.
+"""Facts as bare key and value, and questions that join two of them: what can be stored, and what can be worked out
+from it.
 
     build("data/keys", HopConfig(entities=131_072, relations=0, names=1024, tokens=2**26))    # values of 20 bits
     build("data/hops", HopConfig(entities=200, relations=10, names=32, composed=8_000))
 
-An entity is two words. With relations = 0 a key has one random value: "key value". Otherwise every entity has one entity for each
-relation, "head relation tail", and a two-hop question is "head relation relation tail". Recall of a trained fact is memory; a
-question that training never had is reasoning, because both of its facts were trained. How many questions are trained for
-each fact is what decides whether models learn to join them (arXiv 2405.15071).
+An entity is two words. With relations = 0 a key has one random value: "key value". Otherwise every entity has one
+entity for each relation, "head relation tail", and a two-hop question is "head relation relation tail". Recall of
+a trained fact is memory; a question that training never had is reasoning, because both of its facts were trained.
+How many questions are trained for each fact is what decides whether models learn to join them (arXiv 2405.15071).
 """
 
 import dataclasses
@@ -69,8 +70,8 @@ def encoder(cfg: HopConfig):
 
 
 def world(cfg: HopConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(names_N2: the two words of each entity, target_NR: the entity that each relation leads to, or, with relations = 0, the number of
-    a value, whose words are its two digits in base `names`)."""
+    """(names_N2: the two words of each entity, target_NR: the entity that each relation leads to, or, with
+    relations = 0, the number of a value, whose words are its two digits in base `names`)."""
     rng = np.random.default_rng([cfg.seed, 1])
     chosen = rng.permutation(cfg.names**2)[: cfg.entities]
     most = cfg.entities if cfg.relations else cfg.names**2

@@ -52,8 +52,8 @@ def decide(test):
 
 
 def overall(tests):
-    """Paired runs decide where there are any with enough seeds, else unpaired ones: supported or not when at least half of the votes
-    say so and none the opposite, mixed when both are among them."""
+    """Paired runs decide where there are any with enough seeds, else unpaired ones: supported or not when at least
+    half of the votes say so and none the opposite, mixed when both are among them."""
     voting = [test for test in tests if test.votes and len(test.effects) >= MIN_SEEDS]
     voting = [test for test in voting if test.paired] or voting
     found = [decide(test) for test in voting]
@@ -107,7 +107,8 @@ def percent(row, task):
 
 
 def tells(cells, task):
-    """Whether a line can say something: somewhere 5 points above the best constant answer, and somewhere not mastered."""
+    """Whether a line can say something: somewhere 5 points above the best constant answer, and somewhere not
+    mastered."""
     rows = [row for cell in cells.values() for row in cell.values()]
     floor = 5 + 100 * max(row[task].get("chance", 0) for row in rows)
     means = [np.mean([percent(row, task) for row in cell.values()]) for cell in cells.values()]
@@ -149,7 +150,8 @@ def tuned_lines(rows, task, wide=3):
 
 
 def slopes(rows, task, value, margin, unit, note=lambda where: ""):
-    """A Test per regime: the slope of value(row, task) over doublings of E, mean over k, at the best rates for the task.
+    """A Test per regime: the slope of value(row, task) over doublings of E, mean over k, at the best rates for the
+    task.
 
     note(regime): why it has no vote, or \"\"."""
     for where, by_k in tuned_lines(rows, task):
@@ -185,7 +187,8 @@ def memory_rises(rows):
 
 
 def reasoning_turns(rows):
-    """Scarce problems: the loss of unseen solutions rises with E. Where every problem is new it must not: the negative control."""
+    """Scarce problems: the loss of unseen solutions rises with E. Where every problem is new it must not: the
+    negative control."""
     text, made = ([row for row in rows if bool(row["run"]["data"]) == is_text] for is_text in (True, False))
     scarce = [row for row in made if row["run"]["unique"]]
     fresh = [row for row in made if not row["run"]["unique"] and row["run"]["kind"] == "mixture"]
@@ -202,8 +205,8 @@ def reasoning_turns(rows):
 
 
 def optimum_near_20(rows):
-    """Unseen solutions are best between 10 and 40 tokens per parameter, and it is tokens of reasoning that count: with more
-    different problems the loss rises less with E."""
+    """Unseen solutions are best between 10 and 40 tokens per parameter, and it is tokens of reasoning that count:
+    with more different problems the loss rises less with E."""
     for where, by_k in tuned_lines(rows, "problems"):
         for k, one in by_k.items():
             tpp = {e: next(iter(cell.values()))["tpp"] for e, cell in one.cells.items()}
@@ -228,7 +231,8 @@ def optimum_near_20(rows):
 
 
 def dose_response(rows):
-    """Regimes that differ in the number of problems alone: how much the slope of the unseen-solution loss over E falls per doubling."""
+    """Regimes that differ in the number of problems alone: how much the slope of the unseen-solution loss over E
+    falls per doubling."""
     groups = defaultdict(dict)
     for where, by_k in tuned_lines(rows, "problems"):
         for k, one in by_k.items():
@@ -253,7 +257,8 @@ def dose_response(rows):
 
 
 def denser_at_equal_loss(rows):
-    """A regression on training loss (quadratic) and log2 k/E, over final and earlier points of the runs at the best rates for solutions."""
+    """A regression on training loss (quadratic) and log2 k/E, over final and earlier points of the runs at the
+    best rates for solutions."""
     pooled = defaultdict(lambda: defaultdict(list))
     why, runs = defaultdict(list), defaultdict(int)
     for where, by_k in tuned_lines(rows, "problems"):
@@ -275,8 +280,8 @@ def denser_at_equal_loss(rows):
 
 
 def at_equal_loss(members, measure):
-    """The coefficient of log2 k/E, positive where denser models are better; None with too few points. Points at the floor (nothing
-    solved) and at the ceiling say nothing."""
+    """The coefficient of log2 k/E, positive where denser models are better; None with too few points. Points at
+    the floor (nothing solved) and at the ceiling say nothing."""
     points = []
     for row in members:
         for point in (*row["points"], row):
@@ -292,7 +297,8 @@ def at_equal_loss(members, measure):
 
 
 def top_k_alone(rows):
-    """What the choice of k is worth where k F and E F are the same: the best k against the worst, which the other seeds choose."""
+    """What the choice of k is worth where k F and E F are the same: the best k against the worst, which the other
+    seeds choose."""
     groups = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for row in results.counted(rows):
         run = row["run"]
@@ -325,7 +331,8 @@ def edge_note(one):
 
 
 def spread(cells, value, seed):
-    """value(row) of this seed where the other seeds' mean is largest, minus that where it is smallest; None without other seeds."""
+    """value(row) of this seed where the other seeds' mean is largest, minus that where it is smallest; None
+    without other seeds."""
     means = {
         x: np.mean([value(row) for s, row in cell.items() if s != seed]) for x, cell in cells.items() if len(cell) > 1
     }
@@ -335,8 +342,9 @@ def spread(cells, value, seed):
 
 
 def gentler_training(rows):
-    """Loss of unseen solutions at the next lower rate (or smaller initial weights) than the one with the best training loss, where
-    the training losses are comparable. The mean over the seeds says which these are: a lucky seed must not choose."""
+    """Loss of unseen solutions at the next lower rate (or smaller initial weights) than the one with the best
+    training loss, where the training losses are comparable. The mean over the seeds says which these are: a lucky
+    seed must not choose."""
     for name, text in (("lr", "learning rate"), ("init_std", "initial weights")):
         for paired in (True, False):
             yield gentler([row for row in rows if row["run"]["paired"] == paired], name, text, paired)
@@ -370,7 +378,8 @@ def gentler(rows, name, text, paired):
 
 
 def more_active_moves(rows):
-    """How much the rise of the unseen-solution loss per doubling of E grows with a doubling of active parameters, by width and k."""
+    """How much the rise of the unseen-solution loss per doubling of E grows with a doubling of active parameters,
+    by width and k."""
     groups = defaultdict(list)
     for where, by_k in tuned_lines(rows, "problems"):
         for one in by_k.values():
@@ -395,8 +404,9 @@ def more_active_moves(rows):
 
 
 def still_lost(rows, remedies):
-    """Points lost from the best E, by the greedy answers of the other seeds before any remedy, to the largest, before and with each
-    remedy {name: (when, measure)} of study.posttrain. No vote where it is not shown that anything was lost before."""
+    """Points lost from the best E, by the greedy answers of the other seeds before any remedy, to the largest,
+    before and with each remedy {name: (when, measure)} of study.posttrain. No vote where it is not shown that
+    anything was lost before."""
     if all(when == "before" for when, _ in remedies.values()):  # whatever the model was post-trained with later
         rows = list({(row["checkpoint"], row["seed"], row["n_experts"], row["top_k"]): row for row in rows}.values())
     for (d, k, same), cells in posttrain.families(rows).items():
@@ -409,7 +419,8 @@ def still_lost(rows, remedies):
             f", {settings.get('steps')} steps of {settings.get('batch_prompts')} x {settings.get('group_size')} answers"
         )
         budget += f" to {settings.get('questions')} questions" + ", experts replayed" * bool(settings.get("replay"))
-        # An E that lacks seeds of the largest would cost all others theirs; without the largest the claim would be about another E.
+        # An E that lacks seeds of the largest would cost all others theirs; without the largest the claim would be
+        # about another E.
         cells = {E: cell for E, cell in cells.items() if cell.keys() >= cells[max(cells)].keys()}
         if len(cells) < 3:
             continue

@@ -1,10 +1,11 @@
-"""One run of the study: train a small model on memory and reasoning at once, and measure both. `study/sweep.py` runs many.
+"""One run of the study: train a small model on memory and reasoning at once, and measure both. `study/sweep.py` runs
+many.
 
-    row = execute(Run(n_experts=16, top_k=2, tokens=2**24, lr=6e-3), "runs/study", "cuda")      # a line of the results file
+    row = execute(Run(n_experts=16, top_k=2, tokens=2**24, lr=6e-3), "runs/study", "cuda")
 
-The mixture (data/procedural.py) holds biographies (memory), word problems with worked solutions, and mental arithmetic without
-steps (reasoning). All its windows lie on the device, and so does the order of the samples: on CUDA a whole training step, the choice
-of its data included, is one CUDA graph.
+The mixture (data/procedural.py) holds biographies (memory), word problems with worked solutions, and mental
+arithmetic without steps (reasoning). All its windows lie on the device, and so does the order of the samples: on
+CUDA a whole training step, the choice of its data included, is one CUDA graph.
 """
 
 import dataclasses
@@ -108,51 +109,29 @@ def train_config(run, vocab_size):
     """The TrainConfig of a run: the recipe that makes tiny models learn (docs/LOG.md) for its sizes."""
     heads = max(1, run.d_model // 32)
     recipe = dict(qk_norm=True, rope_theta=500.0, embed_init_std=0.5, beta2=0.99) if not run.data else dict(beta2=0.95)
+    same = ("d_model n_layers n_experts top_k d_expert init_std seq_len steps lr seed optimizer data").split()
     return TrainConfig(
         preset="",
-        data=run.data,
         vocab_size=-(-vocab_size // 64) * 64,
-        d_model=run.d_model,
-        n_layers=run.n_layers,
         n_heads=heads,
         n_kv_heads=heads,
         head_dim=run.d_model // heads,
-        n_experts=run.n_experts,
-        top_k=run.top_k,
-        d_expert=run.d_expert,
-        init_std=run.init_std,
-        seq_len=run.seq_len,
         batch_size=run.batch,
-        steps=run.steps,
-        lr=run.lr,
-        seed=run.seed,
         warmup_steps=max(2, run.steps // 20),
         compile="false",
-        optimizer=run.optimizer,
         bad_steps="skip",
+        **{name: getattr(run, name) for name in same},
         **recipe,
     )
 
 
 def mixture(run):
     """The MixtureConfig whose training split has run.data_tokens tokens or a few percent more, by SHARES."""
-    facts = FactsConfig(
-        n_people=run.people,
-        first_names=100,
-        middle_names=100,
-        last_names=200,
-        cities=200,
-        universities=100,
-        majors=100,
-        employers=100,
-        seed=run.seed,
-    )
+    hundred = dict.fromkeys(("first_names", "middle_names", "universities", "majors", "employers"), 100)
+    facts = FactsConfig(n_people=run.people, last_names=200, cities=200, seed=run.seed, **hundred)
+    names = max(40, 2 * run.max_steps + 1)
     reasoning = ReasoningConfig(
-        max_steps=run.max_steps,
-        modulus=run.modulus,
-        names=max(40, 2 * run.max_steps + 1),
-        mano_length=run.mano_length,
-        seed=run.seed,
+        run.max_steps, modulus=run.modulus, names=names, mano_length=run.mano_length, seed=run.seed
     )
     wanted = {kind: 1.03 * share * run.data_tokens for kind, share in SHARES.items()}
     second = max(0, run.modulus - 10) / run.modulus  # share of the numbers that have two digits, and so two tokens
@@ -177,7 +156,8 @@ def mixture(run):
 
 
 def data_config(run):
-    """What the data directory of a run is made from: a MixtureConfig, or a HopConfig with values of 20 bits or with questions."""
+    """What the data directory of a run is made from: a MixtureConfig, or a HopConfig with values of 20 bits or
+    with questions."""
     if run.kind == "mixture":
         return mixture(run)
     hops = dict(entities=run.people, tokens=run.data_tokens, window=run.seq_len, seed=run.seed)
@@ -223,39 +203,29 @@ def prepare_data(run, cache, workers=1):
 
 
 class Samples:
-    """All windows of a training split on a device, and which of them each step takes: rows_SB of starts into ids, S steps of B."""
+    """All windows of a training split on a device, and those that each step takes: starts_SB into ids, S steps of B."""
 
     def __init__(self, run, sources, device):
-        flats = [
-            np.concatenate([np.asarray(shard) for shard in shards.open_shards(directory, "train")])
-            for directory, _ in sources
-        ]
-        total = sum(weight for _, weight in sources)
+        read = lambda directory: np.concatenate([np.asarray(s) for s in shards.open_shards(directory, "train")])  # noqa: E731
+        flats, total = [read(directory) for directory, _ in sources], sum(weight for _, weight in sources)
         rng, starts, offset, needed = np.random.default_rng(run.seed), [], 0, run.steps * run.batch
         for flat, (directory, weight) in zip(flats, sources, strict=True):
             windows = (len(flat) - 1) // run.seq_len
             want = needed if len(flats) == 1 else math.ceil(needed * weight / total)
-            require(
-                windows >= 1, "data", directory, f"its {len(flat):,} tokens hold no window of seq_len={run.seq_len}"
-            )
-            if (
-                not run.data
-            ):  # the first part of a mixture is a mixture with fewer exposures; the last window lacks its last target
-                require(
-                    windows >= want - 1,
-                    "data_tokens",
-                    run.data_tokens,
-                    f"the mixture came out at {len(flat):,} tokens; lower tokens",
-                )
+            found = f"its {len(flat):,} tokens hold no window of seq_len={run.seq_len}"
+            require(windows >= 1, "data", directory, found)
+            if not run.data:  # the first part of a mixture is a mixture with fewer exposures
+                enough = windows >= want - 1  # the last window lacks its last target
+                remedy = f"the data came out at {len(flat):,} tokens; lower tokens"
+                require(enough, "data_tokens", run.data_tokens, remedy)
                 windows = min(windows, want)
                 flats = [flat[: windows * run.seq_len + 1]]
             order = np.concatenate([rng.permutation(windows) for _ in range(math.ceil(want / windows))])[:want]
             starts.append(offset + order.astype(np.int64) * run.seq_len)
             offset += len(flat)
         self.ids = torch.from_numpy(np.concatenate(flats).astype(np.int32)).to(device)
-        starts = (
-            np.concatenate(starts)[:needed] if len(flats) == 1 else rng.permutation(np.concatenate(starts))[:needed]
-        )
+        starts = np.concatenate(starts)
+        starts = (starts if len(flats) == 1 else rng.permutation(starts))[:needed]
         self.starts_SB = torch.from_numpy(starts).view(run.steps, run.batch).to(device)
         self.span = torch.arange(run.seq_len + 1, device=device)
 
@@ -266,12 +236,11 @@ class Samples:
 
 
 def compile_parts(model):
-    """torch.compile of attention and norms, where half of a small step's kernels are, but not of whole blocks: no E, k or F changes the shapes of
-    these parts, so a process compiles them once for all its runs of one width, and others find them in inductor's cache on disk."""
+    """torch.compile of attention and norms, where half of a small step's kernels are, but not of whole blocks: no
+    E, k or F changes the shapes of these parts, so a process compiles them once for all its runs of one width, and
+    others find them in inductor's cache on disk."""
     torch._inductor.config.compile_threads = 1  # several processes compile at once: no pool of helpers for each
-    torch._inductor.config.deterministic = (
-        True  # reductions chosen by rule, not by timing in each process: one reason less for other bits (docs/LOG.md)
-    )
+    torch._inductor.config.deterministic = True  # reductions chosen by rule, not by timing in each process
     torch._dynamo.config.recompile_limit = 64  # of widths and batches that one process may see
     for block in model.blocks:
         for part in (block.attn_norm, block.attn, block.mlp_norm):
@@ -281,7 +250,8 @@ def compile_parts(model):
 class Trainer:
     """Models of one shape in training, in step with one another: `[(loss, load_cv), ...] = trainer.advance(step)`.
 
-    The kernels of one small model leave most of a GPU idle. On CUDA one graph holds a step of each model, on branches that run at the same time."""
+    The kernels of one small model leave most of a GPU idle. On CUDA one graph holds a step of each model, on
+    branches that run at the same time."""
 
     def __init__(self, cfgs, samples, device):
         self.cfgs, self.samples, self.done, self.models = cfgs, samples, 0, []
@@ -290,9 +260,8 @@ class Trainer:
             self.models.append(GPT(cfg).to(device))
         self.optimizers = [make_optimizer(model, cfg) for model, cfg in zip(self.models, cfgs, strict=True)]
         self.windows = [new_window(cfg, device) for cfg in cfgs]
-        self.positions = [
-            torch.zeros(1, dtype=torch.int64, device=device) for _ in cfgs
-        ]  # `done` on the device: a recorded step reads it
+        # `done` on the device: a recorded step reads it.
+        self.positions = [torch.zeros(1, dtype=torch.int64, device=device) for _ in cfgs]
         self.run_step, self.streams = self._step, [None] * len(cfgs)
         if torch.device(device).type == "cuda":
             if cfgs[0].steps * cfgs[0].batch_size * cfgs[0].seq_len >= COMPILED:
@@ -302,17 +271,8 @@ class Trainer:
 
     def _step(self, _):
         start = torch.cuda.current_stream() if self.streams[0] else None
-        for parts in zip(
-            self.models,
-            self.optimizers,
-            self.cfgs,
-            self.windows,
-            self.samples,
-            self.positions,
-            self.streams,
-            strict=True,
-        ):
-            model, optimizer, cfg, window, samples, position, stream = parts
+        parts = (self.models, self.optimizers, self.cfgs, self.windows, self.samples, self.positions, self.streams)
+        for model, optimizer, cfg, window, samples, position, stream in zip(*parts, strict=True):
             if stream:
                 stream.wait_stream(start)
             with torch.cuda.stream(stream):  # does nothing for None
@@ -332,8 +292,9 @@ class Trainer:
             self.done += 1
 
     def advance(self, step):
-        """Train up to this step. Returns for each model the mean loss of the last twentieth of all steps so far, which is smooth enough to compare
-        runs, and the coefficient of variation of the experts' loads over it (mean of the layers). Waits for the device."""
+        """Train up to this step. Returns for each model the mean loss of the last twentieth of all steps so far,
+        which is smooth enough to compare runs, and the coefficient of variation of the experts' loads over it
+        (mean of the layers). Waits for the device."""
         tail = min(max(1, step // 20), step - self.done)
         self._train(step - tail - self.done)
         for window in self.windows:
@@ -344,18 +305,15 @@ class Trainer:
         for window in self.windows:
             load = window["counts_NE"].float()
             loss, *_, steps = window["sums"].tolist()  # skipped steps are not in the sums
-            found.append(
-                (
-                    loss / steps if steps else math.nan,
-                    float((load.std(1, correction=0) / load.mean(1).clamp(min=1)).mean()),
-                )
-            )
+            load_cv = float((load.std(1, correction=0) / load.mean(1).clamp(min=1)).mean())
+            found.append((loss / steps if steps else math.nan, load_cv))
         return found
 
 
 @functools.cache
 def revision():
-    """git revision, "+" when tracked files differ from it, else "none"; and a hash of the sources, which a copy without git has too."""
+    """git revision, "+" when tracked files differ from it, else "none"; and a hash of the sources, which a copy
+    without git has too."""
     digest = hashlib.sha256()
     for path in sorted(
         file
@@ -386,13 +344,14 @@ def rounded(value):
 def execute(run, cache, device, n=100, keep=None):
     """Train and measure. Returns the row for the results file, JSON types only.
 
-    cache: where data directories are; n: size of the measurements (100: standard errors near 1 %); keep: a directory for the final weights, laid
-    out as a run of train.py. A run whose loss is not finite is recorded as diverged."""
+    cache: where data directories are; n: size of the measurements (100: standard errors near 1 %); keep: a directory
+    for the final weights, laid out as a run of train.py. A run whose loss is not finite is recorded as diverged."""
     return execute_together([run], cache, device, n, [keep])[0]
 
 
 def execute_together(runs, cache, device, n=100, keep=()):
-    """`execute` for runs of one `form`, trained side by side. A row's seconds are its share of what all took, tokens_per_s the speed of all."""
+    """`execute` for runs of one `form`, trained side by side. A row's seconds are its share of what all took,
+    tokens_per_s the speed of all."""
     began, device = time.perf_counter(), torch.device(device)
     for run in runs:
         require(run.paired, "paired", run.paired, "only older code drew weights in this way; plan the run with True")
@@ -440,7 +399,8 @@ def execute_together(runs, cache, device, n=100, keep=()):
 
 
 def train_and_measure(trainer, runs, sources, device, n):
-    """(measured points of each run, load variation of each, seconds of training, tokens per second of the last part, when nothing is compiled)."""
+    """(measured points of each run, load variation of each, seconds of training, tokens per second of the last
+    part, when nothing is compiled)."""
     points, loads, seconds, speed = [[] for _ in runs], [math.nan] * len(runs), 0.0, 0.0
     for share in POINTS:
         done, clock = trainer.done, time.perf_counter()
@@ -460,7 +420,8 @@ def train_and_measure(trainer, runs, sources, device, n):
 
 
 def save_weights(path, cfg, weights, row):
-    """Final weights laid out as a run of train.py; results.json is written last, so a directory that has it is whole."""
+    """Final weights laid out as a run of train.py; results.json is written last, so a directory that has it is
+    whole."""
     os.makedirs(path, exist_ok=True)
     config.save(cfg, Path(path) / "config.json")
     checkpoint.save(path, cfg.steps, {"step": cfg.steps, "config": dataclasses.asdict(cfg), "model": weights}, keep=1)

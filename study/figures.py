@@ -1,7 +1,8 @@
 """The picture of the study:  python -m study.figures
 
-Three panels: fact loss and unseen-solution loss against E; unseen-solution loss by number of problems; solutions against the learning rate. A
-dot is a seed, a line joins the means. Paired runs are drawn where there are any, else those of the first edition.
+Three panels: fact loss and unseen-solution loss against E; unseen-solution loss by number of problems; solutions
+against the learning rate. A dot is a seed, a line joins the means. Paired runs are drawn where there are any, else
+those of the first edition.
 """
 
 import sys

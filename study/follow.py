@@ -1,8 +1,10 @@
-"""metrics.jsonl of a run, live or finished, as TensorBoard or Weights & Biases curves:  python -m study.follow RUN --to=tensorboard|wandb
+"""metrics.jsonl of a run, live or finished, as TensorBoard or Weights & Biases curves:  python -m study.follow RUN
+--to=tensorboard|wandb
 
-It reads what training writes and never the other way round: start it at any time, in another terminal; it ends after the validation of the run's
-last step or with Ctrl-C. TensorBoard files go to RUN/tensorboard; wandb takes its project and its login from its own settings. Numbers per layer
-become load_max/0, load_max/1 ...; the load of every expert stays in curves.png.
+It reads what training writes and never the other way round: start it at any time, in another terminal; it ends
+after the validation of the run's last step or with Ctrl-C. TensorBoard files go to RUN/tensorboard; wandb takes
+its project and its login from its own settings. Numbers per layer become load_max/0, load_max/1 ...; the load of
+every expert stays in curves.png.
 """
 
 import sys
@@ -36,7 +38,8 @@ def scalars(row):
 
 
 def follow(run, poll=1.0):
-    """Rows of metrics.jsonl as they appear, each step's once although a resumed run writes some again; ends with the last step's validation."""
+    """Rows of metrics.jsonl as they appear, each step's once although a resumed run writes some again; ends with
+    the last step's validation."""
     path, seen = Path(run) / "metrics.jsonl", set()
     while True:
         steps = files.read_json(Path(run) / "config.json")["steps"]  # read again: a run may be resumed for more

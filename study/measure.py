@@ -1,7 +1,8 @@
-"""What is measured of a model of the study. Nothing is generated: whether greedy decoding would write an answer is read off one forward pass.
+"""What is measured of a model of the study. Nothing is generated: whether greedy decoding would write an answer is
+read off one forward pass.
 
-Every kind of run gives "facts" (memory) and, where it has questions, "problems" (reasoning, never trained): {"loss": nats per token of
-the answers, share of right ones, ...}.
+Every kind of run gives "facts" (memory) and, where it has questions, "problems" (reasoning, never trained):
+{"loss": nats per token of the answers, share of right ones, ...}.
 """
 
 import math
@@ -22,8 +23,8 @@ REAL_TASKS = ("triviaqa", "hellaswag", "gsm8k", "humaneval")  # the paper's: two
 def validation_loss(model, sources, seq_len, device, limit=256):
     """Mean cross-entropy over the first `limit` validation windows (of each source, by weight), in nats per token.
 
-    With repeated problems it tells little: a model that knows these by heart is surprised by the random wording of any other question,
-    which is most of this number and nothing that could be known (docs/LOG.md)."""
+    With repeated problems it tells little: a model that knows these by heart is surprised by the random wording of
+    any other question, which is most of this number and nothing that could be known (docs/LOG.md)."""
     model.eval()
     losses = []
     for directory, weight in sources:
@@ -43,7 +44,8 @@ def validation_loss(model, sources, seq_len, device, limit=256):
 
 
 def mixture(model, directory, n, final):
-    """A model trained on data/procedural.py. n: items per kind and number of steps; unless final, without bits and untrained lengths."""
+    """A model trained on data/procedural.py. n: items per kind and number of steps; unless final, without bits and
+    untrained lengths."""
     cfg, enc = procedural.read_config(directory), tokenizer.load(directory)
     most = cfg.reasoning.max_steps
     facts = probes.fact_recall(model, enc, cfg.facts, 5 * n)
@@ -109,7 +111,8 @@ def hops(model, directory, n, final):
 
 
 def text(model, directory, limit):
-    """Task loss of the gold answers (bits per byte, mean over items) and accuracy where it is a matter of choice; no examples in front."""
+    """Task loss of the gold answers (bits per byte, mean over items) and accuracy where it is a matter of choice;
+    no examples in front."""
     tokens, source, results = tiktoken_tokens(tokenizer.load(directory)), Source(), {}
     for name in REAL_TASKS:
         items = tasks.load(name).items(source, 0)[:limit]

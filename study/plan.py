@@ -1,8 +1,9 @@
 """What to train with the hours and GPUs there are:  python -m study.plan reasoning --hours=24 --gpus=8
 
-Two tables that are never mixed: the models of the paper's grid that fit, ordered by the paper's rules (arXiv 2508.18672: for memory the
-largest total size; for reasoning first active compute, then about 20 tokens per parameter), and what this study measured. Budgets are limits.
-The last lines say what is evidence and what is extrapolation.
+Two tables that are never mixed: the models of the paper's grid that fit, ordered by the paper's rules (arXiv
+2508.18672: for memory the largest total size; for reasoning first active compute, then about 20 tokens per
+parameter), and what this study measured. Budgets are limits. The last lines say what is evidence and what is
+extrapolation.
 """
 
 import csv
@@ -86,7 +87,8 @@ def throughput(path):
 
 
 def flops_per_second(per_token, cfg, measured):
-    """Of all GPUs, at the utilisation measured nearest in FLOPs per token; None where the peak or every measurement is missing."""
+    """Of all GPUs, at the utilisation measured nearest in FLOPs per token; None where the peak or every
+    measurement is missing."""
     peak = peak_flops(cfg.gpu)
     if not measured or not peak:
         return None
@@ -132,7 +134,8 @@ def short(number):
 
 
 def aligned(header, rows):
-    """Lines of a table whose columns are as wide as their widest cell: the first to the left, the others to the right."""
+    """Lines of a table whose columns are as wide as their widest cell: the first to the left, the others to the
+    right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     sides = "<" + ">" * (len(widths) - 1)
     return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in (header, *rows)]
@@ -147,27 +150,27 @@ def paper_table(cfg):
     if not plans:
         nearest = min(fitting, key=lambda plan: abs(math.log(plan.tpp / BEST_TPP)))
         raise ValueError(
-            f"the budget gives {nearest.name}, the nearest of all that fit, {short(nearest.tokens)} tokens for {short(nearest.total)} "
-            f"parameters: {nearest.tpp:.3g} tokens per parameter, and {cfg.min_tpp:g} to {cfg.max_tpp:g} are asked for. Change the "
-            "budget, or --min_tpp and --max_tpp knowing that the paper has nothing beyond"
+            f"the budget gives {nearest.name}, the nearest of all that fit, {short(nearest.tokens)} tokens for "
+            f"{short(nearest.total)} parameters: {nearest.tpp:.3g} tokens per parameter, and {cfg.min_tpp:g} to "
+            f"{cfg.max_tpp:g} are asked for. Change the budget, or --min_tpp and --max_tpp knowing that the paper has "
+            "nothing beyond"
         )
     hours = lambda value: "n/a" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"  # noqa: E731
     why = {
         "memory": "largest total size first",
-        "reasoning": f"within a factor of {RESOLUTION} of {BEST_TPP} tokens per parameter (TPP) first, most active parameters first",
+        "reasoning": f"{BEST_TPP} tokens per parameter (TPP) to a factor of {RESOLUTION} first, then active size",
     }[cfg.purpose]
     cells = [
-        [
-            plan.name,
-            short(plan.tokens),
-            f"{plan.tpp:.3g}",
-            short(plan.total),
-            short(plan.active),
-            f"{plan.flops:.2e}",
-            f"{plan.gib:.1f}",
-            hours(plan.hours),
-        ]
-        for plan in plans[: cfg.rows]
+        (
+            p.name,
+            *map(short, p[1:2]),
+            f"{p.tpp:.3g}",
+            *map(short, p[3:5]),
+            f"{p.flops:.2e}",
+            f"{p.gib:.1f}",
+            hours(p.hours),
+        )
+        for p in plans[: cfg.rows]
     ]
     lines = [f"From the paper's grid, for {cfg.purpose}: {why}.", ""]
     lines += aligned("model tokens TPP total active FLOPs GiB/GPU hours".split(), cells)
@@ -203,8 +206,9 @@ def evidence(cfg):
     measured = throughput(cfg.throughput)
     speeds = [f"  {row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']}" for *_, row in measured]
     return [
-        "Evidence: the order of the first table, for 125 B tokens of the paper's mixture, where one run each of 65 models was trained;",
-        f"  its optimum for reasoning, {BEST_TPP} TPP, is resolved to a factor of {RESOLUTION}. The second table, for 1 to 50 M parameters.",
+        "Evidence: the order of the first table, for 125 B tokens of the paper's mixture: 65 models, one run each; its",
+        f"  optimum for reasoning, {BEST_TPP} TPP, is resolved to a factor of {RESOLUTION}. The second table, for 1 to",
+        "  50 M parameters.",
         "Extrapolation: other numbers of tokens, other data, and models between those of the grid. Hours: "
         f"{cfg.gpus} x {cfg.gpu}, no loss",
         "  between GPUs, at the utilisation of the nearest of",

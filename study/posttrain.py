@@ -1,15 +1,17 @@
 """Do more votes or reinforcement learning rescue a model that is too sparse? (The paper's Fig. 6; its answer is no.)
 
     python -m study.sweep votes --keep=all
-    python -m study.posttrain --runs='runs/study/weights/*' --steps=20 --batch_prompts=256 --mini_batch=64 --lr=1e-4 --questions=1000
-    python -m study.posttrain                                                                      # a table of what is there
+    python -m study.posttrain --runs='runs/study/weights/*' --questions=1000 \\
+        --steps=20 --batch_prompts=256 --mini_batch=64 --lr=1e-4
+    python -m study.posttrain                                                    # a table of what is there
 
-Every run directory (of train.py or study.execute, on data with word problems) is post-trained by grpo.py with the same budget; fields of
-its configuration are flags here. With --questions=1000 GRPO asks the 1,000 problems of the preset `votes` again; with more it has
-fresh ones. Before and after, on the same unseen problems of every trained number of steps: greedy answers and whole solutions, and
-`samples` draws per problem with their majority vote, coverage of the right answer, and coverage of a wholly right solution (a right
-answer alone is often luck). One signed JSON line per model is appended to the results file; what is there with the same checkpoint and
-budget is skipped.
+Every run directory (of train.py or study.execute, on data with word problems) is post-trained by grpo.py with the
+same budget; fields of its configuration are flags here. With --questions=1000 GRPO asks the 1,000 problems of the
+preset `votes` again; with more it has fresh ones. Before and after, on the same unseen problems of every trained
+number of steps: greedy answers and whole solutions, and `samples` draws per problem with their majority vote,
+coverage of the right answer, and coverage of a wholly right solution (a right answer alone is often luck). One
+signed JSON line per model is appended to the results file; what is there with the same checkpoint and budget is
+skipped.
 """
 
 import dataclasses
@@ -95,7 +97,8 @@ def settings(cfg):
 
 
 def measure(run, cfg, device):
-    """Per problem: greedy and majority success, numbers of right answers and solutions among the draws; and the curves over 1, 2, 4 .. draws."""
+    """Per problem: greedy and majority success, numbers of right answers and solutions among the draws; and the
+    curves over 1, 2, 4 .. draws."""
     _, model, data, tokens, _ = grpo.load_start(dataclasses.replace(cfg.budget(), model=str(run)), device)
     problem_cfg = procedural.read_config(data).reasoning
     problems = [reasoning.problem(problem_cfg, i, "test", 1 + i % problem_cfg.max_steps) for i in range(cfg.problems)]
@@ -211,8 +214,8 @@ def other_process(cfg, run):
 
 
 def families(rows):
-    """{(d, k, settings and training as text): {E: {seed: row}}}, the last row where there are several; training: all fields of its study.execute.Run but
-    those that a family varies."""
+    """{(d, k, settings and training as text): {E: {seed: row}}}, the last row where there are several; training:
+    all fields of its study.execute.Run but those that a family varies."""
     found = {}
     for row in rows:
         training = {
@@ -227,10 +230,9 @@ def families(rows):
 
 def report(rows):
     """A Markdown table of the models; study.verdict says what is lost to the largest E before and after each remedy."""
-    lines = [
-        "| d | k | replay | E | seeds | training loss | greedy | votes | solutions covered | greedy, GRPO | votes, GRPO | solutions covered, GRPO |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    measured = ("greedy", "votes", "solutions covered")
+    head = ("d", "k", "replay", "E", "seeds", "training loss", *measured, *(f"{name}, GRPO" for name in measured))
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     mean = lambda seeds, when, name: 100 * np.mean([np.mean(row[when][name]) for row in seeds.values()])  # noqa: E731
     for (d, k, same), cells in families(rows).items():
         replay = "yes" if json.loads(same)[0].get("replay") else "no"

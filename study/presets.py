@@ -1,19 +1,17 @@
-"""The runs of the study's programme (docs/study/rules.md), each preset a function of the rows there are: what it asks for next may depend on
-what was found, such as the rate that is best for a task. `python -m study.sweep PRESET` runs what is missing.
+"""The runs of the study's programme (docs/study/rules.md), each preset a function of the rows there are: what it asks
+for next may depend on what was found, such as the rate that is best for a task. `python -m study.sweep PRESET` runs
+what is missing.
 
-smoke     two tiny runs: does it work, on a CPU in seconds
-pairs     1. does pairing cut the variance, and which rates are best: E 8, 64, 512, k = 8, three numbers of problems, four rates
-scarce2   2. 1,000 problems, E 8 to 512, k = 8 and 2: each (E, k) searches its rates, then ten seeds at the best for reasoning
-dose      3. 500, 2,000 and 4,000 problems at the same number of tokens, k = 8
-fresh     negative control: every problem is new
-votes     4. the models of E 8, 64, 512 that study.posttrain starts from (--keep=all)
-width     5. half and twice the width, k = 2 and 8
-room      6. memory limited by room: keys with values of 20 bits, met 100 times each, around one bit a parameter
-topk2     7. k 2 to 16 where k F and E F are fixed, three rates
-long4     8. 2^26 tokens, E 4 to 1024, k = 4: from 67 to 0.65 tokens per parameter
-adamw2    9. the paper's optimiser at E 8, 64, 512, three rates
-text4     10. prepared text (--data=DIR:weight,...), d = 256, four epochs; describes, does not vote
-twohop    two-hop questions over stored facts, at three numbers of trained questions
+smoke     two tiny runs: does it work, on a CPU in seconds pairs     1. does pairing cut the variance, and which
+rates are best: E 8, 64, 512, k = 8, three numbers of problems, four rates scarce2   2. 1,000 problems, E 8 to 512,
+k = 8 and 2: each (E, k) searches its rates, then ten seeds at the best for reasoning dose      3. 500, 2,000 and
+4,000 problems at the same number of tokens, k = 8 fresh     negative control: every problem is new votes     4.
+the models of E 8, 64, 512 that study.posttrain starts from (--keep=all) width     5. half and twice the width, k =
+2 and 8 room      6. memory limited by room: keys with values of 20 bits, met 100 times each, around one bit a
+parameter topk2     7. k 2 to 16 where k F and E F are fixed, three rates long4     8. 2^26 tokens, E 4 to 1024, k
+= 4: from 67 to 0.65 tokens per parameter adamw2    9. the paper's optimiser at E 8, 64, 512, three rates text4
+10. prepared text (--data=DIR:weight,...), d = 256, four epochs; describes, does not vote twohop    two-hop
+questions over stored facts, at three numbers of trained questions
 """
 
 import dataclasses
@@ -143,8 +141,9 @@ PRESETS = {
 
 
 def searched(rows, cells, seeds):
-    """Runs of several (E, k). Each is run from SEARCH seeds until its best rate for facts and its best for solutions lie between two
-    others (or at the LIMITS), then from `seeds` seeds at the best for solutions. cells: Runs whose rate and seed do not matter."""
+    """Runs of several (E, k). Each is run from SEARCH seeds until its best rate for facts and its best for
+    solutions lie between two others (or at the LIMITS), then from `seeds` seeds at the best for solutions. cells:
+    Runs whose rate and seed do not matter."""
     done, known = {row["key"]: row for row in distinct(rows)}, {task: compared(rows, task) for task in START}
     runs = []
     for cell in cells:
@@ -174,7 +173,8 @@ def searched(rows, cells, seeds):
 
 
 def compared(rows, task):
-    """{(k, E, problems, tokens, width, optimiser, kind): best rate for the task}: paired runs that compared two rates from SEARCH seeds."""
+    """{(k, E, problems, tokens, width, optimiser, kind): best rate for the task}: paired runs that compared two
+    rates from SEARCH seeds."""
     cells, found = {}, {}
     for row in counted(rows):
         run = row["run"]
@@ -194,7 +194,8 @@ def place(run):
 
 
 def best_rate(known, run, task):
-    """The rate of the nearest place of `compared`, in doublings of its numbers; the START of the task where there is none."""
+    """The rate of the nearest place of `compared`, in doublings of its numbers; the START of the task where there
+    is none."""
     mine = place(vars(run))
     alike = [where for where in known if where[5:] == mine[5:]]
     size = lambda number: math.log2(number or 2**20)  # noqa: E731  no limit to different problems is very many

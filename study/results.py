@@ -1,6 +1,8 @@
-"""The results files of the study: signed JSON lines, one for every finished run (described in study/execute.py) or post-trained model.
+"""The results files of the study: signed JSON lines, one for every finished run (described in study/execute.py) or
+post-trained model.
 
-A regime is what runs must share to be compared over E. A line is {E: {rate: {seed: row}}}, all runs of one regime and one k.
+A regime is what runs must share to be compared over E. A line is {E: {rate: {seed: row}}}, all runs of one regime
+and one k.
 """
 
 import dataclasses
@@ -31,9 +33,11 @@ UNSIGNED = {  # what rows without a checksum may hold: one whose checksum lost i
 
 
 def read(path, needed=ROW, optional=False):
-    """The rows of a results file, without a last line torn by a crash. needed: keys that every row has, the first written first.
+    """The rows of a results file, without a last line torn by a crash. needed: keys that every row has, the first
+    written first.
 
-    optional: where there is no file there are no rows. Raises ValueError for other damage and for files of another kind."""
+    optional: where there is no file there are no rows. Raises ValueError for other damage and for files of another
+    kind."""
     path = Path(path)
     if not optional and not path.exists():
         raise FileNotFoundError(f"{path}: no such results file; check the path")
@@ -41,7 +45,8 @@ def read(path, needed=ROW, optional=False):
 
 
 def parsed(content, path, needed, first=1):
-    """(rows, bytes that they take) of the content of a results file from this line on: all of it but a torn last line."""
+    """(rows, bytes that they take) of the content of a results file from this line on: all of it but a torn last
+    line."""
     rows, size = [], 0
     for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", content), first):  # splitlines also splits at \\r
         where = f"{path}, line {number}"
@@ -65,7 +70,8 @@ def parsed(content, path, needed, first=1):
 
 
 def checked(row, where):
-    """The row as today's code would have written it. ValueError where its checksum or its key says that it was changed."""
+    """The row as today's code would have written it. ValueError where its checksum or its key says that it was
+    changed."""
     remedy = "restore the file or delete the line"
     if files.CRC not in row and (strange := sorted(set(row) - UNSIGNED)):
         raise ValueError(f"{where}: damaged, it holds {strange[0]!r} and no checksum; {remedy}")
@@ -88,7 +94,8 @@ def checked(row, where):
 
 
 def append(path, row, needed=ROW):
-    """One more signed line, on disk when this returns; a torn last line is removed first. Several processes may do so at once."""
+    """One more signed line, on disk when this returns; a torn last line is removed first. Several processes may do
+    so at once."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -110,12 +117,14 @@ def tasks_of(row):
 
 
 def accuracy(row, task):
-    """Share of right answers: values recalled, whole solutions and expressions of trained lengths; None where only loss is measured."""
+    """Share of right answers: values recalled, whole solutions and expressions of trained lengths; None where only
+    loss is measured."""
     return row[task].get("overall", row[task].get("accuracy"))
 
 
 def loss(row, task):
-    """Nats per token of the answers (bits per byte for text; "train": the training loss); infinite where the run diverged."""
+    """Nats per token of the answers (bits per byte for text; "train": the training loss); infinite where the run
+    diverged."""
     return math.inf if row["diverged"] else row["train_loss"] if task == "train" else row[task]["loss"]
 
 
@@ -136,8 +145,8 @@ def repeats(rows):
 
 
 def counted(rows):
-    """The runs that may vote, once each: usual initial weights, and a router that the loss trains. With k = 1 the normalised gate
-    is always 1, so those routers learned from the balance and z losses alone."""
+    """The runs that may vote, once each: usual initial weights, and a router that the loss trains. With k = 1 the
+    normalised gate is always 1, so those routers learned from the balance and z losses alone."""
     usual = lambda run: run["init_std"] == (0.02 if run["data"] else Run.init_std)  # noqa: E731
     return [row for row in distinct(rows) if usual(row["run"]) and row["run"]["top_k"] > 1]
 
@@ -177,7 +186,8 @@ def regime(row):
 
 
 def lines(rows, wide=3):
-    """{(Regime, k): {E: {rate: {seed: row}}}} of the rows that may vote, where a line has at least `wide` values of E."""
+    """{(Regime, k): {E: {rate: {seed: row}}}} of the rows that may vote, where a line has at least `wide` values
+    of E."""
     found = {}
     for row in counted(rows):
         run = row["run"]
@@ -196,7 +206,8 @@ class Tuned(NamedTuple):
 
 
 def tune(line, task):
-    """A line {x: {rate: {seed: row}}} at the rate with the lowest mean loss of the task at each x, or None without common seeds.
+    """A line {x: {rate: {seed: row}}} at the rate with the lowest mean loss of the task at each x, or None without
+    common seeds.
 
     Rates are compared over the seeds that all rates of x with MIN_SEEDS seeds have; the best keeps all its seeds."""
     cells, best, edges, single = {}, {}, [], []

@@ -1,4 +1,5 @@
-"""The statistics of the study and the stop rules of its programme (docs/study/rules.md). The seed is the unit of all of them."""
+"""The statistics of the study and the stop rules of its programme (docs/study/rules.md). The seed is the unit of
+all of them."""
 
 import math
 from itertools import combinations
@@ -30,7 +31,8 @@ def interval(values):
 
 
 def seeds_needed(values, margin, most=999):
-    """Seeds that would decide against 0 or the margin, whichever the mean is farther from, if mean and spread stay; None above `most`."""
+    """Seeds that would decide against 0 or the margin, whichever the mean is farther from, if mean and spread
+    stay; None above `most`."""
     x = np.array(list(values), dtype=float)
     if len(x) < 2:
         return None
@@ -40,9 +42,9 @@ def seeds_needed(values, margin, most=999):
 
 
 def pairing(rows, paired=True):
-    """(share, cells): variance of differences between two E of one seed, over that between E of two seeds, of the log loss of unseen
-    solutions; below 1 where a shared seed helps. Pooled over cells that differ in E alone, of paired runs or of those of the first
-    edition, whose seeds share only the data. (None, 0) without two seeds."""
+    """(share, cells): variance of differences between two E of one seed, over that between E of two seeds, of the
+    log loss of unseen solutions; below 1 where a shared seed helps. Pooled over cells that differ in E alone, of
+    paired runs or of those of the first edition, whose seeds share only the data. (None, 0) without two seeds."""
     groups = {}
     for row in distinct(rows):
         run = row["run"]

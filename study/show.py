@@ -1,7 +1,8 @@
 """Curves of one run, or several laid over one another:  python -m study.show RUN... [--out FILE]
 
-One run: the picture that training keeps up to date (curves.py). Several: training (thin) and validation (dots) cross-entropy, learning rate,
-gradient norm; below, for every run with experts, the load of the busiest expert of each layer over time, relative to an even split (1 = balanced).
+One run: the picture that training keeps up to date (curves.py). Several: training (thin) and validation (dots)
+cross-entropy, learning rate, gradient norm; below, for every run with experts, the load of the busiest expert of
+each layer over time, relative to an even split (1 = balanced).
 """
 
 import sys

@@ -1,8 +1,10 @@
-"""Run what is missing of the study's presets, in parallel, within a time limit:  python -m study.sweep PRESET... --minutes=9
+"""Run what is missing of the study's presets, in parallel, within a time limit:  python -m study.sweep PRESET...
+--minutes=9
 
-One JSON line is appended for every finished run (study/execute.py says what is in it); what the file already has is skipped, so the
-same command goes on where the last one stopped, on whatever day and machine. A run that was cut off leaves nothing and is done
-again. study/presets.py lists the presets. Each is a function of the rows: when a run is finished, it may ask for others.
+One JSON line is appended for every finished run (study/execute.py says what is in it); what the file already has
+is skipped, so the same command goes on where the last one stopped, on whatever day and machine. A run that was cut
+off leaves nothing and is done again. study/presets.py lists the presets. Each is a function of the rows: when a
+run is finished, it may ask for others.
 """
 
 import dataclasses
@@ -80,8 +82,8 @@ def planned(cfg, rows):
 
 
 def estimate(run, rows, device):
-    """Seconds that a run will take, from the most similar finished one on this device, of several the last, which compiled least;
-    None when there is none. Compiling and measuring take as long in longer runs."""
+    """Seconds that a run will take, from the most similar finished one on this device, of several the last, which
+    compiled least; None when there is none. Compiling and measuring take as long in longer runs."""
     sizes = lambda r: [math.log2(r[name]) for name in ("tokens", "d_model", "n_experts", "top_k", "n_layers")]  # noqa: E731
     known = [row for row in rows if row["device"] == device and not row["diverged"]]
     if not known:
@@ -128,7 +130,8 @@ class Queue:
         self.plan()
 
     def plan(self):
-        """Ask the presets again: self.all is the whole plan, self.todo what is neither finished nor running nor failed."""
+        """Ask the presets again: self.all is the whole plan, self.todo what is neither finished nor running nor
+        failed."""
         self.all = planned(self.cfg, self.rows)
         finished = {row["key"] for row in self.rows}
         busy = {*self.in_flight(), *self.failed}
@@ -230,7 +233,8 @@ def sweep(cfg):
 
 
 def run_all(tasks, cfg, inbox, outbox, workers, data, builder, jobs, together):
-    """Hand groups to the workers and book what comes back until all is done or time is up. Returns how many workers were killed."""
+    """Hand groups to the workers and book what comes back until all is done or time is up. Returns how many
+    workers were killed."""
     began, before, lost = time.monotonic(), len(tasks.rows), 0
     ends = began + 60 * cfg.minutes
     while (tasks.todo or tasks.running) and time.monotonic() < ends:

@@ -1,7 +1,7 @@
 """What the results say about each claim of the paper:  python -m study.verdict
 
-Writes the table of claims between the two marker lines of docs/STUDY.md, whose other text is written by hand, and every effect that was
-computed to docs/study/appendix.md. --out= prints both. docs/study/rules.md has the rules.
+Writes the table of claims between the two marker lines of docs/STUDY.md, whose other text is written by hand, and
+every effect that was computed to docs/study/appendix.md. --out= prints both. docs/study/rules.md has the rules.
 """
 
 import math
@@ -56,7 +56,8 @@ def share_left(pairing):
 
 
 def strongest(tests):
-    """The test that a one-line summary shows: one that votes, else one that could say something; paired, most seeds, most runs."""
+    """The test that a one-line summary shows: one that votes, else one that could say something; paired, most
+    seeds, most runs."""
     silent = lambda test: any(word in test.note for word in ("beside", "nothing learned", "describes", "control"))  # noqa: E731
     order = lambda test: (test.votes, not silent(test), test.paired, len(test.effects), test.runs)  # noqa: E731
     return max(tests, key=order, default=None)
@@ -87,10 +88,11 @@ def noise(rows):
     rms = lambda value: math.sqrt(np.mean([(value(a) - value(b)) ** 2 for a, b in pairs]))  # noqa: E731
     points = lambda task: rms(lambda row: 100 * accuracy(row, task))  # noqa: E731
     same = sum(a["train_loss"] == b["train_loss"] and a["facts"] == b["facts"] for a, b in pairs)
+    losses = [rms(lambda row, t=task: results.loss(row, t)) for task in ("train", "facts")]
     return (
-        f" {len(pairs)} are runs done again on a GPU, {same} of these with the same bits; root mean square difference: training loss "
-        f"{rms(lambda row: row['train_loss']):.3f}, fact loss {rms(lambda row: row['facts']['loss']):.3f}, recall "
-        f"{points('facts'):.1f} points, solutions {points('problems'):.1f}. The first of each is used."
+        f" {len(pairs)} are runs done again on a GPU, {same} of these with the same bits; root mean square difference: "
+        f"training loss {losses[0]:.3f}, fact loss {losses[1]:.3f}, recall {points('facts'):.1f} points, solutions "
+        f"{points('problems'):.1f}. The first of each is used."
     )
 
 
@@ -98,20 +100,21 @@ def appendix(claims, rows):
     """All effects, as Markdown."""
     minutes, flops = sum(row["seconds"] / row["jobs"] for row in rows) / 60, sum(row["flops"] for row in rows)
     devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
-    paired = sum(row["run"]["paired"] for row in rows)
+    paired, diverged = sum(row["run"]["paired"] for row in rows), sum(row["diverged"] for row in rows)
+    left, unpaired = (share_left(rules.pairing(rows, paired=kind)) for kind in (True, False))
     lines = [
         "# The study: every effect",
         "",
-        "Written by `python -m study.verdict`; [rules.md](rules.md) says how to read it, [STUDY.md](../STUDY.md) what it means.",
+        "Written by `python -m study.verdict`. [How to read it](rules.md), and [what it means](../STUDY.md).",
         "",
-        f"{len(rows)} runs, {paired} of them paired, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; "
-        f"{sum(row['diverged'] for row in rows)} diverged.{noise(rows)}",
+        f"{len(rows)} runs, {paired} of them paired, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on "
+        f"{devices}; {diverged} diverged.{noise(rows)}",
         "",
-        f"{sum(row['run']['top_k'] == 1 for row in rows)} runs have k = 1. Their normalised gate is always 1, so the loss gave their "
-        "routers no gradient: they are in no line and have no vote.",
+        f"{sum(row['run']['top_k'] == 1 for row in rows)} runs have k = 1. Their normalised gate is always 1: the loss "
+        "gave their routers no gradient: they are in no line and have no vote.",
         "",
-        f"Pairing: {share_left(rules.pairing(rows))} of the variance between two E is left where both have the same seed (paired weights); "
-        f"{share_left(rules.pairing(rows, paired=False))} where the seed shares only the data (first edition).",
+        f"Pairing: {left} of the variance between two E is left where both have the same seed and so the same weights; "
+        f"{unpaired} where the seed shares only the data (first edition).",
     ]
     for n, (text, tests, _) in enumerate(claims, 1):
         lines += ["", f"## {n}. {text}: {overall(tests)}", ""]

@@ -25,14 +25,17 @@ TINY = Run(
 )
 
 
-def fake(config, effect=None, rng=random.Random(0)):
+RNG = random.Random(0)
+
+
+def fake(config, effect):
     """A row with made-up measurements: effect(run, tpp) -> (loss of facts, loss of solutions, training loss)."""
     cfg = run.train_config(config, 1344)
     params = count_params(cfg)
     memory, reason, loss = effect(config, config.tokens / params.total)
 
     def point(share):
-        noise = lambda: rng.gauss(0, 0.002)  # noqa: E731
+        noise = lambda: RNG.gauss(0, 0.002)  # noqa: E731
         later = loss + 0.5 * (1 - share)
         a, b = memory / share + noise(), reason / share + noise()
         return {

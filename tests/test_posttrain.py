@@ -1,7 +1,6 @@
 """The comparison before and after post-training. Run: python -m pytest tests/test_posttrain.py (CPU)"""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -20,8 +19,8 @@ from study.results import MIN_SEEDS
 from study.verdict import claims_table, computed
 
 BUDGET = (
-    "--steps=2 --batch-prompts=4 --mini-batch=2 --group-size=2 --questions=20 --lr=1e-2 --problems=4 --samples=4 --device=cpu --eval-every=0 "
-    "--eval-questions=2"
+    "--steps=2 --batch-prompts=4 --mini-batch=2 --group-size=2 --questions=20 --lr=1e-2 --problems=4 --samples=4 "
+    "--device=cpu --eval-every=0 --eval-questions=2"
 ).split()
 
 
@@ -145,11 +144,10 @@ def made_up(E, seed, rate, rate_after, n=500):
 
 
 def test_verdicts_on_remedies():
-    made = lambda before, after: [
-        made_up(E, seed, rate, rate_after)
-        for seed in range(3)  # noqa: E731
-        for E, rate, rate_after in zip((4, 8, 16), before, after, strict=True)
-    ]
+    def made(before, after):
+        rates = list(zip((4, 8, 16), before, after, strict=True))
+        return [made_up(E, seed, rate, rate_after) for seed in range(3) for E, rate, rate_after in rates]
+
     falls, flat, rises = (0.3, 0.6, 0.2), (1.0, 1.0, 1.0), (0.2, 0.4, 0.6)
     grpo_claim = lambda rows: overall(list(still_lost(rows, {"greedy answers after": ("after", "greedy")})))  # noqa: E731
     assert grpo_claim(made(falls, falls)) == "supported" and grpo_claim(made(falls, flat)) == "not supported"
@@ -172,9 +170,10 @@ def test_budgets_share_their_models_votes():
 def test_no_verdict_on_remedies_while_seeds_are_missing():
     remedies = {"greedy answers after": ("after", "greedy")}
     rows = [made_up(E, seed, rate, rate) for seed in range(3) for E, rate in ((4, 0.3), (8, 0.6), (16, 0.5), (32, 0.2))]
-    tests = lambda left_out: list(
-        still_lost([row for row in rows if (row["n_experts"], row["seed"]) not in left_out], remedies)
-    )  # noqa: E731
+
+    def tests(left_out):
+        return list(still_lost([row for row in rows if (row["n_experts"], row["seed"]) not in left_out], remedies))
+
     assert [test.runs for test in tests([])] == [12, 12] and overall(tests([])) == "supported"
     assert [test.runs for test in tests([(4, 1)])] == [9, 9] and overall(
         tests([(4, 1)])

@@ -109,7 +109,8 @@ def test_the_training_step_is_that_of_train_py(cache):
 
 
 def test_models_of_one_seed_share_what_they_can():
-    """Paired initialisation: attention, embeddings and the first experts do not depend on E or k; another seed changes all of them."""
+    """Paired initialisation: attention, embeddings and the first experts do not depend on E or k; another seed
+    changes all of them."""
 
     def weights(**fields):
         cfg = run.train_config(dataclasses.replace(TINY, **fields), 1344)
@@ -148,8 +149,8 @@ def test_runs_of_the_old_draw_are_not_run_again(cache):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_recorded_steps_are_plain_steps(cache):
-    """Twelve steps of two models, nine of them replayed on two branches, follow the same losses as twelve plain ones of each: data, rate and position
-    move on inside the graph."""
+    """Twelve steps of two models, nine of them replayed on two branches, follow the same losses as twelve plain
+    ones of each: data, rate and position move on inside the graph."""
     cfg, samples = run.train_config(TINY, 1344), run.Samples(TINY, run.prepare_data(TINY, cache), "cuda")
     cfgs = [cfg, dataclasses.replace(cfg, seed=1)]
     trainer = run.Trainer(cfgs, [samples] * 2, "cuda")
@@ -287,7 +288,8 @@ def test_a_last_line_is_kept_when_whole_dropped_when_torn_and_refused_when_of_an
 
 @pytest.mark.parametrize("name", ["results", "posttrain"])
 def test_no_damaged_byte_changes_what_is_read(tmp_path, name):
-    """Each byte of a signed file, changed in turn: the file is refused by name, or says what it said (white space, 1e-3 as 1E-3)."""
+    """Each byte of a signed file, changed in turn: the file is refused by name, or says what it said (white space,
+    1e-3 as 1E-3)."""
     from study.posttrain import ROW as POSTTRAIN
 
     needed = results.ROW if name == "results" else POSTTRAIN
@@ -464,7 +466,8 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys, monkeypatch)
 
 
 def test_a_search_goes_on_until_the_best_rates_lie_between_others():
-    """The best rate for facts falls with E, the best for solutions is 0.024: ten seeds are run there and nowhere else."""
+    """The best rate for facts falls with E, the best for solutions is 0.024: ten seeds are run there and nowhere
+    else."""
 
     def effect(r, tpp):
         best = 6e-3 if r.n_experts < 64 else 1.5e-3
@@ -487,11 +490,10 @@ def test_a_search_goes_on_until_the_best_rates_lie_between_others():
 
 
 def test_rates_come_from_the_most_similar_runs_for_the_task_at_hand():
-    effect = lambda r, tpp: (
-        abs(math.log2(r.lr / 3e-3)) + 1,
-        abs(math.log2(r.lr / (0.012 if r.n_experts < 64 else 6e-3))) + 1,
-        1,
-    )  # noqa: E731
+    def effect(r, tpp):
+        best = 0.012 if r.n_experts < 64 else 6e-3
+        return abs(math.log2(r.lr / 3e-3)) + 1, abs(math.log2(r.lr / best)) + 1, 1
+
     rows = grid(effect, experts=(8, 512), ks=(8,), unique=1_000)
     known = {task: presets.compared(rows, task) for task in ("facts", "problems")}
     rate = lambda task, **fields: presets.best_rate(known[task], Run(top_k=8, **fields), task)  # noqa: E731
@@ -525,11 +527,10 @@ def test_stop_rules_hold_where_they_should():
     assert rules.stop_rule("scarce2", helps) == "" and rules.pairing(helps)[0] < 0.1 and rules.pairing(helps)[1] == 1
     assert "does not cut the variance" in rules.stop_rule("scarce2", hinders) and rules.pairing([]) == (None, 0)
     for slope, stopped in ((0.0, True), (0.2, False)):
-        effect = lambda c, tpp, slope=slope: (
-            1.0,
-            0.4 + slope * math.log2(c.n_experts / 8) + 0.1 * abs(math.log2(c.lr / 6e-3)),
-            1,
-        )  # noqa: E731
+
+        def effect(c, tpp, slope=slope):
+            return 1.0, 0.4 + slope * math.log2(c.n_experts / 8) + 0.1 * abs(math.log2(c.lr / 6e-3)), 1
+
         rows = grid(effect, ks=(8,), unique=1_000)
         assert bool(rules.stop_rule("votes", rows)) == stopped
 

@@ -58,7 +58,8 @@ def test_fresh_problems_are_a_control_and_more_problems_a_dose():
 
 
 def test_only_bracketed_rates_of_trained_routers_vote():
-    """The best rate must lie between two others; a line at one rate votes only where it borrowed from paired searches; k = 1 never."""
+    """The best rate must lie between two others; a line at one rate votes only where it borrowed from paired
+    searches; k = 1 never."""
     rows = world(rise=0.1)
     at_edge = [row for row in rows if row["lr"] != 3e-3]
     assert decided(at_edge, 2) == "undecided"
