@@ -42,7 +42,7 @@ def run_tokens(directory, model) -> Tokens:
 
 
 def frozen(model):
-    """The same model with its weights in the compute dtype: cast once and not at every use, as they no longer change."""
+    """The same model with its weights in the compute dtype: as they no longer change, they are cast once."""
     for weight in model.parameters():
         weight.data = weight.data.to(model.dtype)
     return model

@@ -26,7 +26,7 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 
-from data import procedural, reasoning, shards, tokenizer
+from data import files, procedural, reasoning, shards, tokenizer
 from data.facts import FactsConfig
 from data.loader import parse_sources
 from data.reasoning import ReasoningConfig
@@ -35,7 +35,7 @@ from eval import probes, tasks
 from eval.sources import Source
 from eval.taskloss import encode_pair, score
 from model import GPT
-from optimoe import checkpoint, config
+from optimoe import checkpoint
 from optimoe.config import require
 from optimoe.guard import BAD
 from optimoe.optim import lr_at, make_optimizer
@@ -563,9 +563,8 @@ def execute_together(runs, cache, device, n=100, keep=()):
     ):
         if path and not row["diverged"]:
             os.makedirs(path, exist_ok=True)
-            config.save(
-                dataclasses.replace(cfg, data=run.data or source[0][0], out_dir=str(path)), Path(path) / "config.json"
-            )
+            saved = dataclasses.replace(cfg, data=run.data or source[0][0], out_dir=str(path))
+            files.write_json(Path(path) / "config.json", dataclasses.asdict(saved))
             checkpoint.save(
                 path,
                 run.steps,
