@@ -36,6 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F_
 from torch import Tensor
 
+from data import files
 from eval import tasks
 from eval.generate import any_shape, generate
 from eval.sources import Source
@@ -340,7 +341,7 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
         for group, option in zip(optimizer.param_groups, options, strict=True):
             group.update(option)
     if lead:
-        config.save(cfg, run_dir / "config.json")
+        files.write_json(run_dir / "config.json", dataclasses.asdict(cfg))
         checkpoint.rewind_metrics(run_dir / "metrics.jsonl", step or -1)  # step 0 is logged again
         print(
             f"{run_dir}: from {start_path}, {len(asked):,} questions, answers of up to {answer_tokens} tokens, "

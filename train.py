@@ -26,7 +26,7 @@ import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
 import torch
 import torch.distributed as dist
 
-from data import shards, tokenizer
+from data import files, shards, tokenizer
 from data.loader import Loader, parse_sources
 from eval import report
 from model import GPT, UNTAUGHT, ModelConfig, update_router_bias
@@ -362,7 +362,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     tokens_per_step = cfg.batch_size * cfg.seq_len
     per_token = report.bytes_per_token(sources, "val")
     if lead:
-        config.save(cfg, run_dir / "config.json")
+        files.write_json(run_dir / "config.json", dataclasses.asdict(cfg))
         logged = checkpoint.rewind_metrics(run_dir / "metrics.jsonl", start)
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(

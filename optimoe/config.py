@@ -150,25 +150,13 @@ def parse_run(cls, argv, description=""):
     return dataclasses.replace(parse(cls, [f"--config={cfg.resume}/config.json", *argv]), out_dir=cfg.resume)
 
 
-def save(cfg, path):
-    """Write cfg as JSON. The file appears whole or not at all (temporary file, fsync, rename)."""
-    path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w") as f:
-        json.dump(dataclasses.asdict(cfg), f, indent=2)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-
-
 def load(cls, path):
-    """Read what `save` wrote. Raises FileNotFoundError, or ValueError on broken JSON, unknown fields and bad values."""
+    """A `cls` from a JSON file. FileNotFoundError, or ValueError for broken JSON, unknown fields and bad values."""
     return cls(**_read(cls, path))
 
 
 def help_text(cls, description="", argv=()):
-    """The --help page: every field with its type, the value with which the program runs after argv, and its comment."""
+    """The --help page: every field with its type, the value with which the program runs after argv, its comment."""
     notes, headings = _comments(cls)
     hints = typing.get_type_hints(cls)
     values, preset = _start(cls, _flags(cls, argv))
