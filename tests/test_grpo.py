@@ -37,6 +37,7 @@ from grpo import (
 )
 from model import GPT, ModelConfig
 from optimoe import checkpoint
+from optimoe.run import Stop
 
 ROOT = Path(grpo_file.__file__).parent
 SHORT = "--task=mano --questions=60 --eval-questions=7 --answer-tokens=6 --group-size=4 --device=cpu --lr=1e-3 --kl-coef=0.01".split()
@@ -535,7 +536,7 @@ def test_without_differences_the_weights_stand_still(start, tmp_path, monkeypatc
 def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch, capsys):
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(grpo_file.Stop, "asked", True)
+        patch.setattr(Stop, "asked", True)
         flags = ["--batch-prompts=12", "--mini-batch=4", "--steps=4", "--eval-every=3", "--checkpoint-every=2"]
         assert main([*SHORT, f"--model={start}", f"--out-dir={out}", *flags]) is None
     assert [step for step, _ in checkpoint.find(out)] == [1] and not (out / "results.json").exists()
@@ -574,7 +575,7 @@ def test_killed_before_the_first_checkpoint_starts_again(whole_run, tmp_path, mo
         path.unlink()
     with (
         monkeypatch.context() as patch,
-        pytest.raises(ValueError, match=f"loss=nan at step 1: .*--resume={cut} --lr=... starts again"),
+        pytest.raises(ValueError, match=f"the loss is nan at step 1: .*--resume={cut} --lr=0.0005 starts again"),
     ):
         patch.setattr(grpo_file, "policy_loss", lambda logp_A, *args: (logp_A.sum() * math.nan, logp_A.new_zeros(3)))
         main([f"--resume={cut}"])
