@@ -269,25 +269,34 @@ def open_data(cfg, run):
     return cfg, Data(sources, val_sources, loader, val_loader, min(cfg.val_batches, all_of_it), enc)
 
 
-def check_start(cfg, world, device):
+def check_start(cfg, world):
     """ValueError for what can be refused before a run directory is made."""
     ranks = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
     require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size, ranks)
     remedy = "several GPUs keep float32 weights; --parallel=fsdp divides their bytes"
     require(world == 1 or cfg.weights == "float32", "weights", cfg.weights, remedy)
-    # The least that training keeps: weights and gradients, the token ids, and the input of every block.
-    n_params, tokens = count_params(cfg).total, cfg.batch_size // (world * cfg.grad_accum) * cfg.seq_len
-    held = n_params * (8 if cfg.weights == "float32" else 4) // (1 if cfg.parallel == "ddp" else world)
-    what = f"{n_params:,} parameters and {tokens:,} tokens at a time"
-    remedy = "use a smaller model, a smaller batch_size or more grad_accum"
-    require_memory(what, held + tokens * (16 + 2 * cfg.n_layers * cfg.d_model), device, remedy)
-    require_memory(what, 4 * n_params, CPU, remedy)  # where the weights are made
     for directory, _ in parse_sources(cfg.data) if cfg.data else ():
         shards.read_meta(directory)
 
 
+def check_memory(cfg, run):
+    """ValueError where the device lacks the bytes of weights, gradients, optimiser states, inputs of blocks and logits."""
+    n_params, n_embedding = count_params(cfg).total, count_params(cfg).embedding
+    each, states = (4, 4 if cfg.optimizer == "muon" else 8) if cfg.weights == "float32" else (2, 4)
+    shards = 1 if cfg.parallel == "ddp" else run.world
+    held = 8 * n_embedding // shards + 8 * n_embedding // run.world
+    held += (n_params - n_embedding) * (2 * each // shards + states // run.world)
+    tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
+    held += tokens * (16 + 2 * cfg.n_layers * cfg.d_model) + 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
+    what = f"{n_params:,} parameters and {tokens:,} tokens at a time"
+    remedy = "use a smaller model, a smaller batch_size or more grad_accum"
+    require_memory(what, held, run.device, remedy)
+    require_memory(what, 4 * n_params, CPU, remedy)  # where the weights are made
+
+
 def set_up(cfg, run, data):
     """The Training of a fresh run, or as its newest checkpoint has it."""
+    check_memory(cfg, run)
     torch.manual_seed(cfg.seed)
     model, state = GPT(cfg), run.resume()
     if state:
@@ -344,7 +353,7 @@ def save(cfg, run, job, data):
 
 def train(cfg, rank=0, world=1, device=CPU, given=None):
     """One run from start, or from its newest checkpoint, to the end. Returns results.json (rank 0), or None if stopped."""
-    check_start(cfg, world, device)
+    check_start(cfg, world)
     name = cfg.out_dir or f"runs/{'dense' if cfg.dense else cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Run(cfg, name, rank, world, device, given, partial(make_data, cfg)) as run:
         cfg, data = open_data(cfg, run)

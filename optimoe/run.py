@@ -49,29 +49,32 @@ STOPPED = (
 
 
 def parse(cls, argv, description=""):
-    """(cfg, names of the fields that flags explain). With --resume=DIR the values of DIR/config.json hold where no flag is given.
+    """(cfg, names of the fields that flags explain). With --resume=DIR, DIR/config.json holds where no flag is given.
 
     A run that was resumed with other flags, and has saved no checkpoint since, lists their fields in "resumed_with"."""
-    cfg = config.parse(cls, argv, description)
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    flags = [word.partition("=") for word in argv]
+    given = {name[2:].replace("-", "_") for name, _, _ in flags if name.startswith("--")}
     if given & {"config", "preset"}:
         given |= {field.name for field in dataclasses.fields(cls)}
-    if not cfg.resume:
-        return cfg, given
-    path = Path(cfg.resume, "config.json")
-    require(path.is_file(), "resume", cfg.resume, "not a run directory (it has no config.json); check the path")
-    require(
-        not cfg.out_dir or os.path.abspath(cfg.out_dir) == os.path.abspath(cfg.resume),
-        "out_dir",
-        cfg.out_dir,
-        f"a resumed run stays in {cfg.resume}; leave this flag away, or copy the directory and resume the copy",
-    )
+    resumed = [
+        text if equals else "".join(argv[i + 1 : i + 2])
+        for i, (name, equals, text) in enumerate(flags)
+        if name == "--resume"
+    ]
+    if not any(resumed[-1:]) or given & {"help"}:
+        return config.parse(cls, argv, description), given
+    directory = resumed[-1]
+    path = Path(directory, "config.json")
+    require(path.is_file(), "resume", directory, "not a run directory (it has no config.json); check the path")
     values = files.read_json(path)
     try:
         cfg = config.parse(cls, argv, start=config.complete(cls, values))
     except ValueError as error:
         raise ValueError(f"{path} with these flags: {error}") from None
-    return dataclasses.replace(cfg, out_dir=cfg.resume), given | set(values.get("resumed_with", ()))
+    stays = "out_dir" not in given or os.path.abspath(cfg.out_dir) == os.path.abspath(directory)
+    remedy = f"a resumed run stays in {directory}; leave this flag away, or copy the directory and resume the copy"
+    require(stays, "out_dir", cfg.out_dir, remedy)
+    return dataclasses.replace(cfg, out_dir=directory), given | set(values.get("resumed_with", ()))
 
 
 class Stop:
