@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from grpo import (
     draw_questions,
     look_back,
     main,
+    make_batches,
     micro_batches,
     policy_loss,
     sample_answers,
@@ -307,6 +309,36 @@ def test_gradient_of_the_model_equals_that_of_each_answer_alone(sampled, normali
     assert total == pytest.approx(expected, rel=1e-4)
     for name, p in now.named_parameters():
         assert ((found[name] - p.grad).norm() / p.grad.norm()).item() < 1e-3, name
+
+
+@pytest.mark.parametrize("normalize", ["token", "sample"])
+def test_weights_of_a_mini_batch_sum_to_one(sampled, start, tmp_path, monkeypatch, normalize):
+    """Over its micro-batches and ranks, as the loss says. Adam would hide any other scale."""
+    model, _, _, samples, advantage = sampled
+    cfg = dataclasses.replace(CFG, batch_prompts=4, mini_batch=4, group_size=4, normalize=normalize)
+    for world in (1, 2):
+        rank = SimpleNamespace(world=world, device="cpu", sum=lambda values, w=world: [w * value for value in values])
+        job = SimpleNamespace(model=model, start_model=None, tokens=Letters)
+        mine = samples * (2 // world)  # of two ranks, each has the same half
+        (mini,) = make_batches(cfg, rank, job, mine, advantage * (2 // world))
+        given = torch.cat([batch.weight_A for batch in mini])
+        assert len(mini) > 1 and given.sum().item() * world == pytest.approx(1)
+        expected = sorted(
+            w / 2 for s, w in zip(samples, weights(samples, normalize), strict=True) for _ in range(s.length)
+        )
+        assert sorted(given.tolist()) == pytest.approx(sorted(expected * (2 // world)))
+    seen, norms, loss, step = [], [], grpo_file.policy_loss, torch.optim.AdamW.step
+    norm = lambda optimizer: torch.nn.utils.get_total_norm(
+        [p.grad for g in optimizer.param_groups for p in g["params"]]
+    )  # noqa: E731
+    monkeypatch.setattr(
+        grpo_file, "policy_loss", lambda l, batch, *a: (seen.append(batch.weight_A), loss(l, batch, *a))[1]
+    )
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (norms.append(norm(self)), step(self))[1])
+    flags = [f"--out-dir={tmp_path / 'run'}", "--batch-prompts=12", "--mini-batch=4", "--steps=1", "--clip-norm=1e-3"]
+    main([*SHORT, f"--model={start}", *flags, f"--normalize={normalize}"])
+    assert torch.cat(seen).sum().item() == pytest.approx(3)
+    assert [float(n) for n in norms] == pytest.approx([1e-3] * 3, rel=1e-2)  # and clipped, which Adam hides too
 
 
 def test_prompts_and_padding_get_no_gradient(sampled):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -369,18 +370,30 @@ def test_hints_repeat_the_flags_of_the_run(tmp_path):
 # ---- ranks
 
 
-def lonely_rank(program, flags):
-    """Starts rank 1 of two, whose rank 0 was killed before it came."""
-    code = f"from optimoe import run\nrun.START_SECONDS = 3\nimport {program}\n{program}.main()"
-    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777"}
+def start_rank(program, flags, rank, port, before="pass"):
+    """One of two ranks that nobody supervises."""
+    code = f"import os\nfrom optimoe import run\n{before}\nimport {program}\n{program}.main()"
+    ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     env = {name: value for name, value in os.environ.items() if name != "DEBUG"} | ranks | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *flags]
-    return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=100)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT, env=env, **pipes)
 
 
 @pytest.mark.parametrize("program", ["train", "grpo"])
-def test_a_rank_that_waits_for_one_that_never_came(data_dir, start, tmp_path, program):  # noqa: F811
-    flags = {"train": [*SMALL, f"--data={data_dir}"], "grpo": [*SHORT, f"--model={start}", "--mini-batch=256"]}[program]
-    done = lonely_rank(program, [*flags, f"--out-dir={tmp_path / 'out'}"])
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert "error: rank 1 lost its connection to another rank, which died or never started" in done.stderr
+@pytest.mark.parametrize("moment", ["before it came", "in its first work"])
+def test_rank_0_killed_at_the_start(data_dir, start, tmp_path, program, moment):  # noqa: F811
+    """The other one ends soon, with one line, and not after the half hour that a rank may wait later."""
+    flags = {"train": [*SMALL, f"--data={data_dir}"], "grpo": [*SHORT, f"--model={start}"]}[program]
+    flags = [*flags, f"--out-dir={tmp_path / 'out'}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    if moment == "before it came":
+        other = start_rank(program, flags, 1, port, "run.START_SECONDS = 3")
+    else:
+        first = start_rank(program, flags, 0, port, "run.Run._open = lambda self: os.kill(os.getpid(), 9)")
+        other = start_rank(program, flags, 1, port)
+        assert first.wait(timeout=100) == -9
+    said, _ = other.communicate(timeout=50)
+    assert other.returncode == 1 and "Traceback" not in said, said[-3000:]
+    assert "error: rank 1 lost its connection to another rank, which died or never started" in said
