@@ -258,6 +258,7 @@ class GPT(nn.Module):
             cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, "a model needs its vocabulary; give the tokenizer's size"
         )
         self.cfg = cfg
+        self.before_layer = None  # called with the number of each block before it runs, and with n_layers at the end
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -284,12 +285,15 @@ class GPT(nn.Module):
         -1: none): experts to use instead of each router's choice; the counts stay those of its choice. Raises ValueError past seq_len."""
         B, L = tokens_BL.shape
         require(L <= self.cfg.seq_len, "sequence length", L, f"the model's seq_len is {self.cfg.seq_len}")
+        ready = self.before_layer or (lambda layer: None)
+        ready(0)
         x = self.embed(tokens_BL).to(self.dtype)
         cos, sin, mask, stats = self.cos[:L], self.sin[:L], None, []
         if cache is not None:
             pos_BL, mask = cache.begin(L)
             cos, sin = self.cos[pos_BL], self.sin[pos_BL]
         for layer, block in enumerate(self.blocks):
+            ready(layer)
             # train.py may have compiled the blocks for its one shape; evaluation, with its many shapes, always runs them eagerly.
             compiled = self.training and cache is None and replay_NTK is None
             replay_TK = None if replay_NTK is None else replay_NTK[layer]
@@ -300,6 +304,7 @@ class GPT(nn.Module):
                 cache.record(layer, layer_stats[-1])
             elif layer_stats is not None:
                 stats.append(layer_stats)
+        ready(self.cfg.n_layers)
         x = self.norm(x)
         if cache is not None:
             x = x[torch.arange(B, device=x.device), cache.end(L), None]

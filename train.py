@@ -112,15 +112,16 @@ class TrainConfig(ModelConfig):
 # ---- one step
 
 
-def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda part: None):
+def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda part: None):
     """One step on micro-batches [(tokens_BL, targets_BL)]: forward, backward, clipped update.
 
     Adds to the window's sums and returns the gradient norm, a tensor: nothing here waits for the device. mark(part) is
     called at the end of each part (bench/step.py times them)."""
     counts_NE = probs_NE = sums = 0
+    optimizer.begin_step()
     for micro, (tokens_BL, targets_BL) in enumerate(batches):
-        parallel.sync_gradients(net, micro == len(batches) - 1)
-        out = net(tokens_BL, targets_BL)
+        parallel.sync_gradients(model, optimizer, micro == len(batches) - 1)
+        out = model(tokens_BL, targets_BL)
         balance = out.balance
         if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
             dist.all_reduce(out.counts_NE)
@@ -137,8 +138,8 @@ def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda pa
         shared = torch.cat([sums, probs_NE.flatten()])
         dist.all_reduce(shared)
         sums, probs_NE = shared[:4] / world, (shared[4:] / world).view_as(probs_NE)
-    model = net.module if hasattr(net, "module") else net
-    grad_norm = parallel.grad_norm(model)
+    optimizer.average_gradients()
+    grad_norm = optimizer.grad_norm()
     skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg)
     optimizer.step(skip, clip_factor(grad_norm, cfg.clip_norm))
     optimizer.zero_grad()
@@ -171,7 +172,6 @@ def compile_blocks(model, cfg):
     """torch.compile of each block. It takes half a minute: "auto" wants a minute of training at 20 % of an H100's peak."""
     flops = cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg)
     if cfg.compile == "true" or cfg.compile == "auto" and flops > 1e16:
-        torch._dynamo.config.optimize_ddp = False  # would cut blocks at DDP's buckets; gradients overlap between blocks
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
 
@@ -209,12 +209,11 @@ class GraphedStep:
 
 def fast_step(step, model, cfg, device, world):
     """The step as it runs fastest here: compiled blocks, one CUDA graph."""
-    if device.type == "cuda" and (world == 1 or cfg.parallel == "ddp"):
+    fast = device.type == "cuda" and (world == 1 or cfg.parallel == "ddp")
+    if fast:
         compile_blocks(model, cfg)
-    graphed = cfg.cuda_graph and device.type == "cuda" and world == 1
-    return (
-        GraphedStep(step) if graphed and cfg.impl in ("auto", "triton") else step
-    )  # the others count rows on the host
+    graphed = fast and cfg.cuda_graph and cfg.impl in ("auto", "triton")  # the others count rows on the host
+    return GraphedStep(step) if graphed else step
 
 
 # ---- what a run needs
@@ -234,7 +233,6 @@ class Training:
     """The state of a run, most of which a checkpoint holds."""
 
     model: GPT
-    net: torch.nn.Module  # the model as several ranks call it
     optimizer: parallel.Sharded
     window: dict
     step: int = 0
@@ -273,8 +271,8 @@ def check_start(cfg, world):
     """ValueError for what can be refused before a run directory is made."""
     ranks = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
     require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size, ranks)
-    remedy = "several GPUs keep float32 weights; --parallel=fsdp divides their bytes"
-    require(world == 1 or cfg.weights == "float32", "weights", cfg.weights, remedy)
+    float32 = cfg.weights == "float32" or world == 1 or cfg.parallel == "ddp"
+    require(float32, "weights", cfg.weights, f"parallel={cfg.parallel} keeps float32 weights; use --parallel=ddp")
     for directory, _ in parse_sources(cfg.data) if cfg.data else ():
         shards.read_meta(directory)
 
@@ -282,10 +280,10 @@ def check_start(cfg, world):
 def check_memory(cfg, run):
     """ValueError where the device lacks the bytes of weights, gradients, optimiser states, inputs of blocks and logits."""
     n_params, n_embedding = count_params(cfg).total, count_params(cfg).embedding
-    each, states = (4, 4 if cfg.optimizer == "muon" else 8) if cfg.weights == "float32" else (2, 4)
-    shards = 1 if cfg.parallel == "ddp" else run.world
-    held = 8 * n_embedding // shards + 8 * n_embedding // run.world
-    held += (n_params - n_embedding) * (2 * each // shards + states // run.world)
+    hidden = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter, in blocks
+    held = (16 * n_embedding + hidden * (n_params - n_embedding)) // run.world
+    if run.world > 1 and cfg.parallel == "ddp":
+        held += 2 * n_params  # what every rank has whole, beside its share of the rest
     tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
     held += tokens * (16 + 2 * cfg.n_layers * cfg.d_model) + 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
     what = f"{n_params:,} parameters and {tokens:,} tokens at a time"
@@ -309,9 +307,9 @@ def set_up(cfg, run, data):
         model.load_state_dict(state.pop("model"))
     elif cfg.upcycle_from:
         upcycle(model, cfg.upcycle_from, cfg.upcycle_noise, cfg.seed)
-    net = parallel.wrap(model, cfg, run.device, run.world)
+    model = parallel.wrap(model, cfg, run.device, run.world)
     optimizer, window = parallel.Sharded(model, cfg, run.rank, run.world), new_window(cfg, run.device)
-    job = Training(model, net, optimizer, window, state=state)
+    job = Training(model, optimizer, window, state=state)
     if state:
         optimizer.load_state_dict(state.pop("optimizer"))
         data.loader.load_state_dict(state["loader"])
@@ -325,18 +323,19 @@ def set_up(cfg, run, data):
 
 
 @torch.no_grad()
-def validate(model, data, world):
+def validate(job, data, world):
     """Mean cross-entropy in nats over the same batches of the validation stream every time, without the router losses."""
+    job.optimizer.gather_weights()
     if not parallel.is_fsdp(
-        model
+        job.model
     ):  # whose blocks must run as modules; only the choice of compiled blocks depends on it
-        model.eval()
+        job.model.eval()
     loader = data.val_loader
     loader.load_state_dict(loader.state_dict() | {"drawn": [0] * len(loader.sources)})
-    total = sum(model(*loader.next()).loss for _ in range(data.val_batches)) / data.val_batches
+    total = sum(job.model(*loader.next()).loss for _ in range(data.val_batches)) / data.val_batches
     if world > 1:
         dist.all_reduce(total)
-    model.train()
+    job.model.train()
     return float(total) / world
 
 
@@ -362,7 +361,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
         if run.first:
             print(report.first_lines(cfg, run, data, job.step), flush=True)
         step_tokens = cfg.batch_size * cfg.seq_len
-        run_step = partial(optimizer_step, job.net, job.optimizer, cfg, job.window, world=world)
+        run_step = partial(optimizer_step, job.model, job.optimizer, cfg, job.window, world=world)
         run_step = fast_step(run_step, job.model, cfg, device, world)
         watch = guard.Watch(cfg, run, job.model, data.loader, job.window)
         pictures = Curves(run.dir) if run.first and cfg.curves else None
@@ -382,6 +381,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
             saving = saving or stopping
             if (logging or saving and cfg.bad_steps == "stop") and watch.must_stop():
                 run_step = None  # its graph's memory is needed to repeat the step
+                job.optimizer.gather_weights()
                 watch.explain(job.step)
             if logging:
                 means = report.read_window(job.window)  # waits for the device, so the clock is right
@@ -393,7 +393,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
                 logged = job.tokens
             with clock.paused():
                 if validating and data.val_loader:
-                    val_row = report.val_row(validate(job.model, data, world), job.step, job.tokens, data.val_sources)
+                    val_row = report.val_row(validate(job, data, world), job.step, job.tokens, data.val_sources)
                     run.record(val_row, report.val_line(val_row, cfg))
                 if saving:
                     save(cfg, run, job, data)
@@ -411,7 +411,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
 def finish(cfg, run, job, data, row, val_row, clock):
     """The closing report and results.json, by rank 0."""
     if data.val_loader and not val_row:  # the run was resumed at its end
-        val_row = report.val_row(validate(job.model, data, run.world), job.step, job.tokens, data.val_sources)
+        val_row = report.val_row(validate(job, data, run.world), job.step, job.tokens, data.val_sources)
     if not run.first:
         return None
     row = row or next((row for row in reversed(run.rows) if "loss" in row), {})
@@ -429,7 +429,7 @@ def finish(cfg, run, job, data, row, val_row, clock):
         results |= report.speed(rate, cfg, run.device, run.world)
     model = job.model
     if run.world > 1 and cfg.parallel != "ddp":  # generating takes the whole model on one GPU: now there is room for it
-        job.net = job.optimizer = job.model = model = None
+        job.optimizer = job.model = model = None
         model = checkpoint.load_model(run.dir, run.device)
     results |= report.final_report(model, cfg, data, results)
     run.finish(results)

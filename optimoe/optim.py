@@ -20,6 +20,7 @@ graph; learning rates may be 0-d tensors. Shapes: N matrices in a batch, each (A
 import math
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw as adamw_fused
 
@@ -42,6 +43,12 @@ def lr_at(step, cfg):
 def clip_factor(norm, limit):
     """What gradients of this norm (a scalar tensor) are multiplied by so that their norm is at most `limit`; None where that is 0: nothing."""
     return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
+
+
+def total_norm(tensors):
+    """Norm of all of them together, in float32: one of bfloat16 has three digits. torch's kernel takes a list of one dtype."""
+    lists = ([t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors))
+    return torch.stack([norm for each in lists for norm in torch._foreach_norm(each, 2, dtype=torch.float32)]).norm()
 
 
 class AdamW(torch.optim.AdamW):
@@ -266,6 +273,18 @@ class Together:
             part.found_inf, part.scale = skip, scale
             part.step()
 
+    def begin_step(self):
+        """Of several ranks: start to gather the weights. One process has them."""
+
+    def average_gradients(self):
+        """Of several ranks: finish averaging the gradients. One process has nothing to average."""
+
+    def grad_norm(self):
+        """Norm of all gradients, a float32 scalar tensor."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        copies = {p: copy for part in self.parts for p, copy in getattr(part, "copies", {}).items()}
+        return total_norm([grad for p in params if (grad := copies.get(p, p).grad) is not None])
+
     def zero_grad(self, set_to_none=True):
         for part in self.parts:
             part.zero_grad(set_to_none)
@@ -311,7 +330,12 @@ def make_optimizer(model, cfg, piece=None):
     does not sum gradients over micro-batches (those of the copies are bfloat16).
     On CUDA learning rates are tensors, so that a graph of the step sees them change. piece(p): of several ranks, the part of dimension 0 of a
     parameter that this one updates (Muon's 2-D matrices are always whole)."""
-    copied = cfg.weights == "float32" and piece is None and model.dtype == torch.bfloat16 and cfg.grad_accum == 1
+    copied = (
+        cfg.weights == "float32"
+        and not isinstance(model, FSDPModule)
+        and model.dtype == torch.bfloat16
+        and cfg.grad_accum == 1
+    )
     hidden, experts, matrices, norms, copies = {}, [], [], [], {}
     piece = piece or (lambda p: p)
     for name, p in model.named_parameters():
@@ -321,10 +345,12 @@ def make_optimizer(model, cfg, piece=None):
             continue
         own = piece(p)
         if is_hidden(name, p) and (copied or cfg.weights == "bfloat16"):
-            if copied:
-                own = torch.nn.Parameter(p.detach().float())
-                copies[own] = p
+            exact = own.detach().clone()
             p.data = p.detach().bfloat16()
+            own = piece(p)
+            if copied:
+                copies[exact := torch.nn.Parameter(exact)] = own
+                own = exact
         (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(own)
     cuda = model.embed.weight.is_cuda
     lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr

@@ -401,11 +401,12 @@ def test_an_interrupt_before_the_first_step_ends_with_a_message(data_dir, tmp_pa
     main()  # the remedy
 
 
-def test_bfloat16_weights_are_for_one_process(tmp_path):
-    cfg = train_file.TrainConfig(weights="bfloat16", optimizer="adamw", out_dir=str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="weights='bfloat16': several GPUs keep float32 weights; --parallel=fsdp"):
-        train_file.train(cfg, rank=0, world=2)
-    assert snapshot(tmp_path) == {}
+def test_sharded_weights_are_float32(tmp_path):
+    for engine in ("fsdp", "ep"):
+        flags = {"weights": "bfloat16", "optimizer": "adamw", "parallel": engine, "out_dir": str(tmp_path / "out")}
+        with pytest.raises(ValueError, match=f"weights='bfloat16': parallel={engine} keeps float32 weights; use --par"):
+            train_file.train(train_file.TrainConfig(**flags), rank=0, world=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_data_is_never_trained_on(data_dir, tmp_path):
