@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F_

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
+import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
 import torch
 import torch.distributed as dist
 
 from data import procedural, shards, tokenizer
 from data.loader import Loader, parse_sources
 from eval import report
-from model import GPT, ModelConfig, update_router_bias
+from model import GPT, UNTAUGHT, ModelConfig, update_router_bias
 from moe_kernels import balance_loss
 from optimoe import checkpoint, guard, parallel, sizes
 from optimoe.config import require
@@ -93,6 +94,7 @@ class TrainConfig(ModelConfig):
 
     def validate(self):
         super().validate()
+        require(self.router_learns or self.resume, "top_k", self.top_k, UNTAUGHT)
         from_0 = "warmup_steps weight_decay clip_norm balance_coef z_coef val_every val_batches checkpoint_every"
         from_0 += " sample_tokens lr eps max_loss upcycle_noise"
         check_bounds(self, {1: "steps batch_size grad_accum log_every keep_checkpoints", 0: from_0})
@@ -295,7 +297,6 @@ def check_memory(cfg, run):
 def set_up(cfg, run, data):
     """The Training of a fresh run, or as its newest checkpoint has it."""
     check_memory(cfg, run)
-    torch.manual_seed(cfg.seed)
     model, state = GPT(cfg), run.resume()
     if state:
         for name in ("optimizer", *(field.name for field in dataclasses.fields(ModelConfig))):

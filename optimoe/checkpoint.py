@@ -8,12 +8,13 @@ import dataclasses
 import hashlib
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
 
 from data import files, tokenizer
-from model import GPT, ModelConfig
+from model import GPT, UNTAUGHT, ModelConfig
 from optimoe import config
 
 NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
@@ -101,7 +102,9 @@ def load_model(path, device="cpu", **overrides):
     state = read(path)
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     cfg = ModelConfig(**{name: value for name, value in state["config"].items() if name in names} | overrides)
-    model = GPT(cfg).to(device)
+    if not cfg.router_learns:
+        print(f"warning: {path}: top_k={cfg.top_k}: {UNTAUGHT} in training", file=sys.stderr)
+    model = GPT(cfg, draw=False).to(device)
     model.load_state_dict(state["model"])
     return model.eval()
 

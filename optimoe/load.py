@@ -10,10 +10,17 @@ from optimoe.config import require
 
 
 def pick_device(cfg, local_rank=0):
-    """Where a program runs that has the fields device, dtype and impl; ValueError naming the one that cannot be had here."""
-    cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
-    require(not cuda or torch.cuda.is_available(), "device", cfg.device, "no CUDA device is visible; use --device=cpu")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    """The torch.device of a program with the fields device, dtype and impl; ValueError naming one that is not there.
+
+    auto is cuda where there is one, else cpu. mps (Apple's GPUs) is untested: it is used only when it is asked for."""
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    require(name != "cuda" or torch.cuda.is_available(), "device", name, "no CUDA device is visible; use --device=cpu")
+    require(
+        name != "mps" or torch.backends.mps.is_available(), "device", name, "torch has no MPS here; use --device=cpu"
+    )
+    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     tensor = torch.empty(0, dtype=compute_dtype(cfg, device), device=device)
     try:
         pick_impl(None if cfg.impl == "auto" else cfg.impl, tensor)
@@ -35,7 +42,7 @@ def run_tokens(directory, model) -> Tokens:
 
 
 def frozen(model):
-    """The same model with its weights in the compute dtype: cast once, not at every use, as it is not trained any more."""
+    """The same model with its weights in the compute dtype: cast once and not at every use, as they no longer change."""
     for weight in model.parameters():
         weight.data = weight.data.to(model.dtype)
     return model

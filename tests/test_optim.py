@@ -56,7 +56,6 @@ def with_settings(cfg=CFG, **changes):
 
 
 def model_and_batch(device="cpu", cfg=CFG):
-    torch.manual_seed(0)
     model = GPT(cfg).to(device)
     tokens = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(1)).to(device)
     return model, (tokens[:, :-1], tokens[:, 1:])
@@ -142,7 +141,8 @@ def test_expert_without_tokens_stands_still():
     "shape, rows", [((3, 32, 24), [16, 16]), ((2, 64, 32), [64]), ((48, 16), [16, 16, 16]), ((24, 40), [24])]
 )
 def test_the_kernel_is_muon(shape, rows, device, monkeypatch):
-    """Three steps on nine parameters, the first of which has a map without gradient: two launches, against the batched products."""
+    """Three steps on nine parameters, the first of which has a map without gradient: two launches, against the batched
+    products."""
     monkeypatch.setattr("optimoe.optim.on_chip", lambda p, rows: False)
     g, still = torch.Generator().manual_seed(0), len(shape) == 3
     params = [torch.nn.Parameter(torch.randn(shape, generator=g).to(device)) for _ in range(9)]
@@ -242,11 +242,14 @@ def test_learns_and_resumes_bit_for_bit(mode):
 
 
 def test_copies_change_nothing_but_bytes():
-    """The bfloat16 copies of float32 weights, and their gradients, are what casts make of float32 parameters: equal losses, and weights equal to a
-    rounding error. What is saved is float32, and goes on in a run without copies."""
+    """The bfloat16 copies of float32 weights, and their gradients, are what casts make of float32 parameters: equal
+    losses, and weights equal to a rounding error. What is saved is float32, and goes on in a run without copies."""
     cfg = with_settings(BF16, optimizer="adamw")
     (model, batch), (plain, _) = model_and_batch(cfg=BF16), model_and_batch(cfg=BF16)
-    ours, theirs = make_optimizer(model, cfg), make_optimizer(plain, with_settings(BF16, optimizer="adamw", grad_accum=2))
+    ours, theirs = (
+        make_optimizer(model, cfg),
+        make_optimizer(plain, with_settings(BF16, optimizer="adamw", grad_accum=2)),
+    )
     copies = ours.parts[0].copies
     names = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     assert names and names == {
@@ -272,7 +275,8 @@ def test_copies_change_nothing_but_bytes():
     assert all(torch.equal(p, master.bfloat16()) for master, p in copies.items())
     ours.zero_grad()
     assert all(p.grad is None for p in model.parameters())
-    # Not where it could be told from float32 parameters: gradients summed over micro-batches, computing in float32; nor for Muon.
+    # Not where it could be told from float32 parameters: gradients summed over micro-batches, computing in float32; nor
+    # for Muon.
     for model_cfg, changes in ((BF16, dict(grad_accum=2)), (CFG, {}), (BF16, dict(optimizer="muon"))):
         other, _ = model_and_batch(cfg=model_cfg)
         optimizer = make_optimizer(other, with_settings(model_cfg, **dict(optimizer="adamw") | changes))
@@ -303,7 +307,8 @@ def test_equal_tensors_round_differently():
 )
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_memory_table_equals_a_step(fields, weights):
-    """Bytes of weights, gradients and AdamW's states, counted; what is float32 outside the blocks has copies only while it is used."""
+    """Bytes of weights, gradients and AdamW's states, counted; what is float32 outside the blocks has copies only while
+    it is used."""
     cfg = dataclasses.replace(BF16, **{"n_shared_experts": 0, "qk_norm": False} | fields)
     model, batch = model_and_batch(cfg=cfg)
     optimizer = make_optimizer(model, with_settings(cfg, optimizer="adamw", weights=weights))
