@@ -5,8 +5,8 @@
     torchrun --nproc-per-node=8 grpo.py --model=runs/NAME  # data parallel on one node
     python grpo.py --resume=runs/NAME-grpo                 # continue, bit for bit; other flags override
 
-One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (eval/rewards.py) -> advantages within each
-group -> one pass over the answers in mini-batches, an optimiser step for each:
+One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (the task's file in eval/tasks) -> advantages
+within each group -> one pass over the answers in mini-batches, an optimiser step for each:
 
     loss = sum over answer tokens of weight * (-min(r A, clip(r, 1 - clip, 1 + clip) A) + kl_coef * (s - 1 - log s))
     r = p / p_old, s = p_start / p,  A = (reward - mean of the group) / (standard deviation + 1e-6)
@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F_
 from torch import Tensor
 
-from eval import rewards
+from eval import tasks
 from eval.generate import any_shape, generate
 from eval.sources import Source
 from model import GPT
@@ -50,9 +50,7 @@ from optimoe.run import CPU, Clock, Run, check_bounds, launch, require_memory
 class GRPOConfig:
     # Run
     model: str = ""  # run directory or checkpoint file of the model to start from; the KL is measured against it
-    task: Literal["reasoning", "mano", "gsm8k", "math", "mbpp"] = (
-        "reasoning"  # questions and verifier (eval/rewards.py)
-    )
+    task: str = "reasoning"  # a file in eval/tasks with training questions
     data: str = ""  # training data directory of the start model, for its tokenizer; empty: where its config says
     evaldata: str = ""  # folder of gsm8k/, math/, mbpp/, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
     out_dir: str = ""  # run directory; empty: that of the start model with "-grpo"
@@ -95,6 +93,9 @@ class GRPOConfig:
         check_bounds(self, {1: from_1 + " eval_questions keep_checkpoints", 0: from_0})
         named = bool(self.model or self.resume)
         require(named, "model", self.model, "name the run directory of a trained model, or one to --resume")
+        if not tasks.load(self.task).trains:
+            names = ", ".join(name for name in tasks.NAMES if tasks.load(name).trains)
+            require(False, "task", self.task, f"use one with training questions: {names}")
         remedy = "an answer is compared with others of its group: use 2 or more"
         require(self.group_size >= 2, "group_size", self.group_size, remedy)
         remedy = "greedy answers are all equal; use a positive number"
@@ -252,10 +253,10 @@ def load_start(cfg, device):
 
 def load_questions(cfg, model, tokens, source):
     """(training questions, test questions, longest answer): those whose prompts leave room for an answer."""
-    limit = min(cfg.prompt_tokens, model.cfg.seq_len // 2)
+    limit, task = min(cfg.prompt_tokens, model.cfg.seq_len // 2), tasks.load(cfg.task)
     found = []
     for split, n in (("train", cfg.questions), ("test", cfg.eval_questions)):
-        pairs = [(q, tokens.bos + tokens.encode(q.prompt)) for q in rewards.load(cfg.task, split, source, n)]
+        pairs = [(q, tokens.bos + tokens.encode(q.prompt)) for q in task.questions(source, split, n)]
         found.append([(question, ids) for question, ids in pairs if len(ids) <= limit])
     remedy = "no question is that short (at most half of seq_len counts)"
     require(all(found), "prompt_tokens", limit, remedy)
@@ -347,7 +348,7 @@ def test(cfg, run, job):
     )
     n_vocab, eos = job.tokens.n_vocab, job.tokens.eos
     answers = generate(job.model, list(prompts), job.answer_tokens, eos, batch_size=cfg.rollout_batch, n_vocab=n_vocab)
-    right = sum(rewards.grade(cfg.task, questions, [job.tokens.decode(ids) for ids in answers]))
+    right = sum(tasks.load(cfg.task).rewards(list(questions), [job.tokens.decode(ids) for ids in answers]))
     reward = run.sum([right])[0] / len(job.held_out)
     line = f"step {job.step:>4}/{cfg.steps} | greedy reward on {len(job.held_out)} unseen questions {reward:.4f}"
     run.record({"step": job.step, "test_reward": reward}, line)
@@ -423,7 +424,7 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
             clock = Clock()
             asked, samples = roll_out(cfg, run, job)
             seconds = [clock.read()]
-            grades = rewards.grade(cfg.task, asked, [sample.text for sample in samples])
+            grades = tasks.load(cfg.task).rewards(asked, [sample.text for sample in samples])
             reward_PG = torch.tensor(grades).view(-1, cfg.group_size)
             seconds.append(clock.read())
             batches = make_batches(cfg, run, job, samples, advantages(reward_PG).flatten().tolist())

@@ -53,7 +53,7 @@ class EvalConfig(ModelChoice):
 def evaluate(model, tokens, task, chunk, room, cfg):
     """Records of a chunk of (index, item): {"id", "group", "metrics": {name: number}} and what they were computed from. room: tokens to generate."""
     wanted = [(item.loss_prompt or item.prompt, item.answer) for _, item in chunk if cfg.loss]
-    wanted += [(item.prompt, choice) for _, item in chunk if cfg.accuracy for choice in item.choices]
+    wanted += [pair for _, item in chunk if cfg.accuracy for pair in item.compared()]
     pairs = {
         pair: encode_pair(tokens, *pair) for pair in wanted
     }  # the right choice and the answer are often the same pair
@@ -74,17 +74,15 @@ def evaluate(model, tokens, task, chunk, room, cfg):
             }
             record["metrics"] |= {"bits/token": bits(nats[pair], len(answer)), "bits/byte": bits(nats[pair], size)}
         if cfg.accuracy and item.choices:
-            costs = [nats[item.prompt, choice] for choice in item.choices]
-            per_character = [
-                cost / len(choice.removeprefix(" ")) for cost, choice in zip(costs, item.choices, strict=True)
-            ]
+            costs = [nats[pair] for pair in item.compared()]
+            per_character = [nats[prompt, choice] / len(choice.removeprefix(" ")) for prompt, choice in item.compared()]
             record["choices"] = costs
             record["metrics"] |= {
                 "acc": float(costs.index(min(costs)) == item.gold),
                 "acc_norm": float(per_character.index(min(per_character)) == item.gold),
             }
         records.append(record)
-    if cfg.accuracy and hasattr(task, "STOPS"):
+    if cfg.accuracy and task.generated():
         generate_and_score(model, tokens, task, chunk, records, room, cfg)
     return records
 
@@ -96,10 +94,10 @@ def generate_and_score(model, tokens, task, chunk, records, room, cfg):
     written, cut = texts(model, tokens, task, prompts, streams, room, cfg)
     for i, ((_, item), record) in enumerate(zip(chunk, records, strict=True)):
         record |= {"texts": written[i * n : (i + 1) * n], "cut": record.get("cut", False) or cut[i * n]}
-        if not hasattr(task, "program"):
+        if not task.program:
             scores = [task.score(item, text) for text in record["texts"]]
             record["metrics"] |= {name: sum(s[name] for s in scores) / n for name in scores[0]}
-    if hasattr(task, "program"):
+    if task.program:
         results = sandbox.run_many(
             [
                 task.program(item, text)
@@ -163,13 +161,9 @@ def main(argv=None):
     work = []
     for name in cfg.names():  # all data is found before the first item is computed
         task = tasks.load(name)
-        shots = task.SHOTS if cfg.shots is None else cfg.shots
+        shots = task.shots if cfg.shots is None else cfg.shots
         work.append((name, task, shots, task.items(source, shots)))
-    extra = (
-        {"sandbox": sandbox.confinement()}
-        if cfg.accuracy and any(hasattr(task, "program") for _, task, _, _ in work)
-        else {}
-    )
+    extra = {"sandbox": sandbox.confinement()} if cfg.accuracy and any(task.program for _, task, _, _ in work) else {}
     model, tokens, file, out = load(cfg)
     stores, done = {}, {}
     for name, _, shots, items in work:  # and so are results of other settings
@@ -191,7 +185,7 @@ def main(argv=None):
         wanted = list(enumerate(items))[: cfg.limit or None]
         pending = [(i, item) for i, item in wanted if item.id not in stored.items]
         pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
-        room = answer_length(model, tokens, task, items) if cfg.accuracy and hasattr(task, "STOPS") else 0
+        room = answer_length(model, tokens, task, items) if cfg.accuracy and task.generated() else 0
         progress = Progress(name, len(wanted), len(wanted) - len(pending))
         for start in range(0, len(pending), cfg.batch_size):
             chunk = pending[start : start + cfg.batch_size]

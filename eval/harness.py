@@ -98,7 +98,7 @@ def data_of(cfg: ModelChoice) -> Path | None:
 def answer_length(model, tokens: Tokens, task, items) -> int:
     """The task's MAX_NEW_TOKENS, or less where the model's seq_len is short: then what the longest prompt leaves, at least half."""
     longest = max(len(tokens.bos) + len(tokens.encode(item.prompt)) for item in items)
-    return min(task.MAX_NEW_TOKENS, max(model.cfg.seq_len // 2, model.cfg.seq_len - longest))
+    return min(task.max_new_tokens, max(model.cfg.seq_len // 2, model.cfg.seq_len - longest))
 
 
 def prompt_ids(model, tokens: Tokens, prompt: str, max_new_tokens: int) -> tuple[list[int], bool]:
@@ -124,11 +124,11 @@ def texts(
         cfg.seed,
         cfg.batch_size,
         tokens.n_vocab,
-        task.STOPS,
+        task.stops,
         tokens.decode,
         streams,
     )
-    return [cut_at(tokens.decode(row), task.STOPS) for row in new], list(cut)
+    return [cut_at(tokens.decode(row), task.stops) for row in new], list(cut)
 
 
 def cut_at(text: str, stops) -> str:

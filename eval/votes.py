@@ -31,7 +31,7 @@ class VotesConfig(ModelChoice):
     def validate(self):
         super().validate()
         require(
-            hasattr(tasks.load(self.task), "vote"),
+            tasks.load(self.task).vote,
             "task",
             self.task,
             "it has no `vote` function in eval/tasks; try gsm8k",
@@ -121,7 +121,7 @@ def main(argv=None):
     """Returns the curves."""
     cfg = config.parse(VotesConfig, sys.argv[1:] if argv is None else argv, __doc__)
     task, source = tasks.load(cfg.task), Source(cfg.data, data_of(cfg))
-    items = task.items(source, cfg.shots)
+    items = task.asked(task.items(source, cfg.shots))
     model, tokens, file, out = load(cfg)
     settings = {
         "checkpoint": file,
@@ -153,7 +153,7 @@ def main(argv=None):
             [
                 {
                     "id": item.id,
-                    "gold": task.vote(item.answer),
+                    "gold": task.gold(item),
                     "votes": votes[j * cfg.samples : (j + 1) * cfg.samples],
                     "cut": cut[j * cfg.samples],
                 }

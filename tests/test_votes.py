@@ -116,8 +116,8 @@ def test_command(tiny_run, monkeypatch, capsys):
         votes.main([*command, "--temperature=0.7"])
     with pytest.raises(ValueError, match="temperature=0.0: greedy samples are all equal"):
         votes.main([*command, "--temperature=0"])
-    with pytest.raises(ValueError, match="task='hellaswag': it has no `vote`"):
-        votes.main([*command, "--task=hellaswag"])
+    with pytest.raises(ValueError, match="task='humaneval': it has no `vote`"):
+        votes.main([*command, "--task=humaneval"])
 
 
 def test_samples_of_a_model(tiny_run):
