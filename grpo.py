@@ -5,8 +5,8 @@
     torchrun --nproc-per-node=8 grpo.py --model=runs/NAME  # data parallel on one node
     python grpo.py --resume=runs/NAME-grpo                 # continue, bit for bit; other flags override
 
-One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (the task's file in eval/tasks) -> advantages
-within each group -> one pass over the answers in mini-batches, an optimiser step for each:
+One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (by the task's file in eval/tasks) ->
+advantages within each group -> one pass over the answers in mini-batches, an optimiser step for each:
 
     loss = sum over answer tokens of weight * (-min(r A, clip(r, 1 - clip, 1 + clip) A) + kl_coef * (s - 1 - log s))
     r = p / p_old, s = p_start / p,  A = (reward - mean of the group) / (standard deviation + 1e-6)
@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F_
 from torch import Tensor
 
-from eval import tasks
+from eval import report, tasks
 from eval.generate import any_shape, generate
 from eval.sources import Source
 from model import GPT
@@ -127,7 +127,7 @@ class Batch(NamedTuple):
 
 
 def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed):
-    """A Sample for each prompt (token ids); what is drawn depends on the prompt, the seed and its stream only."""
+    """A Sample for each prompt (token ids), which depends on the prompt, the seed and its stream only."""
     end, experts = tokens.eos[:1], []
     options = {"batch_size": cfg.rollout_batch, "n_vocab": tokens.n_vocab, "streams": streams, "experts": experts}
     answers = generate(model, prompts, answer_tokens, end, cfg.temperature, seed=seed, **options)
@@ -170,8 +170,8 @@ def collate(samples, advantage_B, weight_B, device):
 
 @any_shape
 def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
-    """Log-probabilities of the answers' tokens at the sampling temperature, float32 (A,); and (2,): how many experts the
-    routers chose, and how many of these they had not chosen for the same token while sampling."""
+    """Log-probabilities of the answers' tokens at the sampling temperature, float32 (A,); and (2,): how many experts
+    the routers chose, and how many of these they had not chosen for the same token while sampling."""
     out = model(batch.tokens_BL, replay_NTK=batch.sampled_NTK if replay else None)
     logits_AV = out.logits.flatten(0, 1)[batch.index_A, :n_vocab].float() / cfg.temperature
     routed = logits_AV.new_zeros(2)
@@ -184,19 +184,19 @@ def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
 
 @torch.no_grad()
 def look_back(batch, model, start_model, cfg, n_vocab):
-    """The batch with the log-probabilities of its answers by the model as it is now, and by the start model, if given."""
+    """The batch with the log-probabilities of its answers by the model as it is and by the start model, if given."""
     old_A = answer_logprobs(model, batch, cfg, n_vocab, cfg.replay)[0] if model else None
     start_A = answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None
     return batch._replace(old_A=old_A, start_A=start_A)
 
 
-# A token drawn with one choice of experts may be all but impossible with the choice made in training, above all in sparse
-# models (docs/LOG.md): s is then up to 1e8 and outweighs all other tokens. Beyond e^5 it adds no gradient.
+# A token drawn with one choice of experts may be all but impossible with the choice made in training, most often in
+# sparse models (docs/LOG.md): s is then up to 1e8 and outweighs all other tokens. Beyond e^5 it adds no gradient.
 MAX_LOG_S = 5.0
 
 
 def policy_loss(logp_A, batch, clip, kl_coef):
-    """The loss at the top of this file; and (3,): over tokens, the sum of the KL estimate, how many were clipped, and all."""
+    """The loss at the top of this file; and (3,): sum of the KL estimates, number of clipped tokens and of all."""
     old_A = logp_A.detach() if batch.old_A is None else batch.old_A
     ratio_A = (logp_A - old_A).clamp(max=20).exp()  # e^89 would be infinite, and its gradient no number
     surrogate = ratio_A * batch.advantage_A
@@ -208,7 +208,7 @@ def policy_loss(logp_A, batch, clip, kl_coef):
 
 
 def draw_questions(n_questions, start, count, seed):
-    """Indices start .. start + count - 1 of an endless stream that goes through all questions in a new order each time."""
+    """Indices start .. start + count - 1 of a stream that goes through all questions again and again, in new orders."""
     order = []
     for epoch in range(start // n_questions, (start + count - 1) // n_questions + 1):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
@@ -288,7 +288,7 @@ def set_up(cfg, run, start_path, model, tokens, questions):
 
 
 def roll_out(cfg, run, job):
-    """(questions, samples) of this rank: the r-th part of every mini-batch, so that no answer depends on their number."""
+    """(questions, samples) of this rank: its part of every mini-batch, so that their number changes no answer."""
     drawn = draw_questions(len(job.asked), job.read, cfg.batch_prompts, cfg.seed)
     share = cfg.mini_batch // run.world
     starts = range(run.rank * share, cfg.batch_prompts, cfg.mini_batch)
@@ -321,8 +321,8 @@ def make_batches(cfg, run, job, samples, advantage):
 
 
 def update(cfg, run, job, batches):
-    """An optimiser step for each mini-batch. Returns for each, over all ranks: loss; sums over tokens of the KL estimate,
-    of clipped ones and of all; experts chosen, and changed since sampling; (minis, 6). And the mean gradient norm."""
+    """An optimiser step for each mini-batch. Returns for each, over all ranks: loss; sums over tokens of the KL
+    estimate, of clipped ones and of all; experts chosen, and changed since sampling; (minis, 6). And the mean gradient norm."""
     stats, norms = torch.zeros(len(batches), 6, device=run.device), []
     for sums, mini in zip(stats, batches, strict=True):
         for batch in mini:
@@ -343,63 +343,24 @@ def update(cfg, run, job, batches):
 
 def test(cfg, run, job):
     """Greedy accuracy on unseen questions."""
-    questions, prompts = (
-        zip(*job.held_out[run.rank :: run.world], strict=True) if job.held_out[run.rank :] else ((), ())
-    )
+    mine = job.held_out[run.rank :: run.world]
     n_vocab, eos = job.tokens.n_vocab, job.tokens.eos
-    answers = generate(job.model, list(prompts), job.answer_tokens, eos, batch_size=cfg.rollout_batch, n_vocab=n_vocab)
-    right = sum(tasks.load(cfg.task).rewards(list(questions), [job.tokens.decode(ids) for ids in answers]))
+    answers = generate(
+        job.model, [ids for _, ids in mine], job.answer_tokens, eos, batch_size=cfg.rollout_batch, n_vocab=n_vocab
+    )
+    texts = [job.tokens.decode(ids) for ids in answers]
+    right = sum(tasks.load(cfg.task).rewards([question for question, _ in mine], texts))
     reward = run.sum([right])[0] / len(job.held_out)
     line = f"step {job.step:>4}/{cfg.steps} | greedy reward on {len(job.held_out)} unseen questions {reward:.4f}"
     run.record({"step": job.step, "test_reward": reward}, line)
     return reward
 
 
-def make_row(cfg, run, job, samples, reward_PG, batches, stats, norm):
-    """The row of a step, but for its times."""
-    loss, kl, clipped, n_tokens, routed, changed = stats.sum(0).tolist()
-    guard.check_finite("loss", loss, job.step, run.dir, cfg.lr)
-    ended = sum(sample.ids[-1] in job.tokens.eos for sample in samples)
-    mixed = (reward_PG.amin(1) < reward_PG.amax(1)).sum()
-    teaches = [bool(cfg.kl_coef or advantage) for advantage in advantages(reward_PG).flatten()]
-    real = sum(len(sample.ids) - 1 for sample, used in zip(samples, teaches, strict=True) if used)
-    padded = sum(batch.tokens_BL.numel() for mini in batches for batch in mini)
-    length = sum(sample.length for sample in samples)
-    ended, right, mixed, real, padded, length = run.sum([ended, reward_PG.sum(), mixed, real, padded, length])
-    n = cfg.batch_prompts * cfg.group_size
-    cuda = run.device.type == "cuda"
-    return {
-        "step": job.step,
-        "reward": right / n,
-        "mixed_groups": mixed / cfg.batch_prompts,
-        "ended": ended / n,
-        "answer_tokens": length / n,
-        "loss": loss / len(batches),
-        "kl": kl / max(1, n_tokens),
-        "clipped": clipped / max(1, n_tokens),
-        "grad_norm": norm,
-        "router_changed": changed / max(1, routed),
-        "router_changed_same_weights": float(stats[0, 5] / stats[0, 4].clamp(min=1)),
-        "padding": 1 - real / max(1, padded),
-        "memory_gb": torch.cuda.max_memory_allocated(run.device) / 2**30 if cuda else None,
-    }
-
-
-def log_line(row, cfg):
-    return (
-        f"step {row['step']:>4}/{cfg.steps} | reward {row['reward']:.4f} | {row['answer_tokens']:.1f} tokens | "
-        f"KL {row['kl']:.2e} | clipped {row['clipped']:.2%} | other experts {row['router_changed']:.2%} | "
-        f"grad {row['grad_norm']:.3f} | rollout {row['seconds_rollout']:.1f} s at "
-        f"{row['rollout_tokens_per_s']:,.0f} tokens/s, reward {row['seconds_reward']:.1f} s, "
-        f"update {row['seconds_update']:.1f} s"
-    )
-
-
 # ---- a run
 
 
 def grpo(cfg, rank=0, world=1, device=CPU, given=None):
-    """One run from the start model, or from its newest checkpoint, to the end. Returns results.json (rank 0) or None."""
+    """One run from the start model, or from its newest checkpoint, to the end. Returns results.json on rank 0."""
     require(cfg.mini_batch % world == 0, "mini_batch", cfg.mini_batch, f"use a multiple of the {world} ranks")
     n_answers = cfg.batch_prompts // world * cfg.group_size
     what = f"{cfg.questions:,} questions and {n_answers:,} answers a step"
@@ -412,34 +373,27 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
         cfg = dataclasses.replace(cfg, model=str(start_path), data=data)
         run.begin(cfg, job.step, state, "grpo")
         if run.first:
-            print(
-                f"{run.dir}: from {start_path}, {len(job.asked):,} questions, answers of up to {job.answer_tokens} tokens, "
-                f"{cfg.steps - job.step} step{'s' * (cfg.steps - job.step != 1)} of {cfg.batch_prompts} x {cfg.group_size} "
-                f"answers, {str(model.dtype)[6:]} on {device.type} x {world}",
-                flush=True,
-            )
+            print(report.grpo_start(cfg, run, job), flush=True)
         if job.step == 0:
             test(cfg, run, job)
         while job.step < cfg.steps:
             clock = Clock()
             asked, samples = roll_out(cfg, run, job)
-            seconds = [clock.read()]
+            seconds = {"seconds_rollout": clock.read()}
             grades = tasks.load(cfg.task).rewards(asked, [sample.text for sample in samples])
             reward_PG = torch.tensor(grades).view(-1, cfg.group_size)
-            seconds.append(clock.read())
+            seconds["seconds_reward"] = clock.read()
             batches = make_batches(cfg, run, job, samples, advantages(reward_PG).flatten().tolist())
             stats, norm = update(cfg, run, job, batches)  # waits for the device
-            seconds.append(clock.read())
+            seconds["seconds_update"] = clock.read()
             job.step, job.read = job.step + 1, job.read + cfg.batch_prompts
 
-            row = job.row = make_row(cfg, run, job, samples, reward_PG, batches, stats, norm)
-            row |= {f"seconds_{part}": s for part, s in zip(("rollout", "reward", "update"), seconds, strict=True)}
-            n_tokens = row["answer_tokens"] * cfg.batch_prompts * cfg.group_size
-            row["rollout_tokens_per_s"] = n_tokens / row["seconds_rollout"]
-            run.record(row, log_line(row, cfg))
+            guard.check_finite("loss", float(stats[:, 0].sum()), job.step, run.dir, cfg.lr)
+            job.row = report.grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds)
+            run.record(job.row, report.grpo_line(job.row, cfg))
             last = job.step == cfg.steps
             if last or cfg.eval_every and job.step % cfg.eval_every == 0:
-                row["test_reward"] = test(cfg, run, job)
+                job.row["test_reward"] = test(cfg, run, job)
             stopping = run.stopping()
             if stopping or last or cfg.checkpoint_every and job.step % cfg.checkpoint_every == 0:
                 save(cfg, run, job)

@@ -39,18 +39,14 @@ from optimoe.upcycle import upcycle
 class TrainConfig(ModelConfig):
     # Run
     preset: str = "tiny"  # model fields start from this preset (optimoe/sizes.py); the vocabulary comes from the data
-    data: str = (
-        ""  # data directory, or a mixture DIR:weight,DIR:weight; empty: procedural data, made in the run directory
-    )
+    data: str = ""  # data directory, or a mixture DIR:weight,DIR:weight; empty: procedural data, made for this run
     out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
     resume: str = ""  # run directory to continue
     upcycle_from: str = ""  # run directory of a dense model to start from, exactly (optimoe/upcycle.py)
     upcycle_noise: float = 0.0  # added to its copies, as a share of each weight's standard deviation
     seed: int = 0  # of the weights and of the data order
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    compile: Literal["auto", "true", "false"] = (
-        "auto"  # torch.compile of blocks on CUDA; auto: if the run is long enough
-    )
+    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of blocks on CUDA; auto: in long runs
     cuda_graph: bool = True  # on one CUDA GPU, replay the whole optimiser step as one graph
     parallel: Literal["ddp", "fsdp", "ep"] = "ddp"  # several GPUs shard optimiser states, everything, or experts too
     deterministic: bool = False  # the same bits in every run on CUDA, too; attention's backward is then slower
@@ -58,9 +54,7 @@ class TrainConfig(ModelConfig):
     steps: int = 1700  # optimiser steps
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step; the balance loss is that of a micro-batch over all ranks
-    optimizer: Literal["adamw", "muon"] = (
-        "muon"  # muon: for experts and attention, AdamW for the rest (optimoe/optim.py)
-    )
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for experts and attention, with AdamW for the rest
     lr: float = 6e-3  # peak learning rate (found for Muon; with AdamW the default job learns best near 2e-3)
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
     warmup_steps: int = 100  # linear, from 0
@@ -71,9 +65,7 @@ class TrainConfig(ModelConfig):
     eps: float = 1e-8  # AdamW
     muon_momentum: float = 0.95  # Muon
     weight_decay: float = 0.1  # on matrices, the router and embeddings among them; never on norms
-    weights: Literal["float32", "bfloat16"] = (
-        "float32"  # of blocks, with AdamW's states; bfloat16: 8 bytes each, not 16
-    )
+    weights: Literal["float32", "bfloat16"] = "float32"  # of blocks, with AdamW: 16 or 8 bytes a parameter
     clip_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
     bad_steps: Literal["stop", "skip"] = "stop"  # what a NaN or an exploded loss does to the run (optimoe/guard.py)
     max_loss: float = 0.0  # cross-entropy of a step that counts as exploded; 0: 1.5 ln V + 1
@@ -156,7 +148,7 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
 
 
 def new_window(cfg, device):
-    """Sums since the last log line: they stay on the device, in place, until a line is due, and are part of a checkpoint."""
+    """Sums since the last log line: on the device, in place, until a line is due, and part of a checkpoint."""
     shape = (0 if cfg.dense else cfg.n_layers, cfg.n_experts)
     return {
         "sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
@@ -171,7 +163,7 @@ def new_window(cfg, device):
 
 
 def compile_blocks(model, cfg):
-    """torch.compile of each block. It takes half a minute: "auto" wants a minute of training at 20 % of an H100's peak."""
+    """torch.compile of each block, half a minute. "auto": if training takes a minute at 20 % of an H100's peak."""
     flops = cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg)
     if cfg.compile == "true" or cfg.compile == "auto" and flops > 1e16:
         for block in model.blocks:
@@ -181,7 +173,7 @@ def compile_blocks(model, cfg):
 class GraphedStep:
     """step(batches) as one CUDA graph launch instead of a thousand kernel launches. Batches must keep their shapes.
 
-    The first WARM_UP calls run `step` itself, on the stream of the capture, and count as training steps like all others.
+    The first WARM_UP calls run `step` itself, on the stream of the capture, and count as training steps like any other.
     The next call records the graph and replays it, and so do all that follow."""
 
     WARM_UP = 3
@@ -252,7 +244,7 @@ def make_data(cfg, directory):
 
 
 def open_data(cfg, run):
-    """(cfg with the vocabulary of the data, Data). ValueError for data that this run cannot use or could not report on."""
+    """(cfg with the vocabulary of the data, Data). ValueError for data that this run cannot use or report on."""
     sources, micro_batch = run.prepared, cfg.batch_size // (run.world * cfg.grad_accum)
     place = (run.rank, run.world, run.device)
     loader = Loader(sources, "train", micro_batch, cfg.seq_len, cfg.seed, *place)
@@ -275,12 +267,10 @@ def check_start(cfg, world):
     require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size, ranks)
     float32 = cfg.weights == "float32" or world == 1 or cfg.parallel == "ddp"
     require(float32, "weights", cfg.weights, f"parallel={cfg.parallel} keeps float32 weights; use --parallel=ddp")
-    for directory, _ in parse_sources(cfg.data) if cfg.data else ():
-        shards.read_meta(directory)
 
 
 def check_memory(cfg, run):
-    """ValueError where the device lacks the bytes of weights, gradients, optimiser states, inputs of blocks and logits."""
+    """ValueError where weights, gradients, optimiser states, inputs of blocks and logits exceed the memory."""
     n_params, n_embedding = count_params(cfg).total, count_params(cfg).embedding
     hidden = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter, in blocks
     held = (16 * n_embedding + hidden * (n_params - n_embedding)) // run.world
@@ -325,11 +315,9 @@ def set_up(cfg, run, data):
 
 @torch.no_grad()
 def validate(job, data, world):
-    """Mean cross-entropy in nats over the same batches of the validation stream every time, without the router losses."""
+    """Mean cross-entropy in nats, without the router losses, over the same validation batches every time."""
     job.optimizer.gather_weights()
-    if not parallel.is_fsdp(
-        job.model
-    ):  # whose blocks must run as modules; only the choice of compiled blocks depends on it
+    if not parallel.is_fsdp(job.model):  # whose blocks must run as modules; only compiled blocks depend on the mode
         job.model.eval()
     loader = data.val_loader
     loader.load_state_dict(loader.state_dict() | {"drawn": [0] * len(loader.sources)})
@@ -352,7 +340,7 @@ def save(cfg, run, job, data):
 
 
 def train(cfg, rank=0, world=1, device=CPU, given=None):
-    """One run from start, or from its newest checkpoint, to the end. Returns results.json (rank 0), or None if stopped."""
+    """One run from start, or from its newest checkpoint, to the end. Returns results.json on rank 0, or None."""
     check_start(cfg, world)
     name = cfg.out_dir or f"runs/{'dense' if cfg.dense else cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Run(cfg, name, rank, world, device, given, partial(make_data, cfg)) as run:
@@ -361,7 +349,6 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
         run.begin(cfg, job.step, job.state)
         if run.first:
             print(report.first_lines(cfg, run, data, job.step), flush=True)
-        step_tokens = cfg.batch_size * cfg.seq_len
         run_step = partial(optimizer_step, job.model, job.optimizer, cfg, job.window, world=world)
         run_step = fast_step(run_step, job.model, cfg, device, world)
         watch = guard.Watch(cfg, run, job.model, data.loader, job.window)
@@ -373,7 +360,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
             job.optimizer.set_lr(lr)
             watch.remember()
             grad_norm = run_step([data.loader.next() for _ in range(cfg.grad_accum)])
-            job.step, job.tokens = job.step + 1, job.tokens + step_tokens
+            job.step, job.tokens = job.step + 1, job.tokens + cfg.batch_size * cfg.seq_len
 
             last = job.step == cfg.steps
             intervals = (cfg.log_every, cfg.val_every, cfg.checkpoint_every)
@@ -402,7 +389,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
                     pictures.refresh()
             if stopping and not last:
                 return run.stopped(job.step, "train.py")
-        del run_step  # and with it the memory of the graph
+        del run_step, watch  # and with them the graph's memory and the model
         results = finish(cfg, run, job, data, row, val_row, clock)
         if pictures:
             pictures.close()

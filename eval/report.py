@@ -1,4 +1,4 @@
-"""What a run of train.py tells people: its first lines, the line of a step, and the table, scores and samples at its end."""
+"""What runs of train.py and grpo.py tell people: their first lines, the row and line of a step, the closing report."""
 
 import dataclasses
 import math
@@ -50,7 +50,7 @@ def longest_probe(directory):
 
 
 def bytes_per_token(sources, split):
-    """UTF-8 bytes of text per token of the mixture, for bits per byte; None where a directory does not count its bytes."""
+    """UTF-8 bytes of text per token of the mixture, for bits per byte; None where a directory counts no bytes."""
     splits = [(weight, shards.read_meta(directory)["splits"][split]) for directory, weight in sources]
     if not all(meta.get("bytes") for _, meta in splits):
         return None
@@ -102,7 +102,7 @@ def read_window(window):
 
 
 def speed(tokens_per_s, cfg, device, world):
-    """Tokens per second, the share of the GPUs' peak that they need (None where it is not known) and peak memory in GB."""
+    """Tokens per second, the share of the GPUs' peak that they need (None where unknown) and peak memory in GB."""
     peak, memory = None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device) / 2**30
@@ -134,6 +134,58 @@ def val_row(loss, step, tokens, sources):
 def val_line(row, cfg):
     bits = f" | {row['val_bits_per_byte']:.4f} bits/byte" if "val_bits_per_byte" in row else ""
     return f"step {row['step']:>6}/{cfg.steps} | validation loss {row['val_loss']:.4f}{bits}"
+
+
+def grpo_start(cfg, run, job):
+    left = cfg.steps - job.step
+    return (
+        f"{run.dir}: from {cfg.model}, {len(job.asked):,} questions, answers of up to {job.answer_tokens} tokens, "
+        f"{left} step{'s' * (left != 1)} of {cfg.batch_prompts} x {cfg.group_size} answers, "
+        f"{str(job.model.dtype)[6:]} on {run.device.type} x {run.world}"
+    )
+
+
+def grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds):
+    """The row of a step of grpo.py, over all ranks, which wait for one another. stats, norm: of grpo.update."""
+    loss, kl, clipped, n_tokens, routed, changed = stats.sum(0).tolist()
+    ended = sum(sample.ids[-1] in job.tokens.eos for sample in samples)
+    mixed_P = reward_PG.amin(1) < reward_PG.amax(1)
+    taught = mixed_P.repeat_interleave(cfg.group_size) | bool(
+        cfg.kl_coef
+    )  # without the KL, equal rewards teach nothing
+    real = sum(len(sample.ids) - 1 for sample, used in zip(samples, taught, strict=True) if used)
+    padded = sum(batch.tokens_BL.numel() for mini in batches for batch in mini)
+    length = sum(sample.length for sample in samples)
+    mine = [ended, reward_PG.sum(), mixed_P.sum(), real, padded, length]
+    ended, right, mixed, real, padded, length = run.sum(mine)
+    n, cuda = cfg.batch_prompts * cfg.group_size, run.device.type == "cuda"
+    return {
+        "step": job.step,
+        "reward": right / n,
+        "mixed_groups": mixed / cfg.batch_prompts,
+        "ended": ended / n,
+        "answer_tokens": length / n,
+        "loss": loss / len(batches),
+        "kl": kl / max(1, n_tokens),
+        "clipped": clipped / max(1, n_tokens),
+        "grad_norm": norm,
+        "router_changed": changed / max(1, routed),
+        "router_changed_same_weights": float(stats[0, 5] / stats[0, 4].clamp(min=1)),
+        **seconds,
+        "rollout_tokens_per_s": length / seconds["seconds_rollout"],
+        "padding": 1 - real / max(1, padded),
+        "memory_gb": torch.cuda.max_memory_allocated(run.device) / 2**30 if cuda else None,
+    }
+
+
+def grpo_line(row, cfg):
+    return (
+        f"step {row['step']:>4}/{cfg.steps} | reward {row['reward']:.4f} | {row['answer_tokens']:.1f} tokens | "
+        f"KL {row['kl']:.2e} | clipped {row['clipped']:.2%} | other experts {row['router_changed']:.2%} | "
+        f"grad {row['grad_norm']:.3f} | rollout {row['seconds_rollout']:.1f} s at "
+        f"{row['rollout_tokens_per_s']:,.0f} tokens/s, reward {row['seconds_reward']:.1f} s, "
+        f"update {row['seconds_update']:.1f} s"
+    )
 
 
 TABLE = [

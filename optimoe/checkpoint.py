@@ -1,7 +1,7 @@
 """Checkpoint files that are whole or absent, and say when they are damaged.
 
-A checkpoint is called ckpt-<step>-<hash>.pt after the SHA-256 of its bytes. It is written under a temporary name, flushed to disk and
-renamed, so a crash leaves the older files untouched; reading compares the hash first.
+A checkpoint is called ckpt-<step>-<hash>.pt after the SHA-256 of its bytes. It is written under a temporary name,
+flushed to disk and renamed, so a crash leaves the older files untouched; reading compares the hash first.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def find(run_dir):
 
 
 def save(run_dir, step, state, keep):
-    """Write `state` (tensors and plain Python values in dicts and lists) and keep only the newest `keep` files. Returns the path."""
+    """Write `state` (tensors and plain values in dicts and lists) and keep only the newest `keep` files; the path."""
     run_dir = Path(run_dir)
     tmp = run_dir / "ckpt.tmp"
     try:
@@ -92,13 +92,13 @@ def read(path):
         raise ValueError(
             f"{path} is corrupt ({path.stat().st_size:,} bytes, SHA-256 {digest}... differs from its name): {remedy}"
         )
-    # Mapped: ranks that read the same file share its memory, and who wants the weights alone never loads the optimiser's states.
+    # Mapped: ranks that read the same file share its memory, and the optimiser's states are read only where they are used.
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return state | {"config": config.complete(ModelConfig, state["config"])} if "config" in state else state
 
 
 def load_model(path, device="cpu", **overrides):
-    """The trained GPT of a run directory or checkpoint file, in evaluation mode; overrides replace fields such as impl or dtype."""
+    """The trained GPT of a run directory or checkpoint file, in evaluation mode. overrides: of fields such as impl."""
     state = read(path)
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     cfg = ModelConfig(**{name: value for name, value in state["config"].items() if name in names} | overrides)

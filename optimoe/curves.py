@@ -2,7 +2,7 @@
 
 Cross-entropy, learning rate and gradient norm; router entropy and dead experts; and for every layer a heat map of the
 load of its experts over time (white: even, red: more, blue: less, green: no token). train.py redraws it at every
-validation and checkpoint in a process of its own, so that training never waits for it. `python -m study.show RUN RUN...`
+validation and checkpoint in a process of its own, so that training never waits for it. `python -m study.show RUN...`
 lays several runs over one another.
 """
 

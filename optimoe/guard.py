@@ -2,7 +2,7 @@
 
 `judge` runs on the device inside the step, also inside its CUDA graph, and only says whether to take it: nothing waits.
 The host looks at log lines and before checkpoints. With bad_steps=skip the run goes on with the next batch, unless
-PATIENCE steps in a row were bad. With bad_steps=stop the weights stand still from the bad step on, until the host looks.
+PATIENCE steps in a row were bad. With bad_steps=stop the weights stand still from the bad step until the host looks.
 Either way the weights are still those before the first bad step, so `Watch` can repeat it exactly and write down what
 happens in which layer.
 """
@@ -27,7 +27,7 @@ def loss_limit(cfg):
 
 @torch.no_grad()
 def judge(window, loss, grad_norm, cfg):
-    """float32 scalar, 1 where this step must be skipped. Counts it in window["steps"] and window["skipped_in_a_row"]."""
+    """float32 scalar, 1 where this step must be skipped. Counts it in "steps" and "skipped_in_a_row" of the window."""
     steps, row = window["steps"], window["skipped_in_a_row"]
     bad = ~(grad_norm.isfinite() & (loss <= loss_limit(cfg)))  # so written, a NaN is bad
     if cfg.bad_steps == "stop":
@@ -72,7 +72,7 @@ class Watch:
         return int(self.window["skipped_in_a_row"]) >= (1 if self.cfg.bad_steps == "stop" else PATIENCE)
 
     def explain(self, step):
-        """ValueError for people, after a dump of the first bad step that is remembered. Leaves the model unfit for training."""
+        """Dump the first bad step that is remembered and raise ValueError. Leaves the model unfit for training."""
         back = min(int(self.window["skipped_in_a_row"]), len(self.cursors))  # the run may have been resumed among them
         step = step - back + 1
         path = self.run.dir / f"bad-step-{step:08d}-rank{self.run.rank}.json"
@@ -98,7 +98,7 @@ def as_json(number):
 
 
 def dump(path, model, loader, cursor, cfg, step):
-    """Repeat the bad step with the weights as they are (this rank's share, without an update) and write a JSON file about it.
+    """Repeat the bad step with the weights as they are (this rank's share, no update) and write a JSON file about it.
 
     cursor: loader.state_dict() before the step. Returns (mean loss, what broke first), both for people."""
     weights = [name for name, p in model.named_parameters() if not local(p).isfinite().all()]

@@ -185,7 +185,7 @@ class Run:
             self.lock.close()
 
     def resume(self, part="config"):
-        """The newest checkpoint where cfg.resume names this run, or None: the run ended before its first one, and starts again.
+        """The newest checkpoint of a resumed run, or None: it ended before its first one, and starts again.
 
         part: name of the member of the checkpoint that is a copy of config.json. ValueError names a field with which
         they differ although no flag has changed it."""
@@ -210,7 +210,7 @@ class Run:
         return sorted(name for name in fields if saved.get(name) != getattr(self.cfg, name))
 
     def begin(self, cfg, step, state=None, part="config"):
-        """The start was not refused: write config.json and listen to signals. cfg: the configuration with nothing left open."""
+        """The start was not refused: write config.json, of the cfg with nothing left open, and listen to signals."""
         self.cfg, self.began = cfg, time.perf_counter()
         if self.first:
             changed = {"resumed_with": self._changed(state[part])} if state else {}
@@ -254,7 +254,7 @@ class Run:
             checkpoint.save(self.dir, step, {"step": step, **state, "logged": torch.tensor(self.logged)}, keep)
 
     def stopping(self):
-        """Whether a signal has asked for the end. Several ranks hear it at different steps and agree here, all of them."""
+        """Whether a signal has asked for the end. Ranks hear it at different steps: all of them agree here."""
         return bool(self.sum([self.stop.asked])[0])
 
     def sum(self, values):

@@ -1,10 +1,10 @@
 """Start a mixture of experts from a dense checkpoint, so that step 0 computes exactly what the dense model computed.
 
-The dense gated layer has hidden width W. A sum over hidden units may be cut anywhere: the first n_shared_experts * F units
-become the shared expert, and the remaining G * F units become G slices of width F (G: slices per copy). Expert e starts
-as slice e % G; experts 0 .. G-1 are one copy of the dense layer, G .. 2G-1 the next. The G experts of a copy start with
-the same router row, so they get equal logits and top-k takes whole copies. Gates that sum to 1 over the K chosen are then
-1/G of the copy's weight each, and W_out times G restores the dense output:
+The dense gated layer has hidden width W. A sum over hidden units may be cut anywhere: the first n_shared_experts * F
+units become the shared expert, and the remaining G * F units become G slices of width F (G: slices per copy). Expert e
+starts as slice e % G; experts 0 .. G-1 are one copy of the dense layer, G .. 2G-1 the next. The G experts of a copy
+start with the same router row, so they get equal logits and top-k takes whole copies. Gates that sum to 1 over the K
+chosen are then 1/G of the copy's weight each, and W_out times G restores the dense output:
 
     y = sum over copies c of g_c * (1/G) * sum over slices s of G * slice_s(x) = dense(x),   sum of g_c = 1
 
@@ -39,7 +39,7 @@ SAME = (
 
 
 def slices_per_copy(dense, cfg):
-    """G for the config dict of a dense checkpoint and the ModelConfig of the MoE; ValueError names what does not fit."""
+    """G for the config dict of a dense checkpoint and the ModelConfig of the MoE. ValueError for what does not fit."""
     for name in SAME:
         require(
             getattr(cfg, name) == dense[name],
@@ -66,9 +66,9 @@ def slices_per_copy(dense, cfg):
 
 @torch.no_grad()
 def upcycle(model, path, noise=0.0, seed=0):
-    """Fill a fresh GPT with float32 weights from a dense run directory or checkpoint file; its initial router rows are used.
+    """Fill a fresh GPT with float32 weights from a dense run directory or checkpoint file; its router rows are used.
 
-    ValueError where the shapes do not allow an exact start, or for a damaged checkpoint; FileNotFoundError without one."""
+    ValueError where the shapes allow no exact start, and for a damaged checkpoint; FileNotFoundError without one."""
     cfg, state = model.cfg, checkpoint.read(path)
     require(
         state["config"]["dense"],

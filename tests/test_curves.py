@@ -128,7 +128,10 @@ def test_nothing_to_show_is_said(tmp_path):
     with pytest.raises(SystemExit, match="error: .*No such file or directory: '/nonexistent/"):
         curves.main([str(tmp_path / "empty"), "--out=/nonexistent/curves.png"])
     settings = tmp_path / "empty" / "config.json"
-    for damage, message in ((lambda: settings.write_text("{"), "config.json is damaged"), (settings.unlink, "holds no con")):
+    for damage, message in (
+        (lambda: settings.write_text("{"), "config.json is damaged"),
+        (settings.unlink, "holds no con"),
+    ):
         damage()
         with pytest.raises(SystemExit, match=f"empty.*{message}"):
             curves.main([str(tmp_path / "empty")])

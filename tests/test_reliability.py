@@ -151,7 +151,8 @@ def test_nan_stops_with_step_batch_and_layer(data_dir, tmp_path, monkeypatch, op
     )
     poisoned(monkeypatch, {5})
     with pytest.raises(
-        ValueError, match="at step 5: the loss is nan, the output of layer 1 is the first .*bad-step-00000005-rank0.json"
+        ValueError,
+        match="at step 5: the loss is nan, the output of layer 1 is the first .*bad-step-00000005-rank0.json",
     ):
         run(data_dir, tmp_path / "out", *flags)
     dump = json.loads((tmp_path / "out" / "bad-step-00000005-rank0.json").read_text())
