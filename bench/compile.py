@@ -144,7 +144,9 @@ def inspect(kernel, capability):
         "shared": kernel.metadata.shared,
         **{what: len(re.findall(pattern, ptx)) for what, pattern in COUNTS.items()},
     }
-    warnings = {line.split("for gpu")[0].strip() for line in log.splitlines() if re.search(r"warning|\bC7\d\d\d\b", line)}
+    warnings = {
+        line.split("for gpu")[0].strip() for line in log.splitlines() if re.search(r"warning|\bC7\d\d\d\b", line)
+    }
     over = row["shared"] - SHARED_MEMORY[capability]
     problems = sorted(warnings)
     problems += [f"spills {row['spilled']} bytes a thread"] if row["spilled"] else []
@@ -182,10 +184,15 @@ def compile_shape(job):
 def table(rows):
     """Rows of dicts as a Markdown table with aligned columns."""
     columns = [key for key in rows[0] if key not in ("name", "triton")]
-    cells = [columns, *([", ".join(v) if isinstance(v := row[key], list) else str(v) for key in columns] for row in rows)]
+    cells = [
+        columns,
+        *([", ".join(v) if isinstance(v := row[key], list) else str(v) for key in columns] for row in rows),
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells
+    )
 
 
 def main(argv=None):

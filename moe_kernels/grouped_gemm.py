@@ -112,9 +112,7 @@ def up_kernel(
     tokens = tl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0) // TOP_K
     x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * D + offs_k[None, :]
     if isinstance(w_in_desc, tl.tensor):  # see _descriptor
-        w_in_desc = tl.make_tensor_descriptor(
-            w_in_desc, [2 * expert + 2, F, D], [F * D, D, 1], [2, BLOCK_N, BLOCK_K]
-        )
+        w_in_desc = tl.make_tensor_descriptor(w_in_desc, [2 * expert + 2, F, D], [F * D, D, 1], [2, BLOCK_N, BLOCK_K])
     acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for k in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import grpo
 from data import procedural, tokenizer
 from data.facts import FactsConfig
 from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from model import GPT, ModelConfig
 from optimoe import checkpoint
+from optimoe.run import Stop
 from study.claims import REMEDIES, overall, still_lost
 from study.posttrain import main, report
 from study.results import MIN_SEEDS
@@ -108,7 +108,7 @@ def test_half_a_budget_is_no_row(runs, tmp_path, monkeypatch):
     results = tmp_path / "posttrain.jsonl"
     flags = [f"--runs={runs}/E2", f"--results={results}", *BUDGET, "--seed=1"]
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.Stop, "asked", True)
+        patch.setattr(Stop, "asked", True)
         with pytest.raises(SystemExit, match="stopped and saved"):
             main(flags)
     assert not results.exists()
