@@ -4,15 +4,15 @@ r"""Are two mathematical answers equal, and does an answer have the form that wa
     right("Expand $x(x+1)$.", "x^2+x", "x(x+1)")               # False: equal in value, but not what was asked for
     number(r"\$1{,}250.50").value                              # Fraction(2501, 2)
 
-Plain numbers are compared here, exactly. Everything else goes to math-verify in a process of its own (`serve`), because a short
-answer such as 9^9^9^9 can keep computer algebra busy forever or fill the memory: that process is killed after some seconds.
-The library reads "5 million" and "5 or 7" as 5, ignores the bases of numbers and the case of letters, and rounds decimals;
-`clean` and `equal` say these things in a way that it understands, or refuse.
+Plain numbers are compared here, exactly. Everything else goes to math-verify in a process of its own (`serve`), because
+a short answer such as 9^9^9^9 can keep computer algebra busy forever or fill the memory: that process is killed after
+some seconds. The library reads "5 million" and "5 or 7" as 5, ignores the bases of numbers and the case of letters, and
+rounds decimals; `clean` and `equal` say these things in a way that it understands, or refuse.
 
-For rewards equality is not enough: the question itself, with "+0" behind it, equals the answer of every "expand", "simplify" and
-"factor". So a number must be written as a number, in lowest terms, and any other answer must consist of the same
-symbols as the gold answer, each as often (`symbols`). Their order is free, and so are parentheses, signs of multiplication and
-ways to write a fraction, as long as the value is right.
+For rewards equality is not enough: the question itself, with "+0" behind it, equals the answer of every "expand",
+"simplify" and "factor". So a number must be written as a number, in lowest terms, and any other answer must consist of
+the same symbols as the gold answer, each as often (`symbols`). Their order is free, and so are parentheses, signs of
+multiplication and ways to write a fraction, as long as the value is right.
 """
 
 import importlib.util
@@ -60,9 +60,10 @@ class Number(NamedTuple):
 
 def clean(text: str) -> str:
     """LaTeX with one notation for each thing. Scale words become factors, "or" and "and" commas; a unit at the end is dropped."""
-    text = text.strip().translate(_UNICODE)
+    text = text.strip().rstrip(". ").translate(_UNICODE)
     text = re.sub(r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", "", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = re.sub(r"\\frac(?:\s+|(?=\d))(\w)\s*(\w)", r"\\frac{\1}{\2}", text, flags=re.ASCII)
     text = re.sub(r"\\([lg])eq(?![a-z])", r"\\\1e", text)
     text = re.sub(r"\\(?:mbox|text(?:bf|it|rm|normal)|math(?:rm|bf))\s*\{", r"\\text{", text)
     text = re.sub(r"\\text\s?\{\s*,?\s*(?:and|or)(?![a-z])([^{}]*)\}", r",\1", text)
@@ -150,12 +151,15 @@ def _spelled(text):
 
 
 def exact(text: str) -> str:
-    """Decimals as fractions: computer algebra rounds them."""
+    """Decimals as fractions, which computer algebra does not round."""
 
     def fraction(found):
         value = Fraction(found[0])
         return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
+    text = re.sub(
+        r"(?<![a-zA-Z\\])i(?![a-zA-Z])", " i ", text
+    )  # the library knows the imaginary unit when it stands alone
     return re.sub(r"(?<![\d.])\d*\.\d+(?![\d.]|\\overline)", fraction, text, flags=re.ASCII)
 
 
@@ -202,7 +206,7 @@ def right(question: str, gold: str, answer: str) -> bool:
     if bool(_ASSIGNED.match(gold)) != bool(_ASSIGNED.match(answer)):  # "x = 5" and "5"
         gold, answer = _ASSIGNED.sub("", gold), _ASSIGNED.sub("", answer)
     ours, theirs = symbols(gold), symbols(answer)
-    grouping = gold.count("(") + sum(token in "/^" or len(token) > 1 for token in ours)
+    grouping = gold.count("(") + sum(1 + (token == "/") for token in ours if token in "/^" or len(token) > 1)
     if sorted(ours) != sorted(theirs) or answer.count("(") > grouping:
         return False
     if re.search(r"\border\b", question) and ours != theirs:

@@ -3,11 +3,11 @@ r"""What tasks use to judge a text that answers a question: 1.0 or 0.0, for grpo
     judge("What is 17 \cdot 23?", "391", r"... \boxed{391}")           # 1.0
     passes("def f(x): return x + 1", [("f(1)", 2), ("f(2)", 3)])       # 1.0
 
-A policy finds whatever a verifier lets through, so a doubtful answer earns nothing: a false 0 costs some signal, a false 1
-teaches cheating. An answer must be marked (\boxed{}, "####", "the answer is"), and several that differ are none. It must be equal
-to the gold answer and have its form (eval/equal.py). A program may answer instead: it runs in eval/sandbox.py and gives
-back values, which are compared out here. A program never sees what it has to return, so neither an object that equals
-everything nor an early exit helps it.
+A policy finds whatever a verifier lets through, so a doubtful answer earns nothing: a false 0 costs some signal, a
+false 1 teaches cheating. An answer must be marked (\boxed{}, "####", "the answer is"), and several that differ are
+none. It must be equal to the gold answer and have its form (eval/equal.py). A program may answer instead: it runs in
+eval/sandbox.py and gives back values, which are compared out here. A program never sees what it has to return, so
+neither an object that equals everything nor an early exit helps it.
 """
 
 import ast

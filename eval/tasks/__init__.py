@@ -5,8 +5,9 @@
     def items(source, shots, split="test") # -> list of Item; source.rows(TEST) gives the rows of a set
     LIKE = gsm8k                           # whatever this file does not define is taken from that task's module
 
-Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. A task whose answers are written
-by the model defines STOPS (generation ends at any of these strings, which are cut off), MAX_NEW_TOKENS, and some of
+Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. A task whose answers
+are written by the model defines STOPS (generation ends at any of these strings, which are cut off), MAX_NEW_TOKENS, and
+some of
 
     def score(item, text)                  # for eval: {metric: number}, averaged over items
     def program(item, text)                # or, for code: (program, tests) for eval.sandbox, which gives pass@k
@@ -16,8 +17,9 @@ by the model defines STOPS (generation ends at any of these strings, which are c
     def questions(source, split, n)        # for grpo.py: the first n items of "train" or "test", n = 0: all;
                                            # default: items(source, 0, split)
 
-A task is trained on if `items` takes a split or if it has `questions`. Items with choices become questions with lettered options
-where the model has to write the answer (`lettered`), so that a multiple-choice task needs none of these functions.
+A task is trained on if `items` takes a split or if it has `questions`. Items with choices become questions with
+lettered options where the model has to write the answer (`lettered`), so that a multiple-choice task needs none of
+these functions.
 """
 
 import importlib
@@ -136,3 +138,25 @@ def examples(rows: list[dict], pool: list[dict], n: int, render: Callable[[dict]
     for row in rows:
         drawn = stream.sample(pool, n + shared) if n else []
         yield "".join(render(example) + "\n\n" for example in [example for example in drawn if example is not row][:n])
+
+
+def split_rows(source, shots: int, split: str, test, train) -> tuple[list[dict], list[dict]]:
+    """(rows to evaluate or train on, rows to draw examples from): examples come from the training set where it is there."""
+    rows = source.rows(train if split == "train" else test)
+    return rows, source.first(train, test) if shots else rows
+
+
+def choice_items(source, shots: int, split: str, test, train, show: Callable[[dict], tuple[str, list[str], int]]):
+    """Items of a multiple-choice task. show(row) -> (prompt, choices, index of the right one); a space goes between them."""
+
+    def render(row):
+        prompt, choices, gold = show(row)
+        return f"{prompt} {choices[gold]}"
+
+    rows, pool = split_rows(source, shots, split, test, train)
+    items = []
+    for prefix, row in zip(examples(rows, pool, shots, render), rows, strict=True):
+        prompt, choices, gold = show(row)
+        choices = tuple(" " + choice for choice in choices)
+        items.append(Item(str(len(items)), prefix + prompt, choices[gold], choices=choices, gold=gold))
+    return items
