@@ -59,7 +59,7 @@ class Number(NamedTuple):
 
 
 def clean(text: str) -> str:
-    """LaTeX with one notation for each thing. Scale words become factors, "or" and "and" commas; a unit at the end is dropped."""
+    """LaTeX in one notation. Scale words become factors, "or" and "and" commas; a unit at the end is dropped."""
     text = text.strip().rstrip(". ").translate(_UNICODE)
     text = re.sub(r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", "", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
@@ -106,7 +106,7 @@ def _number(groups) -> Number | None:
 
 
 def find_number(text: str, marker: str) -> Fraction | None:
-    """The first number behind the marker, a regular expression; None without one, or where it goes on as something else (3^2, 1/x)."""
+    """The first number behind the marker, a regular expression; None without one, or where it goes on (3^2, 1/x)."""
     scale = rf"(?:{_SPACE}(?:\\text\s?\{{\s?)?({SCALE}))?"
     goes_on = r"[\d^({]|[.,]\d|/(?!\s?[a-z]{2})|\\frac|[eE][-+]?\d|\s?[*/^]\s?\d"
     pattern = rf"(?:{marker})[\s:$*=]{{0,20}}({NUMBER}){scale}(?!{goes_on})"
@@ -164,7 +164,7 @@ def exact(text: str) -> str:
 
 
 def symbols(text: str) -> list[str]:
-    """What an expression is made of, in order: numbers, letters, commands; without what is free (see the top of this file)."""
+    """What an expression is made of, in order: numbers, letters, commands; without what is free (see the top)."""
     text = re.sub(r"\\frac\s?(\d)", r"\\frac{\1}", exact(clean(text)))
     text = re.sub(r"\\frac\s?\{\s?(-?)1\s?\}|(?<![\d}.])1\s?/", r"\1/", text).replace(r"\frac", "/")  # 1/2 x is x/2
     text = re.sub(r"\{[bp]matrix\}", "{matrix}", text)
@@ -173,7 +173,7 @@ def symbols(text: str) -> list[str]:
 
 
 def equal(gold: str, answer: str, seconds: float = 5) -> bool:
-    """Whether two answers are equal. Never raises because of what they say; ValueError where math-verify is needed and missing."""
+    """Whether two answers are equal, whatever they say. ValueError where math-verify is needed and missing."""
     if len(answer) > 2 * len(gold) + LONGEST:
         return False
     gold, answer = clean(gold), clean(answer)
@@ -193,7 +193,7 @@ def equal(gold: str, answer: str, seconds: float = 5) -> bool:
 
 
 def right(question: str, gold: str, answer: str) -> bool:
-    """Whether an answer earns a reward: equal to the gold one, and in its form. Does not raise because of what it says."""
+    """Whether an answer earns a reward: equal to the gold one and in its form, whatever it says."""
     if not gold or len(answer) > LONGEST or "$" in clean(answer).lstrip("-$"):
         return False
     wanted, said = number(gold), number(answer)
@@ -225,7 +225,7 @@ _child, _lock = None, threading.Lock()
 
 
 def _ask(gold, answer, seconds):
-    """Ask the process that serves, started at the first question and again after every one that it did not answer in time."""
+    """Ask the process that serves; it is started at the first question and after every one that took too long."""
     global _child
     if _child is None or _child.poll() is not None:
         need_library()

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 from eval import tasks
-from eval.sources import Set, Source
+from eval.sources import Source
 from eval.tasks import Item, gsm8k, gsm_plus, hellaswag, humanevalplus, math500, mbppplus, triviaqa
 from tests.evalrun import tiny_run  # noqa: F401
 

@@ -43,7 +43,7 @@ def _same(answer, solution):
 
 
 def vote(text):
-    """The number after the first "####", "Answer" or "The answer is" (the paper's rule; here any notation is understood)."""
+    """The number after the first "####", "Answer" or "The answer is": the paper's rule, for any notation."""
     value = find_number(text, "####|[Aa]nswer(?: is)?")
     return None if value is None else plain(value)
 

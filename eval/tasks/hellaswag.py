@@ -30,5 +30,5 @@ def show(row):
 
 
 def clean(text):
-    """Without the markup of the WikiHow half: "[title]" ends a sentence, other brackets go, double spaces shrink once."""
+    """Without WikiHow's markup: "[title]" ends a sentence, other brackets go, double spaces shrink once."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")

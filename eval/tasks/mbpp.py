@@ -49,7 +49,7 @@ def program(item, text):
 
 
 def questions(source, split, n):
-    """Ids 601 to 974 train. One test is shown, all count; problems with a test other than `assert call == literal` are left out."""
+    """Ids 601 to 974 train. One test is shown, all count; only problems whose tests are `assert call == literal`."""
     first, last = (601, 974) if split == "train" else (11, 510)
     found = []
     for row in source.rows(TEST):
