@@ -112,9 +112,7 @@ def up_kernel(
     tokens = tl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0) // TOP_K
     x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * D + offs_k[None, :]
     if isinstance(w_in_desc, tl.tensor):  # see _descriptor
-        w_in_desc = tl.make_tensor_descriptor(
-            w_in_desc, [2 * expert + 2, F, D], [F * D, D, 1], [2, BLOCK_N, BLOCK_K]
-        )
+        w_in_desc = tl.make_tensor_descriptor(w_in_desc, [2 * expert + 2, F, D], [F * D, D, 1], [2, BLOCK_N, BLOCK_K])
     acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for k in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:
@@ -133,7 +131,7 @@ def up_kernel(
     for part in tl.static_range(PARTS):
         mask = mask_m[:, None]
         if F % BLOCK_N != 0:
-            mask = mask & (part * WIDTH < F - pid_n * BLOCK_N)  # all of a panel or nothing
+            mask = mask & (tl.full([1, 1], part * WIDTH, tl.int32) < F - pid_n * BLOCK_N)  # all of a panel or nothing
         g, u = _split_columns(acc, 2 * PARTS, part), _split_columns(acc, 2 * PARTS, PARTS + part)
         tl.store(h_ptr + part * panel + offs_h, g.to(dtype), mask=mask)
         tl.store(h_ptr + part * panel + WIDTH + offs_h, u.to(dtype), mask=mask)
@@ -264,7 +262,8 @@ def dswiglu_kernel(
         g, u, mask_part = g_next.to(tl.float32), u_next.to(tl.float32), mask
         if part + 1 < PARTS:
             if F % BLOCK_N != 0:
-                mask = mask_m[:, None] & ((part + 1) * WIDTH < F - pid_n * BLOCK_N)  # all of a panel or nothing
+                inside = tl.full([1, 1], (part + 1) * WIDTH, tl.int32) < F - pid_n * BLOCK_N  # all of a panel or nothing
+                mask = mask_m[:, None] & inside
             g_next = tl.load(h_ptr + (part + 1) * panel + offs_h, mask=mask, other=0.0)
             u_next = tl.load(h_ptr + (part + 1) * panel + WIDTH + offs_h, mask=mask, other=0.0)
         da = _split_columns(acc, PARTS, part)
