@@ -86,7 +86,7 @@ def test_large_tiles_use_tensor_cores_and_asynchronous_copies(hopper, others):
         assert {row["use"] for row in gemms} == {"up", "down", "dswiglu", "dx", "dw_in", "dw_out"}, arch
         assert all(row["wgmma" if arch == 90 else "mma"] > 0 and row["copies"] + row["tma"] > 0 for row in gemms), gemms
         assert all(row["tma"] > 0 for row in gemms) == (arch >= 90)
-        # Indices and row sums take a few narrow accesses. Weights and rows in pieces below 16 bytes would be 70 or more.
+        # Indices and row sums take a few narrow accesses. Weights and rows in smaller pieces would be 70 or more.
         assert all(row["narrow"] < 30 for row in gemms), gemms
     assert not any(row["wgmma"] for row in hopper if row["name"] == "combine_kernel")  # the count can be zero
 
