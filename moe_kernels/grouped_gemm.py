@@ -262,7 +262,9 @@ def dswiglu_kernel(
         g, u, mask_part = g_next.to(tl.float32), u_next.to(tl.float32), mask
         if part + 1 < PARTS:
             if F % BLOCK_N != 0:
-                inside = tl.full([1, 1], (part + 1) * WIDTH, tl.int32) < F - pid_n * BLOCK_N  # all of a panel or nothing
+                inside = (
+                    tl.full([1, 1], (part + 1) * WIDTH, tl.int32) < F - pid_n * BLOCK_N
+                )  # all of a panel or nothing
                 mask = mask_m[:, None] & inside
             g_next = tl.load(h_ptr + (part + 1) * panel + offs_h, mask=mask, other=0.0)
             u_next = tl.load(h_ptr + (part + 1) * panel + WIDTH + offs_h, mask=mask, other=0.0)
