@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F_
 from torch import Tensor, nn
 
-from moe_kernels import balance_loss, gates_of, linear_cross_entropy, moe_experts, rope, route, swiglu
+from moe_kernels import balance_loss, gated_activation, gates_of, linear_cross_entropy, moe_experts, rope, route
 from optimoe.config import require
 
 
@@ -35,7 +35,7 @@ class ModelConfig:
     top_k: int = 2  # K experts per token
     d_expert: int = 256  # F, hidden width of one expert
     n_shared_experts: int = 0  # experts of width F that every token passes, outside the router
-    dense: bool = False  # no router: one SwiGLU of width (K + shared) * F, the same active FLOPs
+    dense: bool = False  # no router: one gated MLP of width (K + shared) * F, the same active FLOPs
     router_score: Literal["softmax", "sigmoid"] = "softmax"  # score of an expert, a function of the router's logits
     router_normalize: bool = (
         True  # gates sum to 1 over the K chosen (with softmax: top-k, then softmax); false: the raw scores
@@ -44,6 +44,7 @@ class ModelConfig:
         0.0  # > 0: loss-free balancing, a selection bias moved by this much per step (1e-3 is usual)
     )
     # Choices
+    activation: Literal["swiglu", "geglu", "relu2"] = "swiglu"  # of experts and dense layers (moe_kernels/activation.py)
     qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
     qk_norm_joint: bool = (
         False  # with qk_norm: one RMSNorm over all query heads of a token, one over all key heads (OLMoE)
@@ -185,17 +186,16 @@ class Attention(nn.Module):
         return self.out(y.reshape(B, L, H * self.head_dim))
 
 
-class SwiGLU(nn.Module):
+class GatedMLP(nn.Module):
+    """A dense layer, or the shared experts."""
+
     def __init__(self, cfg, d_hidden):
         super().__init__()
-        self.gate_up, self.down, self.impl = (
-            Linear(cfg.d_model, 2 * d_hidden),
-            Linear(d_hidden, cfg.d_model),
-            cfg.kernels,
-        )
+        self.gate_up, self.down = Linear(cfg.d_model, 2 * d_hidden), Linear(d_hidden, cfg.d_model)
+        self.activation, self.impl = cfg.activation, cfg.kernels
 
     def forward(self, x_TD):
-        return self.down(swiglu(self.gate_up(x_TD), self.impl))
+        return self.down(gated_activation(self.gate_up(x_TD), self.activation, self.impl))
 
 
 class MoE(nn.Module):
@@ -212,7 +212,7 @@ class MoE(nn.Module):
         self.experts = (
             moe_experts  # with expert parallelism, what parallel.py puts here: the same between two all-to-alls
         )
-        self.shared = SwiGLU(cfg, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
+        self.shared = GatedMLP(cfg, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
         self.register_buffer("bias_E", torch.zeros(cfg.n_experts) if cfg.router_bias_rate else None)
 
     def forward(self, x_TD, replay_TK=None, stats=True):
@@ -226,7 +226,7 @@ class MoE(nn.Module):
                 experts_TK=experts_TK, gates_TK=gates_of(logits_TE, experts_TK, cfg.router_score, cfg.router_normalize)
             )
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
-        y_TD = self.experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, impl=impl)
+        y_TD = self.experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, impl=impl, activation=cfg.activation)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if not stats:
@@ -239,7 +239,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(cfg.d_model, cfg.norm_eps), Attention(cfg)
         self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.mlp = SwiGLU(cfg, (cfg.top_k + cfg.n_shared_experts) * cfg.d_expert) if cfg.dense else MoE(cfg)
+        self.mlp = GatedMLP(cfg, (cfg.top_k + cfg.n_shared_experts) * cfg.d_expert) if cfg.dense else MoE(cfg)
 
     def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0, replay_TK=None):
         x_BLD = x_BLD + self.attn(self.attn_norm(x_BLD), cos, sin, mask, cache, layer)

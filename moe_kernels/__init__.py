@@ -5,7 +5,7 @@ y_TD = moe_experts(x_TD, w_in_EGD, w_out_EDF, r.gates_TK, r.experts_TK)
 loss = y_TD.square().mean() + 1e-2 * balance_loss(r.counts_E, r.probs_E) + 1e-3 * r.z
 """
 
-from moe_kernels.activation import swiglu
+from moe_kernels.activation import ACTIVATIONS, gated_activation
 from moe_kernels.adamw import adamw_step
 from moe_kernels.cross_entropy import linear_cross_entropy
 from moe_kernels.experts import moe_experts
@@ -14,13 +14,14 @@ from moe_kernels.rotary import rope
 from moe_kernels.routing import Routing, balance_loss, route
 
 __all__ = [
+    "ACTIVATIONS",
     "Routing",
     "adamw_step",
     "balance_loss",
+    "gated_activation",
     "gates_of",
     "linear_cross_entropy",
     "moe_experts",
     "rope",
     "route",
-    "swiglu",
 ]

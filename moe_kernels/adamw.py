@@ -8,10 +8,9 @@ to the nearest. Stochastic rounding goes up with the probability of the part cut
 import math
 
 import torch
-import triton
-import triton.language as tl
 
 from moe_kernels import reference
+from moe_kernels.language import tl, triton
 from moe_kernels.tiles import cdiv, pick_impl
 
 BLOCK = 2048  # values per program of four warps: 16 per thread

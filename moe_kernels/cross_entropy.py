@@ -5,12 +5,11 @@ and no logits are ever computed twice (the idea is Liger's, arXiv 2410.10989; he
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
+from moe_kernels.language import tl, triton
 from moe_kernels.tiles import pick_impl, pow2
 
 

@@ -7,10 +7,9 @@ A pair's flat index is `slot = token * K + k`; the sort maps slots to rows and l
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.language import tl, triton
 from moe_kernels.tiles import cdiv, max_tiles, pow2
 
 CHUNK = 512  # slots per program of the sort

@@ -8,9 +8,7 @@ Shapes: P parameters of one shape, (R, B) or (E, R, B), whose R rows are stacked
 
 import math
 
-import triton
-import triton.language as tl
-
+from moe_kernels.language import tl, triton
 from moe_kernels.tiles import interpreting, pow2
 
 COEFFICIENTS = (

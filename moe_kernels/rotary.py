@@ -5,12 +5,11 @@ Shapes: B batch, L sequence, T = B*L tokens, H query heads, Hkv key (and as many
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
+from moe_kernels.language import tl, triton
 from moe_kernels.tiles import cdiv, eager, pick_impl, pow2
 
 

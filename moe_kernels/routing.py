@@ -6,12 +6,11 @@ Shapes: T tokens, E experts, K experts per token. Everything but the ids and cou
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
+from moe_kernels.language import tl, triton
 from moe_kernels.tiles import cdiv, eager, pick_impl, pow2
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32

@@ -95,9 +95,11 @@ def compile_layer(T, D, F, E, K, dtype=torch.bfloat16):
     with compile_only() as rows:
         routed = routing.route_fwd(empty(T, E, dtype=dtype), None, K, False, True)
         routing.route_bwd(empty(T, E, dtype=dtype), routed[1], gates, gates, routed[3], routed[4], False, True)
-        out = experts.experts_fwd(x, w_in, w_out, gates, routed[1])
-        experts.experts_bwd(x, x, w_in, w_out, gates, *out[1:])
-        activation.swiglu_bwd(empty(T, 2 * F, dtype=dtype), activation.swiglu_fwd(empty(T, 2 * F, dtype=dtype)))
+        h = empty(T, 2 * F, dtype=dtype)
+        for name in activation.ACTIVATIONS:
+            out = experts.experts_fwd(x, w_in, w_out, gates, routed[1], name)
+            experts.experts_bwd(x, x, w_in, w_out, gates, *out[1:], name)
+            activation.gated_bwd(h, activation.gated_fwd(h, name), name)
         for heads, d in ((12, 64), (4, 128)):
             qkv, table, weight = empty(1, T, heads + 8, d, dtype=dtype), empty(T, 1, d), empty(d)
             for norms in ((None, None), (weight, weight)):

@@ -15,7 +15,7 @@ def problem(T, F, dtype, device):
 
 
 def results(h, da, impl="triton"):
-    a = swiglu(h, impl)
+    a = gated_activation(h, impl=impl)
     return a, *torch.autograd.grad(a, h, da)
 
 

@@ -42,7 +42,7 @@ def rows():
 def test_every_kernel_compiles_without_spills(rows):
     assert {row["shape"] for row in rows} == set(SHAPES)
     assert GEMMS | {"muon_kernel"} < {row["name"] for row in rows}
-    assert {f"{op}_{way}_kernel" for op in ("swiglu", "rope", "route") for way in ("fwd", "bwd")} < {
+    assert {f"{op}_{way}_kernel" for op in ("gated", "rope", "route") for way in ("fwd", "bwd")} < {
         row["name"] for row in rows
     }
     spilled = [row for row in rows if row["spilled"] > 0]
@@ -63,7 +63,7 @@ def test_elementwise_kernels_move_16_bytes_at_a_time(rows):
     moved = [
         row
         for row in rows
-        if row["name"].startswith("swiglu_") or row["name"].startswith("rope_") and row["shared"] == 0
+        if row["name"].startswith("gated_") or row["name"].startswith("rope_") and row["shared"] == 0
     ]
     assert len({row["name"] for row in moved}) == 4 and all(row["wide"] > 0 and row["narrow"] == 0 for row in moved), (
         moved
