@@ -1,4 +1,4 @@
-"""The differentiable expert layer: registers the forward and backward ops; keeps x, the pre-activation and the routing metadata, nothing else.
+"""The differentiable expert layer and its ops, which save x, the pre-activation and the routing metadata, nothing else.
 
 Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token, S = T*K.
 """
@@ -12,10 +12,10 @@ from torch import Tensor
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels import reference
 from moe_kernels.activation import activation_of
-from moe_kernels.dispatch import Dispatch, combine, dispatch
+from moe_kernels.dispatch import Dispatch, combine, dispatch, empty_dispatch
 from moe_kernels.ops import define
 from moe_kernels.routing import MAX_EXPERTS, MAX_TOP_K
-from moe_kernels.tiles import eager, gemm_tiles, max_tiles, pick_impl
+from moe_kernels.tiles import eager, gemm_tiles, pick_impl
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,7 +45,7 @@ def _check(x, w_in, w_out, gates, experts):
         raise ValueError(
             f"expected x (T, D), w_in (E, 2F, D), w_out (E, D, F); got {tuple(x.shape)}, {tuple(w_in.shape)}, {tuple(w_out.shape)}"
         )
-    (T, D), (E, G, _), F = x.shape, w_in.shape, w_out.shape[2]
+    (T, D), E, F = x.shape, w_in.shape[0], w_out.shape[2]
     if w_in.shape != (E, 2 * F, D) or w_out.shape != (E, D, F):
         raise ValueError(
             f"w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)} do not fit (E, 2F, D) and (E, D, F) with D = {D} from x"
@@ -69,7 +69,7 @@ def _check(x, w_in, w_out, gates, experts):
 
 
 def _dense(tensor):
-    # Tensor descriptors want 16-byte aligned rows: D and F guarantee the strides, a view's first element may still be off.
+    # Tensor descriptors need rows aligned to 16 bytes. D and F guarantee the strides, but a view may start anywhere.
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -86,28 +86,21 @@ def experts_fwd(
     if x_TD.dtype not in DTYPES:
         raise ValueError(f"impl='triton' computes in float32, float16 or bfloat16, not {x_TD.dtype}")
     x, w_in, w_out = _dense(x_TD), _dense(w_in_EGD), _dense(w_out_EDF)
-    T, D = x.shape
-    E, G, _ = w_in.shape
-    S = experts_TK.numel()
-    tiles = gemm_tiles(S, E, D, G // 2, x.dtype)
+    (E, D, F), S = w_out.shape, experts_TK.numel()
+    tiles = gemm_tiles(S, E, D, F, x.dtype)
     sorted_ = dispatch(experts_TK.contiguous(), E, tiles["up"].BLOCK_M)
-    if T == 0:
-        return x.new_empty(0, D), x.new_empty(gemm.panels(0, G // 2, tiles["up"])), *sorted_
+    if S == 0:
+        return x.new_empty(0, D), x.new_empty(gemm.panels(0, F, tiles["up"])), *sorted_
     h, a = gemm.up(x, w_in, sorted_, tiles["up"], activation)
     y = gemm.down(a, w_out, sorted_, tiles["down"])
     return combine(y, sorted_.slot_row_TK, gates_TK.contiguous())[0], h, *sorted_
 
 
 def _fake_fwd(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swiglu"):
-    (T, K), E, G = experts_TK.shape, w_in_EGD.shape[0], w_in_EGD.shape[1]
-    tile = gemm_tiles(T * K, E, x_TD.shape[1], G // 2, x_TD.dtype)["up"]
-    n_tiles = max_tiles(T * K, E, tile.BLOCK_M)
-    index = lambda *shape: x_TD.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    return (
-        x_TD.new_empty(x_TD.shape),
-        x_TD.new_empty(gemm.panels(T * K, G // 2, tile)),
-        *Dispatch(index(E + 1), index(T * K), index(T, K), index(n_tiles), index(n_tiles), index(1), index(3, E)),
-    )
+    (E, _, F), S = w_out_EDF.shape, experts_TK.shape[0] * experts_TK.shape[1]
+    tile = gemm_tiles(S, E, x_TD.shape[1], F, x_TD.dtype)["up"]
+    h = x_TD.new_empty(gemm.panels(S, F, tile))
+    return x_TD.new_empty(x_TD.shape), h, *empty_dispatch(experts_TK, E, tile.BLOCK_M)
 
 
 def experts_bwd(
@@ -129,7 +122,7 @@ def experts_bwd(
     """Gradients of x, w_in, w_out and the gates."""
     dy, x, w_in, w_out, gates = _dense(dy_TD), _dense(x_TD), _dense(w_in_EGD), _dense(w_out_EDF), gates_TK.contiguous()
     if x.shape[0] == 0:
-        return torch.zeros_like(x), torch.zeros_like(w_in), torch.zeros_like(w_out), torch.zeros_like(gates)
+        return tuple(torch.zeros_like(t) for t in (x, w_in, w_out, gates))
     sorted_ = Dispatch(offsets, row_slot_S, slot_row_TK, tile_expert, tile_row, tile_count, by_size)
     tiles = gemm_tiles(row_slot_S.numel(), w_in.shape[0], x.shape[1], w_out.shape[2], x.dtype)
     dh, ga, dgates_parts = gemm.dswiglu(dy, w_out, h_PSW, gates, sorted_, tiles["dswiglu"], activation)

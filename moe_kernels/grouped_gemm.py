@@ -340,7 +340,7 @@ def _gather(dispatch):
 
 def up(x_TD, w_in_EGD, dispatch, tile, activation="swiglu"):
     """Pre-activations h (P, S, W) of the routed rows, see `panels`, and activations a = f(gate) * up (S, F). Raises ValueError as `panels` does."""
-    (E, G, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
+    (E, _, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
     h, a = x_TD.new_empty(panels(S, F, tile)), x_TD.new_empty(S, F)
     w_desc = TensorDescriptor.from_tensor(w_in_EGD.view(2 * E, F, D), [2, tile.BLOCK_N, tile.BLOCK_K])
     up_kernel[_row_grid(dispatch, F, tile)](
