@@ -1,7 +1,10 @@
-"""Gated activations f(gate) * up: the table of them, used by every kernel and by the reference, and the op of a dense layer.
+"""Gated activations f(gate) * up: the table of them, used by every kernel and by the reference, and the op of a dense
+layer.
 
-A new activation is two functions for the kernels, f and (f, f'), and a row of ACTIVATIONS; `ModelConfig.activation` has to name it too.
-Shapes: T tokens, F hidden width, G = 2F (gate columns, then up columns). The experts' activation is part of their GEMMs (grouped_gemm.py).
+A new activation is two functions for the kernels, f and (f, f'), and a row of ACTIVATIONS; `ModelConfig.activation` has
+to name it too.
+Shapes: T tokens, F hidden width, G = 2F (gate columns, then up columns). The experts' activation is part of their GEMMs
+(grouped_gemm.py).
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +19,8 @@ from moe_kernels.tiles import cdiv, interpreting, pow2
 
 @triton.jit
 def _sigmoid_approx(x):
-    # Four instructions, within 1e-6 of 1 / (1 + exp(-x)); tl.sigmoid has ten more for numbers outside float32, half of an epilogue's time.
+    # Four instructions, within 1e-6 of 1 / (1 + exp(-x)); tl.sigmoid has ten more for numbers outside float32, half of
+    # an epilogue's time.
     return tl.inline_asm_elementwise(
         """{
         .reg .f32 t;
@@ -63,7 +67,8 @@ def gelu_slope(gate):
 
 @triton.jit
 def _relu(gate):
-    # This keeps a NaN and spills no register in dswiglu_kernel: tl.maximum drops a NaN, tl.where spills 24 bytes a thread.
+    # This keeps a NaN and spills no register in dswiglu_kernel: tl.maximum drops a NaN, tl.where spills 24 bytes a
+    # thread.
     return tl.clamp(gate, 0.0, 3.4e38, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -98,10 +103,13 @@ def activation_of(name):
 
 
 def gated_activation(h_TG, activation="swiglu", impl=None):
-    """f(h[:, :F]) * h[:, F:] with the f of `activation`: "swiglu" (SiLU), "geglu" (GELU in its tanh form) or "relu2" (ReLU squared).
+    """f(h[:, :F]) * h[:, F:] with the f of `activation`: "swiglu" (SiLU), "geglu" (GELU in its tanh form) or "relu2"
+    (ReLU squared).
 
-    h_TG (T, 2F), any floating dtype, rows of any stride. Returns (T, F) in its dtype; differentiable. The kernels compute in float32 and save h.
-    impl: as in `moe_experts`; "grouped_mm" is the reference here. Raises ValueError for other shapes or names, and for float64 with "triton"."""
+    h_TG (T, 2F), any floating dtype, rows of any stride. Returns (T, F) in its dtype; differentiable. The kernels
+    compute in float32 and save h.
+    impl: as in `moe_experts`; "grouped_mm" is the reference here. Raises ValueError for other shapes or names, and for
+    float64 with "triton"."""
     if h_TG.ndim != 2 or h_TG.shape[1] % 2 or not h_TG.is_floating_point():
         raise ValueError(f"h: expected a (T, 2F) float tensor, got {tuple(h_TG.shape)} {h_TG.dtype}")
     activation_of(activation)
@@ -137,17 +145,9 @@ def gated_fwd_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def gated_bwd_kernel(
-    h_ptr,
-    da_ptr,
-    dh_ptr,
-    T,
-    stride_h,
-    stride_da,
-    F: tl.constexpr,
-    SLOPE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
+    h_ptr, da_ptr, dh_ptr, T, stride_h, stride_da,
+    F: tl.constexpr, SLOPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
     offs_t, offs_f, mask = _block(T, F, BLOCK_T, BLOCK_F)
     gate = tl.load(h_ptr + offs_t * stride_h + offs_f, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(h_ptr + offs_t * stride_h + F + offs_f, mask=mask, other=0.0).to(tl.float32)

@@ -1,6 +1,7 @@
 """The differentiable expert layer and its ops, which save x, the pre-activation and the routing metadata, nothing else.
 
-Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token, S = T*K.
+Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
+token, S = T*K.
 """
 
 import contextlib
@@ -21,16 +22,19 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, activation="swiglu"):
-    """y[t] = sum_k gates[t,k] * W_out[e] (f(W_gate[e] x[t]) * (W_up[e] x[t])), e = experts[t,k]: gated experts (arXiv 2002.05202).
+    """y[t] = sum_k gates[t,k] * W_out[e] (f(W_gate[e] x[t]) * (W_up[e] x[t])), e = experts[t,k]: gated experts (arXiv
+    2002.05202).
 
-    x_TD (T, D), w_in_EGD (E, 2F, D) with the gate rows first, w_out_EDF (E, D, F): one dtype of float32, float16, bfloat16
+    x_TD (T, D), w_in_EGD (E, 2F, D) with the gate rows first, w_out_EDF (E, D, F): one dtype of float32, float16,
+    bfloat16
       (the layout of Hugging Face's gate_up_proj and down_proj).
     gates_TK (T, K) float; experts_TK (T, K) integer, ids in 0..E-1 (not checked on the GPU: that would wait for it).
     impl: "reference", "grouped_mm", "triton", or None to choose by device.
     activation: f is SiLU for "swiglu", GELU in its tanh form for "geglu", the square of ReLU for "relu2".
-    Returns (T, D) in x's dtype; differentiable in x, both weights and the gates. The triton backward is deterministic and saves x,
-    the T*K*2F values of the pre-activation and 8 bytes per routed row.
-    Raises ValueError for wrong shapes, dtypes, ids or names: D and F must be multiples of 16, 1 <= K <= min(E, 32), E <= 1024.
+    Returns (T, D) in x's dtype; differentiable in x, both weights and the gates. The triton backward is deterministic
+    and saves x, the T*K*2F values of the pre-activation and 8 bytes per routed row.
+    Raises ValueError for wrong shapes, dtypes, ids or names: D and F must be multiples of 16, 1 <= K <= min(E, 32), E
+    <= 1024.
     """
     _check(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK)
     activation_of(activation)
@@ -126,12 +130,13 @@ def experts_bwd(
     sorted_ = Dispatch(offsets, row_slot_S, slot_row_TK, tile_expert, tile_row, tile_count, by_size)
     tiles = gemm_tiles(row_slot_S.numel(), w_in.shape[0], x.shape[1], w_out.shape[2], x.dtype)
     dh, ga, dgates_parts = gemm.dswiglu(dy, w_out, h_PSW, gates, sorted_, tiles["dswiglu"], activation)
-    # With few rows per expert dx reads the weights while dW writes their gradients: side by side they save 3 % of the layer on an H200.
-    # With many rows both need the tensor cores. Outside of a graph a second stream costs more Python than it saves.
+    # With few rows per expert dx reads the weights while dW writes their gradients: side by side they save 3 % of the
+    # layer on an H200. With many rows both need the tensor cores. Outside of a graph a second stream costs more
+    # Python than it saves.
     main = captured_stream(x) if tiles["dx"].BLOCK_M < 128 else None
     side = main and side_stream(main)
-    # Allocate results on the main stream: side-stream memory, once freed, is reused without waiting for readers on the main stream.
-    # torch reuses its 32 streams, so the side stream may be the main stream of another branch.
+    # Allocate results on the main stream: side-stream memory, once freed, is reused without waiting for readers on the
+    # main stream. torch reuses its 32 streams, so the side stream may be the main stream of another branch.
     dx, dgates = torch.empty_like(x), torch.empty_like(gates)
     if main:
         side.wait_stream(main)

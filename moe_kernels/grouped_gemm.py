@@ -1,14 +1,17 @@
-"""The six grouped GEMMs of an expert layer, each fused with its surroundings: gathers in the loads, the activation and its gradient in the epilogues.
+"""The six grouped GEMMs of an expert layer, each fused with its surroundings: gathers in the loads, the activation and
+its gradient in the epilogues.
 
-Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token,
-S = T*K routed rows sorted by expert (see `dispatch`). Accumulation is float32; float32 inputs are multiplied in full precision.
+Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
+token, S = T*K routed rows sorted by expert (see `dispatch`). Accumulation is float32; float32 inputs are multiplied in
+full precision.
 
-In the kernels M indexes rows of the output tile, N its columns, and the reduction goes in steps of BLOCK_K. Weights come through tensor
-descriptors (TMA on Hopper), gathered rows through pointers (asynchronous copies). Tiles: `tiles.py`.
+In the kernels M indexes rows of the output tile, N its columns, and the reduction goes in steps of BLOCK_K. Weights
+come through tensor descriptors (TMA on Hopper), gathered rows through pointers (asynchronous copies). Tiles:
+`tiles.py`.
 
-Only `up_kernel` writes the pre-activation h and only `dswiglu_kernel` reads it, so it is stored as these two use it: h_PSW, P panels of
-W = 2F / P columns. A panel has W / 2 gate columns and the W / 2 up columns that belong to them; W / 2 is the width of a column part of both
-kernels. What a tile reads of a panel is one contiguous piece of memory.
+Only `up_kernel` writes the pre-activation h and only `dswiglu_kernel` reads it, so it is stored as these two use it:
+h_PSW, P panels of W = 2F / P columns. A panel has W / 2 gate columns and the W / 2 up columns that belong to them; W /
+2 is the width of a column part of both kernels. What a tile reads of a panel is one contiguous piece of memory.
 """
 
 import torch
@@ -44,33 +47,17 @@ def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "max_tiles"])
 def up_kernel(
-    x_ptr,
-    w_in_desc,
-    h_ptr,
-    a_ptr,
-    row_slot_ptr,
-    offsets_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
-    tile_count_ptr,
-    S,
-    max_tiles,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """h = gather(x) W_in^T and a = f(gate) * up. One product has the gate columns of the tile and the up columns that belong to them:
-    W_in, seen as (2E, F, D), has these in neighbouring planes, and one TMA box takes a piece of both."""
+    x_ptr, w_in_desc, h_ptr, a_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, S,
+    max_tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """h = gather(x) W_in^T and a = f(gate) * up. One product has the gate columns of the tile and the up columns that
+    belong to them: W_in, seen as (2E, F, D), has these in neighbouring planes, and one TMA box takes a piece of
+    both."""
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    # Keep two dependent loads before the first x load: neither the tile order nor the gather needs the number of tiles or of rows.
-    # Rows past the expert's end belong to the next expert; they are computed and not stored.
+    # Keep two dependent loads before the first x load: neither the tile order nor the gather needs the number of tiles
+    # or of rows. Rows past the expert's end belong to the next expert; they are computed and not stored.
     expert, row, pid_m, pid_n = _tile(tl.program_id(0), max_tiles, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)
     if pid_m >= tl.load(tile_count_ptr):
         return
@@ -106,26 +93,15 @@ def up_kernel(
 
 @triton.jit
 def rows_kernel(
-    a_desc,
-    w_desc,
-    y_ptr,
-    offsets_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
-    tile_count_ptr,
-    N: tl.constexpr,
-    R: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    a_desc, w_desc, y_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr,
+    N: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """y (S, N) = a (S, R) times each row's expert matrix: w^T with w (E, N, R) when TRANSPOSED, else w (E, R, N).
 
-    The kernel is persistent and its loops are flattened, so that the next tile's loads overlap this tile's stores: 10 % faster than one
-    program per tile on an H100. The gathering kernels lose 5-20 % from the same change and stay one program per tile."""
+    The kernel is persistent and its loops are flattened, so that the next tile's loads overlap this tile's stores: 10 %
+    faster than one program per tile on an H100. The gathering kernels lose 5-20 % from the same change and stay one
+    program per tile."""
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     n_tiles_m = tl.load(tile_count_ptr)
@@ -158,31 +134,13 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=["S", "max_tiles"])
 def dswiglu_kernel(
-    dy_ptr,
-    w_out_desc,
-    h_ptr,
-    gates_ptr,
-    dh_ptr,
-    ga_ptr,
-    dgates_part_ptr,
-    row_slot_ptr,
-    offsets_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
-    tile_count_ptr,
-    S,
-    max_tiles,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SLOPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    dy_ptr, w_out_desc, h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr,
+    tile_row_ptr, tile_count_ptr, S, max_tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr,
+    SLOPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
-):
-    """da = gather(dy) W_out, then in the epilogue dh, ga = router gate * a, and the row sums of da * a, which make the router gate's gradient."""
+):  # fmt: skip
+    """da = gather(dy) W_out, then in the epilogue dh, ga = router gate * a, and the row sums of da * a, which make the
+    router gate's gradient."""
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     expert, row, pid_m, pid_n = _tile(tl.program_id(0), max_tiles, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)
@@ -201,7 +159,8 @@ def dswiglu_kernel(
             dy = tl.load(dy_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
         acc = tl.dot(dy, w_out_desc.load([expert * D + k, pid_n * BLOCK_N]), acc, input_precision="ieee")
 
-    # Narrow column parts keep the five epilogue tiles in registers. The next part's h is loaded while this part is computed.
+    # Narrow column parts keep the five epilogue tiles in registers. The next part's h is loaded while this part is
+    # computed.
     dtype = ga_ptr.dtype.element_ty
     weight = tl.load(gates_ptr + slots, mask=mask_m, other=0.0)[:, None]
     dgate = tl.zeros([BLOCK_M], tl.float32)
@@ -235,26 +194,16 @@ def dswiglu_kernel(
 
 @triton.jit(do_not_specialize=["E"])
 def dw_kernel(
-    a_ptr,
-    b_desc,
-    dw_ptr,
-    row_slot_ptr,
-    by_size_ptr,
-    E,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """dw[e] (M, N) = a[rows of e]^T b[rows of e], stored as (N, M) when TRANSPOSED. `a` is gathered by token, `b` lies sorted by expert. No rows: zeros.
+    a_ptr, b_desc, dw_ptr, row_slot_ptr, by_size_ptr,
+    E, M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """dw[e] (M, N) = a[rows of e]^T b[rows of e], stored as (N, M) when TRANSPOSED. `a` is gathered by token, `b` lies
+    sorted by expert. No rows: zeros.
 
-    For both weights the sorted operand is the wide one, on the right: there TMA spares the address arithmetic, while TMA of a left operand,
-    which the product reads transposed, is slower than pointers. Transposing the result costs one pass through shared memory per tile."""
+    For both weights the sorted operand is the wide one, on the right: there TMA spares the address arithmetic, while
+    TMA of a left operand, which the product reads transposed, is slower than pointers. Transposing the result costs one
+    pass through shared memory per tile."""
     M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
@@ -308,7 +257,8 @@ def _desc(tensor, rows, columns):
 
 
 def panels(S, F, tile):
-    """Shape (P, S, W) of the pre-activations of S rows, W / 2 = BLOCK_N / PARTS; one W for the tiles of `up` and `dswiglu`.
+    """Shape (P, S, W) of the pre-activations of S rows, W / 2 = BLOCK_N / PARTS; one W for the tiles of `up` and
+    `dswiglu`.
 
     Raises ValueError where W / 2 does not divide F: the last panel would not be whole."""
     width = tile.BLOCK_N // tile.PARTS
@@ -339,40 +289,30 @@ def _gather(dispatch):
 
 
 def up(x_TD, w_in_EGD, dispatch, tile, activation="swiglu"):
-    """Pre-activations h (P, S, W) of the routed rows, see `panels`, and activations a = f(gate) * up (S, F). Raises ValueError as `panels` does."""
+    """Pre-activations h (P, S, W) of the routed rows, see `panels`, and activations a = f(gate) * up (S, F). Raises
+    ValueError as `panels` does."""
     (E, _, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
     h, a = x_TD.new_empty(panels(S, F, tile)), x_TD.new_empty(S, F)
     w_desc = TensorDescriptor.from_tensor(w_in_EGD.view(2 * E, F, D), [2, tile.BLOCK_N, tile.BLOCK_K])
     up_kernel[_row_grid(dispatch, F, tile)](
-        x_ptr=x_TD,
-        w_in_desc=w_desc,
-        h_ptr=h,
-        a_ptr=a,
-        D=D,
-        F=F,
-        VALUE=ACTIVATIONS[activation].value,
-        **_gather(dispatch),
-        **tile._asdict(),
-    )
+        x_ptr=x_TD, w_in_desc=w_desc, h_ptr=h, a_ptr=a,
+        D=D, F=F, VALUE=ACTIVATIONS[activation].value, **_gather(dispatch), **tile._asdict(),
+    )  # fmt: skip
     return h, a
 
 
 def _rows_gemm(a_SR, w, transposed, dispatch, tile):
-    """Row s of the result (S, N) is w[e] a[s] with w (E, N, R) when transposed, else a[s] w[e] with w (E, R, N); e is the row's expert."""
+    """Row s of the result (S, N) is w[e] a[s] with w (E, N, R) when transposed, else a[s] w[e] with w (E, R, N); e is
+    the row's expert."""
     S, R = a_SR.shape
     N = w.shape[1] if transposed else w.shape[2]
     y = a_SR.new_empty(S, N)
     grid = (min(_row_grid(dispatch, N, tile)[0], resident_programs(tile, a_SR.device)),)
     rows_kernel[grid](
         a_desc=_desc(a_SR, tile.BLOCK_M, tile.BLOCK_K),
-        w_desc=_desc(w, tile.BLOCK_N, tile.BLOCK_K) if transposed else _desc(w, tile.BLOCK_K, tile.BLOCK_N),
-        y_ptr=y,
-        N=N,
-        R=R,
-        TRANSPOSED=transposed,
-        **_tile_table(dispatch),
-        **tile._asdict(),
-    )
+        w_desc=_desc(w, tile.BLOCK_N, tile.BLOCK_K) if transposed else _desc(w, tile.BLOCK_K, tile.BLOCK_N), y_ptr=y,
+        N=N, R=R, TRANSPOSED=transposed, **_tile_table(dispatch), **tile._asdict(),
+    )  # fmt: skip
     return y
 
 
@@ -387,9 +327,11 @@ def dx(dh_SG, w_in_EGD, dispatch, tile):
 
 
 def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile, activation="swiglu"):
-    """dh (S, 2F), router gate * a (S, F), and the router gates' gradient by row, one partial sum per column tile (tiles, S) float32.
+    """dh (S, 2F), router gate * a (S, F), and the router gates' gradient by row, one partial sum per column tile
+    (tiles, S) float32.
 
-    The name is that of the usual activation. Raises ValueError when h (P, S, W) does not lie in the panels of this tile."""
+    The name is that of the usual activation. Raises ValueError when h (P, S, W) does not lie in the panels of this
+    tile."""
     S, (_, D, F) = dispatch.row_slot_S.numel(), w_out_EDF.shape
     expected = panels(S, F, tile)
     if h_PSW.shape != expected:
@@ -399,19 +341,10 @@ def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile, activation="swigl
     dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
     dgates_parts = h_PSW.new_empty(cdiv(F, tile.BLOCK_N), S, dtype=torch.float32)
     dswiglu_kernel[_row_grid(dispatch, F, tile)](
-        dy_ptr=dy_TD,
-        w_out_desc=_desc(w_out_EDF, tile.BLOCK_K, tile.BLOCK_N),
-        h_ptr=h_PSW,
-        gates_ptr=gates_TK,
-        dh_ptr=dh,
-        ga_ptr=ga,
-        dgates_part_ptr=dgates_parts,
-        D=D,
-        F=F,
-        SLOPE=ACTIVATIONS[activation].slope,
-        **_gather(dispatch),
-        **tile._asdict(),
-    )
+        dy_ptr=dy_TD, w_out_desc=_desc(w_out_EDF, tile.BLOCK_K, tile.BLOCK_N), h_ptr=h_PSW, gates_ptr=gates_TK,
+        dh_ptr=dh, ga_ptr=ga, dgates_part_ptr=dgates_parts,
+        D=D, F=F, SLOPE=ACTIVATIONS[activation].slope, **_gather(dispatch), **tile._asdict(),
+    )  # fmt: skip
     return dh, ga, dgates_parts
 
 
@@ -420,16 +353,8 @@ def dw(a_TM, b_SN, transposed, dispatch, tile):
     E, M, N = dispatch.offsets.numel() - 1, a_TM.shape[1], b_SN.shape[1]
     dw = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
     dw_kernel[(E * cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),)](
-        a_ptr=a_TM,
-        b_desc=_desc(b_SN, tile.BLOCK_K, tile.BLOCK_N),
-        dw_ptr=dw,
-        row_slot_ptr=dispatch.row_slot_S,
-        by_size_ptr=dispatch.by_size,
-        E=E,
-        M=M,
-        N=N,
-        TOP_K=dispatch.slot_row_TK.shape[1],
-        TRANSPOSED=transposed,
+        a_ptr=a_TM, b_desc=_desc(b_SN, tile.BLOCK_K, tile.BLOCK_N), dw_ptr=dw, row_slot_ptr=dispatch.row_slot_S,
+        by_size_ptr=dispatch.by_size, E=E, M=M, N=N, TOP_K=dispatch.slot_row_TK.shape[1], TRANSPOSED=transposed,
         **tile._asdict(),
-    )
+    )  # fmt: skip
     return dw

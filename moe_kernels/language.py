@@ -1,10 +1,12 @@
-"""Triton, or a stand-in where it is not installed (macOS, Windows): every module imports, and launching a kernel raises RuntimeError."""
+"""Triton, or a stand-in where it is not installed (macOS, Windows): every module imports, and launching a kernel raises
+RuntimeError."""
 
 MISSING = ""  # why kernels cannot run here; empty where they can
 
 
 class Stub:
-    """Whatever is taken from it, or made by calling it, is a stub too: enough to define kernels that cannot be launched."""
+    """Whatever is taken from it, or made by calling it, is a stub too: enough to define kernels that cannot be
+    launched."""
 
     def __getattr__(self, name):
         return self

@@ -1,7 +1,9 @@
-"""Muon's step for small matrices, one program each: momentum, normalisation, five Newton-Schulz rounds and the update, all on chip.
+"""Muon's step for small matrices, one program each: momentum, normalisation, five Newton-Schulz rounds and the update,
+all on chip.
 
-A step of a small MoE updates hundreds of matrices that each fit into one multiprocessor. Batched products would move them to memory and back
-fifteen times. Here gradient, momentum and weight are read once, momentum and weight are written once, and several layers share a launch.
+A step of a small MoE updates hundreds of matrices that each fit into one multiprocessor. Batched products would move
+them to memory and back fifteen times. Here gradient, momentum and weight are read once, momentum and weight are written
+once, and several layers share a launch.
 
 Shapes: P parameters of one shape, (R, B) or (E, R, B), whose R rows are stacked maps of A rows: N maps (A, B) in each.
 """
@@ -42,27 +44,11 @@ def pick(tensors, index, N: tl.constexpr):
 
 @triton.jit
 def muon_kernel(
-    weights,
-    momenta,
-    grads,
-    lr_ptr,
-    scale_ptr,
-    skip_ptr,
-    mu,
-    weight_decay,
-    size,
-    P: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    SKIP_UNUSED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    C1: tl.constexpr,
-    C3: tl.constexpr,
-    C5: tl.constexpr,
+    weights, momenta, grads, lr_ptr, scale_ptr, skip_ptr, mu, weight_decay, size,
+    P: tl.constexpr, A: tl.constexpr, B: tl.constexpr, SKIP_UNUSED: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, C1: tl.constexpr, C3: tl.constexpr, C5: tl.constexpr,
     ROUNDS: tl.constexpr,
-):
+):  # fmt: skip
     """One map, its shorter side first, which keeps the square products small. Padding is zero and stays zero."""
     if skip_ptr is not None:
         if tl.load(skip_ptr) > 0:
@@ -99,11 +85,12 @@ def muon_kernel(
 
 
 def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, scale=None, skip=None, still=False):
-    """A step of optim.Muon, its twin, in place on lists of float32 weights and momenta of one shape. Products are in bfloat16
-    (in the interpreter in float32).
+    """A step of optim.Muon, its twin, in place on lists of float32 weights and momenta of one shape. Products are in
+    bfloat16 (in the interpreter in float32).
 
     rows: numbers of rows of the stacked maps, all equal (`fits`). lr: float32 scalar tensor.
-    scale: float32 scalar tensor that gradients are multiplied by; None: 1. skip: float32 scalar tensor; where it is 1 nothing changes.
+    scale: float32 scalar tensor that gradients are multiplied by; None: 1. skip: float32 scalar tensor; where it is 1
+    nothing changes.
     still: a map whose gradient is all zero only decays."""
     A, B = rows[0], weights[0].shape[-1]
     maps, blocks = weights[0].numel() // (A * B), padded(A, B)
@@ -115,18 +102,8 @@ def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, scale=None,
         muon_kernel[(maps, P)](
             **dict(zip(("weights", "momenta", "grads"), some, strict=True)),
             **dict(zip(("C1", "C3", "C5"), COEFFICIENTS, strict=True)),
-            **dict(zip(("BLOCK_S", "BLOCK_L"), blocks, strict=True)),
-            lr_ptr=lr,
-            scale_ptr=scale,
-            skip_ptr=skip,
-            mu=mu,
-            weight_decay=weight_decay,
-            size=0.2 * math.sqrt(max(A, B)),
-            P=P,
-            A=A,
-            B=B,
-            SKIP_UNUSED=still,
-            DTYPE=dtype,
-            ROUNDS=ROUNDS,
+            **dict(zip(("BLOCK_S", "BLOCK_L"), blocks, strict=True)), lr_ptr=lr, scale_ptr=scale, skip_ptr=skip,
+            mu=mu, weight_decay=weight_decay, size=0.2 * math.sqrt(max(A, B)),
+            P=P, A=A, B=B, SKIP_UNUSED=still, DTYPE=dtype, ROUNDS=ROUNDS,
             num_warps=4 if math.prod(blocks) <= 2**13 else 8,
-        )
+        )  # fmt: skip

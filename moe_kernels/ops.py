@@ -25,8 +25,8 @@ def define(name, forward, backward, fake_forward, fake_backward, setup_context, 
     """Make custom ops of two launchers: moe_kernels::<name> and moe_kernels::<name>_bwd, its gradient.
 
     derivative(ctx, run, *gradients) calls `run`, the second op or its launcher, on what setup_context saved.
-    Returns both ops and the differentiable function. For an ordinary tensor outside of compilation that function calls the
-    launchers through autograd.Function: a custom op takes 75 us more of Python per call (empty ops on a CPU)."""
+    Returns both ops and the differentiable function. For an ordinary tensor outside of compilation that function calls
+    the launchers through autograd.Function: a custom op takes 75 us more of Python per call (empty ops on a CPU)."""
     op = torch.library.custom_op(f"moe_kernels::{name}", forward, mutates_args=())
     backward_op = torch.library.custom_op(f"moe_kernels::{name}_bwd", backward, mutates_args=())
     op.register_fake(fake_forward)
@@ -55,7 +55,8 @@ def autocast_off(device):
 
 
 def sheltered(fn):
-    """Decorator: fn(tensor, ...) computes in the dtypes of its arguments under any torch.autocast, forward and backward."""
+    """Decorator: fn(tensor, ...) computes in the dtypes of its arguments under any torch.autocast, forward and
+    backward."""
 
     @functools.wraps(fn)
     def op(*args, **kwargs):
@@ -69,7 +70,8 @@ def sheltered(fn):
 
 
 def _shelter_backward(outputs, arguments):
-    """Turn autocast off while the graph nodes between arguments and outputs run; they would take it as `backward` finds it."""
+    """Turn autocast off while the graph nodes between arguments and outputs run; they would take it as `backward` finds
+    it."""
     inputs = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
     seen, nodes = {get_gradient_edge(t).node for t in inputs}, [t.grad_fn for t in outputs]
     device, states = outputs[0].device.type, []

@@ -1,7 +1,8 @@
-"""The ground truth: every op of `moe_kernels` in plain PyTorch, differentiable, in any floating dtype (float64 is what tests compare with).
+"""The ground truth: every op of `moe_kernels` in plain PyTorch, differentiable, in any floating dtype (float64 is what
+tests compare with).
 
-Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token,
-S = T*K routed rows: the (token, slot) pairs sorted by expert, ties in token order.
+Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
+token, S = T*K routed rows: the (token, slot) pairs sorted by expert, ties in token order.
 """
 
 import torch
@@ -22,7 +23,8 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
     else:
         scores = logits.sigmoid()
         probs = scores / scores.sum(1, keepdim=True)
-    # Without a bias the logits order like the scores and do not underflow; the stable sort gives ties to the lower expert id.
+    # Without a bias the logits order like the scores and do not underflow; the stable sort gives ties to the lower
+    # expert id.
     ranking = logits if bias_E is None else scores + bias_E
     experts_TK = ranking.detach().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     gates_TK = gates_of(logits, experts_TK, score, normalize)
@@ -33,7 +35,8 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
 
 @sheltered
 def gates_of(logits_TE, experts_TK, score="softmax", normalize=True):
-    """Gates (T, K), float32 or float64, that `route` gives the experts (T, K) it chose; here of any choice, to replay a recorded one."""
+    """Gates (T, K), float32 or float64, that `route` gives the experts (T, K) it chose; here of any choice, to replay a
+    recorded one."""
     logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     experts_TK = experts_TK.long()
     if score == "softmax" and normalize:
@@ -43,7 +46,8 @@ def gates_of(logits_TE, experts_TK, score="softmax", normalize=True):
 
 
 def dispatch(experts_TK, n_experts):
-    """Twin of `dispatch.dispatch`: offsets (E+1), the flat (token, slot) index of each routed row (S), and its inverse (T, K)."""
+    """Twin of `dispatch.dispatch`: offsets (E+1), the flat (token, slot) index of each routed row (S), and its inverse
+    (T, K)."""
     flat = experts_TK.flatten()
     row_slot_S = flat.argsort(stable=True)
     slot_row = torch.empty_like(row_slot_S)
@@ -57,7 +61,8 @@ def dispatch(experts_TK, n_experts):
 def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swiglu", native=False):
     """Twin of `experts.moe_experts`: y[t] = sum_k gates[t,k] * W_out[e] a, with a = f(gate) * up of W_in[e] x[t].
 
-    native: products by `torch.nn.functional.grouped_mm`, the fastest that stock PyTorch offers; on CUDA it takes bfloat16 only."""
+    native: products by `torch.nn.functional.grouped_mm`, the fastest that stock PyTorch offers; on CUDA it takes
+    bfloat16 only."""
     offsets, row_slot_S, slot_row_TK = dispatch(experts_TK, w_in_EGD.shape[0])
     x_SD = x_TD[row_slot_S // experts_TK.shape[1]]
     h_SG = _product(x_SD, w_in_EGD.mT, offsets, native)
@@ -66,7 +71,8 @@ def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swiglu"
 
 
 def grouped_product(a, b, offsets):
-    """The rows of each expert in a (S, R), times its matrix of b (E, R, N): (S, N). With b (S, N): a^T b over its rows, (E, R, N)."""
+    """The rows of each expert in a (S, R), times its matrix of b (E, R, N): (S, N). With b (S, N): a^T b over its rows,
+    (E, R, N)."""
     a_parts = a.split(offsets.diff().tolist())
     if b.ndim == 3:
         return torch.cat([x @ w for x, w in zip(a_parts, b.unbind(), strict=True)])
@@ -74,7 +80,8 @@ def grouped_product(a, b, offsets):
 
 
 def _product(a, b, offsets, native):
-    # torch traces neither a loop over experts whose row counts it does not know, nor grouped_mm in other dtypes than bfloat16.
+    # torch traces neither a loop over experts whose row counts it does not know, nor grouped_mm in other dtypes than
+    # bfloat16.
     if torch.compiler.is_compiling() and not (native and a.dtype == torch.bfloat16):
         return product_op(a, b, offsets, native)
     return F_.grouped_mm(a, b, offs=offsets[1:]) if native else grouped_product(a, b, offsets)
@@ -102,7 +109,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    a, b, offsets = ctx.saved_tensors
+    (a, b, offsets), dy = ctx.saved_tensors, dy.contiguous()  # grouped_mm takes no expanded gradient
     return product_op(dy, b.mT, offsets, ctx.native), product_op(a, dy, offsets, ctx.native), None, None
 
 

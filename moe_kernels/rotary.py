@@ -2,7 +2,8 @@
 
 One launch reads the projection's output, and one launch writes its gradient.
 
-Shapes: B batch, L sequence, T = B*L tokens, H query heads, Hkv key (and as many value) heads, d head width. Computed in float32.
+Shapes: B batch, L sequence, T = B*L tokens, H query heads, Hkv key (and as many value) heads, d head width. Computed in
+float32.
 """
 
 import torch
@@ -16,13 +17,16 @@ from moe_kernels.tiles import cdiv, eager, pow2
 
 
 def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5, impl=None):
-    """Queries (B, L, H, d) and keys (B, L, Hkv, d), rotated (arXiv 2104.09864), and values (B, L, Hkv, d): a view of qkv.
+    """Queries (B, L, H, d) and keys (B, L, Hkv, d), rotated (arXiv 2104.09864), and values (B, L, Hkv, d): a view of
+    qkv.
 
     qkv_BLNd (B, L, N, d), N = H + 2 Hkv: heads of queries, keys, values; H = n_heads; d even.
-    cos, sin: float32 (L, 1, d), or (B, L, 1, d) for rows at positions of their own, of model.rope_tables: the first half of sin is negated.
-    q_weight, k_weight (d,): RMSNorm of each query and key head before the rotation, with this weight and eps; both or neither.
-    impl: as in `moe_experts`; "grouped_mm" is the reference here. Differentiable in qkv and the weights; qkv is saved for the weights only.
-    Raises ValueError for other shapes, and for float64 on the triton path."""
+    cos, sin: float32 (L, 1, d), or (B, L, 1, d) for rows at positions of their own, of model.rope_tables: the first
+    half of sin is negated.
+    q_weight, k_weight (d,): RMSNorm of each query and key head before the rotation, with this weight and eps; both or
+    neither.
+    impl: as in `moe_experts`; "grouped_mm" is the reference here. Differentiable in qkv and the weights; qkv is saved
+    for the weights only. Raises ValueError for other shapes, and for float64 on the triton path."""
     rest = qkv_BLNd.shape[2] - n_heads if qkv_BLNd.ndim == 4 else 0
     if rest < 2 or rest % 2 or n_heads < 1 or qkv_BLNd.shape[3] % 2:
         raise ValueError(f"qkv {tuple(qkv_BLNd.shape)}, n_heads={n_heads}: expected (B, L, H + 2 Hkv, d) with even d")
@@ -79,24 +83,10 @@ def _rotate(
 
 @triton.jit(do_not_specialize=["T", "L"])
 def rope_fwd_kernel(
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    q_ptr,
-    k_ptr,
-    T,
-    L,
-    stride_table,
-    eps,
-    H: tl.constexpr,
-    HKV: tl.constexpr,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, T, L, stride_table, eps,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """All query heads or all key heads of BLOCK_T tokens, which share one read of cos and sin."""
     offs_b, offs_l, offs_t, offs_d, mask = _rows(T, L, D, BLOCK_T, BLOCK_D)
     table = offs_b * stride_table + offs_l * D + offs_d
@@ -112,21 +102,9 @@ def rope_fwd_kernel(
 
 @triton.jit
 def _rotate_back(
-    dy_ptrs,
-    stride_dy,
-    x_ptrs,
-    dx_ptrs,
-    cos,
-    sin,
-    mask,
-    weight_ptr,
-    dweight_ptr,
-    offs_d,
-    eps,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-):
+    dy_ptrs, stride_dy, x_ptrs, dx_ptrs, cos, sin, mask, weight_ptr, dweight_ptr, offs_d, eps,
+    HEADS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
     HALF: tl.constexpr = D // 2
     if NORM:
         w1 = tl.load(weight_ptr + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)
@@ -155,37 +133,13 @@ def _rotate_back(
 
 @triton.jit(do_not_specialize=["T", "L"])
 def rope_bwd_kernel(
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    dqkv_ptr,
-    dweight_ptr,
-    T,
-    L,
-    stride_qb,
-    stride_ql,
-    stride_qh,
-    stride_kb,
-    stride_kl,
-    stride_kh,
-    stride_vb,
-    stride_vl,
-    stride_vh,
-    stride_table,
-    eps,
-    H: tl.constexpr,
-    HKV: tl.constexpr,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, dqkv_ptr, dweight_ptr, T, L,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_table,
+    eps, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
-    """The gradient of all query heads, all key heads or all value heads of BLOCK_T tokens; values' gradients are copied."""
+):  # fmt: skip
+    """The gradient of all query heads, all key heads or all value heads of BLOCK_T tokens; values' gradients are
+    copied."""
     offs_b, offs_l, offs_t, offs_d, mask = _rows(T, L, D, BLOCK_T, BLOCK_D)
     offs_x = offs_t * ((H + 2 * HKV) * D) + offs_d
     x_ptrs, dx_ptrs = qkv_ptr + offs_x, dqkv_ptr + offs_x
@@ -254,23 +208,10 @@ def rope_fwd(
     q, k = qkv.new_empty(B, L, n_heads, d), qkv.new_empty(B, L, n_kv_heads, d)
     if T > 0:
         rope_fwd_kernel[(cdiv(T, blocks["BLOCK_T"]), 2)](
-            qkv_ptr=qkv,
-            cos_ptr=cos,
-            sin_ptr=sin,
-            q_weight_ptr=q_weight,
-            k_weight_ptr=k_weight,
-            q_ptr=q,
-            k_ptr=k,
-            T=T,
-            L=L,
-            stride_table=stride_table,
-            eps=eps,
-            H=n_heads,
-            HKV=n_kv_heads,
-            D=d,
-            NORM=q_weight is not None,
-            **blocks,
-        )
+            qkv_ptr=qkv, cos_ptr=cos, sin_ptr=sin, q_weight_ptr=q_weight, k_weight_ptr=k_weight, q_ptr=q, k_ptr=k,
+            T=T, L=L, stride_table=stride_table, eps=eps,
+            H=n_heads, HKV=n_kv_heads, D=d, NORM=q_weight is not None, **blocks,
+        )  # fmt: skip
     return q, k
 
 
@@ -285,7 +226,8 @@ def rope_bwd(
     k_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Contiguous gradient of qkv, from gradients of any layout, and those of the two weights, (2, d) float32, (0, d) without."""
+    """Contiguous gradient of qkv, from gradients of any layout, and those of the two weights, (2, d) float32, (0, d)
+    without."""
     dq, dk, dv = (t if t.stride(3) == 1 else t.contiguous() for t in (dq, dk, dv))
     (B, L, H, d), n_kv_heads, (cos, sin, stride_table) = dq.shape, dk.shape[2], _tables(cos, sin)
     T, norm, blocks = B * L, q_weight is not None, _blocks(d)
@@ -299,27 +241,10 @@ def rope_bwd(
             for at in "blh"
         }
         rope_bwd_kernel[(n_blocks, 3)](
-            dq_ptr=dq,
-            dk_ptr=dk,
-            dv_ptr=dv,
-            qkv_ptr=dqkv if qkv_BLNd is None else qkv_BLNd.contiguous(),
-            cos_ptr=cos,
-            sin_ptr=sin,
-            q_weight_ptr=q_weight,
-            k_weight_ptr=k_weight,
-            dqkv_ptr=dqkv,
-            dweight_ptr=dweights,
-            T=T,
-            L=L,
-            stride_table=stride_table,
-            eps=eps,
-            H=H,
-            HKV=n_kv_heads,
-            D=d,
-            NORM=norm,
-            **strides,
-            **blocks,
-        )
+            dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, qkv_ptr=dqkv if qkv_BLNd is None else qkv_BLNd.contiguous(), cos_ptr=cos,
+            sin_ptr=sin, q_weight_ptr=q_weight, k_weight_ptr=k_weight, dqkv_ptr=dqkv, dweight_ptr=dweights, T=T, L=L,
+            stride_table=stride_table, eps=eps, H=H, HKV=n_kv_heads, D=d, NORM=norm, **strides, **blocks,
+        )  # fmt: skip
     return dqkv, dweights.sum(0)
 
 
@@ -341,8 +266,8 @@ def _(dq, dk, dv, qkv_BLNd, cos, sin, q_weight, k_weight, eps):
 
 
 class Rope(torch.autograd.Function):
-    """Not registered with the ops, because an op cannot return a view of its input, as the values are here. As outputs of one node
-    queries, keys and values bring their gradients to one launch."""
+    """Not registered with the ops, because an op cannot return a view of its input, as the values are here. As outputs
+    of one node queries, keys and values bring their gradients to one launch."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, q_weight, k_weight, n_heads, eps):

@@ -1,4 +1,5 @@
-"""From router scores to gates, expert ids, counts and the statistics for the auxiliary losses, in one pass over the logits.
+"""From router scores to gates, expert ids, counts and the statistics for the auxiliary losses, in one pass over the
+logits.
 
 Shapes: T tokens, E experts, K experts per token. Everything except the ids and counts is float32.
 """
@@ -28,9 +29,11 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None, impl=N
     """Choose `top_k` experts for each token.
 
     logits_TE: (T, E) float tensor of any dtype; the computation is in float32.
-    score: "softmax" over all experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437). The distribution for the balance
+    score: "softmax" over all experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437). The distribution for
+    the balance
       statistics is then sigmoid / sum of sigmoids.
-    normalize: the gates of a token sum to one over its K experts. With "softmax" this is Mixtral's "top-k, then softmax".
+    normalize: the gates of a token sum to one over its K experts. With "softmax" this is Mixtral's "top-k, then
+    softmax".
     bias_E: (E,), added to the scores for the choice and never to the gates: loss-free balancing (arXiv 2408.15664).
     impl: "reference", "grouped_mm" (the same PyTorch ops), "triton", or None to choose by device.
     Returns a `Routing`. Raises ValueError for shapes outside T >= 0, E <= 1024, 1 <= K <= min(E, 32).
@@ -52,31 +55,21 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None, impl=N
 
 
 def balance_loss(counts_E, probs_E):
-    """Load-balancing loss E * sum_e f_e p_e (Switch Transformer, arXiv 2101.03961); f_e is the share of routed rows, p_e the mean probability.
+    """Load-balancing loss E * sum_e f_e p_e (Switch Transformer, arXiv 2101.03961); f_e is the share of routed rows,
+    p_e the mean probability.
 
-    float32 scalar, differentiable in `probs_E`: 1.0 at perfect balance, E where one expert takes all tokens (E / K with K experts per token)."""
+    float32 scalar, differentiable in `probs_E`: 1.0 at perfect balance, E where one expert takes all tokens (E / K with
+    K experts per token)."""
     f_E = counts_E.float() / counts_E.sum().clamp(min=1)
     return counts_E.shape[0] * (f_E * probs_E).sum()
 
 
 @triton.jit(do_not_specialize=["T"])
 def route_fwd_kernel(
-    logits_ptr,
-    bias_ptr,
-    gates_ptr,
-    experts_ptr,
-    part_counts_ptr,
-    part_stats_ptr,
-    T,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    logits_ptr, bias_ptr, gates_ptr, experts_ptr, part_counts_ptr, part_stats_ptr, T,
+    E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     offs_t = pid.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.arange(0, BLOCK_E)
@@ -138,17 +131,9 @@ def route_fwd_kernel(
 
 @triton.jit(do_not_specialize=["T", "n_blocks"])
 def route_stats_kernel(
-    part_counts_ptr,
-    part_stats_ptr,
-    counts_ptr,
-    probs_ptr,
-    z_ptr,
-    T,
-    n_blocks,
-    E: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    part_counts_ptr, part_stats_ptr, counts_ptr, probs_ptr, z_ptr, T, n_blocks,
+    E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)
     stats = tl.zeros([BLOCK_E], tl.float32)
@@ -166,22 +151,10 @@ def route_stats_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def route_bwd_kernel(
-    logits_ptr,
-    experts_ptr,
-    gates_ptr,
-    dgates_ptr,
-    dprobs_ptr,
-    dz_ptr,
-    dlogits_ptr,
-    T,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    logits_ptr, experts_ptr, gates_ptr, dgates_ptr, dprobs_ptr, dz_ptr, dlogits_ptr, T,
+    E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.arange(0, BLOCK_E)
     offs_k = tl.arange(0, BLOCK_K)
@@ -259,19 +232,9 @@ def route_fwd(
         part_counts_ptr=new(n_blocks, E, dtype=torch.int32), part_stats_ptr=new(n_blocks, E + 1, dtype=torch.float32)
     )
     route_fwd_kernel[(n_blocks,)](
-        logits_ptr=logits,
-        bias_ptr=bias_E,
-        gates_ptr=gates,
-        experts_ptr=experts,
-        T=T,
-        E=E,
-        K=top_k,
-        SIGMOID=sigmoid,
-        NORMALIZE=normalize,
-        HAS_BIAS=bias_E is not None,
-        **parts,
-        **blocks,
-    )
+        logits_ptr=logits, bias_ptr=bias_E, gates_ptr=gates, experts_ptr=experts, T=T,
+        E=E, K=top_k, SIGMOID=sigmoid, NORMALIZE=normalize, HAS_BIAS=bias_E is not None, **parts, **blocks,
+    )  # fmt: skip
     route_stats_kernel[(cdiv(E + 1, 8),)](
         counts_ptr=counts, probs_ptr=probs, z_ptr=z, T=T, n_blocks=n_blocks, E=E, BLOCK_B=512, BLOCK_E=8, **parts
     )
@@ -299,20 +262,10 @@ def route_bwd(
     dlogits, blocks = torch.empty_like(logits), _blocks(E, K)
     if T > 0:
         route_bwd_kernel[(cdiv(T, blocks["BLOCK_T"]),)](
-            logits_ptr=logits,
-            experts_ptr=experts_TK,
-            gates_ptr=gates_TK,
-            dgates_ptr=dgates_TK.contiguous(),
-            dprobs_ptr=dprobs_E.contiguous(),
-            dz_ptr=dz.contiguous(),
-            dlogits_ptr=dlogits,
-            T=T,
-            E=E,
-            K=K,
-            SIGMOID=sigmoid,
-            NORMALIZE=normalize,
-            **blocks,
-        )
+            logits_ptr=logits, experts_ptr=experts_TK, gates_ptr=gates_TK, dgates_ptr=dgates_TK.contiguous(),
+            dprobs_ptr=dprobs_E.contiguous(), dz_ptr=dz.contiguous(), dlogits_ptr=dlogits, T=T,
+            E=E, K=K, SIGMOID=sigmoid, NORMALIZE=normalize, **blocks,
+        )  # fmt: skip
     return dlogits
 
 

@@ -1,4 +1,5 @@
-"""These kernels as the experts of Hugging Face models (transformers 5.7 or newer: Mixtral, Qwen3-MoE, OLMoE, LFM2-MoE and others like them).
+"""These kernels as the experts of Hugging Face models (transformers 5.7 or newer: Mixtral, Qwen3-MoE, OLMoE, LFM2-MoE
+and others like them).
 
     from moe_kernels.transformers import register
     register()
@@ -24,10 +25,11 @@ ACTIVATIONS = {  # our names, by the function or class that a module applies to 
 
 
 def register(impl=None):
-    """Make experts_implementation="moe_kernels" known to transformers. impl: as in `moe_experts`, None to choose by device.
+    """Make experts_implementation="moe_kernels" known to transformers. impl: as in `moe_experts`, None to choose by
+    device.
 
-    Raises ImportError where transformers is missing or older than 5.7. A model whose experts these kernels cannot compute, because of
-    biases, another layout or another activation, raises ValueError when it runs."""
+    Raises ImportError where transformers is missing or older than 5.7. A model whose experts these kernels cannot
+    compute, because of biases, another layout or another activation, raises ValueError when it runs."""
     try:
         from transformers import __version__ as version
     except ImportError:
@@ -42,8 +44,8 @@ def register(impl=None):
 def experts_forward(module, hidden_states, top_k_index, top_k_weights, impl=None):
     """What transformers calls in place of the experts module's forward.
 
-    hidden_states (T, D); top_k_index (T, K) int64; top_k_weights (T, K); module.gate_up_proj (E, 2F, D), module.down_proj (E, D, F).
-    Returns (T, D) in the dtype of hidden_states; computes in that of the weights."""
+    hidden_states (T, D); top_k_index (T, K) int64; top_k_weights (T, K); module.gate_up_proj (E, 2F, D),
+    module.down_proj (E, D, F). Returns (T, D) in the dtype of hidden_states; computes in that of the weights."""
     act_fn = getattr(module, "act_fn", None)
     function = getattr(act_fn, "__name__", type(act_fn).__name__)  # the config may lack it, and the module is what runs
     activation = ACTIVATIONS.get(function)

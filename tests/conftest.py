@@ -1,4 +1,5 @@
-"""Runs the Triton kernels on the GPU, else in Triton's interpreter on the CPU (float32 and float16; its bfloat16 is wrong).
+"""Runs the Triton kernels on the GPU, else in Triton's interpreter on the CPU (float32 and float16; its bfloat16 is
+wrong).
 
 Without triton (or with `-p tests.hide_triton`) the tests that ask for kernels are skipped, the others run.
 """

@@ -1,4 +1,5 @@
-"""Hides triton, as on a machine without it. Tests: python -m pytest -p tests.hide_triton FILES; a program: python -m tests.hide_triton PROGRAM ARGS."""
+"""Hides triton, as on a machine without it. Tests: python -m pytest -p tests.hide_triton FILES; a program: python -m
+tests.hide_triton PROGRAM ARGS."""
 
 import runpy
 import sys

@@ -1,4 +1,5 @@
-"""What every public op promises: its dtypes and values under any autocast, torch.compile of the whole op, and a life without triton."""
+"""What every public op promises: its dtypes and values under any autocast, torch.compile of the whole op, and a life
+without triton."""
 
 import subprocess
 import sys
@@ -142,7 +143,8 @@ def test_fullgraph_compile(op, impl, dtype):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_fullgraph_compile_of_experts_by_inductor(impl):
-    """The default backend, called with a new routing and then a new number of tokens: no graph depends on what was routed."""
+    """The default backend, called with a new routing and then a new number of tokens: no graph depends on what was
+    routed."""
     *inputs, ids = problem(24, 32, 16, 4, 2, torch.float32, DEVICE)
     make("experts swiglu", torch.float32, impl)
     torch.compiler.reset()

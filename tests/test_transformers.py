@@ -1,4 +1,5 @@
-"""The kernels as experts of Hugging Face models: versions, activations and what is refused. tests/test_hf.py compares whole models."""
+"""The kernels as experts of Hugging Face models: versions, activations and what is refused. tests/test_hf.py compares
+whole models."""
 
 import sys
 import types
