@@ -1,10 +1,7 @@
-"""Gated activations f(gate) * up: the table of them, used by every kernel and by the reference, and the op of a dense
-layer.
+"""Gated activations f(gate) * up: the table that every kernel and the reference use, and the op of a dense layer.
 
-A new activation is two functions for the kernels, f and (f, f'), and a row of ACTIVATIONS; `ModelConfig.activation` has
-to name it too.
-Shapes: T tokens, F hidden width, G = 2F (gate columns, then up columns). The experts' activation is part of their GEMMs
-(grouped_gemm.py).
+To add one, write two kernel functions, f and (f, f'), add a row to ACTIVATIONS, and name it in ModelConfig.activation.
+Shapes: T tokens, F hidden width, G = 2F (gate columns, then up columns).
 """
 
 from typing import Any, NamedTuple
@@ -19,8 +16,8 @@ from moe_kernels.tiles import cdiv, interpreting, pow2
 
 @triton.jit
 def _sigmoid_approx(x):
-    # Four instructions, within 1e-6 of 1 / (1 + exp(-x)); tl.sigmoid has ten more for numbers outside float32, half of
-    # an epilogue's time.
+    # Four instructions, within 1e-6 of 1 / (1 + exp(-x)). tl.sigmoid spends ten more on numbers outside float32,
+    # which here are 0 or 1 anyway; they were half of an epilogue's time.
     return tl.inline_asm_elementwise(
         """{
         .reg .f32 t;

@@ -118,8 +118,8 @@ def store_float(ptr, offs, x, noise, mask):
 @triton.jit(do_not_specialize=["seed"])
 def adamw_kernel(
     weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, step_ptr, lr_ptr, scale_ptr, skip_ptr,
-    n, seed, eps, weight_decay, BETA1: tl.constexpr, BETA2: tl.constexpr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr,
-    COPY: tl.constexpr, BLOCK: tl.constexpr,
+    n, seed, eps, weight_decay, BETA1: tl.constexpr, BETA2: tl.constexpr,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of values. Pointers to int16 hold the bits of bfloat16, because the interpreter's own bfloat16 arithmetic
     is wrong."""

@@ -74,7 +74,7 @@ def cross_entropy_kernel(
         log2_total = tl.log2(tl.sum(total * tl.exp2((top - best) * LOG2E), 0))
         tl.store(losses_ptr + row, log2_total / LOG2E + (best - picked))
         if GRADS:
-            tl.debug_barrier()  # no warp overwrites what another has yet to read; where one warp holds the row, reductions are no barrier
+            tl.debug_barrier()  # no warp may overwrite what another has yet to read: reductions are no barriers
             for back in range(0, V, BLOCK_V):  # from the end, which the L2 cache still has
                 v = (V - 1) // BLOCK_V * BLOCK_V - back
                 x = tl.load(logits_ptr + v + offs, mask=offs < V - v, other=0.0).to(tl.float32)

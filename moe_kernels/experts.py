@@ -22,19 +22,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, activation="swiglu"):
-    """y[t] = sum_k gates[t,k] * W_out[e] (f(W_gate[e] x[t]) * (W_up[e] x[t])), e = experts[t,k]: gated experts (arXiv
-    2002.05202).
+    """y[t] = sum_k gates[t,k] * W_out[e] (f(W_gate[e] x[t]) * (W_up[e] x[t])), e = experts[t,k] (arXiv 2002.05202).
 
-    x_TD (T, D), w_in_EGD (E, 2F, D) with the gate rows first, w_out_EDF (E, D, F): one dtype of float32, float16,
-    bfloat16
-      (the layout of Hugging Face's gate_up_proj and down_proj).
+    x_TD (T, D), w_in_EGD (E, 2F, D) with the gate rows first, w_out_EDF (E, D, F), the layout of Hugging Face's
+      gate_up_proj and down_proj: one dtype of float32, float16, bfloat16.
     gates_TK (T, K) float; experts_TK (T, K) integer, ids in 0..E-1 (not checked on the GPU: that would wait for it).
     impl: "reference", "grouped_mm", "triton", or None to choose by device.
     activation: f is SiLU for "swiglu", GELU in its tanh form for "geglu", the square of ReLU for "relu2".
     Returns (T, D) in x's dtype; differentiable in x, both weights and the gates. The triton backward is deterministic
     and saves x, the T*K*2F values of the pre-activation and 8 bytes per routed row.
-    Raises ValueError for wrong shapes, dtypes, ids or names: D and F must be multiples of 16, 1 <= K <= min(E, 32), E
-    <= 1024.
+    Raises ValueError for wrong shapes, dtypes, ids or names: D and F must be multiples of 16, 1 <= K <= min(E, 32),
+      E <= 1024.
     """
     _check(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK)
     activation_of(activation)
@@ -46,14 +44,12 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, acti
 
 def _check(x, w_in, w_out, gates, experts):
     if x.ndim != 2 or w_in.ndim != 3 or w_out.ndim != 3:
-        raise ValueError(
-            f"expected x (T, D), w_in (E, 2F, D), w_out (E, D, F); got {tuple(x.shape)}, {tuple(w_in.shape)}, {tuple(w_out.shape)}"
-        )
+        got = f"{tuple(x.shape)}, {tuple(w_in.shape)}, {tuple(w_out.shape)}"
+        raise ValueError(f"expected x (T, D), w_in (E, 2F, D), w_out (E, D, F); got {got}")
     (T, D), E, F = x.shape, w_in.shape[0], w_out.shape[2]
     if w_in.shape != (E, 2 * F, D) or w_out.shape != (E, D, F):
-        raise ValueError(
-            f"w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)} do not fit (E, 2F, D) and (E, D, F) with D = {D} from x"
-        )
+        got = f"w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"
+        raise ValueError(f"{got} do not fit (E, 2F, D) and (E, D, F) with D = {D} from x")
     if D % 16 or F % 16:
         raise ValueError(f"D={D} and F={F} must be multiples of 16: pad the weights with zeros")
     if gates.shape != experts.shape or gates.ndim != 2 or gates.shape[0] != T:

@@ -1,12 +1,10 @@
-"""Triton, or a stand-in where it is not installed (macOS, Windows): every module imports, and launching a kernel raises
-RuntimeError."""
+"""Triton, or a stand-in where it is not installed (macOS, Windows): modules import, launching a kernel raises."""
 
 MISSING = ""  # why kernels cannot run here; empty where they can
 
 
 class Stub:
-    """Whatever is taken from it, or made by calling it, is a stub too: enough to define kernels that cannot be
-    launched."""
+    """Every attribute and every result of a call is the stub again: enough to define kernels that cannot run."""
 
     def __getattr__(self, name):
         return self

@@ -55,8 +55,7 @@ def autocast_off(device):
 
 
 def sheltered(fn):
-    """Decorator: fn(tensor, ...) computes in the dtypes of its arguments under any torch.autocast, forward and
-    backward."""
+    """Decorator: fn(tensor, ...) computes in its arguments' dtypes under any torch.autocast, forward and backward."""
 
     @functools.wraps(fn)
     def op(*args, **kwargs):
@@ -70,8 +69,7 @@ def sheltered(fn):
 
 
 def _shelter_backward(outputs, arguments):
-    """Turn autocast off while the graph nodes between arguments and outputs run; they would take it as `backward` finds
-    it."""
+    """Turn autocast off while the graph nodes between arguments and outputs run, whatever it is around `backward`."""
     inputs = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
     seen, nodes = {get_gradient_edge(t).node for t in inputs}, [t.grad_fn for t in outputs]
     device, states = outputs[0].device.type, []

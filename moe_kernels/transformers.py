@@ -56,7 +56,7 @@ def experts_forward(module, hidden_states, top_k_index, top_k_weights, impl=None
 
 
 def _check(module, activation, function):
-    flag = lambda name, default: getattr(module, name, default)  # noqa: E731  # a flag that a module lacks has its usual value
+    flag = partial(getattr, module)  # a module without a flag has its usual value
     problems = {
         "no gate projection": not flag("has_gate", True),
         "biases": flag("has_bias", False),
@@ -69,6 +69,6 @@ def _check(module, activation, function):
     }
     if found := [what for what, present in problems.items() if present]:
         raise ValueError(
-            f"{type(module).__name__} has {', '.join(found)}: experts_implementation={NAME!r} takes plain gated experts; "
-            "use 'grouped_mm'"
+            f"{type(module).__name__} has {', '.join(found)}: experts_implementation={NAME!r} takes plain gated "
+            "experts; use 'grouped_mm'"
         )

@@ -23,8 +23,8 @@ from tests.checks import poisoned_empty  # noqa: E402
 def pytest_runtest_call(item):
     try:
         return (yield)
-    except RuntimeError as error:
-        if MISSING and str(error) == MISSING:
+    except Exception as error:  # opcheck and pytest.raises wrap the message
+        if MISSING and MISSING in str(error):
             pytest.skip("needs triton")
         raise
 
