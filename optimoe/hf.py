@@ -252,6 +252,7 @@ def hf_config(cfg):
     """(model_type, config.json) of a ModelConfig."""
     for name, only in (
         ("dense", False),
+        ("activation", "swiglu"),
         ("n_shared_experts", 0),
         ("router_score", "softmax"),
         ("router_bias_rate", 0.0),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model import GPT, ModelConfig
 from moe_kernels import ACTIVATIONS, gated_activation
 from tests.checks import BOUNDS, DTYPES, check, rms_ratio
 
@@ -110,3 +111,19 @@ def test_bad_inputs_are_named(device):
             gated_activation(bad)
     with pytest.raises(ValueError, match="float64"):
         gated_activation(torch.zeros(3, 4, dtype=torch.float64, device=device), impl="triton")
+
+
+@pytest.mark.parametrize("kind", [dict(dense=True), dict(n_shared_experts=1)])
+def test_a_model_uses_the_activation_of_its_config(kind):
+    """In its experts, its shared experts and its dense layers."""
+    losses, tokens = {}, torch.arange(32).view(2, 16)
+    for activation in ACTIVATIONS:
+        torch.manual_seed(0)
+        model = GPT(ModelConfig(vocab_size=32, seq_len=16, n_layers=1, init_std=0.2, activation=activation, **kind))
+        mlp = model.blocks[0].mlp
+        x = torch.randn(8, 128)
+        dense = mlp if model.cfg.dense else mlp.shared
+        gate, up = dense.gate_up(x).chunk(2, 1)
+        check(dense(x), dense.down(ACTIVATIONS[activation].truth(gate) * up), 1e-5)
+        losses[activation] = model(tokens, tokens.roll(-1, 1)).loss.item()
+    assert len(set(losses.values())) == len(ACTIVATIONS), losses

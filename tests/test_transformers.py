@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 
+from model import ModelConfig
 from moe_kernels import transformers as adapter
 from tests.checks import check
 
@@ -79,3 +80,11 @@ def test_a_config_without_hidden_act(transformers):
     model = transformers.Lfm2MoeForCausalLM(config)
     expected, got = outputs(transformers, model, torch.arange(20)[None])
     check(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("activation", ["geglu", "relu2"])
+def test_export_refuses_activations_that_no_family_has(activation):
+    from optimoe.hf import hf_config
+
+    with pytest.raises(ValueError, match=f"activation={activation!r}"):
+        hf_config(ModelConfig(vocab_size=64, activation=activation))
