@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
 import torch
 import torch.distributed as dist
 
-from data import shards, tokenizer
+from data import files, shards, tokenizer
 from data.loader import Loader, parse_sources
 from eval import report
-from model import GPT, ModelConfig, update_router_bias
+from model import GPT, UNTAUGHT, ModelConfig, update_router_bias
 from moe_kernels import balance_loss
 from optimoe import checkpoint, config, guard, parallel, sizes
 from optimoe.config import require
@@ -98,6 +99,7 @@ class TrainConfig(ModelConfig):
 
     def validate(self):
         super().validate()
+        require(self.router_learns or self.resume, "top_k", self.top_k, UNTAUGHT)
         for name in ("steps", "batch_size", "grad_accum", "log_every", "val_batches", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         for name in (
@@ -148,20 +150,18 @@ def compile_blocks(model, cfg):
         or cfg.compile == "auto"
         and cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg) > 1e16
     ):
-        torch._dynamo.config.optimize_ddp = (
-            False  # would cut blocks at DDP's buckets; between blocks gradients overlap anyway
-        )
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
 
 
-def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda part: None):
+def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda part: None):
     """One step on micro-batches [(tokens_BL, targets_BL)]: forward, backward, clipped update. Adds to the window's sums; returns the gradient norm,
     a tensor: nothing here waits for the device. mark(part) is called at the end of each part (bench/step.py times them)."""
     counts_NE = probs_NE = sums = 0
+    optimizer.begin_step()
     for micro, (tokens_BL, targets_BL) in enumerate(batches):
-        parallel.sync_gradients(net, micro == len(batches) - 1)
-        out = net(tokens_BL, targets_BL)
+        parallel.sync_gradients(model, optimizer, micro == len(batches) - 1)
+        out = model(tokens_BL, targets_BL)
         balance = out.balance
         if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
             dist.all_reduce(out.counts_NE)
@@ -179,8 +179,8 @@ def optimizer_step(net, optimizer, cfg, window, batches, world=1, mark=lambda pa
         shared = torch.cat([sums, probs_NE.flatten()])
         dist.all_reduce(shared)
         sums, probs_NE = (shared[:4] / world, (shared[4:] / world).view_as(probs_NE))
-    model = net.module if hasattr(net, "module") else net
-    grad_norm = parallel.grad_norm(model)
+    optimizer.average_gradients()
+    grad_norm = optimizer.grad_norm()
     skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg)
     optimizer.step(skip, clip_factor(grad_norm, cfg.clip_norm))
     optimizer.zero_grad()
@@ -286,10 +286,10 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
         f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}",
     )
     require(
-        world == 1 or cfg.weights == "float32",
+        world == 1 or cfg.weights == "float32" or cfg.parallel == "ddp",
         "weights",
         cfg.weights,
-        "several GPUs keep float32 weights; --parallel=fsdp divides their bytes",
+        f"parallel={cfg.parallel} keeps float32 weights; use --parallel=ddp",
     )
     micro_batch = cfg.batch_size // (world * cfg.grad_accum)
 
@@ -325,7 +325,6 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     )
 
     # ---- model, optimiser, state
-    torch.manual_seed(cfg.seed)
     model = GPT(cfg)
     state, start = None, 0
     if cfg.resume and checkpoint.find(run_dir):  # none: the run ended before its first one and starts again
@@ -339,7 +338,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
         require(start <= cfg.steps, "steps", cfg.steps, f"the checkpoint is that of step {start}; use as many or more")
     elif cfg.upcycle_from:
         upcycle(model, cfg.upcycle_from, cfg.upcycle_noise, cfg.seed)
-    net = parallel.wrap(model, cfg, device, world)
+    model = parallel.wrap(model, cfg, device, world)
     optimizer = parallel.Sharded(model, cfg, rank, world)
     window = new_window(cfg, device)
     if state:
@@ -363,7 +362,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     tokens_per_step = cfg.batch_size * cfg.seq_len
     per_token = report.bytes_per_token(sources, "val")
     if lead:
-        config.save(cfg, run_dir / "config.json")
+        files.write_json(run_dir / "config.json", dataclasses.asdict(cfg))
         logged = checkpoint.rewind_metrics(run_dir / "metrics.jsonl", start)
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(
@@ -416,12 +415,14 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
             run_step = None  # and with it the memory of the graph, for the repeated step
             back = min(steps - first + 1, len(cursors))  # the run may have been resumed in the middle of skipped steps
             path = run_dir / f"bad-step-{step - back + 1:08d}-rank{rank}.json"
+            optimizer.gather_weights()
             loss, where = guard.dump(path, model, loader, cursors[-back], cfg, step - back + 1)
             raise ValueError(
                 f"loss={loss} at step {step - back + 1}, first in {where} (layers and batch: {path}): {guard.remedy(run_dir)}"
             )
 
     def run_validation(step):
+        optimizer.gather_weights()
         loss = validate(model, val_loader, n_val, world)
         bits = {"val_bits_per_byte": loss / math.log(2) / per_token} if per_token else {}
         if lead:
@@ -431,9 +432,12 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
 
     # ---- the loop
     model.train()
-    run_step = partial(optimizer_step, net, optimizer, cfg, window, world=world)
+    run_step = partial(optimizer_step, model, optimizer, cfg, window, world=world)
     if (
-        cfg.cuda_graph and device.type == "cuda" and world == 1 and cfg.impl in ("auto", "triton")
+        cfg.cuda_graph
+        and device.type == "cuda"
+        and (world == 1 or cfg.parallel == "ddp")
+        and cfg.impl in ("auto", "triton")
     ):  # the others count rows on the host
         run_step = GraphedStep(run_step)
     step, row, val_row, began = start, {}, {}, time.perf_counter()
@@ -508,7 +512,7 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
         rate = timed_steps * tokens_per_step / timed_seconds
         results |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None}
     if world > 1 and cfg.parallel != "ddp":  # generating takes the whole model on one GPU, and now there is room for it
-        net = optimizer = model = None
+        optimizer = model = None
         model = checkpoint.load_model(run_dir, device)
     results |= report.final_report(model, cfg, sources, enc, val_loader, results)
     checkpoint.replace_file(run_dir / "results.json", json.dumps(results, indent=2) + "\n")

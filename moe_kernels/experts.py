@@ -14,9 +14,13 @@ from moe_kernels import grouped_gemm as gemm
 from moe_kernels import reference
 from moe_kernels.activation import activation_of
 from moe_kernels.dispatch import Dispatch, combine, dispatch, empty_dispatch
+from moe_kernels.language import MISSING
 from moe_kernels.ops import define
 from moe_kernels.routing import MAX_EXPERTS, MAX_TOP_K
 from moe_kernels.tiles import eager, gemm_tiles, pick_impl
+
+if not MISSING:
+    from moe_kernels import hopper
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -138,11 +142,19 @@ def experts_bwd(
         side.wait_stream(main)
     with torch.cuda.stream(side) if main else contextlib.nullcontext():
         combine(gemm.dx(dh, w_in, sorted_, tiles["dx"]), slot_row_TK, dgates_parts=dgates_parts, out=(dx, dgates))
-    dw_out = gemm.dw(dy, ga, False, sorted_, tiles["dw_out"])
-    dw_in = gemm.dw(x, dh, True, sorted_, tiles["dw_in"])
+    dw_out = _dw(dy, ga, False, sorted_, tiles["dw_out"])
+    dw_in = _dw(x, dh, True, sorted_, tiles["dw_in"])
     if main:
         main.wait_stream(side)
     return dx, dw_in, dw_out, dgates
+
+
+def _dw(a_TM, b_SN, transposed, sorted_, tile):
+    """A weight gradient by the kernel for Hopper where it fits, else by the plain one; both give the same bits."""
+    mean_rows = b_SN.shape[0] // (sorted_.offsets.numel() - 1)
+    if hopper.fits(a_TM.shape[1], b_SN.shape[1], mean_rows, a_TM.dtype, a_TM.device):
+        return hopper.dw(a_TM, b_SN, transposed, sorted_)
+    return gemm.dw(a_TM, b_SN, transposed, sorted_, tile)
 
 
 def captured_stream(tensor):

@@ -18,7 +18,7 @@ import torch
 
 from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.language import TensorDescriptor, tl, triton
-from moe_kernels.tiles import cdiv, resident_programs
+from moe_kernels.tiles import capability, cdiv, resident_programs
 
 
 @triton.jit
@@ -45,6 +45,17 @@ def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
             return _split_columns(right, PARTS // 2, part - PARTS // 2)
 
 
+@triton.jit
+def _descriptor(matrix, n_rows, N_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """`matrix` if it is a descriptor, else (no TMA) one made of the pointer, whose rows from n_rows on read as zero.
+
+    Its loads become masked copies, which are wide because the strides are constants, unlike those of a host's descriptor."""
+    if isinstance(matrix, tl.tensor):
+        return tl.make_tensor_descriptor(matrix, [n_rows, N_COLUMNS], [N_COLUMNS, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
+    else:
+        return matrix
+
+
 @triton.jit(do_not_specialize=["S", "max_tiles"])
 def up_kernel(
     x_ptr, w_in_desc, h_ptr, a_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, S,
@@ -66,6 +77,8 @@ def up_kernel(
     mask_m = offs_m < n_rows
     tokens = tl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0) // TOP_K
     x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * D + offs_k[None, :]
+    if isinstance(w_in_desc, tl.tensor):  # see _descriptor
+        w_in_desc = tl.make_tensor_descriptor(w_in_desc, [2 * expert + 2, F, D], [F * D, D, 1], [2, BLOCK_N, BLOCK_K])
     acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for k in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:
@@ -109,15 +122,20 @@ def rows_kernel(
     for tile in tl.range(tl.program_id(0), n_tiles_m * N_TILES, tl.num_programs(0), flatten=True):
         expert, row, _, pid_n = _tile(tile, n_tiles_m, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)
         n_rows = tl.load(offsets_ptr + expert + 1) - row
+        a_rows = _descriptor(a_desc, row + n_rows, R, BLOCK_M, BLOCK_K)
+        if TRANSPOSED:
+            weights = _descriptor(w_desc, (expert + 1) * N, R, BLOCK_N, BLOCK_K)
+        else:
+            weights = _descriptor(w_desc, (expert + 1) * R, N, BLOCK_K, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, R, BLOCK_K):
             # Rows past the expert's end and columns past N are computed and not stored. Columns past R are zero in `a`.
             # In `w` both may be another expert's weights.
-            a = a_desc.load([row, k])
+            a = a_rows.load([row, k])
             if TRANSPOSED:
-                w = w_desc.load([expert * N + pid_n * BLOCK_N, k]).T
+                w = weights.load([expert * N + pid_n * BLOCK_N, k]).T
             else:
-                w = w_desc.load([expert * R + k, pid_n * BLOCK_N])
+                w = weights.load([expert * R + k, pid_n * BLOCK_N])
             acc = tl.dot(a, w, acc, input_precision="ieee")
         tile_ptr = y_ptr + row.to(tl.int64) * N + pid_n * BLOCK_N
         for part in tl.static_range(PARTS):
@@ -151,13 +169,14 @@ def dswiglu_kernel(
     mask_m = offs_m < n_rows
     slots = tl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0)
     dy_ptrs = dy_ptr + (slots // TOP_K).to(tl.int64)[:, None] * D + offs_k[None, :]
+    weights = _descriptor(w_out_desc, (expert + 1) * D, F, BLOCK_K, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:
             dy = tl.load(dy_ptrs + k)
         else:
             dy = tl.load(dy_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
-        acc = tl.dot(dy, w_out_desc.load([expert * D + k, pid_n * BLOCK_N]), acc, input_precision="ieee")
+        acc = tl.dot(dy, weights.load([expert * D + k, pid_n * BLOCK_N]), acc, input_precision="ieee")
 
     # Narrow column parts keep the five epilogue tiles in registers. The next part's h is loaded while this part is
     # computed.
@@ -217,6 +236,7 @@ def dw_kernel(
     pid_n = pid % (GROUP_M * N_TILES) // size_m
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
+    b_rows = _descriptor(b_desc, end, N, BLOCK_K, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # Load token ids one step ahead: loading them in the step that uses them halves the depth of the pipeline.
     tokens = tl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
@@ -226,7 +246,7 @@ def dw_kernel(
         if M % BLOCK_M != 0:
             mask = mask & (offs_m < M)[None, :]
         a = tl.load(a_ptr + tokens.to(tl.int64)[:, None] * M + offs_m[None, :], mask=mask, other=0.0)
-        b = b_desc.load([row, pid_n * BLOCK_N])  # rows past the end meet zeros of `a`
+        b = b_rows.load([row, pid_n * BLOCK_N])  # rows past the end meet zeros of `a`
         tokens = tl.load(row_slot_ptr + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0) // TOP_K
         acc = tl.dot(a.T, b, acc, input_precision="ieee")
     dw_ptr += expert.to(tl.int64) * (M * N)
@@ -253,7 +273,8 @@ def _row_grid(dispatch, n_columns, tile):
 
 
 def _desc(tensor, rows, columns):
-    return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [rows, columns])
+    """What the kernels' `_descriptor` takes: a descriptor of the matrix of all rows, or the tensor without TMA."""
+    return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [rows, columns]) if capability() >= 90 else tensor
 
 
 def panels(S, F, tile):
@@ -293,7 +314,9 @@ def up(x_TD, w_in_EGD, dispatch, tile, activation="swiglu"):
     ValueError as `panels` does."""
     (E, _, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
     h, a = x_TD.new_empty(panels(S, F, tile)), x_TD.new_empty(S, F)
-    w_desc = TensorDescriptor.from_tensor(w_in_EGD.view(2 * E, F, D), [2, tile.BLOCK_N, tile.BLOCK_K])
+    w_desc = w_in_EGD
+    if capability() >= 90:
+        w_desc = TensorDescriptor.from_tensor(w_in_EGD.view(2 * E, F, D), [2, tile.BLOCK_N, tile.BLOCK_K])
     up_kernel[_row_grid(dispatch, F, tile)](
         x_ptr=x_TD, w_in_desc=w_desc, h_ptr=h, a_ptr=a,
         D=D, F=F, VALUE=ACTIVATIONS[activation].value, **_gather(dispatch), **tile._asdict(),

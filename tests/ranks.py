@@ -10,6 +10,9 @@ import sys
 import torch._dynamo  # noqa: F401  optimisers import it: a second that no rank has to spend
 
 import train
+from optimoe import parallel
+
+parallel.SLICED_FROM = 4096  # so that the tests' small models have tensors of both kinds
 
 
 def rank_main(rank, world, port, flags):

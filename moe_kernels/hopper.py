@@ -1,0 +1,213 @@
+"""Weight gradients for Hopper GPUs (sm_90) in Gluon, Triton's lower level: one warpgroup loads, two multiply.
+
+The plain kernel (grouped_gemm.dw_kernel) alternates: its tensor cores wait while a tile is stored and the next one's first loads
+arrive. Here a program walks over many tiles. Its loading warps run ahead of the multiplying warps by the depth of a ring of
+shared-memory buffers, so the loads of the next tile arrive while the last one is stored.
+
+A buffer of the ring belongs to the loader until its `full` barrier completes, then to the multipliers until they arrive at its
+`empty` barrier. `phase` is the parity for which a barrier is waited; it flips whenever the ring wraps around.
+
+Letters as in grouped_gemm.py. The products have the same order as in the plain kernel: the results are equal bit for bit.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Triton 3.9 has shorter names for these.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # the largest accumulator that two warpgroups hold in registers
+STAGES = 4  # buffers of the ring: 192 KB
+PARTS = 8  # column parts in which a tile is stored, through two buffers of 8 KB
+LOADER_REGISTERS = 56  # of each loading thread; the multiplying threads get what is left
+LOADER_ARRIVALS = gl.constexpr(129)  # at a full barrier: 128 threads' gathered rows and one announcement of TMA bytes
+
+
+def fits(M, N, mean_rows, dtype, device):
+    """Whether `dw` may be used for gradients of (E, M, N) with this mean number of rows per expert."""
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and mean_rows >= 256
+        and M >= BLOCK_M
+        and N >= BLOCK_N
+    )
+
+
+@gluon.jit
+def _advance(stage, phase, STAGES: gl.constexpr):
+    wrapped = stage + 1 == STAGES
+    return gl.where(wrapped, 0, stage + 1), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def _previous(stage, STAGES: gl.constexpr):
+    # Computed, not remembered: Triton 3.6 does not carry a variable through a loop if it begins equal to another.
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
+def _dw_tile(tile, by_size_ptr, E, M_TILES: gl.constexpr, N_TILES: gl.constexpr):
+    """(expert, its first row, one past its last row, row tile, column tile); large experts come first."""
+    rank_ptr = by_size_ptr + tile // (M_TILES * N_TILES)
+    place = tile % (M_TILES * N_TILES)
+    return gl.load(rank_ptr), gl.load(rank_ptr + E), gl.load(rank_ptr + 2 * E), place % M_TILES, place // M_TILES
+
+
+@gluon.jit
+def _dw_load(
+    a_ptr, b_desc, row_slot_ptr, by_size_ptr, a_ring, b_ring, full, empty, E,
+    M: gl.constexpr, M_TILES: gl.constexpr, N_TILES: gl.constexpr, TOP_K: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = a_ring.shape[0]
+    BLOCK_K: gl.constexpr = a_ring.shape[1]
+    BLOCK_M: gl.constexpr = a_ring.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(1, layout))
+    offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(1)  # the ring starts empty
+    for tile in range(gl.program_id(0), E * (M_TILES * N_TILES), gl.num_programs(0)):
+        _, start, end, pid_m, pid_n = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
+        columns = pid_m * BLOCK_M + offs_m
+        a_ptrs = a_ptr + columns[None, :]
+        # Load token ids one step ahead, so that the gather never waits for its own indices.
+        tokens = gl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
+        for row in range(start, end, BLOCK_K):
+            mask = (row + offs_k < end)[:, None]
+            if M % BLOCK_M != 0:
+                mask = mask & (columns < M)[None, :]
+            following = row + BLOCK_K + offs_k
+            next_tokens = gl.load(row_slot_ptr + following, mask=following < end, other=0) // TOP_K
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(full.index(stage), b_desc.block_type.nbytes)
+            tma_load(b_desc, [row, pid_n * b_ring.shape[2]], full.index(stage), b_ring.index(stage))
+            cp_async(a_ring.index(stage), a_ptrs + tokens.to(gl.int64)[:, None] * M, mask=mask)
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            tokens = next_tokens
+            stage, phase = _advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _dw_multiply(
+    dw_desc, by_size_ptr, a_ring, b_ring, out_ring, full, empty, E,
+    M_TILES: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = a_ring.shape[0]
+    BLOCK_K: gl.constexpr = a_ring.shape[1]
+    BLOCK_M: gl.constexpr = a_ring.shape[2]
+    BLOCK_N: gl.constexpr = b_ring.shape[2]
+    WIDTH: gl.constexpr = out_ring.shape[2] if TRANSPOSED else out_ring.shape[3]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), E * (M_TILES * N_TILES), gl.num_programs(0)):
+        expert, start, end, pid_m, pid_n = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
+        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, mma)
+        for row in range(start, end, BLOCK_K):
+            mbarrier.wait(full.index(stage), phase)
+            fence_async_shared()  # cp.async wrote through the generic proxy, wgmma reads through the asynchronous one
+            a = a_ring.index(stage).permute((1, 0))
+            acc = warpgroup_mma(a, b_ring.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])  # the product before this one is done: release its buffers
+            mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=row > start)
+            stage, phase = _advance(stage, phase, STAGES)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=end > start)
+        parts = _split_columns(acc, BLOCK_N // WIDTH)
+        for i in gl.static_range(BLOCK_N // WIDTH):
+            tma.store_wait(1)  # the store before the last one has read its buffer
+            out = out_ring.index(i % 2)
+            value = parts[i].to(dw_desc.dtype)
+            column = pid_n * BLOCK_N + i * WIDTH
+            if TRANSPOSED:
+                out.reshape([WIDTH, BLOCK_M]).permute((1, 0)).store(value)
+            else:
+                out.reshape([BLOCK_M, WIDTH]).store(value)
+            fence_async_shared()
+            # The descriptor has a dimension for experts: what lies past the last row or column of this one is cut off.
+            if TRANSPOSED:
+                tma_store(dw_desc, [expert, column, pid_m * BLOCK_M], out)
+            else:
+                tma_store(dw_desc, [expert, pid_m * BLOCK_M, column], out)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _split_columns(x, PARTS: gl.constexpr):
+    """x (M, N) as a tuple of PARTS tensors (M, N / PARTS), in order."""
+    pieces = (x,)
+    for _ in gl.static_range(PARTS.bit_length() - 1):
+        halves = ()
+        for j in gl.static_range(len(pieces)):
+            piece = pieces[j]
+            halves += piece.reshape(piece.shape[0], 2, piece.shape[1] // 2).permute(0, 2, 1).split()
+        pieces = halves
+    return pieces
+
+
+@gluon.jit(do_not_specialize=["E"])
+def dw_kernel(
+    a_ptr, b_desc, dw_desc, row_slot_ptr, by_size_ptr, E,
+    M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As grouped_gemm.dw_kernel; a is gathered by cp.async, b comes and dw goes by TMA."""
+    M_TILES: gl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    N_TILES: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    dtype: gl.constexpr = b_desc.dtype
+    a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_M], dtype)
+    a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_M], a_layout)
+    b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], b_desc.layout)
+    out_ring = gl.allocate_shared_memory(dtype, [2] + dw_desc.block_type.shape, dw_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=LOADER_ARRIVALS)
+        mbarrier.init(empty.index(i), count=1)
+    gl.warp_specialize(
+        [
+            (_dw_multiply, (dw_desc, by_size_ptr, a_ring, b_ring, out_ring, full, empty, E,
+                            M_TILES, N_TILES, TRANSPOSED)),
+            (_dw_load, (a_ptr, b_desc, row_slot_ptr, by_size_ptr, a_ring, b_ring, full, empty, E,
+                        M, M_TILES, N_TILES, TOP_K)),
+        ],
+        [4],
+        [REGISTERS],
+    )  # fmt: skip
+
+
+def dw(a_TM, b_SN, transposed, dispatch):
+    """As grouped_gemm.dw, equal to it bit for bit; where `fits` allows it."""
+    E, K = dispatch.offsets.numel() - 1, dispatch.slot_row_TK.shape[1]
+    M, N = a_TM.shape[1], b_SN.shape[1]
+    out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
+    block = [1, BLOCK_N // PARTS, BLOCK_M] if transposed else [1, BLOCK_M, BLOCK_N // PARTS]
+    tiles = E * -(-M // BLOCK_M) * -(-N // BLOCK_N)
+    n_sm = torch.cuda.get_device_properties(a_TM.device).multi_processor_count if a_TM.is_cuda else 132
+    dw_kernel[(min(tiles, n_sm),)](
+        a_ptr=a_TM, b_desc=_descriptor(b_SN, [BLOCK_K, BLOCK_N]), dw_desc=_descriptor(out, block),
+        row_slot_ptr=dispatch.row_slot_S, by_size_ptr=dispatch.by_size, E=E,
+        M=M, N=N, TOP_K=K, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        STAGES=STAGES, REGISTERS=LOADER_REGISTERS, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def _descriptor(tensor, block):
+    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
