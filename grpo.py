@@ -5,7 +5,7 @@
     torchrun --nproc-per-node=8 grpo.py --model=runs/NAME               # data parallel on one node
     python grpo.py --resume=runs/NAME-grpo                              # continue, bit for bit; other flags override
 
-One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (eval/rewards.py) -> advantages within each group -> one pass over
+One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (the task's file in eval/tasks) -> advantages within each group -> one pass over
 the answers in mini-batches, an optimiser step for each:
 
     loss = sum over answer tokens of weight * (-min(r A, clip(r, 1 - clip, 1 + clip) A) + kl_coef * (s - 1 - log s))
@@ -30,12 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F_
 from torch import Tensor
 
-from eval import rewards
+from eval import tasks
 from eval.generate import any_shape, generate
 from eval.sources import Source
 from optimoe import checkpoint, config, guard
@@ -49,9 +50,7 @@ from train import STOPPED, Stop
 class GRPOConfig:
     # Run
     model: str = ""  # run directory or checkpoint file of the model to start from; the KL is measured against it
-    task: Literal["reasoning", "mano", "gsm8k", "math", "mbpp"] = (
-        "reasoning"  # questions and verifier, see eval/rewards.py
-    )
+    task: str = "reasoning"  # a file in eval/tasks with training questions
     data: str = ""  # training data directory of the start model, for its tokenizer; empty: where its config says
     evaldata: str = ""  # folder of gsm8k/, math/, mbpp/, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
     out_dir: str = ""  # run directory; empty: that of the start model with "-grpo"
@@ -121,6 +120,12 @@ class GRPOConfig:
             "model",
             self.model,
             "name the run directory of a trained model, or one to --resume",
+        )
+        require(
+            tasks.load(self.task).trains,
+            "task",
+            self.task,
+            f"use one with training questions: {', '.join(name for name in tasks.NAMES if tasks.load(name).trains)}",
         )
         require(
             self.group_size >= 2,
@@ -288,11 +293,12 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
 
     # ---- model, questions, run directory
     start_path, model, data, tokens, source = load_start(cfg, device)
+    task = tasks.load(cfg.task)
     limit = min(cfg.prompt_tokens, model.cfg.seq_len // 2)
     asked, held_out = (
         [
             (question, ids)
-            for question in rewards.load(cfg.task, split, source, n)
+            for question in task.questions(source, split, n)
             if len(ids := tokens.bos + tokens.encode(question.prompt)) <= limit
         ]
         for split, n in (("train", cfg.questions), ("test", cfg.eval_questions))
@@ -385,9 +391,9 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
             batch_size=cfg.rollout_batch,
             n_vocab=tokens.n_vocab,
         )
-        right = summed(
-            [sum(rewards.grade(cfg.task, [question for question, _ in mine], [tokens.decode(ids) for ids in found]))]
-        )[0] / len(held_out)
+        right = summed([sum(task.rewards([question for question, _ in mine], [tokens.decode(ids) for ids in found]))])[
+            0
+        ] / len(held_out)
         record(
             {"step": step, "test_reward": right},
             f"step {step:>4}/{cfg.steps} | greedy reward on {len(held_out)} unseen questions {right:.4f}",
@@ -420,9 +426,7 @@ def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
             clock.append(time.perf_counter())
 
             # Rewards
-            reward_PG = torch.tensor(rewards.grade(cfg.task, questions, [s.text for s in samples])).view(
-                -1, cfg.group_size
-            )
+            reward_PG = torch.tensor(task.rewards(questions, [s.text for s in samples])).view(-1, cfg.group_size)
             advantage = advantages(reward_PG).flatten().tolist()
             clock.append(time.perf_counter())
 

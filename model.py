@@ -1,13 +1,16 @@
-"""A GPT whose feed-forward layers are mixtures of experts: Mixtral-style, as in arXiv 2508.18672. optimoe/sizes.py counts it.
+"""A GPT whose feed-forward layers are mixtures of experts, Mixtral-style, as in arXiv 2508.18672.
 
     model = GPT(preset("tiny", vocab_size=512))
-    out = model(tokens_BL, targets_BL)          # out.loss + 1e-2 * out.balance + 1e-3 * out.z is what train.py minimises
+    out = model(tokens_BL, targets_BL)  # train.py minimises out.loss + 1e-2 * out.balance + 1e-3 * out.z
 
-Shapes: B batch, L sequence, T = B*L tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts,
-K experts per token, N MoE layers, H attention heads (Hkv of them for keys and values), d head width, V vocabulary.
-Weights are float32; every use casts them to the compute dtype, so no autocast is needed. AdamW makes matrices bfloat16 (optim.py): nothing to cast.
+Shapes: B batch, L sequence, T = B*L tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows),
+E experts, K experts per token, N MoE layers, H attention heads (Hkv of them for keys and values), d head width,
+V vocabulary. Weights are float32 and are cast to the compute dtype where they are used, so autocast is not needed. With
+AdamW the matrices inside blocks are bfloat16 (docs/optimizer.md), and there is nothing to cast. optimoe/sizes.py counts
+parameters, FLOPs and memory.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -18,6 +21,11 @@ from torch import Tensor, nn
 
 from moe_kernels import balance_loss, gates_of, linear_cross_entropy, moe_experts, rope, route, swiglu
 from optimoe.config import require
+
+UNTAUGHT = (
+    "gates that sum to 1 over a single expert are always 1, so the loss has no gradient for the router; "
+    "use --router_normalize=false"
+)
 
 
 @dataclass(frozen=True)
@@ -36,29 +44,23 @@ class ModelConfig:
     d_expert: int = 256  # F, hidden width of one expert
     n_shared_experts: int = 0  # experts of width F that every token passes, outside the router
     dense: bool = False  # no router: one SwiGLU of width (K + shared) * F, the same active FLOPs
-    router_score: Literal["softmax", "sigmoid"] = "softmax"  # score of an expert, a function of the router's logits
+    router_score: Literal["softmax", "sigmoid"] = "softmax"  # turns the router's logits into scores of experts
     router_normalize: bool = (
-        True  # gates sum to 1 over the K chosen (with softmax: top-k, then softmax); false: the raw scores
+        True  # gates: scores divided by their sum over the K chosen (needs K > 1); false: the scores
     )
-    router_bias_rate: float = (
-        0.0  # > 0: loss-free balancing, a selection bias moved by this much per step (1e-3 is usual)
-    )
+    router_bias_rate: float = 0.0  # > 0: loss-free balancing; a selection bias moves this much per step (1e-3 is usual)
     # Choices
     qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
-    qk_norm_joint: bool = (
-        False  # with qk_norm: one RMSNorm over all query heads of a token, one over all key heads (OLMoE)
-    )
+    qk_norm_joint: bool = False  # with qk_norm: one RMSNorm over all query heads, one over all key heads (OLMoE)
     tie_embeddings: bool = False  # one matrix for input and output embeddings
     rope_theta: float = 1e4  # base of the RoPE wavelengths
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
-    init_std: float = 0.02  # all matrices; layers writing to the residual stream: init_std / sqrt(2 * n_layers)
-    embed_init_std: float = 0.0  # input embeddings; 0: init_std
+    init_std: float = 0.02  # of all matrices; of those that write to the residual stream: init_std / sqrt(2 * n_layers)
+    embed_init_std: float = 0.0  # of the input embeddings; 0: init_std
     # Execution
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 elsewhere
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # kernels of moe_kernels; auto: by device
-    loss_chunk: int = (
-        16384  # tokens whose logits exist at one time in training (triton only: the others hold all T x V)
-    )
+    loss_chunk: int = 16384  # tokens whose logits exist at one time in training (triton; the others hold all T x V)
 
     def __post_init__(self):
         self.validate()
@@ -68,42 +70,38 @@ class ModelConfig:
         """The argument impl of the ops."""
         return None if self.impl == "auto" else self.impl
 
+    @property
+    def router_learns(self):
+        """Whether the loss has a gradient for the router. train.py refuses a model without; old ones still load."""
+        return self.dense or self.n_experts == 1 or self.top_k > 1 or not self.router_normalize
+
     def validate(self):
         """Raise ValueError naming the field, its value and the remedy."""
-        for name in (
-            "seq_len",
-            "d_model",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "head_dim",
-            "n_experts",
-            "top_k",
-            "d_expert",
-            "loss_chunk",
+        for names, least, most in (
+            ("d_model n_layers n_heads n_kv_heads head_dim n_experts top_k d_expert loss_chunk", 1, 2**30),
+            ("vocab_size n_shared_experts", 0, 2**30),
+            ("seq_len", 1, 2**22),
         ):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
-        for name in ("vocab_size", "n_shared_experts", "router_bias_rate", "norm_eps", "embed_init_std"):
+            for name in names.split():
+                value = getattr(self, name)
+                require(value >= least, name, value, f"use {least} or more")
+                require(value <= most, name, value, f"use {most:,} or less")
+        for name in ("router_bias_rate", "norm_eps", "embed_init_std"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
         require(self.init_std > 0, "init_std", self.init_std, "use a positive number")
         require(self.rope_theta > 1, "rope_theta", self.rope_theta, "use a number above 1 (1e4 is usual)")
-        require(self.d_model % 16 == 0, "d_model", self.d_model, "the kernels need a multiple of 16")
-        require(self.d_expert % 16 == 0, "d_expert", self.d_expert, "the kernels need a multiple of 16")
-        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "RoPE rotates pairs: use an even number")
-        require(
-            self.n_heads % self.n_kv_heads == 0,
-            "n_kv_heads",
-            self.n_kv_heads,
-            f"use a divisor of n_heads={self.n_heads}",
-        )
+        for name, factor, reason in (
+            ("d_model", 16, "the kernels need a multiple of 16"),
+            ("d_expert", 16, "the kernels need a multiple of 16"),
+            ("head_dim", 2, "RoPE rotates pairs: use an even number"),
+        ):
+            require(getattr(self, name) % factor == 0, name, getattr(self, name), reason)
+        kv, heads = self.n_kv_heads, self.n_heads
+        require(heads % kv == 0, "n_kv_heads", kv, f"use a divisor of n_heads={heads}")
         require(self.n_experts <= 1024, "n_experts", self.n_experts, "the kernels take at most 1024")
         require(self.top_k <= 32, "top_k", self.top_k, "the kernels take at most 32")
-        require(
-            self.top_k <= self.n_experts,
-            "top_k",
-            self.top_k,
-            f"a token cannot use more than n_experts={self.n_experts}",
-        )
+        remedy = f"a token cannot use more than n_experts={self.n_experts}"
+        require(self.top_k <= self.n_experts, "top_k", self.top_k, remedy)
 
 
 class Output(NamedTuple):
@@ -112,37 +110,39 @@ class Output(NamedTuple):
     balance: Tensor  # float32, sum over MoE layers of E * sum_e f_e p_e: N at perfect balance
     z: Tensor  # float32, sum over MoE layers of mean logsumexp(router logits)^2
     counts_NE: Tensor  # int32 (token, slot) pairs per layer and expert; (0, E) in a dense model
-    probs_NE: (
-        Tensor  # float32 mean router probability, differentiable: with counts of all ranks it gives the global balance
-    )
+    probs_NE: Tensor  # float32 mean router probability, differentiable; with counts of all ranks: the global balance
     experts: tuple[Tensor, ...] = ()  # for each MoE layer int32 (T, K): the experts that the router chose
 
 
 class Linear(nn.Linear):
-    """Without bias; the weight is cast to the dtype of its input, if it has another."""
+    """Without bias; the weight is cast to the dtype of its input. GPT.draw fills it, not the constructor."""
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
+
+    def reset_parameters(self):
+        pass
 
     def forward(self, x):
         return F_.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
+    """Its statistics are float32 for inputs of any dtype."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F_.rms_norm(
-            x, self.weight.shape, self.weight.to(x.dtype), self.eps
-        )  # statistics in float32 for any dtype
+        return F_.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope_tables(cfg):
-    """cos and sin, each (L, 1, d) float32. The first half of sin is negated, which makes a rotation x*cos + roll(x)*sin."""
-    freqs = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
-    angles = torch.outer(torch.arange(cfg.seq_len, dtype=torch.float64), freqs)
+    """cos and sin, each (L, 1, d) float32. The first half of sin is negated: a rotation is then x*cos + roll(x)*sin."""
+    exact = dict(dtype=torch.float64, device="cpu")  # MPS has no float64
+    freqs = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, **exact) / cfg.head_dim)
+    angles = torch.outer(torch.arange(cfg.seq_len, **exact), freqs)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], 1).float()[:, None], torch.cat([-sin, sin], 1).float()[:, None]
 
@@ -170,12 +170,12 @@ class Attention(nn.Module):
         q, k, v = rope(qkv, cos, sin, H, *norms, self.eps, self.impl)
         if cache is not None:
             k_all, v_all = cache.update(layer, k, v)
-            if mask is not None:  # else the new tokens are all there is
+            if mask is not None:  # without a mask the new tokens are all there are
                 k, v = k_all, v_all
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if (
             mask is not None and L == 1
-        ):  # a group's query heads are as many queries of their one key head: nothing is repeated
+        ):  # the query heads of a group become queries of its key head: nothing is repeated
             y = F_.scaled_dot_product_attention(q.view(B, Hkv, H // Hkv, self.head_dim), k, v, attn_mask=mask)
         else:
             y = F_.scaled_dot_product_attention(
@@ -188,20 +188,15 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, cfg, d_hidden):
         super().__init__()
-        self.gate_up, self.down, self.impl = (
-            Linear(cfg.d_model, 2 * d_hidden),
-            Linear(d_hidden, cfg.d_model),
-            cfg.kernels,
-        )
+        self.gate_up, self.down = Linear(cfg.d_model, 2 * d_hidden), Linear(d_hidden, cfg.d_model)
+        self.impl = cfg.kernels
 
     def forward(self, x_TD):
         return self.down(swiglu(self.gate_up(x_TD), self.impl))
 
 
 class MoE(nn.Module):
-    """Router, experts, and the losses' ingredients: balance and z of this layer, counts (E,), mean router probabilities (E,), choice (T, K).
-
-    replay_TK: experts to use instead of the router's choice, -1 where it stands; the gates are today's, differentiable."""
+    """Router and experts."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -209,24 +204,29 @@ class MoE(nn.Module):
         self.router = Linear(cfg.d_model, cfg.n_experts)
         self.w_in = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
         self.w_out = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
-        self.experts = (
-            moe_experts  # with expert parallelism, what parallel.py puts here: the same between two all-to-alls
-        )
+        self.experts = moe_experts  # parallel.py replaces it where experts live on several GPUs
         self.shared = SwiGLU(cfg, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
         self.register_buffer("bias_E", torch.zeros(cfg.n_experts) if cfg.router_bias_rate else None)
 
-    def forward(self, x_TD, replay_TK=None, stats=True):
-        cfg, impl = self.cfg, self.cfg.kernels
+    def choose(self, x_TD, replay_TK=None):
+        """(Routing, the router's own choice int32 (T, K)). A router variant is a field of ModelConfig and a line here.
+
+        replay_TK: experts to use in place of that choice, -1 where it stays. Their gates come from today's logits."""
+        cfg = self.cfg
         logits_TE = self.router(x_TD)
-        r = route(logits_TE, cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=impl)
+        r = route(logits_TE, cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=cfg.kernels)
         chosen_TK = r.experts_TK
         if replay_TK is not None:
             experts_TK = torch.where(replay_TK >= 0, replay_TK, chosen_TK)
-            r = r._replace(
-                experts_TK=experts_TK, gates_TK=gates_of(logits_TE, experts_TK, cfg.router_score, cfg.router_normalize)
-            )
+            gates_TK = gates_of(logits_TE, experts_TK, cfg.router_score, cfg.router_normalize)
+            r = r._replace(experts_TK=experts_TK, gates_TK=gates_TK)
+        return r, chosen_TK
+
+    def forward(self, x_TD, replay_TK=None, stats=True):
+        """y (T, D) and (balance, z, counts (E,), probabilities (E,), choice (T, K)); without stats only (choice,)."""
+        r, chosen_TK = self.choose(x_TD, replay_TK)
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
-        y_TD = self.experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, impl=impl)
+        y_TD = self.experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, impl=self.cfg.kernels)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if not stats:
@@ -252,37 +252,57 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, cfg):
+    """draw=False leaves the weights without values, for a model whose weights are loaded."""
+
+    def __init__(self, cfg, draw=True):
         super().__init__()
-        require(
-            cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, "a model needs its vocabulary; give the tokenizer's size"
-        )
+        remedy = "a model needs its vocabulary; give the tokenizer's size"
+        require(cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, remedy)
         self.cfg = cfg
         self.before_layer = None  # called with the number of each block before it runs, and with n_layers at the end
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = Linear(cfg.d_model, cfg.vocab_size)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
-        cos, sin = rope_tables(cfg)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), rope_tables(cfg), strict=True):
+            self.register_buffer(name, table.to(self.embed.weight.device), persistent=False)
+        if draw and not self.embed.weight.is_meta:
+            self.draw(getattr(cfg, "seed", 0))  # train.py's configuration has a seed
+
+    @torch.no_grad()
+    def draw(self, seed):
+        """Initial weights: each matrix, and each expert, from a generator keyed by the seed, its name and its index.
+
+        So models that differ only in n_experts or top_k have the same attention, embeddings and first experts, and a
+        comparison of them is paired. torch's global generator is not used. A CPU and a GPU draw different numbers."""
+        cfg, generator = self.cfg, torch.Generator(self.embed.weight.device)
+        embed_std = cfg.embed_init_std or cfg.init_std
         for name, weight in self.named_parameters():
-            if weight.ndim > 1:
-                to_residual = name.endswith(("attn.out.weight", "w_out", "down.weight"))
-                nn.init.normal_(weight, std=cfg.init_std / math.sqrt(2 * cfg.n_layers) if to_residual else cfg.init_std)
-        if cfg.embed_init_std:
-            nn.init.normal_(self.embed.weight, std=cfg.embed_init_std)
+            if weight.ndim == 1:  # norms start at 1
+                continue
+            to_residual = name.endswith(("attn.out.weight", "w_out", "down.weight"))
+            std = cfg.init_std / math.sqrt(2 * cfg.n_layers) if to_residual else cfg.init_std
+            key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7])
+            by_expert = name.endswith(("router.weight", "w_in", "w_out"))
+            for i, part in enumerate(weight if by_expert else [weight]):
+                generator.manual_seed(key + i)
+                part.normal_(std=embed_std if name == "embed.weight" else std, generator=generator)
+        if cfg.tie_embeddings:
+            # The residual stream of a token starts as its own embedding e, whose logit would be about D * std(e).
+            self.norm.weight.fill_(min(1.0, 1 / (cfg.d_model * embed_std)))
 
     @property
     def dtype(self):
         return compute_dtype(self.cfg, self.embed.weight.device)
 
     def forward(self, tokens_BL, targets_BL=None, cache=None, replay_NTK=None):
-        """tokens (B, L) int64 -> Output. With targets (B, L; -1: no loss) the loss and no logits; with a cache (eval/kv_cache.py) the tokens continue
-        the cached sequences, the logits are those of each row's last real token, and there are no statistics. replay_NTK (int32, T = B*L;
-        -1: none): experts to use instead of each router's choice; the counts stay those of its choice. Raises ValueError past seq_len."""
+        """tokens (B, L) int64 -> Output, with the loss and no logits where targets (B, L; -1: no loss) are given.
+
+        cache (eval/kv_cache.py): the tokens continue its sequences; the logits are those of each row's last real token,
+        and there are no statistics. replay_NTK (int32, T = B*L; -1: none): experts to use in place of each router's
+        choice; the counts stay those of its choice. Raises ValueError past seq_len."""
         B, L = tokens_BL.shape
         require(L <= self.cfg.seq_len, "sequence length", L, f"the model's seq_len is {self.cfg.seq_len}")
         ready = self.before_layer or (lambda layer: None)
@@ -292,14 +312,15 @@ class GPT(nn.Module):
         if cache is not None:
             pos_BL, mask = cache.begin(L)
             cos, sin = self.cos[pos_BL], self.sin[pos_BL]
+        # train.py may have compiled the blocks for its one shape; evaluation has many shapes and runs them eagerly.
+        compiled = self.training and cache is None and replay_NTK is None
         for layer, block in enumerate(self.blocks):
             ready(layer)
-            # train.py may have compiled the blocks for its one shape; evaluation, with its many shapes, always runs them eagerly.
-            compiled = self.training and cache is None and replay_NTK is None
-            replay_TK = None if replay_NTK is None else replay_NTK[layer]
-            x, layer_stats = (
-                block(x, cos, sin) if compiled else block.forward(x, cos, sin, mask, cache, layer, replay_TK)
-            )
+            if compiled:
+                x, layer_stats = block(x, cos, sin)
+            else:
+                replay_TK = None if replay_NTK is None else replay_NTK[layer]
+                x, layer_stats = block.forward(x, cos, sin, mask, cache, layer, replay_TK)
             if layer_stats is not None and cache is not None:
                 cache.record(layer, layer_stats[-1])
             elif layer_stats is not None:
@@ -312,19 +333,11 @@ class GPT(nn.Module):
         if targets_BL is None:
             logits = self.head(x)
         else:
-            loss = linear_cross_entropy(
-                x.flatten(0, 1), self.head.weight, targets_BL.flatten(), self.cfg.loss_chunk, self.cfg.kernels
-            )
+            x_TD, targets_T = x.flatten(0, 1), targets_BL.flatten()
+            loss = linear_cross_entropy(x_TD, self.head.weight, targets_T, self.cfg.loss_chunk, self.cfg.kernels)
         if not stats:
-            zero = x.new_zeros((), dtype=torch.float32)
-            return Output(
-                logits,
-                loss,
-                zero,
-                zero,
-                tokens_BL.new_zeros((0, self.cfg.n_experts), dtype=torch.int32),
-                x.new_zeros((0, self.cfg.n_experts), dtype=torch.float32),
-            )
+            zero, none = x.new_zeros((), dtype=torch.float32), x.new_zeros((0, self.cfg.n_experts), dtype=torch.float32)
+            return Output(logits, loss, zero, zero, none.int(), none)
         *losses, experts = zip(*stats, strict=True)
         balance, z, counts, probs = map(torch.stack, losses)
         return Output(logits, loss, balance.sum(), z.sum(), counts, probs, experts)
@@ -332,9 +345,9 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def update_router_bias(model, counts_NE):
-    """Loss-free balancing (arXiv 2408.15664): raise the selection bias of experts below the mean load, lower the others'.
+    """Loss-free balancing (arXiv 2408.15664): raise the bias of experts below the mean load, lower that of the others.
 
-    counts_NE: the counts of one optimiser step over all its tokens and ranks. The training loop calls this, evaluation never."""
+    counts_NE: the counts of one optimiser step over all its tokens and ranks. Only the training loop calls this."""
     layers = [block.mlp for block in model.blocks if getattr(block.mlp, "bias_E", None) is not None]
     for moe, counts_E in zip(layers, counts_NE.float(), strict=bool(layers)):
         moe.bias_E += model.cfg.router_bias_rate * torch.sign(counts_E.mean() - counts_E)

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
 import torch
 import torch.distributed as dist
 
 from data import shards, tokenizer
 from data.loader import Loader, parse_sources
 from eval import report
-from model import GPT, ModelConfig, update_router_bias
+from model import GPT, UNTAUGHT, ModelConfig, update_router_bias
 from moe_kernels import balance_loss
 from optimoe import checkpoint, config, guard, parallel, sizes
 from optimoe.config import require
@@ -98,6 +99,7 @@ class TrainConfig(ModelConfig):
 
     def validate(self):
         super().validate()
+        require(self.router_learns or self.resume, "top_k", self.top_k, UNTAUGHT)
         for name in ("steps", "batch_size", "grad_accum", "log_every", "val_batches", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         for name in (
@@ -323,7 +325,6 @@ def train(cfg, rank=0, world=1, device=torch.device("cpu")):
     )
 
     # ---- model, optimiser, state
-    torch.manual_seed(cfg.seed)
     model = GPT(cfg)
     state, start = None, 0
     if cfg.resume and checkpoint.find(run_dir):  # none: the run ended before its first one and starts again

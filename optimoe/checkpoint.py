@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
 
-from data import tokenizer
-from model import GPT, ModelConfig
+from data import files, tokenizer
+from model import GPT, UNTAUGHT, ModelConfig
 from optimoe.config import make_directory
 
 NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
@@ -138,21 +139,20 @@ def load_model(path, device="cpu", **overrides):
     state = read(path)
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     cfg = ModelConfig(**{name: value for name, value in state["config"].items() if name in names} | overrides)
-    model = GPT(cfg).to(device)
+    if not cfg.router_learns:
+        print(f"warning: {path}: top_k={cfg.top_k}: {UNTAUGHT} in training", file=sys.stderr)
+    model = GPT(cfg, draw=False).to(device)
     model.load_state_dict(state["model"])
     return model.eval()
 
 
 def training_data(run_dir, named=""):
-    """The data directory of a run: `named`, or under the run, or where its config says (DIR or DIR:weight,...)."""
+    """The data directory of a run: `named`, or else under the run, or where its config says (DIR or DIR:weight,...)."""
     run_dir = Path(run_dir)
-    config_file = run_dir / "config.json"
-    first = json.loads(config_file.read_text()).get("data", "").split(",")[0] if config_file.exists() else ""
-    for directory in (named, run_dir / "data", first, first.rpartition(":")[0]):
+    path = run_dir / "config.json"
+    first = files.read_json(path).get("data", "").split(",")[0] if path.exists() and not named else ""
+    for directory in (named,) if named else (run_dir / "data", first, first.rpartition(":")[0]):
         if directory and (Path(directory) / tokenizer.FILE).is_file():
             return Path(directory)
-    raise ValueError(
-        f"tokenizer={named!r}: no {tokenizer.FILE} there, in {run_dir / 'data'}"
-        + (f" or in {first}" if first else "")
-        + ": name the run's data directory with --tokenizer (grpo.py: --data)"
-    )
+    where = "there" if named else f"in {run_dir / 'data'}" + (f" or in {first}" if first else "")
+    raise ValueError(f"data={named!r}: no {tokenizer.FILE} {where}; name the run's data directory with --data")

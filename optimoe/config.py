@@ -6,14 +6,15 @@
         lr: float = 3e-4  # peak learning rate
         steps: int = 1000  # optimiser steps
 
-    cfg = parse(Config)            # python prog.py --lr=1e-3 --steps 2e3   (or --help)
-    save(cfg, "run/config.json")   # and later: python prog.py --config=run/config.json --steps=4000
+    cfg = parse(Config)  # python prog.py --lr=1e-3 --steps 2e3   (or --help, or --config=run/config.json --steps=4000)
 
-The dataclass is the only place where a field is written down: types come from its annotations (int, float, bool, str, `X | None`,
-Literal, and tuple[X, ...] for values with commas between them), help from the comment behind each field, headings of the help from comment lines between fields, ranges from its
-`__post_init__`. Fields named in the class variable POSITIONAL are words without a flag, the last
-of them any number of words if it is a tuple. A class with a static method `preset_fields(name) -> dict` also understands --preset=NAME. From weakest to
-strongest: defaults, --config, --preset (its default where there is no --config), the other flags.
+The dataclass is the only place where a field is written down. Types come from its annotations: int, float, bool, str,
+`X | None`, Literal, and tuple[X, ...] for values with commas between them. Help comes from the comment behind each
+field, headings of the help from comment lines between fields, ranges from its `__post_init__`.
+
+Fields named in the class variable POSITIONAL are words without a flag; if the last of them is a tuple, it takes any
+number of words. A class with a static method `preset_fields(name) -> dict` also understands --preset=NAME. From weakest
+to strongest: defaults, --config, --preset (without --config also its default), the other flags.
 """
 
 import ast
@@ -36,13 +37,24 @@ TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def require(ok, name, value, remedy):
-    """Raise ValueError naming the field, its value and the remedy unless ok. For the __post_init__ of config classes."""
+    """Unless ok, raise ValueError naming the field, its value and the remedy. For the __post_init__ of
+    configurations."""
     if not ok:
-        raise ValueError(f"{name}={value!r}: {remedy}")
+        raise ValueError(f"{name}={shown(value)}: {remedy}")
+
+
+def shown(value):
+    """repr(value), short enough for a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits; a list nested too deeply
+        return f"({type(value).__name__})"
+    return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
 
 
 def make_directory(path, name, value):
-    """The directory as a Path, made where it is missing; ValueError blaming the field `name` where files cannot be written in it."""
+    """The directory as a Path, made if it is missing. ValueError blaming the field `name` if it cannot be written
+    to."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -55,18 +67,29 @@ def make_directory(path, name, value):
 def parse(cls, argv=None, description=""):
     """Build a `cls` from command-line words.
 
-    argv: list of str, or None for sys.argv[1:]. Flags are --field=value or --field value; a bool is --flag or --flag=false;
-    hyphens and underscores are the same; a repeated flag keeps its last value. --help prints the fields and exits.
-    With argv=None a mistake ends the program with its message; with a list it raises ValueError.
+    argv: list of str, or None for sys.argv[1:]. Flags are --field=value or --field value; a bool is --flag or
+    --flag=false; hyphens and underscores are the same; a repeated flag keeps its last value. --help prints the fields
+    and exits. With argv=None a mistake ends the program with its message; with a list it raises ValueError or OSError.
     """
     if argv is None:
         try:
             return parse(cls, sys.argv[1:], description)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, description))
+        print(help_text(cls, description, [word for word in argv if word not in ("--help", "-h")]))
         sys.exit(0)
+    hints, flags = typing.get_type_hints(cls), _flags(cls, argv)
+    values, _ = _start(cls, flags)
+    values.update({name: _convert(name, text, hints[name]) for name, text in flags.items() if name != "config"})
+    for field in dataclasses.fields(cls):
+        missing = field.name not in values and field.default is field.default_factory is dataclasses.MISSING
+        require(not missing, field.name, "", "it is required; --help lists the fields")
+    return cls(**values)
+
+
+def _flags(cls, argv):
+    """{field, or "config": text on the command line}; of a positional tuple, the list of its words."""
     hints = typing.get_type_hints(cls)
     flags, words, positional = {}, list(argv), list(getattr(cls, "POSITIONAL", ()))
     while words:
@@ -75,7 +98,9 @@ def parse(cls, argv=None, description=""):
             if positional:
                 many = typing.get_origin(hints[positional[0]]) is tuple
                 name = positional[0] if many else positional.pop(0)
-                flags[name] = [*flags.get(name, []), word] if many else word
+                before = flags.get(name, [])
+                before = before.split(",") if isinstance(before, str) else before
+                flags[name] = [*before, word] if many else word
                 continue
             raise ValueError(
                 f"unexpected argument {word!r}: write --field=value (a bool takes its value only with '=')"
@@ -92,21 +117,21 @@ def parse(cls, argv=None, description=""):
             else:
                 raise ValueError(f"--{name} needs a value: write --{name}=VALUE")
         flags[name] = text
-    values = {}
-    if "config" in flags:
-        values.update(_read(cls, flags.pop("config")))
-    name = flags.get("preset", "" if values else getattr(cls, "preset", ""))
-    if name and hasattr(cls, "preset_fields"):
-        values.update(cls.preset_fields(name))
-    values.update({name: _convert(name, text, hints[name]) for name, text in flags.items()})
-    for field in dataclasses.fields(cls):
-        missing = field.name not in values and field.default is field.default_factory is dataclasses.MISSING
-        require(not missing, field.name, "", "it is required; --help lists the fields")
-    return cls(**values)
+    return flags
+
+
+def _start(cls, flags):
+    """(values of fields before the other flags, name of the preset among their sources)"""
+    values = _read(cls, flags["config"]) if "config" in flags else {}
+    preset = flags.get("preset", "" if values else getattr(cls, "preset", ""))
+    if preset and hasattr(cls, "preset_fields"):
+        values |= cls.preset_fields(preset) | {"preset": preset}
+    return values, preset
 
 
 def parse_run(cls, argv, description=""):
-    """`parse` for a program whose runs can go on: with --resume=DIR the configuration is that of DIR, flags override, and the run stays in DIR."""
+    """`parse` for a program whose runs can go on: with --resume=DIR the configuration is that of DIR, flags override,
+    and the run stays in DIR."""
     cfg = parse(cls, argv, description)
     if not cfg.resume:
         return cfg
@@ -142,22 +167,26 @@ def load(cls, path):
     return cls(**_read(cls, path))
 
 
-def help_text(cls, description=""):
-    """The --help page: every field with its type, default and comment, under the headings of the source."""
+def help_text(cls, description="", argv=()):
+    """The --help page: every field with its type, the value with which the program runs after argv, and its comment."""
     notes, headings = _comments(cls)
     hints = typing.get_type_hints(cls)
+    values, preset = _start(cls, _flags(cls, argv))
+    marked = cls.preset_fields(preset) if preset and hasattr(cls, "preset_fields") else {}
     lines = [description.strip(), ""] if description else []
     lines += [
-        "usage: --field=value or --field value; bools --flag or --flag=false; --config=FILE.json loads saved values first"
+        "usage: --field=value or --field value; bools --flag or --flag=false; --config=FILE.json loads saved values"
     ]
+    if marked:
+        lines += [f"* value of --preset={preset}; --preset=NAME --help shows those of another preset"]
     for field in dataclasses.fields(cls):
         if field.name in headings:
             lines += ["", headings[field.name] + ":"]
-        default = "required" if field.default is dataclasses.MISSING else repr(field.default)
+        default = values.get(field.name, field.default)
+        default = "required" if default is dataclasses.MISSING else repr(default) + " *" * (field.name in marked)
         flag = field.name if field.name in getattr(cls, "POSITIONAL", ()) else "--" + field.name
-        lines.append(
-            f"  {flag + ' ' + _type_name(hints[field.name]):<34} {default:<12} {notes.get(field.name, '')}".rstrip()
-        )
+        flag += " " + _type_name(hints[field.name])
+        lines.append(f"  {flag:<34} {default:<11}  {notes.get(field.name, '')}".rstrip())
     return "\n".join(lines)
 
 
@@ -167,11 +196,12 @@ def _read(cls, path):
         raise FileNotFoundError(f"{path}: no such config file; check the path")
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or UTF-8; nested too deeply
         raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}; a JSON object of field: value is needed")
     hints = typing.get_type_hints(cls)
+    values.pop("crc", None)  # the checksum of data/files.py, which is compared where a run is resumed or evaluated
     for name in values:
         _check_name(cls, name, where=f"{path}: ")
     return {name: _convert(name, value, hints[name]) for name, value in values.items()}
@@ -215,7 +245,7 @@ def _convert(name, value, hint):
     if hint is str and isinstance(value, str):
         return value
     kind = {int: "a whole number (1e6 is one)", float: "a finite number", str: "text"}[hint]
-    raise ValueError(f"{name}={value!r}: {kind} is needed")
+    raise ValueError(f"{name}={shown(value)}: {kind} is needed")
 
 
 def _type_name(hint):
@@ -240,8 +270,8 @@ def _comments(cls):
         }
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
-                text, _ = comments.get(node.end_lineno, ("", False))
-                notes[node.target.id] = text
+                lines = range(node.lineno, node.end_lineno + 1)  # in parentheses, the comment is not on the last line
+                notes[node.target.id] = " ".join(comments[line][0] for line in lines if line in comments)
                 heading, own_line = comments.get(node.lineno - 1, ("", False))
                 if own_line:
                     headings[node.target.id] = heading

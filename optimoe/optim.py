@@ -1,20 +1,23 @@
-"""Learning-rate schedules, AdamW, and Muon for the hidden matrices (experts, attention) beside AdamW for everything else.
+"""Learning-rate schedules, AdamW, and Muon for the matrices of experts and attention beside AdamW for everything else.
 
-Clipping is part of the step: its factor goes to the optimisers (`scale`), so that the gradients of large tensors are read once and never rewritten.
+Clipping is part of the step: its factor is given to the optimisers (`scale`), so that the gradients of large tensors
+are read once and never rewritten.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about U V^T, so that every direction of a
-matrix moves equally far. The step is scaled by 0.2 sqrt(longer side) (arXiv 2502.16982), which gives it the root mean square that AdamW's steps
-have: one learning rate and one weight decay serve both optimisers.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about U
+V^T, so that every direction of a matrix moves equally far. The step is scaled by 0.2 sqrt(longer side) (arXiv
+2502.16982), which gives it the root mean square of AdamW's steps: one learning rate and one weight decay serve both
+optimisers.
 
-`torch.optim.Muon` takes only 2-D parameters, one matrix after another, and treats a stack of gate and up rows as one matrix. Here the experts of a
-layer are one batched product, and every map is made orthogonal alone: each expert's gate (F, D), up (F, D) and down (D, F), and the query, key and
-value maps of attention. Stacked, gate and up would share one set of singular directions, though a token sees them as two functions. On CUDA
-small maps take one kernel for everything (moe_kernels/muon.py).
+`torch.optim.Muon` takes only 2-D parameters, one after another, and treats a stack of gate and up rows as one matrix.
+Here the experts of a layer are one batched product, and each linear map is made orthogonal by itself: an expert's gate
+(F, D), up (F, D) and down (D, F), and attention's query, key and value. Stacked maps would share one set of singular
+directions, though a token sees them as separate functions. On CUDA, one kernel does everything for small maps
+(moe_kernels/muon.py).
 
 The matrices inside blocks, nearly all of a large model, can be bfloat16 (`make_optimizer`, docs/optimizer.md).
 
-Nothing here waits for the device or allocates state after construction (Muon; AdamW does so in its first step), so a step can be captured in a CUDA
-graph; learning rates may be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
+A step neither waits for the device nor allocates state (AdamW does so in its first step), so a CUDA graph can capture
+it; learning rates may be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
 """
 
 import math
@@ -29,42 +32,48 @@ from moe_kernels.muon import COEFFICIENTS, ROUNDS, fits, muon_update
 
 
 def lr_at(step, cfg):
-    """Learning rate of step 0 .. steps-1: linear warm-up, then cosine, or constant and linear decay, to min_lr_frac * lr."""
+    """Learning rate of step 0 .. steps-1: linear warm-up to lr, then the schedule's way down to min_lr_frac * lr.
+
+    cosine: half a cosine over all steps after the warm-up. wsd: constant, then linear over the last decay_frac of the
+    steps, or over what the warm-up leaves of them. Without warm-up the first step has the full rate."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
-    if cfg.schedule == "cosine":
-        progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        share = min(1.0, (cfg.steps - step) / max(1, cfg.decay_frac * cfg.steps))
+    wsd = cfg.schedule == "wsd"
+    start = max(cfg.warmup_steps, (1 - cfg.decay_frac) * cfg.steps if wsd else 0)  # of the decay
+    progress = max(0.0, (step - start) / max(1, cfg.steps - start))
+    share = 1 - progress if wsd else 0.5 * (1 + math.cos(math.pi * progress))
     return cfg.lr * (cfg.min_lr_frac + (1 - cfg.min_lr_frac) * share)
 
 
 def clip_factor(norm, limit):
-    """What gradients of this norm (a scalar tensor) are multiplied by so that their norm is at most `limit`; None where that is 0: nothing."""
+    """The factor that brings gradients of this norm (a scalar tensor) to a norm of at most `limit`; None if limit is
+    0."""
     return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
 
 
 def total_norm(tensors):
-    """Norm of all of them together, in float32: one of bfloat16 has three digits. torch's kernel takes a list of one dtype."""
+    """Norm of all of them together, in float32: one of bfloat16 has three digits. torch's kernel takes a list of one
+    dtype."""
     lists = ([t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors))
     return torch.stack([norm for each in lists for norm in torch._foreach_norm(each, 2, dtype=torch.float32)]).norm()
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, whose fused kernel updates many small tensors in one launch; `moe_kernels.adamw_step` takes large and bfloat16 ones.
+    """torch.optim.AdamW, whose fused kernel updates many small tensors in one launch. Large tensors and bfloat16 ones
+    go to `moe_kernels.adamw_step`.
 
-    copies: {float32 parameter of a group: the bfloat16 parameter of the model that is its copy}. The copy has the gradient, in bfloat16 too, and gets
-    the new weight in the pass that computes it. seed: of the rounding of bfloat16 weights and states.
-    `found_inf` (a float scalar tensor, 1: skip) and `scale` (one that gradients are multiplied by) are set before a step, or None."""
+    copies: {float32 parameter of a group: the bfloat16 parameter of the model that is its copy}. The copy holds the
+    gradient, in bfloat16 too, and gets the new weight in the pass that computes it. seed: of the rounding of bfloat16
+    weights and states. Before a step, `found_inf` (a float scalar tensor, 1: skip the step) and `scale` (a scalar
+    tensor that gradients are multiplied by) are set, or None."""
 
-    LARGE = 2**20  # values of a float32 tensor that pays for a launch of its own
+    LARGE = 2**20  # a float32 tensor with as many values is worth a launch of its own
     found_inf = scale = None
 
     def __init__(self, groups, lr, betas, eps, copies=None, seed=0):
         super().__init__(groups, lr, betas, eps, fused=True, capturable=isinstance(lr, torch.Tensor))
         self.copies = copies or {}
-        # One for each tensor, or equal positions of two would round alike.
+        # Each tensor has its own seed; with a common one, equal positions of two tensors would round alike.
         self.seeds = {
             p: (seed * 1_000_003 + i) % 2**31
             for i, p in enumerate(p for group in self.param_groups for p in group["params"])
@@ -122,7 +131,7 @@ class AdamW(torch.optim.AdamW):
         steps = [step for *_, step, _, _ in large]
         skip = torch.zeros((), device=steps[0].device) if self.found_inf is None else self.found_inf
         scale = torch.ones_like(skip) if self.scale is None else self.scale
-        torch._foreach_add_(steps, [1 - skip] * len(steps))  # a tensor instead of the list would be read by the host
+        torch._foreach_add_(steps, [1 - skip] * len(steps))  # given a tensor instead, the host would wait to read it
         for *tensors, copy, seed in large:
             adamw_step(
                 *tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip, copy, seed
@@ -135,7 +144,8 @@ class AdamW(torch.optim.AdamW):
 
 
 def orthogonalize(m_NAB):
-    """(N, A, B) -> the same shape with singular values near 1 (a zero matrix stays zero), in bfloat16 on CUDA, float32 elsewhere."""
+    """(N, A, B) -> the same shape with singular values near 1; a zero matrix stays zero. bfloat16 on CUDA, else
+    float32."""
     a, b, c = COEFFICIENTS
     x = m_NAB / m_NAB.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-20)
     x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
@@ -148,9 +158,8 @@ def orthogonalize(m_NAB):
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups of equally shaped parameters, (A, B) or (E, A, B). A group's `rows` lists the rows of the maps stacked in a parameter.
-
-    `found_inf` and `scale`: as in `AdamW`."""
+    """Groups of equally shaped parameters, (A, B) or (E, A, B). A group's `rows` lists how many rows each of the linear
+    maps has that are stacked in a parameter. `found_inf` and `scale`: as in `AdamW`."""
 
     found_inf = scale = None
 
@@ -198,7 +207,7 @@ class Muon(torch.optim.Optimizer):
             [local(t) for t in ts]
             for ts in (batch, [self.state[p]["momentum"] for p in batch], [p.grad for p in batch])
         )
-        if self.scale is not None:  # in place: next to the products below, one more pass over the gradients is nothing
+        if self.scale is not None:  # one more pass over the gradients costs little beside the products below
             torch._foreach_mul_(grads, self.scale)
         if self.found_inf is not None:
             rate = rate * (1 - self.found_inf)
@@ -211,7 +220,9 @@ class Muon(torch.optim.Optimizer):
         ahead_NAB = ahead[0] if experts else torch.stack(ahead)
         maps = [orthogonalize(m) * (0.2 * math.sqrt(max(m.shape[-2:]))) for m in ahead_NAB.split(group["rows"], -2)]
         update_NAB = torch.cat(maps, -2)
-        if experts:  # One that no token chose stands still: normalisation would make a full step of its fading momentum, again and again.
+        if experts:
+            # An expert without tokens must not move: normalised, even its fading momentum would be a full step each
+            # time.
             update_NAB = update_NAB * (grads[0].abs().amax((-2, -1), keepdim=True) > 0)
         updates = update_NAB.view(len(batch), *ahead[0].shape)
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
@@ -220,33 +231,28 @@ class Muon(torch.optim.Optimizer):
 
 
 def on_chip(p, rows):
-    """Whether `muon_update` can step this parameter, one of equals: this rank has whole small maps of it, on CUDA."""
-    return (
-        p.is_cuda and p.dtype == torch.float32 and (p.ndim == 3 or not isinstance(p, DTensor)) and fits(p.shape, rows)
-    )
+    """Whether `muon_update` can step this parameter: small float32 maps on CUDA, whole ones on this rank."""
+    complete = p.ndim == 3 or not isinstance(p, DTensor)
+    return p.is_cuda and p.dtype == torch.float32 and complete and fits(p.shape, rows)
 
 
 def local(t):
-    """FSDP2 shards dimension 0: of stacked experts a rank holds whole ones, of a matrix some rows."""
+    """The part of t on this rank. FSDP2 shards dimension 0: whole experts of a stack, or some rows of a matrix."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 def whole(t, p):
-    """The matrix whose rows like those of parameter p are t."""
-    return (
-        DTensor.from_local(t, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
-        if isinstance(p, DTensor)
-        else t
-    )
+    """The full matrix, of which t holds the same rows as this rank holds of parameter p."""
+    if not isinstance(p, DTensor):
+        return t
+    return DTensor.from_local(t, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
 
 
 def part_of(t, p):
-    """The rows of matrix t that this rank holds of parameter p."""
-    return (
-        distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None).to_local()
-        if isinstance(p, DTensor)
-        else t
-    )
+    """The rows of the full matrix t that this rank holds of parameter p."""
+    if not isinstance(p, DTensor):
+        return t
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None).to_local()
 
 
 class Together:
@@ -267,8 +273,8 @@ class Together:
                 group["lr"] = lr
 
     def step(self, skip=None, scale=None):
-        """skip: None, or a float32 scalar tensor; where it is 1, nothing changes, and nobody waited to find out. scale: None, or a float32 scalar
-        tensor that all gradients are multiplied by (`clip_factor`); they may be changed."""
+        """skip: None, or a float32 scalar tensor: if it is 1 nothing changes, decided on the device. scale: None, or a
+        float32 scalar tensor that all gradients are multiplied by (`clip_factor`), possibly in place."""
         for part in self.parts:
             part.found_inf, part.scale = skip, scale
             part.step()
@@ -290,7 +296,7 @@ class Together:
             part.zero_grad(set_to_none)
 
     def weights(self, model):
-        """model.state_dict(), with the float32 weights of which the model holds bfloat16 copies: what a checkpoint keeps."""
+        """model.state_dict() for a checkpoint: float32 weights in place of the bfloat16 copies that the model holds."""
         copies = {copy: p.detach() for part in self.parts for p, copy in getattr(part, "copies", {}).items()}
         state = model.state_dict()
         state.update({name: copies[p] for name, p in model.named_parameters() if p in copies})
@@ -300,7 +306,8 @@ class Together:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
-        """Only what the steps have accumulated: rates, decay and momenta stay those of this run, which may have other flags or another device."""
+        """Load what the steps have accumulated. Rates, decay and betas stay those of this run, which may have other
+        flags."""
         for part, state in zip(self.parts, states, strict=True):
             here = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
             part.load_state_dict(state)
@@ -309,33 +316,31 @@ class Together:
 
 
 def stacked_rows(name, shape, cfg):
-    """Rows of the maps that a weight of model.GPT stacks."""
+    """The numbers of rows of the linear maps stacked in a weight of model.GPT."""
     if name.endswith("attn.qkv.weight"):
-        return [cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim]
+        return [n * cfg.head_dim for n in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)]
     if name.endswith(("w_in", "gate_up.weight")):
         return [shape[-2] // 2] * 2
     return [shape[-2]]
 
 
 def is_hidden(name, p):
-    """Whether a parameter of model.GPT is a matrix inside a block, but not its router: nearly all of a large model."""
+    """Whether a parameter of model.GPT is a matrix inside a block other than the router: nearly all of a large
+    model."""
     return name.startswith("blocks.") and p.ndim > 1 and "router" not in name
 
 
 def make_optimizer(model, cfg, piece=None):
-    """AdamW for all, or with cfg.optimizer == "muon" Muon for the matrices inside blocks but the router. Norms do not decay.
+    """AdamW for everything, or Muon (cfg.optimizer) for the matrices inside blocks except the router. Norms do not
+    decay.
 
-    AdamW turns these matrices of the model into bfloat16, in place: with cfg.weights == "bfloat16" they are the weights. With "float32" they are
-    copies of float32 weights that the optimiser holds, where nothing but bytes can be told from it: in one process that computes in bfloat16 and
-    does not sum gradients over micro-batches (those of the copies are bfloat16).
-    On CUDA learning rates are tensors, so that a graph of the step sees them change. piece(p): of several ranks, the part of dimension 0 of a
-    parameter that this one updates (Muon's 2-D matrices are always whole)."""
-    copied = (
-        cfg.weights == "float32"
-        and not isinstance(model, FSDPModule)
-        and model.dtype == torch.bfloat16
-        and cfg.grad_accum == 1
-    )
+    AdamW turns these matrices of the model into bfloat16, in place. With cfg.weights == "bfloat16" they are the
+    weights. With "float32" they are copies of float32 weights that the optimiser holds, where that changes no value:
+    where the model computes in bfloat16, is not FSDP's, and does not sum the copies' bfloat16 gradients over
+    micro-batches. On CUDA learning rates are tensors, so that a captured step sees them change. piece(p): with several
+    ranks, the part of dimension 0 of a parameter that this rank updates (Muon's 2-D matrices are always whole)."""
+    exact_copies = model.dtype == torch.bfloat16 and cfg.grad_accum == 1 and not isinstance(model, FSDPModule)
+    copied = cfg.weights == "float32" and exact_copies
     hidden, experts, matrices, norms, copies = {}, [], [], [], {}
     piece = piece or (lambda p: p)
     for name, p in model.named_parameters():
@@ -352,17 +357,12 @@ def make_optimizer(model, cfg, piece=None):
                 copies[exact := torch.nn.Parameter(exact)] = own
                 own = exact
         (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(own)
-    cuda = model.embed.weight.is_cuda
-    lr = torch.tensor(cfg.lr, device=model.embed.weight.device) if cuda else cfg.lr
-    # Experts apart: checkpoints have them in a group of their own.
-    groups = [
-        {"params": ps, "weight_decay": decay}
-        for ps, decay in ((matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay))
-        if ps
-    ]
-    rest = AdamW(groups, lr, (cfg.beta1, cfg.beta2), cfg.eps, copies, cfg.seed)
-    return (
-        Together(rest, Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay))
-        if hidden
-        else Together(rest)
-    )
+    device = model.embed.weight.device
+    lr = torch.tensor(cfg.lr, device=device) if device.type == "cuda" else cfg.lr
+    # Experts have a group of their own because checkpoints have.
+    decays = (matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay)
+    groups = [{"params": ps, "weight_decay": decay} for ps, decay in decays if ps]
+    parts = [AdamW(groups, lr, (cfg.beta1, cfg.beta2), cfg.eps, copies, cfg.seed)]
+    if hidden:
+        parts.append(Muon(list(hidden.values()), lr, cfg.muon_momentum, cfg.weight_decay))
+    return Together(*parts)

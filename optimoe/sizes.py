@@ -5,10 +5,12 @@
 Letters as in model.py.
 """
 
-import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+import torch
 
 from model import ModelConfig
 from optimoe import config
@@ -30,13 +32,10 @@ PRESETS = (
 
 
 def preset_fields(name):
-    """The fields that the preset sets, as a dict: "tiny" is that of `python train.py`, the others are the 65 models of the paper."""
-    require(
-        name in PRESETS,
-        "preset",
-        name,
-        "use tiny or paper-dD-eE-kK, D in 512 1024 2048, E in 8 16 .. 256, K in 2 4 8 16, K <= E",
-    )
+    """The fields that a preset sets, as a dict. "tiny" is the default of train.py, the others are the paper's 65
+    models."""
+    remedy = "use tiny or paper-dD-eE-kK, D in 512 1024 2048, E in 8 16 .. 256, K in 2 4 8 16, K <= E"
+    require(name in PRESETS, "preset", name, remedy)
     if name == "tiny":  # found by trial (docs/LOG.md): learns lookup and arithmetic from two million tokens
         return dict(
             seq_len=144,
@@ -101,22 +100,23 @@ def count_params(cfg):
 
 
 def flops_per_token(cfg, seq_len=None):
-    """Training FLOPs per token (forward + backward) of what is active: 6 per matmul weight (K experts, router, attention, head; the
-    input embedding is a lookup) + 6 * n_layers * L * H * d for the attention scores and their use, counting the causal half only
-    (the full square, which some reports count, would be 12)."""
+    """Training FLOPs per token, forward and backward, of what is active: 6 per weight of a matrix product (K experts,
+    router, attention, head; the input embedding is a lookup) and 6 * n_layers * L * H * d for the attention scores and
+    their use. Only the causal half of the scores counts; the full square, which some reports count, would be 12."""
     _, active, embedding = count_params(cfg)
     matmul = active - embedding - norm_params(cfg) + cfg.vocab_size * cfg.d_model
     return 6 * matmul + 6 * cfg.n_layers * (seq_len or cfg.seq_len) * cfg.n_heads * cfg.head_dim
 
 
 def training_memory(cfg, tokens, weights="float32"):
-    """Bytes of one GPU training with AdamW in bfloat16 on `tokens` tokens at a time, by part; weights: as in train.py. Weights, gradients and states
-    are exact for one micro-batch a step (else the gradients of float32 weights are float32 too: 2 bytes more for each in blocks); the activations
-    are an estimate of what autograd keeps (attention 4 D + 3 (H + 2 Hkv) d, experts 2 D + 2 F K, dense 2 D + 3 F per token and layer)."""
+    """Bytes by part when one GPU trains with AdamW in bfloat16 on `tokens` tokens at a time; weights: as in train.py.
+
+    Weights, gradients and states are exact for one micro-batch a step; with more, the gradients of float32 weights in
+    blocks take 2 bytes more each. The activations are an estimate of what autograd keeps per token and layer: attention
+    4 D + 3 (H + 2 Hkv) d, experts 2 D + 2 F K, dense 2 D + 3 F values."""
     total, _, embedding = count_params(cfg)
-    rest = (
-        embedding + norm_params(cfg) + (0 if cfg.dense else cfg.n_layers * cfg.d_model * cfg.n_experts)
-    )  # the routers
+    routers = 0 if cfg.dense else cfg.n_layers * cfg.d_model * cfg.n_experts
+    rest = embedding + norm_params(cfg) + routers
     hidden = cfg.d_expert * ((3 if cfg.dense else 2) * cfg.top_k + 3 * cfg.n_shared_experts)
     layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + hidden
     logits = 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
@@ -130,8 +130,27 @@ def training_memory(cfg, tokens, weights="float32"):
     }
 
 
+def require_memory(cfg, device, bytes_per_weight=4):
+    """ValueError unless the weights of GPT(cfg) fit the memory of a torch.device (that of the whole machine for a
+    CPU)."""
+    need = bytes_per_weight * count_params(cfg).total
+    if device.type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    shape = f"{cfg.n_layers} layers of {cfg.n_experts} experts, d_model {cfg.d_model}, d_expert {cfg.d_expert}"
+    if need > have:
+        raise ValueError(
+            f"the weights alone take {need / 2**30:,.0f} GiB and the {device.type} has {have / 2**30:,.0f}: "
+            f"make the model smaller ({shape}, vocabulary {cfg.vocab_size})"
+        )
+
+
 def peak_flops(device_name):
-    """Dense bfloat16 FLOP/s of a GPU by torch.cuda.get_device_name(); None when it is not in the table (MFU is then n/a)."""
+    """Dense bfloat16 FLOP/s of a GPU by torch.cuda.get_device_name(); None if it is not in the table (MFU is then
+    n/a)."""
     table = {
         "H200": 989e12,
         "H100 PCIe": 756e12,
@@ -161,8 +180,9 @@ def peak_flops(device_name):
 
 @dataclass(frozen=True)
 class SizeConfig(ModelConfig):
+    vocab_size: int = 512  # V
     # Report
-    preset: str = "tiny"  # a name of model.PRESETS
+    preset: str = "tiny"  # tiny or paper-dD-eE-kK
     tokens: float = 0.0  # training budget in tokens, for tokens per parameter
     micro_batch: int = 8  # sequences per GPU and forward pass, for the activations
     weights: Literal["float32", "bfloat16"] = "float32"  # as in train.py, for the memory
@@ -171,14 +191,13 @@ class SizeConfig(ModelConfig):
 
     def validate(self):
         super().validate()
-        require(self.tokens >= 0, "tokens", self.tokens, "use 0 (no budget) or more")
-        require(self.micro_batch >= 1, "micro_batch", self.micro_batch, "use 1 or more")
+        require(self.vocab_size >= 1, "vocab_size", self.vocab_size, "use 1 or more")
+        require(0 <= self.tokens <= 1e30, "tokens", self.tokens, "use a number from 0 (no budget) to 1e30")
+        require(1 <= self.micro_batch <= 2**30, "micro_batch", self.micro_batch, "use a whole number from 1 to 2^30")
 
 
-def main():
-    cfg = config.parse(SizeConfig, description="Sizes, FLOPs and training memory of a model.")
-    if not cfg.vocab_size:
-        cfg = dataclasses.replace(cfg, vocab_size=512)
+def main(argv=None):
+    cfg = config.parse(SizeConfig, argv, "Sizes, FLOPs and training memory of a model.")
     params, flops = count_params(cfg), flops_per_token(cfg)
     rows = [
         ("parameters, total", f"{params.total:,}"),

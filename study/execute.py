@@ -186,7 +186,7 @@ def prepare_data(run, cache, workers=1):
         else:  # a program of its own: its many processes would otherwise each import everything that this one has
             file = directory.resolve().with_suffix(".json")
             files.write_json(file, dataclasses.asdict(cfg), signed=False)
-            words = [f"--out={directory.resolve()}", f"--config={file}", f"--workers={workers}"]
+            words = [f"--out={directory.resolve()}", f"--mixture={file}", f"--workers={workers}"]
             nice = (
                 ["nice", "-n", "10"] if shutil.which("nice") else []
             )  # runs that compile and measure meanwhile go first

@@ -21,7 +21,7 @@ from data import procedural, reasoning, tokenizer
 from data.facts import FactsConfig
 from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
-from eval import rewards
+from eval.tasks import Task
 from grpo import (
     Batch,
     GRPOConfig,
@@ -376,10 +376,10 @@ def test_changed_choices_are_counted_and_replayed(sampled):
 
 def test_learns_from_rewards_alone(start, tmp_path, monkeypatch):
     """From a reward of 10 % to 95 % and more on sums and differences with 0, which a start model in the right form guesses."""
-    everything = rewards.load
+    everything = Task.questions
     easy = lambda q: q.prompt.endswith(" 0 =") and "*" not in q.prompt  # noqa: E731
     monkeypatch.setattr(
-        rewards, "load", lambda task, split, source, n: list(filter(easy, everything(task, "train", source, n)))
+        Task, "questions", lambda task, source, split, n: list(filter(easy, everything(task, source, "train", n)))
     )
     results = main(
         [
@@ -507,7 +507,7 @@ def test_resume_check_can_fail(whole_run, tmp_path):
 def test_without_differences_the_weights_stand_still(start, tmp_path, monkeypatch, reward):
     """All answers right, or all wrong; and with rewards as they are, without a KL, normalised per answer and with replay, they move."""
     if reward is not None:
-        monkeypatch.setattr(rewards, "grade", lambda task, questions, texts: [reward] * len(texts))
+        monkeypatch.setattr(Task, "rewards", lambda task, questions, texts: [reward] * len(texts))
     main(
         [
             *SHORT,
@@ -628,7 +628,7 @@ def test_two_ranks_equal_one(whole_run, start, tmp_path):
         (["--clip=1"], "clip=1"),
         (["--prompt-tokens=2"], "prompt_tokens=2"),
         (["--task=gsm8k"], "gsm8k/train was not found"),
-        (["--questions=0"], "no end of them"),
+        (["--questions=0"], "no end of procedural questions"),
     ],
 )
 def test_mistakes_are_named(start, tmp_path, flags, message):

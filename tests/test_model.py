@@ -1,9 +1,13 @@
-"""The model against a plain re-implementation, its counts, its losses and its options. Run: python -m pytest tests/test_model.py (CPU; more on a GPU)"""
+"""The model against a plain re-implementation, its counts, its losses and its options.
+
+Run: python -m pytest tests/test_model.py (CPU; more on a GPU)"""
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,15 @@ import model as model_file
 from eval.kv_cache import KVCache
 from model import GPT, ModelConfig, update_router_bias
 from optimoe import sizes
-from optimoe.sizes import PRESETS, count_params, flops_per_token, peak_flops, preset, training_memory
+from optimoe.sizes import (
+    PRESETS,
+    count_params,
+    flops_per_token,
+    peak_flops,
+    preset,
+    require_memory,
+    training_memory,
+)
 
 SMALL = dict(
     vocab_size=61,
@@ -57,8 +69,7 @@ OPTIONS = {
 }
 
 
-def make(seed=0, **overrides):
-    torch.manual_seed(seed)
+def make(**overrides):
     return GPT(ModelConfig(**{**SMALL, **overrides}))
 
 
@@ -72,7 +83,7 @@ def ratio(a, b):
 
 
 def plain_forward(model, tokens_BL, replay_NTK=None):
-    """The same network in float64 from its definition: complex RoPE, attention written out, a loop over tokens and their experts."""
+    """The same network in float64 from its definition: complex RoPE, attention written out, a loop over tokens."""
     cfg = model.cfg
     w = {name: value.double() for name, value in model.state_dict().items()}
     B, L = tokens_BL.shape
@@ -206,6 +217,129 @@ def test_initialisation():
             assert abs(p.std().item() / expected - 1) < 0.05, name
 
 
+def test_models_of_any_sparsity_share_their_first_draws():
+    """Whatever E and k: attention, embeddings, and experts and router rows by their index."""
+    base = dict(vocab_size=61, n_layers=2, d_model=32, head_dim=8, d_expert=48)
+    few, many = (ModelConfig(**base, n_experts=E, top_k=k) for E, k in ((8, 2), (64, 8)))
+    for first, second in (
+        (few, many),
+        (few, dataclasses.replace(few, top_k=8)),
+        (few, dataclasses.replace(few, dense=True)),
+    ):
+        one, other = GPT(first).state_dict(), GPT(second).state_dict()
+        for name in one.keys() & other.keys():
+            assert torch.equal(one[name], other[name][: len(one[name])]), name
+        assert any(name.endswith("attn.qkv.weight") for name in one.keys() & other.keys())
+    matrices = {name: value for name, value in GPT(many).state_dict().items() if value.ndim > 1}
+    parts = [part.flatten()[:32] for value in matrices.values() for part in (value if value.ndim == 3 else [value])]
+    normed = torch.stack([part / part.std() for part in parts])
+    assert (normed @ normed.T / 32 - torch.eye(len(parts))).abs().max() < 0.9  # no two draws are alike
+    redrawn = GPT(many)
+    redrawn.draw(1)
+    assert not any(torch.equal(matrices[name], redrawn.state_dict()[name]) for name in matrices)
+
+
+def test_the_seed_of_a_training_configuration_is_that_of_its_weights():
+    from train import TrainConfig
+
+    small = dict(vocab_size=61, n_layers=1, d_model=32, head_dim=8, d_expert=48, n_experts=4)
+    state = torch.get_rng_state()
+    first, again, plain, second = (
+        GPT(cfg).blocks[0].mlp.w_in
+        for cfg in (TrainConfig(**small), TrainConfig(**small), ModelConfig(**small), TrainConfig(**small, seed=1))
+    )
+    assert torch.equal(first, again) and torch.equal(first, plain) and not torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers change
+
+
+STARTS = {
+    "softmax": {},
+    "raw": dict(router_normalize=False),
+    "sigmoid": dict(router_score="sigmoid", router_bias_rate=1e-3),
+    "sigmoid raw, one expert": dict(router_score="sigmoid", router_normalize=False, top_k=1),
+    "shared": dict(n_shared_experts=1),
+    "dense": dict(dense=True),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", STARTS.values(), ids=STARTS)
+@pytest.mark.parametrize("name", ["tiny", "paper-d512-e8-k2", "paper-d1024-e64-k8", "paper-d2048-e128-k16"])
+def test_training_starts_near_a_uniform_prediction(name, options, tied):
+    """The loss of fresh models is near ln V, whatever shares the embedding. Fewer layers and vocabulary make it
+    harder."""
+    sizes = dict(vocab_size=512, seq_len=64, n_layers=2, d_expert=16, tie_embeddings=tied)
+    cfg = preset(name, **sizes, n_experts=16, **{"top_k": min(preset(name).top_k, 4)} | options)
+    x, y = (torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(i)) for i in range(2))
+    with torch.no_grad():
+        model = GPT(cfg)
+        assert abs(model(x, y).loss.item() / math.log(512) - 1) < 0.1
+        if tied and cfg.embed_init_std:
+            model.norm.weight.fill_(1.0)
+            assert model(x, y).loss.item() > 2 * math.log(512)  # the check can fail
+
+
+def test_a_router_without_gradient_is_known(capsys, tmp_path):
+    """Over all kinds of routers, `router_learns` says whether the cross-entropy has a gradient for the router."""
+    seen = set()
+    for score in ("softmax", "sigmoid"):
+        for normalize in (True, False):
+            for top_k in (1, 2, 4):
+                model = make(router_score=score, router_normalize=normalize, top_k=top_k)
+                model(tokens(), tokens(seed=2)).loss.backward()
+                steep = [block.mlp.router.weight.grad.norm() > 1e-8 for block in model.blocks]
+                assert steep == [model.cfg.router_learns] * 2, model.cfg
+                seen.add(model.cfg.router_learns)
+    assert seen == {True, False}
+
+
+def test_a_router_without_gradient_is_not_trained_but_loaded(capsys, tmp_path):
+    from optimoe import checkpoint
+    from train import TrainConfig
+
+    for score in ("softmax", "sigmoid"):
+        with pytest.raises(ValueError, match="top_k=1: .*no gradient for the router; use --router_normalize=false"):
+            TrainConfig(top_k=1, router_score=score)
+        assert TrainConfig(top_k=1, router_score=score, router_normalize=False).router_learns
+    assert TrainConfig(top_k=1, n_experts=1).router_learns and TrainConfig(top_k=1, dense=True).router_learns
+    assert TrainConfig(top_k=1, resume="runs/old").top_k == 1  # an old run goes on as it began
+    for top_k, warned in ((1, True), (2, False)):
+        model = make(top_k=top_k)
+        state = {"step": 3, "config": dataclasses.asdict(model.cfg), "model": model.state_dict()}
+        loaded = checkpoint.load_model(checkpoint.save(tmp_path, 3, state, keep=1))
+        assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+        assert ("warning: " in (said := capsys.readouterr().err)) == warned and ("no gradient" in said) == warned
+
+
+def test_a_router_variant_is_one_field_and_one_method():
+    """What CONTRIBUTING.md describes: a field of the configuration, used in MoE.choose. It reaches training and
+    replay."""
+
+    @dataclass(frozen=True)
+    class Variant(ModelConfig):
+        router_temperature: float = 1.0
+
+    def choose(moe, x_TD, replay_TK=None):
+        heat = moe.cfg.router_temperature
+        return original(moe, x_TD / heat, replay_TK)
+
+    original = model_file.MoE.choose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_file.MoE, "choose", choose)
+        hot, plain = GPT(Variant(**SMALL, router_temperature=1e4)), GPT(Variant(**SMALL))
+        free, other = hot(tokens()), plain(tokens())
+        assert torch.equal(free.experts[0], other.experts[0]) and ratio(free.logits, other.logits) > 1e-3
+        assert torch.equal(hot(tokens(), replay_NTK=torch.stack(free.experts)).logits, free.logits)
+    assert torch.equal(make()(tokens()).logits, other.logits)
+
+
+def test_weights_that_no_memory_holds_are_refused():
+    cfg = preset("paper-d2048-e128-k16", n_layers=2**20)
+    with pytest.raises(ValueError, match=r"the weights alone take [\d,]+ GiB and the cpu has .*make the model smaller"):
+        require_memory(cfg, torch.device("cpu"))
+    require_memory(preset("tiny", vocab_size=512), torch.device("cpu"))
+
+
 def changed_positions(model, position):
     """Positions of the logits that change when the token at `position` does."""
     x = tokens()
@@ -314,7 +448,8 @@ def test_dense_equals_one_expert_and_gqa_equals_repeated_heads():
 
 
 def test_replayed_experts():
-    """Replaying a model's own choice changes nothing; another choice is used where it is given, with the gates of the router."""
+    """Replaying a model's own choice changes nothing; another choice is used where given, with the gates of the
+    router."""
     model = make(n_experts=6)
     x = tokens()
     free = model(x)
@@ -375,7 +510,8 @@ def test_compiles_as_one_graph(name, device):
 
 
 def test_triton_path_reads_no_value_back(monkeypatch):
-    """A step on tensors that have shapes but no values: an .item(), which on a GPU would wait for the device, raises."""
+    """A step on tensors that have shapes but no values: an .item(), which on a GPU would wait for the device,
+    raises."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # lets the triton path take CPU tensors; no kernel runs
     with FakeTensorMode():
         for options in OPTIONS.values():
@@ -438,6 +574,8 @@ def test_peak_flops():
         ("init_std", 0.0, "positive"),
         ("vocab_size", -1, "0 or more"),
         ("router_bias_rate", -0.1, "0 or more"),
+        ("d_model", 10**18, "or less"),
+        ("seq_len", 10**9, "or less"),
     ],
 )
 def test_bad_fields_are_named(field, value, message):
@@ -469,6 +607,6 @@ def test_command_line():
     ).stdout
     for part in ("320,160,256", "169,165,312", "101,974,016", "390.4", "9.103e+08", "training memory"):
         assert part in page, part
-    for field, value in (("tokens", -5.0), ("micro_batch", 0)):
-        with pytest.raises(ValueError, match=f"{field}={value}: use"):
+    for field, value in (("tokens", -5.0), ("tokens", 1e300), ("micro_batch", 0), ("micro_batch", 10**12)):
+        with pytest.raises(ValueError, match=re.escape(f"{field}={value}: use")):
             sizes.SizeConfig(**{field: value})

@@ -3,6 +3,8 @@ Run: python -m pytest tests/test_optim.py (CPU, and CUDA graphs on a GPU)"""
 
 import copy
 import dataclasses
+import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -56,7 +58,6 @@ def with_settings(cfg=CFG, **changes):
 
 
 def model_and_batch(device="cpu", cfg=CFG):
-    torch.manual_seed(0)
     model = GPT(cfg).to(device)
     tokens = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(1)).to(device)
     return model, (tokens[:, :-1], tokens[:, 1:])
@@ -142,7 +143,8 @@ def test_expert_without_tokens_stands_still():
     "shape, rows", [((3, 32, 24), [16, 16]), ((2, 64, 32), [64]), ((48, 16), [16, 16, 16]), ((24, 40), [24])]
 )
 def test_the_kernel_is_muon(shape, rows, device, monkeypatch):
-    """Three steps on nine parameters, the first of which has a map without gradient: two launches, against the batched products."""
+    """Three steps on nine parameters, the first of which has a map without gradient: two launches, against the batched
+    products."""
     monkeypatch.setattr("optimoe.optim.on_chip", lambda p, rows: False)
     g, still = torch.Generator().manual_seed(0), len(shape) == 3
     params = [torch.nn.Parameter(torch.randn(shape, generator=g).to(device)) for _ in range(9)]
@@ -242,11 +244,14 @@ def test_learns_and_resumes_bit_for_bit(mode):
 
 
 def test_copies_change_nothing_but_bytes():
-    """The bfloat16 copies of float32 weights, and their gradients, are what casts make of float32 parameters: equal losses, and weights equal to a
-    rounding error. What is saved is float32, and goes on in a run without copies."""
+    """The bfloat16 copies of float32 weights, and their gradients, are what casts make of float32 parameters: equal
+    losses, and weights equal to a rounding error. What is saved is float32, and goes on in a run without copies."""
     cfg = with_settings(BF16, optimizer="adamw")
     (model, batch), (plain, _) = model_and_batch(cfg=BF16), model_and_batch(cfg=BF16)
-    ours, theirs = make_optimizer(model, cfg), make_optimizer(plain, with_settings(BF16, optimizer="adamw", grad_accum=2))
+    ours, theirs = (
+        make_optimizer(model, cfg),
+        make_optimizer(plain, with_settings(BF16, optimizer="adamw", grad_accum=2)),
+    )
     copies = ours.parts[0].copies
     names = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     assert names and names == {
@@ -272,7 +277,8 @@ def test_copies_change_nothing_but_bytes():
     assert all(torch.equal(p, master.bfloat16()) for master, p in copies.items())
     ours.zero_grad()
     assert all(p.grad is None for p in model.parameters())
-    # Not where it could be told from float32 parameters: gradients summed over micro-batches, computing in float32; nor for Muon.
+    # Not where it could be told from float32 parameters: gradients summed over micro-batches, computing in float32; nor
+    # for Muon.
     for model_cfg, changes in ((BF16, dict(grad_accum=2)), (CFG, {}), (BF16, dict(optimizer="muon"))):
         other, _ = model_and_batch(cfg=model_cfg)
         optimizer = make_optimizer(other, with_settings(model_cfg, **dict(optimizer="adamw") | changes))
@@ -303,7 +309,8 @@ def test_equal_tensors_round_differently():
 )
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_memory_table_equals_a_step(fields, weights):
-    """Bytes of weights, gradients and AdamW's states, counted; what is float32 outside the blocks has copies only while it is used."""
+    """Bytes of weights, gradients and AdamW's states, counted; what is float32 outside the blocks has copies only while
+    it is used."""
     cfg = dataclasses.replace(BF16, **{"n_shared_experts": 0, "qk_norm": False} | fields)
     model, batch = model_and_batch(cfg=cfg)
     optimizer = make_optimizer(model, with_settings(cfg, optimizer="adamw", weights=weights))
@@ -420,6 +427,27 @@ def test_schedules():
     cfg.schedule = "wsd"
     wsd = [lr_at(step, cfg) for step in range(100)]
     assert wsd[10:81] == [1.0] * 71 and wsd[90] == pytest.approx(0.55) and wsd[99] == pytest.approx(0.145)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_no_schedule_jumps(schedule):
+    """Whatever overlaps: up to the peak at a constant slope, never above it, then down without a step to the floor."""
+    grid = itertools.product(
+        (1, 7, 200), (0, 1, 50, 100, 199, 200, 400), (0.0, 0.01, 0.2, 0.5, 0.9, 1.0), (0.0, 0.1, 1.0)
+    )
+    for steps, warmup_steps, decay_frac, floor in grid:
+        cfg = SimpleNamespace(
+            steps=steps, warmup_steps=warmup_steps, lr=2.0, min_lr_frac=floor, schedule=schedule, decay_frac=decay_frac
+        )
+        rates = [lr_at(step, cfg) / cfg.lr for step in range(steps)]
+        rise, fall = rates[:warmup_steps], rates[max(0, warmup_steps - 1) :]
+        assert rise == pytest.approx([(step + 1) / warmup_steps for step in range(len(rise))])
+        assert all(a >= b for a, b in itertools.pairwise(fall)) and max(rates) <= 1, cfg
+        if warmup_steps < steps:
+            assert rates[warmup_steps] == pytest.approx(1), cfg  # the peak is reached, and the decay begins there
+            decay = steps - max(warmup_steps, (1 - decay_frac) * steps if schedule == "wsd" else 0)
+            steepest = (1 - floor) / max(decay, 1) * (1 if schedule == "wsd" else math.pi / 2)
+            assert all(a - b <= steepest + 1e-9 for a, b in itertools.pairwise(fall)), cfg
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
