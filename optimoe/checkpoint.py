@@ -110,18 +110,12 @@ def load_model(path, device="cpu", **overrides):
 
 
 def training_data(run_dir, named=""):
-    """The data directory of a run: `named`, or under the run, or where its config says (DIR or DIR:weight,...)."""
+    """The data directory of a run: `named`, or else under the run, or where its config says (DIR or DIR:weight,...)."""
     run_dir = Path(run_dir)
     path = run_dir / "config.json"
-    first = files.read_json(path).get("data", "").split(",")[0] if path.exists() else ""
-    for directory in (named, run_dir / "data", first, first.rpartition(":")[0]):
+    first = files.read_json(path).get("data", "").split(",")[0] if path.exists() and not named else ""
+    for directory in (named,) if named else (run_dir / "data", first, first.rpartition(":")[0]):
         if directory and (Path(directory) / tokenizer.FILE).is_file():
             return Path(directory)
-    raise ValueError(
-        f"tokenizer={named!r}: no {tokenizer.FILE} there, in {run_dir / 'data'}"
-        + (f" or in {first}" if first else "")
-        + ": name the run's data directory with --tokenizer (grpo.py: --data)"
-    )
-
-
-replace_file = files.replace
+    where = "there" if named else f"in {run_dir / 'data'}" + (f" or in {first}" if first else "")
+    raise ValueError(f"data={named!r}: no {tokenizer.FILE} {where}; name the run's data directory with --data")

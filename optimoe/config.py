@@ -24,7 +24,6 @@ import inspect
 import io
 import json
 import math
-import os
 import sys
 import tempfile
 import textwrap
@@ -125,7 +124,9 @@ def _flags(cls, argv):
             if positional:
                 many = typing.get_origin(hints[positional[0]]) is tuple
                 name = positional[0] if many else positional.pop(0)
-                flags[name] = [*flags.get(name, []), word] if many else word
+                before = flags.get(name, [])
+                before = before.split(",") if isinstance(before, str) else before
+                flags[name] = [*before, word] if many else word
                 continue
             raise ValueError(
                 f"unexpected argument {word!r}: write --field=value (a bool takes its value only with '=')"
@@ -156,25 +157,13 @@ def _start(cls, flags, start=None):
     return values, preset
 
 
-def save(cfg, path):
-    """Write cfg as JSON. The file appears whole or not at all (temporary file, fsync, rename)."""
-    path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w") as f:
-        json.dump(dataclasses.asdict(cfg), f, indent=2)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-
-
 def load(cls, path):
-    """Read what `save` wrote. Raises FileNotFoundError, or ValueError on broken JSON, unknown fields and bad values."""
+    """A `cls` from a JSON file. FileNotFoundError, or ValueError for broken JSON, unknown fields and bad values."""
     return cls(**_read(cls, path))
 
 
 def help_text(cls, description="", argv=()):
-    """The --help page: every field with its type, the value with which the program runs after argv, and its comment."""
+    """The --help page: every field with its type, the value with which the program runs after argv, its comment."""
     notes, headings = _comments(cls)
     hints = typing.get_type_hints(cls)
     values, preset = _start(cls, _flags(cls, argv))
@@ -192,7 +181,7 @@ def help_text(cls, description="", argv=()):
         default = "required" if default is dataclasses.MISSING else repr(default) + " *" * (field.name in marked)
         flag = field.name if field.name in getattr(cls, "POSITIONAL", ()) else "--" + field.name
         flag += " " + _type_name(hints[field.name])
-        lines.append(f"  {flag:<34} {default:<12} {notes.get(field.name, '')}".rstrip())
+        lines.append(f"  {flag:<34} {default:<11}  {notes.get(field.name, '')}".rstrip())
     return "\n".join(lines)
 
 

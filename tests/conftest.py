@@ -1,8 +1,9 @@
-"""Runs the Triton kernels on the GPU where there is one, else in Triton's interpreter on the CPU (float32 and float16: its bfloat16 is wrong)."""
+"""Runs Triton kernels on the GPU if there is one, else in the interpreter on the CPU (where bfloat16 is wrong)."""
 
 import os
 import sys
 
+import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
 import torch
 
 if not torch.cuda.is_available():

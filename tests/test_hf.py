@@ -4,9 +4,11 @@ comparisons with transformers 5 skip themselves where it is not installed)"""
 import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 
 pytest.importorskip("safetensors")
@@ -142,6 +144,150 @@ def test_bad_folders_name_what_is_wrong(tmp_path):
         hf.load_model(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_fields_that_change_the_computation_are_refused_by_name(kind, tmp_path):
+    hf.save_model(make(**KINDS[kind]), tmp_path)
+    whole = (tmp_path / hf.CONFIG).read_text()
+    for name, value in (
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("clip_qkv", 8.0),
+        ("mlp_only_layers", [1]),
+        ("decoder_sparse_step", 2),
+        ("layer_types", ["full_attention", "linear_attention"]),
+        ("quantization_config", {"quant_method": "fp8"}),
+        ("compression_config", {"format": "int-quantized"}),
+        ("partial_rotary_factor", 0.5),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_scaling", {"type": "dynamic", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
+        ("rope_parameters", {"full_attention": {"rope_theta": 1e6}}),
+        ("rope_parameters", {"partial_rotary_factor": 0.25}),
+        ("num_hidden_layers", 10**9),
+        ("num_attention_heads", "4"),
+        ("num_attention_heads", -4),
+        ("hidden_size", 10**30),
+        ("vocab_size", 10**9),
+        ("max_position_embeddings", 10**12),
+        ("rms_norm_eps", "1e-5"),
+        ("rms_norm_eps", [[]]),
+        ("num_experts_per_tok", 9),
+        ("tie_word_embeddings", "yes"),
+    ):
+        (tmp_path / hf.CONFIG).write_text(json.dumps(json.loads(whole) | {name: value}))
+        ours = {"hidden_size": "d_model", "max_position_embeddings": "seq_len", "num_experts_per_tok": "top_k"}
+        names = f"{name}|{ours.get(name, name)}|rope_type|partial_rotary_factor|n_heads|n_kv_heads|embed_tokens"
+        with pytest.raises(ValueError, match=names) as caught:
+            hf.load_model(tmp_path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    for text in (
+        "[" * 100_000,
+        '{"a": ' * 100_000,
+        "[]",
+        '{"model_type": "mixtral", "hidden_size": ' + "9" * 5000 + "}",
+    ):
+        (tmp_path / hf.CONFIG).write_text(text)
+        with pytest.raises(ValueError, match="config.json"):
+            hf.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_every_field_of_transformers_is_read_refused_or_harmless(kind):
+    """A field that a later transformers adds shows here, before a checkpoint that uses it is misread."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    harmless = """architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
+        initializer_range is_encoder_decoder label2id model_type output_attentions output_hidden_states
+        output_router_logits pad_token_id problem_type return_dict router_aux_loss_coef router_jitter_noise
+        transformers_version use_cache _name_or_path max_window_layers""".split()  # training, output and generation
+    names = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe"}
+    fields = getattr(transformers, names[kind] + "Config")().to_dict()
+    if kind == "qwen3_moe":
+        harmless.append("intermediate_size")  # of dense layers, which are refused
+
+    class Recorded(dict):
+        read = set()
+
+        def get(self, name, default=None):
+            self.read.add(name)
+            return super().get(name, default)
+
+        def __getitem__(self, name):
+            self.read.add(name)
+            return super().__getitem__(name)
+
+    hf.model_config(Recorded(fields))
+    if kind == "qwen3_moe":  # whose window counts only where it is used
+        hf.model_config(Recorded(fields | {"use_sliding_window": True, "sliding_window": 64}))
+    assert fields.keys() - Recorded.read - set(harmless) == set()
+
+
+def test_a_window_limits_the_length():
+    transformers = pytest.importorskip("transformers", minversion="5")
+    model = theirs("mixtral", sliding_window=8)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        ours = hf.load_model(folder)
+    assert transformers and ours.cfg.seq_len == 8
+    check(ours(TOKENS[:, :8]).logits, expected[:, :8], 1e-5)
+    with pytest.raises(ValueError, match="seq_len is 8"):
+        ours(TOKENS[:, :9])
+
+
+def test_a_tied_configuration_with_a_head_of_its_own(tmp_path):
+    """Like transformers: a head that differs from the embedding is kept; one that equals it, or is absent, is tied."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    for case in ("other", "equal", "absent"):
+        untied = make(**KINDS["mixtral"])
+        if case == "equal":
+            untied.head.weight.copy_(untied.embed.weight)
+        hf.save_model(untied, tmp_path / case)
+        edit(tmp_path / case / hf.CONFIG, lambda config: config.update(tie_word_embeddings=True))
+        if case == "absent":
+            tensors = load_file(tmp_path / case / hf.SINGLE)
+            del tensors["lm_head.weight"]
+            save_file(tensors, tmp_path / case / hf.SINGLE, metadata={"format": "pt"})
+        ours = hf.load_model(tmp_path / case)
+        assert ours.cfg.tie_embeddings == (case != "other")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / case, dtype=torch.float32)
+        with torch.no_grad():
+            check(ours(TOKENS).logits, model(TOKENS).logits, 1e-5, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool])
+def test_quantised_tensors_are_never_read_as_numbers(dtype, tmp_path):
+    hf.save_model(make(), tmp_path)
+    whole = load_file(tmp_path / hf.SINGLE)
+    for name in ("model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.norm.weight", "lm_head.weight"):
+        save_file(whole | {name: whole[name].to(dtype)}, tmp_path / hf.SINGLE)
+        with pytest.raises(ValueError, match=f"{name} is quantised"):
+            hf.load_model(tmp_path)
+
+
+def test_what_no_format_expresses_is_refused_by_a_rule(tmp_path, monkeypatch):
+    """Every field that is not FREE, a new one too, is compared with what the format gives back."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Variant(ModelConfig):
+        router_temperature: float = 1.0
+
+    monkeypatch.setattr(hf, "ModelConfig", Variant)
+    hf.save_model(GPT(Variant(**CFG)), tmp_path / "default")
+    with pytest.raises(ValueError, match="router_temperature=0.5: the format of mixtral has 1.0 only"):
+        hf.save_model(GPT(Variant(**CFG, router_temperature=0.5)), tmp_path / "hot")
+    assert not (tmp_path / "hot").exists()
+    free = dict(init_std=0.1, embed_init_std=0.2, loss_chunk=7, dtype="bfloat16", impl="reference")
+    assert set(free) == set(hf.FREE)
+    hf.save_model(GPT(Variant(**CFG | free)), tmp_path / "free")
+
+
+def test_a_router_without_gradient_is_named(tmp_path, capsys):
+    hf.save_model(make(top_k=1), tmp_path)
+    hf.load_model(tmp_path)
+    assert "top_k=1: " in (said := capsys.readouterr().err) and "no gradient for the router" in said
+
+
 def test_what_cannot_be_saved(tmp_path):
     for options in (
         dict(dense=True),
@@ -159,9 +305,9 @@ def test_what_cannot_be_saved(tmp_path):
 
 def test_evaluating_an_export_equals_evaluating_the_run(tiny_run):  # noqa: F811
     hf.save_model(checkpoint.load_model(tiny_run), tiny_run / "export")
-    options = ["--device=cpu", f"--data={tiny_run}", "--tasks=hellaswag,gsm8k", "--shots=0"]
+    options = ["--device=cpu", f"--evaldata={tiny_run}", "--tasks=hellaswag,gsm8k", "--shots=0"]
     expected = evaluate([f"--run={tiny_run}", *options])["tasks"]
-    assert evaluate([f"--hf={tiny_run}/export", f"--tokenizer={tiny_run}/data", *options])["tasks"] == expected
+    assert evaluate([f"--hf={tiny_run}/export", f"--data={tiny_run}/data", *options])["tasks"] == expected
     assert (tiny_run / "export/eval/gsm8k.jsonl").is_file()
     with pytest.raises(ValueError, match="no tokenizer.json"):
         evaluate([f"--hf={tiny_run}/export", *options])
@@ -290,6 +436,49 @@ def test_results_belong_to_all_that_made_them(tmp_path):
         (tmp_path / "results.json").write_text(str(names))
         assert hf.fingerprint(tmp_path) in names
     assert len(names) == 3 and hf.fingerprint(tmp_path, Path(__file__)) not in names
+
+
+SPELLED = [
+    "<|endoftext|>",
+    "a<|endoftext|> b",
+    "<|fim_prefix|>",
+    "<|endoftext|><|endoftext|>",
+    "< |endoftext|>",
+    "<|end",
+]
+
+
+@pytest.mark.parametrize("special", [{}, {"<|fim_prefix|>": 1000}], ids=["end of text", "gaps and others"])
+def test_text_that_spells_a_special_token_is_ordinary_as_in_the_run(special, tmp_path):
+    """Item by item, the exported tokenizer gives what the run's gives, and so does transformers with that folder."""
+    pytest.importorskip("tokenizers")
+    ranks = tokenizer.train_bpe([" ".join(SPELLED) * 20], 300)._mergeable_ranks
+    end = len(ranks) + 7 * bool(special)
+    enc = tiktoken.Encoding(
+        "x", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens={tokenizer.EOT: end, **special}
+    )
+    hf.save_tokens(enc, tmp_path)
+    ours, run = hf.load_tokens(tmp_path), tokenizer.tiktoken_tokens(enc)
+    assert (ours.bos, ours.n_vocab) == (run.bos, run.n_vocab) == ([end], 1 + max([end, *special.values()]))
+    for text in SPELLED:
+        assert ours.encode(text) == run.encode(text) and end not in ours.encode(text), text
+        assert ours.decode(ours.encode(text)) == text
+    edit(tmp_path / "tokenizer_config.json", lambda settings: settings.pop("split_special_tokens"))
+    assert hf.load_tokens(tmp_path).encode(SPELLED[0]) == [end]  # other people's folders keep their rule
+    hf.save_tokens(enc, tmp_path)
+    transformers = pytest.importorskip("transformers", minversion="5")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert [theirs.encode(text, add_special_tokens=False) for text in SPELLED] == list(map(ours.encode, SPELLED))
+
+
+def test_the_vocabulary_ends_at_the_highest_id(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 40}, unk_token="a")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    assert hf.load_tokens(tmp_path).n_vocab == 41  # of two entries
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 30}))
+    assert hf.load_tokens(tmp_path).n_vocab == 30
 
 
 def test_an_exported_tokenizer_is_the_same(tmp_path):

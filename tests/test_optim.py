@@ -3,6 +3,8 @@ Run: python -m pytest tests/test_optim.py (CPU, and CUDA graphs on a GPU)"""
 
 import copy
 import dataclasses
+import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -425,6 +427,27 @@ def test_schedules():
     cfg.schedule = "wsd"
     wsd = [lr_at(step, cfg) for step in range(100)]
     assert wsd[10:81] == [1.0] * 71 and wsd[90] == pytest.approx(0.55) and wsd[99] == pytest.approx(0.145)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_no_schedule_jumps(schedule):
+    """Whatever overlaps: up to the peak at a constant slope, never above it, then down without a step to the floor."""
+    grid = itertools.product(
+        (1, 7, 200), (0, 1, 50, 100, 199, 200, 400), (0.0, 0.01, 0.2, 0.5, 0.9, 1.0), (0.0, 0.1, 1.0)
+    )
+    for steps, warmup_steps, decay_frac, floor in grid:
+        cfg = SimpleNamespace(
+            steps=steps, warmup_steps=warmup_steps, lr=2.0, min_lr_frac=floor, schedule=schedule, decay_frac=decay_frac
+        )
+        rates = [lr_at(step, cfg) / cfg.lr for step in range(steps)]
+        rise, fall = rates[:warmup_steps], rates[max(0, warmup_steps - 1) :]
+        assert rise == pytest.approx([(step + 1) / warmup_steps for step in range(len(rise))])
+        assert all(a >= b for a, b in itertools.pairwise(fall)) and max(rates) <= 1, cfg
+        if warmup_steps < steps:
+            assert rates[warmup_steps] == pytest.approx(1), cfg  # the peak is reached, and the decay begins there
+            decay = steps - max(warmup_steps, (1 - decay_frac) * steps if schedule == "wsd" else 0)
+            steepest = (1 - floor) / max(decay, 1) * (1 if schedule == "wsd" else math.pi / 2)
+            assert all(a - b <= steepest + 1e-9 for a, b in itertools.pairwise(fall)), cfg
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,32 @@
+"""Programs set how torch's threads wait before they import torch. Run: python -m pytest tests/test_threads.py"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAMS = ["train", "grpo", "eval.__main__", "eval.votes", "optimoe.hf", "optimoe.sizes", "study.sweep"]
+SPY = """
+import os, sys
+class Spy:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"))
+            os._exit(0) if not sys.stdout.flush() else None
+sys.meta_path.insert(0, Spy())
+import importlib
+importlib.import_module(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_set_the_wait_before_torch(program):
+    seen = []
+    for extra in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}):
+        clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        command = [sys.executable, "-c", SPY, program]
+        seen.append(
+            subprocess.run(command, env=clean | extra, capture_output=True, text=True, check=True).stdout.split()
+        )
+    assert seen == [["2000", "None"], ["7", "None"], ["None", "ACTIVE"]]  # what a user has set is left alone
