@@ -9,6 +9,7 @@ interrupted evaluation goes on where it was when the same command is given again
 """
 
 import collections
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,20 +29,14 @@ FIELDS = ("id", "group", "metrics", "nats", "tokens", "bytes", "merged", "cut", 
 class EvalConfig(harness.EvalChoice):
     # Tasks
     tasks: tuple[str, ...] = ()  # each a file in eval/tasks
-    shots: int | None = None  # examples in front of each question; none: as many as the task's file says
     loss: bool = True  # measure task loss
     accuracy: bool = True  # generate answers and score them
-    samples: int = 1  # answers per item; metrics are means over them, and code tasks get pass@k for k up to this
-    temperature: float = 0.0  # 0: greedy
 
     def validate(self):
         super().validate()
         require(self.tasks, "tasks", "", f"name some of {', '.join(tasks.NAMES)}")
-        require(self.samples >= 1, "samples", self.samples, "use 1 or more")
-        require(self.temperature >= 0, "temperature", self.temperature, "use 0 (greedy) or more")
         remedy = "greedy samples are all equal; give a --temperature"
         require(self.samples == 1 or self.temperature > 0, "samples", self.samples, remedy)
-        require(self.shots is None or self.shots >= 0, "shots", self.shots, "use 0 or more")
         for name in self.tasks:
             tasks.load(name)
 
@@ -52,17 +47,15 @@ class Job(NamedTuple):
     task: object
     shots: int
     items: list
-
-    def generates(self, cfg) -> bool:
-        return cfg.accuracy and self.task.generated()
+    generates: bool  # whether the model writes answers
 
 
 def metrics_of(job, cfg) -> dict[str, set[str]]:
     """The names of each item's metrics, by its id."""
     names = {"bits/token", "bits/byte"} if cfg.loss else set()
-    if job.generates(cfg) and job.task.program:
+    if job.generates and job.task.program:
         names |= {f"pass@{k}" for k in (1, 10, 100) if k <= cfg.samples}
-    elif job.generates(cfg):
+    elif job.generates:
         names |= set(job.task.score(job.items[0], ""))
     compared = names | {"acc", "acc_norm"} if cfg.accuracy else names
     return {item.id: compared if item.choices else names for item in job.items}
@@ -94,7 +87,7 @@ def evaluate(loaded, job, chunk, room, cfg):
             for name, values in (("acc", costs), ("acc_norm", per_character)):
                 record["metrics"][name] = float(values.index(min(values)) == item.gold)
         records.append(record)
-    if job.generates(cfg):
+    if job.generates:
         generate_and_score(loaded, job.task, chunk, records, room, cfg)
     return records
 
@@ -102,35 +95,31 @@ def evaluate(loaded, job, chunk, room, cfg):
 def generate_and_score(loaded, task, chunk, records, room, cfg):
     """Adds cfg.samples texts per item and their metrics to the records."""
     n = cfg.samples
-    prompts, streams = zip(*((item.prompt, 4096 * index + i) for index, item in chunk for i in range(n)), strict=True)
-    written, cut = harness.texts(loaded, task, prompts, streams, room, cfg)
-    for i, ((_, item), record) in enumerate(zip(chunk, records, strict=True)):
-        record |= {"texts": written[i * n : (i + 1) * n], "cut": record.get("cut", False) or cut[i * n]}
-        if not task.program:
-            scores = [task.score(item, text) for text in record["texts"]]
-            record["metrics"] |= {name: sum(s[name] for s in scores) / n for name in scores[0]}
-    if task.program:
-        pairs = zip(chunk, records, strict=True)
-        results = sandbox.run_many(
-            [task.program(item, text) for (_, item), record in pairs for text in record["texts"]]
-        )
-        for i, record in enumerate(records):
-            own = results[i * n : (i + 1) * n]
-            record["reasons"] = [result.reason for result in own]
-            right = sum(result.passed for result in own)
+    written, cut = harness.answers(loaded, task, chunk, room, cfg)
+    answers = list(zip((item for _, item in chunk for _ in range(n)), written, strict=True))
+    results = sandbox.run_many([task.program(*answer) for answer in answers]) if task.program else []
+    for i, record in enumerate(records):
+        own = slice(i * n, (i + 1) * n)
+        record |= {"texts": written[own], "cut": record.get("cut", False) or cut[i * n]}
+        if task.program:
+            record["reasons"] = [result.reason for result in results[own]]
+            right = sum(result.passed for result in results[own])
             record["metrics"] |= {f"pass@{k}": pass_at_k(n, right, k) for k in (1, 10, 100) if k <= n}
+        else:
+            scores = [task.score(*answer) for answer in answers[own]]
+            record["metrics"] |= {name: sum(s[name] for s in scores) / n for name in scores[0]}
+
+
+def means(records):
+    columns = collections.defaultdict(list)
+    for record in records:
+        for name, value in record["metrics"].items():
+            columns[name].append(value)
+    return {name: mean_stderr(values) for name, values in columns.items()}
 
 
 def summarise(records):
     """{"items", "metrics": {name: mean, stderr, n}, "groups": {group: the same}, numbers of merged and cut items}."""
-
-    def means(records):
-        columns = collections.defaultdict(list)
-        for record in records:
-            for name, value in record["metrics"].items():
-                columns[name].append(value)
-        return {name: mean_stderr(values) for name, values in columns.items()}
-
     groups = collections.defaultdict(list)
     for record in records:
         groups[record["group"]].append(record)
@@ -152,36 +141,24 @@ def table(results):
             lines.append(f"{head:<27}  {metric:<12} {stats['mean']:>8.4f}  {error}")
             head = ""
         if result["cut"]:
-            room = f"the model's {result['seq_len']} tokens"
-            lines.append(f"  {result['cut']:,} items did not fit {room}: their prompts lost their beginnings")
+            lines.append(f"  {result['cut']:,} items {harness.CUT.format(result['seq_len'])}")
         if result["merged"]:
-            lines.append(
-                f"  {result['merged']:,} answers merge with their prompts when encoded together; "
-                "they were encoded apart (eval/taskloss.py)"
-            )
+            why = "merge with their prompts when encoded together; they were encoded apart (eval/taskloss.py)"
+            lines.append(f"  {result['merged']:,} answers {why}")
     return "\n".join(lines)
 
 
-def open_records(job, name, file, dtype, out, cfg):
-    settings = {"checkpoint": file, "shots": job.shots, "items": harness.fingerprint(job.items)}
-    settings |= {name: getattr(cfg, name) for name in ("loss", "accuracy", "samples", "temperature", "top_p", "seed")}
-    settings["dtype"] = str(dtype)
-    return harness.Records(out / f"{name}.jsonl", settings, metrics_of(job, cfg), FIELDS, cfg.overwrite)
+def open_records(job, loaded, out, cfg):
+    settings = harness.settings(loaded, job.items, job.shots, cfg, ("loss", "accuracy"))
+    return harness.Records(out / f"{job.task.name}.jsonl", settings, metrics_of(job, cfg), FIELDS, cfg.overwrite)
 
 
-def work(loaded, name, job, stored, cfg):
+def work(loaded, job, stored, cfg):
     """Computes the records that are missing and returns the summary of all."""
-    wanted = list(enumerate(job.items))[: cfg.limit or None]
-    pending = [(i, item) for i, item in wanted if item.id not in stored.items]
-    pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
-    room = harness.answer_length(loaded, job.task, job.items) if job.generates(cfg) else 0
-    progress = harness.Progress(name, len(wanted), len(wanted) - len(pending))
-    for start in range(0, len(pending), cfg.batch_size):
-        chunk = pending[start : start + cfg.batch_size]
-        stored.add(evaluate(loaded, job, chunk, room, cfg))
-        progress(len(wanted) - len(pending) + start + len(chunk))
-    summary = summarise([stored.items[item.id] for _, item in wanted])
-    return {"shots": job.shots, "seq_len": loaded.model.cfg.seq_len, **summary}
+    room = harness.answer_length(loaded, job.task, job.items) if job.generates else 0
+    compute = functools.partial(evaluate, loaded, job, room=room, cfg=cfg)
+    records = harness.complete(stored, job.items, compute, cfg.batch_size, cfg.limit)
+    return {"shots": job.shots, "seq_len": loaded.model.cfg.seq_len, **summarise(records)}
 
 
 def earlier_results(path: Path, file: str) -> dict:
@@ -201,18 +178,16 @@ def main(argv=None):
     for name in cfg.tasks:  # all data is found before the first item is computed
         task = tasks.load(name)
         shots = task.shots if cfg.shots is None else cfg.shots
-        jobs[name] = Job(task, shots, harness.read_items(task, source, shots))
-    runs_programs = any(job.generates(cfg) and job.task.program for job in jobs.values())
-    confinement = {"sandbox": sandbox.confinement()} if runs_programs else {}
+        items = harness.read_items(task, source, shots)
+        jobs[task.name] = Job(task, shots, items, cfg.accuracy and task.generated())
+    programs = any(job.generates and job.task.program for job in jobs.values())
+    confinement = {"sandbox": sandbox.confinement()} if programs else {}
     loaded, out = harness.open_model(cfg)
     old = earlier_results(out / "results.json", loaded.name)
-    stores = {name: open_records(job, name, loaded.name, loaded.model.dtype, out, cfg) for name, job in jobs.items()}
-    done = {name: work(loaded, name, job, stores[name], cfg) for name, job in jobs.items()}
-    results = confinement | {
-        "checkpoint": loaded.name,
-        "sources": old.get("sources", {}) | source.used,
-        "tasks": old.get("tasks", {}) | done,
-    }
+    stores = {name: open_records(job, loaded, out, cfg) for name, job in jobs.items()}
+    done = {name: work(loaded, job, stores[name], cfg) for name, job in jobs.items()}
+    sources, done_before = old.get("sources", {}), old.get("tasks", {})
+    results = confinement | {"checkpoint": loaded.name, "sources": sources | source.used, "tasks": done_before | done}
     files.write_json(out / "results.json", results)
     print(f"{table(done)}\n{out}/results.json", flush=True)
     return results

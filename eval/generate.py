@@ -2,25 +2,24 @@
 
     texts = generate(model, [encode("Alice has"), encode("2+2=")], max_new_tokens=32, stop_ids=[eos])
 
-Every prompt gets what it would get alone: rows keep their own positions (KVCache), and sampling draws from a random
-stream of each prompt, so neither the batch size nor the other prompts change a result.
+Every prompt gets what it would get alone: rows keep their own positions (KVCache), and each prompt draws from a random
+stream of its own, so neither the batch size nor the other prompts change a result.
 
-On a GPU one token of a small model costs more in launches than in arithmetic. So a step there has few shapes, is
-captured in a CUDA graph when a shape comes a second time, and picks its token inside the graph: a token is one replay.
-The host looks at the tokens every few steps only. What a finished row wrote after its end is dropped, and finished rows
-leave when most of the batch has finished.
+On a GPU, launching the kernels of one token of a small model takes longer than running them. So there are few shapes,
+a shape that comes again is captured in a CUDA graph that also picks the token, and the host looks at the tokens every
+eight steps. What a row wrote after its end is dropped, and finished rows leave when most of the batch has finished.
 
 Shapes: B rows of the batch, L longest prompt of the batch, V vocabulary.
 """
 
 import copy
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eval.kv_cache import KVCache
+from optimoe.config import require
 
 # cuDNN's attention, the default of an H100, builds a plan for each new shape; evaluation has a new one in every batch.
 any_shape = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -48,27 +47,32 @@ def generate(
     """Continue each prompt; return the new token ids, one list per prompt.
 
     prompts: lists of token ids, none empty.
-    A row ends before any of stop_ids (not returned), with the token that completes one of stop_strings (returned; needs
-    decode: ids -> str), or after max_new_tokens.
-    temperature: 0 is greedy, without use for top_k, top_p and seed. Otherwise a token is drawn from the top_k most
+    stop_ids, stop_strings: a row ends before one of these ids, with the token that completes one of these strings
+    (which is returned; needs decode: ids -> str), or after max_new_tokens.
+    temperature: 0 is greedy, and top_k, top_p and seed have no effect. Otherwise a token is drawn from the top_k most
     likely ones (0: all), and of those from the smallest set with probability >= top_p.
     seed: prompt i draws from a stream seeded with (seed, streams[i]), by default (seed, i).
     n_vocab: ids from here on are padding rows of the head, never produced.
-    experts: a list to be filled with what the routers chose for each prompt, int16 (N, tokens, K), of the prompt's
-    tokens and of the new ones but the last, which the model has not read (unless a stop id followed it).
+    experts: a list to be filled with what the routers chose for each prompt: int16 (N, tokens, K), for the tokens of
+    the prompt and the new ones except the last, which the model has not read (unless a stop id followed it).
     watch: called as watch(i, new ids of prompt i so far) whenever they have grown.
 
-    Takes memory for a copy of the weights in the compute dtype, unless they have it, and for the cache of batch_size
-    rows. Raises ValueError for an empty prompt, bad sampling parameters, or a prompt + max_new_tokens beyond the
-    model's seq_len.
+    Takes memory for the cache of batch_size rows, and for a copy of weights that are not in the compute dtype. Raises
+    ValueError for an empty prompt, bad sampling parameters, or prompt + max_new_tokens beyond the model's seq_len.
     """
     longest = max(map(len, prompts), default=0)
-    check_arguments(model, prompts, longest, max_new_tokens, temperature, top_p, top_k, batch_size)
-    if stop_strings and decode is None:
-        raise ValueError("stop_strings needs decode, the tokenizer's ids -> str")
+    require(all(map(len, prompts)), "prompts", "", "a prompt is empty: start it with a token, for instance end-of-text")
+    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "use 1 or more")
+    require(batch_size >= 1, "batch_size", batch_size, "use 1 or more")
+    require(temperature >= 0, "temperature", temperature, "use 0 (greedy) or more")
+    require(0 < top_p <= 1, "top_p", top_p, "use a number above 0, at most 1")
+    require(top_k >= 0, "top_k", top_k, "use 0 (all tokens) or more")
+    require(decode or not stop_strings, "stop_strings", stop_strings, "it needs decode, the tokenizer's ids -> str")
+    remedy = f"after a prompt of {longest} tokens this exceeds seq_len={model.cfg.seq_len}; shorten one of them"
+    require(longest + max_new_tokens <= model.cfg.seq_len, "max_new_tokens", max_new_tokens, remedy)
     if not prompts:
         return []
-    ending, outputs = Ending(set(stop_ids), stop_strings, decode, max_new_tokens), [[] for _ in prompts]
+    ending, outputs = (max_new_tokens, set(stop_ids), stop_strings, decode), [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
     n_batches = -(-len(prompts) // batch_size)
     batches = [by_length[len(prompts) * b // n_batches : len(prompts) * (b + 1) // n_batches] for b in range(n_batches)]
@@ -83,7 +87,7 @@ def generate(
         while alive:
             new, rows = decoder.read(), list(rows)
             for j, i in enumerate(rows):
-                n_read = None if i is None else ending.extend(outputs[i], new[j])
+                n_read = None if i is None else extend(outputs[i], new[j], *ending)
                 if i is not None and watch:
                     watch(i, outputs[i])
                 if n_read is not None:
@@ -96,47 +100,22 @@ def generate(
     return outputs
 
 
-def check_arguments(model, prompts, longest, max_new_tokens, temperature, top_p, top_k, batch_size):
-    if not all(len(prompt) for prompt in prompts):
-        raise ValueError("a prompt is empty: start it with a token, for instance end-of-text")
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: use 1 or more")
-    if longest + max_new_tokens > model.cfg.seq_len:
-        raise ValueError(
-            f"a prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds seq_len={model.cfg.seq_len}: "
-            "shorten one of them"
-        )
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        given = f"temperature={temperature}, top_p={top_p}, top_k={top_k}"
-        raise ValueError(f"{given}: use temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
-
-
-class Ending(NamedTuple):
-    """Where the rows of a generation end."""
-
-    stop_ids: set[int]
-    stop_strings: tuple[str, ...]
-    decode: object  # ids -> str
-    max_new_tokens: int
-
-    def extend(self, ids, new):
-        """Append the new tokens up to the end of the row. There, return how many of ids the model must have read, and
-        None before."""
-        # A stop string may span tokens, each of which has at least one byte of it. One look at all new tokens spares
-        # most looks at single ones.
-        room = max((len(s.encode()) for s in self.stop_strings), default=0)
-        suspect = room and any(s in self.decode(ids[-room:] + new) for s in self.stop_strings)
-        for token in new:
-            if token in self.stop_ids:
-                return len(ids)
-            ids.append(token)
-            if suspect and any(s in self.decode(ids[-len(s.encode()) :]) for s in self.stop_strings):
-                return len(ids) - 1
-        return self.max_new_tokens - 1 if len(ids) == self.max_new_tokens else None
+def extend(ids, new, max_new_tokens, stop_ids, stop_strings, decode):
+    """Append the new tokens up to the end of the row. At the end, return how many ids the model has read, else None."""
+    # A stop string may span tokens, each of which has at least one byte of it. One look at all tokens often suffices.
+    room = max((len(s.encode()) for s in stop_strings), default=0)
+    suspect = room and any(s in decode(ids[-room:] + new) for s in stop_strings)
+    for token in new:
+        if token in stop_ids:
+            return len(ids)
+        ids.append(token)
+        if suspect and any(s in decode(ids[-len(s.encode()) :]) for s in stop_strings):
+            return len(ids) - 1
+    return max_new_tokens - 1 if len(ids) == max_new_tokens else None
 
 
 def coarse(device):
-    """Whether steps have few shapes and rarely wait for the device, at the price of unused steps: on a GPU."""
+    """Whether steps have few shapes and rarely wait for the device, at the price of unused steps."""
     return device.type == "cuda"
 
 
@@ -146,18 +125,16 @@ class Decoder:
     def __init__(self, model, n_rows, longest, max_new_tokens, temperature, top_p, n_vocab, top_k=0):
         device = model.embed.weight.device
         self.coarse = coarse(device)
-        self.capture = device.type == "cuda" and (
-            model.cfg.dense or model.cfg.impl in ("auto", "triton")
-        )  # the others wait for the device inside
+        syncs = not model.cfg.dense and model.cfg.impl not in ("auto", "triton")  # these wait for the device inside
+        self.capture = device.type == "cuda" and not syncs
         self.max_new_tokens, self.n_vocab = max_new_tokens, n_vocab
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         # Weights are cast once, not at every step, in a copy that shares what has the right dtype already.
         cast = {id(p): nn.Parameter(p.detach().to(model.dtype), requires_grad=False) for p in model.parameters()}
         self.model = copy.deepcopy(model, cast | {id(b): b for b in model.buffers()}).eval()
         n_rows = self.bucket(n_rows)
-        max_len = min(
-            model.cfg.seq_len, -(-(longest + max_new_tokens - 1) // 16) * 16
-        )  # attention likes its masks aligned
+        aligned = -(-(longest + max_new_tokens - 1) // 16) * 16  # attention is faster with aligned masks
+        max_len = min(model.cfg.seq_len, aligned)
         self.cache = KVCache(model.cfg, n_rows, max_len, device, model.dtype)
         self.tokens = torch.zeros(n_rows, 1, dtype=torch.long, device=device)
         self.written = torch.zeros(n_rows, max_new_tokens, dtype=torch.long, device=device)
@@ -167,9 +144,8 @@ class Decoder:
 
     def bucket(self, n):
         """Rows of a step for n prompts: a power of two, or a multiple of 64."""
-        if not self.coarse:
-            return n
-        return 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64
+        coarse = 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64
+        return coarse if self.coarse else n
 
     def start(self, prompts, seeds):
         """Read the prompts, sorted by length, and pick their first tokens."""
@@ -181,23 +157,18 @@ class Decoder:
         self.cache.lengths_B.zero_()
         cache = self.cache.view(n, 0)
         cache.new_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.pick(
-            self.model(
-                torch.tensor([prompt + [0] * (L - len(prompt)) for prompt in prompts], device=device), cache=cache
-            ).logits
-        )
+        padded = torch.tensor([prompt + [0] * (L - len(prompt)) for prompt in prompts], device=device)
+        self.pick(self.model(padded, cache=cache).logits)
         self.n_rows, self.filled, self.n_written, self.n_read = n, L, 1, 0
         if self.bucket(n) > n:
             self.select(list(range(n)))
 
     def read(self):
-        """The next tokens of each row, a list of lists: one token, or where looking waits for the device, eight."""
+        """The next tokens of each row, a list of lists: eight on a GPU, where reading waits for it, else one."""
         end = min(self.n_read + (8 if self.coarse else 1), self.max_new_tokens)
         while self.n_written < end:
-            span = self.filled + 1
-            if self.coarse:
-                span = min(max(128, 1 << self.filled.bit_length()), self.cache.k.shape[2])
-            self.run(self.n_rows, span)
+            coarse = min(max(128, 1 << self.filled.bit_length()), self.cache.k.shape[2])
+            self.run(self.n_rows, coarse if self.coarse else self.filled + 1)
             self.n_written, self.filled = self.n_written + 1, self.filled + 1
         new = self.written[: self.n_rows, self.n_read : end].tolist()
         self.n_read = end
@@ -206,14 +177,12 @@ class Decoder:
     def shrink(self, alive):
         """Keep only these rows, if that is worth a new shape; says whether it did."""
         most = self.n_rows // 4 if self.coarse else self.n_rows - 1
-        if self.bucket(len(alive)) > most:
-            return False
-        self.select(alive)
-        return True
+        if worth := self.bucket(len(alive)) <= most:
+            self.select(alive)
+        return worth
 
     def select(self, rows):
-        """Move these rows to the front and fill their bucket with copies of the first, which need no experts of their
-        own."""
+        """Move these rows to the front, and fill their bucket with copies of the first."""
         rows = torch.tensor(rows + rows[:1] * (self.bucket(len(rows)) - len(rows)), device=self.tokens.device)
         self.n_rows = len(rows)
         self.cache.select(rows)
@@ -222,9 +191,7 @@ class Decoder:
 
     def run(self, n_rows, span):
         shape = n_rows, span
-        if (
-            not self.capture or shape not in self.graphs
-        ):  # the first time loads and compiles what the capture must find ready
+        if not self.capture or shape not in self.graphs:  # the first run loads and compiles what a capture needs
             self.graphs[shape] = None
             return self.decode(*shape)
         if self.graphs[shape] is None:
@@ -250,7 +217,7 @@ class Decoder:
 
 
 def sample(logits_BV, top_p, uniform_B, top_k=0):
-    """One token of each row from the nucleus top_p of the top_k most likely tokens (0: of all), by inverting the
+    """One token of each row from the nucleus top_p of the top_k most likely tokens (0: of all): the inverse of the
     cumulative distribution at uniform_B in [0, 1)."""
     probs, ids = logits_BV.softmax(1), None
     if top_p < 1 or 0 < top_k < probs.shape[1]:
@@ -263,7 +230,6 @@ def sample(logits_BV, top_p, uniform_B, top_k=0):
     cumulative = probs.cumsum(1)
     total = cumulative[:, -1:]
     pick = torch.searchsorted(cumulative, uniform_B[:, None] * total, right=True)
-    pick = pick.clamp(
-        max=(cumulative < total).sum(1, keepdim=True)
-    )  # rounding up to the total must not pick a token of probability 0
+    # Rounding up to the total must not pick a token of probability 0.
+    pick = pick.clamp(max=(cumulative < total).sum(1, keepdim=True))
     return (pick if ids is None else ids.gather(1, pick))[:, 0]

@@ -1,11 +1,12 @@
 """What the programs of eval/ share: options, prompts that fit, generated texts, records that survive a kill."""
 
+import collections
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from eval.taskloss import context_ids
 from optimoe.config import make_directory, require
 from optimoe.load import Loaded, ModelChoice, load
 
+SAMPLES = 4096  # of an item at most: each has a random stream of its own
+CUT = "did not fit the model's {} tokens: their prompts lost their beginnings"
+
 
 @dataclass(frozen=True)
 class EvalChoice(ModelChoice):
@@ -24,6 +28,9 @@ class EvalChoice(ModelChoice):
     # Items
     evaldata: str = ""  # folder of evaluation sets, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
     limit: int = 0  # only the first so many items; 0: all
+    shots: int | None = None  # examples in front of each question; none: as many as the task's file says
+    samples: int = 1  # answers per item; metrics are means over them, and code tasks get pass@k for k up to this
+    temperature: float = 0.0  # 0: greedy
     seed: int = 0  # of sampling
     top_p: float = 1.0  # sample from the smallest set of tokens with this probability
     out: str = ""  # directory of the results; empty: RUN/eval-STEP, with --hf: HF/eval
@@ -33,6 +40,9 @@ class EvalChoice(ModelChoice):
         super().validate()
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
+        require(self.shots is None or self.shots >= 0, "shots", self.shots, "use 0 or more")
+        require(1 <= self.samples <= SAMPLES, "samples", self.samples, f"use 1 to {SAMPLES}")
+        require(self.temperature >= 0, "temperature", self.temperature, "use 0 (greedy) or more")
         require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to below 2^63")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "use a number above 0, at most 1")
 
@@ -48,7 +58,7 @@ def open_model(cfg: EvalChoice) -> tuple[Loaded, Path]:
 
 
 def read_items(task, source: Source, shots: int) -> list:
-    """The items of a task. ValueError naming the files whose rows lack what the task needs."""
+    """The items of a task. ValueError naming the files whose rows lack what the task needs, or share an id."""
     try:
         items = task.items(source, shots)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -57,13 +67,19 @@ def read_items(task, source: Source, shots: int) -> list:
     for item in items:
         if not isinstance(item.prompt, str) or not isinstance(item.answer, str):
             raise ValueError(f"{task.name}: item {item.id} has {item.answer!r} as its answer; get its file again")
+    (common, n), *_ = collections.Counter(item.id for item in items).most_common(1) or [("", 0)]
+    if n > 1:  # they would share one record
+        where = ", ".join(source.used.values())
+        raise ValueError(f"{task.name}: {n} items of {where} have the id {common!r}; remove or rename all but one")
     return items
 
 
-def fingerprint(items) -> str:
-    """Of prompts and answers: records of other items are not continued."""
+def settings(loaded: Loaded, items, shots: int, cfg, names=()) -> dict:
+    """What the records of an evaluation depend on: others are not continued. names: of further fields of cfg."""
     content = json.dumps([(item.prompt, item.answer, item.choices) for item in items])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    found = {"checkpoint": loaded.name, "shots": shots, "items": hashlib.sha256(content.encode()).hexdigest()[:16]}
+    found |= {name: getattr(cfg, name) for name in (*names, "samples", "temperature", "top_p", "seed")}
+    return found | {"dtype": str(loaded.model.dtype)}
 
 
 def answer_length(loaded: Loaded, task, items) -> int:
@@ -81,26 +97,22 @@ def prompt_ids(model, tokens: Tokens, prompt: str, max_new_tokens: int) -> tuple
     return first + ids[len(ids) - room :] if cut else ids, cut
 
 
-def texts(loaded: Loaded, task, prompts: list[str], streams: list[int], max_new_tokens: int, cfg):
-    """(continuations of the prompts up to the task's stop strings, which prompts were cut).
+def answers(loaded: Loaded, task, chunk: list, max_new_tokens: int, cfg):
+    """(cfg.samples texts for each of a chunk of (index, item), up to the task's stop strings; which prompts were cut).
 
-    cfg: temperature, top_p, seed, batch_size. The text drawn for a prompt depends on (seed, its stream) alone."""
+    A text depends on cfg.seed, the index of its item and its number alone, so it is the same in any batch."""
+    pairs = [(item.prompt, SAMPLES * index + i) for index, item in chunk for i in range(cfg.samples)]
+    prompts, streams = zip(*pairs, strict=True)
+    return texts(loaded, task, prompts, streams, max_new_tokens, cfg)
+
+
+def texts(loaded: Loaded, task, prompts: list[str], streams: list[int], max_new_tokens: int, cfg):
+    """(continuations of the prompts up to the task's stop strings, which prompts were cut)."""
     model, tokens = loaded.model, loaded.tokens
     ids, cut = zip(*(prompt_ids(model, tokens, prompt, max_new_tokens) for prompt in prompts), strict=True)
-    new = generate(
-        model,
-        list(ids),
-        max_new_tokens,
-        stop_ids=tokens.eos,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        seed=cfg.seed,
-        batch_size=cfg.batch_size,
-        n_vocab=tokens.n_vocab,
-        stop_strings=task.stops,
-        decode=tokens.decode,
-        streams=streams,
-    )
+    options = {name: getattr(cfg, name) for name in ("temperature", "top_p", "seed", "batch_size")}
+    options |= dict(n_vocab=tokens.n_vocab, stop_strings=task.stops, decode=tokens.decode, streams=streams)
+    new = generate(model, list(ids), max_new_tokens, tokens.eos, **options)
     return [cut_at(tokens.decode(row), task.stops) for row in new], list(cut)
 
 
@@ -138,30 +150,31 @@ class Records:
             raise ValueError(f"{self.path}:1 is damaged (it has {min(unknown)!r}): use --overwrite to start anew")
         for name, value in settings.items():
             if old.get(name) != value:
-                raise ValueError(
-                    f"{self.path} was made with {name}={old.get(name)!r}, not {value!r}: "
-                    "give the same, use --overwrite to replace it, or write elsewhere with --out"
-                )
+                remedy = "give the same, use --overwrite to replace it, or write elsewhere with --out"
+                raise ValueError(f"{self.path} was made with {name}={old.get(name)!r}, not {value!r}: {remedy}")
 
     def add(self, records: list[dict]) -> None:
         files.append(self.path, records, signed=True)
         self.items |= {record["id"]: record for record in records}
 
 
-class Progress:
-    """A line on stderr, rewritten in place on a terminal, else every 10 seconds."""
+def complete(stored: Records, items: list, compute: Callable, size: int, limit: int) -> list[dict]:
+    """The records of the first `limit` items (0: all). compute(list of (index, item)) makes those that are missing, for
+    `size` items at a time.
 
-    def __init__(self, name: str, total: int, done: int = 0):
-        self.name, self.total, self.first, self.start, self.shown = name, total, done, time.perf_counter(), 0.0
-
-    def __call__(self, done: int) -> None:
-        now, terminal, last = time.perf_counter(), sys.stderr.isatty(), done >= self.total
-        if not (terminal or last or now - self.shown >= 10):
-            return
-        self.shown = now
-        rate = (done - self.first) / max(1e-9, now - self.start)
-        left = "" if last else f", {(self.total - done) / max(1e-9, rate):,.0f} s left"
-        line = f"{self.name}: {done:,}/{self.total:,} items, {rate:.3g}/s{left}"
-        print(
-            f"\r{line:<70}" if terminal else line, end="\n" if last or not terminal else "", file=sys.stderr, flush=True
-        )
+    Progress is a line on stderr: rewritten in place on a terminal, else written every 10 seconds."""
+    wanted = list(enumerate(items))[: limit or None]
+    pending = [(i, item) for i, item in wanted if item.id not in stored.items]
+    pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
+    begun, shown, terminal = time.perf_counter(), 0.0, sys.stderr.isatty()
+    for first in range(0, len(pending), size):
+        stored.add(compute(pending[first : first + size]))
+        n, now = min(first + size, len(pending)), time.perf_counter()
+        left, rate = len(pending) - n, n / max(1e-9, now - begun)
+        if terminal or not left or now - shown >= 10:
+            shown = now
+            line = f"{stored.path.stem}: {len(wanted) - left:,}/{len(wanted):,} items, {rate:.3g}/s"
+            line += f", {left / rate:,.0f} s left" if left else ""
+            end = "" if terminal and left else "\n"
+            print(f"\r{line:<70}" if terminal else line, end=end, file=sys.stderr, flush=True)
+    return [stored.items[item.id] for _, item in wanted]

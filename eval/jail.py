@@ -1,6 +1,5 @@
-"""The child process of eval/sandbox.py: confines itself, then runs a program and its tests. It imports little, as it
-starts once an item.
-"""
+"""The child process of eval/sandbox.py: confines itself, then runs a program and its tests. It starts for every item,
+so it imports little."""
 
 import ctypes
 import errno
@@ -21,14 +20,11 @@ CONFINED, READY, UNCONFINED = b"confined", b"ready", b"unconfined: "
 def main(channel, parent):
     """Talk over the descriptor `channel` in messages with a 4-byte length: receive the job, send CONFINED, run the
     program, send READY, receive token + tests, run them, and send the token back. What goes wrong in the program or its
-    tests is sent instead. A job that wants values gets a list of expressions in place of tests, and their reprs follow
-    the token.
+    tests is sent instead. A job that wants values gets a list of expressions for tests; their reprs follow the token.
 
-    Whatever goes wrong before CONFINED is a fault of this machine: it is said after UNCONFINED, or ends in a traceback
-    on stderr.
+    What goes wrong before CONFINED is a fault of this machine. It is sent behind UNCONFINED, or ends in a traceback.
     """
-    # The program may replace builtins and functions of modules, so what is needed after it is bound to local names
-    # before.
+    # The program may replace builtins and functions of modules, so all that is needed later gets a local name before.
     read, write, pack, unpack, execute, make_code = os.read, os.write, struct.pack, struct.unpack, exec, compile
     error, text, kind, evaluate, represent, load, dump = BaseException, str, type, eval, repr, json.loads, json.dumps
 
@@ -76,21 +72,13 @@ def confine(job, parent):
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start threads
     os.dup2(1, 2)  # stderr was for the parent until here; from now on it is /dev/null too
     cpu = math.ceil(time.process_time()) + job["cpu"]  # starting up is not the program's time
-    for limit, soft, hard in (
-        ("CPU", cpu, cpu + 1),
-        ("AS", job["memory"], job["memory"]),
-        ("MEMLOCK", 0, 0),
-        ("CORE", 0, 0),
-        ("FSIZE", 0, 0),
-        ("NPROC", 0, 0),
-        ("NOFILE", 64, 64),
-    ):
+    limits = dict(CPU=cpu, AS=job["memory"], MEMLOCK=0, CORE=0, FSIZE=0, NPROC=0, NOFILE=64)
+    for limit, soft in limits.items():
         number = getattr(resource, "RLIMIT_" + limit)
         most = resource.getrlimit(number)[1]  # a lower limit of the user stays
-        soft, hard = (value if most == resource.RLIM_INFINITY else min(value, most) for value in (soft, hard))
-        resource.setrlimit(number, (soft, hard))
-    # Root without capabilities has the rights of an ordinary user; a header of version 3, this process, three empty
-    # sets.
+        pair = soft, soft + (limit == "CPU")
+        resource.setrlimit(number, [value if most == resource.RLIM_INFINITY else min(value, most) for value in pair])
+    # Root without capabilities has the rights of an ordinary user. Version 3 of the header, this process, no sets.
     _call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))
     end_with(parent)  # giving up capabilities may have undone it
     _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # a crash must not start the system's crash handler
@@ -116,21 +104,10 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same on every architecture
 GET_VERSION, PATH_BENEATH, READ_FILE, READ_DIR = 1, 1, 1 << 2, 1 << 3
-FILES, NETWORK, SCOPES = (
-    (1 << 13) - 1,
-    0b11,
-    0b11,
-)  # all rights of version 1; TCP of version 4; sockets, signals of version 6
-SYSTEM = (
-    "/lib",
-    "/lib64",
-    "/usr/lib",
-    "/usr/lib64",
-    "/usr/share/zoneinfo",
-    "/etc/ld.so.cache",
-    "/dev/null",
-    "/dev/urandom",
-)
+# All rights of version 1, TCP of version 4, sockets and signals of version 6.
+FILES, NETWORK, SCOPES = (1 << 13) - 1, 0b11, 0b11
+LIBRARIES = "/lib /lib64 /usr/lib /usr/lib64 /usr/share/zoneinfo /etc/ld.so.cache"
+SYSTEM = f"{LIBRARIES} /dev/null /dev/urandom".split()
 
 
 def _landlock(paths):
@@ -168,9 +145,8 @@ TABLE = """
 WORDS = TABLE.replace("-", "-1").split()
 CALLS = {name: (int(x86), int(arm)) for name, x86, arm in zip(WORDS[::3], WORDS[1::3], WORDS[2::3], strict=True)}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | 0o20000000  # the last: O_TMPFILE
-FUTEXES = tuple(
-    128 | command for command in (0, 1, 3, 4, 5, 9, 10, 9 | 256)
-)  # within this process, without other owners
+FUTEXES = tuple(128 | command for command in (0, 1, 3, 4, 5, 9, 10, 9 | 256))  # within this process, no owners
+CLOCKS = 0, tuple(range(12))  # no clocks of other processes
 # Calls that reach out of the process with some arguments: which argument must be one of these numbers ...
 ONE_OF = dict(
     fcntl=(
@@ -180,9 +156,9 @@ ONE_OF = dict(
     madvise=(2, (0, 1, 2, 3, 4, 8, 14, 15)),  # not HWPOISON, SOFT_OFFLINE, MERGEABLE, REMOVE
     futex=(1, FUTEXES),
     sched_getaffinity=(0, (0,)),  # of this process
-    clock_gettime=(0, tuple(range(12))),  # no clocks of other processes
-    clock_getres=(0, tuple(range(12))),
-    clock_nanosleep=(0, tuple(range(12))),
+    clock_gettime=CLOCKS,
+    clock_getres=CLOCKS,
+    clock_nanosleep=CLOCKS,
 )
 # ... and which must have none of these bits.
 NONE_OF = dict(open=(1, WRITING), openat=(2, WRITING), mmap=(3, 0x2000 | 0x40000))  # mmap: LOCKED, HUGETLB
@@ -198,11 +174,7 @@ def _seccomp_filter():
         raise OSError(errno.ENOSYS, f"no system call table for {sys.platform} on {platform.machine()}")
     column, architecture = machines[platform.machine()]
     load, if_equal, if_any_bit, answer = 0x20, 0x15, 0x45, 0x06  # jumps count rows, for true and for false
-    allow, deny, kill = (
-        (answer, 0, 0, 0x7FFF0000),
-        (answer, 0, 0, 0x00050000 | errno.EACCES),
-        (answer, 0, 0, 0x80000000),
-    )
+    allow, deny, kill = ((answer, 0, 0, code) for code in (0x7FFF0000, 0x00050000 | errno.EACCES, 0x80000000))
     rows = [(load, 0, 0, 4), (if_equal, 1, 0, architecture), kill, (load, 0, 0, 0)]  # then: the number of the call
     for name, numbers in CALLS.items():
         if numbers[column] < 0:

@@ -1,5 +1,6 @@
-"""Keys and values of sequences in generation, and on request the experts of their tokens. model.GPT calls it:
-`model(tokens_BL, cache=cache)`.
+"""The keys and values of sequences that are being generated, and on request the experts of their tokens.
+
+Used as `model(tokens_BL, cache=cache)`; model.GPT calls begin, then update and record in each layer, then end.
 
 Shapes: B sequences, L new tokens of each, N layers, Hkv key and value heads, d head width, K experts per token.
 """
@@ -13,25 +14,23 @@ from optimoe.config import require
 
 
 class KVCache:
-    """Keys and values of B sequences, each with its own length, so that a batch generates what its rows would generate
-    alone.
+    """Keys and values of B sequences. Each has its own length, so that a row of a batch gets what it would get alone.
 
-    Prompts are padded on the right; `forward(tokens_BL, cache=cache)` takes `cache.new_B` (B,) real tokens of each row
-    (None: all L), writes row b at positions lengths_B[b] .. and lets it attend to its own positions only. What a pad
-    token writes lies past the end of its row: the row's next tokens overwrite it before anyone can attend to it.
-    Everything happens in place, so that a step with a fixed `span` can be captured in a CUDA graph.
+    Prompts are padded on the right, and `new_B` (B,) says how many tokens of each row are real (None: all L). Row b is
+    written at positions lengths_B[b] and following, and attends to its own positions only. Padding is written behind
+    the end of its row, where the next tokens overwrite it before anything attends to it. All writes are in place, so
+    that a step with a fixed `span` can be captured in a CUDA graph.
     """
 
     def __init__(self, cfg, batch_size, max_len, device=None, dtype=torch.float32):
-        require(
-            1 <= max_len <= cfg.seq_len, "max_len", max_len, f"the model's RoPE table ends at seq_len={cfg.seq_len}"
-        )
+        remedy = f"the model's RoPE table ends at seq_len={cfg.seq_len}"
+        require(1 <= max_len <= cfg.seq_len, "max_len", max_len, remedy)
         shape = (cfg.n_layers, batch_size, max_len, cfg.n_kv_heads, cfg.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.experts = None  # on request (N, B, max_len, K) int16: the experts of each token
+        self.experts = None  # (N, B, max_len, K) int16 after keep_experts
         self.lengths_B = torch.zeros(batch_size, device=device, dtype=torch.long)
         self.new_B = None
-        self.filled = 0  # host-side bound on lengths_B, so that nothing waits for the device
+        self.filled = 0  # upper bound of lengths_B, known without waiting for the device
         self.span = 0  # keys that a step attends to, masked ones included; 0: filled + L
 
     def view(self, n_rows, filled, span=0):
@@ -43,21 +42,15 @@ class KVCache:
         return cache
 
     def begin(self, L):
-        """Positions (B, L) of the new tokens and what is added to the attention scores, (B, 1, L, span); None while the
-        cache is empty.
-        """
-        require(
-            self.filled + L <= self.k.shape[2],
-            "length",
-            self.filled + L,
-            f"the cache holds max_len={self.k.shape[2]} tokens",
-        )
-        device = self.lengths_B.device
+        """Positions (B, L) of the new tokens, and the mask (B, 1, L, span) to be added to the attention scores, or None
+        while the cache is empty."""
+        end, device = self.filled + L, self.lengths_B.device
+        require(end <= self.k.shape[2], "length", end, f"the cache holds max_len={self.k.shape[2]} tokens")
         self.pos_BL = self.lengths_B[:, None] + torch.arange(L, device=device)
         self.row_B1 = torch.arange(len(self.pos_BL), device=device)[:, None]
         if not self.filled:
             return self.pos_BL, None
-        hidden = self.pos_BL[:, None, :, None] < torch.arange(self.span or self.filled + L, device=device)
+        hidden = self.pos_BL[:, None, :, None] < torch.arange(self.span or end, device=device)
         return self.pos_BL, torch.zeros(hidden.shape, device=device, dtype=self.k.dtype).masked_fill_(hidden, -math.inf)
 
     def update(self, layer, k_BLHd, v_BLHd):
@@ -68,11 +61,11 @@ class KVCache:
         return self.k[layer, :, :span], self.v[layer, :, :span]
 
     def keep_experts(self, top_k):
-        """From now on remember which experts each token goes to, for grpo.py."""
+        """From now on, store which experts each token goes to."""
         self.experts = torch.zeros((*self.k.shape[:3], top_k), device=self.k.device, dtype=torch.int16)
 
     def record(self, layer, experts_TK):
-        """Store the experts that a layer's router chose, where they are asked for."""
+        """Store the experts that a layer's router chose, after keep_experts."""
         if self.experts is not None:
             self.experts[layer, self.row_B1, self.pos_BL] = experts_TK.view(*self.pos_BL.shape, -1).to(torch.int16)
 
@@ -86,10 +79,7 @@ class KVCache:
     def select(self, rows):
         """Move these rows (a LongTensor) to the front: finished sequences leave the batch."""
         n = rows.numel()
-        for tensor in (
-            *self.k,
-            *self.v,
-            *(() if self.experts is None else self.experts),
-        ):  # a layer at a time: the copy needs that much memory
-            tensor[:n] = tensor[rows]
+        for tensor in (self.k, self.v, self.experts):
+            for layer in () if tensor is None else tensor:  # one at a time, as each makes a copy
+                layer[:n] = layer[rows]
         self.lengths_B[:n] = self.lengths_B[rows]

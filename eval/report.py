@@ -24,53 +24,47 @@ def is_procedural(sources):
 
 def check(cfg, sources):
     """ValueError where the closing report of a run on these sources would not fit its seq_len."""
-    if is_procedural(sources):
-        longest = longest_probe(sources[0][0])
-        remedy = f"the closing report has texts of {longest} tokens, on which it tests the model: use as many or more"
-        require(cfg.seq_len >= longest, "seq_len", cfg.seq_len, remedy)
+    longest = longest_probe(sources[0][0]) if is_procedural(sources) else 0
+    remedy = f"the closing report has texts of {longest} tokens, on which it tests the model: use as many or more"
+    require(cfg.seq_len >= longest, "seq_len", cfg.seq_len, remedy)
 
 
 def longest_probe(directory):
     """Tokens of the longest text of probes.report that does not adapt to the model's seq_len."""
     cfg, enc = procedural.read_config(directory), tokenizer.load(directory)
-    texts = []
+    texts, problems = [], []
     if cfg.exposures:
         people = facts.people(cfg.facts)[:N_PEOPLE]
         texts += [probe.prompt + probe.value + "." for probe in facts.probes(people, cfg.facts.seed)]
         texts += ["".join(facts.segments(cfg.facts, person, 10**6)) for person in people]
     if cfg.n_problems:
-        problems = [reasoning.problem(cfg.reasoning, i, "test", 1) for i in range(N_PROBLEMS)]
-        shown = reasoning.problem(cfg.reasoning, N_PROBLEMS, "test", min(3, cfg.reasoning.max_steps))
-        texts += [p.question + p.solution for p in problems] + [shown.question]
+        problems += [reasoning.problem(cfg.reasoning, i, "test", 1) for i in range(N_PROBLEMS)]
+        texts.append(reasoning.problem(cfg.reasoning, N_PROBLEMS, "test", min(3, cfg.reasoning.max_steps)).question)
     if cfg.n_mano:
         longest = cfg.reasoning.mano_length + 2
-        problems = [reasoning.mano(cfg.reasoning, i, "test", longest) for i in range(N_PROBLEMS)]
-        texts += [p.question + p.solution for p in problems]
+        problems += [reasoning.mano(cfg.reasoning, i, "test", longest) for i in range(N_PROBLEMS)]
+    texts += [p.question + p.solution for p in problems]
     return max((len(prompt(enc, text)) for text in texts), default=0) + 4
 
 
 def bytes_per_token(sources, split):
     """UTF-8 bytes of text per token of the mixture, for bits per byte; None where a directory counts no bytes."""
     splits = [(weight, shards.read_meta(directory)["splits"][split]) for directory, weight in sources]
-    if not all(meta.get("bytes") for _, meta in splits):
-        return None
-    return sum(weight * meta["bytes"] / meta["tokens"] for weight, meta in splits) / sum(weight for weight, _ in splits)
+    if all(meta.get("bytes") for _, meta in splits):
+        total = sum(weight for weight, _ in splits)
+        return sum(weight * meta["bytes"] / meta["tokens"] for weight, meta in splits) / total
 
 
 def first_lines(cfg, run, data, step):
     """What is going to be trained, where, and what should be known about it before."""
-    params = count_params(cfg)
+    params, steps = count_params(cfg), cfg.steps - step
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-    lines = [
-        f"{run.dir}: {params.total:,} parameters ({params.active:,} active), {cfg.steps - step} "
-        f"step{'s' * (cfg.steps - step != 1)} of {cfg.batch_size * cfg.seq_len:,} tokens, "
-        f"{str(compute_dtype(cfg, run.device))[6:]} on {name} x {run.world}"
-    ]
+    dtype, tokens = str(compute_dtype(cfg, run.device))[6:], cfg.batch_size * cfg.seq_len
+    size = f"{params.total:,} parameters ({params.active:,} active), {steps} step{'s' * (steps != 1)}"
+    lines = [f"{run.dir}: {size} of {tokens:,} tokens, {dtype} on {name} x {run.world}"]
     if cfg.steps < cfg.warmup_steps:
-        lines.append(
-            f"steps={cfg.steps} ends within the warm-up, before lr={cfg.lr:g} is reached; "
-            f"lower warmup_steps={cfg.warmup_steps}"
-        )
+        what = f"steps={cfg.steps} ends within the warm-up, before lr={cfg.lr:g} is reached"
+        lines.append(f"{what}; lower warmup_steps={cfg.warmup_steps}")
     without = [str(directory) for directory, weight in data.sources if (directory, weight) not in data.val_sources]
     if without and cfg.val_batches:
         lines.append(f"no validation on {', '.join(without)}: there is no validation data")
@@ -78,26 +72,23 @@ def first_lines(cfg, run, data, step):
 
 
 def read_window(window):
-    """Means over batches and ranks, the load of the experts (1: an even share) and the entropy of the mean router
-    probabilities in nats; waits for the device. load_max and load_min are lists by layer, load by layer and expert."""
+    """The row of a window of steps: means over batches and ranks. Waits for the device.
+
+    load_NE is relative to an even share; router_entropy is that of the mean router probabilities, in nats; load_max and
+    load_min are lists by layer."""
     loss, balance, z, batches = window["sums"].tolist()
-    skipped = int(window["steps"][guard.BAD])
-    row = {"skipped_steps": skipped} if skipped else {}
-    if not batches:  # all steps were skipped
-        return row
-    counts_NE = window["counts_NE"].float()
-    layers = max(1, len(counts_NE)) * batches  # balance and z are reported per layer: 1 is balance
-    row = {"loss": loss / batches, "balance": balance / layers, "z": z / layers, **row}
-    if len(counts_NE):
+    skipped, counts_NE = int(window["steps"][guard.BAD]), window["counts_NE"].float()
+    row, layers = {}, max(1, len(counts_NE)) * batches
+    if batches:  # else all steps were skipped
+        row |= {"loss": loss / batches, "balance": balance / layers, "z": z / layers}  # 1 is balance, in every layer
+    row |= {"skipped_steps": skipped} if skipped else {}
+    if batches and len(counts_NE):
         load_NE = counts_NE / counts_NE.mean(1, keepdim=True)
         p_NE = window["probs_NE"] / window["probs_NE"].sum(1, keepdim=True)
-        row |= {
-            "load_max": load_NE.amax(1).tolist(),
-            "load_min": load_NE.amin(1).tolist(),
-            "dead_experts": int((counts_NE == 0).sum()),
-            "router_entropy": torch.special.entr(p_NE).sum(1).tolist(),
-            "load": [[round(x, 3) for x in layer] for layer in load_NE.tolist()],
-        }
+        row |= {"load_max": load_NE.amax(1).tolist(), "load_min": load_NE.amin(1).tolist()}
+        row |= {"dead_experts": int((counts_NE == 0).sum())}
+        row |= {"router_entropy": torch.special.entr(p_NE).sum(1).tolist()}
+        row |= {"load": [[round(x, 3) for x in layer] for layer in load_NE.tolist()]}
     return row
 
 
@@ -117,11 +108,10 @@ def log_line(row, cfg):
     mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
     load = f"{max(row['load_max']):.2f}" if "load_max" in row else "n/a"
     loss = f"{row['loss']:.4f}" if "loss" in row else "skipped"
-    return (
-        f"step {row['step']:>6}/{cfg.steps} | loss {loss} | lr {row['lr']:.2e} | "
-        f"norm {float(row['grad_norm'] or 'nan'):.2f} | {row['tokens_per_s']:,.0f} tok/s | mfu {mfu} | "
-        f"load {load} | eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-    )
+    norm, rate = f"norm {float(row['grad_norm'] or 'nan'):.2f}", f"{row['tokens_per_s']:,.0f} tok/s | mfu {mfu}"
+    eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    head = f"step {row['step']:>6}/{cfg.steps} | loss {loss} | lr {row['lr']:.2e}"
+    return f"{head} | {norm} | {rate} | load {load} | eta {eta}"
 
 
 def val_row(loss, step, tokens, sources):
@@ -148,34 +138,23 @@ def grpo_start(cfg, run, job):
 def grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds):
     """The row of a step of grpo.py, over all ranks, which wait for one another. stats, norm: of grpo.update."""
     loss, kl, clipped, n_tokens, routed, changed = stats.sum(0).tolist()
-    ended = sum(sample.ids[-1] in job.tokens.eos for sample in samples)
     mixed_P = reward_PG.amin(1) < reward_PG.amax(1)
-    taught = mixed_P.repeat_interleave(cfg.group_size) | bool(
-        cfg.kl_coef
-    )  # without the KL, equal rewards teach nothing
+    # Without the KL term, a group of equal rewards teaches nothing.
+    taught = mixed_P.repeat_interleave(cfg.group_size) | bool(cfg.kl_coef)
+    ended = sum(sample.ids[-1] in job.tokens.eos for sample in samples)
     real = sum(len(sample.ids) - 1 for sample, used in zip(samples, taught, strict=True) if used)
     padded = sum(batch.tokens_BL.numel() for mini in batches for batch in mini)
     length = sum(sample.length for sample in samples)
-    mine = [ended, reward_PG.sum(), mixed_P.sum(), real, padded, length]
-    ended, right, mixed, real, padded, length = run.sum(mine)
-    n, cuda = cfg.batch_prompts * cfg.group_size, run.device.type == "cuda"
-    return {
-        "step": job.step,
-        "reward": right / n,
-        "mixed_groups": mixed / cfg.batch_prompts,
-        "ended": ended / n,
-        "answer_tokens": length / n,
-        "loss": loss / len(batches),
-        "kl": kl / max(1, n_tokens),
-        "clipped": clipped / max(1, n_tokens),
-        "grad_norm": norm,
-        "router_changed": changed / max(1, routed),
-        "router_changed_same_weights": float(stats[0, 5] / stats[0, 4].clamp(min=1)),
-        **seconds,
-        "rollout_tokens_per_s": length / seconds["seconds_rollout"],
-        "padding": 1 - real / max(1, padded),
-        "memory_gb": torch.cuda.max_memory_allocated(run.device) / 2**30 if cuda else None,
-    }
+    ended, right, mixed, real, padded, length = run.sum([ended, reward_PG.sum(), mixed_P.sum(), real, padded, length])
+    n, memory = cfg.batch_prompts * cfg.group_size, None
+    if run.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(run.device) / 2**30
+    row = {"step": job.step, "reward": right / n, "mixed_groups": mixed / cfg.batch_prompts, "ended": ended / n}
+    row |= {"answer_tokens": length / n, "loss": loss / len(batches), "kl": kl / max(1, n_tokens)}
+    row |= {"clipped": clipped / max(1, n_tokens), "grad_norm": norm, "router_changed": changed / max(1, routed)}
+    row |= {"router_changed_same_weights": float(stats[0, 5] / stats[0, 4].clamp(min=1)), **seconds}
+    row |= {"rollout_tokens_per_s": length / seconds["seconds_rollout"], "padding": 1 - real / max(1, padded)}
+    return row | {"memory_gb": memory}
 
 
 def grpo_line(row, cfg):
@@ -188,31 +167,29 @@ def grpo_line(row, cfg):
     )
 
 
-TABLE = [
-    ("training loss, nats per token", "loss", ".4f"),
-    ("validation loss", "val_loss", ".4f"),
-    ("validation bits per byte", "val_bits_per_byte", ".4f"),
-    ("balance loss (1: balanced)", "balance", ".3f"),
-    ("tokens per second", "tokens_per_s", ",.0f"),
-    ("model FLOPs utilisation", "mfu", ".1%"),
-    ("parameters", "parameters", ",d"),
-    ("of these active per token", "active_parameters", ",d"),
-    ("training tokens per parameter", "tokens_per_parameter", ".3g"),
-    ("passes over the most read data", "epochs", ".2f"),
-    ("peak memory, GB", "memory_gb", ".2f"),
-    ("seconds", "seconds", ".0f"),
-]
+TABLE = dict(
+    loss=("training loss, nats per token", ".4f"),
+    val_loss=("validation loss", ".4f"),
+    val_bits_per_byte=("validation bits per byte", ".4f"),
+    balance=("balance loss (1: balanced)", ".3f"),
+    tokens_per_s=("tokens per second", ",.0f"),
+    mfu=("model FLOPs utilisation", ".1%"),
+    parameters=("parameters", ",d"),
+    active_parameters=("of these active per token", ",d"),
+    tokens_per_parameter=("training tokens per parameter", ".3g"),
+    epochs=("passes over the most read data", ".2f"),
+    memory_gb=("peak memory, GB", ".2f"),
+    seconds=("seconds", ".0f"),
+)
 
 
 def final_report(model, cfg, data, results):
     """Print the table and samples; return what evaluation adds to results.json. data: a train.Data."""
     model.eval()
     print()
-    for title, name, form in TABLE:
+    for name, (title, form) in TABLE.items():
         value = format(results[name], form) if results.get(name) is not None else "n/a"
-        if name == "val_loss" and not data.val_loader:
-            value = "no validation"
-        print(f"{title:<32} {value:>14}")
+        print(f"{title:<32} {value if name != 'val_loss' or data.val_loader else 'no validation':>14}")
     if is_procedural(data.sources):
         text, scores = probes.report(model, data.sources[0][0], N_PEOPLE, N_PROBLEMS)
         print(text)
@@ -223,25 +200,23 @@ def final_report(model, cfg, data, results):
         return {}
     split, loader = ("validation", data.val_loader) if data.val_loader else ("training", data.loader)
     tokens_BL, _ = loader.next()
-    prompts = [row[:length].tolist() for row in tokens_BL[:2]]
-    end, n_vocab = [data.enc.eot_token], data.enc.n_vocab
-    new = generate(model, prompts, new_tokens, end, temperature=0.8, top_p=0.95, seed=cfg.seed, n_vocab=n_vocab)
-    texts = [(data.enc.decode(prompt), data.enc.decode(ids)) for prompt, ids in zip(prompts, new, strict=True)]
-    for before, after in texts:
-        print(f"\nprompt from {split}: {before}\nsample: {after}")
-    return {"samples": [{"prompt": before, "text": after} for before, after in texts]}
+    prompts, samples = [row[:length].tolist() for row in tokens_BL[:2]], []
+    options = dict(temperature=0.8, top_p=0.95, seed=cfg.seed, n_vocab=data.enc.n_vocab)
+    new = generate(model, prompts, new_tokens, [data.enc.eot_token], **options)
+    for before, after in zip(prompts, new, strict=True):
+        samples.append({"prompt": data.enc.decode(before), "text": data.enc.decode(after)})
+        print(f"\nprompt from {split}: {samples[-1]['prompt']}\nsample: {samples[-1]['text']}")
+    return {"samples": samples}
 
 
 def own_flags(cfg, without=()):
     """The flags that make this configuration, as words of a command line."""
     usual = {field.name: field.default for field in dataclasses.fields(cfg)} | cfg.preset_fields(cfg.preset)
     left_out = {"preset", "out_dir", "resume", "data", "vocab_size", *without}
-    flags = [] if cfg.preset == "tiny" else [f"--preset={cfg.preset}"]
-    for name, default in usual.items():
-        value = getattr(cfg, name)
-        if name not in left_out and value != default:
-            flags.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
-    return " ".join(["", *flags])
+    values = {name: getattr(cfg, name) for name, value in usual.items() if getattr(cfg, name) != value}
+    values = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
+    flags = [f"--{name}={value}" for name, value in values.items() if name not in left_out]
+    return " ".join(["", *[f"--preset={cfg.preset}"] * (cfg.preset != "tiny"), *flags])
 
 
 def next_steps(run_dir, cfg, sources, results):
@@ -257,14 +232,11 @@ def next_steps(run_dir, cfg, sources, results):
         commands.append((f"{again}{flags} --n_experts={more}", "more experts on the same data; --dense: none"))
     answers = [row["answer"] for row in results.get("reasoning", {}).values()]
     if answers and min(answers) < 0.95:  # there is something left to learn
-        small = (
-            "" if torch.cuda.is_available() else " --steps=10 --batch_prompts=64 --mini_batch=32 --eval_questions=100"
-        )
+        small = " --steps=10 --batch_prompts=64 --mini_batch=32 --eval_questions=100"
+        small = "" if torch.cuda.is_available() else small
         commands.append(
             (f"python grpo.py --model={run_dir}{small}", "reinforcement learning on the reasoning problems")
         )
-    commands += [
-        (f"python -m study.show {run_dir} RUN...", "runs over one another"),
-        ("python -m data.prepare --help", "text of your own"),
-    ]
+    commands.append((f"python -m study.show {run_dir} RUN...", "runs over one another"))
+    commands.append(("python -m data.prepare --help", "text of your own"))
     return "\n".join(["", "what to try next:", *(f"  {command}  # {what}" for command, what in commands)])

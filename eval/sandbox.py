@@ -3,24 +3,24 @@
     run("def f(x):\n    return x + 1", "assert f(1) == 2").passed        # True
     run_many([(program, check), ...])                                    # several at once, results in order
 
-Every program gets its own process (eval/jail.py). Before the program runs, the process gives up, irrevocably and
-without needing root or user namespaces (which containers often forbid):
-  seccomp       all system calls but a short list, some of them with harmless arguments only: no sockets, no processes
-                or threads, no signals to anyone, no opening for writing
+Every program gets its own process (eval/jail.py). Before the program runs, the process gives up for good, without root
+or user namespaces (which containers often forbid):
+  seccomp       all system calls but a short list, some with harmless arguments only: no sockets, processes, threads,
+                signals or opening for writing
   Landlock      reading anything but Python, its packages and the system libraries (kernel 5.13 and later)
   capabilities  what root may do and others may not
   rlimits       CPU time, memory, core dumps, open files
-It starts without the user's environment, its output goes to /dev/null, past the deadline its process group is killed,
-and the kernel kills it when the evaluator dies.
+It has no environment of the user, its output goes to /dev/null, its process group is killed at the deadline, and the
+kernel kills it when the evaluator dies.
 
-A pass must be proven: the tests and a fresh random token are sent only after the program's top level has finished, and
-the token comes back only behind the last assert. So exiting early, printing, or replacing `check`, `exec` or `print`
-fails the item. A failure must be the program's: an honest program has to pass before the first one is judged, the clock
-starts when the process is confined, and a process that does not get that far is an error (OSError), not a wrong answer.
+A pass must be proven: the tests and a fresh random token are sent after the program's top level has finished, and the
+token comes back after the last assert. So exiting early, printing, or replacing `check`, `exec` or `print` fails. A
+failure must be the program's: an honest program has to pass before the first one is judged, the clock starts when the
+process is confined, and a process that does not get that far is an error (OSError), not a wrong answer.
 
-What this cannot stop, as in every harness whose asserts share an interpreter with the tested function: code written to
-attack this very protocol from inside. Such a program can fake its own pass, and nothing else. Without Landlock a
-program could also read files of the same user, but has no way to send them anywhere.
+Like any harness whose asserts share an interpreter with the tested function, this cannot stop code written to attack
+this very protocol from inside. Such a program can fake its own pass, and nothing else. Without Landlock a program could
+also read files of the same user, but cannot send them anywhere.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ from eval import jail
 
 MEMORY = 2**30  # bytes of address space
 START_SECONDS, HONEST_SECONDS = 120, 30  # generous: the machine may be busy, or its disk slow
+LEAVE_OUT = "leave out what runs programs (humaneval, mbpp, answers by program)"
 HONEST = "import collections, decimal, hashlib, heapq, math, random, re\ndef f(x):\n    return math.floor(x) + 1\n"
 
 
@@ -54,11 +55,9 @@ class Result(NamedTuple):
 def run(program: str, check: str, seconds: float = 5.0, memory: int = MEMORY) -> Result:
     """Executes `program`, then `check` in the same namespace; passed when both end without an exception.
 
-    seconds bounds the CPU time, in whole seconds; the clock on the wall gets 4 times as much, and what the process
-    spends waiting for a processor. memory bounds the address space in bytes. Raises OSError where no program can be
-    judged: not Linux, not x86-64 or ARM64, no seccomp, or an interpreter that does not run an honest program within
-    these limits.
-    """
+    seconds: of CPU time, rounded; the clock on the wall gets 4 times as much, and the time spent waiting for a
+    processor. memory: bytes of address space. Raises OSError where no program can be judged: not Linux on x86-64 or
+    ARM64, no seccomp, or an interpreter that does not run an honest program within these limits."""
     confinement(memory)
     return _session(program, check, False, seconds, memory)[1]
 
@@ -66,9 +65,8 @@ def run(program: str, check: str, seconds: float = 5.0, memory: int = MEMORY) ->
 def values(program: str, expressions: list[str], seconds: float = 5.0, memory: int = MEMORY) -> list[str] | None:
     """Executes `program`, then evaluates the expressions in its namespace: their reprs, or None where anything fails.
 
-    For programs that are trained to pass: they are judged by values compared outside, so they never meet what they are
-    expected to return. Limits and errors as in `run`; together the reprs may have 64 kB.
-    """
+    The values are compared outside, so a program that is trained to pass never meets what it has to return. Limits and
+    errors as in `run`; together the reprs may have 64 kB."""
     confinement(memory)
     said, _ = _session(program, json.dumps(expressions), True, seconds, memory)
     try:
@@ -94,28 +92,19 @@ def confinement(memory: int = MEMORY) -> str:
     if not result.passed:
         raise OSError(
             f"no program can be judged here: an honest one failed ({result.reason}) in {sys.executable} with "
-            f"{memory:,} bytes of memory; repair that, or leave out what runs programs (humaneval, mbpp, "
-            "answers by program)"
+            f"{memory:,} bytes of memory; repair that, or {LEAVE_OUT}"
         )
     _, result = _session("", f"assert not open({str(Path(__file__))!r})", False, HONEST_SECONDS, memory)
     return "seccomp + Landlock" if result.reason.startswith("PermissionError") else "seccomp"
 
 
 def _job(program, values, seconds, memory):
-    prefixes, libraries = {sys.prefix, sys.base_prefix}, ("lib", "lib64")
     paths = sysconfig.get_paths()
-    return {
-        "program": program,
-        "values": values,
-        "cpu": max(1, round(seconds)),
-        "memory": memory,
-        "readable": [
-            paths["stdlib"],
-            paths["platstdlib"],
-            *(f"{root}/{lib}" for root in prefixes for lib in libraries),
-        ],
-        "packages": [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")],
-    }
+    readable = [f"{root}/{library}" for root in {sys.prefix, sys.base_prefix} for library in ("lib", "lib64")]
+    readable += [paths["stdlib"], paths["platstdlib"]]
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    limits = dict(cpu=max(1, round(seconds)), memory=memory)
+    return limits | dict(program=program, values=values, readable=readable, packages=packages)
 
 
 def _session(program, message, values, seconds, memory):
@@ -152,18 +141,13 @@ def _process():
     """(a fresh process of eval/jail.py, our end of the channel to it); it is gone afterwards."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        # -I -S -B: no user settings, no .pth files, no bytecode files. Some interpreters do not start without their
-        # libraries.
-        with subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", jail.__file__, str(theirs.fileno()), str(os.getpid())],
-            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        ) as process:
+        # -I -S -B: no user settings, no .pth files, no bytecode files.
+        command = [sys.executable, "-I", "-S", "-B", jail.__file__, str(theirs.fileno()), str(os.getpid())]
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        pipes |= dict(pass_fds=[theirs.fileno()], start_new_session=True, cwd="/")
+        # Some interpreters do not start without their libraries.
+        env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        with subprocess.Popen(command, env=env, **pipes) as process:
             try:
                 theirs.close()  # so that the end of the process is the end of the channel
                 yield process, ours
@@ -198,8 +182,7 @@ def _start(process, channel, job):
     why = said.removeprefix(jail.UNCONFINED).decode(errors="replace") or f"exit code {process.returncode}: {last}"
     raise OSError(
         f"programs cannot be run here: the confined process of {sys.executable} did not start ({why}). "
-        "It needs Linux with seccomp on x86-64 or ARM64; run this elsewhere, or leave out what runs programs "
-        "(humaneval, mbpp, answers by program)"
+        f"It needs Linux with seccomp on x86-64 or ARM64; run this elsewhere, or {LEAVE_OUT}"
     )
 
 

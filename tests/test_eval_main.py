@@ -133,7 +133,12 @@ def test_pass_at_k(tiny_run, monkeypatch):
 
 def test_resumes(tiny_run, monkeypatch):
     done, real = [], command.evaluate
-    monkeypatch.setattr(command, "evaluate", lambda *args: done.extend(item.id for _, item in args[2]) or real(*args))
+
+    def noting(loaded, job, chunk, **options):
+        done.extend(item.id for _, item in chunk)
+        return real(loaded, job, chunk, **options)
+
+    monkeypatch.setattr(command, "evaluate", noting)
     flags = ["--tasks=gsm8k", "--shots=0", "--batch-size=2"]
     run(tiny_run, *flags, "--limit=2")
     assert sorted(done) == ["0", "1"]
@@ -160,11 +165,11 @@ def test_resumes(tiny_run, monkeypatch):
 def test_an_interruption_keeps_what_is_done(tiny_run, monkeypatch):
     calls, real = [], command.evaluate
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(command, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -316,6 +321,19 @@ def test_evaluation_sets_of_all_kinds(tiny_run, content, message):
     else:
         with pytest.raises(ValueError, match=message.format(path=path)):
             run(tiny_run, "--tasks=gsm8k", "--shots=0")
+
+
+def test_two_items_of_one_id_are_refused(tiny_run):
+    """They would share one record: the second would be taken for done, and the summary would count the first twice."""
+    path = tiny_run / "triviaqa/rc_wikipedia_nocontext_val.jsonl"
+    path.write_text(path.read_text().replace('"q2"', '"q0"'))
+    message = f"triviaqa: 2 items of {path} have the id 'q0'; remove or rename all but one"
+    with pytest.raises(ValueError, match=message):
+        run(tiny_run, "--tasks=triviaqa", "--shots=0")
+    source = Source(tiny_run)
+    with pytest.raises(ValueError, match=message):
+        harness.read_items(tasks.load("triviaqa"), source, 0)
+    assert not (tiny_run / "eval-00000003").exists()
 
 
 def test_links_that_lead_nowhere(tiny_run, monkeypatch):

