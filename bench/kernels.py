@@ -25,7 +25,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from bench import counters, problem
-from bench.problem import TARGETS, TINY, kernel_costs, parse_routing, parse_shape, require_accuracy, rms
+from bench.problem import TARGETS, TINY, kernel_costs, parse_shape, require_accuracy, rms
 from bench.results import BenchConfig, Results, cli
 from bench.timing import capture, poisoned, skipping, times_ms
 from moe_kernels import experts, hopper, reference
@@ -51,10 +51,8 @@ class Config(BenchConfig):
     candidates: tuple[str, ...] = ()  # tiles to time instead, of the six matrix products only
     counters: bool = False  # count with Nsight Compute instead of timing
     once: bool = False  # run each kernel once: what --counters starts
-    routing: str = "softmax"  # softmax, balanced or zipf1.5
 
     def __post_init__(self):
-        parse_routing(self.routing)
         for tile in self.candidates:
             parse_tile(tile)
         for shape in self.shapes:
@@ -218,7 +216,7 @@ def compare_tiles(shape, inputs, names, candidates, machine, failures):
     print("\nFastest first:", *(text for *_, text in sorted(table)), sep="\n")
 
 
-def bench_shape(results, shape, inputs, names, routing, machine, failures):
+def bench_shape(results, shape, inputs, names, machine, failures):
     """A row for each kernel."""
     calls, error = layer_calls(inputs)
     calls |= routing_calls(inputs, shape.K)
@@ -228,7 +226,7 @@ def bench_shape(results, shape, inputs, names, routing, machine, failures):
         with skipping(f"{shape} {name}", failures):
             mode = "backward" if name in ("route_bwd", *problem.BACKWARD) else "forward"
             times = timed(calls[name])
-            columns = dict(routing=routing, ceiling=costs[name].floor_ms(*machine) / times.p50)
+            columns = dict(routing="softmax", ceiling=costs[name].floor_ms(*machine) / times.p50)
             mode += "-graph" * inputs.x_TD.is_cuda
             results.add(name, "triton", mode, shape, times, costs[name], **columns)
 
@@ -248,11 +246,11 @@ def main(argv=None):
     precompile([partial(problem.compile_layer, shape, results.dtype) for shape in shapes])
     for shape in shapes:
         with skipping(f"{shape}", failures):
-            inputs = problem.make_inputs(shape, results.dtype, "cuda" if cuda else "cpu", cfg.routing)
+            inputs = problem.make_inputs(shape, results.dtype, "cuda" if cuda else "cpu")
             if cfg.candidates:
                 compare_tiles(shape, inputs, names, cfg.candidates, machine, failures)
             else:
-                bench_shape(results, shape, inputs, names, cfg.routing, machine, failures)
+                bench_shape(results, shape, inputs, names, machine, failures)
     return results.finish(failures)
 
 

@@ -15,27 +15,13 @@ class Source(NamedTuple):
     tuning: str  # how its tiles are chosen
 
 
+TUNER = "by its own tuner at the first call of each size, which takes up to minutes"
+FIXED = "nothing is tuned: grouped_mm experts as transformers has them"
 PEERS = {
-    "scattermoe": Source(
-        "scattermoe.parallel_experts",
-        "https://github.com/shawntan/scattermoe",
-        "its own list of tiles, autotuned at the first call of each size",
-    ),
-    "sonicmoe": Source(
-        "sonicmoe",
-        "pip install sonic-moe (https://github.com/Dao-AILab/sonic-moe), Hopper and newer",
-        "as installed: its own tuner at the first call of each shape, unless its tiles were fixed before",
-    ),
-    "liger": Source(
-        "liger_kernel.ops.fused_moe",
-        "pip install liger-kernel (https://github.com/linkedin/Liger-Kernel)",
-        "its own list of tiles, autotuned for minutes at the first call of each size",
-    ),
-    "transformers": Source(
-        "transformers.integrations.moe",
-        "pip install 'transformers>=5'",
-        "nothing to choose: its grouped_mm experts, the products those of torch",
-    ),
+    "scattermoe": Source("scattermoe.parallel_experts", "https://github.com/shawntan/scattermoe", TUNER),
+    "sonicmoe": Source("sonicmoe", "pip install sonic-moe, https://github.com/Dao-AILab/sonic-moe", TUNER),
+    "liger": Source("liger_kernel.ops.fused_moe", "https://github.com/linkedin/Liger-Kernel", TUNER),
+    "transformers": Source("transformers.integrations.moe", "pip install 'transformers>=5'", FIXED),
 }
 
 

@@ -5,6 +5,7 @@ its sweeps), roofline.png (bench.kernels), step.png (bench.step) and node.png (b
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,36 +13,19 @@ from bench.problem import TARGETS, kernel_costs
 from bench.results import cli, latest, read, shape_of
 from optimoe import config
 
-STYLE = {
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.constrained_layout.use": True,
-    "font.size": 11,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-}
-COLORS = {
-    "triton": "#0b6e4f",
-    "triton, graph": "#6fc3a5",
-    "sonicmoe": "#c8553d",
-    "liger": "#e09f3e",
-    "scattermoe": "#8d6a9f",
-    "transformers": "#4a6fa5",
-    "grouped_mm": "#7d8597",
-}
+STYLE = {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "font.size": 11}
+IMPLEMENTATIONS = ("triton", "triton, graph", "sonicmoe", "liger", "scattermoe", "transformers", "grouped_mm")
 MARKERS = "osD^vPX*"
-# Part of a step: (colour, how the names of its families begin).
+# Part of a step: how the names of its families begin.
 PARTS = {
-    "expert GEMMs": ("#0b6e4f", [f"experts: {name}" for name in ("up", "rows", "dswiglu", "dw", "grouped_mm")]),
-    "sort, sums, router": ("#6fc3a5", ["experts:", "router"]),
-    "attention": ("#c8553d", ["attention"]),
-    "projections, dense MLP": ("#e09f3e", ["attention projections", "experts: torch"]),
-    "norms, rotations, activations": ("#8d6a9f", ["norms", "weight casts"]),
-    "head and loss": ("#4a6fa5", ["lm head"]),
-    "optimiser, gradient norm": ("#7d8597", ["optimiser", "gradient"]),
-    "other": ("#cccccc", [""]),
+    "expert GEMMs": [f"experts: {name}" for name in ("up", "rows", "dswiglu", "dw", "grouped_mm")],
+    "sort, sums, router": ["experts:", "router"],
+    "attention": ["attention"],
+    "projections, dense MLP": ["attention projections", "experts: torch"],
+    "norms, rotations, activations": ["norms", "weight casts"],
+    "head and loss": ["lm head"],
+    "optimiser, gradient norm": ["optimiser", "gradient"],
+    "other": [""],
 }
 
 
@@ -54,8 +38,9 @@ def label(shape):
 
 
 def select(rows, **wanted):
-    matches = lambda row, name, value: row[name] in (value if isinstance(value, tuple) else (value,))  # noqa: E731
-    return [row for row in rows if all(matches(row, *item) for item in wanted.items())]
+    """The rows whose columns have the wanted value, or one of a tuple of values."""
+    allowed = {name: value if isinstance(value, tuple) else (value,) for name, value in wanted.items()}
+    return [row for row in rows if all(row[name] in values for name, values in allowed.items())]
 
 
 def shapes_of(rows):
@@ -66,7 +51,7 @@ def shapes_of(rows):
 
 def figure(plt, size, title, rows, n_rows=1, n_columns=1, **options):
     """(figure, axes as a list) with the title and the machine above; wide enough for both."""
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, **options)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained", **options)
     machine = f"{rows[0]['gpu']}, {rows[0]['dtype']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}"
     title = fig.suptitle(f"{title}\n{machine}", fontsize=12)
     fig.set_figwidth(max(size[0], title.get_window_extent().width / fig.dpi + 0.3))
@@ -112,17 +97,16 @@ def ceiling(plt, rows):
     title = "Expert layer: throughput in % of bare cuBLAS products of the same FLOPs"
     fig, axes = figure(plt, (1.5 + 1.55 * len(shapes), 8), title, rows, n_rows=3, sharex=True)
     named = lambda row: row["implementation"] + ", graph" * row["mode"].endswith("-graph")  # noqa: E731
-    found = {named(row) for row in rows}
-    names = [name for name in COLORS if name in found] + sorted(found - {"gemms", "gemms, graph"} - set(COLORS))
+    names = [name for name in IMPLEMENTATIONS if name in map(named, rows)]
     width = 0.84 / max(1, len(names))
     for ax, mode in zip(axes, ("forward", "backward", "full"), strict=True):
+        bars = {(named(r), shape_of(r)): 100 * r["ceiling"] for r in select(rows, mode=(mode, f"{mode}-graph"))}
         for i, name in enumerate(names):
-            values = {
-                shape_of(r): 100 * r["ceiling"] for r in select(rows, mode=(mode, f"{mode}-graph")) if named(r) == name
-            }
-            places = [x + (i - (len(names) - 1) / 2) * width for x, shape in enumerate(shapes) if shape in values]
-            heights = [values[shape] for shape in shapes if shape in values]
-            bar = ax.bar(places, heights, width * 0.92, color=COLORS.get(name, "#444444"), label=name)
+            values = {x + (i + 0.5) * width - 0.42: bars.get((name, shape)) for x, shape in enumerate(shapes)}
+            values = {x: value for x, value in values.items() if value}
+            bar = ax.bar(
+                values.keys(), values.values(), width * 0.92, color=f"C{IMPLEMENTATIONS.index(name)}", label=name
+            )
             ax.bar_label(bar, fmt="%.0f", fontsize=9)
         ax.axhline(100, color="black", lw=1)
         ax.set(ylim=(0, 112), ylabel="forward + backward" if mode == "full" else mode)
@@ -132,42 +116,33 @@ def ceiling(plt, rows):
 
 
 def roofline(plt, rows):
-    """Left the matrix kernels by arithmetic intensity, right the bandwidth of the others."""
+    """TFLOP/s of the kernels that multiply matrices, by arithmetic intensity."""
     roof = {row["mode"]: row for row in select(rows, kernel="ceiling")}
-    points = [row for row in select(rows, kernel=tuple(kernel_costs(TARGETS[0]))) if row["gb_s"]]
+    points = [row for row in select(rows, kernel=tuple(kernel_costs(TARGETS[0]))) if row["gb_s"] and row["tflops"]]
     shapes = shapes_of(points)
     if not shapes or len(roof) < 2:
         return None
     peak, bandwidth = roof["gemm"]["tflops"], roof["copy"]["gb_s"] / 1e3
-    title = f"Kernels against {peak:.0f} TFLOP/s of cuBLAS and {bandwidth:.2f} TB/s of a copy"
-    fig, (left, right) = figure(plt, (12.5, 5), title, points, n_columns=2, width_ratios=(1.7, 1))
-    names = list(dict.fromkeys(row["kernel"] for row in points))
-    moving = [name for name in names if not select(points, kernel=name)[0]["tflops"]]
-    for row in select(points, **{"kernel": tuple(names)}):
-        if shape_of(row) in shapes:
-            marker, color = MARKERS[shapes.index(shape_of(row))], f"C{names.index(row['kernel']) % 10}"
-            if row["kernel"] in moving:
-                right.scatter(row["gb_s"] / 1e3, moving.index(row["kernel"]), color=color, marker=marker)
-            else:
-                left.scatter(row["tflops"] * 1e3 / row["gb_s"], row["tflops"], color=color, marker=marker)
-    for name in names:
-        if name not in moving:
-            left.scatter([], [], color=f"C{names.index(name) % 10}", label=name)
+    title = f"Kernels against {peak:.0f} TFLOP/s of cuBLAS and {bandwidth:.2f} TB/s of a copy (legend: T,D,F,E,K)"
+    fig, (ax,) = figure(plt, (9, 5.5), title, points)
+    for i, kernel in enumerate(dict.fromkeys(row["kernel"] for row in points)):
+        ax.scatter([], [], color=f"C{i}", label=kernel)
+        for row in select(points, kernel=kernel):
+            if shape_of(row) in shapes:
+                marker = MARKERS[shapes.index(shape_of(row))]
+                ax.scatter(row["tflops"] * 1e3 / row["gb_s"], row["tflops"], color=f"C{i}", marker=marker)
     for shape, marker in zip(shapes, MARKERS, strict=False):
-        left.scatter([], [], color="gray", marker=marker, label=str(shape))
-    left.plot([peak / bandwidth / 30, peak / bandwidth, peak / bandwidth * 10], [peak / 30, peak, peak], color="black")
-    left.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s", title="matrix products (T,D,F,E,K)")
-    left.legend(loc="lower right", fontsize=8, ncols=2)
-    right.axvline(bandwidth, color="black")
-    right.set_yticks(range(len(moving)), moving)
-    right.set(xlim=(0, bandwidth * 1.1), xlabel="TB/s of the fewest bytes", title="kernels that move data")
+        ax.scatter([], [], color="gray", marker=marker, label=str(shape))
+    ridge = peak / bandwidth
+    ax.plot([ridge / 30, ridge, ridge * 10], [peak / 30, peak, peak], color="black")
+    ax.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
+    ax.legend(loc="lower right", fontsize=8, ncols=2)
     return fig
 
 
 def part_of(family):
     """The part of PARTS whose prefix of the family's name is the longest."""
-    length = lambda part: max((len(p) + 1 for p in PARTS[part][1] if family.startswith(p)), default=0)  # noqa: E731
-    return max(PARTS, key=length)
+    return max((len(prefix), part) for part in PARTS for prefix in PARTS[part] if family.startswith(prefix))[1]
 
 
 def model_label(name, shape):
@@ -188,7 +163,7 @@ def step(plt, rows):
         for row in select(rows, implementation=name, **shape._asdict()):
             parts[part_of(row["mode"])] += 1e3 * row["p50_ms"] / (shape.T / 1024)
         for part, width in parts.items():
-            bar = ax.barh(y, width, left=left, color=PARTS[part][0], label=part if y == 0 else None)
+            bar = ax.barh(y, width, left=left, color=f"C{list(PARTS).index(part)}", label=part if y == 0 else None)
             if width > 0.03 * sum(parts.values()):  # numbers in narrower bars would overlap
                 ax.bar_label(bar, fmt="%.0f", label_type="center", fontsize=9, color="white")
             left += width
@@ -205,11 +180,10 @@ def node(plt, rows):
     if not rows:
         return None
     fig, (ax,) = figure(plt, (9, 1.6 + 0.6 * len(rows)), "Training step on several GPUs: share of single GPUs", rows)
-    bar = ax.barh(range(len(rows)), [row["share"] for row in rows], color=COLORS["triton"])
+    bar = ax.barh(range(len(rows)), [row["share"] for row in rows], color="C0")
     ax.bar_label(bar, fmt="%.3f")
     texts = [f"{label(shape_of(row))}\n{row['mode']} GPUs, {row['implementation']}" for row in rows]
     ax.set_yticks(range(len(rows)), [text.replace("\n", ", ", 2) for text in texts], fontsize=9)
-    ax.set(xlim=(0, 1.1))
     ax.axvline(1, color="black", lw=1)
     return fig
 
@@ -233,16 +207,14 @@ def main(argv=None):
     gpus = sorted({row["gpu"] for row in rows})
     config.require(len(gpus) == 1, "gpu", cfg.gpu, f"the files have rows of {gpus}; choose one")
     out = config.make_directory(cfg.out, "out", cfg.out)
+    pictures = {
+        "throughput_by_experts": partial(throughput, along="E"),
+        "throughput_by_topk": partial(throughput, along="K"),
+    }
+    pictures |= {"ceiling": ceiling, "roofline": roofline, "step": step, "node": node}
     with plt.rc_context(STYLE):
-        for name, draw in {
-            "throughput_by_experts": lambda: throughput(plt, rows, "E"),
-            "throughput_by_topk": lambda: throughput(plt, rows, "K"),
-            "ceiling": lambda: ceiling(plt, rows),
-            "roofline": lambda: roofline(plt, rows),
-            "step": lambda: step(plt, rows),
-            "node": lambda: node(plt, rows),
-        }.items():
-            if fig := draw():
+        for name, draw in pictures.items():
+            if fig := draw(plt, rows):
                 fig.savefig(Path(out, f"{name}.png"), dpi=110)
                 plt.close(fig)
                 print(Path(out, f"{name}.png"))

@@ -103,23 +103,16 @@ def layer_cost(shape, mode, itemsize=2):
 
 def parse_routing(text):
     """`text` if it names a routing; ValueError for anything else."""
-    if not re.fullmatch(r"softmax|balanced|zipf\d+(\.\d+)?", text):
-        raise ValueError(f"routing {text!r}: expected softmax, balanced or zipfA such as zipf1.5")
+    if not re.fullmatch(r"softmax|zipf\d+(\.\d+)?", text):
+        raise ValueError(f"routing {text!r}: expected softmax or zipfA such as zipf1.5")
     return text
 
 
 def router_logits(shape, routing, generator):
-    """Logits (T, E) float32 whose top-k makes the routing: "softmax" (independent normal logits), "balanced" (equal
-    counts where E divides S) or "zipfA" (expert e is drawn in proportion to (e + 1)^-A, without replacement)."""
-    T, E, K = shape.T, shape.E, shape.K
-    device = generator.device
-    if parse_routing(routing) == "balanced":
-        # Token i of a random order takes experts i*K .. i*K + K-1, modulo E.
-        order = torch.randperm(T, generator=generator, device=device)
-        experts = (order[:, None] * K + torch.arange(K, device=device)) % E
-        raised = torch.full((T, K), 20.0, device=device)
-        return torch.randn(T, E, generator=generator, device=device).scatter_add(1, experts, raised)
-    if routing == "softmax":
+    """Logits (T, E) float32 whose top-k makes the routing: "softmax" (independent normal logits) or "zipfA" (expert e
+    is drawn in proportion to (e + 1)^-A, without replacement)."""
+    T, E, device = shape.T, shape.E, generator.device
+    if parse_routing(routing) == "softmax":
         return torch.randn(T, E, generator=generator, device=device)
     # Adding Gumbel noise to log-probabilities and taking the top k samples k without replacement.
     gumbel = -torch.empty(T, E, device=device).exponential_(generator=generator).log()
@@ -189,9 +182,8 @@ def sample(experts_TK, n_experts, seed=0, n_tokens=256):
 def expert_alone(inputs, e, token, slot):
     """Float64 contribution of expert e to the rows (token, slot): y, dx, dw_in, dw_out and dgates."""
     x, w_in, w_out, gates, _, dy, _ = inputs
-    leaves = [
-        t.double().requires_grad_() for t in (x[token], w_in[e : e + 1], w_out[e : e + 1], gates[token, slot, None])
-    ]
+    slices = x[token], w_in[e : e + 1], w_out[e : e + 1], gates[token, slot, None]
+    leaves = [t.double().requires_grad_() for t in slices]
     y = reference.experts(*leaves, torch.zeros_like(token[:, None]))
     return y.detach(), *torch.autograd.grad(y, leaves, dy[token].double())
 

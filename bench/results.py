@@ -8,7 +8,7 @@ kernel           a kernel's name, "layer" (experts, routing given), "step", "ste
                  "generate", "hf-block", or "ceiling" (the largest matrix product and copy)
 implementation   triton, grouped_mm, reference, gemms (cuBLAS products of the same FLOPs, nothing else), a peer, a model
 mode             forward, backward, full, or a part; "-graph": from a CUDA graph, as single kernels always are on a GPU
-T D F E K        sizes (README); dtype; routing: softmax, balanced, zipfA
+T D F E K        sizes (README); dtype; routing: softmax or zipfA
 p20 p50 p80_ms   quantiles of the time; backward = full - median forward
 tflops gb_s      at p50, from the FLOPs and the fewest bytes that the operation needs
 ceiling          fraction of that of `gemms` for a layer, of its own roofline for a kernel, of the GPU's peak for a step
@@ -45,7 +45,7 @@ COLUMNS = (
 KEY = COLUMNS[:10] + ["gpu"]
 INTEGERS, FLOATS = COLUMNS[3:8], COLUMNS[10:18] + ADDED
 INSTALL = {"matplotlib": "'optimoe[plot]'", "transformers": "'transformers>=5'"}
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 NOISE = 0.03
 NOTHING = Cost(0, 0)
 
@@ -56,7 +56,7 @@ class BenchConfig:
     csv: str = ""  # append the rows to this file
     compare: str = ""  # baseline: a CSV, or a git revision for its copy of --csv; regressions end with exit code 1
     revision: str = ""  # git revision to write into the rows; empty: ask git
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
 
 
 def dtype_of(cfg):
@@ -68,15 +68,11 @@ def device_name():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
 
 
-def git(*args):
-    done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def revision():
-    """Short git revision of this file's repository, with "+" when tracked files differ from it; "unknown" without."""
+    """Git revision of this file's repository, with "+" when tracked files differ from it; "unknown" outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -145,26 +141,15 @@ class Results:
         return 1 if slower or (failures and all(row["kernel"] == "ceiling" for row in self.rows)) else 0
 
 
-# Column of the CSV: (heading, width, digits).
-SHOWN = {
-    "p20_ms": ("p20 ms", 10, 4),
-    "p50_ms": ("p50", 10, 4),
-    "p80_ms": ("p80", 10, 4),
-    "tflops": ("TFLOP/s", 9, 1),
-    "gb_s": ("GB/s", 7, 0),
-    "ceiling": ("ceiling", 9, 3),
-    "peak_mib": ("peak MiB", 10, 0),
-    "saved_mib": ("saved", 8, 0),
-}
+# Printed columns and their decimals.
+SHOWN = dict(p20_ms=4, p50_ms=4, p80_ms=4, tflops=1, gb_s=0, ceiling=3, peak_mib=0, saved_mib=0)
 HEADER = f"{'T,D,F,E,K':<26}{'kernel':<13}{'implementation':<15}{'mode':<15}"
-HEADER += "".join(f"{heading:>{width}}" for heading, width, _ in SHOWN.values())
+HEADER += "".join(f"{name:>10}" for name in SHOWN)
 
 
 def line(row):
     text = f"{shape_of(row)!s:<26}{row['kernel']:<13}{row['implementation']:<15}{row['mode']:<15}"
-    for name, (_, width, digits) in SHOWN.items():
-        text += f"{row[name]:>{width}.{digits}f}" if row[name] else f"{'-':>{width}}"
-    return text
+    return text + "".join(f"{row[name]:>10.{n}f}" if row[name] else f"{'-':>10}" for name, n in SHOWN.items())
 
 
 def shape_of(row):

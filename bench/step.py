@@ -86,8 +86,8 @@ def balance(model, draw, steps):
     return float((out.counts_NE.amax(1) / out.counts_NE.float().mean(1)).max())
 
 
-def part_times(step, draw, repeats):
-    """Times of PARTS and, from the end of one step to the end of the next, of the whole step, by name."""
+def intervals(run, repeats):
+    """Times in ms between the moments at which the device gets to each mark() that run(mark) calls: a list per run."""
     cuda, marks = torch.cuda.is_available(), []
 
     def mark(part=None):
@@ -96,26 +96,29 @@ def part_times(step, draw, repeats):
             marks[-1].record()
 
     for _ in range(repeats):
+        run(mark)
+    synchronize()
+    between = lambda a, b: a.elapsed_time(b) if cuda else (b - a) * 1e3  # noqa: E731
+    times, n = [between(a, b) for a, b in zip(marks, marks[1:], strict=False)], len(marks) // repeats
+    return [times[i : i + n] for i in range(0, len(times), n)]
+
+
+def part_times(step, draw, repeats):
+    """Times of PARTS and, from the end of one step to the end of the next, of the whole step, by name."""
+
+    def run(mark):
         batch = draw()
         mark()
         step([batch], mark=mark)
-    synchronize()
-    between = lambda a, b: a.elapsed_time(b) if cuda else (b - a) * 1e3  # noqa: E731
-    steps = [marks[i : i + 4] for i in range(0, len(marks), 4)]
-    times = {part: quantiles([between(s[i], s[i + 1]) for s in steps]) for i, part in enumerate(PARTS)}
-    return times | {"full": quantiles([between(a[-1], b[-1]) for a, b in zip(steps, steps[1:], strict=False)])}
+
+    runs = intervals(run, repeats)
+    times = {part: quantiles([run[i] for run in runs]) for i, part in enumerate(PARTS)}
+    return times | {"full": quantiles([sum(run) for run in runs[:-1]])}
 
 
 def step_times(run, repeats):
     """Times from the end of one run() to the end of the next."""
-    if not torch.cuda.is_available():
-        return quantiles([wall_ms(run) for _ in range(repeats)])
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    for mark in marks:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    return quantiles([a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)])
+    return quantiles([ms for one in intervals(lambda mark: (run(), mark()), repeats + 1) for ms in one])
 
 
 def family(kernel, ops, sizes, cfg):
