@@ -50,7 +50,8 @@ def show(shape, names):
         raise ValueError("the driver lets only the administrator read counters: run as root")
     if done.returncode:
         raise ValueError(f"ncu failed: {(done.stderr or text or done.stdout).strip()[-500:]}")
-    print(f"{torch.cuda.get_device_name()}, {shape}\n\n{table(parse(text, json.loads(done.stdout.splitlines()[-1])))}")
+    launched = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
+    print(f"{torch.cuda.get_device_name()}, {shape}\n\n{table(parse(text, launched))}")
 
 
 def parse(text, launched):
@@ -63,26 +64,18 @@ def parse(text, launched):
     found = [raw for raw in csv.DictReader(lines[start:]) if raw["Kernel Name"].split("(")[0].strip() in ours]
     if len(found) != len(launched):
         raise ValueError(f"ncu counted {len(found)} kernels, {len(launched)} were launched")
-    return [
-        {"kernel": name, "function": function, **row_of(raw)}
-        for (name, function), raw in zip(launched, found, strict=True)
-    ]
+    return [{"kernel": name, **row_of(raw)} for (name, _), raw in zip(launched, found, strict=True)]
 
 
 def row_of(raw):
-    numbers = {}
-    for metric, value in raw.items():
-        try:
-            numbers[metric] = float(value.replace(",", ""))
-        except (AttributeError, ValueError):  # words, or cells that are missing
-            continue
-    row = {}
+    """A row of the table from the cells of one kernel."""
+    cells = {metric: (value or "").replace(",", "") for metric, value in raw.items() if metric}
+    numbers = {metric: float(value) for metric, value in cells.items() if re.fullmatch(r"\d+(\.\d+)?", value)}
+    row = {"function": raw["Kernel Name"].split("(")[0]}
     for heading, pattern in METRICS.items():
         values = [value for metric, value in numbers.items() if re.fullmatch(pattern, metric)]
-        row[heading] = f"{max(values) / (1e3 if heading == 'us' else 1):.4g}" if values else "-"
+        row[heading] = f"{round(max(values) / (1e3 if heading == 'us' else 1), 1):g}" if values else "-"
     stalls = {match[1]: value for metric, value in numbers.items() if (match := STALL.fullmatch(metric))}
     worst = sorted(stalls, key=stalls.get, reverse=True)[:2]
-    row["stalls"] = (
-        ", ".join(f"{name} {stalls[name]:.1f}" for name in worst) + f" of {sum(stalls.values()):.1f}" if stalls else "-"
-    )
-    return row
+    stalled = ", ".join(f"{name} {stalls[name]:.1f}" for name in worst)
+    return row | {"stalls": f"{stalled} of {sum(stalls.values()):.1f}" if stalls else "-"}

@@ -2,7 +2,7 @@
 
     python -m bench.layer --csv=layer.csv                       the target shapes, experts only, routing given
     python -m bench.layer 32768,2048,768,128,8 --graph --peers=sonicmoe,liger --routing=softmax,zipf1.5
-    python -m bench.layer --at=32768,512,1024 --experts=8,...,256 --topk=1,...,16      a sweep at fixed T,D,F
+    python -m bench.layer --at=32768,512,1024 --experts=8,64,256 --topk=1,2,4      a sweep at fixed T,D,F
     python -m bench.layer 1024,2048,768,128,8 --trace=layer.json                       a few passes for Perfetto
 
 "gemms" is torch.bmm on E equal groups of T*K/E rows: the same matrix FLOPs (6 T K D F forward, 12 backward) and nothing
@@ -10,7 +10,6 @@ else. Everything runs in one process. Implementations take turns, each back to b
 every repetition, so that all of them see the same heat. python_ms is the time in which Python launches one pass.
 """
 
-import re
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,8 +42,8 @@ class Config(BenchConfig):
     trace: str = ""  # write a trace of a few passes to this file instead of timing
     # Sweep
     at: tuple[int, ...] = ()  # T,D,F of the sweep
-    experts: tuple[str, ...] = ("64",)  # of the sweep, such as 8,24 or, doubling, 8,...,256
-    topk: tuple[str, ...] = ("2",)  # of the sweep
+    experts: tuple[int, ...] = (64,)  # numbers of experts of the sweep
+    topk: tuple[int, ...] = (2,)  # experts per token of the sweep
 
     def __post_init__(self):
         for names, known in ((self.impl, IMPLS), (self.peers, peers.PEERS)):
@@ -55,29 +54,13 @@ class Config(BenchConfig):
         for routing in self.routing:
             parse_routing(routing)
         config.require(len(self.at) in (0, 3), "at", self.at, "give T,D,F")
-        wanted = self.all_shapes()
-        config.require(wanted, "topk", self.topk, f"every K is above every E of --experts={','.join(self.experts)}")
+        config.require(self.all_shapes(), "topk", self.topk, f"every K is above every E of experts={self.experts}")
 
     def all_shapes(self):
         if self.at:
-            pairs = [(E, K) for E in powers(self.experts) for K in powers(self.topk)]
-            return [Shape(*self.at, E, K) for E, K in pairs if K <= E]
-        return list(map(parse_shape, self.shapes)) or list(
-            problem.TARGETS if torch.cuda.is_available() else problem.TINY
-        )
-
-
-def powers(words):
-    """("8", "16") or, doubling, ("8", "...", "256") as a list of integers; ValueError for anything else."""
-    text = ",".join(words)
-    numbers = [int(word) for word in re.findall(r"\d+", text)]
-    if re.fullmatch(r"\d+,\.\.\.,\d+", text):
-        numbers = [numbers[0] << i for i in range(64) if numbers[0] << i <= numbers[1]]
-    elif not re.fullmatch(r"\d+(,\d+)*", text):
-        numbers = []
-    if not numbers or 0 in numbers:
-        raise ValueError(f"{text!r}: expected numbers such as 8,24 or, doubling up to the last, 8,...,256")
-    return numbers
+            return [Shape(*self.at, E, K) for E in self.experts for K in self.topk if K <= E]
+        usual = problem.TARGETS if torch.cuda.is_available() else problem.TINY
+        return [parse_shape(text) for text in self.shapes] or list(usual)
 
 
 class Passes(NamedTuple):

@@ -30,9 +30,9 @@ step        {GPT2}
 step        {FEW}
 step        {FEW} --dense
 generation
-layer       --at=32768,512,1024 --experts=8,...,256 --topk=2,8 --impl=triton
-layer       --at=8192,2048,4096 --experts=8,...,256 --topk=2,8 --impl=triton
-layer       --at=32768,1024,2048 --experts=8,...,256 --topk=1,...,16 --impl=triton
+layer       --at=32768,512,1024 --experts=8,16,32,64,128,256 --topk=2,8 --impl=triton
+layer       --at=8192,2048,4096 --experts=8,16,32,64,128,256 --topk=2,8 --impl=triton
+layer       --at=32768,1024,2048 --experts=8,16,32,64,128,256 --topk=1,2,4,8,16 --impl=triton
 kernels
 step        {TEXT}
 step        {TEXT} --impl=grouped_mm
