@@ -32,7 +32,7 @@ from data.facts import FactsConfig
 from data.loader import parse_sources
 from data.reasoning import ReasoningConfig
 from model import GPT
-from optimoe import checkpoint, config
+from optimoe import checkpoint
 from optimoe.config import require
 from optimoe.guard import BAD
 from optimoe.optim import lr_at, make_optimizer
@@ -423,6 +423,6 @@ def save_weights(path, cfg, weights, row):
     """Final weights laid out as a run of train.py; results.json is written last, so a directory that has it is
     whole."""
     os.makedirs(path, exist_ok=True)
-    config.save(cfg, Path(path) / "config.json")
+    files.write_json(Path(path) / "config.json", dataclasses.asdict(cfg))
     checkpoint.save(path, cfg.steps, {"step": cfg.steps, "config": dataclasses.asdict(cfg), "model": weights}, keep=1)
     files.write_json(Path(path) / "results.json", row)

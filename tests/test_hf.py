@@ -266,7 +266,7 @@ def test_quantised_tensors_are_never_read_as_numbers(dtype, tmp_path):
 
 
 def test_what_no_format_expresses_is_refused_by_a_rule(tmp_path, monkeypatch):
-    """Every field that is not FREE, one that was invented a minute ago too, is compared with what the format gives back."""
+    """Every field that is not FREE, a new one too, is compared with what the format gives back."""
 
     @dataclasses.dataclass(frozen=True)
     class Variant(ModelConfig):

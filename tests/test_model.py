@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import model as model_file
 from eval.kv_cache import KVCache
-from model import GPT, ModelConfig, update_router_bias
+from model import GPT, ModelConfig, compute_dtype, update_router_bias
 from optimoe import sizes
+from optimoe.load import pick_device
 from optimoe.sizes import (
     PRESETS,
     count_params,
@@ -552,6 +554,22 @@ def test_memory_table():
         training_memory(dataclasses.replace(cfg, loss_chunk=128), 1024)["activations (estimate)"]
         < parts["activations (estimate)"]
     )
+
+
+def test_devices(monkeypatch):
+    """mps is taken where torch has it and only when it is asked for; it computes in float32."""
+    cfg = SimpleNamespace(device="mps", dtype="auto", impl="reference")
+    for present in (False, True):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda present=present: present)
+        assert pick_device(SimpleNamespace(**vars(cfg) | {"device": "cpu"})).type == "cpu"
+        if not torch.cuda.is_available():
+            assert pick_device(SimpleNamespace(**vars(cfg) | {"device": "auto"})).type == "cpu"
+            with pytest.raises(ValueError, match="device='cuda': no CUDA device"):
+                pick_device(SimpleNamespace(**vars(cfg) | {"device": "cuda"}))
+        if not present:
+            with pytest.raises(ValueError, match="device='mps': torch has no MPS here"):
+                pick_device(cfg)
+    assert compute_dtype(ModelConfig(), torch.device("mps")) == torch.float32
 
 
 def test_peak_flops():
