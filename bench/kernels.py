@@ -135,8 +135,8 @@ def parse_tile(text):
 
 def retiled(call, tile, sort):
     """The same launch with another tile; sort(block_m) gives the Dispatch that goes with it."""
-    change = lambda a: tile if isinstance(a, Tile) else sort(tile.BLOCK_M) if isinstance(a, Dispatch) else a  # noqa: E731
-    return partial(call.func, *map(change, call.args), **call.keywords)
+    args = [tile if isinstance(a, Tile) else sort(tile.BLOCK_M) if isinstance(a, Dispatch) else a for a in call.args]
+    return partial(call.func, *args, **call.keywords)
 
 
 def compile_tile(shape, dtype, name, tile):
