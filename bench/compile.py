@@ -44,7 +44,7 @@ USES = {
 COUNTS = {
     "wgmma": r"\bwgmma\.mma_async",
     "mma": r"\bmma\.sync|\btcgen05\.mma",
-    "copies": r"\bcp\.async\.c[ag]\.",
+    "copies": r"\bcp\.async\.c[ag]\.[^;]*, 0x10\b",  # of 16 bytes: rows; narrower ones bring indices
     "tma": r"\bcp\.async\.bulk\.tensor",
     "fences": r"\bfence\.proxy\.async",
     "wide": r"\b(?:ld|st)\.global[.\w:]*(?<=\.v4\.b32)\s",
