@@ -392,7 +392,7 @@ def test_learns_from_rewards_alone(start, tmp_path, monkeypatch):
             "--batch-prompts=64",
             "--mini-batch=32",
             "--group-size=16",
-            "--steps=45",
+            "--steps=60",
             "--lr=1e-3",
             "--beta2=0.99",
             "--eval-every=0",

@@ -219,7 +219,7 @@ def test_initialisation():
             assert abs(p.std().item() / expected - 1) < 0.05, name
 
 
-def test_models_of_any_sparsity_share_their_first_draws():
+def test_models_of_any_sparsity_share_their_first_draws(device):
     """Whatever E and k: attention, embeddings, and experts and router rows by their index."""
     base = dict(vocab_size=61, n_layers=2, d_model=32, head_dim=8, d_expert=48)
     few, many = (ModelConfig(**base, n_experts=E, top_k=k) for E, k in ((8, 2), (64, 8)))
@@ -228,7 +228,8 @@ def test_models_of_any_sparsity_share_their_first_draws():
         (few, dataclasses.replace(few, top_k=8)),
         (few, dataclasses.replace(few, dense=True)),
     ):
-        one, other = GPT(first).state_dict(), GPT(second).state_dict()
+        with torch.device(device):
+            one, other = GPT(first).state_dict(), GPT(second).state_dict()
         for name in one.keys() & other.keys():
             assert torch.equal(one[name], other[name][: len(one[name])]), name
         assert any(name.endswith("attn.qkv.weight") for name in one.keys() & other.keys())
