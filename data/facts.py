@@ -2,11 +2,12 @@
 
     Orlena Tamsin Brackwell was born on May 3, 1952. She comes from Ashford. She graduated from Hollin University. ...
 
-After bioS of "Physics of Language Models" 3.1 and 3.3 (arXiv 2404.05405): distinct names drawn from first x middle x last, and
-independent uniform attributes; the city of work is a function of the employer. All names are put together from syllables.
+They follow bioS of "Physics of Language Models" 3.1 and 3.3 (arXiv 2404.05405): distinct names drawn from first x
+middle x last, and independent uniform attributes, except that the city of work is a function of the employer. All names
+are put together from syllables.
 
-Information: a model that knows all N people has stored N * (log2(N0 / N) + log2(S0)) bits, N0 the number of possible names, S0 of
-possible people of one name; see `name_choices` and `value_choices`.
+A model that knows all N people has stored N * (log2(N0 / N) + log2(S0)) bits. N0 is the number of possible names and S0
+the number of possible people of one name; see `name_choices` and `value_choices`.
 """
 
 from __future__ import annotations
@@ -19,72 +20,44 @@ from typing import NamedTuple
 MONTHS = "January February March April May June July August September October November December".split()
 DAYS = 28
 
-# A list is the product of two columns in a fixed shuffled order, so that its first n entries are a fair sample.
+# A list joins its two columns in every way, in a fixed shuffled order, so that its first n entries are a fair sample.
 SYLLABLES = {
-    "first_names": (
-        "Al Ber Cor Dal Els Far Gar Hal Is Jor Kal Lor Mar Nel Or Per Ros Sel Tav Vel",
-        "a an bert da dine ena eth ia ick ina o la len mund na ric sa tha win yn",
-    ),
-    "middle_names": (
-        "Am Bri Cas Dor Em Fin Gwen Hes Ivo Jas Kir Lin Mil Nor Os Pru Quin Ruf Tam Wil",
-        "bel cott dan elle fred gan ham iel jo kin ley mer nor per ra sin ton ula vin wyn",
-    ),
-    "last_names": (
-        "Ack Bar Black Brad Cald Car Clay Comp Dal Den East Fair Gold Green Har Hath Hol Kings Lang Marsh Nor Pem Rad Stan Whit",
-        "away bank bell berg born bourne bridge brook bury by church cliff combe cott dale den don er field ford gate ham hart "
-        "hill holt hurst land ley ling lock low man more ridge row sen shaw smith son stone",
-    ),
-    "cities": (
-        "Ald Ash Birch Clear Crow Deer Elm Fox Glen Gran Hazel Iron Lake Maple North Oak Pine River Stony West",
-        "borough chester ford grove haven mont port ton view wick",
-    ),
-    "universities": (
-        "Ab Bel Cran Dun Ever Fen Gal Hart Ing Kel Lyn Mor New Ox Pad Quar Rav Sut Tren Wex",
-        "bridge bourne combe dale den er field gard hall lam ley mere minster stead worth",
-    ),
-    "employers": (
-        "Acu Bio Cyber Data Ener Flexi Geo Hydro Info Juno Luma Macro Nano Omni Quanta Robo Solar Terra Uni Velo",
-        "core dyne forge gen grid labs lux metrics net nix soft sys tron works",
-    ),
-    "majors": (
-        "Applied Classical Computational Digital Experimental General Industrial Marine Modern Theoretical",
-        "Biology Chemistry Design Economics Geology History Linguistics Mathematics Medicine Physics",
-    ),
+    "first_names": """Al Ber Cor Dal Els Far Gar Hal Is Jor Kal Lor Mar Nel Or Per Ros Sel Tav Vel
+        | a an bert da dine ena eth ia ick ina o la len mund na ric sa tha win yn""",
+    "middle_names": """Am Bri Cas Dor Em Fin Gwen Hes Ivo Jas Kir Lin Mil Nor Os Pru Quin Ruf Tam Wil
+        | bel cott dan elle fred gan ham iel jo kin ley mer nor per ra sin ton ula vin wyn""",
+    "last_names": """Ack Bar Black Brad Cald Car Clay Comp Dal Den East Fair Gold Green Har Hath Hol Kings Lang Marsh
+        Nor Pem Rad Stan Whit
+        | away bank bell berg born bourne bridge brook bury by church cliff combe cott dale den don er field ford gate
+        ham hart hill holt hurst land ley ling lock low man more ridge row sen shaw smith son stone""",
+    "cities": """Ald Ash Birch Clear Crow Deer Elm Fox Glen Gran Hazel Iron Lake Maple North Oak Pine River Stony West
+        | borough chester ford grove haven mont port ton view wick""",
+    "universities": """Ab Bel Cran Dun Ever Fen Gal Hart Ing Kel Lyn Mor New Ox Pad Quar Rav Sut Tren Wex
+        | bridge bourne combe dale den er field gard hall lam ley mere minster stead worth""",
+    "employers": """Acu Bio Cyber Data Ener Flexi Geo Hydro Info Juno Luma Macro Nano Omni Quanta Robo Solar Terra Uni
+        Velo
+        | core dyne forge gen grid labs lux metrics net nix soft sys tron works""",
+    "majors": """Applied Classical Computational Digital Experimental General Industrial Marine Modern Theoretical
+        | Biology Chemistry Design Economics Geology History Linguistics Mathematics Medicine Physics""",
 }
+NAMES = ("first_names", "middle_names", "last_names")
 
 # What stands between the subject and the value; a sentence is subject + stem + value + ".".
-TEMPLATES = {
-    "birthday": (
-        " was born on",
-        " came into the world on",
-        " has a birthday on",
-        " first saw the light on",
-        " celebrates the birth date",
-    ),
-    "birth city": (
-        " was born in",
-        " comes from",
-        " is a native of",
-        " spent the early years in",
-        " calls home the city of",
-    ),
-    "university": (
-        " studied at",
-        " graduated from",
-        " holds a degree of",
-        " received an education at",
-        " attended lectures at",
-    ),
-    "major": (" majored in", " studied the subject of", " has a degree in", " specialised in", " wrote a thesis in"),
-    "work city": (" works in", " has a job in", " is employed in", " goes to the office in", " earns a living in"),
-    "employer": (" works for", " is employed by", " has a contract with", " is paid by", " is on the staff of"),
+STEMS = {
+    "birthday": "was born on|came into the world on|has a birthday on|first saw the light on|celebrates the birth date",
+    "birth city": "was born in|comes from|is a native of|spent the early years in|calls home the city of",
+    "university": "studied at|graduated from|holds a degree of|received an education at|attended lectures at",
+    "major": "majored in|studied the subject of|has a degree in|specialised in|wrote a thesis in",
+    "work city": "works in|has a job in|is employed in|goes to the office in|earns a living in",
+    "employer": "works for|is employed by|has a contract with|is paid by|is on the staff of",
 }
+TEMPLATES = {attribute: tuple(" " + stem for stem in stems.split("|")) for attribute, stems in STEMS.items()}
 ATTRIBUTES = tuple(TEMPLATES)
 
 
 @dataclass(frozen=True)
 class FactsConfig:
-    """Who exists and how biographies are written. People and biographies are functions of this, the index and the exposure."""
+    """Who exists and how biographies are written. They are functions of this, the index and the exposure."""
 
     n_people: int = 10_000
     first_names: int = 400  # sizes of the lists that names and values are drawn from
@@ -101,7 +74,8 @@ class FactsConfig:
     seed: int = 0
 
     def validate(self) -> None:
-        for field, most in ((name, len(_words(name))) for name in SYLLABLES):
+        for field in SYLLABLES:
+            most = len(_words(field))
             if not 1 <= getattr(self, field) <= most:
                 raise ValueError(f"{field}={getattr(self, field)}: need 1 to {most}")
         if not 1 <= self.years <= 200:
@@ -116,7 +90,7 @@ class FactsConfig:
 
     @property
     def value_choices(self) -> int:
-        """S0, the number of equally probable people of one name: pronoun, birthday, birth city, university, major, employer."""
+        """S0, the number of equally probable people of one name."""
         return 2 * len(MONTHS) * DAYS * self.years * self.cities * self.universities * self.majors * self.employers
 
 
@@ -137,7 +111,7 @@ class Probe(NamedTuple):
 def _words(field: str) -> list[str]:
     """All entries of a list, without leading space."""
     joint = " " if field == "majors" else ""
-    heads, tails = (column.split() for column in SYLLABLES[field])
+    heads, tails = (column.split() for column in SYLLABLES[field].split("|"))
     words = [head + joint + tail for head in heads for tail in tails]
     random.Random(len(field)).shuffle(words)
     return words
@@ -149,32 +123,25 @@ def people(cfg: FactsConfig) -> list[Person]:
     cfg.validate()
     words = {field: _words(field)[: getattr(cfg, field)] for field in SYLLABLES}
     rng = random.Random(cfg.seed)
+    r = rng.random
     work_city = [rng.choice(words["cities"]) for _ in _words("employers")]
     known, found = set(), []
     while len(found) < cfg.n_people:
-        r = rng.random
-        name = " ".join(
-            words[field][int(r() * len(words[field]))] for field in ("first_names", "middle_names", "last_names")
-        )
+        name = " ".join(words[field][int(r() * len(words[field]))] for field in NAMES)
         if name in known:
             continue
         known.add(name)
         employer = int(r() * cfg.employers)
-        found.append(
-            Person(
-                len(found),
-                name,
-                (" He", " She")[int(r() * 2)],
-                (
-                    f" {MONTHS[int(r() * 12)]} {1 + int(r() * DAYS)}, {1900 + int(r() * cfg.years)}",
-                    " " + words["cities"][int(r() * cfg.cities)],
-                    f" {words['universities'][int(r() * cfg.universities)]} University",
-                    " " + words["majors"][int(r() * cfg.majors)],
-                    " " + work_city[employer],
-                    " " + words["employers"][employer],
-                ),
-            )
+        pronoun = (" He", " She")[int(r() * 2)]
+        values = (
+            f" {MONTHS[int(r() * 12)]} {1 + int(r() * DAYS)}, {1900 + int(r() * cfg.years)}",
+            " " + words["cities"][int(r() * cfg.cities)],
+            f" {words['universities'][int(r() * cfg.universities)]} University",
+            " " + words["majors"][int(r() * cfg.majors)],
+            " " + work_city[employer],
+            " " + words["employers"][employer],
         )
+        found.append(Person(len(found), name, pronoun, values))
     return found
 
 
@@ -204,17 +171,14 @@ def probes(persons: list[Person], seed: int = 0) -> list[Probe]:
     return [
         Probe(person.name + rng.choice(stems), value, attribute)
         for person in persons
-        for (attribute, stems), value in zip(TEMPLATES.items(), person.values)
+        for (attribute, stems), value in zip(TEMPLATES.items(), person.values, strict=True)
     ]
 
 
 def vocabulary(cfg: FactsConfig) -> list[str]:
-    """Every piece of text a biography can contain, for a word tokenizer: words with their leading space, names also without."""
+    """Every piece of text in a biography, for a word tokenizer: words with their leading space, names also without."""
     lists = {field: _words(field)[: getattr(cfg, field)] for field in SYLLABLES}
-    words = (
-        [word for field in lists for entry in lists[field] for word in entry.split()]
-        + MONTHS
-        + ["He", "She", "University"]
-    )
+    words = [word for entries in lists.values() for entry in entries for word in entry.split()]
+    words += [*MONTHS, "He", "She", "University"]
     words += [word for stems in TEMPLATES.values() for stem in stems for word in stem.split()]
     return list(dict.fromkeys(lists["first_names"] + [" " + word for word in words] + [".", ","]))

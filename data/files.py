@@ -1,36 +1,104 @@
-"""Files that are whole or absent, and JSON that says when it was damaged. Everything that is read back goes through here.
+"""Files that are whole or absent, and JSON that says when it was damaged. What is read back goes through here.
 
     replace("run/results.json", text)                      # appears whole or not at all
     append("run/metrics.jsonl", [{"step": 1, "loss": 2.5}])
     rows, torn = read_rows("run/metrics.jsonl")
 
-A signed JSON object carries a CRC-32 of its other members under "crc". Objects written before signatures existed have none
-and are accepted as they are.
+A signed JSON object carries a CRC-32 of its other members under "crc". Objects written before signatures existed have
+none and are accepted as they are.
 """
 
 import json
 import os
+import re
+import secrets
+import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks, so nothing that was left behind is removed there
+    fcntl = None
 
 CRC = "crc"
 
 
 def replace(path: str | Path, content: str | bytes) -> None:
-    """Write a file through a temporary one, flush it to the disk and rename it. A failure leaves the old file as it was."""
+    """Write a temporary file, flush it to the disk and rename it. A failure leaves the old file as it was."""
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with temporary(path) as tmp:
         with open(tmp, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
-    except OSError:
-        tmp.unlink(missing_ok=True)
-        raise
     sync_directory(path.parent)
+
+
+@contextmanager
+def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
+    """A new hidden file or directory beside `target`, to be filled and renamed. If it is not renamed, it is removed.
+
+    It is locked while its process lives. What killed processes left for the same target is removed first.
+    """
+    target = Path(target)
+    for left in remains(target, "tmp|partial"):
+        _remove(left)
+    while True:
+        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{'partial' if directory else 'tmp'}")
+        path.mkdir() if directory else path.touch(exist_ok=False)
+        with locked(path):
+            if not path.exists():  # another process took it for a remnant before it was locked
+                continue
+            try:
+                yield path
+            finally:
+                _remove(path)
+            return
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock by which `remains` knows that a file or directory belongs to a living process."""
+    handle = None
+    try:
+        if fcntl:
+            handle = os.open(path, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:  # it has just been removed, or this file system has no locks: then `remains` finds nothing on it
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def remains(target: Path, suffix: str) -> Iterator[Path]:
+    """The hidden files and directories .NAME.*.SUFFIX beside `target` that no living process has locked.
+
+    Each is locked until the next one is asked for, so that no other process takes it meanwhile.
+    """
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-z_]+\.({suffix})")
+    for path in list(target.parent.iterdir()) if fcntl and target.parent.is_dir() else ():
+        if pattern.fullmatch(path.name):
+            handle = None
+            try:
+                handle = os.open(path, os.O_RDONLY)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield path
+            except OSError:  # it is in use, or has just been removed
+                pass
+            finally:
+                if handle is not None:
+                    os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sync_directory(path: str | Path) -> None:
@@ -49,28 +117,44 @@ def _crc(value: dict) -> str:
 
 def sign(value: dict) -> dict:
     """The same JSON object with the checksum of its members."""
-    return {**value, CRC: _crc(value)}
+    return {**value, CRC: _crc(json.loads(json.dumps(value)))}  # as it will be read: names are strings then
 
 
 def check(value: object, where: str, remedy: str = "restore it from a copy") -> dict:
-    """The members of a JSON object without its checksum. ValueError naming `where` if it is no object or was changed."""
+    """The members of a JSON object without its checksum; ValueError naming `where` if it is none or was changed."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds a {type(value).__name__} instead of a JSON object; {remedy}")
-    if CRC in value and value[CRC] != _crc(value):
+    try:
+        damaged = CRC in value and value[CRC] != _crc(value)
+    except RecursionError:
+        damaged = True
+    if damaged:
         raise ValueError(f"{where} is damaged: its checksum differs; {remedy}")
     return {name: member for name, member in value.items() if name != CRC}
 
 
 def parse(text: str | bytes, where: str, remedy: str = "restore it from a copy") -> object:
-    """A JSON value; ValueError naming `where` for broken JSON, broken UTF-8 and nesting too deep for the parser."""
+    """A JSON value; a byte-order mark in front of it is ignored.
+
+    ValueError naming `where` for broken JSON or UTF-8, and for numbers too long or nesting too deep for the parser.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is damaged ({error}): {remedy}") from None
 
 
+def json_lines(
+    lines: Iterable[str], path: str | Path, remedy: str = "correct that line"
+) -> Iterator[tuple[str, object]]:
+    """("PATH:NUMBER", JSON value) of each line of somebody's file; blank lines and byte-order marks are ignored."""
+    for number, line in enumerate(lines, 1):
+        if line.strip("\ufeff \t\r\n"):
+            yield (where := f"{path}:{number}"), parse(line, where, remedy)
+
+
 def read_json(path: str | Path, remedy: str = "restore it from a copy") -> dict:
-    """The JSON object of a file, its checksum compared where it has one. FileNotFoundError, or ValueError naming the file."""
+    """The JSON object of a file; its checksum is compared if it has one. FileNotFoundError, or ValueError naming it."""
     return check(parse(Path(path).read_bytes(), str(path), remedy), str(path), remedy)
 
 
@@ -92,7 +176,7 @@ def append(path: str | Path, rows: Iterable[dict], signed: bool = False, sync: b
 def read_rows(path: str | Path, remedy: str = "remove that line") -> tuple[list[dict], int]:
     """(rows of a JSON-lines file without their checksums, length in bytes of what was whole).
 
-    A last line without its line end was torn by a kill and is left out. Any other damage is a ValueError naming file and line.
+    A last line without its line end was torn by a kill and is left out. Other damage is a ValueError naming the line.
     """
     content = Path(path).read_bytes()
     whole = content.rfind(b"\n") + 1

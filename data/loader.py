@@ -1,11 +1,11 @@
-"""Batches of token windows from one or several data directories: shuffled, mixed, prefetched, and resumable to the sample.
+"""Batches of token windows from data directories: shuffled, mixed, prefetched, and resumable to the sample.
 
 A source of N tokens gives (N - 1) // L windows; window w is tokens w*L .. w*L + L inclusive, so neighbours share one
-token, every token but the first is a target exactly once, and the rest after the last whole window is dropped. Windows run across
-document ends and shard borders.
+token, every token but the first is a target exactly once, and the rest after the last whole window is dropped. Windows
+run across document ends and shard borders.
 
-The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows r*B .. (r+1)*B of
-each global batch of W*B samples, so a run continues on another number of ranks with the same global batch.
+The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows r*B .. (r+1)*B
+of each global batch of W*B samples, so a run continues on another number of ranks with the same global batch.
 """
 
 import math
@@ -36,8 +36,8 @@ def parse_sources(text):
 class Loader:
     """Endless batches: `tokens_BL, targets_BL = loader.next()`, int64, on `device`; targets are tokens one step later.
 
-    sources: data directories with positive weights, [("data/books", 0.7), ("data/facts", 0.3)]; weights are shares of
-    samples (normalised here), followed to within two samples a source at any moment.
+    sources: data directories with positive weights, [("data/books", 0.7), ("data/facts", 0.3)]. Weights are shares of
+    samples; they are normalised here, and followed to within two samples a source at any moment.
     Each source is visited in a new order every epoch of its own, every window once. batch_size is per rank.
     Raises ValueError for damaged data, sources of different tokenizers, or a source shorter than one window.
     """
@@ -56,9 +56,10 @@ class Loader:
         if not sources or not all(0 < weight < math.inf for _, weight in sources):
             raise ValueError(f"sources={sources}: at least one (directory, weight), with finite weights above 0")
         if batch_size < 1 or seq_len < 1 or not 0 <= rank < world:
-            raise ValueError(
-                f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world={world}: must be positive, rank < world"
-            )
+            given = f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world={world}"
+            raise ValueError(f"{given}: must be positive, rank < world")
+        if batch_size * world * seq_len > 2**36:
+            raise ValueError(f"batch_size={batch_size}, seq_len={seq_len}: a batch of so many tokens cannot be made")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world, self.device = rank, world, torch.device(device)
         total = sum(weight for _, weight in sources)
@@ -67,9 +68,8 @@ class Loader:
         first = self.sources[0]
         for source in self.sources[1:]:
             if source.tokenizer != first.tokenizer:
-                raise ValueError(
-                    f"{source.directory} and {first.directory} have different tokenizers; prepare one with --tokenizer {first.directory}"
-                )
+                both = f"{source.directory} and {first.directory}"
+                raise ValueError(f"{both} have different tokenizers; prepare one with --tokenizer {first.directory}")
         self.vocab_size = first.vocab_size
         self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the whole cursor
         self._planned = [0] * len(sources)  # the same, for the batches being prepared; belongs to the thread
@@ -96,7 +96,7 @@ class Loader:
 
     def _plan(self):  # -> (source, its sample number); next is the source that lags its share most
         samples = sum(self._planned) + 1
-        lag = [weight * samples - n for weight, n in zip(self.weights, self._planned)]
+        lag = [weight * samples - n for weight, n in zip(self.weights, self._planned, strict=True)]
         i = lag.index(max(lag))
         self._planned[i] += 1
         return self.sources[i], self._planned[i] - 1
@@ -104,7 +104,7 @@ class Loader:
     @property
     def epochs(self) -> list[float]:
         """How often each source has been gone through so far."""
-        return [n / source.n_windows for n, source in zip(self._drawn, self.sources)]
+        return [n / source.n_windows for n, source in zip(self._drawn, self.sources, strict=True)]
 
     @property
     def n_windows(self) -> list[int]:
@@ -116,12 +116,11 @@ class Loader:
         return {"drawn": list(self._drawn)} | self._identity()
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues after the batch at which `state` was taken, on any rank and world. ValueError if the stream is another."""
+        """Continue after the batch at which `state` was taken, on any rank and world; ValueError for another stream."""
         for key, value in self._identity().items():
             if state.get(key) != value:
-                raise ValueError(
-                    f"loader state: {key} is {state.get(key)}, this run has {value}; resume with the data and settings of the saved run"
-                )
+                remedy = "resume with the data and settings of the saved run"
+                raise ValueError(f"loader state: {key} is {state.get(key)}, this run has {value}; {remedy}")
         for future in self._ahead:
             future.cancel()
         wait(self._ahead)
@@ -151,10 +150,8 @@ class _Source:
         n_tokens = int(self.ends[-1]) if self.maps else 0
         self.n_windows = (n_tokens - 1) // seq_len
         if self.n_windows < 1:
-            raise ValueError(
-                f"{directory}: split {split!r} has {n_tokens} tokens, one window of seq_len={seq_len} needs {seq_len + 1}; "
-                "use a smaller seq_len or more data"
-            )
+            needs = f"one window of seq_len={seq_len} needs {seq_len + 1}; use a smaller seq_len or more data"
+            raise ValueError(f"{directory}: split {split!r} has {n_tokens} tokens, {needs}")
         self.epoch, self.order = -1, None
 
     def sample(self, number: int) -> np.ndarray:  # (seq_len + 1,) int64
@@ -174,7 +171,7 @@ class _Source:
 
 
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(n), int64: the order of a hash (splitmix64), so that it never changes with a NumPy version."""
+    """A permutation of range(n), int64: the order of a hash (splitmix64), which no NumPy version changes."""
     key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
     return np.argsort(_mix(_mix(np.arange(n, dtype=np.uint64)) ^ key), kind="stable")
 

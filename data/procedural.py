@@ -2,18 +2,17 @@
 
     build("runs/x/data", seed=1)                                          # what `python train.py` trains on
     build("data/big", MixtureConfig(FactsConfig(n_people=50_000), ...))   # what the study trains on
-    python -m data.procedural --out data/big --config mixture.json --workers 16     # the same for large ones
+    python -m data.procedural --out data/big --mixture mixture.json --workers 16    # the same for large ones
 
-The result is a data directory as in data/shards.py. Its training split holds every biography `exposures` times in changing words and
-the problems; its validation split new wordings of the same people's biographies and problems with unseen templates. meta.json keeps
-the MixtureConfig, from which `read_config` and the generators recover everything that evaluation needs.
+The result is a data directory as in data/shards.py. Its training split holds every biography `exposures` times in
+changing words and the problems; its validation split new wordings of the same people's biographies and problems with
+unseen templates. meta.json keeps the MixtureConfig, from which `read_config` and the generators recover everything that
+evaluation needs.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import multiprocessing
 import random
 import sys
@@ -26,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import facts, reasoning, tokenizer
+from data import facts, files, reasoning, tokenizer
 from data.facts import FactsConfig
 from data.reasoning import ReasoningConfig
-from data.shards import ShardWriter, read_meta
+from data.shards import META, ShardWriter, read_meta
+from optimoe.config import parse, require
 
 # A word or one digit, each with the space before it; runs of other signs.
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
@@ -39,55 +39,38 @@ CHUNK = 2**14  # documents made, shuffled over the chunk's windows and written a
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """How much of what. `n_problems` unique problems are each seen `repeats` times; n_problems beyond need is the unlimited case."""
+    """How much of what. Each of `n_problems` different problems is seen `repeats` times."""
 
-    facts: FactsConfig = field(
-        default_factory=lambda: FactsConfig(
-            n_people=60,
-            first_names=40,
-            middle_names=40,
-            last_names=80,
-            cities=40,
-            universities=40,
-            majors=40,
-            employers=40,
-            years=100,
-        )
-    )
+    facts: FactsConfig = field(default_factory=lambda: FactsConfig(60, 40, 40, 80, 40, 40, 40, 40, years=100))
     reasoning: ReasoningConfig = field(default_factory=lambda: ReasoningConfig(max_steps=6, modulus=7, names=24))
     exposures: int = 80  # biographies of each person
     n_problems: int = 24_000
     repeats: int = 1
     n_mano: int = 0  # mental arithmetic expressions
-    window: int = 144  # tokens; documents that fit are not split by the borders of the loader's windows of this length, which starts each with eos
+    # Tokens. Each window of this length starts with eos, and documents that fit into one are not split by its borders.
+    # 0: documents simply follow one another.
+    window: int = 144
     seed: int = 0  # of the order
 
     def validate(self) -> None:
         self.facts.validate()
         self.reasoning.validate()
         for name, least in dict(exposures=0, n_problems=0, repeats=1, n_mano=0, window=0).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: need {least} or more")
+            most = 2**20 if name == "window" else 10**9
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)}: need {least} to {most:,}")
 
 
 def build(
-    out_dir: str | Path,
-    cfg: MixtureConfig | None = None,
-    seed: int | None = None,
-    overwrite: bool = False,
-    workers: int = 1,
+    out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | None = None, overwrite=False, workers: int = 1
 ) -> dict:
     """Writes the data directory; `seed` replaces the seeds of people, problems and order. Returns meta.json's contents.
 
-    One process writes about 1 M tokens per second; with `workers` above 1 others make the texts, and the bytes are the same."""
+    One process writes about 1 M tokens per second. More `workers` make texts in parallel; the bytes are the same."""
     cfg = cfg or MixtureConfig()
     if seed is not None:
-        cfg = dataclasses.replace(
-            cfg,
-            seed=seed,
-            facts=dataclasses.replace(cfg.facts, seed=seed),
-            reasoning=dataclasses.replace(cfg.reasoning, seed=seed),
-        )
+        facts_, reasoning_ = (dataclasses.replace(part, seed=seed) for part in (cfg.facts, cfg.reasoning))
+        cfg = dataclasses.replace(cfg, seed=seed, facts=facts_, reasoning=reasoning_)
     cfg.validate()
     with ShardWriter(out_dir, encoder(cfg), overwrite) as writer:
         # spawn: the caller may hold a GPU, which a forked child could not use or even leave alone
@@ -95,11 +78,8 @@ def build(
             for split in ("train", "val"):
                 for ids in (pool.imap if pool else map)(partial(_chunk, cfg, split), _order(cfg, split)):
                     writer.add(split, ids)
-        writer.notes |= {
-            "procedural": dataclasses.asdict(cfg),
-            "source": "data/procedural.py",
-            "licence": "generated; CC0",
-        }
+        writer.notes |= {"procedural": dataclasses.asdict(cfg), "source": "data/procedural.py"}
+        writer.notes["licence"] = "generated; CC0"
     return read_meta(out_dir)
 
 
@@ -113,20 +93,35 @@ def read_config(data_dir: str | Path) -> MixtureConfig:
     meta = read_meta(data_dir)
     if "procedural" not in meta:
         raise ValueError(f"{data_dir}: not procedural data; write some with data.procedural.build")
-    return from_dict(meta["procedural"])
+    return from_dict(meta["procedural"], f"{data_dir}/{META}")
 
 
-def from_dict(kept: dict) -> MixtureConfig:
-    """What dataclasses.asdict(cfg) was made from; TypeError for unknown fields."""
-    return MixtureConfig(
-        **kept | {"facts": FactsConfig(**kept["facts"]), "reasoning": ReasoningConfig(**kept["reasoning"])}
-    )
+def from_dict(kept: dict, where: str = "mixture") -> MixtureConfig:
+    """What dataclasses.asdict(cfg) was made from; missing fields have their defaults. ValueError names `where`."""
+    parts = {name: kind for name, kind in (("facts", FactsConfig), ("reasoning", ReasoningConfig)) if name in kept}
+    values = _checked(MixtureConfig, kept, where)
+    return MixtureConfig(**values | {name: kind(**_checked(kind, kept[name], where)) for name, kind in parts.items()})
+
+
+def _checked(kind, kept: dict, where: str) -> dict:
+    """The fields of a dataclass from JSON, if they are fields of it and have the types of its defaults."""
+    if not isinstance(kept, dict):
+        raise ValueError(f"{where}: {kept!r} stands where the fields of {kind.__name__} belong")
+    example = dataclasses.asdict(kind())
+    for name, value in kept.items():
+        if name not in example:
+            raise ValueError(f"{where}: unknown field {name!r} of {kind.__name__}")
+        allowed = (int, float) if type(example[name]) is float else (type(example[name]),)
+        if type(value) not in allowed:
+            raise ValueError(f"{where}: {name}={value!r} must be of type {allowed[-1].__name__}")
+    return kept
 
 
 def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple[str, int]]:
-    """(kind, number) of each document of a split, kinds interleaved at random in their proportion. Exposures and repeats each go
-    through everything before anything comes again, in the same order, so what is seen again was last seen long ago, and the first
-    part of the training split is a mixture like the whole with fewer exposures and repeats."""
+    """(kind, number) of each document of a split, the kinds interleaved at random in their proportion.
+
+    Exposures and repeats go through everything, in the same order, before anything comes again. So what comes again was
+    last seen long ago, and the first part of the training split is a mixture like the whole, with fewer repetitions."""
     n = cfg.facts.n_people
     if split == "train":
         parts = [("facts", n * cfg.exposures), ("problem", cfg.n_problems * cfg.repeats), ("mano", cfg.n_mano)]
@@ -139,10 +134,9 @@ def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple
     left, at = [count for _, count in parts], [0] * len(parts)
     while total := sum(left):
         pick = rng.random() * total
-        for k, count in enumerate(left):
-            pick -= count
-            if pick < 0:
-                break
+        k = 0
+        while (pick := pick - left[k]) >= 0 and k + 1 < len(left):
+            k += 1
         yield parts[k][0], at[k]
         left[k], at[k] = left[k] - 1, at[k] + 1
 
@@ -172,19 +166,19 @@ def _text(cfg: MixtureConfig, people: list[facts.Person], split: str, kind: str,
     n = len(people)
     if kind == "facts":  # validation: an exposure that training does not reach
         return facts.biography(cfg.facts, people[i % n], i // n + (cfg.exposures if split == "val" else 0))
-    make = reasoning.problem if kind == "problem" else reasoning.mano
-    p = make(
-        cfg.reasoning,
-        i % cfg.n_problems if kind == "problem" and split == "train" else i,
-        "train" if split == "train" else "test",
-    )
+    part = "train" if split == "train" else "test"
+    if kind == "problem":
+        p = reasoning.problem(cfg.reasoning, i % cfg.n_problems if split == "train" else i, part)
+    else:
+        p = reasoning.mano(cfg.reasoning, i, part)
     return p.question + p.solution
 
 
 def _pack(enc, texts: list[str], window: int) -> np.ndarray:
-    """Token ids of the texts, each ended by eos. With a window: in blocks of that length, each started by eos and filled up with eos.
+    """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos.
 
-    A document that does not start inside its window cannot be understood: in short windows that would be half of them. Longer ones
+    A document that does not start inside its window cannot be understood: in short windows that would be half of them.
+    Longer ones
     than a block go over several."""
     eos = enc.eot_token
     documents = [ids + [eos] for ids in enc.encode_ordinary_batch(texts, num_threads=2)]
@@ -203,9 +197,8 @@ def _pack(enc, texts: list[str], window: int) -> np.ndarray:
         if len(open_) > 32:
             open_.sort(key=len)
             full.append(open_.pop())
-    return np.array(
-        [token for block in full + open_ for token in block + [eos] * (-len(block) % window)], dtype=np.uint32
-    )
+    blocks = (block + [eos] * (-len(block) % window) for block in full + open_)
+    return np.array([token for block in blocks for token in block], dtype=np.uint32)
 
 
 def prompt(enc, text: str) -> list[int]:
@@ -213,20 +206,24 @@ def prompt(enc, text: str) -> list[int]:
     return [enc.eot_token, *enc.encode_ordinary(text)]
 
 
+@dataclass(frozen=True)
+class Config:
+    out: str  # the data directory to write
+    mixture: str = ""  # JSON file of a MixtureConfig; empty: the main job's
+    workers: int = 1  # processes
+    overwrite: bool = False  # replace the data directory if it exists
+
+    def __post_init__(self):
+        require(1 <= self.workers <= 1024, "workers", self.workers, "must be from 1 to 1024")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write a data directory of biographies and problems.")
-    parser.add_argument("--out", required=True, help="the directory")
-    parser.add_argument(
-        "--config", help="JSON of a MixtureConfig with all fields of facts and reasoning; default: the main job's"
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    args = parser.parse_args(argv)
     try:
-        cfg = from_dict(json.loads(Path(args.config).read_text())) if args.config else None
+        args = parse(Config, sys.argv[1:] if argv is None else argv, __doc__)
+        cfg = from_dict(files.read_json(args.mixture), args.mixture) if args.mixture else None
         meta = build(args.out, cfg, overwrite=args.overwrite, workers=args.workers)
-    except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, MemoryError) as error:
+        sys.exit(f"error: {error or 'not enough memory'}")
     print(f"{args.out}: {meta['splits']['train']['tokens']:,} training tokens")
 
 

@@ -3,20 +3,21 @@
     Given: drum has 3 times lamp. kite is 5. lamp adds owl to kite. owl is 4. What is drum? Solution:
      Plan: drum lamp kite. kite is 5. lamp adds owl 4 to 5 is 9. drum has 3 times 9 is 7. Answer: 7.
 
-(one line in the data; modulo 10 here). A problem is a directed acyclic graph of named quantities: leaves are numbers, every other
-quantity is one operation on one or two others; `steps` counts the operations. The statements come in random order, so the solver
-has to find its way back from the question to what is known (the plan), then calculate forward, one operation a sentence,
-looking up each definition and value in the text.
+(one line in the data; modulo 10 here). A problem is a directed acyclic graph of named quantities: leaves are numbers,
+every other quantity is one operation on one or two others, and `steps` counts the operations. The statements come in
+random order. The solver has to find the way back from the question to what is known (the plan), then to calculate
+forward, one operation a sentence, looking up each definition and value in the text.
 
-A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its operations,
-without names, numbers and the order of the statements. One template in five is for testing. Problems of a single step have just
-five templates, which a solver must all have seen, so there the numbers are part of the template.
+A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its
+operations, without names, numbers and the order of the statements. One template in five is for testing. Problems of one
+step have just five templates, which a solver must all have seen, so there the numbers are part of the template.
 
-What makes this learnable in minutes by a three-layer model: whatever has to be looked up (definition, operand, value) belongs to the
-name just written, which is what an induction head retrieves. With "lamp = kite + owl = 5 + 4 = 9" instead, the keys lie several tokens back and the
-same model only learns to guess among the statements.
+A three-layer model learns this in minutes because whatever has to be looked up (definition, operand, value) belongs to
+the name just written, which is what an induction head retrieves. With "lamp = kite + owl = 5 + 4 = 9" instead, the keys
+lie several tokens back, and the same model only learns to guess among the statements.
 
-`mano` makes the counterpart without a solution: mental arithmetic on a prefix expression (Physics of Language Models 4.1).
+`mano` makes the counterpart without a solution: mental arithmetic on a prefix expression (Physics of Language Models
+4.1).
 """
 
 from __future__ import annotations
@@ -28,21 +29,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from zlib import crc32
 
-NOUNS = """anvil apple arrow badge banjo barrel basket bell bench blanket boot bottle brush bucket button cabin candle carpet chair clock
-coat comb compass crate cup dagger desk door drum easel fan feather fence flute fork globe glove hammer harp hat helmet hook
-jacket jar kettle key kite knife ladder lamp lantern lens locker mask mirror mitten nail needle oar organ paddle pencil piano pillow
-pipe plate pot pump quilt rake ribbon ring robe rope rug saddle scarf shelf shoe shovel sled spoon stamp stool sword table tent
-tile towel tower trunk tub vase violin wagon wheel whistle window""".split()
+NOUNS = """anvil apple arrow badge banjo barrel basket bell bench blanket boot bottle brush bucket button cabin candle
+carpet chair clock coat comb compass crate cup dagger desk door drum easel fan feather fence flute fork globe glove
+hammer harp hat helmet hook jacket jar kettle key kite knife ladder lamp lantern lens locker mask mirror mitten nail
+needle oar organ paddle pencil piano pillow pipe plate pot pump quilt rake ribbon ring robe rope rug saddle scarf shelf
+shoe shovel
+sled spoon stamp stool sword table tent tile towel tower trunk tub vase violin wagon wheel whistle window""".split()
 
 LEAF, ADD_C, SUB_C, MUL_C, ADD, SUB = range(6)  # _C: the second operand is a number
 # What the text says, lamp VERB y PREPOSITION x, and what it means, x SIGN y.
-WORDS = {
-    ADD_C: ("adds", "to"),
-    SUB_C: ("takes", "from"),
-    MUL_C: ("has", "times"),
-    ADD: ("adds", "to"),
-    SUB: ("takes", "from"),
-}
+WORDS = {MUL_C: ("has", "times")}
+WORDS |= dict.fromkeys((ADD_C, ADD), ("adds", "to")) | dict.fromkeys((SUB_C, SUB), ("takes", "from"))
 SIGN = {"adds": "+", "takes": "-", "has": "*"}
 TEST_SHARE = 5  # one template in so many is a test template
 
@@ -53,10 +50,9 @@ class ReasoningConfig:
 
     max_steps: int = 6  # operations in the solution, uniform on 1..max_steps
     modulus: int = 10  # all arithmetic is modulo this
-    share: float = (
-        0.25  # probability that a second operand is a quantity that is needed elsewhere too, where there is one
-    )
-    branch: float = 0.0  # 0: every step uses the one before and at most a number or shared quantity; 1: both operands grow, as in a random tree
+    share: float = 0.25  # probability that a second operand is a quantity needed elsewhere too, where there is one
+    # 0: every step uses the one before and at most a number or shared quantity; 1: both operands grow, as in a tree.
+    branch: float = 0.0
     distractors: int = 0  # up to this many quantities that the question does not need, uniform on 0..distractors
     ordered: bool = False  # statements in an order in which they can be computed; otherwise at random
     plan: bool = True  # the solution first lists the quantities from the question back to a leaf
@@ -72,12 +68,13 @@ class ReasoningConfig:
             raise ValueError(f"distractors={self.distractors}: need 0 or more")
         if not 0 <= self.share <= 1 or not 0 <= self.branch <= 1:
             raise ValueError(f"share={self.share}, branch={self.branch}: probabilities from 0 to 1")
-        if self.max_steps < 1 or self.mano_length < 1:
-            raise ValueError(f"max_steps={self.max_steps}, mano_length={self.mano_length}: need 1 or more")
-        if not self.most_names(self.max_steps) <= self.names <= len(NOUNS):
-            raise ValueError(
-                f"names={self.names}: need {self.most_names(self.max_steps)} (2 * max_steps + 1 + distractors) to {len(NOUNS)}"
-            )
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps}: need 1 or more")
+        if not 1 <= self.mano_length <= 200:  # expressions are nested so deep
+            raise ValueError(f"mano_length={self.mano_length}: need 1 to 200")
+        least = self.most_names(self.max_steps)
+        if not least <= self.names <= len(NOUNS):
+            raise ValueError(f"names={self.names}: need {least} (2 * max_steps + 1 + distractors) to {len(NOUNS)}")
 
     def most_names(self, steps: int) -> int:
         """Names that a problem of so many steps may need."""
@@ -93,7 +90,7 @@ class Problem(NamedTuple):
 
 
 def problem(cfg: ReasoningConfig, index: int, split: str = "train", steps: int | None = None) -> Problem:
-    """The index-th problem of split "train" or "test"; `steps` fixes the number of operations, also beyond cfg.max_steps."""
+    """The index-th problem of split "train" or "test"; `steps` fixes the number of operations, even above max_steps."""
     test = {"train": False, "test": True}[split]
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (steps or 0)) << 40 | index)
     while True:
@@ -107,7 +104,7 @@ def _draw_graph(r, steps: int, cfg: ReasoningConfig):
     """-> (graph, order): quantities as (op, x, y), and the operations in an order of solution; quantity 0 is asked for.
 
     Grown backwards from the question. An operation refers only to quantities that are expanded after it or not at all
-    (leaves), so there are no cycles, every quantity is needed, and the reverse of the order of expansion is an order of solution.
+    (leaves). So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it.
     """
     m = cfg.modulus
     graph = [None]  # LEAF: x is the number; otherwise x is a quantity and y a quantity or, with _C, a number
@@ -149,8 +146,9 @@ def _draw_graph(r, steps: int, cfg: ReasoningConfig):
 
 
 def _template(graph, order) -> int:
-    """Hash of what quantity 0 is made of, unrolled into a tree and without regard to the order of a sum: graphs of the same
-    structure get the same hash, so no structure can be on both sides of the split."""
+    """Hash of what quantity 0 is made of, unrolled into a tree and without regard to the order of a sum.
+
+    Graphs of the same structure get the same hash, so no structure can be on both sides of the split."""
     numbers = len(order) == 1
     key = [x if op == LEAF and numbers else 0 for op, x, _ in graph]
     for node in order:
@@ -182,12 +180,11 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
         named = "" if x == last else name[x] + " "
         sentences.append(f" {name[node]} {verb} {operand} {preposition} {named}{value[x]} is {value[node]}.")
         last = node
-    statements = [
-        f" {n} is {x}."
-        if op == LEAF
-        else f" {n} {WORDS[op][0]} {name[y] if op >= ADD else y} {WORDS[op][1]} {name[x]}."
-        for n, (op, x, y) in zip(name, graph)
-    ]
+    statements = []
+    for n, (op, x, y) in zip(name, graph, strict=True):
+        verb, preposition = WORDS.get(op, ("is", ""))
+        operand = name[y] if op >= ADD else y
+        statements.append(f" {n} is {x}." if op == LEAF else f" {n} {verb} {operand} {preposition} {name[x]}.")
     if cfg.ordered:
         sequence: list[int] = []
         for node in order:
@@ -200,13 +197,8 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
     else:
         rng.shuffle(statements)
     plan = f" Plan:{''.join(' ' + name[q] for q in reversed(order))} {name[graph[order[0]][1]]}." if cfg.plan else ""
-    return Problem(
-        f"Given:{''.join(statements)} What is {name[0]}? Solution:",
-        f"{plan}{''.join(sentences)} Answer: {value[0]}.",
-        value[0],
-        len(order),
-        template,
-    )
+    question = f"Given:{''.join(statements)} What is {name[0]}? Solution:"
+    return Problem(question, f"{plan}{''.join(sentences)} Answer: {value[0]}.", value[0], len(order), template)
 
 
 def _apply(x: int, sign: str, y: int, modulus: int) -> int:
@@ -225,9 +217,9 @@ _ANSWER = re.compile(r" Answer: (\d{1,9})\.\Z", re.ASCII)  # no more digits: int
 def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
     """(answer right, whole solution right), judged from the question's text alone.
 
-    A solution is right if every sentence states the definition of a quantity, with operands that are known by then, their
-    values, and the correct result, no quantity twice, in any valid order, and if the answer is the value asked for. The
-    plan is not judged.
+    A solution is right if every sentence states the definition of a quantity, with operands that are known by then,
+    their values and the correct result, in any valid order, no quantity twice, and if the answer is the value asked
+    for. The plan is not judged.
     """
     statements, _, query = question.removesuffix("? Solution:").partition(" What is ")
     defined = {name: (verb, y, preposition, x) for name, verb, y, preposition, x in _STATEMENT.findall(statements)}
@@ -257,17 +249,11 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
             if definition != ("is", value_y, "", "") or y or preposition:
                 return True, False
             continue
-        if (
-            name in done
-            or not definition
-            or definition[:3] != (verb, y or value_y, preposition)
-            or x
-            and x != definition[3]
-            or y
-            and known.get(y) != int(value_y)
-            or known.get(definition[3]) != int(value_x)
-            or int(result) != _apply(int(value_x), SIGN[verb], int(value_y), modulus)
-        ):
+        if name in done or not definition or definition[:3] != (verb, y or value_y, preposition):
+            return True, False
+        named_wrongly = x and x != definition[3] or y and known.get(y) != int(value_y)
+        computed = _apply(int(value_x), SIGN[verb], int(value_y), modulus)
+        if named_wrongly or known.get(definition[3]) != int(value_x) or int(result) != computed:
             return True, False
         known[name] = int(result)
         done.add(name)
@@ -275,10 +261,11 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
 
 
 def mano(cfg: ReasoningConfig, index: int, split: str = "train", length: int | None = None) -> Problem:
-    """ "Mano: - 3 + 4 5 =" and " 4.": a prefix expression of `length` operations + - * on numbers, without any steps.
+    """Question "Mano: - 3 + 4 5 =", solution " 4.": a prefix expression of `length` operations, without any steps.
 
-    The expressions of the two splits differ; those of length 1, which are the tables themselves, are all for training, so
-    ask for tests of length 2 or more."""
+    The expressions of the two splits differ. Those of length 1 are the tables themselves and all for training, so ask
+    for
+    tests of length 2 or more."""
     test = {"train": False, "test": True}[split]
     if test and length is not None and length < 2:
         raise ValueError(f"length={length}: test expressions have 2 operations or more")
@@ -296,19 +283,14 @@ def _expression(r, length: int, modulus: int) -> tuple[str, int]:
         value = int(r() * modulus)
         return f" {value}", value
     left = int(r() * length)
-    sign, (text_x, x), (text_y, y) = (
-        "+-*"[int(r() * 3)],
-        _expression(r, left, modulus),
-        _expression(r, length - 1 - left, modulus),
-    )
+    sign = "+-*"[int(r() * 3)]
+    text_x, x = _expression(r, left, modulus)
+    text_y, y = _expression(r, length - 1 - left, modulus)
     return f" {sign}{text_x}{text_y}", _apply(x, sign, y, modulus)
 
 
 def vocabulary(cfg: ReasoningConfig) -> list[str]:
     """Every piece of text that a problem, plan, solution or expression can contain, for a word tokenizer."""
-    words = (
-        NOUNS[: cfg.names]
-        + "is adds to takes from has times What Solution Plan Answer + - * =".split()
-        + [str(d) for d in range(10)]
-    )
-    return [" " + word for word in words] + [str(d) for d in range(10)] + ["Given", "Mano", ".", ":", "?"]
+    digits = [str(d) for d in range(10)]
+    words = NOUNS[: cfg.names] + "is adds to takes from has times What Solution Plan Answer + - * =".split() + digits
+    return [" " + word for word in words] + digits + ["Given", "Mano", ".", ":", "?"]

@@ -1,27 +1,28 @@
-"""The data directory: flat token files, a tokenizer and meta.json, written so that a directory with meta.json is complete.
+"""The data directory: flat token files, a tokenizer and meta.json. A directory with meta.json is complete.
 
-    DIR/meta.json        version, tokenizer, vocab_size, eos, dtype, splits, and whatever notes the writer was given
+    DIR/meta.json        version, tokenizer, vocab_size, eos, dtype, splits, notes of the writer, and a checksum
     DIR/tokenizer.json   see data/tokenizer.py
     DIR/train-00000.bin  token ids, little-endian uint16 (uint32 when the vocabulary exceeds 65,536), no header
     DIR/val-00000.bin
 
-Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text, for bits per byte.
+Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text, for bits per
+byte.
 """
 
 import functools
 import hashlib
-import json
 import os
 import shutil
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from data import tokenizer
+from data import files, tokenizer
+from data.fast import Fast
+from data.tokenizer import AGAIN, META
 
-META = "meta.json"
 VERSION = 1
 
 
@@ -33,43 +34,43 @@ class ShardWriter:
             writer.notes["licence"] = "CC0"   # any JSON; ends up in meta.json
 
     The files are written to a hidden directory beside it, flushed to disk, and renamed; an exception inside the `with`
-    block removes them. Raises ValueError when the directory exists and is not empty, unless `overwrite`, which replaces
-    it at the end.
+    block removes them, and what a killed writer left is removed by the next one. Raises ValueError when the directory
+    exists and is not empty, unless `overwrite`, which replaces it at the end.
     """
 
     def __init__(
-        self, directory: str | Path, enc: tiktoken.Encoding, overwrite: bool = False, shard_tokens: int = 2**26
+        self, directory: str | Path, enc: tiktoken.Encoding | Fast, overwrite: bool = False, shard_tokens: int = 2**26
     ):
         self.directory = Path(os.path.abspath(directory))
         self.overwrite, self.shard_tokens, self.notes = overwrite, shard_tokens, {}
         refuse_existing(self.directory, overwrite)
         self.eos, self.vocab_size = enc.eot_token, enc.n_vocab
         self.dtype = np.dtype("<u2" if enc.n_vocab <= 2**16 else "<u4")
+        self._enc, self._bytes_of = enc, None
+        self._splits, self._open, self._stack = {}, {}, ExitStack()
         self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self.partial = Path(
-            tempfile.mkdtemp(prefix=f".{self.directory.name}.", suffix=".partial", dir=self.directory.parent)
-        )
+        self.partial = self._stack.enter_context(files.temporary(self.directory, directory=True))
         tokenizer.save(enc, self.partial)
-        self._bytes_of = tokenizer.token_bytes(enc)
-        self._splits, self._open = {}, {}
 
-    def add(self, split: str, ids) -> int:
+    def add(self, split: str, ids, n_bytes: int | None = None) -> int:
         """Appends documents (list or integer array of token ids, each document ended by eos) to "train", "val", ...
 
-        Returns the bytes of their text.
+        n_bytes: of their text; None sums those of the tokens, which only an encoding of tiktoken knows. Returns it.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if not len(ids):
             return 0
         if ids[-1] != self.eos:
-            raise ValueError(
-                f"split {split!r}: the last id of a document is {ids[-1]}, not eos ({self.eos}); end each document with it"
-            )
+            raise ValueError(f"split {split!r}: the last id is {ids[-1]}; end each document with eos ({self.eos})")
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, vocabulary of {self.vocab_size}")
         totals = self._splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
         totals["tokens"] += len(ids)
-        totals["bytes"] += (n_bytes := int(self._bytes_of[ids].sum()))
+        if n_bytes is None:
+            if self._bytes_of is None:
+                self._bytes_of = tokenizer.token_bytes(self._enc)
+            n_bytes = int(self._bytes_of[ids].sum())
+        totals["bytes"] += n_bytes
         totals["documents"] += int(np.count_nonzero(ids == self.eos))
         ids = ids.astype(self.dtype)
         while len(ids):
@@ -108,18 +109,16 @@ class ShardWriter:
             "dtype": self.dtype.name,
             "splits": self._splits,
         } | self.notes
-        with open(self.partial / META, "w") as file:
-            json.dump(meta, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        self.partial.chmod(0o755)  # mkdtemp makes it private
+        files.write_json(self.partial / META, meta)
         refuse_existing(self.directory, self.overwrite)
         old = self.partial.with_suffix(".old")
-        if self.directory.exists():
-            os.rename(self.directory, old)
-        os.rename(self.partial, self.directory)
-        _sync_directory(self.directory.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with ExitStack() as stack:
+            if self.directory.exists():
+                stack.enter_context(files.locked(self.directory))
+                os.rename(self.directory, old)
+            os.rename(self.partial, self.directory)
+            files.sync_directory(self.directory.parent)
+            shutil.rmtree(old, ignore_errors=True)
         return meta
 
     def abandon(self) -> None:
@@ -127,7 +126,7 @@ class ShardWriter:
         for file, _, _ in self._open.values():
             file.close()
         self._open = {}
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self._stack.close()
 
     def __enter__(self):
         return self
@@ -142,6 +141,8 @@ class ShardWriter:
 
 def refuse_existing(directory: Path, overwrite: bool) -> None:
     """Raises ValueError unless `directory` may be written: absent, empty, or a data directory with `overwrite`."""
+    for old in files.remains(directory, "old"):  # an overwrite was killed, perhaps between its two renames
+        shutil.rmtree(old, ignore_errors=True) if directory.exists() else os.rename(old, directory)
     if directory.is_dir() and any(directory.iterdir()):
         if not overwrite:
             raise ValueError(f"{directory} exists and is not empty; choose another name or pass --overwrite")
@@ -151,65 +152,65 @@ def refuse_existing(directory: Path, overwrite: bool) -> None:
         raise ValueError(f"{directory} exists and is not a directory; choose another name")
 
 
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 # ---- reading
 
 
 def read_meta(directory: str | Path) -> dict:
-    """The contents of meta.json. Raises ValueError naming the file when it is missing, damaged or of another version."""
+    """The contents of meta.json; ValueError naming the file when it is missing, damaged or of another version."""
     path = Path(directory) / META
     if not path.exists():
-        raise ValueError(
-            f"{path} does not exist: not a finished data directory; make one with `python -m data.prepare`"
-        )
+        raise ValueError(f"{path} does not exist: not finished data; make it with `python -m data.prepare`")
+    meta = files.read_json(path, AGAIN)
     try:
-        meta = json.loads(path.read_text())
         if meta["version"] != VERSION:
             raise ValueError(f"version {meta['version']}, this code reads {VERSION}")
-        meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"], np.dtype(meta["dtype"])
-        [
-            (shard["file"], shard["tokens"], shard["sha256"])
-            for split in meta["splits"].values()
-            for shard in split["shards"]
-        ]
+        meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"]
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {meta['dtype']!r}")
+        for split in meta["splits"].values():
+            if sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
+                raise ValueError("the tokens of the shards do not add up to those of the split")
+            split["bytes"], split["documents"], [(shard["file"], shard["sha256"]) for shard in split["shards"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be used ({error!r}); prepare the data again") from error
+        raise ValueError(f"{path} cannot be used ({error!r}); {AGAIN}") from error
     return meta
 
 
 def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[np.memmap]:
     """Read-only memory maps of a split's shards, in order.
 
-    The size of every shard is compared with meta.json, and its SHA-256 and the tokenizer's too unless verify=False (about 1 GB/s,
-    once a process while the file does not change). Raises ValueError naming the file that is missing, truncated or corrupt.
+    The size of every shard is compared with meta.json. Unless verify=False so are its SHA-256 and that of the
+    tokenizer: about 1 GB/s, once a process while the file does not change. ValueError names a missing, truncated or
+    corrupt file.
     """
     directory, meta = Path(directory), read_meta(directory)
     if split not in meta["splits"]:
-        raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(meta['splits']) or 'none'}")
+        missing = {"val": "no validation data (--val_fraction was 0)", "train": "no training data"}
+        there = ", ".join(meta["splits"]) or "nothing"
+        raise ValueError(f"{directory} has {missing.get(split, f'no split {split!r}')}; it has {there}")
     path = directory / meta["tokenizer"]
-    if verify and path.exists() and _sha256(path, path.stat().st_mtime_ns) != meta["tokenizer_sha256"]:
-        raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); prepare the data again")
+    if verify and path.exists() and _sha256(path) != meta["tokenizer_sha256"]:
+        raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
     dtype, maps = np.dtype(meta["dtype"]).newbyteorder("<"), []
     for shard in meta["splits"][split]["shards"]:
         path, size = directory / shard["file"], shard["tokens"] * dtype.itemsize
         if not path.exists():
-            raise ValueError(f"{path} is missing ({META} lists it); prepare the data again")
+            raise ValueError(f"{path} is missing ({META} lists it); {AGAIN}")
         if path.stat().st_size != size:
-            raise ValueError(
-                f"{path} has {path.stat().st_size:,} bytes instead of {size:,}: truncated or overwritten; prepare the data again"
-            )
-        if verify and _sha256(path, path.stat().st_mtime_ns) != shard["sha256"]:
-            raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); prepare the data again")
+            found = f"{path.stat().st_size:,} bytes instead of {size:,}"
+            raise ValueError(f"{path} has {found}: truncated or overwritten; {AGAIN}")
+        if verify and _sha256(path) != shard["sha256"]:
+            raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
         maps.append(np.memmap(path, dtype, "r"))
     return maps
 
 
+def _sha256(path: Path) -> str:
+    status = path.stat()
+    return _hash(path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 @functools.lru_cache(maxsize=4096)
-def _sha256(path: Path, mtime_ns: int = 0) -> str:  # mtime_ns only keys the cache
+def _hash(path: Path, *_status: int) -> str:  # a changed file is hashed again
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,30 +1,33 @@
 """Evaluate a checkpoint: accuracy and task loss, with standard errors.
 
     python -m eval --run=runs/NAME --tasks=hellaswag,gsm8k --limit=200
-    python -m eval --run=runs/NAME --tasks=humaneval --samples=20 --temperature=0.8 --top-p=0.95      # pass@1 and pass@10
+    python -m eval --run=runs/NAME --tasks=humaneval --samples=20 --temperature=0.8 --top-p=0.95    # pass@1 and pass@10
 
-Prints a table and writes, to RUN/eval-STEP, results.json and for each task TASK.jsonl with one record per item. An interrupted
-evaluation goes on where it was when the same command is given again; so does a finished one with a larger --limit.
+Prints a table and writes, to RUN/eval-STEP, results.json and for each task TASK.jsonl with one record per item. An
+interrupted evaluation goes on where it was when the same command is given again; so does a finished one with a larger
+--limit.
 """
 
 import collections
-import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
-from eval import sandbox, tasks
-from eval.harness import ModelChoice, Progress, Records, answer_length, data_of, fingerprint, load, texts, write_json
-from eval.sources import Source
+from data import files
+from eval import harness, sandbox, tasks
 from eval.taskloss import bits, encode_pair, mean_stderr, score
 from eval.votes import pass_at_k
 from optimoe import config
 from optimoe.config import require
 
+FIELDS = ("id", "group", "metrics", "nats", "tokens", "bytes", "merged", "cut", "choices", "texts", "reasons")
+
 
 @dataclass(frozen=True)
-class EvalConfig(ModelChoice):
+class EvalConfig(harness.EvalChoice):
     # Tasks
-    tasks: str = ""  # names separated by commas, each a file in eval/tasks
+    tasks: tuple[str, ...] = ()  # each a file in eval/tasks
     shots: int | None = None  # examples in front of each question; none: as many as the task's file says
     loss: bool = True  # measure task loss
     accuracy: bool = True  # generate answers and score them
@@ -33,31 +36,47 @@ class EvalConfig(ModelChoice):
 
     def validate(self):
         super().validate()
-        require(self.names(), "tasks", self.tasks, f"name some of {', '.join(tasks.NAMES)}")
+        require(self.tasks, "tasks", "", f"name some of {', '.join(tasks.NAMES)}")
         require(self.samples >= 1, "samples", self.samples, "use 1 or more")
         require(self.temperature >= 0, "temperature", self.temperature, "use 0 (greedy) or more")
-        require(
-            self.samples == 1 or self.temperature > 0,
-            "samples",
-            self.samples,
-            "greedy samples are all equal; give a --temperature",
-        )
+        remedy = "greedy samples are all equal; give a --temperature"
+        require(self.samples == 1 or self.temperature > 0, "samples", self.samples, remedy)
         require(self.shots is None or self.shots >= 0, "shots", self.shots, "use 0 or more")
-        for name in self.names():
+        for name in self.tasks:
             tasks.load(name)
 
-    def names(self):
-        return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+
+class Job(NamedTuple):
+    """A task of one evaluation."""
+
+    task: object
+    shots: int
+    items: list
+
+    def generates(self, cfg) -> bool:
+        return cfg.accuracy and self.task.generated()
 
 
-def evaluate(model, tokens, task, chunk, room, cfg):
-    """Records of a chunk of (index, item): {"id", "group", "metrics": {name: number}} and what they were computed from. room: tokens to generate."""
+def metrics_of(job, cfg) -> dict[str, set[str]]:
+    """The names of each item's metrics, by its id."""
+    names = {"bits/token", "bits/byte"} if cfg.loss else set()
+    if job.generates(cfg) and job.task.program:
+        names |= {f"pass@{k}" for k in (1, 10, 100) if k <= cfg.samples}
+    elif job.generates(cfg):
+        names |= set(job.task.score(job.items[0], ""))
+    compared = names | {"acc", "acc_norm"} if cfg.accuracy else names
+    return {item.id: compared if item.choices else names for item in job.items}
+
+
+def evaluate(loaded, job, chunk, room, cfg):
+    """Records of a chunk of (index, item): {"id", "group", "metrics": {name: number}} and what they were computed from.
+
+    room: tokens to generate."""
     wanted = [(item.loss_prompt or item.prompt, item.answer) for _, item in chunk if cfg.loss]
-    wanted += [(item.prompt, choice) for _, item in chunk if cfg.accuracy for choice in item.choices]
-    pairs = {
-        pair: encode_pair(tokens, *pair) for pair in wanted
-    }  # the right choice and the answer are often the same pair
-    nats = dict(zip(pairs, score(model, [pair[:2] for pair in pairs.values()]), strict=True))
+    wanted += [pair for _, item in chunk if cfg.accuracy for pair in item.compared()]
+    # The right choice and the answer are often the same pair: it is computed once.
+    pairs = {pair: encode_pair(loaded.tokens, *pair) for pair in wanted}
+    nats = dict(zip(pairs, score(loaded.model, [pair[:2] for pair in pairs.values()]), strict=True))
 
     records = []
     for _, item in chunk:
@@ -65,54 +84,41 @@ def evaluate(model, tokens, task, chunk, room, cfg):
         if cfg.loss:
             pair = item.loss_prompt or item.prompt, item.answer
             (context, answer, merged), size = pairs[pair], len(item.answer.encode())
-            record |= {
-                "nats": nats[pair],
-                "tokens": len(answer),
-                "bytes": size,
-                "merged": merged,
-                "cut": len(context) + len(answer) > model.cfg.seq_len + 1,
-            }
+            cut = len(context) + len(answer) > loaded.model.cfg.seq_len + 1
+            record |= {"nats": nats[pair], "tokens": len(answer), "bytes": size, "merged": merged, "cut": cut}
             record["metrics"] |= {"bits/token": bits(nats[pair], len(answer)), "bits/byte": bits(nats[pair], size)}
         if cfg.accuracy and item.choices:
-            costs = [nats[item.prompt, choice] for choice in item.choices]
-            per_character = [
-                cost / len(choice.removeprefix(" ")) for cost, choice in zip(costs, item.choices, strict=True)
-            ]
+            costs = [nats[pair] for pair in item.compared()]
+            per_character = [nats[prompt, choice] / len(choice.removeprefix(" ")) for prompt, choice in item.compared()]
             record["choices"] = costs
-            record["metrics"] |= {
-                "acc": float(costs.index(min(costs)) == item.gold),
-                "acc_norm": float(per_character.index(min(per_character)) == item.gold),
-            }
+            for name, values in (("acc", costs), ("acc_norm", per_character)):
+                record["metrics"][name] = float(values.index(min(values)) == item.gold)
         records.append(record)
-    if cfg.accuracy and hasattr(task, "STOPS"):
-        generate_and_score(model, tokens, task, chunk, records, room, cfg)
+    if job.generates(cfg):
+        generate_and_score(loaded, job.task, chunk, records, room, cfg)
     return records
 
 
-def generate_and_score(model, tokens, task, chunk, records, room, cfg):
+def generate_and_score(loaded, task, chunk, records, room, cfg):
     """Adds cfg.samples texts per item and their metrics to the records."""
     n = cfg.samples
     prompts, streams = zip(*((item.prompt, 4096 * index + i) for index, item in chunk for i in range(n)), strict=True)
-    written, cut = texts(model, tokens, task, prompts, streams, room, cfg)
+    written, cut = harness.texts(loaded, task, prompts, streams, room, cfg)
     for i, ((_, item), record) in enumerate(zip(chunk, records, strict=True)):
         record |= {"texts": written[i * n : (i + 1) * n], "cut": record.get("cut", False) or cut[i * n]}
-        if not hasattr(task, "program"):
+        if not task.program:
             scores = [task.score(item, text) for text in record["texts"]]
             record["metrics"] |= {name: sum(s[name] for s in scores) / n for name in scores[0]}
-    if hasattr(task, "program"):
+    if task.program:
+        pairs = zip(chunk, records, strict=True)
         results = sandbox.run_many(
-            [
-                task.program(item, text)
-                for (_, item), record in zip(chunk, records, strict=True)
-                for text in record["texts"]
-            ]
+            [task.program(item, text) for (_, item), record in pairs for text in record["texts"]]
         )
         for i, record in enumerate(records):
             own = results[i * n : (i + 1) * n]
             record["reasons"] = [result.reason for result in own]
-            record["metrics"] |= {
-                f"pass@{k}": pass_at_k(n, sum(result.passed for result in own), k) for k in (1, 10, 100) if k <= n
-            }
+            right = sum(result.passed for result in own)
+            record["metrics"] |= {f"pass@{k}": pass_at_k(n, right, k) for k in (1, 10, 100) if k <= n}
 
 
 def summarise(records):
@@ -146,71 +152,68 @@ def table(results):
             lines.append(f"{head:<27}  {metric:<12} {stats['mean']:>8.4f}  {error}")
             head = ""
         if result["cut"]:
-            lines.append(
-                f"  {result['cut']:,} items did not fit the model's {result['seq_len']} tokens: their prompts lost their beginnings"
-            )
+            room = f"the model's {result['seq_len']} tokens"
+            lines.append(f"  {result['cut']:,} items did not fit {room}: their prompts lost their beginnings")
         if result["merged"]:
             lines.append(
-                f"  {result['merged']:,} answers merge with their prompts when encoded together; they were encoded apart (eval/taskloss.py)"
+                f"  {result['merged']:,} answers merge with their prompts when encoded together; "
+                "they were encoded apart (eval/taskloss.py)"
             )
     return "\n".join(lines)
+
+
+def open_records(job, name, file, dtype, out, cfg):
+    settings = {"checkpoint": file, "shots": job.shots, "items": harness.fingerprint(job.items)}
+    settings |= {name: getattr(cfg, name) for name in ("loss", "accuracy", "samples", "temperature", "top_p", "seed")}
+    settings["dtype"] = str(dtype)
+    return harness.Records(out / f"{name}.jsonl", settings, metrics_of(job, cfg), FIELDS, cfg.overwrite)
+
+
+def work(loaded, name, job, stored, cfg):
+    """Computes the records that are missing and returns the summary of all."""
+    wanted = list(enumerate(job.items))[: cfg.limit or None]
+    pending = [(i, item) for i, item in wanted if item.id not in stored.items]
+    pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
+    room = harness.answer_length(loaded, job.task, job.items) if job.generates(cfg) else 0
+    progress = harness.Progress(name, len(wanted), len(wanted) - len(pending))
+    for start in range(0, len(pending), cfg.batch_size):
+        chunk = pending[start : start + cfg.batch_size]
+        stored.add(evaluate(loaded, job, chunk, room, cfg))
+        progress(len(wanted) - len(pending) + start + len(chunk))
+    summary = summarise([stored.items[item.id] for _, item in wanted])
+    return {"shots": job.shots, "seq_len": loaded.model.cfg.seq_len, **summary}
+
+
+def earlier_results(path: Path, file: str) -> dict:
+    """What results.json says about other tasks of the same weights; {} where it is of other weights, or not there."""
+    remedy = "remove it: the records of every task are kept, and the same commands write it again"
+    old = files.read_json(path, remedy) if path.exists() else {}
+    known = {"checkpoint", "sources", "tasks", "sandbox"}
+    if not set(old) <= known or not all(isinstance(old.get(name, {}), dict) for name in ("sources", "tasks")):
+        raise ValueError(f"{path} is damaged (not the results of an evaluation): {remedy}")
+    return old if old.get("checkpoint") == file else {}
 
 
 def main(argv=None):
     """Returns the contents of results.json."""
     cfg = config.parse(EvalConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    source = Source(cfg.data, data_of(cfg))
-    work = []
-    for name in cfg.names():  # all data is found before the first item is computed
+    source, jobs = harness.open_source(cfg), {}
+    for name in cfg.tasks:  # all data is found before the first item is computed
         task = tasks.load(name)
-        shots = task.SHOTS if cfg.shots is None else cfg.shots
-        work.append((name, task, shots, task.items(source, shots)))
-    extra = (
-        {"sandbox": sandbox.confinement()}
-        if cfg.accuracy and any(hasattr(task, "program") for _, task, _, _ in work)
-        else {}
-    )
-    model, tokens, file, out = load(cfg)
-    stores, done = {}, {}
-    for name, _, shots, items in work:  # and so are results of other settings
-        settings = {
-            "checkpoint": file,
-            "shots": shots,
-            "items": fingerprint(items),
-            "loss": cfg.loss,
-            "accuracy": cfg.accuracy,
-            "samples": cfg.samples,
-            "temperature": cfg.temperature,
-            "top_p": cfg.top_p,
-            "seed": cfg.seed,
-            "dtype": str(model.dtype),
-        }
-        stores[name] = Records(out / f"{name}.jsonl", settings, cfg.overwrite)
-    for name, task, shots, items in work:
-        stored = stores[name]
-        wanted = list(enumerate(items))[: cfg.limit or None]
-        pending = [(i, item) for i, item in wanted if item.id not in stored.items]
-        pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
-        room = answer_length(model, tokens, task, items) if cfg.accuracy and hasattr(task, "STOPS") else 0
-        progress = Progress(name, len(wanted), len(wanted) - len(pending))
-        for start in range(0, len(pending), cfg.batch_size):
-            chunk = pending[start : start + cfg.batch_size]
-            stored.add(evaluate(model, tokens, task, chunk, room, cfg))
-            progress(len(wanted) - len(pending) + start + len(chunk))
-        done[name] = {
-            "shots": shots,
-            "seq_len": model.cfg.seq_len,
-            **summarise([stored.items[item.id] for _, item in wanted]),
-        }
-    old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
-    if old.get("checkpoint") != file:  # no numbers of other weights under this one's name
-        old = {}
-    results = extra | {
-        "checkpoint": file,
+        shots = task.shots if cfg.shots is None else cfg.shots
+        jobs[name] = Job(task, shots, harness.read_items(task, source, shots))
+    runs_programs = any(job.generates(cfg) and job.task.program for job in jobs.values())
+    confinement = {"sandbox": sandbox.confinement()} if runs_programs else {}
+    loaded, out = harness.open_model(cfg)
+    old = earlier_results(out / "results.json", loaded.name)
+    stores = {name: open_records(job, name, loaded.name, loaded.model.dtype, out, cfg) for name, job in jobs.items()}
+    done = {name: work(loaded, name, job, stores[name], cfg) for name, job in jobs.items()}
+    results = confinement | {
+        "checkpoint": loaded.name,
         "sources": old.get("sources", {}) | source.used,
         "tasks": old.get("tasks", {}) | done,
     }
-    write_json(out / "results.json", results)
+    files.write_json(out / "results.json", results)
     print(f"{table(done)}\n{out}/results.json", flush=True)
     return results
 
@@ -218,7 +221,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command, without --overwrite, goes on from here")

@@ -2,17 +2,19 @@
 
     texts = generate(model, [encode("Alice has"), encode("2+2=")], max_new_tokens=32, stop_ids=[eos])
 
-Every prompt gets what it would get alone: rows keep their own positions (KVCache), and sampling draws from a random stream
-of each prompt, so neither the batch size nor the other prompts change a result.
+Every prompt gets what it would get alone: rows keep their own positions (KVCache), and sampling draws from a random
+stream of each prompt, so neither the batch size nor the other prompts change a result.
 
-On a GPU one token of a small model costs more launches than arithmetic. So a step there has few shapes, is captured in a CUDA graph
-when a shape comes a second time, and picks its token inside the graph: a token is one replay. The host looks at the tokens every
-few steps only; what a finished row wrote after its end is dropped, and finished rows leave when most of the batch has finished.
+On a GPU one token of a small model costs more in launches than in arithmetic. So a step there has few shapes, is
+captured in a CUDA graph when a shape comes a second time, and picks its token inside the graph: a token is one replay.
+The host looks at the tokens every few steps only. What a finished row wrote after its end is dropped, and finished rows
+leave when most of the batch has finished.
 
 Shapes: B rows of the batch, L longest prompt of the batch, V vocabulary.
 """
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -40,68 +42,50 @@ def generate(
     decode=None,
     streams=None,
     experts=None,
+    top_k=0,
+    watch=None,
 ):
     """Continue each prompt; return the new token ids, one list per prompt.
 
-    prompts: lists of token ids, none empty. A row ends before any of stop_ids (not returned), with the token that completes one of
-    stop_strings (returned; needs decode: ids -> str), or after max_new_tokens.
-    temperature 0 is greedy (top_p and seed unused); else sampling from the smallest set of tokens with probability >= top_p.
-    experts: a list to be filled with what the routers chose for each prompt, int16 (N, tokens, K) of the prompt's tokens and of the new
-    ones but the last, which the model has not read (unless a stop id followed it).
-    Prompt i draws from a stream seeded with (seed, streams[i]), by default (seed, i).
+    prompts: lists of token ids, none empty.
+    A row ends before any of stop_ids (not returned), with the token that completes one of stop_strings (returned; needs
+    decode: ids -> str), or after max_new_tokens.
+    temperature: 0 is greedy, without use for top_k, top_p and seed. Otherwise a token is drawn from the top_k most
+    likely ones (0: all), and of those from the smallest set with probability >= top_p.
+    seed: prompt i draws from a stream seeded with (seed, streams[i]), by default (seed, i).
     n_vocab: ids from here on are padding rows of the head, never produced.
-    Takes memory for a copy of the weights in the compute dtype, unless they have it, and for the cache of batch_size rows.
-    Raises ValueError for an empty prompt, bad sampling parameters, or a prompt + max_new_tokens beyond the model's seq_len.
+    experts: a list to be filled with what the routers chose for each prompt, int16 (N, tokens, K), of the prompt's
+    tokens and of the new ones but the last, which the model has not read (unless a stop id followed it).
+    watch: called as watch(i, new ids of prompt i so far) whenever they have grown.
+
+    Takes memory for a copy of the weights in the compute dtype, unless they have it, and for the cache of batch_size
+    rows. Raises ValueError for an empty prompt, bad sampling parameters, or a prompt + max_new_tokens beyond the
+    model's seq_len.
     """
     longest = max(map(len, prompts), default=0)
-    if not all(len(prompt) for prompt in prompts):
-        raise ValueError("a prompt is empty: start it with a token, for instance end-of-text")
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: use 1 or more")
-    if longest + max_new_tokens > model.cfg.seq_len:
-        raise ValueError(
-            f"a prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds seq_len={model.cfg.seq_len}: "
-            "shorten one of them"
-        )
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature}, top_p={top_p}: use temperature >= 0 and 0 < top_p <= 1")
+    check_arguments(model, prompts, longest, max_new_tokens, temperature, top_p, top_k, batch_size)
     if stop_strings and decode is None:
         raise ValueError("stop_strings needs decode, the tokenizer's ids -> str")
     if not prompts:
         return []
-
-    stop_ids, room = set(stop_ids), max((len(s.encode()) for s in stop_strings), default=0)
-
-    def extend(ids, new):
-        """Appends the new tokens up to the end of the row. There, says how many of ids the model must have read; before, None."""
-        # A stop string may span tokens; every token has at least one byte of it. One look at all new tokens spares most single looks.
-        suspect = stop_strings and any(s in decode(ids[-room:] + new) for s in stop_strings)
-        for token in new:
-            if token in stop_ids:
-                return len(ids)
-            ids.append(token)
-            if suspect and any(s in decode(ids[-len(s.encode()) :]) for s in stop_strings):
-                return len(ids) - 1
-        return max_new_tokens - 1 if len(ids) == max_new_tokens else None
-
-    outputs = [[] for _ in prompts]
+    ending, outputs = Ending(set(stop_ids), stop_strings, decode, max_new_tokens), [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
     n_batches = -(-len(prompts) // batch_size)
     batches = [by_length[len(prompts) * b // n_batches : len(prompts) * (b + 1) // n_batches] for b in range(n_batches)]
-    decoder = Decoder(model, max(map(len, batches)), longest, max_new_tokens, temperature, top_p, n_vocab)
+    decoder = Decoder(model, max(map(len, batches)), longest, max_new_tokens, temperature, top_p, n_vocab, top_k)
     if experts is not None:
         decoder.cache.keep_experts(model.cfg.top_k)
         experts[:] = [None] * len(prompts)
     for rows in batches:
-        decoder.start(
-            [prompts[i] for i in rows],
-            [(seed * 1_000_003 + (i if streams is None else streams[i])) % 2**63 for i in rows],
-        )
+        seeds = [(seed * 1_000_003 + (i if streams is None else streams[i])) % 2**63 for i in rows]
+        decoder.start([prompts[i] for i in rows], seeds)
         alive = rows
         while alive:
             new, rows = decoder.read(), list(rows)
             for j, i in enumerate(rows):
-                n_read = None if i is None else extend(outputs[i], new[j])
+                n_read = None if i is None else ending.extend(outputs[i], new[j])
+                if i is not None and watch:
+                    watch(i, outputs[i])
                 if n_read is not None:
                     rows[j] = None
                     if experts is not None:
@@ -112,22 +96,62 @@ def generate(
     return outputs
 
 
+def check_arguments(model, prompts, longest, max_new_tokens, temperature, top_p, top_k, batch_size):
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt is empty: start it with a token, for instance end-of-text")
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: use 1 or more")
+    if longest + max_new_tokens > model.cfg.seq_len:
+        raise ValueError(
+            f"a prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds seq_len={model.cfg.seq_len}: "
+            "shorten one of them"
+        )
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        given = f"temperature={temperature}, top_p={top_p}, top_k={top_k}"
+        raise ValueError(f"{given}: use temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+
+
+class Ending(NamedTuple):
+    """Where the rows of a generation end."""
+
+    stop_ids: set[int]
+    stop_strings: tuple[str, ...]
+    decode: object  # ids -> str
+    max_new_tokens: int
+
+    def extend(self, ids, new):
+        """Append the new tokens up to the end of the row. There, return how many of ids the model must have read, and
+        None before."""
+        # A stop string may span tokens, each of which has at least one byte of it. One look at all new tokens spares
+        # most looks at single ones.
+        room = max((len(s.encode()) for s in self.stop_strings), default=0)
+        suspect = room and any(s in self.decode(ids[-room:] + new) for s in self.stop_strings)
+        for token in new:
+            if token in self.stop_ids:
+                return len(ids)
+            ids.append(token)
+            if suspect and any(s in self.decode(ids[-len(s.encode()) :]) for s in self.stop_strings):
+                return len(ids) - 1
+        return self.max_new_tokens - 1 if len(ids) == self.max_new_tokens else None
+
+
 def coarse(device):
-    """Whether steps have few shapes and rarely wait for the device, at the price of steps that nobody needs: on a GPU."""
+    """Whether steps have few shapes and rarely wait for the device, at the price of unused steps: on a GPU."""
     return device.type == "cuda"
 
 
 class Decoder:
-    """The memory and the steps of one batch after another, each of at most n_rows prompts of at most `longest` tokens."""
+    """The memory and the steps of one batch after another, each of at most n_rows prompts of `longest` tokens."""
 
-    def __init__(self, model, n_rows, longest, max_new_tokens, temperature, top_p, n_vocab):
+    def __init__(self, model, n_rows, longest, max_new_tokens, temperature, top_p, n_vocab, top_k=0):
         device = model.embed.weight.device
         self.coarse = coarse(device)
         self.capture = device.type == "cuda" and (
             model.cfg.dense or model.cfg.impl in ("auto", "triton")
         )  # the others wait for the device inside
-        self.max_new_tokens, self.temperature, self.top_p, self.n_vocab = max_new_tokens, temperature, top_p, n_vocab
-        # Weights are cast once, not at every step, and the model keeps its mode: a copy that shares what has the right dtype already.
+        self.max_new_tokens, self.n_vocab = max_new_tokens, n_vocab
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        # Weights are cast once, not at every step, in a copy that shares what has the right dtype already.
         cast = {id(p): nn.Parameter(p.detach().to(model.dtype), requires_grad=False) for p in model.parameters()}
         self.model = copy.deepcopy(model, cast | {id(b): b for b in model.buffers()}).eval()
         n_rows = self.bucket(n_rows)
@@ -148,7 +172,7 @@ class Decoder:
         return 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64
 
     def start(self, prompts, seeds):
-        """Reads the prompts, sorted by length, and picks their first tokens."""
+        """Read the prompts, sorted by length, and pick their first tokens."""
         n, L, device = len(prompts), len(prompts[-1]), self.tokens.device
         if self.temperature > 0:
             draws = [torch.rand(self.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
@@ -188,7 +212,8 @@ class Decoder:
         return True
 
     def select(self, rows):
-        """Moves these rows to the front and fills their bucket with copies of the first, which need no other experts than it does."""
+        """Move these rows to the front and fill their bucket with copies of the first, which need no experts of their
+        own."""
         rows = torch.tensor(rows + rows[:1] * (self.bucket(len(rows)) - len(rows)), device=self.tokens.device)
         self.n_rows = len(rows)
         self.cache.select(rows)
@@ -217,17 +242,22 @@ class Decoder:
         if self.temperature == 0:
             next_B = logits_BV.argmax(1)
         else:
-            next_B = sample(logits_BV / self.temperature, self.top_p, self.noise[:n].index_select(1, self.step)[:, 0])
+            uniform_B = self.noise[:n].index_select(1, self.step)[:, 0]
+            next_B = sample(logits_BV / self.temperature, self.top_p, uniform_B, self.top_k)
         self.tokens[:n] = next_B[:, None]
         self.written[:n].index_copy_(1, self.step, next_B[:, None])
         self.step += 1
 
 
-def sample(logits_BV, top_p, uniform_B):
-    """One token of each row from the nucleus top_p, by inverting the cumulative distribution at uniform_B in [0, 1)."""
+def sample(logits_BV, top_p, uniform_B, top_k=0):
+    """One token of each row from the nucleus top_p of the top_k most likely tokens (0: of all), by inverting the
+    cumulative distribution at uniform_B in [0, 1)."""
     probs, ids = logits_BV.softmax(1), None
-    if top_p < 1:
+    if top_p < 1 or 0 < top_k < probs.shape[1]:
         probs, ids = probs.sort(dim=1, descending=True, stable=True)
+        if top_k:
+            probs[:, top_k:] = 0
+            probs /= probs.sum(1, keepdim=True)
         below = probs.cumsum(1) - probs
         probs = probs.masked_fill(below >= top_p, 0)  # the first token has nothing below it and always stays
     cumulative = probs.cumsum(1)

@@ -1,4 +1,5 @@
-"""Keys and values of sequences in generation, and on request the experts of their tokens. model.GPT calls it: `model(tokens_BL, cache=cache)`.
+"""Keys and values of sequences in generation, and on request the experts of their tokens. model.GPT calls it:
+`model(tokens_BL, cache=cache)`.
 
 Shapes: B sequences, L new tokens of each, N layers, Hkv key and value heads, d head width, K experts per token.
 """
@@ -12,11 +13,12 @@ from optimoe.config import require
 
 
 class KVCache:
-    """Keys and values of B sequences, each with its own length, so that a batch generates what its rows would generate alone.
+    """Keys and values of B sequences, each with its own length, so that a batch generates what its rows would generate
+    alone.
 
-    Prompts are padded on the right; `forward(tokens_BL, cache=cache)` takes `cache.new_B` (B,) real tokens of each row (None: all
-    L), writes row b at positions lengths_B[b] .. and lets it attend to its own positions only. What a pad token writes lies past
-    the end of its row: the row's next tokens overwrite it before anyone can attend to it.
+    Prompts are padded on the right; `forward(tokens_BL, cache=cache)` takes `cache.new_B` (B,) real tokens of each row
+    (None: all L), writes row b at positions lengths_B[b] .. and lets it attend to its own positions only. What a pad
+    token writes lies past the end of its row: the row's next tokens overwrite it before anyone can attend to it.
     Everything happens in place, so that a step with a fixed `span` can be captured in a CUDA graph.
     """
 
@@ -41,7 +43,9 @@ class KVCache:
         return cache
 
     def begin(self, L):
-        """Positions (B, L) of the new tokens and what is added to the attention scores, (B, 1, L, span); None while the cache is empty."""
+        """Positions (B, L) of the new tokens and what is added to the attention scores, (B, 1, L, span); None while the
+        cache is empty.
+        """
         require(
             self.filled + L <= self.k.shape[2],
             "length",

@@ -1,9 +1,10 @@
-"""What a model trained on data/procedural.py remembers, and what it can work out: the closing report of `python train.py`.
+"""What a model trained on data/procedural.py remembers, and what it can work out: the closing report of `python
+train.py`.
 
     text, scores = report(model, "runs/x/data")
 
-Recall is of trained facts in templates that training used too; reasoning is on problems whose templates training never had.
-Everything is greedy and deterministic, seconds on a CPU for the default model.
+Recall is of trained facts in templates that training used too; reasoning is on problems whose templates training never
+had. Everything is greedy and deterministic, seconds on a CPU for the default model.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from optimoe.sizes import count_params
 @torch.no_grad()
 @any_shape
 def graded(model, enc, pairs, max_tokens: int = 2**15) -> list[tuple[float, int, bool]]:
-    """(nats, tokens, right) of each answer after its question, for pairs of texts. right: greedy decoding would write the answer, that
-    is, each of its tokens is the most probable one after those before it. The order of the pairs does not matter."""
+    """(nats, tokens, right) of each answer after its question, for pairs of texts. right: greedy decoding would write
+    the answer, that is, each of its tokens is the most probable one after those before it. The order of the pairs does
+    not matter.
+    """
     device, was_training = model.embed.weight.device, model.training
     model.eval()
     rows = [(len(start := prompt(enc, question)), start + enc.encode_ordinary(answer)) for question, answer in pairs]
@@ -60,7 +63,8 @@ def loss_of(grades) -> float:
 def fact_recall(model, enc, cfg: FactsConfig, n_people: int = 1000) -> dict:
     """Share of values that greedy decoding completes exactly after name and stem, of the first n_people, by attribute.
 
-    -> {"overall": share, "chance": share that the best constant answer gets, "loss": nats per token of the values, "people": n,
+    -> {"overall": share, "chance": share that the best constant answer gets, "loss": nats per token of the values,
+    "people": n,
         "by_attribute": {name: {"recall", "chance"}}}
     """
     people = facts.people(cfg)[:n_people]
@@ -91,8 +95,9 @@ def stored_bits(
 
         N (log2 N0 - p1 / ln 2) + N (log2 S0 - p2 / ln 2)
 
-    p1, p2: mean summed cross-entropy in nats of the name's tokens, and of pronoun and values given the text before them, in new
-    wordings. In a mixture p1 also pays for the choice of a biography among other documents: a bit or so per person.
+    p1, p2: mean summed cross-entropy in nats of the name's tokens, and of pronoun and values given the text before
+    them, in new wordings. In a mixture p1 also pays for the choice of a biography among other documents: a bit or so
+    per person.
     -> {"name", "values" (bits per person), "total" (bits), "possible", "per_parameter", "per_active_parameter"}
     """
     people = facts.people(cfg)[:n_people]
@@ -142,9 +147,11 @@ def _labelled(enc, segments: list[str]) -> tuple[list[int], list[int]]:
 def reasoning_accuracy(
     model, enc, cfg: ReasoningConfig, steps=None, n: int = 50, split: str = "test", batch_size: int = 256
 ) -> dict:
-    """Greedy solutions of n problems for each number of steps (default: 1 to two more than in training, as far as seq_len allows).
+    """Greedy solutions of n problems for each number of steps (default: 1 to two more than in training, as far as
+    seq_len allows).
 
-    -> {steps: {"answer": share of right answers, "solution": share of right solutions, "chance": that of the best constant answer}}
+    -> {steps: {"answer": share of right answers, "solution": share of right solutions, "chance": that of the best
+    constant answer}}
     """
     problems = []
     for s in steps or range(1, cfg.max_steps + 3):
@@ -181,10 +188,11 @@ def solve(model, enc, problems, batch_size: int = 256) -> list[str]:
 
 
 def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
-    """Right answers to n expressions of each length that training never had, from 2 operations to two more than it had: nothing is
-    written down between question and answer.
+    """Right answers to n expressions of each length that training never had, from 2 operations to two more than it had:
+    nothing is written down between question and answer.
 
-    -> {"loss": nats per answer of trained lengths, "accuracy": {length: share}, "chance": share of the best constant answer among trained
+    -> {"loss": nats per answer of trained lengths, "accuracy": {length: share}, "chance": share of the best constant
+    answer among trained
         lengths; products make 0 the commonest}
     """
     lengths = range(2, cfg.mano_length + 3)
@@ -203,16 +211,11 @@ def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
     }
 
 
-def solution_loss(model, enc, cfg: ReasoningConfig, n: int, split: str = "test") -> float:
-    """Nats per token of worked solutions: of n problems of unseen templates, or, with split "train", of the first n that training had."""
-    problems = [reasoning.problem(cfg, i, split) for i in range(n)]
-    return loss_of(graded(model, enc, [(p.question, p.solution) for p in problems]))
-
-
 def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int, split: str = "test") -> dict:
-    """Whole solutions of n problems of each number of steps, without generating them: right is one that greedy decoding would write token for
-    token, which one forward pass tells. With cfg.branch = 0 a problem has no other solution, so this is the "solution" of `reasoning_accuracy`
-    at a fraction of its time, but for solutions that are right after a wrong plan. Untrained steps that do not fit the model's window are left out.
+    """Whole solutions of n problems of each number of steps, without generating them: right is one that greedy decoding
+    would write token for token, which one forward pass tells. With cfg.branch = 0 a problem has no other solution, so
+    this is the "solution" of `reasoning_accuracy` at a fraction of its time, but for solutions that are right after a
+    wrong plan. Untrained steps that do not fit the model's window are left out.
 
     -> {"loss": nats per token of the trained numbers of steps, "accuracy": {steps: share}}
     """
@@ -262,10 +265,9 @@ def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[
         accuracy = reasoning_accuracy(model, enc, cfg.reasoning, n=n_problems)
         scores["reasoning"] = accuracy
         lines += ["", "reasoning on unseen templates", f"{'steps':<16}{'answer':>8}{'solution':>10}{'chance':>8}"]
-        lines += [
-            f"{_trained(s, cfg.reasoning.max_steps):<16}{row['answer']:>8.1%}{row['solution']:>10.1%}{row['chance']:>8.1%}"
-            for s, row in accuracy.items()
-        ]
+        for s, row in accuracy.items():
+            steps = _trained(s, cfg.reasoning.max_steps)
+            lines.append(f"{steps:<16}{row['answer']:>8.1%}{row['solution']:>10.1%}{row['chance']:>8.1%}")
         samples.append(reasoning.problem(cfg.reasoning, n_problems, "test", min(3, cfg.reasoning.max_steps)).question)
     if cfg.n_mano:
         mano = scores["mano"] = mano_accuracy(model, enc, cfg.reasoning, n_problems)
@@ -275,7 +277,7 @@ def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[
             for s, right in mano["accuracy"].items()
         ]
     prompts = [prompt(enc, text) for text in samples]
-    room = min(96, model.cfg.seq_len - max(map(len, prompts)))
+    room = min(96, model.cfg.seq_len - max(map(len, prompts), default=0))
     scores["samples"] = []
     for text, ids in zip(samples, generate(model, prompts, room, [enc.eot_token], n_vocab=enc.n_vocab), strict=True):
         new = enc.decode(ids)

@@ -3,33 +3,37 @@
     run("def f(x):\n    return x + 1", "assert f(1) == 2").passed        # True
     run_many([(program, check), ...])                                    # several at once, results in order
 
-Every program gets its own process (eval/jail.py), started with an empty environment in an empty temporary directory. Before the
-program runs, the process gives up, irrevocably and without needing root or user namespaces (which containers often forbid):
-  seccomp   all system calls but a short list: no sockets, no processes or threads, no signals, no opening for writing
-  Landlock  reading anything but Python, its packages and the system libraries (kernel 5.13 and later; see `confinement`)
-  rlimits   CPU time, memory, core dumps, open files
-Its output goes to /dev/null; past the deadline its whole process group is killed.
+Every program gets its own process (eval/jail.py). Before the program runs, the process gives up, irrevocably and
+without needing root or user namespaces (which containers often forbid):
+  seccomp       all system calls but a short list, some of them with harmless arguments only: no sockets, no processes
+                or threads, no signals to anyone, no opening for writing
+  Landlock      reading anything but Python, its packages and the system libraries (kernel 5.13 and later)
+  capabilities  what root may do and others may not
+  rlimits       CPU time, memory, core dumps, open files
+It starts without the user's environment, its output goes to /dev/null, past the deadline its process group is killed,
+and the kernel kills it when the evaluator dies.
 
-A pass must be proven: the tests and a fresh random token are sent only after the program's top level has finished, and the token
-comes back only behind the last assert. So exiting early, printing, or replacing `check`, `exec` or `print` fails the item.
-What this cannot stop, as in every harness whose asserts share an interpreter with the tested function: code written to attack
-this very protocol from inside. Such a program can fake its own pass, and nothing else.
-Without Landlock a program could also read files of the same user, but has no way to send them anywhere.
+A pass must be proven: the tests and a fresh random token are sent only after the program's top level has finished, and
+the token comes back only behind the last assert. So exiting early, printing, or replacing `check`, `exec` or `print`
+fails the item. A failure must be the program's: an honest program has to pass before the first one is judged, the clock
+starts when the process is confined, and a process that does not get that far is an error (OSError), not a wrong answer.
+
+What this cannot stop, as in every harness whose asserts share an interpreter with the tested function: code written to
+attack this very protocol from inside. Such a program can fake its own pass, and nothing else. Without Landlock a
+program could also read files of the same user, but has no way to send them anywhere.
 """
 
 import contextlib
+import functools
 import json
 import os
 import secrets
-import select
-import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,105 +41,41 @@ from typing import NamedTuple
 
 from eval import jail
 
+MEMORY = 2**30  # bytes of address space
+START_SECONDS, HONEST_SECONDS = 120, 30  # generous: the machine may be busy, or its disk slow
+HONEST = "import collections, decimal, hashlib, heapq, math, random, re\ndef f(x):\n    return math.floor(x) + 1\n"
+
 
 class Result(NamedTuple):
     passed: bool
     reason: str  # "passed", "timeout", or what went wrong, at most 200 characters
 
 
-def run(program: str, check: str, seconds: float = 5.0, memory: int = 2**30) -> Result:
+def run(program: str, check: str, seconds: float = 5.0, memory: int = MEMORY) -> Result:
     """Executes `program`, then `check` in the same namespace; passed when both end without an exception.
 
-    seconds bounds the CPU time, in whole seconds (the wall clock gets 4 times as much, for busy machines); memory the address
-    space in bytes. Raises OSError where a process cannot be confined: not Linux, not x86-64 or ARM64, or no seccomp.
+    seconds bounds the CPU time, in whole seconds (the wall clock gets 4 times as much, for busy machines); memory the
+    address space in bytes. Raises OSError where no program can be judged: not Linux, not x86-64 or ARM64, no seccomp,
+    or an interpreter that does not run an honest program within these limits.
     """
-    _, result = _session(program, check, False, seconds, memory)
-    return result
+    confinement(memory)
+    return _session(program, check, False, seconds, memory)[1]
 
 
-def values(program: str, expressions: list[str], seconds: float = 5.0, memory: int = 2**30) -> list[str] | None:
+def values(program: str, expressions: list[str], seconds: float = 5.0, memory: int = MEMORY) -> list[str] | None:
     """Executes `program`, then evaluates the expressions in its namespace: their reprs, or None where anything fails.
 
-    For programs that are trained to pass: judged by values compared outside, they never meet what they are expected to return. Limits and
-    errors as in `run`; together the reprs may have 64 kB."""
+    For programs that are trained to pass: they are judged by values compared outside, so they never meet what they are
+    expected to return. Limits and errors as in `run`; together the reprs may have 64 kB.
+    """
+    confinement(memory)
     said, _ = _session(program, json.dumps(expressions), True, seconds, memory)
     try:
         found = json.loads(said)
     except (ValueError, RecursionError):
         return None
-    return (
-        found
-        if isinstance(found, list) and len(found) == len(expressions) and all(isinstance(text, str) for text in found)
-        else None
-    )
-
-
-def _session(program, message, values, seconds, memory):
-    """One process: (what it said behind the token, Result)."""
-    cpu = max(1, round(seconds))
-    job = {
-        "program": program,
-        "values": values,
-        "cpu": cpu,
-        "memory": memory,
-        "prefixes": [sys.prefix, sys.base_prefix],
-        "packages": [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")],
-    }
-    ours, theirs = socket.socketpair()
-    directory, process = tempfile.mkdtemp(prefix="sandbox-"), None
-    ours.settimeout(4 * seconds)  # a program that says it is ready, and is not, need not read what it is sent
-    deadline, token, said, stage = time.monotonic() + 4 * seconds, secrets.token_bytes(16), b"", "program"
-    try:
-        with theirs:
-            # -I -S -B: no user settings, no .pth files, no bytecode files
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", jail.__file__, str(theirs.fileno())],
-                env={},
-                cwd=directory,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        _send(ours, json.dumps(job).encode())
-        said = _receive(ours, deadline)
-        if said.startswith(
-            jail.UNCONFINED
-        ):  # of the child itself: the program has not run yet, and cannot say this later
-            raise OSError(
-                f"code execution needs Linux with seccomp on x86-64 or ARM64 ({said[len(jail.UNCONFINED) :].decode()}): "
-                "leave out what runs programs (humaneval, mbpp, answers by program), or run it elsewhere"
-            )
-        if said == jail.CONFINED:
-            said = _receive(ours, deadline)
-        if said == jail.READY:
-            stage = "tests"
-            _send(ours, token + message.encode())
-            said = _receive(ours, deadline)
-    except TimeoutError:
-        return b"", Result(False, "timeout")
-    except (BrokenPipeError, ConnectionResetError):
-        pass
-    finally:
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = status = os.waitstatus_to_exitcode(status)
-        ours.close()
-        shutil.rmtree(directory, ignore_errors=True)
-    if secrets.compare_digest(said[:16], token):
-        return said[16:], Result(True, "passed")
-    if said:
-        return b"", Result(False, said.decode(errors="replace")[:200])
-    if (
-        status == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime >= cpu
-    ):  # who ignores SIGXCPU gets SIGKILL a second later
-        return b"", Result(False, "timeout")
-    return b"", Result(
-        False, f"the process ended during the {stage}" + (f" ({signal.Signals(-status).name})" if status < 0 else "")
-    )
+    whole = isinstance(found, list) and len(found) == len(expressions) and all(isinstance(text, str) for text in found)
+    return found if whole else None
 
 
 def run_many(jobs, workers: int | None = None, **limits) -> list[Result]:
@@ -144,23 +84,135 @@ def run_many(jobs, workers: int | None = None, **limits) -> list[Result]:
         return list(pool.map(lambda job: run(*job, **limits), jobs))
 
 
-def confinement() -> str:
-    """What holds programs on this machine: "seccomp + Landlock" or "seccomp". Raises OSError where there is neither."""
-    result = run("", f"assert not open({str(Path(__file__))!r})")
+@functools.cache
+def confinement(memory: int = MEMORY) -> str:
+    """What holds programs on this machine: "seccomp + Landlock" or "seccomp".
+
+    Tried once a process with an honest program; OSError saying what failed where that one does not pass."""
+    _, result = _session(HONEST, "assert f(1.5) == 2", False, HONEST_SECONDS, memory)
+    if not result.passed:
+        raise OSError(
+            f"no program can be judged here: an honest one failed ({result.reason}) in {sys.executable} with "
+            f"{memory:,} bytes of memory; repair that, or leave out what runs programs (humaneval, mbpp, "
+            "answers by program)"
+        )
+    _, result = _session("", f"assert not open({str(Path(__file__))!r})", False, HONEST_SECONDS, memory)
     return "seccomp + Landlock" if result.reason.startswith("PermissionError") else "seccomp"
 
 
-def _send(sock, data):
-    sock.sendall(struct.pack("!I", len(data)) + data)
+def _job(program, values, seconds, memory):
+    prefixes, libraries = {sys.prefix, sys.base_prefix}, ("lib", "lib64")
+    paths = sysconfig.get_paths()
+    return {
+        "program": program,
+        "values": values,
+        "cpu": max(1, round(seconds)),
+        "memory": memory,
+        "readable": [
+            paths["stdlib"],
+            paths["platstdlib"],
+            *(f"{root}/{lib}" for root in prefixes for lib in libraries),
+        ],
+        "packages": [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")],
+    }
 
 
-def _receive(sock, deadline):
+def _session(program, message, values, seconds, memory):
+    """One process: (what it said behind the token, Result). OSError where it cannot start."""
+    job, token, stage, said = _job(program, values, seconds, memory), secrets.token_bytes(16), "program", b""
+    with _process() as (process, channel):
+        _start(process, channel, job)
+        deadline = time.monotonic() + 4 * seconds
+        try:
+            said = _receive(channel, deadline)
+            if said == jail.READY:
+                stage = "tests"
+                _send(channel, token + message.encode(), deadline)
+                said = _receive(channel, deadline)
+        except TimeoutError:
+            return b"", Result(False, "timeout")
+        except (BrokenPipeError, ConnectionResetError):
+            said = b""
+        status, usage = _kill(process)
+    if secrets.compare_digest(said[:16], token):
+        return said[16:], Result(True, "passed")
+    if said:
+        return b"", Result(False, said.decode(errors="replace")[:200])
+    # A program that ignores SIGXCPU gets SIGKILL a second later.
+    if status == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime >= job["cpu"]:
+        return b"", Result(False, "timeout")
+    ending = f" ({signal.Signals(-status).name})" if status < 0 else ""
+    return b"", Result(False, f"the process ended during the {stage}{ending}")
+
+
+@contextlib.contextmanager
+def _process():
+    """(a fresh process of eval/jail.py, our end of the channel to it); it is gone afterwards."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        # -I -S -B: no user settings, no .pth files, no bytecode files. Some interpreters do not start without their
+        # libraries.
+        with subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", jail.__file__, str(theirs.fileno()), str(os.getpid())],
+            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        ) as process:
+            try:
+                theirs.close()  # so that the end of the process is the end of the channel
+                yield process, ours
+            finally:
+                _kill(process)
+
+
+def _kill(process):
+    """(exit status, resources used) of the process, which is killed if it still runs."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+        _, status, process.usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, process.usage
+
+
+def _start(process, channel, job):
+    """Has the process confine itself. OSError with what it said where it does not get that far."""
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        _send(channel, json.dumps(job).encode(), deadline)
+        said = _receive(channel, deadline)
+    except TimeoutError:
+        said = f"not ready after {START_SECONDS} seconds".encode()
+    except (BrokenPipeError, ConnectionResetError):
+        said = b""
+    if said == jail.CONFINED:
+        return
+    _kill(process)
+    last = (process.stderr.read(2**16).decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+    why = said.removeprefix(jail.UNCONFINED).decode(errors="replace") or f"exit code {process.returncode}: {last}"
+    raise OSError(
+        f"programs cannot be run here: the confined process of {sys.executable} did not start ({why}). "
+        "It needs Linux with seccomp on x86-64 or ARM64; run this elsewhere, or leave out what runs programs "
+        "(humaneval, mbpp, answers by program)"
+    )
+
+
+def _send(channel, data, deadline):
+    """A program that says it is ready, and is not, need not read what it is sent: raises TimeoutError."""
+    channel.settimeout(max(0.01, deadline - time.monotonic()))
+    channel.sendall(struct.pack("!I", len(data)) + data)
+
+
+def _receive(channel, deadline):
     """One message, cut at 64 kB; b"" when the other side is gone. Raises TimeoutError."""
     data, need = b"", 4
     while len(data) < need:
-        if not select.select([sock], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise TimeoutError
-        part = sock.recv(need - len(data))
+        channel.settimeout(max(0.01, deadline - time.monotonic()))
+        part = channel.recv(need - len(data))
         if not part:
             return b""
         data += part

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.tiles import cdiv, interpreting, resident_programs
+from moe_kernels.tiles import capability, cdiv, interpreting, resident_programs
 
 
 @triton.jit
@@ -65,6 +65,16 @@ def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
             return _split_columns(right, PARTS // 2, part - PARTS // 2)
 
 
+@triton.jit
+def _descriptor(matrix, n_rows, N_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """`matrix` if it is a descriptor. If it is a pointer, because the GPU has no TMA, one made here: its loads become masked copies, which are wide
+    because the strides are constants; the strides of a descriptor of the host are not. Rows from n_rows on read as zero."""
+    if isinstance(matrix, tl.tensor):
+        return tl.make_tensor_descriptor(matrix, [n_rows, N_COLUMNS], [N_COLUMNS, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
+    else:
+        return matrix
+
+
 @triton.jit(do_not_specialize=["S", "max_tiles"])
 def up_kernel(
     x_ptr,
@@ -101,6 +111,8 @@ def up_kernel(
     mask_m = offs_m < n_rows
     tokens = tl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0) // TOP_K
     x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * D + offs_k[None, :]
+    if isinstance(w_in_desc, tl.tensor):  # see _descriptor
+        w_in_desc = tl.make_tensor_descriptor(w_in_desc, [2 * expert + 2, F, D], [F * D, D, 1], [2, BLOCK_N, BLOCK_K])
     acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for k in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:
@@ -157,15 +169,20 @@ def rows_kernel(
     for tile in tl.range(tl.program_id(0), n_tiles_m * N_TILES, tl.num_programs(0), flatten=True):
         expert, row, _, pid_n = _tile(tile, n_tiles_m, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)
         n_rows = tl.load(offsets_ptr + expert + 1) - row
+        a_rows = _descriptor(a_desc, row + n_rows, R, BLOCK_M, BLOCK_K)
+        if TRANSPOSED:
+            weights = _descriptor(w_desc, (expert + 1) * N, R, BLOCK_N, BLOCK_K)
+        else:
+            weights = _descriptor(w_desc, (expert + 1) * R, N, BLOCK_K, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, R, BLOCK_K):
             # Rows past the expert's end belong to the next expert: they are computed and not stored. Columns past R read as zero in `a`,
             # and past N are not stored; both may hold another expert's weights in `w`.
-            a = a_desc.load([row, k])
+            a = a_rows.load([row, k])
             if TRANSPOSED:
-                w = w_desc.load([expert * N + pid_n * BLOCK_N, k]).T
+                w = weights.load([expert * N + pid_n * BLOCK_N, k]).T
             else:
-                w = w_desc.load([expert * R + k, pid_n * BLOCK_N])
+                w = weights.load([expert * R + k, pid_n * BLOCK_N])
             acc = tl.dot(a, w, acc, input_precision="ieee")
         tile_ptr = y_ptr + row.to(tl.int64) * N + pid_n * BLOCK_N
         for part in tl.static_range(PARTS):
@@ -218,13 +235,14 @@ def dswiglu_kernel(
     mask_m = offs_m < n_rows
     slots = tl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0)
     dy_ptrs = dy_ptr + (slots // TOP_K).to(tl.int64)[:, None] * D + offs_k[None, :]
+    weights = _descriptor(w_out_desc, (expert + 1) * D, F, BLOCK_K, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:
             dy = tl.load(dy_ptrs + k)
         else:
             dy = tl.load(dy_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
-        acc = tl.dot(dy, w_out_desc.load([expert * D + k, pid_n * BLOCK_N]), acc, input_precision="ieee")
+        acc = tl.dot(dy, weights.load([expert * D + k, pid_n * BLOCK_N]), acc, input_precision="ieee")
 
     # Narrow column parts keep the five epilogue tiles in registers; the next part's h is on its way while this part is computed.
     dtype = ga_ptr.dtype.element_ty
@@ -294,6 +312,7 @@ def dw_kernel(
     pid_n = pid % (GROUP_M * N_TILES) // size_m
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
+    b_rows = _descriptor(b_desc, end, N, BLOCK_K, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # The token ids of the next step are loaded one step ahead: an index loaded where it is used halves the depth of the pipeline.
     tokens = tl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
@@ -303,7 +322,7 @@ def dw_kernel(
         if M % BLOCK_M != 0:
             mask = mask & (offs_m < M)[None, :]
         a = tl.load(a_ptr + tokens.to(tl.int64)[:, None] * M + offs_m[None, :], mask=mask, other=0.0)
-        b = b_desc.load([row, pid_n * BLOCK_N])  # rows past the end meet zeros of `a`
+        b = b_rows.load([row, pid_n * BLOCK_N])  # rows past the end meet zeros of `a`
         tokens = tl.load(row_slot_ptr + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0) // TOP_K
         acc = tl.dot(a.T, b, acc, input_precision="ieee")
     dw_ptr += expert.to(tl.int64) * (M * N)
@@ -330,7 +349,8 @@ def _row_grid(dispatch, n_columns, tile):
 
 
 def _desc(tensor, rows, columns):
-    return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [rows, columns])
+    """What the kernels' `_descriptor` takes: a descriptor of the matrix of all rows, or the tensor where the GPU has no TMA."""
+    return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [rows, columns]) if capability() >= 90 else tensor
 
 
 def panels(S, F, tile):
@@ -353,7 +373,9 @@ def up(x_TD, w_in_EGD, dispatch, tile):
     S, K = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1]
     (E, G, D), F = w_in_EGD.shape, w_in_EGD.shape[1] // 2
     h, a = x_TD.new_empty(panels(S, F, tile)), x_TD.new_empty(S, F)
-    w_desc = TensorDescriptor.from_tensor(w_in_EGD.view(2 * E, F, D), [2, tile.BLOCK_N, tile.BLOCK_K])
+    w_desc = w_in_EGD
+    if capability() >= 90:
+        w_desc = TensorDescriptor.from_tensor(w_in_EGD.view(2 * E, F, D), [2, tile.BLOCK_N, tile.BLOCK_K])
     up_kernel[_row_grid(dispatch, F, tile)](
         x_TD,
         w_desc,

@@ -1,7 +1,7 @@
-"""Compiles Triton kernels in parallel before they are needed: forked processes fill Triton's disk cache on all cores, without touching the GPU."""
+"""Compiles Triton kernels without running them: offline for any architecture, or ahead of a benchmark on all cores."""
 
+import contextlib
 import os
-from functools import partial
 from multiprocessing import get_context
 
 import torch
@@ -11,7 +11,7 @@ from triton.runtime.jit import JITFunction
 
 
 class Driver:
-    """As much of a driver as compiling needs."""
+    """As much of a Triton driver as compiling needs. capability: 90 is compute capability 9.0."""
 
     def __init__(self, capability):
         self.target = GPUTarget("cuda", capability, 32)
@@ -20,22 +20,45 @@ class Driver:
         return self.target
 
     def get_current_device(self):
-        return 0
+        return self.target.arch  # Triton keeps compiled kernels by device: one device per architecture
 
     def get_current_stream(self, device):
         return 0
 
 
-def _compile(fn, capability):
+@contextlib.contextmanager
+def compile_only(capability):
+    """Inside, launching a kernel compiles it for `capability` and runs nothing. Yields the list that fills with the compiled kernels, each once."""
+    compiled, launch, before = {}, JITFunction.__getitem__, driver._active
+
+    def getitem(kernel, grid):
+        def compile_instead(*args, **kwargs):
+            binary = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            if compiled.setdefault(binary.hash, binary) is binary:
+                kernels.append(binary)
+
+        return compile_instead
+
+    kernels = []
     driver.set_active(Driver(capability))
-    JITFunction.__getitem__ = lambda kernel, grid: partial(kernel.run, grid=grid, warmup=True)
+    JITFunction.__getitem__ = getitem
+    try:
+        yield kernels
+    finally:
+        JITFunction.__getitem__ = launch
+        driver._active = before  # reset_active() would look for a GPU
+
+
+def _compile(task, capability):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what fails here fails again, with its message, where it is timed
-    fn()
+    with compile_only(capability):
+        task()
 
 
 def precompile(tasks, capability=None):
-    """Run every task (a function that launches kernels on empty CPU tensors of the real shapes) in a process of its own, where launching
-    only compiles. Returns their exit codes: negative when the compiler crashed. Does nothing without a GPU or a `capability` (90: Hopper)."""
+    """Run every task (a function that launches kernels on empty CPU tensors of the real shapes) in a process of its own, which fills Triton's disk
+    cache without touching the GPU. Returns their exit codes: negative when the compiler crashed. Does nothing without a GPU or a `capability`
+    (90: Hopper)."""
     if capability is None:
         if not torch.cuda.is_available() or torch.version.hip:
             return [0] * len(tasks)

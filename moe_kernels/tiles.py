@@ -8,6 +8,10 @@ import torch
 
 IMPLS = ("reference", "grouped_mm", "triton")
 
+# Bytes of shared memory that a block may have, by compute capability times ten.
+KB = 1024
+SHARED_MEMORY = {80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB, 120: 99 * KB}
+
 
 def pick_impl(impl, tensor):
     """`impl` if it can run on `tensor`; None means triton on CUDA and grouped_mm on the CPU (there 1.3x faster than the reference).
@@ -42,6 +46,23 @@ def eager(tensor):
 def interpreting():
     """True when Triton kernels run in its CPU interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def capability():
+    """Compute capability, times ten, of the GPU that kernels are compiled for; 90 in the interpreter and where there is none, as in tracing on a CPU."""
+    if interpreting():
+        return 90
+    from triton.runtime import driver  # optional: tables of tiles do without triton
+
+    try:
+        return _target(driver.active)
+    except RuntimeError:
+        return 90
+
+
+@functools.cache
+def _target(active_driver):
+    return active_driver.get_current_target().arch
 
 
 class Tile(NamedTuple):

@@ -1,12 +1,73 @@
 """What evaluation and post-training load: the device, a trained model with frozen weights, its tokenizer."""
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
 import torch
 
 from data import tokenizer
 from data.tokenizer import Tokens, tiktoken_tokens
-from model import compute_dtype
+from model import GPT, compute_dtype
 from moe_kernels.tiles import pick_impl
+from optimoe import checkpoint
 from optimoe.config import require
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    # Model
+    run: str = ""  # run directory of train.py: its newest checkpoint
+    checkpoint: str = ""  # or one checkpoint file of it
+    hf: str = ""  # or a folder with a Hugging Face checkpoint: Mixtral, Qwen3-MoE, OLMoE
+    data: str = ""  # token data directory of the run, if it was moved; with --hf: use its tokenizer
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
+
+    def __post_init__(self):
+        self.validate()
+
+    def validate(self):
+        """Raise ValueError naming the field, its value and the remedy."""
+        given = self.run, self.checkpoint, self.hf
+        remedy = "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them"
+        require(sum(map(bool, given)) == 1, "run, checkpoint, hf", given, remedy)
+        require(not self.run or Path(self.run).is_dir(), "run", self.run, "no such directory")
+        remedy = "no such file; --run=DIR takes the newest of a run"
+        require(not self.checkpoint or Path(self.checkpoint).is_file(), "checkpoint", self.checkpoint, remedy)
+        require(not self.hf or Path(self.hf).is_dir(), "hf", self.hf, "no such directory")
+
+    def data_directory(self) -> Path | None:
+        """The token data directory of the chosen run; None for a Hugging Face checkpoint without --data."""
+        if self.hf and not self.data:
+            return None
+        return checkpoint.training_data(self.run or Path(self.checkpoint).parent, self.data)
+
+
+class Loaded(NamedTuple):
+    model: GPT  # in evaluation mode, weights in the compute dtype
+    tokens: Tokens
+    name: str  # of the checkpoint, for results: it changes with the weights and the tokenizer
+    results: Path  # where evaluations of this checkpoint go by default; not made yet
+
+
+def load(cfg: ModelChoice) -> Loaded:
+    """What a ModelChoice names. ValueError or OSError says what is missing, damaged or does not fit together."""
+    device, directory = pick_device(cfg), cfg.data_directory()
+    if cfg.hf:
+        from optimoe import hf  # only these need its packages
+
+        model = hf.load_model(cfg.hf, device, cfg.dtype, cfg.impl)
+        tokens = run_tokens(directory, model) if directory else hf.load_tokens(cfg.hf)
+        name = hf.fingerprint(cfg.hf, *([directory / tokenizer.FILE] if directory else []))
+        return Loaded(model, tokens, name, Path(cfg.hf) / "eval")
+    path = Path(cfg.checkpoint or cfg.run)
+    if path.is_dir() and checkpoint.find(path):
+        path = checkpoint.find(path)[-1][1]
+    model = frozen(checkpoint.load_model(path, device, dtype=cfg.dtype, impl=cfg.impl))
+    results = path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}"
+    return Loaded(model, run_tokens(directory, model), path.name, results)
 
 
 def pick_device(cfg, local_rank=0):
@@ -34,15 +95,16 @@ def run_tokens(directory, model) -> Tokens:
     tokens = tiktoken_tokens(tokenizer.load(directory))
     require(
         tokens.n_vocab <= model.cfg.vocab_size,
-        "tokenizer",
+        "data",
         str(directory),
-        f"it has {tokens.n_vocab:,} tokens and the model {model.cfg.vocab_size:,}: name the data directory that the model was trained on",
+        f"its tokenizer has {tokens.n_vocab:,} tokens and the model {model.cfg.vocab_size:,}: "
+        "name the data directory that the model was trained on",
     )
     return tokens
 
 
 def frozen(model):
-    """The same model with its weights in the compute dtype: as they no longer change, they are cast once."""
+    """The same model with its weights in the compute dtype: cast once and not at every use, as they stay the same."""
     for weight in model.parameters():
         weight.data = weight.data.to(model.dtype)
     return model

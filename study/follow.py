@@ -1,15 +1,29 @@
-"""metrics.jsonl of a run, live or finished, as TensorBoard or Weights & Biases curves:  python -m study.follow RUN --to=tensorboard|wandb
+"""metrics.jsonl of a run, live or finished, as TensorBoard or Weights & Biases curves:  python -m study.follow RUN
+--to=tensorboard|wandb
 
-It reads what training writes and never the other way round: start it at any time, in another terminal; it ends after the validation of the run's
-last step or with Ctrl-C. TensorBoard files go to RUN/tensorboard; wandb takes its project and its login from its own settings. Numbers per layer
-become load_max/0, load_max/1 ...; the load of every expert stays in curves.png.
+It reads what training writes and never the other way round: start it at any time, in another terminal; it ends
+after the validation of the run's last step or with Ctrl-C. TensorBoard files go to RUN/tensorboard; wandb takes
+its project and its login from its own settings. Numbers per layer become load_max/0, load_max/1 ...; the load of
+every expert stays in curves.png.
 """
 
-import argparse
-import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from data import files
+from optimoe import config
+from optimoe.config import require
+
+
+@dataclass(frozen=True)
+class FollowConfig:
+    POSITIONAL = ("run",)
+
+    run: str  # the run directory
+    to: Literal["tensorboard", "wandb"] = "tensorboard"
 
 
 def scalars(row):
@@ -24,15 +38,12 @@ def scalars(row):
 
 
 def follow(run, poll=1.0):
-    """Rows of metrics.jsonl as they appear, each step's once although a resumed run writes some again; ends with the last step's validation."""
+    """Rows of metrics.jsonl as they appear, each step's once although a resumed run writes some again; ends with
+    the last step's validation."""
     path, seen = Path(run) / "metrics.jsonl", set()
     while True:
-        steps = json.loads((Path(run) / "config.json").read_text())[
-            "steps"
-        ]  # read again: a run may be resumed for more
-        text = path.read_text() if path.exists() else ""
-        for line in text[: text.rfind("\n") + 1].splitlines():  # the last line may be half written
-            row = json.loads(line)
+        steps = files.read_json(Path(run) / "config.json")["steps"]  # read again: a run may be resumed for more
+        for row in files.read_rows(path)[0] if path.exists() else ():
             key = (row["step"], "val_loss" in row)
             if key not in seen:
                 seen.add(key)
@@ -58,24 +69,22 @@ def open_tensorboard(run):
 def open_wandb(run):
     import wandb
 
-    session = wandb.init(name=Path(run).name, config=json.loads((Path(run) / "config.json").read_text()))
+    session = wandb.init(name=Path(run).name, config=files.read_json(Path(run) / "config.json"))
     return lambda step, values: session.log(values, step=step)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--to", choices=("tensorboard", "wandb"), default="tensorboard")
-    args = parser.parse_args(argv)
-    if not (Path(args.run) / "config.json").exists():
-        sys.exit(f"error: {args.run} holds no config.json: give a run directory of train.py")
     try:
-        log = {"tensorboard": open_tensorboard, "wandb": open_wandb}[args.to](args.run)
-    except ImportError as error:
-        sys.exit(f"error: {error}; pip install {args.to}")
-    try:
-        for row in follow(args.run):
+        cfg = config.parse(FollowConfig, sys.argv[1:] if argv is None else argv, __doc__)
+        found = (Path(cfg.run) / "config.json").exists()
+        require(found, "run", cfg.run, "it holds no config.json: give a run directory of train.py")
+        log = {"tensorboard": open_tensorboard, "wandb": open_wandb}[cfg.to](cfg.run)
+        for row in follow(cfg.run):
             log(row["step"], scalars(row))
+    except ImportError as error:
+        sys.exit(f"error: {error}; pip install {cfg.to}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         pass
 

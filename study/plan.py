@@ -1,27 +1,60 @@
-"""Which sizes fit a budget, and which of them to train:  python -m study.plan --flops 1e20 --memory 80 --gpus 8 --for reasoning
+"""What to train with the hours and GPUs there are:  python -m study.plan reasoning --hours=24 --gpus=8
 
-Two tables that are never mixed: the paper's grid with the paper's rules (arXiv 2508.18672: for memory the largest total size; for reasoning
-first active compute, then about 20 tokens per parameter, a figure that its grid resolves to a factor of two), and the runs of this study
-with what they measured. Budgets are limits: --flops and --tokens of the whole training (with --flops alone each model trains on as many
-tokens as that buys), --memory in GiB of one GPU, which holds a whole copy of model and optimiser. Hours are at the utilisation of the nearest
-measured model (docs/throughput.csv): an extrapolation, worse the farther the size.
+Two tables that are never mixed: the models of the paper's grid that fit, ordered by the paper's rules (arXiv
+2508.18672: for memory the largest total size; for reasoning first active compute, then about 20 tokens per
+parameter), and what this study measured. Budgets are limits. The last lines say what is evidence and what is
+extrapolation.
 """
 
-import argparse
 import csv
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from optimoe import config
 from optimoe.config import require
 from optimoe.sizes import PRESETS, count_params, flops_per_token, peak_flops, preset, training_memory
 from study import results
-from study.claims import MIN_SEEDS
 
 THROUGHPUT = Path(__file__).resolve().parent.parent / "docs" / "throughput.csv"
-RESULTS = "study/results.jsonl"
 BEST_TPP, RESOLUTION = 20, 2  # the paper's optimum, and the factor to which its grid resolves it
+GRID = (2.4, 390)  # tokens per parameter of the paper's models: nothing is known outside
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    POSITIONAL = ("purpose",)
+
+    purpose: Literal["reasoning", "memory"]  # what the model is for
+    # Budget: one or more
+    hours: float = 0.0  # of all the GPUs
+    flops: float = 0.0  # training FLOPs in all
+    tokens: float = 0.0  # training tokens; with hours or flops alone, as many as these buy
+    # Machine
+    gpus: int = 1
+    gpu: str = "NVIDIA H100 80GB HBM3"  # its name, for the peak
+    memory: float = 80.0  # GiB of each GPU; weights, gradients and states are divided among the GPUs (--parallel=fsdp)
+    # Model and training
+    seq_len: int = 4096  # the paper's
+    vocab_size: int = 99_584  # the paper's
+    micro_batch: int = 1  # sequences per GPU and forward pass
+    min_tpp: float = GRID[0]  # tokens per parameter below which a model is left out
+    max_tpp: float = GRID[1]  # and above which
+    # Report
+    rows: int = 8  # lines of the table
+    results: str = "study/results.jsonl"  # rows of study.sweep
+    throughput: str = str(THROUGHPUT)  # measured training speeds
+
+    def __post_init__(self):
+        budget = self.hours or self.flops or self.tokens
+        require(budget, "hours", self.hours, "give a budget: --hours=24, --flops=1e20, --tokens=1e10, or several")
+        for name in ("hours", "flops", "tokens", "memory", "min_tpp", "max_tpp"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "use a finite number from 0")
+        for name in ("gpus", "seq_len", "vocab_size", "micro_batch", "rows"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        require(self.min_tpp <= self.max_tpp, "min_tpp", self.min_tpp, f"use at most max_tpp={self.max_tpp:g}")
 
 
 class Plan(NamedTuple):
@@ -31,7 +64,7 @@ class Plan(NamedTuple):
     total: int
     active: int
     flops: float
-    gib: float
+    gib: float  # of each GPU
     hours: float | None
 
 
@@ -41,53 +74,47 @@ def throughput(path):
     with open(path, newline="") as file:
         for row in (reader := csv.DictReader(file)):
             try:
-                require(
-                    None not in row.values(),
-                    "row",
-                    [value for value in row.values() if value is not None],
-                    "fields are missing",
-                )
+                fields = [value for value in row.values() if value is not None]
+                require(len(fields) == len(row), "row", fields, "fields are missing")
                 cfg = preset(row["model"], vocab_size=int(row["vocab_size"]), seq_len=int(row["seq_len"]))
                 share = float(row["mfu"] or float(row["tokens_per_s"]) * flops_per_token(cfg) / peak_flops(row["gpu"]))
                 require(0 < share <= 1, "mfu", share, "a share of the peak is needed")
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: not a measured speed ({error}); restore the file or delete the line"
-                ) from None
+                where = f"{path}, line {reader.line_num}"
+                raise ValueError(f"{where}: not a measured speed ({error}); restore the file or delete it") from None
             found.append((flops_per_token(cfg), share, row))
     return found
 
 
-def hours_of(flops, per_token, gpus, gpu, measured):
-    """Hours on so many GPUs of this name at the utilisation measured nearest in FLOPs per token; None where the peak is not known."""
-    peak = peak_flops(gpu)
+def flops_per_second(per_token, cfg, measured):
+    """Of all GPUs, at the utilisation measured nearest in FLOPs per token; None where the peak or every
+    measurement is missing."""
+    peak = peak_flops(cfg.gpu)
     if not measured or not peak:
         return None
-    _, share, _ = min(measured, key=lambda entry: abs(math.log(entry[0] / per_token)))
-    return flops / (share * peak * gpus) / 3600
+    return min(measured, key=lambda entry: abs(math.log(entry[0] / per_token)))[1] * peak * cfg.gpus
 
 
-def candidates(args, measured):
-    """Every model of the paper's grid within the budget."""
+def candidates(cfg, measured):
+    """Every model of the paper's grid that fits memory and budget, whatever its tokens per parameter."""
     for name in PRESETS:
         if not name.startswith("paper"):
             continue
-        cfg = preset(name, vocab_size=args.vocab_size, seq_len=args.seq_len)
-        params, per_token = count_params(cfg), flops_per_token(cfg)
-        tokens = args.tokens or args.flops / per_token
-        gib = sum(training_memory(cfg, args.micro_batch * args.seq_len).values()) / 2**30
-        if args.flops and tokens * per_token > args.flops * 1.0001 or args.memory and gib > args.memory:
-            continue
-        yield Plan(
-            name,
-            tokens,
-            tokens / params.total,
-            params.total,
-            params.active,
-            tokens * per_token,
-            gib,
-            hours_of(tokens * per_token, per_token, args.gpus, args.gpu, measured),
+        model = preset(name, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len)
+        params, per_token = count_params(model), flops_per_token(model)
+        parts = training_memory(model, cfg.micro_batch * cfg.seq_len)
+        kept = sum(size for part, size in parts.items() if not part.startswith("activations"))
+        gib = (kept / cfg.gpus + sum(parts.values()) - kept) / 2**30
+        speed = flops_per_second(per_token, cfg, measured)
+        require(speed or not cfg.hours, "gpu", cfg.gpu, "its peak or speed is not known: give --flops instead of hours")
+        most = [cfg.flops / per_token] * bool(cfg.flops) + [cfg.hours * 3600 * (speed or 0) / per_token] * bool(
+            cfg.hours
         )
+        tokens = cfg.tokens or min(most)
+        if gib <= cfg.memory and all(tokens <= limit * 1.0001 for limit in most):
+            flops = tokens * per_token
+            hours = flops / speed / 3600 if speed else None
+            yield Plan(name, tokens, tokens / params.total, params.total, params.active, flops, gib, hours)
 
 
 def rank(plans, purpose):
@@ -107,148 +134,93 @@ def short(number):
 
 
 def aligned(header, rows):
-    """Lines of a table whose columns are as wide as their widest cell, names to the left, numbers to the right."""
-    forms = [
-        ("<" if name in ("model", "regime") else ">") + str(max(map(len, (name, *cells))))
-        for name, *cells in zip(header, *rows, strict=True)
-    ]
-    return ["  ".join(map(format, row, forms)).rstrip() for row in (header, *rows)]
+    """Lines of a table whose columns are as wide as their widest cell: the first to the left, the others to the
+    right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    sides = "<" + ">" * (len(widths) - 1)
+    return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in (header, *rows)]
 
 
-def paper_table(args):
-    measured = throughput(args.throughput)
-    plans = rank(candidates(args, measured), args.purpose)
-    why = (
-        "largest total size first"
-        if args.purpose == "memory"
-        else f"TPP within a factor of {RESOLUTION} of {BEST_TPP} first, the most active parameters among them, then the nearest TPP"
-    )
-    lines = [f"From the paper's grid, for {args.purpose}: {why}.", ""]
+def paper_table(cfg):
+    measured = throughput(cfg.throughput)
+    fitting = list(candidates(cfg, measured))
+    remedy = "no model of the grid fits: raise --memory, --gpus, --hours or --flops, or lower --tokens"
+    require(fitting, "memory", cfg.memory, remedy)
+    plans = rank([plan for plan in fitting if cfg.min_tpp <= plan.tpp <= cfg.max_tpp], cfg.purpose)
     if not plans:
-        return lines + ["nothing fits: raise --memory or --flops, or lower --micro-batch or --tokens"]
-    hours = lambda value: "n/a" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"  # noqa: E731
-    lines += aligned(
-        "model tokens TPP total active FLOPs GiB/GPU hours".split(),
-        [
-            [
-                plan.name,
-                short(plan.tokens),
-                f"{plan.tpp:.3g}",
-                short(plan.total),
-                short(plan.active),
-                f"{plan.flops:.2e}",
-                f"{plan.gib:.1f}",
-                hours(plan.hours),
-            ]
-            for plan in plans[: args.rows]
-        ],
-    )
-    if len(plans) > args.rows:
-        lines.append(f"... and {len(plans) - args.rows} more that fit (--rows)")
-    sources = [
-        f"  {row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']} ({row['source']})"
-        for *_, row in measured
-    ]
-    return [
-        *lines,
-        "",
-        f"hours: {args.gpus} x {args.gpu}, data parallel without loss, at the utilisation of the nearest of",
-        *(sources or ["  no measurement"]),
-    ]
-
-
-def own_table(args):
-    """Measured runs within the budget, best first, after those of MIN_SEEDS seeds the others: mean over seeds, regimes apart as they are not comparable."""
-    found = results.read(args.results, optional=args.results == RESULTS)
-    finished = [row for row in results.standard(found) if not row["diverged"]]
-    rows = [
-        row
-        for row in finished
-        if (not args.flops or row["flops"] <= args.flops) and (not args.tokens or row["tokens"] <= args.tokens)
-    ]
-    lines = [f"From the runs of this study ({args.results}), for {args.purpose}:", ""]
-    found = {}
-    for row in rows:
-        scores = [
-            results.accuracy(row, task)
-            for task in results.tasks_of(row)
-            if (task in results.MEMORY) == (args.purpose == "memory")
-        ]
-        scores = [score for score in scores if score is not None]
-        if scores:
-            cell = results.regime(row), row["run"]["n_experts"], row["run"]["top_k"], row["lr"]
-            found.setdefault(cell, []).append((sum(scores) / len(scores), row))
-    if not found:
-        return lines + [
-            "no finished run fits the budget" if finished else "no finished run yet: python -m study.sweep main"
-        ]
-    means = {cell: sum(score for score, _ in runs) / len(runs) for cell, runs in found.items()}
-    seeds = {cell: len({row["run"]["seed"] for _, row in runs}) for cell, runs in found.items()}
-    cells = []
-    for cell in sorted(means, key=lambda cell: (seeds[cell] < MIN_SEEDS, -means[cell]))[: args.rows]:
-        regime, e, k, rate = cell
-        runs = [row for _, row in found[cell]]
-        params = runs[0]["params"]
-        cells.append(
-            [
-                str(e),
-                str(k),
-                f"{rate:g}",
-                f"{runs[0]['tpp']:.3g}",
-                short(params["total"]),
-                short(params["active"]),
-                f"{runs[0]['flops']:.2e}",
-                f"{means[cell]:.1%}",
-                str(seeds[cell]),
-                f"{sum(row['train_seconds'] for row in runs) / len(runs):.1f}",
-                str(regime),
-            ]
+        nearest = min(fitting, key=lambda plan: abs(math.log(plan.tpp / BEST_TPP)))
+        raise ValueError(
+            f"the budget gives {nearest.name}, the nearest of all that fit, {short(nearest.tokens)} tokens for "
+            f"{short(nearest.total)} parameters: {nearest.tpp:.3g} tokens per parameter, and {cfg.min_tpp:g} to "
+            f"{cfg.max_tpp:g} are asked for. Change the budget, or --min_tpp and --max_tpp knowing that the paper has "
+            "nothing beyond"
         )
-    lines += aligned("E k lr TPP total active FLOPs score seeds seconds regime".split(), cells)
-    what = (
-        "values recalled"
-        if args.purpose == "memory"
-        else "mean of whole solutions and mental arithmetic, trained lengths"
-    )
+    hours = lambda value: "n/a" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"  # noqa: E731
+    why = {
+        "memory": "largest total size first",
+        "reasoning": f"{BEST_TPP} tokens per parameter (TPP) to a factor of {RESOLUTION} first, then active size",
+    }[cfg.purpose]
+    cells = [
+        (
+            p.name,
+            *map(short, p[1:2]),
+            f"{p.tpp:.3g}",
+            *map(short, p[3:5]),
+            f"{p.flops:.2e}",
+            f"{p.gib:.1f}",
+            hours(p.hours),
+        )
+        for p in plans[: cfg.rows]
+    ]
+    lines = [f"From the paper's grid, for {cfg.purpose}: {why}.", ""]
+    lines += aligned("model tokens TPP total active FLOPs GiB/GPU hours".split(), cells)
+    if len(plans) > cfg.rows:
+        lines.append(f"... and {len(plans) - cfg.rows} more that fit (--rows)")
+    if left := len(fitting) - len(plans):
+        lines.append(f"{left} more would fit, but not with {cfg.min_tpp:g} to {cfg.max_tpp:g} tokens per parameter")
+    return lines
+
+
+def own_table(cfg):
+    """The best E of each line that this study ran, for the task of the purpose, at its best rates."""
+    task = "facts" if cfg.purpose == "memory" else "problems"
+    default = cfg.results == PlanConfig.results
+    rows, cells = results.read(cfg.results, optional=default), []
+    for (where, k), line in results.lines(rows).items():
+        sample = next(row for rates in line.values() for seeds in rates.values() for row in seeds.values())
+        tuned = results.tune(line, task) if task in sample else None
+        if tuned is None:
+            continue
+        mean = {e: sum(results.loss(row, task) for row in cell.values()) / len(cell) for e, cell in tuned.cells.items()}
+        best = min(mean, key=mean.get)
+        row = next(iter(tuned.cells[best].values()))
+        numbers = (f"{min(mean)}..{max(mean)}", str(k), str(best), f"{row['tpp']:.3g}", f"{mean[best]:.3g}")
+        cells.append([str(where), *numbers, str(len(tuned.cells[best]))])
+    name = {"facts": "fact loss", "problems": "unseen-solution loss"}[task]
+    lines = [f"From the runs of this study ({cfg.results}): the E with the lowest {name}, mean over seeds.", ""]
+    header = ["regime", "E tried", "k", "best E", "TPP", "loss", "seeds"]
+    return lines + (aligned(header, cells) if cells else ["no finished run yet: python -m study.sweep pairs"])
+
+
+def evidence(cfg):
+    measured = throughput(cfg.throughput)
+    speeds = [f"  {row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']}" for *_, row in measured]
     return [
-        *lines,
-        "",
-        f"score: {what}; below them what has fewer than {MIN_SEEDS} seeds; one device, {', '.join(sorted({row['device'] for row in rows}))}",
+        "Evidence: the order of the first table, for 125 B tokens of the paper's mixture: 65 models, one run each; its",
+        f"  optimum for reasoning, {BEST_TPP} TPP, is resolved to a factor of {RESOLUTION}. The second table, for 1 to",
+        "  50 M parameters.",
+        "Extrapolation: other numbers of tokens, other data, and models between those of the grid. Hours: "
+        f"{cfg.gpus} x {cfg.gpu}, no loss",
+        "  between GPUs, at the utilisation of the nearest of",
+        *(speeds or ["  no measurement"]),
+        "Not tested by anyone here: that the best sparsity found on small models is that of large ones.",
     ]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--for", dest="purpose", choices=("reasoning", "memory"), required=True)
-    parser.add_argument("--flops", type=float, default=0, help="training FLOPs in all")
-    parser.add_argument("--tokens", type=float, default=0, help="training tokens")
-    parser.add_argument("--memory", type=float, default=0, help="GiB of one GPU; 0: any")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--gpu", default="NVIDIA H100 80GB HBM3", help="name of the GPU (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=4096, help="default: the paper's %(default)s")
-    parser.add_argument("--vocab-size", type=int, default=99_584, help="default: the paper's %(default)s")
-    parser.add_argument(
-        "--micro-batch", type=int, default=1, help="sequences per GPU and forward pass (default: %(default)s)"
-    )
-    parser.add_argument("--results", default=RESULTS)
-    parser.add_argument(
-        "--throughput", default=str(THROUGHPUT), help="measured training speeds (default: docs/throughput.csv)"
-    )
-    parser.add_argument("--rows", type=int, default=10, help="lines of each table (default: %(default)s)")
-    args = parser.parse_args(argv)
     try:
-        if not args.flops and not args.tokens:
-            raise ValueError("give a budget: --flops=1e20, --tokens=1e10, or both")
-        for name in ("flops", "tokens", "memory"):
-            require(
-                0 <= getattr(args, name) < math.inf,
-                name,
-                getattr(args, name),
-                "use a finite number above 0, or leave it away",
-            )
-        for name in ("gpus", "seq_len", "vocab_size", "micro_batch", "rows"):
-            require(getattr(args, name) >= 1, name, getattr(args, name), "use 1 or more")
-        print("\n".join([*paper_table(args), "", *own_table(args)]))
+        cfg = config.parse(PlanConfig, sys.argv[1:] if argv is None else argv, __doc__)
+        print("\n".join([*paper_table(cfg), "", *own_table(cfg), "", *evidence(cfg)]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

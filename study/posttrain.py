@@ -1,13 +1,17 @@
 """Do more votes or reinforcement learning rescue a model that is too sparse? (The paper's Fig. 6; its answer is no.)
 
-    python -m study.posttrain --runs='runs/study/weights/*' --results=study/posttrain.jsonl --steps=60 --batch-prompts=256 --mini-batch=64 --lr=1e-4
-    python -m study.posttrain --results=study/posttrain.jsonl --out=docs/study          # tables and figure of what is there
+    python -m study.sweep votes --keep=all
+    python -m study.posttrain --runs='runs/study/weights/*' --questions=1000 \\
+        --steps=20 --batch_prompts=256 --mini_batch=64 --lr=1e-4
+    python -m study.posttrain                                                    # a table of what is there
 
-Every run directory (of train.py or study.execute, on data with word problems) is post-trained by grpo.py with the same budget; fields of its config are
-flags here. Before and after, on the same unseen problems of every trained number of steps: greedy answers and whole solutions, and `samples` draws
-per problem with their majority vote, coverage of the right answer, and coverage of a wholly right solution (a right answer alone is often luck:
-among 128 draws there is nearly always one). One JSON line per model is appended to the results file; what is there with the same checkpoint and
-budget is skipped. --jobs runs several at once, each in its own process: small models leave most of a GPU idle.
+Every run directory (of train.py or study.execute, on data with word problems) is post-trained by grpo.py with the
+same budget; fields of its configuration are flags here. With --questions=1000 GRPO asks the 1,000 problems of the
+preset `votes` again; with more it has fresh ones. Before and after, on the same unseen problems of every trained
+number of steps: greedy answers and whole solutions, and `samples` draws per problem with their majority vote,
+coverage of the right answer, and coverage of a wholly right solution (a right answer alone is often luck). One
+signed JSON line per model is appended to the results file; what is there with the same checkpoint and budget is
+skipped.
 """
 
 import dataclasses
@@ -21,47 +25,36 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import grpo
-from data import procedural, reasoning
+from data import files, procedural, reasoning
 from eval.generate import generate
 from eval.tasks.reasoning import vote
 from eval.votes import curves, majority, pass_at_k
 from optimoe import checkpoint, config
 from optimoe.config import require
 from optimoe.sizes import count_params
+from study import child
 from study.results import append, read
 
-ROW = (
-    "checkpoint",
-    "settings",
-    "d_model",
-    "n_experts",
-    "top_k",
-    "seed",
-    "train_loss",
-    "before",
-    "after",
-)  # keys of every row
+ROW = tuple("checkpoint settings d_model n_experts top_k seed train_loss before after".split())  # keys of every row
 
 
 @dataclass(frozen=True)
 class PosttrainConfig(grpo.GRPOConfig):
     # Comparison
-    runs: str = (
-        ""  # run directories, a pattern like 'runs/study/weights/*' or names separated by commas; empty: only report
-    )
+    runs: tuple[str, ...] = ()  # run directories or patterns like 'runs/study/weights/*'; none: only report
     results: str = "study/posttrain.jsonl"  # JSON lines, one per model and budget
-    out: str = ""  # directory of posttrain.png; empty: that of the results
     problems: int = 400  # unseen ones, in equal numbers for every trained number of steps
     samples: int = 128  # draws per problem; a power of two
     vote_temperature: float = 0.6
     vote_top_p: float = 0.95
-    jobs: int = 1  # models at a time
+    jobs: int = 1  # models at a time, each in a process of its own: small models leave most of a GPU idle
 
     def __post_init__(self):
         self.budget()  # checks grpo's fields
@@ -104,7 +97,8 @@ def settings(cfg):
 
 
 def measure(run, cfg, device):
-    """Per problem: greedy and majority success, numbers of right answers and solutions among the draws; and the curves over 1, 2, 4 .. draws."""
+    """Per problem: greedy and majority success, numbers of right answers and solutions among the draws; and the
+    curves over 1, 2, 4 .. draws."""
     _, model, data, tokens, _ = grpo.load_start(dataclasses.replace(cfg.budget(), model=str(run)), device)
     problem_cfg = procedural.read_config(data).reasoning
     problems = [reasoning.problem(problem_cfg, i, "test", 1 + i % problem_cfg.max_steps) for i in range(cfg.problems)]
@@ -145,7 +139,7 @@ def posttrain(run, cfg):
     )
     file = checkpoint.find(run)[-1][1]
     trained = checkpoint.read(file)["config"]
-    known = json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else {}
+    known = files.read_json(run / "results.json") if (run / "results.json").exists() else {}
     model_cfg = checkpoint.load_model(file).cfg
     digest = hashlib.sha256(json.dumps([file.name, settings(cfg)], sort_keys=True).encode()).hexdigest()[:8]
     out, clock = Path(f"{run}-grpo-{digest}"), [time.perf_counter()]
@@ -161,7 +155,7 @@ def posttrain(run, cfg):
     clock.append(time.perf_counter())
     after = measure(out, cfg, device)
     clock.append(time.perf_counter())
-    log = [row for line in (out / "metrics.jsonl").read_text().splitlines() if "reward" in (row := json.loads(line))]
+    log = [row for row in files.read_rows(out / "metrics.jsonl")[0] if "reward" in row]
     params = count_params(model_cfg)
     return {
         "checkpoint": file.name,
@@ -190,47 +184,38 @@ def posttrain(run, cfg):
 
 def run_missing(cfg):
     """Does what the results file lacks, one line at once for each model that is finished."""
-    names = dict.fromkeys(
-        name for part in cfg.runs.split(",") for name in sorted(glob.glob(part))
-    )  # once each, in this order
+    names = dict.fromkeys(name for part in cfg.runs for name in sorted(glob.glob(part)))  # once each, in this order
     runs = [Path(name) for name in names if "-grpo-" not in Path(name).name and checkpoint.find(name)]
-    require(bool(runs), "runs", cfg.runs, "no directory of that name holds a checkpoint (ckpt-*.pt)")
+    require(runs, "runs", ",".join(cfg.runs), "no directory of that name holds a checkpoint (ckpt-*.pt)")
     done = {row["checkpoint"] for row in read(cfg.results, ROW, optional=True) if row["settings"] == settings(cfg)}
     missing = [run for run in runs if checkpoint.find(run)[-1][1].name not in done]
     print(f"{len(runs)} runs, {len(missing)} of them to do", flush=True)
     if cfg.jobs > 1 and len(missing) > 1:
-        flags = [
-            f"--{name}={value}"
-            for name, value in dataclasses.asdict(cfg).items()
-            if name not in ("runs", "jobs") and value != ""
-        ]
-
-        def other_process(run):
-            done = subprocess.run(
-                [sys.executable, "-m", "study.posttrain", *flags, f"--runs={run}"], stdout=subprocess.PIPE, text=True
-            )
-            print(f"{run}: {'finished' if done.returncode == 0 else 'failed'}", flush=True)
-            return done.returncode
-
         with ThreadPoolExecutor(cfg.jobs) as pool:
-            failed = sum(code != 0 for code in pool.map(other_process, missing))
-        require(
-            not failed,
-            "runs",
-            cfg.runs,
-            f"{failed} of {len(missing)} failed, see above; the same command does them again",
-        )
+            failed = sum(code != 0 for code in pool.map(partial(other_process, cfg), missing))
+        remedy = f"{failed} of {len(missing)} failed, see above; the same command does them again"
+        require(not failed, "runs", ",".join(cfg.runs), remedy)
         return
     for run in missing:
         append(cfg.results, posttrain(run, cfg), ROW)
+
+
+def other_process(cfg, run):
+    """Post-train one run in a process that ends with this one. Returns its exit code."""
+    fields = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("runs", "jobs")}
+    flags = [f"--{name}={value}" for name, value in fields.items() if value != ""]
+    command = child.command("study.posttrain", *flags, f"--runs={run}")
+    code = subprocess.run(command, stdout=subprocess.PIPE, text=True).returncode
+    print(f"{run}: {'finished' if code == 0 else 'failed'}", flush=True)
+    return code
 
 
 # ---- what the rows say
 
 
 def families(rows):
-    """{(d, k, settings and training as text): {E: {seed: row}}}, the last row where there are several; training: all fields of its study.execute.Run but
-    those that a family varies."""
+    """{(d, k, settings and training as text): {E: {seed: row}}}, the last row where there are several; training:
+    all fields of its study.execute.Run but those that a family varies."""
     found = {}
     for row in rows:
         training = {
@@ -245,10 +230,9 @@ def families(rows):
 
 def report(rows):
     """A Markdown table of the models; study.verdict says what is lost to the largest E before and after each remedy."""
-    lines = [
-        "| d | k | replay | E | seeds | training loss | greedy | votes | solutions covered | greedy, GRPO | votes, GRPO | solutions covered, GRPO |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    measured = ("greedy", "votes", "solutions covered")
+    head = ("d", "k", "replay", "E", "seeds", "training loss", *measured, *(f"{name}, GRPO" for name in measured))
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     mean = lambda seeds, when, name: 100 * np.mean([np.mean(row[when][name]) for row in seeds.values()])  # noqa: E731
     for (d, k, same), cells in families(rows).items():
         replay = "yes" if json.loads(same)[0].get("replay") else "no"
@@ -264,105 +248,19 @@ def report(rows):
     return "\n".join(lines)
 
 
-def figure(rows, path):
-    """The paper's Fig. 6, votes and GRPO against the loss of pre-training, and beside it coverage and votes over the number of draws."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patheffects import withStroke
-
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 5.2), layout="constrained")
-    voted, styles = set(), {}  # budgets share their models, hence their votes
-    for (d, k, same), cells in families(rows).items():
-        settings = json.loads(same)[0]
-        name = f"d={d}, k={k}"
-        color = styles.setdefault((d, k), f"C{len(styles)}")
-        average = lambda E, f: np.mean([f(row) for row in cells[E].values()])  # noqa: B023, E731
-        losses = [average(E, lambda row: np.nan if row["train_loss"] is None else row["train_loss"]) for E in cells]
-        first, replay = (d, k) not in voted, settings.get("replay")
-        aside, vertical = (
-            ((-3, -5), "top") if list(styles).index((d, k)) % 2 == 0 else ((3, 5), "bottom")
-        )  # numbers of two families at one point
-        lines = [
-            (left, "before", "greedy", "o:", "before"),
-            (left, "before", "majority", "o-", "votes"),
-            (middle, "before", "greedy", "o:", "before"),
-        ] * first
-        lines += [
-            (middle, "after", "greedy", "^--" if replay else "s-", "GRPO, experts replayed" if replay else "GRPO")
-        ]
-        for axis, when, measure, style, what in lines:
-            values = [100 * average(E, lambda row: np.mean(row[when][measure])) for E in cells]  # noqa: B023
-            axis.plot(
-                losses,
-                values,
-                style,
-                color=color,
-                ms=4,
-                mfc="white" if what == "before" else color,
-                label=f"{name}, {what}",
-            )
-            for E, x, y in zip(cells, losses, values, strict=True) if what != "before" and not replay else ():
-                axis.annotate(
-                    E,
-                    (x, y),
-                    aside,
-                    textcoords="offset points",
-                    fontsize=8,
-                    ha="center",
-                    va=vertical,
-                    color=color,
-                    path_effects=[withStroke(linewidth=2.5, foreground="white")],
-                    zorder=5,
-                )
-        for E, shade in zip(dict.fromkeys((min(cells), max(cells))), (0.4, 1.0), strict=False) if first else ():
-            draws = next(iter(cells[E].values()))["before"]["curves"]["samples"]
-            for when, style in (("before", ":"), ("after", "-")):
-                covered = np.mean([row[when]["curves"]["solutions"] for row in cells[E].values()], axis=0)
-                right.plot(
-                    draws,
-                    100 * covered,
-                    style,
-                    color=color,
-                    alpha=shade,
-                    marker="o",
-                    ms=3,
-                    label=f"{name}, E={E}, {when} GRPO",
-                )
-        voted.add((d, k))
-    for axis, title in ((left, f"majority of {rows[-1]['settings']['samples']} draws"), (middle, "after GRPO, greedy")):
-        axis.set(title=title, xlabel="training loss of pre-training (numbers: E)", ylabel="right answers, %")
-        axis.invert_xaxis()
-    right.set(title="whole solutions covered", xlabel="draws per problem", ylabel="problems, %", xscale="log")
-    right.set_xticks(draws, draws)
-    for axis in (left, middle, right):
-        axis.margins(x=0.07, y=0.08)
-        axis.set_ylim(top=min(101, axis.get_ylim()[1]))  # the number of a point at 100 % has room
-        axis.set_yticks([tick for tick in axis.get_yticks() if axis.get_ylim()[0] <= tick <= 100])
-        axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-        axis.grid(alpha=0.3)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
-
-
 def main(argv=None):
     """Returns the rows of the results file."""
-    cfg = config.parse(PosttrainConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    if cfg.runs:
-        run_missing(cfg)
-    rows = read(cfg.results, ROW)
-    require(bool(rows), "results", cfg.results, "there is nothing in it; name --runs to post-train")
-    print(report(rows))
-    path = Path(cfg.out or Path(cfg.results).parent) / "posttrain.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure(rows, path)
-    print(path)
-    return rows
+    try:
+        cfg = config.parse(PosttrainConfig, sys.argv[1:] if argv is None else argv, __doc__)
+        if cfg.runs:
+            run_missing(cfg)
+        rows = read(cfg.results, ROW)
+        require(rows, "results", cfg.results, "there is nothing in it; name --runs to post-train")
+        print(report(rows))
+        return rows
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -1,37 +1,154 @@
-"""The results file of the study: JSON lines, one for every finished run (written by study/sweep.py, described in study/execute.py).
+"""The results files of the study: signed JSON lines, one for every finished run (described in study/execute.py) or
+post-trained model.
 
-A regime is what runs must share to be compared over E and k.
+A regime is what runs must share to be compared over E. A line is {E: {rate: {seed: row}}}, all runs of one regime
+and one k.
 """
 
+import dataclasses
 import fcntl
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
-from study.execute import Run, key
+from data import files
+from study.execute import BEFORE, Run, key
 
-TASKS = {"facts": "biographies", "problems": "word problems", "mano": "mental arithmetic"}
+TASKS = {"facts": "facts", "problems": "solutions", "mano": "mental arithmetic"}
 TEXT_TASKS = {"triviaqa": "TriviaQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
 MEMORY = ("facts", "triviaqa", "hellaswag")
-BEST = 0.0  # the rate policy of runs and lines that take the best rate of each (E, k)
-ROW = (
-    "key",
-    "run",
-    "lr",
-    "diverged",
-    "tokens",
-    "tpp",
-    "params",
-    "flops",
-    "points",
-    "tokens_per_s",
-    "seconds",
-    "jobs",
-    "device",
-)  # keys of every row
-COMPARED = 3  # rates that every (E, k) of a line must have run before the best of each may be compared
+MIN_SEEDS = 3
+# Keys of every row, the first of them written first.
+ROW = tuple("key run lr diverged tokens tpp params flops points tokens_per_s seconds jobs device".split())
+UNSIGNED = {  # what rows without a checksum may hold: one whose checksum lost its name holds something else
+    *ROW,
+    *"step train_loss val_loss facts bits problems mano load_cv skipped_steps together torch revision date".split(),
+    *"train_seconds crc triviaqa hellaswag gsm8k humaneval".split(),
+    *"checkpoint settings d_model n_experts top_k seed total active before after rewards kl grad_norm".split(),
+    "router_changed",
+}
+
+
+def read(path, needed=ROW, optional=False):
+    """The rows of a results file, without a last line torn by a crash. needed: keys that every row has, the first
+    written first.
+
+    optional: where there is no file there are no rows. Raises ValueError for other damage and for files of another
+    kind."""
+    path = Path(path)
+    if not optional and not path.exists():
+        raise FileNotFoundError(f"{path}: no such results file; check the path")
+    return parsed(path.read_bytes() if path.exists() else b"", path, needed)[0]
+
+
+def parsed(content, path, needed, first=1):
+    """(rows, bytes that they take) of the content of a results file from this line on: all of it but a torn last
+    line."""
+    rows, size = [], 0
+    for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", content), first):  # splitlines also splits at \\r
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            begin = f'{{"{needed[0]}": "'.encode()
+            cut = isinstance(error, json.JSONDecodeError) and not error.msg.startswith("Extra data")
+            if cut and not line.endswith(b"\n") and begin.startswith(line[: len(begin)]):
+                break
+            raise ValueError(f"{where}: not JSON ({error}); restore the file or delete the line") from None
+        lacking = [name for name in needed if name not in row] if isinstance(row, dict) else needed
+        if lacking:
+            raise ValueError(
+                f"{where}: not a row of such a results file, it lacks {', '.join(lacking)}; "
+                "name another file or delete the line"
+            )
+        rows.append(checked(row, where))
+        size += len(line)
+    return rows, size
+
+
+def checked(row, where):
+    """The row as today's code would have written it. ValueError where its checksum or its key says that it was
+    changed."""
+    remedy = "restore the file or delete the line"
+    if files.CRC not in row and (strange := sorted(set(row) - UNSIGNED)):
+        raise ValueError(f"{where}: damaged, it holds {strange[0]!r} and no checksum; {remedy}")
+    row = files.check(row, where, remedy)
+    if "key" not in row:  # of study.posttrain
+        return row
+    if not row["run"][
+        "lr"
+    ]:  # planned by the first sweep without a rate: since rates are swept it is the run with the one it took
+        row |= {"run": row["run"] | {"lr": row["lr"]}, "key": None}
+    try:
+        run = Run(**BEFORE | row["run"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: its run cannot be read ({error}); {remedy}, or use the code that wrote it"
+        ) from None
+    if row["key"] not in (None, key(run)):
+        raise ValueError(f"{where} is damaged: its key {row['key']!r} is not that of its run; {remedy}")
+    return row | {"key": key(run), "run": dataclasses.asdict(run)}
+
+
+def append(path, row, needed=ROW):
+    """One more signed line, on disk when this returns; a torn last line is removed first. Several processes may do
+    so at once."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        content = file.read()
+        last = content.rfind(b"\n") + 1
+        end = last + parsed(content[last:], path, needed, content.count(b"\n") + 1)[1]
+        file.truncate(end)
+        file.write(b"\n" * (end > last) + json.dumps(files.sign(row)).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---- what a row says
+
+
+def tasks_of(row):
+    return {name: text for name, text in (TEXT_TASKS if row["run"]["data"] else TASKS).items() if name in row}
+
+
+def accuracy(row, task):
+    """Share of right answers: values recalled, whole solutions and expressions of trained lengths; None where only
+    loss is measured."""
+    return row[task].get("overall", row[task].get("accuracy"))
+
+
+def loss(row, task):
+    """Nats per token of the answers (bits per byte for text; "train": the training loss); infinite where the run
+    diverged."""
+    return math.inf if row["diverged"] else row["train_loss"] if task == "train" else row[task]["loss"]
+
+
+def run_of(row):
+    return Run(**row["run"])
+
+
+def distinct(rows):
+    """The first row of every run. Others are the same run again, with slightly different numbers on a GPU."""
+    return list({row["key"]: row for row in reversed(rows)}.values())[::-1]
+
+
+def repeats(rows):
+    """[(row, row of the same run, done again)]"""
+    first = {row["key"]: row for row in distinct(rows)}
+    pairs = [(first[row["key"]], row) for row in rows if row is not first[row["key"]]]
+    return [pair for pair in pairs if not pair[0]["diverged"] and not pair[1]["diverged"]]
+
+
+def counted(rows):
+    """The runs that may vote, once each: usual initial weights, and a router that the loss trains. With k = 1 the
+    normalised gate is always 1, so those routers learned from the balance and z losses alone."""
+    usual = lambda run: run["init_std"] == (0.02 if run["data"] else Run.init_std)  # noqa: E731
+    return [row for row in distinct(rows) if usual(row["run"]) and row["run"]["top_k"] > 1]
 
 
 class Regime(NamedTuple):
@@ -50,216 +167,59 @@ class Regime(NamedTuple):
     max_steps: int
     mano_length: int
     modulus: int
+    paired: bool
+    kind: str
 
     def __str__(self):
-        what = "text" if self.data else f"{self.unique:,} problems repeated" if self.unique else "fresh problems"
-        unusual = [
-            f"{name} {value}"
-            for name, value in self._asdict().items()
-            if name not in ("d_model", "d_expert", "tokens", "unique", "data") and value not in (0, getattr(Run, name))
-        ]
+        hidden = ("d_model", "d_expert", "tokens", "unique", "data", "paired", "kind")
+        what = "text" if self.data else f"{self.unique:,} problems" if self.unique else "fresh problems"
+        what = {"room": "keys", "twohop": f"{self.unique:,} two-hop questions"}.get(self.kind, what)
+        usual = lambda name, value: value in (0, getattr(Run, name))  # noqa: E731
+        unusual = [f"{n} {v}" for n, v in self._asdict().items() if n not in hidden and not usual(n, v)]
         tokens = [f"{self.tokens / 1e6:.3g} M tokens"] if self.tokens else []
-        return ", ".join([f"d={self.d_model}", f"F={self.d_expert}", *tokens, what, *unusual])
-
-
-class Family(NamedTuple):
-    """What a set of comparable runs shares: a regime, and one learning rate or the policy BEST."""
-
-    regime: Regime
-    rate: float
-
-    def __str__(self):
-        return f"{self.regime}, {rate_name(self.rate)}"
-
-
-def rate_name(rate):
-    return "best rates" if rate == BEST else f"lr {rate:g}"
-
-
-def read(path, needed=ROW, optional=False):
-    """The rows of a results file, without a last line torn by a crash. needed: keys that every row has, the first written first.
-    optional: where there is no file there are no rows. Raises ValueError for other damage and for files of another kind."""
-    path = Path(path)
-    if not optional and not path.exists():
-        raise FileNotFoundError(f"{path}: no such results file; check the path")
-    return parsed(path.read_bytes() if path.exists() else b"", path, needed)[0]
-
-
-def parsed(content, path, needed, first=1):
-    """(rows, bytes that they take) of the content of a results file from this line on: all of it but a torn last line."""
-    rows, size = [], 0
-    for number, line in enumerate(content.splitlines(keepends=True), first):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            begin = f'{{"{needed[0]}": "'.encode()
-            if not line.endswith(b"\n") and begin.startswith(line[: len(begin)]):
-                break
-            raise ValueError(
-                f"{path}, line {number}: not JSON ({error}); restore the file or delete the line"
-            ) from None
-        lacking = [name for name in needed if name not in row] if isinstance(row, dict) else needed
-        if lacking:
-            raise ValueError(
-                f"{path}, line {number}: not a row of such a results file, it lacks {', '.join(lacking)}; name another file or delete the line"
-            )
-        rows.append(migrated(row))
-        size += len(line)
-    return rows, size
-
-
-def migrated(row):
-    """A row of the first sweep that was planned with rate 0 is, since rates are swept, the run with the rate that it took."""
-    if "lr" in row and row["run"]["lr"] == 0:
-        fields = row["run"] | {"lr": row["lr"]}
-        row |= {"key": key(Run(**fields)), "run": fields}
-    return row
-
-
-def append(path, row, needed=ROW):
-    """One more line, on disk when this returns; a torn last line is removed first. Several processes may do so at once."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        content = file.read()
-        last = content.rfind(b"\n") + 1
-        end = last + parsed(content[last:], path, needed, content.count(b"\n") + 1)[1]
-        file.truncate(end)
-        file.write(b"\n" * (end > last) + json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def tasks_of(row):
-    return TEXT_TASKS if row["run"]["data"] else TASKS
-
-
-def accuracy(row, task):
-    """Share of right answers: values recalled, whole solutions and expressions of trained lengths; None where only loss is measured."""
-    return row[task].get("overall", row[task].get("accuracy"))
-
-
-def loss_unit(row):
-    return "bits per byte" if row["run"]["data"] else "nats per token"
-
-
-def regime_of(run):
-    """run: the fields of a Run, as a dict."""
-    return Regime(*(run[field] for field in Regime._fields))
+        unpaired = [] if self.paired else ["unpaired"]
+        return ", ".join([f"d={self.d_model}", f"F={self.d_expert}", *tokens, what, *unusual, *unpaired])
 
 
 def regime(row):
-    return regime_of(row["run"])
+    return Regime(*(row["run"][field] for field in Regime._fields))
 
 
-def pool(regime):
-    """What regimes share that are one experiment at several lengths: people grow with the tokens, so that each is met as often."""
-    return regime._replace(tokens=0, people=0)
-
-
-def answer_loss(row):
-    """What learning rates are chosen by: the mean of the losses of answers, nats per token, that training never had in this form, memory and reasoning
-    counting half each. Not the geometric mean: a run done twice moves the loss of solutions, 0.002 to 0.07, by a factor of 1.7, and that decided.
-    Prepared text: the validation loss. Infinite where the run diverged."""
-    if row["diverged"]:
-        return math.inf
-    if row["run"]["data"]:
-        return row["val_loss"]
-    halves = [[row[task]["loss"] for task in TASKS if (task in MEMORY) == memory] for memory in (True, False)]
-    return sum(sum(half) / len(half) for half in halves) / 2
-
-
-def distinct(rows):
-    """The first row of every run. Others are the same run again, with slightly different numbers on a GPU (study/verdict.py says how different)."""
-    return list({row["key"]: row for row in reversed(rows)}.values())[::-1]
-
-
-def repeats(rows):
-    """[(row, row of the same run, done again)]"""
-    first = {row["key"]: row for row in distinct(rows)}
-    return [
-        (first[row["key"]], row)
-        for row in rows
-        if row is not first[row["key"]] and not row["diverged"] and not first[row["key"]]["diverged"]
-    ]
-
-
-def standard(rows):
-    """Every run with the initial weights as always, once."""
-    return [row for row in distinct(rows) if row["run"]["init_std"] == (0.02 if row["run"]["data"] else Run.init_std)]
-
-
-def best(rates):
-    """The rate with the lowest mean loss of {rate: {seed: loss}}, among those that have all seeds of the rate with most; None without two."""
-    most = max(map(len, rates.values()), default=0)
-    full = {rate: sum(seeds.values()) / most for rate, seeds in rates.items() if len(seeds) == most > 0}
-    return min(full, key=full.get) if len(full) > 1 else None
-
-
-def best_along(line):
-    """{x: best rate} of a line {x: {rate: {seed: row}}}: every x chooses among the same rates, from the same seeds; {} before COMPARED rates are."""
-    rates = set.intersection(*map(set, line.values()))
-    seeds = {rate: set.intersection(*(set(cell[rate]) for cell in line.values())) for rate in rates}
-    most = max(map(len, seeds.values()), default=0)
-    rates = [rate for rate in sorted(rates) if len(seeds[rate]) == most > 0]
-    if len(rates) < COMPARED:
-        return {}
-    return {
-        x: best({rate: {seed: answer_loss(cell[rate][seed]) for seed in seeds[rate]} for rate in rates})
-        for x, cell in line.items()
-    }
-
-
-def policies(line, chosen):
-    """{rate: {x: {seed: row}}} of a line {x: {rate: {seed: row}}}: each rate that every x has run, and BEST with the rates `chosen` ({x: rate}).
-    Each holds the same seeds at every x."""
-    choices = {rate: dict.fromkeys(line, rate) for rate in set.intersection(*map(set, line.values()))} | (
-        {BEST: chosen} if chosen else {}
-    )
+def lines(rows, wide=3):
+    """{(Regime, k): {E: {rate: {seed: row}}}} of the rows that may vote, where a line has at least `wide` values
+    of E."""
     found = {}
-    for policy, rates in sorted(choices.items()):
-        cells = {x: {seed: row for seed, row in line[x].get(rates[x], {}).items() if not row["diverged"]} for x in line}
-        if seeds := set.intersection(*map(set, cells.values())):
-            found[policy] = {
-                x: {seed: row for seed, row in sorted(cell.items()) if seed in seeds} for x, cell in cells.items()
-            }
-    return found
-
-
-def alike(regime, other):
-    """Whether rates found in one regime serve in the other: models of one shape and one optimiser."""
-    return all(
-        getattr(regime, name) == getattr(other, name) for name in ("d_model", "n_layers", "d_expert", "optimizer")
-    ) and (bool(regime.data) == bool(other.data))
-
-
-def families(rows):
-    """{Family: {(E, k): {seed: row}}}: what a claim about E may compare, lines along three values of E or more in which nothing else differs.
-
-    A line of one k has every E that its regime has at this k, from the same seeds, at one rate for all or at the best rate of each (E, k); a family
-    holds the lines that have the seeds of its longest list. The best rates are those of the regime, or, where it did not compare any, of the nearest regime `alike`."""
-    grid, found = {}, {}
-    for row in standard(rows):
+    for row in counted(rows):
         run = row["run"]
-        line = grid.setdefault((regime(row), run["top_k"]), {})
+        line = found.setdefault((regime(row), run["top_k"]), {})
         line.setdefault(run["n_experts"], {}).setdefault(run["lr"], {})[run["seed"]] = row
-    for (where, k), line in grid.items():
-        if len(line) < 3:
-            continue
-        near = lambda other, where=where: (other != where, pool(other) != pool(where), other.tokens)  # noqa: E731
-        sources = [
-            grid[other, k]
-            for other in sorted((other for other, kk in grid if kk == k and alike(other, where)), key=near)
-        ]
-        sources = [{e: source[e] for e in line} for source in sources if source.keys() >= line.keys()]
-        chosen = next(filter(None, map(best_along, sources)), {})
-        for rate, cells in policies(line, chosen).items():
-            found.setdefault(Family(where, rate), {})[k] = cells
-    for family, lines in found.items():
-        seeds = {k: set(next(iter(cells.values()))) for k, cells in lines.items()}
-        most = max(seeds.values(), key=len)
-        found[family] = {
-            (e, k): cell for k, cells in sorted(lines.items()) if seeds[k] == most for e, cell in sorted(cells.items())
-        }
-    return dict(sorted(found.items()))
+    return {name: dict(sorted(line.items())) for name, line in sorted(found.items()) if len(line) >= wide}
+
+
+class Tuned(NamedTuple):
+    """A line at the rates that are best for one task."""
+
+    cells: dict  # {x: {seed: row}}, the same seeds at every x
+    rates: dict  # {x: rate}
+    edges: list  # every x whose best rate is the lowest or highest that it tried, so that a better one may lie beyond
+    single: list  # every x that has run one rate only
+
+
+def tune(line, task):
+    """A line {x: {rate: {seed: row}}} at the rate with the lowest mean loss of the task at each x, or None without
+    common seeds.
+
+    Rates are compared over the seeds that all rates of x with MIN_SEEDS seeds have; the best keeps all its seeds."""
+    cells, best, edges, single = {}, {}, [], []
+    for x, rates in line.items():
+        full = {rate: seeds for rate, seeds in rates.items() if len(seeds) >= MIN_SEEDS} or rates
+        common = set.intersection(*map(set, full.values()))
+        if not common:
+            return None
+        mean = {rate: sum(loss(seeds[s], task) for s in common) / len(common) for rate, seeds in full.items()}
+        best[x] = min(sorted(mean), key=mean.get)
+        cells[x] = {s: row for s, row in full[best[x]].items() if not row["diverged"]}
+        (single if len(full) == 1 else edges if best[x] in (min(full), max(full)) else []).append(x)
+    seeds = set.intersection(*map(set, cells.values())) if cells else set()
+    cells = {x: {s: cell[s] for s in sorted(seeds)} for x, cell in cells.items()}
+    return Tuned(cells, best, edges, single) if seeds else None

@@ -1,14 +1,24 @@
 """Curves of one run, or several laid over one another:  python -m study.show RUN... [--out FILE]
 
-One run: the picture that training keeps up to date (curves.py). Several: training (thin) and validation (dots) cross-entropy, learning rate,
-gradient norm; below, for every run with experts, the load of the busiest expert of each layer over time, relative to an even split (1 = balanced).
+One run: the picture that training keeps up to date (curves.py). Several: training (thin) and validation (dots)
+cross-entropy, learning rate, gradient norm; below, for every run with experts, the load of the busiest expert of
+each layer over time, relative to an even split (1 = balanced).
 """
 
-import argparse
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from optimoe import curves
+from optimoe import config, curves
 from optimoe.curves import dot, label, read
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    POSITIONAL = ("runs",)
+
+    runs: tuple[str, ...]  # run directories
+    out: str = ""  # PNG file; empty: curves.png in the run directory, overlay.png in the first of several
 
 
 def overlay(runs):
@@ -19,12 +29,12 @@ def overlay(runs):
     import matplotlib.pyplot as plt
 
     data = [(run, *read(run)) for run in runs]
-    moe = [(run, config, rows) for run, config, rows, _ in data if not config["dense"]]
+    moe = [(run, kept, rows) for run, kept, rows, _ in data if not kept["dense"]]
     fig = plt.figure(figsize=(12, 4 + 2.6 * len(moe)), layout="constrained")
     grid = fig.add_gridspec(1 + len(moe), 3, height_ratios=[4] + [2.6] * len(moe))
     loss, rate, norm = (fig.add_subplot(grid[0, column]) for column in range(3))
-    for i, (run, config, rows, val) in enumerate(data):
-        million = lambda row, c=config: row["step"] * c["batch_size"] * c["seq_len"] / 1e6  # noqa: E731
+    for i, (run, kept, rows, val) in enumerate(data):
+        million = lambda row: row["tokens"] / 1e6  # noqa: E731
         tokens = [million(row) for row in rows]
         loss.plot(tokens, [row["loss"] for row in rows], color=f"C{i}", lw=0.8, alpha=0.7, **dot(rows))
         loss.plot(
@@ -34,7 +44,7 @@ def overlay(runs):
             color=f"C{i}",
             ms=3,
             lw=1.5,
-            label=label(run, config),
+            label=label(run, kept),
         )
         rate.plot(tokens, [row["lr"] for row in rows], color=f"C{i}", **dot(rows))
         norm.plot(tokens, [row["grad_norm"] for row in rows], color=f"C{i}", lw=0.8, **dot(rows))
@@ -52,9 +62,9 @@ def overlay(runs):
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
     norm.set_yscale("log")
-    for i, (run, config, rows) in enumerate(moe):
+    for i, (run, kept, rows) in enumerate(moe):
         axis = fig.add_subplot(grid[1 + i, :])
-        last = rows[-1]["step"] * config["batch_size"] * config["seq_len"] / 1e6
+        last = rows[-1]["tokens"] / 1e6
         typical = sorted(max(row["load_max"]) for row in rows)[
             len(rows) // 2
         ]  # the first steps would leave no colours for the rest
@@ -65,11 +75,11 @@ def overlay(runs):
             cmap="viridis",
             vmin=1,
             vmax=max(2.0, typical),
-            extent=(0, last, -0.5, config["n_layers"] - 0.5),
+            extent=(0, last, -0.5, kept["n_layers"] - 0.5),
         )
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set(
-            title=f"load of the busiest expert, 1 = even split: {label(run, config)}",
+            title=f"load of the busiest expert, 1 = even split: {label(run, kept)}",
             xlabel="million tokens",
             ylabel="layer",
         )
@@ -78,15 +88,13 @@ def overlay(runs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument(
-        "--out", help="PNG file; default: curves.png in the run directory, overlay.png in the first of several"
-    )
-    args = parser.parse_args(argv)
-    several = len(args.runs) > 1
-    out = args.out or str(Path(args.runs[0]) / ("overlay.png" if several else "curves.png"))
-    curves.write(lambda: overlay(args.runs) if several else curves.figure(args.runs[0]), out)
+    try:
+        cfg = config.parse(ShowConfig, sys.argv[1:] if argv is None else argv, __doc__)
+        several = len(cfg.runs) > 1
+        out = cfg.out or str(Path(cfg.runs[0]) / ("overlay.png" if several else "curves.png"))
+        curves.write(lambda: overlay(cfg.runs) if several else curves.figure(cfg.runs[0]), out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

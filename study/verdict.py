@@ -1,179 +1,166 @@
-"""What the results say about each claim of the paper:  python -m study.verdict study/results.jsonl --out docs/STUDY.md
+"""What the results say about each claim of the paper:  python -m study.verdict
 
-Of the two claims about remedies, votes and GRPO, the rows of study.posttrain say it (--posttrain).
-
-Writes the tables between the two marker lines of docs/STUDY.md (or to stdout); the text around them is written by hand.
-
-The rules, the same for every claim:
-  runs       Only runs that differ in nothing but what the claim is about are compared (results.families): lines along E at one learning rate, and the
-             line of the best rate of each (E, k), once each of its points has run the same three rates or more (COMPARED) from the same seeds; longer
-             and other runs borrow these. Only the best-rate lines vote. One rate for all is shown beside them: it is nearer the best of one E than of
-             another, and how near is not what the claims are about. Rates that nobody compared make no line.
-  effect     one number per seed, in the claim's direction (positive: as claimed), computed from that seed's runs alone. Where heights are compared
-             after picking the best (or worst) of several noisy points, the other seeds' mean picks, so that noise cannot make a peak or a
-             spread. Where a peak is, each seed says for itself: what the other seeds' means say would agree too well.
-  interval   95 %: bootstrap over the seeds, widened by sqrt(n/(n-1)) * t(n-1)/1.96 because the bootstrap alone is too sure with few seeds
-  margin     the smallest effect that would matter, fixed here, not fitted
-  verdict    supported: the interval lies above 0 and the effect reaches the margin; not supported: the interval lies below the margin;
-             undecided: anything else, and always with fewer than MIN_SEEDS seeds. Lines of models that learned nothing, or everything, have no say.
-             Of a claim that an effect is small: supported when the interval lies within the margin on both sides of 0, not supported when outside.
-A claim with several regimes or tasks is (not) supported when at least half of those with enough seeds say so and none the opposite, "mixed" when
-both are among them.
-The rule about runs is not the one fixed before the first run. That one gave each run the rate of the nearest of five corners and compared across them; in
-the first sweep (107 runs) the rate changed along a line from 0.012 to 0.003 and moved recall more than E did. Nothing else was changed.
+Writes the table of claims between the two marker lines of docs/STUDY.md, whose other text is written by hand, and
+every effect that was computed to docs/study/appendix.md. --out= prints both. docs/study/rules.md has the rules.
 """
 
-import argparse
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data import files
+from optimoe import config
 from optimoe.config import require
-from study import posttrain, results
-from study.claims import CLAIMS, MIN_SEEDS, REMEDIES, decide, interval, overall, score, still_lost
-from study.execute import Run
-from study.sweep import PRESETS, comparisons, gpu_minutes, settle
+from study import posttrain, results, rules
+from study.claims import CLAIMS, REMEDIES, decide, overall, still_lost, would_decide
+from study.presets import PRESETS
+from study.results import MIN_SEEDS, accuracy
+from study.rules import interval
+from study.sweep import gpu_minutes
 
-BEGIN, END = "<!-- tables: begin (python -m study.verdict) -->", "<!-- tables: end -->"
+BEGIN, END = "<!-- claims: begin (python -m study.verdict) -->", "<!-- claims: end -->"
 
 
-def number(value):
-    return "–" if value is None else f"{value:+.2f}"
+@dataclass(frozen=True)
+class VerdictConfig:
+    results: str = "study/results.jsonl"  # rows of study.sweep
+    posttrain: str = "study/posttrain.jsonl"  # rows of study.posttrain
+    out: str = "docs/STUDY.md"  # the page whose table of claims is replaced; empty: print table and appendix
+    appendix: str = "docs/study/appendix.md"  # every effect, one table a claim
+
+
+def computed(rows, posttrained):
+    """[(text, tests, presets)] of the nine claims."""
+    found = [(text, list(compute(rows)), presets) for text, compute, presets in CLAIMS]
+    return found + [(text, list(still_lost(posttrained, remedies)), ("votes",)) for text, remedies in REMEDIES]
 
 
 def missing(presets, rows):
-    """The runs missing of these presets and the minutes of one GPU that they would take, in words; "" when there are none."""
-    todo = settle([run for name in presets for run in PRESETS[name]("")], rows)
+    """The runs missing of these presets and their minutes on one GPU, in words; "" when there are none."""
+    todo = {run for name in presets for run in PRESETS[name](rows, "")} - {results.run_of(row) for row in rows}
     minutes = gpu_minutes(todo, rows)
-    return (
-        f"{len(todo)} runs of `{'`, `'.join(presets)}`" + (f", about {minutes:.0f} minutes" if minutes else "")
-        if todo
-        else ""
-    )
+    cost = f", about {minutes:.0f} min" if minutes else ""
+    return f"{len(todo)} runs of `{'`, `'.join(presets)}`{cost}" if todo else ""
+
+
+def number(value):
+    return "–" if value is None else f"{value:+.3g}"
+
+
+def share_left(pairing):
+    share, cells = pairing
+    return f"{share:.2f} ({cells} pairs of cells)" if cells else "no run yet to say how much"
+
+
+def strongest(tests):
+    """The test that a one-line summary shows: one that votes, else one that could say something; paired, most
+    seeds, most runs."""
+    silent = lambda test: any(word in test.note for word in ("beside", "nothing learned", "describes", "control"))  # noqa: E731
+    order = lambda test: (test.votes, not silent(test), test.paired, len(test.effects), test.runs)  # noqa: E731
+    return max(tests, key=order, default=None)
+
+
+def claims_table(claims, rows):
+    """A row a claim: verdict, effect and interval of its strongest test, what is missing."""
+    lines = ["| claim of the paper | verdict | effect and 95 % interval | seeds | missing |", "|---|---|---|---|---|"]
+    for n, (text, tests, presets) in enumerate(claims, 1):
+        test, verdict = strongest(tests), overall(tests)
+        shown = "no runs"
+        if test and test.effects:
+            mean, low, high = interval(test.effects.values())
+            shown = f"{number(mean)} ({number(low)} to {number(high)}) {test.unit}"
+            shown += "" if test.votes else f"; no vote: {test.note}"
+        kind = "" if verdict == "undecided" or not test else ", paired" if test.paired else ", unpaired"
+        words = "not supported at this scale" if verdict == "not supported" else verdict
+        seeds = len(test.effects) if test else 0
+        lines.append(f"| {n}. {text} | **{words}**{kind} | {shown} | {seeds} | {missing(presets, rows) or 'nothing'} |")
+    return "\n".join(lines)
 
 
 def noise(rows):
     """A sentence on runs that were done twice: what the same run differs by from itself."""
-    pairs = [pair for pair in results.repeats(rows) if not pair[0]["run"]["data"]]
+    pairs = [pair for pair in results.repeats(rows) if "problems" in pair[0]]
     if not pairs:
         return ""
     rms = lambda value: math.sqrt(np.mean([(value(a) - value(b)) ** 2 for a, b in pairs]))  # noqa: E731
+    points = lambda task: rms(lambda row: 100 * accuracy(row, task))  # noqa: E731
     same = sum(a["train_loss"] == b["train_loss"] and a["facts"] == b["facts"] for a, b in pairs)
+    losses = [rms(lambda row, t=task: results.loss(row, t)) for task in ("train", "facts")]
     return (
-        f" {len(pairs)} are runs done again, {same} of these with the same bits; root mean square difference: training loss "
-        f"{rms(lambda row: row['train_loss']):.3f}, loss of the values {rms(lambda row: row['facts']['loss']):.3f}, recall "
-        f"{rms(lambda row: score(row, 'facts')):.1f} points, solutions {rms(lambda row: score(row, 'problems')):.1f}, mental arithmetic "
-        f"{rms(lambda row: score(row, 'mano')):.1f}. The first of each is used below."
+        f" {len(pairs)} are runs done again on a GPU, {same} of these with the same bits; root mean square difference: "
+        f"training loss {losses[0]:.3f}, fact loss {losses[1]:.3f}, recall {points('facts'):.1f} points, solutions "
+        f"{points('problems'):.1f}. The first of each is used."
     )
 
 
-def edges(rows):
-    """A sentence on the (E, k) whose best rate was the lowest or the highest that they tried, so that a better one may lie beyond."""
-    compared = [
-        (group, rates, results.best(rates))
-        for group, rates in comparisons(rows)
-        if group["init_std"] == Run.init_std and len(rates) >= 3
-    ]
-    compared = [(group, rates, rate) for group, rates, rate in compared if rate]
-    names = [
-        f"E={group['n_experts']} k={group['top_k']} F={group['d_expert']} ({rate:g})"
-        for group, rates, rate in compared
-        if rate in (min(rates), max(rates))
-    ]
-    return f"Three rates or more were compared at {len(compared)} sets of one (E, k); the best was at the edge for {len(names)}: {', '.join(names) or 'none'}."
-
-
-def tables(rows, posttrained=()):
-    """The generated part of docs/STUDY.md, from the rows of the sweep and of study.posttrain."""
-    claims = [(text, list(compute(rows)), missing(presets, rows)) for text, compute, presets in CLAIMS]
-    models = {(row["d_model"], row["n_experts"], row["top_k"], row["seed"]) for row in posttrained}
-    left = {(run.d_model, run.n_experts, run.top_k, run.seed) for run in PRESETS["family"]("")} - models
-    claims += [
-        (text, list(still_lost(posttrained, remedies)), f"{len(left)} models of `family`" if left else "")
-        for text, remedies in REMEDIES
-    ]
+def appendix(claims, rows):
+    """All effects, as Markdown."""
     minutes, flops = sum(row["seconds"] / row["jobs"] for row in rows) / 60, sum(row["flops"] for row in rows)
     devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
-    diverged = sum(row["diverged"] for row in rows)
+    paired, diverged = sum(row["run"]["paired"] for row in rows), sum(row["diverged"] for row in rows)
+    left, unpaired = (share_left(rules.pairing(rows, paired=kind)) for kind in (True, False))
     lines = [
-        f"{len(rows)} runs, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on {devices}; {diverged} diverged.{noise(rows)}",
+        "# The study: every effect",
         "",
-        edges(rows),
+        "Written by `python -m study.verdict`. [How to read it](rules.md), and [what it means](../STUDY.md).",
         "",
-        "| claim of the paper | verdict | sets of runs: for / against / open | still missing |",
-        "|---|---|---|---|",
+        f"{len(rows)} runs, {paired} of them paired, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on "
+        f"{devices}; {diverged} diverged.{noise(rows)}",
+        "",
+        f"{sum(row['run']['top_k'] == 1 for row in rows)} runs have k = 1. Their normalised gate is always 1: the loss "
+        "gave their routers no gradient: they are in no line and have no vote.",
+        "",
+        f"Pairing: {left} of the variance between two E is left where both have the same seed and so the same weights; "
+        f"{unpaired} where the seed shares only the data (first edition).",
     ]
-    for number_, (text, found, cost) in enumerate(claims, 1):
-        verdicts = [decide(test) for test in found if test.votes]
-        cost = cost or ("more seeds" if overall(found) == "undecided" else "nothing")
-        tally = (
-            " / ".join(str(verdicts.count(v)) for v in ("supported", "not supported", "undecided"))
-            if verdicts
-            else "no runs"
-        )
-        unlost = text in dict(REMEDIES) and any(len(test.effects) >= MIN_SEEDS for test in found)
-        why = "" if verdicts else ": no loss to rescue is shown" if unlost else ": not enough runs"
-        lines.append(f"| {number_}. {text} | **{overall(found)}**{why} | {tally} | {cost} |")
-    for number_, (text, found, _) in enumerate(claims, 1):
-        lines += ["", f"### {number_}. {text}", ""]
-        if not found:
-            lines.append("Undecided: not enough runs.")
+    for n, (text, tests, _) in enumerate(claims, 1):
+        lines += ["", f"## {n}. {text}: {overall(tests)}", ""]
+        if not tests:
+            lines.append("Not enough runs.")
             continue
         lines += ["| runs | effect | 95 % interval | margin | seeds | verdict |", "|---|---|---|---|---|---|"]
-        for test in found:
+        for test in tests:
             mean, low, high = interval(test.effects.values())
-            margin = f"{'below' if test.little else 'above'} {test.margin:g}"
-            note = (
-                f" ({test.note})"
-                if test.note
-                else f" (fewer than {MIN_SEEDS} seeds)"
-                if len(test.effects) < MIN_SEEDS
-                else ""
-            )
+            few = f" (fewer than {MIN_SEEDS} seeds)" if len(test.effects) < MIN_SEEDS else ""
+            found = decide(test)
+            said = f"no vote: {test.note}" if test.note else found + few
+            said += f" ({would_decide(test)})" if test.votes and found == "undecided" and not few else ""
             lines.append(
-                f"| {test.where}; {test.runs} runs | {number(mean)} {test.unit} | {number(low)} to {number(high)} | {margin} | "
-                f"{len(test.effects)} | {decide(test) if test.votes else 'no vote'}{note} |"
+                f"| {test.where}; {test.runs} runs | {number(mean)} {test.unit} | {number(low)} to {number(high)} | "
+                f"{'below' if test.little else 'above'} {test.margin:g} | {len(test.effects)} | {said} |"
             )
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def write(path, generated):
+def write(path, table):
     """Replace what is between the markers of the file. Raises ValueError when they are not there."""
     text = Path(path).read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{path}: needs the two lines {BEGIN!r} and {END!r}; put them where the tables belong")
-    Path(path).write_text(f"{before}{BEGIN}\n\n{generated}\n\n{END}{after}")
+        raise ValueError(f"{path}: needs the two lines {BEGIN!r} and {END!r}; put them where the table belongs")
+    files.replace(path, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="?", default="study/results.jsonl")
-    parser.add_argument(
-        "--posttrain", default="study/posttrain.jsonl", help="results of study.posttrain (default: %(default)s)"
-    )
-    parser.add_argument("--out", help="file whose tables are replaced; default: print them")
-    args = parser.parse_args(argv)
     try:
-        rows = results.read(args.results)
-        require(
-            rows or not args.out,
-            "results",
-            args.results,
-            f"there is no run in it to write tables of into {args.out}; run study.sweep first",
-        )
-        generated = tables(
-            rows,
-            results.read(args.posttrain, posttrain.ROW, optional=args.posttrain == parser.get_default("posttrain")),
-        )
-        if args.out:
-            write(args.out, generated)
-            print(args.out)
-        else:
-            print(generated)
+        cfg = config.parse(VerdictConfig, sys.argv[1:] if argv is None else argv, __doc__)
+        rows = results.read(cfg.results)
+        remedy = f"there is no run in it to write a table of into {cfg.out}; run study.sweep first"
+        require(rows or not cfg.out, "results", cfg.results, remedy)
+        given = cfg.posttrain != VerdictConfig.posttrain
+        posttrained = results.read(cfg.posttrain, posttrain.ROW, optional=not given)
+        claims = computed(rows, posttrained)
+        table, text = claims_table(claims, rows), appendix(claims, rows)
+        if not cfg.out:
+            print(table, text, sep="\n\n")
+            return
+        write(cfg.out, table)
+        files.replace(cfg.appendix, text)
+        print(cfg.out, cfg.appendix, sep="\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -5,7 +5,6 @@ import random
 
 from optimoe.sizes import count_params, flops_per_token
 from study import execute as run
-from study import sweep
 from study.execute import Run, key
 
 TINY = Run(
@@ -26,22 +25,25 @@ TINY = Run(
 )
 
 
-def fake(config, effect=None, rng=random.Random(0)):
-    """A row with made-up measurements: effect(run, tpp) -> (memory share, reasoning share, loss)."""
-    cfg = run.train_config(config, 1344, config.lr or 6e-3)
+RNG = random.Random(0)
+
+
+def fake(config, effect):
+    """A row with made-up measurements: effect(run, tpp) -> (loss of facts, loss of solutions, training loss)."""
+    cfg = run.train_config(config, 1344)
     params = count_params(cfg)
     memory, reason, loss = effect(config, config.tokens / params.total)
 
     def point(share):
-        noise = lambda: rng.gauss(0, 0.002)  # noqa: E731
+        noise = lambda: RNG.gauss(0, 0.002)  # noqa: E731
         later = loss + 0.5 * (1 - share)
-        a, b = (min(0.97, max(0.03, value * share + noise())) for value in (memory, reason))
+        a, b = memory / share + noise(), reason / share + noise()
         return {
             "train_loss": later + noise(),
             "val_loss": later,
-            "facts": {"overall": a, "loss": 1 - a},
-            "problems": {"accuracy": b, "loss": 1 - b},
-            "mano": {"accuracy": b, "loss": later},
+            "facts": {"overall": max(0, 1 - a / 2), "loss": a},
+            "problems": {"accuracy": max(0.0, 1 - b), "loss": b},
+            "mano": {"accuracy": max(0.0, 1 - b), "loss": later},
         }
 
     return {
@@ -64,11 +66,12 @@ def fake(config, effect=None, rng=random.Random(0)):
     }
 
 
-def world(effect, runs, change=lambda row: row):
-    """Rows of planned runs, those that take the best rate after those that have one."""
-    rows = [change(fake(r, effect)) for r in runs if r.lr]
-    return rows + [change(fake(r, effect)) for r in sweep.settle([r for r in runs if not r.lr], rows)]
-
-
-def swept(effect):
-    return world(effect, [r for r in sweep.main("") if r.lr])
+def grid(effect, experts=(8, 16, 32, 64, 128, 256), ks=(2, 8), rates=(3e-3, 6e-3, 1.2e-2), seeds=3, **fields):
+    """Rows of every (E, k, rate, seed); effect as in `fake`."""
+    return [
+        fake(Run(n_experts=e, top_k=k, lr=rate, seed=seed, **fields), effect)
+        for k in ks
+        for e in experts
+        for rate in rates
+        for seed in range(seeds)
+    ]

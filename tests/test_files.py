@@ -1,11 +1,18 @@
 """Atomic writes and JSON with checksums. Run: python -m pytest tests/test_files.py (CPU, no torch)"""
 
+import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from data import files
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_failed_replace_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -49,3 +56,86 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     with open(path, "a") as file:
         file.write(json.dumps({"a": 3})[:-2])
     assert files.read_rows(path) == ([{"a": 1}, {"a": 2}], whole)
+
+
+def test_names_that_are_numbers_and_deep_values_are_checked_as_they_are_read(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"accuracy": {2: 0.5, 10: 0.25}, "pair": (1, 2)})
+    assert files.read_json(path) == {"accuracy": {"2": 0.5, "10": 0.25}, "pair": [1, 2]}
+    for depth in range(100, 1100, 50):  # beyond the parser's depth, and just below it
+        path.write_text('{"crc": "00000000", "a": ' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(ValueError, match=f"{path} is damaged"):
+            files.read_json(path)
+
+
+def test_lines_of_other_people():
+    lines = ['\ufeff{"a": 1}\r\n', "\n", "\ufeff\n", '{"a": 2}']
+    assert list(files.json_lines(lines, "x.jsonl")) == [("x.jsonl:1", {"a": 1}), ("x.jsonl:4", {"a": 2})]
+    for bad in ("{", "[" * 100_000, "9" * 5000):
+        with pytest.raises(ValueError, match="x.jsonl:2 is damaged.*correct that line"):
+            list(files.json_lines(['{"a": 1}', bad], "x.jsonl"))
+
+
+REPLACING = """
+import sys
+from data import files
+for i in range(150):
+    files.replace(sys.argv[1], f"{sys.argv[2]} {i}")
+"""
+
+
+def test_processes_that_replace_one_file_do_not_take_each_others_work_for_remains(tmp_path):
+    flags = [sys.executable, "-c", REPLACING, str(tmp_path / "a.json")]
+    children = [subprocess.Popen([*flags, str(i)], cwd=ROOT, stderr=subprocess.PIPE) for i in range(4)]
+    for child in children:
+        assert not child.communicate()[1] and child.returncode == 0
+    assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text().endswith(" 149")
+
+
+@pytest.mark.parametrize("suffix", ["tmp", "old"])
+def test_remains_are_locked_while_they_are_removed(tmp_path, suffix):
+    """Otherwise their owner could lock one after it was found, and lose it."""
+    (tmp_path / f".a.json.4711.{suffix}").touch()
+    for left in files.remains(tmp_path / "a.json", suffix):
+        with open(left) as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        left.unlink()
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_locks_files_are_written_and_nothing_is_removed(tmp_path, monkeypatch):
+    """On a file system or operating system that has none."""
+    (tmp_path / ".a.json.4711.tmp").touch()
+    refuse = lambda *_: (_ for _ in ()).throw(OSError("no locks here"))  # noqa: E731
+    for name, value in (("fcntl.flock", refuse), ("fcntl", None)):
+        monkeypatch.setattr(f"data.files.{name}", value)
+        files.replace(tmp_path / "a.json", name)
+        assert (tmp_path / "a.json").read_text() == name and len(os.listdir(tmp_path)) == 2
+
+
+KILLED = """
+import os, signal, sys
+from data import files
+with files.temporary(sys.argv[1], directory=sys.argv[2] == "True") as path:
+    print(path, flush=True)
+    sys.stdin.readline()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_remains_of_killed_processes_are_removed_and_of_living_ones_kept(tmp_path, directory):
+    target = tmp_path / "a.b"
+    others = [".a.12345678.tmp", ".a.b.c.12345678.tmp", ".a.b.12345678.swp", ".xa.b.12345678.partial"]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".a.b.4711.tmp").touch()  # of an earlier version
+    command = [sys.executable, "-c", KILLED, str(target), str(directory)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    theirs = child.stdout.readline().strip()
+    with files.temporary(target, directory):
+        assert os.path.exists(theirs) and len(os.listdir(tmp_path)) == len(others) + 2
+    child.communicate("die\n")
+    assert child.returncode == -signal.SIGKILL and os.path.exists(theirs)
+    files.replace(target, "new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "a.b"]) and target.read_text() == "new"

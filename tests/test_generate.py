@@ -1,4 +1,4 @@
-"""Generation: the cache against recomputation, batches against single prompts. Run: python -m pytest tests/test_generate.py (CPU)"""
+"""Generation: the cache against recomputation, batches against single prompts: pytest tests/test_generate.py (CPU)"""
 
 import pytest
 import torch
@@ -126,8 +126,12 @@ def test_sample_follows_the_distribution_and_the_nucleus():
         (1.0, probs),
         (0.74, torch.tensor([0, 2 / 3, 0, 1 / 3])),
         (0.4, torch.tensor([0, 1.0, 0, 0])),
+        ((1.0, 2), torch.tensor([0, 2 / 3, 0, 1 / 3])),
+        ((1.0, 9), probs),
+        ((0.66, 2), torch.tensor([0, 1.0, 0, 0])),  # 0.5 is two thirds of the two
     ):
-        shares = torch.bincount(sample(logits, top_p, uniform), minlength=4) / 10_000
+        top_p, top_k = top_p if isinstance(top_p, tuple) else (top_p, 0)
+        shares = torch.bincount(sample(logits, top_p, uniform, top_k), minlength=4) / 10_000
         torch.testing.assert_close(shares, expected, rtol=0, atol=1e-3)
     for top_p in (1.0, 0.999):  # never a token of probability 0
         assert sample(torch.tensor([[-torch.inf, 0.0, -torch.inf]]), top_p, torch.tensor([1 - 2**-24])).item() == 1
@@ -150,7 +154,7 @@ def test_stop_strings_and_vocabulary_limit():
 
 @pytest.mark.parametrize("coarse", [False, True])
 def test_records_the_experts_of_every_token_read(coarse, monkeypatch):
-    """What the cached steps chose is what one pass over the whole text chooses; rows end by stop token, stop string and length."""
+    """What the cached steps chose is what one pass over the whole text chooses; rows end in three ways."""
     monkeypatch.setattr("eval.generate.coarse", lambda device: coarse)
     model = make()
     prompts = make_prompts([5, 1, 17, 9, 12, 3])

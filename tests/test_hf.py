@@ -305,9 +305,9 @@ def test_what_cannot_be_saved(tmp_path):
 
 def test_evaluating_an_export_equals_evaluating_the_run(tiny_run):  # noqa: F811
     hf.save_model(checkpoint.load_model(tiny_run), tiny_run / "export")
-    options = ["--device=cpu", f"--data={tiny_run}", "--tasks=hellaswag,gsm8k", "--shots=0"]
+    options = ["--device=cpu", f"--evaldata={tiny_run}", "--tasks=hellaswag,gsm8k", "--shots=0"]
     expected = evaluate([f"--run={tiny_run}", *options])["tasks"]
-    assert evaluate([f"--hf={tiny_run}/export", f"--tokenizer={tiny_run}/data", *options])["tasks"] == expected
+    assert evaluate([f"--hf={tiny_run}/export", f"--data={tiny_run}/data", *options])["tasks"] == expected
     assert (tiny_run / "export/eval/gsm8k.jsonl").is_file()
     with pytest.raises(ValueError, match="no tokenizer.json"):
         evaluate([f"--hf={tiny_run}/export", *options])

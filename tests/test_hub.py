@@ -33,25 +33,34 @@ def datasets(monkeypatch):
 
 def test_download_stops_at_the_size(datasets, tmp_path):
     out = tmp_path / "new" / "x.jsonl.gz"
-    assert hub.download(out, dataset="owner/name", config="small", max_bytes=50)[0] == 4
+    assert hub.download(hub.Config("owner/name", str(out), subset="small", max_bytes=50))[0] == 4
     assert [json.loads(line)["text"] for line in gzip.open(out, "rt")] == [item["text"] for item in ITEMS[:4]]
     assert datasets == [("owner/name", "small", "train", True)]
     assert [p.name for p in out.parent.iterdir()] == ["x.jsonl.gz"]
     with pytest.raises(ValueError, match="exists"):
-        hub.download(out, dataset="owner/name")
-    assert next(hub.documents("owner/name", shuffle_buffer=100)) == ITEMS[-1]["text"]
+        hub.download(hub.Config("owner/name", str(out)))
+    assert next(hub.documents(hub.Config("owner/name", "x.jsonl.gz", shuffle_buffer=100))) == ITEMS[-1]["text"]
 
 
 def test_errors(datasets, tmp_path, monkeypatch):
-    for which, message in (
-        ({"dataset": "missing/dataset"}, "--dataset missing/dataset.*not on the hub"),
-        ({"dataset": "owner/name", "text_field": "body"}, "--text_field body: not a text.*text, url"),
+    out = f"--out={tmp_path / 'x.jsonl.gz'}"
+    for flags, message in (
+        (["--dataset=missing/dataset", out], "--dataset missing/dataset.*not on the hub"),
+        (["--dataset=owner/name", "--text_field=body", out], "--text_field body: not a text.*text, url"),
+        (["--dataset=owner/name", "--out=x.txt"], "must end in"),
+        (["--dataset=owner/name"], "out='': it is required"),
+        (["--dataset=owner/name", out, "--max_bytes=0"], "max_bytes=0.0: must be above 0"),
     ):
-        with pytest.raises(ValueError, match=message):
-            hub.download(tmp_path / "x.jsonl.gz", **which)
-    with pytest.raises(ValueError, match="must end in"):
-        hub.download(tmp_path / "x.txt", dataset="owner/name")
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            hub.main(flags)
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     with pytest.raises(SystemExit, match=r"pip install -e '.\[hub\]'"):
-        hub.main(["--dataset", "owner/name", "--out", str(tmp_path / "x.jsonl.gz")])
+        hub.main(["--dataset", "owner/name", out])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_download_left_is_removed(datasets, tmp_path):
+    (tmp_path / ".x.jsonl.gz.4711.partial").touch()  # the name of an earlier version
+    (tmp_path / ".x.jsonl.gz.0123abcd.tmp").touch()
+    hub.main(["--dataset=owner/name", f"--out={tmp_path / 'x.jsonl.gz'}"])
+    assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl.gz"]

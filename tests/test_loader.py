@@ -139,6 +139,8 @@ def test_bad_input_is_named(tmp_path):
     for bad in ({"rank": 2, "world": 2}, {"batch_size": 0}, {"seq_len": 0}):
         with pytest.raises(ValueError, match="must be positive"):
             Loader([(data, 1.0)], "train", **{"batch_size": 2, "seq_len": L} | bad)
+    with pytest.raises(ValueError, match="batch_size=1000000000000.*cannot be made"):
+        Loader([(data, 1.0)], "train", 10**12, L)
     with pytest.raises(ValueError, match="400 tokens, one window of seq_len=400 needs 401"):
         Loader([(data, 1.0)], "train", 2, 400)
     other = write(tmp_path / "b", 100, enc=tokenizer.word_tokenizer([" x"]))
@@ -197,5 +199,5 @@ def test_batches_arrive_on_the_gpu(tmp_path):
     data = write(tmp_path / "a", 400)
     cpu, gpu = (Loader([(data, 1.0)], "train", 2, L, device=d) for d in ("cpu", "cuda"))
     for _ in range(50):
-        for a, b in zip(cpu.next(), gpu.next()):
+        for a, b in zip(cpu.next(), gpu.next(), strict=True):
             assert b.device.type == "cuda" and torch.equal(a, b.cpu())

@@ -1,21 +1,36 @@
 import gzip
+import hashlib
 import json
 import lzma
+import os
 import random
+import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
+from data import documents as reading
 from data import prepare as module
 from data import shards, tokenizer
+from data.documents import split_documents
 from data.loader import Loader
-from data.prepare import hashes, main, prepare, split_documents
+from data.prepare import Config, hashes, main
+
+pytest.importorskip("tokenizers")
+
+ROOT = Path(module.__file__).parents[1]
 
 WORDS = "the a goose geese river counted seven 1987 silently, quickly. naïve 漢字 'quoted' (and) so-called\n".split(" ")
 WORDS += ["".join(random.Random(i).choices("abcdefgh", k=5)) for i in range(200)]
+
+
+def prepare(inputs, out, **options):
+    return module.prepare(Config(tuple(map(str, inputs)), str(out), **options))
 
 
 def text(n_words, seed):
@@ -68,14 +83,14 @@ def test_every_kind_of_input(corpus, tmp_path, capsys):
         vocab_size=600,
         val_fraction=0.2,
         licence="CC0",
-        max_document=1e6,
+        max_document=10**6,
     )
     train, val = documents(tmp_path / "d", "train"), documents(tmp_path / "d", "val")
     assert sorted(train + val) == sorted(docs) and 5 < len(val) < 50
     assert [d for d in val if d in docs[:80]] == [d for d in docs[:80] if d in val], "not in the order of the input"
     assert all((hashes(d, 0)[0] < 0.2) == (d in set(val)) for d in docs)
 
-    assert meta == json.loads((tmp_path / "d" / "meta.json").read_text())
+    assert meta == shards.read_meta(tmp_path / "d")
     assert meta["licence"] == "CC0" and meta["vocab_size"] == 600
     for split, texts in (("train", train), ("val", val)):
         assert meta["splits"][split]["documents"] == len(texts)
@@ -92,7 +107,7 @@ def test_every_kind_of_input(corpus, tmp_path, capsys):
         "e.jsonl.gz",
         "f.jsonl.xz",
     ]
-    assert meta["sources"][0]["sha256"] == module.hashlib.sha256((top / "a.txt").read_bytes()).hexdigest()
+    assert meta["sources"][0]["sha256"] == hashlib.sha256((top / "a.txt").read_bytes()).hexdigest()
     out = capsys.readouterr().out
     assert "a.txt" in out and "MB/s" in out and "1 files that are not UTF-8 skipped" in out
 
@@ -101,6 +116,7 @@ def test_same_input_same_bytes(corpus, tmp_path, monkeypatch):
     top, _ = corpus
     for name, workers, block in (("a", 1, 2**20), ("b", 4, 500)):
         monkeypatch.setattr(module, "BLOCK", block)
+        monkeypatch.setattr(reading, "BLOCK", block)
         prepare([f"{top}/*.xz", f"{top}/src"], tmp_path / name, vocab_size=400, workers=workers)
     a, b = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab")
     assert a == b and len(a) == 4
@@ -111,7 +127,7 @@ def test_documents_stay_on_their_side(corpus, tmp_path):
     (tmp_path / "twice.txt").write_text(
         "\n\0\n".join(docs[:20] + docs[:20]), newline=""
     )  # the documents of a.txt, twice
-    options = dict(vocab_size=300, val_fraction=0.25, max_document=1e6)
+    options = dict(vocab_size=300, val_fraction=0.25, max_document=10**6)
     prepare([f"{top}/a.txt"], tmp_path / "one", **options)
     prepare([f"{top}/a.txt", f"{tmp_path}/twice.txt", f"{top}/*.xz"], tmp_path / "more", **options)
     prepare([f"{top}/a.txt"], tmp_path / "seed", **options, seed=1)
@@ -149,7 +165,7 @@ def test_something_is_always_held_out(tmp_path):
 
 def test_splitting_does_not_depend_on_blocks():
     rng = random.Random(0)
-    for trial in range(300):
+    for _ in range(300):
         content = "".join(
             rng.choices(
                 ["\n\0\n", "\n", "\n\n", " ", "word", "\0", "x" * 30], [1, 4, 2, 8, 8, 1, 1], k=rng.randint(0, 200)
@@ -165,10 +181,17 @@ def test_splitting_does_not_depend_on_blocks():
         assert uncut == content.split("\n\0\n") and (limit > 1 or uncut == whole or len(whole) > len(uncut))
 
 
+def test_cutting_a_huge_document_takes_time_in_proportion(tmp_path):
+    """One line of JSON lines may hold a library. Copying the rest at every cut would take days here."""
+    content = "word " * 4_000_000
+    assert "".join(split_documents([content], 256, None)) == content
+    assert "".join(split_documents([content[i : i + 2**20] for i in range(0, len(content), 2**20)], 256)) == content
+
+
 def test_an_existing_tokenizer_is_reused_and_mixes(corpus, tmp_path):
     top, _ = corpus
     prepare([f"{top}/*.txt"], tmp_path / "a", vocab_size=400)
-    prepare([f"{top}/*.jsonl"], tmp_path / "b", tokenizer_name=str(tmp_path / "a"))
+    prepare([f"{top}/*.jsonl"], tmp_path / "b", tokenizer=str(tmp_path / "a"))
     prepare([f"{top}/*.jsonl"], tmp_path / "c", vocab_size=300)
     assert documents(tmp_path / "b", "train")[0] in corpus[1]
     tokens, targets = Loader([(tmp_path / "a", 1.0), (tmp_path / "b", 2.0)], "train", 6, 32).next()
@@ -190,10 +213,13 @@ def test_special_tokens_in_text_are_text(tmp_path):
     "name, content, message",
     [
         ("x.txt", "gr\xfcn\n".encode("latin-1"), r"x.txt is not UTF-8 \(.*0xfc\); convert it"),
+        ("x.jsonl", b'{"text": "fine"}\n{"text": "gr\xfcn"}', r"x.jsonl:2 is not UTF-8 \(.*0xfc\); convert it"),
         ("x.txt.xz", lzma.compress(b"abc " * 9999)[:-20], "x.txt.xz cannot be decompressed"),
         ("x.txt.gz", gzip.compress(text(9999, 0).encode())[:-20], "x.txt.gz cannot be decompressed"),
         ("x.txt.gz", b"this is not gzip", "x.txt.gz cannot be decompressed"),
-        ("x.jsonl", b'{"text": "fine"}\n{"text": "cut', r"x.jsonl:2 is not JSON"),
+        ("x.jsonl", b'{"text": "fine"}\n{"text": "cut', r"x.jsonl:2 is damaged"),
+        ("x.jsonl", b'{"text": "fine"}\n' + b"[" * 10**5, r"x.jsonl:2 is damaged .*recursion"),
+        ("x.jsonl", b'{"text": "fine", "n": ' + b"9" * 5000 + b"}", r"x.jsonl:1 is damaged"),
         (
             "x.jsonl",
             b'{"text": "fine"}\n\n{"body": "b", "id": 3}',
@@ -223,26 +249,33 @@ def test_remedies_work(tmp_path):
     assert documents(tmp_path / "e", "train") == ["b"]
 
 
-def test_command_line_errors(tmp_path, capsys):
+def test_command_line_errors(tmp_path):
     (tmp_path / "x.txt").write_text("one\n\0\ntwo", newline="")
     good = ["--input", str(tmp_path / "x.txt"), "--out", str(tmp_path / "d")]
     for extra, message in (
-        (["--vocabsize", "300"], "unknown argument --vocabsize; did you mean --vocab_size?"),
-        (["--vocab_size", "100"], "--vocab_size 100: must be at least 257"),
-        (["--val_fraction", "1.5"], "--val_fraction 1.5: must be"),
-        (["--max_document", "10"], "--max_document 10: must be"),
-        (["--vocab_size", "abc"], "--vocab_size: invalid whole_number value: 'abc'"),
-        (["--vocab_size", "inf"], "--vocab_size: invalid whole_number value: 'inf'"),
-        (["--workers", "0"], "--workers 0: must be at least 1"),
-        (["--sample_bytes", "-5"], "--sample_bytes -5.0: must be above 0"),
-        (["--seed", "-1"], "--seed -1: must be at least 0"),
-        (["--out", "/proc/x/d"], "--out='/proc/x/d': nothing can be written to /proc/x"),
+        (["--vocabsize", "300"], "unknown field 'vocabsize': did you mean 'vocab_size'?"),
+        (["--vocab_size", "100"], "vocab_size=100: must be from 257"),
+        (["--vocab_size", "1e12"], "vocab_size=1000000000000: must be from 257"),
+        (["--val_fraction", "1.5"], "val_fraction=1.5: must be"),
+        (["--max_document", "10"], "max_document=10: must be"),
+        (["--max_document", "1e18"], "max_document=1000000000000000000: must be"),
+        (["--vocab_size", "abc"], "vocab_size='abc': a whole number"),
+        (["--vocab_size", "inf"], "vocab_size='inf': a whole number"),
+        (["--workers", "0"], "workers=0: must be from 1"),
+        (["--workers", "1e9"], "workers=1000000000: must be from 1"),
+        (["--sample_bytes", "-5"], "sample_bytes=-5.0: must be above 0"),
+        (["--seed", "-1"], "seed=-1: must be at least 0"),
+        (["--out", "/proc/x/d"], "out='/proc/x/d': nothing can be written to /proc/x"),
+        (["--out", str(tmp_path / "x.txt")], "exists and is not a directory"),
         (["--tokenizer", "gpt9"], "gpt9"),
         (["--input", str(tmp_path / "*.text")], "no such file or directory"),
+        (["--input", "/dev/zero"], "/dev/zero is a link that leads nowhere, a pipe or a device"),
+        (["--encoding_errors", "ignore"], "use one of strict, replace"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(good + extra)
-        assert message in capsys.readouterr().err + str(stop.value) and stop.value.code != 0
+        assert str(stop.value).startswith("error: ") and message in str(stop.value)
+        assert "\n" not in str(stop.value), "more than one line"
     main(good + ["--vocab_size", "2.6e2"])
     before = (tmp_path / "d" / "meta.json").read_bytes()
     with pytest.raises(SystemExit, match="exists and is not empty.*--overwrite"):
@@ -252,15 +285,128 @@ def test_command_line_errors(tmp_path, capsys):
     assert shards.read_meta(tmp_path / "d")["vocab_size"] == 258
 
 
-@pytest.mark.parametrize("when", ["count_pieces", "bpe_from_counts", "add"])
+def test_inputs_as_words_and_with_commas(tmp_path):
+    names = [str(tmp_path / f"{name}.txt") for name in "abc"]
+    for name in names:
+        Path(name).write_text(f"text of {name}")
+    options = ["--vocab_size=260", "--val_fraction=0"]
+    for i, given in enumerate((names, ["--input", *names], ["--input=" + ",".join(names)], [str(tmp_path / "*.txt")])):
+        main([*given, f"--out={tmp_path / str(i)}", *options])
+        assert len(documents(tmp_path / str(i), "train")) == 3
+
+
+def test_links_that_lead_in_circles_or_nowhere(tmp_path):
+    top = tmp_path / "top"
+    (top / "deep").mkdir(parents=True)
+    (top / "deep" / "x.txt").write_text("one")
+    (top / "y.txt").write_text("two")
+    for name in "abc":  # a search that follows them has 3^40 paths to go
+        (top / name).symlink_to("..", target_is_directory=True)
+        (top / "deep" / name).symlink_to(top, target_is_directory=True)
+    for i, given in enumerate((top, top / "**", top / "**" / "*.txt", top / "d*" / ".." / "*")):
+        prepare([given], tmp_path / str(i), vocab_size=260, val_fraction=0)
+        assert sorted(documents(tmp_path / str(i), "train")) == ["one", "two"]
+    for name, target in (("z.txt", "z.txt"), ("w.txt", "missing")):
+        (top / name).symlink_to(target)
+        for given in (top, top / "*.txt", top / name):
+            with pytest.raises(ValueError, match=f"{name} is a link that leads nowhere"):
+                prepare([given], tmp_path / "d", vocab_size=260)
+        (top / name).unlink()
+    os.mkfifo(top / "pipe.txt")
+    with pytest.raises(ValueError, match="pipe.txt is a link that leads nowhere, a pipe"):
+        prepare([top], tmp_path / "d", vocab_size=260)
+
+
+def test_upper_case_names_are_read_like_lower_case_ones(tmp_path):
+    lines = "\n".join(json.dumps({"text": text(60, i)}) for i in range(3)).encode()
+    plain = "\n\0\n".join(text(60, i) for i in range(3, 6)).encode()
+    top = tmp_path / "top"
+    top.mkdir()
+    for name, content in (
+        ("A.JSONL", lines),
+        ("B.jsonl.GZ", gzip.compress(lines.replace(b'": "', b'": "gz '))),
+        ("C.JsonL.Xz", lzma.compress(lines.replace(b'": "', b'": "xz '))),
+        ("D.TXT", plain),
+        ("E.TXT.GZ", gzip.compress(plain.replace(b"\0\n", b"\0\ngz "))),
+        ("F.Py", b"print()"),
+    ):
+        (top / name).write_bytes(content)
+    prepare([top], tmp_path / "d", vocab_size=300, val_fraction=0)
+    prepare(sorted(top.iterdir()), tmp_path / "e", vocab_size=300, val_fraction=0)
+    found = documents(tmp_path / "d", "train")
+    assert sorted(found) == sorted(documents(tmp_path / "e", "train")) and len(found) == 3 * 5 + 1
+    assert {text(60, i) for i in range(6)} < set(found) and not any("\0" in d or '{"' in d for d in found)
+
+
+@pytest.mark.parametrize("max_document", [300, 10**6])
+def test_twins_are_one_text_however_they_are_written(tmp_path, max_document):
+    """Byte-order marks and line ends of another system, in text files and inside JSON strings, cut or not."""
+    texts = [text(120, i).replace(",", "\n") for i in range(40)]
+    mark = "\ufeff"
+    (tmp_path / "a.txt").write_text("\n\0\n".join(texts), newline="")
+    (tmp_path / "b.txt").write_text(mark + f"\n\0\n{mark}".join(texts).replace("\n", "\r\n"), newline="")
+    (tmp_path / "c.jsonl").write_text(
+        mark + "\r\n".join(json.dumps({"text": t.replace("\n", "\r\n")}) for t in texts), newline=""
+    )
+    (tmp_path / "d.jsonl").write_text(
+        "\n".join(mark + json.dumps({"text": mark + t.replace("\n", "\r")}, ensure_ascii=False) for t in texts),
+        newline="",
+    )
+    for i, t in enumerate(texts):
+        (tmp_path / f"{i}.py").write_text(mark + t, newline="\r\n")
+    prepare([tmp_path], tmp_path / "d", vocab_size=400, val_fraction=0.3, max_document=max_document)
+    train, val = (Counter(documents(tmp_path / "d", split)) for split in ("train", "val"))
+    assert not train.keys() & val.keys() and len(val) > 5
+    assert set((train + val).values()) == {5} and "\r" not in "".join(train + val)
+    if max_document > 300:
+        assert set(train + val) == set(texts)
+
+
+def test_an_existing_tokenizer_with_gaps(tmp_path):
+    ranks = {bytes([b]): b for b in range(256)} | {b"th": 256, b" the": 300}
+    special = {tokenizer.EOT: 280}
+    enc = tiktoken.Encoding("gaps", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    (tmp_path / "t").mkdir()
+    tokenizer.save(enc, tmp_path / "t")
+    (tmp_path / "x.jsonl").write_text('{"text": "the goose"}\n{"text": "in the river"}')
+    main([str(tmp_path / "x.jsonl"), f"--out={tmp_path / 'd'}", f"--tokenizer={tmp_path / 't'}", "--val_fraction=0"])
+    assert documents(tmp_path / "d", "train") == ["the goose", "in the river"]
+    assert 300 in shards.open_shards(tmp_path / "d", "train")[0] and shards.read_meta(tmp_path / "d")["eos"] == 280
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "t", "x.jsonl"]
+
+
+def test_without_validation(tmp_path):
+    (tmp_path / "x.txt").write_text("only one document " * 50)
+    main([str(tmp_path / "x.txt"), f"--out={tmp_path / 'd'}", "--val_fraction", "0", "--vocab_size=260"])
+    assert Loader([(tmp_path / "d", 1.0)], "train", 2, 16).next()[0].shape == (2, 16)
+    with pytest.raises(ValueError, match="d has no validation data"):
+        Loader([(tmp_path / "d", 1.0)], "val", 2, 16)
+
+
+@pytest.mark.parametrize("dies_in", ["train_bpe", "add"])
+def test_what_a_killed_run_left_is_removed_by_the_next(corpus, tmp_path, dies_in):
+    """Also one that says no word before it dies."""
+    flags = ["--input", f"{corpus[0]}/*.xz", "--out", str(tmp_path / "d"), "--vocab_size", "400"]
+    owner = "shards.ShardWriter" if dies_in == "add" else "tokenizer"
+    program = (
+        "import os, signal, sys; from data import prepare, shards, tokenizer;"
+        f"{owner}.{dies_in} = lambda *_: os.kill(os.getpid(), signal.SIGKILL); prepare.main(sys.argv[1:])"
+    )
+    run = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT)
+    assert run.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == (dies_in == "add")
+    main(flags)
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+@pytest.mark.parametrize("when", ["hashes", "train_bpe", "add"])
 def test_an_interrupt_leaves_nothing(corpus, tmp_path, monkeypatch, capsys, when):
     monkeypatch.setattr(module, "BLOCK", 1000)
-    owner = shards.ShardWriter if when == "add" else tokenizer
+    owner = {"hashes": module, "train_bpe": tokenizer, "add": shards.ShardWriter}[when]
     original, calls = getattr(owner, when), []
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == (1 if when == "bpe_from_counts" else 5):
+        if len(calls) == (1 if when == "train_bpe" else 5):
             raise KeyboardInterrupt
         return original(*args)
 
@@ -284,7 +430,7 @@ def test_as_a_program(corpus, tmp_path):
             "--vocab_size",
             "400",
         ],
-        cwd=Path(module.__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

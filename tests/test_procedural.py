@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter
 
 import pytest
@@ -21,9 +22,13 @@ from model import GPT
 from optimoe.sizes import preset
 
 SMALL = procedural.MixtureConfig(
-    FactsConfig(n_people=12, first_names=10, middle_names=10, last_names=10, cities=10, universities=10, majors=10, employers=10, years=20),
-    ReasoningConfig(max_steps=3, modulus=7, names=12), exposures=3, n_problems=60, window=0,
-)  # fmt: skip
+    FactsConfig(12, 10, 10, 10, 10, 10, 10, 10, years=20),
+    ReasoningConfig(max_steps=3, modulus=7, names=12),
+    exposures=3,
+    n_problems=60,
+    window=0,
+)
+SIGNS = {"adds": lambda x, y: x + y, "takes": lambda x, y: x - y, "has": lambda x, y: x * y}
 
 
 def solve(text, modulus):
@@ -37,8 +42,7 @@ def solve(text, modulus):
             operands = [y] + rest[1:]
             if name not in known and all(w.isdigit() or w in known for w in operands):
                 y = value(y)
-                known[name] = y if verb == "is" else {"adds": lambda x, y: x + y, "takes": lambda x, y: x - y, "has": lambda x, y: x * y}[verb](
-                    value(rest[1]), y) % modulus  # fmt: skip
+                known[name] = y if verb == "is" else SIGNS[verb](value(rest[1]), y) % modulus
         assert len(known) > before, f"cannot be solved: {text}"
     return known[asked]
 
@@ -142,8 +146,41 @@ def test_many_processes_write_the_same_bytes(tmp_path):
     alone, together = procedural.build(tmp_path / "a", cfg), procedural.build(tmp_path / "b", cfg, workers=2)
     assert alone == together and alone["procedural"]["n_mano"] == 40
     (tmp_path / "cfg.json").write_text(json.dumps(dataclasses.asdict(cfg)))
-    procedural.main([f"--out={tmp_path / 'c'}", f"--config={tmp_path / 'cfg.json'}"])
+    procedural.main([f"--out={tmp_path / 'c'}", f"--mixture={tmp_path / 'cfg.json'}"])
     assert read_meta(tmp_path / "c") == alone
+
+
+def test_a_bad_mixture_is_named(tmp_path):
+    path, whole = tmp_path / "cfg.json", dataclasses.asdict(SMALL)
+    for change, message in (
+        ({"n_mona": 1}, "unknown field 'n_mona' of MixtureConfig"),
+        ({"facts": whole["facts"] | {"people": 1}}, "unknown field 'people' of FactsConfig"),
+        ({"facts": 3}, "facts=3 must be of type dict"),
+        ({"exposures": "3"}, "exposures='3' must be of type int"),
+        ({"reasoning": whole["reasoning"] | {"ordered": 1}}, "ordered=1 must be of type bool"),
+        ({"reasoning": whole["reasoning"] | {"mano_length": 10**6}}, "mano_length=1000000: need 1 to 200"),
+        ({"n_problems": 10**15}, "n_problems=1000000000000000: need 0 to 1,000,000,000"),
+        ({"window": 10**12}, "window=1000000000000: need 0 to 1,048,576"),
+    ):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            procedural.main([f"--out={tmp_path / 'd'}", f"--mixture={path}"])
+    for content in ("{", "[" * 10**5, "[]"):
+        path.write_text(content)
+        with pytest.raises(SystemExit, match=f"^error: {path}"):
+            procedural.main([f"--out={tmp_path / 'd'}", f"--mixture={path}"])
+    with pytest.raises(SystemExit, match="^error: workers=1000000000: must be from 1 to 1024"):
+        procedural.main([f"--out={tmp_path / 'd'}", "--workers=1e9"])
+    with pytest.raises(SystemExit, match="^error: .*missing.json"):
+        procedural.main([f"--out={tmp_path / 'd'}", f"--mixture={tmp_path / 'missing.json'}"])
+    assert [p.name for p in tmp_path.iterdir()] == ["cfg.json"]
+    del whole["reasoning"]["mano_length"], whole["repeats"]  # written before these existed
+    assert procedural.from_dict(whole) == SMALL
+
+
+def test_the_default_data_needs_no_tokenizers_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert procedural.build(tmp_path / "d", SMALL)["splits"]["train"]["tokens"] > 1000
 
 
 def test_the_first_part_of_the_data_has_its_share_of_everything(tmp_path):
@@ -171,16 +208,16 @@ def test_graded_agrees_with_greedy_generation_and_task_loss():
     grades = graded(model, enc, pairs, max_tokens=20)  # several batches
     assert (
         [right for *_, right in grades]
-        == [new[: len(ids)] == ids for new, ids in zip(written, answers)]
+        == [new[: len(ids)] == ids for new, ids in zip(written, answers, strict=True)]
         == [True, True, False, False]
     )
-    nats = score(model.eval(), list(zip(prompts, answers)))
+    nats = score(model.eval(), list(zip(prompts, answers, strict=True)))
     assert [g[0] for g in grades] == pytest.approx(nats, rel=1e-4)
     assert loss_of(grades) == pytest.approx(sum(nats) / sum(map(len, answers)), rel=1e-4)
 
 
 def test_solutions_written_are_those_of_generation():
-    """A model that knows half of the test problems by heart gets the same shares from one forward pass as from writing and checking."""
+    """A model that knows half of the problems by heart gets the same shares from one forward pass as from writing."""
     enc, cfg = procedural.encoder(SMALL), SMALL.reasoning
     torch.manual_seed(0)
     model = GPT(preset("tiny", vocab_size=enc.n_vocab, n_layers=1))

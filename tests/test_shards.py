@@ -1,9 +1,17 @@
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data import shards, tokenizer
+from data import procedural, shards, tokenizer
+from data.facts import FactsConfig
+from data.reasoning import ReasoningConfig
+
+ROOT = Path(__file__).parents[1]
 
 ENC = tokenizer.word_tokenizer([" Alice", " Bob"])
 EOS = ENC.eot_token
@@ -92,7 +100,6 @@ def test_damage_is_found_and_named(tmp_path):
     shards.open_shards(tmp_path / "d", "train")
     path = tmp_path / "d" / tokenizer.FILE
     path.write_text(path.read_text().replace("AA==", "/wAA"))  # another token, and still a tokenizer
-    assert tokenizer.load(tmp_path / "d").n_vocab == ENC.n_vocab
     with pytest.raises(ValueError, match=f"{tokenizer.FILE} is corrupt"):
         shards.open_shards(tmp_path / "d", "train")
 
@@ -104,18 +111,20 @@ def test_bad_directories_are_named(tmp_path):
     with pytest.raises(ValueError, match="no split 'test'; it has train, val"):
         shards.open_shards(tmp_path / "d", "test")
     path = tmp_path / "d" / "meta.json"
-    meta = json.loads(path.read_text())
+    meta = shards.read_meta(tmp_path / "d")
     for content in (
         json.dumps(meta | {"version": 99}),
         path.read_text()[:-40],
         "[]",
         json.dumps({"version": 1}),
         json.dumps(meta | {"splits": []}),
+        json.dumps(meta | {"dtype": "object"}),
+        json.dumps(meta).replace('"tokens": ', '"tokens": 1', 1),
         path.read_text().replace('"shards"', '"shords"'),
         path.read_text().replace('"file"', '"fale"'),
     ):
         path.write_text(content)
-        with pytest.raises(ValueError, match="meta.json cannot be used"):
+        with pytest.raises(ValueError, match="meta.json(: holds a list| cannot be used| is damaged)"):
             shards.open_shards(tmp_path / "d", "train")
 
 
@@ -133,7 +142,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
     writer.add("train", [1, EOS, 2, EOS])  # and never closed
     assert not (tmp_path / "d").exists()
     for directory in tmp_path.iterdir():
-        with pytest.raises(ValueError, match="not a finished data directory"):
+        with pytest.raises(ValueError, match="not finished data"):
             shards.read_meta(directory)
     writer.abandon()
 
@@ -158,3 +167,87 @@ def test_existing_directories_are_safe(tmp_path):
     with pytest.raises(ValueError, match="not a data directory"):
         write(tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "do not delete"
+
+
+def everything(directory):
+    """All that a reader can get out of a data directory, or the error of the first thing that cannot be got."""
+    shards._hash.cache_clear()
+    try:
+        enc = tokenizer.load(directory)
+        meta = {name: value for name, value in shards.read_meta(directory).items() if name in META}
+        ids = [np.concatenate(shards.open_shards(directory, split)).tolist() for split in ("train", "val")]
+        return procedural.read_config(directory), meta, ids, enc._mergeable_ranks, enc._special_tokens, enc._pat_str
+    except ValueError as error:
+        return str(error)
+
+
+META = "version tokenizer tokenizer_sha256 vocab_size eos dtype splits procedural source licence".split()
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokenizer.json", "train-00000.bin", "val-00000.bin"])
+def test_every_damaged_byte_is_found_or_changes_nothing(tmp_path, name):
+    small = dict(first_names=4, middle_names=4, last_names=4, cities=2, universities=2, majors=2, employers=2, years=2)
+    reasoning = ReasoningConfig(max_steps=1, names=3, modulus=3)
+    cfg = procedural.MixtureConfig(FactsConfig(n_people=2, **small), reasoning, exposures=1, n_problems=2, window=0)
+    procedural.build(tmp_path / "d", cfg)
+    whole, path = everything(tmp_path / "d"), tmp_path / "d" / name
+    content, rng, found = path.read_bytes(), np.random.default_rng(0), 0
+    assert whole[0] == cfg and len(whole[1]) == len(META)
+    places = range(len(content)) if name != "tokenizer.json" else rng.choice(len(content), 400, replace=False)
+    for at in places:
+        for byte in {content[at] ^ 1, content[at] ^ 1 << int(rng.integers(1, 8))}:
+            path.write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])
+            damaged = everything(tmp_path / "d")
+            assert damaged == whole or isinstance(damaged, str) and name in damaged, (at, byte)
+            found += isinstance(damaged, str)
+    assert found > len(places)
+    path.write_bytes(content)
+    assert everything(tmp_path / "d") == whole
+
+
+def test_data_without_validation_says_so(tmp_path):
+    with shards.ShardWriter(tmp_path / "d", ENC) as writer:
+        writer.add("train", [1, EOS])
+    assert list(shards.read_meta(tmp_path / "d")["splits"]) == ["train"]
+    with pytest.raises(ValueError, match="d has no validation data .--val_fraction was 0.; it has train"):
+        shards.open_shards(tmp_path / "d", "val")
+
+
+WRITER = """
+import os, signal, sys
+from data import shards, tokenizer
+enc = tokenizer.word_tokenizer([])
+rename, calls = os.rename, []
+def dying_rename(*names):
+    calls.append(names)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*names)
+os.rename = dying_rename
+with shards.ShardWriter(sys.argv[1], enc, overwrite=True) as writer:
+    writer.add("train", [7, enc.eot_token])
+    if sys.argv[2] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("dies_at", [0, 1, 2])  # while writing, and before each of the two renames of an overwrite
+def test_a_killed_overwrite_loses_nothing_and_the_next_writer_removes_what_it_left(tmp_path, dies_at):
+    ids = write(tmp_path / "d")["train"]
+    run = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / "d"), str(dies_at)], cwd=ROOT)
+    assert run.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        write(tmp_path / "d")
+    np.testing.assert_array_equal(np.concatenate(shards.open_shards(tmp_path / "d", "train")), ids)
+    write(tmp_path / "d", seed=1, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_living_writer_of_the_same_directory_is_left_alone(tmp_path):
+    with shards.ShardWriter(tmp_path / "d", ENC) as first:
+        first.add("train", [1, EOS])
+        with shards.ShardWriter(tmp_path / "d", ENC) as second:
+            second.add("train", [2, EOS])
+            assert first.partial.exists() and second.partial.exists()
+        first.overwrite = True
+    assert shards.open_shards(tmp_path / "d", "train")[0].tolist() == [1, EOS]

@@ -4,24 +4,28 @@ import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
-from data import facts, reasoning, shards
+from data import facts, files, reasoning, shards, twohop
 from data.loader import Loader
 from optimoe import checkpoint
 from optimoe.sizes import count_params
 from study import execute as run
-from study import results, sweep, verdict
+from study import measure, presets, results, rules, sweep
 from study.execute import Run, execute, key
+from study.presets import PRESETS
 from tests.evalrun import tiny_run  # noqa: F401
-from tests.studyrows import TINY, fake, swept
+from tests.studyrows import TINY, fake, grid
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +108,49 @@ def test_the_training_step_is_that_of_train_py(cache):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.models[0].parameters(), strict=True))
 
 
+def test_models_of_one_seed_share_what_they_can():
+    """Paired initialisation: attention, embeddings and the first experts do not depend on E or k; another seed
+    changes all of them."""
+
+    def weights(**fields):
+        cfg = run.train_config(dataclasses.replace(TINY, **fields), 1344)
+        torch.manual_seed(cfg.seed)
+        return dict(run.GPT(cfg).named_parameters())
+
+    small, large, other = weights(), weights(n_experts=8, top_k=3), weights(seed=1)
+    for name, a in small.items():
+        b = large[name]
+        b = b if a.shape == b.shape else b[: a.shape[0]]  # the first experts, or their rows of the router
+        assert torch.equal(a, b), name
+        assert a.std() == 0 or not torch.equal(a, other[name]), name
+
+
+@pytest.mark.parametrize("kind, unique", [("twohop", 60), ("room", 0)])
+def test_facts_and_two_hop_questions_are_measured_by_the_same_names(cache, kind, unique):
+    tiny = dataclasses.replace(TINY, kind=kind, unique=unique, people=16)
+    found = execute(tiny, cache, "cpu", n=4)
+    assert (
+        found["facts"]["loss"] > 0.1
+        and 0 <= found["facts"]["overall"] <= 1
+        and ("problems" in found) == (kind == "twohop")
+    )
+    assert found["bits"]["possible"] == pytest.approx(160 * 4 if kind == "twohop" else 16 * 20)
+    assert results.tasks_of(found).keys() == {"facts"} | ({"problems"} if unique else set())
+    model = run.GPT(run.train_config(tiny, 1344))  # an untrained model knows nothing
+    fresh = measure.hops(model, run.data_dir(tiny, cache), 4, True)
+    assert fresh["bits"]["values"] <= found["bits"]["values"] + 1e-9 and fresh["facts"]["loss"] > found["facts"]["loss"]
+    assert twohop.read_config(run.data_dir(tiny, cache)).entities == 16
+
+
+def test_runs_of_the_old_draw_are_not_run_again(cache):
+    with pytest.raises(ValueError, match="paired=False"):
+        execute(dataclasses.replace(TINY, paired=False), cache, "cpu")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_recorded_steps_are_plain_steps(cache):
-    """Twelve steps of two models, nine of them replayed on two branches, follow the same losses as twelve plain ones of each: data, rate and position
-    move on inside the graph."""
+    """Twelve steps of two models, nine of them replayed on two branches, follow the same losses as twelve plain
+    ones of each: data, rate and position move on inside the graph."""
     cfg, samples = run.train_config(TINY, 1344), run.Samples(TINY, run.prepare_data(TINY, cache), "cuda")
     cfgs = [cfg, dataclasses.replace(cfg, seed=1)]
     trainer = run.Trainer(cfgs, [samples] * 2, "cuda")
@@ -138,8 +181,8 @@ def test_text_runs_follow_the_weights_of_their_sources(cache, tmp_path):
 
 def test_task_loss_of_text_models(tiny_run, monkeypatch):  # noqa: F811
     monkeypatch.setenv("OPTIMOE_EVALDATA", str(tiny_run))
-    found = run.measure_text(checkpoint.load_model(tiny_run), tiny_run / "data", 2)
-    assert found.keys() == set(run.REAL_TASKS) and 0 <= found["hellaswag"]["accuracy"] <= 1
+    found = measure.text(checkpoint.load_model(tiny_run), tiny_run / "data", 2)
+    assert found.keys() == set(measure.REAL_TASKS) and 0 <= found["hellaswag"]["accuracy"] <= 1
     assert all(
         5 < task["loss"] < 20 and task["items"] == 2 for task in found.values()
     )  # about 8 bits per byte: it knows nothing
@@ -152,7 +195,7 @@ def test_seeds_differ_in_everything_and_experts_in_nothing_but_the_model():
     zero, one = at(), at(seed=1)
     assert not {p.name for p in facts.people(zero.facts)[:500]} & {p.name for p in facts.people(one.facts)[:500]}
     assert reasoning.problem(zero.reasoning, 0) != reasoning.problem(one.reasoning, 0) and zero.seed != one.seed
-    longer = run.mixture(sweep.sized(2**26))
+    longer = run.mixture(Run(tokens=2**26, data_tokens=2**26, people=16_000))
     assert facts.people(longer.facts)[:500] == facts.people(zero.facts)[:500]  # those whom recall asks about
 
 
@@ -178,39 +221,55 @@ def test_recall_asks_about_people_whom_training_met(cache):
 # ---- the sweep
 
 
-def test_sweep_runs_what_is_missing_and_survives_a_torn_line(tmp_path):
-    file, runs = tmp_path / "r.jsonl", sweep.smoke("")[:1]
-    assert sweep.sweep(runs, file, 5, tmp_path / "cache", items=2) == 0
-    assert [r["key"] for r in results.read(file)] == [key(runs[0])]
+def config_of(*presets_, **fields):
+    return sweep.SweepConfig(presets=presets_, device="cpu", items=2, **fields)
+
+
+def test_sweep_runs_what_is_missing_and_survives_a_torn_line(tmp_path, monkeypatch):
+    file, runs = tmp_path / "r.jsonl", presets.smoke([], "")[:1]
+    monkeypatch.setitem(PRESETS, "smoke", lambda rows, data: runs)
+    cfg = config_of("smoke", results=str(file), minutes=5, cache=str(tmp_path / "cache"))
+    assert sweep.sweep(cfg) == 0
+    assert [r["key"] for r in results.read(file)] == [key(runs[0])] and '"crc": "' in file.read_text()
     with open(file, "a") as torn:
         torn.write('{"key": "')
-    assert sweep.sweep(runs, file, 5, tmp_path / "cache", items=2) == 0  # starts no process: nothing is missing
+    assert sweep.sweep(cfg) == 0  # starts no process: nothing is missing
     diverged = tmp_path / "diverged.jsonl"
     results.append(diverged, results.read(file)[0] | {"diverged": True})
-    assert sweep.sweep(runs, diverged, 5, tmp_path / "cache", items=2, keep=["all"]) == 0
+    assert sweep.sweep(dataclasses.replace(cfg, results=str(diverged), keep=("all",))) == 0
     assert len(results.read(diverged)) == 1  # again it would have no weights
     (tmp_path / "cache/weights" / key(runs[0])).mkdir(parents=True)  # as of a run that was cut off before it wrote them
     for _ in range(2):  # finished without weights: run again for them, once
-        assert sweep.sweep(runs, file, 5, tmp_path / "cache", items=2, keep=["E2k1"]) == 0
+        assert sweep.sweep(dataclasses.replace(cfg, keep=("E2k2",))) == 0
     assert checkpoint.find(tmp_path / "cache/weights" / key(runs[0]))
-    results.append(file, results.read(file)[0] | {"key": "x"})
-    assert [r["key"] for r in results.read(file)] == [key(runs[0]), key(runs[0]), "x"]
+    assert files.read_json(tmp_path / "cache/weights" / key(runs[0]) / "results.json")["key"] == key(runs[0])
+    assert [r["key"] for r in results.read(file)] == [key(runs[0])] * 2
+
+
+def test_a_preset_that_asks_for_more_when_rows_come_gets_it(tmp_path, monkeypatch):
+    first = presets.smoke([], "")[0]
+    more = lambda rows, data: [first, *(dataclasses.replace(first, seed=1) for _ in rows[:1])]  # noqa: E731
+    monkeypatch.setitem(PRESETS, "smoke", more)
+    cfg = config_of("smoke", results=str(tmp_path / "r.jsonl"), minutes=5, cache=str(tmp_path / "cache"))
+    assert sweep.sweep(cfg) == 0
+    assert [row["run"]["seed"] for row in results.read(tmp_path / "r.jsonl")] == [0, 1]
 
 
 ROW = fake(Run(lr=6e-3), lambda c, tpp: (0.5, 0.5, 1))
 
 
 def test_a_last_line_is_kept_when_whole_dropped_when_torn_and_refused_when_of_another_file(tmp_path):
-    file, line = tmp_path / "r.jsonl", json.dumps(ROW)
+    file, line, signed = tmp_path / "r.jsonl", json.dumps(ROW), json.dumps(files.sign(ROW))
     for content, kept in ((line, 1), (line + "\n" + line, 2), (line + "\n" + line[:50], 1), (line[:3], 0), ("", 0)):
         file.write_text(content)
         assert len(results.read(file)) == kept
         results.append(file, ROW)
-        assert file.read_text() == (kept + 1) * (line + "\n")
+        assert file.read_text() == kept * (line + "\n") + signed + "\n"
     foreign = (
         ("notes", "line 1: not JSON"),
         ("nonsense\n" + line, "line 1: not JSON"),
         (line + "\nmore", "line 2: not JSON"),
+        (line + "x", "line 1: not JSON"),
         ("5\n", "line 1: not a row"),
         (line + '\n{"a": 1}\n', "line 2: not a row of such a results file, it lacks key, run"),
     )
@@ -227,6 +286,67 @@ def test_a_last_line_is_kept_when_whole_dropped_when_torn_and_refused_when_of_an
     assert results.read(tmp_path / "none.jsonl", optional=True) == []
 
 
+@pytest.mark.parametrize("name", ["results", "posttrain"])
+def test_no_damaged_byte_changes_what_is_read(tmp_path, name):
+    """Each byte of a signed file, changed in turn: the file is refused by name, or says what it said (white space,
+    1e-3 as 1E-3)."""
+    from study.posttrain import ROW as POSTTRAIN
+
+    needed = results.ROW if name == "results" else POSTTRAIN
+    with open(run.ROOT / f"study/{name}.jsonl", "rb") as source:
+        content = b"".join(sorted((next(source) for _ in range(40)), key=len)[:2])
+    whole, rng, silent = results.parsed(content, "f", needed)[0], random.Random(1), 0
+    for at in range(len(content)):
+        damaged = bytearray(content)
+        damaged[at] = rng.choice([b for b in range(256) if b != content[at]])
+        try:
+            silent += results.parsed(bytes(damaged), "f", needed)[0] != whole
+        except ValueError as error:
+            assert str(error).startswith("f, line")
+    assert silent == 0
+
+
+def test_a_row_without_a_checksum_is_held_to_its_key(tmp_path):
+    """Rows of older code: a changed field of the run is found, and so is a checksum whose name was lost."""
+    file = tmp_path / "r.jsonl"
+    old = {name: value for name, value in ROW["run"].items() if name not in run.BEFORE}
+    before = ROW | {"run": old, "key": key(Run(**old | run.BEFORE))}
+    file.write_text(json.dumps(before) + "\n")
+    (row,) = results.read(file)
+    assert (
+        row["run"]["paired"] is False and row["run"]["kind"] == "mixture"
+    )  # what was done before these fields existed
+    for change, message in (
+        ({"run": old | {"seed": 7}}, "its key .* is not that of its run"),
+        ({"key": "0" * 12}, "its key .* is not that of its run"),
+        ({"cqc": "00000000"}, "holds 'cqc' and no checksum"),
+        ({"run": old | {"colour": 1}}, "its run cannot be read"),
+        ({"run": old | {"batch": 0}}, "its run cannot be read"),
+    ):
+        file.write_text(json.dumps(before | change) + "\n")
+        with pytest.raises(ValueError, match=f"r.jsonl, line 1.*{message}"):
+            results.read(file)
+
+
+def test_rows_planned_without_a_rate_become_the_runs_that_they_were(tmp_path):
+    old = {name: value for name, value in ROW["run"].items() if name not in run.BEFORE} | {"lr": 0.0}
+    file = tmp_path / "r.jsonl"
+    for row in (ROW | {"run": old, "key": "planned"}, ROW | {"train_loss": 9}):
+        file.write_text((file.read_text() if file.exists() else "") + json.dumps(row) + "\n")
+    rows = results.read(file)
+    assert rows[0]["run"]["lr"] == 6e-3 and rows[0]["key"] == key(Run(**rows[0]["run"]))
+    again = [ROW, ROW | {"train_loss": 9}]
+    assert results.distinct(again) == [ROW] and results.repeats(again) == [tuple(again)]
+
+
+def test_the_committed_rows_are_signed_and_are_what_they_say():
+    for name, needed in (("study/results.jsonl", results.ROW), ("docs/runs/study-pilot.jsonl", results.ROW)):
+        rows = results.read(run.ROOT / name, needed)
+        assert all('"crc": "' in line for line in (run.ROOT / name).read_text().splitlines())
+        assert all(row["run"]["lr"] == row["lr"] and row["key"] == key(Run(**row["run"])) for row in rows)
+        assert not any(row["run"]["paired"] for row in rows if row["date"] < "2026-11-28 19")
+
+
 def test_several_writers_of_one_file_lose_nothing(tmp_path):
     """Threads stand for processes: each append opens the file, and the lock belongs to what was opened."""
     file = tmp_path / "r.jsonl"
@@ -237,14 +357,17 @@ def test_several_writers_of_one_file_lose_nothing(tmp_path):
 
 def test_bad_options_are_refused(tmp_path, monkeypatch):
     refused = (
+        ("", "presets=''"),
         ("mian", "preset='mian'"),
-        ("smoke --keep=E2k1,E3k2", "keep='E2k1,E3k2'"),
+        ("smoke --keep=E2k2,E3k2", "keep='E2k2,E3k2'"),
         ("smoke --minutes=-1", "minutes=-1.0: use 0"),
-        ("smoke --minutes=nan", "minutes=nan"),
+        ("smoke --minutes=nan", "minutes='nan'"),
         ("smoke --jobs=-1", "jobs=-1: use 1"),
         ("smoke --items=0", "items=0: use 1"),
         ("smoke --together=-1", "together=-1: use 1"),
-        (f"text --data={tmp_path}", f"data='{tmp_path}': {tmp_path} holds no meta.json"),
+        ("smoke --devise=cpu", "did you mean 'device'"),
+        ("text4", "data='': the preset text4 needs --data"),
+        (f"text4 --data={tmp_path}", f"data='{tmp_path}': {tmp_path} holds no meta.json"),
         (f"smoke --results={tmp_path}", "Is a directory"),
         (
             "smoke --minutes=1 --results=/dev/null/r.jsonl",
@@ -252,197 +375,180 @@ def test_bad_options_are_refused(tmp_path, monkeypatch):
         ),
         (
             f"smoke --minutes=1 --results={tmp_path}/r.jsonl --cache=/dev/null/c",
-            "cache='/dev/null/c': nothing can be written to /dev/null/c",
+            "cache='/dev/null/c': nothing can be written",
         ),
     )
     monkeypatch.setattr(sweep.multiprocessing, "get_context", None)  # no worker may be started
     for words, message in refused:
-        with pytest.raises(SystemExit, match=message):
-            sweep.cli(["--minutes=0", "--device=cpu", *words.split()])
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            sweep.main(["--minutes=0", "--device=cpu", *words.split()])
 
 
-def test_smoke_is_no_part_of_the_study(monkeypatch):
-    files = []
-    monkeypatch.setattr(sweep, "sweep", lambda runs, results, *rest: files.append(results))
-    for words in (["smoke"], ["main"], ["smoke", "--results=r.jsonl"]):
-        sweep.cli([*words, "--device=cpu"])
-    assert files == ["runs/study/smoke.jsonl", "study/results.jsonl", "r.jsonl"]
+def test_smoke_is_no_part_of_the_study():
+    file = lambda *presets_, **fields: config_of(*presets_, **fields).file  # noqa: E731
+    assert file("smoke") == "runs/study/smoke.jsonl" and file("pairs") == "study/results.jsonl"
+    assert file("smoke", results="r.jsonl") == "r.jsonl"
 
 
-def test_runs_that_turn_out_equal_are_counted_once(tmp_path, capsys):
-    """At E=32, k=2 the run of `init` with the usual weights takes the best rate, and is then one of `main`."""
-    file, same = tmp_path / "r.jsonl", lambda run: (run.n_experts, run.top_k, run.init_std) == (32, 2, Run.init_std)  # noqa: E731
-    for row in (rows := swept(lambda c, tpp: (0.5 - 0.1 * abs(math.log2(c.lr / 6e-3)), 0.5, 1))):
-        if same(Run(**row["run"])):
-            results.append(file, row)
-    plan = [r for name in ("main", "init") for r in sweep.PRESETS[name]("") if same(r) and r.tokens == 2**24]
-    assert len(plan) == 12 and len(rows) > 9 and sweep.sweep(plan, file, 0) == 0
-    assert "all 9 runs are finished" in capsys.readouterr().out
+def start(tmp_path, *words):
+    """A sweep of two runs that take long to measure, marked so that whatever it started can be found."""
+    mark = f"STUDY_TEST={uuid.uuid4().hex}"
+    command = (
+        f"{sys.executable} -m study.sweep smoke --device=cpu --results={tmp_path}/r.jsonl --cache={tmp_path}/cache"
+    )
+    process = subprocess.Popen(
+        [*command.split(), *words],
+        cwd=run.ROOT,
+        env=os.environ | dict([mark.split("=")]),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    return process, mark
+
+
+def alive(mark):
+    """Processes with this mark in their environment that are not zombies."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (path / "environ").read_bytes() and "\nState:\tZ" not in (path / "status").read_text():
+                found.append(int(path.name))
+        except OSError:
+            pass
+    return found
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.2)
+    return condition()
 
 
 def test_ctrl_c_ends_the_workers_and_says_what_is_left(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "study.sweep",
-        "smoke",
-        "--device=cpu",
-        "--items=2000",
-        f"--results={tmp_path}/r.jsonl",
-        f"--cache={tmp_path}/cache",
-    ]
-    process = subprocess.Popen(
-        command, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    process, mark = start(tmp_path, "--items=2000")
     first = process.stdout.readline()
     time.sleep(1.5)  # workers are starting
     os.killpg(process.pid, signal.SIGINT)
     text = first + process.communicate(timeout=60)[0]
-    assert (
-        process.returncode == 128 + signal.SIGINT and "Traceback" not in text and text.count("2 of 2 runs left") == 2
-    ), text
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in text, text
+    assert text.count("2 of 2 runs left") == 2, text
+    assert wait_for(lambda: not alive(mark), 20)
 
 
-def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys):
-    good = sweep.smoke("")[0]
-    bad, homeless = (
-        dataclasses.replace(good, data=str(tmp_path / "none")),
-        dataclasses.replace(good, seed=2, max_steps=60),
-    )  # too few names for these
-    assert sweep.sweep([bad, homeless, good], tmp_path / "r.jsonl", 5, tmp_path / "cache", items=2) == 2
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find processes")
+@pytest.mark.parametrize("moment", ["data", "training"])
+def test_nothing_outlives_a_sweep_that_is_killed(tmp_path, moment):
+    """SIGKILL while data is made by processes of its own, and while workers train or wait for their next task."""
+    process, mark = start(tmp_path, "--items=2000", "--jobs=2")
+    made = lambda: list((tmp_path / "cache").glob("data-*/meta.json"))  # noqa: E731
+    many = lambda: len(alive(mark)) >= (4 if moment == "data" else 3)  # noqa: E731  the sweep, two workers, and the builder
+    assert wait_for(lambda: many() and (moment == "data" or made()), 60), process.communicate(timeout=5)
+    process.kill()
+    assert wait_for(lambda: not alive(mark), 20), alive(mark)
+    process.communicate(timeout=5)
+
+
+def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys, monkeypatch):
+    good = presets.smoke([], "")[0]
+    bad = dataclasses.replace(good, data=str(tmp_path / "none"))
+    homeless = dataclasses.replace(good, seed=2, max_steps=60)  # too few names for these
+    monkeypatch.setitem(PRESETS, "smoke", lambda rows, data: [bad, homeless, good])
+    cfg = config_of("smoke", results=str(tmp_path / "r.jsonl"), minutes=5, cache=str(tmp_path / "cache"))
+    assert sweep.sweep(cfg) == 2
     assert [r["key"] for r in results.read(tmp_path / "r.jsonl")] == [key(good)]
     assert "no data" in (text := capsys.readouterr().out) and "2 failed" in text
 
 
-def test_learning_rate_is_the_best_of_the_same_experts_and_k():
-    rows = swept(lambda c, tpp: (0.5 - 0.1 * abs(math.log2(c.lr / (3e-3 if c.n_experts == 256 else 6e-3))), 0.5, 1))
-    rate = lambda rows, **fields: sweep.best_rate(Run(**fields), sweep.comparisons(rows))  # noqa: E731
-    assert (
-        rate(rows, n_experts=256, top_k=8) == 3e-3 and rate(rows, n_experts=128, top_k=8) == 6e-3
-    )  # neighbours do not matter
-    assert (
-        rate(rows, n_experts=512, top_k=8) == 3e-3
-        and rate(rows, n_experts=512, top_k=8, tokens=2**26, data_tokens=2**26, people=16_000) == 3e-3
-    )
-    assert rate(rows, d_model=64, n_experts=8) is None and rate(rows, optimizer="adamw", n_experts=8) is None
-    scarce = [
-        fake(Run(n_experts=256, top_k=8, unique=1_000, lr=lr, seed=seed), lambda c, tpp: (10 * c.lr, 0.5, 1))
-        for lr in (3e-3, 6e-3)
-        for seed in (0, 1)
-    ]
-    assert (
-        rate(rows + scarce, n_experts=256, top_k=8, unique=1_000) == 6e-3
-        and rate(rows + scarce, n_experts=256, top_k=8) == 3e-3
-    )  # same data first
-    assert rate(rows + scarce, n_experts=256, top_k=8, unique=500) == 3e-3
-    lonely = [
-        fake(Run(n_experts=8, top_k=2, batch=16, lr=1.2e-2), lambda c, tpp: (0.9, 0.9, 0.1))
-    ]  # one rate is no comparison
-    assert rate(rows + lonely, n_experts=8, top_k=2) == 6e-3
-    fewer = [
-        row for row in rows if row["lr"] == 6e-3 or row["run"]["seed"] == 0
-    ]  # the others did not run from all seeds
-    assert rate(fewer, n_experts=8, top_k=2) is None
+# ---- the programme
 
 
-def test_plans_take_their_rates_when_these_are_known_and_are_done_once():
-    rows = swept(lambda c, tpp: (0.5 - 0.1 * abs(math.log2(c.lr / 6e-3)), 0.5, 1))
-    plan = [Run(n_experts=256, top_k=8, unique=1_000), Run(n_experts=8, top_k=2)]
-    (settled,) = sweep.settle(plan, rows)  # the second is a run of the sweep
-    assert settled == dataclasses.replace(plan[0], lr=6e-3) and sweep.settle(plan, rows, [settled]) == []
-    most = [row for row in rows if (row["run"]["n_experts"], row["run"]["top_k"], row["lr"]) != (256, 8, 3e-3)]
-    pending = [r for r in sweep.main("") if (r.n_experts, r.top_k, r.lr) == (256, 8, 3e-3)]
-    assert sweep.settle(plan[:1], most, pending) == plan[:1] and sweep.settle(plan[:1], most) == [settled]
-    assert (
-        sweep.choose(plan[:1], most, math.inf, "CPU") is None
-        and sweep.choose([plan[0], settled], most, math.inf, "CPU") == settled
-    )
-    assert sweep.choose([settled], rows, -math.inf, "NVIDIA fake") is None  # no time left
-    grid = sweep.main("")
-    group = sweep.choose_group(grid, rows, math.inf, "CPU", 3)
-    assert len({run.form(r) for r in group}) == 1 and [(r.seed, r.lr) for r in group] == [
-        (0, rate) for rate in sweep.RATES["muon"]
-    ]
-    assert len(sweep.choose_group(grid, rows, time.monotonic() + 25, "NVIDIA fake", 3)) == 2  # ten seconds each
-    assert sweep.estimate(sweep.sized(2**26), rows, "NVIDIA fake") == pytest.approx(2 + 8 * 4)
+def test_a_search_goes_on_until_the_best_rates_lie_between_others():
+    """The best rate for facts falls with E, the best for solutions is 0.024: ten seeds are run there and nowhere
+    else."""
+
+    def effect(r, tpp):
+        best = 6e-3 if r.n_experts < 64 else 1.5e-3
+        return 1 + abs(math.log2(r.lr / best)), 0.5 + 0.1 * abs(math.log2(r.lr / 0.024)), 1.0
+
+    rows, rounds = [], 0
+    while todo := [r for r in presets.scarce2(rows, "") if key(r) not in {row["key"] for row in rows}]:
+        rows, rounds = rows + [fake(r, effect) for r in todo], rounds + 1
+    by_rate = {}
+    for row in rows:
+        by_rate.setdefault((row["run"]["n_experts"], row["run"]["top_k"]), {}).setdefault(row["lr"], set()).add(
+            row["run"]["seed"]
+        )
+    assert rounds <= 6 and len(by_rate) == 14 and len(rows) < 400
+    for (e, _), rates in by_rate.items():
+        assert {rate: len(seeds) for rate, seeds in rates.items()}[0.024] == 10 and 0.048 in rates
+        assert sum(len(seeds) == 10 for seeds in rates.values()) == 1 and min(rates) < (6e-3 if e < 64 else 1.5e-3)
+    tuned = results.tune(next(iter(results.lines(rows).values())), "problems")
+    assert not tuned.edges and not tuned.single and set(tuned.rates.values()) == {0.024} and len(tuned.cells[8]) == 10
 
 
-def test_rates_are_chosen_by_answers_of_both_abilities():
-    row = fake(Run(lr=6e-3), lambda c, tpp: (0.5, 0.5, 1))
-    losses = lambda facts, problems, mano: (
-        row | {"facts": {"loss": facts}, "problems": {"loss": problems}, "mano": {"loss": mano}}
-    )  # noqa: E731
-    assert results.answer_loss(losses(1.0, 0.1, 1.3)) == pytest.approx(0.5 + 0.35)
-    assert results.answer_loss(losses(1.0, 0.006, 1.4)) < results.answer_loss(
-        losses(1.5, 0.002, 1.4)
-    )  # what the geometric mean got wrong
-    assert results.answer_loss(row | {"diverged": True}) == math.inf
-    measured = results.read(run.ROOT / "study/results.jsonl")
-    first = [row for row in measured if row["date"] < "2026-11-27 12"]
-    assert sweep.best_rate(Run(n_experts=32), sweep.comparisons(first)) == 3e-3
+def test_rates_come_from_the_most_similar_runs_for_the_task_at_hand():
+    def effect(r, tpp):
+        best = 0.012 if r.n_experts < 64 else 6e-3
+        return abs(math.log2(r.lr / 3e-3)) + 1, abs(math.log2(r.lr / best)) + 1, 1
+
+    rows = grid(effect, experts=(8, 512), ks=(8,), unique=1_000)
+    known = {task: presets.compared(rows, task) for task in ("facts", "problems")}
+    rate = lambda task, **fields: presets.best_rate(known[task], Run(top_k=8, **fields), task)  # noqa: E731
+    assert rate("problems", n_experts=16, unique=1_000) == 0.012 and rate("problems", n_experts=256, unique=500) == 6e-3
+    assert rate("facts", n_experts=16) == 3e-3
+    assert rate("problems", n_experts=8, optimizer="adamw") == presets.START["problems"]  # another optimiser
+    old = [row | {"run": row["run"] | {"paired": False}} for row in rows]
+    assert presets.compared(old, "problems") == {} == presets.compared(rows[:2], "problems")
 
 
-def test_rows_planned_without_a_rate_become_the_runs_that_they_were(tmp_path):
-    new = fake(Run(lr=6e-3), lambda c, tpp: (0.5, 0.5, 1))
-    old = new | {"key": key(Run()), "run": new["run"] | {"lr": 0.0}}
-    file = tmp_path / "r.jsonl"
-    for row in (old, new | {"train_loss": 9}, new | {"key": "x"}):
-        results.append(file, row)
-    rows = results.read(file)
-    assert rows[0] == json.loads(json.dumps(new)) and rows[2] == json.loads(json.dumps(new)) | {"key": "x"}
-    assert results.distinct(rows) == [rows[0], rows[2]] and results.repeats(rows) == [(rows[0], rows[1])]
-    assert "1 are runs done again" in verdict.tables(rows[:2])
-    kept = results.read(run.ROOT / "study/results.jsonl")
-    assert all(row["run"]["lr"] == row["lr"] and row["key"] == key(Run(**row["run"])) for row in kept)
-
-
-def test_grids_cover_what_they_promise():
-    grid = sweep.main("")
-    assert (
-        {r.n_experts for r in grid} == {4, 8, 16, 32, 64, 128, 256}
-        and {r.top_k for r in grid} == {1, 2, 4, 8}
-        and len(grid) == 3 * 27 * 4
-    )
-    assert {r.lr for r in grid if r.tokens == 2**24} == {3e-3, 6e-3, 1.2e-2} and {
-        r.lr for r in grid if r.tokens == 2**26
-    } == {0}
-    assert len({*grid, *sweep.lr("")}) == len(grid) + len(sweep.lr("")) == 3 * 27 * 5
-    tpp = [r.tokens / count_params(run.train_config(r, 1344, 1e-3)).total for r in grid]
+def test_presets_hold_what_the_programme_says():
+    sizes = {name: len(set(preset([], "d:1"))) for name, preset in PRESETS.items()}
+    wanted = dict(pairs=108, dose=126, votes=24, width=96, room=70, topk2=144, long4=45, adamw2=54, text4=18)
+    assert {name: sizes[name] for name in wanted} == wanted
+    runs = [r for name, preset in PRESETS.items() for r in preset([], "d:1")]
+    assert all(r.top_k > 1 and r.lr > 0 and r.paired and r.data_tokens >= r.tokens or r.data for r in runs)
+    assert {r.top_k * r.d_expert for r in presets.topk2([], "")} == {256}
+    assert {r.n_experts * r.d_expert for r in presets.topk2([], "")} == {2048, 8192}
+    for r in dict.fromkeys(dataclasses.replace(r, seed=0, n_experts=64, top_k=2, d_expert=64) for r in runs):
+        run.train_config(r, 1344), run.data_config(r).validate() if not r.data else None
+    tpp = [r.tokens / count_params(run.train_config(r, 1344)).total for r in presets.long4([], "")]
     assert min(tpp) < 1 and max(tpp) > 60
-    for r in (
-        *grid,
-        *sweep.long(""),
-        *sweep.scarce(""),
-        *sweep.topk(""),
-    ):  # each person is met as often, and data is as long as the training
-        assert r.data_tokens == r.tokens and run.mixture(r).exposures == 30
-    assert {(run.mixture(r).n_problems, r.tokens) for r in (*grid, *sweep.scarce(""))} == {
-        (4000, 2**24),
-        (4000, 2**26),
-        (1000, 2**24),
-    }
-    keys = [key(r) for r in dict.fromkeys(sweep.full(""))]
-    assert set(keys) == {key(r) for name in ("main", "lr", "scarce", "topk", "init") for r in sweep.PRESETS[name]("")}
-    assert (
-        all(r.tokens == 2**24 and r.lr for r in sweep.full("")[: 3 * 81 + 39])
-        and sweep.full("")[3 * 81 + 39].tokens == 2**26
-    )
-    plan = list(dict.fromkeys(sweep.full("")))
-    last = {
-        k: max(i for i, r in enumerate(plan) if r.lr and r.top_k == k and r.d_expert == 64 and r.tokens == 2**24)
-        for k in (2, 8)
-    }
-    assert all(i > last[r.top_k] for i, r in enumerate(plan) if not r.lr and r.top_k in last)  # rates first
-    assert {key(r) for r in sweep.pilot("")} == {
-        row["key"] for row in results.read(run.ROOT / "docs/runs/study-pilot.jsonl")
-    }
-    for group in ({2048}, {8192}):
-        same = {
-            tuple(count_params(run.train_config(r, 1344))[i] for i in (0,))
-            for r in sweep.topk("")
-            if {r.n_experts * r.d_expert} == group
-        }
-        assert max(same)[0] - min(same)[0] < 0.06 * min(same)[0]  # the routers differ
-    assert all(r.data == "d:1" for r in sweep.text("d:1"))
-    with pytest.raises(ValueError, match="--data"):
-        sweep.text("")
+
+
+def test_stop_rules_hold_where_they_should():
+    cell = lambda e, seed, value: fake(Run(n_experts=e, top_k=8, unique=1_000, seed=seed), lambda c, tpp: (1, value, 1))  # noqa: E731
+    assert "waits for pairs" in rules.stop_rule("scarce2", []) and rules.stop_rule("pairs", []) == ""
+    draws = (0.3, 0.6, 1.2)  # a seed's luck
+    helps = [cell(e, s, draw) for e in (8, 64) for s, draw in enumerate(draws)]
+    hinders = [cell(e, s, draw) for e, order in ((8, draws), (64, draws[::-1])) for s, draw in enumerate(order)]
+    assert rules.stop_rule("scarce2", helps) == "" and rules.pairing(helps)[0] < 0.1 and rules.pairing(helps)[1] == 1
+    assert "does not cut the variance" in rules.stop_rule("scarce2", hinders) and rules.pairing([]) == (None, 0)
+    for slope, stopped in ((0.0, True), (0.2, False)):
+
+        def effect(c, tpp, slope=slope):
+            return 1.0, 0.4 + slope * math.log2(c.n_experts / 8) + 0.1 * abs(math.log2(c.lr / 6e-3)), 1
+
+        rows = grid(effect, ks=(8,), unique=1_000)
+        assert bool(rules.stop_rule("votes", rows)) == stopped
+
+
+def test_a_stopped_preset_is_said_and_not_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep.multiprocessing, "get_context", None)  # no worker may be started
+    cfg = config_of("scarce2", results=str(tmp_path / "r.jsonl"), minutes=1)
+    assert sweep.sweep(cfg) == 0 and "stop rule: scarce2 waits for pairs" in capsys.readouterr().out
+    assert sweep.sweep(dataclasses.replace(cfg, minutes=0, force=True)) == 0
+    assert "84 of 84 runs left" in capsys.readouterr().out
+
+
+def test_groups_are_of_one_form_and_end_in_time():
+    cfg, rows = config_of("pairs"), grid(lambda c, tpp: (1, 1, 1), experts=(16,), ks=(8,), rates=(6e-3,))
+    tasks = sweep.Queue(cfg, rows, "NVIDIA fake", 1)
+    assert tasks.take(time.monotonic() - 1, 3) == [] and len(tasks.todo) == 108
+    assert len(tasks.take(time.monotonic() + 25, 3)) == 2  # ten seconds each
+    group = tasks.take(time.monotonic() + 1e9, 3)
+    assert len(group) == 3 and len({run.form(r) for r in group}) == 1 and len(tasks.todo) == 103
+    assert sweep.estimate(Run(tokens=2**26, data_tokens=2**26), rows, "NVIDIA fake") == pytest.approx(10 + 24)
+    assert sweep.gpu_minutes([Run()], rows) == pytest.approx(1 / 6) and sweep.gpu_minutes([Run()], []) is None

@@ -1,14 +1,15 @@
-"""pass@k, majority votes and their bands, against brute force. Run: python -m pytest tests/test_votes.py (CPU, seconds)"""
+"""pass@k, majority votes and their bands, against brute force: python -m pytest tests/test_votes.py (CPU, seconds)"""
 
 import itertools
-import json
 import random
 
 import pytest
 
-from eval import votes
+from data import files
+from eval import harness, votes
 from eval.votes import curves, majority, pass_at_k
-from tests.evalrun import tiny_run  # noqa: F401
+
+pytest_plugins = ("tests.evalrun",)  # its fixture tiny_run
 
 
 @pytest.mark.parametrize("n, right", [(1, 0), (1, 1), (5, 0), (5, 2), (6, 6), (7, 1)])
@@ -72,7 +73,7 @@ def test_curves():
 
 
 def test_bands_cover():
-    """95 % bands from 100 questions hold the mean of 20,000 about 95 times in 100; a band of half the width would not."""
+    """95 % bands from 100 questions hold the mean of 20,000 about 95 times in 100; half as wide a band would not."""
     truth = curves(make_questions(20_000, seed=1), resamples=10)["majority"]["mean"][0]
     bands = [curves(make_questions(100, seed), resamples=400)["majority"] for seed in range(2, 102)]
     assert 88 <= sum(band["low"][0] <= truth <= band["high"][0] for band in bands) <= 100
@@ -80,51 +81,38 @@ def test_bands_cover():
     assert sum(low <= truth <= high for low, high in half) < 85
 
 
-def test_plot(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    votes.plot({"a": curves(make_questions(5)), "b": curves(make_questions(5, 1))}, tmp_path / "votes.png", "title")
-    assert (tmp_path / "votes.png").stat().st_size > 10_000
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
-    votes.plot({"": curves([{"gold": "1", "votes": ["2", None]}])}, tmp_path / "votes.png")
-    low, high = pyplot.gca().get_ylim()
-    assert -0.1 < low < 0 and 1 < high < 1.1  # curves of zeros do not lie on the frame
-
-
 def test_command(tiny_run, monkeypatch, capsys):
     """Samples, resumes, and does not ask the model for finished questions again."""
     asked = []
 
-    def texts(model, tokens, task, prompts, streams, room, cfg):
+    def texts(loaded, task, prompts, streams, room, cfg):
         asked.extend(zip(prompts, streams, strict=True))
         return [f"The answer is {stream % 3}" for stream in streams], [False] * len(prompts)
 
-    monkeypatch.setattr(votes, "texts", texts)
-    command = [f"--run={tiny_run}", f"--data={tiny_run}", "--device=cpu", "--samples=4", "--batch-size=4"]
+    monkeypatch.setattr(harness, "texts", texts)
+    command = [f"--run={tiny_run}", f"--evaldata={tiny_run}", "--device=cpu", "--samples=4", "--batch-size=4"]
     first = votes.main([*command, "--limit=2"])
     assert len(asked) == 8 and len(set(asked)) == 8 and first["samples"] == [1, 2, 4] and first["questions"] == 2
     assert all(prompt.startswith("Question: ") and prompt.count("Question") == 1 for prompt, _ in asked)  # no examples
     votes.main([*command, "--limit=3"])
     assert len(asked) == 12
     out = tiny_run / "eval-00000003"
-    lines = [json.loads(line) for line in (out / "votes-gsm8k.jsonl").read_text().splitlines()]
+    lines, _ = files.read_rows(out / "votes-gsm8k.jsonl")
     assert lines[1] == {"id": "0", "gold": "0", "votes": ["0", "1", "2", "0"], "cut": False}
-    assert (
-        json.loads((out / "votes-gsm8k.json").read_text())["questions"] == 3 and "majority" in capsys.readouterr().out
-    )
+    assert files.read_json(out / "votes-gsm8k.json")["questions"] == 3 and "majority" in capsys.readouterr().out
     with pytest.raises(ValueError, match="made with temperature=0.6, not 0.7"):
         votes.main([*command, "--temperature=0.7"])
     with pytest.raises(ValueError, match="temperature=0.0: greedy samples are all equal"):
         votes.main([*command, "--temperature=0"])
-    with pytest.raises(ValueError, match="task='hellaswag': it has no `vote`"):
-        votes.main([*command, "--task=hellaswag"])
+    with pytest.raises(ValueError, match="task='humaneval': it has no `vote`"):
+        votes.main([*command, "--task=humaneval"])
 
 
 def test_samples_of_a_model(tiny_run):
     """Really generated: equal commands give equal votes, whatever the batch; another seed gives others."""
     command = [
         f"--run={tiny_run}",
-        f"--data={tiny_run}",
+        f"--evaldata={tiny_run}",
         "--device=cpu",
         "--samples=3",
         "--limit=2",
@@ -135,8 +123,8 @@ def test_samples_of_a_model(tiny_run):
     for more in (["--batch-size=1"], ["--batch-size=64"], ["--seed=1"]):
         record = []
         with pytest.MonkeyPatch.context() as patch:
-            real = votes.texts
-            patch.setattr(votes, "texts", lambda *args: record.append(real(*args)) or record[-1])  # noqa: B023
+            real = harness.texts
+            patch.setattr(harness, "texts", lambda *args: record.append(real(*args)) or record[-1])  # noqa: B023
             votes.main(command + more)
         runs.append([text for written, _ in record for text in written])
     assert runs[0] == runs[1] != runs[2] and len(set(runs[0])) == 6
@@ -144,6 +132,6 @@ def test_samples_of_a_model(tiny_run):
 
 def test_says_that_prompts_were_cut(tiny_run, capsys):
     result = votes.main(
-        [f"--run={tiny_run}", f"--data={tiny_run}", "--device=cpu", "--samples=2", "--limit=2", "--shots=3"]
+        [f"--run={tiny_run}", f"--evaldata={tiny_run}", "--device=cpu", "--samples=2", "--limit=2", "--shots=3"]
     )
     assert result["cut"] == 2 and "2 questions did not fit the model's 64 tokens" in capsys.readouterr().out

@@ -1,24 +1,39 @@
-"""The tasks of `python -m eval`. A task is one file here, and its name is the file's name; nothing else has to be told about it.
+"""The tasks of eval, eval.votes and grpo.py. A task is one file of this folder; nothing else has to be told about it.
 
-    SHOTS = 4                             # examples in front of each question, by default
-    def items(source, shots):             # -> list of Item; source: eval.sources.Source
+    TEST = Set("svamp/test", "svamp/test.jsonl", ("ChilleD/SVAMP", None, "test"))   # eval.sources.Set: where its items come from
+    SHOTS = 4                              # examples in front of each question, unless --shots says otherwise
+    def items(source, shots, split="test") # -> list of Item; source.rows(TEST) gives the rows of a set
+    LIKE = gsm8k                           # whatever this file does not define is taken from that task's module
 
-and, unless only task loss is wanted, either choices in its items (accuracy by likelihood, plain and per character), or
+Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. A task whose answers are written
+by the model defines STOPS (generation ends at any of these strings, which are cut off), MAX_NEW_TOKENS, and some of
 
-    STOPS, MAX_NEW_TOKENS = ("\\n",), 32   # generation ends at any of these strings, which are cut off
-    def score(item, text):                # -> {metric: number}, averaged over items
+    def score(item, text)                  # for eval: {metric: number}, averaged over items
+    def program(item, text)                # or, for code: (program, tests) for eval.sandbox, which gives pass@k
+    def vote(text)                         # for eval.votes: the final answer in canonical form, or None
+    def gold(item)                         # the vote of the right answer; default: vote(item.answer)
+    def reward(item, text)                 # for grpo.py: 1.0 or 0.0; default: whether vote(text) is the gold one
+    def questions(source, split, n)        # for grpo.py: the first n items of "train" or "test", n = 0: all;
+                                           # default: items(source, 0, split)
 
-or, for code, `program(item, text)` -> (program, tests) for eval.sandbox. `vote(text)` -> the final answer in canonical form,
-or None, admits a task to `python -m eval.votes`.
+A task is trained on if `items` takes a split or if it has `questions`. Items with choices become questions with lettered options
+where the model has to write the answer (`lettered`), so that a multiple-choice task needs none of these functions.
 """
 
 import importlib
+import inspect
+import os
 import pkgutil
 import random
+import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from string import ascii_uppercase
 from typing import NamedTuple
 
 SEED = 42  # of the draws of examples, the paper's
+NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
+RENAMED = {"math": "math500"}  # old runs of grpo.py
 
 
 class Item(NamedTuple):
@@ -30,16 +45,86 @@ class Item(NamedTuple):
     gold: int = 0  # the right one of choices
     group: str = ""  # results are also given by group
     row: dict = {}  # the source's row, for score
+    pairs: tuple[tuple[str, str], ...] = ()  # (prompt, text) for each choice, where it is not (item.prompt, choice)
+
+    def compared(self) -> tuple[tuple[str, str], ...]:
+        """(prompt, text) of every choice: the most likely text wins."""
+        return self.pairs or tuple((self.prompt, choice) for choice in self.choices)
 
 
-NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
+class Task:
+    """A file of this folder as `load` returns it. What the file leaves out has its default, or is None."""
+
+    def __init__(self, name: str, module):
+        def get(attribute, default=None):
+            return getattr(module, attribute, getattr(getattr(module, "LIKE", None), attribute, default))
+
+        written = get("STOPS") is not None
+        for needed in ("SHOTS", "items", "MAX_NEW_TOKENS")[: 2 + written]:
+            if get(needed) is None:
+                raise ValueError(f"eval/tasks/{name}.py must define {needed}; see eval/tasks/__init__.py")
+        self.name, self.module, self.lettered = name, module, not written
+        self.shots: int = get("SHOTS")
+        self.items: Callable = get("items")  # (source, shots) -> list of Item
+        self.stops: tuple[str, ...] = get("STOPS", ("\n",))
+        self.max_new_tokens: int = get("MAX_NEW_TOKENS", 16)
+        self.score: Callable | None = get("score")
+        self.program: Callable | None = get("program")
+        self.vote: Callable | None = get("vote") if written else letter
+        self.gold: Callable | None = get("gold") or self.vote and (lambda item: self.vote(item.answer))
+        self.reward: Callable | None = get("reward") or self.vote and self._voted
+        self._questions = getattr(module, "questions", None)
+        self.trains = bool(self.reward and (self._questions or "split" in inspect.signature(self.items).parameters))
+
+    def _voted(self, item, text):
+        return float(self.vote(text) is not None and self.vote(text) == self.gold(item))
+
+    def generated(self) -> bool:
+        """Whether eval lets the model write answers, beside what it measures by likelihood."""
+        return bool(self.score or self.program)
+
+    def asked(self, items: list[Item]) -> list[Item]:
+        """The items as questions whose answer the model writes (for eval.votes): those with choices get lettered options."""
+        return [lettered(item) for item in items] if self.lettered else items
+
+    def questions(self, source, split: str, n: int = 0) -> list[Item]:
+        """The first n items (0: all) of split "train" or "test" to be answered in words. ValueError where there are none."""
+        if not self.trains:
+            raise ValueError(f"task={self.name!r}: eval/tasks/{self.name}.py has no training questions or no reward")
+        if self._questions:
+            return self._questions(source, split, n)
+        return self.asked(self.items(source, 0, split)[: n or None])
+
+    def rewards(self, items: list[Item], texts: list[str]) -> list[float]:
+        """1.0 or 0.0 for each text as an answer to its item, several at a time. Whatever a text says, it is judged, not raised about."""
+        pairs = list(zip(items, texts, strict=True))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            return list(pool.map(lambda pair: self.reward(*pair), pairs))
 
 
-def load(name: str):
-    """The module of a task. Raises ValueError for an unknown name."""
+def load(name: str) -> Task:
+    """A task by name. Raises ValueError for an unknown one, and for a file that does not define what it must."""
+    name = RENAMED.get(name, name)
     if name not in NAMES:
-        raise ValueError(f"tasks: unknown task {name!r}; there are {', '.join(NAMES)}")
-    return importlib.import_module(f"eval.tasks.{name}")
+        raise ValueError(f"unknown task {name!r}; there are {', '.join(NAMES)}")
+    return Task(name, importlib.import_module(f"eval.tasks.{name}"))
+
+
+def lettered(item: Item) -> Item:
+    """An item with choices as a question that shows them after letters and is answered by a letter."""
+    if not item.choices:
+        raise ValueError(f"item {item.id}: without choices there is only task loss; its answer cannot be written")
+    if item.choices[0] == " A":  # the prompt has letters already
+        return item
+    options = "".join(f"\n{letter}.{choice}" for letter, choice in zip(ascii_uppercase, item.choices, strict=False))
+    prompt = f"{item.prompt.removesuffix('Answer:').rstrip()}{options}\nAnswer:"
+    return item._replace(prompt=prompt, answer=f" {ascii_uppercase[item.gold]}")
+
+
+def letter(text: str) -> str | None:
+    """The letter that a text begins with, or that it says is the answer; None without one."""
+    found = re.match(r"\s*\(?([A-Z])\b(?!')", text) or re.search(r"(?i:answer is):? *\(?([A-Z])\b(?!')", text)
+    return found[1] if found else None
 
 
 def examples(rows: list[dict], pool: list[dict], n: int, render: Callable[[dict], str]) -> Iterator[str]:

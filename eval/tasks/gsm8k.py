@@ -6,16 +6,21 @@ harness's filters: the first "#### number", and the last number of any form.
 """
 
 import re
-from decimal import Decimal
 
+from eval import rewards
+from eval.equal import find_number, plain
+from eval.sources import Set
 from eval.tasks import Item, examples
+
+TEST = Set("gsm8k/test", "gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), ("gsm8k/gold_bpb_5shot",))
+TRAIN = Set("gsm8k/train", "gsm8k/train.jsonl", ("openai/gsm8k", "main", "train"))
 
 SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("Question:", "</s>", "<|im_end|>"), 256
 
 
-def items(source, shots):
-    rows = source.rows("gsm8k/test")
-    pool = source.first("gsm8k/train", "gsm8k/test") if shots else rows
+def items(source, shots, split="test"):
+    rows = source.rows(TRAIN if split == "train" else TEST)
+    pool = source.first(TRAIN, TEST) if shots else rows
     prefixes = examples(rows, pool, shots, lambda row: f"Question: {row['question']}\nAnswer: {row['answer']}")
     return [
         Item(str(i), f"{prefix}Question: {row['question']}\nAnswer:", row["answer"])
@@ -35,10 +40,22 @@ def score(item, text):
 def _same(answer, solution):
     for dropped in (r",", r"\$", r"(?s).*#### ", r"\.$"):
         answer, solution = re.sub(dropped, "", answer), re.sub(dropped, "", solution)
-    return answer.lower() == solution.lower()
+    return answer.strip().lower() == solution.strip().lower()
 
 
 def vote(text):
-    """The number after the first "####", "Answer" or "The answer is" (the paper's rule; unlike there, commas are understood)."""
-    found = re.search(r"(?:####|[Aa]nswer(?: is)?)[\s:$]*(-?[\d,]*\d(?:\.\d+)?)", text)
-    return f"{Decimal(found[1].replace(',', '')).normalize():f}" if found else None
+    """The number after the first "####", "Answer" or "The answer is" (the paper's rule; here any notation is understood)."""
+    value = find_number(text, "####|[Aa]nswer(?: is)?")
+    return None if value is None else plain(value)
+
+
+def gold(item):
+    return vote("#### " + _final(item))
+
+
+def reward(item, text):
+    return rewards.judge(item.prompt, _final(item), text)
+
+
+def _final(item):
+    return item.answer.rpartition("####")[2].strip()

@@ -4,14 +4,16 @@ As in the harness the five examples come from the other items of the test set, t
 whose answer is "None" (critical thinking: a needed number is missing) can never be right. Prompt and task loss as in GSM8K.
 """
 
-from eval.tasks import Item, examples
-from eval.tasks.gsm8k import MAX_NEW_TOKENS, STOPS, score, vote  # noqa: F401  the same rules
+from eval.sources import Set
+from eval.tasks import Item, examples, gsm8k
 
-SHOTS = 5
+FULL = Set("gsm_plus/test", "gsm_plus/gsmplus_test.jsonl", ("qintongli/GSM-Plus", None, "test"))
+MINI = Set("gsm_plus/testmini", "gsm_plus/gsmplus_testmini.jsonl", ("qintongli/GSM-Plus", None, "testmini"))
+SHOTS, LIKE = 5, gsm8k
 
 
 def items(source, shots):
-    rows = source.first("gsm_plus/test", "gsm_plus/testmini")
+    rows = source.first(FULL, MINI)
     prefixes = examples(rows, rows, shots, lambda row: f"Question: {row['question']}\nAnswer: {row['solution']}")
     return [
         Item(str(i), f"{prefix}Question: {row['question']}\nAnswer:", row["solution"], group=row["perturbation_type"])

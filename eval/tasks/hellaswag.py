@@ -6,14 +6,22 @@ Task loss: the right ending after the context and a space, as it is scored among
 
 import re
 
+from eval.sources import Set
 from eval.tasks import Item, examples
 
+VALIDATION = Set(
+    "hellaswag/validation",
+    "hellaswag/val.jsonl",
+    ("Rowan/hellaswag", None, "validation"),
+    ("hf_datasets/hellaswag/none/validation",),
+)
+TRAIN = Set("hellaswag/train", "hellaswag/train.jsonl", ("Rowan/hellaswag", None, "train"))
 SHOTS = 4
 
 
-def items(source, shots):
-    rows = source.rows("hellaswag/validation")
-    pool = source.first("hellaswag/train", "hellaswag/validation") if shots else rows
+def items(source, shots, split="test"):
+    rows = source.rows(TRAIN if split == "train" else VALIDATION)
+    pool = source.first(TRAIN, VALIDATION) if shots else rows
     prefixes = examples(rows, pool, shots, lambda row: f"{context(row)} {clean(row['endings'][int(row['label'])])}")
     items = []
     for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True)):

@@ -3,17 +3,22 @@
 pass@k by eval.sandbox. Task loss: the dataset's canonical solution after the prompt (the paper uses EvalPlus's: task humanevalplus).
 """
 
+from eval.sources import Set
 from eval.tasks import Item
 
+TEST = Set(
+    "humaneval/test",
+    "humaneval/HumanEval.jsonl",
+    ("openai/openai_humaneval", None, "test"),
+    ("codex_humaneval/gold_bpb_0shot",),
+)
 SHOTS, STOPS, MAX_NEW_TOKENS = 0, ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), 1024
 
 
 def items(source, shots):
     if shots:
         raise ValueError(f"shots={shots}: humaneval has no examples; use 0")
-    return [
-        Item(row["task_id"], row["prompt"], row["canonical_solution"], row=row) for row in source.rows("humaneval/test")
-    ]
+    return [Item(row["task_id"], row["prompt"], row["canonical_solution"], row=row) for row in source.rows(TEST)]
 
 
 def program(item, text):

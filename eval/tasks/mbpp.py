@@ -4,14 +4,19 @@ The three examples are always ids 2, 3 and 4, as in the harness (where they are 
 from the other items). pass@k by eval.sandbox. Task loss as in the paper: the solution on a new line after the bare sentence.
 """
 
+from eval import rewards
+from eval.sources import Set
 from eval.tasks import Item, examples
 
+HUB = "google-research-datasets/mbpp"
+TEST = Set("mbpp/test", "mbpp/mbpp.jsonl", (HUB, "full", "test"), ("codex_mbpp/gold_bpb_0shot",))
+PROMPT = Set("mbpp/prompt", "mbpp/mbpp.jsonl", (HUB, "full", "prompt"))
 SHOTS, STOPS, MAX_NEW_TOKENS = 3, ("[DONE]",), 256
 
 
 def items(source, shots):
-    rows = [row for row in source.rows("mbpp/test") if 11 <= row["task_id"] <= 510]
-    fixed = [row for row in source.first("mbpp/prompt", "mbpp/test") if row["task_id"] in (2, 3, 4)]
+    rows = [row for row in source.rows(TEST) if 11 <= row["task_id"] <= 510]
+    fixed = [row for row in source.first(PROMPT, TEST) if row["task_id"] in (2, 3, 4)]
     if fixed and shots > len(fixed):
         raise ValueError(f"shots={shots}: mbpp has {len(fixed)} examples")
     show = lambda row: f"{question(row)}{row['code']}\n[DONE]"  # noqa: E731
@@ -32,10 +37,31 @@ def items(source, shots):
     ]
 
 
-def question(row):
-    tests = "\n".join(row["test_list"][:3])
-    return f"You are an expert Python programmer, and here is your task: {row['text']} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+def question(row, shown=3):
+    tests, these = "\n".join(row["test_list"][:shown]), "these tests" if shown > 1 else "this test"
+    task = f"You are an expert Python programmer, and here is your task: {row['text']}"
+    return f"{task} Your code should pass {these}:\n\n{tests}\n[BEGIN]\n"
 
 
 def program(item, text):
     return text, "\n".join([item.row["test_setup_code"], *item.row["test_list"]])
+
+
+def questions(source, split, n):
+    """Ids 601 to 974 train. One test is shown, all count; problems with a test other than `assert call == literal` are left out."""
+    first, last = (601, 974) if split == "train" else (11, 510)
+    found = []
+    for row in source.rows(TEST):
+        tests = [rewards.assertion(text) for text in row["test_list"] + row.get("challenge_test_list", [])]
+        if first <= row["task_id"] <= last and all(tests) and len(tests) > 1 and not row.get("test_setup_code"):
+            found.append(Item(str(row["task_id"]), question(row, 1), row["code"], row={"tests": tests}))
+    if not found:
+        where = source.used[TEST.name]
+        raise ValueError(
+            f"mbpp/{split}: none of its items {first} to {last} in {where}; put {TEST.file}, all 974, there"
+        )
+    return found[: n or None]
+
+
+def reward(item, text):
+    return rewards.passes(text.partition("[DONE]")[0], item.row["tests"])

@@ -1,10 +1,12 @@
 """Word problems like those of the procedural training data, with unseen templates (data/reasoning.py): 200 for each number of steps.
 
 `answer`: the stated answer is right; `solution`: every step of the worked solution is. One step beyond training is included.
+The reward is for the value asked for in a single, final "Answer: 4.".
 """
 
 import re
 
+from data.procedural import read_config
 from data.reasoning import ReasoningConfig, check, problem
 from eval.tasks import Item
 
@@ -13,9 +15,29 @@ SHOTS, STOPS, MAX_NEW_TOKENS, PER_STEPS = 0, (), 256, 200
 
 def items(source, shots):
     cfg = ReasoningConfig(**source.procedural("reasoning"))
-    problems = [problem(cfg, i, "test", steps) for i in range(PER_STEPS) for steps in range(1, cfg.max_steps + 2)]
+    found = [problem(cfg, i, "test", steps) for i in range(PER_STEPS) for steps in range(1, cfg.max_steps + 2)]
+    return _items(found, cfg.modulus)
+
+
+def questions(source, split, n):
+    """Training questions are new ones of the training templates."""
+    cfg, start = unseen(source, split, n)
+    steps = [None if split == "train" else 1 + i % cfg.max_steps for i in range(n)]
+    return _items([problem(cfg, start + i, split, steps[i]) for i in range(n)], cfg.modulus)
+
+
+def unseen(source, split, n):
+    """(configuration, index of the first problem of a split that the model has not been trained on)."""
+    if not n:
+        raise ValueError("questions=0: there is no end of procedural questions; ask for a number")
+    source.procedural("reasoning")  # with its message where there is none
+    cfg = read_config(source.training_data)
+    return cfg.reasoning, max(cfg.n_problems, cfg.n_mano) if split == "train" else 0
+
+
+def _items(problems, modulus):
     return [
-        Item(str(i), p.question, p.solution, group=f"{p.steps} steps", row={"modulus": cfg.modulus})
+        Item(str(i), p.question, p.solution, group=f"{p.steps} steps", row={"modulus": modulus})
         for i, p in enumerate(problems)
     ]
 
@@ -28,3 +50,7 @@ def score(item, text):
 def vote(text):
     found = re.search(r"Answer: (\d+)\.$", text)
     return found[1] if found else None
+
+
+def reward(item, text):
+    return float(text.count("Answer") == 1 and check(item.prompt, text, item.row["modulus"])[0])

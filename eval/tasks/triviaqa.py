@@ -1,6 +1,6 @@
 """TriviaQA (arXiv 1705.03551), closed book: 7,993 validation questions of rc.wikipedia, or the 17,944 of rc on the hub.
 
-Prompt as in the harness, its second question mark included. `exact_match` is the harness's rule: one leading space dropped, case
+Prompt as in the harness, its second question mark included. `exact_match` is the harness's rule: spaces around it dropped, case
 and punctuation ignored, equal to any alias. `normalized` is the dataset's own: articles and extra spaces are ignored too.
 Task loss: the dataset's first answer (`value`) after "Answer:" and a space. The paper's file for it is not published.
 """
@@ -8,14 +8,22 @@ Task loss: the dataset's first answer (`value`) after "Answer:" and a space. The
 import re
 import string
 
+from eval.sources import Set
 from eval.tasks import Item, examples
 
+VALIDATION = Set(
+    "triviaqa/validation",
+    "triviaqa/rc_wikipedia_nocontext_val.jsonl",
+    ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
+    ("hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation",),
+)
+TRAIN = Set("triviaqa/train", "triviaqa/train.jsonl", ("mandarjoshi/trivia_qa", "rc.nocontext", "train"))
 SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("\n", ".", ","), 64  # the harness allows 256: no alias is longer than 64
 
 
 def items(source, shots):
-    rows = source.rows("triviaqa/validation")
-    pool = source.first("triviaqa/train", "triviaqa/validation") if shots else rows
+    rows = source.rows(VALIDATION)
+    pool = source.first(TRAIN, VALIDATION) if shots else rows
     prefixes = examples(rows, pool, shots, lambda row: f"Question: {row['question']}?\nAnswer: {row['aliases'][0]}")
     return [
         Item(row["question_id"], f"{prefix}Question: {row['question']}?\nAnswer:", " " + row["value"], row=row)
@@ -24,7 +32,7 @@ def items(source, shots):
 
 
 def score(item, text):
-    text = text.removeprefix(" ")
+    text = text.strip()
     aliases = item.row["aliases"]
     return {
         "exact_match": float(plain(text) in map(plain, aliases)),

@@ -1,0 +1,212 @@
+"""Compiles the kernels of a layer for any NVIDIA architecture, without a GPU, and reads from their machine code what decides their speed.
+
+    python -m bench.compile 32768,2048,768,128,8 --arch=sm_90 --all --out=DIR
+
+prints one row per kernel: registers of a thread, spilled bytes, shared memory of a block, and what the machine code holds of tensor core products,
+asynchronous copies, TMA loads, and global loads and stores of 16 bytes (wide) or less (narrow). A kernel that spills registers, does not fit into the
+shared memory of the architecture, or makes ptxas warn (of serialised wgmma, for example) is a problem, and the exit code is 1.
+A shape is T,D,F,E,K: tokens, model width, expert hidden width, experts, experts per token.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+from bench.problem import parse_shape
+from moe_kernels import activation, adamw, cross_entropy, experts, muon, rotary, routing
+from moe_kernels.precompile import compile_only
+from moe_kernels.tiles import SHARED_MEMORY, interpreting
+from optimoe import config
+
+# Which launch a kernel with several uses is.
+USES = {
+    ("rows_kernel", True): "down",
+    ("rows_kernel", False): "dx",
+    ("dw_kernel", False): "dw_out",
+    ("dw_kernel", True): "dw_in",
+}
+# What is counted in the PTX, with its pattern.
+COUNTS = {
+    "wgmma": r"\bwgmma\.mma_async",
+    "mma": r"\bmma\.sync|\btcgen05\.mma",
+    "copies": r"\bcp\.async\.c[ag]\.",
+    "tma": r"\bcp\.async\.bulk\.tensor",
+    "fences": r"\bfence\.proxy\.async",
+    "wide": r"\b(?:ld|st)\.global[.\w:]*(?<=\.v4\.b32)\s",
+    "narrow": r"\b(?:ld|st)\.global[.\w:]*(?<!\.v4\.b32)\s",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    POSITIONAL: ClassVar = ("shapes",)
+    shapes: tuple[str, ...]  # layer shapes T,D,F,E,K
+    arch: tuple[str, ...] = ("sm_90",)  # architectures to compile for
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of activations and weights
+    all: bool = False  # also routing, a dense layer, rotations, the loss, AdamW and Muon
+    json: bool = False  # print JSON rows instead of a table
+    out: str = ""  # directory for the PTX and SASS of every kernel
+
+    def __post_init__(self):
+        known = ", ".join(f"sm_{capability}" for capability in SHARED_MEMORY)
+        for arch in self.arch:
+            config.require(arch.removeprefix("sm_") in map(str, SHARED_MEMORY), "arch", arch, f"expected {known}")
+        for shape in self.shapes:
+            parse_shape(shape)
+        config.require(not interpreting(), "TRITON_INTERPRET", "1", "the interpreter compiles nothing; unset it")
+
+
+def launch_layer(shape, dtype):
+    """Launches every kernel of one forward and backward pass of the expert layer, on empty tensors of the real sizes."""
+    T, D, F, E, K = shape
+    x, w_in, w_out = (torch.empty(*sizes, dtype=dtype) for sizes in ((T, D), (E, 2 * F, D), (E, D, F)))
+    gates, ids = torch.empty(T, K), torch.empty(T, K, dtype=torch.int32)
+    out = experts.experts_fwd(x, w_in, w_out, gates, ids)
+    experts.experts_bwd(x, x, w_in, w_out, gates, *out[1:])
+
+
+def launch_rest(shape, dtype):
+    """Launches the other kernels of a training step: routing, a dense layer, rotations with and without norms, the loss, AdamW (in float32, with
+    bfloat16 copies, all in bfloat16) and, where its matrices are small, Muon."""
+    T, D, F, E, K = shape
+    empty, half = torch.empty, torch.bfloat16
+    for sigmoid, normalize in ((False, True), (True, False)):
+        logits = empty(T, E, dtype=dtype)
+        gates, ids, _, probs, z = routing.route_fwd(logits, None, K, sigmoid, normalize)
+        routing.route_bwd(logits, ids, gates, gates, probs, z, sigmoid, normalize)
+    h = empty(T, 2 * F, dtype=dtype)
+    activation.swiglu_bwd(h, activation.swiglu_fwd(h))
+    for heads, d in ((12, 64), (4, 128)):
+        qkv, table, weight = empty(1, T, heads + 8, d, dtype=dtype), empty(T, 1, d), empty(d)
+        for norms in ((None, None), (weight, weight)):
+            q, k = rotary.rope_fwd(qkv, table, table, *norms, heads, 1e-5)
+            rotary.rope_bwd(q, k, k, qkv if norms[0] is not None else None, table, table, *norms, 1e-5)
+    for vocabulary in (50304, 257):  # a row of eights, and a small odd one
+        x, w, targets = empty(8, 16, dtype=dtype), empty(vocabulary, 16), empty(8, dtype=torch.int64)
+        cross_entropy.cross_entropy_op._init_fn(x, w, targets, 8, True)
+    scalars = [empty(()) for _ in range(4)]  # step, learning rate, scale, skip
+    for weight_type, grad_type, copied in ((None, None, False), (None, half, True), (half, half, False)):
+        weight, grad = empty(E, D, dtype=weight_type), empty(E, D, dtype=grad_type)
+        copy = empty(E, D, dtype=half) if copied else None
+        adamw.launch(weight, grad, weight, weight, *scalars, 0.9, 0.99, 1e-8, 0.1, copy, 0)
+    for sizes, rows in (((E, 2 * F, D), [F, F]), ((E, D, F), [D])):
+        if muon.fits(sizes, rows):
+            tensors = ([empty(sizes)] * 4 for _ in range(3))
+            muon.muon_update(*tensors, rows, empty(()), 0.95, 0.1, empty(()), empty(()), True)
+
+
+def constants(kernel):
+    """The compile-time arguments of a compiled kernel by name."""
+    names = kernel.src.fn.arg_names
+    return {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
+
+
+def assemble(kernel, capability):
+    """ptxas's log on a kernel, which Triton throws away; with the options that Triton gives."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(kernel.asm["ptx"])
+        ptx.flush()
+        options = ["-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
+        if triton.__version__ >= "3.7":
+            options.append("--regAllocOptLevel=2")
+        command = [get_ptxas(capability).path, *options, ptx.name, "-o", os.devnull]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def inspect(kernel, capability):
+    """What `main` prints of a compiled kernel, as a dict."""
+    log, ptx, const = assemble(kernel, capability), kernel.asm["ptx"], constants(kernel)
+    number = lambda pattern: int(re.search(pattern, log).group(1))  # noqa: E731  # both lines are always there
+    name = kernel.metadata.name
+    tile = "x".join(str(const[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if key in const)
+    row = {
+        "name": name,
+        "use": USES.get((name, const.get("TRANSPOSED")), name.removesuffix("_kernel")),
+        "tile": tile,
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
+        "registers": number(r"Used (\d+) registers"),
+        "spilled": number(r"(\d+) bytes spill stores"),
+        "shared": kernel.metadata.shared,
+        **{what: len(re.findall(pattern, ptx)) for what, pattern in COUNTS.items()},
+    }
+    warnings = {
+        line.split("for gpu")[0].strip() for line in log.splitlines() if re.search(r"warning|\bC7\d\d\d\b", line)
+    }
+    over = row["shared"] - SHARED_MEMORY[capability]
+    problems = sorted(warnings)
+    problems += [f"spills {row['spilled']} bytes a thread"] if row["spilled"] else []
+    problems += [f"{over} bytes of shared memory too many"] if over > 0 else []
+    return row | {"problems": problems}
+
+
+def save_code(kernel, folder, stem):
+    """Writes the PTX, the machine code and its disassembly."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cubin = folder / f"{stem}.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    (folder / f"{stem}.ptx").write_text(kernel.asm["ptx"])
+    sass = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    (folder / f"{stem}.sass").write_text(sass)
+
+
+def compile_shape(job):
+    """The rows of one (shape, architecture, dtype, all, out): a process of its own can do it."""
+    text, arch, dtype, everything, out = job
+    shape, capability = parse_shape(text), int(arch.removeprefix("sm_"))
+    with compile_only(capability) as kernels:
+        launch_layer(shape, getattr(torch, dtype))
+        if everything:
+            launch_rest(shape, getattr(torch, dtype))
+    rows = []
+    for i, kernel in enumerate(kernels):
+        row = {"shape": text, "arch": arch, "triton": triton.__version__, **inspect(kernel, capability)}
+        rows.append(row)
+        if out:
+            save_code(kernel, Path(out, f"{text}-{arch}"), f"{i:02d}-{row['use']}")
+    return rows
+
+
+def table(rows):
+    """Rows of dicts as a Markdown table with aligned columns."""
+    columns = [key for key in rows[0] if key not in ("name", "triton")]
+    cells = [
+        columns,
+        *([", ".join(v) if isinstance(v := row[key], list) else str(v) for key in columns] for row in rows),
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells
+    )
+
+
+def main(argv=None):
+    cfg = config.parse(Config, argv, __doc__)
+    jobs = [(*pair, cfg.dtype, cfg.all, cfg.out) for pair in product(cfg.shapes, cfg.arch)]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("fork")) as pool:
+        rows = [row for rows in pool.map(compile_shape, jobs) for row in rows]
+    if cfg.json:
+        print("\n".join(map(json.dumps, rows)))
+    else:
+        print(f"triton {triton.__version__}, {cfg.dtype}\n\n{table(rows)}")
+    if problems := sum(bool(row["problems"]) for row in rows):
+        sys.exit(f"error: {problems} of {len(rows)} kernels have problems, see the last column")
+
+
+if __name__ == "__main__":
+    main()

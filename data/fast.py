@@ -1,0 +1,118 @@
+"""Tokenizers of other models by the library `tokenizers`, with the members of tiktoken.Encoding that are used here.
+
+enc = from_folder("Mixtral-8x7B-v0.1")        # its tokenizer.json and tokenizer_config.json
+enc.encode_ordinary("48/2"), enc.begin, enc.eot_token
+"""
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+
+from data import files
+
+AGAIN = "download it again"
+
+
+def library():
+    """The package `tokenizers`; ValueError saying how to install it."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(
+            "the package `tokenizers` is needed to train a vocabulary, and for those of other models: "
+            "pip install -e '.[hf]'; or use an existing one of tiktoken with --tokenizer"
+        ) from None
+    return tokenizers
+
+
+def _open(definition: str):
+    try:
+        return library().Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(str(error)) from None
+
+
+class Fast:
+    """A tokenizer of the library. Special tokens that a text spells out are text, not special tokens.
+
+    definition: the text of its tokenizer.json. begin: ids in front of every document and prompt. eot_token: the id that
+    ends a document. Raises ValueError for a definition that the library cannot use, or ids that it does not have.
+    """
+
+    def __init__(self, definition: str, begin: list[int], eot_token: int, name: str):
+        self.definition, self.begin, self.eot_token, self.name = definition, list(begin), eot_token, name
+        self._fast = _open(definition)
+        self._fast.no_truncation()  # some were saved with a limit of their training
+        self._fast.no_padding()
+        self._fast.encode_special_tokens = True
+        self.n_vocab = 1 + max(self._fast.get_vocab().values(), default=-1)
+        if any(self._fast.id_to_token(token) is None for token in [*self.begin, eot_token]):
+            raise ValueError(f"no tokens have the ids {self.begin} and {eot_token} of its begin and end of text")
+        special = {str(token): i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        self._special, self._control = set(special.values()), {*self.begin, eot_token}
+        self._spelled = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._a = self.encode_ordinary("a")
+        self._decoded_a = self._fast.decode(self._a)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.encode_ordinary_batch([text])[0]
+
+    def encode_ordinary_batch(self, texts: list[str], num_threads: int = 0) -> list[list[int]]:
+        """In as many threads as the library likes (RAYON_NUM_THREADS)."""
+        encode = self._fast.encode_batch_fast
+        found = [encoded.ids for encoded in encode(texts, add_special_tokens=False)]
+        for i, ids in enumerate(found):
+            if not self._special.isdisjoint(ids):  # a unigram model knows special tokens as words: encode them in two
+                cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(texts[i])), None]
+                parts = [texts[i][a:b] for a, b in itertools.pairwise(cuts)]
+                ids = [token for part in encode(parts, add_special_tokens=False) for token in part.ids]
+                found[i] = [token for token in ids if token not in self._control]
+        return found
+
+    def documents(self, texts: list[str]) -> list[np.ndarray]:
+        ids = self.encode_ordinary_batch(texts)
+        return [np.array([*self.begin, *tokens, self.eot_token], np.uint32) for tokens in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of a continuation. SentencePiece drops a space at the start of a text, so a word goes before it."""
+        return self._fast.decode([*self._a, *ids])[len(self._decoded_a) :]
+
+
+def from_folder(directory: str | Path) -> Fast:
+    """The tokenizer of a Hugging Face folder; ValueError where it is missing, damaged or names no end of text.
+
+    begin is what the tokenizer puts in front of a text (usually <s>, or nothing) unless add_bos_token says otherwise.
+    """
+    directory = Path(directory)
+    path = directory / "tokenizer.json"
+    definition = path.read_text()
+    files.parse(definition, str(path), AGAIN)
+    optional = ("tokenizer_config.json", "generation_config.json", "config.json")
+    settings, *configs = (files.read_json(p, AGAIN) if (p := directory / name).exists() else {} for name in optional)
+    library()  # its absence is no damage
+    try:
+        fast = _open(definition)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
+
+    def special(name):
+        token = settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        return fast.token_to_id(token) if isinstance(token, str) else None
+
+    plain, dressed = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
+    begin = next((dressed[:i] for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain), [])
+    if "add_bos_token" in settings:
+        bos = special("bos_token") if settings["add_bos_token"] else None
+        begin = [] if bos is None else [bos]
+    ends = [special("eos_token"), *(config.get("eos_token_id") for config in configs)]
+    ends = [end[0] if isinstance(end, list) and end else end for end in ends]
+    eos = next((end for end in ends if isinstance(end, int)), None)
+    if eos is None:
+        raise ValueError(f"{directory}: neither eos_token in tokenizer_config.json nor eos_token_id in config.json")
+    try:
+        return Fast(definition, begin, eos, directory.name)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None

@@ -1,0 +1,156 @@
+"""Facts as bare key and value, and questions that join two of them: what can be stored, and what can be worked out
+from it.
+
+    build("data/keys", HopConfig(entities=131_072, relations=0, names=1024, tokens=2**26))    # values of 20 bits
+    build("data/hops", HopConfig(entities=200, relations=10, names=32, composed=8_000))
+
+An entity is two words. With relations = 0 a key has one random value: "key value". Otherwise every entity has one
+entity for each relation, "head relation tail", and a two-hop question is "head relation relation tail". Recall of
+a trained fact is memory; a question that training never had is reasoning, because both of its facts were trained.
+How many questions are trained for each fact is what decides whether models learn to join them (arXiv 2405.15071).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import tokenizer
+from data.procedural import PIECES
+from data.shards import ShardWriter, read_meta
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class HopConfig:
+    """The facts and questions of a data directory, all of them functions of the seed."""
+
+    entities: int = 200  # or keys
+    relations: int = 10  # 0: every key has one value
+    names: int = 32  # words, two of which name an entity or are a value
+    composed: int = 8_000  # different two-hop questions in training; evaluation takes others
+    tokens: int = 2**22  # of the training split, or a little more: whole passes over facts and questions
+    window: int = 256  # documents are not split by the borders of windows of this length
+    seed: int = 0
+
+    def validate(self) -> None:
+        for name, least, most in (
+            ("entities", 1, self.names**2),
+            ("relations", 0, len(LETTERS)),
+            ("names", 2, 4096),
+            ("composed", 0, int(0.9 * self.questions)),
+            ("tokens", 1, 2**40),
+            ("window", 8, 2**20),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)}: need {least} to {most:,}")
+
+    @property
+    def questions(self) -> int:
+        """All two-hop questions there are."""
+        return self.entities * self.relations**2
+
+    @property
+    def length(self) -> int:
+        """Tokens that a document takes in a window, its eos included."""
+        return 7 if self.relations else 5
+
+
+def words(cfg: HopConfig) -> list[str]:
+    """The vocabulary: relations, then names."""
+    name = lambda i: f" {LETTERS[i // 676]}{LETTERS[i // 26 % 26]}{LETTERS[i % 26]}"  # noqa: E731  a word is three letters
+    return [f" {LETTERS[r].upper()}" for r in range(cfg.relations)] + [name(i) for i in range(cfg.names)]
+
+
+def encoder(cfg: HopConfig):
+    """The tokenizer: every word a token."""
+    return tokenizer.word_tokenizer(words(cfg), PIECES)
+
+
+def world(cfg: HopConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(names_N2: the two words of each entity, target_NR: the entity that each relation leads to, or, with
+    relations = 0, the number of a value, whose words are its two digits in base `names`)."""
+    rng = np.random.default_rng([cfg.seed, 1])
+    chosen = rng.permutation(cfg.names**2)[: cfg.entities]
+    most = cfg.entities if cfg.relations else cfg.names**2
+    return _digits(chosen, cfg), rng.integers(0, most, (cfg.entities, max(1, cfg.relations)))
+
+
+def _digits(numbers: np.ndarray, cfg: HopConfig) -> np.ndarray:
+    return np.stack(np.divmod(numbers, cfg.names), -1)
+
+
+def asked(cfg: HopConfig) -> np.ndarray:
+    """All questions in a random order of the seed's: the first `composed` are trained, the last are never."""
+    return np.random.default_rng([cfg.seed, 2]).permutation(cfg.questions)
+
+
+def rows(cfg: HopConfig, kind: str, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(questions, answers) as indices into `words`: kind "fact" or "composed", by number."""
+    names, target = world(cfg)
+    names = names + cfg.relations
+    if not cfg.relations:
+        return names[numbers], _digits(target[numbers, 0], cfg)
+    if kind == "fact":
+        head, first = np.divmod(numbers, cfg.relations)
+        return np.column_stack([names[head], first]), names[target[head, first]]
+    head, pair = np.divmod(numbers, cfg.relations**2)
+    first, second = np.divmod(pair, cfg.relations)
+    return np.column_stack([names[head], first, second]), names[target[target[head, first], second]]
+
+
+def texts(cfg: HopConfig, kind: str, numbers: np.ndarray) -> list[tuple[str, str]]:
+    """(question, answer) of each number."""
+    known = words(cfg)
+    return [
+        ("".join(known[i] for i in question), "".join(known[i] for i in answer))
+        for question, answer in zip(*rows(cfg, kind, numbers), strict=True)
+    ]
+
+
+def build(out_dir: str | Path, cfg: HopConfig) -> dict:
+    """Write the data directory. Returns meta.json's contents."""
+    cfg.validate()
+    enc, rng = encoder(cfg), np.random.default_rng([cfg.seed, 3])
+    first = enc.encode_ordinary(words(cfg)[0])[0]  # the words have the ids that follow
+    n_facts, order = cfg.entities * max(1, cfg.relations), asked(cfg)
+    kinds = {"fact": np.arange(n_facts), "composed": order[: cfg.composed]}
+    parts = [_documents(rows(cfg, kind, numbers), first, enc.eot_token, cfg) for kind, numbers in kinds.items()]
+    trained, per_window = np.concatenate(parts), (cfg.window - 1) // cfg.length
+    passes = -(-cfg.tokens // (-(-len(trained) // per_window) * cfg.window))
+    with ShardWriter(out_dir, enc) as writer:
+        for _ in range(passes):
+            writer.add("train", _packed(rng.permutation(trained), enc.eot_token, cfg))
+        unseen = _documents(rows(cfg, "composed", order[cfg.composed :][:2000]), first, enc.eot_token, cfg)
+        writer.add("val", _packed(np.concatenate([parts[0][:2000], unseen]), enc.eot_token, cfg))
+        writer.notes |= {"hops": dataclasses.asdict(cfg), "source": "data/twohop.py", "licence": "generated; CC0"}
+    return read_meta(out_dir)
+
+
+def read_config(data_dir: str | Path) -> HopConfig:
+    """The HopConfig of a directory that `build` wrote; ValueError for any other."""
+    meta = read_meta(data_dir)
+    if "hops" not in meta:
+        raise ValueError(f"{data_dir}: no facts of data/twohop.py; write some with data.twohop.build")
+    return HopConfig(**meta["hops"])
+
+
+def _documents(pairs, first: int, eos: int, cfg: HopConfig) -> np.ndarray:
+    """(n, length) ids: question, answer, eos to the end."""
+    if not len(pairs[0]):
+        return np.zeros((0, cfg.length), np.int64)
+    ids = np.column_stack(pairs) + first
+    return np.pad(ids, ((0, 0), (0, cfg.length - ids.shape[1])), constant_values=eos)
+
+
+def _packed(documents: np.ndarray, eos: int, cfg: HopConfig) -> np.ndarray:
+    """Ids in windows that each begin and end with eos; the last is filled up with eos."""
+    per_window = (cfg.window - 1) // cfg.length
+    n = -(-len(documents) // per_window)
+    filled = np.full((n * per_window, cfg.length), eos, np.int64)
+    filled[: len(documents)] = documents
+    blocks = filled.reshape(n, per_window * cfg.length)
+    left = cfg.window - 1 - blocks.shape[1]
+    return np.pad(blocks, ((0, 0), (1, left)), constant_values=eos).reshape(-1)

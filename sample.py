@@ -1,0 +1,99 @@
+"""Text from a model, as it is written.
+
+    python sample.py --run=runs/NAME --prompt="Alice was"
+    python sample.py --hf=DIR                                 # asks for prompts; a chat where the model has a template
+
+Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C ends. The same flags give the same text.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import files
+from eval.generate import generate
+from eval.harness import cut_at
+from eval.taskloss import context_ids
+from optimoe.config import parse, require
+from optimoe.load import ModelChoice, load
+
+
+@dataclass(frozen=True)
+class SampleConfig(ModelChoice):
+    # Text
+    prompt: str = ""  # empty: the lines of the standard input
+    number: int = 1  # texts per prompt
+    max_new_tokens: int = 256
+    temperature: float = 0.8  # 0: greedy
+    top_p: float = 0.95  # sample from the smallest set of tokens with this probability
+    top_k: int = 0  # and from so many tokens at most; 0: all
+    seed: int = 0
+    stop: str = ""  # end before this text; several with | between them, \n is a line end
+    chat: bool = True  # with --hf: use the model's chat template if it has one, and remember the conversation
+
+
+def chat_template(directory):
+    """A function from messages to text by the Jinja template of a Hugging Face folder; None where there is none."""
+    settings_file, source_file = Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.jinja"
+    settings = files.read_json(settings_file, "download it again") if settings_file.is_file() else {}
+    source = source_file.read_text() if source_file.is_file() else settings.get("chat_template")
+    if isinstance(source, list):
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if not source:
+        return None
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError(
+            f"the chat template of {directory} needs jinja2: pip install jinja2; or --chat=false"
+        ) from None
+    tokens = ((name, settings.get(name) or "") for name in ("bos_token", "eos_token"))
+    tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens}
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+    return lambda messages: template.render(messages=messages, add_generation_prompt=True, **tokens)
+
+
+class Stream:
+    """Prints the text of growing ids, but for an unfinished character or what may turn out to begin a stop string."""
+
+    def __init__(self, tokens, stops):
+        self.tokens, self.stops, self.shown = tokens, stops, 0
+        self.held = max(map(len, stops), default=1) - 1
+
+    def __call__(self, _, ids, last=False):
+        text = cut_at(self.tokens.decode(ids), self.stops)
+        end = len(text) if last else max(self.shown, len(text.rstrip("\ufffd")) - self.held)
+        print(text[self.shown : end], end="\n" if last else "", flush=True)
+        self.shown = end
+        return text
+
+
+def write(loaded, ids, cfg, number):
+    """Generate the text of this number after ids, print it as it grows, and return it."""
+    (model, tokens, *_), stops = loaded, tuple(stop.replace("\\n", "\n") for stop in cfg.stop.split("|") if stop)
+    room, stream = model.cfg.seq_len - len(ids), Stream(tokens, stops)
+    require(room > 0, "prompt", f"{len(ids)} tokens", f"the model reads {model.cfg.seq_len} at most; shorten it")
+    options = {name: getattr(cfg, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    options |= dict(n_vocab=tokens.n_vocab, stop_strings=stops, decode=tokens.decode, streams=[number], watch=stream)
+    (new,) = generate(model, [ids], min(cfg.max_new_tokens, room), tokens.eos, **options)
+    return stream(0, new, last=True)
+
+
+def main(argv=None):
+    cfg = parse(SampleConfig, sys.argv[1:] if argv is None else argv, __doc__)
+    loaded, template = load(cfg), chat_template(cfg.hf) if cfg.hf and cfg.chat else None
+    messages = []
+    for prompt in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
+        messages.append({"role": "user", "content": prompt})
+        ids = loaded.tokens.encode(template(messages)) if template else context_ids(loaded.tokens, prompt)
+        answers = [write(loaded, ids, cfg, number) for number in range(max(1, cfg.number))]
+        messages.append({"role": "assistant", "content": answers[0]})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("")

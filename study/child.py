@@ -1,0 +1,32 @@
+"""A process that does not outlive the one that started it:  python -m study.child PARENT MODULE WORD...
+
+A process that is killed outright cannot end its children, and these would wait for ever for their next task.
+"""
+
+import os
+import runpy
+import sys
+import threading
+import time
+
+
+def end_with(parent, poll=0.5):
+    """End this process as soon as process `parent`, which must have started it, is gone. Returns at once."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(poll)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def command(module, *words):
+    """The command line that runs a module as such a child of this process."""
+    return [sys.executable, "-m", "study.child", str(os.getpid()), module, *words]
+
+
+if __name__ == "__main__":
+    end_with(int(sys.argv[1]))
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

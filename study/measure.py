@@ -1,0 +1,143 @@
+"""What is measured of a model of the study. Nothing is generated: whether greedy decoding would write an answer is
+read off one forward pass.
+
+Every kind of run gives "facts" (memory) and, where it has questions, "problems" (reasoning, never trained):
+{"loss": nats per token of the answers, share of right ones, ...}.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from data import procedural, reasoning, shards, tokenizer, twohop
+from data.tokenizer import tiktoken_tokens
+from eval import probes, tasks
+from eval.sources import Source
+from eval.taskloss import encode_pair, score
+
+REAL_TASKS = ("triviaqa", "hellaswag", "gsm8k", "humaneval")  # the paper's: two of memory, two of reasoning
+
+
+@torch.no_grad()
+def validation_loss(model, sources, seq_len, device, limit=256):
+    """Mean cross-entropy over the first `limit` validation windows (of each source, by weight), in nats per token.
+
+    With repeated problems it tells little: a model that knows these by heart is surprised by the random wording of
+    any other question, which is most of this number and nothing that could be known (docs/LOG.md)."""
+    model.eval()
+    losses = []
+    for directory, weight in sources:
+        flat = np.concatenate([np.asarray(shard) for shard in shards.open_shards(directory, "val")])
+        n = min(limit, (len(flat) - 1) // seq_len)
+        if not n:
+            flat, n = np.resize(flat, seq_len + 1), 1  # of very few facts
+        ids = torch.from_numpy(flat[: n * seq_len + 1].astype(np.int64)).to(device)
+        total = 0.0
+        for i in range(0, n, 64):
+            j = min(n, i + 64)
+            span = ids[i * seq_len : j * seq_len + 1]
+            loss = model(span[:-1].view(-1, seq_len), span[1:].view(-1, seq_len)).loss
+            total += float(loss) * (j - i)
+        losses.append((weight, total / n))
+    return sum(weight * loss for weight, loss in losses) / sum(weight for weight, _ in losses)
+
+
+def mixture(model, directory, n, final):
+    """A model trained on data/procedural.py. n: items per kind and number of steps; unless final, without bits and
+    untrained lengths."""
+    cfg, enc = procedural.read_config(directory), tokenizer.load(directory)
+    most = cfg.reasoning.max_steps
+    facts = probes.fact_recall(model, enc, cfg.facts, 5 * n)
+    facts["by_attribute"] = {name: row["recall"] for name, row in facts["by_attribute"].items()}
+    problems = probes.solutions_written(model, enc, cfg.reasoning, range(1, (most * 3 // 2 if final else most) + 1), n)
+    known, beyond = (
+        [share for s, share in problems["accuracy"].items() if (s <= most) == trained] for trained in (True, False)
+    )
+    seen = [reasoning.problem(cfg.reasoning, i) for i in range(min(4 * n, cfg.n_problems))]
+    seen = probes.graded(model, enc, [(p.question, p.solution) for p in seen])
+    mano = probes.mano_accuracy(model, enc, cfg.reasoning, 2 * n)
+    within = [right for length, right in mano["accuracy"].items() if length <= cfg.reasoning.mano_length]
+    return {
+        "facts": facts,
+        "bits": probes.stored_bits(model, enc, cfg.facts, 5 * n) if final else None,
+        "problems": {
+            "loss": problems["loss"],
+            "loss_seen": probes.loss_of(seen),
+            "accuracy": sum(known) / len(known),
+            "accuracy_seen": sum(right for *_, right in seen) / len(seen),
+            "beyond": sum(beyond) / len(beyond) if beyond else None,
+            "by_steps": {str(s): share for s, share in problems["accuracy"].items()},
+        },
+        "mano": {
+            "loss": mano["loss"],
+            "chance": mano["chance"],
+            "accuracy": sum(within) / max(1, len(within)),
+            "by_length": {str(length): right for length, right in mano["accuracy"].items()},
+        },
+    }
+
+
+def hops(model, directory, n, final):
+    """A model trained on data/twohop.py: facts stored, and two-hop questions, trained and never trained."""
+    cfg, enc = twohop.read_config(directory), tokenizer.load(directory)
+    n_facts = cfg.entities * max(1, cfg.relations)
+
+    def grade(kind, numbers):
+        return probes.graded(model, enc, twohop.texts(cfg, kind, numbers))
+
+    share = lambda grades: sum(right for *_, right in grades) / len(grades)  # noqa: E731
+    known = grade("fact", np.linspace(0, n_facts - 1, min(n_facts, 20 * n)).astype(int))
+    choices = cfg.entities if cfg.relations else cfg.names**2
+    found = {
+        "facts": {"overall": share(known), "chance": 1 / choices, "loss": probes.loss_of(known), "people": len(known)}
+    }
+    if final:
+        missing = sum(nats for nats, *_ in known) / len(known) / math.log(2)
+        each, possible = max(0.0, math.log2(choices) - missing), n_facts * math.log2(choices)
+        found["bits"] = {"values": each, "total": n_facts * each, "possible": possible}
+    if cfg.composed:
+        order = twohop.asked(cfg)
+        unseen = grade("composed", order[cfg.composed :][: 10 * n])
+        seen = grade("composed", order[: min(cfg.composed, 10 * n)])
+        found["problems"] = {
+            "loss": probes.loss_of(unseen),
+            "loss_seen": probes.loss_of(seen),
+            "accuracy": share(unseen),
+            "accuracy_seen": share(seen),
+            "chance": 1 / choices,
+        }
+    return found
+
+
+def text(model, directory, limit):
+    """Task loss of the gold answers (bits per byte, mean over items) and accuracy where it is a matter of choice;
+    no examples in front."""
+    tokens, source, results = tiktoken_tokens(tokenizer.load(directory)), Source(), {}
+    for name in REAL_TASKS:
+        items = tasks.load(name).items(source, 0)[:limit]
+        texts = {(item.loss_prompt or item.prompt, answer) for item in items for answer in (item.answer, *item.choices)}
+        pairs = {pair: encode_pair(tokens, *pair)[:2] for pair in sorted(texts)}
+        nats = dict(zip(pairs, score(model, list(pairs.values())), strict=True))
+        per_byte = [
+            nats[item.loss_prompt or item.prompt, item.answer] / math.log(2) / len(item.answer.encode())
+            for item in items
+        ]
+        results[name] = {"loss": sum(per_byte) / len(items), "items": len(items)}
+        if items[0].choices:
+            costs = [[nats[item.prompt, choice] for choice in item.choices] for item in items]
+            right = [cost.index(min(cost)) == item.gold for cost, item in zip(costs, items, strict=True)]
+            results[name]["accuracy"] = sum(right) / len(items)
+    return results
+
+
+def everything(run, sources, model, device, n, final):
+    """All that is measured of a model at one point of its training. n: size of the measurements."""
+    with torch.compiler.set_stance("force_eager"):  # the compiled parts are for the shapes of training
+        val_loss = validation_loss(model, sources, run.seq_len, device)
+        if run.data:
+            found = text(model, sources[0][0], 10 * n)
+        else:
+            measure = mixture if run.kind == "mixture" else hops
+            found = measure(model, sources[0][0], n if final else n // 2 or 1, final)
+    return {"val_loss": val_loss, **found}

@@ -1,0 +1,94 @@
+"""The statistics of the study and the stop rules of its programme (docs/study/rules.md). The seed is the unit of
+all of them."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+
+from study.results import MIN_SEEDS, distinct, lines, tune
+
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # for 1 to 10 degrees of freedom
+RISE = 0.06  # nats per doubling of E: the smallest rise of the loss of unseen solutions that claim 2 is about
+
+
+def t975(freedom):
+    """The 97.5 % point of Student's t; beyond the table by Cornish and Fisher's expansion, good to 0.001."""
+    if freedom <= len(T975):
+        return T975[freedom - 1]
+    z = 1.959964
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def interval(values):
+    """(mean, low, high) of per-seed effects, 95 % by Student's t; low and high None for fewer than two."""
+    x = np.array(list(values), dtype=float)
+    if len(x) < 2:
+        return (float(x[0]) if len(x) else None), None, None
+    half = t975(len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
+
+def seeds_needed(values, margin, most=999):
+    """Seeds that would decide against 0 or the margin, whichever the mean is farther from, if mean and spread
+    stay; None above `most`."""
+    x = np.array(list(values), dtype=float)
+    if len(x) < 2:
+        return None
+    distance = max(x.mean() if x.mean() >= margin else 0.0, margin - x.mean())
+    enough = (n for n in range(len(x), most) if t975(n - 1) * x.std(ddof=1) / math.sqrt(n) < distance)
+    return next(enough, None) if distance > 0 else None
+
+
+def pairing(rows, paired=True):
+    """(share, cells): variance of differences between two E of one seed, over that between E of two seeds, of the
+    log loss of unseen solutions; below 1 where a shared seed helps. Pooled over cells that differ in E alone, of
+    paired runs or of those of the first edition, whose seeds share only the data. (None, 0) without two seeds."""
+    groups = {}
+    for row in distinct(rows):
+        run = row["run"]
+        if run["paired"] == paired and run["kind"] == "mixture" and not run["data"] and not row["diverged"]:
+            same = tuple((name, value) for name, value in run.items() if name not in ("n_experts", "seed"))
+            groups.setdefault(same, {}).setdefault(run["n_experts"], {})[run["seed"]] = row
+    within, between, cells = [], [], 0
+    for cell in groups.values():
+        for a, b in combinations(cell.values(), 2):
+            seeds = sorted(set(a) & set(b))
+            if len(seeds) >= 2:
+                x, y = (np.array([math.log(r[s]["problems"]["loss"]) for s in seeds]) for r in (a, b))
+                within.append((x - y).var(ddof=1))
+                between.append(x.var(ddof=1) + y.var(ddof=1))
+                cells += 1
+    return (float(sum(within) / sum(between)) if sum(between) else None), cells
+
+
+def scarce_rise(rows):
+    """[(k, interval of the rise of the unseen-solution loss per doubling of E)] of the regime that decides claim 2."""
+    found = []
+    for (where, k), line in lines(rows, wide=5).items():
+        usual = (where.tokens, where.d_model, where.optimizer, where.kind) == (2**24, 128, "muon", "mixture")
+        if where.paired and where.unique == 1_000 and usual and (tuned := tune(line, "problems")):
+            x = np.log2(list(tuned.cells))
+            seeds = list(next(iter(tuned.cells.values())))
+            losses = [[cell[s]["problems"]["loss"] for cell in tuned.cells.values()] for s in seeds]
+            found.append((k, interval([np.polyfit(x, y, 1)[0] for y in losses]), len(seeds)))
+    return found
+
+
+def stop_rule(preset, rows):
+    """Why the programme does not want this preset now, or ""."""
+    if preset == "scarce2":
+        share, cells = pairing(rows)
+        if not cells:
+            return "scarce2 waits for pairs, which says whether pairing helps and where to look for rates"
+        if share >= 1:
+            return f"pairing does not cut the variance ({share:.2f} of it is left over {cells} cells); find another way"
+    if preset == "votes":
+        found = [(k, rise, n) for k, rise, n in scarce_rise(rows) if k == 8]
+        if not found:
+            return "votes waits for scarce2: is there anything to rescue?"
+        _, (_, _, high), n = found[0]
+        if n >= MIN_SEEDS and high < RISE:
+            return f"the rise of unseen-solution loss at k = 8 lies below {RISE} nats a doubling (at most {high:.3f})"
+    return ""

@@ -1,0 +1,79 @@
+"""How the loading and multiplying warps of the Hopper kernel share their buffers, emulated on the CPU.
+Run: python -m pytest tests/test_hopper_protocol.py"""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+hopper = pytest.importorskip("moe_kernels.hopper", reason="needs triton with Gluon")
+
+from tests.gluon_emulator import Barrier, Buffer, Deadlock, Descriptor, Kernel, Pointer  # noqa: E402  after the skip
+
+NAMES = ("_advance", "_previous", "_dw_tile", "_dw_load", "_dw_multiply")
+BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, STAGES, TOP_K = 4, 8, 2, 4, 3, 2
+
+
+class Barriers(list):
+    def index(self, i):
+        return self[int(i)]
+
+
+def emulate(counts, M, N, transposed, seed, programs=2, changes=()):
+    """(result, expected) of dw on random data with so many rows per expert."""
+    rng = np.random.default_rng(seed)
+    E, S = len(counts), sum(counts)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    order = np.argsort(-np.array(counts), kind="stable")
+    by_size = np.stack([order, offsets[order], offsets[order + 1]])
+    slots = rng.permutation(S)
+    a, b = rng.integers(-3, 4, (-(-S // TOP_K), M)).astype(float), rng.integers(-3, 4, (S, N)).astype(float)
+    out = np.full((E, N, M) if transposed else (E, M, N), np.nan)
+    m_tiles, n_tiles = -(-M // BLOCK_M), -(-N // BLOCK_N)
+    for program in range(programs):
+        a_ring = Buffer(np.full((STAGES, BLOCK_K, BLOCK_M), np.nan))
+        b_ring = Buffer(np.full((STAGES, BLOCK_K, BLOCK_N), np.nan))
+        block = [1, WIDTH, BLOCK_M] if transposed else [1, BLOCK_M, WIDTH]
+        out_ring = Buffer(np.full((2, *block), np.nan))
+        full, empty = (Barriers(Barrier(count) for _ in range(STAGES)) for count in (129, 1))
+        kernel = Kernel(hopper, NAMES, seed, program, programs, changes)
+        load = partial(
+            kernel.functions._dw_load, Pointer(a.ravel()), Descriptor(b, [BLOCK_K, BLOCK_N]), Pointer(slots),
+            Pointer(by_size.ravel()), a_ring, b_ring, full, empty, E, M, m_tiles, n_tiles, TOP_K,
+        )  # fmt: skip
+        multiply = partial(
+            kernel.functions._dw_multiply, Descriptor(out, block), Pointer(by_size.ravel()), a_ring, b_ring, out_ring,
+            full, empty, E, m_tiles, n_tiles, transposed,
+        )  # fmt: skip
+        kernel.machine.run([multiply, load])
+    expected = np.stack([a[slots[i:j] // TOP_K].T @ b[i:j] for i, j in zip(offsets, offsets[1:], strict=False)])
+    return out, expected.transpose(0, 2, 1) if transposed else expected
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_buffers_are_handed_over_in_order(seed, transposed):
+    """Experts without rows, with one, and with more than the ring holds; sizes that no tile divides."""
+    out, expected = emulate([5, 0, 1, 16, 0, 7], M=6, N=20, transposed=transposed, seed=seed)
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("_previous(stage, STAGES)), count=1, pred=row > start", "stage), count=1, pred=row > start - 1"),  # too early
+        ("tma.store_wait(1)", "tma.store_wait(2)"),  # a buffer is overwritten while it is stored
+        ("warpgroup_mma_wait(0,", "warpgroup_mma_wait(1,"),  # a tile is stored without its last product
+        ("phase = gl.to_tensor(1)", "phase = gl.to_tensor(0)"),  # the loader waits for buffers that nobody holds
+        ("fence_async_shared()  # cp", "pass  # cp"),
+    ],
+)
+def test_broken_protocols_are_found(old, new):
+    found = 0
+    for seed in range(10):
+        try:
+            out, expected = emulate([5, 0, 9], M=8, N=16, transposed=False, seed=seed, changes=[(old, new)])
+            found += not np.array_equal(out, expected)
+        except (Deadlock, AssertionError):
+            found += 1
+    assert found
