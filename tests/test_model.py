@@ -27,7 +27,6 @@ from optimoe.sizes import (
     flops_per_token,
     peak_flops,
     preset,
-    require_memory,
     training_memory,
 )
 
@@ -334,13 +333,6 @@ def test_a_router_variant_is_one_field_and_one_method():
         assert torch.equal(free.experts[0], other.experts[0]) and ratio(free.logits, other.logits) > 1e-3
         assert torch.equal(hot(tokens(), replay_NTK=torch.stack(free.experts)).logits, free.logits)
     assert torch.equal(make()(tokens()).logits, other.logits)
-
-
-def test_weights_that_no_memory_holds_are_refused():
-    cfg = preset("paper-d2048-e128-k16", n_layers=2**20)
-    with pytest.raises(ValueError, match=r"the weights alone take [\d,]+ GiB and the cpu has .*make the model smaller"):
-        require_memory(cfg, torch.device("cpu"))
-    require_memory(preset("tiny", vocab_size=512), torch.device("cpu"))
 
 
 def changed_positions(model, position):
