@@ -321,8 +321,8 @@ def make_batches(cfg, run, job, samples, advantage):
 
 
 def update(cfg, run, job, batches):
-    """An optimiser step for each mini-batch. Returns for each, over all ranks: loss; sums over tokens of the KL
-    estimate, of clipped ones and of all; experts chosen, and changed since sampling; (minis, 6). And the mean gradient norm."""
+    """An optimiser step for each mini-batch. Returns float64 (mini-batches, 6), over all ranks: loss; over tokens, sums
+    of KL estimates, of clipped ones and all; experts chosen, changed since sampling. And the mean gradient norm."""
     stats, norms = torch.zeros(len(batches), 6, device=run.device), []
     for sums, mini in zip(stats, batches, strict=True):
         for batch in mini:

@@ -330,10 +330,10 @@ def validate(job, data, world):
 
 def save(cfg, run, job, data):
     weights, norm = parallel.full_state(job.model, job.optimizer, run.rank)  # all ranks take part, here and in the next
-    states = job.optimizer.state_dict()
+    kept = {"model": weights, "optimizer": job.optimizer.state_dict(), "window": job.window, "tokens": job.tokens}
     guard.check_finite("norm of the weights", norm, job.step, run.dir, cfg.lr)
-    kept = {"config": dataclasses.asdict(cfg), "model": weights, "optimizer": states, "window": job.window}
-    run.save(job.step, kept | {"loader": data.loader.state_dict(), "tokens": job.tokens}, cfg.keep_checkpoints)
+    kept |= {"config": dataclasses.asdict(cfg), "loader": data.loader.state_dict()}
+    run.save(job.step, kept, cfg.keep_checkpoints)
 
 
 # ---- a run
@@ -415,11 +415,10 @@ def finish(cfg, run, job, data, row, val_row, clock):
     }
     if rate := clock.mean_rate():
         results |= report.speed(rate, cfg, run.device, run.world)
-    model = job.model
     if run.world > 1 and cfg.parallel != "ddp":  # generating takes the whole model on one GPU: now there is room for it
-        job.optimizer = job.model = model = None
-        model = checkpoint.load_model(run.dir, run.device)
-    results |= report.final_report(model, cfg, data, results)
+        job.optimizer = job.model = None
+        job.model = checkpoint.load_model(run.dir, run.device)
+    results |= report.final_report(job.model, cfg, data, results)
     run.finish(results)
     print(report.next_steps(run.dir, cfg, data.sources, results))
     return results

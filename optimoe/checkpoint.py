@@ -92,7 +92,7 @@ def read(path):
         raise ValueError(
             f"{path} is corrupt ({path.stat().st_size:,} bytes, SHA-256 {digest}... differs from its name): {remedy}"
         )
-    # Mapped: ranks that read the same file share its memory, and the optimiser's states are read only where they are used.
+    # Mapped: ranks that read the same file share its memory, and optimiser states are read only where they are used.
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return state | {"config": config.complete(ModelConfig, state["config"])} if "config" in state else state
 

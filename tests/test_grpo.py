@@ -328,11 +328,12 @@ def test_weights_of_a_mini_batch_sum_to_one(sampled, start, tmp_path, monkeypatc
         )
         assert sorted(given.tolist()) == pytest.approx(sorted(expected * (2 // world)))
     seen, norms, loss, step = [], [], grpo_file.policy_loss, torch.optim.AdamW.step
-    norm = lambda optimizer: torch.nn.utils.get_total_norm(
-        [p.grad for g in optimizer.param_groups for p in g["params"]]
-    )  # noqa: E731
+
+    def norm(adamw):
+        return torch.nn.utils.get_total_norm([p.grad for group in adamw.param_groups for p in group["params"]])
+
     monkeypatch.setattr(
-        grpo_file, "policy_loss", lambda l, batch, *a: (seen.append(batch.weight_A), loss(l, batch, *a))[1]
+        grpo_file, "policy_loss", lambda x, batch, *a: (seen.append(batch.weight_A), loss(x, batch, *a))[1]
     )
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (norms.append(norm(self)), step(self))[1])
     flags = [f"--out-dir={tmp_path / 'run'}", "--batch-prompts=12", "--mini-batch=4", "--steps=1", "--clip-norm=1e-3"]

@@ -1,4 +1,6 @@
-"""Runs that are killed, run out of disk, meet NaN or lose a rank. Run: python -m pytest tests/test_reliability.py (CPU, gloo)"""
+"""Runs that are killed, run out of disk, meet NaN or lose a rank. CPU, gloo.
+
+Run: python -m pytest tests/test_reliability.py"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""What train.py and grpo.py share: refused starts, config.json, the log, counts, signals. Run: python -m pytest tests/test_run.py (CPU)"""
+"""What train.py and grpo.py share: refused starts, config.json, the log, counts, ranks. CPU, gloo.
+
+Run: python -m pytest tests/test_run.py"""
 
 import dataclasses
 import json
@@ -68,16 +70,15 @@ HUGE = [
 
 @pytest.mark.parametrize("flags", HUGE)
 def test_sizes_that_cannot_be_allocated(data_dir, tmp_path, flags):  # noqa: F811
-    with pytest.raises(
-        ValueError, match="parameters and .* need .* GiB of memory or more, and there are .*: use a small"
-    ):
+    too_much = (
+        "parameters and .* need .* GiB of memory or more, and there are .*: use a small|use 1,073,741,824 or less"
+    )
+    with pytest.raises(ValueError, match=too_much):
         train_run(data_dir, tmp_path / "out", *flags.split())
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["steps", "log_every", "warmup_steps", "keep_checkpoints", "val_batches", "vocab_size"]
-)
+@pytest.mark.parametrize("name", ["steps", "log_every", "warmup_steps", "keep_checkpoints", "val_batches"])
 def test_numbers_beyond_64_bits(name):
     with pytest.raises(ValueError, match=f"{name}=1000.*: use a whole number below 2"):
         TrainConfig(**{name: 10**400})
@@ -129,7 +130,7 @@ def test_what_cannot_be_reported_is_refused_at_the_start(tmp_path, parts):
 
 
 def test_a_refused_start_removes_only_what_it_made(data_dir, tmp_path):  # noqa: F811
-    """Whatever refuses it: the length that the default data needs, a checkpoint to start from, a word in the command."""
+    """Whatever refuses it: the length that the default data needs, a checkpoint to start from, a size."""
     for flags in (["--seq-len=32"], ["--upcycle-from=/nonexistent"], ["--vocab-size=9"]):
         with pytest.raises((ValueError, FileNotFoundError)):
             main([*SMALL, "--n-layers=1", *flags, f"--out-dir={tmp_path / 'new'}"])
@@ -244,7 +245,7 @@ LATER = ["weights", "muon_momentum", "max_loss", "qk_norm_joint", "upcycle_noise
 
 
 def test_a_run_of_an_earlier_version_goes_on(whole_run, tmp_path, monkeypatch):  # noqa: F811
-    """Fields that did not exist yet are absent in config.json and checkpoint, others had another name or were deleted since."""
+    """Fields that did not exist yet are absent, others had another name or were deleted since."""
     monkeypatch.setitem(config.RENAMED, "learning_rate", "lr")
     monkeypatch.setitem(config.RENAMED, "fast", None)
     cut = cut_at(whole_run[0], tmp_path / "cut", 4)

@@ -1,4 +1,6 @@
-"""Training runs: exact resume, data parallel, stopping, and what must not destroy anything. Run: python -m pytest tests/test_train.py (CPU, gloo)"""
+"""Training runs: exact resume, data parallel, stopping, and what must not destroy anything. CPU, gloo.
+
+Run: python -m pytest tests/test_train.py"""
 
 import fcntl
 import json
