@@ -89,7 +89,8 @@ def launch_rest(shape, dtype):
         gates, ids, _, probs, z = routing.route_fwd(logits, None, K, sigmoid, normalize)
         routing.route_bwd(logits, ids, gates, gates, probs, z, sigmoid, normalize)
     h = empty(T, 2 * F, dtype=dtype)
-    activation.swiglu_bwd(h, activation.swiglu_fwd(h))
+    for name in activation.ACTIVATIONS:
+        activation.gated_bwd(h, activation.gated_fwd(h, name), name)
     for heads, d in ((12, 64), (4, 128)):
         qkv, table, weight = empty(1, T, heads + 8, d, dtype=dtype), empty(T, 1, d), empty(d)
         for norms in ((None, None), (weight, weight)):
