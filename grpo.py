@@ -1,31 +1,29 @@
-"""Post-train a model by reinforcement learning on answers that can be verified: GRPO (arXiv 2402.03300), defaults of arXiv 2508.18672.
+"""Post-train a model by reinforcement learning on answers that can be verified: GRPO (arXiv 2402.03300).
 
-    python grpo.py --model=runs/NAME                                    # reasoning problems of the model's own procedural data
+    python grpo.py --model=runs/NAME                       # reasoning problems of the model's own procedural data
     python grpo.py --model=runs/NAME --task=gsm8k --evaldata=evaldata --questions=0
-    torchrun --nproc-per-node=8 grpo.py --model=runs/NAME               # data parallel on one node
-    python grpo.py --resume=runs/NAME-grpo                              # continue, bit for bit; other flags override
+    torchrun --nproc-per-node=8 grpo.py --model=runs/NAME  # data parallel on one node
+    python grpo.py --resume=runs/NAME-grpo                 # continue, bit for bit; other flags override
 
-One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (the task's file in eval/tasks) -> advantages within each group -> one pass over
-the answers in mini-batches, an optimiser step for each:
+One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (by the task's file in eval/tasks) ->
+advantages within each group -> one pass over the answers in mini-batches, an optimiser step for each:
 
     loss = sum over answer tokens of weight * (-min(r A, clip(r, 1 - clip, 1 + clip) A) + kl_coef * (s - 1 - log s))
     r = p / p_old, s = p_start / p,  A = (reward - mean of the group) / (standard deviation + 1e-6)
 
-p is the model's probability of a token at the sampling temperature; p_old the same before the step, p_start the start model's. The second term is
-a never negative estimate of KL(p || p_start) for tokens drawn from p, unbiased but for s being cut off at exp(MAX_LOG_S). weight: 1 / answer tokens
-of the mini-batch, or 1 / (samples * tokens of this answer). Prompts and padding have no term at all.
+p is the model's probability of a token at the sampling temperature; p_old the same before the step, p_start the start
+model's. The second term is a never negative estimate of KL(p || p_start) for tokens drawn from p, unbiased but for s
+being cut off at exp(MAX_LOG_S). weight: 1 / answer tokens of the mini-batch, or 1 / (samples * tokens of this answer).
+Prompts and padding have no term at all. Defaults are those of arXiv 2508.18672.
 
 A run directory is that of train.py; `python -m eval --run=DIR` and everything else that reads one works on it.
 
-Shapes: B sequences of a micro-batch, L their longest, T = B*L, A answer tokens of all of them in a row, V vocabulary, N MoE layers, K experts.
+Shapes: B sequences of a micro-batch, L their longest, T = B*L, A answer tokens of all of them in a row, V vocabulary,
+N MoE layers, K experts, P groups of G answers.
 """
 
 import dataclasses
-import json
 import math
-import os
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -36,15 +34,16 @@ import torch.distributed as dist
 import torch.nn.functional as F_
 from torch import Tensor
 
-from data import files
-from eval import tasks
+from eval import report, tasks
 from eval.generate import any_shape, generate
 from eval.sources import Source
-from optimoe import checkpoint, config, guard
+from model import GPT
+from optimoe import checkpoint, guard
 from optimoe.checkpoint import training_data
 from optimoe.config import require
-from optimoe.load import frozen, pick_device, run_tokens
-from train import STOPPED, Stop
+from optimoe.load import frozen, run_tokens
+from optimoe.optim import Together
+from optimoe.run import CPU, Clock, Run, check_bounds, launch, require_memory
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,10 @@ class GRPOConfig:
     resume: str = ""  # run directory to continue
     seed: int = 0  # of the order of the questions and of sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # compute dtype of sampling and training; auto: bfloat16 on CUDA, float32 on CPU
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 on CPU
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
     # Sampling
-    questions: int = (
-        7500  # training questions to go through again and again; 0: all there are (procedural tasks have no end)
-    )
+    questions: int = 7500  # training questions to go through again and again; 0: all (procedural tasks have no end)
     batch_prompts: int = 1024  # questions per step, over all ranks
     group_size: int = 5  # answers per question
     temperature: float = 1.0
@@ -93,64 +88,23 @@ class GRPOConfig:
     keep_checkpoints: int = 1  # newest ones kept
 
     def __post_init__(self):
-        for name in (
-            "batch_prompts",
-            "prompt_tokens",
-            "answer_tokens",
-            "rollout_batch",
-            "steps",
-            "mini_batch",
-            "micro_tokens",
-            "eval_questions",
-            "keep_checkpoints",
-        ):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
-        for name in (
-            "questions",
-            "lr",
-            "kl_coef",
-            "eps",
-            "weight_decay",
-            "clip_norm",
-            "eval_every",
-            "checkpoint_every",
-        ):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
-        require(
-            bool(self.model or self.resume),
-            "model",
-            self.model,
-            "name the run directory of a trained model, or one to --resume",
-        )
-        require(
-            tasks.load(self.task).trains,
-            "task",
-            self.task,
-            f"use one with training questions: {', '.join(name for name in tasks.NAMES if tasks.load(name).trains)}",
-        )
-        require(
-            self.group_size >= 2,
-            "group_size",
-            self.group_size,
-            "an answer is compared with others of its group: use 2 or more",
-        )
-        require(
-            self.temperature > 0, "temperature", self.temperature, "greedy answers are all equal; use a positive number"
-        )
+        from_1 = "batch_prompts prompt_tokens answer_tokens rollout_batch steps mini_batch micro_tokens"
+        from_0 = "questions lr kl_coef eps weight_decay clip_norm eval_every checkpoint_every"
+        check_bounds(self, {1: from_1 + " eval_questions keep_checkpoints", 0: from_0})
+        named = bool(self.model or self.resume)
+        require(named, "model", self.model, "name the run directory of a trained model, or one to --resume")
+        if not tasks.load(self.task).trains:
+            names = ", ".join(name for name in tasks.NAMES if tasks.load(name).trains)
+            require(False, "task", self.task, f"use one with training questions: {names}")
+        remedy = "an answer is compared with others of its group: use 2 or more"
+        require(self.group_size >= 2, "group_size", self.group_size, remedy)
+        remedy = "greedy answers are all equal; use a positive number"
+        require(self.temperature > 0, "temperature", self.temperature, remedy)
         require(0 < self.clip < 1, "clip", self.clip, "use a number between 0 and 1")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to below 2^63")
-        require(
-            0 <= self.beta1 < 1 and 0 <= self.beta2 < 1,
-            "beta1, beta2",
-            (self.beta1, self.beta2),
-            "use numbers from 0 to below 1",
-        )
-        require(
-            self.batch_prompts % self.mini_batch == 0,
-            "batch_prompts",
-            self.batch_prompts,
-            f"use a multiple of mini_batch={self.mini_batch}",
-        )
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "use a number from 0 to below 1")
+        remedy = f"use a multiple of mini_batch={self.mini_batch}"
+        require(self.batch_prompts % self.mini_batch == 0, "batch_prompts", self.batch_prompts, remedy)
 
 
 class Sample(NamedTuple):
@@ -173,33 +127,23 @@ class Batch(NamedTuple):
 
 
 def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed):
-    """One answer to each prompt (token ids) as a Sample; what is drawn depends on the prompt, the seed and its stream only."""
-    experts = []
-    answers = generate(
-        model,
-        prompts,
-        answer_tokens,
-        tokens.eos[:1],
-        cfg.temperature,
-        seed=seed,
-        batch_size=cfg.rollout_batch,
-        n_vocab=tokens.n_vocab,
-        streams=streams,
-        experts=experts,
-    )
+    """A Sample for each prompt (token ids), which depends on the prompt, the seed and its stream only."""
+    end, experts = tokens.eos[:1], []
+    options = {"batch_size": cfg.rollout_batch, "n_vocab": tokens.n_vocab, "streams": streams, "experts": experts}
+    answers = generate(model, prompts, answer_tokens, end, cfg.temperature, seed=seed, **options)
     return [
-        Sample(prompt + ids + tokens.eos[:1] * (len(ids) < answer_tokens), len(prompt), chosen, tokens.decode(ids))
+        Sample(prompt + ids + end * (len(ids) < answer_tokens), len(prompt), chosen, tokens.decode(ids))
         for prompt, ids, chosen in zip(prompts, answers, experts, strict=True)
     ]
 
 
 def advantages(rewards_PG):
-    """(P, G) rewards of P groups -> (reward - mean) / (standard deviation + 1e-6) within each; exactly 0 where all are equal."""
+    """(P, G) rewards of P groups -> (reward - mean) / (standard deviation + 1e-6); exactly 0 where all are equal."""
     return (rewards_PG - rewards_PG.mean(1, keepdim=True)) / (rewards_PG.std(1, keepdim=True) + 1e-6)
 
 
 def micro_batches(rows, lengths, max_tokens):
-    """Rows of like length together, as many as fit into max_tokens, a sixteenth of them padding: finished answers do not wait for long ones."""
+    """Rows of like length together, as many as fit into max_tokens, at most a sixteenth of which is padding."""
     batches, longest, padding = [], 0, 0
     for i in sorted(rows, key=lambda i: -lengths[i]):
         padding += longest - lengths[i]
@@ -226,8 +170,8 @@ def collate(samples, advantage_B, weight_B, device):
 
 @any_shape
 def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
-    """Log-probabilities of the answers' tokens at the sampling temperature, float32 (A,); and (2,): how many experts the routers chose, and how
-    many of these they had not chosen for the same token while sampling."""
+    """Log-probabilities of the answers' tokens at the sampling temperature, float32 (A,); and (2,): how many experts
+    the routers chose, and how many of these they had not chosen for the same token while sampling."""
     out = model(batch.tokens_BL, replay_NTK=batch.sampled_NTK if replay else None)
     logits_AV = out.logits.flatten(0, 1)[batch.index_A, :n_vocab].float() / cfg.temperature
     routed = logits_AV.new_zeros(2)
@@ -240,20 +184,19 @@ def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
 
 @torch.no_grad()
 def look_back(batch, model, start_model, cfg, n_vocab):
-    """The batch with the log-probabilities of its answers by the model as it is now and by the start model, where these are given."""
+    """The batch with the log-probabilities of its answers by the model as it is and by the start model, if given."""
     old_A = answer_logprobs(model, batch, cfg, n_vocab, cfg.replay)[0] if model else None
-    return batch._replace(
-        old_A=old_A, start_A=answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None
-    )
+    start_A = answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None
+    return batch._replace(old_A=old_A, start_A=start_A)
 
 
-# A token drawn with one choice of experts may be all but impossible with the choice made in training: s is then up to 1e8, and a thousandth of it
-# outweighs all other tokens. It happens in sparse models above all (docs/LOG.md). Beyond e^5 such a token adds no gradient.
+# A token drawn with one choice of experts may be all but impossible with the choice made in training, most often in
+# sparse models (docs/LOG.md): s is then up to 1e8 and outweighs all other tokens. Beyond e^5 it adds no gradient.
 MAX_LOG_S = 5.0
 
 
 def policy_loss(logp_A, batch, clip, kl_coef):
-    """The loss at the top of this file; and (3,): sums over tokens of the KL estimate and of clipped ones, and the number of tokens."""
+    """The loss at the top of this file; and (3,): sum of the KL estimates, number of clipped tokens and of all."""
     old_A = logp_A.detach() if batch.old_A is None else batch.old_A
     ratio_A = (logp_A - old_A).clamp(max=20).exp()  # e^89 would be infinite, and its gradient no number
     surrogate = ratio_A * batch.advantage_A
@@ -265,19 +208,40 @@ def policy_loss(logp_A, batch, clip, kl_coef):
 
 
 def draw_questions(n_questions, start, count, seed):
-    """Indices start .. start + count - 1 of an endless stream that goes through all questions in a new order each time: a function of the seed."""
-    epochs = range(start // n_questions, (start + count - 1) // n_questions + 1)
-    order = torch.cat(
-        [
-            torch.randperm(n_questions, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
-            for epoch in epochs
-        ]
-    )
-    return order[start % n_questions :][:count].tolist()
+    """Indices start .. start + count - 1 of a stream that goes through all questions again and again, in new orders."""
+    order = []
+    for epoch in range(start // n_questions, (start + count - 1) // n_questions + 1):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        order += torch.randperm(n_questions, generator=generator).tolist()
+    return order[start % n_questions :][:count]
+
+
+def token_weights(lengths, n_tokens, n_answers, normalize):
+    """Weight of each token of answers with these lengths, in a mini-batch of n_answers with n_tokens over all ranks."""
+    return [1 / n_tokens if normalize == "token" else 1 / (n_answers * length) for length in lengths]
+
+
+# ---- what a run needs
+
+
+@dataclass
+class Training:
+    """The state of a run, and what all its steps share."""
+
+    model: GPT
+    start_model: GPT | None  # None: there is no KL term
+    tokens: object  # tokenizer
+    asked: list  # [(question, its prompt's token ids)] to train on
+    held_out: list  # the same for tests
+    answer_tokens: int  # longest answer
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    read: int = 0  # questions drawn so far, whatever batch_prompts was
+    row: dict = dataclasses.field(default_factory=dict)  # of the latest step
 
 
 def load_start(cfg, device):
-    """(checkpoint file, model, its tokenizer, source of questions)."""
+    """(checkpoint file, model, data directory, its tokenizer, source of questions) of cfg.model."""
     path = Path(cfg.model)
     if path.is_dir():
         require(bool(checkpoint.find(path)), "model", cfg.model, "there is no checkpoint (ckpt-*.pt) in it")
@@ -287,277 +251,171 @@ def load_start(cfg, device):
     return path, model, data, run_tokens(data, model), Source(cfg.evaldata or None, data)
 
 
-def grpo(cfg, rank=0, world=1, device=torch.device("cpu")):
-    """One run from the start model, or from its own newest checkpoint, to the end. Returns the contents of results.json (rank 0) or None."""
-    lead = rank == 0
+def load_questions(cfg, model, tokens, source):
+    """(training questions, test questions, longest answer): those whose prompts leave room for an answer."""
+    limit, task = min(cfg.prompt_tokens, model.cfg.seq_len // 2), tasks.load(cfg.task)
+    found = []
+    for split, n in (("train", cfg.questions), ("test", cfg.eval_questions)):
+        pairs = [(q, tokens.bos + tokens.encode(q.prompt)) for q in task.questions(source, split, n)]
+        found.append([(question, ids) for question, ids in pairs if len(ids) <= limit])
+    remedy = "no question is that short (at most half of seq_len counts)"
+    require(all(found), "prompt_tokens", limit, remedy)
+    longest = max(len(ids) for pairs in found for _, ids in pairs)
+    return *found, min(cfg.answer_tokens, model.cfg.seq_len - longest)
+
+
+def set_up(cfg, run, start_path, model, tokens, questions):
+    """(Training of a fresh run, or as its newest checkpoint has it; that checkpoint or None)."""
+    start_model = None
+    if cfg.kl_coef:
+        start_model = frozen(checkpoint.load_model(start_path, run.device, dtype=cfg.dtype, impl=cfg.impl))
+    groups = []
+    for matrices in (True, False):
+        params = [p for p in model.parameters() if (p.ndim >= 2) == matrices]
+        groups.append({"params": params, "weight_decay": cfg.weight_decay * matrices})
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    job = Training(model, start_model, tokens, *questions, adamw)
+    state = run.resume("grpo")
+    if state:
+        job.step, job.row = state["step"], state["row"]
+        job.read = state.get("read", state["step"] * state["grpo"]["batch_prompts"])
+        job.model.load_state_dict(state.pop("model"))
+        Together(adamw).load_state_dict([state.pop("optimizer")])  # flags override its rates
+    return job, state
+
+
+# ---- one step
+
+
+def roll_out(cfg, run, job):
+    """(questions, samples) of this rank: its part of every mini-batch, so that their number changes no answer."""
+    drawn = draw_questions(len(job.asked), job.read, cfg.batch_prompts, cfg.seed)
+    share = cfg.mini_batch // run.world
+    starts = range(run.rank * share, cfg.batch_prompts, cfg.mini_batch)
+    places = [start + i for start in starts for i in range(share)]
+    streams = [place * cfg.group_size + i for place in places for i in range(cfg.group_size)]
+    questions, prompts = zip(*(job.asked[drawn[stream // cfg.group_size]] for stream in streams), strict=True)
+    seed = cfg.seed * 1_000_000 + job.step
+    samples = sample_answers(job.model, job.tokens, list(prompts), streams, job.answer_tokens, cfg, seed)
+    return questions, samples
+
+
+def make_batches(cfg, run, job, samples, advantage):
+    """Mini-batches as lists of micro-batches, with what the weights say of their answers before they change."""
+    share = cfg.mini_batch // run.world * cfg.group_size
+    minis = [range(start, start + share) for start in range(0, len(samples), share)]
+    counts = run.sum([sum(samples[i].length for i in mini) for mini in minis])
+    batches = []
+    for m, (mini, count) in enumerate(zip(minis, counts, strict=True)):
+        weight = token_weights([samples[i].length for i in mini], count, share * run.world, cfg.normalize)
+        used = [i for i in mini if cfg.kl_coef or advantage[i]]  # without the KL, equal rewards teach nothing
+        parts = micro_batches(used, [len(sample.ids) - 1 for sample in samples], cfg.micro_tokens)
+        # The first mini-batch meets the weights that sampled: its own forward pass gives p_old.
+        before = job.model if m else None
+        batches.append([])
+        for part in parts:
+            chosen = [samples[i] for i in part], [advantage[i] for i in part], [weight[i - mini.start] for i in part]
+            batch = collate(*chosen, run.device)
+            batches[-1].append(look_back(batch, before, job.start_model, cfg, job.tokens.n_vocab))
+    return batches
+
+
+def update(cfg, run, job, batches):
+    """An optimiser step for each mini-batch. Returns float64 (mini-batches, 6), over all ranks: loss; over tokens, sums
+    of KL estimates, of clipped ones and all; experts chosen, changed since sampling. And the mean gradient norm."""
+    stats, norms = torch.zeros(len(batches), 6, device=run.device), []
+    for sums, mini in zip(stats, batches, strict=True):
+        for batch in mini:
+            logp_A, routed = answer_logprobs(job.model, batch, cfg, job.tokens.n_vocab, cfg.replay)
+            loss, policy = policy_loss(logp_A, batch, cfg.clip, cfg.kl_coef)
+            loss.backward()
+            sums += torch.cat([loss.detach()[None], policy, routed])
+        for p in job.model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # there may have been nothing to learn here
+            if run.world > 1:  # a sum, not a mean: the weights in the loss are those of the whole mini-batch
+                dist.all_reduce(p.grad)
+        limit = cfg.clip_norm or math.inf
+        norms.append(torch.nn.utils.clip_grad_norm_(job.model.parameters(), limit, foreach=True))
+        job.optimizer.step()
+        job.optimizer.zero_grad(set_to_none=True)
+    return torch.tensor(run.sum(stats), dtype=torch.float64), float(torch.stack(norms).mean())
+
+
+def test(cfg, run, job):
+    """Greedy accuracy on unseen questions."""
+    mine = job.held_out[run.rank :: run.world]
+    n_vocab, eos = job.tokens.n_vocab, job.tokens.eos
+    answers = generate(
+        job.model, [ids for _, ids in mine], job.answer_tokens, eos, batch_size=cfg.rollout_batch, n_vocab=n_vocab
+    )
+    texts = [job.tokens.decode(ids) for ids in answers]
+    right = sum(tasks.load(cfg.task).rewards([question for question, _ in mine], texts))
+    reward = run.sum([right])[0] / len(job.held_out)
+    line = f"step {job.step:>4}/{cfg.steps} | greedy reward on {len(job.held_out)} unseen questions {reward:.4f}"
+    run.record({"step": job.step, "test_reward": reward}, line)
+    return reward
+
+
+# ---- a run
+
+
+def grpo(cfg, rank=0, world=1, device=CPU, given=None):
+    """One run from the start model, or from its newest checkpoint, to the end. Returns results.json on rank 0."""
     require(cfg.mini_batch % world == 0, "mini_batch", cfg.mini_batch, f"use a multiple of the {world} ranks")
-
-    # ---- model, questions, run directory
+    n_answers = cfg.batch_prompts // world * cfg.group_size
+    what = f"{cfg.questions:,} questions and {n_answers:,} answers a step"
+    least = 500 * (cfg.questions + cfg.eval_questions + n_answers)  # bytes of Python objects, short texts
+    require_memory(what, least, CPU, "use fewer questions, batch_prompts or a smaller group_size")
     start_path, model, data, tokens, source = load_start(cfg, device)
-    task = tasks.load(cfg.task)
-    limit = min(cfg.prompt_tokens, model.cfg.seq_len // 2)
-    asked, held_out = (
-        [
-            (question, ids)
-            for question in task.questions(source, split, n)
-            if len(ids := tokens.bos + tokens.encode(question.prompt)) <= limit
-        ]
-        for split, n in (("train", cfg.questions), ("test", cfg.eval_questions))
-    )
-    require(
-        bool(asked) and bool(held_out),
-        "prompt_tokens",
-        limit,
-        "no question is that short (at most half of seq_len counts)",
-    )
-    answer_tokens = min(cfg.answer_tokens, model.cfg.seq_len - max(len(ids) for _, ids in asked + held_out))
-    run_dir = lock = None
-    if lead:
-        run_dir, lock = checkpoint.open_run(cfg.out_dir or f"{start_path.parent}-grpo", cfg.resume)
-    if world > 1:
-        dist.broadcast_object_list(shared := [run_dir])
-        run_dir = shared[0]
-    cfg = dataclasses.replace(cfg, model=str(start_path), data=data)
-    start_model = (
-        frozen(checkpoint.load_model(start_path, device, dtype=cfg.dtype, impl=cfg.impl)) if cfg.kl_coef else None
-    )
-    options = [
-        {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps, "weight_decay": cfg.weight_decay * matrix}
-        for matrix in (True, False)
-    ]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], **option}
-            for matrix, option in zip((True, False), options, strict=True)
-        ],
-        fused=True,
-    )
-    step, row = 0, {}
-    if cfg.resume and checkpoint.find(run_dir):  # none: the run ended before its first one and starts again
-        state = checkpoint.read(run_dir)
-        step, row = state["step"], state["row"]
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
-        for group, option in zip(optimizer.param_groups, options, strict=True):
-            group.update(option)
-    if lead:
-        files.write_json(run_dir / "config.json", dataclasses.asdict(cfg))
-        checkpoint.rewind_metrics(run_dir / "metrics.jsonl", step or -1)  # step 0 is logged again
-        print(
-            f"{run_dir}: from {start_path}, {len(asked):,} questions, answers of up to {answer_tokens} tokens, "
-            f"{cfg.steps - step} step{'s' * (cfg.steps - step != 1)} of {cfg.batch_prompts} x {cfg.group_size} answers, "
-            f"{str(model.dtype)[6:]} on {device.type} x {world}",
-            flush=True,
-        )
+    questions = load_questions(cfg, model, tokens, source)
+    with Run(cfg, cfg.out_dir or f"{start_path.parent}-grpo", rank, world, device, given) as run:
+        job, state = set_up(cfg, run, start_path, model, tokens, questions)
+        cfg = dataclasses.replace(cfg, model=str(start_path), data=data)
+        run.begin(cfg, job.step, state, "grpo")
+        if run.first:
+            print(report.grpo_start(cfg, run, job), flush=True)
+        if job.step == 0:
+            test(cfg, run, job)
+        while job.step < cfg.steps:
+            clock = Clock()
+            asked, samples = roll_out(cfg, run, job)
+            seconds = {"seconds_rollout": clock.read()}
+            grades = tasks.load(cfg.task).rewards(asked, [sample.text for sample in samples])
+            reward_PG = torch.tensor(grades).view(-1, cfg.group_size)
+            seconds["seconds_reward"] = clock.read()
+            batches = make_batches(cfg, run, job, samples, advantages(reward_PG).flatten().tolist())
+            stats, norm = update(cfg, run, job, batches)  # waits for the device
+            seconds["seconds_update"] = clock.read()
+            job.step, job.read = job.step + 1, job.read + cfg.batch_prompts
 
-    def record(row, line):
-        if lead:
-            with open(run_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(line, flush=True)
+            guard.check_finite("loss", float(stats[:, 0].sum()), job.step, run.dir, cfg.lr)
+            job.row = report.grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds)
+            run.record(job.row, report.grpo_line(job.row, cfg))
+            last = job.step == cfg.steps
+            if last or cfg.eval_every and job.step % cfg.eval_every == 0:
+                job.row["test_reward"] = test(cfg, run, job)
+            stopping = run.stopping()
+            if stopping or last or cfg.checkpoint_every and job.step % cfg.checkpoint_every == 0:
+                save(cfg, run, job)
+            if stopping and not last:
+                return run.stopped(job.step, "grpo.py")
 
-    def save(step):
-        norm = float(torch.nn.utils.get_total_norm(list(model.parameters())))
-        guard.check_finite("norm of the weights", norm, step, run_dir)
-        if lead:
-            checkpoint.save(
-                run_dir,
-                step,
-                {
-                    "step": step,
-                    "row": row,
-                    "config": dataclasses.asdict(model.cfg),
-                    "grpo": dataclasses.asdict(cfg),
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                },
-                cfg.keep_checkpoints,
-            )
+        if "test_reward" not in job.row:  # resumed to end where it had been stopped
+            job.row["test_reward"] = test(cfg, run, job)
+        return run.finish({**job.row, "test_questions": len(job.held_out)}) if run.first else None
 
-    def summed(values):
-        """Sums over the ranks, as a list; waits for the device."""
-        values = torch.as_tensor(values, dtype=torch.float64, device=device)
-        if world > 1:
-            dist.all_reduce(values)
-        return values.tolist()
 
-    def test(step):
-        """Greedy accuracy on unseen questions."""
-        mine = held_out[rank::world]
-        found = generate(
-            model,
-            [ids for _, ids in mine],
-            answer_tokens,
-            tokens.eos,
-            batch_size=cfg.rollout_batch,
-            n_vocab=tokens.n_vocab,
-        )
-        right = summed([sum(task.rewards([question for question, _ in mine], [tokens.decode(ids) for ids in found]))])[
-            0
-        ] / len(held_out)
-        record(
-            {"step": step, "test_reward": right},
-            f"step {step:>4}/{cfg.steps} | greedy reward on {len(held_out)} unseen questions {right:.4f}",
-        )
-        return right
-
-    # ---- the loop
-    if step == 0:
-        test(0)
-    with Stop() as stop:
-        while step < cfg.steps:
-            clock = [time.perf_counter()]
-
-            # Answers. Rank r has the r-th part of every mini-batch: what a step learns from does not depend on the number of ranks.
-            drawn, share = (
-                draw_questions(len(asked), step * cfg.batch_prompts, cfg.batch_prompts, cfg.seed),
-                cfg.mini_batch // world,
-            )
-            mine = [
-                m + rank * share + i
-                for m in range(0, cfg.batch_prompts, cfg.mini_batch)
-                for i in range(share)
-                for _ in range(cfg.group_size)
-            ]
-            streams = [at * cfg.group_size + i % cfg.group_size for i, at in enumerate(mine)]
-            questions, prompts = zip(*(asked[drawn[at]] for at in mine), strict=True)
-            samples = sample_answers(
-                model, tokens, list(prompts), streams, answer_tokens, cfg, cfg.seed * 1_000_000 + step
-            )
-            clock.append(time.perf_counter())
-
-            # Rewards
-            reward_PG = torch.tensor(task.rewards(questions, [s.text for s in samples])).view(-1, cfg.group_size)
-            advantage = advantages(reward_PG).flatten().tolist()
-            clock.append(time.perf_counter())
-
-            # Mini-batches of micro-batches, and what the weights say of their answers before they change
-            minis = torch.arange(len(samples)).view(-1, share * cfg.group_size).tolist()
-            counts = summed([sum(samples[i].length for i in mini) for mini in minis])
-            batches, n_read = [], 0
-            for m, (mini, count) in enumerate(zip(minis, counts, strict=True)):
-                used = [i for i in mini if cfg.kl_coef or advantage[i]]  # without the KL, equal rewards teach nothing
-                weight = {
-                    i: 1 / count if cfg.normalize == "token" else 1 / (len(mini) * world * samples[i].length)
-                    for i in used
-                }
-                parts = micro_batches(used, [len(s.ids) - 1 for s in samples], cfg.micro_tokens)
-                parts = [
-                    collate([samples[i] for i in part], [advantage[i] for i in part], [weight[i] for i in part], device)
-                    for part in parts
-                ]
-                n_read += sum(len(samples[i].ids) - 1 for i in used)
-                # The first mini-batch meets the weights that sampled: its own forward pass gives p_old.
-                batches.append(
-                    [look_back(batch, model if m else None, start_model, cfg, tokens.n_vocab) for batch in parts]
-                )
-
-            # Updates
-            stats, grad_norms = [], []
-            for mini in batches:
-                stats.append(
-                    torch.zeros(6, device=device)
-                )  # loss; KL, clipped tokens, tokens; choices of the routers, changed ones
-                for batch in mini:
-                    logp_A, routed = answer_logprobs(model, batch, cfg, tokens.n_vocab, cfg.replay)
-                    loss, sums = policy_loss(logp_A, batch, cfg.clip, cfg.kl_coef)
-                    loss.backward()
-                    stats[-1] += torch.cat([loss.detach()[None], sums, routed])
-                for p in model.parameters():
-                    p.grad = (
-                        torch.zeros_like(p) if p.grad is None else p.grad
-                    )  # there may have been nothing to learn here
-                    if world > 1:  # a sum, not a mean: the weights in the loss are those of the whole mini-batch
-                        dist.all_reduce(p.grad)
-                grad_norms.append(
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf, foreach=True)
-                )
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            step += 1
-
-            # Report; waits for the device
-            stats = torch.tensor(summed(torch.stack(stats))).double()
-            loss, kl, clipped, n_tokens, routed, changed = stats.sum(0).tolist()
-            guard.check_finite("loss", loss, step, run_dir)
-            clock.append(time.perf_counter())
-            seconds = [b - a for a, b in zip(clock, clock[1:], strict=False)]
-            mixed = (reward_PG.amin(1) < reward_PG.amax(1)).sum()
-            ended, right, mixed, n_read, padded = summed(
-                [
-                    sum(s.ids[-1] in tokens.eos for s in samples),
-                    reward_PG.sum(),
-                    mixed,
-                    n_read,
-                    sum(batch.tokens_BL.numel() for mini in batches for batch in mini),
-                ]
-            )
-            n = cfg.batch_prompts * cfg.group_size
-            row = {
-                "step": step,
-                "reward": right / n,
-                "mixed_groups": mixed / cfg.batch_prompts,
-                "ended": ended / n,
-                "answer_tokens": sum(counts) / n,
-                "loss": loss / len(minis),
-                "kl": kl / max(1, n_tokens),
-                "clipped": clipped / max(1, n_tokens),
-                "grad_norm": float(torch.stack(grad_norms).mean()),
-                "router_changed": changed / max(1, routed),
-                "router_changed_same_weights": float(stats[0, 5] / stats[0, 4].clamp(min=1)),
-                "seconds_rollout": seconds[0],
-                "seconds_reward": seconds[1],
-                "seconds_update": seconds[2],
-                "rollout_tokens_per_s": sum(counts) / seconds[0],
-                "padding": 1 - n_read / max(1, padded),
-                "memory_gb": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
-            }
-            record(
-                row,
-                f"step {step:>4}/{cfg.steps} | reward {row['reward']:.4f} | {row['answer_tokens']:.1f} tokens | KL {row['kl']:.2e} | "
-                f"clipped {row['clipped']:.2%} | other experts {row['router_changed']:.2%} | grad {row['grad_norm']:.3f} | rollout "
-                f"{seconds[0]:.1f} s at {row['rollout_tokens_per_s']:,.0f} tokens/s, reward {seconds[1]:.1f} s, update {seconds[2]:.1f} s",
-            )
-            if step == cfg.steps or cfg.eval_every and step % cfg.eval_every == 0:
-                row["test_reward"] = test(step)
-            stopping = bool(summed([stop.asked])[0])  # ranks hear a signal at different times
-            if stopping or step == cfg.steps or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
-                save(step)
-            if stopping and step < cfg.steps:
-                if lead:
-                    print(f"stopped and saved at step {step}; continue with: python grpo.py --resume={run_dir}")
-                return None
-
-    if "test_reward" not in row:  # resumed to end where it had been stopped
-        row["test_reward"] = test(step)
-    if not lead:
-        return None
-    results = {**row, "test_questions": len(held_out)}
-    checkpoint.replace_file(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
-    lock.close()
-    return results
+def save(cfg, run, job):
+    norm = float(torch.nn.utils.get_total_norm(list(job.model.parameters())))
+    guard.check_finite("norm of the weights", norm, job.step, run.dir, cfg.lr)
+    state = {"row": job.row, "read": job.read, "config": dataclasses.asdict(job.model.cfg)}
+    state |= {"grpo": dataclasses.asdict(cfg), "model": job.model.state_dict(), "optimizer": job.optimizer.state_dict()}
+    run.save(job.step, state, cfg.keep_checkpoints)
 
 
 def main(argv=None):
     """Entry point of `python grpo.py` and torchrun; returns what `grpo` returns."""
-    try:
-        cfg = config.parse_run(GRPOConfig, sys.argv[1:] if argv is None else argv, __doc__)
-        rank, world, local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-        device = pick_device(cfg, local_rank)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return grpo(cfg, rank, world, device)
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        if argv is not None or "DEBUG" in os.environ:
-            raise
-        sys.exit(STOPPED if isinstance(error, KeyboardInterrupt) else f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return launch(grpo, GRPOConfig, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Compiles the kernels of a layer for any NVIDIA architecture, without a GPU, and reads from their machine code what decides their speed.
+"""Compiles the kernels of a layer for any NVIDIA architecture, without a GPU, and shows what decides their speed.
 
     python -m bench.compile 32768,2048,768,128,8 --arch=sm_90 --all --out=DIR
 
-prints one row per kernel: registers of a thread, spilled bytes, shared memory of a block, and what the machine code holds of tensor core products,
-asynchronous copies, TMA loads, and global loads and stores of 16 bytes (wide) or less (narrow). A kernel that spills registers, does not fit into the
-shared memory of the architecture, or makes ptxas warn (of serialised wgmma, for example) is a problem, and the exit code is 1.
+prints one row per kernel: registers and spilled bytes of a thread, shared memory of a block, and how many tensor core
+products (wgmma, or mma), asynchronous copies, TMA loads, proxy fences, and global accesses of 16 bytes (wide) or less
+(narrow) its PTX has. It is a problem when a kernel spills registers, does not fit into the shared memory of the
+architecture, or makes ptxas warn, of serialised wgmma for example; then the exit code is 1.
 A shape is T,D,F,E,K: tokens, model width, expert hidden width, experts, experts per token.
 """
 
@@ -29,7 +30,7 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from bench.problem import parse_shape
 from moe_kernels import activation, adamw, cross_entropy, experts, muon, rotary, routing
 from moe_kernels.precompile import compile_only
-from moe_kernels.tiles import SHARED_MEMORY, interpreting
+from moe_kernels.tiles import LIMITS, interpreting
 from optimoe import config
 
 # Which launch a kernel with several uses is.
@@ -62,16 +63,16 @@ class Config:
     out: str = ""  # directory for the PTX and SASS of every kernel
 
     def __post_init__(self):
-        known = ", ".join(f"sm_{capability}" for capability in SHARED_MEMORY)
+        known = ", ".join(f"sm_{capability}" for capability in LIMITS)
         for arch in self.arch:
-            config.require(arch.removeprefix("sm_") in map(str, SHARED_MEMORY), "arch", arch, f"expected {known}")
+            config.require(arch.removeprefix("sm_") in map(str, LIMITS), "arch", arch, f"expected {known}")
         for shape in self.shapes:
             parse_shape(shape)
         config.require(not interpreting(), "TRITON_INTERPRET", "1", "the interpreter compiles nothing; unset it")
 
 
 def launch_layer(shape, dtype):
-    """Launches every kernel of one forward and backward pass of the expert layer, on empty tensors of the real sizes."""
+    """Launches every kernel of a forward and backward pass of the expert layer, on empty tensors of the real sizes."""
     T, D, F, E, K = shape
     x, w_in, w_out = (torch.empty(*sizes, dtype=dtype) for sizes in ((T, D), (E, 2 * F, D), (E, D, F)))
     gates, ids = torch.empty(T, K), torch.empty(T, K, dtype=torch.int32)
@@ -80,8 +81,8 @@ def launch_layer(shape, dtype):
 
 
 def launch_rest(shape, dtype):
-    """Launches the other kernels of a training step: routing, a dense layer, rotations with and without norms, the loss, AdamW (in float32, with
-    bfloat16 copies, all in bfloat16) and, where its matrices are small, Muon."""
+    """Launches the other kernels of a training step: routing, a dense layer, rotations with and without norms, the
+    loss, AdamW (in float32, with bfloat16 copies, all in bfloat16) and, where its matrices are small, Muon."""
     T, D, F, E, K = shape
     empty, half = torch.empty, torch.bfloat16
     for sigmoid, normalize in ((False, True), (True, False)):
@@ -145,8 +146,10 @@ def inspect(kernel, capability):
         "shared": kernel.metadata.shared,
         **{what: len(re.findall(pattern, ptx)) for what, pattern in COUNTS.items()},
     }
-    warnings = {line.split("for gpu")[0].strip() for line in log.splitlines() if re.search(r"warning|\bC7\d\d\d\b", line)}
-    over = row["shared"] - SHARED_MEMORY[capability]
+    warnings = {
+        line.split("for gpu")[0].strip() for line in log.splitlines() if re.search(r"warning|\bC7\d\d\d\b", line)
+    }
+    over = row["shared"] - LIMITS[capability].shared
     problems = sorted(warnings)
     problems += [f"spills {row['spilled']} bytes a thread"] if row["spilled"] else []
     problems += [f"{over} bytes of shared memory too many"] if over > 0 else []
@@ -183,10 +186,15 @@ def compile_shape(job):
 def table(rows):
     """Rows of dicts as a Markdown table with aligned columns."""
     columns = [key for key in rows[0] if key not in ("name", "triton")]
-    cells = [columns, *([", ".join(v) if isinstance(v := row[key], list) else str(v) for key in columns] for row in rows)]
+    cells = [
+        columns,
+        *([", ".join(v) if isinstance(v := row[key], list) else str(v) for key in columns] for row in rows),
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells
+    )
 
 
 def main(argv=None):

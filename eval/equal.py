@@ -4,15 +4,15 @@ r"""Are two mathematical answers equal, and does an answer have the form that wa
     right("Expand $x(x+1)$.", "x^2+x", "x(x+1)")               # False: equal in value, but not what was asked for
     number(r"\$1{,}250.50").value                              # Fraction(2501, 2)
 
-Plain numbers are compared here, exactly. Everything else goes to math-verify in a process of its own (`serve`), because a short
-answer such as 9^9^9^9 can keep computer algebra busy forever or fill the memory: that process is killed after some seconds.
-The library reads "5 million" and "5 or 7" as 5, ignores the bases of numbers and the case of letters, and rounds decimals;
-`clean` and `equal` say these things in a way that it understands, or refuse.
+Plain numbers are compared here, exactly. Everything else goes to math-verify in a process of its own (`serve`), because
+a short answer such as 9^9^9^9 can keep computer algebra busy forever or fill the memory: that process is killed after
+some seconds. The library reads "5 million" and "5 or 7" as 5, ignores the bases of numbers and the case of letters, and
+rounds decimals; `clean` and `equal` say these things in a way that it understands, or refuse.
 
-For rewards equality is not enough: the question itself, with "+0" behind it, equals the answer of every "expand", "simplify" and
-"factor". So a number must be written as a number, in lowest terms, and any other answer must consist of the same
-symbols as the gold answer, each as often (`symbols`). Their order is free, and so are parentheses, signs of multiplication and
-ways to write a fraction, as long as the value is right.
+For rewards equality is not enough: the question itself, with "+0" behind it, equals the answer of every "expand",
+"simplify" and "factor". So a number must be written as a number, in lowest terms, and any other answer must consist of
+the same symbols as the gold answer, each as often (`symbols`). Their order is free, and so are parentheses, signs of
+multiplication and ways to write a fraction, as long as the value is right.
 """
 
 import importlib.util
@@ -59,10 +59,11 @@ class Number(NamedTuple):
 
 
 def clean(text: str) -> str:
-    """LaTeX with one notation for each thing. Scale words become factors, "or" and "and" commas; a unit at the end is dropped."""
-    text = text.strip().translate(_UNICODE)
+    """LaTeX in one notation. Scale words become factors, "or" and "and" commas; a unit at the end is dropped."""
+    text = text.strip().rstrip(". ").translate(_UNICODE)
     text = re.sub(r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", "", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = re.sub(r"\\frac(?:\s+|(?=\d))(\w)\s*(\w)", r"\\frac{\1}{\2}", text, flags=re.ASCII)
     text = re.sub(r"\\([lg])eq(?![a-z])", r"\\\1e", text)
     text = re.sub(r"\\(?:mbox|text(?:bf|it|rm|normal)|math(?:rm|bf))\s*\{", r"\\text{", text)
     text = re.sub(r"\\text\s?\{\s*,?\s*(?:and|or)(?![a-z])([^{}]*)\}", r",\1", text)
@@ -105,7 +106,7 @@ def _number(groups) -> Number | None:
 
 
 def find_number(text: str, marker: str) -> Fraction | None:
-    """The first number behind the marker, a regular expression; None without one, or where it goes on as something else (3^2, 1/x)."""
+    """The first number behind the marker, a regular expression; None without one, or where it goes on (3^2, 1/x)."""
     scale = rf"(?:{_SPACE}(?:\\text\s?\{{\s?)?({SCALE}))?"
     goes_on = r"[\d^({]|[.,]\d|/(?!\s?[a-z]{2})|\\frac|[eE][-+]?\d|\s?[*/^]\s?\d"
     pattern = rf"(?:{marker})[\s:$*=]{{0,20}}({NUMBER}){scale}(?!{goes_on})"
@@ -150,17 +151,20 @@ def _spelled(text):
 
 
 def exact(text: str) -> str:
-    """Decimals as fractions: computer algebra rounds them."""
+    """Decimals as fractions, which computer algebra does not round."""
 
     def fraction(found):
         value = Fraction(found[0])
         return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
+    text = re.sub(
+        r"(?<![a-zA-Z\\])i(?![a-zA-Z])", " i ", text
+    )  # the library knows the imaginary unit when it stands alone
     return re.sub(r"(?<![\d.])\d*\.\d+(?![\d.]|\\overline)", fraction, text, flags=re.ASCII)
 
 
 def symbols(text: str) -> list[str]:
-    """What an expression is made of, in order: numbers, letters, commands; without what is free (see the top of this file)."""
+    """What an expression is made of, in order: numbers, letters, commands; without what is free (see the top)."""
     text = re.sub(r"\\frac\s?(\d)", r"\\frac{\1}", exact(clean(text)))
     text = re.sub(r"\\frac\s?\{\s?(-?)1\s?\}|(?<![\d}.])1\s?/", r"\1/", text).replace(r"\frac", "/")  # 1/2 x is x/2
     text = re.sub(r"\{[bp]matrix\}", "{matrix}", text)
@@ -169,7 +173,7 @@ def symbols(text: str) -> list[str]:
 
 
 def equal(gold: str, answer: str, seconds: float = 5) -> bool:
-    """Whether two answers are equal. Never raises because of what they say; ValueError where math-verify is needed and missing."""
+    """Whether two answers are equal, whatever they say. ValueError where math-verify is needed and missing."""
     if len(answer) > 2 * len(gold) + LONGEST:
         return False
     gold, answer = clean(gold), clean(answer)
@@ -189,7 +193,7 @@ def equal(gold: str, answer: str, seconds: float = 5) -> bool:
 
 
 def right(question: str, gold: str, answer: str) -> bool:
-    """Whether an answer earns a reward: equal to the gold one, and in its form. Does not raise because of what it says."""
+    """Whether an answer earns a reward: equal to the gold one and in its form, whatever it says."""
     if not gold or len(answer) > LONGEST or "$" in clean(answer).lstrip("-$"):
         return False
     wanted, said = number(gold), number(answer)
@@ -202,7 +206,7 @@ def right(question: str, gold: str, answer: str) -> bool:
     if bool(_ASSIGNED.match(gold)) != bool(_ASSIGNED.match(answer)):  # "x = 5" and "5"
         gold, answer = _ASSIGNED.sub("", gold), _ASSIGNED.sub("", answer)
     ours, theirs = symbols(gold), symbols(answer)
-    grouping = gold.count("(") + sum(token in "/^" or len(token) > 1 for token in ours)
+    grouping = gold.count("(") + sum(1 + (token == "/") for token in ours if token in "/^" or len(token) > 1)
     if sorted(ours) != sorted(theirs) or answer.count("(") > grouping:
         return False
     if re.search(r"\border\b", question) and ours != theirs:
@@ -221,7 +225,7 @@ _child, _lock = None, threading.Lock()
 
 
 def _ask(gold, answer, seconds):
-    """Ask the process that serves, started at the first question and again after every one that it did not answer in time."""
+    """Ask the process that serves; it is started at the first question and after every one that took too long."""
     global _child
     if _child is None or _child.poll() is not None:
         need_library()

@@ -277,7 +277,7 @@ def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[
             for s, right in mano["accuracy"].items()
         ]
     prompts = [prompt(enc, text) for text in samples]
-    room = min(96, model.cfg.seq_len - max(map(len, prompts)))
+    room = min(96, model.cfg.seq_len - max(map(len, prompts), default=0))
     scores["samples"] = []
     for text, ids in zip(samples, generate(model, prompts, room, [enc.eot_token], n_vocab=enc.n_vocab), strict=True):
         new = enc.decode(ids)

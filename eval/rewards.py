@@ -3,11 +3,11 @@ r"""What tasks use to judge a text that answers a question: 1.0 or 0.0, for grpo
     judge("What is 17 \cdot 23?", "391", r"... \boxed{391}")           # 1.0
     passes("def f(x): return x + 1", [("f(1)", 2), ("f(2)", 3)])       # 1.0
 
-A policy finds whatever a verifier lets through, so a doubtful answer earns nothing: a false 0 costs some signal, a false 1
-teaches cheating. An answer must be marked (\boxed{}, "####", "the answer is"), and several that differ are none. It must be equal
-to the gold answer and have its form (eval/equal.py). A program may answer instead: it runs in eval/sandbox.py and gives
-back values, which are compared out here. A program never sees what it has to return, so neither an object that equals
-everything nor an early exit helps it.
+A policy finds whatever a verifier lets through, so a doubtful answer earns nothing: a false 0 costs some signal, a
+false 1 teaches cheating. An answer must be marked (\boxed{}, "####", "the answer is"), and several that differ are
+none. It must be equal to the gold answer and have its form (eval/equal.py). A program may answer instead: it runs in
+eval/sandbox.py and gives back values, which are compared out here. A program never sees what it has to return, so
+neither an object that equals everything nor an early exit helps it.
 """
 
 import ast
@@ -40,7 +40,7 @@ def passes(source: str, tests: list[tuple[str, object]]) -> float:
 
 
 def _same(text, gold):
-    """Whether the repr that a program gave is that of gold. A Fraction stands for a number, up to the rounding of floats."""
+    """Whether a program's repr is that of gold. A Fraction stands for a number, up to the rounding of floats."""
     try:
         value = ast.literal_eval(text[:10_000])
         if isinstance(gold, Fraction):
@@ -61,7 +61,7 @@ def assertion(text: str) -> tuple[str, object] | None:
 
 
 def extract(text: str) -> str:
-    r"""The answer of a worked solution: the last \boxed{}, else what follows "answer is", else what is between dollar signs."""
+    r"""The answer of a solution: the last \boxed{}, else what follows "answer is", else what is between dollars."""
     start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
     if start >= 0 and (end := _closing(text, text.index("{", start) + 1, len(text))):
         return text[text.index("{", start) + 1 : end]
@@ -83,7 +83,7 @@ def _closing(text, begin, limit):
 
 
 def stated(text: str) -> str | None:
-    """The one answer that a text marks as its own; None where there is none, or where there are several and they differ."""
+    """The one answer that a text marks as its own; None where there is none, or where several differ."""
     answers = list(_boxed(text))
     if len(set(map(canonical, answers))) > 1:
         return None
@@ -106,8 +106,8 @@ def _boxed(text):
 
 
 def program(text: str) -> tuple[str, str] | None:
-    """(program, expression of its answer) of a text that answers by program, as the paper's models sometimes do: a single
-    function simple_math_problem(), or a single <llm-code> block that ends in its result. None without one; ("", "") for several.
+    """(program, expression of its answer) of a text that answers by program, as the paper's models sometimes do:
+    a function simple_math_problem(), or a <llm-code> block that ends in its result. None without, ("", "") for several.
     """
     blocks = re.findall(r"<llm-code>(.*?)(?:</llm-code>|\Z)", text, re.DOTALL)
     functions = re.findall(

@@ -97,7 +97,7 @@ def up_kernel(
     for part in tl.static_range(PARTS):
         mask = mask_m[:, None]
         if F % BLOCK_N != 0:
-            mask = mask & (part * WIDTH < F - pid_n * BLOCK_N)  # all of a panel or nothing
+            mask = mask & (tl.full([1, 1], part * WIDTH, tl.int32) < F - pid_n * BLOCK_N)  # all of a panel or nothing
         g, u = _split_columns(acc, 2 * PARTS, part), _split_columns(acc, 2 * PARTS, PARTS + part)
         tl.store(h_ptr + part * panel + offs_h, g.to(dtype), mask=mask)
         tl.store(h_ptr + part * panel + WIDTH + offs_h, u.to(dtype), mask=mask)
@@ -197,7 +197,10 @@ def dswiglu_kernel(
         g, u, mask_part = g_next.to(tl.float32), u_next.to(tl.float32), mask
         if part + 1 < PARTS:
             if F % BLOCK_N != 0:
-                mask = mask_m[:, None] & ((part + 1) * WIDTH < F - pid_n * BLOCK_N)  # all of a panel or nothing
+                inside = (
+                    tl.full([1, 1], (part + 1) * WIDTH, tl.int32) < F - pid_n * BLOCK_N
+                )  # all of a panel or nothing
+                mask = mask_m[:, None] & inside
             g_next = tl.load(h_ptr + (part + 1) * panel + offs_h, mask=mask, other=0.0)
             u_next = tl.load(h_ptr + (part + 1) * panel + WIDTH + offs_h, mask=mask, other=0.0)
         da = _split_columns(acc, PARTS, part)

@@ -11,7 +11,7 @@ Shapes: P parameters of one shape, (R, B) or (E, R, B), whose R rows are stacked
 import math
 
 from moe_kernels.language import tl, triton
-from moe_kernels.tiles import interpreting, pow2
+from moe_kernels.tiles import capability, interpreting, limits, pow2
 
 COEFFICIENTS = (
     3.4445,
@@ -25,7 +25,8 @@ PER_LAUNCH = 8  # parameters of one launch
 
 def fits(shape, rows):
     """Whether `muon_update` takes parameters of this shape whose stacked maps have these numbers of rows."""
-    return len(set(rows)) == 1 and math.prod(padded(rows[0], shape[-1])) <= MOST
+    short, long = padded(rows[0], shape[-1])
+    return len(set(rows)) == 1 and short * long <= MOST and short <= limits(capability()).square
 
 
 def padded(A, B):

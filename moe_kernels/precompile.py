@@ -28,7 +28,7 @@ class Driver:
 
 @contextlib.contextmanager
 def compile_only(capability):
-    """Inside, launching a kernel compiles it for `capability` and runs nothing. Yields the list that fills with the compiled kernels, each once."""
+    """Inside, launching a kernel only compiles it, for `capability`. Yields the list of compiled kernels, each once."""
     compiled, launch, before = {}, JITFunction.__getitem__, driver._active
 
     def getitem(kernel, grid):
@@ -56,9 +56,11 @@ def _compile(task, capability):
 
 
 def precompile(tasks, capability=None):
-    """Run every task (a function that launches kernels on empty CPU tensors of the real shapes) in a process of its own, which fills Triton's disk
-    cache without touching the GPU. Returns their exit codes: negative when the compiler crashed. Does nothing without a GPU or a `capability`
-    (90: Hopper)."""
+    """Run every task, a function that launches kernels on empty CPU tensors of the real shapes, in a process of its
+    own, which fills Triton's disk cache without touching the GPU.
+
+    Returns the exit codes: negative when the compiler crashed. Does nothing without a GPU or a `capability` (90 is
+    Hopper)."""
     if capability is None:
         if not torch.cuda.is_available() or torch.version.hip:
             return [0] * len(tasks)

@@ -1,4 +1,7 @@
-"""Which implementation runs where, and which tile each GEMM kernel uses: static tables, no autotuning, so a first call costs one compilation."""
+"""Which implementation runs where, and which tile each GEMM kernel uses.
+
+The tables are static, without autotuning, so that a first call costs one compilation.
+"""
 
 import functools
 import os
@@ -10,15 +13,13 @@ from moe_kernels.language import MISSING
 
 IMPLS = ("reference", "grouped_mm", "triton")
 
-# Bytes of shared memory that a block may have, by compute capability times ten.
-KB = 1024
-SHARED_MEMORY = {80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB, 120: 99 * KB}
-
 
 def pick_impl(impl, tensor):
-    """`impl` if it can run on `tensor`; None means triton on CUDA and grouped_mm on the CPU (there 1.3x faster than the reference).
+    """`impl` if it can run on `tensor`. None means triton on CUDA and grouped_mm on the CPU, 1.3x faster there than the
+    reference.
 
-    Raises ValueError for an unknown name and RuntimeError for an implementation that cannot run here; nothing falls back silently."""
+    Raises ValueError for an unknown name and RuntimeError for an implementation that cannot run here. Nothing falls
+    back silently."""
     if impl is None:
         return (
             "triton"
@@ -33,12 +34,13 @@ def pick_impl(impl, tensor):
         raise RuntimeError(MISSING)
     if impl == "triton" and not tensor.is_cuda and not interpreting():
         raise RuntimeError(
-            f"impl='triton' needs a CUDA GPU, the input is on {tensor.device}: use impl='reference', or set TRITON_INTERPRET=1 before "
-            "importing triton to run the kernels slowly on the CPU"
+            f"impl='triton' needs a CUDA GPU, the input is on {tensor.device}: use impl='reference', or set "
+            "TRITON_INTERPRET=1 before importing triton to run the kernels slowly on the CPU"
         )
     if impl == "triton" and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
         raise RuntimeError(
-            f"impl='triton' needs compute capability 8.0 or newer, {torch.cuda.get_device_name()} is older: use impl='reference'"
+            f"impl='triton' needs compute capability 8.0 or newer, {torch.cuda.get_device_name()} is older: "
+            "use impl='reference'"
         )
     if impl == "grouped_mm" and (tensor.dtype == torch.float64 or tensor.is_cuda and tensor.dtype != torch.bfloat16):
         raise RuntimeError(
@@ -48,8 +50,8 @@ def pick_impl(impl, tensor):
 
 
 def eager(tensor):
-    """True for an ordinary tensor outside of tracing and compilation. There the layer calls its functions through autograd.Function: the same
-    functions as a custom op cost 75 us more of Python per call (empty ops on a CPU; as much again in backward), which small batches would feel."""
+    """True for an ordinary tensor outside of tracing and compilation. There the layer calls its functions through
+    autograd.Function: as custom ops they cost 75 us more of Python per call (empty ops on a CPU), and in backward."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
@@ -59,7 +61,9 @@ def interpreting():
 
 
 def capability():
-    """Compute capability, times ten, of the GPU that kernels are compiled for; 90 in the interpreter and where there is none, as in tracing on a CPU."""
+    """Compute capability, times ten, of the GPU that kernels are compiled for.
+
+    It is 90 in the interpreter and where there is no GPU, as in tracing on a CPU."""
     if interpreting():
         return 90
     from triton.runtime import driver  # optional: tables of tiles do without triton
@@ -76,7 +80,8 @@ def _target(active_driver):
 
 
 class Tile(NamedTuple):
-    """Output tile BLOCK_M x BLOCK_N, reduction step BLOCK_K, GROUP_M row tiles sharing a walk over the columns, column PARTS of the epilogue."""
+    """Output tile BLOCK_M x BLOCK_N and reduction step BLOCK_K. GROUP_M row tiles advance through the columns together.
+    The epilogue works on PARTS column ranges."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -87,8 +92,36 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class Limits(NamedTuple):
+    """What the tiles of an architecture stay within."""
+
+    shared: int  # bytes of shared memory that a block may have
+    columns: int  # of an accumulator
+    step: int  # of a reduction
+    stages: int  # of the software pipeline
+    square: int  # rows of the largest square matrix that Muon's kernel multiplies without spilling
+
+
+# By compute capability times ten. Only 90 was timed (H100 and H200). The others were never run, but
+# `python -m bench.compile` shows that their kernels spill nothing, fit into shared memory and use the tensor cores.
+# With 99 KB of shared memory, 128 columns leave room for two programs on a multiprocessor.
+LIMITS = {
+    80: Limits(163 * 1024, 256, 64, 3, 64),
+    86: Limits(99 * 1024, 128, 32, 4, 64),
+    89: Limits(99 * 1024, 128, 32, 4, 64),
+    90: Limits(227 * 1024, 256, 64, 4, 128),
+    100: Limits(227 * 1024, 256, 64, 4, 128),
+    120: Limits(99 * 1024, 128, 32, 4, 64),
+}
+
+
+def limits(capability):
+    """The entry of LIMITS for a capability, known or not: 87 and 103 are as 86 and 100."""
+    return LIMITS[max((known for known in LIMITS if known <= capability), default=80)]
+
+
 def pow2(n):
-    """The least power of two that is not below n; like `cdiv` for the host, where triton's own are compiler functions and slow (docs/LOG.md)."""
+    """The least power of two that is not below n. Triton's own pow2 and cdiv are slow on the host (docs/LOG.md)."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -103,19 +136,20 @@ def max_tiles(n_rows, n_experts, block_m):
 
 
 def gemm_tiles(n_rows, n_experts, D, F, dtype):
-    """The tile of each GEMM for S = n_rows routed rows over n_experts: dict with keys up, down, dswiglu, dx, dw_in, dw_out; not to be changed.
+    """The tile of each GEMM for S = n_rows routed rows over n_experts, for the GPU of `capability`.
 
-    All row-tiled GEMMs share BLOCK_M, hence one tile table. It follows the mean number of rows per expert."""
+    Returns a dict with the keys up, down, dswiglu, dx, dw_in, dw_out, which is cached and not to be changed. All
+    row-tiled GEMMs share one BLOCK_M, which follows the mean number of rows per expert."""
     sizes = n_rows, n_experts, D, F
     table = (
         _gemm_tiles if all(type(n) is int for n in sizes) else _gemm_tiles.__wrapped__
     )  # the symbolic sizes of a compilation are not hashable
-    return table(*sizes, dtype, interpreting())
+    return table(*sizes, dtype, None if interpreting() else capability())
 
 
 @functools.lru_cache(maxsize=1024)
-def _gemm_tiles(n_rows, n_experts, D, F, dtype, interpreted):
-    if interpreted:
+def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
+    if target is None:  # the interpreter
         step = 16 if min(D, F) < 64 else 32
         tile = Tile(step, step, step, 2, 2, 4, 2)
         return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
@@ -125,14 +159,19 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, interpreted):
     if dtype == torch.float32:  # full-precision dots run outside the tensor cores: any tile that fits
         tile = Tile(64, 64, 16, 8, 64 // panel, 8, 2)
         return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
+    _, columns, step, stages, _ = limits(target)
     block_m = min(max(pow2(n_rows // n_experts), 16), 128)
     warps = 8 if block_m == 128 else 4
-    wide = lambda n, block_n: min(pow2(n), block_n)  # noqa: E731
+
+    def wide(n, block_n=columns):
+        return min(pow2(n), block_n, columns)
+
     if n_rows // n_experts > 512:
-        dw_in, dw_out = Tile(128, wide(2 * F, 256), 64, 4, 8, 8, 4), Tile(128, wide(F, 256), 64, 4, 2, 8, 3)
+        dw_in = Tile(128, wide(2 * F), step, 4, 8, 8, stages)
+        dw_out = Tile(128, wide(F), step, 4, 512 // columns, 8, 3)
     else:  # few steps per tile: small tiles, several to a multiprocessor, hide one another's latencies
         dw_k = min(max(pow2(n_rows // n_experts), 16), 32)
-        dw_in, dw_out = (Tile(128, wide(n, 128), dw_k, 4, 2, 4, 4) for n in (2 * F, F))
+        dw_in, dw_out = (Tile(128, wide(n, 128), dw_k, 4, 2, 4, stages) for n in (2 * F, F))
     row_tiles = max_tiles(n_rows, n_experts, block_m)
 
     def forward(n, block_n):
@@ -142,12 +181,13 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, interpreted):
             block_n //= 2
         return block_n
 
-    up_n, down_n, dswiglu_n = forward(F, 128), forward(D, 256), wide(F, 256)
+    up_n, down_n, dswiglu_n = forward(F, columns // 2), forward(D, columns), wide(F)
+    up_k, down_k, dx_k = (min(step, pow2(n)) for n in (D, F, 2 * F))
     return {
-        "up": Tile(block_m, up_n, min(64, pow2(D)), 8, up_n // panel, warps, 4),
-        "down": Tile(block_m, down_n, min(64, pow2(F)), 8, 1 if block_m == 16 else 2, warps, 4),
-        "dswiglu": Tile(block_m, dswiglu_n, min(64, pow2(D)), 8, dswiglu_n // panel, 8 if block_m >= 64 else 4, 4),
-        "dx": Tile(block_m, wide(D, 256), min(64, pow2(2 * F)), 8, 4, warps, 3),
+        "up": Tile(block_m, up_n, up_k, 8, up_n // panel, warps, stages),
+        "down": Tile(block_m, down_n, down_k, 8, 1 if block_m == 16 else 2, warps, stages),
+        "dswiglu": Tile(block_m, dswiglu_n, up_k, 8, dswiglu_n // panel, 8 if block_m >= 64 else 4, stages),
+        "dx": Tile(block_m, wide(D), dx_k, 8, 4, warps, 3),
         "dw_in": dw_in,
         "dw_out": dw_out,
     }
@@ -157,4 +197,5 @@ def resident_programs(tile, device):
     """How many programs of a persistent kernel fill `device`: as many as its multiprocessors hold by shared memory."""
     n_sm = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     shared = tile.num_stages * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * 2
-    return n_sm * max(1, min(200_000 // shared, 32 // tile.num_warps))
+    room = limits(capability()).shared - 32 * 1024  # for the epilogue
+    return n_sm * max(1, min(room // shared, 32 // tile.num_warps))

@@ -1,13 +1,11 @@
-"""A run directory: its lock, its log, and checkpoint files that are whole or absent and say when they are damaged.
+"""Checkpoint files that are whole or absent, and say when they are damaged.
 
-A checkpoint is called ckpt-<step>-<hash>.pt after the SHA-256 of its bytes. It is written under a temporary name, flushed to disk and
-renamed, so a crash leaves the older files untouched; reading compares the hash first.
+A checkpoint is called ckpt-<step>-<hash>.pt after the SHA-256 of its bytes. It is written under a temporary name,
+flushed to disk and renamed, so a crash leaves the older files untouched; reading compares the hash first.
 """
 
 import dataclasses
-import fcntl
 import hashlib
-import json
 import os
 import re
 import sys
@@ -17,45 +15,9 @@ import torch
 
 from data import files, tokenizer
 from model import GPT, UNTAUGHT, ModelConfig
-from optimoe.config import make_directory
+from optimoe import config
 
 NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
-
-
-def open_run(name, resume):
-    """Create (or reopen) a run directory and lock it. Returns (directory, lock file); the lock ends with the process."""
-    run_dir = make_directory(name, "out_dir", name)
-    lock = open(run_dir / "lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"out_dir={name!r}: another process is training there; wait for it or use another directory"
-        ) from None
-    if not resume and ((run_dir / "metrics.jsonl").exists() or find(run_dir)):
-        raise ValueError(
-            f"out_dir={name!r}: it already holds a run; continue it with --resume={name} or use another directory"
-        )
-    return run_dir, lock
-
-
-def rewind_metrics(path, step):
-    """Drop what a killed run logged after the checkpoint it resumes from; those steps will be logged again. Returns the rows that stay."""
-    kept = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            kept += [(line.decode(), row)] if row["step"] <= step else []
-        except (ValueError, TypeError, KeyError):  # the last line, torn by the kill, or one that was damaged since
-            pass
-    replace_file(path, "".join(line + "\n" for line, _ in kept))
-    return [row for _, row in kept]
-
-
-def replace_file(path, text):
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
 
 
 class _HashingFile:
@@ -79,7 +41,7 @@ def find(run_dir):
 
 
 def save(run_dir, step, state, keep):
-    """Write `state` (tensors and plain Python values in dicts and lists) and keep only the newest `keep` files. Returns the path."""
+    """Write `state` (tensors and plain values in dicts and lists) and keep only the newest `keep` files; the path."""
     run_dir = Path(run_dir)
     tmp = run_dir / "ckpt.tmp"
     try:
@@ -98,9 +60,7 @@ def save(run_dir, step, state, keep):
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); {newest}") from error
     path = run_dir / f"ckpt-{step:08d}-{hashing.digest.hexdigest()[:16]}.pt"
     os.replace(tmp, path)
-    handle = os.open(run_dir, os.O_RDONLY)  # the rename itself must reach the disk before older files go
-    os.fsync(handle)
-    os.close(handle)
+    files.sync_directory(run_dir)  # the rename itself must reach the disk before older files go
     older = [old for _, old in find(run_dir) if old != path]
     for old in older[: max(0, len(older) - (keep - 1))]:
         old.unlink()
@@ -110,13 +70,15 @@ def save(run_dir, step, state, keep):
 def read(path):
     """The state written by `save`, on the CPU. `path` is a file, or a run directory for its newest one.
 
+    The configuration of an earlier version is completed as config.complete does for a ModelConfig.
+
     Raises FileNotFoundError, or ValueError naming a file whose bytes changed since it was written."""
     path = Path(path)
     if path.is_dir():
-        files = find(path)
-        if not files:
+        found = find(path)
+        if not found:
             raise FileNotFoundError(f"{path} holds no checkpoint (ckpt-*.pt); train first, or name another directory")
-        path = files[-1][1]
+        path = found[-1][1]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; check the path")
     match = NAME.fullmatch(path.name)
@@ -130,12 +92,13 @@ def read(path):
         raise ValueError(
             f"{path} is corrupt ({path.stat().st_size:,} bytes, SHA-256 {digest}... differs from its name): {remedy}"
         )
-    # Mapped: ranks that read the same file share its memory, and who wants the weights alone never loads the optimiser's states.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Mapped: ranks that read the same file share its memory, and optimiser states are read only where they are used.
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state | {"config": config.complete(ModelConfig, state["config"])} if "config" in state else state
 
 
 def load_model(path, device="cpu", **overrides):
-    """The trained GPT of a run directory or checkpoint file, in evaluation mode; overrides replace fields such as impl or dtype."""
+    """The trained GPT of a run directory or checkpoint file, in evaluation mode. overrides: of fields such as impl."""
     state = read(path)
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     cfg = ModelConfig(**{name: value for name, value in state["config"].items() if name in names} | overrides)

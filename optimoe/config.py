@@ -24,7 +24,6 @@ import inspect
 import io
 import json
 import math
-import os
 import sys
 import tempfile
 import textwrap
@@ -64,8 +63,35 @@ def make_directory(path, name, value):
     return path
 
 
-def parse(cls, argv=None, description=""):
-    """Build a `cls` from command-line words.
+# Names and values in files of earlier versions (config.json, checkpoints, rows of results). A new name is added here
+# when a field is renamed, None when it goes; BEFORE says how a program behaved before a field existed, where that is
+# not the default of today.
+RENAMED: dict = {}
+CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}}
+BEFORE = {"optimizer": "adamw"}
+NOTES = ("crc", "resumed_with")  # members of a config.json that are no fields: its checksum, and see optimoe/run.py
+
+
+def renamed(values, known=()):
+    """The members of a configuration of any earlier version under the names and with the values of today."""
+    found = {}
+    for name, value in values.items():
+        name = name if name in known else RENAMED.get(name, name)
+        if name is not None and name not in NOTES:
+            found[name] = CHANGED.get(name, {}).get(value, value) if isinstance(value, int) else value
+    return found
+
+
+def complete(cls, values):
+    """The same with all fields of today's `cls`; one that did not exist yet says what was done then."""
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    defaults |= {name: value for name, value in BEFORE.items() if name in defaults}
+    found = defaults | renamed(values, defaults)
+    return {name: value for name, value in found.items() if value is not dataclasses.MISSING}
+
+
+def parse(cls, argv=None, description="", start=None):
+    """Build a `cls` from command-line words, and from the values `start` (a dict) where they say nothing.
 
     argv: list of str, or None for sys.argv[1:]. Flags are --field=value or --field value; a bool is --flag or
     --flag=false; hyphens and underscores are the same; a repeated flag keeps its last value. --help prints the fields
@@ -73,14 +99,14 @@ def parse(cls, argv=None, description=""):
     """
     if argv is None:
         try:
-            return parse(cls, sys.argv[1:], description)
+            return parse(cls, sys.argv[1:], description, start)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, description, [word for word in argv if word not in ("--help", "-h")]))
         sys.exit(0)
     hints, flags = typing.get_type_hints(cls), _flags(cls, argv)
-    values, _ = _start(cls, flags)
+    values, _ = _start(cls, flags, start)
     values.update({name: _convert(name, text, hints[name]) for name, text in flags.items() if name != "config"})
     for field in dataclasses.fields(cls):
         missing = field.name not in values and field.default is field.default_factory is dataclasses.MISSING
@@ -120,34 +146,15 @@ def _flags(cls, argv):
     return flags
 
 
-def _start(cls, flags):
+def _start(cls, flags, start=None):
     """(values of fields before the other flags, name of the preset among their sources)"""
-    values = _read(cls, flags["config"]) if "config" in flags else {}
+    values = _converted(cls, start or {}, "")
+    if "config" in flags:
+        values |= _read(cls, flags["config"])
     preset = flags.get("preset", "" if values else getattr(cls, "preset", ""))
     if preset and hasattr(cls, "preset_fields"):
         values |= cls.preset_fields(preset) | {"preset": preset}
     return values, preset
-
-
-def parse_run(cls, argv, description=""):
-    """`parse` for a program whose runs can go on: with --resume=DIR the configuration is that of DIR, flags override,
-    and the run stays in DIR."""
-    cfg = parse(cls, argv, description)
-    if not cfg.resume:
-        return cfg
-    require(
-        Path(cfg.resume, "config.json").is_file(),
-        "resume",
-        cfg.resume,
-        "not a run directory (it has no config.json); check the path",
-    )
-    require(
-        not cfg.out_dir or os.path.abspath(cfg.out_dir) == os.path.abspath(cfg.resume),
-        "out_dir",
-        cfg.out_dir,
-        f"a resumed run stays in {cfg.resume}; leave this flag away, or copy the directory and resume the copy",
-    )
-    return dataclasses.replace(parse(cls, [f"--config={cfg.resume}/config.json", *argv]), out_dir=cfg.resume)
 
 
 def load(cls, path):
@@ -188,10 +195,14 @@ def _read(cls, path):
         raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}; a JSON object of field: value is needed")
+    return _converted(cls, {name: value for name, value in values.items() if name not in NOTES}, f"{path}: ")
+
+
+def _converted(cls, values, where):
+    """JSON values as the types of the fields of `cls`; ValueError for one that is no field."""
     hints = typing.get_type_hints(cls)
-    values.pop("crc", None)  # the checksum of data/files.py, which is compared where a run is resumed or evaluated
     for name in values:
-        _check_name(cls, name, where=f"{path}: ")
+        _check_name(cls, name, where)
     return {name: _convert(name, value, hints[name]) for name, value in values.items()}
 
 

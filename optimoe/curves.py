@@ -1,52 +1,48 @@
-"""run/curves.png from metrics.jsonl: what a person looks at while a run trains.  python curves.py RUN [--out FILE]
+"""run/curves.png from metrics.jsonl: what a person looks at while a run trains.  python -m optimoe.curves RUN
 
-Cross-entropy, learning rate and gradient norm; router entropy and dead experts; and for every layer a heat map of the load of its experts over
-time (white: even, red: more, blue: less, green: no token). train.py redraws it at every validation and checkpoint in a process of its own, so that
-training never waits for it.
-`python -m study.show RUN RUN...` lays several runs over one another.
+Cross-entropy, learning rate and gradient norm; router entropy and dead experts; and for every layer a heat map of the
+load of its experts over time (white: even, red: more, blue: less, green: no token). train.py redraws it at every
+validation and checkpoint in a process of its own, so that training never waits for it. `python -m study.show RUN...`
+lays several runs over one another.
 """
 
-import argparse
 import importlib.util
-import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+from data import files
+from optimoe import config
 
 
 def read(run):
-    """(config, training rows, validation rows) of a run directory; damaged lines, such as a last one torn by a crash, are dropped.
+    """(config, training rows, validation rows) of a run directory; every row has its "step" and "tokens".
 
-    Raises ValueError when there is nothing to show."""
-    run = Path(run)
-    if not (run / "metrics.jsonl").exists():
-        raise ValueError(f"{run} holds no metrics.jsonl: give a run directory of train.py")
-    rows, damaged = [], []
-    for number, line in enumerate((run / "metrics.jsonl").read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            damaged.append(str(number))
+    Raises ValueError for damaged files, and when there is nothing to show."""
+    log, path = Path(run) / "metrics.jsonl", Path(run) / "config.json"
+    for needed in (log, path):
+        if not needed.exists():
+            raise ValueError(f"{run} holds no {needed.name}: give a run directory of train.py")
+    rows, _ = files.read_rows(log)
     train = [row for row in rows if "loss" in row]
     if not train:
-        why = f": {run / 'metrics.jsonl'}, line {', '.join(damaged)}: damaged" if damaged else " yet"
-        raise ValueError(f"{run} has logged no training step{why}")
-    try:
-        config = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{run / 'config.json'} cannot be read ({error})") from error
-    return config, train, [row for row in rows if "val_loss" in row]
+        raise ValueError(f"{run} has logged no training step yet")
+    settings = config.renamed(files.read_json(path))
+    # Validations of older runs have no count of tokens: it is that of the training row of their step.
+    counted = {row["step"]: row["tokens"] for row in train if "tokens" in row}
+    for row in rows:
+        each_step = settings.get("batch_size", 0) * settings["seq_len"]
+        row.setdefault("tokens", counted.get(row["step"], row["step"] * each_step))
+    return settings, train, [row for row in rows if "val_loss" in row]
 
 
-def label(run, config):
-    kind = "dense" if config["dense"] else f"E={config['n_experts']}, k={config['top_k']}"
-    return f"{Path(run).absolute().name} (d={config['d_model']}, {kind})"
+def label(run, settings):
+    kind = "dense" if settings["dense"] else f"E={settings['n_experts']}, k={settings['top_k']}"
+    return f"{Path(run).absolute().name} (d={settings['d_model']}, {kind})"
 
 
 def dot(rows):
@@ -69,9 +65,8 @@ def figure(run):
     import matplotlib.pyplot as plt
 
     load_colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="limegreen")  # green: no token at all
-    config, rows, val = read(run)
-    scale = config["batch_size"] * config["seq_len"] / 1e6
-    tokens = [row["step"] * scale for row in rows]
+    settings, rows, val = read(run)
+    tokens = [row["tokens"] / 1e6 for row in rows]
     column = lambda name: [row[name] for row in rows]  # noqa: E731
     entropy = rows[-1].get("router_entropy")  # absent from dense runs
     maps = _heat_maps(rows)
@@ -79,14 +74,14 @@ def figure(run):
     map_rows = math.ceil(len(maps) / columns)
     heights = [3.2] + [2.4] * bool(entropy) + [2.1] * map_rows
     fig = plt.figure(figsize=(13, sum(heights) + 0.6), layout="constrained")
-    fig.suptitle(label(run, config))
+    fig.suptitle(label(run, settings))
     parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
 
     loss, rate, norm = parts[0].subplots(1, 3)
     loss.plot(tokens, column("loss"), lw=0.8, alpha=0.8, label="training", **dot(rows))
     if val:
         loss.plot(
-            [row["step"] * scale for row in val],
+            [row["tokens"] / 1e6 for row in val],
             [row["val_loss"] for row in val],
             "o-",
             ms=3,
@@ -103,7 +98,7 @@ def figure(run):
         spread, dead = parts[1].subplots(1, 2)
         for layer, values in enumerate(zip(*column("router_entropy"), strict=True)):
             spread.plot(tokens, values, lw=0.8, color=plt.cm.viridis(layer / max(1, len(entropy) - 1)), **dot(rows))
-        spread.axhline(math.log(config["n_experts"]), color="black", ls=":", lw=1.5, zorder=3)
+        spread.axhline(math.log(settings["n_experts"]), color="black", ls=":", lw=1.5, zorder=3)
         spread.margins(y=0.1)
         dead.step(tokens, column("dead_experts"), where="post", **dot(rows))
         dead.set_ylim(-0.05, 1.05 * max(1, *column("dead_experts")))
@@ -151,7 +146,7 @@ def _heat_maps(rows):
 
 
 def write(draw, path):
-    """Save the figure that draw() makes, or end the program with what is missing. A reader of the picture never sees half of it."""
+    """Save the figure that draw() makes, whole or not at all, or end the program with what is missing."""
     tmp = Path(path).with_suffix(".tmp.png")
     try:
         draw().savefig(tmp, dpi=110)
@@ -162,7 +157,7 @@ def write(draw, path):
 
 
 class Curves:
-    """Redraws the picture of a run beside its training: at most one drawing process at a time, and training goes on if it fails."""
+    """Redraws the picture of a run beside its training, in one process at a time. If it fails, training goes on."""
 
     def __init__(self, run_dir):
         self.run_dir, self.process = run_dir, None
@@ -174,7 +169,8 @@ class Curves:
         if self.possible and (self.process is None or self.process.poll() is not None):
             try:
                 self.process = subprocess.Popen(
-                    ["nice", "-n", "10", sys.executable, __file__, str(self.run_dir)],
+                    ["nice", "-n", "10", sys.executable, "-m", "optimoe.curves", str(Path(self.run_dir).absolute())],
+                    cwd=Path(__file__).parent.parent,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
@@ -193,11 +189,15 @@ class Curves:
             self.process.kill()
 
 
+@dataclass(frozen=True)
+class CurvesConfig:
+    POSITIONAL: ClassVar = ("run",)
+    run: str  # run directory of train.py
+    out: str = ""  # PNG file; empty: curves.png in the run directory
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--out", help="PNG file; default: curves.png in the run directory")
-    args = parser.parse_args(argv)
+    args = config.parse(CurvesConfig, argv, __doc__)
     write(lambda: figure(args.run), args.out or str(Path(args.run) / "curves.png"))
 
 

@@ -1,9 +1,10 @@
 """Steps that must not be taken: a loss or a gradient that is not finite, or a loss that has exploded.
 
-`judge` runs on the device inside the step (also inside its CUDA graph) and only says whether to take it, so nothing waits. With bad_steps=skip the
-run goes on with the next batch, unless all steps between two log lines were bad. With bad_steps=stop the weights also stand still from the bad
-step on, until the next log line, where the host looks: they and the remembered cursor of the loader then repeat the bad step exactly, and `dump`
-writes down what it finds in which layer.
+`judge` runs on the device inside the step, also inside its CUDA graph, and only says whether to take it: nothing waits.
+The host looks at log lines and before checkpoints. With bad_steps=skip the run goes on with the next batch, unless
+PATIENCE steps in a row were bad. With bad_steps=stop the weights stand still from the bad step until the host looks.
+Either way the weights are still those before the first bad step, so `Watch` can repeat it exactly and write down what
+happens in which layer.
 """
 
 import json
@@ -11,12 +12,12 @@ import math
 
 import torch
 
+from data import files
 from optimoe import checkpoint
 from optimoe.optim import local
 
-STEPS, BAD, FIRST = range(
-    3
-)  # of window["steps"]: steps since the last log line, bad ones among them, number of the first bad one (from 1)
+STEPS, BAD = range(2)  # of window["steps"]: steps since the last log line, skipped ones among them
+PATIENCE = 10  # skipped steps in a row after which a run does not go on
 
 
 def loss_limit(cfg):
@@ -26,24 +27,60 @@ def loss_limit(cfg):
 
 @torch.no_grad()
 def judge(window, loss, grad_norm, cfg):
-    """float32 scalar, 1 where this step must be skipped. Counts it in window["steps"]."""
-    steps = window["steps"]
+    """float32 scalar, 1 where this step must be skipped. Counts it in "steps" and "skipped_in_a_row" of the window."""
+    steps, row = window["steps"], window["skipped_in_a_row"]
     bad = ~(grad_norm.isfinite() & (loss <= loss_limit(cfg)))  # so written, a NaN is bad
-    first = torch.where(bad & (steps[BAD] == 0), steps[STEPS] + 1, steps[FIRST])
-    steps.copy_(torch.stack([steps[STEPS] + 1, steps[BAD] + bad, first]))
-    return (bad if cfg.bad_steps == "skip" else steps[BAD] > 0).float()
+    if cfg.bad_steps == "stop":
+        bad = bad | (row > 0)
+    steps.add_(torch.stack([torch.ones_like(bad), bad]))
+    row.copy_((row + 1) * bad)
+    return bad.float()
 
 
-def remedy(run_dir):
+def remedy(run_dir, lr):
     """What to do about such an end. Every checkpoint is from before it: weights that are not finite are never saved."""
-    files = checkpoint.find(run_dir)
-    goes_on = f"goes on from {files[-1][1].name}" if files else "starts again, for there is no checkpoint yet"
-    return f"use a lower lr; --resume={run_dir} --lr=... {goes_on}"
+    found = checkpoint.find(run_dir)
+    goes_on = f"goes on from {found[-1][1].name}" if found else "starts again, as there is no checkpoint yet"
+    return f"use a lower lr: --resume={run_dir} --lr={lr / 2:.2g} {goes_on}"
 
 
-def check_finite(name, value, step, run_dir):
+def check_finite(name, value, step, run_dir, lr):
     if not math.isfinite(value):
-        raise ValueError(f"{name}={value} at step {step}: {remedy(run_dir)}")
+        raise ValueError(f"training diverged: the {name} is {value} at step {step}: {remedy(run_dir, lr)}")
+
+
+class Watch:
+    """Remembers where the loader was before the latest steps, and finds those among them that must not be taken."""
+
+    def __init__(self, cfg, run, model, loader, window):
+        self.cfg, self.run, self.model, self.loader, self.window = cfg, run, model, loader, window
+        self.cursors = []
+
+    def remember(self):
+        """Before each step."""
+        self.cursors.append(self.loader.state_dict())
+
+    def forget(self):
+        """After each log line: the sums of the window start again."""
+        del self.cursors[:-PATIENCE]
+        for name, sums in self.window.items():
+            if name != "skipped_in_a_row":
+                sums.zero_()
+
+    def must_stop(self):
+        """Whether the run must not go on; waits for the device."""
+        return int(self.window["skipped_in_a_row"]) >= (1 if self.cfg.bad_steps == "stop" else PATIENCE)
+
+    def explain(self, step):
+        """Dump the first bad step that is remembered and raise ValueError. Leaves the model unfit for training."""
+        back = min(int(self.window["skipped_in_a_row"]), len(self.cursors))  # the run may have been resumed among them
+        step = step - back + 1
+        path = self.run.dir / f"bad-step-{step:08d}-rank{self.run.rank}.json"
+        loss, what = dump(path, self.model, self.loader, self.cursors[-back], self.cfg, step)
+        raise ValueError(
+            f"training diverged at step {step}: the loss is {loss:.4g}, {what} (layers and batch: {path}). "
+            f"No weight has changed since: {remedy(self.run.dir, self.cfg.lr)}"
+        )
 
 
 def summary(values):
@@ -61,9 +98,9 @@ def as_json(number):
 
 
 def dump(path, model, loader, cursor, cfg, step):
-    """Repeat the bad step with the weights as they are (this rank's share, without an update) and write what happens to a JSON file.
+    """Repeat the bad step with the weights as they are (this rank's share, no update) and write a JSON file about it.
 
-    cursor: loader.state_dict() before the step. Returns (mean loss, where it broke first), both for people. Leaves the model unfit for training."""
+    cursor: loader.state_dict() before the step. Returns (mean loss, what broke first), both for people."""
     weights = [name for name, p in model.named_parameters() if not local(p).isfinite().all()]
     outputs = {}
     for index, block in enumerate(model.blocks):
@@ -88,28 +125,24 @@ def dump(path, model, loader, cursor, cfg, step):
     layers = [index for index, seen in outputs.items() if not all(s["finite"] for s in seen)]
     broken = [
         name for name, s in reversed(gradients.items()) if not s["finite"]
-    ]  # the backward pass meets the last layers first
-    where = (
-        f"the weights already: {weights[0]}"
-        if weights
-        else f"the output of layer {layers[0]}"
-        if layers
-        else f"the gradient of {broken[0]}"
-        if broken
-        else f"finite when repeated: above max_loss={loss_limit(cfg):.3g}"
-    )
-    with open(path, "w") as file:
-        json.dump(
-            {
-                "step": step,
-                "loss": [as_json(loss) for loss in losses],
-                "first": where,
-                "weights_not_finite": weights,
-                "output_of_layer": outputs,
-                "gradient": gradients,
-                "cursor": cursor,
-                "tokens": batches,
-            },
-            file,
-        )
-    return sum(losses) / len(losses), where
+    ]  # backward meets the last layers first
+    if weights:
+        what = f"{weights[0]} was not finite before"
+    elif layers:
+        what = f"the output of layer {layers[0]} is the first that is not finite"
+    elif broken:
+        what = f"the gradient of {broken[0]} is the first that is not finite"
+    else:
+        what = f"above the limit max_loss={loss_limit(cfg):.3g}"
+    found = {
+        "step": step,
+        "loss": [as_json(loss) for loss in losses],
+        "first": what,
+        "weights_not_finite": weights,
+        "output_of_layer": outputs,
+        "gradient": gradients,
+        "cursor": cursor,
+        "tokens": batches,
+    }
+    files.replace(path, json.dumps(found))
+    return sum(losses) / len(losses), what

@@ -1,17 +1,19 @@
 """Start a mixture of experts from a dense checkpoint, so that step 0 computes exactly what the dense model computed.
 
-The dense SwiGLU has hidden width W. A sum over hidden units may be cut anywhere: the first n_shared_experts * F units become the shared expert, and
-the remaining G * F units become G slices of width F (G: slices per copy). Expert e starts as slice e % G; experts 0 .. G-1 are one copy of the dense
-layer, G .. 2G-1 the next. The G experts of a copy start with the same router row, so they get equal logits and top-k takes whole copies. Gates that
-sum to 1 over the K chosen are then 1/G of the copy's weight each, and W_out times G restores the dense output:
+The dense gated layer has hidden width W. A sum over hidden units may be cut anywhere: the first n_shared_experts * F
+units become the shared expert, and the remaining G * F units become G slices of width F (G: slices per copy). Expert e
+starts as slice e % G; experts 0 .. G-1 are one copy of the dense layer, G .. 2G-1 the next. The G experts of a copy
+start with the same router row, so they get equal logits and top-k takes whole copies. Gates that sum to 1 over the K
+chosen are then 1/G of the copy's weight each, and W_out times G restores the dense output:
 
     y = sum over copies c of g_c * (1/G) * sum over slices s of G * slice_s(x) = dense(x),   sum of g_c = 1
 
     G = 1   experts as wide as the dense layer (arXiv 2212.05055); K times its FLOPs
-    G = K   W = K * F, the `--dense` twin of the same preset: equal FLOPs per token, one copy active (arXiv 2410.07524 calls it virtual groups)
+    G = K   W = K * F, the `--dense` twin of the same preset: equal FLOPs per token, one copy active (arXiv 2410.07524)
 
-What is exact: G divides K and E, gates are normalised (router_normalize), no selection bias yet. Everything else is refused. Noise (a share of each
-weight's standard deviation, on the routed experts) makes the copies differ at once; without it they separate through their different tokens.
+This is exact where G divides K and E, gates are normalised (router_normalize) and there is no selection bias yet.
+Everything else is refused. Noise (a share of each weight's standard deviation, on the routed experts) makes the copies
+differ at once; without it they separate through their different tokens.
 """
 
 import math
@@ -37,7 +39,7 @@ SAME = (
 
 
 def slices_per_copy(dense, cfg):
-    """G for the config dict of a dense checkpoint and the ModelConfig of the MoE; ValueError names what does not fit."""
+    """G for the config dict of a dense checkpoint and the ModelConfig of the MoE. ValueError for what does not fit."""
     for name in SAME:
         require(
             getattr(cfg, name) == dense[name],
@@ -64,9 +66,9 @@ def slices_per_copy(dense, cfg):
 
 @torch.no_grad()
 def upcycle(model, path, noise=0.0, seed=0):
-    """Fill a fresh GPT (its router rows are used as they were initialised) from a dense run directory or checkpoint file. float32 weights.
+    """Fill a fresh GPT with float32 weights from a dense run directory or checkpoint file; its router rows are used.
 
-    Raises ValueError when the shapes do not allow an exact start, or for a damaged checkpoint; FileNotFoundError without one."""
+    ValueError where the shapes allow no exact start, and for a damaged checkpoint; FileNotFoundError without one."""
     cfg, state = model.cfg, checkpoint.read(path)
     require(
         state["config"]["dense"],
@@ -87,9 +89,8 @@ def upcycle(model, path, noise=0.0, seed=0):
         f"other weights: {missing} {unexpected}",
     )
     for layer, block in enumerate(model.blocks):
-        gate_WD, up_WD = (
-            weights[f"blocks.{layer}.mlp.gate_up.weight"].float().chunk(2)
-        )  # a run with --weights=bfloat16 saves those
+        # A run with --weights=bfloat16 saves those.
+        gate_WD, up_WD = weights[f"blocks.{layer}.mlp.gate_up.weight"].float().chunk(2)
         down_DW = weights[f"blocks.{layer}.mlp.down.weight"].float()
         moe = block.mlp
         if shared:
@@ -105,7 +106,7 @@ def upcycle(model, path, noise=0.0, seed=0):
                 copies += noise * start.std() * torch.randn(copies.shape, generator=generator)
             weight.copy_(copies)
         rows_ED = moe.router.weight
-        # One row of the initialisation per copy: softmax scores of equal logits are equal, so none of a copy's slices is left behind.
+        # One initial row per copy: equal logits have equal scores, so top-k takes all slices of a copy.
         rows_ED.copy_(rows_ED[: cfg.n_experts // slices].repeat_interleave(slices, 0))
     for name, value in model.named_parameters():
         require(

@@ -34,7 +34,7 @@ def overlay(runs):
     grid = fig.add_gridspec(1 + len(moe), 3, height_ratios=[4] + [2.6] * len(moe))
     loss, rate, norm = (fig.add_subplot(grid[0, column]) for column in range(3))
     for i, (run, kept, rows, val) in enumerate(data):
-        million = lambda row, c=kept: row["step"] * c["batch_size"] * c["seq_len"] / 1e6  # noqa: E731
+        million = lambda row: row["tokens"] / 1e6  # noqa: E731
         tokens = [million(row) for row in rows]
         loss.plot(tokens, [row["loss"] for row in rows], color=f"C{i}", lw=0.8, alpha=0.7, **dot(rows))
         loss.plot(
@@ -64,7 +64,7 @@ def overlay(runs):
     norm.set_yscale("log")
     for i, (run, kept, rows) in enumerate(moe):
         axis = fig.add_subplot(grid[1 + i, :])
-        last = rows[-1]["step"] * kept["batch_size"] * kept["seq_len"] / 1e6
+        last = rows[-1]["tokens"] / 1e6
         typical = sorted(max(row["load_max"]) for row in rows)[
             len(rows) // 2
         ]  # the first steps would leave no colours for the rest

@@ -238,30 +238,6 @@ def test_signed_and_old_files_are_read(tmp_path):
         assert ("crc" in path.read_text()) == signed and config.load(Config, path) == Config(lr=0.25)
 
 
-def test_a_resumed_run_stays_where_it_is(tmp_path):
-    @dataclass(frozen=True)
-    class Run(Config):
-        out_dir: str = ""
-        resume: str = ""
-
-    old = Run(lr=1e-2, steps=7, out_dir="moved/since")
-    files.write_json(tmp_path / "config.json", dataclasses.asdict(old))
-    run = lambda *argv: config.parse_run(Run, list(argv))  # noqa: E731
-    assert run("--lr=1", "--out-dir=new") == Run(lr=1.0, out_dir="new")
-    for same in ([], [f"--out-dir={tmp_path}/"]):
-        assert run(f"--resume={tmp_path}", "--lr=1", *same) == Run(
-            lr=1.0, steps=7, out_dir=str(tmp_path), resume=str(tmp_path)
-        )
-    with pytest.raises(ValueError, match="out_dir='new': a resumed run stays"):
-        run(f"--resume={tmp_path}", "--out-dir=new")
-    for wrong in (tmp_path / "config.json", tmp_path / "absent"):
-        with pytest.raises(ValueError, match=f"resume='{wrong}': not a run directory"):
-            run(f"--resume={wrong}")
-    (tmp_path / "config.json").write_text('{"lr": 1')
-    with pytest.raises(ValueError, match=r"config.json: not valid JSON .*; restore the file$"):
-        run(f"--resume={tmp_path}")
-
-
 def test_a_directory_that_cannot_be_written_is_named_by_its_field(tmp_path):
     assert config.make_directory(tmp_path / "a/b", "out", "a/b").is_dir() and not list((tmp_path / "a/b").iterdir())
     (tmp_path / "file").write_text("")

@@ -122,21 +122,41 @@ def test_nothing_to_show_is_said(tmp_path):
     with pytest.raises(SystemExit, match="has logged no training step yet"):
         curves.main([str(write_run(tmp_path / "empty", []))])
     (tmp_path / "empty" / "metrics.jsonl").write_text('{"step": 1, "val_loss": 4}\n' + json.dumps(row(1))[:-5] + "\n")
-    with pytest.raises(SystemExit, match="has logged no training step: .*empty/metrics.jsonl, line 2: damaged"):
+    with pytest.raises(SystemExit, match="empty/metrics.jsonl:2 is damaged"):
         show.main([str(tmp_path / "empty")])
     (tmp_path / "empty" / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
     with pytest.raises(SystemExit, match="error: .*No such file or directory: '/nonexistent/"):
         curves.main([str(tmp_path / "empty"), "--out=/nonexistent/curves.png"])
-    for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
-        damage(tmp_path / "empty" / "config.json")
-        with pytest.raises(SystemExit, match="empty/config.json cannot be read"):
+    settings = tmp_path / "empty" / "config.json"
+    for damage, message in (
+        (lambda: settings.write_text("{"), "config.json is damaged"),
+        (settings.unlink, "holds no con"),
+    ):
+        damage()
+        with pytest.raises(SystemExit, match=f"empty.*{message}"):
             curves.main([str(tmp_path / "empty")])
 
 
-def test_damaged_lines_are_left_out(run):
+def test_only_a_torn_last_line_is_left_out(run):
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_bytes(b"5\n" + lines[0] + b"\xff\n[1]\n" + b"".join(lines[1:]) + lines[0][:-9])
+    (run / "metrics.jsonl").write_bytes(b"".join(lines) + lines[0][:-9])
     assert [r["step"] for r in curves.read(run)[1]] == [1, 2, 3]
+    for damage in (b"5\n", lines[0][:9] + b"\n", b"\xff\n"):
+        (run / "metrics.jsonl").write_bytes(lines[0] + damage + b"".join(lines[1:]))
+        with pytest.raises(ValueError, match="metrics.jsonl:2"):
+            curves.read(run)
+
+
+def test_tokens_are_what_was_read(run):
+    """Where rows count them, whatever the batch of the configuration is; in older validations as in the row of their step."""
+    lines = [row(2) | {"tokens": 1_000_000}, {"step": 2, "val_loss": 4.9}, row(4) | {"tokens": 9_000_000}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loss = curves.figure(run).axes[0]
+    assert list(loss.lines[0].get_xdata()) == [1, 9] and list(loss.lines[1].get_xdata()) == [1]
+    assert list(show.overlay([run, run]).axes[0].lines[0].get_xdata()) == [1, 9]
+    settings = json.loads((run / "config.json").read_text())
+    (run / "metrics.jsonl").write_text(json.dumps(row(3)) + "\n")  # written before rows had a count
+    assert curves.read(run)[1][0]["tokens"] == 3 * settings["batch_size"] * settings["seq_len"]
 
 
 def test_training_goes_on_where_no_process_can_be_started(run, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Prompts, scoring rules and data sources of the tasks, on made-up items. Run: python -m pytest tests/test_eval_tasks.py (CPU, seconds)"""
 
 import gzip
+import importlib.util
 import json
 import random
 import sys
@@ -10,8 +11,9 @@ import zipfile
 import pytest
 
 from eval import tasks
-from eval.sources import Set, Source
+from eval.sources import Source
 from eval.tasks import Item, gsm8k, gsm_plus, hellaswag, humanevalplus, math500, mbppplus, triviaqa
+from tests.evalrun import tiny_run  # noqa: F401
 
 
 class Rows:
@@ -197,6 +199,7 @@ def test_gsm8k_large_numbers_and_none():
     assert score(Item("0", "", "#### 70,000"), "#### 70000") == score(Item("0", "", "#### 70000"), "it is $70,000.") | {
         "strict": 1.0
     }
+    assert score(Item("0", "", " 18"), "#### 18") == {"strict": 1, "flexible": 1}  # a bare answer after its space
     assert score(Item("0", "", "Unknown.\n#### None"), "#### None") == {
         "strict": 0,
         "flexible": 0,
@@ -228,6 +231,7 @@ def test_triviaqa_scores():
     assert score(item, " Beatles") == {"exact_match": 0, "normalized": 1}  # only the dataset's rule drops articles
     assert score(item, " beatles band") == {"exact_match": 0, "normalized": 1}
     assert score(item, "Beatlesband!") == {"exact_match": 1, "normalized": 0}
+    assert score(item, "  the beatles\t ") == {"exact_match": 1, "normalized": 1}  # the harness strips both ends
     assert score(item, " O Neill") == {"exact_match": 0, "normalized": 1}
     assert score(item, " the beatles from Liverpool") == score(item, "") == {"exact_match": 0, "normalized": 0}
 
@@ -253,6 +257,7 @@ def test_triviaqa_scores():
     ],
 )
 def test_math500_right(gold, text):
+    pytest.importorskip("math_verify")
     task, item = tasks.load("math500"), Item("0", "", f" Thus $\\boxed{{{gold}}}$.")
     assert task.score(item, text) == {"accuracy": 1}
     assert task.score(item, text + r" No, \boxed{999}.") == {"accuracy": 0}
@@ -265,12 +270,12 @@ def test_math500_right(gold, text):
         ("2", "2"),
         ("2", r"\boxed{}"),
         ("2", r"\boxed{3"),
-        ("1+x", r"\boxed{x+1}"),
         ("(1,234)", r"\boxed{1234}"),
         (r"\frac{1}{0}", r"\boxed{1}"),
     ],
 )
 def test_math500_wrong(gold, text):
+    pytest.importorskip("math_verify")
     assert tasks.load("math500").score(Item("0", "", f" Thus $\\boxed{{{gold}}}$."), text) == {"accuracy": 0}
 
 
@@ -281,6 +286,166 @@ def test_a_task_is_one_file():
         assert task.module.__doc__ and isinstance(task.shots, int) and callable(task.items)
     with pytest.raises(ValueError, match="unknown task 'gsm9k'; there are .*gsm8k"):
         tasks.load("gsm9k")
+
+
+SVAMP = '''
+"""SVAMP (arXiv 2103.07191): short word problems."""
+
+from eval.sources import Set
+from eval.tasks import Item, examples, gsm8k, split_rows
+
+TEST = Set("svamp/test", "svamp/test.jsonl", ("ChilleD/SVAMP", None, "test"))
+TRAIN = Set("svamp/train", "svamp/train.jsonl", ("ChilleD/SVAMP", None, "train"))
+SHOTS, LIKE = 4, gsm8k
+
+
+def items(source, shots, split="test"):
+    rows, pool = split_rows(source, shots, split, TEST, TRAIN)
+    prefixes = examples(rows, pool, shots, lambda row: f"{ask(row)} #### {row['Answer']}")
+    return [
+        Item(str(i), prefix + ask(row), f" {row['Answer']}", group=row["Type"])
+        for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True))
+    ]
+
+
+def ask(row):
+    return f"Question: {row['Body']} {row['Question']}\\nAnswer:"
+'''
+CHOICE = '''
+"""OpenBookQA: elementary science."""
+
+from eval.sources import Set
+from eval.tasks import choice_items
+
+TEST = Set("bookqa/test", "bookqa/test.jsonl", ("allenai/openbookqa", "main", "test"))
+TRAIN = Set("bookqa/train", "bookqa/train.jsonl", ("allenai/openbookqa", "main", "train"))
+SHOTS = 0
+
+
+def items(source, shots, split="test"):
+    return choice_items(source, shots, split, TEST, TRAIN, show)
+
+
+def show(row):
+    return row["question_stem"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
+'''
+
+
+@pytest.fixture
+def newcomer(tmp_path, monkeypatch):
+    """Two files of somebody who adds tasks, and nothing else. Returns a folder with their items."""
+    folder = tmp_path / "more"
+    folder.mkdir()
+    for name, source in (("svamp", SVAMP), ("bookqa", CHOICE)):
+        assert len(source.splitlines()) <= 30
+        (folder / f"{name}.py").write_text(source.lstrip())
+        monkeypatch.delitem(sys.modules, f"eval.tasks.{name}", raising=False)
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(folder)])
+    monkeypatch.setattr(tasks, "NAMES", (*tasks.NAMES, "svamp", "bookqa"))
+    for split in ("train", "test"):
+        rows = [{"Body": f"{split[:2]}{i}.", "Question": "All?", "Answer": i, "Type": "Sum"} for i in range(6)]
+        write(tmp_path / f"sets/svamp/{split}.jsonl", rows)
+        choices = {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}
+        rows = [{"question_stem": f"{split} {i}", "choices": choices, "answerKey": "ABC"[i % 3]} for i in range(6)]
+        write(tmp_path / f"sets/bookqa/{split}.jsonl", rows)
+    return tmp_path / "sets"
+
+
+def test_a_new_task_is_one_file(newcomer):
+    source = Source(newcomer)
+    svamp, bookqa = tasks.load("svamp"), tasks.load("bookqa")
+    item = svamp.items(source, 1)[3]
+    assert item.prompt.startswith("Question: tr") and item.prompt.endswith("Question: te3. All?\nAnswer:")
+    assert (
+        svamp.score(item, " #### 3") == {"strict": 1, "flexible": 1}
+        and svamp.gold(item) == svamp.vote("#### 3.0") == "3"
+    )
+    (question,) = svamp.questions(source, "train", 1)
+    assert question.prompt == "Question: tr0. All?\nAnswer:"
+    assert svamp.rewards([question] * 3, ["#### 0", "#### 1", ""]) == [1, 0, 0]
+    item = bookqa.items(source, 2)[1]
+    assert item.compared() == tuple((item.prompt, f" {choice}") for choice in ("x", "y", "z")) and item.gold == 1
+    assert item.prompt.count("\n\n") == 2 and item.prompt.endswith("\n\ntest 1") and item.answer == " y"
+    assert not bookqa.generated()
+    question = bookqa.questions(source, "train", 0)[2]
+    assert question.prompt == "train 2\nA. x\nB. y\nC. z\nAnswer:" and bookqa.gold(question) == "C"
+    texts = {
+        " C": 1,
+        " (C) z": 1,
+        "The answer is C.": 1,
+        " A": 0,
+        " A B C": 0,
+        "": 0,
+        " z": 0,
+        "C's": 0,
+        " Cats": 0,
+    }
+    assert dict(zip(texts, bookqa.rewards([question] * len(texts), list(texts)), strict=True)) == texts
+
+
+def test_a_new_task_in_eval_votes_and_grpo(newcomer, tiny_run, monkeypatch):
+    import grpo
+    from eval import __main__ as main
+    from eval import votes
+
+    common = [f"--run={tiny_run}", f"--data={newcomer}", "--device=cpu"]
+    results = main.main([*common, "--tasks=svamp,bookqa", "--shots=0", "--batch-size=3"])["tasks"]
+    assert (
+        set(results["svamp"]["metrics"]) >= {"strict", "flexible", "bits/byte"} and "Sum" in results["svamp"]["groups"]
+    )
+    assert set(results["bookqa"]["metrics"]) == {"acc", "acc_norm", "bits/token", "bits/byte"}
+    for task in ("svamp", "bookqa"):
+        assert votes.main([*common, f"--task={task}", "--samples=2", "--limit=2"])["questions"] == 2
+        sizes = "--steps=1 --batch-prompts=2 --mini-batch=2 --group-size=2 --answer-tokens=4 --eval-questions=2 --device=cpu"
+        folders = [f"--evaldata={newcomer}", f"--out-dir={tiny_run.parent / task}", f"--data={tiny_run / 'data'}"]
+        results = grpo.main([f"--model={tiny_run}", f"--task={task}", *folders, *sizes.split(), "--questions=4"])
+        assert results["test_questions"] == 2
+
+
+def test_incomplete_files_are_named(newcomer):
+    (newcomer.parent / "more/svamp.py").write_text("STOPS = ()\ndef items(source, shots): return []\n")
+    with pytest.raises(ValueError, match="eval/tasks/svamp.py must define SHOTS"):
+        tasks.load("svamp")
+    with pytest.raises(ValueError, match="item 0: without choices there is only task loss"):
+        tasks.load("humanevalplus").asked([Item("0", "a", "b")])
+    with pytest.raises(ValueError, match="task='humaneval': .* no training questions"):
+        tasks.load("humaneval").questions(None, "train", 1)
+
+
+def test_multiple_choice_as_in_the_harness():
+    """Prompts, choices and compared pairs of ARC, PIQA, WinoGrande and MMLU on made-up rows."""
+    row = {"question": "Q?", "choices": {"text": ["x", "y y"], "label": ["1", "2"]}, "answerKey": "2"}
+    for name in ("arc_easy", "arc_challenge"):
+        sets = {f"{name}__test": [row], f"{name}__train": [row | {"question": "T?", "answerKey": "1"}]}
+        item = tasks.load(name).items(Rows(**sets), 1)[0]
+        prompt = "Question: T?\nAnswer: x\n\nQuestion: Q?\nAnswer:"
+        assert item.compared() == ((prompt, " x"), (prompt, " y y")) and item.gold == 1 and item.answer == " y y"
+        asked = tasks.load(name).questions(Rows(**sets), "test")[0]
+        assert asked.prompt == "Question: Q?\nA. x\nB. y y\nAnswer:" and asked.answer == " B"
+    row = {"goal": "Open a jar.", "sol1": "twist", "sol2": "sing", "label": 0}
+    item = tasks.load("piqa").items(Rows(piqa__validation=[row]), 0)[0]
+    assert item.prompt == "Question: Open a jar.\nAnswer:" and item.choices == (" twist", " sing") and item.gold == 0
+    row = {"sentence": "Ann told Bo that _ was late.", "option1": "Ann", "option2": "Bo", "answer": "2"}
+    task, sets = (
+        tasks.load("winogrande"),
+        {"winogrande__validation": [row], "winogrande__train": [row | {"answer": "1"}]},
+    )
+    item = task.items(Rows(**sets), 1)[0]
+    shot = "Ann told Bo that Ann was late.\n\n"
+    ends = [(f"{shot}Ann told Bo that {name}", " was late.") for name in ("Ann", "Bo")]
+    assert item.compared() == tuple(ends) and item.gold == 1 and (item.loss_prompt, item.answer) == ends[1]
+    (asked,) = task.questions(Rows(**sets), "train")
+    assert asked.prompt == "Ann told Bo that _ was late.\nA. Ann\nB. Bo\nAnswer:" and task.gold(asked) == "A"
+    row = {"question": " 2+2?", "subject": "high_school_maths", "choices": ["1", "2", "4", "3"], "answer": 2}
+    other = row | {"subject": "law"}
+    task, sets = tasks.load("mmlu"), {"mmlu__test": [row], "mmlu__dev": [other, row | {"answer": 3}, row]}
+    item = task.items(Rows(**sets), 1)[0]
+    block = "2+2?\nA. 1\nB. 2\nC. 4\nD. 3\nAnswer:"
+    head = "The following are multiple choice questions (with answers) about high school maths.\n\n"
+    assert item.prompt == f"{head}{block} D\n\n{block}" and item.choices == (" A", " B", " C", " D") and item.gold == 2
+    assert item.group == "high_school_maths" and task.asked([item]) == [item]
+    with pytest.raises(ValueError, match="shots=3: mmlu has 2 examples of high_school_maths"):
+        task.items(Rows(**sets), 3)
 
 
 # ---- sources
@@ -295,7 +460,8 @@ def write(path, rows):
 @pytest.fixture(autouse=True)
 def nothing_installed(monkeypatch):
     monkeypatch.delenv("OPTIMOE_EVALDATA", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: real(name) if name == "math_verify" else None)
 
 
 def test_local_folder(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,12 +32,14 @@ from grpo import (
     draw_questions,
     look_back,
     main,
+    make_batches,
     micro_batches,
     policy_loss,
     sample_answers,
 )
 from model import GPT, ModelConfig
 from optimoe import checkpoint
+from optimoe.run import Stop
 
 ROOT = Path(grpo_file.__file__).parent
 SHORT = "--task=mano --questions=60 --eval-questions=7 --answer-tokens=6 --group-size=4 --device=cpu --lr=1e-3 --kl-coef=0.01".split()
@@ -308,6 +311,37 @@ def test_gradient_of_the_model_equals_that_of_each_answer_alone(sampled, normali
         assert ((found[name] - p.grad).norm() / p.grad.norm()).item() < 1e-3, name
 
 
+@pytest.mark.parametrize("normalize", ["token", "sample"])
+def test_weights_of_a_mini_batch_sum_to_one(sampled, start, tmp_path, monkeypatch, normalize):
+    """Over its micro-batches and ranks, as the loss says. Adam would hide any other scale."""
+    model, _, _, samples, advantage = sampled
+    cfg = dataclasses.replace(CFG, batch_prompts=4, mini_batch=4, group_size=4, normalize=normalize)
+    for world in (1, 2):
+        rank = SimpleNamespace(world=world, device="cpu", sum=lambda values, w=world: [w * value for value in values])
+        job = SimpleNamespace(model=model, start_model=None, tokens=Letters)
+        mine = samples * (2 // world)  # of two ranks, each has the same half
+        (mini,) = make_batches(cfg, rank, job, mine, advantage * (2 // world))
+        given = torch.cat([batch.weight_A for batch in mini])
+        assert len(mini) > 1 and given.sum().item() * world == pytest.approx(1)
+        expected = sorted(
+            w / 2 for s, w in zip(samples, weights(samples, normalize), strict=True) for _ in range(s.length)
+        )
+        assert sorted(given.tolist()) == pytest.approx(sorted(expected * (2 // world)))
+    seen, norms, loss, step = [], [], grpo_file.policy_loss, torch.optim.AdamW.step
+
+    def norm(adamw):
+        return torch.nn.utils.get_total_norm([p.grad for group in adamw.param_groups for p in group["params"]])
+
+    monkeypatch.setattr(
+        grpo_file, "policy_loss", lambda x, batch, *a: (seen.append(batch.weight_A), loss(x, batch, *a))[1]
+    )
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (norms.append(norm(self)), step(self))[1])
+    flags = [f"--out-dir={tmp_path / 'run'}", "--batch-prompts=12", "--mini-batch=4", "--steps=1", "--clip-norm=1e-3"]
+    main([*SHORT, f"--model={start}", *flags, f"--normalize={normalize}"])
+    assert torch.cat(seen).sum().item() == pytest.approx(3)
+    assert [float(n) for n in norms] == pytest.approx([1e-3] * 3, rel=1e-2)  # and clipped, which Adam hides too
+
+
 def test_prompts_and_padding_get_no_gradient(sampled):
     model, now, begin, samples, advantage = sampled
     batch = look_back(collate(samples, advantage, weights(samples, "token"), "cpu"), model, begin, CFG, N_VOCAB)
@@ -392,7 +426,7 @@ def test_learns_from_rewards_alone(start, tmp_path, monkeypatch):
             "--batch-prompts=64",
             "--mini-batch=32",
             "--group-size=16",
-            "--steps=45",
+            "--steps=60",
             "--lr=1e-3",
             "--beta2=0.99",
             "--eval-every=0",
@@ -535,7 +569,7 @@ def test_without_differences_the_weights_stand_still(start, tmp_path, monkeypatc
 def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch, capsys):
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(grpo_file.Stop, "asked", True)
+        patch.setattr(Stop, "asked", True)
         flags = ["--batch-prompts=12", "--mini-batch=4", "--steps=4", "--eval-every=3", "--checkpoint-every=2"]
         assert main([*SHORT, f"--model={start}", f"--out-dir={out}", *flags]) is None
     assert [step for step, _ in checkpoint.find(out)] == [1] and not (out / "results.json").exists()
@@ -574,7 +608,7 @@ def test_killed_before_the_first_checkpoint_starts_again(whole_run, tmp_path, mo
         path.unlink()
     with (
         monkeypatch.context() as patch,
-        pytest.raises(ValueError, match=f"loss=nan at step 1: .*--resume={cut} --lr=... starts again"),
+        pytest.raises(ValueError, match=f"the loss is nan at step 1: .*--resume={cut} --lr=0.0005 starts again"),
     ):
         patch.setattr(grpo_file, "policy_loss", lambda logp_A, *args: (logp_A.sum() * math.nan, logp_A.new_zeros(3)))
         main([f"--resume={cut}"])

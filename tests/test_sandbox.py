@@ -310,6 +310,19 @@ def test_starting_is_not_the_program_s_time(monkeypatch, tmp_path):
     assert run(RIGHT, seconds=0.25).passed
 
 
+def test_waiting_for_a_processor_is_not_the_program_s_time(monkeypatch):
+    program = "import time\ntime.sleep(1.5)\n" + RIGHT
+    assert run(program, seconds=0.25) == (False, "timeout")
+    began, real = time.monotonic(), sandbox.waited
+    monkeypatch.setattr(sandbox, "waited", lambda pid: time.monotonic() - began)  # as on a machine with many others
+    assert run(program, seconds=0.25).passed
+    found = real(os.getpid())
+    assert 0 <= found < 10**5 and real(2**30) == 0
+    for _ in range(100):
+        time.sleep(0)
+    assert real(os.getpid()) >= found
+
+
 @pytest.mark.parametrize(
     "broken, message",
     [

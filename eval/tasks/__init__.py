@@ -1,12 +1,13 @@
 """The tasks of eval, eval.votes and grpo.py. A task is one file of this folder; nothing else has to be told about it.
 
-    TEST = Set("svamp/test", "svamp/test.jsonl", ("ChilleD/SVAMP", None, "test"))   # eval.sources.Set: where its items come from
+    TEST = Set("svamp/test", "svamp/test.jsonl", ("ChilleD/SVAMP", None, "test"))  # where items are: eval.sources.Set
     SHOTS = 4                              # examples in front of each question, unless --shots says otherwise
     def items(source, shots, split="test") # -> list of Item; source.rows(TEST) gives the rows of a set
     LIKE = gsm8k                           # whatever this file does not define is taken from that task's module
 
-Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. A task whose answers are written
-by the model defines STOPS (generation ends at any of these strings, which are cut off), MAX_NEW_TOKENS, and some of
+Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. A task whose answers
+are written by the model defines STOPS (generation ends at any of these strings, which are cut off), MAX_NEW_TOKENS, and
+some of
 
     def score(item, text)                  # for eval: {metric: number}, averaged over items
     def program(item, text)                # or, for code: (program, tests) for eval.sandbox, which gives pass@k
@@ -16,8 +17,9 @@ by the model defines STOPS (generation ends at any of these strings, which are c
     def questions(source, split, n)        # for grpo.py: the first n items of "train" or "test", n = 0: all;
                                            # default: items(source, 0, split)
 
-A task is trained on if `items` takes a split or if it has `questions`. Items with choices become questions with lettered options
-where the model has to write the answer (`lettered`), so that a multiple-choice task needs none of these functions.
+A task is trained on if `items` takes a split or if it has `questions`. Items with choices become questions with
+lettered options where the model has to write the answer (`lettered`), so that a multiple-choice task needs none of
+these functions.
 """
 
 import importlib
@@ -84,11 +86,11 @@ class Task:
         return bool(self.score or self.program)
 
     def asked(self, items: list[Item]) -> list[Item]:
-        """The items as questions whose answer the model writes (for eval.votes): those with choices get lettered options."""
+        """The items as questions whose answer the model writes (eval.votes): choices become lettered options."""
         return [lettered(item) for item in items] if self.lettered else items
 
     def questions(self, source, split: str, n: int = 0) -> list[Item]:
-        """The first n items (0: all) of split "train" or "test" to be answered in words. ValueError where there are none."""
+        """The first n items (0: all) of split "train" or "test", to be answered in words. ValueError without any."""
         if not self.trains:
             raise ValueError(f"task={self.name!r}: eval/tasks/{self.name}.py has no training questions or no reward")
         if self._questions:
@@ -96,7 +98,7 @@ class Task:
         return self.asked(self.items(source, 0, split)[: n or None])
 
     def rewards(self, items: list[Item], texts: list[str]) -> list[float]:
-        """1.0 or 0.0 for each text as an answer to its item, several at a time. Whatever a text says, it is judged, not raised about."""
+        """1.0 or 0.0 for each text as an answer to its item. Whatever a text says, it is judged, not raised about."""
         pairs = list(zip(items, texts, strict=True))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             return list(pool.map(lambda pair: self.reward(*pair), pairs))
@@ -128,7 +130,7 @@ def letter(text: str) -> str | None:
 
 
 def examples(rows: list[dict], pool: list[dict], n: int, render: Callable[[dict], str]) -> Iterator[str]:
-    """For each row the text of n rendered examples, each followed by an empty line, drawn from pool as lm-evaluation-harness does:
+    """For each row the text of n rendered examples, an empty line behind each, drawn from pool as lm-eval does:
     one random stream through all rows in order; where pool is rows itself, a row is never its own example."""
     stream, shared = random.Random(SEED), pool is rows
     if not 0 <= n <= len(pool) - shared:
@@ -136,3 +138,25 @@ def examples(rows: list[dict], pool: list[dict], n: int, render: Callable[[dict]
     for row in rows:
         drawn = stream.sample(pool, n + shared) if n else []
         yield "".join(render(example) + "\n\n" for example in [example for example in drawn if example is not row][:n])
+
+
+def split_rows(source, shots: int, split: str, test, train) -> tuple[list[dict], list[dict]]:
+    """(rows to evaluate or train on, rows to draw examples from: the training set where it is there)."""
+    rows = source.rows(train if split == "train" else test)
+    return rows, source.first(train, test) if shots else rows
+
+
+def choice_items(source, shots: int, split: str, test, train, show: Callable[[dict], tuple[str, list[str], int]]):
+    """Items of a multiple-choice task. show(row) -> (prompt, choices, index of the right one)."""
+
+    def render(row):
+        prompt, choices, gold = show(row)
+        return f"{prompt} {choices[gold]}"
+
+    rows, pool = split_rows(source, shots, split, test, train)
+    items = []
+    for prefix, row in zip(examples(rows, pool, shots, render), rows, strict=True):
+        prompt, choices, gold = show(row)
+        choices = tuple(" " + choice for choice in choices)
+        items.append(Item(str(len(items)), prefix + prompt, choices[gold], choices=choices, gold=gold))
+    return items

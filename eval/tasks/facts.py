@@ -1,6 +1,8 @@
-"""What a model remembers of its procedural training data: the values of synthetic people (data/facts.py), from name and stem.
+"""What a model remembers of its procedural training data: the values of synthetic people (data/facts.py), from name and
+stem.
 
-One item for each person and attribute. `exact`: the text up to the period is the value. No examples; there is nothing to generalise.
+One item for each person and attribute. `exact`: the text up to the period is the value. No examples; there is nothing
+to generalise.
 """
 
 from data.facts import FactsConfig, people, probes

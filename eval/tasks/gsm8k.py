@@ -1,8 +1,8 @@
 """GSM8K (arXiv 2110.14168): grade-school word problems, worked solutions that end in "#### 18". 1,319 test items.
 
-Four examples from the training split: the prompts are then, item by item, those of the paper's own task-loss file. As there, the
-answer of the task loss starts right after "Answer:", without the space that the examples have. `strict` and `flexible` are the
-harness's filters: the first "#### number", and the last number of any form.
+Four examples from the training split: the prompts are then, item by item, those of the paper's own task-loss file. As
+there, the answer of the task loss starts right after "Answer:", without the space that the examples have. `strict` and
+`flexible` are the harness's filters: the first "#### number", and the last number of any form.
 """
 
 import re
@@ -10,7 +10,7 @@ import re
 from eval import rewards
 from eval.equal import find_number, plain
 from eval.sources import Set
-from eval.tasks import Item, examples
+from eval.tasks import Item, examples, split_rows
 
 TEST = Set("gsm8k/test", "gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), ("gsm8k/gold_bpb_5shot",))
 TRAIN = Set("gsm8k/train", "gsm8k/train.jsonl", ("openai/gsm8k", "main", "train"))
@@ -19,8 +19,7 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("Question:", "</s>", "<|im_end|>"), 256
 
 
 def items(source, shots, split="test"):
-    rows = source.rows(TRAIN if split == "train" else TEST)
-    pool = source.first(TRAIN, TEST) if shots else rows
+    rows, pool = split_rows(source, shots, split, TEST, TRAIN)
     prefixes = examples(rows, pool, shots, lambda row: f"Question: {row['question']}\nAnswer: {row['answer']}")
     return [
         Item(str(i), f"{prefix}Question: {row['question']}\nAnswer:", row["answer"])
@@ -44,7 +43,7 @@ def _same(answer, solution):
 
 
 def vote(text):
-    """The number after the first "####", "Answer" or "The answer is" (the paper's rule; here any notation is understood)."""
+    """The number after the first "####", "Answer" or "The answer is": the paper's rule, for any notation."""
     value = find_number(text, "####|[Aa]nswer(?: is)?")
     return None if value is None else plain(value)
 

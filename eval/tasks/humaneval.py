@@ -1,6 +1,7 @@
 """HumanEval (arXiv 2107.03374): complete a Python function from its signature and docstring. 164 items, no examples.
 
-pass@k by eval.sandbox. Task loss: the dataset's canonical solution after the prompt (the paper uses EvalPlus's: task humanevalplus).
+pass@k by eval.sandbox. Task loss: the dataset's canonical solution after the prompt (the paper uses EvalPlus's: task
+humanevalplus).
 """
 
 from eval.sources import Set

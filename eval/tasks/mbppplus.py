@@ -1,4 +1,6 @@
-"""The paper's task-loss items for MBPP: EvalPlus's canonical solutions after the bare sentence. 378 items, task loss only."""
+"""The paper's task-loss items for MBPP: EvalPlus's canonical solutions after the bare sentence. 378 items, task loss
+only.
+"""
 
 from eval.sources import Set
 from eval.tasks import humanevalplus

@@ -1,7 +1,8 @@
-"""Word problems like those of the procedural training data, with unseen templates (data/reasoning.py): 200 for each number of steps.
+"""Word problems like those of the procedural training data, with unseen templates (data/reasoning.py): 200 for each
+number of steps.
 
-`answer`: the stated answer is right; `solution`: every step of the worked solution is. One step beyond training is included.
-The reward is for the value asked for in a single, final "Answer: 4.".
+`answer`: the stated answer is right; `solution`: every step of the worked solution is. One step beyond training is
+included. The reward is for the value asked for in a single, final "Answer: 4.".
 """
 
 import re

@@ -1,0 +1,22 @@
+"""ARC-Challenge (arXiv 1803.05457): 1,172 grade-school science questions that word co-occurrence cannot answer; chance
+is 25 %.
+
+Prompt and choices as in the harness, which reports `acc_norm` (likelihood per character of the choice) for it.
+"""
+
+from eval.sources import Set
+from eval.tasks import choice_items
+
+HUB = "allenai/ai2_arc"
+TEST = Set("arc_challenge/test", "arc/ARC-Challenge-Test.jsonl", (HUB, "ARC-Challenge", "test"))
+TRAIN = Set("arc_challenge/train", "arc/ARC-Challenge-Train.jsonl", (HUB, "ARC-Challenge", "train"))
+SHOTS = 0
+
+
+def items(source, shots, split="test"):
+    return choice_items(source, shots, split, TEST, TRAIN, show)
+
+
+def show(row):
+    choices = row["choices"]
+    return f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"])
