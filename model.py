@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F_
 from torch import Tensor, nn
 
-from moe_kernels import balance_loss, gates_of, linear_cross_entropy, moe_experts, rope, route, swiglu
+from moe_kernels import balance_loss, gated_activation, gates_of, linear_cross_entropy, moe_experts, rope, route
 from optimoe.config import require
 
 UNTAUGHT = (
@@ -43,13 +43,16 @@ class ModelConfig:
     top_k: int = 2  # K experts per token
     d_expert: int = 256  # F, hidden width of one expert
     n_shared_experts: int = 0  # experts of width F that every token passes, outside the router
-    dense: bool = False  # no router: one SwiGLU of width (K + shared) * F, the same active FLOPs
+    dense: bool = False  # no router: one gated MLP of width (K + shared) * F, the same active FLOPs
     router_score: Literal["softmax", "sigmoid"] = "softmax"  # turns the router's logits into scores of experts
     router_normalize: bool = (
         True  # gates: scores divided by their sum over the K chosen (needs K > 1); false: the scores
     )
     router_bias_rate: float = 0.0  # > 0: loss-free balancing; a selection bias moves this much per step (1e-3 is usual)
     # Choices
+    activation: Literal["swiglu", "geglu", "relu2"] = (
+        "swiglu"  # of experts and dense layers (moe_kernels/activation.py)
+    )
     qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
     qk_norm_joint: bool = False  # with qk_norm: one RMSNorm over all query heads, one over all key heads (OLMoE)
     tie_embeddings: bool = False  # one matrix for input and output embeddings
@@ -185,14 +188,16 @@ class Attention(nn.Module):
         return self.out(y.reshape(B, L, H * self.head_dim))
 
 
-class SwiGLU(nn.Module):
+class GatedMLP(nn.Module):
+    """A dense layer, or the shared experts."""
+
     def __init__(self, cfg, d_hidden):
         super().__init__()
         self.gate_up, self.down = Linear(cfg.d_model, 2 * d_hidden), Linear(d_hidden, cfg.d_model)
-        self.impl = cfg.kernels
+        self.activation, self.impl = cfg.activation, cfg.kernels
 
     def forward(self, x_TD):
-        return self.down(swiglu(self.gate_up(x_TD), self.impl))
+        return self.down(gated_activation(self.gate_up(x_TD), self.activation, self.impl))
 
 
 class MoE(nn.Module):
@@ -205,7 +210,7 @@ class MoE(nn.Module):
         self.w_in = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
         self.w_out = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
         self.experts = moe_experts  # parallel.py replaces it where experts live on several GPUs
-        self.shared = SwiGLU(cfg, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
+        self.shared = GatedMLP(cfg, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
         self.register_buffer("bias_E", torch.zeros(cfg.n_experts) if cfg.router_bias_rate else None)
 
     def choose(self, x_TD, replay_TK=None):
@@ -226,7 +231,8 @@ class MoE(nn.Module):
         """y (T, D) and (balance, z, counts (E,), probabilities (E,), choice (T, K)); without stats only (choice,)."""
         r, chosen_TK = self.choose(x_TD, replay_TK)
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
-        y_TD = self.experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, impl=self.cfg.kernels)
+        kernels = dict(impl=self.cfg.kernels, activation=self.cfg.activation)
+        y_TD = self.experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, **kernels)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if not stats:
@@ -239,7 +245,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(cfg.d_model, cfg.norm_eps), Attention(cfg)
         self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.mlp = SwiGLU(cfg, (cfg.top_k + cfg.n_shared_experts) * cfg.d_expert) if cfg.dense else MoE(cfg)
+        self.mlp = GatedMLP(cfg, (cfg.top_k + cfg.n_shared_experts) * cfg.d_expert) if cfg.dense else MoE(cfg)
 
     def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0, replay_TK=None):
         x_BLD = x_BLD + self.attn(self.attn_norm(x_BLD), cos, sin, mask, cache, layer)

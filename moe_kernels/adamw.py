@@ -1,17 +1,18 @@
-"""One AdamW step (arXiv 1711.05101) of one tensor, every value read and written once: clipping, decay, moments and the new weight in one kernel.
+"""One AdamW step (arXiv 1711.05101) of one tensor in one kernel, which reads and writes every value once: clipping,
+decay, moments, new weight.
 
-bfloat16 has 8 significant bits: a weight that moves by less than 1/512 of itself in a step, as nearly all do, would stay where it is if rounded
-to the nearest. Stochastic rounding goes up with the probability of the part cut off, so that the mean of what is stored is what was computed
-(arXiv 2010.06192). The random bits are a hash of (seed, step, position): the same in every run, and a resumed run goes on bit for bit.
+bfloat16 has 8 significant bits, so rounding to nearest would lose any step below 1/512 of a weight, and nearly all are.
+Stochastic rounding goes up with a probability equal to the part cut off, so the mean of what is stored is what was
+computed (arXiv 2010.06192). The random bits are a hash of (seed, step, position), so that a resumed run continues bit
+for bit.
 """
 
 import math
 
 import torch
-import triton
-import triton.language as tl
 
 from moe_kernels import reference
+from moe_kernels.language import tl, triton
 from moe_kernels.tiles import cdiv, pick_impl
 
 BLOCK = 2048  # values per program of four warps: 16 per thread
@@ -37,62 +38,51 @@ def adamw_step(
 ):
     """Update weight, exp_avg and exp_avg_sq in place.
 
-    weight, exp_avg, exp_avg_sq: contiguous tensors of one shape, each float32 or bfloat16; what is stored in bfloat16 is rounded stochastically.
-    grad: of that shape, float32 or bfloat16. copy: bfloat16 tensor of that shape that gets the new weight, rounded to nearest; or None.
+    weight, exp_avg, exp_avg_sq: contiguous tensors of one shape, each float32 or bfloat16; what is stored in bfloat16
+    is rounded stochastically.
+    grad: of that shape, float32 or bfloat16. copy: bfloat16 tensor of that shape that gets the new weight, rounded to
+    nearest; or None.
     step: float32 scalar tensor, the number of this step, counted from 1. lr: float or float32 scalar tensor.
-    scale: float32 scalar tensor that the gradient is multiplied by; None: 1. skip: float32 scalar tensor; where it is not 0 nothing changes.
+    scale: float32 scalar tensor that the gradient is multiplied by; None: 1. skip: float32 scalar tensor; where it is
+    not 0 nothing changes.
     seed: of the rounding, below 2**31; tensors with seeds of their own are rounded independently.
-    impl: as in `moe_experts`; "grouped_mm" is the reference here. Nothing waits for the device. Raises ValueError for other shapes or dtypes."""
-    tensors = {"weight": weight, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq} | (
-        {} if copy is None else {"copy": copy}
+    impl: as in `moe_experts`; "grouped_mm" is the reference here. Nothing waits for the device. Raises ValueError for
+    other shapes or dtypes."""
+    shape, dtypes = weight.shape, (torch.float32, torch.bfloat16)
+    tensors = dict(
+        weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, copy=weight if copy is None else copy
     )
     for name, t in tensors.items():
-        if (
-            t.shape != weight.shape
-            or t.dtype not in (torch.float32, torch.bfloat16)
-            or name != "grad"
-            and not t.is_contiguous()
-        ):
-            raise ValueError(
-                f"{name} {tuple(t.shape)} {t.dtype}: expected contiguous float32 or bfloat16 of weight's shape {tuple(weight.shape)}"
-            )
+        if t.shape != shape or t.dtype not in dtypes or (name != "grad" and not t.is_contiguous()):
+            expected = f"contiguous float32 or bfloat16 of weight's shape {tuple(shape)}"
+            raise ValueError(f"{name} {tuple(t.shape)} {t.dtype}: expected {expected}")
     if copy is not None and copy.dtype != torch.bfloat16:
         raise ValueError(f"copy {copy.dtype}: it is the bfloat16 copy of weight")
     if weight.numel() == 0:
         return
-    scalars = [t if isinstance(t, torch.Tensor) else torch.full((), t, dtype=torch.float32, device=weight.device)
-               for t in (step, lr, 1.0 if scale is None else scale, 0.0 if skip is None else skip)]  # fmt: skip
+    step, lr, scale, skip = (
+        t if isinstance(t, torch.Tensor) else torch.full((), t, dtype=torch.float32, device=weight.device)
+        for t in (step, lr, 1.0 if scale is None else scale, 0.0 if skip is None else skip)
+    )
     run = launch if pick_impl(impl, weight) == "triton" else reference.adamw
-    run(weight, grad, exp_avg, exp_avg_sq, *scalars, beta1, beta2, eps, weight_decay, copy, seed)
+    run(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta2, eps, weight_decay, copy, seed)
 
 
 def launch(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta2, eps, weight_decay, copy, seed):
-    bits = [t.view(torch.int16) if t.dtype == torch.bfloat16 else t
-            for t in (weight, grad.contiguous(), exp_avg, exp_avg_sq, weight if copy is None else copy)]  # fmt: skip
-    logs = [math.log(max(beta, 1e-300)) for beta in (beta1, beta2)]
-    n = weight.numel()
-    adamw_kernel[(cdiv(n, BLOCK),)](
-        *bits,
-        step,
-        lr,
-        scale,
-        skip,
-        n,
-        seed,
-        eps,
-        weight_decay,
-        beta1,
-        beta2,
-        *logs,
-        copy is not None,
-        BLOCK,
-        num_warps=4,
-    )
+    bits = lambda t: t.view(torch.int16) if t.dtype == torch.bfloat16 else t  # noqa: E731  # one expression
+    adamw_kernel[(cdiv(weight.numel(), BLOCK),)](
+        weight_ptr=bits(weight), grad_ptr=bits(grad.contiguous()), exp_avg_ptr=bits(exp_avg),
+        exp_avg_sq_ptr=bits(exp_avg_sq), copy_ptr=bits(weight if copy is None else copy), step_ptr=step, lr_ptr=lr,
+        scale_ptr=scale, skip_ptr=skip, n=weight.numel(), seed=seed, eps=eps, weight_decay=weight_decay,
+        BETA1=beta1, BETA2=beta2, LOG_BETA1=math.log(max(beta1, 1e-300)), LOG_BETA2=math.log(max(beta2, 1e-300)),
+        COPY=copy is not None, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
 def mix(x):
-    """A hash of uint32 (lowbias32 of Wellons' "Prospecting for Hash Functions"): flipping any input bit flips each output bit half of the time."""
+    """A hash of uint32 (lowbias32 of Wellons' "Prospecting for Hash Functions"): flipping any input bit flips each
+    output bit half of the time."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -126,10 +116,13 @@ def store_float(ptr, offs, x, noise, mask):
 
 
 @triton.jit(do_not_specialize=["seed"])
-def adamw_kernel(weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, step_ptr, lr_ptr, scale_ptr, skip_ptr, n, seed, eps, weight_decay,
-                 BETA1: tl.constexpr, BETA2: tl.constexpr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, COPY: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
-    """A block of values. Pointers to int16 hold bfloat16: its arithmetic is all here, in bits, and the interpreter's own is wrong."""
+def adamw_kernel(
+    weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, step_ptr, lr_ptr, scale_ptr, skip_ptr,
+    n, seed, eps, weight_decay, BETA1: tl.constexpr, BETA2: tl.constexpr,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of values. Pointers to int16 hold the bits of bfloat16, because the interpreter's own bfloat16 arithmetic
+    is wrong."""
     if tl.load(skip_ptr) != 0:
         return
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -149,10 +142,9 @@ def adamw_kernel(weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, st
     noise = mix((start.to(tl.uint32) + offs.to(tl.uint32)) ^ key)
     store_float(weight_ptr + start, offs, w, noise & 0xFFFF, mask)
     store_float(exp_avg_ptr + start, offs, m, noise >> 16, mask)
-    # The second moment needs it most: it falls by at most 1 - beta2 of itself a step, 1/20 to 1/1000, and bfloat16's spacing is 1/256 to 1/128 of a
-    # number. Rounded to the nearest, with a beta2 near 1 it would rise with large gradients and never fall: the steps would stay small for good.
+    # The second moment needs stochastic rounding most: it falls by at most 1 - beta2 = 1/20 to 1/1000 of itself a step,
+    # while bfloat16's spacing is 1/256 to 1/128 of a number. Rounded to nearest with a beta2 near 1 it would rise
+    # with large gradients and never fall again.
     store_float(exp_avg_sq_ptr + start, offs, v, mix(noise ^ 0x9E3779B9) & 0xFFFF, mask)
-    if COPY:
-        store_bfloat16(
-            copy_ptr + start, offs, w, 0x7FFF + ((w.to(tl.uint32, bitcast=True) >> 16) & 1), mask
-        )  # nearest, ties to even
+    if COPY:  # rounded to nearest, ties to even
+        store_bfloat16(copy_ptr + start, offs, w, 0x7FFF + ((w.to(tl.uint32, bitcast=True) >> 16) & 1), mask)

@@ -1,36 +1,39 @@
-"""The output layer and its loss in one op, without the (T, V) logits: a chunk of logits becomes its own gradient in place.
+"""The output layer and its loss in one op that never holds the (T, V) logits: a chunk of logits becomes its own
+gradient in place.
 
-Shapes: T tokens, D model width, V vocabulary. The gradients of x and w are complete when the forward ends, so the backward only scales them
-and no logits are ever computed twice (the idea is Liger's, arXiv 2410.10989; here the weight's gradient is summed in float32).
+Shapes: T tokens, D model width, V vocabulary. The forward pass completes the gradients of x and w, so the backward pass
+only scales them and no logits are computed twice. The idea is Liger's (arXiv 2410.10989); here the weight's gradient is
+summed in float32.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
-from moe_kernels.tiles import pick_impl, pow2
+from moe_kernels.language import tl, triton
+from moe_kernels.ops import autocast_off, use_kernels
+from moe_kernels.tiles import pow2
 
 
 def linear_cross_entropy(x_TD, w_VD, targets_T, chunk=16384, impl=None):
-    """Mean cross-entropy in nats (float32 scalar) of softmax(x W^T) against the targets; those of -1 do not count.
+    """Mean cross-entropy in nats (float32 scalar; float64 for float64 inputs) of softmax(x W^T) over the targets that
+    are not -1.
 
-    x_TD (T, D) in the compute dtype; w_VD (V, D) in any floating dtype, cast to x's; targets_T (T,) int64 below V (not checked).
-    chunk: tokens whose logits exist at one time on the triton path. Differentiable in x and w; w's gradient has w's dtype.
-    impl: as in `moe_experts`; "grouped_mm" is the reference here. Raises ValueError when the shapes do not fit, and for float64 on the triton path."""
+    x_TD (T, D) in the compute dtype; w_VD (V, D) in any floating dtype, cast to x's; targets_T (T,) int64 below V (not
+    checked).
+    chunk: tokens whose logits exist at one time on the triton path. Differentiable in x and w; w's gradient has w's
+    dtype.
+    impl: as in `moe_experts`; "grouped_mm" is the reference here. Raises ValueError for shapes that do not fit, and for
+    float64 with "triton"."""
     if x_TD.ndim != 2 or w_VD.ndim != 2 or x_TD.shape[1] != w_VD.shape[1] or targets_T.shape != x_TD.shape[:1]:
-        raise ValueError(
-            f"x {tuple(x_TD.shape)}, w {tuple(w_VD.shape)}, targets {tuple(targets_T.shape)}: expected (T, D), (V, D), (T,)"
-        )
+        shapes = f"x {tuple(x_TD.shape)}, w {tuple(w_VD.shape)}, targets {tuple(targets_T.shape)}"
+        raise ValueError(f"{shapes}: expected (T, D), (V, D), (T,)")
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: use 1 or more")
-    if impl == "grouped_mm" or pick_impl(impl, x_TD) != "triton":
-        return reference.linear_cross_entropy(x_TD, w_VD, targets_T)
-    if x_TD.dtype == torch.float64:
-        raise ValueError("impl='triton' computes in float32 at most, not float64: use impl='reference'")
-    return cross_entropy_op(x_TD, w_VD, targets_T, chunk, torch.is_grad_enabled())[0]
+    if use_kernels(impl, x_TD):
+        return cross_entropy_op(x_TD, w_VD, targets_T, chunk, torch.is_grad_enabled())[0]
+    return reference.linear_cross_entropy(x_TD, w_VD, targets_T)
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -38,19 +41,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr,
-    targets_ptr,
-    losses_ptr,
-    V: tl.constexpr,
-    GRADS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    logits_ptr, targets_ptr, losses_ptr, V: tl.constexpr, GRADS: tl.constexpr, BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr,
-):
-    """One row: its loss, and softmax - onehot in place of its logits; a row that does not count is not read and becomes zeros.
+):  # fmt: skip
+    """One row: its loss, and softmax - onehot in place of its logits. A row whose target is -1 is not read and becomes
+    zeros.
 
-    GROUP neighbours belong to one thread (8: 16 bytes of bfloat16), which keeps a running maximum and sum for them: 1.1 exponentials a value where a
-    maximum for each value would take two. Base 2 is the hardware's: with tl.exp and such maxima the kernel took 36 instructions a value, not 15,
-    and was bound by them and not by memory."""
+    A thread keeps one running maximum and sum for GROUP neighbours (8: 16 bytes of bfloat16), which takes 1.1
+    exponentials a value; a maximum for each value would take two. Exponentials are in base 2, which is the hardware's:
+    with tl.exp and a maximum for each value the kernel took 36 instructions a value instead of 15, and these limited
+    it, not memory."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     offs = tl.arange(0, BLOCK_V // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -74,12 +74,12 @@ def cross_entropy_kernel(
         log2_total = tl.log2(tl.sum(total * tl.exp2((top - best) * LOG2E), 0))
         tl.store(losses_ptr + row, log2_total / LOG2E + (best - picked))
         if GRADS:
-            tl.debug_barrier()  # every warp has read what the others overwrite: the reductions above are no barriers where one warp holds the row
-            for back in range(0, V, BLOCK_V):  # from the end: what was read last is in the L2 cache
+            tl.debug_barrier()  # no warp may overwrite what another has yet to read: reductions are no barriers
+            for back in range(0, V, BLOCK_V):  # from the end, which the L2 cache still has
                 v = (V - 1) // BLOCK_V * BLOCK_V - back
                 x = tl.load(logits_ptr + v + offs, mask=offs < V - v, other=0.0).to(tl.float32)
                 tl.store(logits_ptr + v + offs, tl.exp2((x - best) * LOG2E - log2_total).to(dtype), mask=offs < V - v)
-            tl.debug_barrier()  # the target's value is stored twice, by different threads
+            tl.debug_barrier()  # two threads store the target's value, this one last
             tl.store(logits_ptr + target, (tl.exp2((picked - best) * LOG2E - log2_total) - 1.0).to(dtype))
 
 
@@ -87,22 +87,30 @@ def cross_entropy_kernel(
 def cross_entropy_op(
     x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, chunk: int, grads: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mean loss, the factor (1 / counted targets) by which the two gradients that follow are too large, and these; empty without `grads`."""
+    """The mean loss, the factor 1 / (counted targets), and the gradients of x and w before that factor; these are empty
+    without `grads`."""
+    with autocast_off(x_TD.device.type):
+        return _cross_entropy(x_TD, w_VD, targets_T, chunk, grads)
+
+
+def _cross_entropy(x_TD, w_VD, targets_T, chunk, grads):
     x, w, targets = x_TD.contiguous(), w_VD.to(x_TD.dtype).contiguous(), targets_T.contiguous()
     (T, _), V = x.shape, w.shape[0]
-    # Two groups a thread. At most two rows of 32 warps are on a multiprocessor: more would push one another out of L2 between their two passes.
+    # Two groups a thread. A multiprocessor holds at most two rows of 32 warps: more would evict one another from L2
+    # between the two passes.
     block, group = (min(max(pow2(V), 8), 16384), 8) if V % 8 == 0 else (min(pow2(V), 4096), 1)
     scale = 1.0 / (targets >= 0).sum().clamp(min=1).float()
     losses = x.new_empty(T, dtype=torch.float32)
-    dx, dw = (
-        (torch.empty_like(x), w.new_zeros(w.shape, dtype=torch.float32)) if grads else (x.new_empty(0), w.new_empty(0))
-    )
+    dx, dw = x.new_empty(0), w.new_empty(0)
+    if grads:
+        dx, dw = torch.empty_like(x), w.new_zeros(w.shape, dtype=torch.float32)
     for start in range(0, T, chunk):
         rows = x[start : start + chunk]
         logits = rows @ w.T
         cross_entropy_kernel[(len(rows),)](
-            logits, targets[start:], losses[start:], V, grads, block, group, num_warps=max(4, block // 512)
-        )
+            logits_ptr=logits, targets_ptr=targets[start:], losses_ptr=losses[start:],
+            V=V, GRADS=grads, BLOCK_V=block, GROUP=group, num_warps=max(4, block // 512),
+        )  # fmt: skip
         if grads:
             torch.mm(logits, w, out=dx[start : start + chunk])
             if x.is_cuda and x.dtype != torch.float32:
@@ -114,9 +122,8 @@ def cross_entropy_op(
 
 @cross_entropy_op.register_fake
 def _(x_TD, w_VD, targets_T, chunk, grads):
-    scalar = lambda: x_TD.new_empty((), dtype=torch.float32)  # noqa: E731
-    gradient = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format) if grads else t.new_empty(0)  # noqa: E731
-    return scalar(), scalar(), gradient(x_TD), gradient(w_VD)
+    loss, scale = (x_TD.new_empty((), dtype=torch.float32) for _ in range(2))
+    return loss, scale, *(t.new_empty(t.shape if grads else 0) for t in (x_TD, w_VD))
 
 
 def _setup_context(ctx, inputs, output):
@@ -124,7 +131,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
-@once_differentiable  # dx and dw are constants here: a second derivative would lack what they owe to x and w
+@once_differentiable  # dx and dw are constants here, so a second derivative would lack their dependence on x and w
 def _backward(ctx, dloss, *_):
     scale, dx, dw = ctx.saved_tensors
     factor = dloss * scale

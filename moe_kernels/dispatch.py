@@ -1,16 +1,17 @@
-"""Who computes what: a stable counting sort of the (token, slot) pairs by expert, the table of GEMM tiles, and the way back to tokens.
+"""A stable counting sort of the (token, slot) pairs by expert, the table of GEMM tiles, and the weighted sum back to
+tokens.
 
 Shapes: T tokens, K experts per token, E experts, S = T*K routed rows, D model width. All index tensors are int32.
-A pair's flat index is `slot = token * K + k`; the sort maps slots to rows and leaves each expert's rows contiguous, in token order.
+A pair's flat index is `slot = token * K + k`; the sort maps slots to rows and leaves each expert's rows contiguous, in
+token order.
 """
 
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.language import tl, triton
 from moe_kernels.tiles import cdiv, max_tiles, pow2
 
 CHUNK = 512  # slots per program of the sort
@@ -38,7 +39,7 @@ def count_kernel(experts_ptr, chunk_counts_ptr, S, E: tl.constexpr, CHUNK: tl.co
 
 @triton.jit(do_not_specialize=["n_chunks"])
 def scan_kernel(chunk_counts_ptr, counts_ptr, n_chunks, E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr):
-    # In place: chunk_counts becomes its exclusive prefix sum over chunks, one column of experts per program.
+    # In place, chunk_counts becomes its exclusive prefix sum over chunks; each program has BLOCK_E columns.
     offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, n_chunks, BLOCK_C):
@@ -53,39 +54,24 @@ def scan_kernel(chunk_counts_ptr, counts_ptr, n_chunks, E: tl.constexpr, BLOCK_C
 
 @triton.jit(do_not_specialize=["S", "n_chunks", "max_tiles", "block_m"])
 def place_kernel(
-    experts_ptr,
-    chunk_prefix_ptr,
-    counts_ptr,
-    offsets_ptr,
-    row_slot_ptr,
-    slot_row_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
-    tile_count_ptr,
-    by_size_ptr,
-    S,
-    n_chunks,
-    max_tiles,
-    block_m,  # no constant: the sort takes 1.4 s to compile, and generation meets several tile heights
-    E: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-):
+    experts_ptr, chunk_prefix_ptr, counts_ptr, offsets_ptr, row_slot_ptr, slot_row_ptr, tile_expert_ptr, tile_row_ptr,
+    tile_count_ptr, by_size_ptr, S, n_chunks, max_tiles, block_m,
+    E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, ONE_CHUNK: tl.constexpr,
+):  # fmt: skip
+    # block_m is no constant: the sort takes 1.4 s to compile, and generation uses several tile heights.
     pid = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
-    if ONE_CHUNK:  # few slots, as in generation: every program counts them all, and this is the only launch
+    if ONE_CHUNK:  # few slots, as in generation: every program counts all of them, and this is the only launch
         all_slots = tl.arange(0, CHUNK)
-        counts = tl.histogram(
-            tl.load(experts_ptr + all_slots, mask=all_slots < S, other=0), BLOCK_E, mask=all_slots < S
-        )
+        all_experts = tl.load(experts_ptr + all_slots, mask=all_slots < S, other=0)
+        counts = tl.histogram(all_experts, BLOCK_E, mask=all_slots < S)
     else:
         counts = tl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
     ends = tl.cumsum(counts, 0)
     starts = ends - counts
     if pid < n_chunks:
-        # Sorting (expert, position) pairs packed in one integer is stable. A row's destination is its expert's first row, plus the
-        # expert's rows in earlier chunks, plus its rank among the chunk's rows of that expert.
+        # Sorting (expert, position) pairs packed in one integer is stable. A slot's row is its expert's first row, plus
+        # the expert's rows in earlier chunks, plus its rank among the chunk's slots of that expert.
         offs = tl.arange(0, CHUNK)
         slots = pid * CHUNK + offs
         mask = slots < S
@@ -124,7 +110,7 @@ def place_kernel(
             tl.store(offsets_ptr, 0)
             total = tl.sum(n_tiles, 0)
             tl.store(tile_count_ptr, total)
-            for i in range(total, max_tiles, 128):  # unused entries: zeros, so that equal inputs give equal outputs
+            for i in range(total, max_tiles, 128):  # zeros in unused entries: equal inputs give equal outputs
                 tile = i + tl.arange(0, 128)
                 tl.store(tile_expert_ptr + tile, tl.zeros([128], tl.int32), mask=tile < max_tiles)
                 tl.store(tile_row_ptr + tile, tl.zeros([128], tl.int32), mask=tile < max_tiles)
@@ -133,42 +119,44 @@ def place_kernel(
 def dispatch(experts_TK, n_experts, block_m):
     """Sort the slots by expert and cut each expert's rows into tiles of `block_m`.
 
-    experts_TK: (T, K) int32 contiguous, every id in 0..n_experts-1 (not checked: that would wait for the GPU). Returns a `Dispatch`."""
+    experts_TK: (T, K) int32 contiguous, every id in 0..n_experts-1 (not checked: that would wait for the GPU). Returns
+    a `Dispatch`."""
     S, E = experts_TK.numel(), n_experts
-    n_chunks = cdiv(S, CHUNK)
-    block_e = pow2(E)
-    n_tiles = max_tiles(S, E, block_m)
-    new = lambda *shape: experts_TK.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    out = Dispatch(new(E + 1), new(S), new(*experts_TK.shape), new(n_tiles), new(n_tiles), new(1), new(3, E))
+    n_chunks, n_tiles, block_e = cdiv(S, CHUNK), max_tiles(S, E, block_m), pow2(E)
+    out = empty_dispatch(experts_TK, E, block_m)
     if S == 0:
-        for index in out:
-            index.zero_()
-        return out
-    chunk_counts, counts = (None, None) if n_chunks == 1 else (new(n_chunks, E), new(E))
+        return Dispatch(*(index.zero_() for index in out))
+    chunk_counts = counts = None
     if n_chunks > 1:
-        count_kernel[(n_chunks,)](experts_TK, chunk_counts, S, E, CHUNK, block_e)
-        scan_kernel[(cdiv(E, 16),)](chunk_counts, counts, n_chunks, E, BLOCK_C=64, BLOCK_E=16)
+        chunk_counts, counts = out.offsets.new_empty(n_chunks, E), out.offsets.new_empty(E)
+        count_kernel[(n_chunks,)](
+            experts_ptr=experts_TK, chunk_counts_ptr=chunk_counts, S=S, E=E, CHUNK=CHUNK, BLOCK_E=block_e
+        )
+        scan_kernel[(cdiv(E, 16),)](
+            chunk_counts_ptr=chunk_counts, counts_ptr=counts, n_chunks=n_chunks, E=E, BLOCK_C=64, BLOCK_E=16
+        )
     place_kernel[(n_chunks + E,)](
-        experts_TK, chunk_counts, counts, *out, S, n_chunks, n_tiles, block_m, E, CHUNK, block_e, n_chunks == 1
-    )
+        experts_ptr=experts_TK, chunk_prefix_ptr=chunk_counts, counts_ptr=counts, offsets_ptr=out.offsets,
+        row_slot_ptr=out.row_slot_S, slot_row_ptr=out.slot_row_TK, tile_expert_ptr=out.tile_expert,
+        tile_row_ptr=out.tile_row, tile_count_ptr=out.tile_count, by_size_ptr=out.by_size, S=S, n_chunks=n_chunks,
+        max_tiles=n_tiles, block_m=block_m, E=E, CHUNK=CHUNK, BLOCK_E=block_e, ONE_CHUNK=n_chunks == 1,
+    )  # fmt: skip
     return out
+
+
+def empty_dispatch(experts_TK, n_experts, block_m):
+    """A `Dispatch` of uninitialised tensors, for `dispatch` to fill."""
+    S, E = experts_TK.numel(), n_experts
+    n_tiles = max_tiles(S, E, block_m)
+    shapes = (E + 1,), (S,), experts_TK.shape, (n_tiles,), (n_tiles,), (1,), (3, E)
+    return Dispatch(*(experts_TK.new_empty(shape, dtype=torch.int32) for shape in shapes))
 
 
 @triton.jit(do_not_specialize=["S"])
 def combine_kernel(
-    y_ptr,
-    slot_row_ptr,
-    gates_ptr,
-    out_ptr,
-    dgates_part_ptr,
-    dgates_ptr,
-    S,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    HAS_GATES: tl.constexpr,
-    N_PARTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    y_ptr, slot_row_ptr, gates_ptr, out_ptr, dgates_part_ptr, dgates_ptr, S,
+    D: tl.constexpr, K: tl.constexpr, HAS_GATES: tl.constexpr, N_PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -181,7 +169,8 @@ def combine_kernel(
         acc += y
     tl.store(out_ptr + t * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
     if N_PARTS > 0:
-        # The gate's gradient comes in one partial sum per column tile of dswiglu_kernel: adding them here spares a launch and atomics.
+        # dswiglu_kernel leaves one partial sum of the gate's gradient per column tile; adding them here spares a launch
+        # and atomics.
         if tl.program_id(1) == 0:
             for k in tl.static_range(K):
                 row = tl.load(slot_row_ptr + t * K + k).to(tl.int64)
@@ -196,29 +185,17 @@ def combine_kernel(
 def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None, out=None):
     """sum_k gates[t,k] * y[row of (t,k)] (T, D), accumulated in float32; gates of one when None.
 
-    dgates_parts (N, S) float32: partial gate gradients by row; then also returns their sum, (T, K) float32, else None.
+    dgates_parts (N, S) float32: partial gate gradients by row. With them it also returns their sum, (T, K) float32,
+    else None.
     out: contiguous tensors for the two results."""
     (T, K), (S, D) = slot_row_TK.shape, y_SD.shape
-    out, dgates = out or (
-        y_SD.new_empty(T, D),
-        None if dgates_parts is None else y_SD.new_empty(T, K, dtype=torch.float32),
-    )
+    n_parts = 0 if dgates_parts is None else dgates_parts.shape[0]
+    out, dgates = out or (y_SD.new_empty(T, D), y_SD.new_empty(T, K, dtype=torch.float32) if n_parts else None)
     if T > 0:
         block_d = min(pow2(D), 2048)
-        n_parts = 0 if dgates_parts is None else dgates_parts.shape[0]
         combine_kernel[(T, cdiv(D, block_d))](
-            y_SD,
-            slot_row_TK,
-            gates_TK,
-            out,
-            dgates_parts,
-            dgates,
-            S,
-            D,
-            K,
-            gates_TK is not None,
-            n_parts,
-            block_d,
+            y_ptr=y_SD, slot_row_ptr=slot_row_TK, gates_ptr=gates_TK, out_ptr=out, dgates_part_ptr=dgates_parts,
+            dgates_ptr=dgates, S=S, D=D, K=K, HAS_GATES=gates_TK is not None, N_PARTS=n_parts, BLOCK_D=block_d,
             num_warps=min(8, max(1, block_d // 256)),
-        )
+        )  # fmt: skip
     return out, dgates

@@ -1,49 +1,29 @@
-"""The six grouped GEMMs of an expert layer, each with what surrounds it fused in: gathers in the loads, SwiGLU and its gradient in the epilogues.
+"""The six grouped GEMMs of an expert layer, each fused with its surroundings: gathers in the loads, the activation and
+its gradient in the epilogues.
 
-Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token,
-S = T*K routed rows sorted by expert (see `dispatch`). Accumulation is float32; float32 inputs are multiplied in full precision.
+Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
+token, S = T*K routed rows sorted by expert (see `dispatch`). Accumulation is float32; float32 inputs are multiplied in
+full precision.
 
-In the kernels M indexes rows of the output tile, N its columns, and the reduction goes in steps of BLOCK_K. Weights come through tensor
-descriptors (TMA on Hopper), gathered rows through pointers (asynchronous copies). Tiles: `tiles.py`.
+In the kernels M indexes rows of the output tile, N its columns, and the reduction goes in steps of BLOCK_K. Weights
+come through tensor descriptors (TMA on Hopper), gathered rows through pointers (asynchronous copies). Tiles:
+`tiles.py`.
 
-The pre-activation h goes from `up_kernel` to `dswiglu_kernel` and nowhere else, so it lies as these two use it: h_PSW, P panels of W = 2F / P columns,
-W / 2 of the gate and the W / 2 of up that belong to them; W / 2 is the width of a column part of both kernels. What a tile reads of a panel is one piece of memory.
+Only `up_kernel` writes the pre-activation h and only `dswiglu_kernel` reads it, so it is stored as these two use it:
+h_PSW, P panels of W = 2F / P columns. A panel has W / 2 gate columns and the W / 2 up columns that belong to them; W /
+2 is the width of a column part of both kernels. What a tile reads of a panel is one contiguous piece of memory.
 """
 
 import torch
-import triton
-import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.tiles import capability, cdiv, interpreting, resident_programs
-
-
-@triton.jit
-def _sigmoid_approx(x):
-    # Two instructions of the special function unit and two others, within 1e-6 of 1 / (1 + exp(-x)). tl.sigmoid takes ten more: its exponential and its
-    # division rescale numbers too small or too large for float32, which here are 0 or 1 just as well; half of an epilogue's time was that.
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .f32 t;
-        mul.ftz.f32 t, $1, 0fBFB8AA3B;
-        ex2.approx.ftz.f32 t, t;
-        add.ftz.f32 t, t, 0f3F800000;
-        rcp.approx.ftz.f32 $0, t;
-        }""",
-        "=f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-_sigmoid = tl.sigmoid if interpreting() else _sigmoid_approx
+from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.language import TensorDescriptor, tl, triton
+from moe_kernels.tiles import capability, cdiv, resident_programs
 
 
 @triton.jit
 def _tile(pid, n_row_tiles, tile_expert_ptr, tile_row_ptr, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
-    # GROUP_M row tiles walk the columns together, so that the weights they share are read from L2 and not from memory.
+    # GROUP_M row tiles advance through the columns together, so that the weights they share come from L2.
     group = pid // (GROUP_M * N_TILES)
     first_m = group * GROUP_M
     size_m = tl.minimum(n_row_tiles - first_m, GROUP_M)
@@ -54,7 +34,7 @@ def _tile(pid, n_row_tiles, tile_expert_ptr, tile_row_ptr, N_TILES: tl.constexpr
 
 @triton.jit
 def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
-    # The part-th of PARTS equal column ranges, by halving: free in registers, because a thread holds whole rows of a wgmma accumulator.
+    # The part-th of PARTS equal column ranges. Halving moves no data: a thread holds whole rows of a wgmma accumulator.
     if PARTS == 1:
         return x
     else:
@@ -67,8 +47,9 @@ def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
 
 @triton.jit
 def _descriptor(matrix, n_rows, N_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """`matrix` if it is a descriptor. If it is a pointer, because the GPU has no TMA, one made here: its loads become masked copies, which are wide
-    because the strides are constants; the strides of a descriptor of the host are not. Rows from n_rows on read as zero."""
+    """`matrix` if it is a descriptor, else (no TMA) one made of the pointer, whose rows from n_rows on read as zero.
+
+    Its loads become masked copies, which are wide because the strides are constants, unlike those of a host's descriptor."""
     if isinstance(matrix, tl.tensor):
         return tl.make_tensor_descriptor(matrix, [n_rows, N_COLUMNS], [N_COLUMNS, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
     else:
@@ -77,32 +58,17 @@ def _descriptor(matrix, n_rows, N_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexp
 
 @triton.jit(do_not_specialize=["S", "max_tiles"])
 def up_kernel(
-    x_ptr,
-    w_in_desc,
-    h_ptr,
-    a_ptr,
-    row_slot_ptr,
-    offsets_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
-    tile_count_ptr,
-    S,
-    max_tiles,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """h = gather(x) W_in^T and a = silu(gate) * up. One product has the gate columns of the tile and the up columns that belong to them: W_in, seen as
-    (2E, F, D), has them in neighbouring planes, of which one TMA box takes a piece each."""
+    x_ptr, w_in_desc, h_ptr, a_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, S,
+    max_tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """h = gather(x) W_in^T and a = f(gate) * up. One product has the gate columns of the tile and the up columns that
+    belong to them: W_in, seen as (2E, F, D), has these in neighbouring planes, and one TMA box takes a piece of
+    both."""
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    # What the first loads of x wait for is two loads deep: the walk is that of the static bound, the gather covers whole tiles, and neither needs the
-    # number of tiles or of rows. Rows past the expert's end are the next expert's: computed, not stored.
+    # Keep two dependent loads before the first x load: neither the tile order nor the gather needs the number of tiles
+    # or of rows. Rows past the expert's end belong to the next expert; they are computed and not stored.
     expert, row, pid_m, pid_n = _tile(tl.program_id(0), max_tiles, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)
     if pid_m >= tl.load(tile_count_ptr):
         return
@@ -121,7 +87,7 @@ def up_kernel(
             x = tl.load(x_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
         w = w_in_desc.load([2 * expert, pid_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K)
         acc = tl.dot(x, w.T, acc, input_precision="ieee")
-    # A 64-bit base and 32-bit offsets inside the tile: pointers of 64 bits per element would fill the registers.
+    # A 64-bit base and 32-bit offsets inside the tile: 64-bit pointers per element would fill the registers.
     dtype = a_ptr.dtype.element_ty
     panel = S.to(tl.int64) * (2 * WIDTH)
     h_ptr += pid_n * PARTS * panel + row.to(tl.int64) * (2 * WIDTH)
@@ -135,33 +101,20 @@ def up_kernel(
         g, u = _split_columns(acc, 2 * PARTS, part), _split_columns(acc, 2 * PARTS, PARTS + part)
         tl.store(h_ptr + part * panel + offs_h, g.to(dtype), mask=mask)
         tl.store(h_ptr + part * panel + WIDTH + offs_h, u.to(dtype), mask=mask)
-        tl.store(
-            a_ptr + part * WIDTH + offs_m[:, None] * F + offs_n[None, :], (g * _sigmoid(g) * u).to(dtype), mask=mask
-        )
+        tl.store(a_ptr + part * WIDTH + offs_m[:, None] * F + offs_n[None, :], (VALUE(g) * u).to(dtype), mask=mask)
 
 
 @triton.jit
 def rows_kernel(
-    a_desc,
-    w_desc,
-    y_ptr,
-    offsets_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
-    tile_count_ptr,
-    N: tl.constexpr,
-    R: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    a_desc, w_desc, y_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr,
+    N: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """y (S, N) = a (S, R) times each row's expert matrix: w^T with w (E, N, R) when TRANSPOSED, else w (E, R, N).
 
-    Persistent and flattened: the next tile's loads run under this tile's stores (10 % faster than one program per tile on an H100;
-    the gathering kernels lose 5-20 % from the same change, so they stay one program per tile)."""
+    The kernel is persistent and its loops are flattened, so that the next tile's loads overlap this tile's stores: 10 %
+    faster than one program per tile on an H100. The gathering kernels lose 5-20 % from the same change and stay one
+    program per tile."""
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     n_tiles_m = tl.load(tile_count_ptr)
@@ -176,8 +129,8 @@ def rows_kernel(
             weights = _descriptor(w_desc, (expert + 1) * R, N, BLOCK_K, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, R, BLOCK_K):
-            # Rows past the expert's end belong to the next expert: they are computed and not stored. Columns past R read as zero in `a`,
-            # and past N are not stored; both may hold another expert's weights in `w`.
+            # Rows past the expert's end and columns past N are computed and not stored. Columns past R are zero in `a`.
+            # In `w` both may be another expert's weights.
             a = a_rows.load([row, k])
             if TRANSPOSED:
                 w = weights.load([expert * N + pid_n * BLOCK_N, k]).T
@@ -199,35 +152,16 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=["S", "max_tiles"])
 def dswiglu_kernel(
-    dy_ptr,
-    w_out_desc,
-    h_ptr,
-    gates_ptr,
-    dh_ptr,
-    ga_ptr,
-    dgates_part_ptr,
-    row_slot_ptr,
-    offsets_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
-    tile_count_ptr,
-    S,
-    max_tiles,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    dy_ptr, w_out_desc, h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr,
+    tile_row_ptr, tile_count_ptr, S, max_tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr,
+    SLOPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
-):
-    """da = gather(dy) W_out, then in the epilogue dh, ga = gate * swiglu(h), and the row sums of da * swiglu(h) that make the gate's gradient."""
+):  # fmt: skip
+    """da = gather(dy) W_out, then in the epilogue dh, ga = router gate * a, and the row sums of da * a, which make the
+    router gate's gradient."""
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    expert, row, pid_m, pid_n = _tile(
-        tl.program_id(0), max_tiles, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M
-    )  # as in up_kernel
+    expert, row, pid_m, pid_n = _tile(tl.program_id(0), max_tiles, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)
     if pid_m >= tl.load(tile_count_ptr):
         return
     n_rows = tl.load(offsets_ptr + expert + 1) - row
@@ -244,7 +178,8 @@ def dswiglu_kernel(
             dy = tl.load(dy_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
         acc = tl.dot(dy, weights.load([expert * D + k, pid_n * BLOCK_N]), acc, input_precision="ieee")
 
-    # Narrow column parts keep the five epilogue tiles in registers; the next part's h is on its way while this part is computed.
+    # Narrow column parts keep the five epilogue tiles in registers. The next part's h is loaded while this part is
+    # computed.
     dtype = ga_ptr.dtype.element_ty
     weight = tl.load(gates_ptr + slots, mask=mask_m, other=0.0)[:, None]
     dgate = tl.zeros([BLOCK_M], tl.float32)
@@ -269,43 +204,32 @@ def dswiglu_kernel(
             g_next = tl.load(h_ptr + (part + 1) * panel + offs_h, mask=mask, other=0.0)
             u_next = tl.load(h_ptr + (part + 1) * panel + WIDTH + offs_h, mask=mask, other=0.0)
         da = _split_columns(acc, PARTS, part)
-        sig = _sigmoid(g)
-        silu = g * sig
-        a = silu * u
+        value, slope = SLOPE(g)
+        a = value * u
         dgate += tl.sum(da * a, 1)
         tl.store(ga_ptr + part * WIDTH + offs_a, (weight * a).to(dtype), mask=mask_part)
         da *= weight
-        tl.store(dh_ptr + part * WIDTH + offs_dh, (da * u * (sig + silu - silu * sig)).to(dtype), mask=mask_part)
-        tl.store(dh_ptr + F + part * WIDTH + offs_dh, (da * silu).to(dtype), mask=mask_part)
+        tl.store(dh_ptr + part * WIDTH + offs_dh, (da * u * slope).to(dtype), mask=mask_part)
+        tl.store(dh_ptr + F + part * WIDTH + offs_dh, (da * value).to(dtype), mask=mask_part)
     tl.store(dgates_part_ptr + pid_n * S.to(tl.int64) + row + offs_m, dgate, mask=mask_m)
 
 
 @triton.jit(do_not_specialize=["E"])
 def dw_kernel(
-    a_ptr,
-    b_desc,
-    dw_ptr,
-    row_slot_ptr,
-    by_size_ptr,
-    E,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """dw[e] (M, N) = a[rows of e]^T b[rows of e], stored as (N, M) when TRANSPOSED. `a` is gathered by token, `b` lies sorted by expert. No rows: zeros.
+    a_ptr, b_desc, dw_ptr, row_slot_ptr, by_size_ptr,
+    E, M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """dw[e] (M, N) = a[rows of e]^T b[rows of e], stored as (N, M) when TRANSPOSED. `a` is gathered by token, `b` lies
+    sorted by expert. No rows: zeros.
 
-    The sorted operand is the wide one and on the right for both weights: through TMA it costs no address arithmetic there, while TMA of a left operand,
-    which the product reads transposed, is slower than pointers. Turning the result round costs one pass through shared memory per tile."""
+    For both weights the sorted operand is the wide one, on the right: there TMA spares the address arithmetic, while
+    TMA of a left operand, which the product reads transposed, is slower than pointers. Transposing the result costs one
+    pass through shared memory per tile."""
     M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    # Large experts first: their long reductions must not be what the last multiprocessors still do when all others are done.
+    # Start with the largest experts: a long reduction that starts late would leave the other multiprocessors idle.
     rank_ptr = by_size_ptr + tl.program_id(0) // (M_TILES * N_TILES)
     expert, start, end = tl.load(rank_ptr), tl.load(rank_ptr + E), tl.load(rank_ptr + 2 * E)
     pid = tl.program_id(0) % (M_TILES * N_TILES)
@@ -317,7 +241,7 @@ def dw_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     b_rows = _descriptor(b_desc, end, N, BLOCK_K, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # The token ids of the next step are loaded one step ahead: an index loaded where it is used halves the depth of the pipeline.
+    # Load token ids one step ahead: loading them in the step that uses them halves the depth of the pipeline.
     tokens = tl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
     for row in range(start, end, BLOCK_K):
         rows = row + offs_k
@@ -347,17 +271,18 @@ def dw_kernel(
 
 
 def _row_grid(dispatch, n_columns, tile):
-    # Every launch is sized by the static bound on the number of row tiles; the surplus programs return at once.
+    # The static bound on the number of row tiles sizes every launch; surplus programs return at once.
     return (dispatch.tile_expert.numel() * cdiv(n_columns, tile.BLOCK_N),)
 
 
 def _desc(tensor, rows, columns):
-    """What the kernels' `_descriptor` takes: a descriptor of the matrix of all rows, or the tensor where the GPU has no TMA."""
+    """What the kernels' `_descriptor` takes: a descriptor of the matrix of all rows, or the tensor without TMA."""
     return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [rows, columns]) if capability() >= 90 else tensor
 
 
 def panels(S, F, tile):
-    """Shape (P, S, W) of the pre-activations of S rows, W / 2 = BLOCK_N / PARTS; one W for the tiles of `up` and `dswiglu`.
+    """Shape (P, S, W) of the pre-activations of S rows, W / 2 = BLOCK_N / PARTS; one W for the tiles of `up` and
+    `dswiglu`.
 
     Raises ValueError where W / 2 does not divide F: the last panel would not be whole."""
     width = tile.BLOCK_N // tile.PARTS
@@ -371,110 +296,91 @@ def to_rows(h_PSW):
     return h_PSW.unflatten(2, (2, -1)).permute(1, 2, 0, 3).flatten(1)
 
 
-def up(x_TD, w_in_EGD, dispatch, tile):
-    """Pre-activations h (P, S, W) of the routed rows, see `panels`, and activations swiglu(h) (S, F). Raises ValueError as `panels` does."""
-    S, K = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1]
-    (E, G, D), F = w_in_EGD.shape, w_in_EGD.shape[1] // 2
+def _tile_table(dispatch):
+    """Arguments that every row-tiled kernel takes."""
+    return dict(
+        offsets_ptr=dispatch.offsets,
+        tile_expert_ptr=dispatch.tile_expert,
+        tile_row_ptr=dispatch.tile_row,
+        tile_count_ptr=dispatch.tile_count,
+    )
+
+
+def _gather(dispatch):
+    """Arguments that the row-tiled kernels with gathered rows take."""
+    S, K, max_tiles = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1], dispatch.tile_expert.numel()
+    return dict(row_slot_ptr=dispatch.row_slot_S, S=S, max_tiles=max_tiles, TOP_K=K, **_tile_table(dispatch))
+
+
+def up(x_TD, w_in_EGD, dispatch, tile, activation="swiglu"):
+    """Pre-activations h (P, S, W) of the routed rows, see `panels`, and activations a = f(gate) * up (S, F). Raises
+    ValueError as `panels` does."""
+    (E, _, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
     h, a = x_TD.new_empty(panels(S, F, tile)), x_TD.new_empty(S, F)
     w_desc = w_in_EGD
     if capability() >= 90:
         w_desc = TensorDescriptor.from_tensor(w_in_EGD.view(2 * E, F, D), [2, tile.BLOCK_N, tile.BLOCK_K])
     up_kernel[_row_grid(dispatch, F, tile)](
-        x_TD,
-        w_desc,
-        h,
-        a,
-        dispatch.row_slot_S,
-        dispatch.offsets,
-        dispatch.tile_expert,
-        dispatch.tile_row,
-        dispatch.tile_count,
-        S,
-        dispatch.tile_expert.numel(),
-        D,
-        F,
-        K,
-        **tile._asdict(),
-    )
+        x_ptr=x_TD, w_in_desc=w_desc, h_ptr=h, a_ptr=a,
+        D=D, F=F, VALUE=ACTIVATIONS[activation].value, **_gather(dispatch), **tile._asdict(),
+    )  # fmt: skip
     return h, a
 
 
-def rows_gemm(a_SR, w, transposed, dispatch, tile):
-    """Row s of the result (S, N) is w[e] a[s] with w (E, N, R) when transposed, else a[s] w[e] with w (E, R, N); e the row's expert."""
+def _rows_gemm(a_SR, w, transposed, dispatch, tile):
+    """Row s of the result (S, N) is w[e] a[s] with w (E, N, R) when transposed, else a[s] w[e] with w (E, R, N); e is
+    the row's expert."""
     S, R = a_SR.shape
     N = w.shape[1] if transposed else w.shape[2]
     y = a_SR.new_empty(S, N)
-    a_desc = _desc(a_SR, tile.BLOCK_M, tile.BLOCK_K)
-    w_desc = _desc(w, tile.BLOCK_N, tile.BLOCK_K) if transposed else _desc(w, tile.BLOCK_K, tile.BLOCK_N)
     grid = (min(_row_grid(dispatch, N, tile)[0], resident_programs(tile, a_SR.device)),)
     rows_kernel[grid](
-        a_desc,
-        w_desc,
-        y,
-        dispatch.offsets,
-        dispatch.tile_expert,
-        dispatch.tile_row,
-        dispatch.tile_count,
-        N,
-        R,
-        transposed,
-        **tile._asdict(),
-    )
+        a_desc=_desc(a_SR, tile.BLOCK_M, tile.BLOCK_K),
+        w_desc=_desc(w, tile.BLOCK_N, tile.BLOCK_K) if transposed else _desc(w, tile.BLOCK_K, tile.BLOCK_N), y_ptr=y,
+        N=N, R=R, TRANSPOSED=transposed, **_tile_table(dispatch), **tile._asdict(),
+    )  # fmt: skip
     return y
 
 
 def down(a_SF, w_out_EDF, dispatch, tile):
-    """Expert outputs before the gates (S, D)."""
-    return rows_gemm(a_SF, w_out_EDF, True, dispatch, tile)
+    """Expert outputs before the router's gates (S, D)."""
+    return _rows_gemm(a_SF, w_out_EDF, True, dispatch, tile)
 
 
 def dx(dh_SG, w_in_EGD, dispatch, tile):
     """Gradient of each routed row's input (S, D)."""
-    return rows_gemm(dh_SG, w_in_EGD, False, dispatch, tile)
+    return _rows_gemm(dh_SG, w_in_EGD, False, dispatch, tile)
 
 
-def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile):
-    """dh (S, 2F), gate * swiglu(h) (S, F), and the gates' gradient by row in one partial sum per column tile (tiles, S) float32.
+def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile, activation="swiglu"):
+    """dh (S, 2F), router gate * a (S, F), and the router gates' gradient by row, one partial sum per column tile
+    (tiles, S) float32.
 
-    Raises ValueError when h (P, S, W) does not lie in the panels of this tile."""
-    S, K = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1]
-    _, D, F = w_out_EDF.shape
-    if h_PSW.shape != panels(S, F, tile):
+    The name is that of the usual activation. Raises ValueError when h (P, S, W) does not lie in the panels of this
+    tile."""
+    S, (_, D, F) = dispatch.row_slot_S.numel(), w_out_EDF.shape
+    expected = panels(S, F, tile)
+    if h_PSW.shape != expected:
         raise ValueError(
-            f"h {tuple(h_PSW.shape)}: the tile takes {panels(S, F, tile)}; BLOCK_N / PARTS must be that of up's tile"
+            f"h {tuple(h_PSW.shape)}: the tile takes {expected}; BLOCK_N / PARTS must be that of up's tile"
         )
     dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
     dgates_parts = h_PSW.new_empty(cdiv(F, tile.BLOCK_N), S, dtype=torch.float32)
-    w_desc = _desc(w_out_EDF, tile.BLOCK_K, tile.BLOCK_N)
     dswiglu_kernel[_row_grid(dispatch, F, tile)](
-        dy_TD,
-        w_desc,
-        h_PSW,
-        gates_TK,
-        dh,
-        ga,
-        dgates_parts,
-        dispatch.row_slot_S,
-        dispatch.offsets,
-        dispatch.tile_expert,
-        dispatch.tile_row,
-        dispatch.tile_count,
-        S,
-        dispatch.tile_expert.numel(),
-        D,
-        F,
-        K,
-        **tile._asdict(),
-    )
+        dy_ptr=dy_TD, w_out_desc=_desc(w_out_EDF, tile.BLOCK_K, tile.BLOCK_N), h_ptr=h_PSW, gates_ptr=gates_TK,
+        dh_ptr=dh, ga_ptr=ga, dgates_part_ptr=dgates_parts,
+        D=D, F=F, SLOPE=ACTIVATIONS[activation].slope, **_gather(dispatch), **tile._asdict(),
+    )  # fmt: skip
     return dh, ga, dgates_parts
 
 
 def dw(a_TM, b_SN, transposed, dispatch, tile):
     """(E, M, N): a[tokens of e's rows]^T b[rows of e]; its transpose (E, N, M) when `transposed`."""
-    E, K = dispatch.offsets.numel() - 1, dispatch.slot_row_TK.shape[1]
-    M, N = a_TM.shape[1], b_SN.shape[1]
-    out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
-    grid = (E * cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),)
-    b_desc = _desc(b_SN, tile.BLOCK_K, tile.BLOCK_N)
-    dw_kernel[grid](a_TM, b_desc, out, dispatch.row_slot_S, dispatch.by_size, E, M, N, K, transposed, **tile._asdict())
-    return out
+    E, M, N = dispatch.offsets.numel() - 1, a_TM.shape[1], b_SN.shape[1]
+    dw = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
+    dw_kernel[(E * cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),)](
+        a_ptr=a_TM, b_desc=_desc(b_SN, tile.BLOCK_K, tile.BLOCK_N), dw_ptr=dw, row_slot_ptr=dispatch.row_slot_S,
+        by_size_ptr=dispatch.by_size, E=E, M=M, N=N, TOP_K=dispatch.slot_row_TK.shape[1], TRANSPOSED=transposed,
+        **tile._asdict(),
+    )  # fmt: skip
+    return dw

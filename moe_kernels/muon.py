@@ -1,28 +1,26 @@
-"""Muon's step for small matrices, one program each: momentum, normalisation, five Newton-Schulz rounds and the weight's update, all on chip.
+"""Muon's step for small matrices, one program each: momentum, normalisation, five Newton-Schulz rounds and the update,
+all on chip.
 
-A step of a small MoE is hundreds of matrices that each fit into one multiprocessor. In batched products they go to memory and back fifteen times;
-here gradient, momentum and weight are read once, momentum and weight written once, and the matrices of several layers share a launch.
+A step of a small MoE updates hundreds of matrices that each fit into one multiprocessor. Batched products would move
+them to memory and back fifteen times. Here gradient, momentum and weight are read once, momentum and weight are written
+once, and several layers share a launch.
 
 Shapes: P parameters of one shape, (R, B) or (E, R, B), whose R rows are stacked maps of A rows: N maps (A, B) in each.
 """
 
 import math
 
-import triton
-import triton.language as tl
-
+from moe_kernels.language import tl, triton
 from moe_kernels.tiles import capability, interpreting, limits, pow2
 
 COEFFICIENTS = (
     3.4445,
     -4.7750,
     2.0315,
-)  # of Muon's quintic: singular values from 1e-3 to 1 end between 0.7 and 1.2 after five rounds
+)  # of Muon's quintic, which takes singular values from 1e-3..1 to 0.7..1.2 in five rounds
 ROUNDS = 5
-MOST = (
-    2**14
-)  # elements of a padded matrix that stays on chip without spilling registers (128 x 256 spills a kilobyte a thread)
-PER_LAUNCH = 8  # parameters whose addresses one launch takes
+MOST = 2**14  # elements of a padded matrix that fits the registers; 128 x 256 would spill a kilobyte a thread
+PER_LAUNCH = 8  # parameters of one launch
 
 
 def fits(shape, rows):
@@ -38,7 +36,7 @@ def padded(A, B):
 
 @triton.jit
 def pick(tensors, index, N: tl.constexpr):
-    """tensors[index] of a tuple of pointers, for an index that only the program knows."""
+    """tensors[index] of a tuple of pointers, for an index known at run time."""
     found = tensors[0]
     for i in tl.static_range(1, N):
         found = tl.where(index == i, tensors[i], found)
@@ -47,28 +45,12 @@ def pick(tensors, index, N: tl.constexpr):
 
 @triton.jit
 def muon_kernel(
-    weights,
-    momenta,
-    grads,
-    lr_ptr,
-    scale_ptr,
-    skip_ptr,
-    mu,
-    weight_decay,
-    size,
-    P: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    STILL: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    C1: tl.constexpr,
-    C3: tl.constexpr,
-    C5: tl.constexpr,
+    weights, momenta, grads, lr_ptr, scale_ptr, skip_ptr, mu, weight_decay, size,
+    P: tl.constexpr, A: tl.constexpr, B: tl.constexpr, SKIP_UNUSED: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, C1: tl.constexpr, C3: tl.constexpr, C5: tl.constexpr,
     ROUNDS: tl.constexpr,
-):
-    """One map, held with its shorter side first: the square products are then the small ones. Padding is zero and stays zero."""
+):  # fmt: skip
+    """One map, its shorter side first, which keeps the square products small. Padding is zero and stays zero."""
     if skip_ptr is not None:
         if tl.load(skip_ptr) > 0:
             return
@@ -85,14 +67,14 @@ def muon_kernel(
     momentum = tl.load(momentum_ptr + offs, mask=mask, other=0.0)
     momentum += (1 - mu) * (grad - momentum)
     tl.store(momentum_ptr + offs, momentum, mask=mask)
-    ahead = grad + mu * (momentum - grad)  # Nesterov
+    update = grad + mu * (momentum - grad)  # Nesterov
     rate = tl.load(lr_ptr)
     step = rate * size
-    if STILL:  # One that no token chose stands still: normalisation would make a full step of its fading momentum, again and again.
+    if SKIP_UNUSED:  # the expert got no token: normalisation would turn its fading momentum into a full step every time
         step = tl.where(tl.max(tl.max(tl.abs(grad), 1), 0) > 0, step, 0.0)
 
-    norm = tl.sqrt(tl.sum(tl.sum(ahead * ahead, 1), 0))
-    x = (ahead / tl.maximum(norm, 1e-20)).to(DTYPE)
+    norm = tl.sqrt(tl.sum(tl.sum(update * update, 1), 0))
+    x = (update / tl.maximum(norm, 1e-20)).to(DTYPE)
     for _ in range(ROUNDS):
         gram = tl.dot(x, tl.trans(x), input_precision="ieee").to(DTYPE)
         square = (C3 * gram.to(tl.float32) + C5 * tl.dot(gram, gram, input_precision="ieee")).to(DTYPE)
@@ -104,11 +86,12 @@ def muon_kernel(
 
 
 def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, scale=None, skip=None, still=False):
-    """A step of optim.Muon, its twin, on float32 parameters of one shape, in place on lists of weights and momenta. Products are in bfloat16,
-    in the interpreter in float32.
+    """A step of optim.Muon, its twin, in place on lists of float32 weights and momenta of one shape. Products are in
+    bfloat16 (in the interpreter in float32).
 
-    rows: of each stacked map, all equal (`fits`). lr: float32 0-d tensor. scale: None, or one that gradients are multiplied by. skip: None, or one;
-    where it is 1, nothing changes.
+    rows: numbers of rows of the stacked maps, all equal (`fits`). lr: float32 scalar tensor.
+    scale: float32 scalar tensor that gradients are multiplied by; None: 1. skip: float32 scalar tensor; where it is 1
+    nothing changes.
     still: a map whose gradient is all zero only decays."""
     A, B = rows[0], weights[0].shape[-1]
     maps, blocks = weights[0].numel() // (A * B), padded(A, B)
@@ -118,20 +101,10 @@ def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, scale=None,
         some = [tuple(tensors[i : i + PER_LAUNCH]) for tensors in (weights, momenta, grads)]
         P = len(some[0])
         muon_kernel[(maps, P)](
-            *some,
-            lr,
-            scale,
-            skip,
-            mu,
-            weight_decay,
-            0.2 * math.sqrt(max(A, B)),
-            P,
-            A,
-            B,
-            still,
-            dtype,
-            *blocks,
-            *COEFFICIENTS,
-            ROUNDS,
+            **dict(zip(("weights", "momenta", "grads"), some, strict=True)),
+            **dict(zip(("C1", "C3", "C5"), COEFFICIENTS, strict=True)),
+            **dict(zip(("BLOCK_S", "BLOCK_L"), blocks, strict=True)), lr_ptr=lr, scale_ptr=scale, skip_ptr=skip,
+            mu=mu, weight_decay=weight_decay, size=0.2 * math.sqrt(max(A, B)),
+            P=P, A=A, B=B, SKIP_UNUSED=still, DTYPE=dtype, ROUNDS=ROUNDS,
             num_warps=4 if math.prod(blocks) <= 2**13 else 8,
-        )
+        )  # fmt: skip

@@ -1,13 +1,19 @@
-"""The ground truth: every op of `moe_kernels` in plain PyTorch, differentiable, in any floating dtype (float64 is what tests compare with).
+"""The ground truth: every op of `moe_kernels` in plain PyTorch, differentiable, in any floating dtype (float64 is what
+tests compare with).
 
-Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token,
-S = T*K routed rows: the (token, slot) pairs sorted by expert, ties in token order.
+Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
+token, S = T*K routed rows: the (token, slot) pairs sorted by expert, ties in token order.
 """
 
 import torch
 import torch.nn.functional as F_
+from torch import Tensor
+
+from moe_kernels.activation import gated
+from moe_kernels.ops import autocast_off, sheltered
 
 
+@sheltered
 def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
     """Twin of `routing.route`: (gates_TK, experts_TK, counts_E, probs_E, z)."""
     logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
@@ -17,7 +23,8 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
     else:
         scores = logits.sigmoid()
         probs = scores / scores.sum(1, keepdim=True)
-    # Without a bias the logits order like the scores and do not underflow; the stable sort gives ties to the lower expert id.
+    # Without a bias the logits order like the scores and do not underflow; the stable sort gives ties to the lower
+    # expert id.
     ranking = logits if bias_E is None else scores + bias_E
     experts_TK = ranking.detach().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     gates_TK = gates_of(logits, experts_TK, score, normalize)
@@ -26,8 +33,10 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
     return gates_TK, experts_TK.int(), counts_E, probs.sum(0) / T, logits.logsumexp(1).square().sum() / T
 
 
+@sheltered
 def gates_of(logits_TE, experts_TK, score="softmax", normalize=True):
-    """Gates (T, K), float32 or float64, that `route` gives the experts (T, K) it chose; here of any choice, to replay a recorded one."""
+    """Gates (T, K), float32 or float64, that `route` gives the experts (T, K) it chose; here of any choice, to replay a
+    recorded one."""
     logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     experts_TK = experts_TK.long()
     if score == "softmax" and normalize:
@@ -37,7 +46,8 @@ def gates_of(logits_TE, experts_TK, score="softmax", normalize=True):
 
 
 def dispatch(experts_TK, n_experts):
-    """Twin of `dispatch.dispatch`: offsets (E+1), the flat (token, slot) index of each routed row (S), and its inverse (T, K)."""
+    """Twin of `dispatch.dispatch`: offsets (E+1), the flat (token, slot) index of each routed row (S), and its inverse
+    (T, K)."""
     flat = experts_TK.flatten()
     row_slot_S = flat.argsort(stable=True)
     slot_row = torch.empty_like(row_slot_S)
@@ -47,32 +57,66 @@ def dispatch(experts_TK, n_experts):
     return offsets.int(), row_slot_S.int(), slot_row.view_as(experts_TK).int()
 
 
-def swiglu(h_SG):
-    """Twin of `activation.swiglu`."""
-    gate, up = h_SG.chunk(2, dim=1)
-    return F_.silu(gate) * up
+@sheltered
+def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swiglu", native=False):
+    """Twin of `experts.moe_experts`: y[t] = sum_k gates[t,k] * W_out[e] a, with a = f(gate) * up of W_in[e] x[t].
 
-
-def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
-    """Twin of `experts.moe_experts`: y[t] = sum_k gate[t,k] * W_out[e] swiglu(W_in[e] x[t])."""
+    native: products by `torch.nn.functional.grouped_mm`, the fastest that stock PyTorch offers; on CUDA it takes
+    bfloat16 only."""
     offsets, row_slot_S, slot_row_TK = dispatch(experts_TK, w_in_EGD.shape[0])
-    _, a_SF = up(x_TD, w_in_EGD, row_slot_S, offsets, experts_TK.shape[1])
-    return combine(down(a_SF, w_out_EDF, offsets), slot_row_TK, gates_TK)
+    x_SD = x_TD[row_slot_S // experts_TK.shape[1]]
+    h_SG = _product(x_SD, w_in_EGD.mT, offsets, native)
+    y_SD = _product(gated(h_SG, activation), w_out_EDF.mT, offsets, native)
+    return combine(y_SD, slot_row_TK, gates_TK)
 
 
-def experts_grouped_mm(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK):
-    """The same layer composed of PyTorch ops around `torch.nn.functional.grouped_mm`: the fastest that stock PyTorch offers.
-
-    On CUDA, grouped_mm takes bfloat16 only (compute capability 8.0 or newer)."""
-    T, K = experts_TK.shape
-    offsets, row_slot_S, slot_row_TK = dispatch(experts_TK, w_in_EGD.shape[0])
-    x_SD = x_TD[row_slot_S // K]
-    h_SG = F_.grouped_mm(x_SD, w_in_EGD.transpose(1, 2), offs=offsets[1:])
-    y_SD = F_.grouped_mm(swiglu(h_SG), w_out_EDF.transpose(1, 2), offs=offsets[1:])
-    y_TKD = y_SD[slot_row_TK.flatten()].view(T, K, x_TD.shape[1])
-    return (y_TKD * gates_TK[..., None].to(y_TKD.dtype)).sum(1)
+def grouped_product(a, b, offsets):
+    """The rows of each expert in a (S, R), times its matrix of b (E, R, N): (S, N). With b (S, N): a^T b over its rows,
+    (E, R, N)."""
+    a_parts = a.split(offsets.diff().tolist())
+    if b.ndim == 3:
+        return torch.cat([x @ w for x, w in zip(a_parts, b.unbind(), strict=True)])
+    return torch.stack([x.T @ y for x, y in zip(a_parts, b.split(offsets.diff().tolist()), strict=True)])
 
 
+def _product(a, b, offsets, native):
+    # torch traces neither a loop over experts whose row counts it does not know, nor grouped_mm in other dtypes than
+    # bfloat16.
+    if torch.compiler.is_compiling() and not (native and a.dtype == torch.bfloat16):
+        return product_op(a, b, offsets, native)
+    return F_.grouped_mm(a, b, offs=offsets[1:]) if native else grouped_product(a, b, offsets)
+
+
+@torch.library.custom_op("moe_kernels::grouped_product", mutates_args=())
+def product_op(a: Tensor, b: Tensor, offsets: Tensor, native: bool) -> Tensor:
+    """`grouped_product` as an op for torch.compile; native: computed by grouped_mm."""
+    with autocast_off(a.device.type):
+        if native:
+            return F_.grouped_mm(a if b.ndim == 3 else a.T, b, offs=offsets[1:])
+        return grouped_product(a, b, offsets)
+
+
+@product_op.register_fake
+def _(a, b, offsets, native):
+    if b.ndim == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    return a.new_empty(offsets.shape[0] - 1, a.shape[1], b.shape[1])
+
+
+def _setup_context(ctx, inputs, output):
+    a, b, offsets, ctx.native = inputs
+    ctx.save_for_backward(a, b, offsets)
+
+
+def _backward(ctx, dy):
+    (a, b, offsets), dy = ctx.saved_tensors, dy.contiguous()  # grouped_mm takes no expanded gradient
+    return product_op(dy, b.mT, offsets, ctx.native), product_op(a, dy, offsets, ctx.native), None, None
+
+
+product_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@sheltered
 def linear_cross_entropy(x_TD, w_VD, targets_T):
     """Twin of `cross_entropy.linear_cross_entropy`: mean over targets other than -1, in float32 (float64 stays)."""
     logits = x_TD @ w_VD.to(x_TD.dtype).T
@@ -80,6 +124,7 @@ def linear_cross_entropy(x_TD, w_VD, targets_T):
     return F_.cross_entropy(logits, targets_T, ignore_index=-1, reduction="sum") / (targets_T >= 0).sum().clamp(min=1)
 
 
+@sheltered
 def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5):
     """Twin of `rotary.rope`: (q, k, v)."""
     H, Hkv, d = n_heads, (qkv_BLNd.shape[2] - n_heads) // 2, qkv_BLNd.shape[3]
@@ -95,59 +140,49 @@ def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5):
 # One twin per grouped GEMM kernel; `row_slot_S` and `offsets` come from `dispatch`.
 
 
-def _by_expert(rows_SX, offsets):
-    return rows_SX.split(offsets.diff().tolist())
-
-
-def up(x_TD, w_in_EGD, row_slot_S, offsets, top_k):
-    """Pre-activations h (S, 2F) and activations swiglu(h) (S, F)."""
-    x_SD = x_TD.index_select(0, row_slot_S // top_k)
-    h_SG = torch.cat([x @ w.T for x, w in zip(_by_expert(x_SD, offsets), w_in_EGD.unbind(), strict=True)])
-    return h_SG, swiglu(h_SG)
+def up(x_TD, w_in_EGD, row_slot_S, offsets, top_k, activation="swiglu"):
+    """Pre-activations h (S, 2F) and activations a = f(gate) * up (S, F)."""
+    h_SG = grouped_product(x_TD[row_slot_S // top_k], w_in_EGD.mT, offsets)
+    return h_SG, gated(h_SG, activation)
 
 
 def down(a_SF, w_out_EDF, offsets):
-    """Expert outputs before the gates (S, D)."""
-    return torch.cat([a @ w.T for a, w in zip(_by_expert(a_SF, offsets), w_out_EDF.unbind(), strict=True)])
+    """Expert outputs before the router's gates (S, D)."""
+    return grouped_product(a_SF, w_out_EDF.mT, offsets)
 
 
 def combine(y_SD, slot_row_TK, gates_TK=None):
     """sum_k gates[t,k] * y[row of (t,k)] (T, D); gates of one when None."""
-    y_TKD = y_SD.index_select(0, slot_row_TK.flatten()).view(*slot_row_TK.shape, y_SD.shape[1])
-    return y_TKD.sum(1) if gates_TK is None else (gates_TK.to(y_SD.dtype)[:, None] @ y_TKD)[:, 0]
+    y_TKD = y_SD[slot_row_TK.flatten()].view(*slot_row_TK.shape, y_SD.shape[1])
+    return (y_TKD if gates_TK is None else y_TKD * gates_TK[..., None].to(y_SD.dtype)).sum(1)
 
 
-def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, row_slot_S, offsets):
-    """From dL/dy: dh (S, 2F), gate * swiglu(h) (S, F), and dL/dgates by routed row (S,).
+def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, row_slot_S, offsets, activation="swiglu"):
+    """From dL/dy: dh (S, 2F), router gate * a (S, F), and dL/dgates by routed row (S,).
 
-    With a = swiglu(h) and da = W_out^T dy, the gate's gradient <dy, W_out a> equals <da, a>, so W_out a need not be kept."""
+    With da = W_out^T dy the router gate's gradient <dy, W_out a> equals <da, a>, so W_out a need not be kept."""
+    da = grouped_product(dy_TD[row_slot_S // gates_TK.shape[1]], w_out_EDF, offsets)
     g = gates_TK.flatten()[row_slot_S, None].to(h_SG.dtype)
-    dy_SD = dy_TD[row_slot_S // gates_TK.shape[1]]
-    da = torch.cat([dy @ w for dy, w in zip(_by_expert(dy_SD, offsets), w_out_EDF.unbind(), strict=True)])
-    gate, up_ = h_SG.chunk(2, dim=1)
-    sig = gate.sigmoid()
-    silu = gate * sig
-    dgate = da * g * up_ * (sig + silu * (1 - sig))
-    return torch.cat([dgate, da * g * silu], 1), g * silu * up_, (da * silu * up_).sum(1)
+    with torch.enable_grad():
+        h = h_SG.detach().requires_grad_()
+        a = gated(h, activation)
+    (dh,) = torch.autograd.grad(a, h, da * g)
+    return dh, g * a.detach(), (da * a.detach()).sum(1)
 
 
 def dx(dh_SG, w_in_EGD, offsets):
     """Gradient of each routed row's input (S, D), to be summed over a token's rows by `combine`."""
-    return torch.cat([dh @ w for dh, w in zip(_by_expert(dh_SG, offsets), w_in_EGD.unbind(), strict=True)])
+    return grouped_product(dh_SG, w_in_EGD, offsets)
 
 
 def dw_in(dh_SG, x_TD, row_slot_S, offsets, top_k):
     """(E, 2F, D)."""
-    x_SD = x_TD[row_slot_S // top_k]
-    return torch.stack([dh.T @ x for dh, x in zip(_by_expert(dh_SG, offsets), _by_expert(x_SD, offsets), strict=True)])
+    return grouped_product(dh_SG, x_TD[row_slot_S // top_k], offsets)
 
 
 def dw_out(dy_TD, ga_SF, row_slot_S, offsets, top_k):
-    """(E, D, F), from ga = gate * swiglu(h)."""
-    dy_SD = dy_TD[row_slot_S // top_k]
-    return torch.stack(
-        [dy.T @ ga for dy, ga in zip(_by_expert(dy_SD, offsets), _by_expert(ga_SF, offsets), strict=True)]
-    )
+    """(E, D, F), from ga = router gate * a."""
+    return grouped_product(dy_TD[row_slot_S // top_k], ga_SF, offsets)
 
 
 def adamw(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta2, eps, weight_decay, copy, seed):

@@ -1,45 +1,43 @@
-"""Rotary position embedding of queries and keys, with RMSNorm of each head before it where the model has that: from the projection's output, and back
-to its gradient, in one launch each.
+"""Rotary position embedding of queries and keys, and RMSNorm of each head before it where the model has that.
 
-Shapes: B batch, L sequence, T = B*L tokens, H query heads, Hkv key (and as many value) heads, d head width. Computed in float32.
+One launch reads the projection's output, and one launch writes its gradient.
+
+Shapes: B batch, L sequence, T = B*L tokens, H query heads, Hkv key (and as many value) heads, d head width. Computed in
+float32.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
-from moe_kernels.tiles import cdiv, eager, pick_impl, pow2
+from moe_kernels.language import tl, triton
+from moe_kernels.ops import use_kernels
+from moe_kernels.tiles import cdiv, eager, pow2
 
 
 def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5, impl=None):
-    """Queries (B, L, H, d) and keys (B, L, Hkv, d), rotated (arXiv 2104.09864), and values (B, L, Hkv, d): a view of qkv.
+    """Queries (B, L, H, d) and keys (B, L, Hkv, d), rotated (arXiv 2104.09864), and values (B, L, Hkv, d): a view of
+    qkv.
 
     qkv_BLNd (B, L, N, d), N = H + 2 Hkv: heads of queries, keys, values; H = n_heads; d even.
-    cos, sin: float32 (L, 1, d), or (B, L, 1, d) for rows at positions of their own, of model.rope_tables: the first half of sin is negated.
-    q_weight, k_weight (d,): RMSNorm of each query and key head before the rotation, with this weight and eps; both or neither.
-    impl: as in `moe_experts`; "grouped_mm" is the reference here. Differentiable in qkv and the weights; qkv is saved for the weights only.
-    Raises ValueError for other shapes, and for float64 on the triton path."""
+    cos, sin: float32 (L, 1, d), or (B, L, 1, d) for rows at positions of their own, of model.rope_tables: the first
+    half of sin is negated.
+    q_weight, k_weight (d,): RMSNorm of each query and key head before the rotation, with this weight and eps; both or
+    neither.
+    impl: as in `moe_experts`; "grouped_mm" is the reference here. Differentiable in qkv and the weights; qkv is saved
+    for the weights only. Raises ValueError for other shapes, and for float64 on the triton path."""
     rest = qkv_BLNd.shape[2] - n_heads if qkv_BLNd.ndim == 4 else 0
     if rest < 2 or rest % 2 or n_heads < 1 or qkv_BLNd.shape[3] % 2:
         raise ValueError(f"qkv {tuple(qkv_BLNd.shape)}, n_heads={n_heads}: expected (B, L, H + 2 Hkv, d) with even d")
     B, L, _, d = qkv_BLNd.shape
     if cos.shape != sin.shape or cos.shape not in ((L, 1, d), (B, L, 1, d)):
-        raise ValueError(
-            f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: expected ({L}, 1, {d}) or ({B}, {L}, 1, {d})"
-        )
-    if (
-        (q_weight is None) != (k_weight is None)
-        or q_weight is not None
-        and not q_weight.shape == k_weight.shape == (d,)
-    ):
+        got = f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
+        raise ValueError(f"{got}: expected ({L}, 1, {d}) or ({B}, {L}, 1, {d})")
+    if [None if w is None else w.shape for w in (q_weight, k_weight)] not in ([None, None], [(d,), (d,)]):
         raise ValueError(f"q_weight and k_weight: expected two of shape ({d},), or none")
-    if impl == "grouped_mm" or pick_impl(impl, qkv_BLNd) != "triton":
+    if not use_kernels(impl, qkv_BLNd):
         return reference.rope(qkv_BLNd, cos, sin, n_heads, q_weight, k_weight, eps)
-    if qkv_BLNd.dtype == torch.float64:
-        raise ValueError("impl='triton' computes in float32 at most, not float64: use impl='reference'")
     q_weight, k_weight = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
     return Rope.apply(qkv_BLNd, cos, sin, q_weight, k_weight, n_heads, eps)
 
@@ -49,18 +47,13 @@ def _rows(T, L, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """Sequence, position, first token and mask of this program's tokens, and the columns of half a head."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     offs_d = tl.arange(0, BLOCK_D)[None, :]
-    return (
-        (offs_t // L).to(tl.int64),
-        (offs_t % L).to(tl.int64),
-        offs_t.to(tl.int64),
-        offs_d,
-        (offs_t < T) & (offs_d < D // 2),
-    )
+    mask = (offs_t < T) & (offs_d < D // 2)
+    return (offs_t // L).to(tl.int64), (offs_t % L).to(tl.int64), offs_t.to(tl.int64), offs_d, mask
 
 
 @triton.jit
 def _normed(x_ptrs, mask, eps, D: tl.constexpr):
-    """Both halves of a head over its root mean square, and what they were multiplied by."""
+    """Both halves of a head divided by its root mean square, and the factor that did it."""
     x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptrs + D // 2, mask=mask, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / D + eps)[:, None]
@@ -90,25 +83,11 @@ def _rotate(
 
 @triton.jit(do_not_specialize=["T", "L"])
 def rope_fwd_kernel(
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    q_ptr,
-    k_ptr,
-    T,
-    L,
-    stride_table,
-    eps,
-    H: tl.constexpr,
-    HKV: tl.constexpr,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, T, L, stride_table, eps,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
-    """All query heads or all key heads of BLOCK_T tokens: cos and sin are read once for them."""
+):  # fmt: skip
+    """All query heads or all key heads of BLOCK_T tokens, which share one read of cos and sin."""
     offs_b, offs_l, offs_t, offs_d, mask = _rows(T, L, D, BLOCK_T, BLOCK_D)
     table = offs_b * stride_table + offs_l * D + offs_d
     cos, sin = tl.load(cos_ptr + table, mask=mask, other=0.0), tl.load(sin_ptr + D // 2 + table, mask=mask, other=0.0)
@@ -123,21 +102,9 @@ def rope_fwd_kernel(
 
 @triton.jit
 def _rotate_back(
-    dy_ptrs,
-    stride_dy,
-    x_ptrs,
-    dx_ptrs,
-    cos,
-    sin,
-    mask,
-    weight_ptr,
-    dweight_ptr,
-    offs_d,
-    eps,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-):
+    dy_ptrs, stride_dy, x_ptrs, dx_ptrs, cos, sin, mask, weight_ptr, dweight_ptr, offs_d, eps,
+    HEADS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
     HALF: tl.constexpr = D // 2
     if NORM:
         w1 = tl.load(weight_ptr + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)
@@ -159,44 +126,20 @@ def _rotate_back(
         tl.store(dx_ptrs + HALF, dx2.to(dx_ptrs.dtype.element_ty), mask=mask)
         dy_ptrs += stride_dy
         dx_ptrs += D
-    if NORM:  # a partial sum per program, added up in a fixed order by the launcher
+    if NORM:  # one partial sum per program; the launcher adds them in a fixed order
         tl.store(dweight_ptr + offs_d, tl.sum(dw1, 0)[None, :], mask=offs_d < HALF)
         tl.store(dweight_ptr + HALF + offs_d, tl.sum(dw2, 0)[None, :], mask=offs_d < HALF)
 
 
 @triton.jit(do_not_specialize=["T", "L"])
 def rope_bwd_kernel(
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    dqkv_ptr,
-    dweight_ptr,
-    T,
-    L,
-    stride_qb,
-    stride_ql,
-    stride_qh,
-    stride_kb,
-    stride_kl,
-    stride_kh,
-    stride_vb,
-    stride_vl,
-    stride_vh,
-    stride_table,
-    eps,
-    H: tl.constexpr,
-    HKV: tl.constexpr,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, dqkv_ptr, dweight_ptr, T, L,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_table,
+    eps, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
-    """The gradient of all query heads, all key heads or all value heads of BLOCK_T tokens; those of values are copied."""
+):  # fmt: skip
+    """The gradient of all query heads, all key heads or all value heads of BLOCK_T tokens; values' gradients are
+    copied."""
     offs_b, offs_l, offs_t, offs_d, mask = _rows(T, L, D, BLOCK_T, BLOCK_D)
     offs_x = offs_t * ((H + 2 * HKV) * D) + offs_d
     x_ptrs, dx_ptrs = qkv_ptr + offs_x, dqkv_ptr + offs_x
@@ -210,10 +153,8 @@ def rope_bwd_kernel(
             dx_ptrs += D
     else:
         table = offs_b * stride_table + offs_l * D + offs_d
-        cos, sin = (
-            tl.load(cos_ptr + table, mask=mask, other=0.0),
-            tl.load(sin_ptr + D // 2 + table, mask=mask, other=0.0),
-        )
+        cos = tl.load(cos_ptr + table, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + D // 2 + table, mask=mask, other=0.0)
         dweight_ptr += tl.program_id(0).to(tl.int64) * (2 * D)
         if tl.program_id(1) == 0:
             dq_ptrs = dq_ptr + offs_b * stride_qb + offs_l * stride_ql + offs_d
@@ -248,7 +189,8 @@ def _tables(cos, sin):
 
 def _blocks(d):
     block_d = pow2(d // 2)
-    return max(1, 512 // block_d), block_d  # 8 values a thread of 2 warps: accesses of 16 bytes in bfloat16
+    # 8 values a thread of 2 warps: accesses of 16 bytes in bfloat16.
+    return dict(BLOCK_T=max(1, 512 // block_d), BLOCK_D=block_d, num_warps=2)
 
 
 def rope_fwd(
@@ -265,25 +207,11 @@ def rope_fwd(
     n_kv_heads, T, blocks = (N - n_heads) // 2, B * L, _blocks(d)
     q, k = qkv.new_empty(B, L, n_heads, d), qkv.new_empty(B, L, n_kv_heads, d)
     if T > 0:
-        rope_fwd_kernel[(cdiv(T, blocks[0]), 2)](
-            qkv,
-            cos,
-            sin,
-            q_weight,
-            k_weight,
-            q,
-            k,
-            T,
-            L,
-            stride_table,
-            eps,
-            n_heads,
-            n_kv_heads,
-            d,
-            q_weight is not None,
-            *blocks,
-            num_warps=2,
-        )
+        rope_fwd_kernel[(cdiv(T, blocks["BLOCK_T"]), 2)](
+            qkv_ptr=qkv, cos_ptr=cos, sin_ptr=sin, q_weight_ptr=q_weight, k_weight_ptr=k_weight, q_ptr=q, k_ptr=k,
+            T=T, L=L, stride_table=stride_table, eps=eps,
+            H=n_heads, HKV=n_kv_heads, D=d, NORM=q_weight is not None, **blocks,
+        )  # fmt: skip
     return q, k
 
 
@@ -298,19 +226,24 @@ def rope_bwd(
     k_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of qkv, contiguous, from gradients of any layout; and (2, d) float32 those of the two weights, (0, d) without."""
+    """Contiguous gradient of qkv, from gradients of any layout, and those of the two weights, (2, d) float32, (0, d)
+    without."""
     dq, dk, dv = (t if t.stride(3) == 1 else t.contiguous() for t in (dq, dk, dv))
     (B, L, H, d), n_kv_heads, (cos, sin, stride_table) = dq.shape, dk.shape[2], _tables(cos, sin)
     T, norm, blocks = B * L, q_weight is not None, _blocks(d)
-    n_blocks = cdiv(T, blocks[0])
+    n_blocks = cdiv(T, blocks["BLOCK_T"])
     dqkv = dq.new_empty(B, L, H + 2 * n_kv_heads, d)
     dweights = dq.new_empty(n_blocks, 2 if norm else 0, d, dtype=torch.float32)
     if T > 0:
-        strides = (stride for t in (dq, dk, dv) for stride in t.stride()[:3])
-        qkv = None if qkv_BLNd is None else qkv_BLNd.contiguous()
+        strides = {
+            f"stride_{x}{at}": t.stride("blh".index(at))
+            for x, t in zip("qkv", (dq, dk, dv), strict=True)
+            for at in "blh"
+        }
         rope_bwd_kernel[(n_blocks, 3)](
-            dq, dk, dv, dqkv if qkv is None else qkv, cos, sin, q_weight, k_weight, dqkv, dweights, T, L, *strides, stride_table, eps,
-            H, n_kv_heads, d, norm, *blocks, num_warps=2,
+            dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, qkv_ptr=dqkv if qkv_BLNd is None else qkv_BLNd.contiguous(), cos_ptr=cos,
+            sin_ptr=sin, q_weight_ptr=q_weight, k_weight_ptr=k_weight, dqkv_ptr=dqkv, dweight_ptr=dweights, T=T, L=L,
+            stride_table=stride_table, eps=eps, H=H, HKV=n_kv_heads, D=d, NORM=norm, **strides, **blocks,
         )  # fmt: skip
     return dqkv, dweights.sum(0)
 
@@ -328,14 +261,13 @@ def _(qkv_BLNd, cos, sin, q_weight, k_weight, n_heads, eps):
 @rope_bwd_op.register_fake
 def _(dq, dk, dv, qkv_BLNd, cos, sin, q_weight, k_weight, eps):
     B, L, H, d = dq.shape
-    return dq.new_empty(B, L, H + 2 * dk.shape[2], d), dq.new_empty(
-        0 if q_weight is None else 2, d, dtype=torch.float32
-    )
+    dweights = dq.new_empty(0 if q_weight is None else 2, d, dtype=torch.float32)
+    return dq.new_empty(B, L, H + 2 * dk.shape[2], d), dweights
 
 
 class Rope(torch.autograd.Function):
-    """Around the ops, not registered with them: an op's output cannot be a view of its input, as the values are, and only as outputs of one node do
-    the gradients of queries, keys and values come together."""
+    """Not registered with the ops, because an op cannot return a view of its input, as the values are here. As outputs
+    of one node queries, keys and values bring their gradients to one launch."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, q_weight, k_weight, n_heads, eps):

@@ -1,25 +1,25 @@
-"""Router scores -> gates, expert ids, counts and the two statistics that the auxiliary losses need, in one pass over the logits.
+"""From router scores to gates, expert ids, counts and the statistics for the auxiliary losses, in one pass over the
+logits.
 
-Shapes: T tokens, E experts, K experts per token. Everything but the ids and counts is float32.
+Shapes: T tokens, E experts, K experts per token. Everything except the ids and counts is float32.
 """
 
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
-from moe_kernels.tiles import cdiv, eager, pick_impl, pow2
+from moe_kernels.language import tl, triton
+from moe_kernels.ops import define, use_kernels
+from moe_kernels.tiles import cdiv, pow2
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 
 
 class Routing(NamedTuple):
     gates_TK: Tensor  # float32, weight of each chosen expert; differentiable
-    experts_TK: Tensor  # int32, chosen experts by falling score, ties to the lower id
+    experts_TK: Tensor  # int32, chosen experts in order of falling score; a tie goes to the lower id
     counts_E: Tensor  # int32, routed rows per expert
     probs_E: Tensor  # float32, mean over tokens of the full distribution over experts; differentiable
     z: Tensor  # float32 scalar, mean over tokens of logsumexp(logits)^2; differentiable
@@ -28,11 +28,13 @@ class Routing(NamedTuple):
 def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None, impl=None):
     """Choose `top_k` experts for each token.
 
-    logits_TE: (T, E) float tensor; computed in float32 whatever its dtype.
-    score: "softmax" over all experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437; its distribution for the balance
-      statistics is sigmoid / sum of sigmoids).
-    normalize: gates of a token sum to one over its K experts. With "softmax" this is Mixtral's "top-k, then softmax".
-    bias_E: (E,) added to the scores for the choice only, never to the gates: loss-free balancing (arXiv 2408.15664).
+    logits_TE: (T, E) float tensor of any dtype; the computation is in float32.
+    score: "softmax" over all experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437). The distribution for
+    the balance
+      statistics is then sigmoid / sum of sigmoids.
+    normalize: the gates of a token sum to one over its K experts. With "softmax" this is Mixtral's "top-k, then
+    softmax".
+    bias_E: (E,), added to the scores for the choice and never to the gates: loss-free balancing (arXiv 2408.15664).
     impl: "reference", "grouped_mm" (the same PyTorch ops), "triton", or None to choose by device.
     Returns a `Routing`. Raises ValueError for shapes outside T >= 0, E <= 1024, 1 <= K <= min(E, 32).
     """
@@ -47,39 +49,27 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None, impl=N
         raise ValueError(f"score={score!r}: expected 'softmax' or 'sigmoid'")
     if bias_E is not None and bias_E.shape != (E,):
         raise ValueError(f"bias_E: expected shape ({E},), got {tuple(bias_E.shape)}")
-    impl = "reference" if impl == "grouped_mm" else impl  # routing has no GEMM: the same PyTorch ops serve both
-    if pick_impl(impl, logits_TE) == "triton":
-        op = EagerRoute.apply if eager(logits_TE) else route_op
-        return Routing(*op(logits_TE, bias_E, top_k, score == "sigmoid", normalize))
+    if use_kernels(impl, logits_TE):
+        return Routing(*run_route(logits_TE, bias_E, top_k, score == "sigmoid", normalize))
     return Routing(*reference.route(logits_TE, top_k, score, normalize, bias_E))
 
 
 def balance_loss(counts_E, probs_E):
-    """Load-balancing loss E * sum_e f_e p_e (Switch Transformer, arXiv 2101.03961), f_e the share of routed rows, p_e the mean probability.
+    """Load-balancing loss E * sum_e f_e p_e (Switch Transformer, arXiv 2101.03961); f_e is the share of routed rows,
+    p_e the mean probability.
 
-    1.0 at perfect balance, E when one expert takes all (E / K with K experts per token). float32 scalar, differentiable in `probs_E`."""
+    float32 scalar, differentiable in `probs_E`: 1.0 at perfect balance, E where one expert takes all tokens (E / K with
+    K experts per token)."""
     f_E = counts_E.float() / counts_E.sum().clamp(min=1)
     return counts_E.shape[0] * (f_E * probs_E).sum()
 
 
 @triton.jit(do_not_specialize=["T"])
 def route_fwd_kernel(
-    logits_ptr,
-    bias_ptr,
-    gates_ptr,
-    experts_ptr,
-    part_counts_ptr,
-    part_stats_ptr,
-    T,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    logits_ptr, bias_ptr, gates_ptr, experts_ptr, part_counts_ptr, part_stats_ptr, T,
+    E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     offs_t = pid.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.arange(0, BLOCK_E)
@@ -87,7 +77,7 @@ def route_fwd_kernel(
     mask_t = offs_t < T
     mask = mask_t[:, None] & (offs_e < E)[None, :]
     logits = tl.load(logits_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=float("-inf")).to(tl.float32)
-    logits = tl.where(mask_t[:, None], logits, 0.0)  # rows past the end: any finite value, stored nowhere
+    logits = tl.where(mask_t[:, None], logits, 0.0)  # rows past the end need a finite value and are not stored
 
     top = tl.max(logits, 1)
     exps = tl.exp(logits - top[:, None])
@@ -99,21 +89,21 @@ def route_fwd_kernel(
     else:
         scores = exps / denom[:, None]
         probs = scores
-    # Softmax keeps the order of the logits, which do not underflow as scores do.
+    # Rank logits, which have the order of the softmax but do not underflow.
     ranking = logits
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
         ranking = scores + bias[None, :]
-    # Minus infinity is for experts that are taken or do not exist: one whose score is that is still taken once only.
+    # Minus infinity marks experts that are taken or do not exist, so an expert with that score gets another one.
     ranking = tl.where((offs_e < E)[None, :], tl.where(ranking == float("-inf"), -3e38, ranking), float("-inf"))
 
-    # Reductions over tokens cross warps: one after the loop instead of one in every round.
+    # Reduce over tokens once, after the loop: that reduction crosses warps.
     taken = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     for k in range(K):
         value, best = tl.max(ranking, 1, return_indices=True)
-        best = tl.minimum(best, E - 1)  # a row of NaN must not name an expert that does not exist
+        best = tl.minimum(best, E - 1)  # a row of NaN must choose an expert that exists
         hit = offs_e[None, :] == best[:, None]
         if HAS_BIAS or SIGMOID or not NORMALIZE:  # else the value is the logit that was ranked
             value = tl.sum(tl.where(hit, scores if SIGMOID or not NORMALIZE else logits, 0.0), 1)
@@ -133,7 +123,7 @@ def route_fwd_kernel(
     mask_slots = mask_t[:, None] & (offs_k < K)[None, :]
     tl.store(gates_ptr + slots, chosen, mask=mask_slots)
     tl.store(experts_ptr + slots, ids, mask=mask_slots)
-    # One row of partial sums per block, summed in a fixed order by route_stats_kernel: no atomics, the same bits every time.
+    # Each block stores partial sums, and route_stats_kernel adds them in a fixed order: the same bits every time.
     tl.store(part_counts_ptr + pid * E + offs_e, tl.sum((taken & mask_t[:, None]).to(tl.int32), 0), mask=offs_e < E)
     tl.store(part_stats_ptr + pid * (E + 1) + offs_e, tl.sum(tl.where(mask_t[:, None], probs, 0.0), 0), mask=offs_e < E)
     tl.store(part_stats_ptr + pid * (E + 1) + E, tl.sum(tl.where(mask_t, lse * lse, 0.0), 0))
@@ -141,37 +131,19 @@ def route_fwd_kernel(
 
 @triton.jit(do_not_specialize=["T", "n_blocks"])
 def route_stats_kernel(
-    part_counts_ptr,
-    part_stats_ptr,
-    counts_ptr,
-    probs_ptr,
-    z_ptr,
-    T,
-    n_blocks,
-    E: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    part_counts_ptr, part_stats_ptr, counts_ptr, probs_ptr, z_ptr, T, n_blocks,
+    E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)
     stats = tl.zeros([BLOCK_E], tl.float32)
     for start in range(0, n_blocks, BLOCK_B):
         offs_b = start + tl.arange(0, BLOCK_B)
         mask_b = (offs_b < n_blocks)[:, None]
-        counts += tl.sum(
-            tl.load(
-                part_counts_ptr + offs_b[:, None] * E + offs_e[None, :], mask=mask_b & (offs_e < E)[None, :], other=0
-            ),
-            0,
-        )
-        stats += tl.sum(
-            tl.load(
-                part_stats_ptr + offs_b[:, None] * (E + 1) + offs_e[None, :],
-                mask=mask_b & (offs_e < E + 1)[None, :],
-                other=0.0,
-            ),
-            0,
-        )
+        count_ptrs = part_counts_ptr + offs_b[:, None] * E + offs_e[None, :]
+        stat_ptrs = part_stats_ptr + offs_b[:, None] * (E + 1) + offs_e[None, :]
+        counts += tl.sum(tl.load(count_ptrs, mask=mask_b & (offs_e < E)[None, :], other=0), 0)
+        stats += tl.sum(tl.load(stat_ptrs, mask=mask_b & (offs_e < E + 1)[None, :], other=0.0), 0)
     tl.store(counts_ptr + offs_e, counts, mask=offs_e < E)
     tl.store(probs_ptr + offs_e, stats / T, mask=offs_e < E)
     tl.store(z_ptr + offs_e - E, stats / T, mask=offs_e == E)
@@ -179,22 +151,10 @@ def route_stats_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def route_bwd_kernel(
-    logits_ptr,
-    experts_ptr,
-    gates_ptr,
-    dgates_ptr,
-    dprobs_ptr,
-    dz_ptr,
-    dlogits_ptr,
-    T,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    logits_ptr, experts_ptr, gates_ptr, dgates_ptr, dprobs_ptr, dz_ptr, dlogits_ptr, T,
+    E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.arange(0, BLOCK_E)
     offs_k = tl.arange(0, BLOCK_K)
@@ -229,7 +189,7 @@ def route_bwd_kernel(
     mean_dgates = tl.sum(gates * dgates, 1)
     spread = tl.zeros(
         [BLOCK_T, BLOCK_E], tl.float32
-    )  # gradient at the chosen experts' gates (normalised softmax: at their logits)
+    )  # gradient of the chosen gates (normalised softmax: of their logits)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     for k in range(K):
         expert = tl.load(experts_ptr + offs_t * K + k, mask=mask_t, other=-1)
@@ -254,7 +214,7 @@ def route_bwd_kernel(
 
 def _blocks(E, K):
     block_e = pow2(E)
-    # About 2048 logits per program of 4 warps: each of the half dozen (BLOCK_T, BLOCK_E) arrays then takes 16 registers a thread.
+    # About 2048 logits per program of 4 warps: each of the six (BLOCK_T, BLOCK_E) arrays takes 16 registers a thread.
     return dict(BLOCK_T=max(1, 2048 // block_e) if block_e > 32 else 64, BLOCK_E=block_e, BLOCK_K=pow2(K))
 
 
@@ -262,45 +222,29 @@ def route_fwd(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches the forward kernels; shapes and dtypes as in `Routing`."""
-    logits = logits_TE.contiguous()
-    T, E = logits.shape
-    blocks = _blocks(E, top_k)
+    logits, (T, E) = logits_TE.contiguous(), logits_TE.shape
+    new, blocks = logits.new_empty, _blocks(E, top_k)
     n_blocks = cdiv(T, blocks["BLOCK_T"])
-    gates, experts = logits.new_empty(T, top_k, dtype=torch.float32), logits.new_empty(T, top_k, dtype=torch.int32)
+    gates, experts, counts, probs, z = _fake_fwd(logits, bias_E, top_k, sigmoid, normalize)
     if T == 0:
-        return (
-            gates,
-            experts,
-            logits.new_zeros(E, dtype=torch.int32),
-            logits.new_zeros(E, dtype=torch.float32),
-            logits.new_zeros((), dtype=torch.float32),
-        )
-    part_counts = logits.new_empty(n_blocks, E, dtype=torch.int32)
-    part_stats = logits.new_empty(n_blocks, E + 1, dtype=torch.float32)
-    counts, probs, z = (
-        logits.new_empty(E, dtype=torch.int32),
-        logits.new_empty(E, dtype=torch.float32),
-        logits.new_empty((), dtype=torch.float32),
+        return gates, experts, counts.zero_(), probs.zero_(), z.zero_()
+    parts = dict(
+        part_counts_ptr=new(n_blocks, E, dtype=torch.int32), part_stats_ptr=new(n_blocks, E + 1, dtype=torch.float32)
     )
     route_fwd_kernel[(n_blocks,)](
-        logits,
-        bias_E,
-        gates,
-        experts,
-        part_counts,
-        part_stats,
-        T,
-        E,
-        top_k,
-        sigmoid,
-        normalize,
-        bias_E is not None,
-        **blocks,
-    )
+        logits_ptr=logits, bias_ptr=bias_E, gates_ptr=gates, experts_ptr=experts, T=T,
+        E=E, K=top_k, SIGMOID=sigmoid, NORMALIZE=normalize, HAS_BIAS=bias_E is not None, **parts, **blocks,
+    )  # fmt: skip
     route_stats_kernel[(cdiv(E + 1, 8),)](
-        part_counts, part_stats, counts, probs, z, T, n_blocks, E, BLOCK_B=512, BLOCK_E=8
+        counts_ptr=counts, probs_ptr=probs, z_ptr=z, T=T, n_blocks=n_blocks, E=E, BLOCK_B=512, BLOCK_E=8, **parts
     )
     return gates, experts, counts, probs, z
+
+
+def _fake_fwd(logits_TE, bias_E, top_k, sigmoid, normalize):
+    (T, E), new = logits_TE.shape, logits_TE.new_empty
+    gates, experts = new(T, top_k, dtype=torch.float32), new(T, top_k, dtype=torch.int32)
+    return gates, experts, new(E, dtype=torch.int32), new(E, dtype=torch.float32), new((), dtype=torch.float32)
 
 
 def route_bwd(
@@ -314,52 +258,15 @@ def route_bwd(
     normalize: bool,
 ) -> Tensor:
     """Gradient of the logits (T, E), in their dtype, from the gradients of gates, probs and z."""
-    logits = logits_TE.contiguous()
-    T, E = logits.shape
-    K = experts_TK.shape[1]
-    dlogits = torch.empty_like(logits)
-    blocks = _blocks(E, K)
+    logits, (T, E), K = logits_TE.contiguous(), logits_TE.shape, experts_TK.shape[1]
+    dlogits, blocks = torch.empty_like(logits), _blocks(E, K)
     if T > 0:
         route_bwd_kernel[(cdiv(T, blocks["BLOCK_T"]),)](
-            logits,
-            experts_TK,
-            gates_TK,
-            dgates_TK.contiguous(),
-            dprobs_E.contiguous(),
-            dz.contiguous(),
-            dlogits,
-            T,
-            E,
-            K,
-            sigmoid,
-            normalize,
-            **blocks,
-        )
+            logits_ptr=logits, experts_ptr=experts_TK, gates_ptr=gates_TK, dgates_ptr=dgates_TK.contiguous(),
+            dprobs_ptr=dprobs_E.contiguous(), dz_ptr=dz.contiguous(), dlogits_ptr=dlogits, T=T,
+            E=E, K=K, SIGMOID=sigmoid, NORMALIZE=normalize, **blocks,
+        )  # fmt: skip
     return dlogits
-
-
-route_op = torch.library.custom_op("moe_kernels::route", route_fwd, mutates_args=())
-
-
-@route_op.register_fake
-def _(logits_TE, bias_E, top_k, sigmoid, normalize):
-    T, E = logits_TE.shape
-    new = logits_TE.new_empty
-    return (
-        new(T, top_k, dtype=torch.float32),
-        new(T, top_k, dtype=torch.int32),
-        new(E, dtype=torch.int32),
-        new(E, dtype=torch.float32),
-        new((), dtype=torch.float32),
-    )
-
-
-route_bwd_op = torch.library.custom_op("moe_kernels::route_bwd", route_bwd, mutates_args=())
-
-
-@route_bwd_op.register_fake
-def _(logits_TE, experts_TK, gates_TK, dgates_TK, dprobs_E, dz, sigmoid, normalize):
-    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output):
@@ -367,23 +274,16 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(logits, output[1], output[0])
 
 
-def _backward(ctx, dgates, _dexperts, _dcounts, dprobs, dz):
-    logits, experts, gates = ctx.saved_tensors
-    return route_bwd_op(logits, experts, gates, dgates, dprobs, dz, ctx.sigmoid, ctx.normalize), None, None, None, None
+def _derivative(ctx, run, dgates, _dexperts, _dcounts, dprobs, dz):
+    return run(*ctx.saved_tensors, dgates, dprobs, dz, ctx.sigmoid, ctx.normalize), None, None, None, None
 
 
-route_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class EagerRoute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = route_fwd(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dgates, _dexperts, _dcounts, dprobs, dz):
-        logits, experts, gates = ctx.saved_tensors
-        return route_bwd(logits, experts, gates, dgates, dprobs, dz, ctx.sigmoid, ctx.normalize), None, None, None, None
+route_op, route_bwd_op, run_route = define(
+    "route",
+    route_fwd,
+    route_bwd,
+    _fake_fwd,
+    lambda logits_TE, *_: torch.empty_like(logits_TE, memory_format=torch.contiguous_format),
+    _setup_context,
+    _derivative,
+)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from moe_kernels.language import MISSING
+
 IMPLS = ("reference", "grouped_mm", "triton")
 
 
@@ -19,9 +21,17 @@ def pick_impl(impl, tensor):
     Raises ValueError for an unknown name and RuntimeError for an implementation that cannot run here. Nothing falls
     back silently."""
     if impl is None:
-        return "triton" if tensor.is_cuda else "reference" if tensor.dtype == torch.float64 else "grouped_mm"
+        return (
+            "triton"
+            if tensor.is_cuda and not MISSING
+            else "reference"
+            if tensor.dtype == torch.float64
+            else "grouped_mm"
+        )
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}, or None to choose by device")
+    if impl == "triton" and MISSING:
+        raise RuntimeError(MISSING)
     if impl == "triton" and not tensor.is_cuda and not interpreting():
         raise RuntimeError(
             f"impl='triton' needs a CUDA GPU, the input is on {tensor.device}: use impl='reference', or set "

@@ -1,4 +1,5 @@
-"""These kernels as the experts of Hugging Face models (transformers 5: Mixtral, Qwen3-MoE, OLMoE and others of that form).
+"""These kernels as the experts of Hugging Face models (transformers 5.7 or newer: Mixtral, Qwen3-MoE, OLMoE, LFM2-MoE
+and others like them).
 
     from moe_kernels.transformers import register
     register()
@@ -12,14 +13,30 @@ from functools import partial
 from moe_kernels.experts import moe_experts
 
 NAME = "moe_kernels"
+NEEDED = (5, 7)  # the first version whose experts modules say what they are: gate, biases, layout
+ACTIVATIONS = {  # our names, by the function or class that a module applies to its gate rows
+    "silu": "swiglu",
+    "SiLU": "swiglu",
+    "SiLUActivation": "swiglu",
+    "GELUTanh": "geglu",
+    "NewGELUActivation": "geglu",
+    "ReLUSquaredActivation": "relu2",
+}
 
 
 def register(impl=None):
-    """Make experts_implementation="moe_kernels" known to transformers. impl: as in `moe_experts`, None to choose by device.
+    """Make experts_implementation="moe_kernels" known to transformers. impl: as in `moe_experts`, None to choose by
+    device.
 
-    Raises ImportError where transformers has no interface for experts (before version 5). Models whose experts are no plain SwiGLU
-    without biases raise ValueError when they run."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # the library itself needs no transformers
+    Raises ImportError where transformers is missing or older than 5.7. A model whose experts these kernels cannot
+    compute, because of biases, another layout or another activation, raises ValueError when it runs."""
+    try:
+        from transformers import __version__ as version
+    except ImportError:
+        version = "none"
+    if version == "none" or tuple(int(n) for n in version.split(".")[:2]) < NEEDED:
+        raise ImportError(f"moe_kernels needs transformers 5.7 or newer, found {version}: pip install -U transformers")
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, partial(experts_forward, impl=impl))
 
@@ -27,31 +44,31 @@ def register(impl=None):
 def experts_forward(module, hidden_states, top_k_index, top_k_weights, impl=None):
     """What transformers calls in place of the experts module's forward.
 
-    hidden_states (T, D); top_k_index (T, K) int64; top_k_weights (T, K); module.gate_up_proj (E, 2F, D), module.down_proj (E, D, F).
-    Returns (T, D) in the dtype of hidden_states; computes in that of the weights."""
-    _check(module)
+    hidden_states (T, D); top_k_index (T, K) int64; top_k_weights (T, K); module.gate_up_proj (E, 2F, D),
+    module.down_proj (E, D, F). Returns (T, D) in the dtype of hidden_states; computes in that of the weights."""
+    act_fn = getattr(module, "act_fn", None)
+    function = getattr(act_fn, "__name__", type(act_fn).__name__)  # the config may lack it, and the module is what runs
+    activation = ACTIVATIONS.get(function)
+    _check(module, activation, function)
     w_in, w_out = module.gate_up_proj, module.down_proj
-    return moe_experts(hidden_states.to(w_in.dtype), w_in, w_out, top_k_weights, top_k_index, impl=impl).to(
-        hidden_states.dtype
-    )
+    y = moe_experts(hidden_states.to(w_in.dtype), w_in, w_out, top_k_weights, top_k_index, impl, activation)
+    return y.to(hidden_states.dtype)
 
 
-def _check(module):
-    flag = lambda name, usual=False: getattr(module, name, usual)  # noqa: E731  # younger flags are missing in older versions
-    activation = getattr(module.config, "hidden_act", None)
+def _check(module, activation, function):
+    flag = partial(getattr, module)  # a module without a flag has its usual value
     problems = {
         "no gate projection": not flag("has_gate", True),
-        "biases": flag("has_bias"),
-        "transposed weights": flag("is_transposed"),
+        "biases": flag("has_bias", False),
+        "transposed weights": flag("is_transposed", False),
         "interleaved gate and up rows": not flag("is_concatenated", True),
-        "a norm after the experts": flag("has_post_expert_norm"),
-        "a gate function of their own": type(module)._apply_gate.__module__ != "transformers.integrations.moe",
-        f"the activation {activation!r}": activation not in ("silu", "swish"),
-        "expert parallelism": flag("_is_expert_parallel"),
+        "a norm after the experts": flag("has_post_expert_norm", False),
+        "a gate function of its own": type(module)._apply_gate.__module__ != "transformers.integrations.moe",
+        f"the activation {getattr(module.config, 'hidden_act', None)!r} ({function})": activation is None,
+        "expert parallelism": flag("_is_expert_parallel", False),
     }
-    found = [what for what, present in problems.items() if present]
-    if found:
+    if found := [what for what, present in problems.items() if present]:
         raise ValueError(
-            f"{type(module).__name__} has {', '.join(found)}: experts_implementation={NAME!r} takes plain SwiGLU experts; "
-            "use 'grouped_mm'"
+            f"{type(module).__name__} has {', '.join(found)}: experts_implementation={NAME!r} takes plain gated "
+            "experts; use 'grouped_mm'"
         )

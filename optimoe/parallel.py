@@ -79,7 +79,7 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(grad, received, sent), None, None
 
 
-def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None):
+def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu"):
     """`moe_experts` with w_in and w_out sharded by expert (DTensors): pairs are sorted by the rank of their expert, sent there, and come back.
 
     Any split of the tokens works, also none for a rank. The numbers of rows are needed on the host: one wait per layer and pass."""
@@ -98,7 +98,7 @@ def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None):
     ids = Exchange.apply((experts_TK.flatten() % own)[order_S], sent, received)
     rows = Exchange.apply(x_TD[order_S // K], sent, received)
     ones = torch.ones(len(rows), 1, device=rows.device)
-    y_SD = Exchange.apply(moe_experts(rows, w_in, w_out, ones, ids[:, None], impl=impl), received, sent)
+    y_SD = Exchange.apply(moe_experts(rows, w_in, w_out, ones, ids[:, None], impl, activation), received, sent)
     y_TKD = y_SD[order_S.argsort()].view(T, K, -1)
     return (gates_TK[..., None] * y_TKD.float()).sum(1).to(x_TD.dtype)
 

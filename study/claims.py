@@ -81,15 +81,14 @@ def slope(x, y):
     return round(float(np.polyfit(x, y, 1)[0]), 9)  # a flat line has slope 0
 
 
-def doublings(cells):
-    return np.log2(list(cells))
+def rises(cells, value):
+    """{seed: slope of value(row) over doublings of E} of {E: {seed: row}}."""
+    x = np.log2(list(cells))
+    return {s: slope(x, [value(cell[s]) for cell in cells.values()]) for s in next(iter(cells.values()))}
 
 
-def per_seed(cells, effect):
-    """{seed: effect({x: row of this seed})} of {x: {seed: row}}, seeds for which it is None left out."""
-    seeds = next(iter(cells.values()))
-    found = {seed: effect({x: cell[seed] for x, cell in cells.items()}) for seed in seeds}
-    return {seed: value for seed, value in found.items() if value is not None}
+def solution_loss(row):
+    return loss(row, "problems")
 
 
 def mean_of(effects):
@@ -118,22 +117,15 @@ def tells(cells, task):
 
 def silent(where, tuned, task):
     """Why tuned lines of one regime have no vote, or ""."""
-    borrowed = [x for one in tuned for x in one.single]
     edges = [x for one in tuned for x in one.edges]
-    return "; ".join(
-        filter(
-            None,
-            (
-                where.data and "text describes",
-                where.kind == "twohop" and "not calibrated",
-                not where.data
-                and not any(tells(one.cells, task) for one in tuned)
-                and "nothing learned, or everything",
-                edges and f"best rate at the edge for {len(edges)} of {sum(len(one.cells) for one in tuned)} models",
-                borrowed and not where.paired and "rates of other data",
-            ),
-        )
-    )
+    reasons = {
+        "text describes": where.data,
+        "not calibrated": where.kind == "twohop",
+        "nothing learned, or everything": not where.data and not any(tells(one.cells, task) for one in tuned),
+        f"best rate at the edge for {len(edges)} of {sum(len(one.cells) for one in tuned)} models": edges,
+        "rates of other data": not where.paired and any(one.single for one in tuned),
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
 
 
 def tuned_lines(rows, task, wide=3):
@@ -156,12 +148,7 @@ def slopes(rows, task, value, margin, unit, note=lambda where: ""):
     note(regime): why it has no vote, or \"\"."""
     for where, by_k in tuned_lines(rows, task):
         tuned = list(by_k.values())
-        effects = [
-            per_seed(
-                one.cells, lambda line, c=one.cells: slope(doublings(c), [value(row, task) for row in line.values()])
-            )
-            for one in tuned
-        ]
+        effects = [rises(one.cells, lambda row: value(row, task)) for one in tuned]
         why = "; ".join(filter(None, (note(where), silent(where, tuned, task))))
         label = f"{where}, k={','.join(map(str, by_k))}; {task_name(task, where)}"
         yield Test(label, mean_of(effects), margin, unit, count(tuned), note=why, paired=where.paired)
@@ -241,12 +228,7 @@ def dose_response(rows):
     for (where, k), doses in groups.items():
         if len(doses) < 3:
             continue
-        by_dose = {
-            n: per_seed(
-                one.cells, lambda line, c=one.cells: slope(doublings(c), [loss(r, "problems") for r in line.values()])
-            )
-            for n, one in sorted(doses.items())
-        }
+        by_dose = {n: rises(one.cells, solution_loss) for n, one in sorted(doses.items())}
         seeds = set.intersection(*map(set, by_dose.values()))
         x = [math.log2(n) for n in by_dose]
         effects = {s: -slope(x, [effect[s] for effect in by_dose.values()]) for s in sorted(seeds)}
@@ -385,17 +367,16 @@ def more_active_moves(rows):
         for one in by_k.values():
             row = next(row for cell in one.cells.values() for row in cell.values())
             active = math.log2(row["params"]["active"] - row["params"]["embedding"])
-            rises = per_seed(
-                one.cells, lambda line, c=one.cells: slope(doublings(c), [loss(r, "problems") for r in line.values()])
-            )
             if where.kind == "mixture" and not where.data:
-                groups[where._replace(d_model=0, d_expert=0)].append((active, rises, where, one))
+                groups[where._replace(d_model=0, d_expert=0)].append(
+                    (active, rises(one.cells, solution_loss), where, one)
+                )
     for where, found in groups.items():
         active = [a for a, *_ in found]
         if len(found) < 3 or max(active) - min(active) < 2:  # a factor of four
             continue
-        seeds = set.intersection(*(set(rises) for _, rises, *_ in found))
-        effects = {s: slope(active, [rises[s] for _, rises, *_ in found]) for s in sorted(seeds)}
+        seeds = set.intersection(*(set(rise) for _, rise, *_ in found))
+        effects = {s: slope(active, [rise[s] for _, rise, *_ in found]) for s in sorted(seeds)}
         why = "; ".join(sorted({note for _, _, w, one in found if (note := silent(w, [one], "problems"))})[:1])
         widths = ", ".join(map(str, sorted({w.d_model for _, _, w, _ in found})))
         label = f"{where}; solutions".replace("d=0, F=0", f"d={widths}")

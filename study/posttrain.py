@@ -187,7 +187,9 @@ def run_missing(cfg):
     names = dict.fromkeys(name for part in cfg.runs for name in sorted(glob.glob(part)))  # once each, in this order
     runs = [Path(name) for name in names if "-grpo-" not in Path(name).name and checkpoint.find(name)]
     require(runs, "runs", ",".join(cfg.runs), "no directory of that name holds a checkpoint (ckpt-*.pt)")
-    done = {row["checkpoint"] for row in read(cfg.results, ROW, optional=True) if row["settings"] == settings(cfg)}
+    wanted, usual = settings(cfg), settings(PosttrainConfig())  # a row made before a field existed had its default
+    rows = read(cfg.results, ROW, optional=True)
+    done = {row["checkpoint"] for row in rows if {name: (usual | row["settings"])[name] for name in wanted} == wanted}
     missing = [run for run in runs if checkpoint.find(run)[-1][1].name not in done]
     print(f"{len(runs)} runs, {len(missing)} of them to do", flush=True)
     if cfg.jobs > 1 and len(missing) > 1:

@@ -18,12 +18,11 @@ import dataclasses
 import math
 
 from study.execute import Run, key
-from study.results import counted, distinct, loss
+from study.results import LIMITS, counted, distinct, loss
 
 EXPERTS = (512, 8, 64, 256, 16, 128, 32)  # extremes first
 ENDS = (512, 8, 64)
 RATES = (0.003, 0.006, 0.012, 0.024)
-LIMITS = (7e-4, 0.05)  # no search goes beyond
 SEARCH = 3  # seeds that look for the best rates
 START = {"facts": 0.003, "problems": 0.012}  # the best rates of the unpaired runs, where no paired ones are known
 SCARCE = 1_000  # problems of the regime that decides claim 2
@@ -50,13 +49,11 @@ def scarce2(rows, data):
 
 
 def dose(rows, data):
-    runs = [
-        Run(n_experts=e, top_k=8, unique=unique, seed=seed)
-        for unique in (500, 4_000, 2_000)
-        for e in EXPERTS
-        for seed in range(6)
-    ]
-    return rated(rows, runs)
+    """The rates are searched at three E and borrowed by the others."""
+    cells = [Run(n_experts=e, top_k=8, unique=unique) for unique in (500, 4_000, 2_000) for e in EXPERTS]
+    ends = searched(rows, [cell for cell in cells if cell.n_experts in ENDS], 6)
+    others = [cell for cell in cells if cell.n_experts not in ENDS]
+    return ends + rated(rows, [dataclasses.replace(cell, seed=seed) for cell in others for seed in range(6)])
 
 
 def fresh(rows, data):

@@ -21,6 +21,7 @@ TASKS = {"facts": "facts", "problems": "solutions", "mano": "mental arithmetic"}
 TEXT_TASKS = {"triviaqa": "TriviaQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
 MEMORY = ("facts", "triviaqa", "hellaswag")
 MIN_SEEDS = 3
+LIMITS = (7e-4, 0.05)  # of learning rates: no search goes beyond
 # Keys of every row, the first of them written first.
 ROW = tuple("key run lr diverged tokens tpp params flops points tokens_per_s seconds jobs device".split())
 UNSIGNED = {  # what rows without a checksum may hold: one whose checksum lost its name holds something else
@@ -201,7 +202,7 @@ class Tuned(NamedTuple):
 
     cells: dict  # {x: {seed: row}}, the same seeds at every x
     rates: dict  # {x: rate}
-    edges: list  # every x whose best rate is the lowest or highest that it tried, so that a better one may lie beyond
+    edges: list  # every x whose best rate is the lowest or highest that it tried although LIMITS lie beyond
     single: list  # every x that has run one rate only
 
 
@@ -219,7 +220,8 @@ def tune(line, task):
         mean = {rate: sum(loss(seeds[s], task) for s in common) / len(common) for rate, seeds in full.items()}
         best[x] = min(sorted(mean), key=mean.get)
         cells[x] = {s: row for s, row in full[best[x]].items() if not row["diverged"]}
-        (single if len(full) == 1 else edges if best[x] in (min(full), max(full)) else []).append(x)
+        low, high = best[x] == min(full) and best[x] / 2 > LIMITS[0], best[x] == max(full) and best[x] * 2 < LIMITS[1]
+        (single if len(full) == 1 else edges if low or high else []).append(x)
     seeds = set.intersection(*map(set, cells.values())) if cells else set()
     cells = {x: {s: cell[s] for s in sorted(seeds)} for x, cell in cells.items()}
     return Tuned(cells, best, edges, single) if seeds else None

@@ -10,7 +10,8 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
 
 
 def rms_ratio(result, truth):
-    """Norm of the error over the norm of the truth; a NaN or a missing value gives NaN or infinity, never a small number."""
+    """Norm of the error over the norm of the truth; a NaN or a missing value gives NaN or infinity, never a small
+    number."""
     result, truth = result.detach().double().cpu(), truth.detach().double().cpu()
     assert result.shape == truth.shape, f"{tuple(result.shape)} is not {tuple(truth.shape)}"
     if truth.numel() == 0:
@@ -41,8 +42,8 @@ def poisoned_empty():
 
 
 def problem(T, D, F, E, K, dtype, device, routing="random", seed=0):
-    """Unit-scale inputs of an expert layer: x, w_in, w_out, gates, experts. routing: random | one (all tokens to the first K experts)
-    | hole (expert 0 gets nothing)."""
+    """Unit-scale inputs of an expert layer: x, w_in, w_out, gates, experts. routing: random | one (all tokens to the
+    first K experts) | hole (expert 0 gets nothing)."""
     g = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     logits = randn(T, E)

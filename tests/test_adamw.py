@@ -1,5 +1,7 @@
-"""The AdamW kernel against torch.optim.AdamW and its twin; stochastic rounding: unbiased, repeatable, and what it is for.
-Run: python -m pytest tests/test_adamw.py (CPU: Triton's interpreter; the bfloat16 arithmetic is in integers, so it is right there too)"""
+"""The AdamW kernel against torch.optim.AdamW and its twin; stochastic rounding: unbiased, repeatable, and what it is
+for.
+Run: python -m pytest tests/test_adamw.py (CPU: Triton's interpreter; the bfloat16 arithmetic is in integers, so it is
+right there too)"""
 
 import pytest
 import torch
@@ -82,7 +84,8 @@ def test_kernel_equals_twin(n, dtype, grad_dtype, device, poison):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rounding_is_unbiased_repeatable_and_to_a_neighbour(impl, device):
-    """One step of rate 1e-3 on weights of 1, whose spacing in bfloat16 is 1/128 (above) and 1/256 (below): the mean over seeds is that of float32."""
+    """One step of rate 1e-3 on weights of 1, whose spacing in bfloat16 is 1/128 (above) and 1/256 (below): the mean
+    over seeds is that of float32."""
     n, runs = 4096, 64
     make = lambda dtype: [torch.full((n,), value, dtype=dtype, device=device) for value in (1.0, 0.7, 0.3, 0.2)]  # noqa: E731
 
@@ -148,7 +151,8 @@ def test_skip_leaves_everything_untouched(impl, dtype, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_small_steps_and_a_falling_second_moment_survive_bfloat16(impl, device):
-    """Steps of 1e-4 move a weight of 1, and beta2 = 0.999 lets a second moment of 1 fall; rounded to nearest, both would stand still."""
+    """Steps of 1e-4 move a weight of 1, and beta2 = 0.999 lets a second moment of 1 fall; rounded to nearest, both
+    would stand still."""
     steps = 20 if impl == "triton" and device == "cpu" else 200  # the interpreter is slow
     weight, grad, mean, var, still, none, zero, falling = (
         torch.full((4096,), x, dtype=HALF, device=device) for x in (1, 1, 1, 1, 1, 0, 0, 1)

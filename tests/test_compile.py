@@ -59,7 +59,7 @@ def test_every_kernel_compiles_without_problems(hopper):
     assert {row["shape"] for row in hopper} == set(SHAPES)
     names = {row["name"] for row in hopper}
     assert GEMMS | {"muon_kernel", "adamw_kernel", "cross_entropy_kernel"} < names
-    assert {f"{op}_{way}_kernel" for op in ("swiglu", "rope", "route") for way in ("fwd", "bwd")} < names
+    assert {f"{op}_{way}_kernel" for op in ("gated", "rope", "route") for way in ("fwd", "bwd")} < names
     assert not [row for row in hopper if row["problems"]]  # run() fails before that
 
 
@@ -104,7 +104,7 @@ def test_elementwise_kernels_move_16_bytes_at_a_time(hopper):
     flat = [
         row
         for row in hopper
-        if row["name"].startswith("swiglu_") or row["name"].startswith("rope_") and not row["shared"]
+        if row["name"].startswith("gated_") or row["name"].startswith("rope_") and not row["shared"]
     ]
     assert len({row["name"] for row in flat}) == 4 and all(row["wide"] > 0 and row["narrow"] == 0 for row in flat), flat
     assert any(row["narrow"] for row in hopper if row["name"] == "count_kernel")

@@ -1,12 +1,13 @@
-"""The expert layer and each of its GEMM kernels against float64: python -m pytest tests/test_experts.py (GPU where there is one)."""
+"""The expert layer and each of its GEMM kernels against float64: python -m pytest tests/test_experts.py (GPU where
+there is one)."""
 
 import contextlib
 
 import pytest
 import torch
 
+from moe_kernels import ACTIVATIONS, moe_experts, reference, route
 from moe_kernels import grouped_gemm as gemm
-from moe_kernels import moe_experts, reference, route
 from moe_kernels.dispatch import dispatch
 from moe_kernels.experts import experts_op
 from moe_kernels.tiles import gemm_tiles
@@ -27,14 +28,14 @@ LARGE = (
 NAMES = ("x", "w_in", "w_out", "gates")
 
 
-def run(impl, inputs, dy):
+def run(impl, inputs, dy, activation="swiglu"):
     leaves = [t.clone().requires_grad_() for t in inputs[:4]]
-    y = moe_experts(*leaves, inputs[4], impl=impl)
+    y = moe_experts(*leaves, inputs[4], impl, activation)
     return y, torch.autograd.grad(y, leaves, dy)
 
 
-def run_truth(inputs, dy):
-    return run("reference", (*(t.double() for t in inputs[:4]), inputs[4]), dy.double())
+def run_truth(inputs, dy, activation="swiglu"):
+    return run("reference", (*(t.double() for t in inputs[:4]), inputs[4]), dy.double(), activation)
 
 
 def compare(got, truth, bound):
@@ -49,6 +50,18 @@ def test_triton_matches_float64(T, D, F, E, K, dtype, device, poison):
     inputs = problem(T, D, F, E, K, dtype, device)
     dy = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     compare(run("triton", inputs, dy), run_truth(inputs, dy), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("impl", ["triton", "grouped_mm"])
+def test_every_activation_matches_float64(impl, activation, device, poison):
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    inputs = problem(37, 48, 80, 4, 2, dtype, device)
+    dy = torch.randn(37, 48, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    got, truth = run(impl, inputs, dy, activation), run_truth(inputs, dy, activation)
+    compare(got, truth, BOUNDS[dtype] if impl == "triton" else 2 * BOUNDS[dtype])
+    other = run_truth(inputs, dy, "geglu" if activation == "swiglu" else "swiglu")
+    assert rms_ratio(got[0], other[0]) > 0.02  # the check can fail
 
 
 @pytest.mark.parametrize("routing", ["one", "hole"])
@@ -79,8 +92,9 @@ def test_grouped_mm_on_gpu():
     )  # it rounds more often: gates and activations pass through bfloat16
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, DTYPES[-1]])
-def test_each_gemm_against_its_twin(dtype, device, poison):
+def test_each_gemm_against_its_twin(dtype, activation, device, poison):
     T, D, F, E, K = 40, 48, 80, 6, 2
     x, w_in, w_out, gates, experts = problem(T, D, F, E, K, dtype, device, "hole")
     dy = torch.randn(T, D, device=device).to(dtype)
@@ -88,11 +102,11 @@ def test_each_gemm_against_its_twin(dtype, device, poison):
     d = dispatch(experts, E, tiles["up"].BLOCK_M)
     offsets, row_slot, _ = reference.dispatch(experts, E)
     wide = lambda *tensors: (t.double() for t in tensors)  # noqa: E731
-    h, a = gemm.up(x, w_in, d, tiles["up"])
-    true_h, true_a = reference.up(*wide(x, w_in), row_slot, offsets, K)
-    dh, ga, parts = gemm.dswiglu(dy, w_out, h, gates, d, tiles["dswiglu"])
+    h, a = gemm.up(x, w_in, d, tiles["up"], activation)
+    true_h, true_a = reference.up(*wide(x, w_in), row_slot, offsets, K, activation)
+    dh, ga, parts = gemm.dswiglu(dy, w_out, h, gates, d, tiles["dswiglu"], activation)
     h_SG = gemm.to_rows(h)
-    true_dh, true_ga, true_dgates = reference.dswiglu(*wide(dy, w_out, h_SG, gates), row_slot, offsets)
+    true_dh, true_ga, true_dgates = reference.dswiglu(*wide(dy, w_out, h_SG, gates), row_slot, offsets, activation)
     pairs = {
         "h": (h_SG, true_h),
         "a": (a, true_a),
@@ -111,7 +125,8 @@ def test_each_gemm_against_its_twin(dtype, device, poison):
 @pytest.mark.parametrize("rows", [8, 10_000])
 @pytest.mark.parametrize("D,F", [(48, 16), (144, 80), (144, 96), (272, 144)])
 def test_the_tiles_of_a_gpu(D, F, rows, device, poison, monkeypatch):
-    """Both families of tiles, by rows per expert, at widths that are less than a tile or no multiple of it; the interpreter's own are small squares."""
+    """Both families of tiles, by rows per expert, at widths that are less than a tile or no multiple of it; the
+    interpreter's own are small squares."""
     monkeypatch.setattr("moe_kernels.tiles.interpreting", lambda: False)
     T, E, K = 40, 6, 2
     x, w_in, w_out, gates, experts = problem(T, D, F, E, K, torch.float16, device, "hole")
@@ -275,7 +290,8 @@ def test_cuda_graph_capture_follows_new_routing(T):
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_branches_of_a_graph_do_not_meet(monkeypatch):
-    """Two branches, each with the other's stream as its second one: the most unlucky of what torch's pool of streams may give."""
+    """Two branches, each with the other's stream as its second one: the most unlucky of what torch's pool of streams
+    may give."""
     inputs = [problem(100, 64, 48, 8, 2, torch.bfloat16, "cuda", seed=seed) for seed in range(2)]
     dy = torch.randn(100, 64, device="cuda", dtype=torch.bfloat16)
     alone, streams, captured = [run("triton", each, dy) for each in inputs], [torch.cuda.Stream() for _ in inputs], []
@@ -301,7 +317,8 @@ def test_branches_of_a_graph_do_not_meet(monkeypatch):
 
 @pytest.mark.skipif(ON_GPU, reason="stands in for streams")
 def test_results_are_not_memory_of_the_side_stream(monkeypatch):
-    """Nothing records for the allocator that the main stream reads them. And the two streams wait for each other, around all that the side one does."""
+    """Nothing records for the allocator that the main stream reads them. And the two streams wait for each other,
+    around all that the side one does."""
     events, on_side, theirs = [], [], []
 
     class Stream:
@@ -325,9 +342,8 @@ def test_results_are_not_memory_of_the_side_stream(monkeypatch):
         return t
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(
-            owner, name, lambda *args, _make=getattr(owner, name), **kwargs: watched(_make, *args, **kwargs)
-        )
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, _make=make, **kwargs: watched(_make, *args, **kwargs))
     monkeypatch.setattr(torch.cuda, "stream", enter)
     monkeypatch.setattr("moe_kernels.experts.captured_stream", lambda tensor: Stream("main"))
     monkeypatch.setattr("moe_kernels.experts.side_stream", lambda main: Stream("side"))
@@ -354,15 +370,16 @@ def test_results_are_not_memory_of_the_side_stream(monkeypatch):
         (dict(experts=torch.arange(48).view(24, 2) % 4 - 1, impl="reference"), r"ids from -1 to 2: .* in 0\.\.3"),
         (dict(x=torch.zeros(24, 32, dtype=torch.float16)), "floating dtype"),
         (dict(impl="fast"), "fast"),
+        (dict(activation="tanh"), "activation='tanh': expected one of swiglu, geglu, relu2"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
     D, F = change.pop("D", 32), change.pop("F", 16)
     names = ("x", "w_in", "w_out", "gates", "experts")
     arguments = dict(zip(names, problem(24, D, F, 4, 2, torch.float32, "cpu"), strict=True)) | change
-    impl = arguments.pop("impl", None)
+    options = {name: arguments.pop(name) for name in ("impl", "activation") if name in arguments}
     with pytest.raises(ValueError, match=message):
-        moe_experts(*arguments.values(), impl=impl)
+        moe_experts(*arguments.values(), **options)
 
 
 def test_triton_without_gpu_or_interpreter_is_refused(monkeypatch):

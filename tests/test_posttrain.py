@@ -1,6 +1,7 @@
 """The comparison before and after post-training. Run: python -m pytest tests/test_posttrain.py (CPU)"""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -81,6 +82,11 @@ def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
             assert len(row[when]["greedy"]) == len(row[when]["majority"]) == len(row[when]["answers"]) == 4
             assert row[when]["curves"]["samples"] == [1, 2, 4] and len(row[when]["curves"]["solutions"]) == 3
     assert main(flags) == rows  # nothing is done twice
+    text = results.read_text()
+    older = [{**row, "settings": {n: v for n, v in row["settings"].items() if n != "clip"}} for row in rows]
+    results.write_text("".join(json.dumps(row) + "\n" for row in older))  # of code that had no such field
+    assert main(flags) == older
+    results.write_text(text)
     results.write_text(results.read_text() + '{"checkpoint": "torn')
     assert main([f"--results={results}"]) == rows
     with pytest.raises(SystemExit, match="error: .*no directory of that name"):

@@ -1,4 +1,5 @@
-"""Routing against the float64 reference: python -m pytest tests/test_routing.py (GPU where there is one, else the interpreter)."""
+"""Routing against the float64 reference: python -m pytest tests/test_routing.py (GPU where there is one, else the
+interpreter)."""
 
 import pytest
 import torch
@@ -132,7 +133,8 @@ def test_the_check_can_fail(device):
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gates_of_a_recorded_choice(device, score, normalize):
-    """Of the router's own choice they are its gates, gradient included; of another one those of a router that is biased to it."""
+    """Of the router's own choice they are its gates, gradient included; of another one those of a router that is biased
+    to it."""
     logits = torch.randn(20, 6, device=device, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(20, 2, device=device, dtype=torch.float64)
     own = reference.route(logits, 2, score, normalize)

@@ -1,0 +1,90 @@
+"""How ops are run: kernels or PyTorch, as a custom op or eagerly, and always sheltered from torch.autocast."""
+
+import contextlib
+import functools
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+
+from moe_kernels.tiles import eager, pick_impl
+
+
+def use_kernels(impl, tensor):
+    """Whether an op without a GEMM runs its kernels; impl="grouped_mm" means the same PyTorch ops as "reference" to it.
+
+    Raises what `pick_impl` does, and ValueError for float64 with "triton"."""
+    if impl == "grouped_mm" or pick_impl(impl, tensor) != "triton":
+        return False
+    if tensor.dtype == torch.float64:
+        raise ValueError("impl='triton' computes in float32 at most, not float64: use impl='reference'")
+    return True
+
+
+def define(name, forward, backward, fake_forward, fake_backward, setup_context, derivative):
+    """Make custom ops of two launchers: moe_kernels::<name> and moe_kernels::<name>_bwd, its gradient.
+
+    derivative(ctx, run, *gradients) calls `run`, the second op or its launcher, on what setup_context saved.
+    Returns both ops and the differentiable function. For an ordinary tensor outside of compilation that function calls
+    the launchers through autograd.Function: a custom op takes 75 us more of Python per call (empty ops on a CPU)."""
+    op = torch.library.custom_op(f"moe_kernels::{name}", forward, mutates_args=())
+    backward_op = torch.library.custom_op(f"moe_kernels::{name}_bwd", backward, mutates_args=())
+    op.register_fake(fake_forward)
+    backward_op.register_fake(fake_backward)
+    op.register_autograd(lambda ctx, *grads: derivative(ctx, backward_op, *grads), setup_context=setup_context)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):  # a setup_context of its own would cost an inspect.signature per call
+            output = forward(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, *grads):
+            return derivative(ctx, backward, *grads)
+
+    return op, backward_op, lambda tensor, *rest: (Eager.apply if eager(tensor) else op)(tensor, *rest)
+
+
+def autocast_off(device):
+    """Context without autocast on a device type."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+
+
+def sheltered(fn):
+    """Decorator: fn(tensor, ...) computes in its arguments' dtypes under any torch.autocast, forward and backward."""
+
+    @functools.wraps(fn)
+    def op(*args, **kwargs):
+        with autocast_off(args[0].device.type):
+            out = fn(*args, **kwargs)
+        if torch.is_grad_enabled() and eager(args[0]):
+            _shelter_backward(out if isinstance(out, tuple) else (out,), (*args, *kwargs.values()))
+        return out
+
+    return op
+
+
+def _shelter_backward(outputs, arguments):
+    """Turn autocast off while the graph nodes between arguments and outputs run, whatever it is around `backward`."""
+    inputs = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
+    seen, nodes = {get_gradient_edge(t).node for t in inputs}, [t.grad_fn for t in outputs]
+    device, states = outputs[0].device.type, []
+
+    def turn_off(_):
+        states.append(torch.is_autocast_enabled(device))
+        torch.set_autocast_enabled(device, False)
+
+    def restore(*_):
+        torch.set_autocast_enabled(device, states.pop())
+
+    while inputs and nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            node.register_prehook(turn_off)
+            node.register_hook(restore)
+            nodes += [before for before, _ in node.next_functions]

@@ -1,0 +1,194 @@
+"""What every public op promises: its dtypes and values under any autocast, torch.compile of the whole op, and a life
+without triton."""
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+import moe_kernels as mk
+from model import ModelConfig, rope_tables
+from moe_kernels.muon import muon_update
+from tests.checks import ON_GPU, check, problem
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+IMPLS = [None, "reference", "grouped_mm", "triton"]
+
+
+def random(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def experts(dtype, impl, activation="swiglu"):
+    *floats, ids = problem(24, 32, 16, 4, 2, dtype, DEVICE)
+    return partial(call_experts, ids, impl, activation), floats
+
+
+def call_experts(ids, impl, activation, x, w_in, w_out, gates):
+    return mk.moe_experts(x, w_in, w_out, gates, ids, impl, activation)
+
+
+def route(dtype, impl, score="softmax"):
+    def call(logits):
+        r = mk.route(logits, 2, score, impl=impl)
+        return r.gates_TK, r.probs_E, r.z, mk.balance_loss(r.counts_E, r.probs_E)
+
+    return call, [random(12, 8).to(dtype)]
+
+
+def gates(dtype, impl):
+    chosen = torch.arange(24, device=DEVICE).view(12, 2) % 8
+    return lambda logits: mk.gates_of(logits, chosen), [random(12, 8).to(dtype)]
+
+
+def loss(dtype, impl):
+    targets = torch.arange(-1, 11, device=DEVICE)
+    return (lambda x, w: mk.linear_cross_entropy(x, w, targets, impl=impl)), [random(12, 16).to(dtype), random(40, 16)]
+
+
+def gated(dtype, impl, activation="swiglu"):
+    return (lambda h: mk.gated_activation(h, activation, impl)), [random(12, 32).to(dtype)]
+
+
+def rope(dtype, impl):
+    cos, sin = (t.to(DEVICE) for t in rope_tables(ModelConfig(seq_len=9, head_dim=8)))
+    call = lambda qkv, *weights: mk.rope(qkv, cos, sin, 4, *weights, impl=impl)  # noqa: E731
+    return call, [t.to(dtype) for t in (random(2, 9, 8, 8), random(8), random(8, seed=2))]
+
+
+OPS = {
+    "route": route,
+    "route sigmoid": partial(route, score="sigmoid"),
+    "gates_of": gates,
+    "linear_cross_entropy": loss,
+    "rope": rope,
+    **{f"experts {name}": partial(experts, activation=name) for name in mk.ACTIVATIONS},
+    **{f"gated {name}": partial(gated, activation=name) for name in mk.ACTIVATIONS},
+}
+
+
+def results(call, inputs, forward=False, backward=False):
+    """Outputs and gradients; autocast to bfloat16 is on where it says so."""
+    leaves = [t.detach().to(DEVICE).requires_grad_() for t in inputs]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=forward):
+        out = call(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    upstream = [(1 + torch.arange(t.numel(), device=DEVICE) % 3).view(t.shape).to(t.dtype) for t in out]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=backward):
+        return [*out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def make(op, dtype, impl):
+    if ON_GPU and impl == "grouped_mm" and op.startswith("experts") and dtype != torch.bfloat16:
+        pytest.skip("on the GPU grouped_mm takes bfloat16 only")
+    return OPS[op](dtype, impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_nothing(op, impl, dtype):
+    call, inputs = make(op, dtype, impl)
+    plain = results(call, inputs)
+    for forward, backward in ((True, False), (True, True), (False, True)):
+        for a, b in zip(results(call, inputs, forward, backward), plain, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b), (forward, backward)
+
+
+def test_autocast_is_on_in_that_test_and_afterwards():
+    """Else it could not fail: a plain product is changed by it. And the shelter ends with the op."""
+    x, w = random(8, 8), random(8, 8, seed=2)
+    plain = results(torch.matmul, [x, w])
+    assert results(torch.matmul, [x, w], forward=True)[0].dtype == torch.bfloat16
+    assert not torch.equal(results(torch.matmul, [x, w], backward=True)[1], plain[1])
+    op, inputs = experts(torch.float32, "reference")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        torch.autograd.grad(op(*(t.requires_grad_() for t in inputs)).sum(), inputs)
+        assert torch.is_autocast_enabled(DEVICE) and (x @ w).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_autocast_changes_no_optimiser(impl):
+    def adamw(impl):
+        tensors = [random(40, seed=seed).abs().to(DEVICE) for seed in range(4)]
+        step = torch.tensor(3.0, device=DEVICE)
+        mk.adamw_step(*tensors, step, 0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, impl=impl)
+        return tensors
+
+    def muon():
+        weights, momenta, grads = ([random(2, 16, 16, seed=seed).to(DEVICE)] for seed in range(3))
+        muon_update(weights, momenta, grads, [16], torch.tensor(0.1, device=DEVICE), 0.9, 0.1)
+        return weights + momenta
+
+    step = partial(adamw, impl) if impl == "reference" else lambda: adamw(impl) + muon()
+    plain = step()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(step(), plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("op", OPS)
+def test_fullgraph_compile(op, impl, dtype):
+    call, inputs = make(op, dtype, impl)
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    bound = 1e-6 if dtype == torch.float32 else 2e-3
+    for a, b in zip(results(compiled, inputs), results(call, inputs), strict=True):
+        assert a.dtype == b.dtype
+        check(a, b, bound, op)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_fullgraph_compile_of_experts_by_inductor(impl):
+    """The default backend, called with a new routing and then a new number of tokens: no graph depends on what was
+    routed."""
+    *inputs, ids = problem(24, 32, 16, 4, 2, torch.float32, DEVICE)
+    make("experts swiglu", torch.float32, impl)
+    torch.compiler.reset()
+    compiled = torch.compile(mk.moe_experts, fullgraph=True)
+    for chosen, n in ((ids, 24), ((ids + 1) % 4, 24), (ids, 9)):
+        tensors = [inputs[0][:n], *inputs[1:3], inputs[3][:n]]
+        got, plain = (
+            results(partial(call, chosen[:n]), tensors)
+            for call in (
+                lambda ids, x, w_in, w_out, gates: compiled(x, w_in, w_out, gates, ids, impl=impl),
+                lambda ids, x, w_in, w_out, gates: mk.moe_experts(x, w_in, w_out, gates, ids, impl=impl),
+            )
+        )
+        for a, b in zip(got, plain, strict=True):
+            check(a, b, 1e-5)
+
+
+def test_the_product_op():
+    offsets = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+    a, w = random(12, 16).requires_grad_(), random(3, 16, 32).requires_grad_()
+    for native in (False, True):
+        torch.library.opcheck(torch.ops.moe_kernels.grouped_product, (a, w, offsets, native))
+        torch.library.opcheck(torch.ops.moe_kernels.grouped_product, (a.detach(), random(12, 32), offsets, native))
+
+
+WITHOUT_TRITON = """
+import tests.hide_triton, torch, moe_kernels as mk
+import moe_kernels.muon, optimoe.optim
+from tests.test_ops import OPS, results
+for op, make in OPS.items():
+    for impl in (None, "reference", "grouped_mm"):
+        assert all(t.isfinite().all() for t in results(*make(torch.float32, impl))), op
+    try:
+        if op != "gates_of":
+            results(*make(torch.float32, "triton"))
+            raise SystemExit(f"{op} ran")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(ON_GPU, reason="about machines without one")
+def test_everything_but_the_kernels_works_without_triton():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = set(run.stdout.splitlines())
+    assert len(lines) == 1 and "needs the package triton" in run.stdout and "impl='grouped_mm'" in run.stdout
