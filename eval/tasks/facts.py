@@ -1,9 +1,5 @@
-"""What a model remembers of its procedural training data: the values of synthetic people (data/facts.py), from name and
-stem.
-
-One item for each person and attribute. `exact`: the text up to the period is the value. No examples; there is nothing
-to generalise.
-"""
+"""What a model remembers of its procedural training data: the values of synthetic people (data/facts.py) after a name
+and the stem of a sentence. One item for each person and attribute; `exact`: the text up to the period is the value."""
 
 from data.facts import people, probes
 from eval.tasks import Item
@@ -12,10 +8,8 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 0, (".",), 16
 
 
 def items(source, shots):
-    cfg = source.procedural("facts")
-    return [
-        Item(str(i), probe.prompt, probe.value, group=probe.attribute) for i, probe in enumerate(probes(people(cfg)))
-    ]
+    found = enumerate(probes(people(source.procedural("facts"))))
+    return [Item(str(i), probe.prompt, probe.value, group=probe.attribute) for i, probe in found]
 
 
 def score(item, text):

@@ -1,8 +1,5 @@
 """Mental arithmetic on prefix expressions, like those of the procedural training data (data/reasoning.py): "Mano: - 3 +
-4 5 =", " 4.".
-
-1,000 unseen expressions. `exact`: the text is the value and nothing else.
-"""
+4 5 =", " 4.". 1,000 unseen expressions. `exact`: the text is the value and nothing else."""
 
 import re
 
@@ -22,8 +19,8 @@ def questions(source, split, n):
 
 
 def _items(cfg, start, split, n):
-    found = [mano(cfg, start + i, split) for i in range(n)]
-    return [Item(str(i), p.question, p.solution, group=f"{p.steps} steps") for i, p in enumerate(found)]
+    found = enumerate(mano(cfg, start + i, split) for i in range(n))
+    return [Item(str(i), p.question, p.solution, group=f"{p.steps} steps") for i, p in found]
 
 
 def vote(text):

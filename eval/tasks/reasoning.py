@@ -37,10 +37,8 @@ def unseen(source, split, n):
 
 
 def _items(problems, modulus):
-    return [
-        Item(str(i), p.question, p.solution, group=f"{p.steps} steps", row={"modulus": modulus})
-        for i, p in enumerate(problems)
-    ]
+    row, found = {"modulus": modulus}, enumerate(problems)
+    return [Item(str(i), p.question, p.solution, group=f"{p.steps} steps", row=row) for i, p in found]
 
 
 def score(item, text):
