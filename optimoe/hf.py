@@ -363,7 +363,9 @@ def load_tokens(directory) -> Tokens:
 def save_tokens(enc, directory):
     """Write a tiktoken encoding as tokenizer.json, with end-of-text in front of every text, as in training."""
     tokenizers = package("tokenizers")
-    letters = tokenizer.byte_letters()
+    # The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for characters from 256 on.
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
     ranks, special = enc._mergeable_ranks, enc._special_tokens
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     # tiktoken joins whichever neighbours make the token of lowest rank: each such pair becomes a rule of its own.

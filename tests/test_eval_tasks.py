@@ -10,6 +10,8 @@ import zipfile
 
 import pytest
 
+from data.facts import FactsConfig
+from data.reasoning import ReasoningConfig
 from eval import tasks
 from eval.sources import Source
 from eval.tasks import Item, gsm8k, gsm_plus, hellaswag, humanevalplus, math500, mbppplus, triviaqa
@@ -568,7 +570,7 @@ class Procedural:
         self.parts = parts
 
     def procedural(self, part):
-        return self.parts[part]
+        return {"facts": FactsConfig, "reasoning": ReasoningConfig}[part](**self.parts[part])
 
 
 def test_facts():
@@ -614,6 +616,6 @@ def test_procedural_source(tmp_path):
         "procedural": {"facts": {"n_people": 3}},
     }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    assert Source(None, tmp_path).procedural("facts") == {"n_people": 3}
+    assert Source(None, tmp_path).procedural("facts") == FactsConfig(n_people=3)
     with pytest.raises(ValueError, match="was not trained on procedural reasoning"):
         Source(None, tmp_path).procedural("reasoning")
