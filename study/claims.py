@@ -208,45 +208,40 @@ def optimum_near_20(rows):
     yield from dose_response(rows)
 
 
-def trends(groups, least, unit, sign=1):
-    """A Test per group {(label, paired): [(x, Regime, Tuned)]} of `least` lines or more: the slope over x of the rise
-    of the unseen-solution loss per doubling of E."""
-    for (label, paired), members in groups.items():
-        if len(members) >= least:
-            x = [x for x, *_ in members]
-            effects = by_seed([rises(one, solution_loss) for *_, one in members], lambda y, x=x: sign * slope(x, y))
-            why = because(*sorted({silent(where, [one], "problems") for _, where, one in members} - {""})[:1])
-            yield Test(label, effects, 0.02, unit, sum(len(one.rows) for *_, one in members), note=why, paired=paired)
+def trends(rows, place, x, label, unit, sign=1, span=0.0):
+    """A Test for every three or more lines of one place(regime, k): the slope over x(regime, Tuned), which must span as
+    much, of the rise of the unseen-solution loss per doubling of E."""
+    groups = defaultdict(list)
+    for where, k, one in made_lines(rows):
+        groups[place(where, k)].append((x(where, one), where, one))
+    for (same, k), members in groups.items():
+        xs, regimes, tuned = zip(*sorted(members, key=lambda member: member[0]), strict=True)
+        if len(xs) >= 3 and xs[-1] - xs[0] >= span:
+            effects = by_seed([rises(one, solution_loss) for one in tuned], lambda y, xs=xs: sign * slope(xs, y))
+            notes = {silent(where, [one], "problems") for where, one in zip(regimes, tuned, strict=True)}
+            runs, why = sum(len(one.rows) for one in tuned), because(*sorted(notes - {""})[:1])
+            yield Test(label(same, k, regimes), effects, 0.02, unit, runs, note=why, paired=same.paired)
 
 
 def dose_response(rows):
     """Regimes that differ in the number of problems alone: how much the rise falls per doubling of problems."""
-    groups = defaultdict(list)
-    for where, k, one in made_lines(rows):
-        if where.unique:
-            groups[where._replace(unique=0), k].append((math.log2(where.unique), where, one))
-    named = {}
-    for (where, k), doses in groups.items():
-        doses.sort(key=lambda dose: dose[0])
-        problems = ", ".join(str(regime.unique) for _, regime, _ in doses)
-        named[f"{where}, k={k}, {problems} problems; solutions", where.paired] = doses
-    yield from trends(named, 3, "nats per doubling of E less, per doubling of problems", sign=-1)
+    repeated = [row for row in rows if row["run"]["unique"]]
+    place = lambda where, k: (where._replace(unique=0), k)  # noqa: E731
+    problems = lambda regimes: ", ".join(str(where.unique) for where in regimes)  # noqa: E731
+    label = lambda same, k, regimes: f"{same}, k={k}, {problems(regimes)} problems; solutions"  # noqa: E731
+    unit = "nats per doubling of E less, per doubling of problems"
+    yield from trends(repeated, place, lambda where, one: math.log2(where.unique), label, unit, sign=-1)
 
 
 def more_active_moves(rows):
-    """How much the rise grows with a doubling of active parameters, by width and k."""
-    groups = defaultdict(list)
-    for where, _, one in made_lines(rows):
-        params = one.rows[0]["params"]
-        active = math.log2(params["active"] - params["embedding"])
-        groups[where._replace(d_model=0, d_expert=0)].append((active, where, one))
-    named = {}
-    for where, found in groups.items():
-        active = [a for a, *_ in found]
-        if max(active) - min(active) >= 2:  # a factor of four
-            widths = ", ".join(map(str, sorted({regime.d_model for _, regime, _ in found})))
-            named[f"{where}; solutions".replace("d=0, F=0", f"d={widths}"), where.paired] = found
-    yield from trends(named, 3, "nats per doubling of E more, per doubling of active parameters")
+    """How much the rise grows with a doubling of active parameters, by width and k, over a factor of four or more."""
+    place = lambda where, k: (where._replace(d_model=0, d_expert=0), 0)  # noqa: E731
+    active = lambda where, one: math.log2(one.rows[0]["params"]["active"] - one.rows[0]["params"]["embedding"])  # noqa: E731
+    widths = lambda regimes: ", ".join(map(str, sorted({where.d_model for where in regimes})))  # noqa: E731
+    label = lambda same, k, regimes: f"{same}; solutions".replace("d=0, F=0", f"d={widths(regimes)}")  # noqa: E731
+    yield from trends(
+        rows, place, active, label, "nats per doubling of E more, per doubling of active parameters", span=2
+    )
 
 
 def denser_at_equal_loss(rows):
@@ -332,16 +327,12 @@ def gentler_training(rows):
     """Loss of unseen solutions at the next lower rate than the one with the best training loss, where the training
     losses are comparable. The mean over the seeds says which these are: a lucky seed must not choose."""
     for paired in (True, False):
-        groups = defaultdict(lambda: defaultdict(dict))
-        for row in results.counted(rows):
-            run = row["run"]
-            if run["paired"] == paired and not row["diverged"] and not run["data"] and run["kind"] == "mixture":
-                same = tuple((field, value) for field, value in run.items() if field not in ("lr", "seed"))
-                groups[same][run["lr"]][run["seed"]] = row
         found, runs = defaultdict(list), 0
-        for line in groups.values():
-            most = max(map(len, line.values()))
-            full = {rate: cell for rate, cell in line.items() if len(cell) == most >= MIN_SEEDS}
+        alike = lambda where: where.paired == paired and where.kind == "mixture" and not where.data  # noqa: B023, E731
+        for rates in [rates for (where, _), line in lines(rows, 1).items() if alike(where) for rates in line.values()]:
+            sound = {rate: {s: r for s, r in cell.items() if not r["diverged"]} for rate, cell in rates.items()}
+            most = max(map(len, sound.values()))
+            full = {rate: cell for rate, cell in sound.items() if len(cell) == most >= MIN_SEEDS}
             if len(full) < 3 or not tells(full, "problems"):
                 continue
             losses = {rate: np.mean([row["train_loss"] for row in cell.values()]) for rate, cell in full.items()}
@@ -389,21 +380,17 @@ def lost(cells, when, measure):
     any remedy, say which E is best."""
     effects = {}
     for seed, at_largest in cells[max(cells)].items():
-        others = {
-            E: [np.mean(row["before"]["greedy"]) for s, row in cell.items() if s != seed] for E, cell in cells.items()
-        }
+        others = {E: [row["before"]["greedy"] for s, row in cell.items() if s != seed] for E, cell in cells.items()}
         if all(others.values()):
             best = cells[max(others, key=lambda E: np.mean(others[E]))][seed]  # noqa: B023  used at once
             effects[seed] = 100 * float(np.mean(best[when][measure]) - np.mean(at_largest[when][measure]))
     return effects
 
 
+RESCUE = "does not rescue a model that is too sparse"
 REMEDIES = (  # text, what is compared: results of study.posttrain
-    (
-        "More test-time compute does not rescue a model that is too sparse",
-        {"majority of all draws": ("before", "majority")},
-    ),
-    ("GRPO does not rescue a model that is too sparse", {"greedy answers after": ("after", "greedy")}),
+    (f"More test-time compute {RESCUE}", {"majority of all draws": ("before", "majority")}),
+    (f"GRPO {RESCUE}", {"greedy answers after": ("after", "greedy")}),
 )
 CLAIMS = (  # text, what computes it, presets that decide it
     ("Memory rises with total parameters at fixed active parameters", memory_rises, ("room", "scarce2")),

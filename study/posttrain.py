@@ -99,9 +99,8 @@ def measure(run, cfg, device):
 
     _, greedy, greedy_solution = checked(1)
     texts, answers, solutions = checked(cfg.samples, cfg.vote_temperature, cfg.vote_top_p, cfg.seed)
-    votes = [
-        {"votes": [vote(t) for t in drawn], "gold": str(p.answer)} for drawn, p in zip(texts, problems, strict=True)
-    ]
+    pairs = zip(texts, problems, strict=True)
+    votes = [{"votes": [vote(text) for text in drawn], "gold": str(p.answer)} for drawn, p in pairs]
     found = {"greedy": sum(greedy, []), "greedy_solution": sum(greedy_solution, [])}
     found["majority"] = [round(majority(q["votes"], q["gold"], cfg.samples), 4) for q in votes]
     found |= {"answers": [sum(right) for right in answers], "solutions": [sum(right) for right in solutions]}

@@ -125,10 +125,9 @@ def appendix(claims, rows):
                 said += f" (fewer than {MIN_SEEDS} seeds)"
             elif said == "undecided":
                 said += f" ({would_decide(test)})"
-            lines.append(
-                f"| {test.where}; {test.runs} runs | {number(mean)} {test.unit} | {number(low)} to {number(high)} | "
-                f"{'below' if test.little else 'above'} {test.margin:g} | {len(test.effects)} | {said} |"
-            )
+            effect = f"{number(mean)} {test.unit} | {number(low)} to {number(high)}"
+            margin = f"{'below' if test.little else 'above'} {test.margin:g} | {len(test.effects)}"
+            lines.append(f"| {test.where}; {test.runs} runs | {effect} | {margin} | {said} |")
     return "\n".join(lines) + "\n"
 
 
@@ -137,8 +136,7 @@ def write(path, table):
     text = Path(path).read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path}: needs the two lines {BEGIN!r} and {END!r}; put them where the table belongs")
+    require(begin and end, "out", path, f"it needs the two lines {BEGIN!r} and {END!r} where the table belongs")
     files.replace(path, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
 
 
