@@ -1,16 +1,12 @@
-"""Pictures of runs, and metrics.jsonl followed by other tools. Run: python -m pytest tests/test_curves.py (CPU)"""
+"""Pictures of runs. Run: python -m pytest tests/test_curves.py (CPU)"""
 
 import json
 import math
-import sys
-import threading
-import time
-from types import SimpleNamespace
 
 import pytest
 
 from optimoe import curves
-from study import follow, show
+from study import show
 from tests.test_train import data_dir  # noqa: F401  a fixture
 from tests.test_train import run as train_run
 
@@ -190,51 +186,6 @@ def test_redrawn_beside_training(run, capsys, monkeypatch):
     without = curves.Curves(run)
     without.refresh(), without.refresh(), without.close()
     assert capsys.readouterr().out.count("pip install") == 1 and without.process is None
-
-
-def test_follow_a_growing_and_rewound_log(run):
-    found, first_four = [], threading.Event()
-
-    def collect():
-        for r in follow.follow(run, poll=0.01):
-            found.append(r)
-            if len(found) == 4:
-                first_four.set()
-
-    thread = threading.Thread(target=collect, daemon=True)
-    thread.start()
-    assert first_four.wait(timeout=20)
-    text = (run / "metrics.jsonl").read_text()
-    (run / "metrics.jsonl").write_text(text + json.dumps(row(4))[:20])
-    time.sleep(0.05)
-    resumed = (row(1), row(2), row(4), row(5), {"step": 5, "val_loss": 4.5})  # from step 2
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in resumed))
-    thread.join(timeout=20)
-    expected = [(1, False), (2, False), (2, True), (3, False), (4, False), (5, False), (5, True)]
-    assert not thread.is_alive() and [(r["step"], "val_loss" in r) for r in found] == expected
-
-
-def test_adapters(run, monkeypatch):
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 5, "val_loss": 4.5}) + "\n")
-    logged = []
-    writer = SimpleNamespace(
-        add_scalar=lambda name, value, step: logged.append((step, name, value)), flush=lambda: None
-    )
-    session = SimpleNamespace(
-        log=lambda values, step: logged.extend((step, name, value) for name, value in values.items())
-    )
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda path: writer))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda name, config: session))
-    follow.main([str(run)])
-    first, logged[:] = list(logged), []
-    follow.main([str(run), "--to=wandb"])
-    assert logged == first
-    assert (2, "loss", 4.8) in first and (2, "val_loss", 4.9) in first and (1, "load_max/2", 4.0) in first
-    assert not any(name == "mfu" or name.startswith("load/") for _, name, _ in first)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SystemExit, match="pip install wandb"):
-        follow.main([str(run), "--to=wandb"])
 
 
 def test_training_draws_its_curves(data_dir, tmp_path):  # noqa: F811
