@@ -39,6 +39,8 @@ USES = {
     ("rows_kernel", False): "dx",
     ("dw_kernel", False): "dw_out",
     ("dw_kernel", True): "dw_in",
+    ("dw_hopper_kernel", False): "dw_out",
+    ("dw_hopper_kernel", True): "dw_in",
 }
 # What is counted in the PTX, with its pattern.
 COUNTS = {

@@ -15,15 +15,24 @@ IMPLS = ("reference", "grouped_mm", "triton")
 
 
 def pick_impl(impl, tensor):
+<<<<<<< HEAD
     """`impl` if it can run on `tensor`. None means triton on CUDA, reference on MPS, and grouped_mm on the CPU,
     where it is 1.3x faster than the reference.
+=======
+    """`impl` if it can run on `tensor`. None means triton on CUDA where it is installed, else grouped_mm where it takes
+    the dtype (1.3x faster than the reference on a CPU), else the reference.
+>>>>>>> kernels
 
     Raises ValueError for an unknown name and RuntimeError for an implementation that cannot run here. Nothing falls
     back silently."""
     if impl is None:
         if tensor.is_cuda and not MISSING:
             return "triton"
+<<<<<<< HEAD
         return "reference" if tensor.dtype == torch.float64 or tensor.is_mps else "grouped_mm"
+=======
+        return "grouped_mm" if _grouped_mm_takes(tensor) else "reference"
+>>>>>>> kernels
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}, or None to choose by device")
     if impl == "triton" and MISSING:
@@ -38,11 +47,16 @@ def pick_impl(impl, tensor):
             f"impl='triton' needs compute capability 8.0 or newer, {torch.cuda.get_device_name()} is older: "
             "use impl='reference'"
         )
-    if impl == "grouped_mm" and (tensor.dtype == torch.float64 or tensor.is_cuda and tensor.dtype != torch.bfloat16):
+    if impl == "grouped_mm" and not _grouped_mm_takes(tensor):
         raise RuntimeError(
             f"impl='grouped_mm' does not take {tensor.dtype} on {tensor.device.type}: use impl='reference'"
         )
     return impl
+
+
+def _grouped_mm_takes(tensor):
+    dtypes = {"cuda": (torch.bfloat16,), "mps": ()}.get(tensor.device.type)
+    return tensor.dtype != torch.float64 if dtypes is None else tensor.dtype in dtypes
 
 
 def eager(tensor):
