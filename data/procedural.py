@@ -10,8 +10,6 @@ unseen templates. meta.json keeps the MixtureConfig, from which `read_config` an
 evaluation needs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import random
@@ -26,13 +24,20 @@ from pathlib import Path
 import numpy as np
 
 from data import facts, files, reasoning, tokenizer
-from data.facts import FactsConfig
+from data.facts import FactsConfig, require_ranges
 from data.reasoning import ReasoningConfig
 from data.shards import META, ShardWriter, read_meta
 from optimoe.config import parse, require
 
 # A word or one digit, each with the space before it; runs of other signs.
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
+
+PARTS = {"facts": FactsConfig, "reasoning": ReasoningConfig}
+# Fields of earlier versions and the only values with which their data can still be evaluated.
+RETIRED = {
+    FactsConfig: dict(versions=0, permute=True, pronouns=True),
+    ReasoningConfig: dict(share=0.25, branch=0.0, distractors=0, ordered=False, plan=True),
+}
 
 CHUNK = 2**14  # documents made, shuffled over the chunk's windows and written at a time
 
@@ -55,22 +60,19 @@ class MixtureConfig:
     def validate(self) -> None:
         self.facts.validate()
         self.reasoning.validate()
-        for name, least in dict(exposures=0, n_problems=0, repeats=1, n_mano=0, window=0).items():
-            most = 2**20 if name == "window" else 10**9
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)}: need {least} to {most:,}")
+        ranges = dict.fromkeys(("exposures", "n_problems", "n_mano"), (0, 10**9))
+        require_ranges(self, ranges | {"repeats": (1, 10**9), "window": (0, 2**20)})
 
 
-def build(
-    out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | None = None, overwrite=False, workers: int = 1
-) -> dict:
+def build(out_dir: str | Path, cfg: MixtureConfig | None = None, seed=None, overwrite=False, workers: int = 1) -> dict:
     """Writes the data directory; `seed` replaces the seeds of people, problems and order. Returns meta.json's contents.
 
-    One process writes about 1 M tokens per second. More `workers` make texts in parallel; the bytes are the same."""
+    One process writes about 1 M tokens per second. More `workers` make texts in parallel; the bytes are the same.
+    """
     cfg = cfg or MixtureConfig()
     if seed is not None:
-        facts_, reasoning_ = (dataclasses.replace(part, seed=seed) for part in (cfg.facts, cfg.reasoning))
-        cfg = dataclasses.replace(cfg, seed=seed, facts=facts_, reasoning=reasoning_)
+        parts = {name: dataclasses.replace(getattr(cfg, name), seed=seed) for name in PARTS}
+        cfg = dataclasses.replace(cfg, seed=seed, **parts)
     cfg.validate()
     with ShardWriter(out_dir, encoder(cfg), overwrite) as writer:
         # spawn: the caller may hold a GPU, which a forked child could not use or even leave alone
@@ -98,23 +100,24 @@ def read_config(data_dir: str | Path) -> MixtureConfig:
 
 def from_dict(kept: dict, where: str = "mixture") -> MixtureConfig:
     """What dataclasses.asdict(cfg) was made from; missing fields have their defaults. ValueError names `where`."""
-    parts = {name: kind for name, kind in (("facts", FactsConfig), ("reasoning", ReasoningConfig)) if name in kept}
     values = _checked(MixtureConfig, kept, where)
-    return MixtureConfig(**values | {name: kind(**_checked(kind, kept[name], where)) for name, kind in parts.items()})
+    parts = {name: kind(**_checked(kind, kept[name], where)) for name, kind in PARTS.items() if name in kept}
+    return MixtureConfig(**values | parts)
 
 
 def _checked(kind, kept: dict, where: str) -> dict:
     """The fields of a dataclass from JSON, if they are fields of it and have the types of its defaults."""
     if not isinstance(kept, dict):
         raise ValueError(f"{where}: {kept!r} stands where the fields of {kind.__name__} belong")
-    example = dataclasses.asdict(kind())
+    example, retired = dataclasses.asdict(kind()), RETIRED.get(kind, {})
     for name, value in kept.items():
-        if name not in example:
+        if name in retired and value != retired[name]:
+            raise ValueError(f"{where}: {name}={value!r} is no longer supported; make other data")
+        if name not in example | retired:
             raise ValueError(f"{where}: unknown field {name!r} of {kind.__name__}")
-        allowed = (int, float) if type(example[name]) is float else (type(example[name]),)
-        if type(value) not in allowed:
-            raise ValueError(f"{where}: {name}={value!r} must be of type {allowed[-1].__name__}")
-    return kept
+        if name in example and type(value) is not type(example[name]):
+            raise ValueError(f"{where}: {name}={value!r} must be of type {type(example[name]).__name__}")
+    return {name: value for name, value in kept.items() if name in example}
 
 
 def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple[str, int]]:
@@ -165,7 +168,8 @@ def _chunk(cfg: MixtureConfig, split: str, order: list[tuple[str, int]]) -> np.n
 def _text(cfg: MixtureConfig, people: list[facts.Person], split: str, kind: str, i: int) -> str:
     n = len(people)
     if kind == "facts":  # validation: an exposure that training does not reach
-        return facts.biography(cfg.facts, people[i % n], i // n + (cfg.exposures if split == "val" else 0))
+        exposure = i // n + (cfg.exposures if split == "val" else 0)
+        return "".join(facts.segments(cfg.facts, people[i % n], exposure))
     part = "train" if split == "train" else "test"
     if kind == "problem":
         p = reasoning.problem(cfg.reasoning, i % cfg.n_problems if split == "train" else i, part)
@@ -178,8 +182,8 @@ def _pack(enc, texts: list[str], window: int) -> np.ndarray:
     """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos.
 
     A document that does not start inside its window cannot be understood: in short windows that would be half of them.
-    Longer ones
-    than a block go over several."""
+    Documents longer than a block take several.
+    """
     eos = enc.eot_token
     documents = [ids + [eos] for ids in enc.encode_ordinary_batch(texts, num_threads=2)]
     if not window:

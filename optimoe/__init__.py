@@ -1,3 +1,3 @@
-"""What train.py and grpo.py share: configurations, runs, checkpoints, optimisers, several GPUs, other people's models."""
+"""What train.py and grpo.py share: configuration, runs, checkpoints, optimisers, several GPUs, models of others."""
 
 import optimoe.threads
