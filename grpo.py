@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
+import optimoe.threads  # before torch
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F_

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
-import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
+import optimoe.threads  # before torch
+
 import torch
 import torch.distributed as dist
 

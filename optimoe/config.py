@@ -105,7 +105,7 @@ def parse(cls, argv=None, description="", start=None):
     if len(words) < len(argv):
         print(help_text(cls, description, words))
         sys.exit(0)
-    flags = _flags(cls, argv)
+    flags = split_flags(cls, argv)
     values, _ = _start(cls, flags, start)
     values |= _converted(cls, {name: text for name, text in flags.items() if name != "config"})
     for field in dataclasses.fields(cls):
@@ -114,7 +114,7 @@ def parse(cls, argv=None, description="", start=None):
     return cls(**values)
 
 
-def _flags(cls, argv):
+def split_flags(cls, argv):
     """{field, or "config": text on the command line}; of a positional tuple, the list of its words."""
     hints = typing.get_type_hints(cls)
     flags, words, positional = {}, list(argv), list(getattr(cls, "POSITIONAL", ()))
@@ -161,7 +161,7 @@ def help_text(cls, description="", argv=()):
     """The --help page: every field with its type, the value with which the program runs after argv, its comment."""
     notes, headings = _comments(cls)
     hints = typing.get_type_hints(cls)
-    values, preset = _start(cls, _flags(cls, argv))
+    values, preset = _start(cls, split_flags(cls, argv))
     marked = cls.preset_fields(preset) if preset and hasattr(cls, "preset_fields") else {}
     bools = "bools --flag or --flag=false"
     lines = [description.strip(), ""] if description else []
