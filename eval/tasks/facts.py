@@ -5,14 +5,14 @@ One item for each person and attribute. `exact`: the text up to the period is th
 to generalise.
 """
 
-from data.facts import people, probes
+from data.facts import FactsConfig, people, probes
 from eval.tasks import Item
 
 SHOTS, STOPS, MAX_NEW_TOKENS = 0, (".",), 16
 
 
 def items(source, shots):
-    cfg = source.procedural("facts")
+    cfg = FactsConfig(**source.procedural("facts"))
     return [
         Item(str(i), probe.prompt, probe.value, group=probe.attribute) for i, probe in enumerate(probes(people(cfg)))
     ]

@@ -6,7 +6,7 @@
 
 import re
 
-from data.reasoning import mano
+from data.reasoning import ReasoningConfig, mano
 from eval.tasks import Item
 from eval.tasks.reasoning import unseen
 
@@ -14,7 +14,7 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 0, (), 8
 
 
 def items(source, shots):
-    return _items(source.procedural("reasoning"), 0, "test", 1000)
+    return _items(ReasoningConfig(**source.procedural("reasoning")), 0, "test", 1000)
 
 
 def questions(source, split, n):
