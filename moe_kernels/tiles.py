@@ -15,19 +15,15 @@ IMPLS = ("reference", "grouped_mm", "triton")
 
 
 def pick_impl(impl, tensor):
-    """`impl` if it can run on `tensor`. None means triton on CUDA and grouped_mm on the CPU, 1.3x faster there than the
-    reference.
+    """`impl` if it can run on `tensor`. None means triton on CUDA, reference on MPS, and grouped_mm on the CPU,
+    where it is 1.3x faster than the reference.
 
     Raises ValueError for an unknown name and RuntimeError for an implementation that cannot run here. Nothing falls
     back silently."""
     if impl is None:
-        return (
-            "triton"
-            if tensor.is_cuda and not MISSING
-            else "reference"
-            if tensor.dtype == torch.float64
-            else "grouped_mm"
-        )
+        if tensor.is_cuda and not MISSING:
+            return "triton"
+        return "reference" if tensor.dtype == torch.float64 or tensor.is_mps else "grouped_mm"
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}, or None to choose by device")
     if impl == "triton" and MISSING:

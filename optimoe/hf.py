@@ -27,7 +27,8 @@ from data.tokenizer import Tokens
 from model import GPT, UNTAUGHT, ModelConfig, rope_tables
 from optimoe import checkpoint, config
 from optimoe.config import make_directory, require, shown
-from optimoe.sizes import require_memory
+from optimoe.run import require_memory
+from optimoe.sizes import count_params
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 AGAIN = "download it again"
@@ -79,8 +80,8 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
 
     Raises FileNotFoundError or ValueError naming what is missing, damaged, or unknown to model.py."""
     directory, device = Path(directory), torch.device(device)
-    raw = files.read_json(directory / CONFIG, AGAIN)
-    cfg, weights = dataclasses.replace(model_config(raw), dtype=dtype, impl=impl), Weights(directory)
+    raw, weights = files.read_json(directory / CONFIG, AGAIN), Weights(directory)
+    cfg = dataclasses.replace(model_config(raw), dtype=dtype, impl=impl)
     last = f"model.layers.{cfg.n_layers - 1}.input_layernorm.weight"
     if last not in weights.files:
         raise ValueError(
@@ -101,7 +102,8 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
     expected = [piece for name, value in shapes.items() for piece in pieces(cfg, name, value, layout, stacked)]
     weights.check(expected, ignored=(head,) if cfg.tie_embeddings else ())
     kind = getattr(torch, ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype)
-    require_memory(cfg, device, kind.itemsize)
+    total = count_params(cfg).total
+    require_memory(f"the {total:,} weights", total * kind.itemsize, device, "use --dtype=bfloat16 or a larger machine")
     state = {name: torch.empty(value.shape, dtype=kind, device=device) for name, value in shapes.items()}
     for name, tensor in state.items():
         for piece, view in pieces(cfg, name, tensor, layout, stacked):
@@ -273,8 +275,8 @@ def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=
 
 
 def hf_config(cfg):
-    """(model_type, config.json) of a ModelConfig. ValueError naming the first field that the format cannot express:
-    reading the config.json back must give every field that matters to what is computed, new fields too."""
+    """(model_type, config.json) of a ModelConfig. ValueError naming a field that the format cannot express: read back,
+    config.json must give the same value of every field that changes what is computed, new fields too."""
     kind = "mixtral" if not cfg.qk_norm else "olmoe" if cfg.qk_norm_joint else "qwen3_moe"
     raw = {
         "architectures": [{"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe"}[kind] + "ForCausalLM"],
@@ -361,10 +363,7 @@ def load_tokens(directory) -> Tokens:
 def save_tokens(enc, directory):
     """Write a tiktoken encoding as tokenizer.json, with end-of-text in front of every text, as in training."""
     tokenizers = package("tokenizers")
-    # The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for characters from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    letters = {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
+    letters = tokenizer.byte_letters()
     ranks, special = enc._mergeable_ranks, enc._special_tokens
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     # tiktoken joins whichever neighbours make the token of lowest rank: each such pair becomes a rule of its own.

@@ -5,12 +5,9 @@
 Letters as in model.py.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
-
-import torch
 
 from model import ModelConfig
 from optimoe import config
@@ -128,24 +125,6 @@ def training_memory(cfg, tokens, weights="float32"):
         "gradients (bfloat16 in blocks)": 2 * (total - rest) + 4 * rest,
         "activations (estimate)": 2 * cfg.n_layers * layer * tokens + logits,
     }
-
-
-def require_memory(cfg, device, bytes_per_weight=4):
-    """ValueError unless the weights of GPT(cfg) fit the memory of a torch.device (that of the whole machine for a
-    CPU)."""
-    need = bytes_per_weight * count_params(cfg).total
-    if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    shape = f"{cfg.n_layers} layers of {cfg.n_experts} experts, d_model {cfg.d_model}, d_expert {cfg.d_expert}"
-    if need > have:
-        raise ValueError(
-            f"the weights alone take {need / 2**30:,.0f} GiB and the {device.type} has {have / 2**30:,.0f}: "
-            f"make the model smaller ({shape}, vocabulary {cfg.vocab_size})"
-        )
 
 
 def peak_flops(device_name):
