@@ -2,12 +2,11 @@
 
     Orlena Tamsin Brackwell was born on May 3, 1952. She comes from Ashford. She graduated from Hollin University. ...
 
-They follow bioS of "Physics of Language Models" 3.1 and 3.3 (arXiv 2404.05405): distinct names drawn from first x
-middle x last, and independent uniform attributes, except that the city of work is a function of the employer. All names
-are put together from syllables.
+They follow bioS of "Physics of Language Models" 3.1 and 3.3 (arXiv 2404.05405): distinct names, and independent uniform
+attributes, except that the city of work is a function of the employer. All names are put together from syllables.
 
-A model that knows all N people has stored N * (log2(N0 / N) + log2(S0)) bits. N0 is the number of possible names and S0
-the number of possible people of one name; see `name_choices` and `value_choices`.
+A model that knows all N people has stored N * (log2(N0 / N) + log2(S0)) bits, with N0 = `name_choices` possible names
+and S0 = `value_choices` possible people of one name.
 """
 
 import random

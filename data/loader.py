@@ -38,8 +38,8 @@ class Loader:
     """Endless batches: `tokens_BL, targets_BL = loader.next()`, int64, on `device`; targets are tokens one step later.
 
     sources: data directories with positive weights, [("data/books", 0.7), ("data/facts", 0.3)]. Weights are shares of
-    samples; they are normalised here, and followed to within two samples a source at any moment.
-    Each source is visited in a new order every epoch of its own, every window once. batch_size is per rank.
+    samples; they are normalised here, and followed to within two samples a source at any moment. Each source is visited
+    in a new order every epoch of its own, every window once. split: "train" or "val". batch_size is per rank.
     Raises ValueError for damaged data, sources of different tokenizers, or a source shorter than one window.
     """
 

@@ -5,19 +5,17 @@
 
 (one line in the data; modulo 10 here). A problem is a directed acyclic graph of named quantities: leaves are numbers,
 every other quantity is one operation on one or two others, and `steps` counts the operations. The statements come in
-random order. The solver has to find the way back from the question to what is known (the plan), then to calculate
-forward, one operation a sentence, looking up each definition and value in the text.
+random order. The solver goes back from the question to what is known (the plan) and then calculates forward, one
+operation a sentence.
 
 A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its
 operations, without names, numbers and the order of the statements. One template in five is for testing. Problems of one
-step have just five templates, which a solver must all have seen, so there the numbers are part of the template.
+step have just five templates, so there the numbers are part of the template.
 
 A three-layer model learns this in minutes because whatever has to be looked up (definition, operand, value) belongs to
-the name just written, which is what an induction head retrieves. With "lamp = kite + owl = 5 + 4 = 9" instead, the keys
-lie several tokens back, and the same model only learns to guess among the statements.
+the name just written, which is what an induction head retrieves. With "lamp = kite + owl = 5 + 4 = 9" it does not.
 
-`mano` makes the counterpart without a solution: mental arithmetic on a prefix expression (Physics of Language Models
-4.1).
+`mano` makes mental arithmetic on prefix expressions, without a solution (Physics of Language Models 4.1).
 """
 
 import math
@@ -65,7 +63,7 @@ class ReasoningConfig:
 
 class Problem(NamedTuple):
     question: str  # "Given: ... What is drum? Solution:"
-    solution: str  # " lamp = ... Answer: 7."
+    solution: str  # " Plan: ... Answer: 7."
     answer: int
     steps: int
     template: int  # 32-bit hash of the structure
@@ -130,7 +128,8 @@ def _draw_graph(r, steps: int, m: int):
 def _template(graph, order) -> int:
     """Hash of what quantity 0 is made of, unrolled into a tree and without regard to the order of a sum.
 
-    Graphs of the same structure get the same hash, so no structure can be on both sides of the split."""
+    Graphs of the same structure get the same hash, so no structure can be on both sides of the split.
+    """
     numbers = len(order) == 1
     key = [x if op == LEAF and numbers else 0 for op, x, _ in graph]
     for node in order:
@@ -200,9 +199,8 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
     if stated is None or int(stated[1]) != truth(query):
         return False, False
     known = {name: int(y) for name, (verb, y, _, _) in defined.items() if verb == "is"}
-    at, end, done = 0, stated.start(), set()
-    if plan := _PLAN.match(solution):
-        at = plan.end()
+    plan, end, done = _PLAN.match(solution), stated.start(), set()
+    at = plan.end() if plan else 0
     while at < end:
         sentence = _SENTENCE.match(solution, at, end)
         if not sentence:

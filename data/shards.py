@@ -161,6 +161,14 @@ def read_meta(directory: str | Path) -> dict:
     return meta
 
 
+def read_note(directory: str | Path, name: str, source: str) -> object:
+    """What the writer `source` noted under `name` in meta.json; ValueError for data of another writer."""
+    meta = read_meta(directory)
+    if name not in meta:
+        raise ValueError(f"{directory}: not data of {source}; write some with its build function")
+    return meta[name]
+
+
 def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[np.memmap]:
     """Read-only memory maps of a split's shards, in order.
 

@@ -173,7 +173,7 @@ def documents(enc, texts: list[str]) -> list[np.ndarray]:
 
 
 def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
-    """(n_vocab,) int64: UTF-8 bytes of each token, 0 for special ones. Summed over a text's ids: the text's bytes."""
+    """(n_vocab,) int64: UTF-8 bytes of each token, 0 for special ones."""
     sizes = np.zeros(enc.n_vocab, np.int64)
     for token, rank in enc._mergeable_ranks.items():
         sizes[rank] = len(token)

@@ -575,7 +575,7 @@ class Procedural:
 
 def test_facts():
     task = tasks.load("facts")
-    items = task.items(Procedural(facts={"n_people": 3}), 0)
+    items = task.items(Procedural(facts=FactsConfig(n_people=3)), 0)
     assert len(items) == 18 and len({item.group for item in items}) == 6
     for item in items:
         assert task.score(item, item.answer) == {"exact": 1} and task.score(item, item.answer + "x") == task.score(
@@ -585,7 +585,7 @@ def test_facts():
 
 def test_reasoning():
     task = tasks.load("reasoning")
-    items = task.items(Procedural(reasoning={"max_steps": 2, "names": 24}), 0)
+    items = task.items(Procedural(reasoning=ReasoningConfig(max_steps=2, names=24)), 0)
     assert len(items) == 3 * task.module.PER_STEPS and {item.group for item in items[:3]} == {
         "1 steps",
         "2 steps",
