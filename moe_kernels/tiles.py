@@ -15,24 +15,15 @@ IMPLS = ("reference", "grouped_mm", "triton")
 
 
 def pick_impl(impl, tensor):
-<<<<<<< HEAD
-    """`impl` if it can run on `tensor`. None means triton on CUDA, reference on MPS, and grouped_mm on the CPU,
-    where it is 1.3x faster than the reference.
-=======
     """`impl` if it can run on `tensor`. None means triton on CUDA where it is installed, else grouped_mm where it takes
     the dtype (1.3x faster than the reference on a CPU), else the reference.
->>>>>>> kernels
 
     Raises ValueError for an unknown name and RuntimeError for an implementation that cannot run here. Nothing falls
     back silently."""
     if impl is None:
         if tensor.is_cuda and not MISSING:
             return "triton"
-<<<<<<< HEAD
-        return "reference" if tensor.dtype == torch.float64 or tensor.is_mps else "grouped_mm"
-=======
         return "grouped_mm" if _grouped_mm_takes(tensor) else "reference"
->>>>>>> kernels
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}, or None to choose by device")
     if impl == "triton" and MISSING:
