@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
+import optimoe.threads  # before torch
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F_
@@ -56,7 +57,7 @@ class GRPOConfig:
     out_dir: str = ""  # run directory; empty: that of the start model with "-grpo"
     resume: str = ""  # run directory to continue
     seed: int = 0  # of the order of the questions and of sampling
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 on CPU
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
     # Sampling

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
-import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
+import optimoe.threads  # before torch
+
 import torch
 import torch.distributed as dist
 
@@ -45,7 +46,7 @@ class TrainConfig(ModelConfig):
     upcycle_from: str = ""  # run directory of a dense model to start from, exactly (optimoe/upcycle.py)
     upcycle_noise: float = 0.0  # added to its copies, as a share of each weight's standard deviation
     seed: int = 0  # of the weights and of the data order
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of blocks on CUDA; auto: in long runs
     cuda_graph: bool = True  # on one CUDA GPU, replay the whole optimiser step as one graph
     parallel: Literal["ddp", "fsdp", "ep"] = "ddp"  # several GPUs shard optimiser states, everything, or experts too

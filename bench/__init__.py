@@ -1,1 +1,1 @@
-"""Microbenchmarks: `python -m bench.kernels`, `bench.layer`, `bench.step`; plots with `bench.plot`; `bench.compare` finds regressions."""
+"""Benchmarks of the layer, its kernels, a training step, a node and generation: one CSV schema, peers, plots."""

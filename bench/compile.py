@@ -39,12 +39,14 @@ USES = {
     ("rows_kernel", False): "dx",
     ("dw_kernel", False): "dw_out",
     ("dw_kernel", True): "dw_in",
+    ("dw_hopper_kernel", False): "dw_out",
+    ("dw_hopper_kernel", True): "dw_in",
 }
 # What is counted in the PTX, with its pattern.
 COUNTS = {
     "wgmma": r"\bwgmma\.mma_async",
     "mma": r"\bmma\.sync|\btcgen05\.mma",
-    "copies": r"\bcp\.async\.c[ag]\.",
+    "copies": r"\bcp\.async\.c[ag]\.[^;]*, 0x10\b",  # of 16 bytes: rows; narrower ones bring indices
     "tma": r"\bcp\.async\.bulk\.tensor",
     "fences": r"\bfence\.proxy\.async",
     "wide": r"\b(?:ld|st)\.global[.\w:]*(?<=\.v4\.b32)\s",
@@ -90,7 +92,8 @@ def launch_rest(shape, dtype):
         gates, ids, _, probs, z = routing.route_fwd(logits, None, K, sigmoid, normalize)
         routing.route_bwd(logits, ids, gates, gates, probs, z, sigmoid, normalize)
     h = empty(T, 2 * F, dtype=dtype)
-    activation.swiglu_bwd(h, activation.swiglu_fwd(h))
+    for name in activation.ACTIVATIONS:
+        activation.gated_bwd(h, activation.gated_fwd(h, name), name)
     for heads, d in ((12, 64), (4, 128)):
         qkv, table, weight = empty(1, T, heads + 8, d, dtype=dtype), empty(T, 1, d), empty(d)
         for norms in ((None, None), (weight, weight)):

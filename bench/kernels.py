@@ -1,372 +1,257 @@
 """Each kernel of the layer alone: its time, TFLOP/s or GB/s, and the fraction of its own roofline.
 
-    python -m bench.kernels --csv bench/h100.csv                     all kernels at the six target shapes
-    python -m bench.kernels --kernel up,dw_in --shapes 32768,2048,768,128,8
-    python -m bench.kernels --kernel up --candidates 128x128x64:g8:p2:w8:s4,64x256x64:w4      times other tiles, best first
-    python -m bench.kernels --kernel up --candidates default         the candidates listed in this file
+    python -m bench.kernels --csv=kernels.csv                        all kernels at the target shapes
+    python -m bench.kernels 32768,2048,768,128,8 --kernel=up,dw_in
+    python -m bench.kernels 32768,2048,768,128,8 --kernel=up --candidates=128x128x64x8x4x8x4,64x256x64x8x8x4x4
+    python -m bench.kernels 32768,2048,768,128,8 --counters          what limits each kernel, from Nsight Compute
 
-A roofline is max(FLOPs / peak, bytes / bandwidth) with the fewest bytes that the kernel can move, and both ceilings measured in the same process
-(one cuBLAS product, one copy) unless --ceilings gives them. On a GPU every kernel is replayed from a CUDA graph: launch overhead is not in its time.
-A tile is BLOCK_M x BLOCK_N x BLOCK_K and any of g (GROUP_M), p (PARTS), w (num_warps), s (num_stages) or NAME=value; the rest is as in tiles.py,
-PARTS such that the parts are as wide. For up and dswiglu that width must divide F and be one and the same.
+A roofline is max(FLOPs / peak, bytes / bandwidth) with the fewest bytes that the kernel can move; both ceilings are
+measured in the same process. Every kernel runs with the arguments that it has inside the layer, whose results are
+checked first. On a GPU it is replayed from a CUDA graph, so launch overhead is not in its time.
+
+A candidate is a tile: BLOCK_M x BLOCK_N x BLOCK_K x GROUP_M x PARTS x num_warps x num_stages (tiles.py). Parts of up
+and dswiglu must stay as wide as today's. The tile of today is timed first and last: the difference is noise.
 """
 
+import json
 import re
-import time
-from functools import cache, cached_property, partial
-from itertools import chain
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import ClassVar
+from unittest import mock
 
 import torch
+from triton.runtime.jit import JITFunction
 
-from bench.compare import begin, finish
-from bench.problem import (
-    BACKWARD,
-    TARGETS,
-    TINY,
-    kernel_costs,
-    make_inputs,
-    parse_routing,
-    parse_shape,
-    require_accuracy,
-    rms,
-    sample,
-)
-from bench.results import DTYPES, HEADER, arguments, cli, typed
-from bench.timing import Ceilings, capture, poisoned, skipping, times_ms
-from bench.warm import compile_layer, empty_inputs
+from bench import counters, problem
+from bench.problem import TARGETS, TINY, kernel_costs, parse_shape, require_accuracy, rms
+from bench.results import BenchConfig, Results, cli
+from bench.timing import capture, poisoned, skipping, times_ms
+from moe_kernels import experts, hopper, reference
 from moe_kernels import grouped_gemm as gemm
-from moe_kernels import reference
-from moe_kernels.dispatch import combine, dispatch
+from moe_kernels.dispatch import Dispatch
 from moe_kernels.precompile import precompile
 from moe_kernels.routing import route_bwd, route_fwd
 from moe_kernels.tiles import Tile, gemm_tiles, interpreting
+from optimoe import config
 
 GEMMS = ("up", "down", "dswiglu", "dw_out", "dx", "dw_in")
-KERNELS = (
-    "route_fwd",
-    "route_bwd",
-    "dispatch",
-    "up",
-    "down",
-    "combine",
-    "dswiglu",
-    "dw_out",
-    "dx",
-    "combine_dx",
-    "dw_in",
-)
-CANDIDATES = {
-    "up": "128x128x64:s3,128x128x64:s4,128x128x64:g4,128x128x64:g16,64x128x64:w4,128x64x64:w8,128x64x128:s3",
-    "dswiglu": "128x256x64:s3,128x256x64:g4,128x256x64:g16,128x128x64,128x128x64:w4,64x256x64:w4",
-    **dict.fromkeys(
-        ("down", "dx"),
-        "128x256x64:s3,128x256x64:s4,128x256x64:g4,128x256x64:g16,128x128x64:w8,128x128x64:w4:s4,64x256x64:w4",
-    ),
-    **dict.fromkeys(
-        ("dw_out", "dw_in"),
-        "128x256x64:s3,128x256x64:s4,256x128x64:s4,128x256x32:s5,128x128x64:w8,128x128x64:w4,128x256x64:g8",
-    ),
-}
-
-LETTERS = {"g": "GROUP_M", "p": "PARTS", "w": "num_warps", "s": "num_stages"}
+KERNELS = tuple(kernel_costs(TINY[0]))
+LAUNCHERS = [(gemm, name) for name in ("up", "down", "dswiglu", "dx", "dw")]
+LAUNCHERS += [(hopper, "dw"), (experts, "dispatch"), (experts, "combine")]
 
 
-class Case(NamedTuple):
-    run: callable  # (tile) -> tuple of outputs; tile is None for kernels that have none
-    expected: callable  # (outputs) -> [(sampled output, its float64 truth)]; integer truths must match exactly
+@dataclass(frozen=True)
+class Config(BenchConfig):
+    POSITIONAL: ClassVar = ("shapes",)
+    shapes: tuple[str, ...] = ()  # layer shapes T,D,F,E,K; none: the target shapes
+    # Kernels
+    kernel: tuple[str, ...] = ()  # names of kernels; none: all
+    candidates: tuple[str, ...] = ()  # tiles to time instead, of the six matrix products only
+    counters: bool = False  # count with Nsight Compute instead of timing
+    once: bool = False  # run each kernel once: what --counters starts
+
+    def __post_init__(self):
+        for tile in self.candidates:
+            parse_tile(tile)
+        for shape in self.shapes:
+            parse_shape(shape)
+        known = GEMMS if self.candidates else KERNELS
+        for name in self.kernel:
+            config.require(name in known, "kernel", name, f"known here are {', '.join(known)}")
 
 
-class Cases:
-    """The kernels of one shape as Cases, a method each, on inputs of their own made by `new`: torch.randn, or torch.empty to compile only."""
+@contextmanager
+def recording(calls, plain=False):
+    """Inside, the launchers of the layer's kernels put themselves with their arguments into `calls`, {kernel: launch}.
+    With `plain`, the kernels for Hopper are not used."""
 
-    def __init__(self, shape, inputs, new=torch.randn):
-        self.shape, self.inputs = shape, inputs
-        self.new = partial(new, device=inputs.x_TD.device, dtype=inputs.x_TD.dtype)
-        self.tiles = gemm_tiles(shape.S, shape.E, shape.D, shape.F, inputs.x_TD.dtype)
-        self.sorted = cache(lambda block_m: dispatch(inputs.experts_TK, shape.E, block_m))
-        self.any_sorted = self.sorted(self.tiles["up"].BLOCK_M)  # for what needs no tile table
+    def recorded(launch, name):
+        def call(*args, **kwargs):
+            uses = {"dw": ("dw_out", "dw_in"), "combine": ("combine", "combine_dx")}.get(name, (name, name))
+            calls[uses[name == "dw" and args[2] or "dgates_parts" in kwargs]] = partial(launch, *args, **kwargs)
+            return launch(*args, **kwargs)
 
-    @cached_property
-    def sampled(self):
-        """(tokens, experts, rows of the experts, their slots, their offsets): with these the twins in reference.py compute a small problem."""
-        tokens, experts = sample(self.inputs.experts_TK, self.shape.E)
-        offsets = self.any_sorted.offsets.tolist()
-        ranges = [range(offsets[e], offsets[e + 1]) for e in experts]
-        rows = torch.tensor(list(chain(*ranges)), device=tokens.device, dtype=torch.long)
-        return tokens, experts, rows, self.any_sorted.row_slot_S[rows], torch.tensor([0, *map(len, ranges)]).cumsum(0)
+        return call
 
-    def rows(self, *tensors):
-        return [t[self.sampled[2]].double() for t in tensors]
-
-    def weights(self, w):
-        return w[self.sampled[1]].double()
-
-    def route_fwd(self):
-        logits, K = self.inputs.logits_TE.to(self.inputs.x_TD.dtype), self.shape.K
-        return Case(
-            lambda _: route_fwd(logits, None, K, False, True),
-            lambda out: zip(out, reference.route(logits.double(), K), strict=True),
-        )
-
-    def route_bwd(self):
-        leaf = self.inputs.logits_TE.to(self.inputs.x_TD.dtype).double().requires_grad_()
-        gates, experts, _, probs, z = reference.route(leaf, self.shape.K)
-        grads = [torch.randn_like(t) for t in (gates, probs, z)]
-        want = torch.autograd.grad((gates, probs, z), leaf, grads)
-        args = (
-            leaf.detach().to(self.inputs.x_TD.dtype),
-            experts,
-            gates.detach().float(),
-            *(t.float() for t in grads),
-            False,
-            True,
-        )
-        return Case(lambda _: (route_bwd(*args),), lambda out: zip(out, want, strict=True))
-
-    def dispatch(self):
-        experts, E, block_m = self.inputs.experts_TK, self.shape.E, self.tiles["up"].BLOCK_M
-        return Case(
-            lambda _: dispatch(experts, E, block_m),
-            lambda out: zip(out[:3], reference.dispatch(experts, E), strict=True),
-        )
-
-    def combine(self):
-        y, places, gates = self.new(self.shape.S, self.shape.D), self.any_sorted.slot_row_TK, self.inputs.gates_TK
-        return Case(lambda _: combine(y, places, gates)[:1], lambda out: [self.tokens_sum(out[0], y, places, gates)])
-
-    def combine_dx(self):
-        y, places = self.new(self.shape.S, self.shape.D), self.any_sorted.slot_row_TK
-        parts = self.new(-(-self.shape.F // self.tiles["dswiglu"].BLOCK_N), self.shape.S).float()
-
-        def expected(out):
-            tokens = self.sampled[0]
-            return [self.tokens_sum(out[0], y, places), (out[1][tokens], parts.double().sum(0)[places[tokens].long()])]
-
-        return Case(lambda _: combine(y, places, dgates_parts=parts), expected)
-
-    def tokens_sum(self, out, y, places, gates=None):
-        tokens = self.sampled[0]
-        flat = torch.arange(len(tokens) * self.shape.K, device=y.device).view(-1, self.shape.K)
-        return out[tokens], reference.combine(
-            y[places[tokens].flatten()].double(), flat, gates if gates is None else gates[tokens].double()
-        )
-
-    def up(self):
-        x, w = self.inputs.x_TD, self.inputs.w_in_EGD
-        twin = lambda: reference.up(x.double(), self.weights(w), *self.sampled[3:], self.shape.K)  # noqa: E731
-        return Case(
-            lambda tile: gemm.up(x, w, self.sorted(tile.BLOCK_M), tile),
-            lambda out: zip(self.rows(gemm.to_rows(out[0]), out[1]), twin(), strict=True),
-        )
-
-    def down(self):
-        a, w = self.new(self.shape.S, self.shape.F), self.inputs.w_out_EDF
-        twin = lambda: reference.down(*self.rows(a), self.weights(w), self.sampled[4])  # noqa: E731
-        return Case(
-            lambda tile: (gemm.down(a, w, self.sorted(tile.BLOCK_M), tile),), lambda out: [(*self.rows(*out), twin())]
-        )
-
-    def dswiglu(self):
-        dy, w, gates = self.inputs.dy_TD, self.inputs.w_out_EDF, self.inputs.gates_TK
-        h = self.new(*gemm.panels(self.shape.S, self.shape.F, self.tiles["dswiglu"]))
-        twin = lambda: reference.dswiglu(
-            dy.double(), self.weights(w), *self.rows(gemm.to_rows(h)), gates.double(), *self.sampled[3:]
-        )  # noqa: E731
-        return Case(
-            lambda tile: gemm.dswiglu(dy, w, h, gates, self.sorted(tile.BLOCK_M), tile),
-            lambda out: zip(self.rows(*out[:2], out[2].double().sum(0)), twin(), strict=True),
-        )
-
-    def dx(self):
-        dh, w = self.new(self.shape.S, 2 * self.shape.F), self.inputs.w_in_EGD
-        twin = lambda: reference.dx(*self.rows(dh), self.weights(w), self.sampled[4])  # noqa: E731
-        return Case(
-            lambda tile: (gemm.dx(dh, w, self.sorted(tile.BLOCK_M), tile),), lambda out: [(*self.rows(*out), twin())]
-        )
-
-    def dw_in(self):
-        dh, x = self.new(self.shape.S, 2 * self.shape.F), self.inputs.x_TD
-        twin = lambda: reference.dw_in(*self.rows(dh), x.double(), *self.sampled[3:], self.shape.K)  # noqa: E731
-        return Case(
-            lambda tile: (gemm.dw(x, dh, True, self.any_sorted, tile),), lambda out: [(out[0][self.sampled[1]], twin())]
-        )
-
-    def dw_out(self):
-        dy, ga = self.inputs.dy_TD, self.new(self.shape.S, self.shape.F)
-        twin = lambda: reference.dw_out(dy.double(), *self.rows(ga), *self.sampled[3:], self.shape.K)  # noqa: E731
-        return Case(
-            lambda tile: (gemm.dw(dy, ga, False, self.any_sorted, tile),),
-            lambda out: [(out[0][self.sampled[1]], twin())],
-        )
+    with ExitStack() as stack:
+        for module, name in LAUNCHERS:
+            stack.enter_context(mock.patch.object(module, name, recorded(getattr(module, name), name)))
+        if plain:
+            stack.enter_context(mock.patch.object(hopper, "fits", lambda *_: False))
+        yield
 
 
-def check(case, outputs, dtype):
-    """The worst RMS ratio of the sampled outputs; ValueError when one is wrong."""
-    errors = {}
-    for i, (got, want) in enumerate(case.expected(outputs)):
-        if want.is_floating_point():
-            errors[f"output {i}"] = rms(got, want)
-        elif not torch.equal(got.long(), want.long()):
-            raise ValueError(f"wrong result: output {i} ({got.dtype}) differs from the reference")
-    return require_accuracy(errors, dtype) if errors else 0.0
+def layer_calls(inputs, plain=False):
+    """({kernel: its launch with the arguments that it has in the layer}, RMS error of the layer, which is checked)."""
+    calls = {}
+    with recording(calls, plain), poisoned():
+        outputs = dict(zip(("y", "dx", "dw_in", "dw_out", "dgates"), problem.run_kernels(inputs), strict=True))
+    return calls, require_accuracy(problem.layer_errors(inputs, outputs), inputs.x_TD.dtype)
 
 
-def timed(case, tile, dtype):
-    """(Times, RMS error) of one kernel, checked first."""
-    with poisoned():
-        outputs = case.run(tile)
-    error = check(case, outputs, dtype)
-    run = partial(case.run, tile)
-    if torch.cuda.is_available():
-        run, outputs = capture(run)
-        check(case, outputs, dtype)
-    return times_ms(run, budget_ms=150), error
+def routing_calls(inputs, top_k):
+    """The same of the kernels of routing."""
+    logits = inputs.logits_TE.to(inputs.x_TD.dtype)
+    leaf = logits.double().requires_grad_()
+    want = reference.route(leaf, top_k)
+    gates, ids, _, *statistics = want
+    grads = [torch.randn_like(t) for t in (gates, *statistics)]
+    dlogits = torch.autograd.grad((gates, *statistics), leaf, grads)
+    forward = partial(route_fwd, logits, None, top_k, False, True)
+    backward = partial(route_bwd, logits, ids, gates.detach().float(), *(t.float() for t in grads), False, True)
+    for i, (a, b) in enumerate(zip((*forward(), backward()), (*want, *dlogits), strict=True)):
+        if b.is_floating_point():
+            require_accuracy({f"output {i} of routing": rms(a, b)}, logits.dtype)
+        elif not torch.equal(a.long(), b.long()):
+            raise ValueError(f"wrong result: output {i} of routing differs from the reference")
+    return {"route_fwd": forward, "route_bwd": backward}
 
 
-def parse_tile(text, base):
-    """ "128x256x64:g8:p2:w8:s4" as a tile; what it leaves out is as in `base`, PARTS by their width. ValueError for anything else."""
-    blocks, *options = text.split(":")
-    if not re.fullmatch(r"\d+x\d+x\d+", blocks):
-        raise ValueError(f"tile {text!r}: expected BLOCK_MxBLOCK_NxBLOCK_K:g8:p2:w8:s4")
-    values = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), map(int, blocks.split("x")), strict=True))
-    values["PARTS"] = max(1, values["BLOCK_N"] * base.PARTS // base.BLOCK_N)
-    for option in options:
-        name, value = re.fullmatch(r"(.*?)=?(\d*)", option).groups()
-        if not value or LETTERS.get(name, name) not in Tile._fields:
-            known = ", ".join(f"{letter} ({field})" for letter, field in LETTERS.items())
-            raise ValueError(f"tile {text!r}: {option!r} is not understood; expected one of {known} and a number")
-        values[LETTERS.get(name, name)] = int(value)
-    tile = base._replace(**values)
-    doubling = *tile[:3], tile.PARTS, tile.num_warps
-    if min(tile) < 1 or any(n & (n - 1) for n in doubling) or tile.PARTS > tile.BLOCK_N:
-        raise ValueError(
-            f"tile {text!r}: blocks, PARTS ({tile.PARTS}) and num_warps must be powers of two, the others at least 1, PARTS at most BLOCK_N"
-        )
-    return tile
+def tensors(outputs):
+    """What a launcher returns as a list of tensors, without the unused ends of a Dispatch."""
+    outputs = outputs[:3] if isinstance(outputs, Dispatch) else outputs
+    return [outputs] if torch.is_tensor(outputs) else [t for t in outputs if t is not None]
 
 
-def parse_ceilings(text):
-    """ "798,3.0" as Ceilings; ValueError for anything else."""
-    numbers = [float(word) for word in text.split(",")] if re.fullmatch(r"\d+(\.\d+)?,\d+(\.\d+)?", text) else []
-    if not numbers or 0 in numbers:
-        raise ValueError(f"{text!r}: expected TFLOP/s and TB/s such as 798,3.0")
-    return Ceilings(*numbers)
+def timed(call):
+    """Times of one kernel; ValueError if its replay gives other bits."""
+    run, outputs = capture(call) if torch.cuda.is_available() else (call, call())
+    if not all(map(torch.equal, tensors(outputs), tensors(call()))):
+        raise ValueError("wrong result: a second run gives other bits")
+    return times_ms(run, 0.15)
 
 
-def resources(run):
-    """(registers, spilled bytes, shared memory) of the largest kernel that run() launches."""
-    from triton.runtime.jit import JITFunction
+def parse_tile(text):
+    """The tile of a text such as "128x256x64x8x4x8x4", its fields in the order of tiles.Tile. ValueError for others."""
+    numbers = [int(word) for word in text.split("x")] if re.fullmatch(r"\d+(x\d+){6}", text) else []
+    doubling = [n for i, n in enumerate(numbers) if Tile._fields[i] not in ("GROUP_M", "num_stages")]
+    if not numbers or min(numbers) < 1 or any(n & (n - 1) for n in doubling) or numbers[4] > numbers[1]:
+        fields = " x ".join(Tile._fields)
+        raise ValueError(f"tile {text!r}: expected {fields}, powers of two but for GROUP_M and num_stages")
+    return Tile(*numbers)
 
+
+def retiled(call, tile, sort):
+    """The same launch with another tile; sort(block_m) gives the Dispatch that goes with it."""
+    args = [tile if isinstance(a, Tile) else sort(tile.BLOCK_M) if isinstance(a, Dispatch) else a for a in call.args]
+    return partial(call.func, *args, **call.keywords)
+
+
+def compile_tile(shape, dtype, name, tile):
+    """A task of moe_kernels.precompile: launches one kernel with another tile."""
+    calls, inputs = {}, problem.empty_inputs(shape, dtype)
+    with recording(calls, plain=True):
+        problem.run_kernels(inputs)
+    retiled(calls[name], tile, partial(experts.dispatch, inputs.experts_TK, shape.E))()
+
+
+def resources(call):
+    """(registers, spilled bytes, shared memory) of the largest kernel that call() launches."""
+    with launches() as launched:
+        call()
+    return max((kernel.n_regs, kernel.n_spills, kernel.metadata.shared) for _, kernel in launched)
+
+
+@contextmanager
+def launches():
+    """Yields a list that gets (name, compiled kernel) of every kernel launched inside."""
     launched, original = [], JITFunction.run
 
-    def record(kernel, *args, **kwargs):
-        launched.append(original(kernel, *args, **kwargs))
-        return launched[-1]
+    def run(kernel, *args, **kwargs):
+        launched.append((kernel.fn.__name__, original(kernel, *args, **kwargs)))
+        return launched[-1][1]
 
-    JITFunction.run = record
-    try:
-        run()
-    finally:
-        JITFunction.run = original
-    return max(((kernel.n_regs, kernel.n_spills, kernel.metadata.shared) for kernel in launched), default=(0, 0, 0))
+    with mock.patch.object(JITFunction, "run", run):
+        yield launched
 
 
-def compare_tiles(shape, dtype, device, names, candidates, routing, machine, failures):
-    """Prints the candidates of each kernel as they are timed and once more from fastest to slowest. The tile of today comes first and last:
-    the difference between the two is noise."""
-    today, jobs = gemm_tiles(shape.S, shape.E, shape.D, shape.F, dtype), []
+def run_once(shape, names):
+    """Runs the kernels under Nsight Compute and prints [(kernel, name of the function)] as launched."""
+    inputs = problem.make_inputs(shape, torch.bfloat16, "cuda")
+    calls, launched = layer_calls(inputs)[0] | routing_calls(inputs, shape.K), []
     for name in names:
-        texts = (CANDIDATES[name] if candidates == "default" else candidates).split(",")
-        tiles = dict.fromkeys([today[name], *(parse_tile(text, today[name]) for text in texts)])
+        calls[name]()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    for name in names:
+        with launches() as kernels:
+            calls[name]()
+        launched += [(name, function) for function, _ in kernels]
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+    print(json.dumps(launched))
+
+
+def compare_tiles(shape, inputs, names, candidates, machine, failures):
+    """Prints the candidates of each kernel as they are timed and once more from fastest to slowest."""
+    dtype = inputs.x_TD.dtype
+    today, jobs, table = gemm_tiles(shape.S, shape.E, shape.D, shape.F, dtype), [], []
+    for name in names:
+        tiles = dict.fromkeys([today[name], *map(parse_tile, candidates)])
         jobs += [(name, tile) for tile in (*tiles, today[name])]
-    start = time.perf_counter()
-    codes = precompile(
-        [
-            lambda job=job: getattr(Cases(shape, empty_inputs(shape, dtype), torch.empty), job[0])().run(job[1])
-            for job in jobs
-        ]
-    )
-    print(f"{shape}: {len(jobs)} candidates compiled ahead in {time.perf_counter() - start:.1f} s")
-    cases, costs, table = (
-        Cases(shape, make_inputs(shape, dtype, device, routing)),
-        kernel_costs(shape, dtype.itemsize),
-        [],
-    )
+    codes = precompile([partial(compile_tile, shape, dtype, *job) for job in jobs])
+    calls, costs = layer_calls(inputs, plain=True)[0], kernel_costs(shape, dtype.itemsize)
+    sort = cache(partial(experts.dispatch, inputs.experts_TK, shape.E))
     for (name, tile), code in zip(jobs, codes, strict=True):
-        label = "x".join(map(str, tile[:3])) + "".join(
-            f" {field}={value}" for field, value in list(tile._asdict().items())[3:]
-        )
+        label = "x".join(map(str, tile))
         with skipping(f"{name} {label}", failures):
             if code < 0:
                 raise RuntimeError(f"the compiler crashed (signal {-code})")
-            case = getattr(cases, name)()
-            times, error = timed(case, tile, dtype)
-            text = f"{name:<8}{label:<64}{times.p50:>9.4f} ms ({times.p20:.4f}-{times.p80:.4f})"
-            if device == "cuda":  # the interpreter has no registers, and its speed means nothing
-                regs, spills, shared = resources(partial(case.run, tile))
-                text += f"{costs[name].flops / times.p50 * 1e-9:>7.0f} TF {costs[name].floor_ms(*machine) / times.p50:>6.1%}"
-                text += f"  regs {regs:>3}  spills {spills:>4}  shared {shared:>6}"
-            text += f"  error {error:.1e}" + "  <- today" * (tile == today[name])
+            call = retiled(calls[name], tile, sort)
+            for got, want in zip(tensors(call()), tensors(calls[name]()), strict=True):
+                if got.shape != want.shape:  # parts of sums over columns
+                    got, want = got.sum(0), want.sum(0)
+                require_accuracy({name: rms(got, want)}, dtype, slack=2)
+            times = timed(call)
+            text = f"{name:<8}{label:<28}{times.p50:>9.4f} ms ({times.p20:.4f}-{times.p80:.4f})"
+            if inputs.x_TD.is_cuda:  # the interpreter has no registers, and its speed means nothing
+                share, tflops = costs[name].floor_ms(*machine) / times.p50, costs[name].flops / times.p50 * 1e-9
+                registers, spills, shared = resources(call)
+                text += f"{tflops:>7.0f} TF {share:>6.1%}  regs {registers:>3}  spills {spills:>4}  shared {shared:>6}"
+            text += "  <- today" * (tile == today[name])
             table.append((names.index(name), times.p50, text))
             print(text, flush=True)
-    print("\nFastest first:")
-    for *_, text in sorted(table):
-        print(text)
+    print("\nFastest first:", *(text for *_, text in sorted(table)), sep="\n")
+
+
+def bench_shape(results, shape, inputs, names, machine, failures):
+    """A row for each kernel."""
+    calls, error = layer_calls(inputs)
+    calls |= routing_calls(inputs, shape.K)
+    print(f"{shape}: RMS error of the layer {error:.1e}")
+    costs = kernel_costs(shape, inputs.x_TD.dtype.itemsize)
+    for name in names:
+        with skipping(f"{shape} {name}", failures):
+            mode = "backward" if name in ("route_bwd", *problem.BACKWARD) else "forward"
+            times = timed(calls[name])
+            columns = dict(routing="softmax", ceiling=costs[name].floor_ms(*machine) / times.p50)
+            mode += "-graph" * inputs.x_TD.is_cuda
+            results.add(name, "triton", mode, shape, times, costs[name], **columns)
 
 
 def main(argv=None):
+    cfg = config.parse(Config, argv, __doc__)
     cuda = torch.cuda.is_available()
-    parser = arguments(__doc__)
-    parser.add_argument("--shapes", nargs="+", type=typed(parse_shape), metavar="T,D,F,E,K", default=None)
-    parser.add_argument("--kernel", default="", help="comma-separated, of " + ", ".join(KERNELS))
-    parser.add_argument(
-        "--candidates", help="comma-separated tiles to time (only six GEMM kernels have tiles), or default"
-    )
-    parser.add_argument("--routing", type=typed(parse_routing), default="softmax", help="softmax, balanced or zipf1.5")
-    parser.add_argument(
-        "--ceilings", type=typed(parse_ceilings), metavar="TFLOPS,TB_S", help="such as 798,3.0; default: measured here"
-    )
-    args, results = begin(parser, argv)
-    dtype, device, failures = DTYPES[args.dtype], "cuda" if cuda else "cpu", []
-    shapes = args.shapes or (TARGETS[:1] if args.candidates else TARGETS) if cuda else args.shapes or TINY
-    known = GEMMS if args.candidates else KERNELS
-    names = [name for name in args.kernel.split(",") if name] or list(known)
-    if unknown := set(names) - set(known):
-        parser.error(f"--kernel {','.join(unknown)}: known here are {', '.join(known)}")
-    if not cuda and not interpreting():
-        print("Triton kernels need a GPU: set TRITON_INTERPRET=1 to run them in its interpreter.")
-        return 0
-    print(HEADER)
-    machine = args.ceilings or results.add_ceilings()
-    if args.candidates:
+    shapes = list(map(parse_shape, cfg.shapes)) or list(TARGETS if cuda else TINY)
+    names = list(cfg.kernel) or list(GEMMS if cfg.candidates else KERNELS)
+    if cfg.counters or cfg.once:
         for shape in shapes:
-            compare_tiles(shape, dtype, device, names, args.candidates, args.routing, machine, failures)
+            (run_once if cfg.once else counters.show)(shape, names)
         return 0
-    precompile([partial(compile_layer, shape, dtype) for shape in shapes])
+    config.require(cuda or interpreting(), "TRITON_INTERPRET", "0", "kernels need a GPU, or 1 for Triton's interpreter")
+    results, failures = Results(cfg), []
+    machine = results.add_ceilings()
+    precompile([partial(problem.compile_layer, shape, results.dtype) for shape in shapes])
     for shape in shapes:
         with skipping(f"{shape}", failures):
-            cases, costs = (
-                Cases(shape, make_inputs(shape, dtype, device, args.routing)),
-                kernel_costs(shape, dtype.itemsize),
-            )
-            for name in names:
-                with skipping(f"{shape} {name}", failures):
-                    times, error = timed(getattr(cases, name)(), cases.tiles.get(name), dtype)
-                    mode = ("backward" if name in ("route_bwd", *BACKWARD) else "forward") + "-graph" * cuda
-                    floor = costs[name].floor_ms(*machine)
-                    results.add(
-                        name,
-                        "triton",
-                        mode,
-                        shape,
-                        times,
-                        costs[name],
-                        args.routing,
-                        floor,
-                        note=f"RMS error {error:.1e}",
-                    )
-    return finish(args, results, failures)
+            inputs = problem.make_inputs(shape, results.dtype, "cuda" if cuda else "cpu")
+            if cfg.candidates:
+                compare_tiles(shape, inputs, names, cfg.candidates, machine, failures)
+            else:
+                bench_shape(results, shape, inputs, names, machine, failures)
+    return results.finish(failures)
 
 
 if __name__ == "__main__":

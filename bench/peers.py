@@ -1,56 +1,62 @@
-"""Other libraries' expert layers behind one signature. None is a dependency: each is imported when it is asked for.
-
-scattermoe   https://github.com/shawntan/scattermoe        Triton
-sonicmoe     https://github.com/Dao-AILab/sonic-moe        CuTe, Hopper and newer; pip install sonic-moe
-liger        https://github.com/linkedin/Liger-Kernel      Triton; pip install liger-kernel (autotunes for minutes on its first calls)
-"""
+"""Other libraries' expert layers behind one signature. None is a dependency: each is imported when it is asked for."""
 
 import importlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F_
-from torch import Tensor
 
-MODULES = {"scattermoe": "scattermoe.parallel_experts", "sonicmoe": "sonicmoe", "liger": "liger_kernel.ops.fused_moe"}
+
+class Source(NamedTuple):
+    module: str
+    origin: str
+    tuning: str  # how its tiles are chosen
+
+
+TUNER = "by its own tuner at the first call of each size, which takes up to minutes"
+FIXED = "nothing is tuned: grouped_mm experts as transformers has them"
+PEERS = {
+    "scattermoe": Source("scattermoe.parallel_experts", "https://github.com/shawntan/scattermoe", TUNER),
+    "sonicmoe": Source("sonicmoe", "pip install sonic-moe, https://github.com/Dao-AILab/sonic-moe", TUNER),
+    "liger": Source("liger_kernel.ops.fused_moe", "https://github.com/linkedin/Liger-Kernel", TUNER),
+    "transformers": Source("transformers.integrations.moe", "pip install 'transformers>=5'", FIXED),
+}
 
 
 class Peer(NamedTuple):
-    experts: Callable  # (x_TD, w_in, w_out_EDF, gates_TK, experts_TK) -> y_TD; sorts by expert itself, as all others do
+    experts: Callable  # (x_TD, w_in, w_out_EDF, gates_TK, experts_TK) -> y_TD; each sorts by expert itself
     prepare: Callable = lambda w_in_EGD: w_in_EGD  # w_in in the library's layout, made once before anything is timed
     restore: Callable = lambda dw_in: dw_in  # its gradient back as (E, G, D)
 
 
 def load(name):
-    """The Peer `name`. Raises ValueError for an unknown name and ImportError, with the remedy, for a library that does not import here."""
-    if name not in MODULES:
-        raise ValueError(f"peer {name!r}: known are {', '.join(MODULES)}")
+    """The Peer `name`. ImportError, with the remedy, for a library that does not import here."""
+    source = PEERS[name]
     try:
-        module = importlib.import_module(MODULES[name])
-    except Exception as error:  # noqa: BLE001  a library may fail in any way while it is imported
-        reason = f"{MODULES[name]} does not import ({type(error).__name__}: {error})"
-        raise ImportError(f"peer {name}: {reason}; bench/peers.py says where it comes from") from error
-    return {"scattermoe": _scattermoe, "sonicmoe": _sonicmoe, "liger": _liger}[name](module)
+        module = importlib.import_module(source.module)
+    except Exception as error:  # a library may fail in any way while it is imported
+        reason = f"{source.module} does not import ({type(error).__name__}: {error})"
+        raise ImportError(f"peer {name}: {reason}; it comes from {source.origin}") from error
+    known = {"scattermoe": _scattermoe, "sonicmoe": _sonicmoe, "liger": _liger, "transformers": _transformers}
+    return known[name](module)
 
 
 def _scattermoe(module):
     def experts(x, w_in, w_out, gates, experts):
-        order = module.flatten_sort_count(experts, w_in.shape[0])
-        gate, up = module.parallel_linear(x, w_in.transpose(1, 2), experts.shape[1], *order, grouped_out=True).chunk(
-            2, dim=1
-        )
-        return module.parallel_linear(
-            F_.silu(gate) * up, w_out.transpose(1, 2), 1, *order, grouped_in=True, gates=gates.to(x.dtype)
-        )
+        K, order = experts.shape[1], module.flatten_sort_count(experts, w_in.shape[0])
+        h = module.parallel_linear(x, w_in.transpose(1, 2), K, *order, grouped_out=True)
+        gate, up = h.chunk(2, dim=1)
+        a, w_out, gates = F_.silu(gate) * up, w_out.transpose(1, 2), gates.to(x.dtype)
+        return module.parallel_linear(a, w_out, 1, *order, grouped_in=True, gates=gates)
 
     return Peer(experts)
 
 
 def _liger(module):
-    return Peer(
-        lambda x, w_in, w_out, gates, experts: module.LigerFusedMoEFunction.apply(x, w_in, w_out, experts, gates)
-    )
+    apply = module.LigerFusedMoEFunction.apply
+    return Peer(lambda x, w_in, w_out, gates, experts: apply(x, w_in, w_out, experts, gates))
 
 
 def _sonicmoe(module):
@@ -61,32 +67,29 @@ def _sonicmoe(module):
         T, K = experts.shape
         if (T, K) not in tokens:
             tokens[T, K] = torch.arange(T, device=x.device, dtype=torch.int32).repeat_interleave(K)
+        routing = gates.flatten(), tokens[T, K], experts.flatten()
+        weights = w_in.permute(1, 2, 0), None, w_out.permute(1, 2, 0), None
         stream = torch.cuda.current_stream().cuda_stream
-        w_in, w_out = w_in.permute(1, 2, 0), w_out.permute(1, 2, 0)
-        return module.moe_general_routing_inputs(
-            x,
-            gates.flatten(),
-            tokens[T, K],
-            experts.flatten(),
-            w_in,
-            None,
-            w_out,
-            None,
-            w_out.shape[2],
-            stream,
-            swiglu,
-            False,
-        )[0]
+        return module.moe_general_routing_inputs(x, *routing, *weights, w_out.shape[0], stream, swiglu, False)[0]
 
     return Peer(experts, interleave, deinterleave)
 
 
-def interleave(w_EGD: Tensor):
+def _transformers(module):
+    flags = dict(has_gate=True, has_bias=False, is_transposed=False, has_post_expert_norm=False)
+    flags |= dict(_is_expert_parallel=False, _apply_gate=lambda h: F_.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1])
+
+    def experts(x, w_in, w_out, gates, experts):
+        layer = SimpleNamespace(**flags, gate_up_proj=w_in, down_proj=w_out, num_experts=len(w_in))
+        return module.grouped_mm_experts_forward(layer, x, experts.long(), gates.to(x.dtype))
+
+    return Peer(experts)
+
+
+def interleave(w_EGD):
     """Rows gate 0..F-1, up 0..F-1 -> gate 0, up 0, gate 1, up 1, ..."""
-    E, G, D = w_EGD.shape
-    return w_EGD.view(E, 2, G // 2, D).transpose(1, 2).reshape(E, G, D).contiguous()
+    return w_EGD.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
 
 
-def deinterleave(w_EGD: Tensor):
-    E, G, D = w_EGD.shape
-    return w_EGD.reshape(E, G // 2, 2, D).transpose(1, 2).reshape(E, G, D)
+def deinterleave(w_EGD):
+    return w_EGD.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)

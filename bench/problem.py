@@ -1,8 +1,10 @@
-"""What the benchmarks compute: shapes, FLOP and byte counts, random inputs and routings, and the float64 truth that results are checked with.
+"""What the benchmarks compute: shapes, FLOP and byte counts, random inputs, and the float64 truth of results.
 
-Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per token, S = T*K routed rows.
-A full float64 reference of a large layer takes seconds and tens of GB, so checks compare slices: all outputs of some tokens, and the weight
-gradients of some experts. Each of these is exact, because a token's output depends on its K experts alone and a weight on its own rows alone.
+Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
+token, S = T*K routed rows.
+A full float64 reference of a large layer takes seconds and tens of GB, so checks compare slices: all outputs of some
+tokens, and the weight gradients of some experts. Each of these is exact, because a token's output depends on its K
+experts alone and the gradient of a weight on its own rows alone.
 """
 
 import re
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_kernels import reference
+from moe_kernels.experts import experts_bwd, experts_fwd
+from moe_kernels.routing import route_bwd, route_fwd
 
 # RMS ratio ||a - b|| / ||b|| that a correct result stays under, on unit-scale data.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}
@@ -39,6 +43,8 @@ TARGETS = (
     Shape(32768, 4096, 512, 128, 8),
     Shape(8192, 2048, 768, 128, 8),
     Shape(1024, 2048, 768, 128, 8),
+    Shape(16384, 2880, 2880, 128, 4),
+    Shape(32768, 2048, 512, 512, 10),
 )
 TINY = (Shape(64, 32, 48, 4, 2),)  # what a CPU can do
 
@@ -88,42 +94,25 @@ def kernel_costs(shape, itemsize=2):
     }
 
 
-def kernels_of(mode):
-    return {"forward": FORWARD, "backward": BACKWARD, "full": FORWARD + BACKWARD}[mode]
-
-
 def layer_cost(shape, mode, itemsize=2):
     """Cost of the expert layer in mode forward (6 S D F FLOPs), backward (12 S D F) or full (18 S D F)."""
     costs = kernel_costs(shape, itemsize)
-    return Cost(*map(sum, zip(*(costs[name] for name in kernels_of(mode)), strict=True)))
-
-
-def layer_floor_ms(shape, mode, tflops, tb_s, itemsize=2):
-    """Sum of the kernels' rooflines, a tighter bound than the layer's own."""
-    costs = kernel_costs(shape, itemsize)
-    return sum(costs[name].floor_ms(tflops, tb_s) for name in kernels_of(mode))
+    names = {"forward": FORWARD, "backward": BACKWARD, "full": FORWARD + BACKWARD}[mode]
+    return Cost(*map(sum, zip(*(costs[name] for name in names), strict=True)))
 
 
 def parse_routing(text):
     """`text` if it names a routing; ValueError for anything else."""
-    if not re.fullmatch(r"softmax|balanced|zipf\d+(\.\d+)?", text):
-        raise ValueError(f"routing {text!r}: expected softmax, balanced or zipfA such as zipf1.5")
+    if not re.fullmatch(r"softmax|zipf\d+(\.\d+)?", text):
+        raise ValueError(f"routing {text!r}: expected softmax or zipfA such as zipf1.5")
     return text
 
 
 def router_logits(shape, routing, generator):
-    """Logits (T, E) float32 whose top-k makes the routing "softmax" (independent normal logits), "balanced" (equal counts where E divides S) or
-    "zipfA" (expert e is drawn in proportion to (e + 1)^-A, without replacement)."""
-    T, E, K = shape.T, shape.E, shape.K
-    device = generator.device
-    if parse_routing(routing) == "balanced":
-        # Token i of a random order takes experts i*K .. i*K + K-1, modulo E.
-        order = torch.randperm(T, generator=generator, device=device)
-        experts = (order[:, None] * K + torch.arange(K, device=device)) % E
-        return torch.randn(T, E, generator=generator, device=device).scatter_add(
-            1, experts, experts.new_full((T, K), 20).float()
-        )
-    if routing == "softmax":
+    """Logits (T, E) float32 whose top-k makes the routing: "softmax" (independent normal logits) or "zipfA" (expert e
+    is drawn in proportion to (e + 1)^-A, without replacement)."""
+    T, E, device = shape.T, shape.E, generator.device
+    if parse_routing(routing) == "softmax":
         return torch.randn(T, E, generator=generator, device=device)
     # Adding Gumbel noise to log-probabilities and taking the top k samples k without replacement.
     gumbel = -torch.empty(T, E, device=device).exponential_(generator=generator).log()
@@ -141,21 +130,38 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(shape, dtype, device, routing="softmax", seed=0):
-    """Random inputs: x and dy ~ N(0, 1), weights ~ N(0, 1) / sqrt(their fan-in), so that every activation has about unit scale."""
+    """Random inputs: x and dy ~ N(0, 1), weights ~ N(0, 1) / sqrt(their fan-in), so everything has unit scale."""
     generator = torch.Generator(device).manual_seed(seed)
     T, D, F, E, K = shape
     randn = lambda *size: torch.randn(size, generator=generator, device=device, dtype=dtype)  # noqa: E731
     logits = router_logits(shape, routing, generator)
     gates, experts, *_ = reference.route(logits, K)
-    return Inputs(
-        randn(T, D),
-        randn(E, 2 * F, D) * D**-0.5,
-        randn(E, D, F) * F**-0.5,
-        gates.contiguous(),
-        experts.contiguous(),
-        randn(T, D),
-        logits,
-    )
+    x, w_in, w_out, dy = randn(T, D), randn(E, 2 * F, D) * D**-0.5, randn(E, D, F) * F**-0.5, randn(T, D)
+    return Inputs(x, w_in, w_out, gates.contiguous(), experts.contiguous(), dy, logits)
+
+
+def run_kernels(inputs):
+    """Launches every kernel of the layer once, forward and backward: (y, dx, dw_in, dw_out, dgates)."""
+    x, w_in, w_out, gates, experts, dy, _ = inputs
+    out = experts_fwd(x, w_in, w_out, gates, experts)
+    return out[0], *experts_bwd(dy, x, w_in, w_out, gates, *out[1:])
+
+
+def empty_inputs(shape, dtype):
+    """Inputs of the real sizes on the CPU; they are never touched and take no memory."""
+    T, D, F, E, K = shape
+    sizes = (T, D), (E, 2 * F, D), (E, D, F), (T, K), (T, K), (T, D), (T, E)
+    types = dtype, dtype, dtype, torch.float32, torch.int32, dtype, torch.float32
+    return Inputs(*(torch.empty(size, dtype=kind) for size, kind in zip(sizes, types, strict=True)))
+
+
+def compile_layer(shape, dtype):
+    """A task of moe_kernels.precompile: launches every kernel of the layer and of routing once."""
+    inputs = empty_inputs(shape, dtype)
+    run_kernels(inputs)
+    logits, gates = inputs.logits_TE.to(dtype), inputs.gates_TK
+    route_fwd(logits, None, shape.K, False, True)
+    route_bwd(logits, inputs.experts_TK, gates, gates, gates.new_empty(shape.E), gates.new_empty(()), False, True)
 
 
 def rms(got, want):
@@ -165,7 +171,7 @@ def rms(got, want):
 
 
 def sample(experts_TK, n_experts, seed=0, n_tokens=256):
-    """(tokens, experts) to check: random tokens; the busiest expert, the least busy one and a random one, sorted, without repeats."""
+    """(tokens, experts) to check: random tokens; the busiest expert, the least busy one and a random one."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randperm(experts_TK.shape[0], generator=generator)[:n_tokens].to(experts_TK.device)
     counts = torch.bincount(experts_TK.flatten(), minlength=n_experts)
@@ -174,17 +180,17 @@ def sample(experts_TK, n_experts, seed=0, n_tokens=256):
 
 
 def expert_alone(inputs, e, token, slot):
-    """Float64 contribution of expert e to the rows (token, slot): y, dx, dw_in, dw_out and dgates, the layer with this one expert."""
+    """Float64 contribution of expert e to the rows (token, slot): y, dx, dw_in, dw_out and dgates."""
     x, w_in, w_out, gates, _, dy, _ = inputs
-    leaves = [
-        t.double().requires_grad_() for t in (x[token], w_in[e : e + 1], w_out[e : e + 1], gates[token, slot, None])
-    ]
+    slices = x[token], w_in[e : e + 1], w_out[e : e + 1], gates[token, slot, None]
+    leaves = [t.double().requires_grad_() for t in slices]
     y = reference.experts(*leaves, torch.zeros_like(token[:, None]))
     return y.detach(), *torch.autograd.grad(y, leaves, dy[token].double())
 
 
 def layer_errors(inputs, outputs, seed=0):
-    """RMS ratio of each of `outputs` (some of y, dx, dw_in, dw_out, dgates by name) on sampled slices; ValueError when one is not finite."""
+    """RMS ratio of each of `outputs` (some of y, dx, dw_in, dw_out, dgates by name) on sampled slices; ValueError if
+    one is not finite."""
     for name, output in outputs.items():
         if not output.isfinite().all():
             raise ValueError(f"wrong result: {name} holds values that are not finite")
@@ -208,9 +214,8 @@ def layer_errors(inputs, outputs, seed=0):
 
 def require_accuracy(errors, dtype, slack=1):
     """The worst of `errors` (by name); ValueError unless every one is within `slack` times the tolerance of `dtype`."""
+    allowed = slack * TOLERANCE[dtype]
     for name, error in errors.items():
-        if not error <= slack * TOLERANCE[dtype]:
-            raise ValueError(
-                f"wrong result: {name} has RMS ratio {error:.1e}, allowed is {slack * TOLERANCE[dtype]:.0e}"
-            )
+        if not error <= allowed:
+            raise ValueError(f"wrong result: {name} has RMS ratio {error:.1e}, allowed is {allowed:.0e}")
     return max(errors.values())

@@ -1,84 +1,84 @@
-"""One CSV schema for every benchmark, and the command line they share.
+"""One CSV schema for every benchmark, the flags that all of them have, and the comparison of two sets of rows.
 
-kernel           what ran: a kernel's name, "layer" (experts, routing given), "layer+router", "routing" (router, top-k, dispatch), "step",
-                 "step-family" (a family of a step's kernels, its name as the mode), or "ceiling" (the machine's largest matrix product and copy)
-implementation   triton, grouped_mm, reference, gemms (cuBLAS products of the same FLOPs, nothing else), torch, or a peer
-mode             forward, backward, full, or a part; "-graph" when replayed from a CUDA graph (single kernels always are, on a GPU)
-T D F E K        sizes (README); dtype; routing: softmax, balanced, zipfA
+    python -m bench.results OLD.csv NEW.csv     # any benchmark does the same with --compare
+
+A row regresses when it is at least 3 % slower and its fast quantile (p20) is above the old slow one (p80).
+
+kernel           a kernel's name, "layer" (experts, routing given), "step", "step-family" (kernels of a step), "node",
+                 "generate", "hf-block", or "ceiling" (the largest matrix product and copy)
+implementation   triton, grouped_mm, reference, gemms (cuBLAS products of the same FLOPs, nothing else), a peer, a model
+mode             forward, backward, full, or a part; "-graph": from a CUDA graph, as single kernels always are on a GPU
+T D F E K        sizes (README); dtype; routing: softmax or zipfA
 p20 p50 p80_ms   quantiles of the time; backward = full - median forward
 tflops gb_s      at p50, from the FLOPs and the fewest bytes that the operation needs
-ceiling          fraction of the ceiling: of `gemms` for a layer, of its own roofline for a kernel, of the GPU's peak (MFU) for a step
-peak_mib         peak of forward + backward above the inputs; saved_mib: kept for backward, x included, weights and routing not
+ceiling          fraction of that of `gemms` for a layer, of its own roofline for a kernel, of the GPU's peak for a step
+peak_mib         peak of forward + backward above the inputs; saved_mib: kept for backward, x included
 gpu torch triton revision date
+share            of as many single GPUs; nccl_ms: time of NCCL's kernels, exposed_ms: while no other kernel runs
+python_ms        time after which Python has launched the layer's kernels
 """
 
-import argparse
 import csv
 import datetime
+import io
 import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 import triton
 
 from bench.problem import Cost, Shape
 from bench.timing import Ceilings, measure_ceilings
+from data import files
+from optimoe import config
 
+ADDED = ["share", "exposed_ms", "nccl_ms", "python_ms"]  # older files lack these columns
 COLUMNS = (
-    "kernel implementation mode T D F E K dtype routing p20_ms p50_ms p80_ms tflops gb_s ceiling peak_mib saved_mib gpu torch triton revision date"
-).split()
+    "kernel implementation mode T D F E K dtype routing p20_ms p50_ms p80_ms tflops gb_s ceiling peak_mib saved_mib "
+    "gpu torch triton revision date"
+).split() + ADDED
 KEY = COLUMNS[:10] + ["gpu"]
-INTEGERS, FLOATS = COLUMNS[3:8], COLUMNS[10:18]
+INTEGERS, FLOATS = COLUMNS[3:8], COLUMNS[10:18] + ADDED
 INSTALL = {"matplotlib": "'optimoe[plot]'", "transformers": "'transformers>=5'"}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+NOISE = 0.03
+NOTHING = Cost(0, 0)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    # Results
+    csv: str = ""  # append the rows to this file
+    compare: str = ""  # baseline: a CSV, or a git revision for its copy of --csv; regressions end with exit code 1
+    revision: str = ""  # git revision to write into the rows; empty: ask git
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
+
+
+def dtype_of(cfg):
+    auto = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+
+
+def device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
 
 
 def revision():
-    """Short git revision of this file's repository, with "+" when tracked files differ from it; "unknown" outside git."""
-    git = lambda *args: (
-        subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
-    )  # noqa: E731
+    """Git revision of this file's repository, with "+" when tracked files differ from it; "unknown" outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        return git("rev-parse", "--short", "HEAD").strip() + (
-            "+" if git("status", "--porcelain", "-uno").strip() else ""
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def arguments(description):
-    """A parser with the options that every benchmark has."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--csv", type=Path, help="append the rows to this file (created with a header)")
-    parser.add_argument(
-        "--compare",
-        metavar="REV_OR_CSV",
-        help="baseline: a CSV, or a git revision for its committed copy of --csv; regressions exit with status 1",
-    )
-    parser.add_argument("--revision", default=None, help="git revision to write into the rows (default: ask git)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if torch.cuda.is_available() else "fp32")
-    return parser
-
-
-def typed(parse):
-    """`parse` as the type of an argument: argparse shows the text of this exception, but not that of a ValueError."""
-
-    def convert(text):
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(error) from error
-
-    return convert
-
-
 def cli(main):
-    """main() of a benchmark for the command line: a wrong argument or file or a missing library is one line, with DEBUG set a traceback."""
+    """main() for the command line: mistakes and missing libraries are one line, with DEBUG a traceback."""
     try:
         return main()
     except (ValueError, OSError, ImportError) as error:
@@ -89,53 +89,36 @@ def cli(main):
 
 
 class Results:
-    """The rows of this run, printed and appended to the CSV one by one, so that whatever fails later loses none of them."""
+    """The rows of this run, printed and appended to the CSV one by one, so that a later failure loses none of them."""
 
-    def __init__(self, args):
-        self.path, self.rows = args.csv, []
+    def __init__(self, cfg):
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)  # tiny shapes: a second thread only waits
+        self.path, self.rows, self.dtype = cfg.csv and Path(cfg.csv), [], dtype_of(cfg)
+        # The baseline is read now, because it may be the file that this run appends to.
+        self.baseline = baseline(cfg.compare, self.path) if cfg.compare else None
         if self.path:
             append(self.path)  # a file that takes no rows is found before anything is measured
         self.environment = {
-            "dtype": args.dtype,
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
+            "dtype": SHORT[self.dtype],
+            "gpu": device_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,
-            "revision": args.revision or revision(),
+            "revision": cfg.revision or revision(),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
         }
         print("  ".join(f"{name} {value}" for name, value in self.environment.items()))
         if not torch.cuda.is_available():
             print("No GPU: tiny shapes, to show that everything runs. The numbers mean nothing about GPUs.")
+        print(HEADER)
 
-    def add(
-        self,
-        kernel,
-        implementation,
-        mode,
-        shape,
-        times,
-        cost=Cost(0, 0),
-        routing="",
-        ceiling_ms=None,
-        note="",
-        quiet=False,
-        **more,
-    ):
-        """One row; `ceiling_ms` is the least possible time, `more` are columns by name. The note is printed, not stored; with `quiet` nothing is."""
-        row = (
-            dict.fromkeys(COLUMNS)
-            | self.environment
-            | dict(kernel=kernel, implementation=implementation, mode=mode, routing=routing)
-        )
-        row |= dict(zip("TDFEK", shape, strict=True)) | dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True))
-        row |= {
-            "tflops": cost.flops / times.p50 * 1e-9,
-            "gb_s": cost.bytes / times.p50 * 1e-6,
-            "ceiling": ceiling_ms and ceiling_ms / times.p50,
-        }
-        row = {
-            name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in (row | more).items()
-        }
+    def add(self, kernel, implementation, mode, shape, times, cost=NOTHING, note="", quiet=False, **columns):
+        """One row. The note is printed, not stored; with `quiet` nothing is printed."""
+        row = dict.fromkeys(COLUMNS) | self.environment | shape._asdict()
+        row |= dict(kernel=kernel, implementation=implementation, mode=mode, routing="")
+        row |= dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True))
+        row |= {"tflops": cost.flops / times.p50 * 1e-9, "gb_s": cost.bytes / times.p50 * 1e-6} | columns
+        row = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in row.items()}
         self.rows.append(row)
         if self.path:
             append(self.path, row)
@@ -145,43 +128,52 @@ class Results:
 
     def add_ceilings(self):
         """Measures what this machine can do, writes it as rows and returns it."""
-        n, gemm, size, copy = measure_ceilings(DTYPES[self.environment["dtype"]])
+        n, gemm, size, copy = measure_ceilings(self.dtype)
         gemm = self.add("ceiling", "cublas", "gemm", Shape(n, n, n, 1, 1), gemm, Cost(2 * n**3, 0))
         copy = self.add("ceiling", "torch", "copy", Shape(size, 1, 1, 1, 1), copy, Cost(0, 2 * size))
         return Ceilings(gemm["tflops"], copy["gb_s"] / 1e3)
 
+    def finish(self, failures=()):
+        """Prints what was skipped and the comparison. Exit code: 1 if anything regressed or nothing was measured."""
+        for failure in failures:
+            print("skipped", failure)
+        slower = compare(self.baseline, self.rows) if self.baseline is not None else 0
+        return 1 if slower or (failures and all(row["kernel"] == "ceiling" for row in self.rows)) else 0
 
-HEADER = (
-    f"{'T,D,F,E,K':<26}{'kernel':<13}{'implementation':<15}{'mode':<15}{'p20 ms':>10}{'p50':>10}{'p80':>10}"
-    f"{'TFLOP/s':>9}{'GB/s':>7}{'ceiling':>9}{'peak MiB':>10}{'saved':>8}"
-)
+
+# Printed columns and their decimals.
+SHOWN = dict(p20_ms=4, p50_ms=4, p80_ms=4, tflops=1, gb_s=0, ceiling=3, peak_mib=0, saved_mib=0)
+HEADER = f"{'T,D,F,E,K':<26}{'kernel':<13}{'implementation':<15}{'mode':<15}"
+HEADER += "".join(f"{name:>10}" for name in SHOWN)
 
 
 def line(row):
-    number = lambda name, width, digits: (
-        f"{row[name]:>{width}.{digits}f}" if row[name] not in (None, 0) else " " * (width - 1) + "-"
-    )  # noqa: E731
-    sizes = ",".join(str(row[name]) for name in "TDFEK")
-    return (
-        f"{sizes:<26}{row['kernel']:<13}{row['implementation']:<15}{row['mode']:<15}"
-        + "".join(number(name, 10, 4) for name in ("p20_ms", "p50_ms", "p80_ms"))
-        + number("tflops", 9, 1) + number("gb_s", 7, 0) + number("ceiling", 9, 3) + number("peak_mib", 10, 0) + number("saved_mib", 8, 0)
-    )  # fmt: skip
+    text = f"{shape_of(row)!s:<26}{row['kernel']:<13}{row['implementation']:<15}{row['mode']:<15}"
+    return text + "".join(f"{row[name]:>10.{n}f}" if row[name] else f"{'-':>10}" for name, n in SHOWN.items())
+
+
+def shape_of(row):
+    return Shape(*(row[letter] for letter in "TDFEK"))
+
+
+def lines_of(rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    return text.getvalue()
 
 
 def append(path, *rows):
-    """Add rows to a CSV, at once and on lines of their own even after an interrupted write. Raises ValueError if the file has other columns."""
+    """Add rows to a CSV, on lines of their own even after an interrupted write. ValueError if its columns are others.
+
+    A file of an earlier version first gets the columns that it lacks."""
+    path, header = Path(path), ",".join(COLUMNS)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text() if path.exists() else ""
-    if text and text.splitlines()[0].split(",") != COLUMNS:
-        raise ValueError(f"{path}: its columns are not those of this version; move the file away")
-    with open(path, "a", newline="") as file:
-        if text and not text.endswith("\n"):
-            file.write("\n")
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not text:
-            writer.writeheader()
-        writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    if text.partition("\n")[0] != header:
+        files.replace(path.resolve(), f"{header}\n" + (lines_of(parse(text, str(path))) if text else ""))
+    with open(path, "a") as file:
+        file.write("\n" * (bool(text) and not text.endswith("\n")) + lines_of(rows))
         file.flush()
         os.fsync(file.fileno())
 
@@ -189,17 +181,17 @@ def append(path, *rows):
 def parse(text, where="CSV"):
     """Rows of a CSV's text, numbers as numbers and empty cells as None. Lines cut short are named and left out."""
     lines = text.splitlines()
-    if not lines or lines[0].split(",") != COLUMNS:
-        raise ValueError(f"{where}: expected the header {','.join(COLUMNS)}")
+    header = lines[0].split(",") if lines else []
+    if header not in (COLUMNS, COLUMNS[: -len(ADDED)]):
+        raise ValueError(f"{where}: its columns are not those of this version; expected the header {','.join(COLUMNS)}")
     rows = []
     for number, raw in enumerate(csv.DictReader(lines), 2):
         try:
             if None in raw or None in raw.values():
                 raise ValueError("wrong number of cells")
-            row = {name: value or None if name in FLOATS else value for name, value in raw.items()}
-            row.update(
-                {name: int(row[name]) for name in INTEGERS}, **{name: float(row[name]) for name in FLOATS if row[name]}
-            )
+            row = dict.fromkeys(COLUMNS) | raw
+            row |= {name: int(row[name]) for name in INTEGERS}
+            row |= {name: float(row[name]) if row[name] else None for name in FLOATS}
             rows.append(row)
         except ValueError as error:
             print(f"{where}, line {number}: left out ({error})", file=sys.stderr)
@@ -213,3 +205,57 @@ def read(path):
 def latest(rows):
     """The last row of each KEY: {key: row}, in order of first appearance."""
     return {tuple(row[name] for name in KEY): row for row in rows}
+
+
+def verdict(old, new):
+    """("slower" | "faster" | "", relative change of p50); a change inside NOISE or inside the spreads is no verdict."""
+    change = new["p50_ms"] / old["p50_ms"] - 1
+    if change > NOISE and new["p20_ms"] > old["p80_ms"]:
+        return "slower", change
+    if change < -NOISE and new["p80_ms"] < old["p20_ms"]:
+        return "faster", change
+    return "", change
+
+
+def baseline(source, path):
+    """Rows of the file `source`, or of the CSV `path` as committed in git revision `source`."""
+    if Path(source).is_file():
+        return read(source)
+    config.require(path, "compare", source, "no such file; a git revision needs the committed CSV as --csv")
+    shown = subprocess.run(["git", "show", f"{source}:./{os.path.relpath(path)}"], capture_output=True, text=True)
+    remedy = f"neither a CSV file nor a git revision that holds {path} ({shown.stderr.strip()})"
+    config.require(not shown.returncode, "compare", source, remedy)
+    return parse(shown.stdout, f"{path} in {source}")
+
+
+def compare(old_rows, new_rows):
+    """Prints the change of every row that both have (the last of each); returns the number of regressions."""
+    old, new = latest(old_rows), latest(new_rows)
+    common = [key for key in new if key in old]
+    slower = 0
+    for key in common:
+        word, change = verdict(old[key], new[key])
+        slower += word == "slower"
+        name = " ".join(map(str, key[:3])) + "  " + ",".join(map(str, key[3:8])) + f"  {key[9]}"
+        word = "REGRESSION" if word == "slower" else word
+        times = f"{old[key]['p50_ms']:>9.4f} -> {new[key]['p50_ms']:>9.4f} ms {change:>+7.1%}"
+        print(f"{name:<70} {times}  {word}".rstrip())
+    alone = f"{len(new) - len(common)} rows have no baseline with the same {', '.join(KEY)}"
+    print(f"{len(common)} rows compared, {slower} regressions; {alone}")
+    return slower
+
+
+@dataclass(frozen=True)
+class Config:
+    POSITIONAL: ClassVar = ("old", "new")
+    old: str  # CSV to compare with
+    new: str  # CSV of the new rows
+
+
+def main(argv=None):
+    cfg = config.parse(Config, argv, __doc__)
+    return 1 if compare(read(cfg.old), read(cfg.new)) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

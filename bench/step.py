@@ -1,61 +1,84 @@
-"""A training step by part (data, forward, backward, optimiser) and by family of kernels.
+"""A training step by part (forward, backward, optimiser) and by family of kernels.
 
-    python -m bench.step --preset=paper-d512-e64-k4 --batch-size=8 --csv bench/h100.csv
-    python -m bench.step --preset=paper-d512-e64-k4 --batch-size=8 --compile=false
-    python -m bench.step --preset=paper-d1024-e64-k2 --vocab-size=50304 --seq-len=2048 --batch-size=8 --optimizer=adamw --weights=bfloat16  # 6.6 G
+    python -m bench.step --preset=paper-d512-e64-k4 --batch_size=8 --csv=step.csv
+    python -m bench.step --preset=paper-d1024-e64-k2 --vocab_size=50304 --seq_len=2048 --batch_size=8 \\
+        --optimizer=adamw --weights=bfloat16 --trace=step.json         # 6.6 G parameters
 
-All flags of train.py are understood; the step is train.py's with its optimiser, on one GPU, with one micro-batch of --batch-size sequences and
-random tokens read through the loader. Parts are GPU time between events, so they contain the gaps in which the GPU waits for Python; families are
-the kernels alone, from torch.profiler, and what is missing from their sum to the whole step is those gaps.
+All flags of train.py are understood. The step is train.py's with its optimiser, on one GPU, with one micro-batch of
+--batch_size random sequences. Parts are GPU time between events, so they contain the gaps in which the GPU waits for
+Python. Families are the kernels alone, from torch.profiler; what their sum lacks of the whole step is those gaps.
 """
 
 import dataclasses
-import tempfile
+import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
-from bench.compare import begin, finish
 from bench.problem import Cost, Shape
-from bench.results import DTYPES, HEADER, arguments, cli
-from bench.timing import MIB, Times, quantiles
-from data import shards, tokenizer
-from data.loader import Loader
+from bench.results import BenchConfig, Results, cli, device_name
+from bench.timing import MIB, Times, quantiles, synchronize, trace, wall_ms
 from model import GPT
-from optimoe import config
-from optimoe.optim import make_optimizer
+from optimoe import config, parallel
 from optimoe.sizes import flops_per_token, peak_flops, preset_fields
 from train import GraphedStep, TrainConfig, compile_blocks, new_window, optimizer_step
 
-PARTS = ("data", "forward", "backward", "optimiser")
+PARTS = ("forward", "backward", "optimiser")
 EXPERT_KERNELS = {name + "_kernel" for name in ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw")}
 
 
-def random_tokens(directory, n):
-    """A data directory of n random tokens, vocabulary 257."""
-    enc = tokenizer.word_tokenizer([])
-    with shards.ShardWriter(directory, enc) as writer:
-        writer.add("train", np.append(np.random.default_rng(0).integers(0, 256, n), enc.eot_token))
-    return str(directory)
+@dataclass(frozen=True)
+class StepConfig(TrainConfig, BenchConfig):
+    # Benchmark
+    repeats: int = 20  # steps that are timed
+    trace: str = ""  # write a trace of a few steps to this file instead of timing
 
 
-def balance(model, loader, steps):
-    """Train the routers alone until the experts' loads are about even, as in any run after its first hundred steps: at initialisation one expert may
-    get four times its share, and such a step is slower. Returns the largest load / mean load."""
+def parse(argv, description):
+    """The StepConfig of a command line, small without a GPU, with the vocabulary that its preset has in the paper."""
+    small = [] if torch.cuda.is_available() else ["--batch_size=2", "--seq_len=64", "--repeats=3"]
+    cfg = config.parse(StepConfig, [*small, *(sys.argv[1:] if argv is None else argv)], description)
+    return dataclasses.replace(cfg, vocab_size=cfg.vocab_size or preset_fields(cfg.preset).get("vocab_size", 320))
+
+
+def make_step(cfg, device, rank=0, world=1):
+    """(model, step, draw): step(batches) is train.py's without learning, so that random tokens spoil no router; draw()
+    is a batch. Billions of random weights take a CPU a minute, so they are drawn on the device."""
+    torch.manual_seed(cfg.seed)
+    with torch.device(device):
+        model = parallel.wrap(GPT(cfg).train(), cfg, torch.device(device), world)
+    optimizer = parallel.Sharded(model, cfg, rank, world)
+    optimizer.set_lr(0.0)
+    if torch.cuda.is_available() and (world == 1 or cfg.parallel == "ddp"):
+        compile_blocks(model, cfg)
+    generator = torch.Generator(device).manual_seed(rank)
+    size = cfg.batch_size, cfg.seq_len
+    tokens = lambda: torch.randint(cfg.vocab_size, size, device=device, generator=generator)  # noqa: E731
+    step = partial(optimizer_step, model, optimizer, cfg, new_window(cfg, device), world=world)
+    return model, step, lambda: (tokens(), tokens())
+
+
+def graphed(step, cfg, world=1):
+    """The step as one CUDA graph where train.py makes one, or None."""
+    capturable = cfg.impl in ("auto", "triton") and (world == 1 or cfg.parallel == "ddp")
+    return GraphedStep(step) if torch.cuda.is_available() and cfg.cuda_graph and capturable else None
+
+
+def balance(model, draw, steps):
+    """Train the routers alone until the experts' loads are about even, as after the first hundred steps of a run: at
+    first one expert may get four times its share, and such a step is slower. Returns the largest load / mean load."""
     routers = [p for name, p in model.named_parameters() if "router" in name]
     if not routers:
         return 1.0
     optimizer = torch.optim.AdamW(routers, weight_decay=0.0)
     for step in range(steps):
-        out = model(*loader.next())
-        optimizer.param_groups[0]["lr"] = (
-            0.25 / model.cfg.d_model * (1 - step / steps)
-        )  # a logit moves by about that times d_model
+        out = model(*draw())
+        # A logit moves by about this times d_model.
+        optimizer.param_groups[0]["lr"] = 0.25 / model.cfg.d_model * (1 - step / steps)
         for p, grad in zip(routers, torch.autograd.grad(out.balance, routers), strict=True):
             p.grad = grad
         optimizer.step()
@@ -63,9 +86,9 @@ def balance(model, loader, steps):
     return float((out.counts_NE.amax(1) / out.counts_NE.float().mean(1)).max())
 
 
-def part_times(run, repeats, cuda):
-    """Times of PARTS and of the whole step, by name. run(mark) is one step that calls mark at its start and after each part."""
-    marks = []
+def intervals(run, repeats):
+    """Times in ms between the moments at which the device gets to each mark() that run(mark) calls: a list per run."""
+    cuda, marks = torch.cuda.is_available(), []
 
     def mark(part=None):
         marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
@@ -74,189 +97,131 @@ def part_times(run, repeats, cuda):
 
     for _ in range(repeats):
         run(mark)
-    if cuda:
-        torch.cuda.synchronize()
+    synchronize()
     between = lambda a, b: a.elapsed_time(b) if cuda else (b - a) * 1e3  # noqa: E731
-    n = len(PARTS) + 1
-    steps = [marks[i : i + n] for i in range(0, len(marks), n)]
-    times = {part: quantiles([between(s[i], s[i + 1]) for s in steps]) for i, part in enumerate(PARTS)}
-    # From the end of one step to the end of the next: with whatever the GPU waits for in between.
-    return times | {"full": quantiles([between(a[-1], b[-1]) for a, b in zip(steps, steps[1:], strict=False)])}
+    times, n = [between(a, b) for a, b in zip(marks, marks[1:], strict=False)], len(marks) // repeats
+    return [times[i : i + n] for i in range(0, len(times), n)]
+
+
+def part_times(step, draw, repeats):
+    """Times of PARTS and, from the end of one step to the end of the next, of the whole step, by name."""
+
+    def run(mark):
+        batch = draw()
+        mark()
+        step([batch], mark=mark)
+
+    runs = intervals(run, repeats)
+    times = {part: quantiles([run[i] for run in runs]) for i, part in enumerate(PARTS)}
+    return times | {"full": quantiles([sum(run) for run in runs[:-1]])}
 
 
 def step_times(run, repeats):
-    """Times from the end of one run() to the end of the next, on the GPU."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    for mark in marks:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    return quantiles([a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)])
+    """Times from the end of one run() to the end of the next."""
+    return quantiles([ms for one in intervals(lambda mark: (run(), mark()), repeats + 1) for ms in one])
 
 
-def family(kernel, ops, sizes, cfg, weights):
-    """The family of a kernel, from the operators around it (innermost first), the shapes of the innermost one's inputs and the weights' shapes."""
+def family(kernel, ops, sizes, cfg):
+    """The family of a kernel, from the operators around it, innermost first, and the sizes of its inputs."""
     inside = lambda *words: any(word in op for op in ops for word in words)  # noqa: E731
     dims = {n for size in sizes for n in size}
-    if inside("Optimizer.step") or kernel == "adamw_kernel":
-        return "optimiser"
-    if inside("part: data"):
-        return "data"
-    if inside("_foreach_norm", "linalg_vector_norm"):
-        return "gradient norm"
-    if inside("linear_cross_entropy"):
-        return "lm head and loss"
-    if kernel in EXPERT_KERNELS or inside("grouped_mm"):
-        return (
-            "experts: "
-            + (kernel.removesuffix("_kernel") if kernel in EXPERT_KERNELS else "grouped_mm")
-            + " (backward)" * inside("bwd", "Backward")
-        )
-    if kernel.startswith("route_"):
-        return "router"
-    if inside("embedding"):
-        return "embedding"
-    if inside("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention"):
-        return "attention"
-    if cfg.vocab_size in dims or inside("nll_loss", "log_softmax"):
-        return "lm head and loss"
-    if ops[0].startswith(("aten::mm", "aten::addmm", "aten::bmm")):
-        if cfg.n_experts in dims and not cfg.dense:
-            return "router"
-        return "experts: torch products" if 2 * cfg.d_expert in dims else "attention projections"
-    if ops[0] == "aten::copy_" and any(tuple(size) in weights for size in sizes):
-        return "weight casts"
-    return "norms, rotations, elementwise"
+    product = ops[0].startswith(("aten::mm", "aten::addmm", "aten::bmm"))
+    expert = kernel in EXPERT_KERNELS or inside("grouped_mm")
+    name = kernel.removesuffix("_kernel") if kernel in EXPERT_KERNELS else "grouped_mm"
+    table = (  # the first that holds
+        (inside("Optimizer.step") or kernel == "adamw_kernel", "optimiser"),
+        (inside("_foreach_norm", "linalg_vector_norm"), "gradient norm"),
+        (inside("linear_cross_entropy"), "lm head and loss"),
+        (expert, f"experts: {name}" + " (backward)" * inside("bwd", "Backward")),
+        (kernel.startswith("route_"), "router"),
+        (inside("embedding"), "embedding"),
+        (inside("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention"), "attention"),
+        (cfg.vocab_size in dims or inside("nll_loss", "log_softmax"), "lm head and loss"),
+        (product and cfg.n_experts in dims and not cfg.dense, "router"),
+        (product and 2 * cfg.d_expert in dims, "experts: torch products"),
+        (product, "attention projections"),
+        (True, "norms, rotations, elementwise"),
+    )
+    return next(name for holds, name in table if holds)
 
 
-def family_times(run, cfg, model, repeats, cuda):
-    """Milliseconds per step of each family; on the CPU of operators, on a GPU of kernels."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with profile(activities=activities, record_shapes=True) as prof:
+def family_times(run, cfg, repeats=3):
+    """Milliseconds per step of each family: of kernels on a GPU, of operators on the CPU."""
+    cuda, total, unlinked = torch.cuda.is_available(), Counter(), Counter()
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, record_shapes=True) as prof:
         for _ in range(repeats):
             run()
-        if cuda:
-            torch.cuda.synchronize()
-    weights, total, unlinked = {tuple(p.shape) for p in model.parameters() if p.ndim > 1}, Counter(), Counter()
+        synchronize()
     for event in prof.events():
         if event.device_type != torch.autograd.DeviceType.CPU:
-            # Kernels come a second time as events of their own: what is left of these at the end belongs to no operator.
+            # Kernels come a second time as events of their own: what is left of these belongs to no operator.
             if not getattr(event, "is_user_annotation", False):
                 unlinked[event.name] += event.time_range.elapsed_us()
             continue
-        launched = (
-            [(kernel.name, kernel.duration) for kernel in event.kernels]
-            if cuda
-            else [(event.name, event.self_cpu_time_total)]
-        )
-        if launched:
-            ops, parent = [], event
-            while parent is not None:
-                ops.append(parent.name)
-                parent = parent.cpu_parent
-            for kernel, microseconds in launched:
-                total[family(kernel, ops, [s for s in event.input_shapes or [] if s], cfg, weights)] += microseconds
-                unlinked[kernel] -= microseconds
-    if cuda:
-        for name, microseconds in unlinked.items():
-            if microseconds > 100 * repeats:
-                total["optimiser" if name == "adamw_kernel" else f"no operator: {name[:22]}"] += microseconds
+        own = [(kernel.name, kernel.duration) for kernel in event.kernels]
+        ops, parent = [], event
+        while parent is not None:
+            ops.append(parent.name)
+            parent = parent.cpu_parent
+        for kernel, microseconds in own if cuda else [(event.name, event.self_cpu_time_total)]:
+            total[family(kernel, ops, [s for s in event.input_shapes or [] if s], cfg)] += microseconds
+            unlinked[kernel] -= microseconds
+    for name, microseconds in unlinked.items():
+        if cuda and microseconds > 100 * repeats:
+            total["optimiser" if name == "adamw_kernel" else f"no operator: {name[:22]}"] += microseconds
     return {name: microseconds / 1e3 / repeats for name, microseconds in total.most_common()}
 
 
-def main(argv=None):
-    cuda = torch.cuda.is_available()
-    parser = arguments(__doc__)
-    parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
-    args, results = begin(parser, argv, rest=True)
-    small = [] if cuda else ["--batch-size=2", "--seq-len=64"]
-    cfg = config.parse(TrainConfig, [*small, *args.rest, f"--dtype={str(DTYPES[args.dtype])[6:]}"])
-    if not cfg.vocab_size:
-        # Of the paper's models theirs; else the 257 of random_tokens, rounded up as train.py does.
-        cfg = dataclasses.replace(
-            cfg, vocab_size=preset_fields(cfg.preset).get("vocab_size", 320) if cfg.preset else 320
-        )
-    print(HEADER)
-    device = "cuda" if cuda else "cpu"
-    tokens = cfg.batch_size * cfg.seq_len
-    with tempfile.TemporaryDirectory() as tmp:
-        loader = Loader(
-            [(random_tokens(Path(tmp) / "data", 8 * tokens + 1), 1.0)],
-            "train",
-            cfg.batch_size,
-            cfg.seq_len,
-            device=device,
-        )
-        torch.manual_seed(cfg.seed)
-        with torch.device(device):  # billions of random numbers take a CPU a minute
-            model = GPT(cfg).train()
-        optimizer = make_optimizer(model, cfg)
-        optimizer.set_lr(
-            0.0
-        )  # the weights stay as they are: random tokens teach nothing, and a model that has fallen apart routes all tokens alike
-        if cuda:
-            compile_blocks(model, cfg)
-        train_step = partial(optimizer_step, model, optimizer, cfg, new_window(cfg, device))
-
-        def run(mark=lambda part=None: None):
-            mark()
-            with record_function("part: data"):
-                batch = loader.next()
-            mark()
-            train_step([batch], mark=mark)
-
-        start = time.perf_counter()
-        for _ in range(3):
-            run()
-        warm = time.perf_counter() - start
-        load = balance(model, loader, 60 if cuda else 2)
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        times = part_times(run, args.repeats, cuda)
-        peak = torch.cuda.max_memory_allocated() / MIB if cuda else None
-        families = family_times(run, cfg, model, 3, cuda)
-        if (
-            cuda and cfg.cuda_graph and cfg.impl in ("auto", "triton")
-        ):  # the others count rows on the host, as in train.py
-            graphed = GraphedStep(train_step)
-            for _ in range(GraphedStep.WARM_UP + 2):
-                graphed([loader.next()])
-            times["full-graph"] = step_times(lambda: graphed([loader.next()]), args.repeats)
-    shape = Shape(tokens, cfg.d_model, cfg.d_expert, cfg.n_experts, cfg.top_k)
-    name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}" + ":bfloat16-weights" * (cfg.weights == "bfloat16")
-    flops, best = (
-        flops_per_token(cfg) * tokens,
-        peak_flops(torch.cuda.get_device_name()) if cuda and cfg.dtype == "bfloat16" else None,
-    )
-    add = partial(results.add, implementation=name, shape=shape)
-    for part in PARTS:
-        add("step", mode=part, times=times[part])
-    for mode in ("full", "full-graph"):
-        if mode in times:
-            mfu = flops / (times[mode].p50 / 1e3) / best if best else None
-            add("step", mode=mode, times=times[mode], cost=Cost(flops, 0), ceiling=mfu, peak_mib=peak)
-            print(f"{mode}: {tokens / times[mode].p50 * 1e3:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}")
-    print(f"the first three steps took {warm:.1f} s; the fullest expert of any layer has {load:.2f} times its share")
+def show_families(add, families, whole):
+    """Prints the families, and adds their rows unless the profiler has slowed or counted something twice."""
+    total, cuda = sum(families.values()), torch.cuda.is_available()
+    believed = not cuda or total < 1.05 * whole
+    why = "" if believed else " (more than the step: not written to the CSV)"
+    why = why if cuda else " (the profiler makes a CPU's operators slower)"
     print(f"\n{'family':<36}{'ms/step':>10}{'share':>8}")
-    believed = (
-        not cuda or sum(families.values()) < 1.05 * times["full"].p50
-    )  # else the profiler slowed or counted something twice
-    why = (
-        " (the profiler makes a CPU's operators slower)"
-        if not cuda
-        else " (more than the step: not written to the CSV)"
-        if not believed
-        else ""
-    )
-    for what, ms in families.items():
+    for name, ms in families.items():
         if believed:
-            add("step-family", mode=what, times=Times(ms, ms, ms), quiet=True)
-        print(f"{what:<36}{ms:>10.3f}{ms / times['full'].p50:>8.1%}")
-    print(
-        f"{'sum, of the step':<36}{sum(families.values()):>10.3f}{sum(families.values()) / times['full'].p50:>8.1%}{why}"
-    )
-    return finish(args, results, [])
+            add("step-family", mode=name, times=Times(ms, ms, ms), quiet=True)
+        print(f"{name:<36}{ms:>10.3f}{ms / whole:>8.1%}")
+    print(f"{'sum, of the step':<36}{total:>10.3f}{total / whole:>8.1%}{why}")
+
+
+def model_shape(cfg):
+    return Shape(cfg.batch_size * cfg.seq_len, cfg.d_model, cfg.d_expert, cfg.n_experts, cfg.top_k)
+
+
+def main(argv=None):
+    cfg = parse(argv, __doc__)
+    cuda, results = torch.cuda.is_available(), Results(cfg)
+    model, step, draw = make_step(cfg, "cuda" if cuda else "cpu")
+    warm = wall_ms(lambda: [step([draw()]) for _ in range(3)]) / 1e3
+    load = balance(model, draw, 60 if cuda else 2)
+    print(f"the first three steps took {warm:.1f} s; the fullest expert of any layer has {load:.2f} times its share")
+    if cfg.trace:
+        trace({"step": lambda: step([draw()])}, cfg.trace)
+        return 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times = part_times(step, draw, cfg.repeats)
+    peak = torch.cuda.max_memory_allocated() / MIB if cuda else None
+    families = family_times(lambda: step([draw()]), cfg)
+    if replay := graphed(step, cfg):
+        for _ in range(GraphedStep.WARM_UP + 2):
+            replay([draw()])
+        times["full-graph"] = step_times(lambda: replay([draw()]), cfg.repeats)
+    flops = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
+    best = peak_flops(device_name()) if results.dtype == torch.bfloat16 else None
+    name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}" + ":bfloat16-weights" * (cfg.weights == "bfloat16")
+    add = partial(results.add, implementation=name, shape=model_shape(cfg))
+    for mode, t in times.items():
+        if mode in PARTS:
+            add("step", mode=mode, times=t)
+        else:
+            mfu = flops / (t.p50 / 1e3) / best if best else None
+            note = f"{model_shape(cfg).T / t.p50 * 1e3:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}"
+            add("step", mode=mode, times=t, cost=Cost(flops, 0), note=note, ceiling=mfu, peak_mib=peak)
+    show_families(add, families, times["full"].p50)
+    return results.finish()
 
 
 if __name__ == "__main__":

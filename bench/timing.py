@@ -1,13 +1,15 @@
-"""Times on the device, after the L2 cache has been cleared: medians of CUDA events, CUDA graphs, memory, and the two ceilings of a machine."""
+"""Times on the device with the L2 cache cleared before each repetition, CUDA graphs, traces, memory, and ceilings."""
 
 import gc
 import time
 import traceback
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
 FLUSH_MIB = 64  # more than the L2 of an H100 (50 MiB) or H200 (60 MiB)
 MIB = 2**20
@@ -22,20 +24,33 @@ class Times(NamedTuple):
         return Times(*(t - median_ms for t in self))
 
 
-def times_ms(fn, budget_ms=300, min_reps=20, max_reps=200):
-    """Quantiles of the time of fn() in ms: as many repetitions as fit the budget, at least `min_reps`, each after a cleared L2. fn must have run
-    before, so that nothing is compiled here. On the CPU: wall-clock time of a few repetitions."""
+def quantiles(samples):
+    ranks = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return Times(*torch.tensor(samples, dtype=torch.float64).quantile(ranks).tolist())
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def wall_ms(fn):
+    """Milliseconds of fn() on the clock of the host, which waits for the device before and after."""
+    synchronize()
+    start = time.perf_counter()
+    fn()
+    synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def repeat(fn, seconds):
+    """Times in ms of fn() back to back for about so many seconds; on the CPU of a few repetitions."""
     if not torch.cuda.is_available():
-        samples = []
-        for _ in range(3):
-            start = time.perf_counter()
-            fn()
-            samples.append((time.perf_counter() - start) * 1e3)
-        return quantiles(samples)
+        return [wall_ms(fn) for _ in range(3)]
     flush = torch.empty(FLUSH_MIB * MIB, dtype=torch.int8, device="cuda")
 
     def samples(n):
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
         for start, end in events:
             flush.zero_()
             start.record()
@@ -44,21 +59,39 @@ def times_ms(fn, budget_ms=300, min_reps=20, max_reps=200):
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
-    estimate = sorted(samples(3))[1]
+    estimate = sorted(samples(3))[1] + 0.05  # with the flush
     gc.collect()
     gc.disable()  # a collection inside a repetition would be timed with it
     try:
-        return quantiles(samples(min(max_reps, max(min_reps, int(budget_ms / max(estimate, 1e-3))))))
+        return samples(min(2000, max(10, int(1e3 * seconds / estimate))))
     finally:
         gc.enable()
 
 
-def quantiles(samples):
-    return Times(
-        *torch.tensor(samples, dtype=torch.float64)
-        .quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-        .tolist()
-    )
+def times_in_turn(fns, seconds=0.4, rounds=3):
+    """Times of each of `fns` by name: each runs back to back for so many seconds in every round, so that the card is as
+    hot for all of them. They must have run before, so that nothing is compiled here. The first round only heats."""
+    samples = {name: [] for name in fns}
+    for i in range(rounds + 1 if torch.cuda.is_available() else 1):
+        for name, fn in fns.items():
+            times = repeat(fn, seconds)
+            samples[name] += times if i or not torch.cuda.is_available() else []
+    return {name: quantiles(times) for name, times in samples.items()}
+
+
+def times_ms(fn, seconds=0.3):
+    return quantiles(repeat(fn, seconds))
+
+
+def python_ms(fn, repeats=20):
+    """Median time in ms after which fn() returns to Python while the device still works."""
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        fn()
+        times.append((time.perf_counter() - start) * 1e3)
+    return quantiles(times).p50
 
 
 def capture(fn):
@@ -77,9 +110,23 @@ def capture(fn):
     return graph.replay, outputs
 
 
+def trace(fns, path, steps=3):
+    """A trace of a few calls of each of `fns` by name, for chrome://tracing or Perfetto."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities, record_shapes=True) as prof:
+        for name, fn in fns.items():
+            for _ in range(steps):
+                with record_function(name):
+                    fn()
+        synchronize()
+    prof.export_chrome_trace(str(path))
+    print(f"{path}: open it in ui.perfetto.dev")
+
+
 def memory_mib(forward, backward):
-    """(peak, kept) in MiB above what is allocated now: the peak of forward() and backward(y), and what forward() leaves behind besides its result
-    y. None on the CPU."""
+    """(peak, kept) in MiB above what is allocated now: the peak of forward() and backward(y), and what forward() leaves
+    behind besides its result y. None on the CPU."""
     if not torch.cuda.is_available():
         return None, None
     torch.cuda.synchronize()
@@ -99,7 +146,7 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(dtype):
-    """Times of an n x n x n matrix product and of a copy of `size` bytes, on random data: (n, Times, size, Times)."""
+    """(n, Times of an n x n x n matrix product, size, Times of a copy of `size` bytes), on random data."""
     device, n, size = ("cuda", 8192, 2**30) if torch.cuda.is_available() else ("cpu", 256, 2**22)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.randint(255, (size,), dtype=torch.uint8, device=device)
@@ -111,7 +158,7 @@ def measure_ceilings(dtype):
 
 @contextmanager
 def poisoned():
-    """Inside, torch fills new memory with NaN (integers with their maximum), so that what a kernel leaves unwritten is seen."""
+    """Inside, torch fills new memory with NaN (integers with their maximum), so that unwritten results are seen."""
     with warnings.catch_warnings(action="ignore"):
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
@@ -122,18 +169,17 @@ def poisoned():
 
 @contextmanager
 def skipping(what, failures):
-    """Reports an error inside (out of memory, an unsupported shape, a wrong result), appends it to `failures` and goes on; after an error
-    that leaves the GPU unusable it ends the program."""
+    """Reports an error inside (out of memory, a wrong result), appends it to `failures` and goes on. One that leaves
+    the GPU unusable ends the program."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         print(f"skipped {what}: {type(error).__name__}: {reason}", flush=True)
         failures.append(f"{what}: {reason}")
         if any(word in str(error) for word in ("CUDA error", "illegal memory", "launch failure", "misaligned")):
-            raise SystemExit(
-                "the GPU is in an undefined state: the rows before this one are kept, run the rest again"
-            ) from error
+            undefined = "the GPU is in an undefined state: the rows before this one are kept, run the rest again"
+            raise SystemExit(undefined) from error
         traceback.clear_frames(error.__traceback__)  # its local variables hold GPU memory
     gc.collect()
     if torch.cuda.is_available():

@@ -96,15 +96,17 @@ def _kind(path: Path) -> str:  # "a.TXT.xz" -> ".txt"
 # ---- documents
 
 
+@dataclass
 class Reader:
     """Iterates over (source index, document) of all sources and knows how far it is."""
 
-    def __init__(
-        self, sources: list[Source], max_document: int, text_field: str = "text", encoding_errors: str = "strict"
-    ):
-        self.sources, self.max_document = sources, max_document
-        self.text_field, self.encoding_errors = text_field, encoding_errors
-        self.done, self.file, self.total = 0, None, sum(f.stat().st_size for s in sources for f in s.files)
+    sources: list[Source]
+    max_document: int
+    text_field: str = "text"
+    encoding_errors: str = "strict"
+
+    def __post_init__(self):
+        self.done, self.file, self.total = 0, None, sum(f.stat().st_size for s in self.sources for f in s.files)
 
     @property
     def fraction(self) -> float:
@@ -135,19 +137,18 @@ class Reader:
                     self.done += path.stat().st_size
 
     def _documents(self, path: Path) -> Iterator[str]:
-        kind, separator = _kind(path), None
-        if kind in (".parquet", ".arrow"):
-            texts = ([_field(item, self.text_field, where)] for where, item in _rows(path, self.file, self.text_field))
-        else:
-            stream = _decompressed(path, self.file)
+        kind, errors = _kind(path), self.encoding_errors
+        if kind in (".parquet", ".arrow", ".jsonl"):
             if kind == ".jsonl":
-                items = files.json_lines(_lines(path, stream, self.encoding_errors), path)
-                texts = ([_field(item, self.text_field, where)] for where, item in items)
+                items = files.json_lines(_lines(path, _decompressed(path, self.file), errors), path)
             else:
-                text = io.TextIOWrapper(stream, encoding="utf-8", errors=self.encoding_errors, newline=None)
-                texts = [[text.read()] if kind == ".py" else iter(lambda: text.read(BLOCK), "")]
-                separator = None if kind == ".py" else SEPARATOR
-        for blocks in texts:
+                items = _rows(path, self.file, self.text_field)
+            for where, item in items:
+                yield from split_documents([_field(item, self.text_field, where)], self.max_document, None)
+        else:
+            text = io.TextIOWrapper(_decompressed(path, self.file), encoding="utf-8", errors=errors, newline=None)
+            separator = None if kind == ".py" else SEPARATOR
+            blocks = iter(lambda: text.read(BLOCK if separator else -1), "")
             yield from split_documents(blocks, self.max_document, separator)
 
 

@@ -2,20 +2,19 @@
 
     Orlena Tamsin Brackwell was born on May 3, 1952. She comes from Ashford. She graduated from Hollin University. ...
 
-They follow bioS of "Physics of Language Models" 3.1 and 3.3 (arXiv 2404.05405): distinct names drawn from first x
-middle x last, and independent uniform attributes, except that the city of work is a function of the employer. All names
-are put together from syllables.
+They follow bioS of "Physics of Language Models" 3.1 and 3.3 (arXiv 2404.05405): distinct names, and independent uniform
+attributes, except that the city of work is a function of the employer. All names are put together from syllables.
 
-A model that knows all N people has stored N * (log2(N0 / N) + log2(S0)) bits. N0 is the number of possible names and S0
-the number of possible people of one name; see `name_choices` and `value_choices`.
+A model that knows all N people has stored N * (log2(N0 / N) + log2(S0)) bits, with N0 = `name_choices` possible names
+and S0 = `value_choices` possible people of one name.
 """
-
-from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
+
+from optimoe.config import require
 
 MONTHS = "January February March April May June July August September October November December".split()
 DAYS = 28
@@ -55,6 +54,12 @@ TEMPLATES = {attribute: tuple(" " + stem for stem in stems.split("|")) for attri
 ATTRIBUTES = tuple(TEMPLATES)
 
 
+def require_ranges(cfg, ranges: dict[str, tuple[int, int]]) -> None:
+    """ValueError for a field of cfg that is not in its range, both ends included."""
+    for name, (least, most) in ranges.items():
+        require(least <= getattr(cfg, name) <= most, name, getattr(cfg, name), f"need {least} to {most:,}")
+
+
 @dataclass(frozen=True)
 class FactsConfig:
     """Who exists and how biographies are written. They are functions of this, the index and the exposure."""
@@ -68,20 +73,11 @@ class FactsConfig:
     majors: int = 100
     employers: int = 263
     years: int = 200  # of birth, from 1900
-    versions: int = 0  # different biographies of a person; 0: a new one at every exposure, 1: always the same
-    permute: bool = True  # sentences in a random order; otherwise that of ATTRIBUTES
-    pronouns: bool = True  # He or She after the first sentence; otherwise the full name
     seed: int = 0
 
     def validate(self) -> None:
-        for field in SYLLABLES:
-            most = len(_words(field))
-            if not 1 <= getattr(self, field) <= most:
-                raise ValueError(f"{field}={getattr(self, field)}: need 1 to {most}")
-        if not 1 <= self.years <= 200:
-            raise ValueError(f"years={self.years}: need 1 to 200")
-        if not 1 <= self.n_people <= self.name_choices // 2:
-            raise ValueError(f"n_people={self.n_people}: need 1 to half of the {self.name_choices:,} possible names")
+        require_ranges(self, {field: (1, len(_words(field))) for field in SYLLABLES} | {"years": (1, 200)})
+        require_ranges(self, {"n_people": (1, self.name_choices // 2)})  # half of the possible names
 
     @property
     def name_choices(self) -> int:
@@ -146,23 +142,18 @@ def people(cfg: FactsConfig) -> list[Person]:
 
 
 def segments(cfg: FactsConfig, person: Person, exposure: int) -> list[str]:
-    """A biography as subject, stem, value, "." of each sentence in turn; joined they are its text."""
-    if cfg.versions:
-        exposure %= cfg.versions
+    """A biography as subject, stem, value, "." of each sentence in turn; joined they are its text.
+
+    Exposures differ in the stems and in the order of the sentences.
+    """
     rng = random.Random((cfg.seed * 10_007 + exposure) << 40 | person.index)
-    order = list(enumerate(TEMPLATES.values()))
-    if cfg.permute:
-        rng.shuffle(order)
-    parts, subject, r = [], person.name, rng.random
-    for attribute, stems in order:
-        parts += subject, stems[int(r() * len(stems))], person.values[attribute], "."
-        subject = person.pronoun if cfg.pronouns else " " + person.name
+    order = list(zip(TEMPLATES.values(), person.values, strict=True))
+    rng.shuffle(order)
+    parts, subject = [], person.name
+    for stems, value in order:
+        parts += subject, stems[int(rng.random() * len(stems))], value, "."
+        subject = person.pronoun
     return parts
-
-
-def biography(cfg: FactsConfig, person: Person, exposure: int) -> str:
-    """The text of one biography; exposures differ in templates and, with `permute`, in order."""
-    return "".join(segments(cfg, person, exposure))
 
 
 def probes(persons: list[Person], seed: int = 0) -> list[Probe]:

@@ -8,8 +8,6 @@ import itertools
 import re
 from pathlib import Path
 
-import numpy as np
-
 from data import files
 
 AGAIN = "download it again"
@@ -20,18 +18,18 @@ def library():
     try:
         import tokenizers
     except ImportError:
-        raise ValueError(
-            "the package `tokenizers` is needed to train a vocabulary, and for those of other models: "
-            "pip install -e '.[hf]'; or use an existing one of tiktoken with --tokenizer"
-        ) from None
+        purpose = "to train a vocabulary, and for those of other models: pip install -e '.[hf]'"
+        other = "or use an existing one of tiktoken with --tokenizer"
+        raise ValueError(f"the package `tokenizers` is needed {purpose}; {other}") from None
     return tokenizers
 
 
-def _open(definition: str):
+def _open(definition: str, where: str = "its tokenizer.json"):
+    tokenizer = library().Tokenizer
     try:
-        return library().Tokenizer.from_str(definition)
+        return tokenizer.from_str(definition)
     except Exception as error:  # the library raises nothing more precise
-        raise ValueError(str(error)) from None
+        raise ValueError(f"{where} is damaged ({error}): {AGAIN}") from None
 
 
 class Fast:
@@ -71,10 +69,6 @@ class Fast:
                 found[i] = [token for token in ids if token not in self._control]
         return found
 
-    def documents(self, texts: list[str]) -> list[np.ndarray]:
-        ids = self.encode_ordinary_batch(texts)
-        return [np.array([*self.begin, *tokens, self.eot_token], np.uint32) for tokens in ids]
-
     def decode(self, ids: list[int]) -> str:
         """The text of a continuation. SentencePiece drops a space at the start of a text, so a word goes before it."""
         return self._fast.decode([*self._a, *ids])[len(self._decoded_a) :]
@@ -91,23 +85,15 @@ def from_folder(directory: str | Path) -> Fast:
     files.parse(definition, str(path), AGAIN)
     optional = ("tokenizer_config.json", "generation_config.json", "config.json")
     settings, *configs = (files.read_json(p, AGAIN) if (p := directory / name).exists() else {} for name in optional)
-    library()  # its absence is no damage
-    try:
-        fast = _open(definition)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
-
-    def special(name):
-        token = settings.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        return fast.token_to_id(token) if isinstance(token, str) else None
-
+    fast = _open(definition, str(path))
+    names = (settings.get("bos_token"), settings.get("eos_token"))
+    names = (name.get("content") if isinstance(name, dict) else name for name in names)
+    bos, eos = (fast.token_to_id(name) if isinstance(name, str) else None for name in names)
     plain, dressed = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
     begin = next((dressed[:i] for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain), [])
     if "add_bos_token" in settings:
-        bos = special("bos_token") if settings["add_bos_token"] else None
-        begin = [] if bos is None else [bos]
-    ends = [special("eos_token"), *(config.get("eos_token_id") for config in configs)]
+        begin = [bos] if settings["add_bos_token"] and bos is not None else []
+    ends = [eos, *(config.get("eos_token_id") for config in configs)]
     ends = [end[0] if isinstance(end, list) and end else end for end in ends]
     eos = next((end for end in ends if isinstance(end, int)), None)
     if eos is None:

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 try:
@@ -51,30 +51,29 @@ def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
         path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{'partial' if directory else 'tmp'}")
         path.mkdir() if directory else path.touch(exist_ok=False)
         with locked(path):
-            if not path.exists():  # another process took it for a remnant before it was locked
-                continue
-            try:
-                yield path
-            finally:
-                _remove(path)
-            return
+            if path.exists():  # otherwise another process took it for a remnant before it was locked
+                try:
+                    yield path
+                finally:
+                    _remove(path)
+                return
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock by which `remains` knows that a file or directory belongs to a living process."""
-    handle = None
-    try:
-        if fcntl:
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock that shows `remains` that a file or directory belongs to a living process. Yields whether it is
+    held: not if the path was removed, if another process has it and wait=False, or if the file system has no locks.
+    """
+    with ExitStack() as stack:
+        try:
             handle = os.open(path, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:  # it has just been removed, or this file system has no locks: then `remains` finds nothing on it
-        pass
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
+            stack.callback(os.close, handle)
+            if fcntl:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = fcntl is not None
+        except OSError:
+            held = False
+        yield held
 
 
 def remains(target: Path, suffix: str) -> Iterator[Path]:
@@ -83,18 +82,11 @@ def remains(target: Path, suffix: str) -> Iterator[Path]:
     Each is locked until the next one is asked for, so that no other process takes it meanwhile.
     """
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-z_]+\.({suffix})")
-    for path in list(target.parent.iterdir()) if fcntl and target.parent.is_dir() else ():
+    for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
         if pattern.fullmatch(path.name):
-            handle = None
-            try:
-                handle = os.open(path, os.O_RDONLY)
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield path
-            except OSError:  # it is in use, or has just been removed
-                pass
-            finally:
-                if handle is not None:
-                    os.close(handle)
+            with locked(path, wait=False) as held:
+                if held:
+                    yield path
 
 
 def _remove(path: Path) -> None:
@@ -110,27 +102,29 @@ def sync_directory(path: str | Path) -> None:
         os.close(handle)
 
 
-def _crc(value: dict) -> str:
-    members = {name: member for name, member in value.items() if name != CRC}
+def _crc(members: dict) -> str:
     return f"{zlib.crc32(json.dumps(members, sort_keys=True).encode()):08x}"
 
 
 def sign(value: dict) -> dict:
     """The same JSON object with the checksum of its members."""
-    return {**value, CRC: _crc(json.loads(json.dumps(value)))}  # as it will be read: names are strings then
+    members = json.loads(json.dumps(value))  # as it will be read: names are strings then
+    members.pop(CRC, None)
+    return {**value, CRC: _crc(members)}
 
 
 def check(value: object, where: str, remedy: str = "restore it from a copy") -> dict:
     """The members of a JSON object without its checksum; ValueError naming `where` if it is none or was changed."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds a {type(value).__name__} instead of a JSON object; {remedy}")
+    members = {name: member for name, member in value.items() if name != CRC}
     try:
-        damaged = CRC in value and value[CRC] != _crc(value)
+        damaged = CRC in value and value[CRC] != _crc(members)
     except RecursionError:
         damaged = True
     if damaged:
         raise ValueError(f"{where} is damaged: its checksum differs; {remedy}")
-    return {name: member for name, member in value.items() if name != CRC}
+    return members
 
 
 def parse(text: str | bytes, where: str, remedy: str = "restore it from a copy") -> object:
@@ -144,9 +138,7 @@ def parse(text: str | bytes, where: str, remedy: str = "restore it from a copy")
         raise ValueError(f"{where} is damaged ({error}): {remedy}") from None
 
 
-def json_lines(
-    lines: Iterable[str], path: str | Path, remedy: str = "correct that line"
-) -> Iterator[tuple[str, object]]:
+def json_lines(lines: Iterable[str], path: str | Path, remedy="correct that line") -> Iterator[tuple[str, object]]:
     """("PATH:NUMBER", JSON value) of each line of somebody's file; blank lines and byte-order marks are ignored."""
     for number, line in enumerate(lines, 1):
         if line.strip("\ufeff \t\r\n"):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from data import shards
+from optimoe.config import require
 
 AHEAD = 3  # batches prepared before they are asked for
 
@@ -37,29 +38,17 @@ class Loader:
     """Endless batches: `tokens_BL, targets_BL = loader.next()`, int64, on `device`; targets are tokens one step later.
 
     sources: data directories with positive weights, [("data/books", 0.7), ("data/facts", 0.3)]. Weights are shares of
-    samples; they are normalised here, and followed to within two samples a source at any moment.
-    Each source is visited in a new order every epoch of its own, every window once. batch_size is per rank.
+    samples; they are normalised here, and followed to within two samples a source at any moment. Each source is visited
+    in a new order every epoch of its own, every window once. split: "train" or "val". batch_size is per rank.
     Raises ValueError for damaged data, sources of different tokenizers, or a source shorter than one window.
     """
 
-    def __init__(
-        self,
-        sources,
-        split: str,
-        batch_size: int,
-        seq_len: int,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        device: str | torch.device = "cpu",
-    ):
-        if not sources or not all(0 < weight < math.inf for _, weight in sources):
-            raise ValueError(f"sources={sources}: at least one (directory, weight), with finite weights above 0")
-        if batch_size < 1 or seq_len < 1 or not 0 <= rank < world:
-            given = f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world={world}"
-            raise ValueError(f"{given}: must be positive, rank < world")
-        if batch_size * world * seq_len > 2**36:
-            raise ValueError(f"batch_size={batch_size}, seq_len={seq_len}: a batch of so many tokens cannot be made")
+    def __init__(self, sources, split: str, batch_size: int, seq_len: int, seed=0, rank=0, world=1, device="cpu"):
+        weighted = sources and all(0 < weight < math.inf for _, weight in sources)
+        require(weighted, "sources", sources, "at least one (directory, weight), with finite weights above 0")
+        given = f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world"
+        require(batch_size >= 1 and seq_len >= 1 and 0 <= rank < world, given, world, "must be positive, rank < world")
+        require(batch_size * world * seq_len <= 2**36, given, world, "a batch of so many tokens cannot be made")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world, self.device = rank, world, torch.device(device)
         total = sum(weight for _, weight in sources)
@@ -67,9 +56,10 @@ class Loader:
         self.sources = [_Source(directory, split, seq_len, seed + i) for i, (directory, _) in enumerate(sources)]
         first = self.sources[0]
         for source in self.sources[1:]:
-            if source.tokenizer != first.tokenizer:
-                both = f"{source.directory} and {first.directory}"
-                raise ValueError(f"{both} have different tokenizers; prepare one with --tokenizer {first.directory}")
+            remedy = (
+                f"it and {first.directory} have different tokenizers; prepare one with --tokenizer {first.directory}"
+            )
+            require(source.tokenizer == first.tokenizer, "data", str(source.directory), remedy)
         self.vocab_size = first.vocab_size
         self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the whole cursor
         self._planned = [0] * len(sources)  # the same, for the batches being prepared; belongs to the thread
@@ -118,9 +108,8 @@ class Loader:
     def load_state_dict(self, state: dict) -> None:
         """Continue after the batch at which `state` was taken, on any rank and world; ValueError for another stream."""
         for key, value in self._identity().items():
-            if state.get(key) != value:
-                remedy = "resume with the data and settings of the saved run"
-                raise ValueError(f"loader state: {key} is {state.get(key)}, this run has {value}; {remedy}")
+            remedy = f"this run has {value}; resume with the data and settings of the saved run"
+            require(state.get(key) == value, f"loader state: {key}", state.get(key), remedy)
         for future in self._ahead:
             future.cancel()
         wait(self._ahead)
@@ -128,26 +117,20 @@ class Loader:
         self._drawn, self._planned = list(state["drawn"]), list(state["drawn"])
 
     def _identity(self):
-        return {
-            "split": self.split,
-            "seq_len": self.seq_len,
-            "seed": self.seed,
-            "weights": self.weights,
-            "n_windows": self.n_windows,
-            "checksums": [source.checksum for source in self.sources],
-        }
+        kept = {name: getattr(self, name) for name in ("split", "seq_len", "seed", "weights", "n_windows")}
+        return kept | {"checksums": [source.checksum for source in self.sources]}
 
 
 class _Source:
     """One split of one data directory, as a sequence of windows in a new order every epoch."""
 
     def __init__(self, directory, split, seq_len, seed):
-        meta, self.maps = shards.read_meta(directory), shards.open_shards(directory, split)
+        meta, self.shards = shards.read_meta(directory), shards.open_shards(directory, split)
         self.directory, self.seq_len, self.seed = Path(directory), seq_len, seed
         self.tokenizer, self.vocab_size = meta["tokenizer_sha256"], meta["vocab_size"]
         self.checksum = "".join(shard["sha256"][:8] for shard in meta["splits"][split]["shards"])
-        self.ends = np.cumsum([len(m) for m in self.maps], dtype=np.int64)
-        n_tokens = int(self.ends[-1]) if self.maps else 0
+        self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
+        n_tokens = int(self.ends[-1]) if self.shards else 0
         self.n_windows = (n_tokens - 1) // seq_len
         if self.n_windows < 1:
             needs = f"one window of seq_len={seq_len} needs {seq_len + 1}; use a smaller seq_len or more data"
@@ -164,8 +147,8 @@ class _Source:
         parts = []
         shard = int(np.searchsorted(self.ends, start, "right"))
         while n:
-            offset = start - (int(self.ends[shard]) - len(self.maps[shard]))
-            parts.append(self.maps[shard][offset : offset + n])
+            offset = start - (int(self.ends[shard]) - len(self.shards[shard]))
+            parts.append(self.shards[shard][offset : offset + n])
             start, n, shard = start + len(parts[-1]), n - len(parts[-1]), shard + 1
         return np.concatenate(parts).astype(np.int64)
 

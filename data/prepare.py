@@ -3,9 +3,8 @@
     python -m data.prepare --input 'books/*.txt.xz' --out data/mine --vocab_size 16384
     python -m data.prepare notes.jsonl src/ 'fineweb/**/*.parquet' --out data/mine --tokenizer data/books
 
-Two passes over the input, both streaming. The first counts, finds out what to hold out and, unless --tokenizer names
-one, trains a BPE on a sample of the text (with the package `tokenizers`); the second encodes in threads and writes the
-shards in input order.
+The input is streamed twice. The first pass finds out what to hold out and, unless --tokenizer names one, trains a BPE
+on a sample of the text (with the package `tokenizers`). The second encodes in threads and writes in input order.
 
 What a document is:
     .txt, or any other file that is named: the parts between lines that hold one NUL ("\\n\\0\\n"), else the file
@@ -14,15 +13,14 @@ What a document is:
 and .gz, .xz or .zst of these, in upper or lower case. A directory is searched for them; links to directories are not
 followed. Byte-order marks are removed and line ends become "\\n". Parquet, Arrow and .zst need pyarrow.
 A document longer than --max_document characters is cut at paragraph or line ends into pieces of 64 Ki characters (or a
-quarter of --max_document if that is less), which count as documents from then on. So one long file without separators
-still gives a training and a validation part.
+quarter of --max_document if that is less), which are documents from then on. So one long file gives both splits.
 
-Held out for validation are the documents whose hash (of the text and --seed) is among the lowest --val_fraction, so
-equal documents fall on the same side, and adding files moves no document (at equal --max_document); but at least the
-one lowest of all.
+Held out for validation are the documents whose hash (of the text and --seed) is among the lowest --val_fraction, at
+least the lowest of all. So equal documents fall on the same side, and adding files moves none (at one --max_document).
 """
 
 import hashlib
+import itertools
 import math
 import os
 import sys
@@ -67,10 +65,9 @@ class Config:
         require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "must be at least 0 and below 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2^63")
         length = self.max_document
-        limits = "must be from 256 to 2^30 characters"
-        require(length is None or 256 <= length <= 2**30, "max_document", length, limits)
-        least = f"must be from 257 (256 bytes and {tokenizer.EOT}) to 2^24"
-        require(self.tokenizer or 257 <= self.vocab_size <= 2**24, "vocab_size", self.vocab_size, least)
+        require(length is None or 256 <= length <= 2**30, "max_document", length, "must be from 256 to 2^30 characters")
+        if not self.tokenizer:
+            tokenizer.require_size(self.vocab_size)
         require(0 < self.sample_bytes < math.inf, "sample_bytes", self.sample_bytes, "must be above 0 and finite")
         require(self.workers is None or 1 <= self.workers <= 1024, "workers", self.workers, "must be from 1 to 1024")
 
@@ -81,37 +78,35 @@ def hashes(text: str, seed: int) -> tuple[float, float]:
     return int.from_bytes(digest[:8], "big") / 2**64, int.from_bytes(digest[8:], "big") / 2**64
 
 
+@dataclass
 class Scan:
     """The first pass. Iterating gives the sample for the tokenizer; afterwards the totals are known."""
 
-    def __init__(self, reader: Reader, cfg: Config, sample_rate: float, progress: "Progress"):
-        self.reader, self.cfg, self.sample_rate, self.progress = reader, cfg, sample_rate, progress
-        self.documents = 0
-        self.lowest = []  # the two lowest hashes
+    reader: Reader
+    cfg: Config
+    sample_rate: float
+    progress: "Progress"
+    documents: int = 0
+    threshold: float = 0  # documents with a hash below it are held out
 
     def __iter__(self) -> Iterator[str]:
+        lowest, share = [], self.cfg.val_fraction
         for _, text in self.reader:
             self.documents += 1
             key, draw = hashes(text, self.cfg.seed)
-            self.lowest = sorted({key, *self.lowest})[:2]
-            if key >= self.cfg.val_fraction and draw < self.sample_rate:
+            lowest = sorted({key, *lowest})[:2]
+            if key >= share and draw < self.sample_rate:
                 yield text
             if self.documents % 64 == 0:
                 self.progress("reading", self.reader.fraction)
         if not self.documents:
             raise ValueError(f"--input {' '.join(self.cfg.input)}: no text in it")
-        if self.cfg.val_fraction and len(self.lowest) < 2:
-            raise ValueError(
-                "the input is one document, so nothing can be held out: pass a smaller --max_document, more input, "
-                "or --val_fraction 0"
-            )
+        if share and len(lowest) < 2:
+            remedy = "pass a smaller --max_document, more input, or --val_fraction 0"
+            raise ValueError(f"the input is one document, so nothing can be held out: {remedy}")
+        self.threshold = max(share, lowest[1]) if share else 0
         if self.sample_rate:
             self.progress("training the tokenizer")
-
-    @property
-    def threshold(self) -> float:
-        """Documents with a hash below it are held out."""
-        return max(self.cfg.val_fraction, self.lowest[1]) if self.cfg.val_fraction else 0
 
 
 def prepare(cfg: Config) -> dict:
@@ -135,36 +130,30 @@ def prepare(cfg: Config) -> dict:
     else:
         enc = tokenizer.train_bpe(scan, cfg.vocab_size)
         if enc.n_vocab < cfg.vocab_size:
-            print(
-                f"\nthe input has too little variety for {cfg.vocab_size} tokens; the tokenizer has {enc.n_vocab}",
-                file=sys.stderr,
-            )
+            found = f"the tokenizer has {enc.n_vocab}"
+            print(f"\nthe input has too little variety for {cfg.vocab_size} tokens; {found}", file=sys.stderr)
     workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     with shards.ShardWriter(out, enc, cfg.overwrite) as writer:
-        written = encode(reader, writer, enc, cfg, scan.threshold, workers, progress)
+        written = encode(scan, writer, enc, workers)
         if sum(written.values()) != scan.documents:
             raise ValueError("the input changed while it was being read; run again")
-        if not written["train"]:
-            raise ValueError(
-                f"--val_fraction {cfg.val_fraction} leaves nothing to train on; pass a smaller one, "
-                "or a smaller --max_document"
-            )
+        remedy = "it leaves nothing to train on; pass a smaller one, or a smaller --max_document"
+        require(written["train"], "val_fraction", cfg.val_fraction, remedy)
         writer.notes |= {"licence": cfg.licence, "seed": cfg.seed, "val_fraction": cfg.val_fraction}
         writer.notes |= {"max_document": max_document, "sources": [_note(source) for source in sources]}
     meta = shards.read_meta(out)
-    _report(meta, out, progress.seconds, workers)
+    _report(meta, out, time.perf_counter() - progress.started, workers)
     return meta
 
 
-def encode(
-    reader: Reader, writer: shards.ShardWriter, enc, cfg: Config, threshold: float, workers: int, progress: "Progress"
-) -> Counter:
+def encode(scan: Scan, writer: shards.ShardWriter, enc, workers: int) -> Counter:
     """The second pass: encode in threads, write in order. Returns the documents of each split."""
+    reader = scan.reader
 
     def task(index, texts):
         parts = {"train": ([], []), "val": ([], [])}
         for text, ids in zip(texts, tokenizer.documents(enc, texts), strict=True):
-            documents, sizes = parts["val" if hashes(text, cfg.seed)[0] < threshold else "train"]
+            documents, sizes = parts["val" if hashes(text, scan.cfg.seed)[0] < scan.threshold else "train"]
             documents.append(ids)
             sizes.append(len(text.encode()))
         return index, {split: (len(s), np.concatenate(d), sum(s)) for split, (d, s) in parts.items() if d}
@@ -176,7 +165,7 @@ def encode(
                 writer.add(split, ids, size)
                 reader.sources[index].counts[split].update(documents=documents, tokens=len(ids), bytes=size)
                 written[split] += documents
-            progress("encoding", reader.fraction)
+            scan.progress("encoding", reader.fraction)
     finally:
         pool.shutdown(cancel_futures=True)
     return written
@@ -184,14 +173,14 @@ def encode(
 
 def batches(documents: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
     """Groups the documents of one source into tasks of about BLOCK characters."""
-    index, batch, size = 0, [], 0
-    for i, text in documents:
-        if batch and (i != index or size + len(text) > BLOCK):
-            yield index, batch
-            batch, size = [], 0
-        index, size = i, size + len(text)
-        batch.append(text)
-    if batch:
+    for index, group in itertools.groupby(documents, key=lambda document: document[0]):
+        batch, size = [], 0
+        for _, text in group:
+            if batch and size + len(text) > BLOCK:
+                yield index, batch
+                batch, size = [], 0
+            batch.append(text)
+            size += len(text)
         yield index, batch
 
 
@@ -223,16 +212,12 @@ class Progress:
         self.started = self.shown = time.perf_counter()
         self.terminal = sys.stderr.isatty()
 
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
-
     def __call__(self, what: str, fraction: float | None = None) -> None:
         now = time.perf_counter()
         if fraction is None or now - self.shown > (0.2 if self.terminal else 10):
             self.shown = now
             bar = "" if fraction is None else f" [{'#' * int(fraction * 30):30s}] {fraction:4.0%}"
-            line = f"{what}{bar} {self.seconds:.0f} s"
+            line = f"{what}{bar} {now - self.started:.0f} s"
             print(line.ljust(79) + "\r" if self.terminal else line + "\n", end="", file=sys.stderr, flush=True)
 
 
@@ -241,10 +226,8 @@ def _report(meta: dict, out: Path, seconds: float, workers: int) -> None:
     for s in meta["sources"][:30]:
         n = Counter(s["train"]) + Counter(s["val"])
         ratio = n["bytes"] / max(1, n["tokens"])
-        note = f"  ({s['skipped']} files that are not UTF-8 skipped)" if s["skipped"] else ""
-        print(
-            f"{s['name'][-44:]:44s} {n['bytes'] / 1e6:9.2f} {n['documents']:11,} {n['tokens']:13,} {ratio:11.2f}{note}"
-        )
+        row = f"{s['name'][-44:]:44s} {n['bytes'] / 1e6:9.2f} {n['documents']:11,} {n['tokens']:13,} {ratio:11.2f}"
+        print(row + (f"  ({s['skipped']} files that are not UTF-8 skipped)" if s["skipped"] else ""))
     if len(meta["sources"]) > 30:
         print(f"... and {len(meta['sources']) - 30} more in {out / shards.META}")
     for split, s in meta["splits"].items():

@@ -10,8 +10,6 @@ unseen templates. meta.json keeps the MixtureConfig, from which `read_config` an
 evaluation needs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import random
@@ -26,13 +24,20 @@ from pathlib import Path
 import numpy as np
 
 from data import facts, files, reasoning, tokenizer
-from data.facts import FactsConfig
+from data.facts import FactsConfig, require_ranges
 from data.reasoning import ReasoningConfig
-from data.shards import META, ShardWriter, read_meta
+from data.shards import META, ShardWriter, read_meta, read_note
 from optimoe.config import parse, require
 
 # A word or one digit, each with the space before it; runs of other signs.
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
+
+PARTS = {"facts": FactsConfig, "reasoning": ReasoningConfig}
+# Fields of earlier versions and the only values with which their data can still be evaluated.
+RETIRED = {
+    FactsConfig: dict(versions=0, permute=True, pronouns=True),
+    ReasoningConfig: dict(share=0.25, branch=0.0, distractors=0, ordered=False, plan=True),
+}
 
 CHUNK = 2**14  # documents made, shuffled over the chunk's windows and written at a time
 
@@ -55,22 +60,19 @@ class MixtureConfig:
     def validate(self) -> None:
         self.facts.validate()
         self.reasoning.validate()
-        for name, least in dict(exposures=0, n_problems=0, repeats=1, n_mano=0, window=0).items():
-            most = 2**20 if name == "window" else 10**9
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)}: need {least} to {most:,}")
+        ranges = dict.fromkeys(("exposures", "n_problems", "n_mano"), (0, 10**9))
+        require_ranges(self, ranges | {"repeats": (1, 10**9), "window": (0, 2**20)})
 
 
-def build(
-    out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | None = None, overwrite=False, workers: int = 1
-) -> dict:
+def build(out_dir: str | Path, cfg: MixtureConfig | None = None, seed=None, overwrite=False, workers: int = 1) -> dict:
     """Writes the data directory; `seed` replaces the seeds of people, problems and order. Returns meta.json's contents.
 
-    One process writes about 1 M tokens per second. More `workers` make texts in parallel; the bytes are the same."""
+    One process writes about 1 M tokens per second. More `workers` make texts in parallel; the bytes are the same.
+    """
     cfg = cfg or MixtureConfig()
     if seed is not None:
-        facts_, reasoning_ = (dataclasses.replace(part, seed=seed) for part in (cfg.facts, cfg.reasoning))
-        cfg = dataclasses.replace(cfg, seed=seed, facts=facts_, reasoning=reasoning_)
+        parts = {name: dataclasses.replace(getattr(cfg, name), seed=seed) for name in PARTS}
+        cfg = dataclasses.replace(cfg, seed=seed, **parts)
     cfg.validate()
     with ShardWriter(out_dir, encoder(cfg), overwrite) as writer:
         # spawn: the caller may hold a GPU, which a forked child could not use or even leave alone
@@ -83,6 +85,7 @@ def build(
     return read_meta(out_dir)
 
 
+@lru_cache(maxsize=1)
 def encoder(cfg: MixtureConfig):
     """The tokenizer of the mixture: every word a token."""
     return tokenizer.word_tokenizer(facts.vocabulary(cfg.facts) + reasoning.vocabulary(cfg.reasoning), PIECES)
@@ -90,31 +93,29 @@ def encoder(cfg: MixtureConfig):
 
 def read_config(data_dir: str | Path) -> MixtureConfig:
     """The MixtureConfig of a directory that `build` wrote; ValueError for any other."""
-    meta = read_meta(data_dir)
-    if "procedural" not in meta:
-        raise ValueError(f"{data_dir}: not procedural data; write some with data.procedural.build")
-    return from_dict(meta["procedural"], f"{data_dir}/{META}")
+    return from_dict(read_note(data_dir, "procedural", "data/procedural.py"), f"{data_dir}/{META}")
 
 
 def from_dict(kept: dict, where: str = "mixture") -> MixtureConfig:
     """What dataclasses.asdict(cfg) was made from; missing fields have their defaults. ValueError names `where`."""
-    parts = {name: kind for name, kind in (("facts", FactsConfig), ("reasoning", ReasoningConfig)) if name in kept}
-    values = _checked(MixtureConfig, kept, where)
-    return MixtureConfig(**values | {name: kind(**_checked(kind, kept[name], where)) for name, kind in parts.items()})
+    values = known_fields(MixtureConfig, kept, where)
+    parts = {name: kind(**known_fields(kind, kept[name], where)) for name, kind in PARTS.items() if name in kept}
+    return MixtureConfig(**values | parts)
 
 
-def _checked(kind, kept: dict, where: str) -> dict:
-    """The fields of a dataclass from JSON, if they are fields of it and have the types of its defaults."""
+def known_fields(kind, kept: dict, where: str) -> dict:
+    """The fields of a dataclass from JSON, without retired ones. ValueError for others, and for wrong types."""
     if not isinstance(kept, dict):
         raise ValueError(f"{where}: {kept!r} stands where the fields of {kind.__name__} belong")
-    example = dataclasses.asdict(kind())
+    example, retired = dataclasses.asdict(kind()), RETIRED.get(kind, {})
     for name, value in kept.items():
-        if name not in example:
+        if name in retired and value != retired[name]:
+            raise ValueError(f"{where}: {name}={value!r} is no longer supported; make other data")
+        if name not in example | retired:
             raise ValueError(f"{where}: unknown field {name!r} of {kind.__name__}")
-        allowed = (int, float) if type(example[name]) is float else (type(example[name]),)
-        if type(value) not in allowed:
-            raise ValueError(f"{where}: {name}={value!r} must be of type {allowed[-1].__name__}")
-    return kept
+        if name in example and type(value) is not type(example[name]):
+            raise ValueError(f"{where}: {name}={value!r} must be of type {type(example[name]).__name__}")
+    return {name: value for name, value in kept.items() if name in example}
 
 
 def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple[str, int]]:
@@ -122,23 +123,20 @@ def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple
 
     Exposures and repeats go through everything, in the same order, before anything comes again. So what comes again was
     last seen long ago, and the first part of the training split is a mixture like the whole, with fewer repetitions."""
-    n = cfg.facts.n_people
-    if split == "train":
-        parts = [("facts", n * cfg.exposures), ("problem", cfg.n_problems * cfg.repeats), ("mano", cfg.n_mano)]
-    else:  # about a fiftieth of the training split
-        parts = [
-            ("facts", min(n, 2000) if cfg.exposures else 0),
-            ("problem", min(2000, -(-cfg.n_problems * cfg.repeats // 50))),
-            ("mano", min(2000, -(-cfg.n_mano // 50))),
-        ]
-    left, at = [count for _, count in parts], [0] * len(parts)
-    while total := sum(left):
+    n, n_problems = cfg.facts.n_people, cfg.n_problems * cfg.repeats
+    counts = {"facts": n * cfg.exposures, "problem": n_problems, "mano": cfg.n_mano}
+    if split == "val":  # about a fiftieth of the training split
+        counts = {kind: min(2000, -(-count // 50)) for kind, count in counts.items()}
+        counts["facts"] = min(n, 2000) if cfg.exposures else 0
+    left = dict(counts)
+    while total := sum(left.values()):
         pick = rng.random() * total
-        k = 0
-        while (pick := pick - left[k]) >= 0 and k + 1 < len(left):
-            k += 1
-        yield parts[k][0], at[k]
-        left[k], at[k] = left[k] - 1, at[k] + 1
+        for kind in left:
+            pick -= left[kind]
+            if pick < 0:
+                break
+        yield kind, counts[kind] - left[kind]
+        left[kind] -= 1
 
 
 def _order(cfg: MixtureConfig, split: str) -> Iterator[list[tuple[str, int]]]:
@@ -151,21 +149,16 @@ def _order(cfg: MixtureConfig, split: str) -> Iterator[list[tuple[str, int]]]:
         yield order
 
 
-@lru_cache(maxsize=1)
-def _tools(cfg: MixtureConfig):
-    return encoder(cfg), facts.people(cfg.facts)
-
-
 def _chunk(cfg: MixtureConfig, split: str, order: list[tuple[str, int]]) -> np.ndarray:
     """Token ids of one chunk, packed."""
-    enc, people = _tools(cfg)
-    return _pack(enc, [_text(cfg, people, split, kind, number) for kind, number in order], cfg.window)
+    return _pack(encoder(cfg), [_text(cfg, split, kind, number) for kind, number in order], cfg.window)
 
 
-def _text(cfg: MixtureConfig, people: list[facts.Person], split: str, kind: str, i: int) -> str:
-    n = len(people)
+def _text(cfg: MixtureConfig, split: str, kind: str, i: int) -> str:
+    people, n = facts.people(cfg.facts), cfg.facts.n_people
     if kind == "facts":  # validation: an exposure that training does not reach
-        return facts.biography(cfg.facts, people[i % n], i // n + (cfg.exposures if split == "val" else 0))
+        exposure = i // n + (cfg.exposures if split == "val" else 0)
+        return "".join(facts.segments(cfg.facts, people[i % n], exposure))
     part = "train" if split == "train" else "test"
     if kind == "problem":
         p = reasoning.problem(cfg.reasoning, i % cfg.n_problems if split == "train" else i, part)
@@ -178,14 +171,13 @@ def _pack(enc, texts: list[str], window: int) -> np.ndarray:
     """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos.
 
     A document that does not start inside its window cannot be understood: in short windows that would be half of them.
-    Longer ones
-    than a block go over several."""
+    Documents longer than a block take several.
+    """
     eos = enc.eot_token
     documents = [ids + [eos] for ids in enc.encode_ordinary_batch(texts, num_threads=2)]
     if not window:
         return np.array([token for ids in documents for token in ids], dtype=np.uint32)
-    full: list[list[int]] = []
-    open_: list[list[int]] = []  # blocks with room left, at most 32
+    full, open_ = [], []  # blocks; those with room left, at most 32
     for ids in documents:
         fitting = [block for block in open_ if len(block) + len(ids) <= window]
         if fitting:

@@ -5,22 +5,18 @@
 
 (one line in the data; modulo 10 here). A problem is a directed acyclic graph of named quantities: leaves are numbers,
 every other quantity is one operation on one or two others, and `steps` counts the operations. The statements come in
-random order. The solver has to find the way back from the question to what is known (the plan), then to calculate
-forward, one operation a sentence, looking up each definition and value in the text.
+random order. The solver goes back from the question to what is known (the plan) and then calculates forward, one
+operation a sentence.
 
 A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its
 operations, without names, numbers and the order of the statements. One template in five is for testing. Problems of one
-step have just five templates, which a solver must all have seen, so there the numbers are part of the template.
+step have just five templates, so there the numbers are part of the template.
 
 A three-layer model learns this in minutes because whatever has to be looked up (definition, operand, value) belongs to
-the name just written, which is what an induction head retrieves. With "lamp = kite + owl = 5 + 4 = 9" instead, the keys
-lie several tokens back, and the same model only learns to guess among the statements.
+the name just written, which is what an induction head retrieves. With "lamp = kite + owl = 5 + 4 = 9" it does not.
 
-`mano` makes the counterpart without a solution: mental arithmetic on a prefix expression (Physics of Language Models
-4.1).
+`mano` makes mental arithmetic on prefix expressions, without a solution (Physics of Language Models 4.1).
 """
-
-from __future__ import annotations
 
 import math
 import random
@@ -29,18 +25,22 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from zlib import crc32
 
+from data.facts import require_ranges
+from optimoe.config import require
+
 NOUNS = """anvil apple arrow badge banjo barrel basket bell bench blanket boot bottle brush bucket button cabin candle
 carpet chair clock coat comb compass crate cup dagger desk door drum easel fan feather fence flute fork globe glove
 hammer harp hat helmet hook jacket jar kettle key kite knife ladder lamp lantern lens locker mask mirror mitten nail
 needle oar organ paddle pencil piano pillow pipe plate pot pump quilt rake ribbon ring robe rope rug saddle scarf shelf
-shoe shovel
-sled spoon stamp stool sword table tent tile towel tower trunk tub vase violin wagon wheel whistle window""".split()
+shoe shovel sled spoon stamp stool sword table tent tile towel tower trunk tub vase violin wagon wheel whistle
+window""".split()
 
 LEAF, ADD_C, SUB_C, MUL_C, ADD, SUB = range(6)  # _C: the second operand is a number
 # What the text says, lamp VERB y PREPOSITION x, and what it means, x SIGN y.
 WORDS = {MUL_C: ("has", "times")}
 WORDS |= dict.fromkeys((ADD_C, ADD), ("adds", "to")) | dict.fromkeys((SUB_C, SUB), ("takes", "from"))
 SIGN = {"adds": "+", "takes": "-", "has": "*"}
+SHARED = 0.25  # probability that a second operand is a quantity needed elsewhere too, where there is one
 TEST_SHARE = 5  # one template in so many is a test template
 
 
@@ -50,67 +50,47 @@ class ReasoningConfig:
 
     max_steps: int = 6  # operations in the solution, uniform on 1..max_steps
     modulus: int = 10  # all arithmetic is modulo this
-    share: float = 0.25  # probability that a second operand is a quantity needed elsewhere too, where there is one
-    # 0: every step uses the one before and at most a number or shared quantity; 1: both operands grow, as in a tree.
-    branch: float = 0.0
-    distractors: int = 0  # up to this many quantities that the question does not need, uniform on 0..distractors
-    ordered: bool = False  # statements in an order in which they can be computed; otherwise at random
-    plan: bool = True  # the solution first lists the quantities from the question back to a leaf
     names: int = 40  # size of the pool of names
     mano_length: int = 4  # operations in a `mano` expression, uniform on 1..mano_length
     seed: int = 0
 
     def validate(self) -> None:
-        """Raises ValueError naming the field, its value and the remedy."""
-        if not 3 <= self.modulus <= 1000:
-            raise ValueError(f"modulus={self.modulus}: need 3 to 1000")
-        if self.distractors < 0:
-            raise ValueError(f"distractors={self.distractors}: need 0 or more")
-        if not 0 <= self.share <= 1 or not 0 <= self.branch <= 1:
-            raise ValueError(f"share={self.share}, branch={self.branch}: probabilities from 0 to 1")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}: need 1 or more")
-        if not 1 <= self.mano_length <= 200:  # expressions are nested so deep
-            raise ValueError(f"mano_length={self.mano_length}: need 1 to 200")
-        least = self.most_names(self.max_steps)
-        if not least <= self.names <= len(NOUNS):
-            raise ValueError(f"names={self.names}: need {least} (2 * max_steps + 1 + distractors) to {len(NOUNS)}")
-
-    def most_names(self, steps: int) -> int:
-        """Names that a problem of so many steps may need."""
-        return 2 * steps + 1 + self.distractors
+        most_steps = (len(NOUNS) - 1) // 2  # a problem needs at most 2 * steps + 1 names
+        # Expressions are nested as deep as they are long.
+        require_ranges(self, {"modulus": (3, 1000), "mano_length": (1, 200), "max_steps": (1, most_steps)})
+        require_ranges(self, {"names": (2 * self.max_steps + 1, len(NOUNS))})
 
 
 class Problem(NamedTuple):
     question: str  # "Given: ... What is drum? Solution:"
-    solution: str  # " lamp = ... Answer: 7."
+    solution: str  # " Plan: ... Answer: 7."
     answer: int
     steps: int
     template: int  # 32-bit hash of the structure
 
 
 def problem(cfg: ReasoningConfig, index: int, split: str = "train", steps: int | None = None) -> Problem:
-    """The index-th problem of split "train" or "test"; `steps` fixes the number of operations, even above max_steps."""
+    """The index-th problem of split "train" or "test"; `steps` sets the number of operations, even above max_steps."""
     test = {"train": False, "test": True}[split]
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (steps or 0)) << 40 | index)
     while True:
-        graph, order = _draw_graph(rng.random, steps or 1 + int(rng.random() * cfg.max_steps), cfg)
+        graph, order = _draw_graph(rng.random, steps or 1 + int(rng.random() * cfg.max_steps), cfg.modulus)
         template = _template(graph, order)
         if (template % TEST_SHARE == 0) == test:
             return _render(rng, graph, order, template, cfg)
 
 
-def _draw_graph(r, steps: int, cfg: ReasoningConfig):
+def _draw_graph(r, steps: int, m: int):
     """-> (graph, order): quantities as (op, x, y), and the operations in an order of solution; quantity 0 is asked for.
 
     Grown backwards from the question. An operation refers only to quantities that are expanded after it or not at all
     (leaves). So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it.
     """
-    m = cfg.modulus
     graph = [None]  # LEAF: x is the number; otherwise x is a quantity and y a quantity or, with _C, a number
     frontier, order, shared = [0], [], []
     for _ in range(steps):
-        node = frontier.pop(int(r() * len(frontier)) if r() < cfg.branch else -1)
+        r()  # this draw has no use any more, but without it every seed would give other problems
+        node = frontier.pop()
         op, x = 1 + int(r() * 5), len(graph)
         graph.append(None)
         if op == MUL_C:
@@ -119,7 +99,7 @@ def _draw_graph(r, steps: int, cfg: ReasoningConfig):
                 y = 2 + int(r() * (m - 2))
         elif op < ADD:
             y = 1 + int(r() * (m - 1))
-        elif r() < cfg.share:
+        elif r() < SHARED:
             y = None
             shared.append((len(order), node))
         else:
@@ -148,7 +128,8 @@ def _draw_graph(r, steps: int, cfg: ReasoningConfig):
 def _template(graph, order) -> int:
     """Hash of what quantity 0 is made of, unrolled into a tree and without regard to the order of a sum.
 
-    Graphs of the same structure get the same hash, so no structure can be on both sides of the split."""
+    Graphs of the same structure get the same hash, so no structure can be on both sides of the split.
+    """
     numbers = len(order) == 1
     key = [x if op == LEAF and numbers else 0 for op, x, _ in graph]
     for node in order:
@@ -161,13 +142,7 @@ def _template(graph, order) -> int:
 
 
 def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
-    r, m = rng.random, cfg.modulus
-    for _ in range(int(r() * (cfg.distractors + 1))):  # they use anything, and nothing that is needed uses them
-        op, x, y = int(r() * 6), int(r() * len(graph)), int(r() * len(graph))
-        if op == LEAF or op >= ADD and x == y:
-            graph.append((LEAF, int(r() * m), None))
-        else:
-            graph.append((op, x, y if op >= ADD else 2 + int(r() * (m - 2))))
+    rng.random()  # see _draw_graph
     name = rng.sample(NOUNS[: max(cfg.names, len(graph))], len(graph))
     value = [x for _, x, _ in graph]
     last = graph[order[0]][1]  # the quantity of the sentence before
@@ -176,7 +151,7 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
         op, x, y = graph[node]
         verb, preposition = WORDS[op]
         operand, value_y = (f"{name[y]} {value[y]}", value[y]) if op >= ADD else (y, y)
-        value[node] = _apply(value[x], SIGN[verb], value_y, m)
+        value[node] = _apply(value[x], SIGN[verb], value_y, cfg.modulus)
         named = "" if x == last else name[x] + " "
         sentences.append(f" {name[node]} {verb} {operand} {preposition} {named}{value[x]} is {value[node]}.")
         last = node
@@ -185,18 +160,8 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
         verb, preposition = WORDS.get(op, ("is", ""))
         operand = name[y] if op >= ADD else y
         statements.append(f" {n} is {x}." if op == LEAF else f" {n} {verb} {operand} {preposition} {name[x]}.")
-    if cfg.ordered:
-        sequence: list[int] = []
-        for node in order:
-            op, x, y = graph[node]
-            sequence += [q for q in ((x, y) if op >= ADD else (x,)) if q not in sequence] + [node]
-        for q in range(len(graph)):
-            if q not in sequence:  # a distractor
-                sequence.insert(int(r() * (len(sequence) + 1)), q)
-        statements = [statements[q] for q in sequence]
-    else:
-        rng.shuffle(statements)
-    plan = f" Plan:{''.join(' ' + name[q] for q in reversed(order))} {name[graph[order[0]][1]]}." if cfg.plan else ""
+    rng.shuffle(statements)
+    plan = f" Plan:{''.join(' ' + name[q] for q in reversed(order))} {name[graph[order[0]][1]]}."
     question = f"Given:{''.join(statements)} What is {name[0]}? Solution:"
     return Problem(question, f"{plan}{''.join(sentences)} Answer: {value[0]}.", value[0], len(order), template)
 
@@ -231,13 +196,11 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
         return int(y) if verb == "is" else _apply(truth(x), SIGN[verb], truth(y), modulus)
 
     stated = _ANSWER.search(solution)
-    right = stated is not None and int(stated[1]) == truth(query)
-    if not right:
+    if stated is None or int(stated[1]) != truth(query):
         return False, False
     known = {name: int(y) for name, (verb, y, _, _) in defined.items() if verb == "is"}
-    at, end, done = 0, stated.start(), set()
-    if plan := _PLAN.match(solution):
-        at = plan.end()
+    plan, end, done = _PLAN.match(solution), stated.start(), set()
+    at = plan.end() if plan else 0
     while at < end:
         sentence = _SENTENCE.match(solution, at, end)
         if not sentence:
@@ -263,12 +226,11 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
 def mano(cfg: ReasoningConfig, index: int, split: str = "train", length: int | None = None) -> Problem:
     """Question "Mano: - 3 + 4 5 =", solution " 4.": a prefix expression of `length` operations, without any steps.
 
-    The expressions of the two splits differ. Those of length 1 are the tables themselves and all for training, so ask
-    for
-    tests of length 2 or more."""
+    The expressions of the two splits differ. Those of length 1 are the tables themselves and all for training, so
+    tests have a length of 2 or more.
+    """
     test = {"train": False, "test": True}[split]
-    if test and length is not None and length < 2:
-        raise ValueError(f"length={length}: test expressions have 2 operations or more")
+    require(not test or length is None or length >= 2, "length", length, "test expressions have 2 operations or more")
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (length or 0)) << 40 | 1 << 39 | index)
     while True:
         n = length or 1 + test + int(rng.random() * (cfg.mano_length - test))

@@ -27,51 +27,47 @@ VERSION = 1
 
 
 class ShardWriter:
-    """Writes a data directory; it appears under its name only when `close` has written everything.
+    """Writes a data directory, which appears under its name when everything has been written.
 
         with ShardWriter("data/books", enc) as writer:
             writer.add("train", ids)          # whole documents, each ended by enc.eot_token
             writer.notes["licence"] = "CC0"   # any JSON; ends up in meta.json
 
-    The files are written to a hidden directory beside it, flushed to disk, and renamed; an exception inside the `with`
-    block removes them, and what a killed writer left is removed by the next one. Raises ValueError when the directory
-    exists and is not empty, unless `overwrite`, which replaces it at the end.
+    The files are written to a hidden directory beside it and flushed, which is renamed at the end of the `with` block.
+    An exception removes them; what a killed writer left is removed by the next one. Raises ValueError when the
+    directory exists and is not empty, unless `overwrite`, which replaces it at the end.
     """
 
-    def __init__(
-        self, directory: str | Path, enc: tiktoken.Encoding | Fast, overwrite: bool = False, shard_tokens: int = 2**26
-    ):
-        self.directory = Path(os.path.abspath(directory))
-        self.overwrite, self.shard_tokens, self.notes = overwrite, shard_tokens, {}
+    def __init__(self, directory: str | Path, enc: tiktoken.Encoding | Fast, overwrite=False, shard_tokens=2**26):
+        self.directory, self.overwrite = Path(os.path.abspath(directory)), overwrite
         refuse_existing(self.directory, overwrite)
-        self.eos, self.vocab_size = enc.eot_token, enc.n_vocab
+        self.enc, self.shard_tokens, self.notes = enc, shard_tokens, {}
         self.dtype = np.dtype("<u2" if enc.n_vocab <= 2**16 else "<u4")
-        self._enc, self._bytes_of = enc, None
         self._splits, self._open, self._stack = {}, {}, ExitStack()
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         self.partial = self._stack.enter_context(files.temporary(self.directory, directory=True))
         tokenizer.save(enc, self.partial)
 
-    def add(self, split: str, ids, n_bytes: int | None = None) -> int:
+    @functools.cached_property
+    def _bytes_of(self) -> np.ndarray:
+        return tokenizer.token_bytes(self.enc)
+
+    def add(self, split: str, ids, n_bytes: int | None = None) -> None:
         """Appends documents (list or integer array of token ids, each document ended by eos) to "train", "val", ...
 
-        n_bytes: of their text; None sums those of the tokens, which only an encoding of tiktoken knows. Returns it.
+        n_bytes: of their text; None sums those of the tokens, which only an encoding of tiktoken knows.
         """
-        ids = np.asarray(ids, dtype=np.int64)
+        ids, eos, n_vocab = np.asarray(ids, dtype=np.int64), self.enc.eot_token, self.enc.n_vocab
         if not len(ids):
-            return 0
-        if ids[-1] != self.eos:
-            raise ValueError(f"split {split!r}: the last id is {ids[-1]}; end each document with eos ({self.eos})")
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, vocabulary of {self.vocab_size}")
+            return
+        if ids[-1] != eos:
+            raise ValueError(f"split {split!r}: the last id is {ids[-1]}; end each document with eos ({eos})")
+        if ids.min() < 0 or ids.max() >= n_vocab:
+            raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, vocabulary of {n_vocab}")
         totals = self._splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
         totals["tokens"] += len(ids)
-        if n_bytes is None:
-            if self._bytes_of is None:
-                self._bytes_of = tokenizer.token_bytes(self._enc)
-            n_bytes = int(self._bytes_of[ids].sum())
-        totals["bytes"] += n_bytes
-        totals["documents"] += int(np.count_nonzero(ids == self.eos))
+        totals["bytes"] += int(self._bytes_of[ids].sum()) if n_bytes is None else n_bytes
+        totals["documents"] += int(np.count_nonzero(ids == eos))
         ids = ids.astype(self.dtype)
         while len(ids):
             file, digest, shard = self._open.get(split) or self._start_shard(split)
@@ -81,12 +77,12 @@ class ShardWriter:
             shard["tokens"] += len(part)
             if shard["tokens"] == self.shard_tokens:
                 self._end_shard(split)
-        return n_bytes
 
     def _start_shard(self, split):
         shards = self._splits[split]["shards"]
         shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0, "sha256": None})
-        self._open[split] = open(self.partial / shards[-1]["file"], "wb"), hashlib.sha256(), shards[-1]
+        file = self._stack.enter_context(open(self.partial / shards[-1]["file"], "wb"))
+        self._open[split] = file, hashlib.sha256(), shards[-1]
         return self._open[split]
 
     def _end_shard(self, split):
@@ -96,16 +92,15 @@ class ShardWriter:
         os.fsync(file.fileno())
         file.close()
 
-    def close(self) -> dict:
-        """Finishes the shards, writes meta.json and renames the directory. Returns the contents of meta.json."""
+    def _publish(self) -> None:
         for split in list(self._open):
             self._end_shard(split)
         meta = {
             "version": VERSION,
             "tokenizer": tokenizer.FILE,
             "tokenizer_sha256": _sha256(self.partial / tokenizer.FILE),
-            "vocab_size": self.vocab_size,
-            "eos": self.eos,
+            "vocab_size": self.enc.n_vocab,
+            "eos": self.enc.eot_token,
             "dtype": self.dtype.name,
             "splits": self._splits,
         } | self.notes
@@ -119,24 +114,14 @@ class ShardWriter:
             os.rename(self.partial, self.directory)
             files.sync_directory(self.directory.parent)
             shutil.rmtree(old, ignore_errors=True)
-        return meta
-
-    def abandon(self) -> None:
-        """Removes what was written so far."""
-        for file, _, _ in self._open.values():
-            file.close()
-        self._open = {}
-        self._stack.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        try:
+        with self._stack:  # closes open files and removes what has not been published
             if kind is None:
-                self.close()
-        finally:
-            self.abandon()  # after a successful close there is nothing left to remove
+                self._publish()
 
 
 def refuse_existing(directory: Path, overwrite: bool) -> None:
@@ -176,6 +161,14 @@ def read_meta(directory: str | Path) -> dict:
     return meta
 
 
+def read_note(directory: str | Path, name: str, source: str) -> object:
+    """What the writer `source` noted under `name` in meta.json; ValueError for data of another writer."""
+    meta = read_meta(directory)
+    if name not in meta:
+        raise ValueError(f"{directory}: not data of {source}; write some with its build function")
+    return meta[name]
+
+
 def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[np.memmap]:
     """Read-only memory maps of a split's shards, in order.
 
@@ -185,12 +178,15 @@ def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[
     """
     directory, meta = Path(directory), read_meta(directory)
     if split not in meta["splits"]:
-        missing = {"val": "no validation data (--val_fraction was 0)", "train": "no training data"}
-        there = ", ".join(meta["splits"]) or "nothing"
-        raise ValueError(f"{directory} has {missing.get(split, f'no split {split!r}')}; it has {there}")
-    path = directory / meta["tokenizer"]
-    if verify and path.exists() and _sha256(path) != meta["tokenizer_sha256"]:
-        raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
+        missing = {"val": "no validation data (--val_fraction was 0)"}.get(split, f"no split {split!r}")
+        raise ValueError(f"{directory} has {missing}; it has {', '.join(meta['splits']) or 'nothing'}")
+
+    def check(path, sha256):
+        if verify and _sha256(path) != sha256:
+            raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
+
+    if (path := directory / meta["tokenizer"]).exists():
+        check(path, meta["tokenizer_sha256"])
     dtype, maps = np.dtype(meta["dtype"]).newbyteorder("<"), []
     for shard in meta["splits"][split]["shards"]:
         path, size = directory / shard["file"], shard["tokens"] * dtype.itemsize
@@ -199,8 +195,7 @@ def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[
         if path.stat().st_size != size:
             found = f"{path.stat().st_size:,} bytes instead of {size:,}"
             raise ValueError(f"{path} has {found}: truncated or overwritten; {AGAIN}")
-        if verify and _sha256(path) != shard["sha256"]:
-            raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
+        check(path, shard["sha256"])
         maps.append(np.memmap(path, dtype, "r"))
     return maps
 

@@ -1,7 +1,7 @@
 """Tokenizers: a byte-level BPE trained on the data, word lists, named tiktoken encodings, and those of other models.
 
 The first three are a `tiktoken.Encoding` with the special token "<|endoftext|>", the last a `data.fast.Fast`. All are
-kept beside the data as one JSON file, so that nothing is downloaded to read a data directory.
+kept beside the data as one JSON file, so that reading a data directory downloads nothing.
 
     enc = train_bpe(texts, vocab_size=16384)      # iterable of str
     save(enc, "data/books"); enc = load("data/books")
@@ -21,6 +21,7 @@ import tiktoken
 
 from data import files
 from data.fast import Fast, from_folder, library
+from optimoe.config import require
 
 EOT = "<|endoftext|>"
 FILE, META = "tokenizer.json", "meta.json"
@@ -30,16 +31,14 @@ AGAIN = "prepare the data again"
 # single digits, so that arithmetic sees place values; punctuation with the line end after it; line ends; indentation,
 # which leaves its last space to the word that follows. White space is bounded because the engine backtracks over it;
 # bounding letters too would halve the speed.
-PATTERN = "|".join(
-    [
-        r"'(?i:s|t|d|m|ll|ve|re)(?!\p{L})",
-        r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
-        r"\p{N}",
-        r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
-        r"[^\S\r\n]{0,64}[\r\n]+",
-        r"[^\S\r\n]{1,64}(?=[^\S\r\n])",
-        r"\s",
-    ]
+PATTERN = (
+    r"'(?i:s|t|d|m|ll|ve|re)(?!\p{L})"
+    r"|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"
+    r"|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|[^\S\r\n]{0,64}[\r\n]+"
+    r"|[^\S\r\n]{1,64}(?=[^\S\r\n])"
+    r"|\s"
 )
 BYTES = [bytes([b]) for b in range(256)]
 
@@ -56,29 +55,28 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     """Byte-pair encoding trained on `texts`, with `vocab_size` tokens: 256 bytes, the merges and "<|endoftext|>".
 
     The vocabulary is smaller when the text has too few different pairs. Deterministic, whatever the order of the texts.
-    Raises ValueError when vocab_size < 257, or without the package `tokenizers`.
+    Raises ValueError when vocab_size is out of range, or without the package `tokenizers`.
     """
-    if vocab_size < 257:
-        raise ValueError(f"vocab_size={vocab_size}: must be at least 257 (256 bytes and {EOT})")
+    require_size(vocab_size)
     lib = library()
     splits = lib.pre_tokenizers.Split(lib.Regex(PATTERN), "isolated")
     spelling = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe = lib.Tokenizer(lib.models.BPE())
     bpe.pre_tokenizer = lib.pre_tokenizers.Sequence([splits, spelling])
-    trainer = lib.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=spelling.alphabet(), show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    vocab, byte_of = bpe.get_vocab(), {letter: byte for byte, letter in enumerate(byte_letters())}
+    alphabet = dict(vocab_size=vocab_size - 1, initial_alphabet=spelling.alphabet())
+    bpe.train_from_iterator(texts, lib.trainers.BpeTrainer(show_progress=False, **alphabet))
+    # GPT-2's alphabet spells printable bytes as themselves and the others as the characters from 256 on.
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    byte_of = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    vocab = bpe.get_vocab()
     tokens = [bytes(byte_of[letter] for letter in word) for word in sorted(vocab, key=vocab.get)]
     return encoding({token: rank for rank, token in enumerate(dict.fromkeys(BYTES + tokens))})
 
 
-def byte_letters() -> list[str]:
-    """The character by which GPT-2's byte-level alphabet spells each byte: itself if printable, others from 256 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+def require_size(vocab_size: int) -> None:
+    """ValueError for a size that a trained vocabulary cannot have."""
+    limits = f"must be from 257 (256 bytes and {EOT}) to 2^24"
+    require(257 <= vocab_size <= 2**24, "vocab_size", vocab_size, limits)
 
 
 def word_tokenizer(words: Iterable[str], pattern: str = PATTERN) -> tiktoken.Encoding:
@@ -102,20 +100,13 @@ def named(name: str) -> tiktoken.Encoding:
     Never downloads: tiktoken's cache is looked at first, ValueError says how to fill it.
     """
     known = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
-    if name not in known:
-        raise ValueError(f"tokenizer={name!r}: neither a directory with {FILE} nor one of {', '.join(known)}")
-    cache = Path(
-        os.environ.get("TIKTOKEN_CACHE_DIR")
-        or os.environ.get("DATA_GYM_CACHE_DIR")
-        or Path(tempfile.gettempdir()) / "data-gym-cache"
-    )
+    require(name in known, "tokenizer", name, f"neither a directory with {FILE} nor one of {', '.join(known)}")
+    named_caches = (os.environ.get(variable) for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"))
+    cache = next(filter(None, named_caches), None) or Path(tempfile.gettempdir()) / "data-gym-cache"
     url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
-    path = cache / hashlib.sha1(url.encode()).hexdigest()  # tiktoken's own name for it
-    if not path.exists():
-        raise ValueError(
-            f"tokenizer={name!r}: its file {path} is missing. With a network, run once: "
-            f"TIKTOKEN_CACHE_DIR={cache} python -c \"import tiktoken; tiktoken.get_encoding('{name}')\""
-        )
+    path = Path(cache) / hashlib.sha1(url.encode()).hexdigest()  # tiktoken's own name for it
+    once = f"TIKTOKEN_CACHE_DIR={cache} python -c \"import tiktoken; tiktoken.get_encoding('{name}')\""
+    require(path.exists(), "tokenizer", name, f"its file {path} is missing. With a network, run once: {once}")
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache))
     return tiktoken.get_encoding(name)
 
@@ -153,12 +144,10 @@ def load(directory: str | Path) -> tiktoken.Encoding | Fast:
     kept = files.check(files.parse(content, str(path), AGAIN), str(path), AGAIN)
     if "model" in kept and "tokens" not in kept:
         return from_folder(directory)
-    if "tokenizers" in kept:
+    if fast := "tokenizers" in kept:
         library()  # its absence is no damage
     try:
-        if "tokenizers" in kept:
-            return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"])
-        return _encoding_of(kept)
+        return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"]) if fast else _encoding_of(kept)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {AGAIN}") from error
 
@@ -178,13 +167,13 @@ def _encoding_of(kept: dict) -> tiktoken.Encoding:
 def documents(enc, texts: list[str]) -> list[np.ndarray]:
     """The token ids of each text, with the end of the document. "<|endoftext|>" inside a text is just text."""
     if isinstance(enc, Fast):
-        return enc.documents(texts)
+        return [np.array([*enc.begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
     end = np.array([enc.eot_token], np.uint32)
     return [np.concatenate([enc.encode_to_numpy(text, disallowed_special=()), end]) for text in texts]
 
 
 def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
-    """(n_vocab,) int64: UTF-8 bytes of each token, 0 for special ones. Summed over a text's ids: the text's bytes."""
+    """(n_vocab,) int64: UTF-8 bytes of each token, 0 for special ones."""
     sizes = np.zeros(enc.n_vocab, np.int64)
     for token, rank in enc._mergeable_ranks.items():
         sizes[rank] = len(token)

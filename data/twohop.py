@@ -1,24 +1,25 @@
-"""Facts as bare key and value, and questions that join two of them: what can be stored, and what can be worked out
-from it.
+"""Facts as key and value, and questions that join two of them: what can be stored, and what can be worked out from it.
 
     build("data/keys", HopConfig(entities=131_072, relations=0, names=1024, tokens=2**26))    # values of 20 bits
     build("data/hops", HopConfig(entities=200, relations=10, names=32, composed=8_000))
 
-An entity is two words. With relations = 0 a key has one random value: "key value". Otherwise every entity has one
-entity for each relation, "head relation tail", and a two-hop question is "head relation relation tail". Recall of
-a trained fact is memory; a question that training never had is reasoning, because both of its facts were trained.
-How many questions are trained for each fact is what decides whether models learn to join them (arXiv 2405.15071).
+An entity is two words. With relations = 0 a key has one random value: "key value". Otherwise each relation leads from
+an entity to another, "head relation tail", and a two-hop question is "head relation relation tail". A trained fact is
+memory; a question that was never trained is reasoning, because both of its facts were. How many questions are trained
+for each fact decides whether models learn to join them (arXiv 2405.15071).
 """
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
 
 from data import tokenizer
+from data.facts import require_ranges
 from data.procedural import PIECES
-from data.shards import ShardWriter, read_meta
+from data.shards import ShardWriter, read_meta, read_note
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -36,16 +37,9 @@ class HopConfig:
     seed: int = 0
 
     def validate(self) -> None:
-        for name, least, most in (
-            ("entities", 1, self.names**2),
-            ("relations", 0, len(LETTERS)),
-            ("names", 2, 4096),
-            ("composed", 0, int(0.9 * self.questions)),
-            ("tokens", 1, 2**40),
-            ("window", 8, 2**20),
-        ):
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)}: need {least} to {most:,}")
+        most = {"entities": (1, self.names**2), "composed": (0, int(0.9 * self.questions))}
+        limits = {"relations": (0, len(LETTERS)), "names": (2, 4096), "tokens": (1, 2**40), "window": (8, 2**20)}
+        require_ranges(self, limits | most)
 
     @property
     def questions(self) -> int:
@@ -59,9 +53,9 @@ class HopConfig:
 
 
 def words(cfg: HopConfig) -> list[str]:
-    """The vocabulary: relations, then names."""
-    name = lambda i: f" {LETTERS[i // 676]}{LETTERS[i // 26 % 26]}{LETTERS[i % 26]}"  # noqa: E731  a word is three letters
-    return [f" {LETTERS[r].upper()}" for r in range(cfg.relations)] + [name(i) for i in range(cfg.names)]
+    """The vocabulary: relations, then names of three letters."""
+    names = islice(product(LETTERS, repeat=3), cfg.names)
+    return [f" {letter.upper()}" for letter in LETTERS[: cfg.relations]] + [f" {''.join(name)}" for name in names]
 
 
 def encoder(cfg: HopConfig):
@@ -103,11 +97,9 @@ def rows(cfg: HopConfig, kind: str, numbers: np.ndarray) -> tuple[np.ndarray, np
 
 def texts(cfg: HopConfig, kind: str, numbers: np.ndarray) -> list[tuple[str, str]]:
     """(question, answer) of each number."""
-    known = words(cfg)
-    return [
-        ("".join(known[i] for i in question), "".join(known[i] for i in answer))
-        for question, answer in zip(*rows(cfg, kind, numbers), strict=True)
-    ]
+    known = np.array(words(cfg), object)
+    questions, answers = (known[ids].sum(1).tolist() for ids in rows(cfg, kind, numbers))
+    return list(zip(questions, answers, strict=True))
 
 
 def build(out_dir: str | Path, cfg: HopConfig) -> dict:
@@ -131,10 +123,7 @@ def build(out_dir: str | Path, cfg: HopConfig) -> dict:
 
 def read_config(data_dir: str | Path) -> HopConfig:
     """The HopConfig of a directory that `build` wrote; ValueError for any other."""
-    meta = read_meta(data_dir)
-    if "hops" not in meta:
-        raise ValueError(f"{data_dir}: no facts of data/twohop.py; write some with data.twohop.build")
-    return HopConfig(**meta["hops"])
+    return HopConfig(**read_note(data_dir, "hops", "data/twohop.py"))
 
 
 def _documents(pairs, first: int, eos: int, cfg: HopConfig) -> np.ndarray:

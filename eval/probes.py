@@ -213,7 +213,7 @@ def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
 
 def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int, split: str = "test") -> dict:
     """Whole solutions of n problems of each number of steps, without generating them: right is one that greedy decoding
-    would write token for token, which one forward pass tells. With cfg.branch = 0 a problem has no other solution, so
+    would write token for token, which one forward pass tells. A problem has no other solution, so
     this is the "solution" of `reasoning_accuracy` at a fraction of its time, but for solutions that are right after a
     wrong plan. Untrained steps that do not fit the model's window are left out.
 

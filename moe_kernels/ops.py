@@ -48,10 +48,13 @@ def define(name, forward, backward, fake_forward, fake_backward, setup_context, 
     return op, backward_op, lambda tensor, *rest: (Eager.apply if eager(tensor) else op)(tensor, *rest)
 
 
+# Asked for here: torch.compile of torch 2.11 cannot trace the question.
+WITH_AUTOCAST = {device for device in ("cpu", "cuda", "mps") if torch.amp.is_autocast_available(device)}
+
+
 def autocast_off(device):
     """Context without autocast on a device type."""
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if device in WITH_AUTOCAST else contextlib.nullcontext()
 
 
 def sheltered(fn):

@@ -30,14 +30,14 @@ import textwrap
 import tokenize
 import types
 import typing
+import zlib
 from pathlib import Path
 
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 
 def require(ok, name, value, remedy):
-    """Unless ok, raise ValueError naming the field, its value and the remedy. For the __post_init__ of
-    configurations."""
+    """ValueError naming the field, its value and the remedy, unless ok."""
     if not ok:
         raise ValueError(f"{name}={shown(value)}: {remedy}")
 
@@ -52,8 +52,7 @@ def shown(value):
 
 
 def make_directory(path, name, value):
-    """The directory as a Path, made if it is missing. ValueError blaming the field `name` if it cannot be written
-    to."""
+    """The directory as a Path, made if missing. ValueError blames the field `name` where nothing can be written."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -102,53 +101,49 @@ def parse(cls, argv=None, description="", start=None):
             return parse(cls, sys.argv[1:], description, start)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
-    if "--help" in argv or "-h" in argv:
-        print(help_text(cls, description, [word for word in argv if word not in ("--help", "-h")]))
+    words = [word for word in argv if word not in ("--help", "-h")]
+    if len(words) < len(argv):
+        print(help_text(cls, description, words))
         sys.exit(0)
-    hints, flags = typing.get_type_hints(cls), _flags(cls, argv)
+    flags = split_flags(cls, argv)
     values, _ = _start(cls, flags, start)
-    values.update({name: _convert(name, text, hints[name]) for name, text in flags.items() if name != "config"})
+    values |= _converted(cls, {name: text for name, text in flags.items() if name != "config"})
     for field in dataclasses.fields(cls):
         missing = field.name not in values and field.default is field.default_factory is dataclasses.MISSING
         require(not missing, field.name, "", "it is required; --help lists the fields")
     return cls(**values)
 
 
-def _flags(cls, argv):
+def split_flags(cls, argv):
     """{field, or "config": text on the command line}; of a positional tuple, the list of its words."""
     hints = typing.get_type_hints(cls)
     flags, words, positional = {}, list(argv), list(getattr(cls, "POSITIONAL", ()))
     while words:
         word = words.pop(0)
-        if not word.startswith("--"):
-            if positional:
-                many = typing.get_origin(hints[positional[0]]) is tuple
-                name = positional[0] if many else positional.pop(0)
-                before = flags.get(name, [])
-                before = before.split(",") if isinstance(before, str) else before
-                flags[name] = [*before, word] if many else word
-                continue
-            raise ValueError(
-                f"unexpected argument {word!r}: write --field=value (a bool takes its value only with '=')"
-            )
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name != "config":
-            _check_name(cls, name)
-        if not equals:
-            if hints.get(name) is bool:
-                text = "true"
-            elif words:
-                text = words.pop(0)
-            else:
-                raise ValueError(f"--{name} needs a value: write --{name}=VALUE")
-        flags[name] = text
+        if word.startswith("--"):
+            name, equals, text = word[2:].partition("=")
+            name = name.replace("-", "_")
+            if name != "config":
+                _check_name(cls, name)
+            if not equals:
+                if hints.get(name) is not bool and not words:
+                    raise ValueError(f"--{name} needs a value: write --{name}=VALUE")
+                text = "true" if hints.get(name) is bool else words.pop(0)
+            flags[name] = text
+        elif not positional:
+            remedy = "write --field=value (a bool takes its value only with '=')"
+            raise ValueError(f"unexpected argument {word!r}: {remedy}")
+        elif typing.get_origin(hints[positional[0]]) is tuple:
+            before = flags.get(positional[0], [])
+            flags[positional[0]] = [*(before.split(",") if isinstance(before, str) else before), word]
+        else:
+            flags[positional.pop(0)] = word
     return flags
 
 
 def _start(cls, flags, start=None):
     """(values of fields before the other flags, name of the preset among their sources)"""
-    values = _converted(cls, start or {}, "")
+    values = _converted(cls, start or {})
     if "config" in flags:
         values |= _read(cls, flags["config"])
     preset = flags.get("preset", "" if values else getattr(cls, "preset", ""))
@@ -158,7 +153,7 @@ def _start(cls, flags, start=None):
 
 
 def load(cls, path):
-    """A `cls` from a JSON file. FileNotFoundError, or ValueError for broken JSON, unknown fields and bad values."""
+    """A `cls` from a JSON file. FileNotFoundError, or ValueError for damage, unknown fields and bad values."""
     return cls(**_read(cls, path))
 
 
@@ -166,12 +161,11 @@ def help_text(cls, description="", argv=()):
     """The --help page: every field with its type, the value with which the program runs after argv, its comment."""
     notes, headings = _comments(cls)
     hints = typing.get_type_hints(cls)
-    values, preset = _start(cls, _flags(cls, argv))
+    values, preset = _start(cls, split_flags(cls, argv))
     marked = cls.preset_fields(preset) if preset and hasattr(cls, "preset_fields") else {}
+    bools = "bools --flag or --flag=false"
     lines = [description.strip(), ""] if description else []
-    lines += [
-        "usage: --field=value or --field value; bools --flag or --flag=false; --config=FILE.json loads saved values"
-    ]
+    lines += [f"usage: --field=value or --field value; {bools}; --config=FILE.json loads saved values"]
     if marked:
         lines += [f"* value of --preset={preset}; --preset=NAME --help shows those of another preset"]
     for field in dataclasses.fields(cls):
@@ -191,15 +185,23 @@ def _read(cls, path):
         raise FileNotFoundError(f"{path}: no such config file; check the path")
     try:
         values = json.loads(path.read_text())
+        damaged = isinstance(values, dict) and "crc" in values and values.pop("crc") != _crc(values)
     except (ValueError, RecursionError) as error:  # of JSON or UTF-8; nested too deeply
         raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}; a JSON object of field: value is needed")
+    if damaged:
+        raise ValueError(f"{path} is damaged: its checksum differs; restore it from a copy, or delete the member crc")
     return _converted(cls, {name: value for name, value in values.items() if name not in NOTES}, f"{path}: ")
 
 
-def _converted(cls, values, where):
-    """JSON values as the types of the fields of `cls`; ValueError for one that is no field."""
+def _crc(values):
+    """The checksum that data/files.py writes. It is repeated here because this module imports nothing of ours."""
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
+def _converted(cls, values, where=""):
+    """Texts or JSON values as the types of the fields of `cls`; ValueError for one that is no field."""
     hints = typing.get_type_hints(cls)
     for name in values:
         _check_name(cls, name, where)
@@ -216,22 +218,24 @@ def _check_name(cls, name, where=""):
 
 def _convert(name, value, hint):
     """A string from the command line, or a JSON value, as the annotated type."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
         if value is None or str(value).lower() == "none":
             return None
-        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    if typing.get_origin(hint) is tuple:
+        return _convert(name, value, next(arg for arg in args if arg is not type(None)))
+    if origin is tuple:
         items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
         require(isinstance(items, (list, tuple)), name, value, "use values with commas between them")
-        return tuple(_convert(name, item, typing.get_args(hint)[0]) for item in items if item != "")
-    if typing.get_origin(hint) is typing.Literal:
-        options = {str(option): option for option in typing.get_args(hint)}
+        return tuple(_convert(name, item, args[0]) for item in items if item != "")
+    if origin is typing.Literal:
+        options = {str(option): option for option in args}
         require(str(value) in options, name, value, "use one of " + ", ".join(options))
         return options[str(value)]
     if hint is bool:
-        text = str(value).lower()
-        require(text in TRUE + FALSE, name, value, "use true or false")
-        return text in TRUE
+        require(str(value).lower() in BOOLS, name, value, "use true or false")
+        return BOOLS[str(value).lower()]
+    if hint is str and isinstance(value, str):
+        return value
     if hint in (int, float) and not isinstance(value, bool):
         try:
             if hint is int and isinstance(value, (int, str)) and str(value).lstrip("+-").replace("_", "").isdigit():
@@ -241,8 +245,6 @@ def _convert(name, value, hint):
                 return hint(number)
         except (TypeError, ValueError, OverflowError):  # not a number, or int(inf), int(nan)
             pass
-    if hint is str and isinstance(value, str):
-        return value
     kind = {int: "a whole number (1e6 is one)", float: "a finite number", str: "text"}[hint]
     raise ValueError(f"{name}={shown(value)}: {kind} is needed")
 

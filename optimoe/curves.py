@@ -1,9 +1,8 @@
 """run/curves.png from metrics.jsonl: what a person looks at while a run trains.  python -m optimoe.curves RUN
 
-Cross-entropy, learning rate and gradient norm; router entropy and dead experts; and for every layer a heat map of the
-load of its experts over time (white: even, red: more, blue: less, green: no token). train.py redraws it at every
-validation and checkpoint in a process of its own, so that training never waits for it. `python -m study.show RUN...`
-lays several runs over one another.
+Cross-entropy and gradient norm; where they say something, learning rate, router entropy and dead experts; and for every
+layer with an uneven load a heat map of it over time. train.py redraws the picture at every validation and checkpoint in
+a process of its own, so that training never waits. `python -m study.show RUN...` lays several runs over one another.
 """
 
 import importlib.util
@@ -17,6 +16,9 @@ from typing import ClassVar
 
 from data import files
 from optimoe import config
+
+LOSS = "cross-entropy, nats per token"
+ENTROPY = "entropy of the mean router, nats (dotted: even)"
 
 
 def read(run):
@@ -57,6 +59,28 @@ def set_loss_limits(axis, losses):
     axis.set_ylim(low, usual if losses[-1] - low > 2 * (usual - low) else max(usual, losses[-1] + 0.1))
 
 
+def panels(settings, rows):
+    """{title: series of values} of the line plots that have something to show."""
+    column = lambda name: [row[name] for row in rows]  # noqa: E731
+    found = {LOSS: [column("loss")], "gradient norm before clipping": [column("grad_norm")]}
+    if len(set(column("lr"))) > 1:
+        found["learning rate"] = [column("lr")]
+    if rows[-1].get("router_entropy"):  # absent from dense runs
+        found[ENTROPY] = list(zip(*column("router_entropy"), strict=True))
+    if any(row.get("dead_experts") for row in rows):
+        found["experts without a token, all layers"] = [column("dead_experts")]
+    return found
+
+
+def load_maps(rows):
+    """{layer: log2 of the load of its experts, each a time series} of the layers with a visibly uneven load."""
+    log2 = lambda load: math.log2(load) if load > 0 else math.nan  # noqa: E731
+    layers = enumerate(zip(*(row.get("load", ()) for row in rows), strict=True))
+    maps = {layer: [[log2(x) for x in expert] for expert in zip(*times, strict=True)] for layer, times in layers}
+    uneven = lambda image: any(not abs(x) < 0.25 for expert in image for x in expert)  # noqa: E731
+    return {layer: image for layer, image in maps.items() if uneven(image)}
+
+
 def figure(run):
     """The matplotlib figure of one run directory."""
     import matplotlib
@@ -64,85 +88,48 @@ def figure(run):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    load_colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="limegreen")  # green: no token at all
     settings, rows, val = read(run)
     tokens = [row["tokens"] / 1e6 for row in rows]
-    column = lambda name: [row[name] for row in rows]  # noqa: E731
-    entropy = rows[-1].get("router_entropy")  # absent from dense runs
-    maps = _heat_maps(rows)
-    columns = max(1, min(4, len(maps)))
-    map_rows = math.ceil(len(maps) / columns)
-    heights = [3.2] + [2.4] * bool(entropy) + [2.1] * map_rows
-    fig = plt.figure(figsize=(13, sum(heights) + 0.6), layout="constrained")
+    lines, maps = panels(settings, rows), load_maps(rows)
+    cells = len(lines) + len(maps)
+    columns = 3 if cells > 2 else 2
+    height = math.ceil(cells / columns)
+    fig = plt.figure(figsize=(13, 2.8 * height + 0.6), layout="constrained")
     fig.suptitle(label(run, settings))
-    parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-
-    loss, rate, norm = parts[0].subplots(1, 3)
-    loss.plot(tokens, column("loss"), lw=0.8, alpha=0.8, label="training", **dot(rows))
-    if val:
-        loss.plot(
-            [row["tokens"] / 1e6 for row in val],
-            [row["val_loss"] for row in val],
-            "o-",
-            ms=3,
-            lw=1.2,
-            label="validation",
-        )
-    set_loss_limits(loss, column("loss") + [row["val_loss"] for row in val])
-    loss.legend(fontsize=8)
-    rate.plot(tokens, column("lr"), **dot(rows))
-    norm.plot(tokens, column("grad_norm"), lw=0.8, **dot(rows))
-    norm.set_yscale("log")
-    named = [(loss, "cross-entropy, nats per token"), (rate, "learning rate"), (norm, "gradient norm before clipping")]
-    if entropy:
-        spread, dead = parts[1].subplots(1, 2)
-        for layer, values in enumerate(zip(*column("router_entropy"), strict=True)):
-            spread.plot(tokens, values, lw=0.8, color=plt.cm.viridis(layer / max(1, len(entropy) - 1)), **dot(rows))
-        spread.axhline(math.log(settings["n_experts"]), color="black", ls=":", lw=1.5, zorder=3)
-        spread.margins(y=0.1)
-        dead.step(tokens, column("dead_experts"), where="post", **dot(rows))
-        dead.set_ylim(-0.05, 1.05 * max(1, *column("dead_experts")))
-        named += [
-            (spread, "entropy of the mean router distribution, nats (dark: first layer, dotted: even)"),
-            (dead, "experts without a token, all layers"),
-        ]
-    for axis, title in named:
+    axes = fig.subplots(height, columns, squeeze=False).flatten()
+    for axis in axes[cells:]:
+        axis.remove()
+    for axis, (title, series) in zip(axes, lines.items(), strict=False):
+        for layer, values in enumerate(series):
+            colour = plt.cm.viridis(layer / len(series)) if len(series) > 1 else "C0"
+            axis.plot(tokens, values, lw=0.8, color=colour, label="training", **dot(rows))
         axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3)
+        if title == LOSS:
+            losses = [row["val_loss"] for row in val]
+            if val:
+                axis.plot([row["tokens"] / 1e6 for row in val], losses, "o-", ms=3, lw=1.2, label="validation")
+            set_loss_limits(axis, [*series[0], *losses])
+            axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.1))
+        elif title == ENTROPY:
+            axis.axhline(math.log(settings["n_experts"]), color="black", ls=":", lw=1.5, zorder=3)
+            axis.margins(y=0.1)
+        elif title.startswith("gradient norm"):
+            axis.set_yscale("log")
+    look = {"vmin": -2, "vmax": 2, "aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+    look["cmap"] = matplotlib.colormaps["RdBu_r"].with_extremes(bad="limegreen")
+    for axis, (layer, image) in zip(axes[len(lines) :], maps.items(), strict=False):
+        drawn = axis.imshow(image, extent=(0, tokens[-1], -0.5, len(image) - 0.5), **look)
+        axis.set_title(f"load of layer {layer} (green: no token)", fontsize=9)
+        axis.set_ylabel("expert", fontsize=8)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[:cells]:
         axis.set_xlabel("million tokens", fontsize=8)
         axis.locator_params(axis="x", nbins=5)  # more would touch in a run of a few thousand tokens
-        axis.grid(alpha=0.3)
-    for index, part in enumerate(parts[len(parts) - map_rows :]):
-        axes = part.subplots(1, columns, squeeze=False)[0]
-        for layer, axis in enumerate(axes, columns * index):
-            if layer >= len(maps):
-                axis.axis("off")
-                continue
-            image = maps[layer]
-            drawn = axis.imshow(
-                image,
-                aspect="auto",
-                origin="lower",
-                cmap=load_colours,
-                vmin=-2,
-                vmax=2,
-                interpolation="nearest",
-                extent=(0, tokens[-1], -0.5, len(image) - 0.5),
-            )
-            axis.set_title(f"load of layer {layer}", fontsize=8)
-            axis.set_xlabel("million tokens", fontsize=8)
-            axis.set_ylabel("expert", fontsize=8)
-            axis.tick_params(labelsize=7)
-            axis.yaxis.get_major_locator().set_params(integer=True)
-        bar = part.colorbar(drawn, ax=list(axes), pad=0.01)
+    if maps:
+        bar = fig.colorbar(drawn, ax=list(axes[len(lines) : cells]), pad=0.01)
         bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ 1/4", "1/2", "even", "2", "≥ 4"])
     return fig
-
-
-def _heat_maps(rows):
-    """For each layer the log2 of the load of its experts, each a time series; none for a dense model."""
-    log2 = lambda load: math.log2(load) if load > 0 else math.nan  # noqa: E731
-    layers = zip(*(row.get("load", ()) for row in rows), strict=True)
-    return [[[log2(x) for x in expert] for expert in zip(*times, strict=True)] for times in layers]
 
 
 def write(draw, path):

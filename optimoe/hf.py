@@ -18,7 +18,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -27,18 +27,63 @@ from data.tokenizer import Tokens
 from model import GPT, UNTAUGHT, ModelConfig, rope_tables
 from optimoe import checkpoint, config
 from optimoe.config import make_directory, require, shown
-from optimoe.sizes import require_memory
+from optimoe.run import require_memory
+from optimoe.sizes import count_params
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 AGAIN = "download it again"
 # Fields of ModelConfig that say how a model starts or runs, not what it computes.
 FREE = ("init_std", "embed_init_std", "dtype", "impl", "loss_chunk")
 NUMBERS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes of weights that are plain numbers
-# By model_type: where a layer keeps its router and experts, and an expert's gate, up and down matrix.
-LAYOUTS = {
-    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
-    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
-    "olmoe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+
+
+class Family(NamedTuple):
+    architecture: str  # class of transformers without "ForCausalLM"
+    moe: str  # where a layer keeps its router and experts
+    matrices: tuple[str, ...]  # an expert's gate, up and down matrix
+    n_experts: str  # names of fields in config.json
+    d_expert: str
+    fixed: dict  # fields of ModelConfig that config.json does not say
+    extra: dict  # members of config.json that transformers needs beside FIELDS
+
+
+QWEN, DENSE = ("gate_proj", "up_proj", "down_proj"), {"decoder_sparse_step": 1, "mlp_only_layers": []}
+MIXTRAL, OLMOE = {"router_normalize": True}, {"qk_norm": True, "qk_norm_joint": True}
+FAMILIES = {
+    "mixtral": Family(
+        "Mixtral", "block_sparse_moe", ("w1", "w3", "w2"), "num_local_experts", "intermediate_size", MIXTRAL, {}
+    ),
+    "qwen3_moe": Family("Qwen3Moe", "mlp", QWEN, "num_experts", "moe_intermediate_size", {"qk_norm": True}, DENSE),
+    "olmoe": Family("Olmoe", "mlp", QWEN, "num_experts", "intermediate_size", OLMOE, {}),
+}
+# Fields of ModelConfig and their names in config.json; n_experts and d_expert are named by the family.
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "seq_len": "max_position_embeddings",
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "top_k": "num_experts_per_tok",
+    "router_normalize": "norm_topk_prob",
+    "tie_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+# Members of config.json and what they must be; the last value is what model.py computes.
+ONLY = {
+    "hidden_act": (None, "silu"),
+    "attention_bias": (None, False),
+    "clip_qkv": (None,),
+    "mlp_only_layers": (None, []),
+    "decoder_sparse_step": (None, 1),
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "partial_rotary_factor": (None, 1),
+    "rope_type": (None, "default"),
+    "layer_types": ([], ["sliding_attention"], ["full_attention"]),
+    "rope_parameters": ([],),
 }
 TOP = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
 IN_LAYER = {
@@ -50,28 +95,29 @@ IN_LAYER = {
 }
 
 
-def pieces(cfg, name, tensor, layout, stacked=False):
+def pieces(cfg, name, tensor, family, stacked=False):
     """Yield (name in the checkpoint, its part of `tensor`) for the weight `name` of model.GPT. The parts are views."""
     if name in TOP:
         yield TOP[name], tensor
         return
     _, i, part = name.split(".", 2)
-    layer, (moe, matrices) = f"model.layers.{i}.", layout
+    layer = f"model.layers.{i}."
+    experts, kind = f"{layer}{'mlp' if stacked else family.moe}.", part.removeprefix("mlp.")
     if part in IN_LAYER:
         yield layer + IN_LAYER[part], tensor
     elif part == "attn.qkv.weight":
         heads = cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads
         for proj, rows in zip("qkv", tensor.split([n * cfg.head_dim for n in heads]), strict=True):
             yield f"{layer}self_attn.{proj}_proj.weight", rows
-    elif part == "mlp.router.weight":
-        yield f"{layer}{moe}.gate.weight", tensor
+    elif kind == "router.weight":
+        yield f"{experts}gate.weight", tensor
     elif stacked:
-        yield f"{layer}{moe}.experts.{'gate_up_proj' if part == 'mlp.w_in' else 'down_proj'}", tensor
+        yield f"{experts}experts.{'gate_up_proj' if kind == 'w_in' else 'down_proj'}", tensor
     else:
+        matrices = family.matrices[:2] if kind == "w_in" else family.matrices[2:]
         for e, expert in enumerate(tensor):
-            parts = zip(matrices[:2], expert.chunk(2), strict=True) if part == "mlp.w_in" else [(matrices[2], expert)]
-            for matrix, rows in parts:
-                yield f"{layer}{moe}.experts.{e}.{matrix}.weight", rows
+            for matrix, rows in zip(matrices, expert.chunk(len(matrices)), strict=True):
+                yield f"{experts}experts.{e}.{matrix}.weight", rows
 
 
 def load_model(directory, device="cpu", dtype="auto", impl="auto"):
@@ -79,12 +125,12 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
 
     Raises FileNotFoundError or ValueError naming what is missing, damaged, or unknown to model.py."""
     directory, device = Path(directory), torch.device(device)
-    raw = files.read_json(directory / CONFIG, AGAIN)
-    cfg, weights = dataclasses.replace(model_config(raw), dtype=dtype, impl=impl), Weights(directory)
+    raw, weights = files.read_json(directory / CONFIG, AGAIN), Weights(directory)
+    cfg = dataclasses.replace(model_config(raw), dtype=dtype, impl=impl)
     last = f"model.layers.{cfg.n_layers - 1}.input_layernorm.weight"
     if last not in weights.files:
         raise ValueError(
-            f"{directory}: the tensor {last} is missing, but {CONFIG} has num_hidden_layers={cfg.n_layers}"
+            f"{directory}: {CONFIG} has num_hidden_layers={cfg.n_layers}, but the tensor {last} is missing"
         )
     head, embedding = TOP["head.weight"], TOP["embed.weight"]
     if cfg.tie_embeddings and head in weights.files:  # like transformers, keep a head that is not the embedding
@@ -92,19 +138,20 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
     if not cfg.router_learns:
         print(f"warning: {directory}: top_k={cfg.top_k}: {UNTAUGHT} in training", file=sys.stderr)
     stacked = any(name.endswith(".experts.gate_up_proj") for name in weights.files)
-    layout = ("mlp", ()) if stacked else LAYOUTS[raw["model_type"]]
+    family = FAMILIES[raw["model_type"]]
     with torch.device("meta"):
         model = GPT(cfg)
     shapes = model.state_dict()
     if cfg.tie_embeddings:
         del shapes["head.weight"]
-    expected = [piece for name, value in shapes.items() for piece in pieces(cfg, name, value, layout, stacked)]
+    expected = [piece for name, value in shapes.items() for piece in pieces(cfg, name, value, family, stacked)]
     weights.check(expected, ignored=(head,) if cfg.tie_embeddings else ())
     kind = getattr(torch, ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype)
-    require_memory(cfg, device, kind.itemsize)
+    total = count_params(cfg).total
+    require_memory(f"the {total:,} weights", total * kind.itemsize, device, "use --dtype=bfloat16 or a larger machine")
     state = {name: torch.empty(value.shape, dtype=kind, device=device) for name, value in shapes.items()}
     for name, tensor in state.items():
-        for piece, view in pieces(cfg, name, tensor, layout, stacked):
+        for piece, view in pieces(cfg, name, tensor, family, stacked):
             view.copy_(weights.get(piece))
     model.load_state_dict(state, assign=True, strict=False)
     if cfg.tie_embeddings:
@@ -116,59 +163,46 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
 def model_config(raw):
     """The ModelConfig of a config.json; ValueError for what model.py does not compute."""
     kind = raw.get("model_type")
-    require(kind in LAYOUTS, "model_type", kind, f"{CONFIG} must name one of {', '.join(LAYOUTS)}")
+    require(kind in FAMILIES, "model_type", kind, f"{CONFIG} must name one of {', '.join(FAMILIES)}")
+    family, types = FAMILIES[kind], {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 
-    def get(*names, default=None, types=(int,)):
-        name = next((name for name in names if raw.get(name) is not None), names[0])
+    def get(name, kind=int, default=None):
         value = default if raw.get(name) is None else raw[name]
         if value is None:
-            raise ValueError(f"{CONFIG} lacks {names[0]}")
-        if type(value) not in types:
-            raise ValueError(f"{CONFIG} has {name}={shown(value)}: {' or '.join(t.__name__ for t in types)} is needed")
+            raise ValueError(f"{CONFIG} lacks {name}")
+        if type(value) not in ((int, float) if kind is float else (kind,)):
+            raise ValueError(f"{CONFIG} has {name}={shown(value)}: {kind.__name__} is needed")
         return value
 
-    rope = get("rope_parameters", default={}, types=(dict,)) or get("rope_scaling", default={}, types=(dict,))
-    kinds = {str(kind) for kind in get("layer_types", default=[], types=(list,))}
-    for name, value, *known in (
-        ("hidden_act", raw.get("hidden_act"), None, "silu"),
-        ("attention_bias", raw.get("attention_bias"), None, False),
-        ("clip_qkv", raw.get("clip_qkv"), None),
-        ("mlp_only_layers", raw.get("mlp_only_layers"), None, []),
-        ("decoder_sparse_step", raw.get("decoder_sparse_step"), None, 1),
-        ("layer_types", kinds, set(), {"sliding_attention"}, {"full_attention"}),
-        ("quantization_config", raw.get("quantization_config"), None),
-        ("compression_config", raw.get("compression_config"), None),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")), None, 1),
-        ("rope_type", rope.get("rope_type", rope.get("type")), None, "default"),
-        ("rope_parameters", [name for name, value in rope.items() if isinstance(value, dict)], []),
-    ):
+    rope = get("rope_parameters", dict, {}) or get("rope_scaling", dict, {})
+    layers = sorted({str(layer) for layer in get("layer_types", list, [])})
+    seen = {
+        "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")),
+        "rope_type": rope.get("rope_type", rope.get("type")),
+        "layer_types": layers,
+        "rope_parameters": [name for name, value in rope.items() if isinstance(value, dict)],
+    }
+    for name, known in ONLY.items():
+        value = seen[name] if name in seen else raw.get(name)
         if value not in known:
             raise ValueError(f"{CONFIG} has {name}={shown(value)}: model.py computes {known[-1]!r} only")
-    windowed = kind == "mixtral" or raw.get("use_sliding_window") or "sliding_attention" in kinds
-    window = get("sliding_window", default=2**30) if windowed else 2**30
-    heads, width, numbers = get("num_attention_heads"), get("hidden_size"), (int, float)
-    theta = get("rope_theta", default=1e6 if kind == "mixtral" else 1e4, types=numbers)
-    cfg = ModelConfig(
-        vocab_size=get("vocab_size"),
-        seq_len=min(get("max_position_embeddings"), window),  # up to there, a window hides nothing
-        d_model=width,
-        n_layers=get("num_hidden_layers"),
-        n_heads=heads,
-        n_kv_heads=get("num_key_value_heads", default=heads),
-        head_dim=get("head_dim", default=width // max(1, heads)),
-        n_experts=get("num_local_experts", "num_experts"),
-        top_k=get("num_experts_per_tok"),
-        d_expert=get("moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"),
-        router_normalize=kind == "mixtral" or get("norm_topk_prob", default=False, types=(bool,)),
-        qk_norm=kind != "mixtral",
-        qk_norm_joint=kind == "olmoe",
-        tie_embeddings=get("tie_word_embeddings", default=False, types=(bool,)),
-        norm_eps=get("rms_norm_eps", types=numbers),
-        rope_theta=float(rope.get("rope_theta") or theta),
-    )
-    if kind == "olmoe":
-        full = cfg.n_heads * cfg.head_dim == cfg.d_model
-        require(full, "head_dim", cfg.head_dim, "in OLMoE the heads together are as wide as the model")
+    heads = get("num_attention_heads")
+    default = {
+        "n_kv_heads": heads,
+        "head_dim": get("hidden_size") // max(1, heads),
+        "router_normalize": False,
+        "tie_embeddings": False,
+        "rope_theta": 1e6 if kind == "mixtral" else 1e4,
+    }
+    experts = next((name for name in ("num_local_experts", "num_experts") if raw.get(name)), family.n_experts)
+    names = FIELDS | {"n_experts": experts, "d_expert": family.d_expert}
+    found = {name: get(names[name], types[name], default.get(name)) for name in names if name not in family.fixed}
+    found["rope_theta"] = float(rope.get("rope_theta") or found["rope_theta"])
+    if kind == "mixtral" or raw.get("use_sliding_window") or "sliding_attention" in layers:
+        found["seq_len"] = min(found["seq_len"], get("sliding_window", int, 2**30))  # there it hides nothing
+    cfg = ModelConfig(**found, **family.fixed)
+    full = kind != "olmoe" or cfg.n_heads * cfg.head_dim == cfg.d_model
+    require(full, "head_dim", cfg.head_dim, "in OLMoE the heads together are as wide as the model")
     return cfg
 
 
@@ -183,37 +217,36 @@ class Weights:
             if not whole or not all(isinstance(f, str) and Path(f).name == f for f in self.files.values()):
                 raise ValueError(f"{directory / INDEX} is damaged (no weight_map of file names): {AGAIN}")
         elif (directory / SINGLE).is_file():
-            self.files = dict.fromkeys(self.open(SINGLE)[1], SINGLE)
+            self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
         else:
-            raise FileNotFoundError(
-                f"{directory} has neither {SINGLE} nor {INDEX}: name a folder with a checkpoint in safetensors format"
-            )
+            remedy = "name a folder with a checkpoint in safetensors format"
+            raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}: {remedy}")
         for name, file in self.files.items():
             if not (directory / file).is_file():
                 raise FileNotFoundError(f"{directory / file} is missing; it holds {name}: {AGAIN}")
 
     def open(self, file):
-        """(the open file, the names of its tensors)"""
         if file not in self.handles:
             safetensors = package("safetensors")
             try:
-                handle = safetensors.safe_open(self.directory / file, framework="pt")
+                self.handles[file] = safetensors.safe_open(self.directory / file, framework="pt")
             except safetensors.SafetensorError as error:
                 raise ValueError(f"{self.directory / file} is damaged ({error}): {AGAIN}") from None
-            self.handles[file] = handle, set(handle.keys())
         return self.handles[file]
 
     def check(self, expected, ignored=()):
         """ValueError unless the folder holds the tensors `expected`: pairs of a name and a tensor of its shape."""
+        stored = {}  # file -> names of its tensors
         for name, like in expected:
             if name not in self.files:
                 raise ValueError(f"{self.directory}: the tensor {name} is missing")
-            handle, names = self.open(self.files[name])
-            if name not in names:
-                path = self.directory / self.files[name]
+            path = self.directory / self.files[name]
+            if self.files[name] not in stored:
+                stored[self.files[name]] = set(self.open(self.files[name]).keys())
+            if name not in stored[self.files[name]]:
                 raise ValueError(f"{path}: the tensor {name} is missing, which {INDEX} promises there")
-            stored = handle.get_slice(name)
-            shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+            header = self.open(self.files[name]).get_slice(name)
+            shape, dtype = tuple(header.get_shape()), header.get_dtype()
             if shape != like.shape:
                 raise ValueError(f"{self.directory}: {name} is {shape}, but {CONFIG} asks for {tuple(like.shape)}")
             if dtype not in NUMBERS:
@@ -221,15 +254,13 @@ class Weights:
         rest = self.files.keys() - {name for name, _ in expected} - set(ignored)
         unknown = sorted(name for name in rest if not name.endswith("rotary_emb.inv_freq"))
         if unknown:
-            raise ValueError(
-                f"{self.directory} holds tensors that {CONFIG} does not describe, such as {unknown[0]} "
-                f"({len(unknown)} in all): is model_type right?"
-            )
+            some = f"such as {unknown[0]} ({len(unknown)} in all): is model_type right?"
+            raise ValueError(f"{self.directory} holds tensors that {CONFIG} does not describe, {some}")
 
     def get(self, name):
         if name not in self.files:
             raise ValueError(f"{self.directory}: the tensor {name} is missing")
-        return self.open(self.files[name])[0].get_tensor(name)
+        return self.open(self.files[name]).get_tensor(name)
 
 
 def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=None):
@@ -245,16 +276,14 @@ def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=
     if list(directory.glob("*.safetensors")):
         raise ValueError(f"{directory} already holds safetensors files: write to another folder")
     shards, size = [[]], 0
-    for name, tensor in model.state_dict().items():
-        if cfg.tie_embeddings and name == "head.weight":
-            continue
-        for piece, view in pieces(cfg, name, tensor, LAYOUTS[kind]):
-            nbytes = view.numel() * dtype.itemsize
-            if shards[-1] and size + nbytes > max_shard_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append((piece, view))
-            size += nbytes
+    tied = {"head.weight"} if cfg.tie_embeddings else set()
+    weights = [(name, tensor) for name, tensor in model.state_dict().items() if name not in tied]
+    for piece, view in (pair for weight in weights for pair in pieces(cfg, *weight, FAMILIES[kind])):
+        size += view.numel() * dtype.itemsize
+        if shards[-1] and size > max_shard_bytes:
+            shards.append([])
+            size = view.numel() * dtype.itemsize
+        shards[-1].append((piece, view))
     n = len(shards)
     names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)] if n > 1 else [SINGLE]
     for file, shard in zip(names, shards, strict=True):
@@ -273,36 +302,24 @@ def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=
 
 
 def hf_config(cfg):
-    """(model_type, config.json) of a ModelConfig. ValueError naming the first field that the format cannot express:
-    reading the config.json back must give every field that matters to what is computed, new fields too."""
+    """(model_type, config.json) of a ModelConfig. ValueError naming a field that the format cannot express: read back,
+    config.json must give the same value of every field that changes what is computed, new fields too."""
     kind = "mixtral" if not cfg.qk_norm else "olmoe" if cfg.qk_norm_joint else "qwen3_moe"
+    family = FAMILIES[kind]
+    names = FIELDS | {"n_experts": family.n_experts, "d_expert": family.d_expert}
     raw = {
-        "architectures": [{"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe"}[kind] + "ForCausalLM"],
+        "architectures": [family.architecture + "ForCausalLM"],
         "model_type": kind,
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.d_model,
         "intermediate_size": cfg.d_expert,
-        "num_hidden_layers": cfg.n_layers,
-        "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.n_kv_heads,
-        "head_dim": cfg.head_dim,
-        "num_experts_per_tok": cfg.top_k,
-        "num_local_experts" if kind == "mixtral" else "num_experts": cfg.n_experts,
+        **{theirs: getattr(cfg, ours) for ours, theirs in names.items() if ours not in family.fixed},
+        **family.extra,
         "hidden_act": "silu",
-        "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "max_position_embeddings": cfg.seq_len,
-        "tie_word_embeddings": cfg.tie_embeddings,
         "sliding_window": None,
         "attention_bias": False,
         "initializer_range": cfg.init_std,
         "bos_token_id": None,
         "pad_token_id": None,
     }
-    if kind != "mixtral":
-        raw["norm_topk_prob"] = cfg.router_normalize
-    if kind == "qwen3_moe":
-        raw |= {"moe_intermediate_size": cfg.d_expert, "decoder_sparse_step": 1, "mlp_only_layers": []}
     back = model_config(raw)
     for field in dataclasses.fields(ModelConfig):
         value, kept = getattr(cfg, field.name), getattr(back, field.name)
@@ -346,10 +363,8 @@ def load_tokens(directory) -> Tokens:
     def encode(text):
         ids = fast.encode(text, add_special_tokens=False).ids
         if max(ids, default=0) >= rows:
-            raise ValueError(
-                f"{directory}: {fast.id_to_token(max(ids))!r} is token {max(ids)} in tokenizer.json, "
-                f"but {CONFIG} has vocab_size={rows}: they are of different models"
-            )
+            token = f"{fast.id_to_token(max(ids))!r} is token {max(ids)} in tokenizer.json"
+            raise ValueError(f"{directory}: {token}, but {CONFIG} has vocab_size={rows}: they are of different models")
         return ids
 
     def decode(ids):  # behind other tokens: SentencePiece drops a space at the beginning of a text
@@ -362,9 +377,8 @@ def save_tokens(enc, directory):
     """Write a tiktoken encoding as tokenizer.json, with end-of-text in front of every text, as in training."""
     tokenizers = package("tokenizers")
     # The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for characters from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    letters = {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
     ranks, special = enc._mergeable_ranks, enc._special_tokens
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     # tiktoken joins whichever neighbours make the token of lowest rank: each such pair becomes a rule of its own.
@@ -376,24 +390,17 @@ def save_tokens(enc, directory):
     ]
     vocab = {words[token]: rank for token, rank in ranks.items()} | special  # with the special tokens' own ids
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, ignore_merges=True))
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(enc._pat_str), "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(enc._pat_str), "isolated")
+    letters_of_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, letters_of_bytes])
     fast.decoder = tokenizers.decoders.ByteLevel()
     fast.add_special_tokens(sorted(special, key=special.get))
     fast.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{tokenizer.EOT} $A", special_tokens=[(tokenizer.EOT, enc.eot_token)]
     )
     fast.save(str(Path(directory) / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.EOT,
-        "eos_token": tokenizer.EOT,
-        "split_special_tokens": True,  # text that spells a special token is ordinary text, as in training
-    }
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.EOT, "eos_token": tokenizer.EOT}
+    settings["split_special_tokens"] = True  # text that spells a special token is ordinary text, as in training
     files.write_json(Path(directory) / "tokenizer_config.json", settings, signed=False)
 
 

@@ -3,18 +3,13 @@
 Clipping is part of the step: its factor is given to the optimisers (`scale`), so that the gradients of large tensors
 are read once and never rewritten.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about U
-V^T, so that every direction of a matrix moves equally far. The step is scaled by 0.2 sqrt(longer side) (arXiv
-2502.16982), which gives it the root mean square of AdamW's steps: one learning rate and one weight decay serve both
-optimisers.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about
+U V^T, so that every direction of a matrix moves equally far. The step is scaled by 0.2 sqrt(longer side) (arXiv
+2502.16982), which gives it the root mean square of AdamW's steps: one learning rate and one weight decay serve both.
 
-`torch.optim.Muon` takes only 2-D parameters, one after another, and treats a stack of gate and up rows as one matrix.
-Here the experts of a layer are one batched product, and each linear map is made orthogonal by itself: an expert's gate
-(F, D), up (F, D) and down (D, F), and attention's query, key and value. Stacked maps would share one set of singular
-directions, though a token sees them as separate functions. On CUDA, one kernel does everything for small maps
-(moe_kernels/muon.py).
-
-The matrices inside blocks, nearly all of a large model, can be bfloat16 (`make_optimizer`, docs/optimizer.md).
+Unlike in `torch.optim.Muon`, the experts of a layer are one batched product, and each linear map is made orthogonal by
+itself: an expert's gate, up and down matrix, and attention's query, key and value. Stacked maps would share one set of
+singular directions, though a token sees them as separate functions. moe_kernels/muon.py steps small maps on CUDA.
 
 A step neither waits for the device nor allocates state (AdamW does so in its first step), so a CUDA graph can capture
 it; learning rates may be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
@@ -46,14 +41,12 @@ def lr_at(step, cfg):
 
 
 def clip_factor(norm, limit):
-    """The factor that brings gradients of this norm (a scalar tensor) to a norm of at most `limit`; None if limit is
-    0."""
+    """The factor (scalar tensor) that brings gradients of this norm to at most `limit`; None if limit is 0."""
     return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
 
 
 def total_norm(tensors):
-    """Norm of all of them together, in float32: one of bfloat16 has three digits. torch's kernel takes a list of one
-    dtype."""
+    """Norm of all of them together, in float32. torch's kernel takes a list of one dtype."""
     lists = ([t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors))
     return torch.stack([norm for each in lists for norm in torch._foreach_norm(each, 2, dtype=torch.float32)]).norm()
 
@@ -74,10 +67,8 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, lr, betas, eps, fused=True, capturable=isinstance(lr, torch.Tensor))
         self.copies = copies or {}
         # Each tensor has its own seed; with a common one, equal positions of two tensors would round alike.
-        self.seeds = {
-            p: (seed * 1_000_003 + i) % 2**31
-            for i, p in enumerate(p for group in self.param_groups for p in group["params"])
-        }
+        params = (p for group in self.param_groups for p in group["params"])
+        self.seeds = {p: (seed * 1_000_003 + i) % 2**31 for i, p in enumerate(params)}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -89,11 +80,8 @@ class AdamW(torch.optim.AdamW):
                     continue
                 state = self.state[p]
                 if not state:
-                    state |= {
-                        "step": torch.zeros((), device=p.device),
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
-                    }
+                    state["step"] = torch.zeros((), device=p.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 tensors = *map(local, (p, grad, state["exp_avg"], state["exp_avg_sq"])), state["step"]
                 if p in self.copies or p.dtype == torch.bfloat16 or p.is_cuda and tensors[0].numel() >= self.LARGE:
                     large.append((*tensors, self.copies.get(p), self.seeds[p]))
@@ -107,35 +95,20 @@ class AdamW(torch.optim.AdamW):
     def _step_small(self, group, weights, grads, means, variances, steps):
         if self.scale is not None:
             torch._foreach_mul_(grads, self.scale)
+        flags = dict(fused=True, amsgrad=False, maximize=False, found_inf=self.found_inf)
+        settings = {name: group[name] for name in ("capturable", "lr", "weight_decay", "eps")}
         beta1, beta2 = group["betas"]
-        adamw_fused(
-            weights,
-            grads,
-            means,
-            variances,
-            [],
-            steps,
-            fused=True,
-            capturable=group["capturable"],
-            found_inf=self.found_inf,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        tensors = weights, grads, means, variances, [], steps
+        adamw_fused(*tensors, **flags, **settings, beta1=beta1, beta2=beta2)
 
     def _step_large(self, group, large):
         steps = [step for *_, step, _, _ in large]
         skip = torch.zeros((), device=steps[0].device) if self.found_inf is None else self.found_inf
         scale = torch.ones_like(skip) if self.scale is None else self.scale
         torch._foreach_add_(steps, [1 - skip] * len(steps))  # given a tensor instead, the host would wait to read it
+        settings = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
         for *tensors, copy, seed in large:
-            adamw_step(
-                *tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale, skip, copy, seed
-            )
+            adamw_step(*tensors, *settings, scale, skip, copy, seed)
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
@@ -144,8 +117,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def orthogonalize(m_NAB):
-    """(N, A, B) -> the same shape with singular values near 1; a zero matrix stays zero. bfloat16 on CUDA, else
-    float32."""
+    """(N, A, B) with singular values near 1; a zero matrix stays zero. bfloat16 on CUDA, else float32."""
     a, b, c = COEFFICIENTS
     x = m_NAB / m_NAB.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-20)
     x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
@@ -180,33 +152,22 @@ class Muon(torch.optim.Optimizer):
             for batch in [params] if params and params[0].ndim == 2 else [[p] for p in params]:
                 self._step_batch(batch, group)
 
+    def _tensors(self, params):
+        """What this rank holds of the weights, their momenta and their gradients."""
+        momenta, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+        return ([local(t) for t in tensors] for tensors in (params, momenta, grads))
+
     def _step_on_chip(self, params, group):
-        weights, momenta, grads = (
-            [local(t) for t in ts]
-            for ts in (params, [self.state[p]["momentum"] for p in params], [p.grad for p in params])
-        )
+        weights, momenta, grads = self._tensors(params)
         rate = group["lr"]
         if not isinstance(rate, torch.Tensor):
             rate = torch.full((), rate, device=weights[0].device)
-        muon_update(
-            weights,
-            momenta,
-            grads,
-            group["rows"],
-            rate,
-            group["momentum"],
-            group["weight_decay"],
-            self.scale,
-            self.found_inf,
-            params[0].ndim == 3,
-        )
+        settings = group["rows"], rate, group["momentum"], group["weight_decay"]
+        muon_update(weights, momenta, grads, *settings, self.scale, self.found_inf, params[0].ndim == 3)
 
     def _step_batch(self, batch, group):
         rate, mu = group["lr"], group["momentum"]
-        weights, momenta, grads = (
-            [local(t) for t in ts]
-            for ts in (batch, [self.state[p]["momentum"] for p in batch], [p.grad for p in batch])
-        )
+        weights, momenta, grads = self._tensors(batch)
         if self.scale is not None:  # one more pass over the gradients costs little beside the products below
             torch._foreach_mul_(grads, self.scale)
         if self.found_inf is not None:
@@ -221,8 +182,7 @@ class Muon(torch.optim.Optimizer):
         maps = [orthogonalize(m) * (0.2 * math.sqrt(max(m.shape[-2:]))) for m in ahead_NAB.split(group["rows"], -2)]
         update_NAB = torch.cat(maps, -2)
         if experts:
-            # An expert without tokens must not move: normalised, even its fading momentum would be a full step each
-            # time.
+            # An expert without tokens must not move: its fading momentum, normalised, would be a full step each time.
             update_NAB = update_NAB * (grads[0].abs().amax((-2, -1), keepdim=True) > 0)
         updates = update_NAB.view(len(batch), *ahead[0].shape)
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
@@ -280,10 +240,10 @@ class Together:
             part.step()
 
     def begin_step(self):
-        """Of several ranks: start to gather the weights. One process has them."""
+        """Several ranks start to gather the weights here."""
 
     def average_gradients(self):
-        """Of several ranks: finish averaging the gradients. One process has nothing to average."""
+        """Several ranks finish averaging the gradients here."""
 
     def grad_norm(self):
         """Norm of all gradients, a float32 scalar tensor."""
@@ -306,8 +266,7 @@ class Together:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
-        """Load what the steps have accumulated. Rates, decay and betas stay those of this run, which may have other
-        flags."""
+        """Load what the steps have accumulated. Rates, decay and betas stay those of this run."""
         for part, state in zip(self.parts, states, strict=True):
             here = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
             part.load_state_dict(state)
@@ -325,14 +284,12 @@ def stacked_rows(name, shape, cfg):
 
 
 def is_hidden(name, p):
-    """Whether a parameter of model.GPT is a matrix inside a block other than the router: nearly all of a large
-    model."""
+    """Whether a parameter of model.GPT is a matrix inside a block other than the router: nearly all of a large one."""
     return name.startswith("blocks.") and p.ndim > 1 and "router" not in name
 
 
 def make_optimizer(model, cfg, piece=None):
-    """AdamW for everything, or Muon (cfg.optimizer) for the matrices inside blocks except the router. Norms do not
-    decay.
+    """AdamW, or with cfg.optimizer Muon for matrices inside blocks other than the router. Norms do not decay.
 
     AdamW turns these matrices of the model into bfloat16, in place. With cfg.weights == "bfloat16" they are the
     weights. With "float32" they are copies of float32 weights that the optimiser holds, where that changes no value:

@@ -1,16 +1,16 @@
-"""Several GPUs, one process each: data parallelism with sharded optimiser states, FSDP2 where the model does not fit, expert parallelism.
+"""Several GPUs, one process each.
 
-    ddp    Every rank holds all weights in the compute dtype. As soon as the backward pass has the gradient of a large tensor, it is
-           averaged over the ranks and each keeps one slice of it (reduce-scatter): a slice of dimension 0, that is whole experts, or
-           rows of a matrix. A rank updates its slice, for which alone it holds float32 weights and optimiser states (ZeRO-2).
-           The next step gathers the new slices while its forward pass runs. Small tensors are averaged together and updated
+    ddp    Every rank holds all weights in the compute dtype. As soon as the backward pass has the gradient of a large
+           tensor, it is averaged over the ranks and each rank keeps one slice of dimension 0 (reduce-scatter). The rank
+           updates this slice, for which alone it holds float32 weights and optimiser states (ZeRO-2). The next step
+           gathers the new slices while its forward pass runs. Small tensors are averaged together and updated
            everywhere. Nothing waits for the host, so a whole step can be one CUDA graph, collectives included.
-    fsdp   Weights, gradients and states are all sharded; a block's weights are gathered, in the compute dtype, when it runs.
-    ep     As ddp, but every rank holds only E/world experts and tokens travel to them (experts_all_to_all). It pays where the weights
-           of the experts are more bytes than the tokens of a step; the exchange waits for the host, so it is not the default.
+    fsdp   Weights, gradients and states are all sharded (FSDP2), for models that do not fit. A block's weights are
+           gathered, in the compute dtype, when it runs.
+    ep     As ddp, but every rank holds only E/world experts, and tokens travel to them (optimoe/exchange.py).
 
-A gradient has the dtype that it has on one GPU, bfloat16 where the weights are, and travels in it: 2 bytes a parameter for the
-gradient, 2 for the gathered weight. A checkpoint has the format of one process, so a run goes on with any number of ranks and any engine.
+Gradients and gathered weights travel in the dtype that they have on one GPU. A checkpoint has the format of one
+process, so a run goes on with any number of ranks and any engine.
 """
 
 import torch
@@ -20,9 +20,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from model import MoE
-from moe_kernels import moe_experts
 from optimoe.config import require
-from optimoe.optim import Together, make_optimizer, total_norm
+from optimoe.exchange import experts_all_to_all
+from optimoe.optim import Together, local, make_optimizer, total_norm
 
 # torch 2.13 renamed these two.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -33,17 +33,13 @@ AHEAD = 2  # layers whose weights are gathered while one runs
 
 
 def wrap(model, cfg, device, world):
-    """The model on the device and, with fsdp and ep, spread over the ranks. All ranks must have drawn the same weights."""
+    """The model on the device, spread over the ranks with fsdp and ep. All ranks must have drawn the same weights."""
     if world == 1:
         return model.to(device)
     if cfg.parallel == "ep":
         mesh = init_device_mesh(device.type, (world,))
-        require(
-            cfg.n_experts % world == 0,
-            "n_experts",
-            cfg.n_experts,
-            f"parallel=ep deals out whole experts: use a multiple of {world} ranks",
-        )
+        remedy = f"parallel=ep deals out whole experts: use a multiple of {world} ranks"
+        require(cfg.n_experts % world == 0, "n_experts", cfg.n_experts, remedy)
         for moe in (module for module in model.modules() if isinstance(module, MoE)):
             for name in ("w_in", "w_out"):
                 own = getattr(moe, name).detach().chunk(world)[dist.get_rank()].to(device, copy=True)
@@ -52,8 +48,8 @@ def wrap(model, cfg, device, world):
     if cfg.parallel != "fsdp":
         return model.to(device)
     mesh = init_device_mesh(device.type, (world,))
-    # Every use in a block casts to the compute dtype anyway: doing so before the gather halves its bytes and changes no bit. Not so
-    # the embedding, whose gradient is a sum over tokens and stays float32; nor the inputs, among which are float32 RoPE tables.
+    # Casting before the gather halves its bytes and changes no bit, as every use in a block casts anyway. The embedding
+    # stays float32, because its gradient is a sum over tokens; so do inputs, which include the float32 RoPE tables.
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -63,46 +59,6 @@ def wrap(model, cfg, device, world):
     return fully_shard(model, mesh=mesh)
 
 
-class Exchange(torch.autograd.Function):
-    """Rows to other ranks: sent[r] of them, in order, to rank r; received[r] arrive from it. Their gradients travel back."""
-
-    @staticmethod
-    def forward(ctx, rows, sent, received):
-        ctx.counts = sent, received
-        out = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(out, rows.contiguous(), received, sent)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        sent, received = ctx.counts
-        return Exchange.apply(grad, received, sent), None, None
-
-
-def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu"):
-    """`moe_experts` with w_in and w_out sharded by expert (DTensors): pairs are sorted by the rank of their expert, sent there, and come back.
-
-    Any split of the tokens works, also none for a rank. The numbers of rows are needed on the host: one wait per layer and pass."""
-    (T, K), w_in, w_out = experts_TK.shape, w_in.to_local(), w_out.to_local()
-    world, own = dist.get_world_size(), len(w_in)
-    for w in (w_in, w_out):
-        if w.requires_grad:
-            w.register_hook(
-                lambda grad: grad / world
-            )  # a sum over all ranks' tokens, while DDP makes all other gradients means over ranks
-    to_rank_S, order_S = (experts_TK.flatten() // own).sort(stable=True)
-    sent = torch.bincount(to_rank_S, minlength=world)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
-    sent, received = sent.tolist(), received.tolist()
-    ids = Exchange.apply((experts_TK.flatten() % own)[order_S], sent, received)
-    rows = Exchange.apply(x_TD[order_S // K], sent, received)
-    ones = torch.ones(len(rows), 1, device=rows.device)
-    y_SD = Exchange.apply(moe_experts(rows, w_in, w_out, ones, ids[:, None], impl, activation), received, sent)
-    y_TKD = y_SD[order_S.argsort()].view(T, K, -1)
-    return (gates_TK[..., None] * y_TKD.float()).sum(1).to(x_TD.dtype)
-
-
 def average(tensors):
     """Replace tensors by their means over all ranks, in one collective for each dtype."""
     for dtype in dict.fromkeys(t.dtype for t in tensors):
@@ -110,7 +66,9 @@ def average(tensors):
         flat = torch.cat([t.flatten() for t in same])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in same]), same)])
+        torch._foreach_copy_(
+            same, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in same]), same, strict=True)]
+        )
 
 
 def sync_gradients(model, optimizer, now):
@@ -121,12 +79,12 @@ def sync_gradients(model, optimizer, now):
 
 
 def layer_of(name, cfg):
-    """Before which block a weight of model.GPT is needed: the embedding before block 0, the output layer after the last one."""
+    """The block before which a weight of model.GPT is needed; n_layers for those of the output layer."""
     return int(name.split(".")[1]) if name.startswith("blocks.") else 0 if name.startswith("embed.") else cfg.n_layers
 
 
 class Sharded(Together):
-    """The optimiser of one rank. Its state_dict is that of one process: all ranks take it together, and rank 0 gets all of it.
+    """The optimiser of one rank. state_dict has the format of one process: all ranks take it, and rank 0 gets it.
 
     synchronize: whether backward passes average gradients over the ranks; only the last micro-batch of a step does."""
 
@@ -176,14 +134,12 @@ class Sharded(Together):
 
     def grad_norm(self):
         """Norm of all gradients, a float32 scalar tensor. Every rank gets the same: slices count once."""
-        own = [piece.grad for piece in self.full]
-        plain = []
-        for p in self.model.parameters():
-            if p.grad is not None:
-                (own if isinstance(p.grad, DTensor) else plain).append(p.grad)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        own = [piece.grad for piece in self.full] + [grad for grad in grads if isinstance(grad, DTensor)]
+        plain = [grad for grad in grads if not isinstance(grad, DTensor)]
         if not own:
             return total_norm(plain)
-        square = total_norm([g.to_local() if isinstance(g, DTensor) else g for g in own]).square()
+        square = total_norm([local(grad) for grad in own]).square()
         dist.all_reduce(square)
         return (square + total_norm(plain).square()).sqrt() if plain else square.sqrt()
 
@@ -273,7 +229,7 @@ def shard_like(p, t):
 
 
 def full_state(model, optimizer, rank):
-    """(optimizer.weights(model) in the format of one process, their norm); all ranks must take it together, rank 0 gets all of it."""
+    """(optimizer.weights(model), their norm) in the format of one process. All ranks take it, and rank 0 gets it."""
     state, norms = optimizer.weights(model), []
     for name, t in state.items():
         if isinstance(t, DTensor):

@@ -1,22 +1,12 @@
 """One run of train.py or grpo.py, from its command line to its end: directory, lock, log, checkpoints, signals, ranks.
 
-    def train(cfg, rank=0, world=1, device=torch.device("cpu"), given=None):
-        with Run(cfg, "runs/name", rank, world, device, given) as run:  # a refused start leaves nothing behind
-            state = run.resume()                                        # the newest checkpoint, or None
-            run.begin(cfg, step, state)
-            while step < cfg.steps:
-                ...
-                run.record(row, line)
-                stopping = run.stopping()
-                if stopping or due:
-                    run.save(step, {"model": ..., "config": ...})
-                if stopping:
-                    return run.stopped(step)
-            return run.finish(results)
-
-    main = lambda argv=None: launch(train, TrainConfig, __doc__, argv)
-
-A run directory holds config.json, metrics.jsonl (every logged number), checkpoints, and results.json at the end.
+with Run(cfg, "runs/name", rank, world, device, given) as run:  # a refused start leaves nothing behind
+    state = run.resume()                                        # the newest checkpoint, or None
+    run.begin(cfg, step, state)
+    ...                                                         # run.record(row, line), run.save(step, state, keep)
+    if run.stopping():                                          # after Ctrl-C or SIGTERM
+        return run.stopped(step, "train.py")
+    return run.finish(results)
 """
 
 import contextlib
@@ -43,27 +33,21 @@ CPU = torch.device("cpu")
 START_SECONDS = 60  # that a rank waits for the others at the start, where one that died closes no connection
 RUN_MINUTES = 30  # that a rank waits for the others later: rank 0 may be writing a large checkpoint
 
-STOPPED = (
-    "stopped; --resume goes on from the last checkpoint, and the same command starts again where training had not begun"
-)
+STOPPED = "stopped; go on from the last checkpoint with --resume; if there is none yet, the same command starts again"
 
 
 def parse(cls, argv, description=""):
     """(cfg, names of the fields that flags explain). With --resume=DIR, DIR/config.json holds where no flag is given.
 
     A run that was resumed with other flags, and has saved no checkpoint since, lists their fields in "resumed_with"."""
-    flags = [word.partition("=") for word in argv]
-    given = {name[2:].replace("-", "_") for name, _, _ in flags if name.startswith("--")}
+    helping = {"--help", "-h"} & set(argv)
+    flags = {} if helping else config.split_flags(cls, argv)
+    given = set(flags)
     if given & {"config", "preset"}:
         given |= {field.name for field in dataclasses.fields(cls)}
-    resumed = [
-        text if equals else "".join(argv[i + 1 : i + 2])
-        for i, (name, equals, text) in enumerate(flags)
-        if name == "--resume"
-    ]
-    if not any(resumed[-1:]) or given & {"help"}:
+    directory = flags.get("resume")
+    if not directory:
         return config.parse(cls, argv, description), given
-    directory = resumed[-1]
     path = Path(directory, "config.json")
     require(path.is_file(), "resume", directory, "not a run directory (it has no config.json); check the path")
     values = files.read_json(path)
@@ -150,21 +134,18 @@ class Run:
             raise
 
     def _open(self):
+        name = str(self.dir)
         made = [path for path in (self.dir / "data", self.dir / "lock", self.dir) if not path.exists()]
-        make_directory(self.dir, "out_dir", str(self.dir))
+        make_directory(self.dir, "out_dir", name)
         self.lock = open(self.dir / "lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"out_dir={str(self.dir)!r}: another process is training there; wait for it or use another directory"
-            ) from None
-        self.made = made
-        if not self.cfg.resume and ((self.dir / "metrics.jsonl").exists() or checkpoint.find(self.dir)):
-            raise ValueError(
-                f"out_dir={str(self.dir)!r}: it already holds a run; "
-                f"continue it with --resume={self.dir} or use another directory"
-            )
+            require(False, "out_dir", name, "another process is training there; wait for it or use another directory")
+        self.made = made  # only now: until it has the lock, they may be another process's
+        holds_run = (self.dir / "metrics.jsonl").exists() or checkpoint.find(self.dir)
+        remedy = f"it already holds a run; continue it with --resume={name} or use another directory"
+        require(self.cfg.resume or not holds_run, "out_dir", name, remedy)
 
     def __enter__(self):
         return self
@@ -174,7 +155,6 @@ class Run:
         self._close()
 
     def _close(self):
-        """Remove what a refused start has made, and give the lock back."""
         for path in self.made if self.began is None else ():
             if path == self.dir:
                 with contextlib.suppress(OSError):  # holds what is not ours
@@ -189,23 +169,20 @@ class Run:
 
         part: name of the member of the checkpoint that is a copy of config.json. ValueError names a field with which
         they differ although no flag has changed it."""
-        files_found = checkpoint.find(self.dir) if self.cfg.resume else []
-        if not files_found:
+        found = checkpoint.find(self.dir) if self.cfg.resume else []
+        if not found:
             return None
-        path = files_found[-1][1]
+        path = found[-1][1]
         state = checkpoint.read(path)
-        state[part] = config.complete(type(self.cfg), state[part])
-        for name in self._changed(state[part]):
-            require(
-                self.given is None or name in self.given,
-                name,
-                getattr(self.cfg, name),
-                f"so says {self.dir}/config.json, but {path.name} was trained with {state[part][name]!r}: one of them "
-                f"was changed; choose with --{name}=...",
-            )
+        saved = state[part] = config.complete(type(self.cfg), state[part])
+        for name in self._changed(saved):
+            remedy = f"so says {self.dir}/config.json, but {path.name} was trained with {saved[name]!r}: one of them "
+            remedy += f"was changed; choose with --{name}=..."
+            require(self.given is None or name in self.given, name, getattr(self.cfg, name), remedy)
         return state
 
     def _changed(self, saved):
+        """Names of the fields of cfg that had another value when `saved` was written."""
         fields = {field.name for field in dataclasses.fields(self.cfg)} - {"out_dir", "resume"}
         return sorted(name for name in fields if saved.get(name) != getattr(self.cfg, name))
 
@@ -221,23 +198,20 @@ class Run:
     def _rewind(self, step, logged):
         """Drop the rows after the checkpoint: their steps will be logged again. Say which rows before it are lost."""
         path, kept, damaged = self.dir / "metrics.jsonl", [], 0
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+        for line in path.read_bytes().split(b"\n")[:-1] if step and path.exists() else ():
             try:
-                row = files.check(files.parse(line, f"{path}:{number}"), f"{path}:{number}")
-                at = int(row["step"])
+                row = files.check(files.parse(line, "row"), "row")
+                if int(row["step"]) <= step:
+                    kept.append((line, row))
             except (ValueError, TypeError, KeyError):
                 damaged += 1
-                continue
-            if step and at <= step:
-                kept.append((line, row))
         files.replace(path, b"".join(line + b"\n" for line, _ in kept))
         self.rows, self.logged = [row for _, row in kept], [row["step"] for _, row in kept]
-        if logged is not None:
-            lost = sorted((Counter(logged.tolist()) - Counter(self.logged)).elements())
-            if lost:
-                print(f"{path} has lost {len(lost)} rows, of step {', '.join(map(str, lost[:20]))}", flush=True)
-        elif damaged and step:
+        if logged is None and damaged:  # an earlier version did not write down what it had logged
             print(f"{path} has lost {damaged} rows, whose lines were damaged", flush=True)
+        elif logged is not None and (lost := Counter(logged.tolist()) - Counter(self.logged)):
+            steps = sorted(lost.elements())
+            print(f"{path} has lost {len(steps)} rows, of step {', '.join(map(str, steps[:20]))}", flush=True)
 
     def record(self, row, line=""):
         """Append a row to metrics.jsonl, and print a line about it."""
@@ -297,10 +271,10 @@ def device_memory(device):
 
 def require_memory(what, least, device, remedy):
     """ValueError where `what` needs `least` bytes or more and the device has not as many."""
-    if least > (memory := device_memory(device)):
-        raise ValueError(
-            f"{what} need {least / 2**30:,.0f} GiB of memory or more, and there are {memory / 2**30:,.1f}: {remedy}"
-        )
+    has = device_memory(device)
+    if least > has:
+        sizes = f"{least / 2**30:,.0f} GiB of memory or more, and there are {has / 2**30:,.1f}"
+        raise ValueError(f"{what} need {sizes}: {remedy}")
 
 
 def explain(error, rank, world):
@@ -309,16 +283,15 @@ def explain(error, rank, world):
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text or "enough memory" in text:
-        return (
-            f"error: out of memory ({text.splitlines()[0] if text else 'no bytes left'}); use a smaller batch or model"
-        )
+        first = text.splitlines()[0] if text else "no bytes left"
+        return f"error: out of memory ({first}); use a smaller batch or model"
     if isinstance(error, (ValueError, OSError)):
         return f"error: {text}"
     if lost_rank(error, world):
-        return (
-            f"error: rank {rank} lost its connection to another rank, which died or never started (its own message "
-            f"says why); continue from the last checkpoint with --resume\n{text}"
-        )
+        reason = "which died or never started (its own message says why)"
+        remedy = "continue from the last checkpoint with --resume"
+        return f"error: rank {rank} lost its connection to another rank, {reason}; {remedy}\n{text}"
+    return None
 
 
 def lost_rank(error, world):
@@ -330,8 +303,8 @@ def launch(program, cls, description, argv=None):
     """Run program(cfg, rank, world, device, given) from the command line or torchrun; returns what it returns.
 
     A mistake ends the process with one line; with an argv, or DEBUG in the environment, it is raised."""
-    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in names)
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     try:
         cfg, given = parse(cls, sys.argv[1:] if argv is None else argv, description)
         device = pick_device(cfg, local_rank)

@@ -5,66 +5,34 @@
 Letters as in model.py.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
-
-import torch
 
 from model import ModelConfig
 from optimoe import config
 from optimoe.config import require
 
 PAPER_VOCAB = 99_584  # llm-jp-tokenizer v3, padded to a multiple of 128
-
-
-PRESETS = (
-    "tiny",
-    *(
-        f"paper-d{d}-e{e}-k{k}"
-        for d in (512, 1024, 2048)
-        for e in (8, 16, 32, 64, 128, 256)
-        for k in (2, 4, 8, 16)
-        if k <= e and (d, e) != (2048, 256)
-    ),
+# Found by trial (docs/LOG.md): learns lookup and arithmetic from two million tokens.
+TINY = dict(
+    **dict(seq_len=144, d_model=128, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=32, n_experts=8, top_k=2),
+    **dict(d_expert=128, qk_norm=True, rope_theta=500.0, init_std=0.05, embed_init_std=0.5),
 )
+WIDTHS, EXPERTS, CHOSEN = (512, 1024, 2048), (8, 16, 32, 64, 128, 256), (2, 4, 8, 16)
+GRID = [(d, e, k) for d in WIDTHS for e in EXPERTS for k in CHOSEN if k <= e and (d, e) != (2048, 256)]
+PRESETS = ("tiny", *(f"paper-d{d}-e{e}-k{k}" for d, e, k in GRID))
 
 
 def preset_fields(name):
-    """The fields that a preset sets, as a dict. "tiny" is the default of train.py, the others are the paper's 65
-    models."""
+    """The fields that a preset sets: "tiny" is the default of train.py, the others are the paper's 65 models."""
     remedy = "use tiny or paper-dD-eE-kK, D in 512 1024 2048, E in 8 16 .. 256, K in 2 4 8 16, K <= E"
     require(name in PRESETS, "preset", name, remedy)
-    if name == "tiny":  # found by trial (docs/LOG.md): learns lookup and arithmetic from two million tokens
-        return dict(
-            seq_len=144,
-            d_model=128,
-            n_layers=3,
-            n_heads=4,
-            n_kv_heads=4,
-            head_dim=32,
-            n_experts=8,
-            top_k=2,
-            d_expert=128,
-            qk_norm=True,
-            rope_theta=500.0,
-            init_std=0.05,
-            embed_init_std=0.5,
-        )
+    if name == "tiny":
+        return dict(TINY)
     d, e, k = (int(part[1:]) for part in name.split("-")[1:])
-    return dict(
-        vocab_size=PAPER_VOCAB,
-        seq_len=4096,
-        d_model=d,
-        n_layers=16,
-        n_heads=d // 128,
-        n_kv_heads=d // 128,
-        head_dim=128,
-        n_experts=e,
-        top_k=k,
-        d_expert=2 * d,
-    )
+    shape = dict(vocab_size=PAPER_VOCAB, seq_len=4096, d_model=d, n_layers=16, n_heads=d // 128, n_kv_heads=d // 128)
+    return shape | dict(head_dim=128, n_experts=e, top_k=k, d_expert=2 * d)
 
 
 def preset(name, **overrides):
@@ -130,52 +98,16 @@ def training_memory(cfg, tokens, weights="float32"):
     }
 
 
-def require_memory(cfg, device, bytes_per_weight=4):
-    """ValueError unless the weights of GPT(cfg) fit the memory of a torch.device (that of the whole machine for a
-    CPU)."""
-    need = bytes_per_weight * count_params(cfg).total
-    if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    shape = f"{cfg.n_layers} layers of {cfg.n_experts} experts, d_model {cfg.d_model}, d_expert {cfg.d_expert}"
-    if need > have:
-        raise ValueError(
-            f"the weights alone take {need / 2**30:,.0f} GiB and the {device.type} has {have / 2**30:,.0f}: "
-            f"make the model smaller ({shape}, vocabulary {cfg.vocab_size})"
-        )
+# Dense bfloat16 TFLOP/s by a part of torch.cuda.get_device_name().
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "H20": 148, "H800": 989}
+PEAKS |= {"B200": 2250, "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150, "A6000": 155}
+PEAKS |= {"L40S": 362, "L40": 181, "L4": 121, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209}
 
 
 def peak_flops(device_name):
-    """Dense bfloat16 FLOP/s of a GPU by torch.cuda.get_device_name(); None if it is not in the table (MFU is then
-    n/a)."""
-    table = {
-        "H200": 989e12,
-        "H100 PCIe": 756e12,
-        "H100 NVL": 835e12,
-        "H100": 989e12,
-        "GH200": 989e12,
-        "H20": 148e12,
-        "H800": 989e12,
-        "B200": 2250e12,
-        "A100": 312e12,
-        "A800": 312e12,
-        "A10G": 70e12,
-        "A10": 125e12,
-        "A30": 165e12,
-        "A40": 150e12,
-        "A6000": 155e12,
-        "L40S": 362e12,
-        "L40": 181e12,
-        "L4": 121e12,
-        "RTX 3090": 71e12,
-        "RTX 4090": 165e12,
-        "RTX 5090": 209e12,
-    }
-    matches = [key for key in table if re.search(rf"\b{key}\b", device_name) and "Laptop" not in device_name]
-    return table[max(matches, key=len)] if matches else None
+    """Dense bfloat16 FLOP/s of a GPU; None if it is not in the table (MFU is then n/a)."""
+    matches = [key for key in PEAKS if re.search(rf"\b{key}\b", device_name) and "Laptop" not in device_name]
+    return PEAKS[max(matches, key=len)] * 1e12 if matches else None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ chosen are then 1/G of the copy's weight each, and W_out times G restores the de
     G = K   W = K * F, the `--dense` twin of the same preset: equal FLOPs per token, one copy active (arXiv 2410.07524)
 
 This is exact where G divides K and E, gates are normalised (router_normalize) and there is no selection bias yet.
-Everything else is refused. Noise (a share of each weight's standard deviation, on the routed experts) makes the copies
-differ at once; without it they separate through their different tokens.
+Everything else is refused. So is K = 1, because a router with one normalised gate does not learn. Noise (a share of
+each weight's standard deviation, on the routed experts) makes the copies differ at once; without it they separate by
+their different tokens.
 """
 
 import math
@@ -23,41 +24,26 @@ import torch
 from optimoe import checkpoint
 from optimoe.config import require
 
-SAME = (
-    "vocab_size",
-    "d_model",
-    "n_layers",
-    "n_heads",
-    "n_kv_heads",
-    "head_dim",
-    "qk_norm",
-    "qk_norm_joint",
-    "tie_embeddings",
-    "rope_theta",
-    "norm_eps",
-)
+SAME = "vocab_size d_model n_layers n_heads n_kv_heads head_dim activation qk_norm qk_norm_joint tie_embeddings"
+SAME += " rope_theta norm_eps"
 
 
 def slices_per_copy(dense, cfg):
     """G for the config dict of a dense checkpoint and the ModelConfig of the MoE. ValueError for what does not fit."""
-    for name in SAME:
-        require(
-            getattr(cfg, name) == dense[name],
-            name,
-            getattr(cfg, name),
-            f"the dense checkpoint has {dense[name]!r}; use the same",
-        )
+    for name in SAME.split():
+        value, kept = getattr(cfg, name), dense[name]
+        require(value == kept, name, value, f"the dense checkpoint has {kept!r}; use the same")
     require(not cfg.dense, "dense", True, "a dense model is continued with --resume; upcycle_from starts a mixture")
+    single = (
+        "upcycling needs gates that sum to 1, and with one of them the router does not learn; use --top_k=2 or more"
+    )
+    require(cfg.top_k > 1, "top_k", cfg.top_k, single)
     require(cfg.router_normalize, "router_normalize", False, "the dense output is only kept by gates that sum to 1")
     width = (dense["top_k"] + dense["n_shared_experts"]) * dense["d_expert"]
     routed = width - cfg.n_shared_experts * cfg.d_expert
-    whole = routed > 0 and routed % cfg.d_expert == 0
-    require(
-        whole,
-        "d_expert",
-        cfg.d_expert,
-        f"slices of this width, {cfg.n_shared_experts} of them shared, do not make up the dense hidden width {width}",
-    )
+    whole, shared = routed > 0 and routed % cfg.d_expert == 0, f"{cfg.n_shared_experts} of them shared"
+    remedy = f"slices of this width, {shared}, do not make up the dense hidden width {width}"
+    require(whole, "d_expert", cfg.d_expert, remedy)
     slices = routed // cfg.d_expert
     for name, value in (("top_k", cfg.top_k), ("n_experts", cfg.n_experts)):
         require(value % slices == 0, name, value, f"one copy of the dense layer is {slices} experts: use a multiple")
@@ -70,24 +56,15 @@ def upcycle(model, path, noise=0.0, seed=0):
 
     ValueError where the shapes allow no exact start, and for a damaged checkpoint; FileNotFoundError without one."""
     cfg, state = model.cfg, checkpoint.read(path)
-    require(
-        state["config"]["dense"],
-        "upcycle_from",
-        str(path),
-        "a mixture of experts; give the run directory of a --dense model",
-    )
-    slices = slices_per_copy(state["config"], cfg)
-    weights = state["model"]
+    blame = lambda ok, why: require(ok, "upcycle_from", str(path), why)  # noqa: E731
+    blame(state["config"]["dense"], "a mixture of experts; give the run directory of a --dense model")
+    slices, weights = slices_per_copy(state["config"], cfg), state["model"]
     shared, F = cfg.n_shared_experts * cfg.d_expert, cfg.d_expert
     generator = torch.Generator().manual_seed(seed)
     own = {name: value for name, value in weights.items() if ".mlp." not in name}
     missing, unexpected = model.load_state_dict(own, strict=False)
-    require(
-        not unexpected and all(".mlp." in name for name in missing),
-        "upcycle_from",
-        str(path),
-        f"other weights: {missing} {unexpected}",
-    )
+    fit = not unexpected and all(".mlp." in name for name in missing)
+    blame(fit, f"other weights: {missing} {unexpected}")
     for layer, block in enumerate(model.blocks):
         # A run with --weights=bfloat16 saves those.
         gate_WD, up_WD = weights[f"blocks.{layer}.mlp.gate_up.weight"].float().chunk(2)
@@ -96,10 +73,9 @@ def upcycle(model, path, noise=0.0, seed=0):
         if shared:
             moe.shared.gate_up.weight.copy_(torch.cat([gate_WD[:shared], up_WD[:shared]]))
             moe.shared.down.weight.copy_(down_DW[:, :shared])
-        w_in = torch.stack(
-            [torch.cat([gate_WD[at : at + F], up_WD[at : at + F]]) for at in range(shared, len(gate_WD), F)]
-        )
-        w_out = torch.stack([down_DW[:, at : at + F] for at in range(shared, len(gate_WD), F)]) * slices
+        cuts = range(shared, len(gate_WD), F)
+        w_in = torch.stack([torch.cat([gate_WD[at : at + F], up_WD[at : at + F]]) for at in cuts])
+        w_out = torch.stack([down_DW[:, at : at + F] for at in cuts]) * slices
         for weight, start in ((moe.w_in, w_in), (moe.w_out, w_out)):
             copies = start.repeat(cfg.n_experts // slices, 1, 1)
             if noise:
@@ -109,9 +85,4 @@ def upcycle(model, path, noise=0.0, seed=0):
         # One initial row per copy: equal logits have equal scores, so top-k takes all slices of a copy.
         rows_ED.copy_(rows_ED[: cfg.n_experts // slices].repeat_interleave(slices, 0))
     for name, value in model.named_parameters():
-        require(
-            math.isfinite(value.abs().max()),
-            "upcycle_from",
-            str(path),
-            f"{name} is not finite; choose another checkpoint",
-        )
+        blame(math.isfinite(value.abs().max()), f"{name} is not finite; choose another checkpoint")

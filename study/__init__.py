@@ -1,3 +1,3 @@
 """Sweeps over sparsity, figures, and what people look at while and after a model trains."""
 
-import optimoe as optimoe  # before torch: how its threads wait
+import optimoe.threads  # before torch

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -73,16 +74,14 @@ class Run:
     modulus: int = 7  # of all arithmetic
     data_tokens: int = 2**24  # of the data directory that runs share; they train on its first `tokens`
     data: str = ""  # prepared text instead, as for train.py; people .. data_tokens then mean nothing
-    paired: bool = (
-        True  # weights drawn by (seed, name): those that two models share are equal; False: the first 683 runs
-    )
+    paired: bool = True  # weights drawn by (seed, name), so that models share what they can; False: the first 683 runs
     kind: Literal["mixture", "twohop", "room"] = "mixture"  # twohop, room: data/twohop.py, questions or 20-bit values
 
     def __post_init__(self):
         for name in ("tokens", "batch", "seq_len", "people", "max_steps", "mano_length"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
-        require(self.optimizer in ("muon", "adamw"), "optimizer", self.optimizer, "use muon or adamw")
-        require(self.kind in ("mixture", "twohop", "room"), "kind", self.kind, "use mixture, twohop or room")
+        for name, known in (("optimizer", ("muon", "adamw")), ("kind", ("mixture", "twohop", "room"))):
+            require(getattr(self, name) in known, name, getattr(self, name), f"use one of {', '.join(known)}")
         least = 10 * self.batch * self.seq_len
         require(self.tokens >= least, "tokens", self.tokens, f"use 10 steps or more: {least}")
         enough = self.data or self.tokens <= self.data_tokens
@@ -95,8 +94,8 @@ class Run:
 
 def form(run):
     """What runs must share to be trained side by side: as many steps, each as long."""
-    names = "d_model n_layers n_experts top_k d_expert tokens optimizer batch seq_len data kind".split()
-    return tuple(getattr(run, name) for name in names)
+    shared = "d_model n_layers n_experts top_k d_expert tokens optimizer batch seq_len data kind"
+    return attrgetter(*shared.split())(run)
 
 
 def key(run):
@@ -109,7 +108,7 @@ def train_config(run, vocab_size):
     """The TrainConfig of a run: the recipe that makes tiny models learn (docs/LOG.md) for its sizes."""
     heads = max(1, run.d_model // 32)
     recipe = dict(qk_norm=True, rope_theta=500.0, embed_init_std=0.5, beta2=0.99) if not run.data else dict(beta2=0.95)
-    same = ("d_model n_layers n_experts top_k d_expert init_std seq_len steps lr seed optimizer data").split()
+    same = "d_model n_layers n_experts top_k d_expert init_std seq_len steps lr seed optimizer data".split()
     return TrainConfig(
         preset="",
         vocab_size=-(-vocab_size // 64) * 64,
@@ -130,9 +129,8 @@ def mixture(run):
     hundred = dict.fromkeys(("first_names", "middle_names", "universities", "majors", "employers"), 100)
     facts = FactsConfig(n_people=run.people, last_names=200, cities=200, seed=run.seed, **hundred)
     names = max(40, 2 * run.max_steps + 1)
-    reasoning = ReasoningConfig(
-        run.max_steps, modulus=run.modulus, names=names, mano_length=run.mano_length, seed=run.seed
-    )
+    arithmetic = dict(modulus=run.modulus, mano_length=run.mano_length, seed=run.seed)
+    reasoning = ReasoningConfig(run.max_steps, names=names, **arithmetic)
     wanted = {kind: 1.03 * share * run.data_tokens for kind, share in SHARES.items()}
     second = max(0, run.modulus - 10) / run.modulus  # share of the numbers that have two digits, and so two tokens
     steps, operations = (1 + run.max_steps) / 2, (1 + run.mano_length) / 2
@@ -143,21 +141,13 @@ def mixture(run):
     }
     biographies, problems, n_mano = (math.ceil(wanted[kind] / tokens_of[kind]) for kind in SHARES)
     n_problems = min(run.unique or problems, problems)
-    return procedural.MixtureConfig(
-        facts,
-        reasoning,
-        exposures=math.ceil(biographies / run.people),
-        n_problems=n_problems,
-        repeats=math.ceil(problems / n_problems),
-        n_mano=n_mano,
-        window=run.seq_len,
-        seed=run.seed,
-    )
+    counts = dict(n_problems=n_problems, repeats=math.ceil(problems / n_problems), n_mano=n_mano)
+    counts["exposures"] = math.ceil(biographies / run.people)
+    return procedural.MixtureConfig(facts, reasoning, window=run.seq_len, seed=run.seed, **counts)
 
 
 def data_config(run):
-    """What the data directory of a run is made from: a MixtureConfig, or a HopConfig with values of 20 bits or
-    with questions."""
+    """What the data of a run is made from: a MixtureConfig, or a HopConfig with 20-bit values or questions."""
     if run.kind == "mixture":
         return mixture(run)
     hops = dict(entities=run.people, tokens=run.data_tokens, window=run.seq_len, seed=run.seed)
@@ -187,16 +177,11 @@ def prepare_data(run, cache, workers=1):
             file = directory.resolve().with_suffix(".json")
             files.write_json(file, dataclasses.asdict(cfg), signed=False)
             words = [f"--out={directory.resolve()}", f"--mixture={file}", f"--workers={workers}"]
-            nice = (
-                ["nice", "-n", "10"] if shutil.which("nice") else []
-            )  # runs that compile and measure meanwhile go first
-            subprocess.run(
-                [*nice, *child.command("data.procedural", *words)],
-                cwd=ROOT,
-                check=True,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the sweep: it finishes this directory
-            )
+            nice = ["nice", "-n", "10"] if shutil.which("nice") else []  # runs that compile or measure go first
+            command = [*nice, *child.command("data.procedural", *words)]
+            # A session of its own: Ctrl-C is for the sweep, which finishes this directory.
+            options = dict(cwd=ROOT, check=True, stdout=subprocess.DEVNULL, start_new_session=True)
+            subprocess.run(command, **options)
         tokens = shards.read_meta(directory)["splits"]["train"]["tokens"]
         print(f"{directory}: {tokens:,} tokens made in {time.perf_counter() - began:.1f} s", flush=True)
     return [(str(directory), 1.0)]
@@ -206,18 +191,17 @@ class Samples:
     """All windows of a training split on a device, and those that each step takes: starts_SB into ids, S steps of B."""
 
     def __init__(self, run, sources, device):
-        read = lambda directory: np.concatenate([np.asarray(s) for s in shards.open_shards(directory, "train")])  # noqa: E731
-        flats, total = [read(directory) for directory, _ in sources], sum(weight for _, weight in sources)
+        flats = [measure.flat(directory, "train") for directory, _ in sources]
+        total = sum(weight for _, weight in sources)
         rng, starts, offset, needed = np.random.default_rng(run.seed), [], 0, run.steps * run.batch
         for flat, (directory, weight) in zip(flats, sources, strict=True):
             windows = (len(flat) - 1) // run.seq_len
-            want = needed if len(flats) == 1 else math.ceil(needed * weight / total)
+            want = math.ceil(needed * weight / total)
             found = f"its {len(flat):,} tokens hold no window of seq_len={run.seq_len}"
             require(windows >= 1, "data", directory, found)
             if not run.data:  # the first part of a mixture is a mixture with fewer exposures
-                enough = windows >= want - 1  # the last window lacks its last target
-                remedy = f"the data came out at {len(flat):,} tokens; lower tokens"
-                require(enough, "data_tokens", run.data_tokens, remedy)
+                remedy = f"the data came out at {len(flat):,} tokens; lower tokens"  # the last window lacks a target
+                require(windows >= want - 1, "data_tokens", run.data_tokens, remedy)
                 windows = min(windows, want)
                 flats = [flat[: windows * run.seq_len + 1]]
             order = np.concatenate([rng.permutation(windows) for _ in range(math.ceil(want / windows))])[:want]
@@ -236,9 +220,8 @@ class Samples:
 
 
 def compile_parts(model):
-    """torch.compile of attention and norms, where half of a small step's kernels are, but not of whole blocks: no
-    E, k or F changes the shapes of these parts, so a process compiles them once for all its runs of one width, and
-    others find them in inductor's cache on disk."""
+    """torch.compile of attention and norms, half of the kernels of a small step. No E, k or F changes their shapes, so
+    a process compiles them once for all its runs of one width, and others find them in inductor's cache on disk."""
     torch._inductor.config.compile_threads = 1  # several processes compile at once: no pool of helpers for each
     torch._inductor.config.deterministic = True  # reductions chosen by rule, not by timing in each process
     torch._dynamo.config.recompile_limit = 64  # of widths and batches that one process may see
@@ -250,14 +233,11 @@ def compile_parts(model):
 class Trainer:
     """Models of one shape in training, in step with one another: `[(loss, load_cv), ...] = trainer.advance(step)`.
 
-    The kernels of one small model leave most of a GPU idle. On CUDA one graph holds a step of each model, on
-    branches that run at the same time."""
+    One small model leaves most of a GPU idle. On CUDA one graph holds a step of each, on branches that run at once."""
 
     def __init__(self, cfgs, samples, device):
-        self.cfgs, self.samples, self.done, self.models = cfgs, samples, 0, []
-        for cfg in cfgs:
-            torch.manual_seed(cfg.seed)
-            self.models.append(GPT(cfg).to(device))
+        self.cfgs, self.samples, self.done = cfgs, samples, 0
+        self.models = [GPT(cfg).to(device) for cfg in cfgs]  # weights drawn from cfg.seed
         self.optimizers = [make_optimizer(model, cfg) for model, cfg in zip(self.models, cfgs, strict=True)]
         self.windows = [new_window(cfg, device) for cfg in cfgs]
         # `done` on the device: a recorded step reads it.
@@ -278,9 +258,8 @@ class Trainer:
             with torch.cuda.stream(stream):  # does nothing for None
                 optimizer_step(model, optimizer, cfg, window, [samples.batch(position)])
                 position += 1
-        for stream in self.streams:
-            if stream:
-                start.wait_stream(stream)
+        for stream in filter(None, self.streams):
+            start.wait_stream(stream)
 
     def _train(self, n):
         for model in self.models:
@@ -292,9 +271,8 @@ class Trainer:
             self.done += 1
 
     def advance(self, step):
-        """Train up to this step. Returns for each model the mean loss of the last twentieth of all steps so far,
-        which is smooth enough to compare runs, and the coefficient of variation of the experts' loads over it
-        (mean of the layers). Waits for the device."""
+        """Train up to this step. Returns for each model the mean loss of the last twentieth of the steps so far and the
+        coefficient of variation of its experts' loads over these (mean of the layers)."""
         tail = min(max(1, step // 20), step - self.done)
         self._train(step - tail - self.done)
         for window in self.windows:
@@ -312,21 +290,14 @@ class Trainer:
 
 @functools.cache
 def revision():
-    """git revision, "+" when tracked files differ from it, else "none"; and a hash of the sources, which a copy
-    without git has too."""
+    """The git revision, "+" where tracked files differ from it ("none" without git), and a hash of the sources."""
     digest = hashlib.sha256()
-    for path in sorted(
-        file
-        for pattern in ("*.py", "moe_kernels/*.py", "data/*.py", "eval/**/*.py", "optimoe/*.py", "study/*.py")
-        for file in ROOT.glob(pattern)
-    ):
+    folders = ("*.py", "moe_kernels/*.py", "data/*.py", "eval/**/*.py", "optimoe/*.py", "study/*.py")
+    for path in sorted(file for pattern in folders for file in ROOT.glob(pattern)):
         digest.update(path.read_bytes())
-
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "none"
     return f"{commit} sources:{digest.hexdigest()[:12]}"
@@ -342,16 +313,15 @@ def rounded(value):
 
 
 def execute(run, cache, device, n=100, keep=None):
-    """Train and measure. Returns the row for the results file, JSON types only.
+    """Train and measure. Returns the row for the results file; a run whose loss is not finite is recorded as diverged.
 
     cache: where data directories are; n: size of the measurements (100: standard errors near 1 %); keep: a directory
-    for the final weights, laid out as a run of train.py. A run whose loss is not finite is recorded as diverged."""
+    for the final weights, laid out as a run of train.py."""
     return execute_together([run], cache, device, n, [keep])[0]
 
 
 def execute_together(runs, cache, device, n=100, keep=()):
-    """`execute` for runs of one `form`, trained side by side. A row's seconds are its share of what all took,
-    tokens_per_s the speed of all."""
+    """`execute` for runs of one `form`, trained side by side: `seconds` is a run's share, `tokens_per_s` for all."""
     began, device = time.perf_counter(), torch.device(device)
     for run in runs:
         require(run.paired, "paired", run.paired, "only older code drew weights in this way; plan the run with True")
@@ -365,10 +335,7 @@ def execute_together(runs, cache, device, n=100, keep=()):
         params = count_params(cfg)
         last = points[i][-1] if points[i] and points[i][-1]["step"] == run.steps else {}
         row = {
-            "key": key(run),
-            "run": dataclasses.asdict(run),
-            "lr": cfg.lr,
-            "diverged": not last,
+            **{"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "diverged": not last},
             "tokens": run.tokens,
             "tpp": run.tokens / params.total,
             "params": params._asdict(),
@@ -377,11 +344,8 @@ def execute_together(runs, cache, device, n=100, keep=()):
             "points": points[i][:-1] if last else points[i],
             "load_cv": loads[i],
             "skipped_steps": int(trainer.windows[i]["steps"][BAD]),
-            "together": len(runs),
-            "tokens_per_s": round(speed),
-            "device": name,
-            "torch": torch.__version__,
-            "revision": revision(),
+            **{"together": len(runs), "tokens_per_s": round(speed), "device": name},
+            **{"torch": torch.__version__, "revision": revision()},
             "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
             "train_seconds": round(seconds / len(runs), 3),
             "seconds": round((time.perf_counter() - began) / len(runs), 3),
@@ -399,16 +363,13 @@ def execute_together(runs, cache, device, n=100, keep=()):
 
 
 def train_and_measure(trainer, runs, sources, device, n):
-    """(measured points of each run, load variation of each, seconds of training, tokens per second of the last
-    part, when nothing is compiled)."""
+    """(points of each run, load variation of each, seconds of training, tokens per second once all is compiled)"""
     points, loads, seconds, speed = [[] for _ in runs], [math.nan] * len(runs), 0.0, 0.0
     for share in POINTS:
-        done, clock = trainer.done, time.perf_counter()
+        done, clock, step = trainer.done, time.perf_counter(), runs[0].batch * runs[0].seq_len
         found = trainer.advance(max(1, round(share * runs[0].steps)))
         spent = time.perf_counter() - clock
-        seconds += spent
-        speed = len(runs) * (trainer.done - done) * runs[0].batch * runs[0].seq_len / spent
-        tokens = trainer.done * runs[0].batch * runs[0].seq_len
+        seconds, speed, tokens = seconds + spent, len(runs) * (trainer.done - done) * step / spent, trainer.done * step
         for i, (run, source, model) in enumerate(zip(runs, sources, trainer.models, strict=True)):
             loss, loads[i] = found[i]
             if math.isfinite(loss):
@@ -420,8 +381,7 @@ def train_and_measure(trainer, runs, sources, device, n):
 
 
 def save_weights(path, cfg, weights, row):
-    """Final weights laid out as a run of train.py; results.json is written last, so a directory that has it is
-    whole."""
+    """Final weights laid out as a run of train.py; results.json is written last and so marks a whole directory."""
     os.makedirs(path, exist_ok=True)
     files.write_json(Path(path) / "config.json", dataclasses.asdict(cfg))
     checkpoint.save(path, cfg.steps, {"step": cfg.steps, "config": dataclasses.asdict(cfg), "model": weights}, keep=1)

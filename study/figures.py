@@ -1,8 +1,6 @@
 """The picture of the study:  python -m study.figures
 
-Three panels: fact loss and unseen-solution loss against E; unseen-solution loss by number of problems; solutions
-against the learning rate. A dot is a seed, a line joins the means. Paired runs are drawn where there are any, else
-those of the first edition.
+A dot is a seed, a line joins the means. Paired runs are drawn where there are any, else those of the first edition.
 """
 
 import sys
@@ -16,14 +14,8 @@ from study.results import MIN_SEEDS, accuracy, lines, loss, tune
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # told apart by most eyes
 MARKERS = "osD^vP"
-STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-}
+STYLE = {"font.size": 8, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
 @dataclass(frozen=True)
@@ -44,9 +36,7 @@ def chosen(rows, k=8):
         found = {where.unique: line for (where, kk), line in lines(rows).items() if kk == k and usual(where, paired)}
         if SCARCE in found and all(any(len(c) >= MIN_SEEDS for c in r.values()) for r in found[SCARCE].values()):
             return paired, found
-    raise ValueError(
-        "no line of 1,000 problems with three values of E from three seeds; run `python -m study.sweep pairs`"
-    )
+    raise ValueError("no line of 1,000 problems, three values of E and three seeds; run python -m study.sweep pairs")
 
 
 def curve(axis, cells, value, look, label):
@@ -60,11 +50,6 @@ def curve(axis, cells, value, look, label):
 
 def best_cells(line, task):
     return tuned.cells if (tuned := tune(line, task)) else {}
-
-
-def by_rate(rates):
-    """{rate: {seed: row}} of one E, rates and seeds that are worth a dot."""
-    return {rate: {s: row for s, row in seeds.items() if not row["diverged"]} for rate, seeds in sorted(rates.items())}
 
 
 def headline(plt, rows):
@@ -82,19 +67,19 @@ def headline(plt, rows):
     middle.set(title="solution loss by number of problems", xlabel="experts E", ylabel="nats per token", yscale="log")
     problems, line = max(found.items(), key=lambda item: (min(map(len, item[1].values())), item[0] == SCARCE))
     for look, e in enumerate(sorted({min(line), sorted(line)[len(line) // 2], max(line)})):
-        if cells := {rate: cell for rate, cell in by_rate(line[e]).items() if cell}:
+        sound = {rate: {s: r for s, r in cell.items() if not r["diverged"]} for rate, cell in sorted(line[e].items())}
+        if cells := {rate: cell for rate, cell in sound.items() if cell}:
             curve(right, cells, lambda row: 100 * accuracy(row, "problems"), look, f"E = {e}")
     title = f"{problems:,} problems: rates" if problems else "new problems: rates"
     right.set(title=title, xlabel="learning rate", ylabel="whole solutions right, %", xscale="log")
     rates = sorted({rate for rates in line.values() for rate in rates})
     right.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    right.minorticks_off()
-    for axis, best in ((left, True), (middle, True), (right, False)):
+    for axis in (left, middle):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(found[SCARCE]), sorted(found[SCARCE]))
+    for axis in (left, middle, right):
         axis.legend(fontsize=8)
-        if best:
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(sorted(found[SCARCE]), sorted(found[SCARCE]))
-            axis.minorticks_off()
+        axis.minorticks_off()
     n = max(len(cell) for line in found.values() for rates in line.values() for cell in rates.values())
     kind = "paired weights" if paired else "first edition: unpaired, rates best for memory"
     fig.suptitle(f"d = 128, k = 8, 2^24 tokens, up to {n} seeds ({kind})", fontsize=9)

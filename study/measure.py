@@ -19,41 +19,41 @@ from eval.taskloss import encode_pair, score
 REAL_TASKS = ("triviaqa", "hellaswag", "gsm8k", "humaneval")  # the paper's: two of memory, two of reasoning
 
 
+def flat(directory, split):
+    """All tokens of a split of a data directory, in memory."""
+    return np.concatenate([np.asarray(shard) for shard in shards.open_shards(directory, split)])
+
+
 @torch.no_grad()
 def validation_loss(model, sources, seq_len, device, limit=256):
     """Mean cross-entropy over the first `limit` validation windows (of each source, by weight), in nats per token.
 
-    With repeated problems it tells little: a model that knows these by heart is surprised by the random wording of
-    any other question, which is most of this number and nothing that could be known (docs/LOG.md)."""
+    It says little about runs with repeated problems: most of it is the random wording of other questions."""
     model.eval()
     losses = []
     for directory, weight in sources:
-        flat = np.concatenate([np.asarray(shard) for shard in shards.open_shards(directory, "val")])
-        n = min(limit, (len(flat) - 1) // seq_len)
+        tokens = flat(directory, "val")
+        n = min(limit, (len(tokens) - 1) // seq_len)
         if not n:
-            flat, n = np.resize(flat, seq_len + 1), 1  # of very few facts
-        ids = torch.from_numpy(flat[: n * seq_len + 1].astype(np.int64)).to(device)
-        total = 0.0
+            tokens, n = np.resize(tokens, seq_len + 1), 1  # of very few facts
+        ids, total = torch.from_numpy(tokens[: n * seq_len + 1].astype(np.int64)).to(device), 0.0
         for i in range(0, n, 64):
-            j = min(n, i + 64)
-            span = ids[i * seq_len : j * seq_len + 1]
+            span = ids[i * seq_len : min(n, i + 64) * seq_len + 1]
             loss = model(span[:-1].view(-1, seq_len), span[1:].view(-1, seq_len)).loss
-            total += float(loss) * (j - i)
+            total += float(loss) * (min(n, i + 64) - i)
         losses.append((weight, total / n))
     return sum(weight * loss for weight, loss in losses) / sum(weight for weight, _ in losses)
 
 
 def mixture(model, directory, n, final):
-    """A model trained on data/procedural.py. n: items per kind and number of steps; unless final, without bits and
-    untrained lengths."""
+    """A model trained on data/procedural.py. n: items per kind. final: bits and longer problems too."""
     cfg, enc = procedural.read_config(directory), tokenizer.load(directory)
     most = cfg.reasoning.max_steps
     facts = probes.fact_recall(model, enc, cfg.facts, 5 * n)
     facts["by_attribute"] = {name: row["recall"] for name, row in facts["by_attribute"].items()}
     problems = probes.solutions_written(model, enc, cfg.reasoning, range(1, (most * 3 // 2 if final else most) + 1), n)
-    known, beyond = (
-        [share for s, share in problems["accuracy"].items() if (s <= most) == trained] for trained in (True, False)
-    )
+    shares = problems["accuracy"].items()
+    known, beyond = ([share for s, share in shares if (s <= most) == trained] for trained in (True, False))
     seen = [reasoning.problem(cfg.reasoning, i) for i in range(min(4 * n, cfg.n_problems))]
     seen = probes.graded(model, enc, [(p.question, p.solution) for p in seen])
     mano = probes.mano_accuracy(model, enc, cfg.reasoning, 2 * n)
@@ -82,16 +82,12 @@ def hops(model, directory, n, final):
     """A model trained on data/twohop.py: facts stored, and two-hop questions, trained and never trained."""
     cfg, enc = twohop.read_config(directory), tokenizer.load(directory)
     n_facts = cfg.entities * max(1, cfg.relations)
-
-    def grade(kind, numbers):
-        return probes.graded(model, enc, twohop.texts(cfg, kind, numbers))
-
+    grade = lambda kind, numbers: probes.graded(model, enc, twohop.texts(cfg, kind, numbers))  # noqa: E731
     share = lambda grades: sum(right for *_, right in grades) / len(grades)  # noqa: E731
     known = grade("fact", np.linspace(0, n_facts - 1, min(n_facts, 20 * n)).astype(int))
     choices = cfg.entities if cfg.relations else cfg.names**2
-    found = {
-        "facts": {"overall": share(known), "chance": 1 / choices, "loss": probes.loss_of(known), "people": len(known)}
-    }
+    facts = {"overall": share(known), "chance": 1 / choices, "loss": probes.loss_of(known), "people": len(known)}
+    found = {"facts": facts}
     if final:
         missing = sum(nats for nats, *_ in known) / len(known) / math.log(2)
         each, possible = max(0.0, math.log2(choices) - missing), n_facts * math.log2(choices)
@@ -111,18 +107,15 @@ def hops(model, directory, n, final):
 
 
 def text(model, directory, limit):
-    """Task loss of the gold answers (bits per byte, mean over items) and accuracy where it is a matter of choice;
-    no examples in front."""
+    """Task loss of the gold answers (bits per byte, mean over items) and accuracy of choices; no examples in front."""
     tokens, source, results = tiktoken_tokens(tokenizer.load(directory)), Source(), {}
     for name in REAL_TASKS:
         items = tasks.load(name).items(source, 0)[:limit]
         texts = {(item.loss_prompt or item.prompt, answer) for item in items for answer in (item.answer, *item.choices)}
         pairs = {pair: encode_pair(tokens, *pair)[:2] for pair in sorted(texts)}
         nats = dict(zip(pairs, score(model, list(pairs.values())), strict=True))
-        per_byte = [
-            nats[item.loss_prompt or item.prompt, item.answer] / math.log(2) / len(item.answer.encode())
-            for item in items
-        ]
+        bits = [nats[item.loss_prompt or item.prompt, item.answer] / math.log(2) for item in items]
+        per_byte = [cost / len(item.answer.encode()) for cost, item in zip(bits, items, strict=True)]
         results[name] = {"loss": sum(per_byte) / len(items), "items": len(items)}
         if items[0].choices:
             costs = [[nats[item.prompt, choice] for choice in item.choices] for item in items]

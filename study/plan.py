@@ -1,9 +1,7 @@
 """What to train with the hours and GPUs there are:  python -m study.plan reasoning --hours=24 --gpus=8
 
-Two tables that are never mixed: the models of the paper's grid that fit, ordered by the paper's rules (arXiv
-2508.18672: for memory the largest total size; for reasoning first active compute, then about 20 tokens per
-parameter), and what this study measured. Budgets are limits. The last lines say what is evidence and what is
-extrapolation.
+Two tables that are never mixed: the models of the paper's grid that fit the budget, ordered by the paper's rules
+(arXiv 2508.18672), and what this study measured. The last lines say what is evidence and what is extrapolation.
 """
 
 import csv
@@ -74,8 +72,7 @@ def throughput(path):
     with open(path, newline="") as file:
         for row in (reader := csv.DictReader(file)):
             try:
-                fields = [value for value in row.values() if value is not None]
-                require(len(fields) == len(row), "row", fields, "fields are missing")
+                require(None not in row.values(), "row", row, "fields are missing")
                 cfg = preset(row["model"], vocab_size=int(row["vocab_size"]), seq_len=int(row["seq_len"]))
                 share = float(row["mfu"] or float(row["tokens_per_s"]) * flops_per_token(cfg) / peak_flops(row["gpu"]))
                 require(0 < share <= 1, "mfu", share, "a share of the peak is needed")
@@ -87,12 +84,10 @@ def throughput(path):
 
 
 def flops_per_second(per_token, cfg, measured):
-    """Of all GPUs, at the utilisation measured nearest in FLOPs per token; None where the peak or every
-    measurement is missing."""
+    """Of all GPUs, at the utilisation measured nearest in FLOPs per token; None without a peak or a measurement."""
     peak = peak_flops(cfg.gpu)
-    if not measured or not peak:
-        return None
-    return min(measured, key=lambda entry: abs(math.log(entry[0] / per_token)))[1] * peak * cfg.gpus
+    nearest = min(measured, key=lambda entry: abs(math.log(entry[0] / per_token)), default=None)
+    return nearest[1] * peak * cfg.gpus if nearest and peak else None
 
 
 def candidates(cfg, measured):
@@ -107,13 +102,10 @@ def candidates(cfg, measured):
         gib = (kept / cfg.gpus + sum(parts.values()) - kept) / 2**30
         speed = flops_per_second(per_token, cfg, measured)
         require(speed or not cfg.hours, "gpu", cfg.gpu, "its peak or speed is not known: give --flops instead of hours")
-        most = [cfg.flops / per_token] * bool(cfg.flops) + [cfg.hours * 3600 * (speed or 0) / per_token] * bool(
-            cfg.hours
-        )
-        tokens = cfg.tokens or min(most)
-        if gib <= cfg.memory and all(tokens <= limit * 1.0001 for limit in most):
-            flops = tokens * per_token
-            hours = flops / speed / 3600 if speed else None
+        most = min(cfg.flops or math.inf, cfg.hours * 3600 * speed if cfg.hours else math.inf)
+        flops = cfg.tokens * per_token or most
+        if gib <= cfg.memory and flops <= most * 1.0001:
+            tokens, hours = flops / per_token, flops / speed / 3600 if speed else None
             yield Plan(name, tokens, tokens / params.total, params.total, params.active, flops, gib, hours)
 
 
@@ -134,8 +126,7 @@ def short(number):
 
 
 def aligned(header, rows):
-    """Lines of a table whose columns are as wide as their widest cell: the first to the left, the others to the
-    right."""
+    """Lines of a table; the first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     sides = "<" + ">" * (len(widths) - 1)
     return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in (header, *rows)]
@@ -150,29 +141,18 @@ def paper_table(cfg):
     if not plans:
         nearest = min(fitting, key=lambda plan: abs(math.log(plan.tpp / BEST_TPP)))
         raise ValueError(
-            f"the budget gives {nearest.name}, the nearest of all that fit, {short(nearest.tokens)} tokens for "
+            f"the budget gives {nearest.name}, the nearest that fits, {short(nearest.tokens)} tokens for "
             f"{short(nearest.total)} parameters: {nearest.tpp:.3g} tokens per parameter, and {cfg.min_tpp:g} to "
-            f"{cfg.max_tpp:g} are asked for. Change the budget, or --min_tpp and --max_tpp knowing that the paper has "
-            "nothing beyond"
+            f"{cfg.max_tpp:g} are asked for. Change the budget or --min_tpp and --max_tpp; the paper has nothing beyond"
         )
-    hours = lambda value: "n/a" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"  # noqa: E731
-    why = {
-        "memory": "largest total size first",
-        "reasoning": f"{BEST_TPP} tokens per parameter (TPP) to a factor of {RESOLUTION} first, then active size",
-    }[cfg.purpose]
-    cells = [
-        (
-            p.name,
-            *map(short, p[1:2]),
-            f"{p.tpp:.3g}",
-            *map(short, p[3:5]),
-            f"{p.flops:.2e}",
-            f"{p.gib:.1f}",
-            hours(p.hours),
-        )
-        for p in plans[: cfg.rows]
-    ]
-    lines = [f"From the paper's grid, for {cfg.purpose}: {why}.", ""]
+    cells = []
+    for p in plans[: cfg.rows]:
+        sizes = (short(p.tokens), f"{p.tpp:.3g}", short(p.total), short(p.active))
+        hours = "n/a" if p.hours is None else f"{p.hours:,.2f}"
+        cells.append((p.name, *sizes, f"{p.flops:.2e}", f"{p.gib:.1f}", hours))
+    reasoning = f"{BEST_TPP} tokens per parameter (TPP) to a factor of {RESOLUTION} first, then active size"
+    order = "largest total size first" if cfg.purpose == "memory" else reasoning
+    lines = [f"From the paper's grid, for {cfg.purpose}: {order}.", ""]
     lines += aligned("model tokens TPP total active FLOPs GiB/GPU hours".split(), cells)
     if len(plans) > cfg.rows:
         lines.append(f"... and {len(plans) - cfg.rows} more that fit (--rows)")
@@ -184,18 +164,14 @@ def paper_table(cfg):
 def own_table(cfg):
     """The best E of each line that this study ran, for the task of the purpose, at its best rates."""
     task = "facts" if cfg.purpose == "memory" else "problems"
-    default = cfg.results == PlanConfig.results
-    rows, cells = results.read(cfg.results, optional=default), []
+    rows, cells = results.read(cfg.results, optional=cfg.results == PlanConfig.results), []
     for (where, k), line in results.lines(rows).items():
-        sample = next(row for rates in line.values() for seeds in rates.values() for row in seeds.values())
-        tuned = results.tune(line, task) if task in sample else None
-        if tuned is None:
-            continue
-        mean = {e: sum(results.loss(row, task) for row in cell.values()) / len(cell) for e, cell in tuned.cells.items()}
-        best = min(mean, key=mean.get)
-        row = next(iter(tuned.cells[best].values()))
-        numbers = (f"{min(mean)}..{max(mean)}", str(k), str(best), f"{row['tpp']:.3g}", f"{mean[best]:.3g}")
-        cells.append([str(where), *numbers, str(len(tuned.cells[best]))])
+        if tuned := results.tune(line, task):
+            mean = {e: sum(results.loss(r, task) for r in cell.values()) / len(cell) for e, cell in tuned.cells.items()}
+            best = min(mean, key=mean.get)
+            row = tuned.cells[best][tuned.seeds[0]]
+            numbers = (f"{min(mean)}..{max(mean)}", k, best, f"{row['tpp']:.3g}", f"{mean[best]:.3g}", len(tuned.seeds))
+            cells.append([str(where), *map(str, numbers)])
     name = {"facts": "fact loss", "problems": "unseen-solution loss"}[task]
     lines = [f"From the runs of this study ({cfg.results}): the E with the lowest {name}, mean over seeds.", ""]
     header = ["regime", "E tried", "k", "best E", "TPP", "loss", "seeds"]
@@ -206,12 +182,10 @@ def evidence(cfg):
     measured = throughput(cfg.throughput)
     speeds = [f"  {row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']}" for *_, row in measured]
     return [
-        "Evidence: the order of the first table, for 125 B tokens of the paper's mixture: 65 models, one run each; its",
-        f"  optimum for reasoning, {BEST_TPP} TPP, is resolved to a factor of {RESOLUTION}. The second table, for 1 to",
-        "  50 M parameters.",
-        "Extrapolation: other numbers of tokens, other data, and models between those of the grid. Hours: "
-        f"{cfg.gpus} x {cfg.gpu}, no loss",
-        "  between GPUs, at the utilisation of the nearest of",
+        "Evidence: the order of the first table, for 125 B tokens of the paper's mixture (65 models, one run each;",
+        f"  the optimum, {BEST_TPP} TPP, to a factor of {RESOLUTION}), and the second, for 1 to 50 M parameters.",
+        "Extrapolation: other numbers of tokens, other data, and models between those of the grid. Hours are those of",
+        f"  {cfg.gpus} x {cfg.gpu} without loss between GPUs, at the utilisation of the nearest of",
         *(speeds or ["  no measurement"]),
         "Not tested by anyone here: that the best sparsity found on small models is that of large ones.",
     ]

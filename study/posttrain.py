@@ -3,22 +3,19 @@
     python -m study.sweep votes --keep=all
     python -m study.posttrain --runs='runs/study/weights/*' --questions=1000 \\
         --steps=20 --batch_prompts=256 --mini_batch=64 --lr=1e-4
-    python -m study.posttrain                                                    # a table of what is there
 
-Every run directory (of train.py or study.execute, on data with word problems) is post-trained by grpo.py with the
-same budget; fields of its configuration are flags here. With --questions=1000 GRPO asks the 1,000 problems of the
-preset `votes` again; with more it has fresh ones. Before and after, on the same unseen problems of every trained
-number of steps: greedy answers and whole solutions, and `samples` draws per problem with their majority vote,
-coverage of the right answer, and coverage of a wholly right solution (a right answer alone is often luck). One
-signed JSON line per model is appended to the results file; what is there with the same checkpoint and budget is
-skipped.
+Every run directory with word problems is post-trained by grpo.py with the same budget; fields of its configuration are
+flags here. With --questions=1000 GRPO asks the 1,000 problems of the preset `votes` again; with more it has fresh ones.
+Before and after, the same unseen problems are answered greedily and by `samples` draws each: their majority vote, and
+coverage of the right answer and of a wholly right solution (a right answer alone is often luck). One signed JSON line
+per model is appended to the results file; what is there with the same checkpoint and budget is skipped. study.verdict
+says what is lost to the largest E.
 """
 
 import dataclasses
 import glob
 import hashlib
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -28,7 +25,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import grpo
@@ -43,12 +39,16 @@ from study import child
 from study.results import append, read
 
 ROW = tuple("checkpoint settings d_model n_experts top_k seed train_loss before after".split())  # keys of every row
+PLACES = {  # fields of grpo.py that change no result
+    *"model data evaldata out_dir resume device rollout_batch micro_tokens checkpoint_every keep_checkpoints".split(),
+    *"eval_every eval_questions impl".split(),
+}
 
 
 @dataclass(frozen=True)
 class PosttrainConfig(grpo.GRPOConfig):
     # Comparison
-    runs: tuple[str, ...] = ()  # run directories or patterns like 'runs/study/weights/*'; none: only report
+    runs: tuple[str, ...] = ()  # run directories or patterns like 'runs/study/weights/*'
     results: str = "study/posttrain.jsonl"  # JSON lines, one per model and budget
     problems: int = 400  # unseen ones, in equal numbers for every trained number of steps
     samples: int = 128  # draws per problem; a power of two
@@ -61,38 +61,18 @@ class PosttrainConfig(grpo.GRPOConfig):
         for name in ("problems", "samples", "jobs"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         require(self.samples & (self.samples - 1) == 0, "samples", self.samples, "use a power of two")
-        require(
-            self.task == "reasoning",
-            "task",
-            self.task,
-            "only word problems are compared here; grpo.py and eval.votes do the others",
-        )
+        remedy = "only word problems are compared here; grpo.py and eval.votes do the others"
+        require(self.task == "reasoning", "task", self.task, remedy)
 
     def budget(self, **changes):
         """The GRPOConfig in it, with some fields changed."""
-        return grpo.GRPOConfig(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(grpo.GRPOConfig)} | {"model": "-"} | changes
-        )
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(grpo.GRPOConfig)}
+        return grpo.GRPOConfig(**fields | {"model": "-"} | changes)
 
 
 def settings(cfg):
     """What must be equal for two rows to be comparable."""
-    places = (
-        "model",
-        "data",
-        "evaldata",
-        "out_dir",
-        "resume",
-        "device",
-        "rollout_batch",
-        "micro_tokens",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "eval_every",
-        "eval_questions",
-        "impl",
-    )
-    kept = {name: value for name, value in dataclasses.asdict(cfg.budget()).items() if name not in places}
+    kept = {name: value for name, value in dataclasses.asdict(cfg.budget()).items() if name not in PLACES}
     return kept | {name: getattr(cfg, name) for name in ("problems", "samples", "vote_temperature", "vote_top_p")}
 
 
@@ -104,54 +84,48 @@ def measure(run, cfg, device):
     problems = [reasoning.problem(problem_cfg, i, "test", 1 + i % problem_cfg.max_steps) for i in range(cfg.problems)]
     prompts = [tokens.bos + tokens.encode(p.question) for p in problems]
     room = min(model.cfg.seq_len - max(map(len, prompts)), 2 + max(len(tokens.encode(p.solution)) for p in problems))
-    options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab)
-    greedy = [tokens.decode(ids) for ids in generate(model, prompts, room, tokens.eos, **options)]
-    repeated = [prompt for prompt in prompts for _ in range(cfg.samples)]
-    draws = generate(model, repeated, room, tokens.eos, cfg.vote_temperature, cfg.vote_top_p, cfg.seed, **options)
-    checked = [reasoning.check(p.question, text, problem_cfg.modulus) for p, text in zip(problems, greedy, strict=True)]
-    found = {
-        "greedy": [int(answer) for answer, _ in checked],
-        "greedy_solution": [int(solution) for _, solution in checked],
-        "majority": [],
-        "answers": [],
-        "solutions": [],
-    }
-    questions = []
-    for i, p in enumerate(problems):
-        texts = [tokens.decode(ids) for ids in draws[i * cfg.samples : (i + 1) * cfg.samples]]
-        both = [reasoning.check(p.question, text, problem_cfg.modulus) for text in texts]
-        questions.append({"votes": [vote(text) for text in texts], "gold": str(p.answer)})
-        found["majority"].append(round(majority(questions[-1]["votes"], str(p.answer), cfg.samples), 4))
-        found["answers"].append(sum(answer for answer, _ in both))
-        found["solutions"].append(sum(solution for _, solution in both))
-    found["curves"] = curves(questions)
-    found["curves"]["solutions"] = [
-        sum(pass_at_k(cfg.samples, n, k) for n in found["solutions"]) / len(problems)
-        for k in found["curves"]["samples"]
-    ]
+
+    def checked(n, *sampling):
+        """(texts, right answers, right solutions), each with a list of n for every problem."""
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab)
+        texts = [tokens.decode(ids) for ids in generate(model, repeated, room, tokens.eos, *sampling, **options)]
+        texts = [texts[i : i + n] for i in range(0, len(texts), n)]
+        both = [
+            [reasoning.check(p.question, text, problem_cfg.modulus) for text in drawn]
+            for p, drawn in zip(problems, texts, strict=True)
+        ]
+        return texts, *([[int(check[j]) for check in checks] for checks in both] for j in (0, 1))
+
+    _, greedy, greedy_solution = checked(1)
+    texts, answers, solutions = checked(cfg.samples, cfg.vote_temperature, cfg.vote_top_p, cfg.seed)
+    pairs = zip(texts, problems, strict=True)
+    votes = [{"votes": [vote(text) for text in drawn], "gold": str(p.answer)} for drawn, p in pairs]
+    found = {"greedy": sum(greedy, []), "greedy_solution": sum(greedy_solution, [])}
+    found["majority"] = [round(majority(q["votes"], q["gold"], cfg.samples), 4) for q in votes]
+    found |= {"answers": [sum(right) for right in answers], "solutions": [sum(right) for right in solutions]}
+    found["curves"] = curves(votes)
+    coverage = lambda k: sum(pass_at_k(cfg.samples, n, k) for n in found["solutions"]) / len(problems)  # noqa: E731
+    found["curves"]["solutions"] = [coverage(k) for k in found["curves"]["samples"]]
     return found
 
 
 def posttrain(run, cfg):
     """The row of one run directory: measured, post-trained, measured again."""
-    device = torch.device(
-        "cuda" if cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available() else "cpu"
-    )
+    cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     file = checkpoint.find(run)[-1][1]
-    trained = checkpoint.read(file)["config"]
+    trained, model_cfg = checkpoint.read(file)["config"], checkpoint.load_model(file).cfg
     known = files.read_json(run / "results.json") if (run / "results.json").exists() else {}
-    model_cfg = checkpoint.load_model(file).cfg
     digest = hashlib.sha256(json.dumps([file.name, settings(cfg)], sort_keys=True).encode()).hexdigest()[:8]
     out, clock = Path(f"{run}-grpo-{digest}"), [time.perf_counter()]
     if out.exists() and not checkpoint.find(out):
         shutil.rmtree(out)  # broken off before its first checkpoint
     before = measure(file, cfg, device)
     clock.append(time.perf_counter())
-    if (
-        grpo.grpo(cfg.budget(model=str(file), out_dir=str(out), resume=str(out) if out.exists() else ""), device=device)
-        is None
-    ):
-        sys.exit(f"{out}: stopped and saved; the same command goes on from there")  # half a budget is no row
+    budget = cfg.budget(model=str(file), out_dir=str(out), resume=str(out) if out.exists() else "")
+    if grpo.grpo(budget, device=device) is None:  # half a budget is no row
+        sys.exit(f"{out}: stopped and saved; the same command goes on from there")
     clock.append(time.perf_counter())
     after = measure(out, cfg, device)
     clock.append(time.perf_counter())
@@ -160,24 +134,18 @@ def posttrain(run, cfg):
     return {
         "checkpoint": file.name,
         "settings": settings(cfg),
-        "d_model": model_cfg.d_model,
-        "n_experts": model_cfg.n_experts,
-        "top_k": model_cfg.top_k,
+        **{name: getattr(model_cfg, name) for name in ("d_model", "n_experts", "top_k")},
         "seed": trained.get("seed", 0),
-        "run": known.get("run"),
         "total": params.total,
         "active": params.active - params.embedding,
-        "tpp": known.get("tpp"),
         "train_loss": known.get("train_loss", known.get("loss")),
-        "val_loss": known.get("val_loss"),
+        **{name: known.get(name) for name in ("run", "tpp", "val_loss")},
         "before": before,
         "after": after,
         "rewards": [round(row["reward"], 4) for row in log],
-        "kl": [round(row["kl"], 5) for row in log],
-        "grad_norm": [float(f"{row['grad_norm']:.4g}") for row in log],
-        "router_changed": [round(row["router_changed"], 5) for row in log],
+        **{name: [float(f"{row[name]:.4g}") for row in log] for name in ("kl", "grad_norm", "router_changed")},
         "seconds": [round(b - a, 1) for a, b in zip(clock, clock[1:], strict=False)],
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }
 
@@ -212,54 +180,23 @@ def other_process(cfg, run):
     return code
 
 
-# ---- what the rows say
-
-
 def families(rows):
-    """{(d, k, settings and training as text): {E: {seed: row}}}, the last row where there are several; training:
-    all fields of its study.execute.Run but those that a family varies."""
-    found = {}
+    """{(d, k, settings and training as text): {E: {seed: row}}}, the last row where there are several. Training is all
+    fields of its study.execute.Run but those that a family varies."""
+    varied, found = ("n_experts", "top_k", "seed", "lr"), {}
     for row in rows:
-        training = {
-            name: value
-            for name, value in (row.get("run") or {}).items()
-            if name not in ("n_experts", "top_k", "seed", "lr")
-        }
+        training = {name: value for name, value in (row.get("run") or {}).items() if name not in varied}
         key = row["d_model"], row["top_k"], json.dumps([row["settings"], training], sort_keys=True)
         found.setdefault(key, {}).setdefault(row["n_experts"], {})[row["seed"]] = row
     return {key: dict(sorted(cells.items())) for key, cells in sorted(found.items())}
-
-
-def report(rows):
-    """A Markdown table of the models; study.verdict says what is lost to the largest E before and after each remedy."""
-    measured = ("greedy", "votes", "solutions covered")
-    head = ("d", "k", "replay", "E", "seeds", "training loss", *measured, *(f"{name}, GRPO" for name in measured))
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    mean = lambda seeds, when, name: 100 * np.mean([np.mean(row[when][name]) for row in seeds.values()])  # noqa: E731
-    for (d, k, same), cells in families(rows).items():
-        replay = "yes" if json.loads(same)[0].get("replay") else "no"
-        for E, seeds in cells.items():
-            losses = [row["train_loss"] for row in seeds.values() if row["train_loss"] is not None]
-            cells_of = [f"{np.mean(losses) if losses else math.nan:.4f}"]
-            for when in ("before", "after"):
-                covered = 100 * np.mean([row[when]["curves"]["solutions"][-1] for row in seeds.values()])
-                cells_of += [
-                    f"{value:.1f}" for value in (mean(seeds, when, "greedy"), mean(seeds, when, "majority"), covered)
-                ]
-            lines.append(f"| {d} | {k} | {replay} | {E} | {len(seeds)} | {' | '.join(cells_of)} |")
-    return "\n".join(lines)
 
 
 def main(argv=None):
     """Returns the rows of the results file."""
     try:
         cfg = config.parse(PosttrainConfig, sys.argv[1:] if argv is None else argv, __doc__)
-        if cfg.runs:
-            run_missing(cfg)
-        rows = read(cfg.results, ROW)
-        require(rows, "results", cfg.results, "there is nothing in it; name --runs to post-train")
-        print(report(rows))
-        return rows
+        run_missing(cfg)
+        return read(cfg.results, ROW)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

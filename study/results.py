@@ -1,5 +1,4 @@
-"""The results files of the study: signed JSON lines, one for every finished run (described in study/execute.py) or
-post-trained model.
+"""The results files of the study: signed JSON lines, one for every finished run or post-trained model.
 
 A regime is what runs must share to be compared over E. A line is {E: {rate: {seed: row}}}, all runs of one regime
 and one k.
@@ -19,26 +18,17 @@ from study.execute import BEFORE, Run, key
 
 TASKS = {"facts": "facts", "problems": "solutions", "mano": "mental arithmetic"}
 TEXT_TASKS = {"triviaqa": "TriviaQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
-MEMORY = ("facts", "triviaqa", "hellaswag")
 MIN_SEEDS = 3
 LIMITS = (7e-4, 0.05)  # of learning rates: no search goes beyond
 # Keys of every row, the first of them written first.
 ROW = tuple("key run lr diverged tokens tpp params flops points tokens_per_s seconds jobs device".split())
-UNSIGNED = {  # what rows without a checksum may hold: one whose checksum lost its name holds something else
-    *ROW,
-    *"step train_loss val_loss facts bits problems mano load_cv skipped_steps together torch revision date".split(),
-    *"train_seconds crc triviaqa hellaswag gsm8k humaneval".split(),
-    *"checkpoint settings d_model n_experts top_k seed total active before after rewards kl grad_norm".split(),
-    "router_changed",
-}
+REMEDY = "restore the file or delete the line"
 
 
 def read(path, needed=ROW, optional=False):
-    """The rows of a results file, without a last line torn by a crash. needed: keys that every row has, the first
-    written first.
+    """The rows of a results file, without a last line torn by a crash. ValueError for other damage and other files.
 
-    optional: where there is no file there are no rows. Raises ValueError for other damage and for files of another
-    kind."""
+    needed: keys that every row has, the first written first. optional: a file that is not there has no rows."""
     path = Path(path)
     if not optional and not path.exists():
         raise FileNotFoundError(f"{path}: no such results file; check the path")
@@ -46,8 +36,7 @@ def read(path, needed=ROW, optional=False):
 
 
 def parsed(content, path, needed, first=1):
-    """(rows, bytes that they take) of the content of a results file from this line on: all of it but a torn last
-    line."""
+    """(rows, their length in bytes) of the content of a results file from line `first` on, without a torn last line."""
     rows, size = [], 0
     for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", content), first):  # splitlines also splits at \\r
         where = f"{path}, line {number}"
@@ -58,45 +47,37 @@ def parsed(content, path, needed, first=1):
             cut = isinstance(error, json.JSONDecodeError) and not error.msg.startswith("Extra data")
             if cut and not line.endswith(b"\n") and begin.startswith(line[: len(begin)]):
                 break
-            raise ValueError(f"{where}: not JSON ({error}); restore the file or delete the line") from None
-        lacking = [name for name in needed if name not in row] if isinstance(row, dict) else needed
-        if lacking:
-            raise ValueError(
-                f"{where}: not a row of such a results file, it lacks {', '.join(lacking)}; "
-                "name another file or delete the line"
-            )
+            raise ValueError(f"{where}: not JSON ({error}); {REMEDY}") from None
+        if lacking := [name for name in needed if not isinstance(row, dict) or name not in row]:
+            found = f"not a row of such a results file, it lacks {', '.join(lacking)}"
+            raise ValueError(f"{where}: {found}; name another file or delete the line")
         rows.append(checked(row, where))
         size += len(line)
     return rows, size
 
 
 def checked(row, where):
-    """The row as today's code would have written it. ValueError where its checksum or its key says that it was
-    changed."""
-    remedy = "restore the file or delete the line"
-    if files.CRC not in row and (strange := sorted(set(row) - UNSIGNED)):
-        raise ValueError(f"{where}: damaged, it holds {strange[0]!r} and no checksum; {remedy}")
-    row = files.check(row, where, remedy)
+    """The row as today's code writes it. ValueError where its checksum or its key says that it was changed."""
+    for name, value in row.items() if files.CRC not in row else ():
+        # One damaged byte in the name of a checksum leaves its value: eight hexadecimal digits.
+        if name != "revision" and isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value):
+            raise ValueError(f"{where}: damaged, it holds {name!r} and no checksum; {REMEDY}")
+    row = files.check(row, where, REMEDY)
     if "key" not in row:  # of study.posttrain
         return row
-    if not row["run"][
-        "lr"
-    ]:  # planned by the first sweep without a rate: since rates are swept it is the run with the one it took
+    if not row["run"]["lr"]:  # the first sweep planned without a rate: it is the run with the rate that it took
         row |= {"run": row["run"] | {"lr": row["lr"]}, "key": None}
     try:
         run = Run(**BEFORE | row["run"])
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where}: its run cannot be read ({error}); {remedy}, or use the code that wrote it"
-        ) from None
+        raise ValueError(f"{where}: its run cannot be read ({error}); {REMEDY}, or use older code") from None
     if row["key"] not in (None, key(run)):
-        raise ValueError(f"{where} is damaged: its key {row['key']!r} is not that of its run; {remedy}")
+        raise ValueError(f"{where} is damaged: its key {row['key']!r} is not that of its run; {REMEDY}")
     return row | {"key": key(run), "run": dataclasses.asdict(run)}
 
 
 def append(path, row, needed=ROW):
-    """One more signed line, on disk when this returns; a torn last line is removed first. Several processes may do
-    so at once."""
+    """One more signed line, on the disk when this returns; a torn last line is removed. Several processes may do so."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -113,24 +94,14 @@ def append(path, row, needed=ROW):
 # ---- what a row says
 
 
-def tasks_of(row):
-    return {name: text for name, text in (TEXT_TASKS if row["run"]["data"] else TASKS).items() if name in row}
-
-
 def accuracy(row, task):
-    """Share of right answers: values recalled, whole solutions and expressions of trained lengths; None where only
-    loss is measured."""
+    """Share of right answers: values recalled, or whole solutions of trained lengths; None where only loss is known."""
     return row[task].get("overall", row[task].get("accuracy"))
 
 
 def loss(row, task):
-    """Nats per token of the answers (bits per byte for text; "train": the training loss); infinite where the run
-    diverged."""
+    """Nats per token of the answers (text: bits per byte; "train": the training loss); infinite where it diverged."""
     return math.inf if row["diverged"] else row["train_loss"] if task == "train" else row[task]["loss"]
-
-
-def run_of(row):
-    return Run(**row["run"])
 
 
 def distinct(rows):
@@ -152,43 +123,30 @@ def counted(rows):
     return [row for row in distinct(rows) if usual(row["run"]) and row["run"]["top_k"] > 1]
 
 
-class Regime(NamedTuple):
+HIDDEN = "n_experts top_k init_std lr seed data_tokens".split()  # what does not distinguish regimes
+REGIME = [field.name for field in dataclasses.fields(Run) if field.name not in HIDDEN]
+
+
+class Regime(NamedTuple("Regime", [(name, object) for name in REGIME])):
     """Every field of a Run but E, k, seed, rate and initial weights, and data_tokens, which changes no distribution."""
 
-    d_model: int
-    n_layers: int
-    d_expert: int
-    tokens: int
-    unique: int
-    data: str
-    optimizer: str
-    batch: int
-    seq_len: int
-    people: int
-    max_steps: int
-    mano_length: int
-    modulus: int
-    paired: bool
-    kind: str
-
     def __str__(self):
-        hidden = ("d_model", "d_expert", "tokens", "unique", "data", "paired", "kind")
+        named = ("d_model", "d_expert", "tokens", "unique", "data", "paired", "kind")
         what = "text" if self.data else f"{self.unique:,} problems" if self.unique else "fresh problems"
         what = {"room": "keys", "twohop": f"{self.unique:,} two-hop questions"}.get(self.kind, what)
         usual = lambda name, value: value in (0, getattr(Run, name))  # noqa: E731
-        unusual = [f"{n} {v}" for n, v in self._asdict().items() if n not in hidden and not usual(n, v)]
-        tokens = [f"{self.tokens / 1e6:.3g} M tokens"] if self.tokens else []
-        unpaired = [] if self.paired else ["unpaired"]
+        unusual = [f"{n} {v}" for n, v in self._asdict().items() if n not in named and not usual(n, v)]
+        tokens = [f"{self.tokens / 1e6:.3g} M tokens"] * bool(self.tokens)
+        unpaired = ["unpaired"] * (not self.paired)
         return ", ".join([f"d={self.d_model}", f"F={self.d_expert}", *tokens, what, *unusual, *unpaired])
 
 
 def regime(row):
-    return Regime(*(row["run"][field] for field in Regime._fields))
+    return Regime(*(row["run"][field] for field in REGIME))
 
 
 def lines(rows, wide=3):
-    """{(Regime, k): {E: {rate: {seed: row}}}} of the rows that may vote, where a line has at least `wide` values
-    of E."""
+    """{(Regime, k): {E: {rate: {seed: row}}}} of the rows that may vote; a line has `wide` values of E or more."""
     found = {}
     for row in counted(rows):
         run = row["run"]
@@ -205,17 +163,26 @@ class Tuned(NamedTuple):
     edges: list  # every x whose best rate is the lowest or highest that it tried although LIMITS lie beyond
     single: list  # every x that has run one rate only
 
+    @property
+    def rows(self):
+        return [row for cell in self.cells.values() for row in cell.values()]
+
+    @property
+    def seeds(self):
+        return list(next(iter(self.cells.values())))
+
 
 def tune(line, task):
-    """A line {x: {rate: {seed: row}}} at the rate with the lowest mean loss of the task at each x, or None without
-    common seeds.
+    """A line {x: {rate: {seed: row}}} at the rate with the lowest mean loss of the task at each x. None without the
+    task or without common seeds.
 
     Rates are compared over the seeds that all rates of x with MIN_SEEDS seeds have; the best keeps all its seeds."""
     cells, best, edges, single = {}, {}, [], []
     for x, rates in line.items():
         full = {rate: seeds for rate, seeds in rates.items() if len(seeds) >= MIN_SEEDS} or rates
         common = set.intersection(*map(set, full.values()))
-        if not common:
+        known = [row for seeds in full.values() for row in seeds.values() if task == "train" or task in row]
+        if not common or not known:
             return None
         mean = {rate: sum(loss(seeds[s], task) for s in common) / len(common) for rate, seeds in full.items()}
         best[x] = min(sorted(mean), key=mean.get)

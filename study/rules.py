@@ -63,17 +63,14 @@ def pairing(rows, paired=True):
     return (float(sum(within) / sum(between)) if sum(between) else None), cells
 
 
-def scarce_rise(rows):
-    """[(k, interval of the rise of the unseen-solution loss per doubling of E)] of the regime that decides claim 2."""
-    found = []
-    for (where, k), line in lines(rows, wide=5).items():
+def scarce_rise(rows, k=8):
+    """Per seed the rise of the unseen-solution loss per doubling of E, in the regime that decides claim 2."""
+    for (where, kk), line in lines(rows, wide=5).items():
         usual = (where.tokens, where.d_model, where.optimizer, where.kind) == (2**24, 128, "muon", "mixture")
-        if where.paired and where.unique == 1_000 and usual and (tuned := tune(line, "problems")):
-            x = np.log2(list(tuned.cells))
-            seeds = list(next(iter(tuned.cells.values())))
-            losses = [[cell[s]["problems"]["loss"] for cell in tuned.cells.values()] for s in seeds]
-            found.append((k, interval([np.polyfit(x, y, 1)[0] for y in losses]), len(seeds)))
-    return found
+        if kk == k and where.paired and where.unique == 1_000 and usual and (tuned := tune(line, "problems")):
+            x, cells = np.log2(list(tuned.cells)), tuned.cells.values()
+            return [np.polyfit(x, [cell[s]["problems"]["loss"] for cell in cells], 1)[0] for s in tuned.seeds]
+    return []
 
 
 def stop_rule(preset, rows):
@@ -85,10 +82,10 @@ def stop_rule(preset, rows):
         if share >= 1:
             return f"pairing does not cut the variance ({share:.2f} of it is left over {cells} cells); find another way"
     if preset == "votes":
-        found = [(k, rise, n) for k, rise, n in scarce_rise(rows) if k == 8]
-        if not found:
+        rise = scarce_rise(rows)
+        if not rise:
             return "votes waits for scarce2: is there anything to rescue?"
-        _, (_, _, high), n = found[0]
-        if n >= MIN_SEEDS and high < RISE:
+        high = interval(rise)[2]
+        if len(rise) >= MIN_SEEDS and high < RISE:
             return f"the rise of unseen-solution loss at k = 8 lies below {RISE} nats a doubling (at most {high:.3f})"
     return ""

@@ -29,60 +29,38 @@ def overlay(runs):
     import matplotlib.pyplot as plt
 
     data = [(run, *read(run)) for run in runs]
-    moe = [(run, kept, rows) for run, kept, rows, _ in data if not kept["dense"]]
+    moe = [(label(run, kept), kept["n_layers"], rows) for run, kept, rows, _ in data if not kept["dense"]]
     fig = plt.figure(figsize=(12, 4 + 2.6 * len(moe)), layout="constrained")
     grid = fig.add_gridspec(1 + len(moe), 3, height_ratios=[4] + [2.6] * len(moe))
-    loss, rate, norm = (fig.add_subplot(grid[0, column]) for column in range(3))
+    names = {
+        "loss": "cross-entropy, nats per token",
+        "lr": "learning rate",
+        "grad_norm": "gradient norm before clipping",
+    }
+    axes = {name: fig.add_subplot(grid[0, column]) for column, name in enumerate(names)}
+    million = lambda rows: [row["tokens"] / 1e6 for row in rows]  # noqa: E731
     for i, (run, kept, rows, val) in enumerate(data):
-        million = lambda row: row["tokens"] / 1e6  # noqa: E731
-        tokens = [million(row) for row in rows]
-        loss.plot(tokens, [row["loss"] for row in rows], color=f"C{i}", lw=0.8, alpha=0.7, **dot(rows))
-        loss.plot(
-            [million(row) for row in val],
-            [row["val_loss"] for row in val],
-            "o-",
-            color=f"C{i}",
-            ms=3,
-            lw=1.5,
-            label=label(run, kept),
-        )
-        rate.plot(tokens, [row["lr"] for row in rows], color=f"C{i}", **dot(rows))
-        norm.plot(tokens, [row["grad_norm"] for row in rows], color=f"C{i}", lw=0.8, **dot(rows))
-    curves.set_loss_limits(
-        loss,
-        [row["loss"] for _, _, rows, _ in data for row in rows] + [row["val_loss"] for *_, val in data for row in val],
-    )
-    loss.legend(fontsize=8, title="dots: validation, thin: training", title_fontsize=8)
-    for axis, title in (
-        (loss, "cross-entropy, nats per token"),
-        (rate, "learning rate"),
-        (norm, "gradient norm before clipping"),
-    ):
-        axis.set(title=title, xlabel="million tokens")
+        for name, axis in axes.items():
+            axis.plot(million(rows), [row[name] for row in rows], color=f"C{i}", lw=0.8, alpha=0.7, **dot(rows))
+        style = dict(color=f"C{i}", ms=3, lw=1.5, label=label(run, kept))
+        axes["loss"].plot(million(val), [row["val_loss"] for row in val], "o-", **style)
+    losses = [row.get("loss", row.get("val_loss")) for *_, rows, val in data for row in (*rows, *val)]
+    curves.set_loss_limits(axes["loss"], losses)
+    axes["loss"].legend(fontsize=8, title="dots: validation, thin: training", title_fontsize=8)
+    for name, axis in axes.items():
+        axis.set(title=names[name], xlabel="million tokens")
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
-    norm.set_yscale("log")
-    for i, (run, kept, rows) in enumerate(moe):
+    axes["grad_norm"].set_yscale("log")
+    for i, (name, n_layers, rows) in enumerate(moe):
         axis = fig.add_subplot(grid[1 + i, :])
-        last = rows[-1]["tokens"] / 1e6
-        typical = sorted(max(row["load_max"]) for row in rows)[
-            len(rows) // 2
-        ]  # the first steps would leave no colours for the rest
-        image = axis.imshow(
-            list(zip(*(row["load_max"] for row in rows), strict=True)),
-            aspect="auto",
-            origin="lower",
-            cmap="viridis",
-            vmin=1,
-            vmax=max(2.0, typical),
-            extent=(0, last, -0.5, kept["n_layers"] - 0.5),
-        )
+        typical = sorted(max(row["load_max"]) for row in rows)[len(rows) // 2]  # the first steps would take all colours
+        load = list(zip(*(row["load_max"] for row in rows), strict=True))
+        extent = (0, rows[-1]["tokens"] / 1e6, -0.5, n_layers - 0.5)
+        image = axis.imshow(load, aspect="auto", origin="lower", vmin=1, vmax=max(2.0, typical), extent=extent)
         axis.yaxis.get_major_locator().set_params(integer=True)
-        axis.set(
-            title=f"load of the busiest expert, 1 = even split: {label(run, kept)}",
-            xlabel="million tokens",
-            ylabel="layer",
-        )
+        title = f"load of the busiest expert, 1 = even split: {name}"
+        axis.set(title=title, xlabel="million tokens", ylabel="layer")
         fig.colorbar(image, ax=axis, pad=0.01)
     return fig
 

@@ -1,10 +1,8 @@
-"""Run what is missing of the study's presets, in parallel, within a time limit:  python -m study.sweep PRESET...
---minutes=9
+"""Run what is missing of the presets, in parallel, within a time limit:  python -m study.sweep PRESET... --minutes=9
 
-One JSON line is appended for every finished run (study/execute.py says what is in it); what the file already has
-is skipped, so the same command goes on where the last one stopped, on whatever day and machine. A run that was cut
-off leaves nothing and is done again. study/presets.py lists the presets. Each is a function of the rows: when a
-run is finished, it may ask for others.
+One JSON line is appended for every finished run. What the file already has is skipped, so the same command goes on
+where the last one stopped. A run that was cut off leaves nothing and is done again. study/presets.py lists the presets.
+When a run is finished, its preset may ask for others.
 """
 
 import dataclasses
@@ -30,12 +28,11 @@ from optimoe.config import make_directory, require
 from study import child
 from study.execute import Run, data_dir, execute_together, form, key, prepare_data
 from study.presets import PRESETS
-from study.results import append, read
+from study.results import TASKS, TEXT_TASKS, append, read
 from study.rules import stop_rule
 
 SMOKE = "runs/study/smoke.jsonl"  # what two tiny runs on a CPU measure is no result of the study
 SLACK = 1.1  # times its estimate must be left before a run is started: what is cut off is lost
-UNUSUAL = "optimizer n_layers init_std batch people unique max_steps mano_length modulus kind".split()
 
 
 @dataclass(frozen=True)
@@ -82,25 +79,26 @@ def planned(cfg, rows):
 
 
 def estimate(run, rows, device):
-    """Seconds that a run will take, from the most similar finished one on this device, of several the last, which
-    compiled least; None when there is none. Compiling and measuring take as long in longer runs."""
-    sizes = lambda r: [math.log2(r[name]) for name in ("tokens", "d_model", "n_experts", "top_k", "n_layers")]  # noqa: E731
-    known = [row for row in rows if row["device"] == device and not row["diverged"]]
-    if not known:
-        return None
-    mine = sizes(vars(run))
-    far = lambda row: sum(abs(a - b) for a, b in zip(sizes(row["run"]), mine, strict=True))  # noqa: E731
-    near = min(reversed(known), key=far)
-    return near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]
+    """Seconds that a run will take, from the last of the most similar runs on this device; None when there is none.
+
+    Compiling and measuring take as long in longer runs, and the last compiled least."""
+    sizes = ("tokens", "d_model", "n_experts", "top_k", "n_layers")
+    known = [row for row in reversed(rows) if row["device"] == device and not row["diverged"]]
+    far = lambda row: sum(abs(math.log2(row["run"][name] / getattr(run, name))) for name in sizes)  # noqa: E731
+    near = min(known, key=far, default=None)
+    return near and near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]
+
+
+def estimates(runs, rows, device):
+    """The `estimate` of each run; runs of one form share theirs."""
+    times = {shape: estimate(run, rows, device) for shape, run in {form(run): run for run in runs}.items()}
+    return [times[form(run)] for run in runs]
 
 
 def gpu_minutes(runs, rows):
     """Minutes of one GPU that runs take, on the GPU of the last row; None before there is one."""
-    gpu = next((row for row in reversed(rows) if not row["device"].startswith("CPU")), None)
-    if gpu is None:
-        return None
-    times = {shape: estimate(run, rows, gpu["device"]) for shape, run in {form(run): run for run in runs}.items()}
-    return sum(times[form(run)] for run in runs) / gpu["jobs"] / 60
+    gpu = next((row for row in reversed(rows) if not (row["device"].startswith("CPU") or row["diverged"])), None)
+    return gpu and sum(estimates(runs, rows, gpu["device"])) / gpu["jobs"] / 60
 
 
 def work(parent, device, threads, cache, items, inbox, outbox):
@@ -113,9 +111,7 @@ def work(parent, device, threads, cache, items, inbox, outbox):
         runs, keep = task
         try:
             outbox.put((key(runs[0]), execute_together(runs, cache, device, items, keep)))
-        except (
-            Exception
-        ) as error:  # one bad run must not end a sweep; it is reported, and tried again by the next sweep
+        except Exception as error:  # one bad run must not end a sweep; the next sweep tries it again
             outbox.put((key(runs[0]), traceback.format_exc(limit=-4)))
             if "CUDA error" in str(error):
                 return  # nothing works after that in this process
@@ -130,8 +126,7 @@ class Queue:
         self.plan()
 
     def plan(self):
-        """Ask the presets again: self.all is the whole plan, self.todo what is neither finished nor running nor
-        failed."""
+        """Ask the presets again: self.all is what they want, self.todo what nobody has begun of it."""
         self.all = planned(self.cfg, self.rows)
         finished = {row["key"] for row in self.rows}
         busy = {*self.in_flight(), *self.failed}
@@ -148,16 +143,13 @@ class Queue:
     def weightless(self, run):
         """Finished, but to be run again for its weights. What diverged has none, however often it is run."""
         path = self.kept(run)  # results.json is written last: a directory without it was cut off
-        if not path or os.path.exists(f"{path}/results.json"):
-            return False
-        return not any(row["key"] == key(run) and row["diverged"] for row in self.rows)
+        diverged = any(row["key"] == key(run) and row["diverged"] for row in self.rows)
+        return path and not diverged and not os.path.exists(f"{path}/results.json")
 
     def left(self):
-        rest = [*self.todo, *self.in_flight(), *self.failed]
-        if not rest:
+        if not (rest := [*self.todo, *self.in_flight(), *self.failed]):
             return f"all {len(self.all)} runs are finished"
-        times = {s: estimate(run, self.rows, self.device) for s, run in {form(run): run for run in rest}.items()}
-        seconds = [times[form(run)] for run in rest]
+        seconds = estimates(rest, self.rows, self.device)
         when = "no estimate yet" if None in seconds else f"about {sum(seconds) / self.lanes / 60:.1f} minutes"
         return f"{len(rest)} of {len(self.all)} runs left, {when}"
 
@@ -165,26 +157,17 @@ class Queue:
         """Up to `most` runs of one form that can end in time, out of todo; [] when none can."""
         group = []
         for run in self.todo:
-            if group and form(run) != form(group[0]):
-                continue
-            seconds = estimate(run, self.rows, self.device) or 0.0
-            if time.monotonic() + SLACK * seconds < ends:
-                group.append(run)
-                ends -= seconds
-            if len(group) == most:
-                break
+            if len(group) < most and (not group or form(run) == form(group[0])):
+                seconds = estimate(run, self.rows, self.device) or 0.0
+                if time.monotonic() + SLACK * seconds < ends:
+                    group.append(run)
+                    ends -= seconds
         self.todo = [run for run in self.todo if run not in group]
         return group
 
-    def finish(self, first, found):
-        """Book what a worker reports of the group of this first key: rows, or the text of an error."""
-        members = self.running.pop(first)
-        if isinstance(found, str):
-            self.failed += members
-            print(f"FAILED: {found}in {members}", flush=True)
-        else:
-            self.rows += found
-        self.plan()
+    def fail(self, members, why):
+        self.failed += members
+        print(f"FAILED: {why} in {members}", flush=True)
 
 
 def sweep(cfg):
@@ -194,20 +177,21 @@ def sweep(cfg):
     threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // (jobs * len(devices))))
     name = torch.cuda.get_device_name(devices[0]) if cfg.cuda else f"CPU, {threads} threads"
     rows = read(cfg.file, optional=True)
-    stopped = {preset: reason for preset in cfg.presets if (reason := stop_rule(preset, rows)) and not cfg.force}
+    stopped = {} if cfg.force else {name: why for name in cfg.presets if (why := stop_rule(name, rows))}
     for reason in stopped.values():
         print(f"stop rule: {reason} (--force goes on)", flush=True)
-    left = tuple(preset for preset in cfg.presets if preset not in stopped)
-    if not left:
+    if stopped.keys() >= set(cfg.presets):
         return 0
-    cfg = dataclasses.replace(cfg, presets=left)
+    cfg = dataclasses.replace(cfg, presets=tuple(name for name in cfg.presets if name not in stopped))
     tasks = Queue(cfg, rows, name, len(devices) * jobs)
     print(f"{cfg.file}: {tasks.left()} on {len(devices)} x {name}, {jobs} at a time on each", flush=True)
     if not tasks.todo or not cfg.minutes:
         if cost := gpu_minutes(tasks.todo, rows):
             print(f"about {cost:.1f} minutes of one GPU like the last; the first rows come after a minute more")
         return 0
-    check_writable(cfg.file, cfg.cache)
+    make_directory(Path(cfg.file).parent, "results", cfg.file)  # what cannot be written is said now
+    make_directory(cfg.cache, "cache", cfg.cache)
+    open(cfg.file, "ab").close()
     inbox, outbox, workers = start_workers(cfg, devices, min(tasks.lanes, len(tasks.todo) + 6), threads)
     data, builder = {}, ThreadPoolExecutor(1)  # directories are built in order; meanwhile what has its own is trained
     try:
@@ -220,38 +204,32 @@ def sweep(cfg):
             worker.join(timeout=0 if tasks.running else 5)
             if worker.is_alive():
                 worker.terminate()  # its run is not in the file and will be done again
-        print(
-            tasks.left()
-            + (f", {len(tasks.failed)} failed" if tasks.failed else "")
-            + (f", {len(tasks.in_flight())} cut off" if tasks.running else "")
-            + ("; the data directory in work is finished first" if any(d.running() for d in data.values()) else ""),
-            flush=True,
-        )
+        text = tasks.left() + f", {len(tasks.failed)} failed" * bool(tasks.failed)
+        text += f", {len(tasks.in_flight())} cut off" * bool(tasks.running)
+        building = any(directory.running() for directory in data.values())
+        print(text + "; the data directory in work is finished first" * building, flush=True)
     if lost:
         print(f"{lost} worker processes were killed, perhaps for want of memory: use fewer --jobs", flush=True)
     return len(tasks.failed) + lost
 
 
 def run_all(tasks, cfg, inbox, outbox, workers, data, builder, jobs, together):
-    """Hand groups to the workers and book what comes back until all is done or time is up. Returns how many
-    workers were killed."""
+    """Hand groups to the workers and book what comes back, until all is done or time is up. Returns how many workers
+    were killed."""
     began, before, lost = time.monotonic(), len(tasks.rows), 0
     ends = began + 60 * cfg.minutes
     while (tasks.todo or tasks.running) and time.monotonic() < ends:
         alive = sum(worker.is_alive() for worker in workers)
         lost = sum(worker.exitcode not in (None, 0) for worker in workers)
         for run in tasks.todo:
-            if not run.data and data_dir(run, cfg.cache) not in data:
-                directory = data_dir(run, cfg.cache)
+            if not run.data and (directory := data_dir(run, cfg.cache)) not in data:
                 data[directory] = builder.submit(prepare_data, run, cfg.cache, os.cpu_count() or 1)
         while len(tasks.running) < alive + lost and (members := tasks.take(ends, together)):
             try:
                 for run in members:
-                    if not run.data:
-                        data[data_dir(run, cfg.cache)].result()
+                    run.data or data[data_dir(run, cfg.cache)].result()
             except Exception as error:  # no data, no run; others have theirs
-                tasks.failed += members
-                print(f"FAILED: no data: {error} in {members}", flush=True)
+                tasks.fail(members, f"no data: {error}")
                 continue
             tasks.running[key(members[0])] = members
             inbox.put((members, [tasks.kept(run) for run in members]))
@@ -261,13 +239,17 @@ def run_all(tasks, cfg, inbox, outbox, workers, data, builder, jobs, together):
             first, found = outbox.get(timeout=1)
         except queue.Empty:
             continue
-        for row in found if isinstance(found, list) else ():
+        members = tasks.running.pop(first)
+        if isinstance(found, str):
+            tasks.fail(members, found)
+            found = []
+        for row in found:
             row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
             append(cfg.file, row)
-        tasks.finish(first, found)
-        for i, row in enumerate(found if isinstance(found, list) else ()):
-            end = f" | {tasks.left()}" if i == len(found) - 1 else ""
-            print(f"{time.monotonic() - began:5.0f} s: {line(row)}{end}", flush=True)
+            print(f"{time.monotonic() - began:5.0f} s: {line(row)}", flush=True)
+        tasks.rows += found
+        tasks.plan()
+        print(tasks.left(), flush=True)
         if len(tasks.failed) >= 3 * together and len(tasks.rows) == before:
             break  # nothing works
     return lost
@@ -290,39 +272,23 @@ def start_workers(cfg, devices, lanes, threads):
     return inbox, outbox, workers
 
 
-def check_writable(results, cache):
-    """Raise ValueError now, not after the first run, where one of the two cannot be written."""
-    make_directory(Path(results).parent, "results", str(results))
-    make_directory(cache, "cache", str(cache))
-    try:
-        open(results, "ab").close()
-    except OSError as error:
-        require(False, "results", str(results), f"cannot be written ({error.strerror}); name another file")
-
-
 def line(row):
-    """A finished run for people."""
-    run = row["run"]
-    unusual = [f" {name}={run[name]}" for name in UNUSUAL if run[name] != getattr(Run, name)]
-    head = f"d={run['d_model']} E={run['n_experts']} k={run['top_k']} F={run['d_expert']} lr={row['lr']:g}"
-    head += f" tokens={row['tokens'] / 1e6:.1f}M seed={run['seed']}{''.join(unusual)}"
+    """A finished run for people: the fields of its Run that are not the default, and what was measured."""
+    always = ("n_experts", "top_k", "lr", "seed")
+    fields = [f"{name}={x}" for name, x in row["run"].items() if name in always or x != getattr(Run, name)]
     if row["diverged"]:
-        return f"{head}: diverged"
-    tasks = [
-        name for name in ("facts", "problems", "mano", "triviaqa", "hellaswag", "gsm8k", "humaneval") if name in row
-    ]
-    found = ", ".join(f"{task} {row[task]['loss']:.3f}" for task in tasks)
+        return " ".join([*fields, "diverged"])
+    found = ", ".join(f"{task} {row[task]['loss']:.3f}" for task in TASKS | TEXT_TASKS if task in row)
     speed = f"{row['seconds']:.1f} s ({row['tokens_per_s'] / 1e6:.2f} M tokens/s)"
-    return f"{head}: loss {row['train_loss']:.3f}, {found}; {speed}"
+    return f"{' '.join(fields)}: loss {row['train_loss']:.3f}, {found}; {speed}"
 
 
 def main(argv=None):
     try:
         cfg = config.parse(SweepConfig, sys.argv[1:] if argv is None else argv, __doc__)
         for directory, _ in parse_sources(cfg.data) if cfg.data else ():
-            found = (Path(directory) / shards.META).exists()
             remedy = f"{directory} holds no {shards.META}; make it with python -m data.prepare"
-            require(found, "data", cfg.data, remedy)
+            require((Path(directory) / shards.META).exists(), "data", cfg.data, remedy)
         return sweep(cfg)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

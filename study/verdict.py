@@ -16,6 +16,7 @@ from optimoe import config
 from optimoe.config import require
 from study import posttrain, results, rules
 from study.claims import CLAIMS, REMEDIES, decide, overall, still_lost, would_decide
+from study.execute import Run
 from study.presets import PRESETS
 from study.results import MIN_SEEDS, accuracy
 from study.rules import interval
@@ -40,7 +41,7 @@ def computed(rows, posttrained):
 
 def missing(presets, rows):
     """The runs missing of these presets and their minutes on one GPU, in words; "" when there are none."""
-    todo = {run for name in presets for run in PRESETS[name](rows, "")} - {results.run_of(row) for row in rows}
+    todo = {run for name in presets for run in PRESETS[name](rows, "")} - {Run(**row["run"]) for row in rows}
     minutes = gpu_minutes(todo, rows)
     cost = f", about {minutes:.0f} min" if minutes else ""
     return f"{len(todo)} runs of `{'`, `'.join(presets)}`{cost}" if todo else ""
@@ -50,21 +51,15 @@ def number(value):
     return "–" if value is None else f"{value:+.3g}"
 
 
-def share_left(pairing):
-    share, cells = pairing
-    return f"{share:.2f} ({cells} pairs of cells)" if cells else "no run yet to say how much"
-
-
 def strongest(tests):
-    """The test that a one-line summary shows: one that votes, else one that could say something; paired, most
-    seeds, most runs."""
+    """The test that a one-line summary shows: one that votes or could, paired, with most seeds and runs."""
     silent = lambda test: any(word in test.note for word in ("beside", "nothing learned", "describes", "control"))  # noqa: E731
     order = lambda test: (test.votes, not silent(test), test.paired, len(test.effects), test.runs)  # noqa: E731
     return max(tests, key=order, default=None)
 
 
 def claims_table(claims, rows):
-    """A row a claim: verdict, effect and interval of its strongest test, what is missing."""
+    """A row for each claim: verdict, effect and interval of its strongest test, what is missing."""
     lines = ["| claim of the paper | verdict | effect and 95 % interval | seeds | missing |", "|---|---|---|---|---|"]
     for n, (text, tests, presets) in enumerate(claims, 1):
         test, verdict = strongest(tests), overall(tests)
@@ -101,7 +96,8 @@ def appendix(claims, rows):
     minutes, flops = sum(row["seconds"] / row["jobs"] for row in rows) / 60, sum(row["flops"] for row in rows)
     devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
     paired, diverged = sum(row["run"]["paired"] for row in rows), sum(row["diverged"] for row in rows)
-    left, unpaired = (share_left(rules.pairing(rows, paired=kind)) for kind in (True, False))
+    pairings = [rules.pairing(rows, paired=kind) for kind in (True, False)]
+    left, unpaired = (f"{share:.2f} ({n} pairs of cells)" if n else "an unknown share" for share, n in pairings)
     lines = [
         "# The study: every effect",
         "",
@@ -110,8 +106,8 @@ def appendix(claims, rows):
         f"{len(rows)} runs, {paired} of them paired, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on "
         f"{devices}; {diverged} diverged.{noise(rows)}",
         "",
-        f"{sum(row['run']['top_k'] == 1 for row in rows)} runs have k = 1. Their normalised gate is always 1: the loss "
-        "gave their routers no gradient: they are in no line and have no vote.",
+        f"{sum(row['run']['top_k'] == 1 for row in rows)} runs have k = 1. Their normalised gate is always 1, so "
+        "the loss gave their routers no gradient. They are in no line and have no vote.",
         "",
         f"Pairing: {left} of the variance between two E is left where both have the same seed and so the same weights; "
         f"{unpaired} where the seed shares only the data (first edition).",
@@ -124,14 +120,14 @@ def appendix(claims, rows):
         lines += ["| runs | effect | 95 % interval | margin | seeds | verdict |", "|---|---|---|---|---|---|"]
         for test in tests:
             mean, low, high = interval(test.effects.values())
-            few = f" (fewer than {MIN_SEEDS} seeds)" if len(test.effects) < MIN_SEEDS else ""
-            found = decide(test)
-            said = f"no vote: {test.note}" if test.note else found + few
-            said += f" ({would_decide(test)})" if test.votes and found == "undecided" and not few else ""
-            lines.append(
-                f"| {test.where}; {test.runs} runs | {number(mean)} {test.unit} | {number(low)} to {number(high)} | "
-                f"{'below' if test.little else 'above'} {test.margin:g} | {len(test.effects)} | {said} |"
-            )
+            said = decide(test) if test.votes else f"no vote: {test.note}"
+            if test.votes and len(test.effects) < MIN_SEEDS:
+                said += f" (fewer than {MIN_SEEDS} seeds)"
+            elif said == "undecided":
+                said += f" ({would_decide(test)})"
+            effect = f"{number(mean)} {test.unit} | {number(low)} to {number(high)}"
+            margin = f"{'below' if test.little else 'above'} {test.margin:g} | {len(test.effects)}"
+            lines.append(f"| {test.where}; {test.runs} runs | {effect} | {margin} | {said} |")
     return "\n".join(lines) + "\n"
 
 
@@ -140,8 +136,7 @@ def write(path, table):
     text = Path(path).read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path}: needs the two lines {BEGIN!r} and {END!r}; put them where the table belongs")
+    require(begin and end, "out", path, f"it needs the two lines {BEGIN!r} and {END!r} where the table belongs")
     files.replace(path, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
 
 

@@ -7,7 +7,8 @@ Without triton (or with `-p tests.hide_triton`) the tests that ask for kernels a
 import os
 import sys
 
-import optimoe as optimoe  # isort: skip  (before torch: how its threads wait)
+import optimoe.threads  # before torch
+
 import torch
 
 if not torch.cuda.is_available():

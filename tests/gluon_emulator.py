@@ -1,8 +1,8 @@
-"""Runs the warp-specialised parts of a Gluon kernel on the CPU, each in a thread, to test how they hand buffers to each other.
+"""Runs the warp-specialised parts of a Gluon kernel on the CPU, each in a thread, to test how they share buffers.
 
 What is asynchronous on the GPU happens here at the worst moment that the barriers allow: loads land late, products and
-stores read their operands as late as the next wait for them, and the parts take turns at random. A buffer that is released
-too early, a wrong phase or a missing wait shows as a wrong result, or as `Deadlock`.
+stores read their operands as late as the next wait for them, and the parts take turns at random. A buffer that is
+released too early, a wrong phase or a missing wait shows as a wrong result, or as `Deadlock`.
 
 Only the subset of Gluon that moe_kernels/hopper.py uses. Tensors are numpy arrays; layouts mean nothing.
 """

@@ -238,6 +238,18 @@ def test_signed_and_old_files_are_read(tmp_path):
         assert ("crc" in path.read_text()) == signed and config.load(Config, path) == Config(lr=0.25)
 
 
+@pytest.mark.parametrize("old, new", [("0.25", "0.75"), ('"limit": null', '"limit": 3'), ('"crc": "', '"crc": "0')])
+def test_a_damaged_signed_file_is_refused(tmp_path, old, new):
+    path = tmp_path / "config.json"
+    files.write_json(path, dataclasses.asdict(Config(lr=0.25)) | {"resumed_with": ["lr"]})
+    assert parse(f"--config={path}") == Config(lr=0.25)
+    text = path.read_text()
+    path.write_text(text.replace(old, new))
+    assert path.read_text() != text
+    with pytest.raises(ValueError, match=f"{path} is damaged: its checksum differs"):
+        parse(f"--config={path}")
+
+
 def test_a_directory_that_cannot_be_written_is_named_by_its_field(tmp_path):
     assert config.make_directory(tmp_path / "a/b", "out", "a/b").is_dir() and not list((tmp_path / "a/b").iterdir())
     (tmp_path / "file").write_text("")

@@ -1,16 +1,12 @@
-"""Pictures of runs, and metrics.jsonl followed by other tools. Run: python -m pytest tests/test_curves.py (CPU)"""
+"""Pictures of runs. Run: python -m pytest tests/test_curves.py (CPU)"""
 
 import json
 import math
-import sys
-import threading
-import time
-from types import SimpleNamespace
 
 import pytest
 
 from optimoe import curves
-from study import follow, show
+from study import show
 from tests.test_train import data_dir  # noqa: F401  a fixture
 from tests.test_train import run as train_run
 
@@ -31,7 +27,7 @@ def row(step, load=None):
     return {
         "step": step,
         "loss": 5 - 0.1 * step,
-        "lr": 1e-3,
+        "lr": 1e-3 * step,
         "grad_norm": 1.0,
         "load": load,
         "load_max": [max(x) for x in load],
@@ -58,14 +54,15 @@ def test_picture_shows_every_number(run):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # torn
     fig = curves.figure(run)
-    axes = {axis.get_title(): axis for part in fig.subfigs for axis in part.axes}
+    axes = {axis.get_title(): axis for axis in fig.axes}
     titles = " | ".join(axes)
     for part in ("cross-entropy", "learning rate", "gradient norm", "entropy of the mean router", "without a token"):
         assert part in titles
     loss = next(axis for title, axis in axes.items() if title.startswith("cross-entropy"))
     assert list(loss.lines[0].get_ydata()) == [4.9, 4.8, 4.7] and list(loss.lines[1].get_ydata()) == [4.9]
-    assert [len(axis.images) for title, axis in axes.items() if title.startswith("load of layer")] == [1, 1, 1]
-    image = axes["load of layer 0"].images[0].get_array()
+    assert [len(axis.images) for title, axis in axes.items() if title.startswith("load of layer")] == [1, 1]
+    assert not any(title.startswith("load of layer 1") for title in axes)  # which is even
+    image = axes["load of layer 0 (green: no token)"].images[0].get_array()
     assert image.shape == (4, 3) and image.mask[0].all() and not image.mask[1:].any() and image[3].tolist() == [1, 1, 1]
     assert {axis.get_xlabel() for title, axis in axes.items() if title} == {"million tokens"}
     even = next(axis for title, axis in axes.items() if title.startswith("entropy")).lines[-1]
@@ -81,9 +78,19 @@ def test_picture_shows_every_number(run):
 def test_dense_and_several_runs(run, tmp_path):
     plain = ("step", "loss", "lr", "grad_norm")
     dense = write_run(tmp_path / "dense", [{k: row(s)[k] for k in plain} for s in (1, 2)], dense=True)
-    assert len(curves.figure(dense).subfigs) == 1
+    titles = [axis.get_title() for axis in curves.figure(dense).axes]
+    assert len(titles) == 3 and not any("entropy of" in title or "load" in title for title in titles)
     show.main([str(run), str(dense), "--out", str(tmp_path / "both.png")])
     assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+def test_no_panel_is_empty(tmp_path):
+    """A constant rate, routers that use every expert, and an even load need no panel; every panel left shows data."""
+    even = [row(step, [[1.1, 0.9, 1.0, 1.0]] * 3) | {"lr": 1e-3} for step in (1, 2)]
+    fig = curves.figure(write_run(tmp_path / "even", even))
+    assert [axis.get_title().split()[0] for axis in fig.axes] == ["cross-entropy,", "gradient", "entropy"]
+    fig = curves.figure(write_run(tmp_path / "uneven", [*even, row(3)]))
+    assert len(fig.axes) == 8 and all(axis.lines or axis.images or axis.collections for axis in fig.axes)
 
 
 def test_the_legend_names_what_is_there(run, tmp_path):
@@ -106,7 +113,7 @@ def test_a_run_of_one_row_is_seen(tmp_path, monkeypatch):
     """A line of one point has no length: it gets a dot."""
     one, two = (write_run(tmp_path / name, rows) for name, rows in (("one", [row(1)]), ("two", [row(1), row(2)])))
     dots = lambda fig: [line.get_marker() for axis in fig.axes for line in axis.lines if len(line.get_xdata()) == 1]  # noqa: E731
-    assert dots(curves.figure(one)) == ["."] * 7 and dots(curves.figure(two)) == []
+    assert dots(curves.figure(one)) == ["."] * 6 and dots(curves.figure(two)) == []
     assert dots(show.overlay([one, two])) == ["."] * 3
     for fig in (curves.figure(one), show.overlay([one, one])):  # and numbers of many digits below the axis do not touch
         fig.canvas.draw()
@@ -148,7 +155,7 @@ def test_only_a_torn_last_line_is_left_out(run):
 
 
 def test_tokens_are_what_was_read(run):
-    """Where rows count them, whatever the batch of the configuration is; in older validations as in the row of their step."""
+    """Where rows count them, whatever the configured batch is; older validations take the row of their step."""
     lines = [row(2) | {"tokens": 1_000_000}, {"step": 2, "val_loss": 4.9}, row(4) | {"tokens": 9_000_000}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loss = curves.figure(run).axes[0]
@@ -179,51 +186,6 @@ def test_redrawn_beside_training(run, capsys, monkeypatch):
     without = curves.Curves(run)
     without.refresh(), without.refresh(), without.close()
     assert capsys.readouterr().out.count("pip install") == 1 and without.process is None
-
-
-def test_follow_a_growing_and_rewound_log(run):
-    found, first_four = [], threading.Event()
-
-    def collect():
-        for r in follow.follow(run, poll=0.01):
-            found.append(r)
-            if len(found) == 4:
-                first_four.set()
-
-    thread = threading.Thread(target=collect, daemon=True)
-    thread.start()
-    assert first_four.wait(timeout=20)
-    text = (run / "metrics.jsonl").read_text()
-    (run / "metrics.jsonl").write_text(text + json.dumps(row(4))[:20])
-    time.sleep(0.05)
-    resumed = (row(1), row(2), row(4), row(5), {"step": 5, "val_loss": 4.5})  # from step 2
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in resumed))
-    thread.join(timeout=20)
-    expected = [(1, False), (2, False), (2, True), (3, False), (4, False), (5, False), (5, True)]
-    assert not thread.is_alive() and [(r["step"], "val_loss" in r) for r in found] == expected
-
-
-def test_adapters(run, monkeypatch):
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 5, "val_loss": 4.5}) + "\n")
-    logged = []
-    writer = SimpleNamespace(
-        add_scalar=lambda name, value, step: logged.append((step, name, value)), flush=lambda: None
-    )
-    session = SimpleNamespace(
-        log=lambda values, step: logged.extend((step, name, value) for name, value in values.items())
-    )
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda path: writer))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda name, config: session))
-    follow.main([str(run)])
-    first, logged[:] = list(logged), []
-    follow.main([str(run), "--to=wandb"])
-    assert logged == first
-    assert (2, "loss", 4.8) in first and (2, "val_loss", 4.9) in first and (1, "load_max/2", 4.0) in first
-    assert not any(name == "mfu" or name.startswith("load/") for _, name, _ in first)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SystemExit, match="pip install wandb"):
-        follow.main([str(run), "--to=wandb"])
 
 
 def test_training_draws_its_curves(data_dir, tmp_path):  # noqa: F811

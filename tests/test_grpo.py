@@ -669,30 +669,3 @@ def test_mistakes_are_named(start, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         main([*SHORT, f"--model={start}", f"--out-dir={tmp_path / 'x'}", *flags])
     assert not (tmp_path / "x").exists()
-
-
-def test_benchmark(start, tmp_path):
-    from bench import results, rollout
-
-    flags = [
-        "--task=mano",
-        "--questions=60",
-        "--answer-tokens=6",
-        "--batch-prompts=8",
-        "--mini-batch=4",
-        "--group-size=4",
-    ]
-    flags += [
-        f"--run={start}",
-        f"--csv={tmp_path / 'x.csv'}",
-        f"--plot={tmp_path / 'x.png'}",
-        "--batches=4",
-        "--revision=test",
-    ]
-    assert rollout.main(flags) == 0
-    found = {(row["kernel"], row["mode"]): row for row in results.read(tmp_path / "x.csv")}
-    assert {mode for kernel, mode in found if kernel == "grpo"} == {"rollout", "reward", "update", "full"} and found[
-        "grpo", "full"
-    ]["T"] == 32
-    assert {("update", "packed"), ("update", "padded"), ("rollout", "full")} < set(found)
-    assert (tmp_path / "x.png").stat().st_size > 10_000

@@ -1,16 +1,13 @@
-"""Weight gradients of the Hopper kernel equal those of the plain one: python -m pytest tests/test_hopper.py (H100 or H200)."""
+"""Weight gradients of the Hopper kernel equal those of the plain one (on an H100 or H200), and where it is chosen."""
 
 import pytest
 import torch
 
 from moe_kernels import grouped_gemm as gemm
-from moe_kernels import hopper
 from moe_kernels.dispatch import dispatch
 from moe_kernels.tiles import Tile
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
+hopper = pytest.importorskip("moe_kernels.hopper", reason="needs triton with Gluon")
 TILE = Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=4, PARTS=2, num_warps=8, num_stages=3)
 
 
@@ -24,6 +21,9 @@ def choose(T, E, K, routing):
     return scores.topk(K).indices.int()
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -40,16 +40,23 @@ def test_same_bits_as_the_plain_kernel(T, M, N, E, K, routing, dtype, transposed
     sorted_ = dispatch(choose(T, E, K, routing), E, 128)
     a_TM = torch.randn(T, M, device="cuda", dtype=dtype)
     b_SN = torch.randn(T * K, N, device="cuda", dtype=dtype)
-    assert hopper.fits(M, N, 512, dtype, a_TM.device)
+    assert hopper.fits(M, N, 512, dtype)
     expected = gemm.dw(a_TM, b_SN, transposed, sorted_, TILE)
     for _ in range(3):  # a race would not show every time
         assert torch.equal(hopper.dw(a_TM, b_SN, transposed, sorted_), expected)
     assert not torch.equal(hopper.dw(a_TM, b_SN.flip(0), transposed, sorted_), expected)  # the check can fail
 
 
-def test_where_it_does_not_fit():
-    device = torch.device("cuda")
-    assert not hopper.fits(256, 256, 512, torch.float32, device)
-    assert not hopper.fits(64, 256, 512, torch.bfloat16, device)
-    assert not hopper.fits(256, 256, 16, torch.bfloat16, device)
-    assert not hopper.fits(256, 256, 512, torch.bfloat16, torch.device("cpu"))
+def test_where_it_is_chosen(monkeypatch):
+    monkeypatch.setattr(hopper, "interpreting", lambda: False)
+    for capability in (80, 89, 90, 100, 120):
+        monkeypatch.setattr(hopper, "capability", lambda capability=capability: capability)
+        for dtype in (torch.bfloat16, torch.float16):
+            assert hopper.fits(128, 256, 256, dtype) == (capability == 90)
+    monkeypatch.setattr(hopper, "capability", lambda: 90)
+    assert not hopper.fits(128, 256, 256, torch.float32)
+    assert not hopper.fits(64, 256, 256, torch.bfloat16)
+    assert not hopper.fits(128, 128, 256, torch.bfloat16)
+    assert not hopper.fits(128, 256, 255, torch.bfloat16)
+    monkeypatch.setattr(hopper, "interpreting", lambda: True)
+    assert not hopper.fits(128, 256, 256, torch.bfloat16)

@@ -27,7 +27,6 @@ from optimoe.sizes import (
     flops_per_token,
     peak_flops,
     preset,
-    require_memory,
     training_memory,
 )
 
@@ -219,7 +218,7 @@ def test_initialisation():
             assert abs(p.std().item() / expected - 1) < 0.05, name
 
 
-def test_models_of_any_sparsity_share_their_first_draws():
+def test_models_of_any_sparsity_share_their_first_draws(device):
     """Whatever E and k: attention, embeddings, and experts and router rows by their index."""
     base = dict(vocab_size=61, n_layers=2, d_model=32, head_dim=8, d_expert=48)
     few, many = (ModelConfig(**base, n_experts=E, top_k=k) for E, k in ((8, 2), (64, 8)))
@@ -228,7 +227,8 @@ def test_models_of_any_sparsity_share_their_first_draws():
         (few, dataclasses.replace(few, top_k=8)),
         (few, dataclasses.replace(few, dense=True)),
     ):
-        one, other = GPT(first).state_dict(), GPT(second).state_dict()
+        with torch.device(device):
+            one, other = GPT(first).state_dict(), GPT(second).state_dict()
         for name in one.keys() & other.keys():
             assert torch.equal(one[name], other[name][: len(one[name])]), name
         assert any(name.endswith("attn.qkv.weight") for name in one.keys() & other.keys())
@@ -333,13 +333,6 @@ def test_a_router_variant_is_one_field_and_one_method():
         assert torch.equal(free.experts[0], other.experts[0]) and ratio(free.logits, other.logits) > 1e-3
         assert torch.equal(hot(tokens(), replay_NTK=torch.stack(free.experts)).logits, free.logits)
     assert torch.equal(make()(tokens()).logits, other.logits)
-
-
-def test_weights_that_no_memory_holds_are_refused():
-    cfg = preset("paper-d2048-e128-k16", n_layers=2**20)
-    with pytest.raises(ValueError, match=r"the weights alone take [\d,]+ GiB and the cpu has .*make the model smaller"):
-        require_memory(cfg, torch.device("cpu"))
-    require_memory(preset("tiny", vocab_size=512), torch.device("cpu"))
 
 
 def changed_positions(model, position):

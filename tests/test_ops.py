@@ -106,7 +106,7 @@ def test_autocast_is_on_in_that_test_and_afterwards():
     op, inputs = experts(torch.float32, "reference")
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         torch.autograd.grad(op(*(t.requires_grad_() for t in inputs)).sum(), inputs)
-        assert torch.is_autocast_enabled(DEVICE) and (x @ w).dtype == torch.bfloat16
+        assert torch.is_autocast_enabled(DEVICE) and (x.to(DEVICE) @ w.to(DEVICE)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

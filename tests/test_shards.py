@@ -144,7 +144,8 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
     for directory in tmp_path.iterdir():
         with pytest.raises(ValueError, match="not finished data"):
             shards.read_meta(directory)
-    writer.abandon()
+    writer.__exit__(KeyboardInterrupt)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_directories_are_safe(tmp_path):

@@ -1,4 +1,5 @@
-"""A mixture that starts from a dense checkpoint computes what the dense model computed. Run: python -m pytest tests/test_upcycle.py (CPU or GPU)"""
+"""A mixture that starts from a dense checkpoint computes what the dense model computed.
+Run: python -m pytest tests/test_upcycle.py (CPU or GPU)"""
 
 import dataclasses
 
@@ -105,7 +106,7 @@ def test_noise_and_training(dense):
         noisy.blocks[0].mlp.w_in, other.blocks[0].mlp.w_in
     )
     assert torch.equal(noisy.embed.weight, dense[0].embed.weight)
-    # Without noise the copies separate by themselves: their tokens differ, and so do the slices of a copy (their router rows too).
+    # Without noise the copies separate by their tokens; so do the slices of a copy, and their router rows.
     optimizer = torch.optim.AdamW(exact.parameters(), lr=1e-3)
     losses = []
     for _ in range(8):
@@ -123,7 +124,7 @@ def test_noise_and_training(dense):
 
 
 def test_from_bfloat16_weights(dense, tmp_path):
-    """Of a run with --weights=bfloat16: neither three times a weight nor a little noise on it is a bfloat16 number, but the mixture is float32."""
+    """The mixture is float32: neither three times a bfloat16 weight nor a little noise on it is a bfloat16 number."""
     model = dense[0]
     state = {name: t.bfloat16() if ".mlp." in name else t for name, t in model.state_dict().items()}
     path = checkpoint.save(tmp_path, 8, {"config": dataclasses.asdict(DENSE), "model": state}, keep=2)
@@ -144,6 +145,8 @@ def test_from_bfloat16_weights(dense, tmp_path):
             "d_expert=48: slices of this width, 0 of them shared, do not make up the dense hidden width 64",
         ),
         (dict(d_expert=64, n_shared_experts=1), "d_expert=64: slices"),
+        (dict(top_k=1), "top_k=1: upcycling needs gates that sum to 1, and with one of them the router does not learn"),
+        (dict(activation="relu2"), "activation='relu2': the dense checkpoint has 'swiglu'"),
         (dict(top_k=3), "top_k=3: one copy of the dense layer is 2 experts"),
         (dict(n_experts=7), "n_experts=7: one copy"),
         (dict(router_normalize=False), "router_normalize=False: the dense output"),
@@ -169,10 +172,11 @@ def test_in_training_step_0_has_the_dense_loss(tmp_path):
     with shards.ShardWriter(data, enc) as writer:
         for split in ("train", "val"):
             writer.add(split, enc.encode_ordinary("the cat sat on the mat. " * 60) + [enc.eot_token])
-    flags = (
-        "--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --seq-len=16 --batch-size=4 "
-        f"--warmup-steps=1 --init-std=0.2 --val-every=0 --val-batches=4 --sample-tokens=0 --curves=false --device=cpu --data={data}"
-    ).split()
+    shape = (
+        "--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --seq-len=16"
+    )
+    rest = "--batch-size=4 --warmup-steps=1 --init-std=0.2 --val-every=0 --val-batches=4 --sample-tokens=0"
+    flags = f"{shape} {rest} --curves=false --device=cpu --data={data}".split()
     dense = main([*flags, "--dense", "--steps=10", f"--out-dir={tmp_path / 'dense'}"])
     start = [f"--upcycle-from={tmp_path / 'dense'}", "--steps=1", "--lr=0"]
     mixture = main([*flags, *start, f"--out-dir={tmp_path / 'moe'}"])

@@ -198,7 +198,7 @@ def test_the_table_is_put_between_the_markers_and_never_replaced_by_that_of_noth
             verdict.main([*words, *more])
     assert page.read_text() == text
     page.write_text("no markers")
-    with pytest.raises(SystemExit, match="needs the two lines"):
+    with pytest.raises(SystemExit, match="out=.*needs the two lines"):
         verdict.main(words)
     assert page.read_text() == "no markers"
 

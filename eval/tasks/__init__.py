@@ -1,9 +1,12 @@
 """The tasks of eval, eval.votes and grpo.py. A task is one file of this folder; nothing else has to be told about it.
 
-    TEST = Set("svamp/test", "svamp/test.jsonl", ("ChilleD/SVAMP", None, "test"))  # where items are: eval.sources.Set
+    TEST = Set("svamp/test", "svamp/test.jsonl", ("ChilleD/SVAMP", None, "test"))  # where rows are: eval.sources.Set
+    TRAIN = Set(...)                       # rows to train on and to draw examples from, where there are any
     SHOTS = 4                              # examples in front of each question, unless --shots says otherwise
-    def items(source, shots, split="test") # -> list of Item; source.rows(TEST) gives the rows of a set
-    LIKE = gsm8k                           # whatever this file does not define is taken from that task's module
+    LIKE = gsm8k                           # functions and settings that this file does not define are that task's
+    def item(row)                          # -> Item, without examples; `choice` makes one with choices
+    def example(row)                       # -> text of an example; default: the item's prompt and its answer
+    def items(source, shots, split="test") # -> list of Item, instead of item(row), where that is not all
 
 Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. A task whose answers
 are written by the model defines STOPS (generation ends at any of these strings, which are cut off), MAX_NEW_TOKENS, and
@@ -15,15 +18,13 @@ some of
     def gold(item)                         # the vote of the right answer; default: vote(item.answer)
     def reward(item, text)                 # for grpo.py: 1.0 or 0.0; default: whether vote(text) is the gold one
     def questions(source, split, n)        # for grpo.py: the first n items of "train" or "test", n = 0: all;
-                                           # default: items(source, 0, split)
+                                           # default: items(source, 0, split), where there is TRAIN
 
-A task is trained on if `items` takes a split or if it has `questions`. Items with choices become questions with
-lettered options where the model has to write the answer (`lettered`), so that a multiple-choice task needs none of
-these functions.
+Items with choices become questions with lettered options where the model has to write the answer (`lettered`), so that
+a multiple-choice task needs none of these functions.
 """
 
 import importlib
-import inspect
 import os
 import pkgutil
 import random
@@ -39,9 +40,9 @@ RENAMED = {"math": "math500"}  # old runs of grpo.py
 
 
 class Item(NamedTuple):
-    id: str  # unique in the task
-    prompt: str
-    answer: str  # gold; task loss is its cost right after loss_prompt, so it starts with the space that belongs there
+    id: str = ""  # unique in the task; empty: its number
+    prompt: str = ""
+    answer: str = ""  # gold; task loss is its cost after loss_prompt, so it starts with the space that belongs there
     loss_prompt: str = ""  # where task loss has another prompt
     choices: tuple[str, ...] = ()  # answers to compare by likelihood, each with its leading space
     gold: int = 0  # the right one of choices
@@ -54,29 +55,42 @@ class Item(NamedTuple):
         return self.pairs or tuple((self.prompt, choice) for choice in self.choices)
 
 
+def choice(prompt: str, choices: list[str], gold: int, **others) -> Item:
+    """An item whose choices, without their leading space, are compared after its prompt."""
+    choices = tuple(" " + choice for choice in choices)
+    return Item(prompt=prompt, answer=choices[gold], choices=choices, gold=gold, **others)
+
+
 class Task:
     """A file of this folder as `load` returns it. What the file leaves out has its default, or is None."""
 
     def __init__(self, name: str, module):
-        def get(attribute, default=None):
-            return getattr(module, attribute, getattr(getattr(module, "LIKE", None), attribute, default))
+        like = getattr(module, "LIKE", None)
 
-        written = get("STOPS") is not None
-        for needed in ("SHOTS", "items", "MAX_NEW_TOKENS")[: 2 + written]:
-            if get(needed) is None:
+        def get(attribute, default=None):
+            return getattr(module, attribute, getattr(like, attribute, default))
+
+        self.name, self.module, self.lettered = name, module, get("STOPS") is None
+        self._asks = module if hasattr(module, "item") or hasattr(module, "items") else like  # whose items these are
+        for needed in ("SHOTS", "item", "MAX_NEW_TOKENS")[: 2 + (not self.lettered)]:
+            if get(needed) is None and not (needed == "item" and hasattr(self._asks, "items")):
                 raise ValueError(f"eval/tasks/{name}.py must define {needed}; see eval/tasks/__init__.py")
-        self.name, self.module, self.lettered = name, module, not written
         self.shots: int = get("SHOTS")
-        self.items: Callable = get("items")  # (source, shots) -> list of Item
+        self.items: Callable = getattr(self._asks, "items", self._items)  # (source, shots) -> list of Item
         self.stops: tuple[str, ...] = get("STOPS", ("\n",))
         self.max_new_tokens: int = get("MAX_NEW_TOKENS", 16)
         self.score: Callable | None = get("score")
         self.program: Callable | None = get("program")
-        self.vote: Callable | None = get("vote") if written else letter
+        self.vote: Callable | None = letter if self.lettered else get("vote")
         self.gold: Callable | None = get("gold") or self.vote and (lambda item: self.vote(item.answer))
         self.reward: Callable | None = get("reward") or self.vote and self._voted
-        self._questions = getattr(module, "questions", None)
-        self.trains = bool(self.reward and (self._questions or "split" in inspect.signature(self.items).parameters))
+        self.trains = bool(self.reward and (hasattr(module, "TRAIN") or hasattr(module, "questions")))
+
+    def _items(self, source, shots, split="test"):
+        train = getattr(self.module, "TRAIN", None)
+        rows = source.rows(train if split == "train" else self.module.TEST)
+        pool = source.first(train, self.module.TEST) if train and shots else rows
+        return with_examples(rows, pool, shots, self._asks.item, getattr(self._asks, "example", None))
 
     def _voted(self, item, text):
         return float(self.vote(text) is not None and self.vote(text) == self.gold(item))
@@ -93,15 +107,14 @@ class Task:
         """The first n items (0: all) of split "train" or "test", to be answered in words. ValueError without any."""
         if not self.trains:
             raise ValueError(f"task={self.name!r}: eval/tasks/{self.name}.py has no training questions or no reward")
-        if self._questions:
-            return self._questions(source, split, n)
+        if own := getattr(self.module, "questions", None):
+            return own(source, split, n)
         return self.asked(self.items(source, 0, split)[: n or None])
 
     def rewards(self, items: list[Item], texts: list[str]) -> list[float]:
         """1.0 or 0.0 for each text as an answer to its item. Whatever a text says, it is judged, not raised about."""
-        pairs = list(zip(items, texts, strict=True))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            return list(pool.map(lambda pair: self.reward(*pair), pairs))
+            return list(pool.map(lambda pair: self.reward(*pair), zip(items, texts, strict=True)))
 
 
 def load(name: str) -> Task:
@@ -140,23 +153,17 @@ def examples(rows: list[dict], pool: list[dict], n: int, render: Callable[[dict]
         yield "".join(render(example) + "\n\n" for example in [example for example in drawn if example is not row][:n])
 
 
-def split_rows(source, shots: int, split: str, test, train) -> tuple[list[dict], list[dict]]:
-    """(rows to evaluate or train on, rows to draw examples from: the training set where it is there)."""
-    rows = source.rows(train if split == "train" else test)
-    return rows, source.first(train, test) if shots else rows
+def with_examples(rows, pool, n: int, item: Callable[[dict], Item], example=None) -> list[Item]:
+    """item(row) of each row, behind n examples: example(row), or the row's own prompt and answer."""
 
+    def whole(row):
+        shown = item(row)
+        return (shown.loss_prompt or shown.prompt) + shown.answer
 
-def choice_items(source, shots: int, split: str, test, train, show: Callable[[dict], tuple[str, list[str], int]]):
-    """Items of a multiple-choice task. show(row) -> (prompt, choices, index of the right one)."""
-
-    def render(row):
-        prompt, choices, gold = show(row)
-        return f"{prompt} {choices[gold]}"
-
-    rows, pool = split_rows(source, shots, split, test, train)
-    items = []
-    for prefix, row in zip(examples(rows, pool, shots, render), rows, strict=True):
-        prompt, choices, gold = show(row)
-        choices = tuple(" " + choice for choice in choices)
-        items.append(Item(str(len(items)), prefix + prompt, choices[gold], choices=choices, gold=gold))
-    return items
+    found = []
+    for i, (prefix, row) in enumerate(zip(examples(rows, pool, n, example or whole), rows, strict=True)):
+        new = item(row)
+        pairs = tuple((prefix + prompt, text) for prompt, text in new.pairs)
+        prompts = dict(prompt=prefix + new.prompt, loss_prompt=new.loss_prompt and prefix + new.loss_prompt)
+        found.append(new._replace(id=new.id or str(i), pairs=pairs, **prompts))
+    return found

@@ -1,11 +1,8 @@
 """ARC-Challenge (arXiv 1803.05457): 1,172 grade-school science questions that word co-occurrence cannot answer; chance
-is 25 %.
-
-Prompt and choices as in the harness, which reports `acc_norm` (likelihood per character of the choice) for it.
-"""
+is 25 %. Prompt and choices as in the harness, which reports `acc_norm` (likelihood per character of the choice)."""
 
 from eval.sources import Set
-from eval.tasks import choice_items
+from eval.tasks import choice
 
 HUB = "allenai/ai2_arc"
 TEST = Set("arc_challenge/test", "arc/ARC-Challenge-Test.jsonl", (HUB, "ARC-Challenge", "test"))
@@ -13,10 +10,6 @@ TRAIN = Set("arc_challenge/train", "arc/ARC-Challenge-Train.jsonl", (HUB, "ARC-C
 SHOTS = 0
 
 
-def items(source, shots, split="test"):
-    return choice_items(source, shots, split, TEST, TRAIN, show)
-
-
-def show(row):
+def item(row):
     choices = row["choices"]
-    return f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"])
+    return choice(f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]))

@@ -1,21 +1,15 @@
-"""What a model remembers of its procedural training data: the values of synthetic people (data/facts.py), from name and
-stem.
+"""What a model remembers of its procedural training data: the values of synthetic people (data/facts.py) after a name
+and the stem of a sentence. One item for each person and attribute; `exact`: the text up to the period is the value."""
 
-One item for each person and attribute. `exact`: the text up to the period is the value. No examples; there is nothing
-to generalise.
-"""
-
-from data.facts import FactsConfig, people, probes
+from data.facts import people, probes
 from eval.tasks import Item
 
 SHOTS, STOPS, MAX_NEW_TOKENS = 0, (".",), 16
 
 
 def items(source, shots):
-    cfg = FactsConfig(**source.procedural("facts"))
-    return [
-        Item(str(i), probe.prompt, probe.value, group=probe.attribute) for i, probe in enumerate(probes(people(cfg)))
-    ]
+    found = enumerate(probes(people(source.procedural("facts"))))
+    return [Item(str(i), probe.prompt, probe.value, group=probe.attribute) for i, probe in found]
 
 
 def score(item, text):

@@ -10,7 +10,7 @@ import re
 from eval import rewards
 from eval.equal import find_number, plain
 from eval.sources import Set
-from eval.tasks import Item, examples, split_rows
+from eval.tasks import Item
 
 TEST = Set("gsm8k/test", "gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), ("gsm8k/gold_bpb_5shot",))
 TRAIN = Set("gsm8k/train", "gsm8k/train.jsonl", ("openai/gsm8k", "main", "train"))
@@ -18,28 +18,23 @@ TRAIN = Set("gsm8k/train", "gsm8k/train.jsonl", ("openai/gsm8k", "main", "train"
 SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("Question:", "</s>", "<|im_end|>"), 256
 
 
-def items(source, shots, split="test"):
-    rows, pool = split_rows(source, shots, split, TEST, TRAIN)
-    prefixes = examples(rows, pool, shots, lambda row: f"Question: {row['question']}\nAnswer: {row['answer']}")
-    return [
-        Item(str(i), f"{prefix}Question: {row['question']}\nAnswer:", row["answer"])
-        for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True))
-    ]
+def item(row):
+    return Item(prompt=f"Question: {row['question']}\nAnswer:", answer=row["answer"])
+
+
+def example(row):
+    return f"Question: {row['question']}\nAnswer: {row['answer']}"
 
 
 def score(item, text):
     strict = re.search(r"#### (-?[0-9.,]+)", text)
-    numbers = [found.group() for found in re.finditer(r"-?[$0-9.,]{2,}|-?[0-9]+", text)]
-    return {
-        "strict": float(strict is not None and _same(strict[1], item.answer)),
-        "flexible": float(bool(numbers) and _same(numbers[-1], item.answer)),
-    }
+    numbers = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
+    found = {"strict": strict and strict[1], "flexible": numbers and numbers[-1]}
+    return {name: float(bool(said) and _bare(said) == _bare(item.answer)) for name, said in found.items()}
 
 
-def _same(answer, solution):
-    for dropped in (r",", r"\$", r"(?s).*#### ", r"\.$"):
-        answer, solution = re.sub(dropped, "", answer), re.sub(dropped, "", solution)
-    return answer.strip().lower() == solution.strip().lower()
+def _bare(answer):
+    return re.sub(r"(?s),|\$|.*#### |\.$", "", answer).strip().lower()
 
 
 def vote(text):

@@ -2,12 +2,11 @@
 of testmini.
 
 As in the harness the five examples come from the other items of the test set, the gold answer is the worked solution,
-and an item whose answer is "None" (critical thinking: a needed number is missing) can never be right. Prompt and task
-loss as in GSM8K.
+and an item whose answer is "None" (a needed number is missing) can never be right. Prompt and task loss as in GSM8K.
 """
 
 from eval.sources import Set
-from eval.tasks import Item, examples, gsm8k
+from eval.tasks import gsm8k, with_examples
 
 FULL = Set("gsm_plus/test", "gsm_plus/gsmplus_test.jsonl", ("qintongli/GSM-Plus", None, "test"))
 MINI = Set("gsm_plus/testmini", "gsm_plus/gsmplus_testmini.jsonl", ("qintongli/GSM-Plus", None, "testmini"))
@@ -15,9 +14,9 @@ SHOTS, LIKE = 5, gsm8k
 
 
 def items(source, shots):
-    rows = source.first(FULL, MINI)
-    prefixes = examples(rows, rows, shots, lambda row: f"Question: {row['question']}\nAnswer: {row['solution']}")
-    return [
-        Item(str(i), f"{prefix}Question: {row['question']}\nAnswer:", row["solution"], group=row["perturbation_type"])
-        for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True))
-    ]
+    rows = [row | {"answer": row["solution"]} for row in source.first(FULL, MINI)]
+    return with_examples(rows, rows, shots, item, gsm8k.example)
+
+
+def item(row):
+    return gsm8k.item(row)._replace(group=row["perturbation_type"])

@@ -8,9 +8,9 @@ is not published.
 import re
 
 from eval.sources import Set
-from eval.tasks import choice_items
+from eval.tasks import choice
 
-VALIDATION = Set(
+TEST = Set(
     "hellaswag/validation",
     "hellaswag/val.jsonl",
     ("Rowan/hellaswag", None, "validation"),
@@ -20,13 +20,9 @@ TRAIN = Set("hellaswag/train", "hellaswag/train.jsonl", ("Rowan/hellaswag", None
 SHOTS = 4
 
 
-def items(source, shots, split="test"):
-    return choice_items(source, shots, split, VALIDATION, TRAIN, show)
-
-
-def show(row):
+def item(row):
     context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return context, [clean(ending) for ending in row["endings"]], int(row["label"])
+    return choice(context, list(map(clean, row["endings"])), int(row["label"]))
 
 
 def clean(text):

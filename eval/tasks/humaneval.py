@@ -16,10 +16,12 @@ TEST = Set(
 SHOTS, STOPS, MAX_NEW_TOKENS = 0, ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), 1024
 
 
-def items(source, shots):
-    if shots:
-        raise ValueError(f"shots={shots}: humaneval has no examples; use 0")
-    return [Item(row["task_id"], row["prompt"], row["canonical_solution"], row=row) for row in source.rows(TEST)]
+def item(row):
+    return Item(row["task_id"], row["prompt"], row["canonical_solution"], row=row)
+
+
+def example(row):
+    raise ValueError("humaneval has no examples; use --shots=0")
 
 
 def program(item, text):

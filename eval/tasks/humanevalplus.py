@@ -1,6 +1,4 @@
-"""The paper's task-loss items for HumanEval: EvalPlus's canonical solutions after the prompt. 164 items, task loss
-only.
-"""
+"""The paper's task-loss items for HumanEval: EvalPlus's canonical solutions after the prompt. 164, task loss only."""
 
 from eval.sources import Set
 from eval.tasks import Item
@@ -10,5 +8,5 @@ TEST = Set("paper/humanevalplus", "paper_taskloss/humanevalplus_test.json", orig
 SHOTS = 0
 
 
-def items(source, shots, test=TEST):
-    return [Item(str(i), row["prompt"], row["answer"]) for i, row in enumerate(source.rows(test))]
+def item(row):
+    return Item(prompt=row["prompt"], answer=row["answer"])

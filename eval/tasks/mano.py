@@ -1,12 +1,9 @@
 """Mental arithmetic on prefix expressions, like those of the procedural training data (data/reasoning.py): "Mano: - 3 +
-4 5 =", " 4.".
-
-1,000 unseen expressions. `exact`: the text is the value and nothing else.
-"""
+4 5 =", " 4.". 1,000 unseen expressions. `exact`: the text is the value and nothing else."""
 
 import re
 
-from data.reasoning import ReasoningConfig, mano
+from data.reasoning import mano
 from eval.tasks import Item
 from eval.tasks.reasoning import unseen
 
@@ -14,7 +11,7 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 0, (), 8
 
 
 def items(source, shots):
-    return _items(ReasoningConfig(**source.procedural("reasoning")), 0, "test", 1000)
+    return _items(source.procedural("reasoning"), 0, "test", 1000)
 
 
 def questions(source, split, n):
@@ -22,8 +19,8 @@ def questions(source, split, n):
 
 
 def _items(cfg, start, split, n):
-    found = [mano(cfg, start + i, split) for i in range(n)]
-    return [Item(str(i), p.question, p.solution, group=f"{p.steps} steps") for i, p in enumerate(found)]
+    found = enumerate(mano(cfg, start + i, split) for i in range(n))
+    return [Item(str(i), p.question, p.solution, group=f"{p.steps} steps") for i, p in found]
 
 
 def vote(text):

@@ -5,6 +5,8 @@ are drawn from the other items). pass@k by eval.sandbox. Task loss as in the pap
 bare sentence.
 """
 
+import ast
+
 from eval import rewards
 from eval.sources import Set
 from eval.tasks import Item, examples
@@ -20,22 +22,18 @@ def items(source, shots):
     fixed = [row for row in source.first(PROMPT, TEST) if row["task_id"] in (2, 3, 4)]
     if fixed and shots > len(fixed):
         raise ValueError(f"shots={shots}: mbpp has {len(fixed)} examples")
-    show = lambda row: f"{question(row)}{row['code']}\n[DONE]"  # noqa: E731
-    prefixes = (
-        ["".join(show(row) + "\n\n" for row in fixed[:shots])] * len(rows)
-        if fixed
-        else examples(rows, rows, shots, show)
-    )
-    return [
-        Item(
-            str(row["task_id"]),
-            prefix + question(row),
-            "\n" + row["code"].replace("\r\n", "\n"),
-            loss_prompt=row["text"],
-            row=row,
-        )
-        for prefix, row in zip(prefixes, rows, strict=True)
-    ]
+    prefix = "".join(example(row) + "\n\n" for row in fixed[:shots])
+    prefixes = [prefix] * len(rows) if fixed else examples(rows, rows, shots, example)
+    return [item(row, prefix) for row, prefix in zip(rows, prefixes, strict=True)]
+
+
+def item(row, prefix):
+    answer = "\n" + row["code"].replace("\r\n", "\n")
+    return Item(str(row["task_id"]), prefix + question(row), answer, loss_prompt=row["text"], row=row)
+
+
+def example(row):
+    return f"{question(row)}{row['code']}\n[DONE]"
 
 
 def question(row, shown=3):
@@ -53,15 +51,23 @@ def questions(source, split, n):
     first, last = (601, 974) if split == "train" else (11, 510)
     found = []
     for row in source.rows(TEST):
-        tests = [rewards.assertion(text) for text in row["test_list"] + row.get("challenge_test_list", [])]
+        tests = [assertion(text) for text in row["test_list"] + row.get("challenge_test_list", [])]
         if first <= row["task_id"] <= last and all(tests) and len(tests) > 1 and not row.get("test_setup_code"):
             found.append(Item(str(row["task_id"]), question(row, 1), row["code"], row={"tests": tests}))
     if not found:
-        where = source.used[TEST.name]
-        raise ValueError(
-            f"mbpp/{split}: none of its items {first} to {last} in {where}; put {TEST.file}, all 974, there"
-        )
+        where = f"none of its items {first} to {last} in {source.used[TEST.name]}"
+        raise ValueError(f"mbpp/{split}: {where}; put {TEST.file}, all 974, there")
     return found[: n or None]
+
+
+def assertion(text):
+    """(expression, value) of `assert expression == literal`, else None."""
+    try:
+        (node,) = ast.parse(text.strip()).body
+        (equals,), (value,) = node.test.ops, node.test.comparators
+        return (ast.unparse(node.test.left), ast.literal_eval(value)) if isinstance(equals, ast.Eq) else None
+    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError):
+        return None
 
 
 def reward(item, text):

@@ -21,9 +21,8 @@ def items(source, shots, split="test"):
         shown = [example for example in dev if example["subject"] == row["subject"]][:shots]
         if len(shown) < shots:
             raise ValueError(f"shots={shots}: mmlu has {len(shown)} examples of {row['subject']}")
-        head = (
-            f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}.\n\n"
-        )
+        subject = row["subject"].replace("_", " ")
+        head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         prompt = head + "".join(f"{ask(example)}{LETTERS[example['answer']]}\n\n" for example in shown) + ask(row)
         gold = row["answer"]
         found.append(Item(str(len(found)), prompt, LETTERS[gold], choices=LETTERS, gold=gold, group=row["subject"]))

@@ -1,18 +1,13 @@
 """PIQA (arXiv 1911.11641): which of two ways reaches a goal in the physical world. 1,838 validation items; chance is 50
-%.
-"""
+%."""
 
 from eval.sources import Set
-from eval.tasks import choice_items
+from eval.tasks import choice
 
-VALIDATION = Set("piqa/validation", "piqa/validation.jsonl", ("baber/piqa", None, "validation"))
+TEST = Set("piqa/validation", "piqa/validation.jsonl", ("baber/piqa", None, "validation"))
 TRAIN = Set("piqa/train", "piqa/train.jsonl", ("baber/piqa", None, "train"))
 SHOTS = 0
 
 
-def items(source, shots, split="test"):
-    return choice_items(source, shots, split, VALIDATION, TRAIN, show)
-
-
-def show(row):
-    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"])
+def item(row):
+    return choice(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))

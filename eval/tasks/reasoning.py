@@ -8,14 +8,14 @@ included. The reward is for the value asked for in a single, final "Answer: 4.".
 import re
 
 from data.procedural import read_config
-from data.reasoning import ReasoningConfig, check, problem
+from data.reasoning import check, problem
 from eval.tasks import Item
 
 SHOTS, STOPS, MAX_NEW_TOKENS, PER_STEPS = 0, (), 256, 200
 
 
 def items(source, shots):
-    cfg = ReasoningConfig(**source.procedural("reasoning"))
+    cfg = source.procedural("reasoning")
     found = [problem(cfg, i, "test", steps) for i in range(PER_STEPS) for steps in range(1, cfg.max_steps + 2)]
     return _items(found, cfg.modulus)
 
@@ -37,10 +37,8 @@ def unseen(source, split, n):
 
 
 def _items(problems, modulus):
-    return [
-        Item(str(i), p.question, p.solution, group=f"{p.steps} steps", row={"modulus": modulus})
-        for i, p in enumerate(problems)
-    ]
+    row, found = {"modulus": modulus}, enumerate(problems)
+    return [Item(str(i), p.question, p.solution, group=f"{p.steps} steps", row=row) for i, p in found]
 
 
 def score(item, text):

@@ -5,31 +5,17 @@ length for both, so `acc_norm` is `acc`. Task loss is its cost after the right n
 """
 
 from eval.sources import Set
-from eval.tasks import Item, examples, split_rows
+from eval.tasks import Item
 
 HUB = "allenai/winogrande"
-VALIDATION = Set("winogrande/validation", "winogrande/validation.jsonl", (HUB, "winogrande_xl", "validation"))
+TEST = Set("winogrande/validation", "winogrande/validation.jsonl", (HUB, "winogrande_xl", "validation"))
 TRAIN = Set("winogrande/train", "winogrande/train.jsonl", (HUB, "winogrande_xl", "train"))
 SHOTS = 0
 
 
-def items(source, shots, split="test"):
-    rows, pool = split_rows(source, shots, split, VALIDATION, TRAIN)
-    return [item(i, *pair) for i, pair in enumerate(zip(examples(rows, pool, shots, right), rows, strict=True))]
-
-
-def parts(row):
+def item(row):
     before, _, after = row["sentence"].partition("_")
-    return before, (row["option1"], row["option2"]), after.strip(), int(row["answer"]) - 1
-
-
-def right(row):
-    before, names, after, gold = parts(row)
-    return f"{before}{names[gold]} {after}"
-
-
-def item(i, prefix, row):
-    before, names, after, gold = parts(row)
-    pairs = tuple((f"{prefix}{before}{name}", f" {after}") for name in names)
+    names, after, gold = (row["option1"], row["option2"]), f" {after.strip()}", int(row["answer"]) - 1
+    pairs = tuple((before + name, after) for name in names)
     choices = tuple(" " + name for name in names)
-    return Item(str(i), prefix + row["sentence"], f" {after}", pairs[gold][0], choices, gold, pairs=pairs)
+    return Item("", row["sentence"], after, pairs[gold][0], choices, gold, pairs=pairs)
