@@ -47,14 +47,6 @@ def longest_probe(directory):
     return max((len(prompt(enc, text)) for text in texts), default=0) + 4
 
 
-def bytes_per_token(sources, split):
-    """UTF-8 bytes of text per token of the mixture, for bits per byte; None where a directory counts no bytes."""
-    splits = [(weight, shards.read_meta(directory)["splits"][split]) for directory, weight in sources]
-    if all(meta.get("bytes") for _, meta in splits):
-        total = sum(weight for weight, _ in splits)
-        return sum(weight * meta["bytes"] / meta["tokens"] for weight, meta in splits) / total
-
-
 def first_lines(cfg, run, data, step):
     """What is going to be trained, where, and what should be known about it before."""
     params, steps = count_params(cfg), cfg.steps - step
@@ -115,10 +107,13 @@ def log_line(row, cfg):
 
 
 def val_row(loss, step, tokens, sources):
-    """The row of a validation, with bits per byte where the data counts its bytes."""
-    per_token = bytes_per_token(sources, "val")
-    bits = {"val_bits_per_byte": loss / math.log(2) / per_token} if per_token else {}
-    return {"step": step, "tokens": tokens, "val_loss": loss, **bits}
+    """The row of a validation, with bits per byte where every data directory counts the bytes of its text."""
+    row = {"step": step, "tokens": tokens, "val_loss": loss}
+    splits = [(weight, shards.read_meta(directory)["splits"]["val"]) for directory, weight in sources]
+    if all(meta.get("bytes") for _, meta in splits):
+        per_token = sum(weight * meta["bytes"] / meta["tokens"] for weight, meta in splits)
+        row["val_bits_per_byte"] = loss / math.log(2) / per_token * sum(weight for weight, _ in splits)
+    return row
 
 
 def val_line(row, cfg):

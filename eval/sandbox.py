@@ -90,10 +90,8 @@ def confinement(memory: int = MEMORY) -> str:
     Tried once a process with an honest program; OSError saying what failed where that one does not pass."""
     _, result = _session(HONEST, "assert f(1.5) == 2", False, HONEST_SECONDS, memory)
     if not result.passed:
-        raise OSError(
-            f"no program can be judged here: an honest one failed ({result.reason}) in {sys.executable} with "
-            f"{memory:,} bytes of memory; repair that, or {LEAVE_OUT}"
-        )
+        where = f"in {sys.executable} with {memory:,} bytes of memory; repair that, or {LEAVE_OUT}"
+        raise OSError(f"no program can be judged here: an honest one failed ({result.reason}) {where}")
     _, result = _session("", f"assert not open({str(Path(__file__))!r})", False, HONEST_SECONDS, memory)
     return "seccomp + Landlock" if result.reason.startswith("PermissionError") else "seccomp"
 
