@@ -5,8 +5,9 @@ r"""Are two mathematical answers equal, and does an answer have the form that wa
     number(r"\$1{,}250.50").value                              # Fraction(2501, 2)
 
 Plain numbers are compared here, exactly. Everything else goes to math-verify in a process of its own (`serve`), which
-is killed after some seconds: a short answer such as 9^9^9^9 keeps computer algebra busy forever. The library reads "5 million" and "5 or 7" as 5, ignores the bases of numbers and the case of letters, and
-rounds decimals; `clean` and `equal` say these things in a way that it understands, or refuse.
+is killed after some seconds: a short answer such as 9^9^9^9 keeps computer algebra busy forever. The library reads
+"5 million" and "5 or 7" as 5, ignores the bases of numbers and the case of letters, and rounds decimals; `clean` and
+`equal` say these things in a way that it understands, or refuse.
 
 For rewards equality is not enough: the question itself, with "+0" behind it, equals the answer of every "expand",
 "simplify" and "factor". So a number must be written as a number, in lowest terms, and any other answer must consist of
@@ -33,11 +34,15 @@ SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**
 SCALE = f"({'|'.join(SCALES)})s?(?![a-z])"
 PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d\d?(?!\d))?"  # 1250, 1,250.5, .5, 1e3
 NUMBER = rf"([-+]?\s?[$€£]?|[$€£]-)\s?(?:(\d+)\s+(?=\d+/))?({PLAIN})(?:/(\d+))?"  # also 5/2 and 2 1/2
+UNICODE = str.maketrans(
+    {"−": "-", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "·": r"\cdot ", "×": r"\times "}
+)
 CLEAN = [
     (re.compile(pattern), new)
     for pattern, new in (
         (r"\\(?:left|right)(?![a-zA-Z])", ""),
         (r"\\[dtc]frac", r"\\frac"),
+        (r"\\([lg])eq(?![a-zA-Z])", r"\\\1e"),
         (r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}"),
         (r"\\(?:mbox|text(?:bf|it|rm)|mathrm)\s*\{", r"\\text{"),
         (r"\\text\{\s*(?:and|or)(?![a-z])([^{}]*)\}", r",\1"),
@@ -59,7 +64,7 @@ Number = namedtuple("Number", "value kind")  # a Fraction, and how it is written
 
 def clean(text: str) -> str:
     """LaTeX in one notation. Scale words become factors, "or" and "and" commas; a unit at the end is dropped."""
-    text = text.strip().rstrip(". ")
+    text = text.strip().rstrip(". ").translate(UNICODE)
     for pattern, new in CLEAN:
         text = pattern.sub(new, text)
     return text.strip()
@@ -71,7 +76,7 @@ def _value(digits):
 
 def _fractions(text):
     r"""\frac{1}{2} and (1)/(2) as 1/2."""
-    return re.sub(r"\\frac\{\s*(-?\d+)\s*\}\{\s*(\d+)\s*\}|\((-?\d+)\)/\((\d+)\)", r" \1\3/\2\4", text)
+    return re.sub(r"\\frac\{\s*(-?\d+)\s*\}\{\s*(\d+)\s*\}|(?<!\d)\((-?\d+)\)/\((\d+)\)", r" \1\3/\2\4", text)
 
 
 def number(text: str) -> Number | None:

@@ -1,5 +1,5 @@
-"""What a model trained on data/procedural.py remembers, and what it can work out: the closing report of `python
-train.py`.
+"""What a model trained on data/procedural.py remembers, and what it can work out: the closing report of
+`python train.py`.
 
     text, scores = report(model, "runs/x/data")
 
@@ -25,34 +25,39 @@ from optimoe.sizes import count_params
 
 @torch.no_grad()
 @any_shape
-def graded(model, enc, pairs, max_tokens: int = 2**15) -> list[tuple[float, int, bool]]:
-    """(nats, tokens, right) of each answer after its question, for pairs of texts. right: greedy decoding would write
-    the answer, that is, each of its tokens is the most probable one after those before it. The order of the pairs does
-    not matter.
-    """
+def costs(model, n_vocab: int, rows: list[tuple[list[int], list[int]]], max_tokens: int = 2**15) -> torch.Tensor:
+    """(rows, 3, 3) float64: the nats, tokens and wrong tokens of each kind, 0, 1 or 2, in rows of (ids, kinds of ids).
+    Wrong is a token that is not the most probable one after those before it. Tokens of kind 0 are not scored."""
     device, was_training = model.embed.weight.device, model.training
     model.eval()
-    rows = [(len(start := prompt(enc, question)), start + enc.encode_ordinary(answer)) for question, answer in pairs]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))  # similar lengths together
-    results: list = [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # similar lengths together
+    results = torch.zeros(len(rows), 3, 3, dtype=torch.float64)
     while order:
-        take = max(1, max_tokens // len(rows[order[-1]][1]))
+        take = max(1, max_tokens // len(rows[order[-1]][0]))
         batch, order = order[-take:], order[:-take]
-        L = len(rows[batch[-1]][1])
-        ids = torch.tensor([rows[i][1] + [-1] * (L - len(rows[i][1])) for i in batch]).to(device)
-        starts = torch.tensor([rows[i][0] for i in batch]).to(device)
-        targets = ids[:, 1:]
-        scored = (torch.arange(1, L, device=device) >= starts[:, None]) & (targets >= 0)
-        logits = model(ids[:, :-1].clamp(min=0)).logits[scored][:, : enc.n_vocab].float()
-        row = scored.nonzero()[:, 0]
-        sums = torch.zeros(3, len(batch), dtype=torch.float64, device=device)  # nats, tokens, wrong tokens
-        sums[0].index_add_(0, row, F.cross_entropy(logits, targets[scored], reduction="none").double())
-        sums[1].index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
-        sums[2].index_add_(0, row, (logits.argmax(1) != targets[scored]).double())
-        for i, nats, tokens, wrong in zip(batch, *sums.tolist(), strict=True):
-            results[i] = nats, int(tokens), not wrong
+        L = len(rows[batch[-1]][0])
+        ids, kinds = (torch.tensor([rows[i][j] + [0] * (L - len(rows[i][j])) for i in batch]) for j in (0, 1))
+        ids, kinds = ids.to(device), kinds[:, 1:].to(device)
+        scored = kinds > 0
+        logits = model(ids[:, :-1]).logits[scored][:, :n_vocab].float()
+        wanted, where = ids[:, 1:][scored], scored.nonzero()[:, 0] * 3 + kinds[scored]
+        nats, wrong = F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(1) != wanted
+        sums = torch.zeros(len(batch) * 3, 3, dtype=torch.float64, device=device)
+        sums.index_add_(0, where, torch.stack([nats.double(), torch.ones_like(nats).double(), wrong.double()], 1))
+        results[batch] = sums.view(-1, 3, 3).cpu()
     model.train(was_training)
     return results
+
+
+def graded(model, enc, pairs, max_tokens: int = 2**15) -> list[tuple[float, int, bool]]:
+    """(nats, tokens, right) of each answer after its question, for pairs of texts. right: greedy decoding would write
+    the answer. The order of the pairs does not matter."""
+    rows = []
+    for question, answer in pairs:
+        start, new = prompt(enc, question), enc.encode_ordinary(answer)
+        rows.append((start + new, [0] * len(start) + [1] * len(new)))
+    found = costs(model, enc.n_vocab, rows, max_tokens)[:, 1].tolist()
+    return [(nats, int(tokens), not wrong) for nats, tokens, wrong in found]
 
 
 def loss_of(grades) -> float:
@@ -64,8 +69,7 @@ def fact_recall(model, enc, cfg: FactsConfig, n_people: int = 1000) -> dict:
     """Share of values that greedy decoding completes exactly after name and stem, of the first n_people, by attribute.
 
     -> {"overall": share, "chance": share that the best constant answer gets, "loss": nats per token of the values,
-    "people": n,
-        "by_attribute": {name: {"recall", "chance"}}}
+    "people": n, "by_attribute": {name: {"recall", "chance"}}}
     """
     people = facts.people(cfg)[:n_people]
     probes = facts.probes(people, cfg.seed)
@@ -73,24 +77,22 @@ def fact_recall(model, enc, cfg: FactsConfig, n_people: int = 1000) -> dict:
     by_attribute = {}
     for k, attribute in enumerate(facts.ATTRIBUTES):
         rows = range(k, len(probes), len(facts.ATTRIBUTES))  # probes come person by person
-        right = sum(grades[i][2] for i in rows)
-        commonest = Counter(probes[i].value for i in rows).most_common(1)[0][1]
-        by_attribute[attribute] = {"recall": right / len(rows), "chance": commonest / len(rows)}
-    mean = {key: sum(row[key] for row in by_attribute.values()) / len(by_attribute) for key in ("recall", "chance")}
-    return {
-        "overall": mean["recall"],
-        "chance": mean["chance"],
-        "loss": loss_of(grades),
-        "people": len(people),
-        "by_attribute": by_attribute,
-    }
+        recall = sum(grades[i][2] for i in rows) / len(rows)
+        by_attribute[attribute] = {"recall": recall, "chance": _commonest(probes[i].value for i in rows)}
+    recall, chance = (
+        sum(row[key] for row in by_attribute.values()) / len(by_attribute) for key in ("recall", "chance")
+    )
+    counts = {"loss": loss_of(grades), "people": len(people)}
+    return {"overall": recall, "chance": chance, **counts, "by_attribute": by_attribute}
 
 
-@torch.no_grad()
-@any_shape
-def stored_bits(
-    model, enc, cfg: FactsConfig, n_people: int = 1000, exposure: int = 10**6, batch_size: int = 64
-) -> dict:
+def _commonest(values) -> float:
+    """Share of the commonest of these values: what the best constant answer gets."""
+    values = list(values)
+    return Counter(values).most_common(1)[0][1] / len(values)
+
+
+def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000, exposure: int = 10**6) -> dict:
     """Information stored about all people, estimated on the first n_people, after Physics of Language Models 3.3:
 
         N (log2 N0 - p1 / ln 2) + N (log2 S0 - p2 / ln 2)
@@ -101,36 +103,15 @@ def stored_bits(
     -> {"name", "values" (bits per person), "total" (bits), "possible", "per_parameter", "per_active_parameter"}
     """
     people = facts.people(cfg)[:n_people]
-    device = model.embed.weight.device
-    was_training = model.training
-    model.eval()
-    nats = torch.zeros(3, dtype=torch.float64)  # of what counts for nothing, names, values
-    for start in range(0, len(people), batch_size):
-        rows = [_labelled(enc, facts.segments(cfg, person, exposure)) for person in people[start : start + batch_size]]
-        length = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([ids + [enc.eot_token] * (length - len(ids)) for ids, _ in rows], device=device)
-        kinds = torch.tensor([kinds + [0] * (length - len(kinds)) for _, kinds in rows])
-        losses = (
-            F.cross_entropy(model(ids[:, :-1]).logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-            .double()
-            .cpu()
-        )
-        nats.index_add_(0, kinds[:, 1:].flatten(), losses.flatten())
-    model.train(was_training)
+    nats = costs(model, enc.n_vocab, [_labelled(enc, facts.segments(cfg, person, exposure)) for person in people])
     name, values = (
-        max(0.0, math.log2(choices) - float(nats[kind]) / len(people) / math.log(2))
+        max(0.0, math.log2(choices) - float(nats[:, kind, 0].mean()) / math.log(2))
         for kind, choices in ((1, cfg.name_choices), (2, cfg.value_choices))
     )
     total, params = cfg.n_people * (name + values), count_params(model.cfg)
     possible = cfg.n_people * (math.log2(cfg.name_choices / cfg.n_people) + math.log2(cfg.value_choices))
-    return {
-        "name": name,
-        "values": values,
-        "total": total,
-        "possible": possible,
-        "per_parameter": total / params.total,
-        "per_active_parameter": total / params.active,
-    }
+    per = {"per_parameter": total / params.total, "per_active_parameter": total / params.active}
+    return {"name": name, "values": values, "total": total, "possible": possible, **per}
 
 
 def _labelled(enc, segments: list[str]) -> tuple[list[int], list[int]]:
@@ -144,6 +125,17 @@ def _labelled(enc, segments: list[str]) -> tuple[list[int], list[int]]:
     return ids, kinds
 
 
+def _problems(enc, cfg: ReasoningConfig, steps, n: int, split: str, always: int, room: int) -> dict:
+    """{steps: n problems}, up to the first number of steps above `always` with a problem of more than `room` tokens."""
+    found = {}
+    for s in steps:
+        group = [reasoning.problem(cfg, i, split, s) for i in range(n)]
+        if s > always and max(len(prompt(enc, p.question + p.solution)) for p in group) > room:
+            break
+        found[s] = group
+    return found
+
+
 def reasoning_accuracy(
     model, enc, cfg: ReasoningConfig, steps=None, n: int = 50, split: str = "test", batch_size: int = 256
 ) -> dict:
@@ -153,62 +145,22 @@ def reasoning_accuracy(
     -> {steps: {"answer": share of right answers, "solution": share of right solutions, "chance": that of the best
     constant answer}}
     """
-    problems = []
-    for s in steps or range(1, cfg.max_steps + 3):
-        group = [reasoning.problem(cfg, i, split, s) for i in range(n)]
-        if (
-            steps is None
-            and max(len(enc.encode_ordinary(p.question + p.solution)) for p in group) + 4 > model.cfg.seq_len
-        ):
-            break
-        problems += group
-    found = solve(model, enc, problems, batch_size)
-    rows = {}
-    for p, text in zip(problems, found, strict=True):
-        rows.setdefault(p.steps, []).append((p, *reasoning.check(p.question, text, cfg.modulus)))
-    return {
-        s: {
-            "answer": sum(answer for _, answer, _ in group) / len(group),
-            "solution": sum(full for *_, full in group) / len(group),
-            "chance": Counter(p.answer for p, *_ in group).most_common(1)[0][1] / len(group),
-        }
-        for s, group in rows.items()
-    }
-
-
-def solve(model, enc, problems, batch_size: int = 256) -> list[str]:
-    """The greedy continuation of each question, up to eos or the end of the model's window."""
+    wanted, always = steps or range(1, cfg.max_steps + 3), max(steps) if steps else 0
+    groups = _problems(enc, cfg, wanted, n, split, always, model.cfg.seq_len - 3)
+    problems = [p for group in groups.values() for p in group]
     prompts = [prompt(enc, p.question) for p in problems]
     room = max(len(enc.encode_ordinary(p.solution)) for p in problems) + 2
     room = min(room, model.cfg.seq_len - max(map(len, prompts)))
-    return [
-        enc.decode(ids)
-        for ids in generate(model, prompts, room, [enc.eot_token], batch_size=batch_size, n_vocab=enc.n_vocab)
-    ]
-
-
-def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
-    """Right answers to n expressions of each length that training never had, from 2 operations to two more than it had:
-    nothing is written down between question and answer.
-
-    -> {"loss": nats per answer of trained lengths, "accuracy": {length: share}, "chance": share of the best constant
-    answer among trained
-        lengths; products make 0 the commonest}
-    """
-    lengths = range(2, cfg.mano_length + 3)
-    problems = [reasoning.mano(cfg, i, "test", length) for length in lengths for i in range(n)]
-    grades = graded(model, enc, [(p.question, p.solution.removesuffix(".")) for p in problems])
-    known = [i for i, p in enumerate(problems) if p.steps <= cfg.mano_length] or range(len(problems))
-    commonest = Counter(problems[i].answer for i in known).most_common(1)[0][1]
-    accuracy = {
-        length: sum(right for p, (_, _, right) in zip(problems, grades, strict=True) if p.steps == length) / n
-        for length in lengths
-    }
-    return {
-        "loss": sum(grades[i][0] for i in known) / len(known),
-        "accuracy": accuracy,
-        "chance": commonest / len(known),
-    }
+    written = generate(model, prompts, room, [enc.eot_token], batch_size=batch_size, n_vocab=enc.n_vocab)
+    checked = (
+        reasoning.check(p.question, enc.decode(new), cfg.modulus) for p, new in zip(problems, written, strict=True)
+    )
+    rows = {}
+    for s, group in groups.items():
+        answers, solutions = zip(*(next(checked) for _ in group), strict=True)
+        shares = {"answer": sum(answers) / len(group), "solution": sum(solutions) / len(group)}
+        rows[s] = shares | {"chance": _commonest(p.answer for p in group)}
+    return rows
 
 
 def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int, split: str = "test") -> dict:
@@ -219,68 +171,69 @@ def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int, split: st
 
     -> {"loss": nats per token of the trained numbers of steps, "accuracy": {steps: share}}
     """
-    problems = []
-    for s in steps:
-        group = [reasoning.problem(cfg, i, split, s) for i in range(n)]
-        if s > cfg.max_steps and max(len(prompt(enc, p.question + p.solution)) for p in group) > model.cfg.seq_len:
-            break
-        problems += group
-    grades = graded(model, enc, [(p.question, p.solution) for p in problems])
-    right = {}
-    for p, (_, _, whole) in zip(problems, grades, strict=True):
-        right.setdefault(p.steps, []).append(whole)
+    groups = _problems(enc, cfg, steps, n, split, cfg.max_steps, model.cfg.seq_len)
+    grades = iter(graded(model, enc, [(p.question, p.solution) for group in groups.values() for p in group]))
+    by_steps = {s: [next(grades) for _ in group] for s, group in groups.items()}
+    known = [grade for s, group in by_steps.items() if s <= cfg.max_steps for grade in group]
+    return {"loss": loss_of(known), "accuracy": {s: _share(group) for s, group in by_steps.items()}}
+
+
+def _share(grades) -> float:
+    return sum(right for *_, right in grades) / len(grades)
+
+
+def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
+    """Right answers to n expressions of each length that training never had, from 2 operations to two more than it had:
+    nothing is written down between question and answer.
+
+    -> {"loss": nats per answer of trained lengths, "accuracy": {length: share}, "chance": share of the best constant
+    answer among trained lengths; products make 0 the commonest}
+    """
+    lengths = range(2, cfg.mano_length + 3)
+    problems = [reasoning.mano(cfg, i, "test", length) for length in lengths for i in range(n)]
+    grades = graded(model, enc, [(p.question, p.solution.removesuffix(".")) for p in problems])
+    known = n * max(0, cfg.mano_length - 1) or len(problems)  # lengths that training had come first
     return {
-        "loss": loss_of([grade for p, grade in zip(problems, grades, strict=True) if p.steps <= cfg.max_steps]),
-        "accuracy": {s: sum(group) / n for s, group in right.items()},
+        "loss": sum(nats for nats, *_ in grades[:known]) / known,
+        "accuracy": {length: _share(grades[i * n : (i + 1) * n]) for i, length in enumerate(lengths)},
+        "chance": _commonest(p.answer for p in problems[:known]),
     }
-
-
-def _trained(steps: int, most: int) -> str:
-    return f"{steps}" if steps <= most else f"{steps} (untrained)"
 
 
 def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[str, dict]:
     """(table and two samples for people to read, everything as a dict for results.json)."""
     cfg, enc = procedural.read_config(data_dir), tokenizer.load(data_dir)
     lines, scores, samples = [], {}, []
+
+    def table(title, first, columns, rows):
+        lines.extend(["", title, f"{first:<16}" + "".join(f"{column:>10}" for column in columns)])
+        lines.extend(f"{name:<16}" + "".join(f"{row[column]:>10.1%}" for column in columns) for name, row in rows)
+
+    def trained(rows, most):
+        return [(f"{s}" if s <= most else f"{s} (untrained)", row) for s, row in rows.items()]
+
     if cfg.exposures:
         recall, bits = fact_recall(model, enc, cfg.facts, n_people), stored_bits(model, enc, cfg.facts, n_people)
         scores |= {"facts": recall, "bits": bits}
-        lines += [
-            "",
-            f"facts remembered about {cfg.facts.n_people:,} people, each seen {cfg.exposures} times",
-            f"{'':<16}{'recall':>8}{'chance':>8}",
-        ]
-        lines += [
-            f"{name:<16}{row['recall']:>8.1%}{row['chance']:>8.1%}" for name, row in recall["by_attribute"].items()
-        ]
-        lines += [
-            f"{'overall':<16}{recall['overall']:>8.1%}{recall['chance']:>8.1%}",
-            f"{bits['total']:,.0f} of {bits['possible']:,.0f} bits stored: {bits['per_parameter']:.4f} per parameter, "
-            f"{bits['per_active_parameter']:.4f} per active parameter",
-        ]
-        person = facts.people(cfg.facts)[0]
-        samples.append(person.name)
+        title = f"facts remembered about {cfg.facts.n_people:,} people, each seen {cfg.exposures} times"
+        overall = {"recall": recall["overall"], "chance": recall["chance"]}
+        table(title, "", ("recall", "chance"), [*recall["by_attribute"].items(), ("overall", overall)])
+        per = f"{bits['per_parameter']:.4f} per parameter, {bits['per_active_parameter']:.4f} per active parameter"
+        lines.append(f"{bits['total']:,.0f} of {bits['possible']:,.0f} bits stored: {per}")
+        samples.append(facts.people(cfg.facts)[0].name)
     if cfg.n_problems:
-        accuracy = reasoning_accuracy(model, enc, cfg.reasoning, n=n_problems)
-        scores["reasoning"] = accuracy
-        lines += ["", "reasoning on unseen templates", f"{'steps':<16}{'answer':>8}{'solution':>10}{'chance':>8}"]
-        for s, row in accuracy.items():
-            steps = _trained(s, cfg.reasoning.max_steps)
-            lines.append(f"{steps:<16}{row['answer']:>8.1%}{row['solution']:>10.1%}{row['chance']:>8.1%}")
+        accuracy = scores["reasoning"] = reasoning_accuracy(model, enc, cfg.reasoning, n=n_problems)
+        rows = trained(accuracy, cfg.reasoning.max_steps)
+        table("reasoning on unseen templates", "steps", ("answer", "solution", "chance"), rows)
         samples.append(reasoning.problem(cfg.reasoning, n_problems, "test", min(3, cfg.reasoning.max_steps)).question)
     if cfg.n_mano:
         mano = scores["mano"] = mano_accuracy(model, enc, cfg.reasoning, n_problems)
-        lines += ["", "mental arithmetic, without any steps", f"{'operations':<16}{'answer':>8}{'chance':>8}"]
-        lines += [
-            f"{_trained(s, cfg.reasoning.mano_length):<16}{right:>8.1%}{mano['chance']:>8.1%}"
-            for s, right in mano["accuracy"].items()
-        ]
+        rows = {s: {"answer": right, "chance": mano["chance"]} for s, right in mano["accuracy"].items()}
+        rows = trained(rows, cfg.reasoning.mano_length)
+        table("mental arithmetic, without any steps", "operations", ("answer", "chance"), rows)
     prompts = [prompt(enc, text) for text in samples]
     room = min(96, model.cfg.seq_len - max(map(len, prompts), default=0))
-    scores["samples"] = []
-    for text, ids in zip(samples, generate(model, prompts, room, [enc.eot_token], n_vocab=enc.n_vocab), strict=True):
-        new = enc.decode(ids)
-        scores["samples"].append({"prompt": text, "text": new})
-        lines += ["", f"prompt: {text}", f"sample:{new}"]
+    written = generate(model, prompts, room, [enc.eot_token], n_vocab=enc.n_vocab)
+    scores["samples"] = [{"prompt": text, "text": enc.decode(new)} for text, new in zip(samples, written, strict=True)]
+    lines += [f"\nprompt: {sample['prompt']}\nsample:{sample['text']}" for sample in scores["samples"]]
     return "\n".join(lines), scores

