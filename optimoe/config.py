@@ -9,12 +9,11 @@
     cfg = parse(Config)  # python prog.py --lr=1e-3 --steps 2e3   (or --help, or --config=run/config.json --steps=4000)
 
 The dataclass is the only place where a field is written down. Types come from its annotations: int, float, bool, str,
-`X | None`, Literal, and tuple[X, ...] for values with commas between them. Help comes from the comment behind each
-field, headings of the help from comment lines between fields, ranges from its `__post_init__`.
-
-Fields named in the class variable POSITIONAL are words without a flag; if the last of them is a tuple, it takes any
-number of words. A class with a static method `preset_fields(name) -> dict` also understands --preset=NAME. From weakest
-to strongest: defaults, --config, --preset (without --config also its default), the other flags.
+`X | None`, Literal, and tuple[X, ...] for values with commas. Help comes from the comment behind each field, its
+headings from comment lines between fields, ranges from `__post_init__`. Fields named in the class variable POSITIONAL
+are words without a flag; if the last of them is a tuple, it takes any number of words. A class with a static method
+`preset_fields(name) -> dict` understands --preset=NAME. From weakest to strongest: defaults, --config, --preset
+(without --config also its default), the other flags.
 """
 
 import ast
@@ -62,9 +61,8 @@ def make_directory(path, name, value):
     return path
 
 
-# Names and values in files of earlier versions (config.json, checkpoints, rows of results). A new name is added here
-# when a field is renamed, None when it goes; BEFORE says how a program behaved before a field existed, where that is
-# not the default of today.
+# Names and values in files of earlier versions. A field that is renamed or goes gets a row here (its new name or None);
+# BEFORE says how a program behaved before a field existed, where that is not the default of today.
 RENAMED: dict = {}
 CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}}
 BEFORE = {"optimizer": "adamw"}

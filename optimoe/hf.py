@@ -5,9 +5,8 @@
 
     python -m optimoe.hf runs/NAME out --dtype=bfloat16  # exports a run of train.py with its tokenizer
 
-Both layouts of expert weights are read: one tensor per expert and matrix, as released checkpoints have them, and the
-stacked tensors that transformers 5 holds in memory. Needs the packages safetensors and tokenizers (the extra `hf`), not
-transformers.
+Expert weights are read as one tensor per expert and matrix, as released checkpoints have them, and as the stacked
+tensors that transformers 5 holds in memory. Needs safetensors and tokenizers (the extra `hf`), not transformers.
 """
 
 import dataclasses
@@ -57,20 +56,10 @@ FAMILIES = {
     "olmoe": Family("Olmoe", "mlp", QWEN, "num_experts", "intermediate_size", OLMOE, {}),
 }
 # Fields of ModelConfig and their names in config.json; n_experts and d_expert are named by the family.
-FIELDS = {
-    "vocab_size": "vocab_size",
-    "seq_len": "max_position_embeddings",
-    "d_model": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "top_k": "num_experts_per_tok",
-    "router_normalize": "norm_topk_prob",
-    "tie_embeddings": "tie_word_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-}
+FIELDS = """vocab_size=vocab_size seq_len=max_position_embeddings d_model=hidden_size n_layers=num_hidden_layers
+    n_heads=num_attention_heads n_kv_heads=num_key_value_heads head_dim=head_dim top_k=num_experts_per_tok
+    router_normalize=norm_topk_prob tie_embeddings=tie_word_embeddings norm_eps=rms_norm_eps rope_theta=rope_theta"""
+FIELDS = dict(pair.split("=") for pair in FIELDS.split())
 # Members of config.json and what they must be; the last value is what model.py computes.
 ONLY = {
     "hidden_act": (None, "silu"),
@@ -176,24 +165,16 @@ def model_config(raw):
 
     rope = get("rope_parameters", dict, {}) or get("rope_scaling", dict, {})
     layers = sorted({str(layer) for layer in get("layer_types", list, [])})
-    seen = {
-        "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")),
-        "rope_type": rope.get("rope_type", rope.get("type")),
-        "layer_types": layers,
-        "rope_parameters": [name for name, value in rope.items() if isinstance(value, dict)],
-    }
+    seen = {"rope_type": rope.get("rope_type", rope.get("type")), "layer_types": layers}
+    seen["rope_parameters"] = [name for name, value in rope.items() if isinstance(value, dict)]
+    seen["partial_rotary_factor"] = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     for name, known in ONLY.items():
         value = seen[name] if name in seen else raw.get(name)
         if value not in known:
             raise ValueError(f"{CONFIG} has {name}={shown(value)}: model.py computes {known[-1]!r} only")
     heads = get("num_attention_heads")
-    default = {
-        "n_kv_heads": heads,
-        "head_dim": get("hidden_size") // max(1, heads),
-        "router_normalize": False,
-        "tie_embeddings": False,
-        "rope_theta": 1e6 if kind == "mixtral" else 1e4,
-    }
+    default = {"n_kv_heads": heads, "head_dim": get("hidden_size") // max(1, heads), "router_normalize": False}
+    default |= {"tie_embeddings": False, "rope_theta": 1e6 if kind == "mixtral" else 1e4}
     experts = next((name for name in ("num_local_experts", "num_experts") if raw.get(name)), family.n_experts)
     names = FIELDS | {"n_experts": experts, "d_expert": family.d_expert}
     found = {name: get(names[name], types[name], default.get(name)) for name in names if name not in family.fixed}
@@ -213,8 +194,8 @@ class Weights:
         self.directory, self.handles = directory, {}
         if (directory / INDEX).is_file():
             self.files = files.read_json(directory / INDEX, AGAIN).get("weight_map")
-            whole = isinstance(self.files, dict)
-            if not whole or not all(isinstance(f, str) and Path(f).name == f for f in self.files.values()):
+            names = self.files.values() if isinstance(self.files, dict) else [None]
+            if not all(isinstance(name, str) and Path(name).name == name for name in names):
                 raise ValueError(f"{directory / INDEX} is damaged (no weight_map of file names): {AGAIN}")
         elif (directory / SINGLE).is_file():
             self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
@@ -313,12 +294,8 @@ def hf_config(cfg):
         "intermediate_size": cfg.d_expert,
         **{theirs: getattr(cfg, ours) for ours, theirs in names.items() if ours not in family.fixed},
         **family.extra,
-        "hidden_act": "silu",
-        "sliding_window": None,
-        "attention_bias": False,
-        "initializer_range": cfg.init_std,
-        "bos_token_id": None,
-        "pad_token_id": None,
+        **{"hidden_act": "silu", "sliding_window": None, "attention_bias": False, "initializer_range": cfg.init_std},
+        **{"bos_token_id": None, "pad_token_id": None},
     }
     back = model_config(raw)
     for field in dataclasses.fields(ModelConfig):
@@ -382,12 +359,8 @@ def save_tokens(enc, directory):
     ranks, special = enc._mergeable_ranks, enc._special_tokens
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     # tiktoken joins whichever neighbours make the token of lowest rank: each such pair becomes a rule of its own.
-    pairs = [
-        (words[token[:i]], words[token[i:]])
-        for token in sorted(ranks, key=ranks.get)
-        for i in range(1, len(token))
-        if token[:i] in ranks and token[i:] in ranks
-    ]
+    splits = ((token[:i], token[i:]) for token in sorted(ranks, key=ranks.get) for i in range(1, len(token)))
+    pairs = [(words[left], words[right]) for left, right in splits if left in ranks and right in ranks]
     vocab = {words[token]: rank for token, rank in ranks.items()} | special  # with the special tokens' own ids
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, ignore_merges=True))
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(enc._pat_str), "isolated")

@@ -92,14 +92,10 @@ def pick_device(cfg, local_rank=0):
 
 def run_tokens(directory, model) -> Tokens:
     """The tokenizer of a data directory; ValueError where it has more tokens than the model."""
-    tokens = tiktoken_tokens(tokenizer.load(directory))
-    require(
-        tokens.n_vocab <= model.cfg.vocab_size,
-        "data",
-        str(directory),
-        f"its tokenizer has {tokens.n_vocab:,} tokens and the model {model.cfg.vocab_size:,}: "
-        "name the data directory that the model was trained on",
-    )
+    tokens, rows = tiktoken_tokens(tokenizer.load(directory)), model.cfg.vocab_size
+    fault = f"its tokenizer has {tokens.n_vocab:,} tokens and the model {rows:,}"
+    remedy = f"{fault}: name the data directory that the model was trained on"
+    require(tokens.n_vocab <= rows, "data", str(directory), remedy)
     return tokens
 
 

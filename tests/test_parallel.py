@@ -1,4 +1,4 @@
-"""Two and four gloo ranks against one process: three engines, both optimisers, uneven routing, experts without a token, resuming.
+"""Two and four gloo ranks against one process: three engines, both optimisers, uneven routing, idle experts, resuming.
 Run: python -m pytest tests/test_parallel.py (CPU)"""
 
 import json
@@ -35,14 +35,14 @@ CASES = {
     "ep-4-muon": (4, "ep", "muon"),
 }
 ENGINES = ("ddp", "fsdp", "ep")
-# Selection biases of the first experts. Five experts on two or four ranks are slices of unequal length. With eight on four ranks and two out of
-# reach, a rank gets no token at all.
+# Selection biases of the first experts. Five experts on two or four ranks are slices of unequal length. With eight on
+# four ranks and two out of reach, a rank gets no token at all.
 BIASES = {5: [-100.0, 0.2], 8: [-100.0, -100.0, 0.2]}
 
 
 @pytest.fixture(scope="module")
 def runs(data_dir, tmp_path_factory):  # noqa: F811
-    """Every case continues two steps after which some experts are out of reach and one is preferred; so do the runs of one process."""
+    """Every case, and the run of one process, continues two steps after which experts are out of reach or preferred."""
     base = tmp_path_factory.mktemp("parallel")
     for optimizer, n_experts in product(("adamw", "muon"), BIASES):
         flags = [*FLAGS, f"--data={data_dir}", f"--optimizer={optimizer}", f"--n-experts={n_experts}"]
@@ -141,7 +141,7 @@ def test_ranks_equal_one_process(runs, case):
 
 
 def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
-    """Four FSDP ranks to step 4, then two DDP ranks or one; two DDP ranks, then four FSDP ranks; four EP ranks, then two: as if uninterrupted."""
+    """Four FSDP ranks, then two DDP ranks or one; two DDP, then four FSDP; four EP, then two: as if unbroken."""
     to_two, to_one = (cut_at(runs / "fsdp-4-muon", tmp_path / name, 4) for name in ("two", "one"))
     to_four = cut_at(runs / "ddp-2-muon", tmp_path / "four", 4)
     to_ep = cut_at(runs / "ep-4-muon", tmp_path / "ep", 4)
