@@ -330,12 +330,13 @@ def execute_together(runs, cache, device, n=100, keep=()):
     trainer = Trainer(cfgs, [Samples(run, source, device) for run, source in zip(runs, sources, strict=True)], device)
     points, loads, seconds, speed = train_and_measure(trainer, runs, sources, device, n)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    together = {"together": len(runs), "tokens_per_s": round(speed), "device": name}
+    together |= {"torch": torch.__version__, "revision": revision()}
     rows = []
     for i, (run, cfg) in enumerate(zip(runs, cfgs, strict=True)):
         params = count_params(cfg)
         last = points[i][-1] if points[i] and points[i][-1]["step"] == run.steps else {}
-        row = {
-            **{"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "diverged": not last},
+        row = {"key": key(run), "run": dataclasses.asdict(run), "lr": cfg.lr, "diverged": not last} | {
             "tokens": run.tokens,
             "tpp": run.tokens / params.total,
             "params": params._asdict(),
@@ -344,8 +345,7 @@ def execute_together(runs, cache, device, n=100, keep=()):
             "points": points[i][:-1] if last else points[i],
             "load_cv": loads[i],
             "skipped_steps": int(trainer.windows[i]["steps"][BAD]),
-            **{"together": len(runs), "tokens_per_s": round(speed), "device": name},
-            **{"torch": torch.__version__, "revision": revision()},
+            **together,
             "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
             "train_seconds": round(seconds / len(runs), 3),
             "seconds": round((time.perf_counter() - began) / len(runs), 3),

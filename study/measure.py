@@ -30,19 +30,14 @@ def validation_loss(model, sources, seq_len, device, limit=256):
 
     It says little about runs with repeated problems: most of it is the random wording of other questions."""
     model.eval()
-    losses = []
+    found = 0.0
     for directory, weight in sources:
         tokens = flat(directory, "val")
-        n = min(limit, (len(tokens) - 1) // seq_len)
-        if not n:
-            tokens, n = np.resize(tokens, seq_len + 1), 1  # of very few facts
-        ids, total = torch.from_numpy(tokens[: n * seq_len + 1].astype(np.int64)).to(device), 0.0
-        for i in range(0, n, 64):
-            span = ids[i * seq_len : min(n, i + 64) * seq_len + 1]
-            loss = model(span[:-1].view(-1, seq_len), span[1:].view(-1, seq_len)).loss
-            total += float(loss) * (min(n, i + 64) - i)
-        losses.append((weight, total / n))
-    return sum(weight * loss for weight, loss in losses) / sum(weight for weight, _ in losses)
+        n = max(1, min(limit, (len(tokens) - 1) // seq_len))
+        ids = torch.from_numpy(np.resize(tokens, n * seq_len + 1).astype(np.int64)).to(device)  # few facts repeat
+        windows = (part.view(n, seq_len).split(64) for part in (ids[:-1], ids[1:]))
+        found += weight / n * sum(float(model(x, y).loss) * len(x) for x, y in zip(*windows, strict=True))
+    return found / sum(weight for _, weight in sources)
 
 
 def mixture(model, directory, n, final):
@@ -58,24 +53,18 @@ def mixture(model, directory, n, final):
     seen = probes.graded(model, enc, [(p.question, p.solution) for p in seen])
     mano = probes.mano_accuracy(model, enc, cfg.reasoning, 2 * n)
     within = [right for length, right in mano["accuracy"].items() if length <= cfg.reasoning.mano_length]
-    return {
-        "facts": facts,
-        "bits": probes.stored_bits(model, enc, cfg.facts, 5 * n) if final else None,
-        "problems": {
-            "loss": problems["loss"],
-            "loss_seen": probes.loss_of(seen),
-            "accuracy": sum(known) / len(known),
-            "accuracy_seen": sum(right for *_, right in seen) / len(seen),
-            "beyond": sum(beyond) / len(beyond) if beyond else None,
-            "by_steps": {str(s): share for s, share in problems["accuracy"].items()},
-        },
-        "mano": {
-            "loss": mano["loss"],
-            "chance": mano["chance"],
-            "accuracy": sum(within) / max(1, len(within)),
-            "by_length": {str(length): right for length, right in mano["accuracy"].items()},
-        },
+    solutions = {
+        "loss": problems["loss"],
+        "loss_seen": probes.loss_of(seen),
+        "accuracy": sum(known) / len(known),
+        "accuracy_seen": sum(right for *_, right in seen) / len(seen),
+        "beyond": sum(beyond) / len(beyond) if beyond else None,
+        "by_steps": {str(s): share for s, share in shares},
     }
+    mano["by_length"] = {str(length): right for length, right in mano["accuracy"].items()}
+    mano["accuracy"] = sum(within) / max(1, len(within))
+    bits = probes.stored_bits(model, enc, cfg.facts, 5 * n) if final else None
+    return {"facts": facts, "bits": bits, "problems": solutions, "mano": mano}
 
 
 def hops(model, directory, n, final):

@@ -225,13 +225,14 @@ def run_all(tasks, cfg, inbox, outbox, workers, data, builder, jobs, together):
             if not run.data and (directory := data_dir(run, cfg.cache)) not in data:
                 data[directory] = builder.submit(prepare_data, run, cfg.cache, os.cpu_count() or 1)
         while len(tasks.running) < alive + lost and (members := tasks.take(ends, together)):
+            first = key(members[0])
+            tasks.running[first] = members  # before the wait for its data, so that Ctrl-C finds it among what is left
             try:
                 for run in members:
                     run.data or data[data_dir(run, cfg.cache)].result()
             except Exception as error:  # no data, no run; others have theirs
-                tasks.fail(members, f"no data: {error}")
+                tasks.fail(tasks.running.pop(first), f"no data: {error}")
                 continue
-            tasks.running[key(members[0])] = members
             inbox.put((members, [tasks.kept(run) for run in members]))
         if len(tasks.running) <= lost or not alive:  # a killed worker's run never comes back
             break

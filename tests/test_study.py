@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import queue
 import random
 import signal
 import subprocess
@@ -12,12 +13,12 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data import facts, files, reasoning, shards, twohop
-from data.loader import Loader
 from optimoe import checkpoint
 from optimoe.sizes import count_params
 from study import execute as run
@@ -173,7 +174,7 @@ def test_text_runs_follow_the_weights_of_their_sources(cache, tmp_path):
     second = run.prepare_data(dataclasses.replace(TINY, seed=1), tmp_path)[0][0]
     text = dataclasses.replace(TINY, data=f"{first}:3,{second}:1")
     samples = run.Samples(text, run.parse_sources(text.data), "cpu")
-    border = len(Loader([(first, 1)], "train", 1, 96).sources[0].maps[0])
+    border = len(measure.flat(first, "train"))
     assert int((samples.starts_SB < border).sum()) == 120 and samples.starts_SB.shape == (40, 4)
 
 
@@ -434,6 +435,21 @@ def test_ctrl_c_ends_the_workers_and_says_what_is_left(tmp_path):
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in text, text
     assert text.count("2 of 2 runs left") == 2, text
     assert wait_for(lambda: not alive(mark), 20)
+
+
+def test_what_waits_for_its_data_is_still_left_when_the_sweep_ends(tmp_path):
+    class Interrupted:
+        def submit(self, *_):
+            return self
+
+        def result(self):
+            raise KeyboardInterrupt
+
+    cfg = config_of("smoke", minutes=1, cache=str(tmp_path))
+    tasks, worker = sweep.Queue(cfg, [], "CPU", 1), SimpleNamespace(is_alive=lambda: True, exitcode=None)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_all(tasks, cfg, queue.Queue(), queue.Queue(), [worker], {}, Interrupted(), 1, 1)
+    assert tasks.left().startswith("2 of 2 runs left") and len(tasks.in_flight()) == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find processes")
