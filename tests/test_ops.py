@@ -225,7 +225,8 @@ def test_training_and_kernel_tests_run_without_triton(tmp_path):
     job = ["--steps=2", "--val_batches=1", "--sample_tokens=4", f"--out_dir={tmp_path / 'run'}"]
     train = ["-m", "tests.hide_triton", "train.py", *job]
     files = ["tests/test_dispatch.py", "tests/test_cross_entropy.py"]
-    kernels = ["-m", "pytest", "-q", "-p", "tests.hide_triton", "-p", "no:cacheprovider", *files]
+    # -s: else pytest captures the lines that tell what its files import.
+    kernels = ["-m", "pytest", "-s", "-p", "tests.hide_triton", "-p", "no:cacheprovider", *files]
     env = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}  # writes a line for every import
     for command, said in ((train, "what to try next"), (kernels, r"\d+ passed, \d+ skipped")):
         run = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=ROOT)
