@@ -1,19 +1,26 @@
 """What every public op promises: its dtypes and values under any autocast, torch.compile of the whole op, and a life
 without triton."""
 
+import os
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import moe_kernels as mk
 from model import ModelConfig, rope_tables
+from moe_kernels import tiles
 from moe_kernels.muon import muon_update
+from moe_kernels.tiles import pick_impl
 from tests.checks import ON_GPU, check, problem
 
 DEVICE = "cuda" if ON_GPU else "cpu"
+ROOT = Path(__file__).parent.parent
 IMPLS = [None, "reference", "grouped_mm", "triton"]
 
 
@@ -78,6 +85,24 @@ def results(call, inputs, forward=False, backward=False):
     upstream = [(1 + torch.arange(t.numel(), device=DEVICE) % 3).view(t.shape).to(t.dtype) for t in out]
     with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=backward):
         return [*out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+@pytest.mark.parametrize("missing", ["", "no triton"])
+@pytest.mark.parametrize(
+    "device, grouped",
+    [("cpu", [torch.float32, torch.float16, torch.bfloat16]), ("cuda", [torch.bfloat16]), ("mps", [])],
+)
+def test_the_default_implementation_can_run(device, grouped, missing, monkeypatch):
+    monkeypatch.setattr(tiles, "MISSING", missing)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        tensor = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", dtype=dtype)
+        expected = "grouped_mm" if dtype in grouped else "reference"
+        assert pick_impl(None, tensor) == ("triton" if device == "cuda" and not missing else expected)
+        if dtype in grouped:
+            assert pick_impl("grouped_mm", tensor) == "grouped_mm"
+        else:
+            with pytest.raises(RuntimeError, match=f"does not take {dtype} on {device}"):
+                pick_impl("grouped_mm", tensor)
 
 
 def make(op, dtype, impl):
@@ -192,3 +217,20 @@ def test_everything_but_the_kernels_works_without_triton():
     assert run.returncode == 0, run.stderr[-2000:]
     lines = set(run.stdout.splitlines())
     assert len(lines) == 1 and "needs the package triton" in run.stdout and "impl='grouped_mm'" in run.stdout
+
+
+@pytest.mark.skipif(ON_GPU, reason="about machines without one")
+def test_training_and_kernel_tests_run_without_triton(tmp_path):
+    """The README's first command, for two steps, and two files of kernel tests. Neither imports what needs triton."""
+    job = ["--steps=2", "--val_batches=1", "--sample_tokens=4", f"--out_dir={tmp_path / 'run'}"]
+    train = ["-m", "tests.hide_triton", "train.py", *job]
+    files = ["tests/test_dispatch.py", "tests/test_cross_entropy.py"]
+    # -s: else pytest captures the lines that tell what its files import.
+    kernels = ["-m", "pytest", "-s", "-p", "tests.hide_triton", "-p", "no:cacheprovider", *files]
+    env = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}  # writes a line for every import
+    for command, said in ((train, "what to try next"), (kernels, r"\d+ passed, \d+ skipped")):
+        run = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=ROOT)
+        assert run.returncode == 0 and re.search(said, run.stdout), run.stdout[-2000:] + run.stderr[-2000:]
+        imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", run.stderr, re.MULTILINE))
+        assert "moe_kernels.experts" in imported
+        assert "moe_kernels.precompile" not in imported and not any(name.startswith("bench") for name in imported)
