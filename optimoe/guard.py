@@ -1,10 +1,9 @@
 """Steps that must not be taken: a loss or a gradient that is not finite, or a loss that has exploded.
 
-`judge` runs on the device inside the step, also inside its CUDA graph, and only says whether to take it: nothing waits.
-The host looks at log lines and before checkpoints. With bad_steps=skip the run goes on with the next batch, unless
-PATIENCE steps in a row were bad. With bad_steps=stop the weights stand still from the bad step until the host looks.
-Either way the weights are still those before the first bad step, so `Watch` can repeat it exactly and write down what
-happens in which layer.
+`judge` decides on the device, inside the step and its CUDA graph. The host looks only at log lines and before
+checkpoints. bad_steps=skip goes on with the next batch, unless PATIENCE steps in a row were bad. bad_steps=stop leaves
+the weights as they are from the bad step until the host looks. Either way they are still those before the first bad
+step, so `Watch` can repeat it exactly and write down what happens in which layer.
 """
 
 import json
@@ -74,7 +73,7 @@ class Watch:
     def explain(self, step):
         """Dump the first bad step that is remembered and raise ValueError. Leaves the model unfit for training."""
         back = min(int(self.window["skipped_in_a_row"]), len(self.cursors))  # the run may have been resumed among them
-        step = step - back + 1
+        step += 1 - back
         path = self.run.dir / f"bad-step-{step:08d}-rank{self.run.rank}.json"
         loss, what = dump(path, self.model, self.loader, self.cursors[-back], self.cfg, step)
         raise ValueError(
@@ -83,31 +82,15 @@ class Watch:
         )
 
 
-def summary(values):
-    """Root mean square and largest magnitude of a tensor, as JSON takes them."""
-    values = values.detach().float()
-    return {
-        "rms": as_json(float(values.square().mean().sqrt())),
-        "max": as_json(float(values.abs().max())),
-        "finite": bool(values.isfinite().all()),
-    }
-
-
-def as_json(number):
-    return number if math.isfinite(number) else str(number)
-
-
 def dump(path, model, loader, cursor, cfg, step):
     """Repeat the bad step with the weights as they are (this rank's share, no update) and write a JSON file about it.
 
     cursor: loader.state_dict() before the step. Returns (mean loss, what broke first), both for people."""
     weights = [name for name, p in model.named_parameters() if not local(p).isfinite().all()]
-    outputs = {}
-    for index, block in enumerate(model.blocks):
+    outputs = [[] for _ in model.blocks]
+    for block, seen in zip(model.blocks, outputs, strict=True):
         block._compiled_call_impl = None  # hooks on compiled blocks would be compiled with them, again
-        block.register_forward_hook(
-            lambda block, inputs, output, index=index: outputs.setdefault(index, []).append(summary(output[0]))
-        )
+        block.register_forward_hook(lambda block, inputs, output, seen=seen: seen.append(summary(output[0])))
     loader.load_state_dict(cursor)
     model.zero_grad(set_to_none=True)
     losses, batches = [], []
@@ -117,32 +100,34 @@ def dump(path, model, loader, cursor, cfg, step):
         ((out.loss + cfg.balance_coef * out.balance + cfg.z_coef * out.z) / cfg.grad_accum).backward()
         losses.append(float(out.loss.detach()))
         batches.append(tokens_BL.tolist())
-    gradients = {
-        name: summary(local(p.grad))
-        for name, p in model.named_parameters()
-        if p.grad is not None and local(p.grad).numel()
-    }
-    layers = [index for index, seen in outputs.items() if not all(s["finite"] for s in seen)]
-    broken = [
-        name for name, s in reversed(gradients.items()) if not s["finite"]
-    ]  # backward meets the last layers first
-    if weights:
-        what = f"{weights[0]} was not finite before"
-    elif layers:
-        what = f"the output of layer {layers[0]} is the first that is not finite"
-    elif broken:
-        what = f"the gradient of {broken[0]} is the first that is not finite"
-    else:
-        what = f"above the limit max_loss={loss_limit(cfg):.3g}"
+    grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: summary(grad) for name, grad in grads.items() if grad.numel()}
+    causes = [f"{name} was not finite before" for name in weights]
+    layers = [layer for layer, seen in enumerate(outputs) if not all(values["finite"] for values in seen)]
+    causes += [f"the output of layer {layer} is the first that is not finite" for layer in layers]
+    broken = [name for name, values in reversed(gradients.items()) if not values["finite"]]  # as the backward pass runs
+    causes += [f"the gradient of {name} is the first that is not finite" for name in broken]
+    what = [*causes, f"above the limit max_loss={loss_limit(cfg):.3g}"][0]
     found = {
         "step": step,
         "loss": [as_json(loss) for loss in losses],
         "first": what,
         "weights_not_finite": weights,
-        "output_of_layer": outputs,
+        "output_of_layer": dict(enumerate(outputs)),
         "gradient": gradients,
         "cursor": cursor,
         "tokens": batches,
     }
     files.replace(path, json.dumps(found))
     return sum(losses) / len(losses), what
+
+
+def summary(values):
+    """Root mean square and largest magnitude of a tensor, as JSON takes them."""
+    values = values.detach().float()
+    rms, largest = float(values.square().mean().sqrt()), float(values.abs().max())
+    return {"rms": as_json(rms), "max": as_json(largest), "finite": bool(values.isfinite().all())}
+
+
+def as_json(number):
+    return number if math.isfinite(number) else str(number)

@@ -1,7 +1,8 @@
 """Kills training runs with SIGKILL and resumes them, for test_reliability.py: python -m tests.killrun KILLS FLAGS...
 
-One process imports torch once and forks every attempt, which makes an attempt cost what it trains. Kills alternate between a random moment (start-up
-or some steps later) and the middle of writing a checkpoint (a random write call of one). Prints one JSON line of what happened.
+One process imports torch once and forks every attempt, so an attempt costs only its training. Kills alternate between a
+random moment (during start-up or some steps later) and the middle of writing a checkpoint (a random write call of one).
+Prints one JSON line of what happened.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from optimoe import checkpoint
 
 
 def attempt(flags, die_at_write):
-    """In the child: train; with die_at_write, die by SIGKILL at that write call of a checkpoint, after half of its bytes."""
+    """In the child: train. With die_at_write, die by SIGKILL in that write call of a checkpoint, half of it written."""
     write = checkpoint._HashingFile.write
     calls = 0
 

@@ -1,6 +1,9 @@
-"""Runs train.py on several gloo ranks, job after job, for test_parallel.py: python -m tests.ranks '[[RANKS, [FLAG, ...]], ...]'
+"""Runs train.py on several gloo ranks, job after job, for test_parallel.py.
 
-One process imports torch once and forks the ranks of every job, so a job costs what it trains. Ends with the number of jobs that failed."""
+    python -m tests.ranks '[[RANKS, [FLAG, ...]], ...]'
+
+One process imports torch once and forks the ranks of every job, so a job costs only its training. The exit status is
+the number of jobs that failed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""GRPO: loss and gradient against the formula, what must not teach anything, resuming, ranks, and that it learns. CPU, gloo.
+"""GRPO: loss and gradient against the formula, what must not teach, resuming, ranks, and that it learns. CPU, gloo.
 
 Run: python -m pytest tests/test_grpo.py"""
 
@@ -42,7 +42,10 @@ from optimoe import checkpoint
 from optimoe.run import Stop
 
 ROOT = Path(grpo_file.__file__).parent
-SHORT = "--task=mano --questions=60 --eval-questions=7 --answer-tokens=6 --group-size=4 --device=cpu --lr=1e-3 --kl-coef=0.01".split()
+SHORT = (
+    "--task=mano --questions=60 --eval-questions=7 --answer-tokens=6 --group-size=4 --device=cpu --lr=1e-3 "
+    "--kl-coef=0.01"
+).split()
 TIMES = ("seconds_rollout", "seconds_reward", "seconds_update", "rollout_tokens_per_s", "memory_gb")
 
 
@@ -253,7 +256,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def sampled():
-    """(sampling model, a slightly different model being trained, another start model, samples of unequal lengths, advantages)."""
+    """(sampling model, a slightly different one being trained, a start model, samples of unequal lengths, advantages)."""
     model = make()
     rng = torch.Generator().manual_seed(1)
     prompts = [torch.randint(1, N_VOCAB, (n,), generator=rng).tolist() for n in (3, 9, 5, 12, 4, 7, 6, 8)]
@@ -409,7 +412,7 @@ def test_changed_choices_are_counted_and_replayed(sampled):
 
 
 def test_learns_from_rewards_alone(start, tmp_path, monkeypatch):
-    """From a reward of 10 % to 95 % and more on sums and differences with 0, which a start model in the right form guesses."""
+    """From a reward of 10 % to 95 % and more on sums with 0; the start model answers in the right form."""
     everything = Task.questions
     easy = lambda q: q.prompt.endswith(" 0 =") and "*" not in q.prompt  # noqa: E731
     monkeypatch.setattr(
@@ -446,7 +449,7 @@ def test_learns_from_rewards_alone(start, tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("replay", [False, True])
 def test_on_a_gpu(start, tmp_path, replay):
-    """bfloat16, Triton kernels, sampling from CUDA graphs: the routers change few of their choices between sampling and training."""
+    """bfloat16, Triton kernels, sampling from CUDA graphs: the routers choose mostly as they did while sampling."""
     main(
         [
             *SHORT,
@@ -539,7 +542,7 @@ def test_resume_check_can_fail(whole_run, tmp_path):
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, None])
 def test_without_differences_the_weights_stand_still(start, tmp_path, monkeypatch, reward):
-    """All answers right, or all wrong; and with rewards as they are, without a KL, normalised per answer and with replay, they move."""
+    """All answers right, or all wrong. With real rewards, without a KL, per answer and with replay, they move."""
     if reward is not None:
         monkeypatch.setattr(Task, "rewards", lambda task, questions, texts: [reward] * len(texts))
     main(

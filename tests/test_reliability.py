@@ -115,19 +115,17 @@ def poisoned(monkeypatch, bad_batches, layer=1):
     "flags", [["--optimizer=adamw"], ["--optimizer=muon"], ["--optimizer=adamw", "--weights=bfloat16"]]
 )
 def test_bad_steps_inside_a_cuda_graph(data_dir, tmp_path, flags):  # noqa: F811
-    """A bound that every loss exceeds: no step of the graph, recorded or replayed, changes a weight, and the host finds the first one."""
+    """Every loss is too high: no step of the graph, recorded or replayed, changes a weight; the first is named."""
     flags = ["--device=cuda", "--val-every=0", "--steps=12", "--log-every=12", *flags]
     for bad_steps in ("stop", "skip"):
         saved = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                guard,
-                "dump",
-                lambda path, model, *a: (
-                    saved.append([p.detach().cpu() for p in model.parameters()]),
-                    (9.9, "a layer"),
-                )[1],
-            )
+
+            def dump(path, model, *rest, saved=saved):
+                saved.extend(p.detach().cpu() for p in model.parameters())
+                return 9.9, "a layer"
+
+            patch.setattr(guard, "dump", dump)
             with pytest.raises(ValueError, match="at step 1: the loss is 9.9, a layer"):
                 run(
                     data_dir,
@@ -139,12 +137,12 @@ def test_bad_steps_inside_a_cuda_graph(data_dir, tmp_path, flags):  # noqa: F811
                 )
         torch.manual_seed(0)
         cfg = config.load(train_file.TrainConfig, tmp_path / bad_steps / "config.json")
-        assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(saved[0], GPT(cfg).parameters(), strict=True))
+        assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(saved, GPT(cfg).parameters(), strict=True))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_nan_stops_with_step_batch_and_layer(data_dir, tmp_path, monkeypatch, optimizer):  # noqa: F811
-    """Step 5 is bad, the line of step 6 finds it: the weights are still those of step 4, and the dump repeats exactly that batch."""
+    """Step 5 is bad and the line of step 6 finds it: the weights are those of step 4, the dump repeats that batch."""
     flags = ["--log-every=3", "--checkpoint-every=2", f"--optimizer={optimizer}", "--val-every=0"]
     batches = []
     step = train_file.optimizer_step
@@ -189,8 +187,8 @@ def test_nan_is_skipped_by_option(data_dir, tmp_path, monkeypatch):  # noqa: F81
 
 
 def test_a_step_skipped_just_before_a_checkpoint_stops_nothing(data_dir, tmp_path, monkeypatch):  # noqa: F811
-    """Step 4 is the first after a line, and saved: all steps so far were bad, but the next line is not due. Nor does a run stop for
-    it that is resumed with --bad-steps=stop."""
+    """Step 4 is the first after a line, and saved: all steps since were bad, but the next line is not due. Nor does a
+    run stop for it that is resumed with --bad-steps=stop."""
     flags = ["--val-every=0", "--bad-steps=skip"]
     with monkeypatch.context() as patch:
         poisoned(patch, {4})
@@ -205,10 +203,8 @@ def test_a_step_skipped_just_before_a_checkpoint_stops_nothing(data_dir, tmp_pat
 
 def test_exploded_loss_and_gradient_are_bad(data_dir, tmp_path):  # noqa: F811
     out = tmp_path / "out"
-    with pytest.raises(
-        ValueError,
-        match=rf"at step 1: the loss is 5\.\d+, above the limit max_loss=3 .*--resume={out} --lr=0.005 starts again, as there is",
-    ):
+    found = r"at step 1: the loss is 5\.\d+, above the limit max_loss=3 "
+    with pytest.raises(ValueError, match=f"{found}.*--resume={out} --lr=0.005 starts again, as there is"):
         run(data_dir, out, "--max-loss=3")
     main([f"--resume={out}", "--lr=1e-3", "--max-loss=0"])  # the remedy
     (_, newest) = checkpoint.find(out)[-1]

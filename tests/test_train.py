@@ -25,9 +25,9 @@ from train import main
 
 ROOT = Path(train_file.__file__).parent
 SMALL = (
-    "--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --seq-len=16 --batch-size=8 --steps=8 "
-    "--warmup-steps=3 --lr=1e-2 --log-every=3 --val-every=4 --val-batches=2 --checkpoint-every=4 --keep-checkpoints=9 --sample-tokens=4 "
-    "--device=cpu --init-std=0.1 --curves=false"
+    "--d-model=32 --n-layers=2 --n-heads=2 --n-kv-heads=2 --head-dim=16 --n-experts=4 --d-expert=32 --init-std=0.1 "
+    "--seq-len=16 --batch-size=8 --steps=8 --warmup-steps=3 --lr=1e-2 --log-every=3 --val-every=4 --val-batches=2 "
+    "--checkpoint-every=4 --keep-checkpoints=9 --sample-tokens=4 --device=cpu --curves=false"
 ).split()
 TIMES = ("tokens_per_s", "memory_gb", "mfu")
 
@@ -142,8 +142,8 @@ def test_resume_equals_uninterrupted_bit_for_bit(whole_run, tmp_path):
     [["--weights=bfloat16"], ["--dtype=bfloat16"], ["--weights=bfloat16", "--dtype=bfloat16", "--grad-accum=2"]],
 )
 def test_resume_in_bfloat16(data_dir, tmp_path, flags):
-    """bfloat16 weights, or bfloat16 copies of float32 ones (then the checkpoint holds float32): bit for bit. What is saved loads for evaluation and
-    goes on as a plain float32 run."""
+    """bfloat16 weights, or bfloat16 copies of float32 ones (then the checkpoint holds float32): bit for bit. What is
+    saved loads for evaluation and goes on as a plain float32 run."""
     whole, adamw = tmp_path / "whole", ["--optimizer=adamw", "--clip-norm=0.5"]
     results = run(data_dir, whole, *adamw, *flags)
     cut = cut_at(whole, tmp_path / "cut", 4)
@@ -188,7 +188,7 @@ def test_resume_check_can_fail(whole_run, tmp_path, part):
 
 
 def test_accumulation_equals_a_bigger_batch(data_dir, tmp_path):
-    """The same tokens in one, two and four micro-batches; without the balance loss, whose statistics are those of a micro-batch."""
+    """The same tokens in one, two and four micro-batches; without the balance loss, which is that of a micro-batch."""
     losses = []
     for accum in (1, 2, 4):
         run(
