@@ -256,7 +256,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def sampled():
-    """(sampling model, a slightly different one being trained, a start model, samples of unequal lengths, advantages)."""
+    """(sampling model, a slightly different one being trained, a start model, uneven samples, advantages)."""
     model = make()
     rng = torch.Generator().manual_seed(1)
     prompts = [torch.randint(1, N_VOCAB, (n,), generator=rng).tolist() for n in (3, 9, 5, 12, 4, 7, 6, 8)]
