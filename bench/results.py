@@ -44,7 +44,7 @@ COLUMNS = (
 ).split() + ADDED
 KEY = COLUMNS[:10] + ["gpu"]
 INTEGERS, FLOATS = COLUMNS[3:8], COLUMNS[10:18] + ADDED
-INSTALL = {"matplotlib": "'optimoe[plot]'", "transformers": "'transformers>=5'"}
+INSTALL = {"matplotlib": "-e '.[plot]'", "transformers": "'transformers>=5'"}
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 NOISE = 0.03
 NOTHING = Cost(0, 0)

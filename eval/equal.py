@@ -192,7 +192,7 @@ def _bare(text):
 def need_library():
     """ValueError where math-verify is missing."""
     if importlib.util.find_spec("math_verify") is None:
-        raise ValueError("comparing expressions needs math-verify: pip install 'optimoe[rl]'")
+        raise ValueError("comparing expressions needs math-verify: pip install -e '.[rl]'")
 
 
 _child, _lock = None, threading.Lock()

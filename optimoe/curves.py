@@ -138,7 +138,7 @@ def write(draw, path):
     try:
         draw().savefig(tmp, dpi=110)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}" + ("; pip install 'optimoe[plot]'" if isinstance(error, ImportError) else ""))
+        sys.exit(f"error: {error}" + ("; pip install -e '.[plot]'" if isinstance(error, ImportError) else ""))
     os.replace(tmp, path)
     print(path)
 
@@ -150,7 +150,7 @@ class Curves:
         self.run_dir, self.process = run_dir, None
         self.possible = importlib.util.find_spec("matplotlib") is not None
         if not self.possible:
-            print(f"{run_dir}/curves.png will not be drawn: pip install 'optimoe[plot]'", flush=True)
+            print(f"{run_dir}/curves.png will not be drawn: pip install -e '.[plot]'", flush=True)
 
     def refresh(self):
         if self.possible and (self.process is None or self.process.poll() is not None):

@@ -51,6 +51,10 @@ def parse(cls, argv, description=""):
     path = Path(directory, "config.json")
     require(path.is_file(), "resume", directory, "not a run directory (it has no config.json); check the path")
     values = files.read_json(path)
+    # The two programs' configurations are told apart by a field that only one of them has.
+    other = "grpo.py" if "group_size" in values else "train.py"
+    mine = "grpo.py" if hasattr(cls, "group_size") else "train.py"
+    require(other == mine or "steps" not in values, "resume", directory, f"it is a run of {other}, not of {mine}")
     try:
         cfg = config.parse(cls, argv, start=config.complete(cls, values))
     except ValueError as error:

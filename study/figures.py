@@ -106,7 +106,7 @@ def main(argv=None):
         draw(results.read(cfg.results), cfg.out)
         print(cfg.out)
     except ImportError as error:
-        sys.exit(f"error: {error}; pip install 'optimoe[plot]'")
+        sys.exit(f"error: {error}; pip install -e '.[plot]'")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -459,7 +459,7 @@ def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch):
     )
     assert cli(lambda: 1) == 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert cli(lambda: plot.main(["x.csv"])).endswith("; pip install 'optimoe[plot]'")
+    assert cli(lambda: plot.main(["x.csv"])).endswith("; pip install -e '.[plot]'")
 
 
 def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch):

@@ -218,10 +218,18 @@ def test_damage_is_refused_by_name_or_changes_nothing(tiny_run, name):
             refused += 1
             assert str(path) in str(error) or "was made with" in str(error), (place, error)
         else:
-            assert found == whole, (place, damaged[max(0, place - 20) : place + 20])
+            # A lost last line is computed again, alone in its batch: the last digits may differ.
+            assert rounded(found) == rounded(whole), (place, damaged[max(0, place - 20) : place + 20])
             path.write_bytes(content)
             run(tiny_run, *flags)
     assert refused or name == "config.json"
+
+
+def rounded(value):
+    """The same results with five significant digits."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def write_meta(directory):

@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import model as model_file
 from eval.kv_cache import KVCache
 from model import GPT, ModelConfig, compute_dtype, update_router_bias
-from moe_kernels.tiles import pick_impl
 from optimoe import sizes
 from optimoe.load import pick_device
 from optimoe.sizes import (
@@ -622,13 +621,3 @@ def test_command_line():
     for field, value in (("tokens", -5.0), ("tokens", 1e300), ("micro_batch", 0), ("micro_batch", 10**12)):
         with pytest.raises(ValueError, match=re.escape(f"{field}={value}: use")):
             sizes.SizeConfig(**{field: value})
-
-
-@pytest.mark.parametrize(
-    "device, dtype, expected",
-    [("cpu", "float32", "grouped_mm"), ("cpu", "float64", "reference"), ("mps", "float32", "reference")],
-)
-def test_the_default_kernels_by_device(device, dtype, expected):
-    """MPS has no grouped product. There is none here, so that an object stands for its tensor."""
-    like = SimpleNamespace(is_cuda=False, is_mps=device == "mps", dtype=getattr(torch, dtype))
-    assert pick_impl(None, like) == expected

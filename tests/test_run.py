@@ -397,3 +397,16 @@ def test_rank_0_killed_at_the_start(data_dir, start, tmp_path, program, moment):
     said, _ = other.communicate(timeout=50)
     assert other.returncode == 1 and "Traceback" not in said, said[-3000:]
     assert "error: rank 1 lost its connection to another rank, which died or never started" in said
+
+
+def test_a_run_of_the_other_program_is_named(tmp_path):
+    import grpo
+    import train
+
+    for cls, kept, ours, theirs in (
+        (grpo.GRPOConfig, {"steps": 3, "vocab_size": 64}, "grpo.py", "train.py"),
+        (train.TrainConfig, {"steps": 3, "group_size": 5}, "train.py", "grpo.py"),
+    ):
+        files.write_json(tmp_path / "config.json", kept)
+        with pytest.raises(ValueError, match=f"it is a run of {theirs}, not of {ours}"):
+            run.parse(cls, [f"--resume={tmp_path}"])
