@@ -85,7 +85,7 @@ def test_questions(source, monkeypatch):
     with pytest.raises(ValueError, match="task='humaneval': eval/tasks/humaneval.py has no training questions"):
         load("humaneval", "train", source, 0)
     monkeypatch.setattr(equal.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'optimoe\[rl\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[rl\]'"):
         load("math500", "train", source, 0)
 
 
