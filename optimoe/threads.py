@@ -6,4 +6,4 @@ tenth of the idle speed or less remains (docs/LOG.md). After a short spin they s
 import os
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

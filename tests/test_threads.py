@@ -29,4 +29,4 @@ def test_programs_set_the_wait_before_torch(program):
         seen.append(
             subprocess.run(command, env=clean | extra, capture_output=True, text=True, check=True).stdout.split()
         )
-    assert seen == [["2000", "None"], ["7", "None"], ["None", "ACTIVE"]]  # what a user has set is left alone
+    assert seen == [["1000", "None"], ["7", "None"], ["None", "ACTIVE"]]  # what a user has set is left alone
