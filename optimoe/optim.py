@@ -306,7 +306,8 @@ def make_optimizer(model, cfg, piece=None):
             hidden.setdefault((p.shape, *group["rows"]), group)["params"].append(piece(p) if p.ndim == 3 else p)
             continue
         own = piece(p)
-        if is_hidden(name, p) and (copied or cfg.weights == "bfloat16"):
+        whole_here = not isinstance(p, DTensor)  # the experts of parallel=ep stay float32, and every use casts them
+        if is_hidden(name, p) and whole_here and (copied or cfg.weights == "bfloat16"):
             exact = own.detach().clone()
             p.data = p.detach().bfloat16()
             own = piece(p)

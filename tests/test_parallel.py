@@ -158,6 +158,31 @@ def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
         same_state(run, runs / one, bound=3e-3)
 
 
+HALF = ["--dtype=bfloat16", "--optimizer=adamw", "--grad-accum=1", "--n-experts=8", "--checkpoint-every=2"]
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_bfloat16_engines_train_alike_and_resume(data_dir, tmp_path, weights):  # noqa: F811
+    """As on GPUs: ranks hold bfloat16 copies and slices of float32 weights, or bfloat16 weights. Losses are those of one
+    process to the roundings of bfloat16; a checkpoint has the dtypes of one process, and going on changes no bit."""
+    flags = [*SMALL, *HALF, f"--data={data_dir}", f"--weights={weights}", "--steps=6"]
+    main([*flags, f"--out-dir={tmp_path / 'one'}"])
+    engines = ENGINES if weights == "float32" else ("ddp",)
+    ranks([[2, [*flags, f"--parallel={engine}", f"--out-dir={tmp_path / engine}"]] for engine in engines])
+    one = checkpoint.read(tmp_path / "one")["model"]
+    for engine in engines:
+        losses = [[row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("one", engine)]
+        np.testing.assert_allclose(*losses, rtol=5e-3)
+        state = checkpoint.read(tmp_path / engine)["model"]
+        assert {name: (t.shape, t.dtype) for name, t in state.items()} == {
+            name: (t.shape, t.dtype) for name, t in one.items()
+        }
+    resumed = cut_at(tmp_path / "ddp", tmp_path / "resumed", 4)
+    ranks([[2, [f"--resume={resumed}"]]])
+    same_log(resumed, tmp_path / "ddp", rtol=0)
+    same_state(resumed, tmp_path / "ddp", bound=0)
+
+
 def test_a_bad_step_stops_all_ranks_with_a_dump_of_each(runs):
     said = (runs / "output").read_text()
     for engine, rank in product(ENGINES, (0, 1)):
