@@ -14,7 +14,7 @@ from data import files
 from eval.generate import generate
 from eval.harness import cut_at
 from eval.taskloss import context_ids
-from optimoe.config import parse, require
+from optimoe.config import command_line, parse, require
 from optimoe.load import ModelChoice, load
 
 
@@ -91,9 +91,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("")
+    command_line(main)

@@ -119,9 +119,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command, without --overwrite, goes on from here")
+    config.command_line(main, "stopped; the same command, without --overwrite, goes on from here")

@@ -112,6 +112,16 @@ def parse(cls, argv=None, description="", start=None):
     return cls(**values)
 
 
+def command_line(main, stopped=""):
+    """Call main(): a mistake ends the process with one line, Ctrl-C with the line `stopped`."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(stopped)
+
+
 def split_flags(cls, argv):
     """{field, or "config": text on the command line}; of a positional tuple, the list of its words."""
     hints = typing.get_type_hints(cls)

@@ -52,11 +52,11 @@ def test_where_it_is_chosen(monkeypatch):
     for capability in (80, 89, 90, 100, 120):
         monkeypatch.setattr(hopper, "capability", lambda capability=capability: capability)
         for dtype in (torch.bfloat16, torch.float16):
-            assert hopper.fits(128, 256, 256, dtype) == (capability == 90)
+            assert hopper.fits(128, 256, 512, dtype) == (capability == 90)
     monkeypatch.setattr(hopper, "capability", lambda: 90)
-    assert not hopper.fits(128, 256, 256, torch.float32)
-    assert not hopper.fits(64, 256, 256, torch.bfloat16)
-    assert not hopper.fits(128, 128, 256, torch.bfloat16)
-    assert not hopper.fits(128, 256, 255, torch.bfloat16)
+    assert not hopper.fits(128, 256, 512, torch.float32)
+    assert not hopper.fits(64, 256, 512, torch.bfloat16)
+    assert not hopper.fits(128, 128, 512, torch.bfloat16)
+    assert not hopper.fits(128, 256, 511, torch.bfloat16)
     monkeypatch.setattr(hopper, "interpreting", lambda: True)
-    assert not hopper.fits(128, 256, 256, torch.bfloat16)
+    assert not hopper.fits(128, 256, 512, torch.bfloat16)

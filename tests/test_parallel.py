@@ -163,8 +163,8 @@ HALF = ["--dtype=bfloat16", "--optimizer=adamw", "--grad-accum=1", "--n-experts=
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_bfloat16_engines_train_alike_and_resume(data_dir, tmp_path, weights):  # noqa: F811
-    """As on GPUs: ranks hold bfloat16 copies and slices of float32 weights, or bfloat16 weights. Losses are those of one
-    process to the roundings of bfloat16; a checkpoint has the dtypes of one process, and going on changes no bit."""
+    """As on GPUs: ranks hold bfloat16 copies and slices of float32 weights, or bfloat16 weights. Losses are those of
+    one process to bfloat16's roundings; a checkpoint has the dtypes of one process, and going on changes no bit."""
     flags = [*SMALL, *HALF, f"--data={data_dir}", f"--weights={weights}", "--steps=6"]
     main([*flags, f"--out-dir={tmp_path / 'one'}"])
     engines = ENGINES if weights == "float32" else ("ddp",)
