@@ -291,11 +291,6 @@ def panels(S, F, tile):
     return F // width, S, 2 * width
 
 
-def to_rows(h_PSW):
-    """Pre-activations (P, S, W) as (S, 2F), gate columns first."""
-    return h_PSW.unflatten(2, (2, -1)).permute(1, 2, 0, 3).flatten(1)
-
-
 def _tile_table(dispatch):
     """Arguments that every row-tiled kernel takes."""
     return dict(

@@ -54,3 +54,8 @@ def problem(T, D, F, E, K, dtype, device, routing="random", seed=0):
     values, experts = logits.topk(K, dim=1)
     x, w_in, w_out = randn(T, D), randn(E, 2 * F, D) / D**0.5, randn(E, D, F) / F**0.5
     return *(t.to(device, dtype) for t in (x, w_in, w_out)), values.softmax(1).to(device), experts.int().to(device)
+
+
+def to_rows(h_PSW):
+    """Pre-activations (P, S, W) as (S, 2F), gate columns first."""
+    return h_PSW.unflatten(2, (2, -1)).permute(1, 2, 0, 3).flatten(1)

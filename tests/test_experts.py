@@ -11,7 +11,7 @@ from moe_kernels import grouped_gemm as gemm
 from moe_kernels.dispatch import dispatch
 from moe_kernels.experts import experts_op
 from moe_kernels.tiles import gemm_tiles
-from tests.checks import BOUNDS, DTYPES, ON_GPU, check, problem, rms_ratio
+from tests.checks import BOUNDS, DTYPES, ON_GPU, check, problem, rms_ratio, to_rows
 
 SMALL = [(37, 48, 32, 4, 2), (9, 16, 80, 8, 3), (1, 16, 16, 1, 1), (0, 16, 16, 2, 1)]
 LARGE = (
@@ -105,7 +105,7 @@ def test_each_gemm_against_its_twin(dtype, activation, device, poison):
     h, a = gemm.up(x, w_in, d, tiles["up"], activation)
     true_h, true_a = reference.up(*wide(x, w_in), row_slot, offsets, K, activation)
     dh, ga, parts = gemm.dswiglu(dy, w_out, h, gates, d, tiles["dswiglu"], activation)
-    h_SG = gemm.to_rows(h)
+    h_SG = to_rows(h)
     true_dh, true_ga, true_dgates = reference.dswiglu(*wide(dy, w_out, h_SG, gates), row_slot, offsets, activation)
     pairs = {
         "h": (h_SG, true_h),
@@ -141,14 +141,14 @@ def test_the_tiles_of_a_gpu(D, F, rows, device, poison, monkeypatch):
     backward = gemm.dswiglu(dy, w_out, h, gates, d, tiles["dswiglu"])
     truths = (
         reference.up(x.double(), w_in.double(), row_slot, offsets, K),
-        reference.dswiglu(dy.double(), w_out.double(), gemm.to_rows(h).double(), gates.double(), row_slot, offsets),
+        reference.dswiglu(dy.double(), w_out.double(), to_rows(h).double(), gates.double(), row_slot, offsets),
         (
             reference.dw_in(dh.double(), x.double(), row_slot, offsets, K),
             reference.dw_out(x.double(), ga.double(), row_slot, offsets, K),
         ),
     )
     weights = gemm.dw(x, dh, True, d, tiles["dw_in"]), gemm.dw(x, ga, False, d, tiles["dw_out"])
-    results = (gemm.to_rows(h), a), (*backward[:2], backward[2].sum(0)), weights
+    results = (to_rows(h), a), (*backward[:2], backward[2].sum(0)), weights
     for names, got, want in zip(("h a", "dh ga dgates", "dw_in dw_out"), results, truths, strict=True):
         for name, result, truth in zip(names.split(), got, want, strict=True):
             check(result, truth, BOUNDS[torch.float16], name)
