@@ -1,19 +1,18 @@
 """Documents out of files: which files an input names, how each kind is read, and how long documents are cut.
 
-sources = find_sources(["books/*.txt.xz", "notes.jsonl", "src/"])
-for index, text in Reader(sources, max_document=2**20): ...       # text of sources[index], streaming
+paths = find_files(["books/*.txt.xz", "notes.jsonl", "src/"])
+for text in read(paths, max_document=2**20): ...       # streaming
 """
 
 import glob
 import gzip
 import importlib
 import io
+import itertools
 import lzma
 import os
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from data import files
@@ -21,7 +20,6 @@ from data import files
 SEPARATOR = "\n\0\n"
 # Usual bytes of English text per byte on the disk, for estimates only.
 EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}
-COMPRESSED = (".xz", ".gz", ".zst")
 KINDS = (".txt", ".jsonl", ".py", ".parquet", ".arrow")
 BLOCK = 2**20  # characters read at once, and about as many encoded as one task
 MARK = "\ufeff"  # a byte-order mark
@@ -30,42 +28,18 @@ MARK = "\ufeff"  # a byte-order mark
 # ---- what to read
 
 
-@dataclass
-class Source:
-    """A file, or the Python files of one directory or pattern: one line of meta.json and of the closing table."""
-
-    name: str
-    files: list[Path] = field(default_factory=list)
-    skipped: set[Path] = field(default_factory=set)  # Python files in other encodings than UTF-8
-    counts: dict[str, Counter] = field(default_factory=lambda: {"train": Counter(), "val": Counter()})
-
-
-def find_sources(inputs: Iterable[str]) -> list[Source]:
+def find_files(inputs: Iterable[str]) -> list[Path]:
     """Expands files, directories and glob patterns (** too), sorted. Raises ValueError for one that matches nothing."""
-    sources, seen = [], set()
+    found = {}  # by what links lead to, so that nothing is read twice
     for given in inputs:
-        code = Source(given)  # thousands of Python files are one source
-        found = False
-        for top in _matches(given) or [Path(given)]:
-            if not os.path.lexists(top):
-                raise ValueError(f"--input {given}: no such file or directory (quote a pattern against the shell)")
-            for path in sorted(_walk(top)) if top.is_dir() else [top]:
-                found = True
-                if not path.is_file():
-                    raise ValueError(f"--input {given}: {path} is a link that leads nowhere, a pipe or a device")
-                if (real := os.path.realpath(path)) in seen:
-                    continue
-                seen.add(real)
-                if path.suffix.lower() == ".py":
-                    code.files.append(path)
-                else:
-                    sources.append(Source(str(path), [path]))
-        if not found:
-            kinds = ", ".join(KINDS[:-1])
-            raise ValueError(f"--input {given}: no {kinds} or {KINDS[-1]} file (or .gz, .xz or .zst of them) in it")
-        if code.files:
-            sources.append(code)
-    return sources
+        paths = [path for top in _matches(given) for path in (sorted(_walk(top)) if top.is_dir() else [top])]
+        if not paths:
+            raise ValueError(f"--input {given}: no such file, or no {', '.join(KINDS)} file in it (quote patterns)")
+        for path in paths:
+            if not path.is_file():
+                raise ValueError(f"--input {given}: {path} is missing, a link that leads nowhere, a pipe or a device")
+            found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -75,81 +49,60 @@ def _matches(pattern: str) -> list[Path]:
     if magic is None or os.path.lexists(pattern):
         return [Path(pattern)]
     base, hidden = Path(*parts[:magic]), any(part.startswith(".") for part in parts[magic:])
-    found = base.glob("/".join(parts[magic:]))
-    if not hidden:
-        found = (path for path in found if not any(part.startswith(".") for part in path.relative_to(base).parts))
-    return sorted(found, key=str)
+    found = sorted(base.glob("/".join(parts[magic:])))
+    return [p for p in found if hidden or not any(part.startswith(".") for part in p.relative_to(base).parts)]
 
 
 def _walk(top: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(top):
-        folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
-        for name in names:
-            if _kind(Path(name)) in KINDS and not name.startswith("."):
-                yield Path(folder, name)
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        yield from (Path(folder, name) for name in names if _kind(Path(name)) in KINDS and not name.startswith("."))
 
 
 def _kind(path: Path) -> str:  # "a.TXT.xz" -> ".txt"
-    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in (".xz", ".gz", ".zst") else path).suffix.lower()
 
 
 # ---- documents
 
 
-@dataclass
-class Reader:
-    """Iterates over (source index, document) of all sources and knows how far it is."""
+def read(
+    paths: list[Path],
+    max_document: int,
+    text_field: str = "text",
+    encoding_errors: str = "strict",
+    progress: Callable[[float], None] = lambda share: None,
+) -> Iterator[str]:
+    """The documents of files. progress: called with the share of the bytes on the disk that have been read."""
+    done, total = 0, max(1, sum(path.stat().st_size for path in paths))
+    for path in paths:
+        with open(path, "rb") as file:
+            try:
+                for text in _documents(path, file, max_document, text_field, encoding_errors):
+                    if text and not text.isspace():
+                        yield text
+                        progress((done + file.tell()) / total)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, error) from error
+            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+                raise ValueError(
+                    f"{path} cannot be decompressed ({error}): truncated, or not what its name says"
+                ) from error
+        done += path.stat().st_size
 
-    sources: list[Source]
-    max_document: int
-    text_field: str = "text"
-    encoding_errors: str = "strict"
 
-    def __post_init__(self):
-        self.done, self.file, self.total = 0, None, sum(f.stat().st_size for s in self.sources for f in s.files)
-
-    @property
-    def fraction(self) -> float:
-        """Of the input files' bytes (as they are on disk), those already read."""
-        return (self.done + (self.file.tell() if self.file else 0)) / max(1, self.total)
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        self.done = 0
-        for index, source in enumerate(self.sources):
-            for path in source.files:
-                try:
-                    with open(path, "rb") as self.file:
-                        for text in self._documents(path):
-                            if text and not text.isspace():
-                                yield index, text
-                except UnicodeDecodeError as error:
-                    if path.suffix.lower() == ".py":  # test suites of tools that read Python have such files on purpose
-                        source.skipped.add(path)
-                        continue
-                    raise _not_utf8(path, error) from error
-                except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                    if getattr(error, "filename", None):  # the file itself could not be opened
-                        raise
-                    what = "it is truncated or not what its name says"
-                    raise ValueError(f"{path} cannot be decompressed ({error}); {what}") from error
-                finally:
-                    self.file = None
-                    self.done += path.stat().st_size
-
-    def _documents(self, path: Path) -> Iterator[str]:
-        kind, errors = _kind(path), self.encoding_errors
-        if kind in (".parquet", ".arrow", ".jsonl"):
-            if kind == ".jsonl":
-                items = files.json_lines(_lines(path, _decompressed(path, self.file), errors), path)
-            else:
-                items = _rows(path, self.file, self.text_field)
-            for where, item in items:
-                yield from split_documents([_field(item, self.text_field, where)], self.max_document, None)
-        else:
-            text = io.TextIOWrapper(_decompressed(path, self.file), encoding="utf-8", errors=errors, newline=None)
-            separator = None if kind == ".py" else SEPARATOR
-            blocks = iter(lambda: text.read(BLOCK if separator else -1), "")
-            yield from split_documents(blocks, self.max_document, separator)
+def _documents(path: Path, file, max_document: int, text_field: str, errors: str) -> Iterator[str]:
+    kind = _kind(path)
+    if kind in (".parquet", ".arrow", ".jsonl"):
+        lines = kind == ".jsonl"
+        rows = files.json_lines(_lines(path, file, errors), path) if lines else _rows(path, file, text_field)
+        for where, row in rows:
+            yield from split_documents([_field(row, text_field, where)], max_document, None)
+    else:
+        text = io.TextIOWrapper(_decompressed(path, file), encoding="utf-8", errors=errors, newline=None)
+        separator = None if kind == ".py" else SEPARATOR
+        blocks = iter(lambda: text.read(BLOCK if separator else -1), "")
+        yield from split_documents(blocks, max_document, separator)
 
 
 def _decompressed(path: Path, file) -> io.BufferedIOBase:
@@ -160,8 +113,8 @@ def _decompressed(path: Path, file) -> io.BufferedIOBase:
     return {".gz": gzip.open, ".xz": lzma.open}.get(suffix, lambda f: f)(file)
 
 
-def _lines(path: Path, stream, errors: str) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
+def _lines(path: Path, file, errors: str) -> Iterator[str]:
+    for number, line in enumerate(_decompressed(path, file), 1):
         try:
             yield line.decode("utf-8", errors)
         except UnicodeDecodeError as error:
@@ -173,13 +126,13 @@ def _not_utf8(where: str | Path, error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"{where} is not UTF-8 ({what}); convert it, or pass --encoding_errors replace")
 
 
-def _field(item: object, name: str, where: str) -> str:
+def _field(row: object, name: str, where: str) -> str:
     """The text of a row, with the line ends of a text file. A name with dots leads into objects inside the row."""
-    value = item
-    for part in [name] if isinstance(item, dict) and name in item else name.split("."):
+    value = row
+    for part in [name] if isinstance(row, dict) and name in row else name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, str):
-        there = ", ".join(item) if isinstance(item, dict) else type(item).__name__
+        there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"{where} has no text in field {name!r} (it has: {there}); pass --text_field")
     value = value.encode("utf-8", "replace").decode()  # "\ud800" alone is no character
     return value.replace("\r\n", "\n").replace("\r", "\n")
@@ -192,29 +145,23 @@ def split_documents(blocks: Iterable[str], max_document: int, separator: str | N
     """
     piece = max(1, min(2**16, max_document // 4))
     rest, cutting = "", False  # cutting: rest continues a document that was found too long
-
-    def pieces(text, spare=0):
-        """Pieces from the front, then the remainder, of which at most twice a piece and `spare` characters are left."""
-        at = 0
-        while len(text) - spare - at > 2 * piece:
-            end = _cut(text, at, piece)
-            yield text[at:end]
-            at = end
-        yield text[at:]
-
-    for block in blocks:
-        *whole, rest = (rest + block).split(separator) if separator else [rest + block]
-        for text in whole:
+    for block in itertools.chain(blocks, [None]):
+        text = rest + (block or "")
+        parts = text.split(separator) if separator else [text]
+        for i, text in enumerate(parts):
+            ended = block is None or i < len(parts) - 1
+            spare = 0 if ended else 2  # the last two characters may be the start of a separator
             text = text if cutting else text.lstrip(MARK)
-            yield from pieces(text) if cutting or len(text) > max_document else [text]
-            cutting = False
-        rest = rest if cutting else rest.lstrip(MARK)
-        known = len(rest) - 2  # the last two characters may be the start of a separator
-        cutting = cutting or known > max_document
-        if cutting:
-            *cut, rest = pieces(rest, spare=2)
-            yield from cut
-    yield from pieces(rest) if cutting or len(rest) > max_document else [rest]
+            cutting = cutting or len(text) - spare > max_document
+            at = 0
+            while cutting and len(text) - spare - at > 2 * piece:
+                end = _cut(text, at, piece)
+                yield text[at:end]
+                at = end
+            rest = text[at:]
+            if ended:
+                yield rest
+                rest, cutting = "", False
 
 
 def _cut(text: str, start: int, piece: int) -> int:
@@ -242,18 +189,16 @@ def _rows(path: Path, file, name: str) -> Iterator[tuple[str, dict]]:
         if _kind(path) == ".parquet":
             table = _arrow(path, "pyarrow.parquet").ParquetFile(file, pre_buffer=False)
             names, batches = table.schema_arrow.names, table.iter_batches(256, columns=[name])
-        else:
-            try:
-                batches = _arrow(path, "pyarrow.ipc").open_stream(file)  # as `datasets` saves them
-                names, position = batches.schema.names, file.tell()
-                file.seek(-8, os.SEEK_END)
-                if file.read() != b"\xff\xff\xff\xff\0\0\0\0":  # Arrow itself takes a missing end for the end
-                    raise ValueError(f"{path} cannot be read: it is truncated")
-                file.seek(position)
-            except pyarrow.ArrowInvalid:
-                file.seek(0)
-                table = _arrow(path, "pyarrow.ipc").open_file(file)
-                names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
+        elif file.read(6) == b"ARROW1":
+            table = _arrow(path, "pyarrow.ipc").open_file(file)
+            names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
+        else:  # a stream, as `datasets` saves them; Arrow itself takes a missing end for the end
+            file.seek(-8, os.SEEK_END)
+            if file.read() != b"\xff\xff\xff\xff\0\0\0\0":
+                raise ValueError(f"{path} cannot be read: it is truncated")
+            file.seek(0)
+            batches = _arrow(path, "pyarrow.ipc").open_stream(file)
+            names = batches.schema.names
         column = name if name in names else name.split(".")[0]
         if column not in names:
             raise ValueError(f"{path} has no column {name!r} (it has: {', '.join(names)}); pass --text_field")

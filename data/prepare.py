@@ -20,23 +20,24 @@ least the lowest of all. So equal documents fall on the same side, and adding fi
 """
 
 import hashlib
-import itertools
-import math
 import os
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from data import shards, tokenizer
-from data.documents import BLOCK, EXPANSION, Reader, Source, find_sources
-from optimoe.config import make_directory, parse, require
+from data.documents import BLOCK, EXPANSION, find_files, read
+from optimoe.config import command_line, make_directory, parse, require
+
+SAMPLE = 32e6  # bytes of text, about, that the tokenizer is trained on
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,11 @@ class Config:
     input: tuple[str, ...]  # files, directories or quoted patterns
     out: str  # the data directory to write
     overwrite: bool = False  # replace the data directory if it exists
-    licence: str = ""  # note kept in meta.json
     workers: int | None = None  # threads; none: all cores
 
     # Tokenizer
     tokenizer: str = ""  # a tiktoken name (cl100k_base), a data directory or a Hugging Face folder; empty: train one
     vocab_size: int = 16384  # of the BPE trained on the input
-    sample_bytes: float = 32e6  # of text, about, that the BPE is trained on
 
     # Documents
     text_field: str = "text"  # of rows; a.b is the field b of the object a
@@ -68,7 +67,6 @@ class Config:
         require(length is None or 256 <= length <= 2**30, "max_document", length, "must be from 256 to 2^30 characters")
         if not self.tokenizer:
             tokenizer.require_size(self.vocab_size)
-        require(0 < self.sample_bytes < math.inf, "sample_bytes", self.sample_bytes, "must be above 0 and finite")
         require(self.workers is None or 1 <= self.workers <= 1024, "workers", self.workers, "must be from 1 to 1024")
 
 
@@ -82,169 +80,119 @@ def hashes(text: str, seed: int) -> tuple[float, float]:
 class Scan:
     """The first pass. Iterating gives the sample for the tokenizer; afterwards the totals are known."""
 
-    reader: Reader
+    texts: Iterable[str]
     cfg: Config
     sample_rate: float
-    progress: "Progress"
     documents: int = 0
     threshold: float = 0  # documents with a hash below it are held out
 
     def __iter__(self) -> Iterator[str]:
         lowest, share = [], self.cfg.val_fraction
-        for _, text in self.reader:
+        for text in self.texts:
             self.documents += 1
             key, draw = hashes(text, self.cfg.seed)
             lowest = sorted({key, *lowest})[:2]
             if key >= share and draw < self.sample_rate:
                 yield text
-            if self.documents % 64 == 0:
-                self.progress("reading", self.reader.fraction)
         if not self.documents:
             raise ValueError(f"--input {' '.join(self.cfg.input)}: no text in it")
         if share and len(lowest) < 2:
             remedy = "pass a smaller --max_document, more input, or --val_fraction 0"
             raise ValueError(f"the input is one document, so nothing can be held out: {remedy}")
         self.threshold = max(share, lowest[1]) if share else 0
-        if self.sample_rate:
-            self.progress("training the tokenizer")
 
 
 def prepare(cfg: Config) -> dict:
     """Write the data directory cfg.out and return its meta.json."""
-    out, progress = Path(cfg.out), Progress()
-    shards.refuse_existing(Path(os.path.abspath(out)), cfg.overwrite)  # before the work, not after it
-    make_directory(Path(os.path.abspath(out)).parent, "out", cfg.out)
-    enc = None
-    if cfg.tokenizer:
-        enc = (tokenizer.load if Path(cfg.tokenizer).is_dir() else tokenizer.named)(cfg.tokenizer)
-    else:
-        tokenizer.library()
-    sources = find_sources(cfg.input)
-    estimate = sum(f.stat().st_size * EXPANSION.get(f.suffix.lower(), 1) for s in sources for f in s.files)
+    out, started = Path(os.path.abspath(cfg.out)), time.perf_counter()
+    shards.refuse_existing(out, cfg.overwrite)  # before the work, not after it
+    make_directory(out.parent, "out", cfg.out)
+    enc = tokenizer.find(cfg.tokenizer) if cfg.tokenizer else None
+    paths = find_files(cfg.input)
+    estimate = sum(path.stat().st_size * EXPANSION.get(path.suffix.lower(), 1) for path in paths)
     # Small inputs are cut finer, so that they have enough documents to hold some out.
     max_document = cfg.max_document or int(min(2**20, max(2**12, estimate / 16)))
-    reader = Reader(sources, max_document, cfg.text_field, cfg.encoding_errors)
-    scan = Scan(reader, cfg, 0 if enc else cfg.sample_bytes / max(1, estimate), progress)
+    texts = partial(read, paths, max_document, cfg.text_field, cfg.encoding_errors)
+    scan = Scan(texts(Progress("reading")), cfg, 0 if enc else SAMPLE / max(1, estimate))
     if enc:
         deque(scan, maxlen=0)
     else:
         enc = tokenizer.train_bpe(scan, cfg.vocab_size)
         if enc.n_vocab < cfg.vocab_size:
-            found = f"the tokenizer has {enc.n_vocab}"
-            print(f"\nthe input has too little variety for {cfg.vocab_size} tokens; {found}", file=sys.stderr)
-    workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+            print(f"the input has too little variety: the tokenizer has only {enc.n_vocab} tokens", file=sys.stderr)
     with shards.ShardWriter(out, enc, cfg.overwrite) as writer:
-        written = encode(scan, writer, enc, workers)
-        if sum(written.values()) != scan.documents:
+        encode(texts(Progress("encoding")), writer, scan.threshold, cfg)
+        if sum(split["documents"] for split in writer.splits.values()) != scan.documents:
             raise ValueError("the input changed while it was being read; run again")
         remedy = "it leaves nothing to train on; pass a smaller one, or a smaller --max_document"
-        require(written["train"], "val_fraction", cfg.val_fraction, remedy)
-        writer.notes |= {"licence": cfg.licence, "seed": cfg.seed, "val_fraction": cfg.val_fraction}
-        writer.notes |= {"max_document": max_document, "sources": [_note(source) for source in sources]}
-    meta = shards.read_meta(out)
-    _report(meta, out, time.perf_counter() - progress.started, workers)
+        require("train" in writer.splits, "val_fraction", cfg.val_fraction, remedy)
+        writer.notes |= {"input": cfg.input, "seed": cfg.seed, "val_fraction": cfg.val_fraction}
+        writer.notes |= {"max_document": max_document}
+    meta, seconds, size = shards.read_meta(out), time.perf_counter() - started, 0
+    for split, n in meta["splits"].items():
+        size += n["bytes"] / 1e6
+        ratio = f"{n['bytes'] / n['tokens']:.2f} bytes per token"
+        print(f"{split}: {n['documents']:,} documents, {n['bytes'] / 1e6:.2f} MB, {n['tokens']:,} tokens, {ratio}")
+    print(f"{cfg.out}: vocabulary {meta['vocab_size']:,}; {size / seconds:.1f} MB/s")
     return meta
 
 
-def encode(scan: Scan, writer: shards.ShardWriter, enc, workers: int) -> Counter:
-    """The second pass: encode in threads, write in order. Returns the documents of each split."""
-    reader = scan.reader
+def encode(texts: Iterable[str], writer: shards.ShardWriter, threshold: float, cfg: Config) -> None:
+    """The second pass: encode in threads, write in order."""
 
-    def task(index, texts):
-        parts = {"train": ([], []), "val": ([], [])}
-        for text, ids in zip(texts, tokenizer.documents(enc, texts), strict=True):
-            documents, sizes = parts["val" if hashes(text, scan.cfg.seed)[0] < scan.threshold else "train"]
-            documents.append(ids)
-            sizes.append(len(text.encode()))
-        return index, {split: (len(s), np.concatenate(d), sum(s)) for split, (d, s) in parts.items() if d}
+    def task(batch):
+        parts = {}
+        for text, ids in zip(batch, tokenizer.documents(writer.enc, batch), strict=True):
+            split = "val" if hashes(text, cfg.seed)[0] < threshold else "train"
+            parts.setdefault(split, []).append((ids, len(text.encode())))
+        return {
+            split: (np.concatenate([ids for ids, _ in p]), sum(size for _, size in p)) for split, p in parts.items()
+        }
 
-    written, pool = Counter(), ThreadPoolExecutor(workers)
-    try:
-        for index, parts in in_order(pool, 2 * workers, task, batches(reader)):
-            for split, (documents, ids, size) in parts.items():
+    workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    with ThreadPoolExecutor(workers) as pool:
+        for parts in in_order(pool, 2 * workers, task, batches(texts)):
+            for split, (ids, size) in parts.items():
                 writer.add(split, ids, size)
-                reader.sources[index].counts[split].update(documents=documents, tokens=len(ids), bytes=size)
-                written[split] += documents
-            scan.progress("encoding", reader.fraction)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return written
 
 
-def batches(documents: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
-    """Groups the documents of one source into tasks of about BLOCK characters."""
-    for index, group in itertools.groupby(documents, key=lambda document: document[0]):
-        batch, size = [], 0
-        for _, text in group:
-            if batch and size + len(text) > BLOCK:
-                yield index, batch
-                batch, size = [], 0
-            batch.append(text)
-            size += len(text)
-        yield index, batch
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Groups documents into tasks of about BLOCK characters."""
+    batch, size = [], 0
+    for text in texts:
+        if batch and size + len(text) > BLOCK:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    yield batch
 
 
 def in_order(pool: ThreadPoolExecutor, ahead: int, work: Callable, tasks: Iterable) -> Iterator:
     """`map` over the pool that keeps only `ahead` tasks in memory."""
     waiting = deque()
     for task in tasks:
-        waiting.append(pool.submit(work, *task))
+        waiting.append(pool.submit(work, task))
         if len(waiting) >= ahead:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _note(source: Source) -> dict:
-    digest = hashlib.sha256()
-    for path in source.files:
-        with open(path, "rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
-    counts = {"files": len(source.files), "skipped": len(source.skipped), "sha256": digest.hexdigest()}
-    return {"name": source.name} | counts | source.counts
-
-
 class Progress:
-    """One line on stderr: rewritten five times a second on a terminal, printed every ten seconds into a file."""
+    """A line on stderr every few seconds, rewritten on a terminal."""
 
-    def __init__(self):
-        self.started = self.shown = time.perf_counter()
-        self.terminal = sys.stderr.isatty()
+    def __init__(self, what: str):
+        self.what, self.shown, self.end = what, time.perf_counter(), "\r" if sys.stderr.isatty() else "\n"
 
-    def __call__(self, what: str, fraction: float | None = None) -> None:
-        now = time.perf_counter()
-        if fraction is None or now - self.shown > (0.2 if self.terminal else 10):
-            self.shown = now
-            bar = "" if fraction is None else f" [{'#' * int(fraction * 30):30s}] {fraction:4.0%}"
-            line = f"{what}{bar} {now - self.started:.0f} s"
-            print(line.ljust(79) + "\r" if self.terminal else line + "\n", end="", file=sys.stderr, flush=True)
-
-
-def _report(meta: dict, out: Path, seconds: float, workers: int) -> None:
-    print(f"{'source':44s} {'MB':>9s} {'documents':>11s} {'tokens':>13s} {'bytes/token':>11s}")
-    for s in meta["sources"][:30]:
-        n = Counter(s["train"]) + Counter(s["val"])
-        ratio = n["bytes"] / max(1, n["tokens"])
-        row = f"{s['name'][-44:]:44s} {n['bytes'] / 1e6:9.2f} {n['documents']:11,} {n['tokens']:13,} {ratio:11.2f}"
-        print(row + (f"  ({s['skipped']} files that are not UTF-8 skipped)" if s["skipped"] else ""))
-    if len(meta["sources"]) > 30:
-        print(f"... and {len(meta['sources']) - 30} more in {out / shards.META}")
-    for split, s in meta["splits"].items():
-        print(f"{split}: {s['tokens']:,} tokens, {s['documents']:,} documents, {s['bytes'] / 1e6:.2f} MB")
-    size = sum(s["bytes"] for s in meta["splits"].values()) / 1e6
-    speed = f"{size:.1f} MB in {seconds:.1f} s = {size / seconds:.1f} MB/s with {workers} threads"
-    print(f"{out}: vocabulary {meta['vocab_size']:,}; {speed}")
+    def __call__(self, share: float) -> None:
+        if time.perf_counter() - self.shown > 2:
+            self.shown = time.perf_counter()
+            print(f"{self.what} {share:4.0%}", end=self.end, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        prepare(parse(Config, sys.argv[1:] if argv is None else argv, __doc__))
-    except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"error: {error or 'not enough memory'}")
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    command_line(lambda: prepare(parse(Config, argv, __doc__)), "stopped; nothing was written")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import math
 import random
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 from zlib import crc32
 
@@ -88,36 +89,32 @@ def _draw_graph(r, steps: int, m: int):
     """
     graph = [None]  # LEAF: x is the number; otherwise x is a quantity and y a quantity or, with _C, a number
     frontier, order, shared = [0], [], []
+
+    def new():
+        graph.append(None)
+        return len(graph) - 1
+
     for _ in range(steps):
         r()  # this draw has no use any more, but without it every seed would give other problems
-        node = frontier.pop()
-        op, x = 1 + int(r() * 5), len(graph)
-        graph.append(None)
+        node, op, x, y = frontier.pop(), 1 + int(r() * 5), new(), None
         if op == MUL_C:
-            y = 2 + int(r() * (m - 2))
-            while math.gcd(y, m) != 1:  # invertible, so products do not pile up on 0
+            while y is None or math.gcd(y, m) != 1:  # invertible, so products do not pile up on 0
                 y = 2 + int(r() * (m - 2))
         elif op < ADD:
             y = 1 + int(r() * (m - 1))
         elif r() < SHARED:
-            y = None
             shared.append((len(order), node))
         else:
-            y = len(graph)
-            graph.append(None)
-            frontier.append(y)
+            frontier.append(y := new())
         frontier.append(x)
         graph[node] = (op, x, y)
         order.append(node)
     for at, node in shared:  # now it is known what is solved before each of these
         op, x, _ = graph[node]
-        others = [q for q in order[at + 1 :] + frontier if q != x]
-        if others:
+        if others := [q for q in order[at + 1 :] + frontier if q != x]:
             y = others[int(r() * len(others))]
         else:
-            y = len(graph)
-            graph.append(None)
-            frontier.append(y)
+            frontier.append(y := new())
         graph[node] = (op, x, y)
     for node in frontier:
         graph[node] = (LEAF, int(r() * m), None)
@@ -171,11 +168,8 @@ def _apply(x: int, sign: str, y: int, modulus: int) -> int:
 
 
 _STATEMENT = re.compile(r" (\w+) (is|adds|takes|has) (\w+)(?: (to|from|times) ([a-z]+))?\.")
-_SENTENCE = re.compile(
-    r" (\w+) (is|adds|takes|has) (?:([a-z]+) )?(\d{1,9})(?: (to|from|times) (?:([a-z]+) )?(\d{1,9}) is (\d{1,9}))?\.",
-    re.ASCII,
-)
-_PLAN = re.compile(r" Plan:(?: [a-z]+)+\.")
+_NAME = re.compile(r" (\w+)")
+_PLAN = re.compile(r"(?: Plan:(?: [a-z]+)+\.)?")
 _ANSWER = re.compile(r" Answer: (\d{1,9})\.\Z", re.ASCII)  # no more digits: int() of thousands raises
 
 
@@ -189,37 +183,34 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
     statements, _, query = question.removesuffix("? Solution:").partition(" What is ")
     defined = {name: (verb, y, preposition, x) for name, verb, y, preposition, x in _STATEMENT.findall(statements)}
 
-    def truth(word: str) -> int:
+    @cache
+    def value(word: str) -> int:
         if word.isdigit():
             return int(word)
         verb, y, _, x = defined[word]
-        return int(y) if verb == "is" else _apply(truth(x), SIGN[verb], truth(y), modulus)
+        return int(y) if verb == "is" else _apply(value(x), SIGN[verb], value(y), modulus)
 
     stated = _ANSWER.search(solution)
-    if stated is None or int(stated[1]) != truth(query):
+    if stated is None or int(stated[1]) != value(query):
         return False, False
-    known = {name: int(y) for name, (verb, y, _, _) in defined.items() if verb == "is"}
-    plan, end, done = _PLAN.match(solution), stated.start(), set()
-    at = plan.end() if plan else 0
-    while at < end:
-        sentence = _SENTENCE.match(solution, at, end)
-        if not sentence:
-            return True, False
-        at = sentence.end()
-        name, verb, y, value_y, preposition, x, value_x, result = sentence.groups()
-        definition = defined.get(name)
+    known = {name for name, (verb, *_) in defined.items() if verb == "is"}
+    at = _PLAN.match(solution).end()
+    while at < stated.start():
+        found = _NAME.match(solution, at)
+        name = found and found[1]
+        verb, y, preposition, x = defined.get(name, ("", "", "", ""))
         if verb == "is":
-            if definition != ("is", value_y, "", "") or y or preposition:
-                return True, False
-            continue
-        if name in done or not definition or definition[:3] != (verb, y or value_y, preposition):
+            allowed = [f" {name} is {y}."]
+        elif name in known or x not in known or not (y.isdigit() or y in known):
             return True, False
-        named_wrongly = x and x != definition[3] or y and known.get(y) != int(value_y)
-        computed = _apply(int(value_x), SIGN[verb], int(value_y), modulus)
-        if named_wrongly or known.get(definition[3]) != int(value_x) or int(result) != computed:
+        else:
+            operand = y if y.isdigit() else f"{y} {value(y)}"
+            allowed = [f" {name} {verb} {operand} {preposition} {n}{value(x)} is {value(name)}." for n in ("", f"{x} ")]
+        length = next((len(sentence) for sentence in allowed if solution.startswith(sentence, at)), 0)
+        if not length:
             return True, False
-        known[name] = int(result)
-        done.add(name)
+        known.add(name)
+        at += length
     return True, query in known
 
 

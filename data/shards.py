@@ -43,14 +43,10 @@ class ShardWriter:
         refuse_existing(self.directory, overwrite)
         self.enc, self.shard_tokens, self.notes = enc, shard_tokens, {}
         self.dtype = np.dtype("<u2" if enc.n_vocab <= 2**16 else "<u4")
-        self._splits, self._open, self._stack = {}, {}, ExitStack()
+        self.splits, self._open, self._stack = {}, {}, ExitStack()
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         self.partial = self._stack.enter_context(files.temporary(self.directory, directory=True))
         tokenizer.save(enc, self.partial)
-
-    @functools.cached_property
-    def _bytes_of(self) -> np.ndarray:
-        return tokenizer.token_bytes(self.enc)
 
     def add(self, split: str, ids, n_bytes: int | None = None) -> None:
         """Appends documents (list or integer array of token ids, each document ended by eos) to "train", "val", ...
@@ -64,9 +60,11 @@ class ShardWriter:
             raise ValueError(f"split {split!r}: the last id is {ids[-1]}; end each document with eos ({eos})")
         if ids.min() < 0 or ids.max() >= n_vocab:
             raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, vocabulary of {n_vocab}")
-        totals = self._splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
+        if n_bytes is None:
+            n_bytes = len(self.enc.decode_bytes(ids[ids != eos]))
+        totals = self.splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
         totals["tokens"] += len(ids)
-        totals["bytes"] += int(self._bytes_of[ids].sum()) if n_bytes is None else n_bytes
+        totals["bytes"] += n_bytes
         totals["documents"] += int(np.count_nonzero(ids == eos))
         ids = ids.astype(self.dtype)
         while len(ids):
@@ -79,7 +77,7 @@ class ShardWriter:
                 self._end_shard(split)
 
     def _start_shard(self, split):
-        shards = self._splits[split]["shards"]
+        shards = self.splits[split]["shards"]
         shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0, "sha256": None})
         file = self._stack.enter_context(open(self.partial / shards[-1]["file"], "wb"))
         self._open[split] = file, hashlib.sha256(), shards[-1]
@@ -102,7 +100,7 @@ class ShardWriter:
             "vocab_size": self.enc.n_vocab,
             "eos": self.enc.eot_token,
             "dtype": self.dtype.name,
-            "splits": self._splits,
+            "splits": self.splits,
         } | self.notes
         files.write_json(self.partial / META, meta)
         refuse_existing(self.directory, self.overwrite)
@@ -169,12 +167,11 @@ def read_note(directory: str | Path, name: str, source: str) -> object:
     return meta[name]
 
 
-def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[np.memmap]:
-    """Read-only memory maps of a split's shards, in order.
+def open_shards(directory: str | Path, split: str) -> list[np.memmap]:
+    """Read-only memory maps of a split's shards, in order. ValueError names a missing, truncated or corrupt file.
 
-    The size of every shard is compared with meta.json. Unless verify=False so are its SHA-256 and that of the
-    tokenizer: about 1 GB/s, once a process while the file does not change. ValueError names a missing, truncated or
-    corrupt file.
+    The size and the SHA-256 of every shard, and that of the tokenizer, are compared with meta.json: about 1 GB/s, once
+    a process while the file does not change.
     """
     directory, meta = Path(directory), read_meta(directory)
     if split not in meta["splits"]:
@@ -182,7 +179,7 @@ def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[
         raise ValueError(f"{directory} has {missing}; it has {', '.join(meta['splits']) or 'nothing'}")
 
     def check(path, sha256):
-        if verify and _sha256(path) != sha256:
+        if _sha256(path) != sha256:
             raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
 
     if (path := directory / meta["tokenizer"]).exists():

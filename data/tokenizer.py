@@ -94,20 +94,20 @@ def word_tokenizer(words: Iterable[str], pattern: str = PATTERN) -> tiktoken.Enc
     return enc
 
 
-def named(name: str) -> tiktoken.Encoding:
-    """A tiktoken encoding ("cl100k_base", "o200k_base", "r50k_base", "p50k_base") whose file is on this machine.
+def find(name: str) -> tiktoken.Encoding | Fast:
+    """What --tokenizer names: a directory for `load`, or an encoding of tiktoken whose file is on this machine.
 
-    Never downloads: tiktoken's cache is looked at first, ValueError says how to fill it.
+    Never downloads: ValueError says how to fill tiktoken's cache.
     """
+    if Path(name).is_dir():
+        return load(name)
     known = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
     require(name in known, "tokenizer", name, f"neither a directory with {FILE} nor one of {', '.join(known)}")
-    named_caches = (os.environ.get(variable) for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"))
-    cache = next(filter(None, named_caches), None) or Path(tempfile.gettempdir()) / "data-gym-cache"
+    cache = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(tempfile.gettempdir()) / "data-gym-cache"))
     url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
     path = Path(cache) / hashlib.sha1(url.encode()).hexdigest()  # tiktoken's own name for it
-    once = f"TIKTOKEN_CACHE_DIR={cache} python -c \"import tiktoken; tiktoken.get_encoding('{name}')\""
+    once = f"python -c \"import tiktoken; tiktoken.get_encoding('{name}')\""
     require(path.exists(), "tokenizer", name, f"its file {path} is missing. With a network, run once: {once}")
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache))
     return tiktoken.get_encoding(name)
 
 
@@ -137,10 +137,8 @@ def load(directory: str | Path) -> tiktoken.Encoding | Fast:
     if not path.exists():
         raise ValueError(f"{path} does not exist; name a data directory, or a Hugging Face folder")
     content, meta = path.read_bytes(), path.with_name(META)
-    if meta.exists():
-        expected = files.read_json(meta, AGAIN).get("tokenizer_sha256")
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
+    if meta.exists() and files.read_json(meta, AGAIN).get("tokenizer_sha256") != hashlib.sha256(content).hexdigest():
+        raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
     kept = files.check(files.parse(content, str(path), AGAIN), str(path), AGAIN)
     if "model" in kept and "tokens" not in kept:
         return from_folder(directory)
@@ -156,12 +154,15 @@ def _encoding_of(kept: dict) -> tiktoken.Encoding:
     tokens = [token if token is None else base64.b64decode(token, validate=True) for token in kept["tokens"]]
     ranks = {token: rank for rank, token in enumerate(tokens) if token is not None}
     special = kept["special_tokens"]
-    ids = [*ranks.values(), *special.values()]
-    if len(ranks) + tokens.count(None) != len(tokens) or len(set(ids)) != len(ids):
+    ids = {*ranks.values(), *special.values()}
+    if len(ranks) + tokens.count(None) != len(tokens) or len(ids) != len(ranks) + len(special):
         raise ValueError("repeated tokens")
     if EOT not in special or not ranks.keys() >= set(BYTES):
         raise ValueError(f"without {EOT}, or without a token for each byte")
     return tiktoken.Encoding(kept["name"], pat_str=kept["pattern"], mergeable_ranks=ranks, special_tokens=special)
+
+
+# ---- use
 
 
 def documents(enc, texts: list[str]) -> list[np.ndarray]:
@@ -170,14 +171,6 @@ def documents(enc, texts: list[str]) -> list[np.ndarray]:
         return [np.array([*enc.begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
     end = np.array([enc.eot_token], np.uint32)
     return [np.concatenate([enc.encode_to_numpy(text, disallowed_special=()), end]) for text in texts]
-
-
-def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
-    """(n_vocab,) int64: UTF-8 bytes of each token, 0 for special ones."""
-    sizes = np.zeros(enc.n_vocab, np.int64)
-    for token, rank in enc._mergeable_ranks.items():
-        sizes[rank] = len(token)
-    return sizes
 
 
 class Tokens(NamedTuple):
