@@ -1,8 +1,7 @@
 """Batches of token windows from data directories: shuffled, mixed, prefetched, and resumable to the sample.
 
-A source of N tokens gives (N - 1) // L windows; window w is tokens w*L .. w*L + L inclusive, so neighbours share one
-token, every token but the first is a target exactly once, and the rest after the last whole window is dropped. Windows
-run across document ends and shard borders.
+A source of N tokens gives (N - 1) // L windows; window w is tokens w*L .. w*L + L inclusive, across document ends and
+shard borders. So every token but the first is a target once an epoch, except the rest after the last whole window.
 
 The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows r*B .. (r+1)*B
 of each global batch of W*B samples, so a run continues on another number of ranks with the same global batch.
@@ -38,9 +37,9 @@ class Loader:
     """Endless batches: `tokens_BL, targets_BL = loader.next()`, int64, on `device`; targets are tokens one step later.
 
     sources: data directories with positive weights, [("data/books", 0.7), ("data/facts", 0.3)]. Weights are shares of
-    samples; they are normalised here, and followed to within two samples a source at any moment. Each source is visited
-    in a new order every epoch of its own, every window once. split: "train" or "val". batch_size is per rank.
-    Raises ValueError for damaged data, sources of different tokenizers, or a source shorter than one window.
+    samples, followed to within two samples a source at any moment. Each source has its own epochs: every window once,
+    in a new order. batch_size is per rank. Raises ValueError for damaged data, sources of different tokenizers, or a
+    source shorter than one window.
     """
 
     def __init__(self, sources, split: str, batch_size: int, seq_len: int, seed=0, rank=0, world=1, device="cpu"):
@@ -55,10 +54,8 @@ class Loader:
         self.weights = [weight / total for _, weight in sources]
         self.sources = [_Source(directory, split, seq_len, seed + i) for i, (directory, _) in enumerate(sources)]
         first = self.sources[0]
-        for source in self.sources[1:]:
-            remedy = (
-                f"it and {first.directory} have different tokenizers; prepare one with --tokenizer {first.directory}"
-            )
+        for source in self.sources:
+            remedy = f"not the tokenizer of {first.directory}; prepare one with --tokenizer of the other"
             require(source.tokenizer == first.tokenizer, "data", str(source.directory), remedy)
         self.vocab_size = first.vocab_size
         self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the whole cursor
@@ -70,9 +67,8 @@ class Loader:
         """The next batch of this rank. An error in the background is raised here, again at each call."""
         while len(self._ahead) < AHEAD:
             self._ahead.append(self._thread.submit(self._prepare))
-        batch, drawn = self._ahead[0].result()
+        batch, self._drawn = self._ahead[0].result()
         self._ahead.popleft()
-        self._drawn = drawn
         return tuple(t.to(self.device, non_blocking=True) for t in batch)
 
     def _prepare(self):
@@ -132,9 +128,8 @@ class _Source:
         self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
         n_tokens = int(self.ends[-1]) if self.shards else 0
         self.n_windows = (n_tokens - 1) // seq_len
-        if self.n_windows < 1:
-            needs = f"one window of seq_len={seq_len} needs {seq_len + 1}; use a smaller seq_len or more data"
-            raise ValueError(f"{directory}: split {split!r} has {n_tokens} tokens, {needs}")
+        needs = f"split {split!r} has {n_tokens} tokens, one window needs {seq_len + 1}; use a smaller one or more data"
+        require(self.n_windows >= 1, "seq_len", seq_len, f"{directory}: {needs}")
         self.epoch, self.order = -1, None
 
     def sample(self, number: int) -> np.ndarray:  # (seq_len + 1,) int64

@@ -49,7 +49,7 @@ class Config:
     workers: int | None = None  # threads; none: all cores
 
     # Tokenizer
-    tokenizer: str = ""  # a tiktoken name (cl100k_base), a data directory or a Hugging Face folder; empty: train one
+    tokenizer: str = ""  # data directory or Hugging Face folder whose tokenizer is used; empty: train one
     vocab_size: int = 16384  # of the BPE trained on the input
 
     # Documents
@@ -107,7 +107,7 @@ def prepare(cfg: Config) -> dict:
     out, started = Path(os.path.abspath(cfg.out)), time.perf_counter()
     shards.refuse_existing(out, cfg.overwrite)  # before the work, not after it
     make_directory(out.parent, "out", cfg.out)
-    enc = tokenizer.find(cfg.tokenizer) if cfg.tokenizer else None
+    enc = tokenizer.load(cfg.tokenizer) if cfg.tokenizer else None
     paths = find_files(cfg.input)
     estimate = sum(path.stat().st_size * EXPANSION.get(path.suffix.lower(), 1) for path in paths)
     # Small inputs are cut finer, so that they have enough documents to hold some out.

@@ -5,14 +5,15 @@
     DIR/train-00000.bin  token ids, little-endian uint16 (uint32 when the vocabulary exceeds 65,536), no header
     DIR/val-00000.bin
 
-Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text, for bits per
-byte.
+Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text.
 """
 
+import dataclasses
 import functools
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -33,9 +34,9 @@ class ShardWriter:
             writer.add("train", ids)          # whole documents, each ended by enc.eot_token
             writer.notes["licence"] = "CC0"   # any JSON; ends up in meta.json
 
-    The files are written to a hidden directory beside it and flushed, which is renamed at the end of the `with` block.
-    An exception removes them; what a killed writer left is removed by the next one. Raises ValueError when the
-    directory exists and is not empty, unless `overwrite`, which replaces it at the end.
+    The files are written to a hidden directory beside it, which is renamed at the end of the `with` block. An exception
+    removes them; what a killed writer left is removed by the next one. ValueError when the directory exists and is not
+    empty, unless `overwrite`, which replaces it at the end.
     """
 
     def __init__(self, directory: str | Path, enc: tiktoken.Encoding | Fast, overwrite=False, shard_tokens=2**26):
@@ -49,17 +50,16 @@ class ShardWriter:
         tokenizer.save(enc, self.partial)
 
     def add(self, split: str, ids, n_bytes: int | None = None) -> None:
-        """Appends documents (list or integer array of token ids, each document ended by eos) to "train", "val", ...
+        """Appends documents (token ids, each document ended by eos) to "train", "val", ...
 
         n_bytes: of their text; None sums those of the tokens, which only an encoding of tiktoken knows.
         """
         ids, eos, n_vocab = np.asarray(ids, dtype=np.int64), self.enc.eot_token, self.enc.n_vocab
         if not len(ids):
             return
-        if ids[-1] != eos:
-            raise ValueError(f"split {split!r}: the last id is {ids[-1]}; end each document with eos ({eos})")
-        if ids.min() < 0 or ids.max() >= n_vocab:
-            raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, vocabulary of {n_vocab}")
+        if ids[-1] != eos or ids.min() < 0 or ids.max() >= n_vocab:
+            needs = f"ids must be below {n_vocab} and end with eos={eos}"
+            raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, the last {ids[-1]}; {needs}")
         if n_bytes is None:
             n_bytes = len(self.enc.decode_bytes(ids[ids != eos]))
         totals = self.splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
@@ -90,7 +90,15 @@ class ShardWriter:
         os.fsync(file.fileno())
         file.close()
 
-    def _publish(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        with self._stack:  # closes open files and removes what has not been published
+            if kind is None:
+                self._publish()
+
+    def _publish(self):
         for split in list(self._open):
             self._end_shard(split)
         meta = {
@@ -101,38 +109,39 @@ class ShardWriter:
             "eos": self.enc.eot_token,
             "dtype": self.dtype.name,
             "splits": self.splits,
-        } | self.notes
-        files.write_json(self.partial / META, meta)
+        }
+        files.write_json(self.partial / META, meta | self.notes)
         refuse_existing(self.directory, self.overwrite)
         old = self.partial.with_suffix(".old")
-        with ExitStack() as stack:
-            if self.directory.exists():
-                stack.enter_context(files.locked(self.directory))
-                os.rename(self.directory, old)
-            os.rename(self.partial, self.directory)
-            files.sync_directory(self.directory.parent)
-            shutil.rmtree(old, ignore_errors=True)
+        if self.directory.exists():
+            self._stack.enter_context(files.locked(self.directory))
+            os.rename(self.directory, old)
+        os.rename(self.partial, self.directory)
+        files.sync_directory(self.directory.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, kind, *_):
-        with self._stack:  # closes open files and removes what has not been published
-            if kind is None:
-                self._publish()
+def write_generated(directory: str | Path, enc, chunks: Iterable[tuple[str, np.ndarray]], name: str, cfg) -> dict:
+    """A data directory of (split, ids). The dataclass they were made from is noted under `name`. -> its meta.json"""
+    with ShardWriter(directory, enc) as writer:
+        for split, ids in chunks:
+            writer.add(split, ids)
+        source = f"data/{type(cfg).__module__.rpartition('.')[2]}.py"
+        writer.notes |= {name: dataclasses.asdict(cfg), "source": source, "licence": "generated; CC0"}
+    return read_meta(directory)
 
 
 def refuse_existing(directory: Path, overwrite: bool) -> None:
     """Raises ValueError unless `directory` may be written: absent, empty, or a data directory with `overwrite`."""
     for old in files.remains(directory, "old"):  # an overwrite was killed, perhaps between its two renames
         shutil.rmtree(old, ignore_errors=True) if directory.exists() else os.rename(old, directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} exists and is not a directory; choose another name")
     if directory.is_dir() and any(directory.iterdir()):
         if not overwrite:
             raise ValueError(f"{directory} exists and is not empty; choose another name or pass --overwrite")
         if not (directory / META).exists():
             raise ValueError(f"{directory} is not a data directory (no {META}); refusing to overwrite it")
-    elif directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} exists and is not a directory; choose another name")
 
 
 # ---- reading
@@ -147,7 +156,7 @@ def read_meta(directory: str | Path) -> dict:
     try:
         if meta["version"] != VERSION:
             raise ValueError(f"version {meta['version']}, this code reads {VERSION}")
-        meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"]
+        meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"]  # KeyError if missing
         if meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype {meta['dtype']!r}")
         for split in meta["splits"].values():
@@ -159,11 +168,11 @@ def read_meta(directory: str | Path) -> dict:
     return meta
 
 
-def read_note(directory: str | Path, name: str, source: str) -> object:
-    """What the writer `source` noted under `name` in meta.json; ValueError for data of another writer."""
+def read_note(directory: str | Path, name: str) -> object:
+    """What a writer noted under `name` in meta.json; ValueError for data of another writer."""
     meta = read_meta(directory)
     if name not in meta:
-        raise ValueError(f"{directory}: not data of {source}; write some with its build function")
+        raise ValueError(f"{directory}: its {META} has no {name!r}: another program made it")
     return meta[name]
 
 

@@ -1,7 +1,7 @@
-"""Tokenizers: a byte-level BPE trained on the data, word lists, named tiktoken encodings, and those of other models.
+"""Tokenizers: a byte-level BPE trained on the data, word lists, and those of other models.
 
-The first three are a `tiktoken.Encoding` with the special token "<|endoftext|>", the last a `data.fast.Fast`. All are
-kept beside the data as one JSON file, so that reading a data directory downloads nothing.
+The first two are a `tiktoken.Encoding` with the special token "<|endoftext|>", the last a `data.fast.Fast`. All are
+kept beside the data as one JSON file.
 
     enc = train_bpe(texts, vocab_size=16384)      # iterable of str
     save(enc, "data/books"); enc = load("data/books")
@@ -10,8 +10,6 @@ kept beside the data as one JSON file, so that reading a data directory download
 
 import base64
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -54,8 +52,8 @@ def encoding(ranks: dict[bytes, int], pattern: str = PATTERN, name: str = "optim
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     """Byte-pair encoding trained on `texts`, with `vocab_size` tokens: 256 bytes, the merges and "<|endoftext|>".
 
-    The vocabulary is smaller when the text has too few different pairs. Deterministic, whatever the order of the texts.
-    Raises ValueError when vocab_size is out of range, or without the package `tokenizers`.
+    It has fewer when the text has too few different pairs. The order of the texts does not matter. Raises ValueError
+    when vocab_size is out of range, or without the package `tokenizers`.
     """
     require_size(vocab_size)
     lib = library()
@@ -84,7 +82,7 @@ def word_tokenizer(words: Iterable[str], pattern: str = PATTERN) -> tiktoken.Enc
 
     A piece includes its leading space (" Alice") and must be what `pattern` splits off: otherwise ValueError.
     """
-    words = [word for word in dict.fromkeys(words) if word]
+    words = [word for word in words if word]
     tokens = dict.fromkeys(BYTES + [word.encode() for word in words])
     enc = encoding({token: rank for rank, token in enumerate(tokens)}, pattern, "words")
     for word in words:
@@ -94,28 +92,11 @@ def word_tokenizer(words: Iterable[str], pattern: str = PATTERN) -> tiktoken.Enc
     return enc
 
 
-def find(name: str) -> tiktoken.Encoding | Fast:
-    """What --tokenizer names: a directory for `load`, or an encoding of tiktoken whose file is on this machine.
-
-    Never downloads: ValueError says how to fill tiktoken's cache.
-    """
-    if Path(name).is_dir():
-        return load(name)
-    known = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
-    require(name in known, "tokenizer", name, f"neither a directory with {FILE} nor one of {', '.join(known)}")
-    cache = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(tempfile.gettempdir()) / "data-gym-cache"))
-    url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
-    path = Path(cache) / hashlib.sha1(url.encode()).hexdigest()  # tiktoken's own name for it
-    once = f"python -c \"import tiktoken; tiktoken.get_encoding('{name}')\""
-    require(path.exists(), "tokenizer", name, f"its file {path} is missing. With a network, run once: {once}")
-    return tiktoken.get_encoding(name)
-
-
 # ---- files
 
 
 def save(enc: tiktoken.Encoding | Fast, directory: str | Path) -> Path:
-    """Write directory/tokenizer.json: everything `load` needs, named encodings too."""
+    """Write directory/tokenizer.json: everything that `load` needs."""
     if isinstance(enc, Fast):
         kept = {"name": enc.name, "begin": enc.begin, "eos": enc.eot_token, "tokenizers": enc.definition}
     else:
@@ -189,7 +170,7 @@ def tiktoken_tokens(enc) -> Tokens:
         return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token], enc.n_vocab)
     known = {*enc._mergeable_ranks.values(), *enc._special_tokens.values()}
 
-    def decode(ids):  # an untrained model may write an id that means nothing (cl100k_base has 16 of them)
+    def decode(ids):  # an untrained model may write an id that means nothing (cl100k_base has 16)
         return enc.decode([token for token in ids if token in known])
 
     return Tokens(enc.encode_ordinary, decode, [enc.eot_token], [enc.eot_token], enc.n_vocab)

@@ -9,7 +9,7 @@ memory; a question that was never trained is reasoning, because both of its fact
 for each fact decides whether models learn to join them (arXiv 2405.15071).
 """
 
-import dataclasses
+import itertools
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from data import tokenizer
 from data.facts import require_ranges
 from data.procedural import PIECES
-from data.shards import ShardWriter, read_meta, read_note
+from data.shards import read_note, write_generated
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -112,18 +112,18 @@ def build(out_dir: str | Path, cfg: HopConfig) -> dict:
     parts = [_documents(rows(cfg, kind, numbers), first, enc.eot_token, cfg) for kind, numbers in kinds.items()]
     trained, per_window = np.concatenate(parts), (cfg.window - 1) // cfg.length
     passes = -(-cfg.tokens // (-(-len(trained) // per_window) * cfg.window))
-    with ShardWriter(out_dir, enc) as writer:
-        for _ in range(passes):
-            writer.add("train", _packed(rng.permutation(trained), enc.eot_token, cfg))
-        unseen = _documents(rows(cfg, "composed", order[cfg.composed :][:2000]), first, enc.eot_token, cfg)
-        writer.add("val", _packed(np.concatenate([parts[0][:2000], unseen]), enc.eot_token, cfg))
-        writer.notes |= {"hops": dataclasses.asdict(cfg), "source": "data/twohop.py", "licence": "generated; CC0"}
-    return read_meta(out_dir)
+    unseen = _documents(rows(cfg, "composed", order[cfg.composed :][:2000]), first, enc.eot_token, cfg)
+    chunks = itertools.chain(
+        (("train", rng.permutation(trained)) for _ in range(passes)),
+        [("val", np.concatenate([parts[0][:2000], unseen]))],
+    )
+    packed = ((split, _packed(documents, enc.eot_token, cfg)) for split, documents in chunks)
+    return write_generated(out_dir, enc, packed, "hops", cfg)
 
 
 def read_config(data_dir: str | Path) -> HopConfig:
     """The HopConfig of a directory that `build` wrote; ValueError for any other."""
-    return HopConfig(**read_note(data_dir, "hops", "data/twohop.py"))
+    return HopConfig(**read_note(data_dir, "hops"))
 
 
 def _documents(pairs, first: int, eos: int, cfg: HopConfig) -> np.ndarray:
