@@ -1,10 +1,9 @@
 """Documents out of files: which files an input names, how each kind is read, and how long documents are cut.
 
-paths = find_files(["books/*.txt.xz", "notes.jsonl", "src/"])
+paths = find_files(["book.txt.xz", "notes.jsonl", "src/"])
 for text in read(paths, max_document=2**20): ...       # streaming
 """
 
-import glob
 import gzip
 import importlib
 import io
@@ -25,32 +24,18 @@ BLOCK = 2**20  # characters read at once, and about as many encoded as one task
 MARK = "\ufeff"  # a byte-order mark
 
 
-# ---- what to read
-
-
 def find_files(inputs: Iterable[str]) -> list[Path]:
-    """Expands files, directories and glob patterns (** too), sorted. Raises ValueError for one that matches nothing."""
+    """The files that are named, and those in directories that are named, sorted. ValueError where there is none."""
     found = {}  # by what links lead to, so that nothing is read twice
-    for given in inputs:
-        paths = [path for top in _matches(given) for path in (sorted(_walk(top)) if top.is_dir() else [top])]
+    for given in map(Path, inputs):
+        paths = sorted(_walk(given)) if given.is_dir() else [given]
         if not paths:
-            raise ValueError(f"--input {given}: no such file, or no {', '.join(KINDS)} file in it (quote patterns)")
+            raise ValueError(f"--input {given}: no {', '.join(KINDS)} file (or .gz, .xz, .zst of one) in it")
         for path in paths:
             if not path.is_file():
-                raise ValueError(f"--input {given}: {path} is missing, a link that leads nowhere, a pipe or a device")
+                raise ValueError(f"--input {path}: missing, a link that leads nowhere, a pipe or a device")
             found.setdefault(os.path.realpath(path), path)
     return list(found.values())
-
-
-def _matches(pattern: str) -> list[Path]:
-    """What a pattern names. Unlike in `glob.glob`, "**" follows no links, whose loops might never end."""
-    parts = Path(pattern).parts
-    magic = next((i for i, part in enumerate(parts) if glob.has_magic(part)), None)
-    if magic is None or os.path.lexists(pattern):
-        return [Path(pattern)]
-    base, hidden = Path(*parts[:magic]), any(part.startswith(".") for part in parts[magic:])
-    found = sorted(base.glob("/".join(parts[magic:])))
-    return [p for p in found if hidden or not any(part.startswith(".") for part in p.relative_to(base).parts)]
 
 
 def _walk(top: Path) -> Iterator[Path]:
@@ -61,9 +46,6 @@ def _walk(top: Path) -> Iterator[Path]:
 
 def _kind(path: Path) -> str:  # "a.TXT.xz" -> ".txt"
     return (path.with_suffix("") if path.suffix.lower() in (".xz", ".gz", ".zst") else path).suffix.lower()
-
-
-# ---- documents
 
 
 def read(
@@ -93,16 +75,14 @@ def read(
 
 def _documents(path: Path, file, max_document: int, text_field: str, errors: str) -> Iterator[str]:
     kind = _kind(path)
-    if kind in (".parquet", ".arrow", ".jsonl"):
+    if kind in (".jsonl", ".parquet", ".arrow"):
         lines = kind == ".jsonl"
         rows = files.json_lines(_lines(path, file, errors), path) if lines else _rows(path, file, text_field)
         for where, row in rows:
             yield from split_documents([_field(row, text_field, where)], max_document, None)
     else:
-        text = io.TextIOWrapper(_decompressed(path, file), encoding="utf-8", errors=errors, newline=None)
-        separator = None if kind == ".py" else SEPARATOR
-        blocks = iter(lambda: text.read(BLOCK if separator else -1), "")
-        yield from split_documents(blocks, max_document, separator)
+        text = io.TextIOWrapper(_decompressed(path, file), encoding="utf-8", errors=errors)
+        yield from split_documents(iter(lambda: text.read(BLOCK), ""), max_document)
 
 
 def _decompressed(path: Path, file) -> io.BufferedIOBase:
@@ -139,7 +119,7 @@ def _field(row: object, name: str, where: str) -> str:
 
 
 def split_documents(blocks: Iterable[str], max_document: int, separator: str | None = SEPARATOR) -> Iterator[str]:
-    """Documents of a text given in blocks, without byte-order marks. The result does not depend on where blocks end.
+    """Documents of a text, without byte-order marks. It is given in blocks, which may end anywhere.
 
     Holds one block and max_document characters. Pieces of a cut document join up to the document.
     """
@@ -170,9 +150,6 @@ def _cut(text: str, start: int, piece: int) -> int:
         if at >= 0:
             return at + len(mark)
     return start + piece
-
-
-# ---- tables
 
 
 def _arrow(path: Path, module: str = "pyarrow"):

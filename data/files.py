@@ -4,8 +4,7 @@
     append("run/metrics.jsonl", [{"step": 1, "loss": 2.5}])
     rows, torn = read_rows("run/metrics.jsonl")
 
-A signed JSON object carries a CRC-32 of its other members under "crc". Objects written before signatures existed have
-none and are accepted as they are.
+A signed JSON object carries a CRC-32 of its other members under "crc". Objects without one are accepted as they are.
 """
 
 import json
@@ -40,7 +39,7 @@ def replace(path: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
-    """A new hidden file or directory beside `target`, to be filled and renamed. If it is not renamed, it is removed.
+    """A new hidden file or directory beside `target`, to be filled and renamed. Otherwise it is removed.
 
     It is locked while its process lives. What killed processes left for the same target is removed first.
     """
@@ -62,7 +61,7 @@ def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock that shows `remains` that a file or directory belongs to a living process. Yields whether it is
-    held: not if the path was removed, if another process has it and wait=False, or if the file system has no locks.
+    held: not if the path is gone, if another process has it and wait=False, or where there are no locks.
     """
     with ExitStack() as stack:
         try:
@@ -77,10 +76,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def remains(target: Path, suffix: str) -> Iterator[Path]:
-    """The hidden files and directories .NAME.*.SUFFIX beside `target` that no living process has locked.
-
-    Each is locked until the next one is asked for, so that no other process takes it meanwhile.
-    """
+    """The hidden .NAME.*.SUFFIX beside `target` that no living process has locked, each locked until the next."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-z_]+\.({suffix})")
     for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
         if pattern.fullmatch(path.name):
@@ -114,7 +110,7 @@ def sign(value: dict) -> dict:
 
 
 def check(value: object, where: str, remedy: str = "restore it from a copy") -> dict:
-    """The members of a JSON object without its checksum; ValueError naming `where` if it is none or was changed."""
+    """The members of a JSON object without its checksum. ValueError naming `where` if it is none or was changed."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds a {type(value).__name__} instead of a JSON object; {remedy}")
     members = {name: member for name, member in value.items() if name != CRC}
@@ -128,10 +124,7 @@ def check(value: object, where: str, remedy: str = "restore it from a copy") -> 
 
 
 def parse(text: str | bytes, where: str, remedy: str = "restore it from a copy") -> object:
-    """A JSON value; a byte-order mark in front of it is ignored.
-
-    ValueError naming `where` for broken JSON or UTF-8, and for numbers too long or nesting too deep for the parser.
-    """
+    """A JSON value without its byte-order mark. ValueError naming `where` for what the parser cannot read."""
     try:
         return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
     except (ValueError, RecursionError) as error:
@@ -151,7 +144,7 @@ def read_json(path: str | Path, remedy: str = "restore it from a copy") -> dict:
 
 
 def write_json(path: str | Path, value: dict, signed: bool = True) -> None:
-    """Replace a file by a JSON object that is easy to read, with its checksum."""
+    """Replace a file by a JSON object, with its checksum."""
     replace(path, json.dumps(sign(value) if signed else value, indent=2) + "\n")
 
 

@@ -45,9 +45,9 @@ class Loader:
     def __init__(self, sources, split: str, batch_size: int, seq_len: int, seed=0, rank=0, world=1, device="cpu"):
         weighted = sources and all(0 < weight < math.inf for _, weight in sources)
         require(weighted, "sources", sources, "at least one (directory, weight), with finite weights above 0")
+        fits = batch_size >= 1 and seq_len >= 1 and 0 <= rank < world and batch_size * world * seq_len <= 2**36
         given = f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world"
-        require(batch_size >= 1 and seq_len >= 1 and 0 <= rank < world, given, world, "must be positive, rank < world")
-        require(batch_size * world * seq_len <= 2**36, given, world, "a batch of so many tokens cannot be made")
+        require(fits, given, world, "must be positive, rank below world, and a batch at most 2^36 tokens")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world, self.device = rank, world, torch.device(device)
         total = sum(weight for _, weight in sources)
@@ -82,14 +82,13 @@ class Loader:
 
     def _plan(self):  # -> (source, its sample number); next is the source that lags its share most
         samples = sum(self._planned) + 1
-        lag = [weight * samples - n for weight, n in zip(self.weights, self._planned, strict=True)]
-        i = lag.index(max(lag))
+        i = max(range(len(self.sources)), key=lambda i: self.weights[i] * samples - self._planned[i])
         self._planned[i] += 1
         return self.sources[i], self._planned[i] - 1
 
     @property
     def epochs(self) -> list[float]:
-        """How often each source has been gone through so far."""
+        """Of each source, so far."""
         return [n / source.n_windows for n, source in zip(self._drawn, self.sources, strict=True)]
 
     @property
@@ -136,10 +135,7 @@ class _Source:
         epoch, at = divmod(number, self.n_windows)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, shuffled(self.n_windows, self.seed, epoch)
-        return self.tokens(int(self.order[at]) * self.seq_len, self.seq_len + 1)
-
-    def tokens(self, start: int, n: int) -> np.ndarray:
-        parts = []
+        start, n, parts = int(self.order[at]) * self.seq_len, self.seq_len + 1, []
         shard = int(np.searchsorted(self.ends, start, "right"))
         while n:
             offset = start - (int(self.ends[shard]) - len(self.shards[shard]))

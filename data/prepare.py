@@ -1,22 +1,21 @@
 """Text files to a data directory.
 
-    python -m data.prepare --input 'books/*.txt.xz' --out data/mine --vocab_size 16384
-    python -m data.prepare notes.jsonl src/ 'fineweb/**/*.parquet' --out data/mine --tokenizer data/books
+    python -m data.prepare books/*.txt.xz --out data/mine --vocab_size 16384
+    python -m data.prepare notes.jsonl src/ fineweb/ --out data/mine --tokenizer data/books
 
 The input is streamed twice. The first pass finds out what to hold out and, unless --tokenizer names one, trains a BPE
 on a sample of the text (with the package `tokenizers`). The second encodes in threads and writes in input order.
 
 What a document is:
-    .txt, or any other file that is named: the parts between lines that hold one NUL ("\\n\\0\\n"), else the file
     .jsonl, .parquet, .arrow: the field --text_field of each row ("a.b": field b of the object a)
-    .py: the file
-and .gz, .xz or .zst of these, in upper or lower case. A directory is searched for them; links to directories are not
-followed. Byte-order marks are removed and line ends become "\\n". Parquet, Arrow and .zst need pyarrow.
+    .txt, .py, or any other file that is named: the parts between lines that hold one NUL ("\\n\\0\\n"), else the file
+and .gz, .xz or .zst of these. A directory is searched for them; links to directories are not followed. Byte-order marks
+are removed and line ends become "\\n". Parquet, Arrow and .zst need pyarrow.
 A document longer than --max_document characters is cut at paragraph or line ends into pieces of 64 Ki characters (or a
 quarter of --max_document if that is less), which are documents from then on. So one long file gives both splits.
 
-Held out for validation are the documents whose hash (of the text and --seed) is among the lowest --val_fraction, at
-least the lowest of all. So equal documents fall on the same side, and adding files moves none (at one --max_document).
+Held out for validation are the documents whose hash (of the text and --seed) is below --val_fraction, and always the
+lowest. So equal documents fall on the same side, and adding files moves none (at one --max_document).
 """
 
 import hashlib
@@ -43,7 +42,7 @@ SAMPLE = 32e6  # bytes of text, about, that the tokenizer is trained on
 @dataclass(frozen=True)
 class Config:
     POSITIONAL: ClassVar = ("input",)
-    input: tuple[str, ...]  # files, directories or quoted patterns
+    input: tuple[str, ...]  # files and directories
     out: str  # the data directory to write
     overwrite: bool = False  # replace the data directory if it exists
     workers: int | None = None  # threads; none: all cores
@@ -60,7 +59,7 @@ class Config:
     seed: int = 0  # of the split
 
     def __post_init__(self):
-        require(self.input, "input", self.input, "name files, directories or patterns")
+        require(self.input, "input", self.input, "name files or directories")
         require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "must be at least 0 and below 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2^63")
         length = self.max_document

@@ -42,17 +42,15 @@ CHUNK = 2**14  # documents made, shuffled over the chunk's windows and written a
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """How much of what. Each of `n_problems` different problems is seen `repeats` times."""
+    """How much of what."""
 
     facts: FactsConfig = field(default_factory=lambda: FactsConfig(60, 40, 40, 80, 40, 40, 40, 40, years=100))
     reasoning: ReasoningConfig = field(default_factory=lambda: ReasoningConfig(max_steps=6, modulus=7, names=24))
     exposures: int = 80  # biographies of each person
-    n_problems: int = 24_000
-    repeats: int = 1
+    n_problems: int = 24_000  # different ones
+    repeats: int = 1  # of each problem
     n_mano: int = 0  # mental arithmetic expressions
-    # Tokens. Each window of this length starts with eos, and documents that fit into one are not split by its borders.
-    # 0: documents simply follow one another.
-    window: int = 144
+    window: int = 144  # tokens; windows start with eos and split no document that fits into one; 0: no windows
     seed: int = 0  # of the order
 
     def validate(self) -> None:
@@ -65,7 +63,7 @@ class MixtureConfig:
 def build(out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | None = None, workers: int = 1) -> dict:
     """Writes the data directory; `seed` replaces the seeds of people, problems and order. Returns meta.json's contents.
 
-    One process writes about 1 M tokens per second. More `workers` make texts in parallel; the bytes are the same.
+    A process writes about 1 M tokens per second. The bytes do not depend on the number of `workers`.
     """
     cfg = cfg or MixtureConfig()
     if seed is not None:
@@ -158,8 +156,7 @@ def _text(cfg: MixtureConfig, split: str, kind: str, i: int) -> str:
 def _pack(enc, texts: list[str], window: int) -> np.ndarray:
     """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos.
 
-    A document that does not start inside its window cannot be understood: in short windows that would be half of them.
-    Documents longer than a block take several.
+    A document that starts in another window cannot be understood. Documents longer than a block take several.
     """
     eos = enc.eot_token
     documents = [ids + [eos] for ids in enc.encode_ordinary_batch(texts, num_threads=2)]

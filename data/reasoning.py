@@ -5,8 +5,7 @@
 
 (one line in the data; modulo 10 here). A problem is a directed acyclic graph of named quantities: leaves are numbers,
 every other quantity is one operation on one or two others, and `steps` counts the operations. The statements come in
-random order. The solver goes back from the question to what is known (the plan) and then calculates forward, one
-operation a sentence.
+random order. The plan goes back from the question to what is known, then one sentence calculates each operation.
 
 A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its
 operations, without names, numbers and the order of the statements. One template in five is for testing. Problems of one
@@ -36,10 +35,9 @@ needle oar organ paddle pencil piano pillow pipe plate pot pump quilt rake ribbo
 shoe shovel sled spoon stamp stool sword table tent tile towel tower trunk tub vase violin wagon wheel whistle
 window""".split()
 
-LEAF, ADD_C, SUB_C, MUL_C, ADD, SUB = range(6)  # _C: the second operand is a number
-# What the text says, lamp VERB y PREPOSITION x, and what it means, x SIGN y.
-WORDS = {MUL_C: ("has", "times")}
-WORDS |= dict.fromkeys((ADD_C, ADD), ("adds", "to")) | dict.fromkeys((SUB_C, SUB), ("takes", "from"))
+LEAF, MUL_C, ADD = 0, 3, 4  # the second operand of operations 1 to 3 is a number, of 4 and 5 a quantity
+# What the text says, by operation: lamp VERB y PREPOSITION x; and what it means, x SIGN y.
+WORDS = (("is", ""), ("adds", "to"), ("takes", "from"), ("has", "times"), ("adds", "to"), ("takes", "from"))
 SIGN = {"adds": "+", "takes": "-", "has": "*"}
 SHARED = 0.25  # probability that a second operand is a quantity needed elsewhere too, where there is one
 TEST_SHARE = 5  # one template in so many is a test template
@@ -56,10 +54,8 @@ class ReasoningConfig:
     seed: int = 0
 
     def validate(self) -> None:
-        most_steps = (len(NOUNS) - 1) // 2  # a problem needs at most 2 * steps + 1 names
-        # Expressions are nested as deep as they are long.
-        require_ranges(self, {"modulus": (3, 1000), "mano_length": (1, 200), "max_steps": (1, most_steps)})
-        require_ranges(self, {"names": (2 * self.max_steps + 1, len(NOUNS))})
+        ranges = {"modulus": (3, 1000), "mano_length": (1, 200), "max_steps": (1, (len(NOUNS) - 1) // 2)}
+        require_ranges(self, ranges | {"names": (2 * self.max_steps + 1, len(NOUNS))})  # as many as a problem may need
 
 
 class Problem(NamedTuple):
@@ -87,7 +83,7 @@ def _draw_graph(r, steps: int, m: int):
     Grown backwards from the question. An operation refers only to quantities that are expanded after it or not at all
     (leaves). So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it.
     """
-    graph = [None]  # LEAF: x is the number; otherwise x is a quantity and y a quantity or, with _C, a number
+    graph = [None]  # LEAF: x is the number; otherwise x is a quantity, and y a quantity or a number
     frontier, order, shared = [0], [], []
 
     def new():
@@ -123,10 +119,7 @@ def _draw_graph(r, steps: int, m: int):
 
 
 def _template(graph, order) -> int:
-    """Hash of what quantity 0 is made of, unrolled into a tree and without regard to the order of a sum.
-
-    Graphs of the same structure get the same hash, so no structure can be on both sides of the split.
-    """
+    """Hash of what quantity 0 is made of, unrolled into a tree and without regard to the order of a sum."""
     numbers = len(order) == 1
     key = [x if op == LEAF and numbers else 0 for op, x, _ in graph]
     for node in order:
@@ -154,7 +147,7 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
         last = node
     statements = []
     for n, (op, x, y) in zip(name, graph, strict=True):
-        verb, preposition = WORDS.get(op, ("is", ""))
+        verb, preposition = WORDS[op]
         operand = name[y] if op >= ADD else y
         statements.append(f" {n} is {x}." if op == LEAF else f" {n} {verb} {operand} {preposition} {name[x]}.")
     rng.shuffle(statements)
@@ -177,8 +170,8 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
     """(answer right, whole solution right), judged from the question's text alone.
 
     A solution is right if every sentence states the definition of a quantity, with operands that are known by then,
-    their values and the correct result, in any valid order, no quantity twice, and if the answer is the value asked
-    for. The plan is not judged.
+    their values and the correct result, no quantity twice, and if the answer is the value asked for. The plan is not
+    judged.
     """
     statements, _, query = question.removesuffix("? Solution:").partition(" What is ")
     defined = {name: (verb, y, preposition, x) for name, verb, y, preposition, x in _STATEMENT.findall(statements)}
@@ -217,8 +210,7 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
 def mano(cfg: ReasoningConfig, index: int, split: str = "train", length: int | None = None) -> Problem:
     """Question "Mano: - 3 + 4 5 =", solution " 4.": a prefix expression of `length` operations, without any steps.
 
-    The expressions of the two splits differ. Those of length 1 are the tables themselves and all for training, so
-    tests have a length of 2 or more.
+    The expressions of the two splits differ. Those of length 1, the tables themselves, are all for training.
     """
     test = {"train": False, "test": True}[split]
     require(not test or length is None or length >= 2, "length", length, "test expressions have 2 operations or more")

@@ -6,8 +6,7 @@ import tracemalloc
 
 import pytest
 
-from data import shards, tokenizer
-from data.documents import Reader, find_sources
+from data import documents, shards, tokenizer
 from data.prepare import main
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -17,7 +16,7 @@ CLEAN = [text.replace("\r\n", "\n") for text in TEXTS]
 
 
 def read(*inputs, max_document=10**6, **options):
-    return [text for _, text in Reader(find_sources(map(str, inputs)), max_document, **options)]
+    return list(documents.read(documents.find_files(inputs), max_document, **options))
 
 
 def table(texts=TEXTS):
@@ -129,7 +128,7 @@ def test_memory_does_not_grow_with_the_file(folder):
     for name in ("a.arrow", "a.parquet"):
         before, most = pyarrow.total_allocated_bytes(), 0
         tracemalloc.start()
-        for _ in Reader(find_sources([str(folder / name)]), 10**6):
+        for _ in documents.read([folder / name], 10**6):
             most = max(most, pyarrow.total_allocated_bytes() - before)
         most += tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
