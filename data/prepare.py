@@ -44,8 +44,6 @@ class Config:
     POSITIONAL: ClassVar = ("input",)
     input: tuple[str, ...]  # files and directories
     out: str  # the data directory to write
-    overwrite: bool = False  # replace the data directory if it exists
-    workers: int | None = None  # threads; none: all cores
 
     # Tokenizer
     tokenizer: str = ""  # data directory or Hugging Face folder whose tokenizer is used; empty: train one
@@ -66,7 +64,6 @@ class Config:
         require(length is None or 256 <= length <= 2**30, "max_document", length, "must be from 256 to 2^30 characters")
         if not self.tokenizer:
             tokenizer.require_size(self.vocab_size)
-        require(self.workers is None or 1 <= self.workers <= 1024, "workers", self.workers, "must be from 1 to 1024")
 
 
 def hashes(text: str, seed: int) -> tuple[float, float]:
@@ -75,36 +72,27 @@ def hashes(text: str, seed: int) -> tuple[float, float]:
     return int.from_bytes(digest[:8], "big") / 2**64, int.from_bytes(digest[8:], "big") / 2**64
 
 
-@dataclass
-class Scan:
-    """The first pass. Iterating gives the sample for the tokenizer; afterwards the totals are known."""
-
-    texts: Iterable[str]
-    cfg: Config
-    sample_rate: float
-    documents: int = 0
-    threshold: float = 0  # documents with a hash below it are held out
-
-    def __iter__(self) -> Iterator[str]:
-        lowest, share = [], self.cfg.val_fraction
-        for text in self.texts:
-            self.documents += 1
-            key, draw = hashes(text, self.cfg.seed)
-            lowest = sorted({key, *lowest})[:2]
-            if key >= share and draw < self.sample_rate:
-                yield text
-        if not self.documents:
-            raise ValueError(f"--input {' '.join(self.cfg.input)}: no text in it")
-        if share and len(lowest) < 2:
-            remedy = "pass a smaller --max_document, more input, or --val_fraction 0"
-            raise ValueError(f"the input is one document, so nothing can be held out: {remedy}")
-        self.threshold = max(share, lowest[1]) if share else 0
+def scan(texts: Iterable[str], cfg: Config, sample_rate: float, found: dict) -> Iterator[str]:
+    """The first pass: yields the sample for the tokenizer. At its end, found has the number of "documents", and the
+    "threshold" below which the hash of a document holds it out."""
+    documents, lowest, share = 0, [], cfg.val_fraction
+    for text in texts:
+        documents += 1
+        key, draw = hashes(text, cfg.seed)
+        lowest = sorted({key, *lowest})[:2]
+        if key >= share and draw < sample_rate:
+            yield text
+    if not documents:
+        raise ValueError(f"--input {' '.join(cfg.input)}: no text in it")
+    remedy = "the input is one document; pass a smaller --max_document, more input, or --val_fraction 0"
+    require(len(lowest) > 1 or not share, "val_fraction", share, remedy)
+    found |= {"documents": documents, "threshold": max(share, lowest[1]) if share else 0}
 
 
 def prepare(cfg: Config) -> dict:
     """Write the data directory cfg.out and return its meta.json."""
     out, started = Path(os.path.abspath(cfg.out)), time.perf_counter()
-    shards.refuse_existing(out, cfg.overwrite)  # before the work, not after it
+    shards.refuse_existing(out)  # before the work, not after it
     make_directory(out.parent, "out", cfg.out)
     enc = tokenizer.load(cfg.tokenizer) if cfg.tokenizer else None
     paths = find_files(cfg.input)
@@ -112,16 +100,17 @@ def prepare(cfg: Config) -> dict:
     # Small inputs are cut finer, so that they have enough documents to hold some out.
     max_document = cfg.max_document or int(min(2**20, max(2**12, estimate / 16)))
     texts = partial(read, paths, max_document, cfg.text_field, cfg.encoding_errors)
-    scan = Scan(texts(Progress("reading")), cfg, 0 if enc else SAMPLE / max(1, estimate))
+    found = {}
+    sample = scan(texts(Progress("reading")), cfg, 0 if enc else SAMPLE / max(1, estimate), found)
     if enc:
-        deque(scan, maxlen=0)
+        deque(sample, maxlen=0)
     else:
-        enc = tokenizer.train_bpe(scan, cfg.vocab_size)
+        enc = tokenizer.train_bpe(sample, cfg.vocab_size)
         if enc.n_vocab < cfg.vocab_size:
             print(f"the input has too little variety: the tokenizer has only {enc.n_vocab} tokens", file=sys.stderr)
-    with shards.ShardWriter(out, enc, cfg.overwrite) as writer:
-        encode(texts(Progress("encoding")), writer, scan.threshold, cfg)
-        if sum(split["documents"] for split in writer.splits.values()) != scan.documents:
+    with shards.ShardWriter(out, enc) as writer:
+        encode(texts(Progress("encoding")), writer, found["threshold"], cfg.seed)
+        if sum(split["documents"] for split in writer.splits.values()) != found["documents"]:
             raise ValueError("the input changed while it was being read; run again")
         remedy = "it leaves nothing to train on; pass a smaller one, or a smaller --max_document"
         require("train" in writer.splits, "val_fraction", cfg.val_fraction, remedy)
@@ -136,19 +125,19 @@ def prepare(cfg: Config) -> dict:
     return meta
 
 
-def encode(texts: Iterable[str], writer: shards.ShardWriter, threshold: float, cfg: Config) -> None:
+def encode(texts: Iterable[str], writer: shards.ShardWriter, threshold: float, seed: int) -> None:
     """The second pass: encode in threads, write in order."""
 
     def task(batch):
         parts = {}
         for text, ids in zip(batch, tokenizer.documents(writer.enc, batch), strict=True):
-            split = "val" if hashes(text, cfg.seed)[0] < threshold else "train"
+            split = "val" if hashes(text, seed)[0] < threshold else "train"
             parts.setdefault(split, []).append((ids, len(text.encode())))
         return {
             split: (np.concatenate([ids for ids, _ in p]), sum(size for _, size in p)) for split, p in parts.items()
         }
 
-    workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(workers) as pool:
         for parts in in_order(pool, 2 * workers, task, batches(texts)):
             for split, (ids, size) in parts.items():

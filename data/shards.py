@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,13 +34,12 @@ class ShardWriter:
             writer.notes["licence"] = "CC0"   # any JSON; ends up in meta.json
 
     The files are written to a hidden directory beside it, which is renamed at the end of the `with` block. An exception
-    removes them; what a killed writer left is removed by the next one. ValueError when the directory exists and is not
-    empty, unless `overwrite`, which replaces it at the end.
+    removes them; what a killed writer left is removed by the next one. ValueError when the directory is not empty.
     """
 
-    def __init__(self, directory: str | Path, enc: tiktoken.Encoding | Fast, overwrite=False, shard_tokens=2**26):
-        self.directory, self.overwrite = Path(os.path.abspath(directory)), overwrite
-        refuse_existing(self.directory, overwrite)
+    def __init__(self, directory: str | Path, enc: tiktoken.Encoding | Fast, shard_tokens=2**26):
+        self.directory = Path(os.path.abspath(directory))
+        refuse_existing(self.directory)
         self.enc, self.shard_tokens, self.notes = enc, shard_tokens, {}
         self.dtype = np.dtype("<u2" if enc.n_vocab <= 2**16 else "<u4")
         self.splits, self._open, self._stack = {}, {}, ExitStack()
@@ -111,14 +109,9 @@ class ShardWriter:
             "splits": self.splits,
         }
         files.write_json(self.partial / META, meta | self.notes)
-        refuse_existing(self.directory, self.overwrite)
-        old = self.partial.with_suffix(".old")
-        if self.directory.exists():
-            self._stack.enter_context(files.locked(self.directory))
-            os.rename(self.directory, old)
+        refuse_existing(self.directory)
         os.rename(self.partial, self.directory)
         files.sync_directory(self.directory.parent)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_generated(directory: str | Path, enc, chunks: Iterable[tuple[str, np.ndarray]], name: str, cfg) -> dict:
@@ -131,17 +124,10 @@ def write_generated(directory: str | Path, enc, chunks: Iterable[tuple[str, np.n
     return read_meta(directory)
 
 
-def refuse_existing(directory: Path, overwrite: bool) -> None:
-    """Raises ValueError unless `directory` may be written: absent, empty, or a data directory with `overwrite`."""
-    for old in files.remains(directory, "old"):  # an overwrite was killed, perhaps between its two renames
-        shutil.rmtree(old, ignore_errors=True) if directory.exists() else os.rename(old, directory)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} exists and is not a directory; choose another name")
-    if directory.is_dir() and any(directory.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{directory} exists and is not empty; choose another name or pass --overwrite")
-        if not (directory / META).exists():
-            raise ValueError(f"{directory} is not a data directory (no {META}); refusing to overwrite it")
+def refuse_existing(directory: Path) -> None:
+    """Raises ValueError unless `directory` is absent or empty."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not empty; remove it, or choose another name")
 
 
 # ---- reading
