@@ -18,7 +18,7 @@ from optimoe.config import require
 MONTHS = "January February March April May June July August September October November December".split()
 DAYS = 28
 
-# A list joins its two columns in every way, in a fixed shuffled order, so that its first n entries are a fair sample.
+# A list joins its two columns in every way, in a fixed shuffled order.
 SYLLABLES = {
     "first_names": """Al Ber Cor Dal Els Far Gar Hal Is Jor Kal Lor Mar Nel Or Per Ros Sel Tav Vel
         | a an bert da dine ena eth ia ick ina o la len mund na ric sa tha win yn""",
@@ -113,7 +113,7 @@ def _words(field: str) -> list[str]:
 
 @lru_cache(maxsize=4)  # the study measures three seeds in turn
 def people(cfg: FactsConfig) -> list[Person]:
-    """All people (a shared list: leave it as it is). The first n are the same for every n_people >= n."""
+    """All people, a shared list. The first n are the same for every n_people >= n."""
     cfg.validate()
     words = {field: _words(field)[: getattr(cfg, field)] for field in SYLLABLES}
     rng = random.Random(cfg.seed)
@@ -152,7 +152,7 @@ def segments(cfg: FactsConfig, person: Person, exposure: int) -> list[str]:
 
 
 def probes(persons: list[Person], seed: int = 0) -> list[Probe]:
-    """One question for each person and attribute: name and a random stem, to be completed with the value."""
+    """One for each person and attribute: name and a random stem, to be completed with the value."""
     rng = random.Random(seed)
     return [
         Probe(person.name + rng.choice(stems), value, attribute)

@@ -44,12 +44,16 @@ def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
     It is locked while its process lives. What killed processes left for the same target is removed first.
     """
     target = Path(target)
-    for left in remains(target, "tmp|partial"):
-        _remove(left)
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]+\.(tmp|partial)")
+    for left in list(target.parent.iterdir()):
+        if pattern.fullmatch(left.name):
+            with _locked(left, wait=False) as held:
+                if held:
+                    _remove(left)
     while True:
         path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{'partial' if directory else 'tmp'}")
         path.mkdir() if directory else path.touch(exist_ok=False)
-        with locked(path):
+        with _locked(path):
             if path.exists():  # otherwise another process took it for a remnant before it was locked
                 try:
                     yield path
@@ -59,10 +63,8 @@ def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock that shows `remains` that a file or directory belongs to a living process. Yields whether it is
-    held: not if the path is gone, if another process has it and wait=False, or where there are no locks.
-    """
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Yields whether the lock is held: not if the path is gone, another process has it, or there are no locks."""
     with ExitStack() as stack:
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -73,16 +75,6 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         except OSError:
             held = False
         yield held
-
-
-def remains(target: Path, suffix: str) -> Iterator[Path]:
-    """The hidden .NAME.*.SUFFIX beside `target` that no living process has locked, each locked until the next."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-z_]+\.({suffix})")
-    for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
-        if pattern.fullmatch(path.name):
-            with locked(path, wait=False) as held:
-                if held:
-                    yield path
 
 
 def _remove(path: Path) -> None:

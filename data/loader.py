@@ -1,10 +1,8 @@
 """Batches of token windows from data directories: shuffled, mixed, prefetched, and resumable to the sample.
 
 A source of N tokens gives (N - 1) // L windows; window w is tokens w*L .. w*L + L inclusive, across document ends and
-shard borders. So every token but the first is a target once an epoch, except the rest after the last whole window.
-
-The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows r*B .. (r+1)*B
-of each global batch of W*B samples, so a run continues on another number of ranks with the same global batch.
+shard borders. The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows
+r*B .. (r+1)*B of each global batch of W*B samples, so a run continues on another number of ranks.
 """
 
 import math
@@ -26,8 +24,7 @@ def parse_sources(text):
     parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",")]
     try:
         sources = [(directory, float(weight)) for directory, _, weight in parts]
-        if not all(0 < weight < math.inf for _, weight in sources):
-            raise ValueError("weights must be above 0 and finite")
+        require(all(0 < weight < math.inf for _, weight in sources), "weights", text, "must be above 0 and finite")
         return sources
     except ValueError as error:
         raise ValueError(f"data={text!r}: {error}; write DIR or DIR:0.7,DIR2:0.3") from None
@@ -36,18 +33,17 @@ def parse_sources(text):
 class Loader:
     """Endless batches: `tokens_BL, targets_BL = loader.next()`, int64, on `device`; targets are tokens one step later.
 
-    sources: data directories with positive weights, [("data/books", 0.7), ("data/facts", 0.3)]. Weights are shares of
-    samples, followed to within two samples a source at any moment. Each source has its own epochs: every window once,
-    in a new order. batch_size is per rank. Raises ValueError for damaged data, sources of different tokenizers, or a
-    source shorter than one window.
+    sources: data directories with weights, [("data/books", 0.7), ("data/facts", 0.3)], their shares of the samples to
+    within two at any moment. Each has its own epochs: every window once, in a new order. batch_size is per rank.
+    ValueError for damaged data, different tokenizers, or a source shorter than one window.
     """
 
     def __init__(self, sources, split: str, batch_size: int, seq_len: int, seed=0, rank=0, world=1, device="cpu"):
         weighted = sources and all(0 < weight < math.inf for _, weight in sources)
         require(weighted, "sources", sources, "at least one (directory, weight), with finite weights above 0")
         fits = batch_size >= 1 and seq_len >= 1 and 0 <= rank < world and batch_size * world * seq_len <= 2**36
-        given = f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world"
-        require(fits, given, world, "must be positive, rank below world, and a batch at most 2^36 tokens")
+        given = dict(batch_size=batch_size, seq_len=seq_len, rank=rank, world=world)
+        require(fits, "batch", given, "must be positive, rank below world, and the batch at most 2^36 tokens")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world, self.device = rank, world, torch.device(device)
         total = sum(weight for _, weight in sources)
@@ -97,13 +93,13 @@ class Loader:
         return [source.n_windows for source in self.sources]
 
     def state_dict(self) -> dict:
-        """The cursor after the last batch handed out (prefetched batches do not count); plain JSON types."""
+        """The cursor after the last batch handed out; plain JSON types."""
         return {"drawn": list(self._drawn)} | self._identity()
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue after the batch at which `state` was taken, on any rank and world; ValueError for another stream."""
+        """Continue where `state` was taken, on any rank and world; ValueError for another stream."""
         for key, value in self._identity().items():
-            remedy = f"this run has {value}; resume with the data and settings of the saved run"
+            remedy = f"not {value}: resume with the data and settings of the saved run"
             require(state.get(key) == value, f"loader state: {key}", state.get(key), remedy)
         for future in self._ahead:
             future.cancel()

@@ -4,9 +4,8 @@
     build("data/big", MixtureConfig(FactsConfig(n_people=50_000), ...))   # what the study trains on
     python -m data.procedural --out data/big --mixture mixture.json --workers 16    # the same for large ones
 
-The training split holds every biography `exposures` times in changing words and the problems; the validation split new
-wordings of the same people's biographies and problems with unseen templates. meta.json keeps the MixtureConfig, from
-which `read_config` and the generators recover everything that evaluation needs.
+Training has every biography `exposures` times in changing words and the problems; validation new wordings of the same
+biographies and problems with unseen templates. meta.json keeps the MixtureConfig for evaluation.
 """
 
 import dataclasses
@@ -89,7 +88,7 @@ def read_config(data_dir: str | Path) -> MixtureConfig:
 
 
 def from_dict(kept: dict, where: str = "mixture") -> MixtureConfig:
-    """What dataclasses.asdict(cfg) was made from; missing fields have their defaults. ValueError names `where`."""
+    """The inverse of dataclasses.asdict; missing fields have their defaults. ValueError names `where`."""
     try:
         parts = {
             name: parse(kind, [], start=dict(kept[name].items() - RETIRED[name].items()))
@@ -99,7 +98,7 @@ def from_dict(kept: dict, where: str = "mixture") -> MixtureConfig:
         rest = {name: value for name, value in kept.items() if name not in PARTS}
         return dataclasses.replace(parse(MixtureConfig, [], start=rest), **parts)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: not the settings of generated data ({error})") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple[str, int]]:

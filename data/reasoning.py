@@ -8,13 +8,12 @@ every other quantity is one operation on one or two others, and `steps` counts t
 random order. The plan goes back from the question to what is known, then one sentence calculates each operation.
 
 A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its
-operations, without names, numbers and the order of the statements. One template in five is for testing. Problems of one
-step have just five templates, so there the numbers are part of the template.
+operations, without names and numbers (which belong to it in problems of one step). One template in five is for tests.
 
 A three-layer model learns this in minutes because whatever has to be looked up (definition, operand, value) belongs to
-the name just written, which is what an induction head retrieves. With "lamp = kite + owl = 5 + 4 = 9" it does not.
+the name just written, as induction heads need it. With "lamp = kite + owl = 5 + 4 = 9" it does not.
 
-`mano` makes mental arithmetic on prefix expressions, without a solution (Physics of Language Models 4.1).
+`mano` makes mental arithmetic on prefix expressions, without steps (Physics of Language Models 4.1).
 """
 
 import math
@@ -67,7 +66,7 @@ class Problem(NamedTuple):
 
 
 def problem(cfg: ReasoningConfig, index: int, split: str = "train", steps: int | None = None) -> Problem:
-    """The index-th problem of split "train" or "test"; `steps` sets the number of operations, even above max_steps."""
+    """The index-th problem of split "train" or "test"; `steps` sets its operations, even above max_steps."""
     test = {"train": False, "test": True}[split]
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (steps or 0)) << 40 | index)
     while True:
@@ -80,8 +79,8 @@ def problem(cfg: ReasoningConfig, index: int, split: str = "train", steps: int |
 def _draw_graph(r, steps: int, m: int):
     """-> (graph, order): quantities as (op, x, y), and the operations in an order of solution; quantity 0 is asked for.
 
-    Grown backwards from the question. An operation refers only to quantities that are expanded after it or not at all
-    (leaves). So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it.
+    Grown backwards from the question: an operation refers only to quantities that are expanded after it or are leaves.
+    So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it.
     """
     graph = [None]  # LEAF: x is the number; otherwise x is a quantity, and y a quantity or a number
     frontier, order, shared = [0], [], []
@@ -91,7 +90,7 @@ def _draw_graph(r, steps: int, m: int):
         return len(graph) - 1
 
     for _ in range(steps):
-        r()  # this draw has no use any more, but without it every seed would give other problems
+        r()  # without this draw every seed would give other problems
         node, op, x, y = frontier.pop(), 1 + int(r() * 5), new(), None
         if op == MUL_C:
             while y is None or math.gcd(y, m) != 1:  # invertible, so products do not pile up on 0
@@ -169,9 +168,8 @@ _ANSWER = re.compile(r" Answer: (\d{1,9})\.\Z", re.ASCII)  # no more digits: int
 def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
     """(answer right, whole solution right), judged from the question's text alone.
 
-    A solution is right if every sentence states the definition of a quantity, with operands that are known by then,
-    their values and the correct result, no quantity twice, and if the answer is the value asked for. The plan is not
-    judged.
+    A solution is right if every sentence states the definition of a quantity not stated before, with the values of
+    operands that are known by then and the result, and if it states the quantity asked for. The plan is not judged.
     """
     statements, _, query = question.removesuffix("? Solution:").partition(" What is ")
     defined = {name: (verb, y, preposition, x) for name, verb, y, preposition, x in _STATEMENT.findall(statements)}
@@ -208,12 +206,12 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
 
 
 def mano(cfg: ReasoningConfig, index: int, split: str = "train", length: int | None = None) -> Problem:
-    """Question "Mano: - 3 + 4 5 =", solution " 4.": a prefix expression of `length` operations, without any steps.
+    """Question "Mano: - 3 + 4 5 =", solution " 4.": a prefix expression of `length` operations.
 
-    The expressions of the two splits differ. Those of length 1, the tables themselves, are all for training.
+    The two splits share none; those of one operation are all for training.
     """
     test = {"train": False, "test": True}[split]
-    require(not test or length is None or length >= 2, "length", length, "test expressions have 2 operations or more")
+    require(not test or length is None or length >= 2, "length", length, "tests have 2 operations or more")
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (length or 0)) << 40 | 1 << 39 | index)
     while True:
         n = length or 1 + test + int(rng.random() * (cfg.mano_length - test))
@@ -235,7 +233,7 @@ def _expression(r, length: int, modulus: int) -> tuple[str, int]:
 
 
 def vocabulary(cfg: ReasoningConfig) -> list[str]:
-    """Every piece of text that a problem, plan, solution or expression can contain, for a word tokenizer."""
+    """Every piece of text in problems and expressions, for a word tokenizer."""
     digits = [str(d) for d in range(10)]
     words = NOUNS[: cfg.names] + "is adds to takes from has times What Solution Plan Answer + - * =".split() + digits
     return [" " + word for word in words] + digits + ["Given", "Mano", ".", ":", "?"]

@@ -1,4 +1,4 @@
-"""The data directory: flat token files, a tokenizer and meta.json. A directory with meta.json is complete.
+"""The data directory: flat token files, a tokenizer and meta.json, with which a directory is complete.
 
     DIR/meta.json        version, tokenizer, vocab_size, eos, dtype, splits, notes of the writer, and a checksum
     DIR/tokenizer.json   see data/tokenizer.py
@@ -27,14 +27,14 @@ VERSION = 1
 
 
 class ShardWriter:
-    """Writes a data directory, which appears under its name when everything has been written.
+    """Writes a data directory.
 
         with ShardWriter("data/books", enc) as writer:
             writer.add("train", ids)          # whole documents, each ended by enc.eot_token
             writer.notes["licence"] = "CC0"   # any JSON; ends up in meta.json
 
-    The files are written to a hidden directory beside it, which is renamed at the end of the `with` block. An exception
-    removes them; what a killed writer left is removed by the next one. ValueError when the directory is not empty.
+    It appears under its name, from a hidden directory beside it, at the end of the `with` block. An exception removes
+    the files; what a killed writer left is removed by the next one. ValueError when the directory is not empty.
     """
 
     def __init__(self, directory: str | Path, enc: tiktoken.Encoding | Fast, shard_tokens=2**26):
@@ -48,10 +48,7 @@ class ShardWriter:
         tokenizer.save(enc, self.partial)
 
     def add(self, split: str, ids, n_bytes: int | None = None) -> None:
-        """Appends documents (token ids, each document ended by eos) to "train", "val", ...
-
-        n_bytes: of their text; None sums those of the tokens, which only an encoding of tiktoken knows.
-        """
+        """Appends documents to "train", "val", ... n_bytes: of their text; None: of what tiktoken decodes."""
         ids, eos, n_vocab = np.asarray(ids, dtype=np.int64), self.enc.eot_token, self.enc.n_vocab
         if not len(ids):
             return
@@ -115,7 +112,7 @@ class ShardWriter:
 
 
 def write_generated(directory: str | Path, enc, chunks: Iterable[tuple[str, np.ndarray]], name: str, cfg) -> dict:
-    """A data directory of (split, ids). The dataclass they were made from is noted under `name`. -> its meta.json"""
+    """A data directory of (split, ids), with the dataclass cfg noted under `name`. Returns meta.json's contents."""
     with ShardWriter(directory, enc) as writer:
         for split, ids in chunks:
             writer.add(split, ids)
@@ -134,7 +131,7 @@ def refuse_existing(directory: Path) -> None:
 
 
 def read_meta(directory: str | Path) -> dict:
-    """The contents of meta.json; ValueError naming the file when it is missing, damaged or of another version."""
+    """The contents of meta.json. ValueError naming the file when it is missing, damaged or of another version."""
     path = Path(directory) / META
     if not path.exists():
         raise ValueError(f"{path} does not exist: not finished data; make it with `python -m data.prepare`")
@@ -147,7 +144,7 @@ def read_meta(directory: str | Path) -> dict:
             raise ValueError(f"dtype {meta['dtype']!r}")
         for split in meta["splits"].values():
             if sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
-                raise ValueError("the tokens of the shards do not add up to those of the split")
+                raise ValueError("the tokens of the shards do not add up")
             split["bytes"], split["documents"], [(shard["file"], shard["sha256"]) for shard in split["shards"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used ({error!r}); {AGAIN}") from error
@@ -165,8 +162,7 @@ def read_note(directory: str | Path, name: str) -> object:
 def open_shards(directory: str | Path, split: str) -> list[np.memmap]:
     """Read-only memory maps of a split's shards, in order. ValueError names a missing, truncated or corrupt file.
 
-    The size and the SHA-256 of every shard, and that of the tokenizer, are compared with meta.json: about 1 GB/s, once
-    a process while the file does not change.
+    Sizes and SHA-256, and that of the tokenizer, are compared with meta.json at about 1 GB/s, once a process.
     """
     directory, meta = Path(directory), read_meta(directory)
     if split not in meta["splits"]:

@@ -1,7 +1,6 @@
 """Tokenizers: a byte-level BPE trained on the data, word lists, and those of other models.
 
-The first two are a `tiktoken.Encoding` with the special token "<|endoftext|>", the last a `data.fast.Fast`. All are
-kept beside the data as one JSON file.
+The first two are a `tiktoken.Encoding` with the special token "<|endoftext|>", the last a `data.fast.Fast`.
 
     enc = train_bpe(texts, vocab_size=16384)      # iterable of str
     save(enc, "data/books"); enc = load("data/books")
@@ -27,8 +26,7 @@ AGAIN = "prepare the data again"
 
 # Pieces that BPE never merges across: contractions; words with the one character before them (a space, "(", "_");
 # single digits, so that arithmetic sees place values; punctuation with the line end after it; line ends; indentation,
-# which leaves its last space to the word that follows. White space is bounded because the engine backtracks over it;
-# bounding letters too would halve the speed.
+# which leaves its last space to the next word. White space is bounded because the engine backtracks over it.
 PATTERN = (
     r"'(?i:s|t|d|m|ll|ve|re)(?!\p{L})"
     r"|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"
@@ -42,7 +40,7 @@ BYTES = [bytes([b]) for b in range(256)]
 
 
 def encoding(ranks: dict[bytes, int], pattern: str = PATTERN, name: str = "optimoe") -> tiktoken.Encoding:
-    """An encoding of token bytes -> id (ids 0..n-1, lower id = earlier merge); "<|endoftext|>" becomes id n."""
+    """An encoding of n tokens with the ids 0..n-1, lower id = earlier merge; "<|endoftext|>" becomes id n."""
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
@@ -52,8 +50,8 @@ def encoding(ranks: dict[bytes, int], pattern: str = PATTERN, name: str = "optim
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     """Byte-pair encoding trained on `texts`, with `vocab_size` tokens: 256 bytes, the merges and "<|endoftext|>".
 
-    It has fewer when the text has too few different pairs. The order of the texts does not matter. Raises ValueError
-    when vocab_size is out of range, or without the package `tokenizers`.
+    It has fewer when the text has too few different pairs. The order of the texts does not matter. ValueError when
+    vocab_size is out of range, or without the package `tokenizers`.
     """
     require_size(vocab_size)
     lib = library()
@@ -73,22 +71,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
 
 def require_size(vocab_size: int) -> None:
     """ValueError for a size that a trained vocabulary cannot have."""
-    limits = f"must be from 257 (256 bytes and {EOT}) to 2^24"
-    require(257 <= vocab_size <= 2**24, "vocab_size", vocab_size, limits)
+    require(257 <= vocab_size <= 2**24, "vocab_size", vocab_size, f"must be from 257 (256 bytes and {EOT}) to 2^24")
 
 
 def word_tokenizer(words: Iterable[str], pattern: str = PATTERN) -> tiktoken.Encoding:
-    """256 bytes and the given pieces, each encoded as one token; any other text falls back to pieces and bytes.
+    """256 bytes and the given words, each one token with its leading space (" Alice"); other text becomes bytes.
 
-    A piece includes its leading space (" Alice") and must be what `pattern` splits off: otherwise ValueError.
+    ValueError for a word that is not one piece of `pattern`.
     """
     words = [word for word in words if word]
     tokens = dict.fromkeys(BYTES + [word.encode() for word in words])
     enc = encoding({token: rank for rank, token in enumerate(tokens)}, pattern, "words")
     for word in words:
         if len(ids := enc.encode_ordinary(word)) != 1:
-            pieces = [enc.decode([token]) for token in ids]
-            raise ValueError(f"words: {word!r} is split by the pattern into {pieces}; give one piece a word")
+            raise ValueError(f"words: {word!r} takes {len(ids)} tokens; give what the pattern splits off")
     return enc
 
 
@@ -110,13 +106,10 @@ def save(enc: tiktoken.Encoding | Fast, directory: str | Path) -> Path:
 
 
 def load(directory: str | Path) -> tiktoken.Encoding | Fast:
-    """The tokenizer of a data directory, compared with its checksums there and in meta.json; or of a Hugging Face one.
-
-    Raises ValueError naming the file when it is missing, damaged or of other data.
-    """
+    """The tokenizer of a data directory or a Hugging Face folder. ValueError naming a missing or damaged file."""
     path = Path(directory) / FILE
     if not path.exists():
-        raise ValueError(f"{path} does not exist; name a data directory, or a Hugging Face folder")
+        raise ValueError(f"{path} does not exist; name a data directory or a Hugging Face folder")
     content, meta = path.read_bytes(), path.with_name(META)
     if meta.exists() and files.read_json(meta, AGAIN).get("tokenizer_sha256") != hashlib.sha256(content).hexdigest():
         raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
@@ -165,7 +158,7 @@ class Tokens(NamedTuple):
 
 
 def tiktoken_tokens(enc) -> Tokens:
-    """Of a data directory. Documents follow an end-of-text token there, so prompts do too; other models have theirs."""
+    """Of a data directory. Documents follow an end-of-text token in training, and so do prompts."""
     if isinstance(enc, Fast):
         return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token], enc.n_vocab)
     known = {*enc._mergeable_ranks.values(), *enc._special_tokens.values()}

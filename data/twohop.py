@@ -4,9 +4,9 @@
     build("data/hops", HopConfig(entities=200, relations=10, names=32, composed=8_000))
 
 An entity is two words. With relations = 0 a key has one random value: "key value". Otherwise each relation leads from
-an entity to another, "head relation tail", and a two-hop question is "head relation relation tail". A trained fact is
-memory; a question that was never trained is reasoning, because both of its facts were. How many questions are trained
-for each fact decides whether models learn to join them (arXiv 2405.15071).
+an entity to another, "head relation tail", and a two-hop question is "head relation relation tail". A question that was
+never trained is reasoning, because both of its facts were. How many questions are trained for each fact decides whether
+models learn to join them (arXiv 2405.15071).
 """
 
 import itertools
