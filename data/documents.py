@@ -1,4 +1,4 @@
-"""Documents out of files: which files an input names, how each kind is read, and how long documents are cut.
+"""Documents out of files.
 
 paths = find_files(["book.txt.xz", "notes.jsonl", "src/"])
 for text in read(paths, max_document=2**20): ...       # streaming
@@ -10,18 +10,18 @@ import io
 import itertools
 import lzma
 import os
+import sys
+import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data import files
 
 SEPARATOR = "\n\0\n"
-# Usual bytes of English text per byte on the disk, for estimates only.
-EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}
+EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}  # usual bytes of text per byte on the disk
 KINDS = (".txt", ".jsonl", ".py", ".parquet", ".arrow")
 BLOCK = 2**20  # characters read at once, and about as many encoded as one task
-MARK = "\ufeff"  # a byte-order mark
 
 
 def find_files(inputs: Iterable[str]) -> list[Path]:
@@ -53,23 +53,23 @@ def read(
     max_document: int,
     text_field: str = "text",
     encoding_errors: str = "strict",
-    progress: Callable[[float], None] = lambda share: None,
+    doing: str = "",
 ) -> Iterator[str]:
-    """The documents of files. progress: called with the share of the bytes on the disk that have been read."""
-    done, total = 0, max(1, sum(path.stat().st_size for path in paths))
+    """The documents of files. doing: printed every two seconds, with the share of the bytes that have been read."""
+    done, total, shown = 0, max(1, sum(path.stat().st_size for path in paths)), time.monotonic()
     for path in paths:
         with open(path, "rb") as file:
             try:
                 for text in _documents(path, file, max_document, text_field, encoding_errors):
                     if text and not text.isspace():
                         yield text
-                        progress((done + file.tell()) / total)
+                        if doing and time.monotonic() - shown > 2:
+                            shown = time.monotonic()
+                            print(f"{doing} {(done + file.tell()) / total:4.0%}", file=sys.stderr)
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, error) from error
             except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                raise ValueError(
-                    f"{path} cannot be decompressed ({error}): truncated, or not what its name says"
-                ) from error
+                raise ValueError(f"{path} cannot be decompressed ({error}): it is truncated or misnamed") from error
         done += path.stat().st_size
 
 
@@ -79,7 +79,7 @@ def _documents(path: Path, file, max_document: int, text_field: str, errors: str
         lines = kind == ".jsonl"
         rows = files.json_lines(_lines(path, file, errors), path) if lines else _rows(path, file, text_field)
         for where, row in rows:
-            yield from split_documents([_field(row, text_field, where)], max_document, None)
+            yield from split_documents([_field(row, text_field, where)], max_document)
     else:
         text = io.TextIOWrapper(_decompressed(path, file), encoding="utf-8", errors=errors)
         yield from split_documents(iter(lambda: text.read(BLOCK), ""), max_document)
@@ -107,7 +107,7 @@ def _not_utf8(where: str | Path, error: UnicodeDecodeError) -> ValueError:
 
 
 def _field(row: object, name: str, where: str) -> str:
-    """The text of a row, with the line ends of a text file. A name with dots leads into objects inside the row."""
+    """The text of a row. A name with dots leads into objects inside the row."""
     value = row
     for part in [name] if isinstance(row, dict) and name in row else name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -118,20 +118,19 @@ def _field(row: object, name: str, where: str) -> str:
     return value.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def split_documents(blocks: Iterable[str], max_document: int, separator: str | None = SEPARATOR) -> Iterator[str]:
+def split_documents(blocks: Iterable[str], max_document: int) -> Iterator[str]:
     """Documents of a text, without byte-order marks. It is given in blocks, which may end anywhere.
 
-    Holds one block and max_document characters. Pieces of a cut document join up to the document.
+    Holds one block and max_document characters. The pieces of a long document join up to it.
     """
     piece = max(1, min(2**16, max_document // 4))
     rest, cutting = "", False  # cutting: rest continues a document that was found too long
     for block in itertools.chain(blocks, [None]):
-        text = rest + (block or "")
-        parts = text.split(separator) if separator else [text]
+        parts = (rest + (block or "")).split(SEPARATOR)
         for i, text in enumerate(parts):
             ended = block is None or i < len(parts) - 1
             spare = 0 if ended else 2  # the last two characters may be the start of a separator
-            text = text if cutting else text.lstrip(MARK)
+            text = text if cutting else text.lstrip("\ufeff")
             cutting = cutting or len(text) - spare > max_document
             at = 0
             while cutting and len(text) - spare - at > 2 * piece:

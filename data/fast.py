@@ -17,8 +17,7 @@ def library():
     try:
         import tokenizers
     except ImportError:
-        remedy = "pip install -e '.[hf]', or name a tokenizer of tiktoken with --tokenizer"
-        raise ValueError(f"the package `tokenizers` is needed for this tokenizer: {remedy}") from None
+        raise ValueError("the package `tokenizers` is needed for this tokenizer: pip install -e '.[hf]'") from None
     return tokenizers
 
 

@@ -4,18 +4,18 @@
     python -m data.prepare notes.jsonl src/ fineweb/ --out data/mine --tokenizer data/books
 
 The input is streamed twice. The first pass finds out what to hold out and, unless --tokenizer names one, trains a BPE
-on a sample of the text (with the package `tokenizers`). The second encodes in threads and writes in input order.
+on a sample (with the package `tokenizers`). The second encodes in threads and writes in the order of the input.
 
 What a document is:
-    .jsonl, .parquet, .arrow: the field --text_field of each row ("a.b": field b of the object a)
-    .txt, .py, or any other file that is named: the parts between lines that hold one NUL ("\\n\\0\\n"), else the file
+    .jsonl, .parquet, .arrow: the field --text_field of each row
+    .txt, .py, or any other file that is named: the file, or its parts between lines that hold one NUL ("\\n\\0\\n")
 and .gz, .xz or .zst of these. A directory is searched for them; links to directories are not followed. Byte-order marks
 are removed and line ends become "\\n". Parquet, Arrow and .zst need pyarrow.
 A document longer than --max_document characters is cut at paragraph or line ends into pieces of 64 Ki characters (or a
-quarter of --max_document if that is less), which are documents from then on. So one long file gives both splits.
+quarter of --max_document if that is less), which are documents from then on.
 
 Held out for validation are the documents whose hash (of the text and --seed) is below --val_fraction, and always the
-lowest. So equal documents fall on the same side, and adding files moves none (at one --max_document).
+lowest. So equal documents fall on the same side, and adding files moves none.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -73,8 +73,9 @@ def hashes(text: str, seed: int) -> tuple[float, float]:
 
 
 def scan(texts: Iterable[str], cfg: Config, sample_rate: float, found: dict) -> Iterator[str]:
-    """The first pass: yields the sample for the tokenizer. At its end, found has the number of "documents", and the
-    "threshold" below which the hash of a document holds it out."""
+    """The first pass: yields the sample for the tokenizer. At its end, found has the number of "documents" and the
+    "threshold": documents with a hash below it are held out.
+    """
     documents, lowest, share = 0, [], cfg.val_fraction
     for text in texts:
         documents += 1
@@ -101,7 +102,7 @@ def prepare(cfg: Config) -> dict:
     max_document = cfg.max_document or int(min(2**20, max(2**12, estimate / 16)))
     texts = partial(read, paths, max_document, cfg.text_field, cfg.encoding_errors)
     found = {}
-    sample = scan(texts(Progress("reading")), cfg, 0 if enc else SAMPLE / max(1, estimate), found)
+    sample = scan(texts("reading"), cfg, 0 if enc else SAMPLE / max(1, estimate), found)
     if enc:
         deque(sample, maxlen=0)
     else:
@@ -109,43 +110,49 @@ def prepare(cfg: Config) -> dict:
         if enc.n_vocab < cfg.vocab_size:
             print(f"the input has too little variety: the tokenizer has only {enc.n_vocab} tokens", file=sys.stderr)
     with shards.ShardWriter(out, enc) as writer:
-        encode(texts(Progress("encoding")), writer, found["threshold"], cfg.seed)
+        encode(texts("encoding"), writer, found["threshold"], cfg.seed)
         if sum(split["documents"] for split in writer.splits.values()) != found["documents"]:
             raise ValueError("the input changed while it was being read; run again")
         remedy = "it leaves nothing to train on; pass a smaller one, or a smaller --max_document"
         require("train" in writer.splits, "val_fraction", cfg.val_fraction, remedy)
         writer.notes |= {"input": cfg.input, "seed": cfg.seed, "val_fraction": cfg.val_fraction}
         writer.notes |= {"max_document": max_document}
-    meta, seconds, size = shards.read_meta(out), time.perf_counter() - started, 0
+    meta = shards.read_meta(out)
     for split, n in meta["splits"].items():
-        size += n["bytes"] / 1e6
-        ratio = f"{n['bytes'] / n['tokens']:.2f} bytes per token"
-        print(f"{split}: {n['documents']:,} documents, {n['bytes'] / 1e6:.2f} MB, {n['tokens']:,} tokens, {ratio}")
-    print(f"{cfg.out}: vocabulary {meta['vocab_size']:,}; {size / seconds:.1f} MB/s")
+        sizes = f"{n['bytes'] / 1e6:.2f} MB, {n['tokens']:,} tokens, {n['bytes'] / n['tokens']:.2f} bytes per token"
+        print(f"{split}: {n['documents']:,} documents, {sizes}")
+    print(f"{cfg.out}: vocabulary {meta['vocab_size']:,}; {time.perf_counter() - started:.0f} s")
     return meta
 
 
 def encode(texts: Iterable[str], writer: shards.ShardWriter, threshold: float, seed: int) -> None:
     """The second pass: encode in threads, write in order."""
+    waiting = deque()
 
-    def task(batch):
+    def work(batch):
         parts = {}
         for text, ids in zip(batch, tokenizer.documents(writer.enc, batch), strict=True):
             split = "val" if hashes(text, seed)[0] < threshold else "train"
             parts.setdefault(split, []).append((ids, len(text.encode())))
-        return {
-            split: (np.concatenate([ids for ids, _ in p]), sum(size for _, size in p)) for split, p in parts.items()
-        }
+        return parts
+
+    def write():
+        for split, part in waiting.popleft().result().items():
+            ids, sizes = zip(*part, strict=True)
+            writer.add(split, np.concatenate(ids), sum(sizes))
 
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(workers) as pool:
-        for parts in in_order(pool, 2 * workers, task, batches(texts)):
-            for split, (ids, size) in parts.items():
-                writer.add(split, ids, size)
+        for batch in batches(texts):
+            waiting.append(pool.submit(work, batch))
+            if len(waiting) >= 2 * workers:
+                write()
+        while waiting:
+            write()
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Groups documents into tasks of about BLOCK characters."""
+    """Groups of about BLOCK characters."""
     batch, size = [], 0
     for text in texts:
         if batch and size + len(text) > BLOCK:
@@ -154,29 +161,6 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
         batch.append(text)
         size += len(text)
     yield batch
-
-
-def in_order(pool: ThreadPoolExecutor, ahead: int, work: Callable, tasks: Iterable) -> Iterator:
-    """`map` over the pool that keeps only `ahead` tasks in memory."""
-    waiting = deque()
-    for task in tasks:
-        waiting.append(pool.submit(work, task))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-class Progress:
-    """A line on stderr every few seconds, rewritten on a terminal."""
-
-    def __init__(self, what: str):
-        self.what, self.shown, self.end = what, time.perf_counter(), "\r" if sys.stderr.isatty() else "\n"
-
-    def __call__(self, share: float) -> None:
-        if time.perf_counter() - self.shown > 2:
-            self.shown = time.perf_counter()
-            print(f"{self.what} {share:4.0%}", end=self.end, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -42,7 +42,7 @@ class ShardWriter:
         refuse_existing(self.directory)
         self.enc, self.shard_tokens, self.notes = enc, shard_tokens, {}
         self.dtype = np.dtype("<u2" if enc.n_vocab <= 2**16 else "<u4")
-        self.splits, self._open, self._stack = {}, {}, ExitStack()
+        self.splits, self._stack = {}, ExitStack()
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         self.partial = self._stack.enter_context(files.temporary(self.directory, directory=True))
         tokenizer.save(enc, self.partial)
@@ -61,41 +61,28 @@ class ShardWriter:
         totals["tokens"] += len(ids)
         totals["bytes"] += n_bytes
         totals["documents"] += int(np.count_nonzero(ids == eos))
-        ids = ids.astype(self.dtype)
+        shards = totals["shards"]
         while len(ids):
-            file, digest, shard = self._open.get(split) or self._start_shard(split)
-            part, ids = np.split(ids, [self.shard_tokens - shard["tokens"]])
-            file.write(part.data)
-            digest.update(part.data)
-            shard["tokens"] += len(part)
-            if shard["tokens"] == self.shard_tokens:
-                self._end_shard(split)
-
-    def _start_shard(self, split):
-        shards = self.splits[split]["shards"]
-        shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0, "sha256": None})
-        file = self._stack.enter_context(open(self.partial / shards[-1]["file"], "wb"))
-        self._open[split] = file, hashlib.sha256(), shards[-1]
-        return self._open[split]
-
-    def _end_shard(self, split):
-        file, digest, shard = self._open.pop(split)
-        shard["sha256"] = digest.hexdigest()
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+            if not shards or shards[-1]["tokens"] == self.shard_tokens:
+                shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0, "sha256": None})
+            part, ids = np.split(ids, [self.shard_tokens - shards[-1]["tokens"]])
+            with open(self.partial / shards[-1]["file"], "ab") as file:
+                file.write(part.astype(self.dtype).data)
+            shards[-1]["tokens"] += len(part)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        with self._stack:  # closes open files and removes what has not been published
+        with self._stack:  # removes what has not been published
             if kind is None:
                 self._publish()
 
     def _publish(self):
-        for split in list(self._open):
-            self._end_shard(split)
+        for shard in [shard for split in self.splits.values() for shard in split["shards"]]:
+            with open(self.partial / shard["file"], "rb") as file:
+                os.fsync(file.fileno())
+                shard["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         meta = {
             "version": VERSION,
             "tokenizer": tokenizer.FILE,

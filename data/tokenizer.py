@@ -96,7 +96,7 @@ def save(enc: tiktoken.Encoding | Fast, directory: str | Path) -> Path:
     if isinstance(enc, Fast):
         kept = {"name": enc.name, "begin": enc.begin, "eos": enc.eot_token, "tokenizers": enc.definition}
     else:
-        tokens = [None] * (1 + max(enc._mergeable_ranks.values()))  # None: an id that means nothing
+        tokens = [None] * (1 + max(enc._mergeable_ranks.values()))  # an id that means nothing
         for token, rank in enc._mergeable_ranks.items():
             tokens[rank] = base64.b64encode(token).decode()
         kept = {"name": enc.name, "pattern": enc._pat_str, "special_tokens": enc._special_tokens, "tokens": tokens}
@@ -140,7 +140,7 @@ def _encoding_of(kept: dict) -> tiktoken.Encoding:
 
 
 def documents(enc, texts: list[str]) -> list[np.ndarray]:
-    """The token ids of each text, with the end of the document. "<|endoftext|>" inside a text is just text."""
+    """The token ids of each text, with the end of the document. An "<|endoftext|>" inside is just text."""
     if isinstance(enc, Fast):
         return [np.array([*enc.begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
     end = np.array([enc.eot_token], np.uint32)
