@@ -25,12 +25,12 @@ BLOCK = 2**20  # characters read at once, and about as many encoded as one task
 
 
 def find_files(inputs: Iterable[str]) -> list[Path]:
-    """The files that are named, and those in directories that are named, sorted. ValueError where there is none."""
+    """The named files, and those in named directories, sorted. ValueError where there is none."""
     found = {}  # by what links lead to, so that nothing is read twice
     for given in map(Path, inputs):
         paths = sorted(_walk(given)) if given.is_dir() else [given]
         if not paths:
-            raise ValueError(f"--input {given}: no {', '.join(KINDS)} file (or .gz, .xz, .zst of one) in it")
+            raise ValueError(f"--input {given}: no {', '.join(KINDS)} file in it, compressed or not")
         for path in paths:
             if not path.is_file():
                 raise ValueError(f"--input {path}: missing, a link that leads nowhere, a pipe or a device")
@@ -55,7 +55,7 @@ def read(
     encoding_errors: str = "strict",
     doing: str = "",
 ) -> Iterator[str]:
-    """The documents of files. doing: printed every two seconds, with the share of the bytes that have been read."""
+    """The documents of files. doing: what to print every two seconds, with the share of bytes that have been read."""
     done, total, shown = 0, max(1, sum(path.stat().st_size for path in paths)), time.monotonic()
     for path in paths:
         with open(path, "rb") as file:

@@ -61,7 +61,7 @@ def require_ranges(cfg, ranges: dict[str, tuple[int, int]]) -> None:
 
 @dataclass(frozen=True)
 class FactsConfig:
-    """Who exists. Biographies are functions of this, the index and the exposure."""
+    """Who exists. A biography is a function of this, the index of the person and the exposure."""
 
     n_people: int = 10_000
     first_names: int = 400  # sizes of the lists that names and values are drawn from
@@ -164,13 +164,6 @@ def probes(persons: list[Person], seed: int = 0) -> list[Probe]:
 def vocabulary(cfg: FactsConfig) -> list[str]:
     """Every piece of a biography, for a word tokenizer: words with their leading space, first names also without."""
     lists = {field: _words(field)[: getattr(cfg, field)] for field in SYLLABLES}
-    entries = [
-        *itertools.chain(*lists.values()),
-        *MONTHS,
-        "He",
-        "She",
-        "University",
-        *itertools.chain(*TEMPLATES.values()),
-    ]
-    words = [word for entry in entries for word in entry.split()]
-    return list(dict.fromkeys(lists["first_names"] + [" " + word for word in words] + [".", ","]))
+    entries = itertools.chain(*lists.values(), [*MONTHS, "He", "She", "University"], *TEMPLATES.values())
+    words = [" " + word for entry in entries for word in entry.split()]
+    return list(dict.fromkeys([*lists["first_names"], *words, ".", ","]))

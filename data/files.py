@@ -22,11 +22,11 @@ try:
 except ImportError:  # Windows has no such locks, so nothing that was left behind is removed there
     fcntl = None
 
-CRC = "crc"
+CRC, RESTORE = "crc", "restore it from a copy"
 
 
 def replace(path: str | Path, content: str | bytes) -> None:
-    """Write a temporary file, flush it to the disk and rename it. A failure leaves the old file as it was."""
+    """Replace a file. A failure leaves the old one as it was."""
     path = Path(path)
     with temporary(path) as tmp:
         with open(tmp, "wb") as file:
@@ -101,10 +101,10 @@ def sign(value: dict) -> dict:
     return {**value, CRC: _crc(members)}
 
 
-def check(value: object, where: str, remedy: str = "restore it from a copy") -> dict:
+def check(value: object, where: str, remedy: str = RESTORE) -> dict:
     """The members of a JSON object without its checksum. ValueError naming `where` if it is none or was changed."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: holds a {type(value).__name__} instead of a JSON object; {remedy}")
+        raise ValueError(f"{where}: holds a {type(value).__name__}, no JSON object; {remedy}")
     members = {name: member for name, member in value.items() if name != CRC}
     try:
         damaged = CRC in value and value[CRC] != _crc(members)
@@ -115,7 +115,7 @@ def check(value: object, where: str, remedy: str = "restore it from a copy") -> 
     return members
 
 
-def parse(text: str | bytes, where: str, remedy: str = "restore it from a copy") -> object:
+def parse(text: str | bytes, where: str, remedy: str = RESTORE) -> object:
     """A JSON value without its byte-order mark. ValueError naming `where` for what the parser cannot read."""
     try:
         return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
@@ -124,14 +124,14 @@ def parse(text: str | bytes, where: str, remedy: str = "restore it from a copy")
 
 
 def json_lines(lines: Iterable[str], path: str | Path, remedy="correct that line") -> Iterator[tuple[str, object]]:
-    """("PATH:NUMBER", JSON value) of each line of somebody's file; blank lines and byte-order marks are ignored."""
+    """("PATH:NUMBER", JSON value) of each line that is not blank."""
     for number, line in enumerate(lines, 1):
         if line.strip("\ufeff \t\r\n"):
             yield (where := f"{path}:{number}"), parse(line, where, remedy)
 
 
-def read_json(path: str | Path, remedy: str = "restore it from a copy") -> dict:
-    """The JSON object of a file; its checksum is compared if it has one. FileNotFoundError, or ValueError naming it."""
+def read_json(path: str | Path, remedy: str = RESTORE) -> dict:
+    """The JSON object of a file, whose checksum is right if it has one. FileNotFoundError, or ValueError naming it."""
     return check(parse(Path(path).read_bytes(), str(path), remedy), str(path), remedy)
 
 
@@ -141,7 +141,7 @@ def write_json(path: str | Path, value: dict, signed: bool = True) -> None:
 
 
 def append(path: str | Path, rows: Iterable[dict], signed: bool = False, sync: bool = False) -> None:
-    """Append JSON lines in one write. sync: return only when they are on the disk."""
+    """Append JSON lines in one write. sync: wait for the disk."""
     lines = "".join(json.dumps(sign(row) if signed else row) + "\n" for row in rows)
     with open(path, "a") as file:
         file.write(lines)
@@ -156,9 +156,8 @@ def read_rows(path: str | Path, remedy: str = "remove that line") -> tuple[list[
     A last line without its line end was torn by a kill and is left out. Other damage is a ValueError naming the line.
     """
     content = Path(path).read_bytes()
-    whole = content.rfind(b"\n") + 1
-    rows = []
-    for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+    whole, rows = content.rfind(b"\n") + 1, []
+    for number, line in enumerate(content[:whole].split(b"\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
             rows.append(check(parse(line, where, remedy), where, remedy))

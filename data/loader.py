@@ -24,7 +24,8 @@ def parse_sources(text):
     parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",")]
     try:
         sources = [(directory, float(weight)) for directory, _, weight in parts]
-        require(all(0 < weight < math.inf for _, weight in sources), "weights", text, "must be above 0 and finite")
+        if not all(0 < weight < math.inf for _, weight in sources):
+            raise ValueError("weights must be above 0 and finite")
         return sources
     except ValueError as error:
         raise ValueError(f"data={text!r}: {error}; write DIR or DIR:0.7,DIR2:0.3") from None
@@ -55,7 +56,7 @@ class Loader:
             require(source.tokenizer == first.tokenizer, "data", str(source.directory), remedy)
         self.vocab_size = first.vocab_size
         self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the whole cursor
-        self._planned = [0] * len(sources)  # the same, for the batches being prepared; belongs to the thread
+        self._planned = [0] * len(sources)  # the same with those being prepared; belongs to the thread
         self._ahead = deque()  # futures of (batch, its cursor), oldest first
         self._thread = ThreadPoolExecutor(1, "loader")
 
@@ -113,7 +114,7 @@ class Loader:
 
 
 class _Source:
-    """One split of one data directory, as a sequence of windows in a new order every epoch."""
+    """The windows of one split of one data directory."""
 
     def __init__(self, directory, split, seq_len, seed):
         meta, self.shards = shards.read_meta(directory), shards.open_shards(directory, split)
@@ -123,8 +124,10 @@ class _Source:
         self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
         n_tokens = int(self.ends[-1]) if self.shards else 0
         self.n_windows = (n_tokens - 1) // seq_len
-        needs = f"split {split!r} has {n_tokens} tokens, one window needs {seq_len + 1}; use a smaller one or more data"
-        require(self.n_windows >= 1, "seq_len", seq_len, f"{directory}: {needs}")
+        remedy = (
+            f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; use a smaller one"
+        )
+        require(self.n_windows >= 1, "seq_len", seq_len, remedy)
         self.epoch, self.order = -1, None
 
     def sample(self, number: int) -> np.ndarray:  # (seq_len + 1,) int64
@@ -141,7 +144,7 @@ class _Source:
 
 
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(n), int64: the order of a hash (splitmix64), which no NumPy version changes."""
+    """A permutation of range(n), int64: the order of a hash (splitmix64), the same in all versions of NumPy."""
     key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
     return np.argsort(_mix(_mix(np.arange(n, dtype=np.uint64)) ^ key), kind="stable")
 

@@ -59,7 +59,7 @@ class Config:
     def __post_init__(self):
         require(self.input, "input", self.input, "name files or directories")
         require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "must be at least 0 and below 1")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2^63")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2^63 - 1")
         length = self.max_document
         require(length is None or 256 <= length <= 2**30, "max_document", length, "must be from 256 to 2^30 characters")
         if not self.tokenizer:
@@ -85,7 +85,7 @@ def scan(texts: Iterable[str], cfg: Config, sample_rate: float, found: dict) -> 
             yield text
     if not documents:
         raise ValueError(f"--input {' '.join(cfg.input)}: no text in it")
-    remedy = "the input is one document; pass a smaller --max_document, more input, or --val_fraction 0"
+    remedy = "the input is one document; pass a smaller --max_document or --val_fraction 0"
     require(len(lowest) > 1 or not share, "val_fraction", share, remedy)
     found |= {"documents": documents, "threshold": max(share, lowest[1]) if share else 0}
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -90,13 +90,10 @@ def read_config(data_dir: str | Path) -> MixtureConfig:
 def from_dict(kept: dict, where: str = "mixture") -> MixtureConfig:
     """The inverse of dataclasses.asdict; missing fields have their defaults. ValueError names `where`."""
     try:
-        parts = {
-            name: parse(kind, [], start=dict(kept[name].items() - RETIRED[name].items()))
-            for name, kind in PARTS.items()
-            if name in kept
-        }
-        rest = {name: value for name, value in kept.items() if name not in PARTS}
-        return dataclasses.replace(parse(MixtureConfig, [], start=rest), **parts)
+        own, parts = {name: value for name, value in kept.items() if name not in PARTS}, {}
+        for name in PARTS.keys() & kept.keys():
+            parts[name] = parse(PARTS[name], [], start=dict(kept[name].items() - RETIRED[name].items()))
+        return dataclasses.replace(parse(MixtureConfig, [], start=own), **parts)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -153,18 +150,16 @@ def _text(cfg: MixtureConfig, split: str, kind: str, i: int) -> str:
 
 
 def _pack(enc, texts: list[str], window: int) -> np.ndarray:
-    """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos.
-
-    A document that starts in another window cannot be understood. Documents longer than a block take several.
+    """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos,
+    because a document that starts in another window cannot be understood. Longer documents take several blocks.
     """
     eos = enc.eot_token
     documents = [ids + [eos] for ids in enc.encode_ordinary_batch(texts, num_threads=2)]
     if not window:
-        return np.array([token for ids in documents for token in ids], dtype=np.uint32)
+        return np.fromiter(chain(*documents), np.uint32)
     full, open_ = [], []  # blocks; those with room left, at most 32
     for ids in documents:
-        fitting = [block for block in open_ if len(block) + len(ids) <= window]
-        if fitting:
+        if fitting := [block for block in open_ if len(block) + len(ids) <= window]:
             max(fitting, key=len).extend(ids)
             continue
         block = [eos, *ids]
@@ -173,12 +168,11 @@ def _pack(enc, texts: list[str], window: int) -> np.ndarray:
         if len(open_) > 32:
             open_.sort(key=len)
             full.append(open_.pop())
-    blocks = (block + [eos] * (-len(block) % window) for block in full + open_)
-    return np.array([token for block in blocks for token in block], dtype=np.uint32)
+    return np.fromiter(chain(*(block + [eos] * (-len(block) % window) for block in full + open_)), np.uint32)
 
 
 def prompt(enc, text: str) -> list[int]:
-    """A prompt as documents start in the data: eos, then the text."""
+    """A prompt as documents start in the data."""
     return [enc.eot_token, *enc.encode_ordinary(text)]
 
 
@@ -196,9 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     def run():
         args = parse(Config, argv, __doc__)
         cfg = from_dict(files.read_json(args.mixture), args.mixture) if args.mixture else None
-        print(
-            f"{args.out}: {build(args.out, cfg, workers=args.workers)['splits']['train']['tokens']:,} training tokens"
-        )
+        print(f"{build(args.out, cfg, workers=args.workers)['splits']['train']['tokens']:,} training tokens")
 
     command_line(run, "stopped; nothing was written")
 

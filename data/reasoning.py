@@ -3,9 +3,9 @@
     Given: drum has 3 times lamp. kite is 5. lamp adds owl to kite. owl is 4. What is drum? Solution:
      Plan: drum lamp kite. kite is 5. lamp adds owl 4 to 5 is 9. drum has 3 times 9 is 7. Answer: 7.
 
-(one line in the data; modulo 10 here). A problem is a directed acyclic graph of named quantities: leaves are numbers,
-every other quantity is one operation on one or two others, and `steps` counts the operations. The statements come in
-random order. The plan goes back from the question to what is known, then one sentence calculates each operation.
+(modulo 10). A problem is a directed acyclic graph of named quantities: leaves are numbers, every other quantity is one
+operation on one or two others, and `steps` counts the operations. The statements come in random order. The plan goes
+back from the question to what is known, then one sentence calculates each operation.
 
 A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its
 operations, without names and numbers (which belong to it in problems of one step). One template in five is for tests.
@@ -21,6 +21,7 @@ import random
 import re
 from dataclasses import dataclass
 from functools import cache
+from operator import add, mul, sub
 from typing import NamedTuple
 from zlib import crc32
 
@@ -35,9 +36,9 @@ shoe shovel sled spoon stamp stool sword table tent tile towel tower trunk tub v
 window""".split()
 
 LEAF, MUL_C, ADD = 0, 3, 4  # the second operand of operations 1 to 3 is a number, of 4 and 5 a quantity
-# What the text says, by operation: lamp VERB y PREPOSITION x; and what it means, x SIGN y.
+# What the text says, by operation: lamp VERB y PREPOSITION x.
 WORDS = (("is", ""), ("adds", "to"), ("takes", "from"), ("has", "times"), ("adds", "to"), ("takes", "from"))
-SIGN = {"adds": "+", "takes": "-", "has": "*"}
+MEANING = {"adds": add, "takes": sub, "has": mul, "+": add, "-": sub, "*": mul}  # of x, y
 SHARED = 0.25  # probability that a second operand is a quantity needed elsewhere too, where there is one
 TEST_SHARE = 5  # one template in so many is a test template
 
@@ -140,7 +141,7 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
         op, x, y = graph[node]
         verb, preposition = WORDS[op]
         operand, value_y = (f"{name[y]} {value[y]}", value[y]) if op >= ADD else (y, y)
-        value[node] = _apply(value[x], SIGN[verb], value_y, cfg.modulus)
+        value[node] = MEANING[verb](value[x], value_y) % cfg.modulus
         named = "" if x == last else name[x] + " "
         sentences.append(f" {name[node]} {verb} {operand} {preposition} {named}{value[x]} is {value[node]}.")
         last = node
@@ -153,10 +154,6 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
     plan = f" Plan:{''.join(' ' + name[q] for q in reversed(order))} {name[graph[order[0]][1]]}."
     question = f"Given:{''.join(statements)} What is {name[0]}? Solution:"
     return Problem(question, f"{plan}{''.join(sentences)} Answer: {value[0]}.", value[0], len(order), template)
-
-
-def _apply(x: int, sign: str, y: int, modulus: int) -> int:
-    return (x + y if sign == "+" else x - y if sign == "-" else x * y) % modulus
 
 
 _STATEMENT = re.compile(r" (\w+) (is|adds|takes|has) (\w+)(?: (to|from|times) ([a-z]+))?\.")
@@ -179,7 +176,7 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
         if word.isdigit():
             return int(word)
         verb, y, _, x = defined[word]
-        return int(y) if verb == "is" else _apply(value(x), SIGN[verb], value(y), modulus)
+        return int(y) if verb == "is" else MEANING[verb](value(x), value(y)) % modulus
 
     stated = _ANSWER.search(solution)
     if stated is None or int(stated[1]) != value(query):
@@ -229,7 +226,7 @@ def _expression(r, length: int, modulus: int) -> tuple[str, int]:
     sign = "+-*"[int(r() * 3)]
     text_x, x = _expression(r, left, modulus)
     text_y, y = _expression(r, length - 1 - left, modulus)
-    return f" {sign}{text_x}{text_y}", _apply(x, sign, y, modulus)
+    return f" {sign}{text_x}{text_y}", MEANING[sign](x, y) % modulus
 
 
 def vocabulary(cfg: ReasoningConfig) -> list[str]:

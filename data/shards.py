@@ -121,11 +121,11 @@ def read_meta(directory: str | Path) -> dict:
     """The contents of meta.json. ValueError naming the file when it is missing, damaged or of another version."""
     path = Path(directory) / META
     if not path.exists():
-        raise ValueError(f"{path} does not exist: not finished data; make it with `python -m data.prepare`")
+        raise ValueError(f"{path} does not exist: not finished data; make it with data.prepare")
     meta = files.read_json(path, AGAIN)
     try:
         if meta["version"] != VERSION:
-            raise ValueError(f"version {meta['version']}, this code reads {VERSION}")
+            raise ValueError(f"version {meta['version']} is not {VERSION}")
         meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"]  # KeyError if missing
         if meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype {meta['dtype']!r}")
@@ -142,7 +142,7 @@ def read_note(directory: str | Path, name: str) -> object:
     """What a writer noted under `name` in meta.json; ValueError for data of another writer."""
     meta = read_meta(directory)
     if name not in meta:
-        raise ValueError(f"{directory}: its {META} has no {name!r}: another program made it")
+        raise ValueError(f"{directory}: no {name!r} in its {META}: another program made it")
     return meta[name]
 
 
@@ -168,8 +168,7 @@ def open_shards(directory: str | Path, split: str) -> list[np.memmap]:
         if not path.exists():
             raise ValueError(f"{path} is missing ({META} lists it); {AGAIN}")
         if path.stat().st_size != size:
-            found = f"{path.stat().st_size:,} bytes instead of {size:,}"
-            raise ValueError(f"{path} has {found}: truncated or overwritten; {AGAIN}")
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}; {AGAIN}")
         check(path, shard["sha256"])
         maps.append(np.memmap(path, dtype, "r"))
     return maps

@@ -254,7 +254,7 @@ def test_command_line_errors(tmp_path):
         (["--max_document", "1e18"], "max_document=1000000000000000000: must be"),
         (["--vocab_size", "abc"], "vocab_size='abc': a whole number"),
         (["--vocab_size", "inf"], "vocab_size='inf': a whole number"),
-        (["--seed", "-1"], "seed=-1: must be at least 0"),
+        (["--seed", "-1"], "seed=-1: must be from 0"),
         (["--out", "/proc/x/d"], "out='/proc/x/d': nothing can be written to /proc/x"),
         (["--out", str(tmp_path / "x.txt")], "exists and is not empty"),
         (["--tokenizer", "gpt9"], "gpt9"),
