@@ -1,13 +1,12 @@
 """Documents out of files.
 
 paths = find_files(["book.txt.xz", "notes.jsonl", "src/"])
-for text in read(paths, max_document=2**20): ...       # streaming
+for text in read(paths, length=2**20): ...       # streaming
 """
 
 import gzip
 import importlib
 import io
-import itertools
 import lzma
 import os
 import sys
@@ -18,17 +17,15 @@ from pathlib import Path
 
 from data import files
 
-SEPARATOR = "\n\0\n"
 EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}  # usual bytes of text per byte on the disk
 KINDS = (".txt", ".jsonl", ".py", ".parquet", ".arrow")
-BLOCK = 2**20  # characters read at once, and about as many encoded as one task
 
 
 def find_files(inputs: Iterable[str]) -> list[Path]:
     """The named files, and those in named directories, sorted. ValueError where there is none."""
     found = {}  # by what links lead to, so that nothing is read twice
     for given in map(Path, inputs):
-        paths = sorted(_walk(given)) if given.is_dir() else [given]
+        paths = sorted(path for path in given.rglob("*") if _wanted(path, given)) if given.is_dir() else [given]
         if not paths:
             raise ValueError(f"--input {given}: no {', '.join(KINDS)} file in it, compressed or not")
         for path in paths:
@@ -38,10 +35,9 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
-def _walk(top: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(top):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        yield from (Path(folder, name) for name in names if _kind(Path(name)) in KINDS and not name.startswith("."))
+def _wanted(path: Path, top: Path) -> bool:
+    hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(top).parts)
+    return _kind(path) in KINDS and not hidden and not path.is_dir()
 
 
 def _kind(path: Path) -> str:  # "a.TXT.xz" -> ".txt"
@@ -50,17 +46,20 @@ def _kind(path: Path) -> str:  # "a.TXT.xz" -> ".txt"
 
 def read(
     paths: list[Path],
-    max_document: int,
+    length: int,
     text_field: str = "text",
     encoding_errors: str = "strict",
     doing: str = "",
 ) -> Iterator[str]:
-    """The documents of files. doing: what to print every two seconds, with the share of bytes that have been read."""
+    """The documents of files: rows of tables, and texts, cut at line ends after `length` characters.
+
+    doing: what to print every two seconds, with the share of bytes that have been read.
+    """
     done, total, shown = 0, max(1, sum(path.stat().st_size for path in paths)), time.monotonic()
     for path in paths:
         with open(path, "rb") as file:
             try:
-                for text in _documents(path, file, max_document, text_field, encoding_errors):
+                for text in _documents(path, file, length, text_field, encoding_errors):
                     if text and not text.isspace():
                         yield text
                         if doing and time.monotonic() - shown > 2:
@@ -73,16 +72,17 @@ def read(
         done += path.stat().st_size
 
 
-def _documents(path: Path, file, max_document: int, text_field: str, errors: str) -> Iterator[str]:
+def _documents(path: Path, file, length: int, text_field: str, errors: str) -> Iterator[str]:
     kind = _kind(path)
     if kind in (".jsonl", ".parquet", ".arrow"):
         lines = kind == ".jsonl"
         rows = files.json_lines(_lines(path, file, errors), path) if lines else _rows(path, file, text_field)
         for where, row in rows:
-            yield from split_documents([_field(row, text_field, where)], max_document)
+            yield _field(row, text_field, where)
     else:
-        text = io.TextIOWrapper(_decompressed(path, file), encoding="utf-8", errors=errors)
-        yield from split_documents(iter(lambda: text.read(BLOCK), ""), max_document)
+        stream = io.TextIOWrapper(_decompressed(path, file), encoding="utf-8-sig", errors=errors)
+        while text := stream.read(length):
+            yield text + stream.readline(length)
 
 
 def _decompressed(path: Path, file) -> io.BufferedIOBase:
@@ -115,40 +115,7 @@ def _field(row: object, name: str, where: str) -> str:
         there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"{where} has no text in field {name!r} (it has: {there}); pass --text_field")
     value = value.encode("utf-8", "replace").decode()  # "\ud800" alone is no character
-    return value.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def split_documents(blocks: Iterable[str], max_document: int) -> Iterator[str]:
-    """Documents of a text, without byte-order marks. It is given in blocks, which may end anywhere.
-
-    Holds one block and max_document characters. The pieces of a long document join up to it.
-    """
-    piece = max(1, min(2**16, max_document // 4))
-    rest, cutting = "", False  # cutting: rest continues a document that was found too long
-    for block in itertools.chain(blocks, [None]):
-        parts = (rest + (block or "")).split(SEPARATOR)
-        for i, text in enumerate(parts):
-            ended = block is None or i < len(parts) - 1
-            spare = 0 if ended else 2  # the last two characters may be the start of a separator
-            text = text if cutting else text.lstrip("\ufeff")
-            cutting = cutting or len(text) - spare > max_document
-            at = 0
-            while cutting and len(text) - spare - at > 2 * piece:
-                end = _cut(text, at, piece)
-                yield text[at:end]
-                at = end
-            rest = text[at:]
-            if ended:
-                yield rest
-                rest, cutting = "", False
-
-
-def _cut(text: str, start: int, piece: int) -> int:
-    for mark in ("\n\n", "\n", " "):
-        at = text.rfind(mark, start + piece // 2, start + piece)
-        if at >= 0:
-            return at + len(mark)
-    return start + piece
+    return value.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _arrow(path: Path, module: str = "pyarrow"):

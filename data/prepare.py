@@ -8,11 +8,10 @@ on a sample (with the package `tokenizers`). The second encodes in threads and w
 
 What a document is:
     .jsonl, .parquet, .arrow: the field --text_field of each row
-    .txt, .py, or any other file that is named: the file, or its parts between lines that hold one NUL ("\\n\\0\\n")
+    .txt, .py, or any other file that is named: the file, or its pieces of 2^20 characters (less if the input is below
+    64 MB), which end at line ends
 and .gz, .xz or .zst of these. A directory is searched for them; links to directories are not followed. Byte-order marks
 are removed and line ends become "\\n". Parquet, Arrow and .zst need pyarrow.
-A document longer than --max_document characters is cut at paragraph or line ends into pieces of 64 Ki characters (or a
-quarter of --max_document if that is less), which are documents from then on.
 
 Held out for validation are the documents whose hash (of the text and --seed) is below --val_fraction, and always the
 lowest. So equal documents fall on the same side, and adding files moves none.
@@ -33,10 +32,11 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from data import shards, tokenizer
-from data.documents import BLOCK, EXPANSION, find_files, read
+from data.documents import EXPANSION, find_files, read
 from optimoe.config import command_line, make_directory, parse, require
 
 SAMPLE = 32e6  # bytes of text, about, that the tokenizer is trained on
+BLOCK = 2**20  # characters, about, that a thread encodes at once
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class Config:
     # Documents
     text_field: str = "text"  # of rows; a.b is the field b of the object a
     encoding_errors: Literal["strict", "replace"] = "strict"  # what to do about bytes that are not UTF-8
-    max_document: int | None = None  # characters; longer documents are cut; none: 2^20, less for inputs below 16 MB
     val_fraction: float = 0.01  # share of documents held out; 0: no validation data
     seed: int = 0  # of the split
 
@@ -60,8 +59,6 @@ class Config:
         require(self.input, "input", self.input, "name files or directories")
         require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "must be at least 0 and below 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2^63 - 1")
-        length = self.max_document
-        require(length is None or 256 <= length <= 2**30, "max_document", length, "must be from 256 to 2^30 characters")
         if not self.tokenizer:
             tokenizer.require_size(self.vocab_size)
 
@@ -85,7 +82,7 @@ def scan(texts: Iterable[str], cfg: Config, sample_rate: float, found: dict) -> 
             yield text
     if not documents:
         raise ValueError(f"--input {' '.join(cfg.input)}: no text in it")
-    remedy = "the input is one document; pass a smaller --max_document or --val_fraction 0"
+    remedy = "the input is one document, so nothing can be held out; pass --val_fraction 0"
     require(len(lowest) > 1 or not share, "val_fraction", share, remedy)
     found |= {"documents": documents, "threshold": max(share, lowest[1]) if share else 0}
 
@@ -98,9 +95,8 @@ def prepare(cfg: Config) -> dict:
     enc = tokenizer.load(cfg.tokenizer) if cfg.tokenizer else None
     paths = find_files(cfg.input)
     estimate = sum(path.stat().st_size * EXPANSION.get(path.suffix.lower(), 1) for path in paths)
-    # Small inputs are cut finer, so that they have enough documents to hold some out.
-    max_document = cfg.max_document or int(min(2**20, max(2**12, estimate / 16)))
-    texts = partial(read, paths, max_document, cfg.text_field, cfg.encoding_errors)
+    length = int(min(2**20, max(2**10, estimate / 64)))  # so that even small inputs have documents to hold out
+    texts = partial(read, paths, length, cfg.text_field, cfg.encoding_errors)
     found = {}
     sample = scan(texts("reading"), cfg, 0 if enc else SAMPLE / max(1, estimate), found)
     if enc:
@@ -113,10 +109,9 @@ def prepare(cfg: Config) -> dict:
         encode(texts("encoding"), writer, found["threshold"], cfg.seed)
         if sum(split["documents"] for split in writer.splits.values()) != found["documents"]:
             raise ValueError("the input changed while it was being read; run again")
-        remedy = "it leaves nothing to train on; pass a smaller one, or a smaller --max_document"
+        remedy = "it leaves nothing to train on; pass a smaller one"
         require("train" in writer.splits, "val_fraction", cfg.val_fraction, remedy)
-        writer.notes |= {"input": cfg.input, "seed": cfg.seed, "val_fraction": cfg.val_fraction}
-        writer.notes |= {"max_document": max_document}
+        writer.notes |= {"input": cfg.input, "length": length, "seed": cfg.seed, "val_fraction": cfg.val_fraction}
     meta = shards.read_meta(out)
     for split, n in meta["splits"].items():
         sizes = f"{n['bytes'] / 1e6:.2f} MB, {n['tokens']:,} tokens, {n['bytes'] / n['tokens']:.2f} bytes per token"

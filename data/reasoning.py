@@ -157,7 +157,6 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
 
 
 _STATEMENT = re.compile(r" (\w+) (is|adds|takes|has) (\w+)(?: (to|from|times) ([a-z]+))?\.")
-_NAME = re.compile(r" (\w+)")
 _PLAN = re.compile(r"(?: Plan:(?: [a-z]+)+\.)?")
 _ANSWER = re.compile(r" Answer: (\d{1,9})\.\Z", re.ASCII)  # no more digits: int() of thousands raises
 
@@ -181,25 +180,23 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
     stated = _ANSWER.search(solution)
     if stated is None or int(stated[1]) != value(query):
         return False, False
-    known = {name for name, (verb, *_) in defined.items() if verb == "is"}
-    at = _PLAN.match(solution).end()
-    while at < stated.start():
-        found = _NAME.match(solution, at)
-        name = found and found[1]
-        verb, y, preposition, x = defined.get(name, ("", "", "", ""))
+    allowed = {}  # sentence: (its quantity, the quantities that must be known before)
+    for name, (verb, y, preposition, x) in defined.items():
         if verb == "is":
-            allowed = [f" {name} is {y}."]
-        elif name in known or x not in known or not (y.isdigit() or y in known):
-            return True, False
+            allowed[f" {name} is {y}"] = name, set()
         else:
             operand = y if y.isdigit() else f"{y} {value(y)}"
-            allowed = [f" {name} {verb} {operand} {preposition} {n}{value(x)} is {value(name)}." for n in ("", f"{x} ")]
-        length = next((len(sentence) for sentence in allowed if solution.startswith(sentence, at)), 0)
-        if not length:
+            for named in ("", f"{x} "):
+                sentence = f" {name} {verb} {operand} {preposition} {named}{value(x)} is {value(name)}"
+                allowed[sentence] = name, {x, y} & defined.keys()
+    known = {name for name, needs in allowed.values() if not needs}
+    *sentences, rest = solution[_PLAN.match(solution).end() : stated.start()].split(".")
+    for sentence in sentences:
+        name, needs = allowed.get(sentence, ("", {""}))
+        if not needs <= known or (needs and name in known):
             return True, False
         known.add(name)
-        at += length
-    return True, query in known
+    return True, not rest and query in known
 
 
 def mano(cfg: ReasoningConfig, index: int, split: str = "train", length: int | None = None) -> Problem:
