@@ -76,7 +76,7 @@ class FactsConfig:
 
     def validate(self) -> None:
         require_ranges(self, {field: (1, len(_words(field))) for field in SYLLABLES} | {"years": (1, 200)})
-        require_ranges(self, {"n_people": (1, self.name_choices // 2)})  # half of the possible names
+        require_ranges(self, {"n_people": (1, self.name_choices // 2)})
 
     @property
     def name_choices(self) -> int:

@@ -3,8 +3,8 @@
     python -m data.prepare books/*.txt.xz --out data/mine --vocab_size 16384
     python -m data.prepare notes.jsonl src/ fineweb/ --out data/mine --tokenizer data/books
 
-The input is streamed twice. The first pass finds out what to hold out and, unless --tokenizer names one, trains a BPE
-on a sample (with the package `tokenizers`). The second encodes in threads and writes in the order of the input.
+The input is streamed twice. The first pass finds what to hold out and, unless --tokenizer names one, trains a BPE
+on a sample (with the package `tokenizers`). The second encodes in threads.
 
 What a document is:
     .jsonl, .parquet, .arrow: the field --text_field of each row
@@ -63,10 +63,10 @@ class Config:
             tokenizer.require_size(self.vocab_size)
 
 
-def hashes(text: str, seed: int) -> tuple[float, float]:
-    """Two independent numbers in [0, 1) that depend on the text and the seed only."""
+def hashed(text: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the text and the seed only."""
     digest = hashlib.blake2b(text.encode(), digest_size=16, key=str(seed).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64, int.from_bytes(digest[8:], "big") / 2**64
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def scan(texts: Iterable[str], cfg: Config, sample_rate: float, found: dict) -> Iterator[str]:
@@ -76,12 +76,12 @@ def scan(texts: Iterable[str], cfg: Config, sample_rate: float, found: dict) -> 
     documents, lowest, share = 0, [], cfg.val_fraction
     for text in texts:
         documents += 1
-        key, draw = hashes(text, cfg.seed)
+        key = hashed(text, cfg.seed)
         lowest = sorted({key, *lowest})[:2]
-        if key >= share and draw < sample_rate:
+        if share <= key < share + sample_rate:
             yield text
     if not documents:
-        raise ValueError(f"--input {' '.join(cfg.input)}: no text in it")
+        raise ValueError("no text in the input")
     remedy = "the input is one document, so nothing can be held out; pass --val_fraction 0"
     require(len(lowest) > 1 or not share, "val_fraction", share, remedy)
     found |= {"documents": documents, "threshold": max(share, lowest[1]) if share else 0}
@@ -127,7 +127,7 @@ def encode(texts: Iterable[str], writer: shards.ShardWriter, threshold: float, s
     def work(batch):
         parts = {}
         for text, ids in zip(batch, tokenizer.documents(writer.enc, batch), strict=True):
-            split = "val" if hashes(text, seed)[0] < threshold else "train"
+            split = "val" if hashed(text, seed) < threshold else "train"
             parts.setdefault(split, []).append((ids, len(text.encode())))
         return parts
 

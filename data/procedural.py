@@ -2,7 +2,7 @@
 
     build("runs/x/data", seed=1)                                          # what `python train.py` trains on
     build("data/big", MixtureConfig(FactsConfig(n_people=50_000), ...))   # what the study trains on
-    python -m data.procedural --out data/big --mixture mixture.json --workers 16    # the same for large ones
+    python -m data.procedural --out data/big --mixture mixture.json --workers 16    # large ones
 
 Training has every biography `exposures` times in changing words and the problems; validation new wordings of the same
 biographies and problems with unseen templates. meta.json keeps the MixtureConfig for evaluation.
@@ -101,8 +101,7 @@ def from_dict(kept: dict, where: str = "mixture") -> MixtureConfig:
 def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple[str, int]]:
     """(kind, number) of each document of a split, the kinds interleaved at random in their proportion.
 
-    Everything comes once before anything comes again. So the first part of the training split is a mixture like the
-    whole, with fewer repetitions.
+    Everything comes once before anything comes again, so the first part of a split is a mixture like the whole.
     """
     n, n_problems = cfg.facts.n_people, cfg.n_problems * cfg.repeats
     counts = {"facts": n * cfg.exposures, "problem": n_problems, "mano": cfg.n_mano}

@@ -10,8 +10,8 @@ back from the question to what is known, then one sentence calculates each opera
 A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its
 operations, without names and numbers (which belong to it in problems of one step). One template in five is for tests.
 
-A three-layer model learns this in minutes because whatever has to be looked up (definition, operand, value) belongs to
-the name just written, as induction heads need it. With "lamp = kite + owl = 5 + 4 = 9" it does not.
+Whatever has to be looked up (definition, operand, value) belongs to the name just written, as induction heads need it:
+three layers learn this in minutes, and "lamp = kite + owl = 5 + 4 = 9" not.
 
 `mano` makes mental arithmetic on prefix expressions, without steps (Physics of Language Models 4.1).
 """
@@ -39,7 +39,7 @@ LEAF, MUL_C, ADD = 0, 3, 4  # the second operand of operations 1 to 3 is a numbe
 # What the text says, by operation: lamp VERB y PREPOSITION x.
 WORDS = (("is", ""), ("adds", "to"), ("takes", "from"), ("has", "times"), ("adds", "to"), ("takes", "from"))
 MEANING = {"adds": add, "takes": sub, "has": mul, "+": add, "-": sub, "*": mul}  # of x, y
-SHARED = 0.25  # probability that a second operand is a quantity needed elsewhere too, where there is one
+SHARED = 0.25  # probability that a second operand is needed elsewhere too, where that can be
 TEST_SHARE = 5  # one template in so many is a test template
 
 

@@ -114,9 +114,6 @@ def refuse_existing(directory: Path) -> None:
         raise ValueError(f"{directory} exists and is not empty; remove it, or choose another name")
 
 
-# ---- reading
-
-
 def read_meta(directory: str | Path) -> dict:
     """The contents of meta.json. ValueError naming the file when it is missing, damaged or of another version."""
     path = Path(directory) / META
@@ -147,9 +144,8 @@ def read_note(directory: str | Path, name: str) -> object:
 
 
 def open_shards(directory: str | Path, split: str) -> list[np.memmap]:
-    """Read-only memory maps of a split's shards, in order. ValueError names a missing, truncated or corrupt file.
-
-    Sizes and SHA-256, and that of the tokenizer, are compared with meta.json at about 1 GB/s, once a process.
+    """Read-only memory maps of a split's shards, in order. ValueError names a missing, truncated or corrupt file:
+    sizes and SHA-256, and that of the tokenizer, are compared with meta.json at about 1 GB/s, once a process.
     """
     directory, meta = Path(directory), read_meta(directory)
     if split not in meta["splits"]:

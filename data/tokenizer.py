@@ -26,7 +26,7 @@ AGAIN = "prepare the data again"
 
 # Pieces that BPE never merges across: contractions; words with the one character before them (a space, "(", "_");
 # single digits, so that arithmetic sees place values; punctuation with the line end after it; line ends; indentation,
-# which leaves its last space to the next word. White space is bounded because the engine backtracks over it.
+# without its last space. White space is bounded because the engine backtracks over it.
 PATTERN = (
     r"'(?i:s|t|d|m|ll|ve|re)(?!\p{L})"
     r"|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"
@@ -42,9 +42,6 @@ BYTES = [bytes([b]) for b in range(256)]
 def encoding(ranks: dict[bytes, int], pattern: str = PATTERN, name: str = "optimoe") -> tiktoken.Encoding:
     """An encoding of n tokens with the ids 0..n-1, lower id = earlier merge; "<|endoftext|>" becomes id n."""
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
-
-
-# ---- making them
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
@@ -86,9 +83,6 @@ def word_tokenizer(words: Iterable[str], pattern: str = PATTERN) -> tiktoken.Enc
         if len(ids := enc.encode_ordinary(word)) != 1:
             raise ValueError(f"words: {word!r} takes {len(ids)} tokens; give what the pattern splits off")
     return enc
-
-
-# ---- files
 
 
 def save(enc: tiktoken.Encoding | Fast, directory: str | Path) -> Path:
@@ -136,9 +130,6 @@ def _encoding_of(kept: dict) -> tiktoken.Encoding:
     return tiktoken.Encoding(kept["name"], pat_str=kept["pattern"], mergeable_ranks=ranks, special_tokens=special)
 
 
-# ---- use
-
-
 def documents(enc, texts: list[str]) -> list[np.ndarray]:
     """The token ids of each text, with the end of the document. An "<|endoftext|>" inside is just text."""
     if isinstance(enc, Fast):
@@ -154,7 +145,7 @@ class Tokens(NamedTuple):
     decode: Callable[[list[int]], str]  # of what follows other tokens: leading spaces stay
     bos: list[int]  # starts every prompt
     eos: list[int]  # any of these ends a generation
-    n_vocab: int  # ids from here on are padding rows of the model's head
+    n_vocab: int  # ids from here on are padding of the model's head
 
 
 def tiktoken_tokens(enc) -> Tokens:

@@ -16,9 +16,9 @@ import tiktoken
 
 from data import prepare as module
 from data import shards, tokenizer
-from data.loader import Loader
 from data.documents import read
-from data.prepare import Config, hashes, main
+from data.loader import Loader
+from data.prepare import Config, hashed, main
 
 pytest.importorskip("tokenizers")
 
@@ -95,7 +95,7 @@ def test_every_kind_of_input(corpus, tmp_path, capsys):
     train, val = documents(tmp_path / "d", "train"), documents(tmp_path / "d", "val")
     assert sorted(train + val) == sorted(docs) and 5 < len(val) < 50
     assert [d for d in val if d in docs[:80]] == [d for d in docs[:80] if d in val], "not in the order of the input"
-    assert all((hashes(d, 0)[0] < 0.2) == (d in set(val)) for d in docs)
+    assert all((hashed(d, 0) < 0.2) == (d in set(val)) for d in docs)
 
     assert meta == shards.read_meta(tmp_path / "d")
     assert meta["vocab_size"] == 600 and len(meta["input"]) == 64
@@ -202,13 +202,13 @@ def test_special_tokens_in_text_are_text(tmp_path):
             r"x.jsonl:3 has no text in field 'text' \(it has: body, id\); pass --text_field",
         ),
         ("x.jsonl", b'["text"]', r"x.jsonl:1 has no text.*list"),
-        ("x.txt", b"\n  \n", "no text in it"),
+        ("x.txt", b"\n  \n", "no text in the input"),
     ],
 )
 def test_bad_files_are_named_and_nothing_is_written(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     (tmp_path / "good.jsonl").write_text(lines(["good", "text"]))
-    good = [] if "no text in it" in message else [str(tmp_path / "good.jsonl")]
+    good = [] if "no text" in message else [str(tmp_path / "good.jsonl")]
     inputs = [*good, str(tmp_path / name)]
     with pytest.raises(ValueError, match=message):
         prepare(inputs, tmp_path / "d", vocab_size=260)
@@ -359,10 +359,10 @@ def test_what_a_killed_run_left_is_removed_by_the_next(corpus, tmp_path, dies_in
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
-@pytest.mark.parametrize("when", ["hashes", "train_bpe", "add"])
+@pytest.mark.parametrize("when", ["hashed", "train_bpe", "add"])
 def test_an_interrupt_leaves_nothing(corpus, tmp_path, monkeypatch, when):
     monkeypatch.setattr(module, "BLOCK", 1000)
-    owner = {"hashes": module, "train_bpe": tokenizer, "add": shards.ShardWriter}[when]
+    owner = {"hashed": module, "train_bpe": tokenizer, "add": shards.ShardWriter}[when]
     original, calls = getattr(owner, when), []
 
     def interrupted(*args):
