@@ -1,8 +1,4 @@
-"""Documents out of files.
-
-paths = find_files(["book.txt.xz", "notes.jsonl", "src/"])
-for text in read(paths, length=2**20): ...       # streaming
-"""
+"""Documents out of files, one in memory at a time."""
 
 import gzip
 import importlib

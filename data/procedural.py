@@ -30,13 +30,13 @@ from optimoe.config import command_line, parse, require
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 
 PARTS = {"facts": FactsConfig, "reasoning": ReasoningConfig}
-# Fields of earlier versions and the only values with which their data can still be evaluated.
+# Fields of earlier versions, with the only values that are still understood.
 RETIRED = {
     "facts": dict(versions=0, permute=True, pronouns=True),
     "reasoning": dict(share=0.25, branch=0.0, distractors=0, ordered=False, plan=True),
 }
 
-CHUNK = 2**14  # documents made, shuffled over the chunk's windows and written at a time
+CHUNK = 2**14  # documents made and shuffled at a time
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class MixtureConfig:
 def build(out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | None = None, workers: int = 1) -> dict:
     """Writes the data directory; `seed` replaces the seeds of people, problems and order. Returns meta.json's contents.
 
-    A process writes about 1 M tokens per second. The bytes do not depend on the number of `workers`.
+    A process writes about 1 M tokens per second. The bytes do not depend on `workers`.
     """
     cfg = cfg or MixtureConfig()
     if seed is not None:
