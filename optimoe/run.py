@@ -31,20 +31,17 @@ from optimoe.load import pick_device
 
 CPU = torch.device("cpu")
 START_SECONDS = 60  # that a rank waits for the others at the start, where one that died closes no connection
-RUN_MINUTES = 30  # that a rank waits for the others later: rank 0 may be writing a large checkpoint
-
-STOPPED = "stopped; go on from the last checkpoint with --resume; if there is none yet, the same command starts again"
+RUN_MINUTES = 30  # that a rank waits later: rank 0 may be writing a large checkpoint
+RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and one process has
+STOPPED = "stopped; continue with --resume from the last checkpoint; without one, start the same command again"
 
 
 def parse(cls, argv, description=""):
     """(cfg, names of the fields that flags explain). With --resume=DIR, DIR/config.json holds where no flag is given.
 
-    A run that was resumed with other flags, and has saved no checkpoint since, lists their fields in "resumed_with"."""
-    helping = {"--help", "-h"} & set(argv)
-    flags = {} if helping else config.split_flags(cls, argv)
-    given = set(flags)
-    if given & {"config", "preset"}:
-        given |= {field.name for field in dataclasses.fields(cls)}
+    "resumed_with" lists there the fields that flags changed since the last checkpoint."""
+    flags = {} if {"--help", "-h"} & set(argv) else config.split_flags(cls, argv)
+    given = {field.name for field in dataclasses.fields(cls)} if flags.keys() & {"config", "preset"} else set(flags)
     directory = flags.get("resume")
     if not directory:
         return config.parse(cls, argv, description), given
@@ -52,16 +49,14 @@ def parse(cls, argv, description=""):
     require(path.is_file(), "resume", directory, "not a run directory (it has no config.json); check the path")
     values = files.read_json(path)
     # The two programs' configurations are told apart by a field that only one of them has.
-    other = "grpo.py" if "group_size" in values else "train.py"
-    mine = "grpo.py" if hasattr(cls, "group_size") else "train.py"
+    mine, other = ("grpo.py" if found else "train.py" for found in (hasattr(cls, "group_size"), "group_size" in values))
     require(other == mine or "steps" not in values, "resume", directory, f"it is a run of {other}, not of {mine}")
     try:
         cfg = config.parse(cls, argv, start=config.complete(cls, values))
     except ValueError as error:
         raise ValueError(f"{path} with these flags: {error}") from None
     stays = "out_dir" not in given or os.path.abspath(cfg.out_dir) == os.path.abspath(directory)
-    remedy = f"a resumed run stays in {directory}; leave this flag away, or copy the directory and resume the copy"
-    require(stays, "out_dir", cfg.out_dir, remedy)
+    require(stays, "out_dir", cfg.out_dir, f"a resumed run stays in {directory}; copy it and resume the copy")
     return dataclasses.replace(cfg, out_dir=directory), given | set(values.get("resumed_with", ()))
 
 
@@ -88,22 +83,12 @@ class Clock:
     """Seconds of work since the last reading, without those inside `paused()`."""
 
     def __init__(self):
-        self.since, self.readings = time.perf_counter(), []
+        self.since = time.perf_counter()
 
     def read(self):
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         return seconds
-
-    def rate(self, amount):
-        """`amount` per second of work since the last reading."""
-        self.readings.append((amount, self.read()))
-        return amount / self.readings[-1][1]
-
-    def mean_rate(self):
-        """The same over all readings but the first, which compiles; None without others."""
-        rest = self.readings[1:]
-        return sum(amount for amount, _ in rest) / sum(seconds for _, seconds in rest) if rest else None
 
     @contextlib.contextmanager
     def paused(self):
@@ -115,9 +100,9 @@ class Clock:
 class Run:
     """The directory of a run. Rank 0 locks and writes it; every rank knows its name and reads its checkpoints.
 
-    prepare(directory): what rank 0 alone makes there before the others go on; they all find its result in `prepared`.
-    given: names of the fields of cfg that flags explain, None for all of them (a program that calls another one).
-    Raises ValueError where the directory cannot be written, is locked, or holds a run that is not resumed."""
+    prepare(directory): what rank 0 makes there before the others go on; all of them find its result in `prepared`.
+    given: fields of cfg that flags explain, None for all. Raises ValueError where the directory cannot be written, is
+    locked, or holds a run that is not resumed."""
 
     def __init__(self, cfg, name, rank=0, world=1, device=CPU, given=None, prepare=lambda directory: None):
         self.cfg, self.dir, self.given = cfg, Path(name), given
@@ -169,10 +154,10 @@ class Run:
             self.lock.close()
 
     def resume(self, part="config"):
-        """The newest checkpoint of a resumed run, or None: it ended before its first one, and starts again.
+        """The newest checkpoint of a resumed run; None if it ended before its first one, and starts again.
 
-        part: name of the member of the checkpoint that is a copy of config.json. ValueError names a field with which
-        they differ although no flag has changed it."""
+        part: the member of the checkpoint that is a copy of config.json. ValueError names a field in which they differ
+        although no flag has changed it."""
         found = checkpoint.find(self.dir) if self.cfg.resume else []
         if not found:
             return None
@@ -180,8 +165,8 @@ class Run:
         state = checkpoint.read(path)
         saved = state[part] = config.complete(type(self.cfg), state[part])
         for name in self._changed(saved):
-            remedy = f"so says {self.dir}/config.json, but {path.name} was trained with {saved[name]!r}: one of them "
-            remedy += f"was changed; choose with --{name}=..."
+            remedy = f"so says {self.dir}/config.json, but {path.name} was trained with {saved[name]!r}; "
+            remedy += f"choose with --{name}=..."
             require(self.given is None or name in self.given, name, getattr(self.cfg, name), remedy)
         return state
 
@@ -191,7 +176,7 @@ class Run:
         return sorted(name for name in fields if saved.get(name) != getattr(self.cfg, name))
 
     def begin(self, cfg, step, state=None, part="config"):
-        """The start was not refused: write config.json, of the cfg with nothing left open, and listen to signals."""
+        """The start was not refused: write config.json of the cfg with nothing left open, and listen to signals."""
         self.cfg, self.began = cfg, time.perf_counter()
         if self.first:
             changed = {"resumed_with": self._changed(state[part])} if state else {}
@@ -201,21 +186,18 @@ class Run:
 
     def _rewind(self, step, logged):
         """Drop the rows after the checkpoint: their steps will be logged again. Say which rows before it are lost."""
-        path, kept, damaged = self.dir / "metrics.jsonl", [], 0
+        path, kept = self.dir / "metrics.jsonl", []
         for line in path.read_bytes().split(b"\n")[:-1] if step and path.exists() else ():
-            try:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
                 row = files.check(files.parse(line, "row"), "row")
                 if int(row["step"]) <= step:
                     kept.append((line, row))
-            except (ValueError, TypeError, KeyError):
-                damaged += 1
         files.replace(path, b"".join(line + b"\n" for line, _ in kept))
         self.rows, self.logged = [row for _, row in kept], [row["step"] for _, row in kept]
-        if logged is None and damaged:  # an earlier version did not write down what it had logged
-            print(f"{path} has lost {damaged} rows, whose lines were damaged", flush=True)
-        elif logged is not None and (lost := Counter(logged.tolist()) - Counter(self.logged)):
-            steps = sorted(lost.elements())
-            print(f"{path} has lost {len(steps)} rows, of step {', '.join(map(str, steps[:20]))}", flush=True)
+        lost = Counter(() if logged is None else logged.tolist()) - Counter(self.logged)
+        if lost:
+            steps = ", ".join(map(str, sorted(lost.elements())[:20]))
+            print(f"{path} has lost {lost.total()} rows, of step {steps}", flush=True)
 
     def record(self, row, line=""):
         """Append a row to metrics.jsonl, and print a line about it."""
@@ -260,22 +242,17 @@ def check_bounds(cfg, least):
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, int):
             require(-(2**63) <= value < 2**63, name, value, "use a whole number below 2^63")
-    require(cfg.seed >= 0, "seed", cfg.seed, "use a whole number from 0 to below 2^63")
-
-
-def device_memory(device):
-    """Bytes of memory of a GPU, or of the machine as far as this process may use it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(memory, int(text)) if text.isdigit() else memory
+    require(cfg.seed >= 0, "seed", cfg.seed, "use 0 or more")
 
 
 def require_memory(what, least, device, remedy):
-    """ValueError where `what` needs `least` bytes or more and the device has not as many."""
-    has = device_memory(device)
+    """ValueError where `what` needs `least` bytes and the device, or what this process may use of it, has fewer."""
+    if device.type == "cuda":
+        has = torch.cuda.get_device_properties(device).total_memory
+    else:
+        has, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+        text = limit.read_text().strip() if limit.exists() else "max"
+        has = min(has, int(text)) if text.isdigit() else has
     if least > has:
         sizes = f"{least / 2**30:,.0f} GiB of memory or more, and there are {has / 2**30:,.1f}"
         raise ValueError(f"{what} need {sizes}: {remedy}")
@@ -292,9 +269,8 @@ def explain(error, rank, world):
     if isinstance(error, (ValueError, OSError)):
         return f"error: {text}"
     if lost_rank(error, world):
-        reason = "which died or never started (its own message says why)"
-        remedy = "continue from the last checkpoint with --resume"
-        return f"error: rank {rank} lost its connection to another rank, {reason}; {remedy}\n{text}"
+        reason = "which died or never started (its own message says why); continue with --resume"
+        return f"error: rank {rank} lost its connection to another rank, {reason}\n{text}"
     return None
 
 
@@ -307,8 +283,7 @@ def launch(program, cls, description, argv=None):
     """Run program(cfg, rank, world, device, given) from the command line or torchrun; returns what it returns.
 
     A mistake ends the process with one line; with an argv, or DEBUG in the environment, it is raised."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, world = (int(os.environ.get(name, alone)) for name, alone in RANKS.items())
     try:
         cfg, given = parse(cls, sys.argv[1:] if argv is None else argv, description)
         device = pick_device(cfg, local_rank)

@@ -136,7 +136,7 @@ def test_bad_steps_inside_a_cuda_graph(data_dir, tmp_path, flags):  # noqa: F811
                     "--checkpoint-every=0",
                 )
         torch.manual_seed(0)
-        cfg = config.load(train_file.TrainConfig, tmp_path / bad_steps / "config.json")
+        cfg = config.parse(train_file.TrainConfig, [f"--config={tmp_path / bad_steps}/config.json"])
         assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(saved, GPT(cfg).parameters(), strict=True))
 
 

@@ -211,7 +211,7 @@ def test_gradients_have_the_scale_of_the_loss(data_dir, tmp_path, accum):
     """Adam and Muon hide it; the norm that is logged and clipped does not. Of the first step, by hand."""
     flags = ["--steps=1", "--log-every=1", f"--grad-accum={accum}", "--balance-coef=0.3", "--z-coef=0.2"]
     run(data_dir, tmp_path / "out", *flags)
-    cfg = config.load(train_file.TrainConfig, tmp_path / "out" / "config.json")
+    cfg = config.parse(train_file.TrainConfig, [f"--config={tmp_path}/out/config.json"])
     torch.manual_seed(cfg.seed)
     model, loader = GPT(cfg), train_file.Loader([(data_dir, 1.0)], "train", 8 // accum, 16)
     for _ in range(accum):
