@@ -5,18 +5,16 @@
     torchrun --nproc-per-node=8 grpo.py --model=runs/NAME  # data parallel on one node
     python grpo.py --resume=runs/NAME-grpo                 # continue, bit for bit; other flags override
 
-One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (by the task's file in eval/tasks) ->
-advantages within each group -> one pass over the answers in mini-batches, an optimiser step for each:
+One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (eval/tasks) -> advantages within each group
+-> one pass over the answers in mini-batches, an optimiser step for each:
 
     loss = sum over answer tokens of weight * (-min(r A, clip(r, 1 - clip, 1 + clip) A) + kl_coef * (s - 1 - log s))
     r = p / p_old, s = p_start / p,  A = (reward - mean of the group) / (standard deviation + 1e-6)
 
-p is the model's probability of a token at the sampling temperature; p_old the same before the step, p_start the start
-model's. The second term is a never negative estimate of KL(p || p_start) for tokens drawn from p, unbiased but for s
-being cut off at exp(MAX_LOG_S). weight: 1 / answer tokens of the mini-batch, or 1 / (samples * tokens of this answer).
-Prompts and padding have no term at all. Defaults are those of arXiv 2508.18672.
-
-A run directory is that of train.py; `python -m eval --run=DIR` and everything else that reads one works on it.
+p is the model's probability of a token at the sampling temperature, p_old that before the step, p_start that of the
+start model. The second term estimates KL(p || p_start), unbiased but for s being cut off at exp(MAX_LOG_S). weight:
+1 / answer tokens of the mini-batch, or 1 / (samples * tokens of this answer). Defaults are those of arXiv 2508.18672.
+A run directory is that of train.py: `python -m eval --run=DIR` works on it.
 
 Shapes: B sequences of a micro-batch, L their longest, T = B*L, A answer tokens of all of them in a row, V vocabulary,
 N MoE layers, K experts, P groups of G answers.
@@ -44,39 +42,39 @@ from optimoe.checkpoint import training_data
 from optimoe.config import require
 from optimoe.load import frozen, run_tokens
 from optimoe.optim import Together
-from optimoe.run import CPU, Clock, Run, check_bounds, launch, require_memory
+from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, launch, require_memory
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
     # Run
-    model: str = ""  # run directory or checkpoint file of the model to start from; the KL is measured against it
+    model: str = ""  # run directory or checkpoint file of the start model
     task: str = "reasoning"  # a file in eval/tasks with training questions
-    data: str = ""  # training data directory of the start model, for its tokenizer; empty: where its config says
-    evaldata: str = ""  # folder of gsm8k/, math/, mbpp/, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
+    data: str = ""  # data directory of the start model; empty: where its config says
+    evaldata: str = ""  # folder of gsm8k/, ...; empty: $OPTIMOE_EVALDATA, else ./evaldata (eval/sources.py)
     out_dir: str = ""  # run directory; empty: that of the start model with "-grpo"
     resume: str = ""  # run directory to continue
-    seed: int = 0  # of the order of the questions and of sampling
+    seed: int = 0  # of the order of questions and of sampling
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on CUDA, else float32
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
     # Sampling
-    questions: int = 7500  # training questions to go through again and again; 0: all (procedural tasks have no end)
+    questions: int = 7500  # training questions; 0: all (procedural tasks have no end)
     batch_prompts: int = 1024  # questions per step, over all ranks
     group_size: int = 5  # answers per question
     temperature: float = 1.0
-    prompt_tokens: int = 512  # questions longer than this, or than half of the model's seq_len, are left out
-    answer_tokens: int = 1024  # longest answer, or what the longest question leaves of the model's seq_len
+    prompt_tokens: int = 512  # longer questions, or than half of seq_len, are left out
+    answer_tokens: int = 1024  # longest answer; at most what questions leave of seq_len
     rollout_batch: int = 1024  # answers sampled at a time, per rank
     # Optimisation
     steps: int = 105  # of sampling
     mini_batch: int = 256  # questions per optimiser step
-    micro_tokens: int = 16384  # tokens per forward and backward pass, padding included, per rank
+    micro_tokens: int = 16384  # tokens of a pass, padding included, per rank
     lr: float = 5e-6  # constant
-    clip: float = 0.2  # the probability ratio counts between 1 - clip and 1 + clip
-    kl_coef: float = 1e-3  # weight of the KL term; 0: the start model is not even loaded
-    normalize: Literal["token", "sample"] = "token"  # every token of a mini-batch weighs the same, or every answer
-    replay: bool = False  # train with the experts that sampling chose: steadier where experts are many (docs/STUDY.md)
+    clip: float = 0.2  # of the probability ratio, to 1 - clip .. 1 + clip
+    kl_coef: float = 1e-3  # weight of the KL term; 0: no start model is loaded
+    normalize: Literal["token", "sample"] = "token"  # what weighs the same
+    replay: bool = False  # train with the experts that sampling chose (docs/STUDY.md)
     beta1: float = 0.9  # AdamW, mean
     beta2: float = 0.999  # AdamW, variance
     eps: float = 1e-8  # AdamW
@@ -97,13 +95,10 @@ class GRPOConfig:
         if not tasks.load(self.task).trains:
             names = ", ".join(name for name in tasks.NAMES if tasks.load(name).trains)
             require(False, "task", self.task, f"use one with training questions: {names}")
-        remedy = "an answer is compared with others of its group: use 2 or more"
-        require(self.group_size >= 2, "group_size", self.group_size, remedy)
-        remedy = "greedy answers are all equal; use a positive number"
-        require(self.temperature > 0, "temperature", self.temperature, remedy)
+        require(self.group_size >= 2, "group_size", self.group_size, "answers are compared in groups: use 2 or more")
+        require(self.temperature > 0, "temperature", self.temperature, "greedy answers are equal; use more than 0")
         require(0 < self.clip < 1, "clip", self.clip, "use a number between 0 and 1")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "use a number from 0 to below 1")
+        check_shares(self, "", "beta1 beta2")
         remedy = f"use a multiple of mini_batch={self.mini_batch}"
         require(self.batch_prompts % self.mini_batch == 0, "batch_prompts", self.batch_prompts, remedy)
 
@@ -128,7 +123,7 @@ class Batch(NamedTuple):
 
 
 def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed):
-    """A Sample for each prompt (token ids), which depends on the prompt, the seed and its stream only."""
+    """A Sample for each prompt (token ids); it depends on the prompt, the seed and its stream only."""
     end, experts = tokens.eos[:1], []
     options = {"batch_size": cfg.rollout_batch, "n_vocab": tokens.n_vocab, "streams": streams, "experts": experts}
     answers = generate(model, prompts, answer_tokens, end, cfg.temperature, seed=seed, **options)
@@ -172,7 +167,7 @@ def collate(samples, advantage_B, weight_B, device):
 @any_shape
 def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
     """Log-probabilities of the answers' tokens at the sampling temperature, float32 (A,); and (2,): how many experts
-    the routers chose, and how many of these they had not chosen for the same token while sampling."""
+    the routers chose, and how many of these not for the same token while sampling."""
     out = model(batch.tokens_BL, replay_NTK=batch.sampled_NTK if replay else None)
     logits_AV = out.logits.flatten(0, 1)[batch.index_A, :n_vocab].float() / cfg.temperature
     routed = logits_AV.new_zeros(2)
@@ -191,8 +186,8 @@ def look_back(batch, model, start_model, cfg, n_vocab):
     return batch._replace(old_A=old_A, start_A=start_A)
 
 
-# A token drawn with one choice of experts may be all but impossible with the choice made in training, most often in
-# sparse models (docs/LOG.md): s is then up to 1e8 and outweighs all other tokens. Beyond e^5 it adds no gradient.
+# A token may be all but impossible with other experts than sampling chose (docs/LOG.md): s, up to 1e8, would outweigh
+# all other tokens. Beyond e^5 it adds no gradient.
 MAX_LOG_S = 5.0
 
 
@@ -253,14 +248,13 @@ def load_start(cfg, device):
 
 
 def load_questions(cfg, model, tokens, source):
-    """(training questions, test questions, longest answer): those whose prompts leave room for an answer."""
+    """(training questions, test questions, longest answer), of prompts that leave room for an answer."""
     limit, task = min(cfg.prompt_tokens, model.cfg.seq_len // 2), tasks.load(cfg.task)
     found = []
     for split, n in (("train", cfg.questions), ("test", cfg.eval_questions)):
         pairs = [(q, tokens.bos + tokens.encode(q.prompt)) for q in task.questions(source, split, n)]
         found.append([(question, ids) for question, ids in pairs if len(ids) <= limit])
-    remedy = "no question is that short (at most half of seq_len counts)"
-    require(all(found), "prompt_tokens", limit, remedy)
+    require(all(found), "prompt_tokens", limit, "no question is that short (at most half of seq_len counts)")
     longest = max(len(ids) for pairs in found for _, ids in pairs)
     return *found, min(cfg.answer_tokens, model.cfg.seq_len - longest)
 
@@ -270,10 +264,8 @@ def set_up(cfg, run, start_path, model, tokens, questions):
     start_model = None
     if cfg.kl_coef:
         start_model = frozen(checkpoint.load_model(start_path, run.device, dtype=cfg.dtype, impl=cfg.impl))
-    groups = []
-    for matrices in (True, False):
-        params = [p for p in model.parameters() if (p.ndim >= 2) == matrices]
-        groups.append({"params": params, "weight_decay": cfg.weight_decay * matrices})
+    halves = ([p for p in model.parameters() if (p.ndim >= 2) == matrices] for matrices in (True, False))
+    groups = [{"params": p, "weight_decay": d} for p, d in zip(halves, (cfg.weight_decay, 0.0), strict=True)]
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     job = Training(model, start_model, tokens, *questions, adamw)
     state = run.resume("grpo")
@@ -289,7 +281,7 @@ def set_up(cfg, run, start_path, model, tokens, questions):
 
 
 def roll_out(cfg, run, job):
-    """(questions, samples) of this rank: its part of every mini-batch, so that their number changes no answer."""
+    """(questions, samples) of this rank: its part of every mini-batch, so that the ranks' number changes no answer."""
     drawn = draw_questions(len(job.asked), job.read, cfg.batch_prompts, cfg.seed)
     share = cfg.mini_batch // run.world
     starts = range(run.rank * share, cfg.batch_prompts, cfg.mini_batch)
@@ -322,8 +314,8 @@ def make_batches(cfg, run, job, samples, advantage):
 
 
 def update(cfg, run, job, batches):
-    """An optimiser step for each mini-batch. Returns float64 (mini-batches, 6), over all ranks: loss; over tokens, sums
-    of KL estimates, of clipped ones and all; experts chosen, changed since sampling. And the mean gradient norm."""
+    """An optimiser step for each mini-batch. Returns float64 (mini-batches, 6) over all ranks (loss; sums over tokens of
+    KL estimates, clipped ones, all; experts chosen, changed since sampling) and the mean gradient norm."""
     stats, norms = torch.zeros(len(batches), 6, device=run.device), []
     for sums, mini in zip(stats, batches, strict=True):
         for batch in mini:
@@ -332,7 +324,7 @@ def update(cfg, run, job, batches):
             loss.backward()
             sums += torch.cat([loss.detach()[None], policy, routed])
         for p in job.model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # there may have been nothing to learn here
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # there may be nothing to learn here
             if run.world > 1:  # a sum, not a mean: the weights in the loss are those of the whole mini-batch
                 dist.all_reduce(p.grad)
         limit = cfg.clip_norm or math.inf
@@ -346,9 +338,8 @@ def test(cfg, run, job):
     """Greedy accuracy on unseen questions."""
     mine = job.held_out[run.rank :: run.world]
     n_vocab, eos = job.tokens.n_vocab, job.tokens.eos
-    answers = generate(
-        job.model, [ids for _, ids in mine], job.answer_tokens, eos, batch_size=cfg.rollout_batch, n_vocab=n_vocab
-    )
+    options = {"batch_size": cfg.rollout_batch, "n_vocab": n_vocab}
+    answers = generate(job.model, [ids for _, ids in mine], job.answer_tokens, eos, **options)
     texts = [job.tokens.decode(ids) for ids in answers]
     right = sum(tasks.load(cfg.task).rewards([question for question, _ in mine], texts))
     reward = run.sum([right])[0] / len(job.held_out)

@@ -7,11 +7,11 @@
 
     cfg = parse(Config)  # python prog.py --lr=1e-3   (or --help, or --config=run/config.json --lr=1e-3)
 
-The dataclass is the only place where a field is written down. Types come from annotations: int, float, bool, str,
-`X | None`, Literal, and tuple[X, ...] for values with commas. Help comes from the comment behind a field, headings from
-comment lines, ranges from `__post_init__`. Fields named in the class variable POSITIONAL are words without a flag; a
-tuple at their end takes any number. A static method `preset_fields(name) -> dict` makes a class understand --preset.
-From weakest to strongest: defaults, --config, --preset (its default only without --config), the other flags.
+The dataclass is the only place where a field is written down. Types come from annotations (int, float, bool, str,
+`X | None`, Literal, and tuple[X, ...] for values with commas), help from the comment behind a field, headings from
+comment lines, ranges from `__post_init__`. Fields in the class variable POSITIONAL are words without a flag; a tuple at
+their end takes any number. A static method `preset_fields(name) -> dict` adds --preset. From weakest to strongest:
+defaults, --config, --preset (its default only without --config), the other flags.
 """
 
 import dataclasses
@@ -57,8 +57,7 @@ def make_directory(path, name, value):
     return path
 
 
-# Names and values in files of earlier versions. A field that is renamed or goes gets a row here (its new name or None);
-# BEFORE says how a program behaved before a field existed, where that is not the default of today.
+# Files of earlier versions: new names of fields (None: gone), new values, and what held before a field existed.
 RENAMED: dict = {"upcycle_noise": None}
 CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}}
 BEFORE = {"optimizer": "adamw"}
@@ -66,7 +65,7 @@ NOTES = ("resumed_with",)  # a member of config.json that is no field: see optim
 
 
 def renamed(values, known=()):
-    """The members of a configuration of any earlier version under the names and with the values of today."""
+    """A configuration of any earlier version with the names and values of today."""
     found = {}
     for name, value in values.items():
         name = name if name in known else RENAMED.get(name, name)
@@ -76,7 +75,7 @@ def renamed(values, known=()):
 
 
 def complete(cls, values):
-    """The same with all fields of today's `cls`; one that did not exist yet says what was done then."""
+    """The same with all fields of `cls`; one that did not exist yet says what was done then."""
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     defaults |= {name: value for name, value in BEFORE.items() if name in defaults}
     found = defaults | renamed(values, defaults)
@@ -84,11 +83,11 @@ def complete(cls, values):
 
 
 def parse(cls, argv=None, description="", start=None):
-    """Build a `cls` from command-line words, and from the values `start` (a dict) where they say nothing.
+    """A `cls` from command-line words (None: sys.argv[1:]), and from the dict `start` where they say nothing.
 
-    argv: list of str, or None for sys.argv[1:]. Flags are --field=value or --field value; a bool is --flag or
-    --flag=false; hyphens and underscores are the same; a repeated flag keeps its last value. --help prints the fields
-    and exits. A mistake is a ValueError or OSError; with argv=None it ends the program with one line."""
+    Flags are --field=value or --field value; a bool is --flag or --flag=false; hyphens are underscores; the last flag
+    of a name counts; --help prints the fields and exits. A mistake is a ValueError or OSError; with argv=None it ends
+    the program with one line."""
     if argv is None:
         return command_line(lambda: parse(cls, sys.argv[1:], description, start))
     words = [word for word in argv if word not in ("--help", "-h")]
@@ -115,7 +114,7 @@ def command_line(main, stopped=""):
 
 
 def split_flags(cls, argv):
-    """{field, or "config": text on the command line}; of a positional tuple, the list of its words."""
+    """{field, or "config": its text}; of a positional tuple, the list of its words."""
     hints = typing.get_type_hints(cls)
     flags, words, positional = {}, list(argv), list(getattr(cls, "POSITIONAL", ()))
     while words:
@@ -143,7 +142,7 @@ def split_flags(cls, argv):
 
 
 def _start(cls, flags, start=None):
-    """(values of fields before the other flags, name of the preset among their sources)"""
+    """(values of fields before the other flags, the preset among their sources)"""
     values, path = _converted(cls, start or {}), flags.get("config")
     if path is not None:
         if not Path(path).is_file():
@@ -157,7 +156,7 @@ def _start(cls, flags, start=None):
 
 
 def help_text(cls, description="", argv=()):
-    """The --help page: every field with its type, the value with which the program runs after argv, its comment."""
+    """The --help page: every field with its type, its value after argv, its comment."""
     notes, headings = _comments(cls)
     hints = typing.get_type_hints(cls)
     values, preset = _start(cls, split_flags(cls, argv))
@@ -235,7 +234,7 @@ def _type_name(hint):
 
 
 def _comments(cls):
-    """({field: trailing comment}, {first field under it: heading}) read from the source of cls and of its bases."""
+    """({field: comment behind it}, {first field under it: heading}) from the source of cls and its bases."""
     notes, headings = {}, {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
         name = heading = None

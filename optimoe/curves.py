@@ -1,8 +1,7 @@
-"""run/curves.png from metrics.jsonl: what a person looks at while a run trains.  python -m optimoe.curves RUN
+"""run/curves.png from metrics.jsonl:  python -m optimoe.curves RUN
 
-Cross-entropy and gradient norm; where they say something, learning rate, router entropy, dead experts and the load of
-the busiest expert. train.py redraws it at every validation and checkpoint, in a process of its own. `python -m
-study.show RUN...` lays several runs over one another.
+train.py redraws it at every validation and checkpoint, in a process of its own. `python -m study.show RUN...` lays
+several runs over one another.
 """
 
 import importlib.util
@@ -23,7 +22,7 @@ ENTROPY, LOAD = "entropy of the mean router, nats (dotted: even)", "load of the 
 def read(run):
     """(config, training rows, validation rows) of a run directory; every row has its "step" and "tokens".
 
-    Raises ValueError for damaged files, and when there is nothing to show."""
+    ValueError for damaged files, and when there is nothing to show."""
     log, path = Path(run) / "metrics.jsonl", Path(run) / "config.json"
     for needed in (log, path):
         if not needed.exists():
@@ -33,7 +32,7 @@ def read(run):
     if not train:
         raise ValueError(f"{run} has logged no training step yet")
     settings = config.renamed(files.read_json(path))
-    # Validations of older runs have no count of tokens: it is that of the training row of their step.
+    # Older validations count no tokens: those of the training row of their step.
     counted = {row["step"]: row["tokens"] for row in train if "tokens" in row}
     for row in rows:
         each_step = settings.get("batch_size", 0) * settings["seq_len"]
@@ -47,7 +46,7 @@ def label(run, settings):
 
 
 def dot(rows):
-    """The style with which a run of one row is seen: a line takes two."""
+    """The style that shows a run of one row: a line takes two."""
     return {"marker": "."} if len(rows) == 1 else {}
 
 
@@ -87,9 +86,9 @@ def figure(run):
     size = {"figsize": (13, 2.8 * height + 0.6), "layout": "constrained"}
     fig, axes = plt.subplots(height, columns, squeeze=False, **size)
     fig.suptitle(label(run, settings))
-    for axis in (axes := axes.flatten())[len(found) :]:
+    for axis in axes.flatten()[len(found) :]:
         axis.remove()
-    for axis, (title, series) in zip(axes, found.items(), strict=False):
+    for axis, (title, series) in zip(axes.flatten(), found.items(), strict=False):
         for layer, values in enumerate(series):
             colour = plt.cm.viridis(layer / len(series)) if len(series) > 1 else "C0"
             axis.plot(tokens, values, lw=0.8, color=colour, label="training", **dot(rows))
@@ -112,7 +111,7 @@ def figure(run):
 
 
 def write(draw, path):
-    """Save the figure that draw() makes, whole or not at all, or end the program with what is missing."""
+    """Save the figure that draw() makes, or end the program with what is missing."""
     try:
         picture = draw()
         with files.temporary(path) as tmp:
@@ -124,7 +123,7 @@ def write(draw, path):
 
 
 class Curves:
-    """Redraws the picture of a run beside its training, in one process at a time. If it fails, training goes on."""
+    """Redraws the picture beside training, in one process at a time. If it fails, training goes on."""
 
     def __init__(self, run_dir):
         self.run_dir, self.process = run_dir, None

@@ -30,23 +30,22 @@ from optimoe.config import make_directory, require
 from optimoe.load import pick_device
 
 CPU = torch.device("cpu")
-START_SECONDS = 60  # that a rank waits for the others at the start, where one that died closes no connection
-RUN_MINUTES = 30  # that a rank waits later: rank 0 may be writing a large checkpoint
+START_SECONDS = 60  # that ranks wait for one another at the start, where one that died closes no connection
+RUN_MINUTES = 30  # and later: rank 0 may be writing a large checkpoint
 RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and one process has
 STOPPED = "stopped; continue with --resume from the last checkpoint; without one, start the same command again"
 
 
 def parse(cls, argv, description=""):
-    """(cfg, names of the fields that flags explain). With --resume=DIR, DIR/config.json holds where no flag is given.
-
-    "resumed_with" lists there the fields that flags changed since the last checkpoint."""
+    """(cfg, names of the fields that flags explain). With --resume=DIR, DIR/config.json holds where no flag is given;
+    its "resumed_with" lists the fields that flags have changed since the last checkpoint."""
     flags = {} if {"--help", "-h"} & set(argv) else config.split_flags(cls, argv)
     given = {field.name for field in dataclasses.fields(cls)} if flags.keys() & {"config", "preset"} else set(flags)
     directory = flags.get("resume")
     if not directory:
         return config.parse(cls, argv, description), given
     path = Path(directory, "config.json")
-    require(path.is_file(), "resume", directory, "not a run directory (it has no config.json); check the path")
+    require(path.is_file(), "resume", directory, "not a run directory (it has no config.json)")
     values = files.read_json(path)
     # The two programs' configurations are told apart by a field that only one of them has.
     mine, other = ("grpo.py" if found else "train.py" for found in (hasattr(cls, "group_size"), "group_size" in values))
@@ -61,10 +60,9 @@ def parse(cls, argv, description=""):
 
 
 class Stop:
-    """Between `listen` and `restore`, the first SIGINT or SIGTERM sets `asked`; a second one acts as usual."""
+    """After `listen` the first SIGINT or SIGTERM sets `asked`; the next one acts as usual."""
 
-    asked = False
-    handlers = ()
+    asked, handlers = False, ()
 
     def listen(self):
         self.handlers = [(number, signal.signal(number, self._handle)) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -80,7 +78,7 @@ class Stop:
 
 
 class Clock:
-    """Seconds of work since the last reading, without those inside `paused()`."""
+    """Seconds since the last reading, without those inside `paused()`."""
 
     def __init__(self):
         self.since = time.perf_counter()
@@ -98,11 +96,11 @@ class Clock:
 
 
 class Run:
-    """The directory of a run. Rank 0 locks and writes it; every rank knows its name and reads its checkpoints.
+    """The directory of a run. Rank 0 locks and writes it; every rank reads its checkpoints.
 
-    prepare(directory): what rank 0 makes there before the others go on; all of them find its result in `prepared`.
-    given: fields of cfg that flags explain, None for all. Raises ValueError where the directory cannot be written, is
-    locked, or holds a run that is not resumed."""
+    prepare(directory): called by rank 0 before the others go on; all find its result in `prepared`. given: fields of
+    cfg that flags explain, None for all. Raises ValueError where the directory cannot be written, is locked, or holds
+    a run that is not resumed."""
 
     def __init__(self, cfg, name, rank=0, world=1, device=CPU, given=None, prepare=lambda directory: None):
         self.cfg, self.dir, self.given = cfg, Path(name), given
@@ -130,8 +128,8 @@ class Run:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            require(False, "out_dir", name, "another process is training there; wait for it or use another directory")
-        self.made = made  # only now: until it has the lock, they may be another process's
+            require(False, "out_dir", name, "another process is training there; use another directory")
+        self.made = made  # only now: without the lock, they may be another process's
         holds_run = (self.dir / "metrics.jsonl").exists() or checkpoint.find(self.dir)
         remedy = f"it already holds a run; continue it with --resume={name} or use another directory"
         require(self.cfg.resume or not holds_run, "out_dir", name, remedy)
@@ -156,8 +154,7 @@ class Run:
     def resume(self, part="config"):
         """The newest checkpoint of a resumed run; None if it ended before its first one, and starts again.
 
-        part: the member of the checkpoint that is a copy of config.json. ValueError names a field in which they differ
-        although no flag has changed it."""
+        part: its member that is a copy of config.json. ValueError names a field in which they differ without a flag."""
         found = checkpoint.find(self.dir) if self.cfg.resume else []
         if not found:
             return None
@@ -165,18 +162,18 @@ class Run:
         state = checkpoint.read(path)
         saved = state[part] = config.complete(type(self.cfg), state[part])
         for name in self._changed(saved):
-            remedy = f"so says {self.dir}/config.json, but {path.name} was trained with {saved[name]!r}; "
-            remedy += f"choose with --{name}=..."
+            remedy = (
+                f"so says {self.dir}/config.json, but {path.name} was trained with {saved[name]!r}: use --{name}=..."
+            )
             require(self.given is None or name in self.given, name, getattr(self.cfg, name), remedy)
         return state
 
     def _changed(self, saved):
-        """Names of the fields of cfg that had another value when `saved` was written."""
         fields = {field.name for field in dataclasses.fields(self.cfg)} - {"out_dir", "resume"}
         return sorted(name for name in fields if saved.get(name) != getattr(self.cfg, name))
 
     def begin(self, cfg, step, state=None, part="config"):
-        """The start was not refused: write config.json of the cfg with nothing left open, and listen to signals."""
+        """The start was not refused: write the final config.json, and listen to signals."""
         self.cfg, self.began = cfg, time.perf_counter()
         if self.first:
             changed = {"resumed_with": self._changed(state[part])} if state else {}
@@ -185,7 +182,7 @@ class Run:
         self.stop.listen()
 
     def _rewind(self, step, logged):
-        """Drop the rows after the checkpoint: their steps will be logged again. Say which rows before it are lost."""
+        """Drop the rows after the checkpoint, which will be logged again. Say which rows before it are lost."""
         path, kept = self.dir / "metrics.jsonl", []
         for line in path.read_bytes().split(b"\n")[:-1] if step and path.exists() else ():
             with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -200,7 +197,7 @@ class Run:
             print(f"{path} has lost {lost.total()} rows, of step {steps}", flush=True)
 
     def record(self, row, line=""):
-        """Append a row to metrics.jsonl, and print a line about it."""
+        """Append a row to metrics.jsonl, and print its line."""
         if self.first:
             files.append(self.dir / "metrics.jsonl", [row])
             self.logged.append(row["step"])
@@ -208,13 +205,13 @@ class Run:
                 print(line, flush=True)
 
     def save(self, step, state, keep):
-        """Write a checkpoint after the rows that were logged before it, and keep the newest `keep`."""
+        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`."""
         if self.first:
             files.append(self.dir / "metrics.jsonl", [], sync=True)
             checkpoint.save(self.dir, step, {"step": step, **state, "logged": torch.tensor(self.logged)}, keep)
 
     def stopping(self):
-        """Whether a signal has asked for the end. Ranks hear it at different steps: all of them agree here."""
+        """Whether a signal has asked any rank for the end."""
         return bool(self.sum([self.stop.asked])[0])
 
     def sum(self, values):
@@ -229,13 +226,12 @@ class Run:
             print(f"stopped and saved at step {step}; continue with: python {program} --resume={self.dir}", flush=True)
 
     def finish(self, results):
-        """Write results.json; returns them."""
         files.write_json(self.dir / "results.json", results)
         return results
 
 
 def check_bounds(cfg, least):
-    """ValueError for a field of cfg below its bound in `least`, a dict {bound: names}, or beyond 64 bits."""
+    """ValueError for a field of cfg below its bound in `least`, {bound: names}, or beyond 64 bits."""
     for bound, names in least.items():
         for name in names.split():
             require(getattr(cfg, name) >= bound, name, getattr(cfg, name), f"use {bound} or more")
@@ -243,6 +239,13 @@ def check_bounds(cfg, least):
         if isinstance(value, int):
             require(-(2**63) <= value < 2**63, name, value, "use a whole number below 2^63")
     require(cfg.seed >= 0, "seed", cfg.seed, "use 0 or more")
+
+
+def check_shares(cfg, to_1, below_1):
+    """ValueError for a field of cfg below 0, above 1, or for the names below_1, at 1."""
+    for name in (to_1 + " " + below_1).split():
+        value, below = getattr(cfg, name), "below " * (name in below_1.split())
+        require(0 <= value < 1 or value == 1 and not below, name, value, f"use a number from 0 to {below}1")
 
 
 def require_memory(what, least, device, remedy):
@@ -259,7 +262,7 @@ def require_memory(what, least, device, remedy):
 
 
 def explain(error, rank, world):
-    """The line that ends a program with this error, or None for a fault of the program."""
+    """The line that ends a program with this error; None for a fault of the program."""
     text = str(error)
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
@@ -280,7 +283,7 @@ def lost_rank(error, world):
 
 
 def launch(program, cls, description, argv=None):
-    """Run program(cfg, rank, world, device, given) from the command line or torchrun; returns what it returns.
+    """program(cfg, rank, world, device, given) from the command line or torchrun.
 
     A mistake ends the process with one line; with an argv, or DEBUG in the environment, it is raised."""
     rank, local_rank, world = (int(os.environ.get(name, alone)) for name, alone in RANKS.items())
@@ -292,7 +295,7 @@ def launch(program, cls, description, argv=None):
         if getattr(cfg, "deterministic", False):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # the tests do that; a run need not pay for it
+            torch.utils.deterministic.fill_uninitialized_memory = False  # the tests do that
         if world > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=START_SECONDS))
@@ -301,7 +304,7 @@ def launch(program, cls, description, argv=None):
         line = explain(error, rank, world)
         if line and lost_rank(error, world):
             print(line, file=sys.stderr, flush=True)
-            os._exit(1)  # not sys.exit: communication threads may still wait for the rank that is gone
+            os._exit(1)  # communication threads may still wait for the rank that is gone
         if line is None or argv is not None or "DEBUG" in os.environ:
             raise
         sys.exit(line)
