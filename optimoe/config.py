@@ -95,8 +95,7 @@ def parse(cls, argv=None, description="", start=None):
         print(help_text(cls, description, words))
         sys.exit(0)
     flags = split_flags(cls, argv)
-    values, _ = _start(cls, flags, start)
-    values |= _converted(cls, {name: text for name, text in flags.items() if name != "config"})
+    values = _start(cls, flags, start) | _converted(cls, {name: flags[name] for name in flags if name != "config"})
     for field in dataclasses.fields(cls):
         missing = field.name not in values and field.default is field.default_factory is dataclasses.MISSING
         require(not missing, field.name, "", "it is required; --help lists the fields")
@@ -142,34 +141,31 @@ def split_flags(cls, argv):
 
 
 def _start(cls, flags, start=None):
-    """(values of fields before the other flags, the preset among their sources)"""
+    """Values of fields before the other flags: of `start`, --config and --preset."""
     values, path = _converted(cls, start or {}), flags.get("config")
     if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such config file; check the path")
+        require(Path(path).is_file(), "config", path, "no such config file")
         found = files.read_json(path)
         values |= _converted(cls, {name: found[name] for name in found if name not in NOTES}, f"{path}: ")
     preset = flags.get("preset", "" if values else getattr(cls, "preset", ""))
     if preset and hasattr(cls, "preset_fields"):
         values |= cls.preset_fields(preset) | {"preset": preset}
-    return values, preset
+    return values
 
 
 def help_text(cls, description="", argv=()):
     """The --help page: every field with its type, its value after argv, its comment."""
-    notes, headings = _comments(cls)
-    hints = typing.get_type_hints(cls)
-    values, preset = _start(cls, split_flags(cls, argv))
-    marked = cls.preset_fields(preset) if preset and hasattr(cls, "preset_fields") else {}
+    (notes, headings), hints = _comments(cls), typing.get_type_hints(cls)
+    values = _start(cls, split_flags(cls, argv))
     lines = [description.strip(), ""] if description else []
     lines += ["usage: --field=value; bools --flag or --flag=false; --config=FILE.json loads saved values"]
-    if marked:
-        lines += [f"* value of --preset={preset}; --preset=NAME --help shows those of another preset"]
+    if hasattr(cls, "preset_fields"):
+        lines += ["--preset=NAME --help shows the values of another preset"]
     for field in dataclasses.fields(cls):
         if field.name in headings:
             lines += ["", headings[field.name] + ":"]
         default = values.get(field.name, field.default)
-        default = "required" if default is dataclasses.MISSING else repr(default) + " *" * (field.name in marked)
+        default = "required" if default is dataclasses.MISSING else repr(default)
         flag = field.name if field.name in getattr(cls, "POSITIONAL", ()) else "--" + field.name
         flag += " " + _type_name(hints[field.name])
         lines.append(f"  {flag:<34} {default:<11}  {notes.get(field.name, '')}".rstrip())

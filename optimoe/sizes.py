@@ -124,19 +124,14 @@ class SizeConfig(ModelConfig):
 
 def main(argv=None):
     cfg = config.parse(SizeConfig, argv, "Sizes, FLOPs and training memory of a model.")
-    params, flops = count_params(cfg), flops_per_token(cfg)
-    rows = [
-        ("parameters, total", f"{params.total:,}"),
-        ("parameters, active per token", f"{params.active:,}"),
-        ("of these, embeddings", f"{params.embedding:,}"),
-        ("vocabulary", f"{cfg.vocab_size:,}"),
-        ("sparsity 1 - K/E", f"{0.0 if cfg.dense else 1 - cfg.top_k / cfg.n_experts:.4g}"),
-        ("training FLOPs per token", f"{flops:.4g}"),
-    ]
+    (total, active, embedding), flops = count_params(cfg), flops_per_token(cfg)
+    rows = [("parameters, total", f"{total:,}"), ("parameters, active per token", f"{active:,}")]
+    rows += [("of these, embeddings", f"{embedding:,}"), ("vocabulary", f"{cfg.vocab_size:,}")]
+    rows += [("sparsity 1 - K/E", f"{0.0 if cfg.dense else 1 - cfg.top_k / cfg.n_experts:.4g}")]
+    rows += [("training FLOPs per token", f"{flops:.4g}")]
     if cfg.tokens:
-        budget = (cfg.tokens, cfg.tokens / params.total, cfg.tokens * flops)
-        names = ("training tokens", "tokens per parameter (TPP)", "training FLOPs")
-        rows += [(name, f"{value:.4g}") for name, value in zip(names, budget, strict=True)]
+        rows += [("training tokens", f"{cfg.tokens:.4g}"), ("training FLOPs", f"{cfg.tokens * flops:.4g}")]
+        rows += [("tokens per parameter (TPP)", f"{cfg.tokens / total:.4g}")]
     memory = training_memory(cfg, cfg.micro_batch * cfg.seq_len, cfg.weights)
     memory[f"training memory, {cfg.micro_batch} x {cfg.seq_len} tokens"] = sum(memory.values())
     rows += [(part, f"{size / 2**30:.3f} GiB") for part, size in memory.items() if size]
