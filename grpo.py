@@ -104,22 +104,22 @@ class GRPOConfig:
 
 
 class Sample(NamedTuple):
-    ids: list[int]  # prompt, answer, and the end-of-text token if the answer ended in time
+    ids: list[int]  # prompt, answer, and end of text if it ended in time
     start: int  # index of the answer's first token
     experts: Tensor  # int16 (N, len(ids) - 1, K): what the routers chose while sampling
     text: str  # of the answer
-    length = property(lambda self: len(self.ids) - self.start)  # tokens of the answer
+    length = property(lambda self: len(self.ids) - self.start)  # of the answer, in tokens
 
 
 class Batch(NamedTuple):
-    tokens_BL: Tensor  # int64, padded on the right
+    tokens_BL: Tensor  # padded on the right
     sampled_NTK: Tensor  # int32 experts chosen while sampling; -1 at padding
-    index_A: Tensor  # int64, positions of B*L whose next token is an answer's
-    target_A: Tensor  # int64, these next tokens
-    advantage_A: Tensor  # float32
-    weight_A: Tensor  # float32
-    old_A: Tensor | None = None  # float32 log-probabilities before the step; None: as they are now
-    start_A: Tensor | None = None  # float32 log-probabilities by the start model; None: there is no KL term
+    index_A: Tensor  # positions of B*L whose next token is an answer's
+    target_A: Tensor  # these next tokens
+    advantage_A: Tensor
+    weight_A: Tensor
+    old_A: Tensor | None = None  # log-probabilities before the step; None: as they are now
+    start_A: Tensor | None = None  # log-probabilities by the start model; None: no KL term
 
 
 def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed):
@@ -139,7 +139,7 @@ def advantages(rewards_PG):
 
 
 def micro_batches(rows, lengths, max_tokens):
-    """Rows of like length together, as many as fit into max_tokens, at most a sixteenth of which is padding."""
+    """Rows of like length together, as many as fit into max_tokens, a sixteenth of it padding."""
     batches, longest, padding = [], 0, 0
     for i in sorted(rows, key=lambda i: -lengths[i]):
         padding += longest - lengths[i]
@@ -180,7 +180,7 @@ def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
 
 @torch.no_grad()
 def look_back(batch, model, start_model, cfg, n_vocab):
-    """The batch with the log-probabilities of its answers by the model as it is and by the start model, if given."""
+    """The batch with log-probabilities by the model as it is and by the start model, where given."""
     old_A = answer_logprobs(model, batch, cfg, n_vocab, cfg.replay)[0] if model else None
     start_A = answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None
     return batch._replace(old_A=old_A, start_A=start_A)
@@ -192,7 +192,7 @@ MAX_LOG_S = 5.0
 
 
 def policy_loss(logp_A, batch, clip, kl_coef):
-    """The loss at the top of this file; and (3,): sum of the KL estimates, number of clipped tokens and of all."""
+    """The loss at the top of this file; and (3,): sum of the KL estimates, clipped tokens, all tokens."""
     old_A = logp_A.detach() if batch.old_A is None else batch.old_A
     ratio_A = (logp_A - old_A).clamp(max=20).exp()  # e^89 would be infinite, and its gradient no number
     surrogate = ratio_A * batch.advantage_A
@@ -204,7 +204,7 @@ def policy_loss(logp_A, batch, clip, kl_coef):
 
 
 def draw_questions(n_questions, start, count, seed):
-    """Indices start .. start + count - 1 of a stream that goes through all questions again and again, in new orders."""
+    """Indices start .. start + count - 1 of a stream through all questions, again and again in new orders."""
     order = []
     for epoch in range(start // n_questions, (start + count - 1) // n_questions + 1):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
@@ -213,7 +213,7 @@ def draw_questions(n_questions, start, count, seed):
 
 
 def token_weights(lengths, n_tokens, n_answers, normalize):
-    """Weight of each token of answers with these lengths, in a mini-batch of n_answers with n_tokens over all ranks."""
+    """Weight of each token of answers of these lengths, in a mini-batch of n_answers and n_tokens over all ranks."""
     return [1 / n_tokens if normalize == "token" else 1 / (n_answers * length) for length in lengths]
 
 
@@ -222,7 +222,7 @@ def token_weights(lengths, n_tokens, n_answers, normalize):
 
 @dataclass
 class Training:
-    """The state of a run, and what all its steps share."""
+    """The state of a run, and what its steps share."""
 
     model: GPT
     start_model: GPT | None  # None: there is no KL term
@@ -232,7 +232,7 @@ class Training:
     answer_tokens: int  # longest answer
     optimizer: torch.optim.Optimizer
     step: int = 0
-    read: int = 0  # questions drawn so far, whatever batch_prompts was
+    read: int = 0  # questions drawn so far
     row: dict = dataclasses.field(default_factory=dict)  # of the latest step
 
 
@@ -260,7 +260,7 @@ def load_questions(cfg, model, tokens, source):
 
 
 def set_up(cfg, run, start_path, model, tokens, questions):
-    """(Training of a fresh run, or as its newest checkpoint has it; that checkpoint or None)."""
+    """(Training of a fresh run, or of its newest checkpoint; that checkpoint or None)."""
     start_model = None
     if cfg.kl_coef:
         start_model = frozen(checkpoint.load_model(start_path, run.device, dtype=cfg.dtype, impl=cfg.impl))
@@ -294,7 +294,7 @@ def roll_out(cfg, run, job):
 
 
 def make_batches(cfg, run, job, samples, advantage):
-    """Mini-batches as lists of micro-batches, with what the weights say of their answers before they change."""
+    """Mini-batches as lists of micro-batches, with log-probabilities by the weights before the step."""
     share = cfg.mini_batch // run.world * cfg.group_size
     minis = [range(start, start + share) for start in range(0, len(samples), share)]
     counts = run.sum([sum(samples[i].length for i in mini) for mini in minis])
@@ -314,8 +314,8 @@ def make_batches(cfg, run, job, samples, advantage):
 
 
 def update(cfg, run, job, batches):
-    """An optimiser step for each mini-batch. Returns float64 (mini-batches, 6) over all ranks (loss; sums over tokens of
-    KL estimates, clipped ones, all; experts chosen, changed since sampling) and the mean gradient norm."""
+    """A step for each mini-batch. Returns float64 (mini-batches, 6) over all ranks (loss; sums over tokens of KL
+    estimates, clipped ones, all; experts chosen, changed since sampling) and the mean gradient norm."""
     stats, norms = torch.zeros(len(batches), 6, device=run.device), []
     for sums, mini in zip(stats, batches, strict=True):
         for batch in mini:
@@ -352,7 +352,7 @@ def test(cfg, run, job):
 
 
 def grpo(cfg, rank=0, world=1, device=CPU, given=None):
-    """One run from the start model, or from its newest checkpoint, to the end. Returns results.json on rank 0."""
+    """One run to its end. Returns results.json on rank 0, or None."""
     require(cfg.mini_batch % world == 0, "mini_batch", cfg.mini_batch, f"use a multiple of the {world} ranks")
     n_answers = cfg.batch_prompts // world * cfg.group_size
     what = f"{cfg.questions:,} questions and {n_answers:,} answers a step"
@@ -406,7 +406,6 @@ def save(cfg, run, job):
 
 
 def main(argv=None):
-    """Entry point of `python grpo.py` and torchrun; returns what `grpo` returns."""
     return launch(grpo, GRPOConfig, __doc__, argv)
 
 

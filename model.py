@@ -3,9 +3,9 @@
     model = GPT(preset("tiny", vocab_size=512))
     out = model(tokens_BL, targets_BL)  # train.py minimises out.loss + 1e-2 * out.balance + 1e-3 * out.z
 
-Shapes: B batch, L sequence, T = B*L tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows),
-E experts, K experts per token, N MoE layers, H attention heads (Hkv for keys and values), d head width, V vocabulary.
-Weights are float32, cast to the compute dtype at use; with AdamW matrices in blocks are bfloat16 (docs/optimizer.md).
+Shapes: B batch, L sequence, T = B*L tokens, D width, F expert width, G = 2F (gate rows, then up rows), E experts, K of
+them per token, N MoE layers, H heads (Hkv for keys and values), d head width, V vocabulary. Weights are float32, cast
+at use; with AdamW matrices in blocks are bfloat16 (docs/optimizer.md).
 """
 
 import hashlib
@@ -62,16 +62,16 @@ class ModelConfig:
 
     @property
     def kernels(self):
-        """The argument impl of the ops."""
+        """impl of the ops."""
         return None if self.impl == "auto" else self.impl
 
     @property
     def router_learns(self):
-        """Whether the loss has a gradient for the router. train.py refuses a model without; old ones still load."""
+        """Whether the loss has a gradient for the router. train.py refuses models without; old ones load."""
         return self.dense or self.n_experts == 1 or self.top_k > 1 or not self.router_normalize
 
     def validate(self):
-        """Raise ValueError naming the field, its value and the remedy."""
+        """ValueError names the field, its value and the remedy."""
         from_1 = "d_model n_layers n_heads n_kv_heads head_dim n_experts top_k d_expert loss_chunk seq_len"
         from_0 = "vocab_size n_shared_experts router_bias_rate norm_eps embed_init_std"
         most = {"seq_len": 2**22, "n_experts": 1024, "top_k": min(32, self.n_experts)}
@@ -88,17 +88,17 @@ class ModelConfig:
 
 
 class Output(NamedTuple):
-    logits: Tensor | None  # (B, L, V), or (B, 1, V) with a cache; None when targets are given
-    loss: Tensor | None  # float32 mean cross-entropy in nats over targets >= 0; None without targets
-    balance: Tensor  # float32, sum over MoE layers of E * sum_e f_e p_e: N at perfect balance
+    logits: Tensor | None  # (B, L, V), or (B, 1, V) with a cache; None with targets
+    loss: Tensor | None  # float32 mean cross-entropy in nats over targets >= 0; None without
+    balance: Tensor  # float32, sum over MoE layers of E * sum_e f_e p_e: N at balance
     z: Tensor  # float32, sum over MoE layers of mean logsumexp(router logits)^2
     counts_NE: Tensor  # int32 (token, slot) pairs per layer and expert; (0, E) in a dense model
-    probs_NE: Tensor  # float32 mean router probability, differentiable; with counts of all ranks: the global balance
-    experts: tuple[Tensor, ...] = ()  # for each MoE layer int32 (T, K): the experts that the router chose
+    probs_NE: Tensor  # float32 mean router probability, differentiable
+    experts: tuple[Tensor, ...] = ()  # of each MoE layer int32 (T, K): what the router chose
 
 
 class Linear(nn.Linear):
-    """Without bias; the weight is cast to the dtype of its input. GPT.draw fills it, not the constructor."""
+    """Without bias; the weight is cast to the input's dtype. GPT.draw fills it."""
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
@@ -111,7 +111,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Its statistics are float32 for inputs of any dtype."""
+    """With float32 statistics."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -122,7 +122,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(cfg):
-    """cos and sin, each (L, 1, d) float32. The first half of sin is negated: a rotation is then x*cos + roll(x)*sin."""
+    """cos and sin, each (L, 1, d) float32, the first half of sin negated: a rotation is x*cos + roll(x)*sin."""
     exact = dict(dtype=torch.float64, device="cpu")  # MPS has no float64
     freqs = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, **exact) / cfg.head_dim)
     angles = torch.outer(torch.arange(cfg.seq_len, **exact), freqs)
@@ -204,7 +204,7 @@ class MoE(nn.Module):
         return r, chosen_TK
 
     def forward(self, x_TD, replay_TK=None, stats=True):
-        """y (T, D) and (balance, z, counts (E,), probabilities (E,), choice (T, K)); without stats only (choice,)."""
+        """y (T, D) and (balance, z, counts (E,), probs (E,), choice (T, K)); without stats only (choice,)."""
         r, chosen_TK = self.choose(x_TD, replay_TK)
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
         kernels = dict(impl=self.cfg.kernels, activation=self.cfg.activation)
@@ -234,13 +234,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """draw=False leaves the weights without values, for a model whose weights are loaded."""
+    """draw=False leaves the weights without values, to be loaded."""
 
     def __init__(self, cfg, draw=True):
         super().__init__()
         require(cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, "give the tokenizer's size")
         self.cfg = cfg
-        self.before_layer = None  # called with the number of each block before it runs, and with n_layers at the end
+        self.before_layer = None  # called with the number of a block before it runs, with n_layers at the end
         self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -271,7 +271,7 @@ class GPT(nn.Module):
                 generator.manual_seed(key + i)
                 part.normal_(std=embed_std if name == "embed.weight" else std, generator=generator)
         if cfg.tie_embeddings:
-            # The residual stream of a token starts as its own embedding e, whose logit would be about D * std(e).
+            # Else a token's own logit would start at about D * std of the embeddings.
             self.norm.weight.fill_(min(1.0, 1 / (cfg.d_model * embed_std)))
 
     @property
@@ -279,7 +279,7 @@ class GPT(nn.Module):
         return compute_dtype(self.cfg, self.embed.weight.device)
 
     def forward(self, tokens_BL, targets_BL=None, cache=None, replay_NTK=None):
-        """tokens (B, L) int64 -> Output, with the loss and no logits where targets (B, L; -1: no loss) are given.
+        """tokens (B, L) int64 -> Output, with a loss instead of logits where targets (B, L; -1: no loss) are given.
 
         cache (eval/kv_cache.py): the tokens continue its sequences; logits are those of each row's last real token, and
         there are no statistics. replay_NTK (int32; -1: none): experts to use in place of each router's choice, which
@@ -335,7 +335,7 @@ def update_router_bias(model, counts_NE):
 
 
 def compute_dtype(cfg, device):
-    """The torch.dtype in which a model of this config computes on a device."""
+    """The torch.dtype in which a model computes on a device."""
     if cfg.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, cfg.dtype)

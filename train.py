@@ -114,7 +114,7 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
         parallel.sync_gradients(model, optimizer, micro == len(batches) - 1)
         out = model(tokens_BL, targets_BL)
         balance = out.balance
-        if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
+        if world > 1:  # the balance of the global batch: everyone's counts, own probabilities
             dist.all_reduce(out.counts_NE)
             layers = zip(out.counts_NE, out.probs_NE, strict=True)
             balance = sum((balance_loss(counts_E, probs_E) for counts_E, probs_E in layers), 0 * out.balance)
@@ -220,14 +220,14 @@ class Data(NamedTuple):
 
 @dataclass
 class Training:
-    """The state of a run, most of which a checkpoint holds."""
+    """The state of a run."""
 
     model: GPT
     optimizer: parallel.Sharded
     window: dict
     step: int = 0
-    tokens: int = 0  # read so far, whatever the batch size was
-    state: dict | None = None  # checkpoint that the run continues from, without its tensors
+    tokens: int = 0  # read so far
+    state: dict | None = None  # checkpoint that the run continues from
 
 
 def make_data(cfg, directory):
@@ -256,7 +256,7 @@ def open_data(cfg, run):
 
 
 def check_start(cfg, world):
-    """ValueError for what can be refused before a run directory is made."""
+    """ValueError for what can be refused without a run directory."""
     divides = cfg.batch_size % (world * cfg.grad_accum) == 0
     remedy = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
     require(divides, "batch_size", cfg.batch_size, remedy)
@@ -265,7 +265,7 @@ def check_start(cfg, world):
 
 
 def check_memory(cfg, run):
-    """ValueError where weights, gradients, optimiser states, inputs of blocks and logits exceed the memory."""
+    """ValueError where weights, gradients, states, inputs of blocks and logits exceed the memory."""
     n_params, _, n_embedding = count_params(cfg)
     hidden = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter, in blocks
     held = (16 * n_embedding + hidden * (n_params - n_embedding)) // run.world
@@ -279,7 +279,7 @@ def check_memory(cfg, run):
 
 
 def set_up(cfg, run, data):
-    """The Training of a fresh run, or as its newest checkpoint has it."""
+    """The Training of a fresh run, or of its newest checkpoint."""
     check_memory(cfg, run)
     model, state = GPT(cfg), run.resume()
     if state:
@@ -311,7 +311,7 @@ def set_up(cfg, run, data):
 def validate(job, data, world):
     """Mean cross-entropy in nats over the same validation batches every time."""
     job.optimizer.gather_weights()
-    if not parallel.is_fsdp(job.model):  # whose blocks must run as modules; only compiled blocks depend on the mode
+    if not parallel.is_fsdp(job.model):  # whose blocks must run as modules
         job.model.eval()
     loader = data.val_loader
     loader.load_state_dict(loader.state_dict() | {"drawn": [0] * len(loader.sources)})
@@ -334,7 +334,7 @@ def save(cfg, run, job, data):
 
 
 def train(cfg, rank=0, world=1, device=CPU, given=None):
-    """One run from start, or from its newest checkpoint, to the end. Returns results.json on rank 0, or None."""
+    """One run to its end. Returns results.json on rank 0, or None."""
     check_start(cfg, world)
     name = cfg.out_dir or f"runs/{'dense' if cfg.dense else cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Run(cfg, name, rank, world, device, given, partial(make_data, cfg)) as run:
@@ -411,7 +411,6 @@ def finish(cfg, run, job, data, row, val_row):
 
 
 def main(argv=None):
-    """Entry point of `python train.py` and torchrun; returns what `train` returns."""
     return launch(train, TrainConfig, __doc__, argv)
 
 
