@@ -40,6 +40,7 @@ from model import GPT
 from optimoe import checkpoint, guard
 from optimoe.checkpoint import training_data
 from optimoe.config import require
+from optimoe.curves import Curves
 from optimoe.load import frozen, run_tokens
 from optimoe.optim import Together
 from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, launch, require_memory
@@ -85,6 +86,8 @@ class GRPOConfig:
     eval_questions: int = 500  # of these tests
     checkpoint_every: int = 20  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 1  # newest ones kept
+    curves: bool = True  # redraw curves.png at tests and checkpoints
+    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
 
     def __post_init__(self):
         from_1 = "batch_prompts prompt_tokens answer_tokens rollout_batch steps mini_batch micro_tokens"
@@ -366,11 +369,15 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
         run.begin(cfg, job.step, state, "grpo")
         if run.first:
             print(report.grpo_start(cfg, run, job), flush=True)
-        if job.step == 0:
+        pictures = Curves(run.dir) if run.first and cfg.curves else None
+        if not state:
             test(cfg, run, job)
         while job.step < cfg.steps:
             clock = Clock()
             asked, samples = roll_out(cfg, run, job)
+            if run.stopping():  # the weights are still those of the last step
+                save(cfg, run, job)
+                return run.stopped(job.step, "grpo.py")
             seconds = {"seconds_rollout": clock.read()}
             grades = tasks.load(cfg.task).rewards(asked, [sample.text for sample in samples])
             reward_PG = torch.tensor(grades).view(-1, cfg.group_size)
@@ -389,11 +396,15 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
             stopping = run.stopping()
             if stopping or last or cfg.checkpoint_every and job.step % cfg.checkpoint_every == 0:
                 save(cfg, run, job)
+            if pictures and ("test_reward" in job.row or stopping):
+                pictures.refresh()
             if stopping and not last:
                 return run.stopped(job.step, "grpo.py")
 
         if "test_reward" not in job.row:  # resumed to end where it had been stopped
             job.row["test_reward"] = test(cfg, run, job)
+        if pictures:
+            pictures.close()
         return run.finish({**job.row, "test_questions": len(job.held_out)}) if run.first else None
 
 

@@ -78,6 +78,7 @@ class TrainConfig(ModelConfig):
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept
     curves: bool = True  # redraw curves.png at validations and checkpoints
+    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
     sample_tokens: int = 64  # of the samples at the end; 0: none
 
     @staticmethod

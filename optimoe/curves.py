@@ -1,7 +1,7 @@
 """run/curves.png from metrics.jsonl:  python -m optimoe.curves RUN
 
-train.py redraws it at every validation and checkpoint, in a process of its own. `python -m study.show RUN...` lays
-several runs over one another.
+train.py and grpo.py redraw it as they test, in a process of its own. `python -m study.show RUN...` lays several runs
+over one another.
 """
 
 import importlib.util
@@ -17,16 +17,22 @@ from optimoe import config
 
 LOSS, NORM = "cross-entropy, nats per token", "gradient norm before clipping"
 ENTROPY, LOAD = "entropy of the mean router, nats (dotted: even)", "load of the busiest expert (1: even)"
+GRPO = {
+    "reward": "reward",
+    "KL to the start model, nats per token": "kl",
+    NORM: "grad_norm",
+    "answer, tokens": "answer_tokens",
+}
 
 
 def read(run):
-    """(config, training rows, validation rows) of a run directory; every row has its "step" and "tokens".
+    """(config, training rows, validation rows) of a run directory. Rows have their "step" and, but in GRPO, "tokens".
 
     ValueError for damaged files, and when there is nothing to show."""
     log, path = Path(run) / "metrics.jsonl", Path(run) / "config.json"
     for needed in (log, path):
         if not needed.exists():
-            raise ValueError(f"{run} holds no {needed.name}: give a run directory of train.py")
+            raise ValueError(f"{run} holds no {needed.name}: give a run directory")
     rows, _ = files.read_rows(log)
     train = [row for row in rows if "loss" in row]
     if not train:
@@ -34,15 +40,18 @@ def read(run):
     settings = config.renamed(files.read_json(path))
     # Older validations count no tokens: those of the training row of their step.
     counted = {row["step"]: row["tokens"] for row in train if "tokens" in row}
-    for row in rows:
+    for row in rows if "seq_len" in settings else ():
         each_step = settings.get("batch_size", 0) * settings["seq_len"]
         row.setdefault("tokens", counted.get(row["step"], row["step"] * each_step))
-    return settings, train, [row for row in rows if "val_loss" in row]
+    return settings, train, [row for row in rows if "val_loss" in row or "loss" not in row and "test_reward" in row]
 
 
 def label(run, settings):
+    name = Path(run).absolute().name
+    if "group_size" in settings:
+        return f"{name} ({settings['task']}, groups of {settings['group_size']})"
     kind = "dense" if settings["dense"] else f"E={settings['n_experts']}, k={settings['top_k']}"
-    return f"{Path(run).absolute().name} (d={settings['d_model']}, {kind})"
+    return f"{name} (d={settings['d_model']}, {kind})"
 
 
 def dot(rows):
@@ -60,6 +69,8 @@ def set_loss_limits(axis, losses):
 def panels(rows):
     """{title: one series of values, or one for each layer} of what has something to show."""
     column = lambda name: [row.get(name, 0) for row in rows]  # noqa: E731
+    if "reward" in rows[0]:
+        return {title: [column(name)] for title, name in GRPO.items()}
     found = {LOSS: [column("loss")], NORM: [column("grad_norm")]}
     if len(set(column("lr"))) > 1:
         found["learning rate"] = [column("lr")]
@@ -80,7 +91,8 @@ def figure(run):
     import matplotlib.pyplot as plt
 
     settings, rows, val = read(run)
-    tokens, found = [row["tokens"] / 1e6 for row in rows], panels(rows)
+    found, grpo = panels(rows), "reward" in rows[0]
+    x = lambda rows: [row["step"] if grpo else row["tokens"] / 1e6 for row in rows]  # noqa: E731
     columns = min(3, len(found))
     height = math.ceil(len(found) / columns)
     size = {"figsize": (13, 2.8 * height + 0.6), "layout": "constrained"}
@@ -91,16 +103,18 @@ def figure(run):
     for axis, (title, series) in zip(axes.flatten(), found.items(), strict=False):
         for layer, values in enumerate(series):
             colour = plt.cm.viridis(layer / len(series)) if len(series) > 1 else "C0"
-            axis.plot(tokens, values, lw=0.8, color=colour, label="training", **dot(rows))
+            axis.plot(x(rows), values, lw=0.8, color=colour, label="training", **dot(rows))
         axis.set_title(title, fontsize=9)
-        axis.set_xlabel("million tokens", fontsize=8)
+        axis.set_xlabel("step" if grpo else "million tokens", fontsize=8)
         axis.locator_params(axis="x", nbins=5)  # more would touch in a run of a few thousand tokens
         axis.grid(alpha=0.3)
-        if title == LOSS:
-            losses = [row["val_loss"] for row in val]
+        if axis is axes[0, 0]:
+            tested = [row["test_reward" if grpo else "val_loss"] for row in val]
             if val:
-                axis.plot([row["tokens"] / 1e6 for row in val], losses, "o-", ms=3, lw=1.2, label="validation")
-            set_loss_limits(axis, [*series[0], *losses])
+                named = "greedy, on unseen questions" if grpo else "validation"
+                axis.plot(x(val), tested, "o-", ms=3, lw=1.2, label=named)
+            if not grpo:
+                set_loss_limits(axis, [*series[0], *tested])
             axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.1))
         elif title == ENTROPY:
             axis.axhline(math.log(settings["n_experts"]), color="black", ls=":", lw=1.5, zorder=3)

@@ -12,6 +12,7 @@ with Run(cfg, "runs/name", rank, world, device, given) as run:  # a refused star
 import contextlib
 import dataclasses
 import fcntl
+import importlib
 import os
 import shutil
 import signal
@@ -57,6 +58,39 @@ def parse(cls, argv, description=""):
     stays = "out_dir" not in given or os.path.abspath(cfg.out_dir) == os.path.abspath(directory)
     require(stays, "out_dir", cfg.out_dir, f"a resumed run stays in {directory}; copy it and resume the copy")
     return dataclasses.replace(cfg, out_dir=directory), given | set(values.get("resumed_with", ()))
+
+
+LOGS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+def log_modules(cfg):
+    """[(kind, module)] of cfg.log; ValueError where one is unknown or not installed."""
+    found = []
+    for kind in filter(None, cfg.log.split(",")):
+        require(kind in LOGS, "log", kind, "use tensorboard, wandb, or both with a comma")
+        try:
+            found.append((kind, importlib.import_module(LOGS[kind])))
+        except ImportError:
+            require(False, "log", kind, f"the package is not installed: pip install {kind}")
+    return found
+
+
+def open_log(kind, module, cfg, run_dir, step):
+    """(function of {name: number} and a step, function that closes the log)"""
+    if kind == "wandb":
+        run = module.init(project="optimoe", name=run_dir.name, config=dataclasses.asdict(cfg))
+        return (lambda numbers, step: run.log(numbers, step=step)), run.finish
+    writer = module.SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+    return lambda numbers, step: [writer.add_scalar(name, x, step) for name, x in numbers.items()], writer.close
+
+
+def numbers_of(row):
+    """{name: number} of a row, and {name/layer: number} of its lists; nothing that nests deeper."""
+    found = {}
+    for name, value in row.items():
+        values = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
+        found |= {key: x for key, x in values.items() if isinstance(x, (int, float)) and key != "step"}
+    return found
 
 
 class Stop:
@@ -107,6 +141,7 @@ class Run:
         self.rank, self.world, self.device, self.first = rank, world, device, rank == 0
         self.stop, self.logged, self.began = Stop(), [], None
         self.lock, self.prepared, self.made = None, None, []  # made: what a refused start removes
+        self.modules, self.logs = log_modules(cfg) if self.first else [], []
         try:
             if self.first:
                 self._open()
@@ -139,6 +174,8 @@ class Run:
 
     def __exit__(self, *_):
         self.stop.restore()
+        for _, close in self.logs:
+            close()
         self._close()
 
     def _close(self):
@@ -178,21 +215,22 @@ class Run:
         if self.first:
             changed = {"resumed_with": self._changed(state[part])} if state else {}
             files.write_json(self.dir / "config.json", dataclasses.asdict(cfg) | changed)
-            self._rewind(step, state.get("logged") if state else None)
+            self._rewind(step, state)
+        self.logs = [open_log(*pair, cfg, self.dir.absolute(), step) for pair in self.modules]
         self.stop.listen()
 
-    def _rewind(self, step, logged):
+    def _rewind(self, step, state):
         """Drop the rows after the checkpoint, which will be logged again. Say which rows before it are lost."""
         path, kept = self.dir / "metrics.jsonl", []
-        for line in path.read_bytes().split(b"\n")[:-1] if step and path.exists() else ():
+        for line in path.read_bytes().split(b"\n")[:-1] if state and path.exists() else ():
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 row = files.check(files.parse(line, "row"), "row")
                 if int(row["step"]) <= step:
                     kept.append((line, row))
         files.replace(path, b"".join(line + b"\n" for line, _ in kept))
         self.rows, self.logged = [row for _, row in kept], [row["step"] for _, row in kept]
-        lost = Counter(() if logged is None else logged.tolist()) - Counter(self.logged)
-        if lost:
+        logged = state["logged"].tolist() if state and "logged" in state else ()
+        if lost := Counter(logged) - Counter(self.logged):
             steps = ", ".join(map(str, sorted(lost.elements())[:20]))
             print(f"{path} has lost {lost.total()} rows, of step {steps}", flush=True)
 
@@ -201,6 +239,8 @@ class Run:
         if self.first:
             files.append(self.dir / "metrics.jsonl", [row])
             self.logged.append(row["step"])
+            for log, _ in self.logs:
+                log(numbers_of(row), row["step"])
             if line:
                 print(line, flush=True)
 

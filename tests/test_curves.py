@@ -186,6 +186,25 @@ def test_redrawn_beside_training(run, capsys, monkeypatch):
     assert capsys.readouterr().out.count("pip install") == 1 and without.process is None
 
 
+GRPO_CONFIG = {"group_size": 5, "task": "reasoning", "model": "runs/x"}
+
+
+def grpo_row(step):
+    return {"step": step, "reward": 0.1 * step, "loss": 0.0, "kl": 1e-3, "grad_norm": 0.5, "answer_tokens": 40.0}
+
+
+def test_a_run_of_grpo(tmp_path):
+    """Reward, KL, gradient norm and length by step, with the tests on unseen questions."""
+    run = write_run(tmp_path / "run", [{"step": 0, "test_reward": 0.05}, grpo_row(1), grpo_row(2)])
+    (run / "config.json").write_text(json.dumps(GRPO_CONFIG))
+    fig = curves.figure(run)
+    assert [axis.get_title().split()[0] for axis in fig.axes] == ["reward", "KL", "gradient", "answer,"]
+    reward = fig.axes[0]
+    assert [list(line.get_ydata()) for line in reward.lines] == [[0.1, 0.2], [0.05]]
+    assert list(reward.lines[1].get_xdata()) == [0] and reward.get_xlabel() == "step"
+    assert curves.label(run, GRPO_CONFIG) == "run (reasoning, groups of 5)"
+
+
 def test_training_draws_its_curves(data_dir, tmp_path):  # noqa: F811
     train_run(data_dir, tmp_path / "out", "--curves=true", "--steps=4")
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
