@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F_
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import balance_loss, gated_activation, gates_of, linear_cross_entropy, moe_experts, rope, route
 from optimoe.config import require
@@ -56,6 +57,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on CUDA, else float32
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # kernels of moe_kernels; auto: by device
     loss_chunk: int = 16384  # tokens whose logits exist at one time in training (triton)
+    recompute: Literal["none", "experts", "blocks"] = "none"  # computed again in the backward pass, to save memory
 
     def __post_init__(self):
         self.validate()
@@ -83,6 +85,8 @@ class ModelConfig:
         require(self.rope_theta > 1, "rope_theta", self.rope_theta, "use a number above 1 (1e4 is usual)")
         for name, factor in (("d_model", 16), ("d_expert", 16), ("head_dim", 2)):
             require(getattr(self, name) % factor == 0, name, getattr(self, name), f"use a multiple of {factor}")
+        some = self.recompute != "experts" or not self.dense
+        require(some, "recompute", self.recompute, "a dense model has no experts: use blocks")
         kv, heads = self.n_kv_heads, self.n_heads
         require(heads % kv == 0, "n_kv_heads", kv, f"use a divisor of n_heads={heads}")
 
@@ -176,6 +180,11 @@ class GatedMLP(nn.Module):
         return self.down(gated_activation(self.gate_up(x_TD), self.activation, self.impl))
 
 
+def again(function, *args, **kwargs):
+    """function(*args, **kwargs), computed once more in the backward pass, which keeps nothing but the arguments."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
 class MoE(nn.Module):
     """Router and experts."""
 
@@ -208,7 +217,9 @@ class MoE(nn.Module):
         r, chosen_TK = self.choose(x_TD, replay_TK)
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
         kernels = dict(impl=self.cfg.kernels, activation=self.cfg.activation)
-        y_TD = self.experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, **kernels)
+        args = x_TD, w_in, w_out, r.gates_TK, r.experts_TK
+        once = self.cfg.recompute != "experts"
+        y_TD = self.experts(*args, **kernels) if once else again(self.experts, *args, **kernels)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if not stats:
@@ -298,7 +309,8 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             ready(layer)
             if compiled:
-                x, layer_stats = block(x, cos, sin)
+                once = self.cfg.recompute != "blocks"
+                x, layer_stats = block(x, cos, sin) if once else again(block, x, cos, sin)
             else:
                 replay_TK = None if replay_NTK is None else replay_NTK[layer]
                 x, layer_stats = block.forward(x, cos, sin, mask, cache, layer, replay_TK)

@@ -285,7 +285,7 @@ def set_up(cfg, run, data):
     model, state = GPT(cfg), run.resume()
     if state:
         for name in ("optimizer", *(field.name for field in dataclasses.fields(ModelConfig))):
-            if name not in ("dtype", "impl", "loss_chunk", "seq_len"):
+            if name not in ("dtype", "impl", "loss_chunk", "recompute", "seq_len"):
                 saved, value = state["config"][name], getattr(cfg, name)
                 require(saved == value, name, value, f"the checkpoint has {saved!r}; resume without this flag")
         remedy = f"the checkpoint is that of step {state['step']}; use as many or more"

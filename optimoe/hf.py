@@ -31,7 +31,7 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 AGAIN = "download it again"
 # Fields of ModelConfig that do not change what a trained model computes.
-FREE = ("init_std", "embed_init_std", "dtype", "impl", "loss_chunk")
+FREE = ("init_std", "embed_init_std", "dtype", "impl", "loss_chunk", "recompute")
 NUMBERS = ("F64", "F32", "F16", "BF16")  # safetensors' dtypes of weights that are not quantised
 
 

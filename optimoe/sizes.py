@@ -79,8 +79,12 @@ def training_memory(cfg, tokens, weights="float32"):
     total, _, embedding = count_params(cfg)
     routers = 0 if cfg.dense else cfg.n_layers * cfg.d_model * cfg.n_experts
     rest = embedding + norm_params(cfg) + routers
-    hidden = cfg.d_expert * ((3 if cfg.dense else 2) * cfg.top_k + 3 * cfg.n_shared_experts)
-    layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + hidden
+    routed = (3 if cfg.dense else 2) * cfg.top_k * cfg.d_expert
+    layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + routed
+    layer += 3 * cfg.n_shared_experts * cfg.d_expert
+    # What is computed again exists for one layer at a time.
+    kept = {"none": layer, "experts": layer - (not cfg.dense) * routed, "blocks": cfg.d_model}[cfg.recompute]
+    values = cfg.n_layers * kept + layer - kept
     logits = 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
     wide = total if weights == "float32" else rest  # parameters that are float32, their states too
     return {
@@ -88,7 +92,7 @@ def training_memory(cfg, tokens, weights="float32"):
         "weights and AdamW states (bfloat16)": 6 * (total - wide),
         "bfloat16 copies of float32 weights": 2 * wide,
         "gradients (bfloat16 in blocks)": 2 * (total - rest) + 4 * rest,
-        "activations (estimate)": 2 * cfg.n_layers * layer * tokens + logits,
+        "activations (estimate)": 2 * values * tokens + logits,
     }
 
 
