@@ -87,7 +87,8 @@ def run_tokens(directory, model) -> Tokens:
     """The tokenizer of a data directory; ValueError where it has more tokens than the model."""
     tokens, rows = tiktoken_tokens(tokenizer.load(directory)), model.cfg.vocab_size
     fault = f"its tokenizer has {tokens.n_vocab:,} tokens and the model {rows:,}"
-    require(tokens.n_vocab <= rows, "data", str(directory), f"{fault}: name the data that the model was trained on")
+    remedy = f"{fault}: name the data directory that the model was trained on"
+    require(tokens.n_vocab <= rows, "data", str(directory), remedy)
     return tokens
 
 
