@@ -1,11 +1,10 @@
 """Figures from benchmark CSVs: `python -m bench.plot docs/runs/bench-h100.csv --out=docs/figures`.
 
-Draws those for which the CSV has rows: ceiling.png, throughput_by_experts.png, throughput_by_topk.png (bench.layer and
-its sweeps), roofline.png (bench.kernels), step.png (bench.step) and node.png (bench.node).
+Draws those for which the CSV has rows: ceiling.png, throughput_by_experts.png (bench.layer and its sweeps),
+roofline.png (bench.kernels) and step.png (bench.step).
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +13,7 @@ from bench.results import cli, latest, read, shape_of
 from optimoe import config
 
 STYLE = {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "font.size": 11}
-IMPLEMENTATIONS = ("triton", "triton, graph", "sonicmoe", "liger", "scattermoe", "transformers", "grouped_mm")
+IMPLEMENTATIONS = ("triton", "triton, graph", "sonicmoe", "liger", "transformers", "grouped_mm")
 MARKERS = "osD^vPX*"
 # Part of a step: how the names of its families begin.
 PARTS = {
@@ -58,31 +57,31 @@ def figure(plt, size, title, rows, n_rows=1, n_columns=1, **options):
     return fig, list(axes.flat)
 
 
-def throughput(plt, rows, along):
-    """TFLOP/s of the layer against E (a line per K) or against K (a line per E), a panel per (T, D, F)."""
-    other, panels = "K" if along == "E" else "E", {}
+def throughput(plt, rows):
+    """TFLOP/s of the layer against E, a line per K, a panel per (T, D, F)."""
+    panels = {}
     for row in select(rows, kernel="layer", implementation=("triton", "gemms"), mode="full", routing="softmax"):
         panels.setdefault(shape_of(row)[:3], []).append(row)
-    panels = {sizes: group for sizes, group in sorted(panels.items()) if len({row[along] for row in group}) > 2}
+    panels = {sizes: group for sizes, group in sorted(panels.items()) if len({row["E"] for row in group}) > 2}
     if not panels:
         return None
     everything = [row for group in panels.values() for row in group]
-    title = f"Expert layer against {'the number of experts' if along == 'E' else 'experts per token'}"
-    fig, axes = figure(plt, (1 + 4.2 * len(panels), 4.4), title, everything, n_columns=len(panels), sharey=True)
-    values = sorted({row[other] for row in everything})
+    size, title = (1 + 4.2 * len(panels), 4.4), "Expert layer against the number of experts"
+    fig, axes = figure(plt, size, title, everything, n_columns=len(panels), sharey=True)
+    values = sorted({row["K"] for row in everything})
     for ax, ((T, D, F), group) in zip(axes, panels.items(), strict=True):
-        for i, value in enumerate(values):
+        for i, K in enumerate(values):
             for name, style in (("gemms", dict(ls=":", lw=1.2)), ("triton", dict(marker="o", lw=2))):
-                points = sorted((r[along], r["tflops"]) for r in select(group, implementation=name, **{other: value}))
+                points = sorted((r["E"], r["tflops"]) for r in select(group, implementation=name, K=K))
                 color = plt.cm.viridis(0.9 * i / max(1, len(values) - 1))
                 ax.plot(*zip(*points, strict=True) if points else ((), ()), color=color, **style)
         ax.set_xscale("log", base=2)
-        ticks = sorted({row[along] for row in group})
+        ticks = sorted({row["E"] for row in group})
         ax.set_xticks(ticks, map(str, ticks))
-        ax.set(title=f"T {short(T)}, D {D}, F {F}", xlabel={"E": "experts E", "K": "experts per token K"}[along])
+        ax.set(title=f"T {short(T)}, D {D}, F {F}", xlabel="experts E")
         ax.set_ylim(bottom=0)
     axes[0].set_ylabel("forward + backward, TFLOP/s")
-    names = [f"{other} = {value}" for value in values] + ["cuBLAS, the same FLOPs"]
+    names = [f"K = {value}" for value in values] + ["cuBLAS, the same FLOPs"]
     lines = axes[-1].lines
     axes[-1].legend([*lines[1::2], lines[0]], names, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
@@ -174,20 +173,6 @@ def step(plt, rows):
     return fig
 
 
-def node(plt, rows):
-    """A bar per model, engine and number of GPUs: the share of as many single GPUs."""
-    rows = [row for row in select(rows, kernel="node") if row["share"]]
-    if not rows:
-        return None
-    fig, (ax,) = figure(plt, (9, 1.6 + 0.6 * len(rows)), "Training step on several GPUs: share of single GPUs", rows)
-    bar = ax.barh(range(len(rows)), [row["share"] for row in rows], color="C0")
-    ax.bar_label(bar, fmt="%.3f")
-    texts = [f"{label(shape_of(row))}\n{row['mode']} GPUs, {row['implementation']}" for row in rows]
-    ax.set_yticks(range(len(rows)), [text.replace("\n", ", ", 2) for text in texts], fontsize=9)
-    ax.axvline(1, color="black", lw=1)
-    return fig
-
-
 @dataclass(frozen=True)
 class Config:
     POSITIONAL: ClassVar = ("files",)
@@ -207,11 +192,7 @@ def main(argv=None):
     gpus = sorted({row["gpu"] for row in rows})
     config.require(len(gpus) == 1, "gpu", cfg.gpu, f"the files have rows of {gpus}; choose one")
     out = config.make_directory(cfg.out, "out", cfg.out)
-    pictures = {
-        "throughput_by_experts": partial(throughput, along="E"),
-        "throughput_by_topk": partial(throughput, along="K"),
-    }
-    pictures |= {"ceiling": ceiling, "roofline": roofline, "step": step, "node": node}
+    pictures = {"throughput_by_experts": throughput, "ceiling": ceiling, "roofline": roofline, "step": step}
     with plt.rc_context(STYLE):
         for name, draw in pictures.items():
             if fig := draw(plt, rows):
