@@ -54,7 +54,7 @@ class Config(BenchConfig):
 
 @contextmanager
 def recording(calls):
-    """Inside, the launchers of the layer's kernels put themselves with their arguments into `calls`, {kernel: launch}."""
+    """Inside, the launchers of the layer's kernels put themselves with their arguments into calls[kernel]."""
 
     def recorded(launch, name):
         def call(*args, **kwargs):

@@ -1,7 +1,7 @@
 """One CSV schema for every benchmark, and the flags that all of them have.
 
-kernel           a kernel, "layer" (experts, routing given), "step", "step-family" (kernels of a step), "node", "generate",
-                 "hf-block", or "ceiling" (the largest matrix product and copy)
+kernel           a kernel, "layer" (experts, routing given), "step", "step-family" (kernels of a step), "node",
+                 "generate", "hf-block", or "ceiling" (the largest matrix product and copy)
 implementation   triton, grouped_mm, reference, gemms (cuBLAS products of the same FLOPs, nothing else), a peer, a model
 mode             forward, backward, full, or a part; "-graph": from a CUDA graph, as single kernels always are on a GPU
 T D F E K        sizes; dtype; routing: softmax or zipfA

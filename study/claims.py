@@ -99,21 +99,22 @@ def percent(row, task):
     return 100 * accuracy(row, task)
 
 
-def tells(cells, task):
-    """Whether cells can say something: one is 5 points above the best constant answer, and one is not mastered."""
+def dumb(cells, task):
+    """Why cells cannot say anything: none is 5 points above the best constant answer, or all are mastered; or ""."""
     floor = 5 + 100 * max(row[task].get("chance", 0) for cell in cells.values() for row in cell.values())
     means = [np.mean([percent(row, task) for row in cell.values()]) for cell in cells.values()]
     worst = max(np.mean([loss(row, task) for row in cell.values()]) for cell in cells.values())
-    return max(means) > floor and min(means) < 95 and (task != "problems" or worst > MASTERED)
+    mastered = min(means) >= 95 or task == "problems" and worst <= MASTERED
+    return "nothing learned" if max(means) <= floor else "mastered" if mastered else ""
 
 
 def silent(where, tuned, task, note=""):
     """Why tuned lines of one regime have no vote, or ""."""
-    edges = sum(len(one.edges) for one in tuned)
+    edges, why = sum(len(one.edges) for one in tuned), [dumb(one.cells, task) for one in tuned]
     reasons = {
         note: True,
         "not calibrated": where.kind == "twohop",
-        "nothing learned, or everything": not any(tells(one.cells, task) for one in tuned),
+        why[0]: all(why),
         f"best rate at the edge for {edges} of {sum(len(one.cells) for one in tuned)} models": edges,
         "rates of other data": not where.paired and any(one.single for one in tuned),
     }
@@ -211,7 +212,7 @@ def dose_response(rows):
     repeated = [row for row in rows if row["run"]["unique"]]
     place = lambda where, k: (where._replace(unique=0), k)  # noqa: E731
     problems = lambda regimes: ", ".join(str(where.unique) for where in regimes)  # noqa: E731
-    label = lambda same, k, regimes: f"{same}, k={k}, {problems(regimes)} problems; solutions"  # noqa: E731
+    label = lambda same, k, regimes: f"{same}, k={k}; solutions".replace("fresh", problems(regimes))  # noqa: E731
     unit = "nats per doubling of E less, per doubling of problems"
     yield from trends(repeated, place, lambda where, one: math.log2(where.unique), label, unit, sign=-1)
 
@@ -282,7 +283,7 @@ def top_k_alone(rows):
             if one := tune(line, task):
                 edges = ",".join(map(str, one.edges))
                 reasons = {"rates not compared": one.single, f"best rate at the edge for k={edges}": one.edges}
-                reasons["mastered"] = task == "problems" and not tells(one.cells, task)
+                reasons |= {dumb(one.cells, task): True} if task == "problems" else {}
                 label = f"{where}, k F={active}, E F={total}, k={','.join(map(str, sorted(line)))}; {name}"
                 effects = spread(one, value) if len(one.seeds) > 1 else {}
                 unit, label = f"{unit} between the best and worst k", label.replace("F=0, ", "")
@@ -308,7 +309,7 @@ def gentler_training(rows):
             sound = {rate: {s: r for s, r in cell.items() if not r["diverged"]} for rate, cell in rates.items()}
             most = max(map(len, sound.values()))
             full = {rate: cell for rate, cell in sound.items() if len(cell) == most >= MIN_SEEDS}
-            if len(full) < 3 or not tells(full, "problems"):
+            if len(full) < 3 or dumb(full, "problems"):
                 continue
             losses = {rate: np.mean([row["train_loss"] for row in cell.values()]) for rate, cell in full.items()}
             best = min(losses, key=losses.get)

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ BEFORE = {"paired": False, "kind": "mixture"}  # what a run did before it had th
 
 @dataclass(frozen=True)
 class Run:
-    """What distinguishes one run from another. Two equal Runs are the same run, and are run once."""
+    """What distinguishes one run from another."""
 
     # Model
     d_model: int = 128
@@ -103,7 +102,7 @@ def key(run):
 
 
 def train_config(run, vocab_size):
-    """The TrainConfig of a run: the recipe that makes tiny models learn (docs/LOG.md) for its sizes."""
+    """The TrainConfig of a run: the recipe that makes tiny models learn (docs/LOG.md)."""
     heads = max(1, run.d_model // 32)
     same = "d_model n_layers n_experts top_k d_expert init_std seq_len steps lr seed optimizer".split()
     return TrainConfig(
@@ -171,17 +170,14 @@ def prepare_data(run, cache, workers=1):
             twohop.build(directory, cfg)
         elif workers == 1:
             procedural.build(directory, cfg)
-        else:  # a program of its own: its many processes would otherwise each import everything that this one has
+        else:  # a program of its own: its processes would otherwise each import torch
             file = directory.resolve().with_suffix(".json")
             files.write_json(file, dataclasses.asdict(cfg), signed=False)
             words = [f"--out={directory.resolve()}", f"--mixture={file}", f"--workers={workers}"]
-            nice = ["nice", "-n", "10"] if shutil.which("nice") else []  # runs that compile or measure go first
-            command = [*nice, *child.command("data.procedural", *words)]
+            command = ["nice", "-n", "10", *child.command("data.procedural", *words)]  # runs that train go first
             # A session of its own: Ctrl-C is for the sweep, which finishes this directory.
-            options = dict(cwd=ROOT, check=True, stdout=subprocess.DEVNULL, start_new_session=True)
-            subprocess.run(command, **options)
-        tokens = shards.read_meta(directory)["splits"]["train"]["tokens"]
-        print(f"{directory}: {tokens:,} tokens made in {time.perf_counter() - began:.1f} s", flush=True)
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, start_new_session=True)
+        print(f"{directory}: made in {time.perf_counter() - began:.1f} s", flush=True)
     return str(directory)
 
 
@@ -277,7 +273,7 @@ class Trainer:
 
 @functools.cache
 def revision():
-    """The git revision, "+" where tracked files differ from it ("none" without git), and a hash of the sources."""
+    """The git revision ("+": changed files; "none" without git) and a hash of the sources."""
     digest = hashlib.sha256()
     folders = ("*.py", "moe_kernels/*.py", "data/*.py", "eval/**/*.py", "optimoe/*.py", "study/*.py")
     for path in sorted(file for pattern in folders for file in ROOT.glob(pattern)):
@@ -300,15 +296,15 @@ def rounded(value):
 
 
 def execute(run, cache, device, n=100, keep=None):
-    """Train and measure. Returns the row for the results file; a run whose loss is not finite is recorded as diverged.
-
-    cache: where data directories are; n: size of the measurements (100: standard errors near 1 %); keep: where to save
-    the final weights."""
     return execute_together([run], cache, device, n, [keep])[0]
 
 
 def execute_together(runs, cache, device, n=100, keep=()):
-    """`execute` for runs of one `form`, trained side by side: `seconds` is a run's share, `tokens_per_s` for all."""
+    """Train runs of one `form` side by side and measure them. Returns their rows for the results file; a run whose loss
+    is not finite is recorded as diverged. `seconds` is a run's share, `tokens_per_s` is of all.
+
+    cache: where data directories are; n: size of the measurements (100: standard errors near 1 %); keep: where to save
+    the final weights."""
     began, device = time.perf_counter(), torch.device(device)
     for run in runs:
         require(run.paired, "paired", run.paired, "only older code drew weights in this way; plan the run with True")

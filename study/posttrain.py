@@ -71,8 +71,7 @@ def settings(cfg):
 
 
 def measure(run, cfg, device):
-    """Per problem: greedy and majority success, numbers of right answers and solutions among the draws; and the
-    curves over 1, 2, 4 .. draws."""
+    """Per problem greedy and majority success, right answers and solutions among the draws; curves over the draws."""
     _, model, data, tokens, _ = grpo.load_start(dataclasses.replace(cfg.budget(), model=str(run)), device)
     problem_cfg = procedural.read_config(data).reasoning
     problems = [reasoning.problem(problem_cfg, i, "test", 1 + i % problem_cfg.max_steps) for i in range(cfg.problems)]
@@ -80,16 +79,14 @@ def measure(run, cfg, device):
     room = min(model.cfg.seq_len - max(map(len, prompts)), 2 + max(len(tokens.encode(p.solution)) for p in problems))
 
     def checked(n, *sampling):
-        """(texts, right answers, right solutions), each with a list of n for every problem."""
+        """(texts, right answers, right solutions), n of each for every problem."""
         repeated = [prompt for prompt in prompts for _ in range(n)]
         options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab)
         texts = [tokens.decode(ids) for ids in generate(model, repeated, room, tokens.eos, *sampling, **options)]
         texts = [texts[i : i + n] for i in range(0, len(texts), n)]
-        both = [
-            [reasoning.check(p.question, text, problem_cfg.modulus) for text in drawn]
-            for p, drawn in zip(problems, texts, strict=True)
-        ]
-        return texts, *([[int(check[j]) for check in checks] for checks in both] for j in (0, 1))
+        check = lambda p, text: reasoning.check(p.question, text, problem_cfg.modulus)  # noqa: E731
+        both = [[check(p, text) for text in drawn] for p, drawn in zip(problems, texts, strict=True)]
+        return texts, *([[int(right[j]) for right in checks] for checks in both] for j in (0, 1))
 
     _, greedy, greedy_solution = checked(1)
     texts, answers, solutions = checked(cfg.samples, cfg.vote_temperature, cfg.vote_top_p, cfg.seed)

@@ -99,8 +99,8 @@ PRESETS = {preset.__name__: preset for preset in PROGRAMME}
 
 
 def searched(rows, cells, seeds):
-    """Runs of several (E, k). Each is run from SEARCH seeds until its best rates for facts and for solutions lie
-    between two others (or at the LIMITS), then from `seeds` seeds at the best for solutions."""
+    """Each cell is run from SEARCH seeds until its best rates for facts and for solutions lie between two others (or at
+    the LIMITS), then from `seeds` seeds at the best for solutions."""
     done, known = {row["key"]: row for row in distinct(rows)}, {task: compared(rows, task) for task in START}
     runs = []
     for cell in cells:

@@ -19,7 +19,7 @@ from study.execute import BEFORE, Run, key
 TASKS = {"facts": "facts", "problems": "solutions", "mano": "mental arithmetic"}
 MIN_SEEDS = 3
 LIMITS = (7e-4, 0.1)  # of learning rates: no search goes beyond
-# Keys of every row, the first of them written first.
+# Keys of every row, the first written first.
 ROW = tuple("key run lr diverged tokens tpp params flops points tokens_per_s seconds jobs device".split())
 REMEDY = "restore the file or delete the line"
 
@@ -27,7 +27,7 @@ REMEDY = "restore the file or delete the line"
 def read(path, needed=ROW, optional=False):
     """The rows of a results file, without a last line torn by a crash. ValueError for other damage and other files.
 
-    needed: keys that every row has, the first written first. optional: a file that is not there has no rows."""
+    needed: keys of every row, the first written first. optional: a missing file has no rows."""
     path = Path(path)
     if not optional and not path.exists():
         raise FileNotFoundError(f"{path}: no such results file; check the path")
@@ -76,7 +76,7 @@ def checked(row, where):
 
 
 def append(path, row, needed=ROW):
-    """One more signed line, on the disk when this returns; a torn last line is removed. Several processes may do so."""
+    """One more signed line; a torn last line is removed. Several processes may do so at once."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -128,9 +128,9 @@ class Regime(NamedTuple("Regime", [(name, object) for name in REGIME])):
         what = {"room": "keys", "twohop": f"{self.unique:,} two-hop questions"}.get(self.kind, what)
         usual = lambda name, value: value in (0, getattr(Run, name))  # noqa: E731
         unusual = [f"{n} {v}" for n, v in self._asdict().items() if n not in named and not usual(n, v)]
-        tokens = [f"{self.tokens / 1e6:.3g} M tokens"] * bool(self.tokens)
-        unpaired = ["unpaired"] * (not self.paired)
-        return ", ".join([f"d={self.d_model}", f"F={self.d_expert}", *tokens, what, *unusual, *unpaired])
+        tokens = f"{self.tokens / 1e6:.3g} M tokens" * bool(self.tokens)
+        parts = [f"d={self.d_model}", f"F={self.d_expert}", tokens, what, *unusual, "unpaired" * (not self.paired)]
+        return ", ".join(filter(None, parts))
 
 
 def regime(row):

@@ -1,8 +1,7 @@
 """Run what is missing of the presets, in parallel, within a time limit:  python -m study.sweep PRESET... --minutes=9
 
-One JSON line is appended for every finished run. What the file already has is skipped, so the same command goes on
-where the last one stopped; a run that was cut off is done again. study/presets.py lists the presets. When a run is
-finished, its preset may ask for others.
+A JSON line is appended for every finished run, and what the file has is skipped: the same command goes on where the
+last one stopped. study/presets.py lists the presets. When a run is finished, its preset may ask for others.
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ class SweepConfig:
     minutes: float = 9.0  # time limit; 0: only say what is left
     cache: str = "runs/study"  # where data directories and kept weights go
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    jobs: int = 0  # processes per device; 0: three on a GPU, where some compile or measure while others train, else one
+    jobs: int = 0  # processes per device; 0: three on a GPU, else one
     together: int = 0  # runs of one (E, k) that a process trains side by side; 0: three on a GPU, else one
     items: int = 100  # size of the measurements: problems for each number of steps
     keep: tuple[str, ...] = ()  # models whose final weights are kept under CACHE/weights: all, or E16k2,E64k2
@@ -164,7 +163,7 @@ class Queue:
 
 
 def sweep(cfg):
-    """Run what is missing and append to the results file. Returns how many runs failed or were killed."""
+    """Run what is missing. Returns how many runs failed or were killed."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cfg.cuda else ["cpu"]
     jobs, together = cfg.jobs or (3 if cfg.cuda else 1), cfg.together or (3 if cfg.cuda else 1)
     threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // (jobs * len(devices))))
@@ -180,7 +179,7 @@ def sweep(cfg):
     print(f"{cfg.file}: {tasks.left()} on {len(devices)} x {name}, {jobs} at a time on each", flush=True)
     if not tasks.todo or not cfg.minutes:
         if cost := gpu_minutes(tasks.todo, rows):
-            print(f"about {cost:.1f} minutes of one GPU like the last; the first rows come after a minute more")
+            print(f"about {cost:.1f} minutes of one GPU like the last")
         return 0
     make_directory(Path(cfg.file).parent, "results", cfg.file)  # what cannot be written is said now
     make_directory(cfg.cache, "cache", cfg.cache)
@@ -205,8 +204,7 @@ def sweep(cfg):
 
 
 def run_all(tasks, cfg, inbox, outbox, workers, builder, jobs, together):
-    """Hand groups to the workers and book what comes back, until all is done or time is up. Returns how many workers
-    were killed."""
+    """Hand groups to the workers and book what comes back. Returns how many workers were killed."""
     began, before, lost, data = time.monotonic(), len(tasks.rows), 0, {}
     ends = began + 60 * cfg.minutes
     while (tasks.todo or tasks.running) and time.monotonic() < ends:
@@ -265,7 +263,7 @@ def start_workers(cfg, devices, lanes, threads):
 
 
 def line(row):
-    """A finished run for people: the fields of its Run that are not the default, and what was measured."""
+    """A finished run in words."""
     always = ("n_experts", "top_k", "lr", "seed")
     fields = [f"{name}={x}" for name, x in row["run"].items() if name in always or x != getattr(Run, name)]
     if row["diverged"]:
