@@ -307,15 +307,16 @@ def gentler_training(rows):
     for (where, _), line in lines(rows, 1).items():
         for rates in line.values() if where.kind == "mixture" else ():
             sound = {rate: {s: r for s, r in cell.items() if not r["diverged"]} for rate, cell in rates.items()}
-            most = max(map(len, sound.values()))
-            full = {rate: cell for rate, cell in sound.items() if len(cell) == most >= MIN_SEEDS}
-            if len(full) < 3 or dumb(full, "problems"):
+            full = {rate: cell for rate, cell in sound.items() if len(cell) >= MIN_SEEDS}
+            common = sorted(set.intersection(*map(set, full.values()))) if full else []
+            full = {rate: {s: cell[s] for s in common} for rate, cell in full.items()}
+            if len(full) < 3 or len(common) < MIN_SEEDS or dumb(full, "problems"):
                 continue
             losses = {rate: np.mean([row["train_loss"] for row in cell.values()]) for rate, cell in full.items()}
             best = min(losses, key=losses.get)
             if lower := [r for r in losses if r < best and losses[r] <= (1 + COMPARABLE) * losses[best]]:
-                low, runs[where.paired] = max(lower), runs[where.paired] + 2 * most
-                for seed in set(full[low]) & set(full[best]):
+                low, runs[where.paired] = max(lower), runs[where.paired] + 2 * len(common)
+                for seed in common:
                     gain = solution_loss(full[best][seed]) - solution_loss(full[low][seed])
                     found[where.paired][seed].append(gain / math.log2(best / low))
     for paired, gains in found.items():

@@ -49,7 +49,7 @@ def number(value):
 
 def strongest(tests):
     """The test that a one-line summary shows: one that votes or could, paired, with most seeds and runs."""
-    silent = lambda test: any(word in test.note for word in ("beside", "nothing learned", "describes", "control"))  # noqa: E731
+    silent = lambda test: any(word in test.note for word in ("beside", "nothing learned", "mastered", "control"))  # noqa: E731
     order = lambda test: (test.votes, not silent(test), test.paired, len(test.effects), test.runs)  # noqa: E731
     return max(tests, key=order, default=None)
 
@@ -93,11 +93,12 @@ def appendix(claims, rows):
     ]
     for n, (text, tests, _) in enumerate(claims, 1):
         lines += ["", f"## {n}. {text}: {overall(tests)}", ""]
+        tests = [test for test in tests if test.effects]
         if not tests:
             lines.append("Not enough runs.")
             continue
         lines += ["| runs | effect | 95 % interval | margin | seeds | verdict |", "|---|---|---|---|---|---|"]
-        for test in tests:
+        for test in sorted(tests, key=lambda test: (not test.votes, not test.paired, "beside" in test.note)):
             mean, low, high = interval(test.effects.values())
             said = decide(test) if test.votes else f"no vote: {test.note}"
             if test.votes and len(test.effects) < MIN_SEEDS:
