@@ -158,18 +158,17 @@ def paper_table(cfg):
 
 
 def own_table(cfg):
-    """The best E of each line that this study ran, for the task of the purpose, at its best rates."""
-    task = "facts" if cfg.purpose == "memory" else "problems"
+    """The best E of each paired line that this study ran, for the task of the purpose, at its best rates."""
+    task, name = ("facts", "fact") if cfg.purpose == "memory" else ("problems", "unseen-solution")
     rows, cells = results.read(cfg.results, optional=cfg.results == PlanConfig.results), []
     for (where, k), line in results.lines(rows).items():
-        if tuned := results.tune(line, task):
+        if where.paired and (tuned := results.tune(line, task)):
             mean = {e: sum(results.loss(r, task) for r in cell.values()) / len(cell) for e, cell in tuned.cells.items()}
             best = min(mean, key=mean.get)
-            row = tuned.cells[best][tuned.seeds[0]]
-            numbers = (f"{min(mean)}..{max(mean)}", k, best, f"{row['tpp']:.3g}", f"{mean[best]:.3g}", len(tuned.seeds))
+            tpp = tuned.cells[best][tuned.seeds[0]]["tpp"]
+            numbers = (f"{min(mean)}..{max(mean)}", k, best, f"{tpp:.3g}", f"{mean[best]:.3g}", len(tuned.seeds))
             cells.append([str(where), *map(str, numbers)])
-    name = {"facts": "fact loss", "problems": "unseen-solution loss"}[task]
-    lines = [f"From the runs of this study ({cfg.results}): the E with the lowest {name}, mean over seeds.", ""]
+    lines = [f"From the runs of this study: the E with the lowest {name} loss, mean over seeds.", ""]
     header = ["regime", "E tried", "k", "best E", "TPP", "loss", "seeds"]
     return lines + (aligned(header, cells) if cells else ["no finished run yet: python -m study.sweep pairs"])
 
