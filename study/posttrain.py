@@ -6,9 +6,9 @@
 
 Every run directory with word problems is post-trained by grpo.py, whose fields are flags here, with the same budget.
 With --questions=500 GRPO asks the 500 problems of the preset `votes` again; with more it has fresh ones. Before and
-after, the same unseen problems are answered greedily and by `samples` draws each: their majority vote, and coverage of
-a wholly right solution (a right answer alone is often luck). One signed JSON line per model is appended to the results
-file, also by several processes at once; what is there with the same checkpoint and budget is skipped.
+after, the same unseen problems are answered greedily and by the majority of `samples` draws each. One signed JSON line
+per model is appended to the results file, also by several processes at once; what is there with the same checkpoint and
+budget is skipped.
 """
 
 import dataclasses
@@ -27,10 +27,9 @@ import grpo
 from data import files, procedural, reasoning
 from eval.generate import generate
 from eval.tasks.reasoning import vote
-from eval.votes import curves, majority, pass_at_k
+from eval.votes import majority
 from optimoe import checkpoint, config
 from optimoe.config import require
-from optimoe.sizes import count_params
 from study.results import append, read
 
 ROW = tuple("checkpoint settings d_model n_experts top_k seed train_loss before after".split())  # keys of every row
@@ -71,34 +70,28 @@ def settings(cfg):
 
 
 def measure(run, cfg, device):
-    """Per problem greedy and majority success, right answers and solutions among the draws; curves over the draws."""
+    """Per problem: greedy success, success of the majority of the draws, and right answers among the draws."""
     _, model, data, tokens, _ = grpo.load_start(dataclasses.replace(cfg.budget(), model=str(run)), device)
     problem_cfg = procedural.read_config(data).reasoning
     problems = [reasoning.problem(problem_cfg, i, "test", 1 + i % problem_cfg.max_steps) for i in range(cfg.problems)]
     prompts = [tokens.bos + tokens.encode(p.question) for p in problems]
     room = min(model.cfg.seq_len - max(map(len, prompts)), 2 + max(len(tokens.encode(p.solution)) for p in problems))
+    options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab)
 
-    def checked(n, *sampling):
-        """(texts, right answers, right solutions), n of each for every problem."""
+    def draw(n, *sampling):
+        """n texts for every problem."""
         repeated = [prompt for prompt in prompts for _ in range(n)]
-        options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab)
         texts = [tokens.decode(ids) for ids in generate(model, repeated, room, tokens.eos, *sampling, **options)]
-        texts = [texts[i : i + n] for i in range(0, len(texts), n)]
-        check = lambda p, text: reasoning.check(p.question, text, problem_cfg.modulus)  # noqa: E731
-        both = [[check(p, text) for text in drawn] for p, drawn in zip(problems, texts, strict=True)]
-        return texts, *([[int(right[j]) for right in checks] for checks in both] for j in (0, 1))
+        return [texts[i : i + n] for i in range(0, len(texts), n)]
 
-    _, greedy, greedy_solution = checked(1)
-    texts, answers, solutions = checked(cfg.samples, cfg.vote_temperature, cfg.vote_top_p, cfg.seed)
-    pairs = zip(texts, problems, strict=True)
-    votes = [{"votes": [vote(text) for text in drawn], "gold": str(p.answer)} for drawn, p in pairs]
-    found = {"greedy": sum(greedy, []), "greedy_solution": sum(greedy_solution, [])}
-    found["majority"] = [round(majority(q["votes"], q["gold"], cfg.samples), 4) for q in votes]
-    found |= {"answers": [sum(right) for right in answers], "solutions": [sum(right) for right in solutions]}
-    found["curves"] = curves(votes)
-    coverage = lambda k: sum(pass_at_k(cfg.samples, n, k) for n in found["solutions"]) / len(problems)  # noqa: E731
-    found["curves"]["solutions"] = [coverage(k) for k in found["curves"]["samples"]]
-    return found
+    right = lambda p, texts: sum(reasoning.check(p.question, text, problem_cfg.modulus)[0] for text in texts)  # noqa: E731
+    greedy = list(zip(problems, draw(1), strict=True))
+    drawn = list(zip(problems, draw(cfg.samples, cfg.vote_temperature, cfg.vote_top_p, cfg.seed), strict=True))
+    return {
+        "greedy": [right(*each) for each in greedy],
+        "majority": [round(majority(list(map(vote, texts)), str(p.answer), cfg.samples), 4) for p, texts in drawn],
+        "answers": [right(*each) for each in drawn],
+    }
 
 
 def posttrain(run, cfg):
@@ -121,14 +114,11 @@ def posttrain(run, cfg):
     after = measure(out, cfg, device)
     clock.append(time.perf_counter())
     log = [row for row in files.read_rows(out / "metrics.jsonl")[0] if "reward" in row]
-    params = count_params(model_cfg)
     return {
         "checkpoint": file.name,
         "settings": settings(cfg),
         **{name: getattr(model_cfg, name) for name in ("d_model", "n_experts", "top_k")},
         "seed": trained.get("seed", 0),
-        "total": params.total,
-        "active": params.active - params.embedding,
         "train_loss": known.get("train_loss", known.get("loss")),
         **{name: known.get(name) for name in ("run", "tpp", "val_loss")},
         "before": before,

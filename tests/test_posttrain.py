@@ -78,7 +78,6 @@ def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
     for row in rows:
         for when in ("before", "after"):
             assert len(row[when]["greedy"]) == len(row[when]["majority"]) == len(row[when]["answers"]) == 4
-            assert row[when]["curves"]["samples"] == [1, 2, 4] and len(row[when]["curves"]["solutions"]) == 3
     assert main(flags) == rows  # nothing is done twice
     text = results.read_text()
     older = [{**row, "settings": {n: v for n, v in row["settings"].items() if n != "clip"}} for row in rows]
