@@ -14,7 +14,7 @@ from study import posttrain, results, rules
 from study.claims import CLAIMS, REMEDIES, decide, overall, still_lost, would_decide
 from study.execute import Run
 from study.presets import PRESETS
-from study.results import MIN_SEEDS
+from study.results import MIN_SEEDS, accuracy
 from study.rules import interval
 from study.sweep import gpu_minutes
 
@@ -71,6 +71,19 @@ def claims_table(claims, rows):
     return "\n".join(lines)
 
 
+def best_table(rows):
+    """Lines of a table: each paired model at the rate that is best for a task, means over the seeds."""
+    yield from ("", "## Each model at its best rates", "", "| runs | k | E | task | rate | loss | right | seeds |")
+    yield "|---|---|---|---|---|---|---|---|"
+    for (where, k), line in results.lines(rows).items():
+        for task in ("facts", "problems") if where.paired else ():
+            one = results.tune(line, task)
+            for e, cell in one.cells.items() if one else ():
+                loss, right = (sum(f(row, task) for row in cell.values()) / len(cell) for f in (results.loss, accuracy))
+                measured = f"{results.TASKS[task]} | {one.rates[e]:g} | {loss:.3g} | {right:.0%} | {len(cell)}"
+                yield f"| {where} | {k} | {e} | {measured} |"
+
+
 def appendix(claims, rows):
     """All effects, as Markdown."""
     minutes, flops = sum(row["seconds"] / row["jobs"] for row in rows) / 60, sum(row["flops"] for row in rows)
@@ -108,7 +121,7 @@ def appendix(claims, rows):
             effect = f"{number(mean)} {test.unit} | {number(low)} to {number(high)}"
             margin = f"{'below' if test.little else 'above'} {test.margin:g} | {len(test.effects)}"
             lines.append(f"| {test.where}; {test.runs} runs | {effect} | {margin} | {said} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *best_table(rows)]) + "\n"
 
 
 def write(path, table):

@@ -513,9 +513,9 @@ def test_presets_hold_what_the_programme_says():
 
 
 def test_stop_rules_hold_where_they_should():
-    cell = lambda e, seed, value: fake(
-        Run(n_experts=e, top_k=8, unique=presets.SCARCE, seed=seed), lambda c, tpp: (1, value, 1)
-    )  # noqa: E731
+    def cell(e, seed, value):
+        return fake(Run(n_experts=e, top_k=8, unique=presets.SCARCE, seed=seed), lambda c, tpp: (1, value, 1))
+
     assert "waits for pairs" in rules.stop_rule("scarce2", []) and rules.stop_rule("pairs", []) == ""
     draws = (0.3, 0.6, 1.2)  # a seed's luck
     helps = [cell(e, s, draw) for e in (8, 64) for s, draw in enumerate(draws)]
