@@ -1,20 +1,19 @@
 """Figures from benchmark CSVs: `python -m bench.plot docs/runs/bench-h100.csv --out=docs/figures`.
 
-Draws those for which the CSV has rows: ceiling.png, throughput_by_experts.png (bench.layer and its sweeps),
-roofline.png (bench.kernels) and step.png (bench.step).
+Draws those for which the CSV has rows: ceiling.png, throughput_by_experts.png (bench.layer and its sweeps) and step.png
+(bench.step).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from bench.problem import TARGETS, kernel_costs
+from bench.problem import TARGETS
 from bench.results import cli, latest, read, shape_of
 from optimoe import config
 
 STYLE = {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "font.size": 11}
 IMPLEMENTATIONS = ("triton", "triton, graph", "sonicmoe", "liger", "transformers", "grouped_mm")
-MARKERS = "osD^vPX*"
 # Part of a step: how the names of its families begin.
 PARTS = {
     "expert GEMMs": [f"experts: {name}" for name in ("up", "rows", "dswiglu", "dw", "grouped_mm")],
@@ -40,12 +39,6 @@ def select(rows, **wanted):
     """The rows whose columns have the wanted value, or one of a tuple of values."""
     allowed = {name: value if isinstance(value, tuple) else (value,) for name, value in wanted.items()}
     return [row for row in rows if all(row[name] in values for name, values in allowed.items())]
-
-
-def shapes_of(rows):
-    """At most 8 shapes to compare side by side: the targets, or the first ones."""
-    found = list(dict.fromkeys(map(shape_of, rows)))
-    return ([shape for shape in TARGETS if shape in found] or found)[: len(MARKERS)]
 
 
 def figure(plt, size, title, rows, n_rows=1, n_columns=1, **options):
@@ -90,7 +83,8 @@ def throughput(plt, rows):
 def ceiling(plt, rows):
     """Grouped bars of each implementation's percentage of bare cuBLAS products."""
     rows = [row for row in select(rows, kernel="layer", routing="softmax") if row["ceiling"]]
-    shapes = shapes_of(rows)
+    found = list(dict.fromkeys(map(shape_of, rows)))
+    shapes = ([shape for shape in TARGETS if shape in found] or found)[:8]
     if not shapes:
         return None
     title = "Expert layer: throughput in % of bare cuBLAS products of the same FLOPs"
@@ -111,31 +105,6 @@ def ceiling(plt, rows):
         ax.set(ylim=(0, 112), ylabel="forward + backward" if mode == "full" else mode)
         ax.set_xticks(range(len(shapes)), map(label, shapes), fontsize=10)
     axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=7, columnspacing=1.2)
-    return fig
-
-
-def roofline(plt, rows):
-    """TFLOP/s of the kernels that multiply matrices, by arithmetic intensity."""
-    roof = {row["mode"]: row for row in select(rows, kernel="ceiling")}
-    points = [row for row in select(rows, kernel=tuple(kernel_costs(TARGETS[0]))) if row["gb_s"] and row["tflops"]]
-    shapes = shapes_of(points)
-    if not shapes or len(roof) < 2:
-        return None
-    peak, bandwidth = roof["gemm"]["tflops"], roof["copy"]["gb_s"] / 1e3
-    title = f"Kernels against {peak:.0f} TFLOP/s of cuBLAS and {bandwidth:.2f} TB/s of a copy (legend: T,D,F,E,K)"
-    fig, (ax,) = figure(plt, (9, 5.5), title, points)
-    for i, kernel in enumerate(dict.fromkeys(row["kernel"] for row in points)):
-        ax.scatter([], [], color=f"C{i}", label=kernel)
-        for row in select(points, kernel=kernel):
-            if shape_of(row) in shapes:
-                marker = MARKERS[shapes.index(shape_of(row))]
-                ax.scatter(row["tflops"] * 1e3 / row["gb_s"], row["tflops"], color=f"C{i}", marker=marker)
-    for shape, marker in zip(shapes, MARKERS, strict=False):
-        ax.scatter([], [], color="gray", marker=marker, label=str(shape))
-    ridge = peak / bandwidth
-    ax.plot([ridge / 30, ridge, ridge * 10], [peak / 30, peak, peak], color="black")
-    ax.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
-    ax.legend(loc="lower right", fontsize=8, ncols=2)
     return fig
 
 
@@ -192,7 +161,7 @@ def main(argv=None):
     gpus = sorted({row["gpu"] for row in rows})
     config.require(len(gpus) == 1, "gpu", cfg.gpu, f"the files have rows of {gpus}; choose one")
     out = config.make_directory(cfg.out, "out", cfg.out)
-    pictures = {"throughput_by_experts": throughput, "ceiling": ceiling, "roofline": roofline, "step": step}
+    pictures = {"throughput_by_experts": throughput, "ceiling": ceiling, "step": step}
     with plt.rc_context(STYLE):
         for name, draw in pictures.items():
             if fig := draw(plt, rows):
