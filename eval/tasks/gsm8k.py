@@ -1,8 +1,8 @@
-"""GSM8K (arXiv 2110.14168): grade-school word problems, worked solutions that end in "#### 18". 1,319 test items.
+"""GSM8K (arXiv 2110.14168): word problems, worked solutions that end in "#### 18". 1,319 test items.
 
-Four examples from the training split: the prompts are then, item by item, those of the paper's own task-loss file. As
-there, the answer of the task loss starts right after "Answer:", without the space that the examples have. `strict` and
-`flexible` are the harness's filters: the first "#### number", and the last number of any form.
+With four examples of the training split the prompts are those of the paper's task loss, item by item; its answers start
+right after "Answer:", without a space. `strict` and `flexible` are the harness's filters: the first "#### number", and
+the last number of any form.
 """
 
 import re
@@ -38,7 +38,7 @@ def _bare(answer):
 
 
 def vote(text):
-    """The number after the first "####", "Answer" or "The answer is": the paper's rule, for any notation."""
+    """The number after the first "####", "Answer" or "answer is", as in the paper."""
     value = find_number(text, "####|[Aa]nswer(?: is)?")
     return None if value is None else plain(value)
 

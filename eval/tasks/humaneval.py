@@ -1,8 +1,5 @@
-"""HumanEval (arXiv 2107.03374): complete a Python function from its signature and docstring. 164 items, no examples.
-
-pass@k by eval.sandbox. Task loss: the dataset's canonical solution after the prompt (the paper uses EvalPlus's: task
-humanevalplus).
-"""
+"""HumanEval (arXiv 2107.03374): complete a Python function. 164 items, no examples. pass@k by eval.sandbox; task loss
+of the dataset's canonical solution (the paper's is humanevalplus)."""
 
 from eval.sources import Set
 from eval.tasks import Item
