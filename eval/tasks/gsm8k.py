@@ -12,7 +12,7 @@ from eval.equal import find_number, plain
 from eval.sources import Set
 from eval.tasks import Item
 
-TEST = Set("gsm8k/test", "gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), ("gsm8k/gold_bpb_5shot",))
+TEST = Set("gsm8k/test", "gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"))
 TRAIN = Set("gsm8k/train", "gsm8k/train.jsonl", ("openai/gsm8k", "main", "train"))
 
 SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("Question:", "</s>", "<|im_end|>"), 256

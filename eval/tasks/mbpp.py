@@ -11,7 +11,7 @@ from eval.sources import Set
 from eval.tasks import Item, examples
 
 HUB = "google-research-datasets/mbpp"
-TEST = Set("mbpp/test", "mbpp/mbpp.jsonl", (HUB, "full", "test"), ("codex_mbpp/gold_bpb_0shot",))
+TEST = Set("mbpp/test", "mbpp/mbpp.jsonl", (HUB, "full", "test"))
 PROMPT = Set("mbpp/prompt", "mbpp/mbpp.jsonl", (HUB, "full", "prompt"))
 SHOTS, STOPS, MAX_NEW_TOKENS = 3, ("[DONE]",), 256
 

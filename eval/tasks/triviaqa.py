@@ -10,13 +10,9 @@ import string
 from eval.sources import Set
 from eval.tasks import Item
 
-TEST = Set(
-    "triviaqa/validation",
-    "triviaqa/rc_wikipedia_nocontext_val.jsonl",
-    ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
-    ("hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation",),
-)
-TRAIN = Set("triviaqa/train", "triviaqa/train.jsonl", ("mandarjoshi/trivia_qa", "rc.nocontext", "train"))
+HUB = "mandarjoshi/trivia_qa"
+TEST = Set("triviaqa/validation", "triviaqa/rc_wikipedia_nocontext_val.jsonl", (HUB, "rc.nocontext", "validation"))
+TRAIN = Set("triviaqa/train", "triviaqa/train.jsonl", (HUB, "rc.nocontext", "train"))
 SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("\n", ".", ","), 64  # the harness allows 256: no alias is longer than 64
 
 
