@@ -5,12 +5,11 @@ r"""Are two mathematical answers equal, and does an answer have the form that wa
     number(r"\$1{,}250.50").value                              # Fraction(2501, 2)
 
 Plain numbers are compared here, exactly; all else by math-verify, in a process that is killed after some seconds (it
-computes 9^9^9^9 forever). The library reads "5 million" and "5 or 7" as 5, ignores bases and the case of letters, and
-rounds decimals; `clean` and `equal` put these into words that it understands, or refuse.
+computes 9^9^9^9 forever). The library reads "5 million" and "5 or 7" as 5, ignores bases and case, and rounds decimals;
+`clean` and `equal` put these into words that it understands, or refuse.
 
-A reward needs more: the question, with "+0" behind it, equals the answer of every "expand" and "factor". So a number
-must be a number in lowest terms, and any other answer must have the symbols of the gold one, each as often, in any
-order (`symbols`).
+A reward needs more, as the question itself equals the answer of every "expand" and "factor": a number must be a number
+in lowest terms, any other answer must have the symbols of the gold one, each as often (`symbols`).
 """
 
 import importlib.util

@@ -2,8 +2,8 @@
 
     text, scores = report(model, "runs/x/data")
 
-Facts are trained ones, in sentences that training used too; problems have templates that training never had. Apart from
-two samples nothing is generated: one forward pass tells whether greedy decoding would write an answer.
+Facts are trained ones; problems have templates that training never had. Apart from two samples nothing is generated:
+one forward pass tells whether greedy decoding would write an answer.
 """
 
 import math
@@ -43,11 +43,8 @@ def commonest(values) -> float:
 
 
 def fact_recall(model, enc, cfg: FactsConfig, n_people: int = 1000) -> dict:
-    """Share of values that greedy decoding completes exactly after name and stem, of the first n_people.
-
-    -> {"overall": share, "chance": share that the best constant answer gets, "loss": nats per token of the values,
-    "people": n, "by_attribute": {name: {"recall", "chance"}}}
-    """
+    """Share of values that greedy decoding completes exactly after name and stem, of the first n_people. "chance" is
+    that of the best constant answer, "loss" is in nats per token of the values."""
     people = facts.people(cfg)[:n_people]
     probes = facts.probes(people, cfg.seed)
     grades = graded(model, enc, [(probe.prompt, probe.value + ".") for probe in probes])
@@ -65,10 +62,8 @@ def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000, exposure: in
 
         N (log2 N0 - p1 / ln 2) + N (log2 S0 - p2 / ln 2)
 
-    p1, p2: mean nats of the name, and of pronoun and values given the text before them, in new wordings. In a mixture
-    p1 also pays for the choice of a biography among other documents: a bit or so per person.
-    -> {"name", "values" (bits per person), "total" (bits), "possible", "per_parameter", "per_active_parameter"}
-    """
+    p1, p2: mean nats of the name, and of pronoun and values given the text before them, in new wordings. Bits are
+    per person for "name" and "values", else of all. In a mixture p1 also pays for the choice of a biography."""
     people, pairs, kinds = facts.people(cfg)[:n_people], [], []
     for person in people:
         pairs.append(([enc.eot_token], []))
@@ -90,12 +85,8 @@ def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000, exposure: in
 
 
 def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int) -> dict:
-    """Whole solutions, token for token, of n unseen problems of each number of steps; there is one way to write each.
-    Untrained steps that do not fit the model's window are left out.
-
-    -> {"loss": nats per token of the trained numbers of steps, "accuracy": {steps: share}, "chance": {steps: share of
-    answers that the best constant one gets}}
-    """
+    """Share of whole solutions, token for token, of n unseen problems of each number of steps; untrained ones that do
+    not fit the model's window are left out. "loss" is in nats per token of the trained numbers of steps."""
     grades, chance = {}, {}
     for s in steps:
         problems = [reasoning.problem(cfg, i, "test", s) for i in range(n)]
@@ -109,12 +100,8 @@ def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int) -> dict:
 
 
 def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
-    """Right answers to n unseen expressions of each length, from 2 operations to two more than training had: nothing is
-    written down between question and answer.
-
-    -> {"loss": nats per answer of trained lengths, "accuracy": {length: share}, "chance": share of the best constant
-    answer among trained lengths; products make 0 the commonest}
-    """
+    """Share of right answers to n unseen expressions of each length, up to two operations more than training had, with
+    nothing written down. "loss" (nats per answer) and "chance" are of trained lengths; products make 0 common."""
     lengths = range(2, cfg.mano_length + 3)
     problems = [reasoning.mano(cfg, i, "test", length) for length in lengths for i in range(n)]
     grades = graded(model, enc, [(p.question, p.solution.removesuffix(".")) for p in problems])

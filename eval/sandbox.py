@@ -9,15 +9,13 @@ Every program gets a process of its own (eval/jail.py), which first gives up for
   capabilities  what root may do and others may not
   rlimits       CPU time, memory, core dumps, open files
 It has nothing of the user's environment, its output goes to /dev/null, its process group is killed at the deadline,
-and the kernel kills it when the evaluator dies.
+and the kernel kills it with the evaluator.
 
 A pass must be proven: the tests and a fresh random token are sent after the program's top level has finished, and the
 token comes back after the last assert. So exiting early, printing, or replacing `check`, `exec` or `print` fails. A
-failure must be the program's: an honest program has to pass before the first one is judged, the clock starts when the
-process is confined, and a process that does not get that far is an OSError, not a wrong answer.
-
-As its asserts share an interpreter with the tested function, code written against this very protocol can fake its own
-pass, and nothing else. Without Landlock a program could also read files of the same user, but send them nowhere.
+failure must be the program's: an honest program has to pass first, the clock starts when the process is confined, and
+one that does not get that far is an OSError. As asserts share an interpreter with the tested function, code written
+against this very protocol can fake its own pass, and nothing else.
 """
 
 import contextlib
