@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -222,7 +223,7 @@ def test_config_of_a_grpo_run(start, tmp_path):  # noqa: F811
 
 # ---- runs of earlier versions
 
-LATER = ["weights", "muon_momentum", "max_loss", "qk_norm_joint", "upcycle_noise", "bad_steps", "deterministic"]
+LATER = ["weights", "muon_momentum", "max_loss", "qk_norm_joint", "bad_steps", "deterministic"]
 
 
 def test_a_run_of_an_earlier_version_goes_on(whole_run, tmp_path, monkeypatch):  # noqa: F811
@@ -232,7 +233,7 @@ def test_a_run_of_an_earlier_version_goes_on(whole_run, tmp_path, monkeypatch): 
     cut = cut_at(whole_run[0], tmp_path / "cut", 4)
 
     def age(values):
-        values |= {"learning_rate": values.pop("lr"), "fast": True, "compile": True}
+        values |= {"learning_rate": values.pop("lr"), "fast": True, "compile": True, "upcycle_noise": 0.0}
         for name in LATER:
             values.pop(name)
         return values
@@ -293,6 +294,62 @@ def test_the_log_reaches_the_disk_before_the_checkpoint(data_dir, tmp_path, monk
     monkeypatch.setattr(checkpoint, "save", lambda *args: (seen.append("checkpoint"), save(*args))[1])
     train_run(data_dir, tmp_path / "out", "--steps=3")
     assert seen[seen.index("checkpoint") - 1] == "metrics.jsonl"
+
+
+class Recorder(ModuleType):
+    """Stands for the packages wandb and torch.utils.tensorboard."""
+
+    def __init__(self):
+        super().__init__("recorder")
+        self.seen, self.closed = [], 0
+
+    def init(self, config, **options):
+        self.config = config
+        return self
+
+    def log(self, values, step):
+        self.seen += [(name, value, step) for name, value in values.items()]
+
+    def finish(self):
+        self.closed += 1
+
+    def SummaryWriter(self, directory, purge_step):  # noqa: N802
+        self.directory, self.purged = directory, purge_step
+        return self
+
+    def add_scalar(self, *number):
+        self.seen.append(number)
+
+    close = finish
+
+
+def test_rows_go_to_tensorboard_and_wandb(data_dir, tmp_path, monkeypatch):  # noqa: F811
+    board, wandb = Recorder(), Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    train_run(data_dir, tmp_path / "out", "--steps=4", "--log=tensorboard,wandb")
+    assert board.seen == wandb.seen and board.closed == wandb.closed == 1
+    assert wandb.config["steps"] == 4 and board.directory == tmp_path / "out" / "tensorboard" and board.purged == 1
+    log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    found = {(name, step): value for name, value, step in board.seen}
+    for row in log:
+        for name in row.keys() & {"loss", "val_loss", "lr", "tokens"}:
+            assert found[name, row["step"]] == row[name]
+        for layer, value in enumerate(row.get("load_max", ())):
+            assert found[f"load_max/{layer}", row["step"]] == value
+    assert all(isinstance(value, (int, float)) for value in found.values()) and "step" not in dict(found)
+    main([f"--resume={tmp_path / 'out'}", "--steps=5"])
+    assert board.purged == 5  # what was logged after the checkpoint is logged again
+
+
+def test_a_missing_logger_is_one_line(data_dir, tmp_path, monkeypatch):  # noqa: F811
+    for kind, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ValueError, match=f"log='{kind}': the package is not installed: pip install {kind}"):
+            train_run(data_dir, tmp_path / "out", f"--log={kind}")
+    with pytest.raises(ValueError, match="log='tensorbord': use tensorboard, wandb, or both with a comma"):
+        train_run(data_dir, tmp_path / "out", "--log=tensorbord")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- training without validation, and steps that are skipped
