@@ -31,26 +31,21 @@ SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**
 SCALE = f"({'|'.join(SCALES)})s?(?![a-z])"
 PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d\d?(?!\d))?"  # 1250, 1,250.5, .5, 1e3
 NUMBER = rf"([-+]?\s?[$€£]?|[$€£]-)\s?(?:(\d+)\s+(?=\d+/))?({PLAIN})(?:/(\d+))?"  # also 5/2 and 2 1/2
-UNICODE = str.maketrans(
-    {"−": "-", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "·": r"\cdot ", "×": r"\times "}
-)
+SIGNS = {"−": "-", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "·": r"\cdot ", "×": r"\times "}
 CLEAN = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\\(?:left|right)(?![a-zA-Z])", ""),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\([lg])eq(?![a-zA-Z])", r"\\\1e"),
-        (r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}"),
-        (r"\\(?:mbox|text(?:bf|it|rm)|mathrm)\s*\{", r"\\text{"),
-        (r"\\text\{\s*(?:and|or)(?![a-z])([^{}]*)\}", r",\1"),
-        (r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3}(?!\d))", ""),
-        (
-            rf"({PLAIN})\s*(\\text\{{\s*)?{SCALE}",
-            lambda found: plain(_value(found[1]) * SCALES[found[3]]) + (found[2] or ""),
-        ),
-        (r"\\text\{\s*\}|\^\{?\\circ\}?|\\?%|\\(?=\$)", ""),
-        (rf"(?<=\S)(?:\s|~|\\,)*\\text\{{(?!\s*{SCALE})[^{{}}\d]*\}}(?:\^\d)?$", ""),  # a unit at the end
-    )
+    (r"\\(?:left|right)(?![a-zA-Z])", ""),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\([lg])eq(?![a-zA-Z])", r"\\\1e"),
+    (r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}"),
+    (r"\\(?:mbox|text(?:bf|it|rm)|mathrm)\s*\{", r"\\text{"),
+    (r"\\text\{\s*(?:and|or)(?![a-z])([^{}]*)\}", r",\1"),
+    (r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3}(?!\d))", ""),
+    (
+        rf"({PLAIN})\s*(\\text\{{\s*)?{SCALE}",
+        lambda found: plain(_value(found[1]) * SCALES[found[3]]) + (found[2] or ""),
+    ),
+    (r"\\text\{\s*\}|\^\{?\\circ\}?|\\?%|\\(?=\$)", ""),
+    (rf"(?<=\S)(?:\s|~|\\,)*\\text\{{(?!\s*{SCALE})[^{{}}\d]*\}}(?:\^\d)?$", ""),  # a unit at the end
 ]
 ASSIGNED = re.compile(r"(?:^|(?<=,))\s*[a-zA-Z]\s*=")
 TOKEN = re.compile(r"\\text\{([^{}]*)\}|(\\[a-zA-Z]+|\\.|\d+|\S)", re.ASCII)
@@ -61,9 +56,9 @@ Number = namedtuple("Number", "value kind")  # a Fraction, and how it is written
 
 def clean(text: str) -> str:
     """LaTeX in one notation: scale words as factors, "or" and "and" as commas, no unit at the end."""
-    text = text.strip().rstrip(". ").translate(UNICODE)
+    text = text.strip().rstrip(". ").translate(str.maketrans(SIGNS))
     for pattern, new in CLEAN:
-        text = pattern.sub(new, text)
+        text = re.sub(pattern, new, text)
     return text.strip()
 
 

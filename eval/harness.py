@@ -47,10 +47,6 @@ class EvalChoice(ModelChoice):
         require(0 < self.top_p <= 1, "top_p", self.top_p, "use a number above 0, at most 1")
 
 
-def open_source(cfg: EvalChoice) -> Source:
-    return Source(cfg.evaldata, cfg.data_directory())
-
-
 def open_model(cfg: EvalChoice) -> tuple[Loaded, Path]:
     """(the chosen model, the directory of its results)."""
     loaded = load(cfg)

@@ -87,18 +87,14 @@ def confinement(memory: int = MEMORY) -> str:
     return "seccomp + Landlock" if result.reason.startswith("PermissionError") else "seccomp"
 
 
-def _job(program, values, seconds, memory):
-    paths = sysconfig.get_paths()
-    readable = [f"{root}/{library}" for root in {sys.prefix, sys.base_prefix} for library in ("lib", "lib64")]
-    readable += [paths["stdlib"], paths["platstdlib"]]
-    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    limits = dict(cpu=max(1, round(seconds)), memory=memory)
-    return limits | dict(program=program, values=values, readable=readable, packages=packages)
-
-
 def _session(program, message, values, seconds, memory):
     """One process: (what it said behind the token, Result). OSError where it cannot start."""
-    job, token, stage, said = _job(program, values, seconds, memory), secrets.token_bytes(16), "program", b""
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    readable = [f"{root}/{library}" for root in {sys.prefix, sys.base_prefix} for library in ("lib", "lib64")]
+    readable += [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+    job = dict(program=program, values=values, cpu=max(1, round(seconds)), memory=memory)
+    job |= dict(readable=readable, packages=packages)
+    token, stage, said = secrets.token_bytes(16), "program", b""
     with _process() as (process, channel):
         _start(process, channel, job)
         end = time.monotonic() + 4 * seconds

@@ -15,6 +15,7 @@ import numpy as np
 
 from data import files
 from eval import harness, tasks
+from eval.sources import Source
 from optimoe import config
 from optimoe.config import require
 
@@ -96,7 +97,7 @@ def table(result, seq_len):
 def main(argv=None):
     """Returns the curves."""
     cfg = config.parse(VotesConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    task, source = tasks.load(cfg.task), harness.open_source(cfg)
+    task, source = tasks.load(cfg.task), Source(cfg.evaldata, cfg.data_directory())
     items = task.asked(harness.read_items(task, source, cfg.shots))
     loaded, out = harness.open_model(cfg)
     settings = harness.settings(loaded, items, cfg.shots, cfg)
