@@ -122,11 +122,7 @@ def words(text: str) -> list[str]:
 
 def exact(text: str) -> str:
     """Decimals as fractions, which computer algebra does not round."""
-
-    def fraction(found):
-        value = Fraction(found[0])
-        return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-
+    fraction = lambda found: r"\frac{%d}{%d}" % Fraction(found[0]).as_integer_ratio()  # noqa: E731, UP031  LaTeX braces
     return re.sub(r"(?<![\d.])\d*\.\d+(?![\d.])", fraction, text, flags=re.ASCII)
 
 

@@ -95,7 +95,7 @@ def prompt_ids(model, tokens: Tokens, prompt: str, max_new_tokens: int) -> tuple
 def answers(loaded: Loaded, task, chunk: list, max_new_tokens: int, cfg):
     """(cfg.samples texts for each of a chunk of (index, item), up to the task's stop strings; which prompts were cut).
 
-    A text depends on cfg.seed, the index of its item and its number alone, so it is the same in any batch."""
+    A text depends on cfg.seed, the index of its item and its number, not on its batch."""
     pairs = [(item.prompt, SAMPLES * index + i) for index, item in chunk for i in range(cfg.samples)]
     return texts(loaded, task, *zip(*pairs, strict=True), max_new_tokens, cfg)
 
