@@ -100,15 +100,11 @@ def _session(program, message, values, seconds, memory):
         end = time.monotonic() + 4 * seconds
         left = lambda: end + waited(process.pid) - time.monotonic()  # noqa: E731  asked for at every message
         try:
-            said = _receive(channel, left)
+            said = _ask(channel, None, left)
             if said == jail.READY:
-                stage = "tests"
-                _send(channel, token + message.encode(), left)
-                said = _receive(channel, left)
+                stage, said = "tests", _ask(channel, token + message.encode(), left)
         except TimeoutError:
             return b"", Result(False, "timeout")
-        except (BrokenPipeError, ConnectionResetError):
-            said = b""
         status, usage = _kill(process)
     if secrets.compare_digest(said[:16], token):
         return said[16:], Result(True, "passed")
@@ -152,14 +148,11 @@ def _kill(process):
 
 def _start(process, channel, job):
     """Has the process confine itself; OSError with what it said where it does not get that far."""
+    end = time.monotonic() + START_SECONDS
     try:
-        end = time.monotonic() + START_SECONDS
-        _send(channel, json.dumps(job).encode(), lambda: end - time.monotonic())
-        said = _receive(channel, lambda: end - time.monotonic())
+        said = _ask(channel, json.dumps(job).encode(), lambda: end - time.monotonic())
     except TimeoutError:
         said = f"not ready after {START_SECONDS} seconds".encode()
-    except (BrokenPipeError, ConnectionResetError):
-        said = b""
     if said == jail.CONFINED:
         return
     _kill(process)
@@ -179,14 +172,20 @@ def waited(pid: int) -> float:
         return 0.0
 
 
-def _send(channel, data, left):
-    """TimeoutError where the program does not read."""
-    channel.settimeout(max(0.01, left()))
-    channel.sendall(struct.pack("!I", len(data)) + data)
+def _ask(channel, data, left):
+    """Sends data, if any, and returns the next message, b"" where the other side is gone. A program need neither read nor
+    write: TimeoutError when no seconds are left."""
+    try:
+        if data is not None:
+            channel.settimeout(max(0.01, left()))
+            channel.sendall(struct.pack("!I", len(data)) + data)
+        return _receive(channel, left)
+    except (BrokenPipeError, ConnectionResetError):
+        return b""
 
 
 def _receive(channel, left):
-    """One message, cut at 64 kB; b"" when the other side is gone. TimeoutError when no seconds are left."""
+    """One message, cut at 64 kB."""
     data, need = b"", 4
     while len(data) < need:
         channel.settimeout(max(0.01, left()))
