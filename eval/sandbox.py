@@ -173,8 +173,8 @@ def waited(pid: int) -> float:
 
 
 def _ask(channel, data, left):
-    """Sends data, if any, and returns the next message, b"" where the other side is gone. A program need neither read nor
-    write: TimeoutError when no seconds are left."""
+    """Sends data, if any, and returns the next message, b"" where the other side is gone. TimeoutError when no seconds
+    are left: a program need neither read nor write."""
     try:
         if data is not None:
             channel.settimeout(max(0.01, left()))
