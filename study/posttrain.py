@@ -35,7 +35,7 @@ from study.results import append, read
 ROW = tuple("checkpoint settings d_model n_experts top_k seed train_loss before after".split())  # keys of every row
 PLACES = {  # fields of grpo.py that change no result
     *"model data evaldata out_dir resume device rollout_batch micro_tokens checkpoint_every keep_checkpoints".split(),
-    *"eval_every eval_questions impl".split(),
+    *"eval_every eval_questions impl curves log".split(),
 }
 
 
