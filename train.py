@@ -252,7 +252,6 @@ def open_data(cfg, run):
         cfg = dataclasses.replace(cfg, vocab_size=-(-enc.n_vocab // 64) * 64)  # tensor cores like multiples of 64
     remedy = f"the tokenizer of {sources[0][0]} has {enc.n_vocab} tokens"
     require(cfg.vocab_size >= enc.n_vocab, "vocab_size", cfg.vocab_size, remedy)
-    report.check(cfg, sources)
     return cfg, Data(sources, val_sources, loader, val_loader, min(cfg.val_batches, all_of_it), enc)
 
 

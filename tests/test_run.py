@@ -111,35 +111,17 @@ SMALL_MIXTURE = MixtureConfig(
 )
 
 
-@pytest.mark.parametrize(
-    "parts", [{}, {"exposures": 0}, {"n_problems": 0, "n_mano": 0}, {"exposures": 0, "n_problems": 0}]
-)
-def test_what_cannot_be_reported_is_refused_at_the_start(tmp_path, parts):
-    """The bound is exact: one token less and the report itself fails, with it the run reaches its end."""
-    data = tmp_path / "data"
-    procedural.build(data, dataclasses.replace(SMALL_MIXTURE, **parts))
-    least = report.longest_probe(data)
-    flags = [f"--data={data}", "--steps=1", "--dense", "--dtype=float32"]
-    with pytest.raises(ValueError, match=f"seq_len={least - 1}: the closing report has texts of {least} tokens"):
-        main([*SMALL, *flags, f"--seq-len={least - 1}", f"--out-dir={tmp_path / 'out'}"])
-    assert not (tmp_path / "out").exists()
-    assert main([*SMALL, *flags, f"--seq-len={least}", f"--out-dir={tmp_path / 'out'}"])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception):  # noqa: B017  whatever the model says first
-        patch.setattr(report, "check", lambda cfg, sources: None)
-        main([*SMALL, *flags, f"--seq-len={least // 2}", f"--out-dir={tmp_path / 'short'}"])
-
-
 def test_a_refused_start_removes_only_what_it_made(data_dir, tmp_path):  # noqa: F811
-    """Whatever refuses it: the length that the default data needs, a checkpoint to start from, a size."""
-    for flags in (["--seq-len=32"], ["--upcycle-from=/nonexistent"], ["--vocab-size=9"]):
+    """Whatever refuses it: a checkpoint to start from, a size."""
+    for flags in (["--upcycle-from=/nonexistent"], ["--vocab-size=9"]):
         with pytest.raises((ValueError, FileNotFoundError)):
             main([*SMALL, "--n-layers=1", *flags, f"--out-dir={tmp_path / 'new'}"])
         assert not (tmp_path / "new").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("not ours")
-    with pytest.raises(ValueError, match="seq_len"):
-        main([*SMALL, "--seq-len=32", f"--out-dir={mine}"])
+    with pytest.raises(ValueError, match="vocab_size"):
+        main([*SMALL, "--vocab-size=9", f"--out-dir={mine}"])
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
 
 
@@ -412,16 +394,16 @@ def test_hints_repeat_the_flags_of_the_run(tmp_path):
     cfg = TrainConfig(
         **TrainConfig.preset_fields("tiny") | {"vocab_size": 512, "lr": 1e-3, "curves": False, "n_experts": 16}
     )
-    hints = lambda answer, **changes: report.next_steps(  # noqa: E731
+    hints = lambda solution, **changes: report.next_steps(  # noqa: E731
         "runs/x",
         dataclasses.replace(cfg, **changes),
         [(tmp_path / "data", 1.0)],
-        {"reasoning": {1: {"answer": answer}}},
+        {"reasoning": {1: {"solution": solution}}},
     )
     assert f"python train.py --data={tmp_path / 'data'} --lr=0.001 --curves=false --n_experts=64" in hints(0.5)
     assert "grpo.py --model=runs/x --steps=" in hints(0.5) or torch.cuda.is_available()
     assert "grpo.py" not in hints(0.99) and "--n_experts" not in hints(0.5, n_experts=1024)
-    config.parse(TrainConfig, report.own_flags(cfg).split())
+    config.parse(TrainConfig, report.own_flags(cfg, "dense").split())
 
 
 # ---- ranks
