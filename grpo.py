@@ -23,6 +23,7 @@ N MoE layers, K experts, P groups of G answers.
 import dataclasses
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -389,7 +390,8 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
 
             guard.check_finite("loss", float(stats[:, 0].sum()), job.step, run.dir, cfg.lr)
             job.row = report.grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds)
-            run.record(job.row, report.grpo_line(job.row, cfg))
+            left = timedelta(seconds=round(sum(seconds.values()) * (cfg.steps - job.step)))
+            run.record(job.row, f"{report.grpo_line(job.row, cfg)} | eta {left}")
             last = job.step == cfg.steps
             if last or cfg.eval_every and job.step % cfg.eval_every == 0:
                 job.row["test_reward"] = test(cfg, run, job)

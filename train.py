@@ -260,6 +260,8 @@ def check_start(cfg, world):
     divides = cfg.batch_size % (world * cfg.grad_accum) == 0
     remedy = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
     require(divides, "batch_size", cfg.batch_size, remedy)
+    once = cfg.recompute == "none" or world == 1 or cfg.parallel != "ep"
+    require(once, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
     float32 = cfg.weights == "float32" or world == 1 or cfg.parallel == "ddp"
     require(float32, "weights", cfg.weights, f"parallel={cfg.parallel} keeps float32 weights; use --parallel=ddp")
 

@@ -32,7 +32,6 @@ TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.js
 AGAIN = "download it again"
 # Fields of ModelConfig that do not change what a trained model computes.
 FREE = ("init_std", "embed_init_std", "dtype", "impl", "loss_chunk", "recompute")
-NUMBERS = ("F64", "F32", "F16", "BF16")  # safetensors' dtypes of weights that are not quantised
 
 
 class Family(NamedTuple):
@@ -114,8 +113,7 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
     require(last in stored, "num_hidden_layers", cfg.n_layers, f"{directory} has no tensor {last}")
     head, embedding = TOP["head.weight"], TOP["embed.weight"]
     if cfg.tie_embeddings and {head, embedding} <= stored.keys():  # a head that is not the embedding stays
-        tied = torch.equal(*(stored[name].get_tensor(name) for name in (head, embedding)))
-        cfg = dataclasses.replace(cfg, tie_embeddings=tied)
+        cfg = dataclasses.replace(cfg, tie_embeddings=torch.equal(stored[head], stored[embedding]))
     if not cfg.router_learns:
         print(f"warning: {directory}: top_k={cfg.top_k}: {UNTAUGHT} in training", file=sys.stderr)
     family = FAMILIES[raw["model_type"]]
@@ -128,7 +126,7 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
     if cfg.tie_embeddings:
         model.head.weight = model.embed.weight
     for name, view in model_pieces(model, family).items():
-        view.copy_(stored[name].get_tensor(name))
+        view.copy_(stored[name])
     model.cos, model.sin = (table.to(device) for table in rope_tables(cfg))
     return model.eval().requires_grad_(False)
 
@@ -170,9 +168,8 @@ def model_config(raw):
 
 
 def open_weights(directory):
-    """{name of a tensor: the open file that holds it}. FileNotFoundError, or ValueError for damage."""
-    safetensors, index, listed = package("safetensors"), directory / INDEX, None
-    names = [SINGLE]
+    """{name: mapped tensor} of a folder's safetensors files. FileNotFoundError, or ValueError for damage."""
+    library, index, listed, names = package("safetensors.torch"), directory / INDEX, None, [SINGLE]
     if index.is_file():
         listed = files.read_json(index, AGAIN).get("weight_map")
         names = list(listed.values()) if isinstance(listed, dict) else [None]
@@ -184,10 +181,9 @@ def open_weights(directory):
             needed = f"{directory} has neither {SINGLE} nor {INDEX}" if listed is None else f"{path} is missing"
             raise FileNotFoundError(f"{needed}: {AGAIN}")
         try:
-            file = safetensors.safe_open(path, framework="pt")
-        except safetensors.SafetensorError as error:
+            stored |= library.load_file(path)
+        except package("safetensors").SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
-        stored |= dict.fromkeys(file.keys(), file)
     if listed is not None and listed.keys() != stored.keys():
         name = min(listed.keys() ^ stored.keys())
         raise ValueError(f"{index} and the files that it names differ: only one of them has {name}; {AGAIN}")
@@ -199,10 +195,9 @@ def check_weights(directory, stored, expected, ignored):
     for name, like in expected.items():
         if name not in stored:
             raise ValueError(f"{directory}: the tensor {name} is missing: {AGAIN}")
-        header = stored[name].get_slice(name)
-        shape, kind = tuple(header.get_shape()), header.get_dtype()
+        shape, kind = tuple(stored[name].shape), stored[name].dtype
         require(shape == like.shape, name, shape, f"{CONFIG} asks for {tuple(like.shape)}")
-        require(kind in NUMBERS, name, kind, f"it is quantised; only {', '.join(NUMBERS)} are read")
+        require(kind.is_floating_point and kind.itemsize > 1, name, kind, "it is quantised, and would be misread")
     unknown = [name for name in stored.keys() - expected.keys() - ignored if not name.endswith("rotary_emb.inv_freq")]
     if unknown:
         raise ValueError(f"{directory} holds tensors that {CONFIG} does not describe, such as {min(unknown)}")
@@ -263,7 +258,8 @@ def load_tokens(directory) -> Tokens:
     spelled.no_truncation()
     spelled.no_padding()
     spelled.encode_special_tokens = bool(settings.get("split_special_tokens"))
-    eos = generation.get("eos_token_id", raw.get("eos_token_id", enc.eot_token))
+    named = (found.get("eos_token_id") for found in (generation, raw))
+    eos = next((token for token in named if token is not None), enc.eot_token)
     rows = raw.get("vocab_size", 2**40)
 
     def encode(text):

@@ -275,6 +275,14 @@ def test_recomputation_trains_alike(data_dir, tmp_path, compiled):
         torch.use_deterministic_algorithms(False)
 
 
+def test_dealt_out_experts_are_not_computed_twice():
+    for choice in ("experts", "blocks"):
+        cfg = train_file.TrainConfig(recompute=choice, parallel="ep")
+        train_file.check_start(cfg, 1)
+        with pytest.raises(ValueError, match=f"recompute='{choice}': parallel=ep sends no token twice; use --par"):
+            train_file.check_start(cfg, 2)
+
+
 def launch(*flags, ranks=2, **options):
     command = (
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
