@@ -1,7 +1,7 @@
 """Text from a model, as it is written.
 
     python sample.py --run=runs/NAME --prompt="Alice was"
-    python sample.py --hf=DIR                                 # asks for prompts; a chat where the model has a template
+    python sample.py --hf=ORG/NAME                            # asks for prompts; a chat where the model has a template
 
 Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C ends. The same flags give the same text.
 """
@@ -14,6 +14,7 @@ from data import files
 from eval.generate import generate
 from eval.harness import cut_at
 from eval.taskloss import context_ids
+from optimoe import hub
 from optimoe.config import command_line, parse, require
 from optimoe.load import ModelChoice, load
 
@@ -81,7 +82,7 @@ def write(loaded, ids, cfg, number):
 
 def main(argv=None):
     cfg = parse(SampleConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    loaded, template = load(cfg), chat_template(cfg.hf) if cfg.hf and cfg.chat else None
+    loaded, template = load(cfg), chat_template(hub.folder(cfg.hf, "hf")) if cfg.hf and cfg.chat else None
     messages = []
     for prompt in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
         messages.append({"role": "user", "content": prompt})

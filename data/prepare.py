@@ -36,6 +36,7 @@ import numpy as np
 
 from data import shards, tokenizer
 from data.documents import BLOCK, EXPANSION, Reader, Source, find_sources
+from optimoe import hub
 from optimoe.config import make_directory, parse, require
 
 
@@ -49,7 +50,9 @@ class Config:
     workers: int | None = None  # threads; none: all cores
 
     # Tokenizer
-    tokenizer: str = ""  # a tiktoken name (cl100k_base), a data directory or a Hugging Face folder; empty: train one
+    tokenizer: str = (
+        ""  # cl100k_base, ... of tiktoken, a data directory, a Hugging Face folder or ORG/NAME; empty: train one
+    )
     vocab_size: int = 16384  # of the BPE trained on the input
     sample_bytes: float = 32e6  # of text, about, that the BPE is trained on
 
@@ -116,7 +119,10 @@ def prepare(cfg: Config) -> dict:
     make_directory(Path(os.path.abspath(out)).parent, "out", cfg.out)
     enc = None
     if cfg.tokenizer:
-        enc = (tokenizer.load if Path(cfg.tokenizer).is_dir() else tokenizer.named)(cfg.tokenizer)
+        if Path(cfg.tokenizer).is_dir() or "/" in cfg.tokenizer:
+            enc = tokenizer.load(hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER))
+        else:
+            enc = tokenizer.named(cfg.tokenizer)
     else:
         tokenizer.library()
     sources = find_sources(cfg.input)

@@ -385,15 +385,15 @@ def package(name):
         raise ValueError(f"the package {name.partition('.')[0]} is not installed: pip install -e '.[hf]'") from None
 
 
-def fingerprint(directory, *others):
-    """A name for results: the folder's, and a hash of its files and of the paths `others` that results depend on."""
+def fingerprint(directory, *others, title=""):
+    """A name for results: title, or the folder's, and a hash of its files and of the paths `others` they depend on."""
     directory, digest = Path(directory).resolve(), hashlib.sha256()
     names = (CONFIG, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
     small = filter(Path.is_file, (directory / name for name in names))
     for path in [*sorted(directory.glob("*.safetensors")), *small, *others]:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"{directory.name}-{digest.hexdigest()[:16]}"
+    return f"{title or directory.name}-{digest.hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)
