@@ -32,9 +32,31 @@ def title(name):
     return Path(name).resolve().name if Path(name).is_dir() else re.sub("[/@]", "--", str(name))
 
 
+class Unavailable(ValueError):
+    """A model that cannot be had now."""
+
+
+def home(name):
+    """Where results about it go: the folder itself, or one under runs/ and not in the library's cache."""
+    return Path(name) if Path(name).is_dir() else Path("runs", title(name))
+
+
+def place(name):
+    """The directory of the library's cache for a named model, whether it is there or not."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{NAME.fullmatch(name)[1].replace('/', '--')}")
+
+
+def forget(name):
+    """Delete a named model, in all revisions, from the library's cache."""
+    shutil.rmtree(place(name), ignore_errors=True)
+    folder.cache_clear()
+
+
 @functools.cache
 def folder(name, field, files=FILES):
-    """The Path of a local folder, or of a model's files in the cache. ValueError, blaming `field`, says why not."""
+    """The Path of a local folder, or of a model's files in the cache. Unavailable (a ValueError), blaming `field`."""
     check(name, field)
     if Path(name).is_dir():
         return Path(name)
@@ -43,11 +65,11 @@ def folder(name, field, files=FILES):
         import huggingface_hub as library
     except ImportError:
         reason = "no such directory, and to download a model of this name: pip install -e '.[hf]'"
-        raise ValueError(f"{field}={name!r}: {reason}") from None
+        raise Unavailable(f"{field}={name!r}: {reason}") from None
     try:
         return Path(library.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # of the library, of its HTTP client, of the disk
-        raise ValueError(f"{field}={name!r}: {explain(error, repository, revision)}") from None
+        raise Unavailable(f"{field}={name!r}: {explain(error, repository, revision)}") from None
 
 
 def explain(error, repository, revision=None):

@@ -63,8 +63,7 @@ def load(cfg: ModelChoice) -> Loaded:
         model = hf.load_model(folder, device, cfg.dtype, cfg.impl)
         tokens = run_tokens(directory, model) if directory else hf.load_tokens(folder)
         name = hf.fingerprint(folder, *([directory / tokenizer.FILE] if directory else []), title=hub.title(cfg.hf))
-        results = folder if Path(cfg.hf).is_dir() else Path("runs", hub.title(cfg.hf))  # not in the library's cache
-        return Loaded(model, tokens, name, results / "eval")
+        return Loaded(model, tokens, name, hub.home(cfg.hf) / "eval")
     path = Path(cfg.checkpoint or cfg.run)
     if path.is_dir() and checkpoint.find(path):
         path = checkpoint.find(path)[-1][1]
