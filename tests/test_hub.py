@@ -7,7 +7,7 @@ import pytest
 
 from data import prepare, tokenizer
 from model import GPT, ModelConfig
-from optimoe import hf, hub
+from optimoe import hf, hub, start
 from optimoe.load import ModelChoice, load
 from tests.loopback import Hub
 
@@ -28,18 +28,22 @@ def save(folder):
     return folder
 
 
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    """A hub with one model, an empty cache, and a working directory that holds nothing."""
-    server = Hub({NAME: save(tmp_path / "released"), "someone/gated": "GatedRepo"})
+def point_to(server, tmp_path, monkeypatch):
+    """Make `server` the hub and an empty folder the cache; work in a directory that holds nothing."""
+    url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     hub.folder.cache_clear()
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A hub with one model."""
+    server = Hub({NAME: save(tmp_path / "released"), "someone/gated": "GatedRepo"})
+    point_to(server, tmp_path, monkeypatch)
     yield server
     server.server.shutdown()
     hub.folder.cache_clear()
@@ -66,6 +70,14 @@ def test_the_tokenizer_alone(served, tmp_path):
     assert {file for file, _ in served.asked} == {"config.json", "tokenizer.json", "tokenizer_config.json"}
     assert tokenizer.load("out").encode_ordinary("ab") == [97, 98]
     assert len(list(hub.folder(NAME, "hf").glob("*.safetensors"))) > 1  # the rest follows when it is needed
+
+
+def test_training_starts_from_a_name(served):
+    fields = start.training_fields(NAME)
+    assert (fields["d_model"], fields["seq_len"], fields["optimizer"]) == (32, 64, "adamw")
+    model = start.load_any(NAME, "cpu", dtype="float32", impl="reference")
+    assert model.embed.weight.equal(hf.load_model(hub.folder(NAME, "hf")).embed.weight)
+    assert model.embed.weight.requires_grad and model.cfg.impl == "reference"
 
 
 def test_an_interrupted_download_goes_on(served, tmp_path, monkeypatch):
