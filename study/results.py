@@ -19,7 +19,7 @@ from study.execute import BEFORE, Run, key
 TASKS = {"facts": "facts", "problems": "solutions", "mano": "mental arithmetic"}
 TEXT_TASKS = {"triviaqa": "TriviaQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
 MIN_SEEDS = 3
-LIMITS = (7e-4, 0.05)  # of learning rates: no search goes beyond
+LIMITS = (7e-4, 0.1)  # of learning rates: no search goes beyond
 # Keys of every row, the first of them written first.
 ROW = tuple("key run lr diverged tokens tpp params flops points tokens_per_s seconds jobs device".split())
 REMEDY = "restore the file or delete the line"
