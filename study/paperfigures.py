@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from study import results
 from study.figures import COLOURS, MARKERS, STYLE, usual
-from study.presets import SCARCE
 
 ACCURACY = dict(triviaqa="exact_match", hellaswag="acc", gsm8k="strict", gsm_plus="strict")
 ACCURACY |= dict(humaneval="pass@1", mbpp="pass@1")
@@ -43,19 +42,16 @@ def paper_points(rows):
 
 
 def own_points(path):
-    """Of the study's usual regime with few problems, paired if there is any: means over seeds, at the rate with the
-    best training loss."""
+    """Of the study's usual regime, with the number of problems that has most values of E and k: means over seeds, at
+    the rate with the best training loss."""
     rows = results.read(path) if path and Path(path).exists() else []
-    for paired in (True, False):
-        found = [
-            Point(where.d_model, k, own_values(cell, k / e))
-            for (where, k), line in results.lines(rows).items()
-            if usual(where, paired) and where.unique == SCARCE and (tuned := results.tune(line, "train"))
-            for e, cell in tuned.cells.items()
-        ]
-        if found:
-            break
-    return found
+    found = {}
+    for (where, k), line in results.lines(rows).items():
+        tuned = usual(where, where.paired) and results.tune(line, "train")
+        points = found.setdefault((where.paired, where.unique), [])
+        for e, cell in tuned.cells.items() if tuned else ():
+            points.append(Point(where.d_model, k, own_values(cell, k / e)))
+    return max(found.values(), key=len, default=[])
 
 
 def own_values(cell, density):
