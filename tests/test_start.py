@@ -18,7 +18,8 @@ from optimoe import checkpoint, hf, hub, start
 from optimoe.optim import lr_at
 from tests.checks import check
 
-transformers = pytest.importorskip("transformers", minversion="5")
+for package in ("safetensors", "tokenizers", "huggingface_hub"):
+    pytest.importorskip(package)
 ROOT = Path(train.__file__).parent
 SIZES = dict(vocab_size=320, seq_len=64, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, n_experts=4)
 KINDS = {
@@ -85,6 +86,7 @@ def transformers_losses(released, model, cfg):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ten_steps_are_those_of_transformers(kind, released, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
     run(released, kind, tmp_path / "run", "--balance-coef=0", "--z-coef=0", "--dtype=float32")
     cfg = train.TrainConfig(**checkpoint.read(tmp_path / "run")["config"])
     ours, before = losses(tmp_path / "run"), transformers.AutoModelForCausalLM.from_pretrained(released / kind)
