@@ -30,49 +30,38 @@ from optimoe.sizes import count_params
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 AGAIN = "download it again"
-# Fields of ModelConfig that say how a model starts or runs, not what it computes.
-FREE = ("init_std", "embed_init_std", "dtype", "impl", "loss_chunk")
+# Fields of ModelConfig that do not change what a trained model computes.
+FREE = ("init_std", "embed_init_std", "dtype", "impl", "loss_chunk", "recompute")
 NUMBERS = ("F64", "F32", "F16", "BF16")  # safetensors' dtypes of weights that are not quantised
 
 
 class Family(NamedTuple):
     architecture: str  # class of transformers without "ForCausalLM"
-    moe: str  # where a layer keeps its router and experts
-    matrices: tuple[str, ...]  # an expert's gate, up and down matrix
-    n_experts: str  # names of fields in config.json
-    d_expert: str
     fixed: dict  # fields of ModelConfig that config.json does not say
-    extra: dict  # members of config.json that transformers needs beside FIELDS
+    moe: str = "mlp"  # where a layer keeps its router and experts
+    matrices: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # of an expert
+    n_experts: str = "num_experts"  # names in config.json
+    d_expert: str = "intermediate_size"
+    extra: dict = {}  # members of config.json that transformers needs beside FIELDS
 
 
-QWEN, DENSE = ("gate_proj", "up_proj", "down_proj"), {"decoder_sparse_step": 1, "mlp_only_layers": []}
-MIXTRAL, OLMOE = {"router_normalize": True}, {"qk_norm": True, "qk_norm_joint": True}
+DENSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 FAMILIES = {
     "mixtral": Family(
-        "Mixtral", "block_sparse_moe", ("w1", "w3", "w2"), "num_local_experts", "intermediate_size", MIXTRAL, {}
+        "Mixtral", {"router_normalize": True}, "block_sparse_moe", ("w1", "w3", "w2"), n_experts="num_local_experts"
     ),
-    "qwen3_moe": Family("Qwen3Moe", "mlp", QWEN, "num_experts", "moe_intermediate_size", {"qk_norm": True}, DENSE),
-    "olmoe": Family("Olmoe", "mlp", QWEN, "num_experts", "intermediate_size", OLMOE, {}),
+    "qwen3_moe": Family("Qwen3Moe", {"qk_norm": True}, d_expert="moe_intermediate_size", extra=DENSE),
+    "olmoe": Family("Olmoe", {"qk_norm": True, "qk_norm_joint": True}),
 }
-# Fields of ModelConfig and their names in config.json; n_experts and d_expert are named by the family.
+# Fields of ModelConfig and their names in config.json; the family names n_experts and d_expert.
 FIELDS = """vocab_size=vocab_size seq_len=max_position_embeddings d_model=hidden_size n_layers=num_hidden_layers
     n_heads=num_attention_heads n_kv_heads=num_key_value_heads head_dim=head_dim top_k=num_experts_per_tok
     router_normalize=norm_topk_prob tie_embeddings=tie_word_embeddings norm_eps=rms_norm_eps rope_theta=rope_theta"""
 FIELDS = dict(pair.split("=") for pair in FIELDS.split())
-# Members of config.json and what they must be; the last value is what model.py computes.
-ONLY = {
-    "hidden_act": (None, "silu"),
-    "attention_bias": (None, False),
-    "clip_qkv": (None,),
-    "mlp_only_layers": (None, []),
-    "decoder_sparse_step": (None, 1),
-    "quantization_config": (None,),
-    "compression_config": (None,),
-    "partial_rotary_factor": (None, 1),
-    "rope_type": (None, "default"),
-    "layer_types": ([], ["sliding_attention"], ["full_attention"]),
-    "rope_parameters": ([],),
-}
+# Members of config.json and what they must be, if anything: what model.py computes.
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_only_layers": [], "decoder_sparse_step": 1}
+ONLY |= {"clip_qkv": None, "quantization_config": None, "compression_config": None}
+ONLY |= {"partial_rotary_factor": 1, "rope_type": "default", "rope_parameters": {}, "layer_types": []}
 TOP = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
 IN_LAYER = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -115,9 +104,9 @@ def model_pieces(model, family):
 
 
 def load_model(directory, device="cpu", dtype="auto", impl="auto"):
-    """A GPT in evaluation mode; its weights have the compute dtype ("auto": bfloat16 on CUDA, else float32).
+    """A GPT in evaluation mode, with weights of the compute dtype ("auto": bfloat16 on CUDA, else float32).
 
-    Raises FileNotFoundError or ValueError naming what is missing, damaged, or unknown to model.py."""
+    FileNotFoundError or ValueError names what is missing, damaged, or unknown to model.py."""
     directory, device = Path(directory), torch.device(device)
     raw, stored = files.read_json(directory / CONFIG, AGAIN), open_weights(directory)
     cfg = dataclasses.replace(model_config(raw), dtype=dtype, impl=impl)
@@ -157,13 +146,14 @@ def model_config(raw):
         return value
 
     rope = get("rope_parameters", dict, {}) or get("rope_scaling", dict, {})
-    layers = sorted({str(layer) for layer in get("layer_types", list, [])})
-    seen = {"rope_type": rope.get("rope_type", rope.get("type")), "layer_types": layers}
-    seen["rope_parameters"] = [name for name, value in rope.items() if isinstance(value, dict)]
+    layers = {str(layer) for layer in get("layer_types", list, [])}
+    seen = {"rope_type": rope.get("rope_type", rope.get("type"))}
+    seen["layer_types"] = [] if layers in (set(), {"full_attention"}, {"sliding_attention"}) else sorted(layers)
+    seen["rope_parameters"] = {name: value for name, value in rope.items() if isinstance(value, dict)}
     seen["partial_rotary_factor"] = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     for name, known in ONLY.items():
         value = seen[name] if name in seen else raw.get(name)
-        require(value in known, name, value, f"model.py computes {known[-1]!r} only ({CONFIG})")
+        require(value in (None, known), name, value, f"model.py computes {known!r} only ({CONFIG})")
     heads = get("num_attention_heads")
     default = {"n_kv_heads": heads, "head_dim": get("hidden_size") // max(1, heads), "router_normalize": False}
     default |= {"tie_embeddings": False, "rope_theta": 1e6 if kind == "mixtral" else 1e4}
@@ -180,7 +170,7 @@ def model_config(raw):
 
 
 def open_weights(directory):
-    """{name of a tensor: the open safetensors file that holds it}. FileNotFoundError, or ValueError for damage."""
+    """{name of a tensor: the open file that holds it}. FileNotFoundError, or ValueError for damage."""
     safetensors, index, listed = package("safetensors"), directory / INDEX, None
     names = [SINGLE]
     if index.is_file():
@@ -205,7 +195,7 @@ def open_weights(directory):
 
 
 def check_weights(directory, stored, expected, ignored):
-    """ValueError unless `stored` holds the tensors `expected` ({name: one of its shape}) and perhaps `ignored` ones."""
+    """ValueError unless `stored` holds the tensors `expected` ({name: one of its shape})."""
     for name, like in expected.items():
         if name not in stored:
             raise ValueError(f"{directory}: the tensor {name} is missing: {AGAIN}")
@@ -219,10 +209,9 @@ def check_weights(directory, stored, expected, ignored):
 
 
 def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=None):
-    """Write config.json and the weights, per expert and matrix, in files of at most max_shard_bytes.
+    """Write config.json and the weights, in files of at most max_shard_bytes. dtype None: as they are; eos: token id.
 
-    dtype: of the weights, None as they are; eos: token id that ends a text. Raises ValueError for a model that no known
-    format describes, and for a folder that already holds weights."""
+    ValueError for a model that no known format describes, and for a folder that already holds weights."""
     serialise = package("safetensors.torch").save
     split_shards = package("huggingface_hub").split_state_dict_into_shards_factory
     (kind, raw), directory, dtype = hf_config(model.cfg), Path(directory), dtype or model.embed.weight.dtype
@@ -242,8 +231,8 @@ def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=
 
 
 def hf_config(cfg):
-    """(model_type, config.json) of a ModelConfig. ValueError naming a field that the format cannot express: read back,
-    config.json must give the same value of every field that changes what is computed, new fields too."""
+    """(model_type, config.json) of a ModelConfig. ValueError names a field that the format cannot express: one that is
+    not FREE and has another value when it is read back."""
     kind = "mixtral" if not cfg.qk_norm else "olmoe" if cfg.qk_norm_joint else "qwen3_moe"
     family = FAMILIES[kind]
     names = FIELDS | {"n_experts": family.n_experts, "d_expert": family.d_expert}
@@ -261,11 +250,10 @@ def hf_config(cfg):
 def load_tokens(directory) -> Tokens:
     """The tokenizer of a folder, from its tokenizer.json. ValueError if there is none, or one of another model.
 
-    Generation ends at eos_token_id. Text that spells a special token is that token unless the folder says
-    split_special_tokens, as an exported run does: in training such text is ordinary."""
+    Text that spells a special token is that token, unless the folder says split_special_tokens."""
     directory = Path(directory)
-    remedy = "transformers writes it, AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-    require((directory / TOKENIZER).is_file(), "hf", str(directory), f"there is no {TOKENIZER}: {remedy}")
+    remedy = f"there is no {TOKENIZER}; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it"
+    require((directory / TOKENIZER).is_file(), "hf", str(directory), remedy)
     enc = fast.from_folder(directory)
     settings, raw, generation = (
         files.read_json(directory / name, AGAIN) if (directory / name).is_file() else {}
@@ -288,9 +276,9 @@ def load_tokens(directory) -> Tokens:
 
 
 def save_tokens(enc, directory):
-    """Write the tokenizer of a data directory as tokenizer.json, with what starts a text in training before each."""
+    """Write the tokenizer of a data directory as tokenizer.json; a text begins as in training."""
     directory, settings = Path(directory), {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings["split_special_tokens"] = True  # text that spells a special token is ordinary text, as in training
+    settings["split_special_tokens"] = True  # in training, text that spells a special token is ordinary
     if isinstance(enc, fast.Fast):
         library = fast.library().Tokenizer.from_str(enc.definition)
         begin, end = enc.begin, library.id_to_token(enc.eot_token)
@@ -306,7 +294,7 @@ def save_tokens(enc, directory):
 def from_tiktoken(enc):
     """A tiktoken encoding as a tokenizer of the library `tokenizers`."""
     lib = fast.library()
-    # The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for characters from 256 on.
+    # GPT-2's alphabet spells printable bytes as themselves and the others as the characters from 256 on.
     printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
     ranks, special = enc._mergeable_ranks, enc._special_tokens

@@ -285,7 +285,7 @@ def test_what_no_format_expresses_is_refused_by_a_rule(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="router_temperature=0.5: the format of mixtral has 1.0 only"):
         hf.save_model(GPT(Variant(**CFG, router_temperature=0.5)), tmp_path / "hot")
     assert not (tmp_path / "hot").exists()
-    free = dict(init_std=0.1, embed_init_std=0.2, loss_chunk=7, dtype="bfloat16", impl="reference")
+    free = dict(init_std=0.1, embed_init_std=0.2, loss_chunk=7, dtype="bfloat16", impl="reference", recompute="blocks")
     assert set(free) == set(hf.FREE)
     hf.save_model(GPT(Variant(**CFG | free)), tmp_path / "free")
 
