@@ -1,9 +1,11 @@
 """Figures 1, 2, 3, 5 and 7 of arXiv 2508.18672 from rows of study.released, with the study's own rows beside them."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from optimoe import curves
 from study import results
 from study.figures import COLOURS, MARKERS, STYLE, usual
 
@@ -47,8 +49,8 @@ def own_points(path):
     rows = results.read(path) if path and Path(path).exists() else []
     found = {}
     for (where, k), line in results.lines(rows).items():
-        tuned = usual(where, where.paired) and results.tune(line, "train")
-        points = found.setdefault((where.paired, where.unique), [])
+        tuned = usual(where) and results.tune(line, "train")
+        points = found.setdefault(where.unique, [])
         for e, cell in tuned.cells.items() if tuned else ():
             points.append(Point(where.d_model, k, own_values(cell, k / e)))
     return max(found.values(), key=len, default=[])
@@ -82,13 +84,6 @@ def panels(points, x, kinds):
 
 def draw(rows, own, out, family):
     """Write the figures from the rows, ours in a row of panels below. Says which ones lack their numbers."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("no figures without matplotlib: pip install -e '.[plot]'")
     groups = {"the paper's models": paper_points(rows), "this study's runs": own_points(own)}
     for number, (x, label, kinds) in FIGURES.items():
         drawn = {who: panels(points, x, kinds) for who, points in groups.items() if points}
@@ -96,18 +91,22 @@ def draw(rows, own, out, family):
             print(f"figure {number}: no row of {who} has a {x}")
             del drawn[who]
         if drawn:
-            with plt.rc_context(STYLE):
-                path = Path(out) / f"figure-{number}-{family}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture(plt, drawn, label, "linear" if x == "train_loss" else "log").savefig(path, dpi=140)
-                print(path)
-    plt.close("all")
+            Path(out).mkdir(parents=True, exist_ok=True)
+            scale = "linear" if x == "train_loss" else "log"
+            curves.write(partial(picture, drawn, label, scale), Path(out) / f"figure-{number}-{family}.png")
 
 
-def picture(plt, drawn, label, scale):
+def picture(drawn, label, scale):
     """The matplotlib figure of {who: panels}, a row of panels each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.close("all")  # those that were written
+    plt.rcParams.update(STYLE)
     wide = max(map(len, drawn.values()))
-    shape = dict(figsize=(3 * wide + 1, 2.8 * len(drawn)), squeeze=False, layout="constrained")
+    shape = dict(figsize=(3.6 * wide + 1.4, 3.2 * len(drawn)), squeeze=False, layout="constrained")
     fig, axes = plt.subplots(len(drawn), wide, **shape)
     for (who, found), row in zip(drawn.items(), axes, strict=True):
         for axis in row[len(found) :]:
@@ -118,6 +117,6 @@ def picture(plt, drawn, label, scale):
                 axis.plot(*zip(*pairs, strict=True), **look, label=f"d={width}, k={k}")
             axis.set(title=f"{who}: {title}", xlabel=label, ylabel=UNITS[kind], xscale=scale)
         beside = row[min(len(found), wide - 1)]  # an empty place, or the last panel
-        look = dict(fontsize=6, loc="upper left", bbox_to_anchor=(float(len(found) == wide), 1))
+        look = dict(fontsize=8, loc="upper left", bbox_to_anchor=(float(len(found) == wide), 1))
         beside.legend(*row[0].get_legend_handles_labels(), **look)
     return fig

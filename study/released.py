@@ -31,7 +31,7 @@ from eval import tasks
 from eval.sources import Source
 from optimoe import config, hub, sizes
 from optimoe.config import require
-from optimoe.run import device_memory
+from optimoe.run import require_memory
 from study import paperfigures
 
 FAMILIES = {"math": ("triviaqa", "hellaswag", "gsm8k", "gsm_plus"), "code": ("humaneval", "mbpp")}
@@ -205,8 +205,12 @@ def gigabytes(model, cfg):
 def left(cfg, rows):
     """(models to evaluate, models too large for this device)"""
     todo = [model for model in models(cfg) if not finished(rows.get(model.short), cfg)]
-    room = 0.9 * device_memory(cfg.torch_device) / 1e9
-    large = [model for model in todo if gigabytes(model, cfg) > room]
+    large = []
+    for model in todo:
+        try:
+            require_memory(model.short, gigabytes(model, cfg) * 1e9 / 0.9, cfg.torch_device, "")
+        except ValueError:
+            large.append(model)
     return [model for model in todo if model not in large], large
 
 
