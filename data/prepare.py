@@ -33,6 +33,7 @@ import numpy as np
 
 from data import chat, shards, tokenizer
 from data.documents import EXPANSION, find_files, read
+from optimoe import hub
 from optimoe.config import command_line, make_directory, parse, require
 
 SAMPLE = 32e6  # bytes of text, about, that the tokenizer is trained on
@@ -46,7 +47,7 @@ class Config:
     out: str  # the data directory to write
 
     # Tokenizer
-    tokenizer: str = ""  # data directory or Hugging Face folder whose tokenizer is used; empty: train one
+    tokenizer: str = ""  # data directory, or Hugging Face folder or ORG/NAME, whose tokenizer is used; empty: train one
     vocab_size: int = 16384  # of the BPE trained on the input
 
     # Documents
@@ -94,7 +95,7 @@ def prepare(cfg: Config) -> dict:
     out, started = Path(os.path.abspath(cfg.out)), time.perf_counter()
     shards.refuse_existing(out)  # before the work, not after it
     make_directory(out.parent, "out", cfg.out)
-    enc = tokenizer.load(cfg.tokenizer) if cfg.tokenizer else None
+    enc = cfg.tokenizer and tokenizer.load(hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER))
     paths = find_files(cfg.input)
     estimate = sum(path.stat().st_size * EXPANSION.get(path.suffix.lower(), 1) for path in paths)
     length = int(min(2**20, max(2**10, estimate / 64)))  # so that even small inputs have documents to hold out

@@ -191,7 +191,7 @@ def next_steps(run_dir, cfg, sources, results):
     again = f"python train.py --data={','.join(parts)}"
     if cfg.dense:
         commands[again + own_flags(cfg, "dense")] = "experts instead of dense layers, on the same data"
-    elif cfg.n_experts < 1024:
+    elif cfg.n_experts < 1024 and not cfg.init_from:
         more = f"{own_flags(cfg, 'n_experts')} --n_experts={min(1024, 4 * cfg.n_experts)}"
         commands[again + more] = "more experts on the same data; --dense: none"
     if any(row["solution"] < 0.95 for row in results.get("reasoning", {}).values()):  # there is something left to learn
