@@ -47,8 +47,8 @@ def released(tmp_path_factory):
     fast, text = tokenizer.load(base / "mixtral"), Path(__file__).read_text()
     with shards.ShardWriter(base / "data", fast) as writer:
         for i in range(0, 4000, 100):
-            (ids,) = tokenizer.documents(fast, [text[i : i + 100]])
-            writer.add("val" if i % 1000 == 0 else "train", ids, 100)
+            (document,) = tokenizer.documents(fast, [text[i : i + 100]])
+            writer.add("val" if i % 1000 == 0 else "train", *document)
     return base
 
 
