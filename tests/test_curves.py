@@ -130,7 +130,7 @@ def test_nothing_to_show_is_said(tmp_path):
     with pytest.raises(SystemExit, match="empty/metrics.jsonl:2 is damaged"):
         show.main([str(tmp_path / "empty")])
     (tmp_path / "empty" / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
-    with pytest.raises(SystemExit, match="error: .*No such file or directory: '/nonexistent/"):
+    with pytest.raises(SystemExit, match="error: .*No such file or directory: '/nonexistent"):
         curves.main([str(tmp_path / "empty"), "--out=/nonexistent/curves.png"])
     settings = tmp_path / "empty" / "config.json"
     for damage, message in (

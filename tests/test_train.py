@@ -445,7 +445,7 @@ def test_damaged_data_is_never_trained_on(data_dir, tmp_path):
     shutil.copytree(data_dir, bad)
     shard = bad / "train-00000.bin"
     whole = shard.read_bytes()
-    for content, message in ((whole[:-2], "truncated"), (whole[:50] + b"\x07" + whole[51:], "corrupt")):
+    for content, message in ((whole[:-2], "bytes instead of"), (whole[:50] + b"\x07" + whole[51:], "corrupt")):
         shard.write_bytes(content)
         with pytest.raises(ValueError, match=f"train-00000.bin.*{message}"):
             run(bad, tmp_path / "out")
