@@ -317,14 +317,14 @@ def package(name):
         raise ValueError(f"the package {name.partition('.')[0]} is not installed: pip install -e '.[hf]'") from None
 
 
-def fingerprint(directory, *others):
-    """A name for results: the folder's, and a hash of its files and of `others` that results depend on."""
+def fingerprint(directory, *others, title=""):
+    """A name for results: title, or the folder's, and a hash of its files and of the paths `others` they depend on."""
     directory, digest = Path(directory).resolve(), hashlib.sha256()
     small = [directory / name for name in (CONFIG, INDEX, GENERATION, TOKENIZER, TOKENIZER_CONFIG)]
     for path in [*sorted(directory.glob("*.safetensors")), *filter(Path.is_file, small), *others]:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"{directory.name}-{digest.hexdigest()[:16]}"
+    return f"{title or directory.name}-{digest.hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)

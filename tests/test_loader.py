@@ -157,10 +157,10 @@ def test_errors_in_the_background_surface_and_stay(tmp_path):
     source, sample = loader.sources[0], loader.sources[0].sample
     expected = starts(Loader([(tmp_path / "a", 1.0)], "train", 2, L), 6)
 
-    def broken(number):
+    def broken(number, documents):
         if number == 11:
             raise OSError("the disk is gone")
-        return sample(number)
+        return sample(number, documents)
 
     source.sample = broken
     got = starts(loader, 5)  # samples 0..9; the error is in the batch of 10 and 11
