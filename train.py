@@ -56,7 +56,7 @@ class TrainConfig(ModelConfig):
     steps: int = 1700  # optimiser steps
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon: AdamW for embeddings, routers, norms
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: with AdamW for embeddings, routers, norms
     lr: float = 6e-3  # peak; with AdamW the default job learns best near 2e-3
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
     warmup_steps: int = 100  # linear, from 0
@@ -89,8 +89,8 @@ class TrainConfig(ModelConfig):
 
     @staticmethod
     def start_fields(flags):
-        """What the fields are where flags say nothing and no preset does, in place of their defaults."""
-        return start.training_fields(flags["init_from"]) if flags.get("init_from") else None
+        """What stands for the defaults where a published model is fine-tuned."""
+        return start.training_fields(flags["init_from"]) if flags.get("init_from") else {}
 
     def validate(self):
         super().validate()
