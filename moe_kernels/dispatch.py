@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_kernels.language import tl, triton
+from moe_kernels.language import launch, tl, triton
 from moe_kernels.tiles import cdiv, max_tiles, pow2
 
 CHUNK = 512  # slots per program of the sort
@@ -129,17 +129,11 @@ def dispatch(experts_TK, n_experts, block_m):
     chunk_counts = counts = None
     if n_chunks > 1:
         chunk_counts, counts = out.offsets.new_empty(n_chunks, E), out.offsets.new_empty(E)
-        count_kernel[(n_chunks,)](
-            experts_ptr=experts_TK, chunk_counts_ptr=chunk_counts, S=S, E=E, CHUNK=CHUNK, BLOCK_E=block_e
-        )
-        scan_kernel[(cdiv(E, 16),)](
-            chunk_counts_ptr=chunk_counts, counts_ptr=counts, n_chunks=n_chunks, E=E, BLOCK_C=64, BLOCK_E=16
-        )
-    place_kernel[(n_chunks + E,)](
-        experts_ptr=experts_TK, chunk_prefix_ptr=chunk_counts, counts_ptr=counts, offsets_ptr=out.offsets,
-        row_slot_ptr=out.row_slot_S, slot_row_ptr=out.slot_row_TK, tile_expert_ptr=out.tile_expert,
-        tile_row_ptr=out.tile_row, tile_count_ptr=out.tile_count, by_size_ptr=out.by_size, S=S, n_chunks=n_chunks,
-        max_tiles=n_tiles, block_m=block_m, E=E, CHUNK=CHUNK, BLOCK_E=block_e, ONE_CHUNK=n_chunks == 1,
+        launch(count_kernel, (n_chunks,), (experts_TK, chunk_counts), (S,), E=E, CHUNK=CHUNK, BLOCK_E=block_e)
+        launch(scan_kernel, (cdiv(E, 16),), (chunk_counts, counts), (n_chunks,), E=E, BLOCK_C=64, BLOCK_E=16)
+    launch(
+        place_kernel, (n_chunks + E,), (experts_TK, chunk_counts, counts, *out), (S, n_chunks, n_tiles, block_m),
+        E=E, CHUNK=CHUNK, BLOCK_E=block_e, ONE_CHUNK=n_chunks == 1,
     )  # fmt: skip
     return out
 
@@ -193,9 +187,9 @@ def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None, out=None):
     out, dgates = out or (y_SD.new_empty(T, D), y_SD.new_empty(T, K, dtype=torch.float32) if n_parts else None)
     if T > 0:
         block_d = min(pow2(D), 2048)
-        combine_kernel[(T, cdiv(D, block_d))](
-            y_ptr=y_SD, slot_row_ptr=slot_row_TK, gates_ptr=gates_TK, out_ptr=out, dgates_part_ptr=dgates_parts,
-            dgates_ptr=dgates, S=S, D=D, K=K, HAS_GATES=gates_TK is not None, N_PARTS=n_parts, BLOCK_D=block_d,
+        launch(
+            combine_kernel, (T, cdiv(D, block_d)), (y_SD, slot_row_TK, gates_TK, out, dgates_parts, dgates), (S,),
+            D=D, K=K, HAS_GATES=gates_TK is not None, N_PARTS=n_parts, BLOCK_D=block_d,
             num_warps=min(8, max(1, block_d // 256)),
         )  # fmt: skip
     return out, dgates

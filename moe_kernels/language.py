@@ -19,12 +19,49 @@ class Stub:
 try:
     import triton
     import triton.language as tl
+    from triton.runtime import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
     MISSING = (
         f"impl='triton' needs the package triton ({error}): on Linux run `pip install triton`, "
         "elsewhere use impl='grouped_mm' or impl='reference'"
     )
-    triton = tl = TensorDescriptor = Stub()
+    triton = tl = driver = Stub()
+    TensorDescriptor = object
 
-__all__ = ["MISSING", "TensorDescriptor", "tl", "triton"]
+
+class Matrix(TensorDescriptor):
+    """A descriptor of a contiguous tensor, seen as `shape`, without its constructor's checks, which take longer than
+    the rest of a launch. The caller has aligned the tensor."""
+
+    def __init__(self, tensor, shape, block_shape):
+        strides = [1]
+        for n in shape[:0:-1]:
+            strides.insert(0, n * strides[0])
+        self.base, self.shape, self.strides, self.block_shape = tensor, shape, strides, block_shape
+        self.dtype, self.get_device = tensor.dtype, tensor.get_device
+
+
+_compiled = {}  # kernels that have run, by everything that Triton compiles them for
+
+
+def launch(kernel, grid, tensors, numbers=(), num_warps=4, num_stages=3, **constants):
+    """kernel[grid](*tensors, *numbers, **constants) at a quarter of the host's time (docs/LOG.md).
+
+    Triton inspects every argument of every launch. Here only what may change from call to call is looked at: dtypes and
+    alignments of `tensors` (or descriptors, or None), divisibility of `numbers`, and the constants."""
+    key = (
+        id(kernel), tensors[0].get_device(), num_warps, num_stages, *constants.values(),
+        *[None if t is None else (t.dtype, type(t) is Matrix or t.data_ptr() % 16) for t in tensors],
+        *[(n == 1, n % 16 == 0, n < 2**31) for n in numbers],
+    )  # fmt: skip
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        return compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+    if compiled is not None:  # the interpreter and compile_only return nothing
+        _compiled[key] = compiled
+
+
+__all__ = ["MISSING", "Matrix", "driver", "launch", "tl", "triton"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import reference
-from moe_kernels.language import tl, triton
+from moe_kernels.language import launch, tl, triton
 from moe_kernels.ops import define, use_kernels
 from moe_kernels.tiles import cdiv, pow2
 
@@ -228,15 +228,13 @@ def route_fwd(
     gates, experts, counts, probs, z = _fake_fwd(logits, bias_E, top_k, sigmoid, normalize)
     if T == 0:
         return gates, experts, counts.zero_(), probs.zero_(), z.zero_()
-    parts = dict(
-        part_counts_ptr=new(n_blocks, E, dtype=torch.int32), part_stats_ptr=new(n_blocks, E + 1, dtype=torch.float32)
-    )
-    route_fwd_kernel[(n_blocks,)](
-        logits_ptr=logits, bias_ptr=bias_E, gates_ptr=gates, experts_ptr=experts, T=T,
-        E=E, K=top_k, SIGMOID=sigmoid, NORMALIZE=normalize, HAS_BIAS=bias_E is not None, **parts, **blocks,
+    parts = new(n_blocks, E, dtype=torch.int32), new(n_blocks, E + 1, dtype=torch.float32)
+    launch(
+        route_fwd_kernel, (n_blocks,), (logits, bias_E, gates, experts, *parts), (T,),
+        E=E, K=top_k, SIGMOID=sigmoid, NORMALIZE=normalize, HAS_BIAS=bias_E is not None, **blocks,
     )  # fmt: skip
-    route_stats_kernel[(cdiv(E + 1, 8),)](
-        counts_ptr=counts, probs_ptr=probs, z_ptr=z, T=T, n_blocks=n_blocks, E=E, BLOCK_B=512, BLOCK_E=8, **parts
+    launch(
+        route_stats_kernel, (cdiv(E + 1, 8),), (*parts, counts, probs, z), (T, n_blocks), E=E, BLOCK_B=512, BLOCK_E=8
     )
     return gates, experts, counts, probs, z
 
@@ -261,9 +259,9 @@ def route_bwd(
     logits, (T, E), K = logits_TE.contiguous(), logits_TE.shape, experts_TK.shape[1]
     dlogits, blocks = torch.empty_like(logits), _blocks(E, K)
     if T > 0:
-        route_bwd_kernel[(cdiv(T, blocks["BLOCK_T"]),)](
-            logits_ptr=logits, experts_ptr=experts_TK, gates_ptr=gates_TK, dgates_ptr=dgates_TK.contiguous(),
-            dprobs_ptr=dprobs_E.contiguous(), dz_ptr=dz.contiguous(), dlogits_ptr=dlogits, T=T,
+        grads = (grad.contiguous() for grad in (dgates_TK, dprobs_E, dz))
+        launch(
+            route_bwd_kernel, (cdiv(T, blocks["BLOCK_T"]),), (logits, experts_TK, gates_TK, *grads, dlogits), (T,),
             E=E, K=K, SIGMOID=sigmoid, NORMALIZE=normalize, **blocks,
         )  # fmt: skip
     return dlogits

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_kernels.language import MISSING
+from moe_kernels.language import MISSING, driver
 
 IMPLS = ("reference", "grouped_mm", "triton")
 
@@ -56,19 +56,20 @@ def eager(tensor):
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # triton reads it when it is imported
+
+
 def interpreting():
     """True when Triton kernels run in its CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return INTERPRETING
 
 
 def capability():
     """Compute capability, times ten, of the GPU that kernels are compiled for.
 
     It is 90 in the interpreter and where there is no GPU, as in tracing on a CPU."""
-    if interpreting():
+    if interpreting() or MISSING:
         return 90
-    from triton.runtime import driver  # optional: tables of tiles do without triton
-
     try:
         return _target(driver.active)
     except RuntimeError:
