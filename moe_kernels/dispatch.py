@@ -15,6 +15,7 @@ from moe_kernels.language import launch, tl, triton
 from moe_kernels.tiles import cdiv, max_tiles, pow2
 
 CHUNK = 512  # slots per program of the sort
+ONE_LAUNCH = 8192  # up to so many slots every program of the sort counts all of them, and nothing is launched before it
 
 
 class Dispatch(NamedTuple):
@@ -52,21 +53,32 @@ def scan_kernel(chunk_counts_ptr, counts_ptr, n_chunks, E: tl.constexpr, BLOCK_C
     tl.store(counts_ptr + offs_e, total, mask=offs_e < E)
 
 
+@triton.jit
+def _histogram(experts_ptr, start, end, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Slots of each expert among start..end-1."""
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    for first in range(start, end, BLOCK_S):
+        slots = first + tl.arange(0, BLOCK_S)
+        counts += tl.histogram(tl.load(experts_ptr + slots, mask=slots < end, other=0), BLOCK_E, mask=slots < end)
+    return counts
+
+
 @triton.jit(do_not_specialize=["S", "n_chunks", "max_tiles", "block_m"])
 def place_kernel(
     experts_ptr, chunk_prefix_ptr, counts_ptr, offsets_ptr, row_slot_ptr, slot_row_ptr, tile_expert_ptr, tile_row_ptr,
     tile_count_ptr, by_size_ptr, S, n_chunks, max_tiles, block_m,
-    E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     # block_m is no constant: the sort takes 1.4 s to compile, and generation uses several tile heights.
     pid = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
-    if ONE_CHUNK:  # few slots, as in generation: every program counts all of them, and this is the only launch
-        all_slots = tl.arange(0, CHUNK)
-        all_experts = tl.load(experts_ptr + all_slots, mask=all_slots < S, other=0)
-        counts = tl.histogram(all_experts, BLOCK_E, mask=all_slots < S)
-    else:
+    if BLOCK_S == 0:
         counts = tl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
+        earlier = tl.load(chunk_prefix_ptr + pid * E + offs_e, mask=(offs_e < E) & (pid < n_chunks), other=0)
+    else:  # this is the only launch: every program counts all slots
+        chunk_start = tl.where(pid < n_chunks, pid * CHUNK, 0)
+        earlier = _histogram(experts_ptr, 0, chunk_start, BLOCK_S, BLOCK_E)
+        counts = earlier + _histogram(experts_ptr, chunk_start, S, BLOCK_S, BLOCK_E)
     ends = tl.cumsum(counts, 0)
     starts = ends - counts
     if pid < n_chunks:
@@ -80,33 +92,31 @@ def place_kernel(
         expert = tl.minimum(packed // CHUNK, BLOCK_E - 1)
         slot = pid * CHUNK + packed % CHUNK
         here = tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=mask)
-        first = starts - (tl.cumsum(here, 0) - here)
-        if not ONE_CHUNK:
-            first += tl.load(chunk_prefix_ptr + pid * E + offs_e, mask=offs_e < E, other=0)
+        first = starts + earlier - (tl.cumsum(here, 0) - here)
         row = tl.gather(first, expert, 0) + offs
         mask_sorted = packed < BLOCK_E * CHUNK
         tl.store(row_slot_ptr + row, slot, mask=mask_sorted)
         tl.store(slot_row_ptr + slot, row, mask=mask_sorted)
     else:
-        # One program per expert lists the expert's tiles and finds its rank among the experts by size.
-        e = pid - n_chunks
+        # The other programs list the tiles of EXPERTS experts each and find their ranks among all experts by size.
+        e = (pid - n_chunks) * EXPERTS + tl.arange(0, EXPERTS)
+        mask_e = e < E
         n_tiles = (counts + block_m - 1) // block_m
-        mine = offs_e == e
-        first_tile = tl.sum(tl.where(offs_e < e, n_tiles, 0), 0)
-        start = tl.sum(tl.where(mine, starts, 0), 0)
-        n = tl.sum(tl.where(mine, n_tiles, 0), 0)
-        for i in range(0, n, 128):
-            tile = i + tl.arange(0, 128)
-            tl.store(tile_expert_ptr + first_tile + tile, tl.zeros([128], tl.int32) + e, mask=tile < n)
-            tl.store(tile_row_ptr + first_tile + tile, start + tile * block_m, mask=tile < n)
-        size = tl.sum(tl.where(mine, counts, 0), 0)
-        before_it = (counts > size) | ((counts == size) & (offs_e < e))
-        rank_ptr = by_size_ptr + tl.sum(before_it.to(tl.int32), 0)
-        tl.store(rank_ptr, e)
-        tl.store(rank_ptr + E, start)
-        tl.store(rank_ptr + 2 * E, start + size)
-        tl.store(offsets_ptr + e + 1, start + size)
-        if e == 0:
+        first_tile = tl.gather(tl.cumsum(n_tiles, 0) - n_tiles, e, 0)[:, None]
+        start, size, n = tl.gather(starts, e, 0), tl.gather(counts, e, 0), tl.gather(n_tiles, e, 0)
+        for i in range(0, tl.max(n, 0), 128):
+            tile = i + tl.arange(0, 128)[None, :]
+            mask_tile = tile < n[:, None]
+            tl.store(tile_expert_ptr + first_tile + tile, tl.broadcast_to(e[:, None], EXPERTS, 128), mask=mask_tile)
+            tl.store(tile_row_ptr + first_tile + tile, start[:, None] + tile * block_m, mask=mask_tile)
+        others = counts[None, :]
+        before_it = (others > size[:, None]) | ((others == size[:, None]) & (offs_e[None, :] < e[:, None]))
+        rank_ptr = by_size_ptr + tl.sum(before_it.to(tl.int32), 1)
+        tl.store(rank_ptr, e, mask=mask_e)
+        tl.store(rank_ptr + E, start, mask=mask_e)
+        tl.store(rank_ptr + 2 * E, start + size, mask=mask_e)
+        tl.store(offsets_ptr + e + 1, start + size, mask=mask_e)
+        if pid == n_chunks:
             tl.store(offsets_ptr, 0)
             total = tl.sum(n_tiles, 0)
             tl.store(tile_count_ptr, total)
@@ -127,13 +137,17 @@ def dispatch(experts_TK, n_experts, block_m):
     if S == 0:
         return Dispatch(*(index.zero_() for index in out))
     chunk_counts = counts = None
-    if n_chunks > 1:
+    few = S <= ONE_LAUNCH
+    if not few:
         chunk_counts, counts = out.offsets.new_empty(n_chunks, E), out.offsets.new_empty(E)
         launch(count_kernel, (n_chunks,), (experts_TK, chunk_counts), (S,), E=E, CHUNK=CHUNK, BLOCK_E=block_e)
         launch(scan_kernel, (cdiv(E, 16),), (chunk_counts, counts), (n_chunks,), E=E, BLOCK_C=64, BLOCK_E=16)
+    n_experts_each = min(8, block_e)
     launch(
-        place_kernel, (n_chunks + E,), (experts_TK, chunk_counts, counts, *out), (S, n_chunks, n_tiles, block_m),
-        E=E, CHUNK=CHUNK, BLOCK_E=block_e, ONE_CHUNK=n_chunks == 1,
+        place_kernel, (n_chunks + cdiv(E, n_experts_each),),
+        (experts_TK, chunk_counts, counts, *out), (S, n_chunks, n_tiles, block_m),
+        E=E, CHUNK=CHUNK, BLOCK_E=block_e, EXPERTS=n_experts_each,
+        BLOCK_S=(CHUNK if S <= CHUNK else 2048) if few else 0, num_warps=8 if few and S > CHUNK else 4,
     )  # fmt: skip
     return out
 
