@@ -162,8 +162,8 @@ def empty_dispatch(experts_TK, n_experts, block_m):
 
 @triton.jit(do_not_specialize=["S"])
 def combine_kernel(
-    y_ptr, slot_row_ptr, gates_ptr, out_ptr, dgates_part_ptr, dgates_ptr, S,
-    D: tl.constexpr, K: tl.constexpr, HAS_GATES: tl.constexpr, N_PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    y_ptr, slot_row_ptr, gates_ptr, add_ptr, out_ptr, dgates_part_ptr, dgates_ptr, S,
+    D: tl.constexpr, K: tl.constexpr, N_PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -172,9 +172,11 @@ def combine_kernel(
     for k in tl.static_range(K):
         row = tl.load(slot_row_ptr + t * K + k).to(tl.int64)
         y = tl.load(y_ptr + row * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        if HAS_GATES:
+        if gates_ptr is not None:
             y *= tl.load(gates_ptr + t * K + k)
         acc += y
+    if add_ptr is not None:
+        acc += tl.load(add_ptr + t * D + offs_d, mask=mask_d, other=0.0)
     tl.store(out_ptr + t * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
     if N_PARTS > 0:
         # dswiglu_kernel leaves one partial sum of the gate's gradient per column tile; adding them here spares a launch
@@ -190,20 +192,20 @@ def combine_kernel(
                 tl.store(dgates_ptr + t * K + k, dgate)
 
 
-def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None, out=None):
+def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None, out=None, add=None):
     """sum_k gates[t,k] * y[row of (t,k)] (T, D), accumulated in float32; gates of one when None.
 
     dgates_parts (N, S) float32: partial gate gradients by row. With them it also returns their sum, (T, K) float32,
     else None.
-    out: contiguous tensors for the two results."""
+    out: contiguous tensors for the two results. add: (T, D), added to the sum."""
     (T, K), (S, D) = slot_row_TK.shape, y_SD.shape
     n_parts = 0 if dgates_parts is None else dgates_parts.shape[0]
     out, dgates = out or (y_SD.new_empty(T, D), y_SD.new_empty(T, K, dtype=torch.float32) if n_parts else None)
     if T > 0:
         block_d = min(pow2(D), 2048)
         launch(
-            combine_kernel, (T, cdiv(D, block_d)), (y_SD, slot_row_TK, gates_TK, out, dgates_parts, dgates), (S,),
-            D=D, K=K, HAS_GATES=gates_TK is not None, N_PARTS=n_parts, BLOCK_D=block_d,
+            combine_kernel, (T, cdiv(D, block_d)), (y_SD, slot_row_TK, gates_TK, add, out, dgates_parts, dgates), (S,),
+            D=D, K=K, N_PARTS=n_parts, BLOCK_D=block_d,
             num_warps=min(8, max(1, block_d // 256)),
         )  # fmt: skip
     return out, dgates
