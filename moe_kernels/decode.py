@@ -156,10 +156,10 @@ def route_few_kernel(
     logits = tl.zeros([BLOCK_E], tl.float32)
     for k in range(0, D, STEP):
         offs = (k + tl.arange(0, STEP))[None, :]
-        x = tl.load(x_ptr + t * D + offs, mask=offs < D, other=0.0).to(tl.float32)
-        x = x * rstd * tl.load(norm_ptr + offs, mask=offs < D, other=0.0)
+        part = tl.load(x_ptr + t * D + offs, mask=offs < D, other=0.0).to(tl.float32)
+        part = part * rstd * tl.load(norm_ptr + offs, mask=offs < D, other=0.0)
         w = tl.load(w_ptr + offs_e[:, None] * D + offs, mask=(offs_e < E)[:, None] & (offs < D), other=0.0)
-        logits += tl.sum(w.to(tl.float32) * x.to(normed_ptr.dtype.element_ty).to(tl.float32), 1)
+        logits += tl.sum(w.to(tl.float32) * part.to(normed_ptr.dtype.element_ty).to(tl.float32), 1)
     # Rounded like the router's output, so that the choice is that of the whole model.
     logits = logits.to(normed_ptr.dtype.element_ty).to(tl.float32)
     logits = tl.where(offs_e < E, logits, float("-inf"))[None, :]
