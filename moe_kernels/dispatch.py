@@ -15,7 +15,8 @@ from moe_kernels.language import launch, tl, triton
 from moe_kernels.tiles import cdiv, max_tiles, pow2
 
 CHUNK = 512  # slots per program of the sort
-ONE_LAUNCH = 8192  # up to so many slots every program of the sort counts all of them, and nothing is launched before it
+ONE_LAUNCH = 4096  # up to so many slots every program of the sort counts all of them, and nothing is launched before it
+COUNTED = 4096  # most slots that a program counts at a time
 
 
 class Dispatch(NamedTuple):
@@ -137,7 +138,7 @@ def dispatch(experts_TK, n_experts, block_m):
     if S == 0:
         return Dispatch(*(index.zero_() for index in out))
     chunk_counts = counts = None
-    few = S <= ONE_LAUNCH
+    few = S <= ONE_LAUNCH and S * block_e <= ONE_LAUNCH * 128  # counting 256 experts takes twice as long
     if not few:
         chunk_counts, counts = out.offsets.new_empty(n_chunks, E), out.offsets.new_empty(E)
         launch(count_kernel, (n_chunks,), (experts_TK, chunk_counts), (S,), E=E, CHUNK=CHUNK, BLOCK_E=block_e)
@@ -147,7 +148,7 @@ def dispatch(experts_TK, n_experts, block_m):
         place_kernel, (n_chunks + cdiv(E, n_experts_each),),
         (experts_TK, chunk_counts, counts, *out), (S, n_chunks, n_tiles, block_m),
         E=E, CHUNK=CHUNK, BLOCK_E=block_e, EXPERTS=n_experts_each,
-        BLOCK_S=(CHUNK if S <= CHUNK else 2048) if few else 0, num_warps=8 if few and S > CHUNK else 4,
+        BLOCK_S=min(max(CHUNK, pow2(S)), COUNTED) if few else 0, num_warps=min(16, max(4, pow2(S) // 256)) if few else 4,
     )  # fmt: skip
     return out
 
