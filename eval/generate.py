@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eval.kv_cache import KVCache
 from eval.step import has_step, step
+from moe_kernels import decode
 from optimoe.config import require
 
 # cuDNN's attention, the default of an H100, builds a plan for each new shape; evaluation has a new one in every batch.
@@ -208,7 +209,12 @@ class Decoder:
 
     def pick(self, logits_BV):
         """From logits the next token of the first B rows."""
-        n, logits_BV = len(logits_BV), logits_BV[:, : self.n_vocab].float()
+        n = len(logits_BV)
+        if self.has_step and self.temperature == 0:
+            decode.greedy(logits_BV, self.n_vocab, self.tokens, self.written, self.step)
+            self.step += 1
+            return
+        logits_BV = logits_BV[:, : self.n_vocab].float()
         if self.temperature == 0:
             next_B = logits_BV.argmax(1)
         else:

@@ -242,3 +242,27 @@ def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, add, activation="sw
         D=D, F=F, K=K, BLOCK_N=rows, BLOCK_F=min(4096 // rows, pow2(F)),
     )  # fmt: skip
     return y
+
+
+@triton.jit(do_not_specialize=["V", "room"])
+def greedy_kernel(logits_ptr, tokens_ptr, written_ptr, step_ptr, V, stride, room, BLOCK_V: tl.constexpr):
+    row, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_V)
+    best, ids = tl.full([BLOCK_V], float("-inf"), tl.float32), offs
+    for start in range(0, V, BLOCK_V):
+        x = tl.load(logits_ptr + row * stride + start + offs, mask=start + offs < V, other=float("-inf"))
+        better = x.to(tl.float32) > best
+        best, ids = tl.where(better, x.to(tl.float32), best), tl.where(better, start + offs, ids)
+    token = tl.min(tl.where(best == tl.max(best, 0), ids, V), 0)  # of equal logits the lowest id
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(written_ptr + row * room + tl.load(step_ptr), token.to(tl.int64))
+
+
+def greedy(logits_BV, n_vocab, tokens_B1, written_BN, step):
+    """Writes the most likely of the first n_vocab tokens of each row (None: of all) into tokens_B1 and into the column
+    step (1,) of written_BN, all int64."""
+    (B, V), block = logits_BV.shape, min(8192, pow2(logits_BV.shape[1]))
+    numbers = (min(V, n_vocab or V), logits_BV.stride(0), written_BN.shape[1])
+    launch(
+        greedy_kernel, (B,), (logits_BV, tokens_B1, written_BN, step), numbers,
+        BLOCK_V=block, num_warps=max(1, block // 512),
+    )  # fmt: skip

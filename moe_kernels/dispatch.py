@@ -148,7 +148,7 @@ def dispatch(experts_TK, n_experts, block_m):
         place_kernel, (n_chunks + cdiv(E, n_experts_each),),
         (experts_TK, chunk_counts, counts, *out), (S, n_chunks, n_tiles, block_m),
         E=E, CHUNK=CHUNK, BLOCK_E=block_e, EXPERTS=n_experts_each,
-        BLOCK_S=min(max(CHUNK, pow2(S)), COUNTED) if few else 0, num_warps=min(16, max(4, pow2(S) // 256)) if few else 4,
+        BLOCK_S=min(max(CHUNK, pow2(S)), COUNTED) if few else 0, num_warps=max(4, min(pow2(S) // 256, 16)) if few else 4,
     )  # fmt: skip
     return out
 

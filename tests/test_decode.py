@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from eval.generate import generate
 from eval.kv_cache import KVCache
 from eval.step import has_step, step
 from model import GPT, ModelConfig
@@ -90,3 +91,29 @@ def test_linear(T, D, N, dtype, device, poison):
     check(decode.linear(x, w, add=add), x64 @ w64.T + add.double(), BOUNDS[dtype])
     normed = torch.nn.functional.rms_norm(x64, (D,), norm.double(), 1e-5)
     check(decode.linear(x, w, norm, 1e-5), normed @ w64.T, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V,n_vocab", [(7, None), (300, 290), (20000, 19999)])
+def test_greedy(V, n_vocab, dtype, device):
+    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(V)).to(device, dtype)
+    logits[0, -1] = 9  # a padding row where n_vocab says so
+    logits[1, [2, 5]] = 8  # equals: the lowest id
+    tokens, written = (
+        torch.zeros(4, 1, dtype=torch.long, device=device),
+        torch.zeros(4, 6, dtype=torch.long, device=device),
+    )
+    decode.greedy(logits, n_vocab, tokens, written, torch.tensor([4], device=device))
+    expected = logits[:, :n_vocab].argmax(1)
+    expected[1] = 2
+    assert torch.equal(tokens[:, 0], torch.cat([expected, expected.new_zeros(1)]))
+    assert torch.equal(written[:, 4], tokens[:, 0]) and written.count_nonzero() == tokens.count_nonzero()
+
+
+def test_generate_takes_steps(device, monkeypatch):
+    model, prompts, steps = make(device, init_std=0.5), [[1, 2, 3], [4], [5, 6]], []
+    monkeypatch.setattr("eval.generate.step", lambda *args: steps.append(1) or step(*args))
+    texts = generate(model, prompts, 4)
+    assert steps
+    monkeypatch.setattr("eval.generate.has_step", lambda model: False)
+    assert generate(model, prompts, 4) == texts  # float32, far from ties
