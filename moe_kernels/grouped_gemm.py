@@ -86,7 +86,7 @@ def up_kernel(
         else:
             x = tl.load(x_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
         w = w_in_desc.load([2 * expert, pid_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")  # behind a proxy fence, see language.launch
     # A 64-bit base and 32-bit offsets inside the tile: 64-bit pointers per element would fill the registers.
     dtype = a_ptr.dtype.element_ty
     panel = S.to(tl.int64) * (2 * WIDTH)
@@ -176,7 +176,8 @@ def dswiglu_kernel(
             dy = tl.load(dy_ptrs + k)
         else:
             dy = tl.load(dy_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
-        acc = tl.dot(dy, weights.load([expert * D + k, pid_n * BLOCK_N]), acc, input_precision="ieee")
+        w = weights.load([expert * D + k, pid_n * BLOCK_N])
+        acc = tl.dot(dy, w, acc, input_precision="ieee")  # behind a proxy fence, see language.launch
 
     # Narrow column parts keep the five epilogue tiles in registers. The next part's h is loaded while this part is
     # computed.
@@ -251,7 +252,7 @@ def dw_kernel(
         a = tl.load(a_ptr + tokens.to(tl.int64)[:, None] * M + offs_m[None, :], mask=mask, other=0.0)
         b = b_rows.load([row, pid_n * BLOCK_N])  # rows past the end meet zeros of `a`
         tokens = tl.load(row_slot_ptr + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0) // TOP_K
-        acc = tl.dot(a.T, b, acc, input_precision="ieee")
+        acc = tl.dot(a.T, b, acc, input_precision="ieee")  # behind a proxy fence, see language.launch
     dw_ptr += expert.to(tl.int64) * (M * N)
     for part in tl.static_range(PARTS):
         columns = pid_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)

@@ -1,5 +1,7 @@
 """Triton, or a stand-in where it is not installed (macOS, Windows): modules import, launching a kernel raises."""
 
+import contextlib
+
 MISSING = ""  # why kernels cannot run here; empty where they can
 
 
@@ -42,6 +44,34 @@ class Matrix(TensorDescriptor):
         self.dtype, self.get_device = tensor.dtype, tensor.get_device
 
 
+# Triton 3.7 compiles the fences itself.
+UNFENCED = not MISSING and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
+
+@contextlib.contextmanager
+def _fenced():
+    """Inside, Triton 3.6 compiles as 3.7 does: a proxy fence between copies to shared memory and wgmma, which reads it.
+
+    cp.async writes through the generic proxy and wgmma reads through the asynchronous one, and PTX orders the two by
+    such a fence only ("Async proxy", PTX ISA 8.7)."""
+
+    def hook(backend, stages, options, language, capability):
+        def ptx(source, metadata):
+            code = make_ptx(source, metadata)
+            if "cp.async.c" not in code or "fence.proxy.async" in code:
+                return code
+            return code.replace("wgmma.fence.sync", "fence.proxy.async.shared::cta;\n\twgmma.fence.sync")
+
+        make_ptx, stages["ptx"] = stages["ptx"], ptx
+
+    before = triton.knobs.runtime.add_stages_inspection_hook
+    triton.knobs.runtime.add_stages_inspection_hook = hook
+    try:
+        yield
+    finally:
+        triton.knobs.runtime.add_stages_inspection_hook = before
+
+
 _compiled = {}  # kernels that have run, by everything that Triton compiles them for
 
 
@@ -59,7 +89,8 @@ def launch(kernel, grid, tensors, numbers=(), num_warps=4, num_stages=3, **const
     if compiled is not None:
         return compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
     options = dict(num_warps=num_warps, num_stages=num_stages)
-    compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+    with _fenced() if UNFENCED else contextlib.nullcontext():
+        compiled = kernel[grid](*tensors, *numbers, **constants, **options)
     if compiled is not None:  # the interpreter and compile_only return nothing
         _compiled[key] = compiled
 
