@@ -143,12 +143,11 @@ def dispatch(experts_TK, n_experts, block_m):
         chunk_counts, counts = out.offsets.new_empty(n_chunks, E), out.offsets.new_empty(E)
         launch(count_kernel, (n_chunks,), (experts_TK, chunk_counts), (S,), E=E, CHUNK=CHUNK, BLOCK_E=block_e)
         launch(scan_kernel, (cdiv(E, 16),), (chunk_counts, counts), (n_chunks,), E=E, BLOCK_C=64, BLOCK_E=16)
-    n_experts_each = min(8, block_e)
+    n_experts_each, count = min(8, block_e), min(max(CHUNK, pow2(S)), COUNTED) if few else 0
     launch(
         place_kernel, (n_chunks + cdiv(E, n_experts_each),),
         (experts_TK, chunk_counts, counts, *out), (S, n_chunks, n_tiles, block_m),
-        E=E, CHUNK=CHUNK, BLOCK_E=block_e, EXPERTS=n_experts_each,
-        BLOCK_S=min(max(CHUNK, pow2(S)), COUNTED) if few else 0, num_warps=max(4, min(pow2(S) // 256, 16)) if few else 4,
+        E=E, CHUNK=CHUNK, BLOCK_E=block_e, EXPERTS=n_experts_each, BLOCK_S=count, num_warps=max(4, count // 256),
     )  # fmt: skip
     return out
 

@@ -95,8 +95,8 @@ def test_large_tiles_use_tensor_cores_and_asynchronous_copies(hopper, others):
 
 def test_products_of_copied_rows_are_fenced(hopper):
     # cp.async writes through the generic proxy and wgmma reads through the asynchronous one.
-    # Triton puts a fence between them since 3.7, before that language.launch does; the Hopper kernel has its own. `down`
-    # and `dx` copy only indices, which wgmma does not read.
+    # Triton puts a fence between them since 3.7, before that language.launch does; the Hopper kernel has its own.
+    # `down` and `dx` copy only indices, which wgmma does not read.
     gathering = [row for row in hopper if row["use"] in ("up", "dswiglu", "dw_in", "dw_out") and row["wgmma"]]
     assert {row["name"] for row in gathering} == GEMMS - {"rows_kernel"}
     assert all(row["copies"] > 0 for row in gathering), gathering
