@@ -3,15 +3,17 @@ cache and one new token each, up to rounding, in a third of the launches."""
 
 import torch.nn.functional as F_
 
-from moe_kernels import decode
+from moe_kernels import decode, moe_experts
 from moe_kernels.tiles import pick_impl
 
 
 def has_step(model):
     """Whether `step` knows this model and its kernels can run where its weights are."""
-    cfg, weight = model.cfg, model.embed.weight
-    known = not cfg.dense and not cfg.n_shared_experts and not (cfg.qk_norm and cfg.qk_norm_joint)
-    return known and cfg.impl in ("auto", "triton") and pick_impl(cfg.kernels, weight) == "triton"
+    cfg = model.cfg
+    if cfg.dense or cfg.n_shared_experts or (cfg.qk_norm and cfg.qk_norm_joint) or cfg.impl not in ("auto", "triton"):
+        return False
+    one_gpu = model.before_layer is None and all(block.mlp.experts is moe_experts for block in model.blocks)
+    return one_gpu and pick_impl(cfg.kernels, model.embed.weight) == "triton"
 
 
 def step(model, tokens_B1, cache):

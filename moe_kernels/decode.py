@@ -18,8 +18,8 @@ from moe_kernels.rotary import _rotate
 from moe_kernels.routing import choose
 from moe_kernels.tiles import cdiv, gemm_tiles, pow2
 
-FEW_ROWS = 64  # rows up to which `linear` is faster than a norm, cuBLAS and an addition (not timed yet)
-FEW_PAIRS = 64  # pairs up to which `experts` reads an expert's matrix once for each of them
+FEW_ROWS = 32  # up to so many rows `linear` is faster than a norm, cuBLAS and an addition (H200)
+FEW_PAIRS = 64  # up to so many pairs reading an expert's matrix once for each is faster than sorting them (H200)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -244,7 +244,7 @@ def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, add, activation="sw
     return y
 
 
-@triton.jit(do_not_specialize=["V", "room"])
+@triton.jit(do_not_specialize=["room"])
 def greedy_kernel(logits_ptr, tokens_ptr, written_ptr, step_ptr, V, stride, room, BLOCK_V: tl.constexpr):
     row, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_V)
     best, ids = tl.full([BLOCK_V], float("-inf"), tl.float32), offs

@@ -60,6 +60,8 @@ def test_every_kernel_compiles_without_problems(hopper):
     names = {row["name"] for row in hopper}
     assert GEMMS | {"muon_kernel", "adamw_kernel", "cross_entropy_kernel"} < names
     assert {f"{op}_{way}_kernel" for op in ("gated", "rope", "route") for way in ("fwd", "bwd")} < names
+    steps = ("linear", "rotate", "attention", "route_few", "up_few", "down_few", "greedy")
+    assert {f"{op}_kernel" for op in steps} < names
     assert not [row for row in hopper if row["problems"]]  # run() fails before that
 
 
