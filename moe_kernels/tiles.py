@@ -56,19 +56,19 @@ def eager(tensor):
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # triton reads it when it is imported
-
-
 def interpreting():
     """True when Triton kernels run in its CPU interpreter."""
-    return INTERPRETING
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+INTERPRETED = interpreting()  # triton reads it when it is imported, and reading it takes longer than the rest below
 
 
 def capability():
     """Compute capability, times ten, of the GPU that kernels are compiled for.
 
     It is 90 in the interpreter and where there is no GPU, as in tracing on a CPU."""
-    if interpreting() or MISSING:
+    if INTERPRETED or MISSING:
         return 90
     try:
         return _target(driver.active)
