@@ -3,24 +3,19 @@
     run("def f(x):\n    return x + 1", "assert f(1) == 2").passed        # True
     run_many([(program, check), ...])                                    # several at once, results in order
 
-Every program gets its own process (eval/jail.py). Before the program runs, the process gives up for good, without root
-or user namespaces (which containers often forbid):
-  seccomp       all system calls but a short list, some with harmless arguments only: no sockets, processes, threads,
-                signals or opening for writing
+Every program gets a process of its own (eval/jail.py), which first gives up for good, without root or namespaces:
+  seccomp       all system calls but a short list: no sockets, processes, threads, signals or opening for writing
   Landlock      reading anything but Python, its packages and the system libraries (kernel 5.13 and later)
   capabilities  what root may do and others may not
   rlimits       CPU time, memory, core dumps, open files
-It has no environment of the user, its output goes to /dev/null, its process group is killed at the deadline, and the
-kernel kills it when the evaluator dies.
+It has nothing of the user's environment, its output goes to /dev/null, its process group is killed at the deadline,
+and the kernel kills it with the evaluator.
 
 A pass must be proven: the tests and a fresh random token are sent after the program's top level has finished, and the
 token comes back after the last assert. So exiting early, printing, or replacing `check`, `exec` or `print` fails. A
-failure must be the program's: an honest program has to pass before the first one is judged, the clock starts when the
-process is confined, and a process that does not get that far is an error (OSError), not a wrong answer.
-
-Like any harness whose asserts share an interpreter with the tested function, this cannot stop code written to attack
-this very protocol from inside. Such a program can fake its own pass, and nothing else. Without Landlock a program could
-also read files of the same user, but cannot send them anywhere.
+failure must be the program's: an honest program has to pass first, the clock starts when the process is confined, and
+one that does not get that far is an OSError. As asserts share an interpreter with the tested function, code written
+against this very protocol can fake its own pass, and nothing else.
 """
 
 import contextlib
@@ -55,18 +50,16 @@ class Result(NamedTuple):
 def run(program: str, check: str, seconds: float = 5.0, memory: int = MEMORY) -> Result:
     """Executes `program`, then `check` in the same namespace; passed when both end without an exception.
 
-    seconds: of CPU time, rounded; the clock on the wall gets 4 times as much, and the time spent waiting for a
-    processor. memory: bytes of address space. Raises OSError where no program can be judged: not Linux on x86-64 or
-    ARM64, no seccomp, or an interpreter that does not run an honest program within these limits."""
+    seconds: of CPU time, rounded; 4 times as much by the clock, without waiting for a processor. memory: bytes of
+    address space. OSError where no program can be judged: no seccomp, not x86-64 or ARM64, or an interpreter that
+    cannot run an honest program within these limits."""
     confinement(memory)
     return _session(program, check, False, seconds, memory)[1]
 
 
 def values(program: str, expressions: list[str], seconds: float = 5.0, memory: int = MEMORY) -> list[str] | None:
-    """Executes `program`, then evaluates the expressions in its namespace: their reprs, or None where anything fails.
-
-    The values are compared outside, so a program that is trained to pass never meets what it has to return. Limits and
-    errors as in `run`; together the reprs may have 64 kB."""
+    """Executes `program`, then evaluates the expressions in its namespace: their reprs, of 64 kB in all, or None where
+    anything fails. They are compared outside: a program trained to pass never meets what it has to return."""
     confinement(memory)
     said, _ = _session(program, json.dumps(expressions), True, seconds, memory)
     try:
@@ -85,9 +78,7 @@ def run_many(jobs, workers: int | None = None, **limits) -> list[Result]:
 
 @functools.cache
 def confinement(memory: int = MEMORY) -> str:
-    """What holds programs on this machine: "seccomp + Landlock" or "seccomp".
-
-    Tried once a process with an honest program; OSError saying what failed where that one does not pass."""
+    """What holds programs here: "seccomp + Landlock" or "seccomp". OSError where an honest program does not pass."""
     _, result = _session(HONEST, "assert f(1.5) == 2", False, HONEST_SECONDS, memory)
     if not result.passed:
         where = f"in {sys.executable} with {memory:,} bytes of memory; repair that, or {LEAVE_OUT}"
@@ -96,32 +87,24 @@ def confinement(memory: int = MEMORY) -> str:
     return "seccomp + Landlock" if result.reason.startswith("PermissionError") else "seccomp"
 
 
-def _job(program, values, seconds, memory):
-    paths = sysconfig.get_paths()
-    readable = [f"{root}/{library}" for root in {sys.prefix, sys.base_prefix} for library in ("lib", "lib64")]
-    readable += [paths["stdlib"], paths["platstdlib"]]
-    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    limits = dict(cpu=max(1, round(seconds)), memory=memory)
-    return limits | dict(program=program, values=values, readable=readable, packages=packages)
-
-
 def _session(program, message, values, seconds, memory):
     """One process: (what it said behind the token, Result). OSError where it cannot start."""
-    job, token, stage, said = _job(program, values, seconds, memory), secrets.token_bytes(16), "program", b""
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    readable = [f"{root}/{library}" for root in {sys.prefix, sys.base_prefix} for library in ("lib", "lib64")]
+    readable += [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+    job = dict(program=program, values=values, cpu=max(1, round(seconds)), memory=memory)
+    job |= dict(readable=readable, packages=packages)
+    token, stage, said = secrets.token_bytes(16), "program", b""
     with _process() as (process, channel):
         _start(process, channel, job)
         end = time.monotonic() + 4 * seconds
         left = lambda: end + waited(process.pid) - time.monotonic()  # noqa: E731  asked for at every message
         try:
-            said = _receive(channel, left)
+            said = _ask(channel, None, left)
             if said == jail.READY:
-                stage = "tests"
-                _send(channel, token + message.encode(), left)
-                said = _receive(channel, left)
+                stage, said = "tests", _ask(channel, token + message.encode(), left)
         except TimeoutError:
             return b"", Result(False, "timeout")
-        except (BrokenPipeError, ConnectionResetError):
-            said = b""
         status, usage = _kill(process)
     if secrets.compare_digest(said[:16], token):
         return said[16:], Result(True, "passed")
@@ -164,15 +147,12 @@ def _kill(process):
 
 
 def _start(process, channel, job):
-    """Has the process confine itself. OSError with what it said where it does not get that far."""
+    """Has the process confine itself; OSError with what it said where it does not get that far."""
+    end = time.monotonic() + START_SECONDS
     try:
-        end = time.monotonic() + START_SECONDS
-        _send(channel, json.dumps(job).encode(), lambda: end - time.monotonic())
-        said = _receive(channel, lambda: end - time.monotonic())
+        said = _ask(channel, json.dumps(job).encode(), lambda: end - time.monotonic())
     except TimeoutError:
         said = f"not ready after {START_SECONDS} seconds".encode()
-    except (BrokenPipeError, ConnectionResetError):
-        said = b""
     if said == jail.CONFINED:
         return
     _kill(process)
@@ -192,14 +172,20 @@ def waited(pid: int) -> float:
         return 0.0
 
 
-def _send(channel, data, left):
-    """A program that says it is ready, and is not, need not read what it is sent: raises TimeoutError."""
-    channel.settimeout(max(0.01, left()))
-    channel.sendall(struct.pack("!I", len(data)) + data)
+def _ask(channel, data, left):
+    """Sends data, if any, and returns the next message, b"" where the other side is gone. TimeoutError when no seconds
+    are left: a program need neither read nor write."""
+    try:
+        if data is not None:
+            channel.settimeout(max(0.01, left()))
+            channel.sendall(struct.pack("!I", len(data)) + data)
+        return _receive(channel, left)
+    except (BrokenPipeError, ConnectionResetError):
+        return b""
 
 
 def _receive(channel, left):
-    """One message, cut at 64 kB; b"" when the other side is gone. Raises TimeoutError when no seconds are left."""
+    """One message, cut at 64 kB."""
     data, need = b"", 4
     while len(data) < need:
         channel.settimeout(max(0.01, left()))
