@@ -162,12 +162,12 @@ def rope_bwd_kernel(
                 dq_ptrs, stride_qh, x_ptrs, dx_ptrs, cos, sin, mask, q_weight_ptr, dweight_ptr, offs_d, eps, H, D, NORM
             )
         else:
-            dk_ptrs = dk_ptr + offs_b * stride_kb + offs_l * stride_kl + offs_d
+            dk_at = dk_ptr + offs_b * stride_kb + offs_l * stride_kl + offs_d
             x_ptrs += H * D
             dx_ptrs += H * D
             dweight_ptr += D
             _rotate_back(
-                dk_ptrs, stride_kh, x_ptrs, dx_ptrs, cos, sin, mask, k_weight_ptr, dweight_ptr, offs_d, eps, HKV, D, NORM,
+                dk_at, stride_kh, x_ptrs, dx_ptrs, cos, sin, mask, k_weight_ptr, dweight_ptr, offs_d, eps, HKV, D, NORM,
             )  # fmt: skip
 
 
