@@ -32,9 +32,9 @@ def count_kernel(experts_ptr, chunk_counts_ptr, S, E: tl.constexpr, CHUNK: tl.co
     pid = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
     slots = pid * CHUNK + tl.arange(0, CHUNK)
-    mask = slots < S
-    experts = tl.load(experts_ptr + slots, mask=mask, other=0)
-    tl.store(chunk_counts_ptr + pid * E + offs_e, tl.histogram(experts, BLOCK_E, mask=mask), mask=offs_e < E)
+    experts = tl.load(experts_ptr + slots, mask=slots < S, other=E)
+    counts = tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=experts < E)
+    tl.store(chunk_counts_ptr + pid * E + offs_e, counts, mask=offs_e < E)
 
 
 @triton.jit(do_not_specialize=["n_chunks"])
@@ -52,10 +52,10 @@ def scan_kernel(chunk_counts_ptr, counts_ptr, n_chunks, E: tl.constexpr, BLOCK_C
     tl.store(counts_ptr + offs_e, total, mask=offs_e < E)
 
 
-@triton.jit(do_not_specialize=["S", "n_chunks", "max_tiles", "block_m"])
+@triton.jit(do_not_specialize=["S", "n_rows", "n_chunks", "max_tiles", "block_m"])
 def place_kernel(
     experts_ptr, chunk_prefix_ptr, counts_ptr, offsets_ptr, row_slot_ptr, slot_row_ptr, tile_expert_ptr, tile_row_ptr,
-    tile_count_ptr, by_size_ptr, S, n_chunks, max_tiles, block_m,
+    tile_count_ptr, by_size_ptr, S, n_rows, n_chunks, max_tiles, block_m,
     E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, ONE_CHUNK: tl.constexpr,
 ):  # fmt: skip
     # block_m is no constant: the sort takes 1.4 s to compile, and generation uses several tile heights.
@@ -63,29 +63,30 @@ def place_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     if ONE_CHUNK:  # few slots, as in generation: every program counts all of them, and this is the only launch
         all_slots = tl.arange(0, CHUNK)
-        all_experts = tl.load(experts_ptr + all_slots, mask=all_slots < S, other=0)
-        counts = tl.histogram(all_experts, BLOCK_E, mask=all_slots < S)
+        all_experts = tl.load(experts_ptr + all_slots, mask=all_slots < S, other=E)
+        counts = tl.histogram(tl.minimum(all_experts, BLOCK_E - 1), BLOCK_E, mask=all_experts < E)
     else:
         counts = tl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
     ends = tl.cumsum(counts, 0)
-    starts = ends - counts
+    starts = tl.minimum(ends - counts, n_rows)
+    counts = tl.minimum(ends, n_rows) - starts
     if pid < n_chunks:
         # Sorting (expert, position) pairs packed in one integer is stable. A slot's row is its expert's first row, plus
         # the expert's rows in earlier chunks, plus its rank among the chunk's slots of that expert.
         offs = tl.arange(0, CHUNK)
         slots = pid * CHUNK + offs
-        mask = slots < S
-        experts = tl.load(experts_ptr + slots, mask=mask, other=BLOCK_E)
+        experts = tl.load(experts_ptr + slots, mask=slots < S, other=BLOCK_E)
+        experts = tl.where(experts < E, experts, BLOCK_E)
         packed = tl.sort(experts * CHUNK + offs)
         expert = tl.minimum(packed // CHUNK, BLOCK_E - 1)
         slot = pid * CHUNK + packed % CHUNK
-        here = tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=mask)
+        here = tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=experts < E)
         first = starts - (tl.cumsum(here, 0) - here)
         if not ONE_CHUNK:
             first += tl.load(chunk_prefix_ptr + pid * E + offs_e, mask=offs_e < E, other=0)
         row = tl.gather(first, expert, 0) + offs
         mask_sorted = packed < BLOCK_E * CHUNK
-        tl.store(row_slot_ptr + row, slot, mask=mask_sorted)
+        tl.store(row_slot_ptr + row, slot, mask=mask_sorted & (row < n_rows))
         tl.store(slot_row_ptr + slot, row, mask=mask_sorted)
     else:
         # One program per expert lists the expert's tiles and finds its rank among the experts by size.
@@ -116,16 +117,19 @@ def place_kernel(
                 tl.store(tile_row_ptr + tile, tl.zeros([128], tl.int32), mask=tile < max_tiles)
 
 
-def dispatch(experts_TK, n_experts, block_m):
+def dispatch(experts_TK, n_experts, block_m, n_rows=None):
     """Sort the slots by expert and cut each expert's rows into tiles of `block_m`.
 
-    experts_TK: (T, K) int32 contiguous, every id in 0..n_experts-1 (not checked: that would wait for the GPU). Returns
-    a `Dispatch`."""
+    experts_TK: (T, K) int32 contiguous, no id below 0 (not checked: that would wait for the GPU); slots with an id from
+    n_experts on get no row. n_rows: rows that there is room for, S if None; experts lose those past it, whose slots
+    have a row past it too. Returns a `Dispatch`."""
     S, E = experts_TK.numel(), n_experts
-    n_chunks, n_tiles, block_e = cdiv(S, CHUNK), max_tiles(S, E, block_m), pow2(E)
-    out = empty_dispatch(experts_TK, E, block_m)
+    out = empty_dispatch(experts_TK, E, block_m, n_rows)
+    n_chunks, n_tiles, block_e = cdiv(S, CHUNK), out.tile_expert.numel(), pow2(E)
     if S == 0:
         return Dispatch(*(index.zero_() for index in out))
+    if n_rows is not None:
+        out.row_slot_S.zero_()  # kernels also read the slots of a tile's rows past its expert's last one
     chunk_counts = counts = None
     if n_chunks > 1:
         chunk_counts, counts = out.offsets.new_empty(n_chunks, E), out.offsets.new_empty(E)
@@ -138,15 +142,16 @@ def dispatch(experts_TK, n_experts, block_m):
     place_kernel[(n_chunks + E,)](
         experts_ptr=experts_TK, chunk_prefix_ptr=chunk_counts, counts_ptr=counts, offsets_ptr=out.offsets,
         row_slot_ptr=out.row_slot_S, slot_row_ptr=out.slot_row_TK, tile_expert_ptr=out.tile_expert,
-        tile_row_ptr=out.tile_row, tile_count_ptr=out.tile_count, by_size_ptr=out.by_size, S=S, n_chunks=n_chunks,
-        max_tiles=n_tiles, block_m=block_m, E=E, CHUNK=CHUNK, BLOCK_E=block_e, ONE_CHUNK=n_chunks == 1,
+        tile_row_ptr=out.tile_row, tile_count_ptr=out.tile_count, by_size_ptr=out.by_size, S=S,
+        n_rows=out.row_slot_S.numel(), n_chunks=n_chunks, max_tiles=n_tiles, block_m=block_m, E=E, CHUNK=CHUNK,
+        BLOCK_E=block_e, ONE_CHUNK=n_chunks == 1,
     )  # fmt: skip
     return out
 
 
-def empty_dispatch(experts_TK, n_experts, block_m):
+def empty_dispatch(experts_TK, n_experts, block_m, n_rows=None):
     """A `Dispatch` of uninitialised tensors, for `dispatch` to fill."""
-    S, E = experts_TK.numel(), n_experts
+    S, E = experts_TK.numel() if n_rows is None else n_rows, n_experts
     n_tiles = max_tiles(S, E, block_m)
     shapes = (E + 1,), (S,), experts_TK.shape, (n_tiles,), (n_tiles,), (1,), (3, E)
     return Dispatch(*(experts_TK.new_empty(shape, dtype=torch.int32) for shape in shapes))
