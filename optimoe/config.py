@@ -64,7 +64,7 @@ def make_directory(path, name, value):
 # Names and values in files of earlier versions. A field that is renamed or goes gets a row here (its new name or None);
 # BEFORE says how a program behaved before a field existed, where that is not the default of today.
 RENAMED: dict = {}
-CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}}
+CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}, "parallel": {"fsdp": "ddp"}}
 BEFORE = {"optimizer": "adamw"}
 NOTES = ("crc", "resumed_with")  # members of a config.json that are no fields: its checksum, and see optimoe/run.py
 
@@ -75,7 +75,7 @@ def renamed(values, known=()):
     for name, value in values.items():
         name = name if name in known else RENAMED.get(name, name)
         if name is not None and name not in NOTES:
-            found[name] = CHANGED.get(name, {}).get(value, value) if isinstance(value, int) else value
+            found[name] = CHANGED.get(name, {}).get(value, value) if isinstance(value, (int, str)) else value
     return found
 
 

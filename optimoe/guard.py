@@ -13,7 +13,6 @@ import torch
 
 from data import files
 from optimoe import checkpoint
-from optimoe.optim import local
 
 STEPS, BAD = range(2)  # of window["steps"]: steps since the last log line, skipped ones among them
 PATIENCE = 10  # skipped steps in a row after which a run does not go on
@@ -25,14 +24,19 @@ def loss_limit(cfg):
 
 
 @torch.no_grad()
-def judge(window, loss, grad_norm, cfg):
-    """float32 scalar, 1 where this step must be skipped. Counts it in "steps" and "skipped_in_a_row" of the window."""
+def judge(window, loss, grad_norm, cfg, discard=None):
+    """float32 scalar, 1 where this step must be skipped. Counts it in "steps" and "skipped_in_a_row" of the window.
+
+    discard: None, or a bool scalar: the step will be repeated, and is skipped without being counted."""
     steps, row = window["steps"], window["skipped_in_a_row"]
     bad = ~(grad_norm.isfinite() & (loss <= loss_limit(cfg)))  # so written, a NaN is bad
     if cfg.bad_steps == "stop":
         bad = bad | (row > 0)
-    steps.add_(torch.stack([torch.ones_like(bad), bad]))
-    row.copy_((row + 1) * bad)
+    added, in_a_row = torch.stack([torch.ones_like(bad), bad]), (row + 1) * bad
+    if discard is not None:
+        added, in_a_row, bad = added & ~discard, torch.where(discard, row, in_a_row), bad | discard
+    steps.add_(added)
+    row.copy_(in_a_row)
     return bad.float()
 
 
@@ -86,7 +90,7 @@ def dump(path, model, loader, cursor, cfg, step):
     """Repeat the bad step with the weights as they are (this rank's share, no update) and write a JSON file about it.
 
     cursor: loader.state_dict() before the step. Returns (mean loss, what broke first), both for people."""
-    weights = [name for name, p in model.named_parameters() if not local(p).isfinite().all()]
+    weights = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     outputs = [[] for _ in model.blocks]
     for block, seen in zip(model.blocks, outputs, strict=True):
         block._compiled_call_impl = None  # hooks on compiled blocks would be compiled with them, again
@@ -100,7 +104,7 @@ def dump(path, model, loader, cursor, cfg, step):
         ((out.loss + cfg.balance_coef * out.balance + cfg.z_coef * out.z) / cfg.grad_accum).backward()
         losses.append(float(out.loss.detach()))
         batches.append(tokens_BL.tolist())
-    grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     gradients = {name: summary(grad) for name, grad in grads.items() if grad.numel()}
     causes = [f"{name} was not finite before" for name in weights]
     layers = [layer for layer, seen in enumerate(outputs) if not all(values["finite"] for values in seen)]

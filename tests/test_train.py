@@ -403,14 +403,6 @@ def test_an_interrupt_before_the_first_step_ends_with_a_message(data_dir, tmp_pa
     main()  # the remedy
 
 
-def test_sharded_weights_are_float32(tmp_path):
-    for engine in ("fsdp", "ep"):
-        flags = {"weights": "bfloat16", "optimizer": "adamw", "parallel": engine, "out_dir": str(tmp_path / "out")}
-        with pytest.raises(ValueError, match=f"weights='bfloat16': parallel={engine} keeps float32 weights; use --par"):
-            train_file.train(train_file.TrainConfig(**flags), rank=0, world=2)
-    assert not list(tmp_path.iterdir())
-
-
 def test_damaged_data_is_never_trained_on(data_dir, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(data_dir, bad)
