@@ -197,7 +197,7 @@ def test_a_rank_killed_in_a_checkpoint_leaves_the_one_before(data_dir, tmp_path)
     flags = [*SMALL, *HALF, f"--data={data_dir}", "--parallel=ep", "--steps=6"]
     jobs = [
         [2, [*flags, f"--out-dir={tmp_path / 'whole'}"]],
-        [2, [*flags, f"--out-dir={tmp_path / 'cut'}"], {"die_at": 40}],
+        [2, [*flags, f"--out-dir={tmp_path / 'cut'}"], {"die_at": 18}],
     ]
     said = ranks(jobs, failing=1)
     assert "rank 0 lost its connection to another rank" in said, said
