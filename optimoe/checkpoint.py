@@ -44,46 +44,42 @@ def save(run_dir, step, state, keep, rank=0, world=1):
     """Write `state` (tensors, Pieces and plain values in dicts and lists), keep only the newest `keep` files; the path.
 
     All ranks take part, each with the same tensors and with its own Pieces. What is no Piece is that of rank 0."""
-    run_dir = Path(run_dir)
-    tmp = run_dir / "ckpt.tmp"
-    error, places = _attempt(lambda: _make_room(tmp, state), rank == 0)
-    if world > 1:
-        shared = [error, places]
-        dist.broadcast_object_list(shared)
-        error, places = shared
-    if error is None:
-        error, _ = _attempt(lambda: _fill(tmp, state, places, rank))
-        if world > 1:
-            errors = [None] * world
-            dist.all_gather_object(errors, error)
-            error = next((error for error in errors if error), None)
-    if rank == 0 and error is None:
-        error, digest = _attempt(lambda: _digest(tmp))
-    found = find(run_dir)
-    if error is not None:
+    tmp = Path(run_dir, "ckpt.tmp")
+    try:
+        places = _on_all(lambda: _make_room(tmp, state) if rank == 0 else None, world)[0]
+        _on_all(lambda: _fill(tmp, state, places, rank), world)
+        if rank:
+            return None
+        path = tmp.with_name(f"ckpt-{step:08d}-{_digest(tmp)}.pt")
+        os.replace(tmp, path)
+    except OSError as error:
         if rank == 0:
             tmp.unlink(missing_ok=True)
+        found = find(run_dir)
         newest = (
             f"{found[-1][1]} is whole: free some space, then --resume={run_dir}" if found else "there is no older one"
         )
-        raise OSError(f"the checkpoint of step {step} could not be written ({error}); {newest}")
-    if rank:
-        return None
-    path = run_dir / f"ckpt-{step:08d}-{digest}.pt"
-    os.replace(tmp, path)
+        raise OSError(f"the checkpoint of step {step} could not be written ({error}); {newest}") from error
     files.sync_directory(run_dir)  # the rename itself must reach the disk before older files go
-    older = [old for _, old in found if old != path]
+    older = [old for _, old in find(run_dir) if old != path]
     for old in older[: max(0, len(older) - (keep - 1))]:
         old.unlink()
     return path
 
 
-def _attempt(write, mine=True):
-    """(None, what write() returns), or (the message of its error, None): all ranks must hear of it."""
+def _on_all(work, world):
+    """What work() returns on each rank, as a list. OSError on all of them where it fails on one."""
     try:
-        return None, write() if mine else None
+        mine = work(), None
     except (OSError, RuntimeError) as error:  # torch wraps some of its writer's
-        return str(error), None
+        mine = None, str(error)
+    found = [mine] * world
+    if world > 1:
+        dist.all_gather_object(found, mine)
+    for _, error in found:
+        if error:
+            raise OSError(error)
+    return [result for result, _ in found]
 
 
 def _make_room(path, state):
