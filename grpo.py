@@ -5,18 +5,16 @@
     torchrun --nproc-per-node=8 grpo.py --model=runs/NAME  # data parallel on one node
     python grpo.py --resume=runs/NAME-grpo                 # continue, bit for bit; other flags override
 
-One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (by the task's file in eval/tasks) ->
-advantages within each group -> one pass over the answers in mini-batches, an optimiser step for each:
+One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (eval/tasks) -> advantages within each group
+-> one pass over the answers in mini-batches, an optimiser step for each:
 
     loss = sum over answer tokens of weight * (-min(r A, clip(r, 1 - clip, 1 + clip) A) + kl_coef * (s - 1 - log s))
     r = p / p_old, s = p_start / p,  A = (reward - mean of the group) / (standard deviation + 1e-6)
 
-p is the model's probability of a token at the sampling temperature; p_old the same before the step, p_start the start
-model's. The second term is a never negative estimate of KL(p || p_start) for tokens drawn from p, unbiased but for s
-being cut off at exp(MAX_LOG_S). weight: 1 / answer tokens of the mini-batch, or 1 / (samples * tokens of this answer).
-Prompts and padding have no term at all. Defaults are those of arXiv 2508.18672.
-
-A run directory is that of train.py; `python -m eval --run=DIR` and everything else that reads one works on it.
+p is the model's probability of a token at the sampling temperature, p_old that before the step, p_start that of the
+start model. The second term estimates KL(p || p_start), unbiased but for s being cut off at exp(MAX_LOG_S). weight:
+1 / answer tokens of the mini-batch, or 1 / (samples * tokens of this answer). Defaults are those of arXiv 2508.18672.
+A run directory is that of train.py: `python -m eval --run=DIR` works on it.
 
 Shapes: B sequences of a micro-batch, L their longest, T = B*L, A answer tokens of all of them in a row, V vocabulary,
 N MoE layers, K experts, P groups of G answers.
@@ -42,41 +40,42 @@ from model import GPT
 from optimoe import checkpoint, guard
 from optimoe.checkpoint import training_data
 from optimoe.config import require
+from optimoe.curves import Curves
 from optimoe.load import frozen, run_tokens
 from optimoe.optim import Together
-from optimoe.run import CPU, Clock, Run, check_bounds, launch, require_memory
+from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, launch, require_memory
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
     # Run
-    model: str = ""  # run directory or checkpoint file of the model to start from; the KL is measured against it
+    model: str = ""  # run directory or checkpoint file of the start model
     task: str = "reasoning"  # a file in eval/tasks with training questions
-    data: str = ""  # training data directory of the start model, for its tokenizer; empty: where its config says
-    evaldata: str = ""  # folder of gsm8k/, math/, mbpp/, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
+    data: str = ""  # data directory of the start model; empty: where its config says
+    evaldata: str = ""  # folder of gsm8k/, ...; empty: $OPTIMOE_EVALDATA, else ./evaldata (eval/sources.py)
     out_dir: str = ""  # run directory; empty: that of the start model with "-grpo"
     resume: str = ""  # run directory to continue
-    seed: int = 0  # of the order of the questions and of sampling
+    seed: int = 0  # of the order of questions and of sampling
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on CUDA, else float32
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
     # Sampling
-    questions: int = 7500  # training questions to go through again and again; 0: all (procedural tasks have no end)
+    questions: int = 7500  # training questions; 0: all (procedural tasks have no end)
     batch_prompts: int = 1024  # questions per step, over all ranks
     group_size: int = 5  # answers per question
     temperature: float = 1.0
-    prompt_tokens: int = 512  # questions longer than this, or than half of the model's seq_len, are left out
-    answer_tokens: int = 1024  # longest answer, or what the longest question leaves of the model's seq_len
+    prompt_tokens: int = 512  # longer questions, or than half of seq_len, are left out
+    answer_tokens: int = 1024  # longest answer; at most what questions leave of seq_len
     rollout_batch: int = 1024  # answers sampled at a time, per rank
     # Optimisation
     steps: int = 105  # of sampling
     mini_batch: int = 256  # questions per optimiser step
-    micro_tokens: int = 16384  # tokens per forward and backward pass, padding included, per rank
+    micro_tokens: int = 16384  # tokens of a pass, padding included, per rank
     lr: float = 5e-6  # constant
-    clip: float = 0.2  # the probability ratio counts between 1 - clip and 1 + clip
-    kl_coef: float = 1e-3  # weight of the KL term; 0: the start model is not even loaded
-    normalize: Literal["token", "sample"] = "token"  # every token of a mini-batch weighs the same, or every answer
-    replay: bool = False  # train with the experts that sampling chose: steadier where experts are many (docs/STUDY.md)
+    clip: float = 0.2  # of the probability ratio, to 1 - clip .. 1 + clip
+    kl_coef: float = 1e-3  # weight of the KL term; 0: no start model is loaded
+    normalize: Literal["token", "sample"] = "token"  # what weighs the same
+    replay: bool = False  # train with the experts that sampling chose (docs/STUDY.md)
     beta1: float = 0.9  # AdamW, mean
     beta2: float = 0.999  # AdamW, variance
     eps: float = 1e-8  # AdamW
@@ -87,6 +86,8 @@ class GRPOConfig:
     eval_questions: int = 500  # of these tests
     checkpoint_every: int = 20  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 1  # newest ones kept
+    curves: bool = True  # redraw curves.png at tests and checkpoints
+    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
 
     def __post_init__(self):
         from_1 = "batch_prompts prompt_tokens answer_tokens rollout_batch steps mini_batch micro_tokens"
@@ -97,38 +98,35 @@ class GRPOConfig:
         if not tasks.load(self.task).trains:
             names = ", ".join(name for name in tasks.NAMES if tasks.load(name).trains)
             require(False, "task", self.task, f"use one with training questions: {names}")
-        remedy = "an answer is compared with others of its group: use 2 or more"
-        require(self.group_size >= 2, "group_size", self.group_size, remedy)
-        remedy = "greedy answers are all equal; use a positive number"
-        require(self.temperature > 0, "temperature", self.temperature, remedy)
+        require(self.group_size >= 2, "group_size", self.group_size, "answers are compared in groups: use 2 or more")
+        require(self.temperature > 0, "temperature", self.temperature, "greedy answers are equal; use more than 0")
         require(0 < self.clip < 1, "clip", self.clip, "use a number between 0 and 1")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "use a number from 0 to below 1")
+        check_shares(self, "", "beta1 beta2")
         remedy = f"use a multiple of mini_batch={self.mini_batch}"
         require(self.batch_prompts % self.mini_batch == 0, "batch_prompts", self.batch_prompts, remedy)
 
 
 class Sample(NamedTuple):
-    ids: list[int]  # prompt, answer, and the end-of-text token if the answer ended in time
+    ids: list[int]  # prompt, answer, and end of text if it ended in time
     start: int  # index of the answer's first token
     experts: Tensor  # int16 (N, len(ids) - 1, K): what the routers chose while sampling
     text: str  # of the answer
-    length = property(lambda self: len(self.ids) - self.start)  # tokens of the answer
+    length = property(lambda self: len(self.ids) - self.start)  # of the answer, in tokens
 
 
 class Batch(NamedTuple):
-    tokens_BL: Tensor  # int64, padded on the right
+    tokens_BL: Tensor  # padded on the right
     sampled_NTK: Tensor  # int32 experts chosen while sampling; -1 at padding
-    index_A: Tensor  # int64, positions of B*L whose next token is an answer's
-    target_A: Tensor  # int64, these next tokens
-    advantage_A: Tensor  # float32
-    weight_A: Tensor  # float32
-    old_A: Tensor | None = None  # float32 log-probabilities before the step; None: as they are now
-    start_A: Tensor | None = None  # float32 log-probabilities by the start model; None: there is no KL term
+    index_A: Tensor  # positions of B*L whose next token is an answer's
+    target_A: Tensor  # these next tokens
+    advantage_A: Tensor
+    weight_A: Tensor
+    old_A: Tensor | None = None  # log-probabilities before the step; None: as they are now
+    start_A: Tensor | None = None  # log-probabilities by the start model; None: no KL term
 
 
 def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed):
-    """A Sample for each prompt (token ids), which depends on the prompt, the seed and its stream only."""
+    """A Sample for each prompt (token ids); it depends on the prompt, the seed and its stream only."""
     end, experts = tokens.eos[:1], []
     options = {"batch_size": cfg.rollout_batch, "n_vocab": tokens.n_vocab, "streams": streams, "experts": experts}
     answers = generate(model, prompts, answer_tokens, end, cfg.temperature, seed=seed, **options)
@@ -144,7 +142,7 @@ def advantages(rewards_PG):
 
 
 def micro_batches(rows, lengths, max_tokens):
-    """Rows of like length together, as many as fit into max_tokens, at most a sixteenth of which is padding."""
+    """Rows of like length together, as many as fit into max_tokens, a sixteenth of it padding."""
     batches, longest, padding = [], 0, 0
     for i in sorted(rows, key=lambda i: -lengths[i]):
         padding += longest - lengths[i]
@@ -172,7 +170,7 @@ def collate(samples, advantage_B, weight_B, device):
 @any_shape
 def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
     """Log-probabilities of the answers' tokens at the sampling temperature, float32 (A,); and (2,): how many experts
-    the routers chose, and how many of these they had not chosen for the same token while sampling."""
+    the routers chose, and how many of these not for the same token while sampling."""
     out = model(batch.tokens_BL, replay_NTK=batch.sampled_NTK if replay else None)
     logits_AV = out.logits.flatten(0, 1)[batch.index_A, :n_vocab].float() / cfg.temperature
     routed = logits_AV.new_zeros(2)
@@ -185,19 +183,19 @@ def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
 
 @torch.no_grad()
 def look_back(batch, model, start_model, cfg, n_vocab):
-    """The batch with the log-probabilities of its answers by the model as it is and by the start model, if given."""
+    """The batch with log-probabilities by the model as it is and by the start model, where given."""
     old_A = answer_logprobs(model, batch, cfg, n_vocab, cfg.replay)[0] if model else None
     start_A = answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None
     return batch._replace(old_A=old_A, start_A=start_A)
 
 
-# A token drawn with one choice of experts may be all but impossible with the choice made in training, most often in
-# sparse models (docs/LOG.md): s is then up to 1e8 and outweighs all other tokens. Beyond e^5 it adds no gradient.
+# A token may be all but impossible with other experts than sampling chose (docs/LOG.md): s, up to 1e8, would outweigh
+# all other tokens. Beyond e^5 it adds no gradient.
 MAX_LOG_S = 5.0
 
 
 def policy_loss(logp_A, batch, clip, kl_coef):
-    """The loss at the top of this file; and (3,): sum of the KL estimates, number of clipped tokens and of all."""
+    """The loss at the top of this file; and (3,): sum of the KL estimates, clipped tokens, all tokens."""
     old_A = logp_A.detach() if batch.old_A is None else batch.old_A
     ratio_A = (logp_A - old_A).clamp(max=20).exp()  # e^89 would be infinite, and its gradient no number
     surrogate = ratio_A * batch.advantage_A
@@ -209,7 +207,7 @@ def policy_loss(logp_A, batch, clip, kl_coef):
 
 
 def draw_questions(n_questions, start, count, seed):
-    """Indices start .. start + count - 1 of a stream that goes through all questions again and again, in new orders."""
+    """Indices start .. start + count - 1 of a stream through all questions, again and again in new orders."""
     order = []
     for epoch in range(start // n_questions, (start + count - 1) // n_questions + 1):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
@@ -218,7 +216,7 @@ def draw_questions(n_questions, start, count, seed):
 
 
 def token_weights(lengths, n_tokens, n_answers, normalize):
-    """Weight of each token of answers with these lengths, in a mini-batch of n_answers with n_tokens over all ranks."""
+    """Weight of each token of answers of these lengths, in a mini-batch of n_answers and n_tokens over all ranks."""
     return [1 / n_tokens if normalize == "token" else 1 / (n_answers * length) for length in lengths]
 
 
@@ -227,7 +225,7 @@ def token_weights(lengths, n_tokens, n_answers, normalize):
 
 @dataclass
 class Training:
-    """The state of a run, and what all its steps share."""
+    """The state of a run, and what its steps share."""
 
     model: GPT
     start_model: GPT | None  # None: there is no KL term
@@ -237,7 +235,7 @@ class Training:
     answer_tokens: int  # longest answer
     optimizer: torch.optim.Optimizer
     step: int = 0
-    read: int = 0  # questions drawn so far, whatever batch_prompts was
+    read: int = 0  # questions drawn so far
     row: dict = dataclasses.field(default_factory=dict)  # of the latest step
 
 
@@ -253,27 +251,24 @@ def load_start(cfg, device):
 
 
 def load_questions(cfg, model, tokens, source):
-    """(training questions, test questions, longest answer): those whose prompts leave room for an answer."""
+    """(training questions, test questions, longest answer), of prompts that leave room for an answer."""
     limit, task = min(cfg.prompt_tokens, model.cfg.seq_len // 2), tasks.load(cfg.task)
     found = []
     for split, n in (("train", cfg.questions), ("test", cfg.eval_questions)):
         pairs = [(q, tokens.bos + tokens.encode(q.prompt)) for q in task.questions(source, split, n)]
         found.append([(question, ids) for question, ids in pairs if len(ids) <= limit])
-    remedy = "no question is that short (at most half of seq_len counts)"
-    require(all(found), "prompt_tokens", limit, remedy)
+    require(all(found), "prompt_tokens", limit, "no question is that short (at most half of seq_len counts)")
     longest = max(len(ids) for pairs in found for _, ids in pairs)
     return *found, min(cfg.answer_tokens, model.cfg.seq_len - longest)
 
 
 def set_up(cfg, run, start_path, model, tokens, questions):
-    """(Training of a fresh run, or as its newest checkpoint has it; that checkpoint or None)."""
+    """(Training of a fresh run, or of its newest checkpoint; that checkpoint or None)."""
     start_model = None
     if cfg.kl_coef:
         start_model = frozen(checkpoint.load_model(start_path, run.device, dtype=cfg.dtype, impl=cfg.impl))
-    groups = []
-    for matrices in (True, False):
-        params = [p for p in model.parameters() if (p.ndim >= 2) == matrices]
-        groups.append({"params": params, "weight_decay": cfg.weight_decay * matrices})
+    halves = ([p for p in model.parameters() if (p.ndim >= 2) == matrices] for matrices in (True, False))
+    groups = [{"params": p, "weight_decay": d} for p, d in zip(halves, (cfg.weight_decay, 0.0), strict=True)]
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     job = Training(model, start_model, tokens, *questions, adamw)
     state = run.resume("grpo")
@@ -289,7 +284,7 @@ def set_up(cfg, run, start_path, model, tokens, questions):
 
 
 def roll_out(cfg, run, job):
-    """(questions, samples) of this rank: its part of every mini-batch, so that their number changes no answer."""
+    """(questions, samples) of this rank: its part of every mini-batch, so that the ranks' number changes no answer."""
     drawn = draw_questions(len(job.asked), job.read, cfg.batch_prompts, cfg.seed)
     share = cfg.mini_batch // run.world
     starts = range(run.rank * share, cfg.batch_prompts, cfg.mini_batch)
@@ -302,7 +297,7 @@ def roll_out(cfg, run, job):
 
 
 def make_batches(cfg, run, job, samples, advantage):
-    """Mini-batches as lists of micro-batches, with what the weights say of their answers before they change."""
+    """Mini-batches as lists of micro-batches, with log-probabilities by the weights before the step."""
     share = cfg.mini_batch // run.world * cfg.group_size
     minis = [range(start, start + share) for start in range(0, len(samples), share)]
     counts = run.sum([sum(samples[i].length for i in mini) for mini in minis])
@@ -322,8 +317,8 @@ def make_batches(cfg, run, job, samples, advantage):
 
 
 def update(cfg, run, job, batches):
-    """An optimiser step for each mini-batch. Returns float64 (mini-batches, 6), over all ranks: loss; over tokens, sums
-    of KL estimates, of clipped ones and all; experts chosen, changed since sampling. And the mean gradient norm."""
+    """A step for each mini-batch. Returns float64 (mini-batches, 6) over all ranks (loss; sums over tokens of KL
+    estimates, clipped ones, all; experts chosen, changed since sampling) and the mean gradient norm."""
     stats, norms = torch.zeros(len(batches), 6, device=run.device), []
     for sums, mini in zip(stats, batches, strict=True):
         for batch in mini:
@@ -332,7 +327,7 @@ def update(cfg, run, job, batches):
             loss.backward()
             sums += torch.cat([loss.detach()[None], policy, routed])
         for p in job.model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # there may have been nothing to learn here
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # there may be nothing to learn here
             if run.world > 1:  # a sum, not a mean: the weights in the loss are those of the whole mini-batch
                 dist.all_reduce(p.grad)
         limit = cfg.clip_norm or math.inf
@@ -346,9 +341,8 @@ def test(cfg, run, job):
     """Greedy accuracy on unseen questions."""
     mine = job.held_out[run.rank :: run.world]
     n_vocab, eos = job.tokens.n_vocab, job.tokens.eos
-    answers = generate(
-        job.model, [ids for _, ids in mine], job.answer_tokens, eos, batch_size=cfg.rollout_batch, n_vocab=n_vocab
-    )
+    options = {"batch_size": cfg.rollout_batch, "n_vocab": n_vocab}
+    answers = generate(job.model, [ids for _, ids in mine], job.answer_tokens, eos, **options)
     texts = [job.tokens.decode(ids) for ids in answers]
     right = sum(tasks.load(cfg.task).rewards([question for question, _ in mine], texts))
     reward = run.sum([right])[0] / len(job.held_out)
@@ -361,7 +355,7 @@ def test(cfg, run, job):
 
 
 def grpo(cfg, rank=0, world=1, device=CPU, given=None):
-    """One run from the start model, or from its newest checkpoint, to the end. Returns results.json on rank 0."""
+    """One run to its end. Returns results.json on rank 0, or None."""
     require(cfg.mini_batch % world == 0, "mini_batch", cfg.mini_batch, f"use a multiple of the {world} ranks")
     n_answers = cfg.batch_prompts // world * cfg.group_size
     what = f"{cfg.questions:,} questions and {n_answers:,} answers a step"
@@ -375,11 +369,15 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
         run.begin(cfg, job.step, state, "grpo")
         if run.first:
             print(report.grpo_start(cfg, run, job), flush=True)
-        if job.step == 0:
+        pictures = Curves(run.dir) if run.first and cfg.curves else None
+        if not state:
             test(cfg, run, job)
         while job.step < cfg.steps:
             clock = Clock()
             asked, samples = roll_out(cfg, run, job)
+            if run.stopping():  # the weights are still those of the last step
+                save(cfg, run, job)
+                return run.stopped(job.step, "grpo.py")
             seconds = {"seconds_rollout": clock.read()}
             grades = tasks.load(cfg.task).rewards(asked, [sample.text for sample in samples])
             reward_PG = torch.tensor(grades).view(-1, cfg.group_size)
@@ -398,11 +396,15 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
             stopping = run.stopping()
             if stopping or last or cfg.checkpoint_every and job.step % cfg.checkpoint_every == 0:
                 save(cfg, run, job)
+            if pictures and ("test_reward" in job.row or stopping):
+                pictures.refresh()
             if stopping and not last:
                 return run.stopped(job.step, "grpo.py")
 
         if "test_reward" not in job.row:  # resumed to end where it had been stopped
             job.row["test_reward"] = test(cfg, run, job)
+        if pictures:
+            pictures.close()
         return run.finish({**job.row, "test_questions": len(job.held_out)}) if run.first else None
 
 
@@ -415,7 +417,6 @@ def save(cfg, run, job):
 
 
 def main(argv=None):
-    """Entry point of `python grpo.py` and torchrun; returns what `grpo` returns."""
     return launch(grpo, GRPOConfig, __doc__, argv)
 
 

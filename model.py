@@ -3,11 +3,9 @@
     model = GPT(preset("tiny", vocab_size=512))
     out = model(tokens_BL, targets_BL)  # train.py minimises out.loss + 1e-2 * out.balance + 1e-3 * out.z
 
-Shapes: B batch, L sequence, T = B*L tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows),
-E experts, K experts per token, N MoE layers, H attention heads (Hkv of them for keys and values), d head width,
-V vocabulary. Weights are float32 and are cast to the compute dtype where they are used, so autocast is not needed. With
-AdamW the matrices inside blocks are bfloat16 (docs/optimizer.md), and there is nothing to cast. optimoe/sizes.py counts
-parameters, FLOPs and memory.
+Shapes: B batch, L sequence, T = B*L tokens, D width, F expert width, G = 2F (gate rows, then up rows), E experts, K of
+them per token, N MoE layers, H heads (Hkv for keys and values), d head width, V vocabulary. Weights are float32, cast
+at use; with AdamW matrices in blocks are bfloat16 (docs/optimizer.md).
 """
 
 import hashlib
@@ -18,107 +16,93 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F_
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import balance_loss, gated_activation, gates_of, linear_cross_entropy, moe_experts, rope, route
 from optimoe.config import require
 
-UNTAUGHT = (
-    "gates that sum to 1 over a single expert are always 1, so the loss has no gradient for the router; "
-    "use --router_normalize=false"
-)
+UNTAUGHT = "a single gate that sums to 1 is always 1, so the loss has no gradient for the router; "
+UNTAUGHT += "use --router_normalize=false"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     # Model
-    vocab_size: int = 0  # V; 0: not known yet (train.py takes it from the data)
-    seq_len: int = 256  # L, longest sequence; length of the RoPE table
+    vocab_size: int = 0  # V; 0: not known yet
+    seq_len: int = 256  # L, longest sequence
     d_model: int = 128  # D
-    n_layers: int = 4  # blocks; every one has an MoE layer
+    n_layers: int = 4  # blocks
     n_heads: int = 4  # query heads
-    n_kv_heads: int = 4  # key and value heads; fewer than n_heads is grouped-query attention
-    head_dim: int = 32  # width of a head, rotated in full by RoPE
+    n_kv_heads: int = 4  # key and value heads; fewer: grouped-query attention
+    head_dim: int = 32  # width of a head
     # Experts
     n_experts: int = 8  # E
     top_k: int = 2  # K experts per token
     d_expert: int = 256  # F, hidden width of one expert
-    n_shared_experts: int = 0  # experts of width F that every token passes, outside the router
-    dense: bool = False  # no router: one gated MLP of width (K + shared) * F, the same active FLOPs
-    router_score: Literal["softmax", "sigmoid"] = "softmax"  # turns the router's logits into scores of experts
-    router_normalize: bool = (
-        True  # gates: scores divided by their sum over the K chosen (needs K > 1); false: the scores
-    )
-    router_bias_rate: float = 0.0  # > 0: loss-free balancing; a selection bias moves this much per step (1e-3 is usual)
+    n_shared_experts: int = 0  # experts that every token passes, outside the router
+    dense: bool = False  # no router: one gated MLP with the same active FLOPs
+    router_score: Literal["softmax", "sigmoid"] = "softmax"  # makes scores of the router's logits
+    router_normalize: bool = True  # gates: scores divided by their sum over the K chosen; false: the scores
+    router_bias_rate: float = 0.0  # > 0: loss-free balancing by a selection bias (1e-3 is usual)
     # Choices
-    activation: Literal["swiglu", "geglu", "relu2"] = (
-        "swiglu"  # of experts and dense layers (moe_kernels/activation.py)
-    )
-    qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
-    qk_norm_joint: bool = False  # with qk_norm: one RMSNorm over all query heads, one over all key heads (OLMoE)
+    activation: Literal["swiglu", "geglu", "relu2"] = "swiglu"  # of experts and dense layers
+    qk_norm: bool = False  # RMSNorm on query and key heads before RoPE
+    qk_norm_joint: bool = False  # one RMSNorm over all query heads, one over all key heads (OLMoE)
     tie_embeddings: bool = False  # one matrix for input and output embeddings
     rope_theta: float = 1e4  # base of the RoPE wavelengths
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
-    init_std: float = 0.02  # of all matrices; of those that write to the residual stream: init_std / sqrt(2 * n_layers)
+    init_std: float = 0.02  # of matrices; those that write to the residual stream: / sqrt(2 * n_layers)
     embed_init_std: float = 0.0  # of the input embeddings; 0: init_std
     # Execution
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 on CUDA, float32 elsewhere
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on CUDA, else float32
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # kernels of moe_kernels; auto: by device
-    loss_chunk: int = 16384  # tokens whose logits exist at one time in training (triton; the others hold all T x V)
+    loss_chunk: int = 16384  # tokens whose logits exist at one time in training (triton)
+    recompute: Literal["none", "experts", "blocks"] = "none"  # computed again in the backward pass, to save memory
 
     def __post_init__(self):
         self.validate()
 
     @property
     def kernels(self):
-        """The argument impl of the ops."""
+        """impl of the ops."""
         return None if self.impl == "auto" else self.impl
 
     @property
     def router_learns(self):
-        """Whether the loss has a gradient for the router. train.py refuses a model without; old ones still load."""
+        """Whether the loss has a gradient for the router. train.py refuses models without; old ones load."""
         return self.dense or self.n_experts == 1 or self.top_k > 1 or not self.router_normalize
 
     def validate(self):
-        """Raise ValueError naming the field, its value and the remedy."""
-        for names, least, most in (
-            ("d_model n_layers n_heads n_kv_heads head_dim n_experts top_k d_expert loss_chunk", 1, 2**30),
-            ("vocab_size n_shared_experts", 0, 2**30),
-            ("seq_len", 1, 2**22),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                require(value >= least, name, value, f"use {least} or more")
-                require(value <= most, name, value, f"use {most:,} or less")
-        for name in ("router_bias_rate", "norm_eps", "embed_init_std"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
+        """ValueError names the field, its value and the remedy."""
+        from_1 = "d_model n_layers n_heads n_kv_heads head_dim n_experts top_k d_expert loss_chunk seq_len"
+        from_0 = "vocab_size n_shared_experts router_bias_rate norm_eps embed_init_std"
+        most = {"seq_len": 2**22, "n_experts": 1024, "top_k": min(32, self.n_experts)}
+        for name in f"{from_1} {from_0}".split():
+            value, least = getattr(self, name), int(name in from_1.split())
+            require(value >= least, name, value, f"use {least} or more")
+            require(value <= most.get(name, 2**30), name, value, f"use {most.get(name, 2**30):,} or less")
         require(self.init_std > 0, "init_std", self.init_std, "use a positive number")
         require(self.rope_theta > 1, "rope_theta", self.rope_theta, "use a number above 1 (1e4 is usual)")
-        for name, factor, reason in (
-            ("d_model", 16, "the kernels need a multiple of 16"),
-            ("d_expert", 16, "the kernels need a multiple of 16"),
-            ("head_dim", 2, "RoPE rotates pairs: use an even number"),
-        ):
-            require(getattr(self, name) % factor == 0, name, getattr(self, name), reason)
+        for name, factor in (("d_model", 16), ("d_expert", 16), ("head_dim", 2)):
+            require(getattr(self, name) % factor == 0, name, getattr(self, name), f"use a multiple of {factor}")
+        some = self.recompute != "experts" or not self.dense
+        require(some, "recompute", self.recompute, "a dense model has no experts: use blocks")
         kv, heads = self.n_kv_heads, self.n_heads
         require(heads % kv == 0, "n_kv_heads", kv, f"use a divisor of n_heads={heads}")
-        require(self.n_experts <= 1024, "n_experts", self.n_experts, "the kernels take at most 1024")
-        require(self.top_k <= 32, "top_k", self.top_k, "the kernels take at most 32")
-        remedy = f"a token cannot use more than n_experts={self.n_experts}"
-        require(self.top_k <= self.n_experts, "top_k", self.top_k, remedy)
 
 
 class Output(NamedTuple):
-    logits: Tensor | None  # (B, L, V), or (B, 1, V) with a cache; None when targets are given
-    loss: Tensor | None  # float32 mean cross-entropy in nats over targets >= 0; None without targets
-    balance: Tensor  # float32, sum over MoE layers of E * sum_e f_e p_e: N at perfect balance
+    logits: Tensor | None  # (B, L, V), or (B, 1, V) with a cache; None with targets
+    loss: Tensor | None  # float32 mean cross-entropy in nats over targets >= 0; None without
+    balance: Tensor  # float32, sum over MoE layers of E * sum_e f_e p_e: N at balance
     z: Tensor  # float32, sum over MoE layers of mean logsumexp(router logits)^2
     counts_NE: Tensor  # int32 (token, slot) pairs per layer and expert; (0, E) in a dense model
-    probs_NE: Tensor  # float32 mean router probability, differentiable; with counts of all ranks: the global balance
-    experts: tuple[Tensor, ...] = ()  # for each MoE layer int32 (T, K): the experts that the router chose
+    probs_NE: Tensor  # float32 mean router probability, differentiable
+    experts: tuple[Tensor, ...] = ()  # of each MoE layer int32 (T, K): what the router chose
 
 
 class Linear(nn.Linear):
-    """Without bias; the weight is cast to the dtype of its input. GPT.draw fills it, not the constructor."""
+    """Without bias; the weight is cast to the input's dtype. GPT.draw fills it."""
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
@@ -131,7 +115,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Its statistics are float32 for inputs of any dtype."""
+    """With float32 statistics."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -142,7 +126,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(cfg):
-    """cos and sin, each (L, 1, d) float32. The first half of sin is negated: a rotation is then x*cos + roll(x)*sin."""
+    """cos and sin, each (L, 1, d) float32, the first half of sin negated: a rotation is x*cos + roll(x)*sin."""
     exact = dict(dtype=torch.float64, device="cpu")  # MPS has no float64
     freqs = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, **exact) / cfg.head_dim)
     angles = torch.outer(torch.arange(cfg.seq_len, **exact), freqs)
@@ -176,15 +160,11 @@ class Attention(nn.Module):
             if mask is not None:  # without a mask the new tokens are all there are
                 k, v = k_all, v_all
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if (
-            mask is not None and L == 1
-        ):  # the query heads of a group become queries of its key head: nothing is repeated
+        if mask is not None and L == 1:  # the query heads of a group become queries of its key head: no repetition
             y = F_.scaled_dot_product_attention(q.view(B, Hkv, H // Hkv, self.head_dim), k, v, attn_mask=mask)
         else:
-            y = F_.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != Hkv
-            )
-            y = y.transpose(1, 2)
+            form = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=H != Hkv)
+            y = F_.scaled_dot_product_attention(q.transpose(1, 2), k, v, **form).transpose(1, 2)
         return self.out(y.reshape(B, L, H * self.head_dim))
 
 
@@ -198,6 +178,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_TD):
         return self.down(gated_activation(self.gate_up(x_TD), self.activation, self.impl))
+
+
+def again(function, *args, **kwargs):
+    """function(*args, **kwargs), computed once more in the backward pass, which keeps nothing but the arguments."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class MoE(nn.Module):
@@ -216,7 +201,7 @@ class MoE(nn.Module):
     def choose(self, x_TD, replay_TK=None):
         """(Routing, the router's own choice int32 (T, K)). A router variant is a field of ModelConfig and a line here.
 
-        replay_TK: experts to use in place of that choice, -1 where it stays. Their gates come from today's logits."""
+        replay_TK: experts to use in place of that choice, -1 where it stays; their gates come from today's logits."""
         cfg = self.cfg
         logits_TE = self.router(x_TD)
         r = route(logits_TE, cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=cfg.kernels)
@@ -228,11 +213,13 @@ class MoE(nn.Module):
         return r, chosen_TK
 
     def forward(self, x_TD, replay_TK=None, stats=True):
-        """y (T, D) and (balance, z, counts (E,), probabilities (E,), choice (T, K)); without stats only (choice,)."""
+        """y (T, D) and (balance, z, counts (E,), probs (E,), choice (T, K)); without stats only (choice,)."""
         r, chosen_TK = self.choose(x_TD, replay_TK)
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
         kernels = dict(impl=self.cfg.kernels, activation=self.cfg.activation)
-        y_TD = self.experts(x_TD, w_in, w_out, r.gates_TK, r.experts_TK, **kernels)
+        args = x_TD, w_in, w_out, r.gates_TK, r.experts_TK
+        once = self.cfg.recompute != "experts"
+        y_TD = self.experts(*args, **kernels) if once else again(self.experts, *args, **kernels)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if not stats:
@@ -258,14 +245,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """draw=False leaves the weights without values, for a model whose weights are loaded."""
+    """draw=False leaves the weights without values, to be loaded."""
 
     def __init__(self, cfg, draw=True):
         super().__init__()
-        remedy = "a model needs its vocabulary; give the tokenizer's size"
-        require(cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, remedy)
+        require(cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, "give the tokenizer's size")
         self.cfg = cfg
-        self.before_layer = None  # called with the number of each block before it runs, and with n_layers at the end
+        self.before_layer = None  # called with the number of a block before it runs, with n_layers at the end
         self.limit = None  # exchange.Limit where tokens travel to their experts by kernels
         self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
@@ -282,8 +268,8 @@ class GPT(nn.Module):
     def draw(self, seed):
         """Initial weights: each matrix, and each expert, from a generator keyed by the seed, its name and its index.
 
-        So models that differ only in n_experts or top_k have the same attention, embeddings and first experts, and a
-        comparison of them is paired. torch's global generator is not used. A CPU and a GPU draw different numbers."""
+        So models that differ only in n_experts or top_k have the same attention, embeddings and first experts: a
+        comparison of them is paired. A CPU and a GPU draw different numbers."""
         cfg, generator = self.cfg, torch.Generator(self.embed.weight.device)
         embed_std = cfg.embed_init_std or cfg.init_std
         for name, weight in self.named_parameters():
@@ -297,7 +283,7 @@ class GPT(nn.Module):
                 generator.manual_seed(key + i)
                 part.normal_(std=embed_std if name == "embed.weight" else std, generator=generator)
         if cfg.tie_embeddings:
-            # The residual stream of a token starts as its own embedding e, whose logit would be about D * std(e).
+            # Else a token's own logit would start at about D * std of the embeddings.
             self.norm.weight.fill_(min(1.0, 1 / (cfg.d_model * embed_std)))
 
     @property
@@ -305,11 +291,11 @@ class GPT(nn.Module):
         return compute_dtype(self.cfg, self.embed.weight.device)
 
     def forward(self, tokens_BL, targets_BL=None, cache=None, replay_NTK=None):
-        """tokens (B, L) int64 -> Output, with the loss and no logits where targets (B, L; -1: no loss) are given.
+        """tokens (B, L) int64 -> Output, with a loss instead of logits where targets (B, L; -1: no loss) are given.
 
-        cache (eval/kv_cache.py): the tokens continue its sequences; the logits are those of each row's last real token,
-        and there are no statistics. replay_NTK (int32, T = B*L; -1: none): experts to use in place of each router's
-        choice; the counts stay those of its choice. Raises ValueError past seq_len."""
+        cache (eval/kv_cache.py): the tokens continue its sequences; logits are those of each row's last real token, and
+        there are no statistics. replay_NTK (int32; -1: none): experts to use in place of each router's choice, which
+        the counts still count. Raises ValueError past seq_len."""
         B, L = tokens_BL.shape
         require(L <= self.cfg.seq_len, "sequence length", L, f"the model's seq_len is {self.cfg.seq_len}")
         ready = self.before_layer or (lambda layer: None)
@@ -319,12 +305,13 @@ class GPT(nn.Module):
         if cache is not None:
             pos_BL, mask = cache.begin(L)
             cos, sin = self.cos[pos_BL], self.sin[pos_BL]
-        # train.py may have compiled the blocks for its one shape; evaluation has many shapes and runs them eagerly.
+        # Compiled blocks know the one shape of training; evaluation has many and runs them eagerly.
         compiled = self.training and cache is None and replay_NTK is None
         for layer, block in enumerate(self.blocks):
             ready(layer)
             if compiled:
-                x, layer_stats = block(x, cos, sin)
+                once = self.cfg.recompute != "blocks"
+                x, layer_stats = block(x, cos, sin) if once else again(block, x, cos, sin)
             else:
                 replay_TK = None if replay_NTK is None else replay_NTK[layer]
                 x, layer_stats = block.forward(x, cos, sin, mask, cache, layer, replay_TK)
@@ -354,14 +341,14 @@ class GPT(nn.Module):
 def update_router_bias(model, counts_NE):
     """Loss-free balancing (arXiv 2408.15664): raise the bias of experts below the mean load, lower that of the others.
 
-    counts_NE: the counts of one optimiser step over all its tokens and ranks. Only the training loop calls this."""
+    counts_NE: of one optimiser step over all its tokens and ranks."""
     layers = [block.mlp for block in model.blocks if getattr(block.mlp, "bias_E", None) is not None]
     for moe, counts_E in zip(layers, counts_NE.float(), strict=bool(layers)):
         moe.bias_E += model.cfg.router_bias_rate * torch.sign(counts_E.mean() - counts_E)
 
 
 def compute_dtype(cfg, device):
-    """The torch.dtype in which a model of this config computes on a device."""
+    """The torch.dtype in which a model computes on a device."""
     if cfg.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, cfg.dtype)

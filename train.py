@@ -1,14 +1,14 @@
 """Train a mixture-of-experts language model.
 
-    python train.py                                                       # the default model on procedural data
-    python train.py --data=DIR --preset=paper-d512-e16-k2 --seq-len=1024  # data of `python -m data.prepare`
-    python train.py --data=DIR:0.7,DIR2:0.3                               # a mixture
-    torchrun --nproc-per-node=8 train.py --data=DIR                       # eight GPUs (docs/multi-gpu.md)
-    python train.py --data=DIR --upcycle-from=runs/DENSE                  # experts that start as a --dense model
-    python train.py --resume=runs/NAME                                    # continue, bit for bit; other flags override
+    python train.py                                       # the default model on procedural data
+    python train.py --data=DIR --preset=paper-d512-e16-k2 # data of `python -m data.prepare`
+    python train.py --data=DIR:0.7,DIR2:0.3               # a mixture
+    torchrun --nproc-per-node=8 train.py --data=DIR       # eight GPUs (docs/multi-gpu.md)
+    python train.py --data=DIR --upcycle-from=runs/DENSE  # experts that start as a --dense model
+    python train.py --resume=runs/NAME                    # continue, bit for bit; other flags override
 
-A run directory holds config.json, metrics.jsonl (every logged number), checkpoints, curves.png, and results.json at the
-end. Ctrl-C or SIGTERM saves a checkpoint and ends the run.
+A run directory holds config.json, metrics.jsonl (every logged number), checkpoints, curves.png, and at the end
+results.json. Ctrl-C or SIGTERM saves a checkpoint and ends the run.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from optimoe import checkpoint, exchange, guard, parallel, sizes
 from optimoe.config import require
 from optimoe.curves import Curves
 from optimoe.optim import clip_factor, lr_at
-from optimoe.run import CPU, Clock, Run, check_bounds, launch, require_memory
+from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, launch, require_memory
 from optimoe.sizes import count_params, flops_per_token
 from optimoe.upcycle import upcycle
 
@@ -39,24 +39,23 @@ from optimoe.upcycle import upcycle
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig):
     # Run
-    preset: str = "tiny"  # model fields start from this preset (optimoe/sizes.py); the vocabulary comes from the data
-    data: str = ""  # data directory, or a mixture DIR:weight,DIR:weight; empty: procedural data, made for this run
+    preset: str = "tiny"  # model fields start from it (optimoe/sizes.py); the vocabulary comes from the data
+    data: str = ""  # data directory or mixture DIR:weight,DIR:weight; empty: procedural data
     out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
     resume: str = ""  # run directory to continue
-    upcycle_from: str = ""  # run directory of a dense model to start from, exactly (optimoe/upcycle.py)
-    upcycle_noise: float = 0.0  # added to its copies, as a share of each weight's standard deviation
+    upcycle_from: str = ""  # run directory of a dense model to start from (optimoe/upcycle.py)
     seed: int = 0  # of the weights and of the data order
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of blocks on CUDA; auto: in long runs
-    cuda_graph: bool = True  # on one CUDA GPU, replay the whole optimiser step as one graph
-    parallel: Literal["ddp", "ep"] = "ddp"  # several GPUs share out optimiser states, or experts too
-    deterministic: bool = False  # the same bits in every run on CUDA, too; attention's backward is then slower
+    cuda_graph: bool = True  # replay the whole step as one CUDA graph
+    parallel: Literal["ddp", "ep"] = "ddp"  # what several GPUs share out: optimiser states, or experts too
+    deterministic: bool = False  # the same bits in every run on CUDA too; slower
     # Optimisation
     steps: int = 1700  # optimiser steps
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
-    grad_accum: int = 1  # micro-batches per step; the balance loss is that of a micro-batch over all ranks
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for experts and attention, with AdamW for the rest
-    lr: float = 6e-3  # peak learning rate (found for Muon; with AdamW the default job learns best near 2e-3)
+    grad_accum: int = 1  # micro-batches per step
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: AdamW for embeddings, routers, norms
+    lr: float = 6e-3  # peak; with AdamW the default job learns best near 2e-3
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
     warmup_steps: int = 100  # linear, from 0
     decay_frac: float = 0.2  # wsd: share of the steps spent decaying
@@ -65,21 +64,22 @@ class TrainConfig(ModelConfig):
     beta2: float = 0.99  # AdamW, variance
     eps: float = 1e-8  # AdamW
     muon_momentum: float = 0.95  # Muon
-    weight_decay: float = 0.1  # on matrices, the router and embeddings among them; never on norms
+    weight_decay: float = 0.1  # on matrices, never on norms
     weights: Literal["float32", "bfloat16"] = "float32"  # of blocks, with AdamW: 16 or 8 bytes a parameter
     clip_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
-    bad_steps: Literal["stop", "skip"] = "stop"  # what a NaN or an exploded loss does to the run (optimoe/guard.py)
-    max_loss: float = 0.0  # cross-entropy of a step that counts as exploded; 0: 1.5 ln V + 1
+    bad_steps: Literal["stop", "skip"] = "stop"  # at a NaN or an exploded loss (optimoe/guard.py)
+    max_loss: float = 0.0  # cross-entropy that counts as exploded; 0: 1.5 ln V + 1
     balance_coef: float = 1e-2  # weight of the load-balancing loss
     z_coef: float = 1e-3  # weight of the router z-loss
     # Reports
     log_every: int = 100  # steps between lines
     val_every: int = 500  # steps between validations; 0: only at the end
-    val_batches: int = 20  # batches of batch_size / grad_accum sequences per validation; 0: no validation
+    val_batches: int = 20  # micro-batches per validation; 0: no validation
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept
-    curves: bool = True  # redraw curves.png at validations and checkpoints, in a process of its own
-    sample_tokens: int = 64  # length of the samples at the end; 0: none
+    curves: bool = True  # redraw curves.png at validations and checkpoints
+    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
+    sample_tokens: int = 64  # of the samples at the end; 0: none
 
     @staticmethod
     def preset_fields(name):
@@ -89,17 +89,14 @@ class TrainConfig(ModelConfig):
         super().validate()
         require(self.router_learns or self.resume, "top_k", self.top_k, UNTAUGHT)
         from_0 = "warmup_steps weight_decay clip_norm balance_coef z_coef val_every val_batches checkpoint_every"
-        from_0 += " sample_tokens lr eps max_loss upcycle_noise"
+        from_0 += " sample_tokens lr eps max_loss"
         check_bounds(self, {1: "steps batch_size grad_accum log_every keep_checkpoints", 0: from_0})
-        for name in ("decay_frac", "min_lr_frac"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "use a number from 0 to 1")
-        for name in ("beta1", "beta2", "muon_momentum"):  # at 1 nothing new would enter the mean
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "use a number from 0 to below 1")
-        divides = self.batch_size % self.grad_accum == 0
-        require(divides, "batch_size", self.batch_size, f"use a multiple of grad_accum={self.grad_accum}")
+        check_shares(self, "decay_frac min_lr_frac", "beta1 beta2 muon_momentum")
+        remedy = f"use a multiple of grad_accum={self.grad_accum}"
+        require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, remedy)
         if self.weights == "bfloat16":
-            remedy = "only AdamW rounds stochastically: add --optimizer=adamw"
-            require(self.optimizer == "adamw", "weights", self.weights, remedy)
+            rounds = self.optimizer == "adamw"
+            require(rounds, "weights", self.weights, "only AdamW rounds stochastically: add --optimizer=adamw")
             remedy = "sums of bfloat16 gradients lose what is below 1/256 of them: use 64 or less"
             require(self.grad_accum <= 64, "grad_accum", self.grad_accum, remedy)
 
@@ -110,8 +107,8 @@ class TrainConfig(ModelConfig):
 def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda part: None):
     """One step on micro-batches [(tokens_BL, targets_BL)]: forward, backward, clipped update.
 
-    Adds to the window's sums and returns the gradient norm, a tensor: nothing here waits for the device. mark(part) is
-    called at the end of each part (bench/step.py times them)."""
+    Adds to the window and returns the gradient norm, a tensor: nothing here waits for the device. mark(part) is called
+    at the end of each part (bench/step.py times them)."""
     counts_NE, probs_NE, sums, discard = 0, 0, 0, None
     optimizer.begin_step()
     for micro, (tokens_BL, targets_BL) in enumerate(batches):
@@ -119,7 +116,7 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
         optimizer.synchronize = last
         out = model(tokens_BL, targets_BL)
         balance = out.balance
-        if world > 1:  # the balance loss of the global batch: everyone's counts, own probabilities
+        if world > 1:  # the balance of the global batch: everyone's counts, own probabilities
             dist.all_reduce(out.counts_NE)
             layers = zip(out.counts_NE, out.probs_NE, strict=True)
             balance = sum((balance_loss(counts_E, probs_E) for counts_E, probs_E in layers), 0 * out.balance)
@@ -151,7 +148,7 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
 
 
 def new_window(cfg, device):
-    """Sums since the last log line: on the device, in place, until a line is due, and part of a checkpoint."""
+    """Sums since the last log line, on the device; part of a checkpoint."""
     shape = (0 if cfg.dense else cfg.n_layers, cfg.n_experts)
     return {
         "sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
@@ -166,7 +163,7 @@ def new_window(cfg, device):
 
 
 def compile_blocks(model, cfg):
-    """torch.compile of each block, half a minute. "auto": if training takes a minute at 20 % of an H100's peak."""
+    """torch.compile of each block, half a minute. "auto": if training takes a minute at 20 % of an H100."""
     flops = cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg)
     if cfg.compile == "true" or cfg.compile == "auto" and flops > 1e16:
         for block in model.blocks:
@@ -174,10 +171,9 @@ def compile_blocks(model, cfg):
 
 
 class GraphedStep:
-    """step(batches) as one CUDA graph launch instead of a thousand kernel launches. Batches must keep their shapes.
+    """step(batches) as one CUDA graph launch instead of a thousand kernel launches; batches must keep their shapes.
 
-    The first WARM_UP calls run `step` itself, on the stream of the capture, and count as training steps like any other.
-    The next call records the graph and replays it, and so do all that follow."""
+    The first WARM_UP calls run `step` itself, on the stream of the capture; the next one records the graph."""
 
     WARM_UP = 3
 
@@ -228,27 +224,25 @@ class Data(NamedTuple):
 
 @dataclass
 class Training:
-    """The state of a run, most of which a checkpoint holds."""
+    """The state of a run."""
 
     model: GPT
     optimizer: parallel.Sharded
     window: dict
     step: int = 0
-    tokens: int = 0  # read so far, whatever the batch size was
-    state: dict | None = None  # checkpoint that the run continues from, without its tensors
+    tokens: int = 0  # read so far
+    state: dict | None = None  # checkpoint that the run continues from
 
 
 def make_data(cfg, directory):
     """The sources of a run: cfg.data, or procedural data under the run directory."""
-    if cfg.data:
-        return parse_sources(cfg.data)
-    if not (directory / "data" / shards.META).exists():
+    if not cfg.data and not (directory / "data" / shards.META).exists():
         procedural.build(directory / "data", seed=cfg.seed)
-    return [(str(directory / "data"), 1.0)]
+    return parse_sources(cfg.data) if cfg.data else [(str(directory / "data"), 1.0)]
 
 
 def open_data(cfg, run):
-    """(cfg with the vocabulary of the data, Data). ValueError for data that this run cannot use or report on."""
+    """(cfg with the vocabulary of the data, Data). ValueError for data that this run cannot use."""
     sources, micro_batch = run.prepared, cfg.batch_size // (run.world * cfg.grad_accum)
     place = (run.rank, run.world, run.device)
     loader = Loader(sources, "train", micro_batch, cfg.seq_len, cfg.seed, *place)
@@ -261,19 +255,19 @@ def open_data(cfg, run):
         cfg = dataclasses.replace(cfg, vocab_size=-(-enc.n_vocab // 64) * 64)  # tensor cores like multiples of 64
     remedy = f"the tokenizer of {sources[0][0]} has {enc.n_vocab} tokens"
     require(cfg.vocab_size >= enc.n_vocab, "vocab_size", cfg.vocab_size, remedy)
-    report.check(cfg, sources)
     return cfg, Data(sources, val_sources, loader, val_loader, min(cfg.val_batches, all_of_it), enc)
 
 
 def check_start(cfg, world):
-    """ValueError for what can be refused before a run directory is made."""
-    ranks = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
-    require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size, ranks)
+    """ValueError for what can be refused without a run directory."""
+    divides = cfg.batch_size % (world * cfg.grad_accum) == 0
+    remedy = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
+    require(divides, "batch_size", cfg.batch_size, remedy)
 
 
 def check_memory(cfg, run):
-    """ValueError where weights, gradients, optimiser states, inputs of blocks and logits exceed the memory."""
-    n_params, n_embedding = count_params(cfg).total, count_params(cfg).embedding
+    """ValueError where weights, gradients, states, inputs of blocks and logits exceed the memory."""
+    n_params, _, n_embedding = count_params(cfg)
     hidden = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter, in blocks
     held = (16 * n_embedding + hidden * (n_params - n_embedding)) // run.world
     if run.world > 1 and cfg.parallel == "ddp":
@@ -281,28 +275,26 @@ def check_memory(cfg, run):
     tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
     held += tokens * (16 + 2 * cfg.n_layers * cfg.d_model) + 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
     what = f"{n_params:,} parameters and {tokens:,} tokens at a time"
-    remedy = "use a smaller model, a smaller batch_size or more grad_accum"
-    require_memory(what, held, run.device, remedy)
-    require_memory(what, 4 * n_params, CPU, remedy)  # where the weights are made
+    for least, device in ((held, run.device), (4 * n_params, CPU)):  # the weights are made on a CPU
+        require_memory(what, least, device, "use a smaller model, a smaller batch_size or more grad_accum")
 
 
 def set_up(cfg, run, data):
-    """The Training of a fresh run, or as its newest checkpoint has it."""
+    """The Training of a fresh run, or of its newest checkpoint."""
     check_memory(cfg, run)
     model, state = GPT(cfg), run.resume()
     if state:
         for name in ("optimizer", *(field.name for field in dataclasses.fields(ModelConfig))):
-            if name not in ("dtype", "impl", "loss_chunk", "seq_len"):
+            if name not in ("dtype", "impl", "loss_chunk", "recompute", "seq_len"):
                 saved, value = state["config"][name], getattr(cfg, name)
                 require(saved == value, name, value, f"the checkpoint has {saved!r}; resume without this flag")
         remedy = f"the checkpoint is that of step {state['step']}; use as many or more"
         require(state["step"] <= cfg.steps, "steps", cfg.steps, remedy)
         model.load_state_dict(state.pop("model"))
     elif cfg.upcycle_from:
-        upcycle(model, cfg.upcycle_from, cfg.upcycle_noise, cfg.seed)
-    model = parallel.wrap(
-        model, cfg, run.device, run.world, cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
-    )
+        upcycle(model, cfg.upcycle_from)
+    tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
+    model = parallel.wrap(model, cfg, run.device, run.world, tokens)
     optimizer, window = parallel.Sharded(model, cfg, run.rank, run.world), new_window(cfg, run.device)
     job = Training(model, optimizer, window, state=state)
     if state:
@@ -319,7 +311,7 @@ def set_up(cfg, run, data):
 
 @torch.no_grad()
 def validate(job, data, world):
-    """Mean cross-entropy in nats, without the router losses, over the same validation batches every time."""
+    """Mean cross-entropy in nats over the same validation batches every time."""
     job.optimizer.gather_weights()
     job.model.eval()
     loader = data.val_loader
@@ -333,9 +325,9 @@ def validate(job, data, world):
 
 def save(cfg, run, job, data):
     weights = job.optimizer.weights(job.model)
-    kept = {"model": weights, "optimizer": job.optimizer.state_dict(), "window": job.window, "tokens": job.tokens}
     norm = parallel.weights_norm(weights, run.world)
     guard.check_finite("norm of the weights", norm, job.step, run.dir, cfg.lr)
+    kept = {"model": weights, "optimizer": job.optimizer.state_dict(), "window": job.window, "tokens": job.tokens}
     kept |= {"config": dataclasses.asdict(cfg), "loader": data.loader.state_dict()}
     run.save(job.step, kept, cfg.keep_checkpoints)
 
@@ -344,7 +336,7 @@ def save(cfg, run, job, data):
 
 
 def train(cfg, rank=0, world=1, device=CPU, given=None):
-    """One run from start, or from its newest checkpoint, to the end. Returns results.json on rank 0, or None."""
+    """One run to its end. Returns results.json on rank 0, or None."""
     check_start(cfg, world)
     name = cfg.out_dir or f"runs/{'dense' if cfg.dense else cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Run(cfg, name, rank, world, device, given, partial(make_data, cfg)) as run:
@@ -377,7 +369,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
                 watch.explain(job.step)
             if logging:
                 means = report.read_window(job.window)  # waits for the device, so the clock is right
-                speed = report.speed(clock.rate(job.tokens - logged), cfg, device, world)
+                speed = report.speed((job.tokens - logged) / clock.read(), cfg, device, world)
                 norm = float(grad_norm) if grad_norm.isfinite() else None  # of a skipped step
                 row = {"step": job.step, "tokens": job.tokens, "lr": lr, "grad_norm": norm, **means, **speed}
                 run.record(row, report.log_line(row, cfg))
@@ -394,32 +386,24 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
             if stopping and not last:
                 return run.stopped(job.step, "train.py")
         del run_step, watch  # and with them the graph's memory and the model
-        results = finish(cfg, run, job, data, row, val_row, clock)
+        results = finish(cfg, run, job, data, row, val_row)
         if pictures:
             pictures.close()
         return results
 
 
-def finish(cfg, run, job, data, row, val_row, clock):
-    """The closing report and results.json, by rank 0."""
+def finish(cfg, run, job, data, row, val_row):
+    """The closing report and results.json."""
     if data.val_loader and not val_row:  # the run was resumed at its end
         val_row = report.val_row(validate(job, data, run.world), job.step, job.tokens, data.val_sources)
     if not run.first:
         return None
     row = row or next((row for row in reversed(run.rows) if "loss" in row), {})
-    params = count_params(cfg)
-    results = {
-        **row,
-        **val_row,
-        "parameters": params.total,
-        "active_parameters": params.active,
-        "seconds": time.perf_counter() - run.began,
-        "tokens_per_parameter": job.tokens / params.total,
-        "epochs": max(data.loader.epochs),
-    }
-    if rate := clock.mean_rate():
-        results |= report.speed(rate, cfg, run.device, run.world)
-    if run.world > 1 and cfg.parallel != "ddp":  # generating takes the whole model on one GPU: now there is room for it
+    total, active, _ = count_params(cfg)
+    results = {**row, **val_row, "parameters": total, "active_parameters": active}
+    results |= {"seconds": time.perf_counter() - run.began, "epochs": max(data.loader.epochs)}
+    results["tokens_per_parameter"] = job.tokens / total
+    if run.world > 1 and cfg.parallel != "ddp":  # the report generates with the whole model on one GPU
         job.optimizer = job.model = None
         job.model = checkpoint.load_model(run.dir, run.device)
     results |= report.final_report(job.model, cfg, data, results)
@@ -429,7 +413,6 @@ def finish(cfg, run, job, data, row, val_row, clock):
 
 
 def main(argv=None):
-    """Entry point of `python train.py` and torchrun; returns what `train` returns."""
     return launch(train, TrainConfig, __doc__, argv)
 
 

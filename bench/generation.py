@@ -1,15 +1,13 @@
-"""Tokens per second of generation with the KV cache (eval/generate.py), and of transformers with the same weights.
+"""Tokens per second of generation with the KV cache (eval/generate.py).
 
     python -m bench.generation --csv=generate.csv                 batches of 1, 16, 256; prompts of 128 tokens, 128 new
-    python -m bench.generation --preset=paper-d1024-e16-k2 --batches=1,64 --prompt=1024 --new=256 --impl=cache
+    python -m bench.generation --preset=paper-d1024-e16-k2 --batches=1,64 --prompt=1024 --new=256
 
 kernel "generate"; T is the batch. The times are per step, one token of every row, the whole call with its prompts
 divided by the new tokens. gb_s counts the weights that a step must read and the cache; ceiling is the time of reading
-them at the speed of a copy. "hf" is generate() of transformers 5 as it comes, "hf+moe_kernels" the same with these
-kernels as its experts. The weights are random, so every text has the full length.
+them at the speed of a copy. The weights are random, so every text has the full length.
 """
 
-import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +17,9 @@ from bench.results import BenchConfig, Results, cli
 from bench.timing import quantiles, skipping, wall_ms
 from eval.generate import generate
 from model import GPT
-from optimoe import config, hf
+from optimoe import config
 from optimoe.load import frozen
 from optimoe.sizes import count_params, preset, preset_fields
-
-IMPLS = ("cache", "hf", "hf+moe_kernels")
 
 
 @dataclass(frozen=True)
@@ -33,12 +29,7 @@ class Config(BenchConfig):
     batches: tuple[int, ...] = (1, 16, 256)  # prompts answered together
     prompt: int = 128  # tokens of each prompt
     new: int = 128  # tokens generated for each prompt
-    impl: tuple[str, ...] = IMPLS  # of cache, hf, hf+moe_kernels
     repeats: int = 3  # timed calls
-
-    def __post_init__(self):
-        for name in self.impl:
-            config.require(name in IMPLS, "impl", name, f"known are {', '.join(IMPLS)}")
 
 
 def step_cost(cfg, batch, length, itemsize):
@@ -54,55 +45,26 @@ def step_cost(cfg, batch, length, itemsize):
     return Cost(flops, itemsize * read)
 
 
-def load_theirs(model, dtype, device):
-    """The same weights in transformers."""
-    import transformers
-
-    from moe_kernels.transformers import register
-
-    register()
-    with tempfile.TemporaryDirectory() as directory:
-        hf.save_model(model, directory, dtype)
-        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device)
-
-
-def runner(name, model, theirs, prompts, new):
-    """A function that generates `new` tokens for every prompt and returns them as lists."""
-    if name == "cache":
-        rows = prompts.tolist()
-        return lambda: generate(model, rows, new, batch_size=len(rows))
-    theirs.set_experts_implementation(name.partition("+")[2] or "grouped_mm")
-    options = dict(attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=new, min_new_tokens=new)
-    return lambda: theirs.generate(prompts, **options)[:, prompts.shape[1] :].tolist()
-
-
 def main(argv=None):
-    cfg, failures, theirs = config.parse(Config, argv, __doc__), [], None
+    cfg, failures = config.parse(Config, argv, __doc__), []
     results, device = Results(cfg), "cuda" if torch.cuda.is_available() else "cpu"
     fields = {"vocab_size": 320} | preset_fields(cfg.preset)
     model_cfg = preset(cfg.preset, **fields | dict(seq_len=cfg.prompt + cfg.new, dtype=str(results.dtype)[6:]))
     torch.manual_seed(0)
     with torch.device(device):
         model = frozen(GPT(model_cfg).eval())
-    if set(cfg.impl) - {"cache"}:
-        with skipping("transformers", failures):
-            theirs = load_theirs(model, results.dtype, device)
     machine = results.add_ceilings()
     for batch in cfg.batches:
         shape = Shape(batch, model_cfg.d_model, model_cfg.d_expert, model_cfg.n_experts, model_cfg.top_k)
         cost = step_cost(model_cfg, batch, cfg.prompt + cfg.new // 2, results.dtype.itemsize)
-        prompts = torch.randint(model_cfg.vocab_size, (batch, cfg.prompt), device=device)
-        first = None
-        for name in cfg.impl if theirs else ("cache",):
-            with skipping(f"{name}, batch {batch}", failures):
-                run = runner(name, model, theirs, prompts, cfg.new)
-                tokens = run()  # compiles
-                times = quantiles([wall_ms(run) / cfg.new for _ in range(cfg.repeats)])
-                first = first or tokens
-                same = sum(a[0] == b[0] for a, b in zip(tokens, first, strict=True)) / batch
-                note = f"{batch / times.p50 * 1e3:,.0f} tokens/s; {same:.0%} of the first tokens are as above"
-                share = cost.bytes / machine.tb_s * 1e-9 / times.p50
-                results.add("generate", name, "step", shape, times, cost, note, ceiling=share)
+        prompts = torch.randint(model_cfg.vocab_size, (batch, cfg.prompt)).tolist()
+        run = lambda: generate(model, prompts, cfg.new, batch_size=batch)  # noqa: B023, E731
+        with skipping(f"batch {batch}", failures):
+            run()  # compiles
+            times = quantiles([wall_ms(run) / cfg.new for _ in range(cfg.repeats)])
+            share = cost.bytes / machine.tb_s * 1e-9 / times.p50
+            note = f"{batch / times.p50 * 1e3:,.0f} tokens/s"
+            results.add("generate", "cache", "step", shape, times, cost, note, ceiling=share)
     return results.finish(failures)
 
 

@@ -2,22 +2,17 @@
 
     python -m bench.kernels --csv=kernels.csv                        all kernels at the target shapes
     python -m bench.kernels 32768,2048,768,128,8 --kernel=up,dw_in
-    python -m bench.kernels 32768,2048,768,128,8 --kernel=up --candidates=128x128x64x8x4x8x4,64x256x64x8x8x4x4
     python -m bench.kernels 32768,2048,768,128,8 --counters          what limits each kernel, from Nsight Compute
 
 A roofline is max(FLOPs / peak, bytes / bandwidth) with the fewest bytes that the kernel can move; both ceilings are
 measured in the same process. Every kernel runs with the arguments that it has inside the layer, whose results are
 checked first. On a GPU it is replayed from a CUDA graph, so launch overhead is not in its time.
-
-A candidate is a tile: BLOCK_M x BLOCK_N x BLOCK_K x GROUP_M x PARTS x num_warps x num_stages (tiles.py). Parts of up
-and dswiglu must stay as wide as today's. The tile of today is timed first and last: the difference is noise.
 """
 
 import json
-import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import ClassVar
 from unittest import mock
 
@@ -33,10 +28,9 @@ from moe_kernels import grouped_gemm as gemm
 from moe_kernels.dispatch import Dispatch
 from moe_kernels.precompile import precompile
 from moe_kernels.routing import route_bwd, route_fwd
-from moe_kernels.tiles import Tile, gemm_tiles, interpreting
+from moe_kernels.tiles import interpreting
 from optimoe import config
 
-GEMMS = ("up", "down", "dswiglu", "dw_out", "dx", "dw_in")
 KERNELS = tuple(kernel_costs(TINY[0]))
 LAUNCHERS = [(gemm, name) for name in ("up", "down", "dswiglu", "dx", "dw")]
 LAUNCHERS += [(hopper, "dw"), (experts, "dispatch"), (experts, "combine")]
@@ -48,24 +42,19 @@ class Config(BenchConfig):
     shapes: tuple[str, ...] = ()  # layer shapes T,D,F,E,K; none: the target shapes
     # Kernels
     kernel: tuple[str, ...] = ()  # names of kernels; none: all
-    candidates: tuple[str, ...] = ()  # tiles to time instead, of the six matrix products only
     counters: bool = False  # count with Nsight Compute instead of timing
     once: bool = False  # run each kernel once: what --counters starts
 
     def __post_init__(self):
-        for tile in self.candidates:
-            parse_tile(tile)
         for shape in self.shapes:
             parse_shape(shape)
-        known = GEMMS if self.candidates else KERNELS
         for name in self.kernel:
-            config.require(name in known, "kernel", name, f"known here are {', '.join(known)}")
+            config.require(name in KERNELS, "kernel", name, f"known are {', '.join(KERNELS)}")
 
 
 @contextmanager
-def recording(calls, plain=False):
-    """Inside, the launchers of the layer's kernels put themselves with their arguments into `calls`, {kernel: launch}.
-    With `plain`, the kernels for Hopper are not used."""
+def recording(calls):
+    """Inside, the launchers of the layer's kernels put themselves with their arguments into calls[kernel]."""
 
     def recorded(launch, name):
         def call(*args, **kwargs):
@@ -78,15 +67,13 @@ def recording(calls, plain=False):
     with ExitStack() as stack:
         for module, name in LAUNCHERS:
             stack.enter_context(mock.patch.object(module, name, recorded(getattr(module, name), name)))
-        if plain:
-            stack.enter_context(mock.patch.object(hopper, "fits", lambda *_: False))
         yield
 
 
-def layer_calls(inputs, plain=False):
+def layer_calls(inputs):
     """({kernel: its launch with the arguments that it has in the layer}, RMS error of the layer, which is checked)."""
     calls = {}
-    with recording(calls, plain), poisoned():
+    with recording(calls), poisoned():
         outputs = dict(zip(("y", "dx", "dw_in", "dw_out", "dgates"), problem.run_kernels(inputs), strict=True))
     return calls, require_accuracy(problem.layer_errors(inputs, outputs), inputs.x_TD.dtype)
 
@@ -123,37 +110,6 @@ def timed(call):
     return times_ms(run, 0.15)
 
 
-def parse_tile(text):
-    """The tile of a text such as "128x256x64x8x4x8x4", its fields in the order of tiles.Tile. ValueError for others."""
-    numbers = [int(word) for word in text.split("x")] if re.fullmatch(r"\d+(x\d+){6}", text) else []
-    doubling = [n for i, n in enumerate(numbers) if Tile._fields[i] not in ("GROUP_M", "num_stages")]
-    if not numbers or min(numbers) < 1 or any(n & (n - 1) for n in doubling) or numbers[4] > numbers[1]:
-        fields = " x ".join(Tile._fields)
-        raise ValueError(f"tile {text!r}: expected {fields}, powers of two but for GROUP_M and num_stages")
-    return Tile(*numbers)
-
-
-def retiled(call, tile, sort):
-    """The same launch with another tile; sort(block_m) gives the Dispatch that goes with it."""
-    args = [tile if isinstance(a, Tile) else sort(tile.BLOCK_M) if isinstance(a, Dispatch) else a for a in call.args]
-    return partial(call.func, *args, **call.keywords)
-
-
-def compile_tile(shape, dtype, name, tile):
-    """A task of moe_kernels.precompile: launches one kernel with another tile."""
-    calls, inputs = {}, problem.empty_inputs(shape, dtype)
-    with recording(calls, plain=True):
-        problem.run_kernels(inputs)
-    retiled(calls[name], tile, partial(experts.dispatch, inputs.experts_TK, shape.E))()
-
-
-def resources(call):
-    """(registers, spilled bytes, shared memory) of the largest kernel that call() launches."""
-    with launches() as launched:
-        call()
-    return max((kernel.n_regs, kernel.n_spills, kernel.metadata.shared) for _, kernel in launched)
-
-
 @contextmanager
 def launches():
     """Yields a list that gets (name, compiled kernel) of every kernel launched inside."""
@@ -184,38 +140,6 @@ def run_once(shape, names):
     print(json.dumps(launched))
 
 
-def compare_tiles(shape, inputs, names, candidates, machine, failures):
-    """Prints the candidates of each kernel as they are timed and once more from fastest to slowest."""
-    dtype = inputs.x_TD.dtype
-    today, jobs, table = gemm_tiles(shape.S, shape.E, shape.D, shape.F, dtype), [], []
-    for name in names:
-        tiles = dict.fromkeys([today[name], *map(parse_tile, candidates)])
-        jobs += [(name, tile) for tile in (*tiles, today[name])]
-    codes = precompile([partial(compile_tile, shape, dtype, *job) for job in jobs])
-    calls, costs = layer_calls(inputs, plain=True)[0], kernel_costs(shape, dtype.itemsize)
-    sort = cache(partial(experts.dispatch, inputs.experts_TK, shape.E))
-    for (name, tile), code in zip(jobs, codes, strict=True):
-        label = "x".join(map(str, tile))
-        with skipping(f"{name} {label}", failures):
-            if code < 0:
-                raise RuntimeError(f"the compiler crashed (signal {-code})")
-            call = retiled(calls[name], tile, sort)
-            for got, want in zip(tensors(call()), tensors(calls[name]()), strict=True):
-                if got.shape != want.shape:  # parts of sums over columns
-                    got, want = got.sum(0), want.sum(0)
-                require_accuracy({name: rms(got, want)}, dtype, slack=2)
-            times = timed(call)
-            text = f"{name:<8}{label:<28}{times.p50:>9.4f} ms ({times.p20:.4f}-{times.p80:.4f})"
-            if inputs.x_TD.is_cuda:  # the interpreter has no registers, and its speed means nothing
-                share, tflops = costs[name].floor_ms(*machine) / times.p50, costs[name].flops / times.p50 * 1e-9
-                registers, spills, shared = resources(call)
-                text += f"{tflops:>7.0f} TF {share:>6.1%}  regs {registers:>3}  spills {spills:>4}  shared {shared:>6}"
-            text += "  <- today" * (tile == today[name])
-            table.append((names.index(name), times.p50, text))
-            print(text, flush=True)
-    print("\nFastest first:", *(text for *_, text in sorted(table)), sep="\n")
-
-
 def bench_shape(results, shape, inputs, names, machine, failures):
     """A row for each kernel."""
     calls, error = layer_calls(inputs)
@@ -235,7 +159,7 @@ def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
     cuda = torch.cuda.is_available()
     shapes = list(map(parse_shape, cfg.shapes)) or list(TARGETS if cuda else TINY)
-    names = list(cfg.kernel) or list(GEMMS if cfg.candidates else KERNELS)
+    names = list(cfg.kernel) or list(KERNELS)
     if cfg.counters or cfg.once:
         for shape in shapes:
             (run_once if cfg.once else counters.show)(shape, names)
@@ -247,10 +171,7 @@ def main(argv=None):
     for shape in shapes:
         with skipping(f"{shape}", failures):
             inputs = problem.make_inputs(shape, results.dtype, "cuda" if cuda else "cpu")
-            if cfg.candidates:
-                compare_tiles(shape, inputs, names, cfg.candidates, machine, failures)
-            else:
-                bench_shape(results, shape, inputs, names, machine, failures)
+            bench_shape(results, shape, inputs, names, machine, failures)
     return results.finish(failures)
 
 

@@ -36,7 +36,7 @@ class Config(BenchConfig):
     shapes: tuple[str, ...] = ()  # layer shapes T,D,F,E,K; none: the target shapes
     # Layer
     impl: tuple[str, ...] = ()  # of reference, grouped_mm, triton; none: the last two, or those that run here
-    peers: tuple[str, ...] = ()  # of scattermoe, sonicmoe, liger, transformers (peers.py)
+    peers: tuple[str, ...] = ()  # of sonicmoe, liger, transformers (peers.py)
     routing: tuple[str, ...] = ("softmax",)  # softmax, zipf1.5
     graph: bool = False  # also replay CUDA graphs of ours and gemms
     trace: str = ""  # write a trace of a few passes to this file instead of timing

@@ -18,7 +18,6 @@ class Source(NamedTuple):
 TUNER = "by its own tuner at the first call of each size, which takes up to minutes"
 FIXED = "nothing is tuned: grouped_mm experts as transformers has them"
 PEERS = {
-    "scattermoe": Source("scattermoe.parallel_experts", "https://github.com/shawntan/scattermoe", TUNER),
     "sonicmoe": Source("sonicmoe", "pip install sonic-moe, https://github.com/Dao-AILab/sonic-moe", TUNER),
     "liger": Source("liger_kernel.ops.fused_moe", "https://github.com/linkedin/Liger-Kernel", TUNER),
     "transformers": Source("transformers.integrations.moe", "pip install 'transformers>=5'", FIXED),
@@ -39,19 +38,8 @@ def load(name):
     except Exception as error:  # a library may fail in any way while it is imported
         reason = f"{source.module} does not import ({type(error).__name__}: {error})"
         raise ImportError(f"peer {name}: {reason}; it comes from {source.origin}") from error
-    known = {"scattermoe": _scattermoe, "sonicmoe": _sonicmoe, "liger": _liger, "transformers": _transformers}
+    known = {"sonicmoe": _sonicmoe, "liger": _liger, "transformers": _transformers}
     return known[name](module)
-
-
-def _scattermoe(module):
-    def experts(x, w_in, w_out, gates, experts):
-        K, order = experts.shape[1], module.flatten_sort_count(experts, w_in.shape[0])
-        h = module.parallel_linear(x, w_in.transpose(1, 2), K, *order, grouped_out=True)
-        gate, up = h.chunk(2, dim=1)
-        a, w_out, gates = F_.silu(gate) * up, w_out.transpose(1, 2), gates.to(x.dtype)
-        return module.parallel_linear(a, w_out, 1, *order, grouped_in=True, gates=gates)
-
-    return Peer(experts)
 
 
 def _liger(module):

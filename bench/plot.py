@@ -1,21 +1,19 @@
 """Figures from benchmark CSVs: `python -m bench.plot docs/runs/bench-h100.csv --out=docs/figures`.
 
-Draws those for which the CSV has rows: ceiling.png, throughput_by_experts.png, throughput_by_topk.png (bench.layer and
-its sweeps), roofline.png (bench.kernels), step.png (bench.step) and node.png (bench.node).
+Draws those for which the CSV has rows: ceiling.png, throughput_by_experts.png (bench.layer and its sweeps) and step.png
+(bench.step).
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from bench.problem import TARGETS, kernel_costs
+from bench.problem import TARGETS
 from bench.results import cli, latest, read, shape_of
 from optimoe import config
 
 STYLE = {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "font.size": 11}
-IMPLEMENTATIONS = ("triton", "triton, graph", "sonicmoe", "liger", "scattermoe", "transformers", "grouped_mm")
-MARKERS = "osD^vPX*"
+IMPLEMENTATIONS = ("triton", "triton, graph", "sonicmoe", "liger", "transformers", "grouped_mm")
 # Part of a step: how the names of its families begin.
 PARTS = {
     "expert GEMMs": [f"experts: {name}" for name in ("up", "rows", "dswiglu", "dw", "grouped_mm")],
@@ -43,12 +41,6 @@ def select(rows, **wanted):
     return [row for row in rows if all(row[name] in values for name, values in allowed.items())]
 
 
-def shapes_of(rows):
-    """At most 8 shapes to compare side by side: the targets, or the first ones."""
-    found = list(dict.fromkeys(map(shape_of, rows)))
-    return ([shape for shape in TARGETS if shape in found] or found)[: len(MARKERS)]
-
-
 def figure(plt, size, title, rows, n_rows=1, n_columns=1, **options):
     """(figure, axes as a list) with the title and the machine above; wide enough for both."""
     fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained", **options)
@@ -58,31 +50,31 @@ def figure(plt, size, title, rows, n_rows=1, n_columns=1, **options):
     return fig, list(axes.flat)
 
 
-def throughput(plt, rows, along):
-    """TFLOP/s of the layer against E (a line per K) or against K (a line per E), a panel per (T, D, F)."""
-    other, panels = "K" if along == "E" else "E", {}
+def throughput(plt, rows):
+    """TFLOP/s of the layer against E, a line per K, a panel per (T, D, F)."""
+    panels = {}
     for row in select(rows, kernel="layer", implementation=("triton", "gemms"), mode="full", routing="softmax"):
         panels.setdefault(shape_of(row)[:3], []).append(row)
-    panels = {sizes: group for sizes, group in sorted(panels.items()) if len({row[along] for row in group}) > 2}
+    panels = {sizes: group for sizes, group in sorted(panels.items()) if len({row["E"] for row in group}) > 2}
     if not panels:
         return None
     everything = [row for group in panels.values() for row in group]
-    title = f"Expert layer against {'the number of experts' if along == 'E' else 'experts per token'}"
-    fig, axes = figure(plt, (1 + 4.2 * len(panels), 4.4), title, everything, n_columns=len(panels), sharey=True)
-    values = sorted({row[other] for row in everything})
+    size, title = (1 + 4.2 * len(panels), 4.4), "Expert layer against the number of experts"
+    fig, axes = figure(plt, size, title, everything, n_columns=len(panels), sharey=True)
+    values = sorted({row["K"] for row in everything})
     for ax, ((T, D, F), group) in zip(axes, panels.items(), strict=True):
-        for i, value in enumerate(values):
+        for i, K in enumerate(values):
             for name, style in (("gemms", dict(ls=":", lw=1.2)), ("triton", dict(marker="o", lw=2))):
-                points = sorted((r[along], r["tflops"]) for r in select(group, implementation=name, **{other: value}))
+                points = sorted((r["E"], r["tflops"]) for r in select(group, implementation=name, K=K))
                 color = plt.cm.viridis(0.9 * i / max(1, len(values) - 1))
                 ax.plot(*zip(*points, strict=True) if points else ((), ()), color=color, **style)
         ax.set_xscale("log", base=2)
-        ticks = sorted({row[along] for row in group})
+        ticks = sorted({row["E"] for row in group})
         ax.set_xticks(ticks, map(str, ticks))
-        ax.set(title=f"T {short(T)}, D {D}, F {F}", xlabel={"E": "experts E", "K": "experts per token K"}[along])
+        ax.set(title=f"T {short(T)}, D {D}, F {F}", xlabel="experts E")
         ax.set_ylim(bottom=0)
     axes[0].set_ylabel("forward + backward, TFLOP/s")
-    names = [f"{other} = {value}" for value in values] + ["cuBLAS, the same FLOPs"]
+    names = [f"K = {value}" for value in values] + ["cuBLAS, the same FLOPs"]
     lines = axes[-1].lines
     axes[-1].legend([*lines[1::2], lines[0]], names, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
@@ -91,7 +83,8 @@ def throughput(plt, rows, along):
 def ceiling(plt, rows):
     """Grouped bars of each implementation's percentage of bare cuBLAS products."""
     rows = [row for row in select(rows, kernel="layer", routing="softmax") if row["ceiling"]]
-    shapes = shapes_of(rows)
+    found = list(dict.fromkeys(map(shape_of, rows)))
+    shapes = ([shape for shape in TARGETS if shape in found] or found)[:8]
     if not shapes:
         return None
     title = "Expert layer: throughput in % of bare cuBLAS products of the same FLOPs"
@@ -112,31 +105,6 @@ def ceiling(plt, rows):
         ax.set(ylim=(0, 112), ylabel="forward + backward" if mode == "full" else mode)
         ax.set_xticks(range(len(shapes)), map(label, shapes), fontsize=10)
     axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=7, columnspacing=1.2)
-    return fig
-
-
-def roofline(plt, rows):
-    """TFLOP/s of the kernels that multiply matrices, by arithmetic intensity."""
-    roof = {row["mode"]: row for row in select(rows, kernel="ceiling")}
-    points = [row for row in select(rows, kernel=tuple(kernel_costs(TARGETS[0]))) if row["gb_s"] and row["tflops"]]
-    shapes = shapes_of(points)
-    if not shapes or len(roof) < 2:
-        return None
-    peak, bandwidth = roof["gemm"]["tflops"], roof["copy"]["gb_s"] / 1e3
-    title = f"Kernels against {peak:.0f} TFLOP/s of cuBLAS and {bandwidth:.2f} TB/s of a copy (legend: T,D,F,E,K)"
-    fig, (ax,) = figure(plt, (9, 5.5), title, points)
-    for i, kernel in enumerate(dict.fromkeys(row["kernel"] for row in points)):
-        ax.scatter([], [], color=f"C{i}", label=kernel)
-        for row in select(points, kernel=kernel):
-            if shape_of(row) in shapes:
-                marker = MARKERS[shapes.index(shape_of(row))]
-                ax.scatter(row["tflops"] * 1e3 / row["gb_s"], row["tflops"], color=f"C{i}", marker=marker)
-    for shape, marker in zip(shapes, MARKERS, strict=False):
-        ax.scatter([], [], color="gray", marker=marker, label=str(shape))
-    ridge = peak / bandwidth
-    ax.plot([ridge / 30, ridge, ridge * 10], [peak / 30, peak, peak], color="black")
-    ax.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
-    ax.legend(loc="lower right", fontsize=8, ncols=2)
     return fig
 
 
@@ -174,20 +142,6 @@ def step(plt, rows):
     return fig
 
 
-def node(plt, rows):
-    """A bar per model, engine and number of GPUs: the share of as many single GPUs."""
-    rows = [row for row in select(rows, kernel="node") if row["share"]]
-    if not rows:
-        return None
-    fig, (ax,) = figure(plt, (9, 1.6 + 0.6 * len(rows)), "Training step on several GPUs: share of single GPUs", rows)
-    bar = ax.barh(range(len(rows)), [row["share"] for row in rows], color="C0")
-    ax.bar_label(bar, fmt="%.3f")
-    texts = [f"{label(shape_of(row))}\n{row['mode']} GPUs, {row['implementation']}" for row in rows]
-    ax.set_yticks(range(len(rows)), [text.replace("\n", ", ", 2) for text in texts], fontsize=9)
-    ax.axvline(1, color="black", lw=1)
-    return fig
-
-
 @dataclass(frozen=True)
 class Config:
     POSITIONAL: ClassVar = ("files",)
@@ -207,11 +161,7 @@ def main(argv=None):
     gpus = sorted({row["gpu"] for row in rows})
     config.require(len(gpus) == 1, "gpu", cfg.gpu, f"the files have rows of {gpus}; choose one")
     out = config.make_directory(cfg.out, "out", cfg.out)
-    pictures = {
-        "throughput_by_experts": partial(throughput, along="E"),
-        "throughput_by_topk": partial(throughput, along="K"),
-    }
-    pictures |= {"ceiling": ceiling, "roofline": roofline, "step": step, "node": node}
+    pictures = {"throughput_by_experts": throughput, "ceiling": ceiling, "step": step}
     with plt.rc_context(STYLE):
         for name, draw in pictures.items():
             if fig := draw(plt, rows):

@@ -1,7 +1,6 @@
 """The measurements of the README's section on speed, one after another into one CSV, the most important first.
 
-python -m bench.readme --csv=docs/runs/bench-h100.csv        # some 25 minutes on an H100
-python -m bench.readme --csv=mine.csv --only=step            # one kind; --list prints the commands and runs nothing
+python -m bench.readme --csv=mine.csv        # some 25 minutes on an H100; --list prints the commands and runs nothing
 """
 
 import subprocess
@@ -42,7 +41,6 @@ step        {TEXT} --impl=grouped_mm
 @dataclass(frozen=True)
 class Config:
     csv: str = "mine.csv"  # append the rows to this file
-    only: str = ""  # benchmarks of this kind
     list: bool = False  # print the commands only
 
 
@@ -50,11 +48,10 @@ def main(argv=None):
     cfg, failed = config.parse(Config, argv, __doc__), 0
     config.require(cfg.list or torch.cuda.is_available(), "list", cfg.list, "these sizes need a GPU; use --list")
     for kind, *flags in map(str.split, RUNS.strip().splitlines()):
-        if cfg.only in ("", kind):
-            flags += ["--optimizer=adamw", "--compile=true"] if kind == "step" else []
-            command = ["-m", f"bench.{kind}", *flags, f"--csv={cfg.csv}"]
-            print("python", *command, flush=True)
-            failed += not cfg.list and subprocess.run([sys.executable, *command]).returncode != 0
+        flags += ["--optimizer=adamw", "--compile=true"] if kind == "step" else []
+        command = ["-m", f"bench.{kind}", *flags, f"--csv={cfg.csv}"]
+        print("python", *command, flush=True)
+        failed += not cfg.list and subprocess.run([sys.executable, *command]).returncode != 0
     return f"error: {failed} of these benchmarks failed" if failed else 0
 
 

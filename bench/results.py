@@ -1,19 +1,14 @@
-"""One CSV schema for every benchmark, the flags that all of them have, and the comparison of two sets of rows.
+"""One CSV schema for every benchmark, and the flags that all of them have.
 
-    python -m bench.results OLD.csv NEW.csv     # any benchmark does the same with --compare
-
-A row regresses when it is at least 3 % slower and its fast quantile (p20) is above the old slow one (p80).
-
-kernel           a kernel's name, "layer" (experts, routing given), "step", "step-family" (kernels of a step), "node",
+kernel           a kernel, "layer" (experts, routing given), "step", "step-family" (kernels of a step), "node",
                  "generate", "hf-block", or "ceiling" (the largest matrix product and copy)
 implementation   triton, grouped_mm, reference, gemms (cuBLAS products of the same FLOPs, nothing else), a peer, a model
 mode             forward, backward, full, or a part; "-graph": from a CUDA graph, as single kernels always are on a GPU
-T D F E K        sizes (README); dtype; routing: softmax or zipfA
+T D F E K        sizes; dtype; routing: softmax or zipfA
 p20 p50 p80_ms   quantiles of the time; backward = full - median forward
 tflops gb_s      at p50, from the FLOPs and the fewest bytes that the operation needs
-ceiling          fraction of that of `gemms` for a layer, of its own roofline for a kernel, of the GPU's peak for a step
+ceiling          fraction of `gemms` for a layer, of its roofline for a kernel, of the GPU's peak for a step
 peak_mib         peak of forward + backward above the inputs; saved_mib: kept for backward, x included
-gpu torch triton revision date
 share            of as many single GPUs; nccl_ms: time of NCCL's kernels, exposed_ms: while no other kernel runs
 python_ms        time after which Python has launched the layer's kernels
 """
@@ -27,7 +22,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import triton
@@ -35,7 +30,6 @@ import triton
 from bench.problem import Cost, Shape
 from bench.timing import Ceilings, measure_ceilings
 from data import files
-from optimoe import config
 
 ADDED = ["share", "exposed_ms", "nccl_ms", "python_ms"]  # older files lack these columns
 COLUMNS = (
@@ -46,7 +40,6 @@ KEY = COLUMNS[:10] + ["gpu"]
 INTEGERS, FLOATS = COLUMNS[3:8], COLUMNS[10:18] + ADDED
 INSTALL = {"matplotlib": "-e '.[plot]'", "transformers": "'transformers>=5'"}
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-NOISE = 0.03
 NOTHING = Cost(0, 0)
 
 
@@ -54,7 +47,6 @@ NOTHING = Cost(0, 0)
 class BenchConfig:
     # Results
     csv: str = ""  # append the rows to this file
-    compare: str = ""  # baseline: a CSV, or a git revision for its copy of --csv; regressions end with exit code 1
     revision: str = ""  # git revision to write into the rows; empty: ask git
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
 
@@ -89,14 +81,12 @@ def cli(main):
 
 
 class Results:
-    """The rows of this run, printed and appended to the CSV one by one, so that a later failure loses none of them."""
+    """The rows of this run, printed and appended to the CSV one by one."""
 
     def __init__(self, cfg):
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # tiny shapes: a second thread only waits
         self.path, self.rows, self.dtype = cfg.csv and Path(cfg.csv), [], dtype_of(cfg)
-        # The baseline is read now, because it may be the file that this run appends to.
-        self.baseline = baseline(cfg.compare, self.path) if cfg.compare else None
         if self.path:
             append(self.path)  # a file that takes no rows is found before anything is measured
         self.environment = {
@@ -109,7 +99,7 @@ class Results:
         }
         print("  ".join(f"{name} {value}" for name, value in self.environment.items()))
         if not torch.cuda.is_available():
-            print("No GPU: tiny shapes, to show that everything runs. The numbers mean nothing about GPUs.")
+            print("No GPU: tiny shapes show that everything runs. The numbers mean nothing about GPUs.")
         print(HEADER)
 
     def add(self, kernel, implementation, mode, shape, times, cost=NOTHING, note="", quiet=False, **columns):
@@ -134,11 +124,10 @@ class Results:
         return Ceilings(gemm["tflops"], copy["gb_s"] / 1e3)
 
     def finish(self, failures=()):
-        """Prints what was skipped and the comparison. Exit code: 1 if anything regressed or nothing was measured."""
+        """Prints what was skipped. Exit code: 1 if nothing was measured."""
         for failure in failures:
             print("skipped", failure)
-        slower = compare(self.baseline, self.rows) if self.baseline is not None else 0
-        return 1 if slower or (failures and all(row["kernel"] == "ceiling" for row in self.rows)) else 0
+        return int(bool(failures) and all(row["kernel"] == "ceiling" for row in self.rows))
 
 
 # Printed columns and their decimals.
@@ -205,57 +194,3 @@ def read(path):
 def latest(rows):
     """The last row of each KEY: {key: row}, in order of first appearance."""
     return {tuple(row[name] for name in KEY): row for row in rows}
-
-
-def verdict(old, new):
-    """("slower" | "faster" | "", relative change of p50); a change inside NOISE or inside the spreads is no verdict."""
-    change = new["p50_ms"] / old["p50_ms"] - 1
-    if change > NOISE and new["p20_ms"] > old["p80_ms"]:
-        return "slower", change
-    if change < -NOISE and new["p80_ms"] < old["p20_ms"]:
-        return "faster", change
-    return "", change
-
-
-def baseline(source, path):
-    """Rows of the file `source`, or of the CSV `path` as committed in git revision `source`."""
-    if Path(source).is_file():
-        return read(source)
-    config.require(path, "compare", source, "no such file; a git revision needs the committed CSV as --csv")
-    shown = subprocess.run(["git", "show", f"{source}:./{os.path.relpath(path)}"], capture_output=True, text=True)
-    remedy = f"neither a CSV file nor a git revision that holds {path} ({shown.stderr.strip()})"
-    config.require(not shown.returncode, "compare", source, remedy)
-    return parse(shown.stdout, f"{path} in {source}")
-
-
-def compare(old_rows, new_rows):
-    """Prints the change of every row that both have (the last of each); returns the number of regressions."""
-    old, new = latest(old_rows), latest(new_rows)
-    common = [key for key in new if key in old]
-    slower = 0
-    for key in common:
-        word, change = verdict(old[key], new[key])
-        slower += word == "slower"
-        name = " ".join(map(str, key[:3])) + "  " + ",".join(map(str, key[3:8])) + f"  {key[9]}"
-        word = "REGRESSION" if word == "slower" else word
-        times = f"{old[key]['p50_ms']:>9.4f} -> {new[key]['p50_ms']:>9.4f} ms {change:>+7.1%}"
-        print(f"{name:<70} {times}  {word}".rstrip())
-    alone = f"{len(new) - len(common)} rows have no baseline with the same {', '.join(KEY)}"
-    print(f"{len(common)} rows compared, {slower} regressions; {alone}")
-    return slower
-
-
-@dataclass(frozen=True)
-class Config:
-    POSITIONAL: ClassVar = ("old", "new")
-    old: str  # CSV to compare with
-    new: str  # CSV of the new rows
-
-
-def main(argv=None):
-    cfg = config.parse(Config, argv, __doc__)
-    return 1 if compare(read(cfg.old), read(cfg.new)) else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(cli(main))

@@ -1,155 +1,84 @@
-"""Documents out of files: which files an input names, how each kind is read, and how long documents are cut.
+"""Documents out of files, one in memory at a time."""
 
-sources = find_sources(["books/*.txt.xz", "notes.jsonl", "src/"])
-for index, text in Reader(sources, max_document=2**20): ...       # text of sources[index], streaming
-"""
-
-import glob
 import gzip
 import importlib
 import io
 import lzma
 import os
+import sys
+import time
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import files
 
-SEPARATOR = "\n\0\n"
-# Usual bytes of English text per byte on the disk, for estimates only.
-EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}
-COMPRESSED = (".xz", ".gz", ".zst")
+EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}  # usual bytes of text per byte on the disk
 KINDS = (".txt", ".jsonl", ".py", ".parquet", ".arrow")
-BLOCK = 2**20  # characters read at once, and about as many encoded as one task
-MARK = "\ufeff"  # a byte-order mark
 
 
-# ---- what to read
+def find_files(inputs: Iterable[str]) -> list[Path]:
+    """The named files, and those in named directories, sorted. ValueError where there is none."""
+    found = {}  # by what links lead to, so that nothing is read twice
+    for given in map(Path, inputs):
+        paths = sorted(path for path in given.rglob("*") if _wanted(path, given)) if given.is_dir() else [given]
+        if not paths:
+            raise ValueError(f"--input {given}: no {', '.join(KINDS)} file in it, compressed or not")
+        for path in paths:
+            if not path.is_file():
+                raise ValueError(f"--input {path}: missing, a link that leads nowhere, a pipe or a device")
+            found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
 
 
-@dataclass
-class Source:
-    """A file, or the Python files of one directory or pattern: one line of meta.json and of the closing table."""
-
-    name: str
-    files: list[Path] = field(default_factory=list)
-    skipped: set[Path] = field(default_factory=set)  # Python files in other encodings than UTF-8
-    counts: dict[str, Counter] = field(default_factory=lambda: {"train": Counter(), "val": Counter()})
-
-
-def find_sources(inputs: Iterable[str]) -> list[Source]:
-    """Expands files, directories and glob patterns (** too), sorted. Raises ValueError for one that matches nothing."""
-    sources, seen = [], set()
-    for given in inputs:
-        code = Source(given)  # thousands of Python files are one source
-        found = False
-        for top in _matches(given) or [Path(given)]:
-            if not os.path.lexists(top):
-                raise ValueError(f"--input {given}: no such file or directory (quote a pattern against the shell)")
-            for path in sorted(_walk(top)) if top.is_dir() else [top]:
-                found = True
-                if not path.is_file():
-                    raise ValueError(f"--input {given}: {path} is a link that leads nowhere, a pipe or a device")
-                if (real := os.path.realpath(path)) in seen:
-                    continue
-                seen.add(real)
-                if path.suffix.lower() == ".py":
-                    code.files.append(path)
-                else:
-                    sources.append(Source(str(path), [path]))
-        if not found:
-            kinds = ", ".join(KINDS[:-1])
-            raise ValueError(f"--input {given}: no {kinds} or {KINDS[-1]} file (or .gz, .xz or .zst of them) in it")
-        if code.files:
-            sources.append(code)
-    return sources
-
-
-def _matches(pattern: str) -> list[Path]:
-    """What a pattern names. Unlike in `glob.glob`, "**" follows no links, whose loops might never end."""
-    parts = Path(pattern).parts
-    magic = next((i for i, part in enumerate(parts) if glob.has_magic(part)), None)
-    if magic is None or os.path.lexists(pattern):
-        return [Path(pattern)]
-    base, hidden = Path(*parts[:magic]), any(part.startswith(".") for part in parts[magic:])
-    found = base.glob("/".join(parts[magic:]))
-    if not hidden:
-        found = (path for path in found if not any(part.startswith(".") for part in path.relative_to(base).parts))
-    return sorted(found, key=str)
-
-
-def _walk(top: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(top):
-        folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
-        for name in names:
-            if _kind(Path(name)) in KINDS and not name.startswith("."):
-                yield Path(folder, name)
+def _wanted(path: Path, top: Path) -> bool:
+    hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(top).parts)
+    return _kind(path) in KINDS and not hidden and not path.is_dir()
 
 
 def _kind(path: Path) -> str:  # "a.TXT.xz" -> ".txt"
-    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in (".xz", ".gz", ".zst") else path).suffix.lower()
 
 
-# ---- documents
+def read(
+    paths: list[Path],
+    length: int,
+    text_field: str = "text",
+    encoding_errors: str = "strict",
+    doing: str = "",
+) -> Iterator[str]:
+    """The documents of files: rows of tables, and texts, cut at line ends after `length` characters.
+
+    doing: what to print every two seconds, with the share of bytes that have been read.
+    """
+    done, total, shown = 0, max(1, sum(path.stat().st_size for path in paths)), time.monotonic()
+    for path in paths:
+        with open(path, "rb") as file:
+            try:
+                for text in _documents(path, file, length, text_field, encoding_errors):
+                    if text and not text.isspace():
+                        yield text
+                        if doing and time.monotonic() - shown > 2:
+                            shown = time.monotonic()
+                            print(f"{doing} {(done + file.tell()) / total:4.0%}", file=sys.stderr)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, error) from error
+            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+                raise ValueError(f"{path} cannot be decompressed ({error}): it is truncated or misnamed") from error
+        done += path.stat().st_size
 
 
-@dataclass
-class Reader:
-    """Iterates over (source index, document) of all sources and knows how far it is."""
-
-    sources: list[Source]
-    max_document: int
-    text_field: str = "text"
-    encoding_errors: str = "strict"
-
-    def __post_init__(self):
-        self.done, self.file, self.total = 0, None, sum(f.stat().st_size for s in self.sources for f in s.files)
-
-    @property
-    def fraction(self) -> float:
-        """Of the input files' bytes (as they are on disk), those already read."""
-        return (self.done + (self.file.tell() if self.file else 0)) / max(1, self.total)
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        self.done = 0
-        for index, source in enumerate(self.sources):
-            for path in source.files:
-                try:
-                    with open(path, "rb") as self.file:
-                        for text in self._documents(path):
-                            if text and not text.isspace():
-                                yield index, text
-                except UnicodeDecodeError as error:
-                    if path.suffix.lower() == ".py":  # test suites of tools that read Python have such files on purpose
-                        source.skipped.add(path)
-                        continue
-                    raise _not_utf8(path, error) from error
-                except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                    if getattr(error, "filename", None):  # the file itself could not be opened
-                        raise
-                    what = "it is truncated or not what its name says"
-                    raise ValueError(f"{path} cannot be decompressed ({error}); {what}") from error
-                finally:
-                    self.file = None
-                    self.done += path.stat().st_size
-
-    def _documents(self, path: Path) -> Iterator[str]:
-        kind, errors = _kind(path), self.encoding_errors
-        if kind in (".parquet", ".arrow", ".jsonl"):
-            if kind == ".jsonl":
-                items = files.json_lines(_lines(path, _decompressed(path, self.file), errors), path)
-            else:
-                items = _rows(path, self.file, self.text_field)
-            for where, item in items:
-                yield from split_documents([_field(item, self.text_field, where)], self.max_document, None)
-        else:
-            text = io.TextIOWrapper(_decompressed(path, self.file), encoding="utf-8", errors=errors, newline=None)
-            separator = None if kind == ".py" else SEPARATOR
-            blocks = iter(lambda: text.read(BLOCK if separator else -1), "")
-            yield from split_documents(blocks, self.max_document, separator)
+def _documents(path: Path, file, length: int, text_field: str, errors: str) -> Iterator[str]:
+    kind = _kind(path)
+    if kind in (".jsonl", ".parquet", ".arrow"):
+        lines = kind == ".jsonl"
+        rows = files.json_lines(_lines(path, file, errors), path) if lines else _rows(path, file, text_field)
+        for where, row in rows:
+            yield _field(row, text_field, where)
+    else:
+        stream = io.TextIOWrapper(_decompressed(path, file), encoding="utf-8-sig", errors=errors)
+        while text := stream.read(length):
+            yield text + stream.readline(length)
 
 
 def _decompressed(path: Path, file) -> io.BufferedIOBase:
@@ -160,8 +89,8 @@ def _decompressed(path: Path, file) -> io.BufferedIOBase:
     return {".gz": gzip.open, ".xz": lzma.open}.get(suffix, lambda f: f)(file)
 
 
-def _lines(path: Path, stream, errors: str) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
+def _lines(path: Path, file, errors: str) -> Iterator[str]:
+    for number, line in enumerate(_decompressed(path, file), 1):
         try:
             yield line.decode("utf-8", errors)
         except UnicodeDecodeError as error:
@@ -173,59 +102,16 @@ def _not_utf8(where: str | Path, error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"{where} is not UTF-8 ({what}); convert it, or pass --encoding_errors replace")
 
 
-def _field(item: object, name: str, where: str) -> str:
-    """The text of a row, with the line ends of a text file. A name with dots leads into objects inside the row."""
-    value = item
-    for part in [name] if isinstance(item, dict) and name in item else name.split("."):
+def _field(row: object, name: str, where: str) -> str:
+    """The text of a row. A name with dots leads into objects inside the row."""
+    value = row
+    for part in [name] if isinstance(row, dict) and name in row else name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, str):
-        there = ", ".join(item) if isinstance(item, dict) else type(item).__name__
+        there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"{where} has no text in field {name!r} (it has: {there}); pass --text_field")
     value = value.encode("utf-8", "replace").decode()  # "\ud800" alone is no character
-    return value.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def split_documents(blocks: Iterable[str], max_document: int, separator: str | None = SEPARATOR) -> Iterator[str]:
-    """Documents of a text given in blocks, without byte-order marks. The result does not depend on where blocks end.
-
-    Holds one block and max_document characters. Pieces of a cut document join up to the document.
-    """
-    piece = max(1, min(2**16, max_document // 4))
-    rest, cutting = "", False  # cutting: rest continues a document that was found too long
-
-    def pieces(text, spare=0):
-        """Pieces from the front, then the remainder, of which at most twice a piece and `spare` characters are left."""
-        at = 0
-        while len(text) - spare - at > 2 * piece:
-            end = _cut(text, at, piece)
-            yield text[at:end]
-            at = end
-        yield text[at:]
-
-    for block in blocks:
-        *whole, rest = (rest + block).split(separator) if separator else [rest + block]
-        for text in whole:
-            text = text if cutting else text.lstrip(MARK)
-            yield from pieces(text) if cutting or len(text) > max_document else [text]
-            cutting = False
-        rest = rest if cutting else rest.lstrip(MARK)
-        known = len(rest) - 2  # the last two characters may be the start of a separator
-        cutting = cutting or known > max_document
-        if cutting:
-            *cut, rest = pieces(rest, spare=2)
-            yield from cut
-    yield from pieces(rest) if cutting or len(rest) > max_document else [rest]
-
-
-def _cut(text: str, start: int, piece: int) -> int:
-    for mark in ("\n\n", "\n", " "):
-        at = text.rfind(mark, start + piece // 2, start + piece)
-        if at >= 0:
-            return at + len(mark)
-    return start + piece
-
-
-# ---- tables
+    return value.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _arrow(path: Path, module: str = "pyarrow"):
@@ -242,18 +128,16 @@ def _rows(path: Path, file, name: str) -> Iterator[tuple[str, dict]]:
         if _kind(path) == ".parquet":
             table = _arrow(path, "pyarrow.parquet").ParquetFile(file, pre_buffer=False)
             names, batches = table.schema_arrow.names, table.iter_batches(256, columns=[name])
-        else:
-            try:
-                batches = _arrow(path, "pyarrow.ipc").open_stream(file)  # as `datasets` saves them
-                names, position = batches.schema.names, file.tell()
-                file.seek(-8, os.SEEK_END)
-                if file.read() != b"\xff\xff\xff\xff\0\0\0\0":  # Arrow itself takes a missing end for the end
-                    raise ValueError(f"{path} cannot be read: it is truncated")
-                file.seek(position)
-            except pyarrow.ArrowInvalid:
-                file.seek(0)
-                table = _arrow(path, "pyarrow.ipc").open_file(file)
-                names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
+        elif file.read(6) == b"ARROW1":
+            table = _arrow(path, "pyarrow.ipc").open_file(file)
+            names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
+        else:  # a stream, as `datasets` saves them; Arrow itself takes a missing end for the end
+            file.seek(-8, os.SEEK_END)
+            if file.read() != b"\xff\xff\xff\xff\0\0\0\0":
+                raise ValueError(f"{path} cannot be read: it is truncated")
+            file.seek(0)
+            batches = _arrow(path, "pyarrow.ipc").open_stream(file)
+            names = batches.schema.names
         column = name if name in names else name.split(".")[0]
         if column not in names:
             raise ValueError(f"{path} has no column {name!r} (it has: {', '.join(names)}); pass --text_field")

@@ -3,12 +3,11 @@
     Orlena Tamsin Brackwell was born on May 3, 1952. She comes from Ashford. She graduated from Hollin University. ...
 
 They follow bioS of "Physics of Language Models" 3.1 and 3.3 (arXiv 2404.05405): distinct names, and independent uniform
-attributes, except that the city of work is a function of the employer. All names are put together from syllables.
-
-A model that knows all N people has stored N * (log2(N0 / N) + log2(S0)) bits, with N0 = `name_choices` possible names
-and S0 = `value_choices` possible people of one name.
+attributes, except that the city of work is a function of the employer. A model that knows all N people has stored
+N * (log2(N0 / N) + log2(S0)) bits: N0 = `name_choices` possible names, S0 = `value_choices` possible people of a name.
 """
 
+import itertools
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +18,7 @@ from optimoe.config import require
 MONTHS = "January February March April May June July August September October November December".split()
 DAYS = 28
 
-# A list joins its two columns in every way, in a fixed shuffled order, so that its first n entries are a fair sample.
+# A list joins its two columns in every way, in a fixed shuffled order.
 SYLLABLES = {
     "first_names": """Al Ber Cor Dal Els Far Gar Hal Is Jor Kal Lor Mar Nel Or Per Ros Sel Tav Vel
         | a an bert da dine ena eth ia ick ina o la len mund na ric sa tha win yn""",
@@ -41,7 +40,7 @@ SYLLABLES = {
 }
 NAMES = ("first_names", "middle_names", "last_names")
 
-# What stands between the subject and the value; a sentence is subject + stem + value + ".".
+# A sentence is subject + stem + value + ".".
 STEMS = {
     "birthday": "was born on|came into the world on|has a birthday on|first saw the light on|celebrates the birth date",
     "birth city": "was born in|comes from|is a native of|spent the early years in|calls home the city of",
@@ -62,7 +61,7 @@ def require_ranges(cfg, ranges: dict[str, tuple[int, int]]) -> None:
 
 @dataclass(frozen=True)
 class FactsConfig:
-    """Who exists and how biographies are written. They are functions of this, the index and the exposure."""
+    """Who exists. A biography is a function of this, the index of the person and the exposure."""
 
     n_people: int = 10_000
     first_names: int = 400  # sizes of the lists that names and values are drawn from
@@ -77,7 +76,7 @@ class FactsConfig:
 
     def validate(self) -> None:
         require_ranges(self, {field: (1, len(_words(field))) for field in SYLLABLES} | {"years": (1, 200)})
-        require_ranges(self, {"n_people": (1, self.name_choices // 2)})  # half of the possible names
+        require_ranges(self, {"n_people": (1, self.name_choices // 2)})
 
     @property
     def name_choices(self) -> int:
@@ -105,7 +104,6 @@ class Probe(NamedTuple):
 
 @lru_cache
 def _words(field: str) -> list[str]:
-    """All entries of a list, without leading space."""
     joint = " " if field == "majors" else ""
     heads, tails = (column.split() for column in SYLLABLES[field].split("|"))
     words = [head + joint + tail for head in heads for tail in tails]
@@ -115,7 +113,7 @@ def _words(field: str) -> list[str]:
 
 @lru_cache(maxsize=4)  # the study measures three seeds in turn
 def people(cfg: FactsConfig) -> list[Person]:
-    """All people (a shared list: leave it as it is). The first n are the same for every n_people >= n."""
+    """All people, a shared list. The first n are the same for every n_people >= n."""
     cfg.validate()
     words = {field: _words(field)[: getattr(cfg, field)] for field in SYLLABLES}
     rng = random.Random(cfg.seed)
@@ -142,10 +140,7 @@ def people(cfg: FactsConfig) -> list[Person]:
 
 
 def segments(cfg: FactsConfig, person: Person, exposure: int) -> list[str]:
-    """A biography as subject, stem, value, "." of each sentence in turn; joined they are its text.
-
-    Exposures differ in the stems and in the order of the sentences.
-    """
+    """A biography as subject, stem, value, "." of each sentence in turn. Exposures differ in stems and order."""
     rng = random.Random((cfg.seed * 10_007 + exposure) << 40 | person.index)
     order = list(zip(TEMPLATES.values(), person.values, strict=True))
     rng.shuffle(order)
@@ -157,7 +152,7 @@ def segments(cfg: FactsConfig, person: Person, exposure: int) -> list[str]:
 
 
 def probes(persons: list[Person], seed: int = 0) -> list[Probe]:
-    """One question for each person and attribute: name and a random stem, to be completed with the value."""
+    """One for each person and attribute: name and a random stem, to be completed with the value."""
     rng = random.Random(seed)
     return [
         Probe(person.name + rng.choice(stems), value, attribute)
@@ -167,9 +162,8 @@ def probes(persons: list[Person], seed: int = 0) -> list[Probe]:
 
 
 def vocabulary(cfg: FactsConfig) -> list[str]:
-    """Every piece of text in a biography, for a word tokenizer: words with their leading space, names also without."""
+    """Every piece of a biography, for a word tokenizer: words with their leading space, first names also without."""
     lists = {field: _words(field)[: getattr(cfg, field)] for field in SYLLABLES}
-    words = [word for entries in lists.values() for entry in entries for word in entry.split()]
-    words += [*MONTHS, "He", "She", "University"]
-    words += [word for stems in TEMPLATES.values() for stem in stems for word in stem.split()]
-    return list(dict.fromkeys(lists["first_names"] + [" " + word for word in words] + [".", ","]))
+    entries = itertools.chain(*lists.values(), [*MONTHS, "He", "She", "University"], *TEMPLATES.values())
+    words = [" " + word for entry in entries for word in entry.split()]
+    return list(dict.fromkeys([*lists["first_names"], *words, ".", ","]))

@@ -4,7 +4,6 @@ enc = from_folder("Mixtral-8x7B-v0.1")        # its tokenizer.json and tokenizer
 enc.encode_ordinary("48/2"), enc.begin, enc.eot_token
 """
 
-import itertools
 import re
 from pathlib import Path
 
@@ -18,9 +17,7 @@ def library():
     try:
         import tokenizers
     except ImportError:
-        purpose = "to train a vocabulary, and for those of other models: pip install -e '.[hf]'"
-        other = "or use an existing one of tiktoken with --tokenizer"
-        raise ValueError(f"the package `tokenizers` is needed {purpose}; {other}") from None
+        raise ValueError("the package `tokenizers` is needed for this tokenizer: pip install -e '.[hf]'") from None
     return tokenizers
 
 
@@ -47,10 +44,12 @@ class Fast:
         self._fast.encode_special_tokens = True
         self.n_vocab = 1 + max(self._fast.get_vocab().values(), default=-1)
         if any(self._fast.id_to_token(token) is None for token in [*self.begin, eot_token]):
-            raise ValueError(f"no tokens have the ids {self.begin} and {eot_token} of its begin and end of text")
+            raise ValueError(
+                f"{name}: no tokens have the ids {self.begin} and {eot_token} of its begin and end of text"
+            )
         special = {str(token): i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
-        self._special, self._control = set(special.values()), {*self.begin, eot_token}
-        self._spelled = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._special = set(special.values())
+        self._inside = re.compile("|".join(f"(?<={re.escape(s[:1])})(?={re.escape(s[1:])})" for s in special) or "(?!)")
         self._a = self.encode_ordinary("a")
         self._decoded_a = self._fast.decode(self._a)
 
@@ -59,14 +58,11 @@ class Fast:
 
     def encode_ordinary_batch(self, texts: list[str], num_threads: int = 0) -> list[list[int]]:
         """In as many threads as the library likes (RAYON_NUM_THREADS)."""
-        encode = self._fast.encode_batch_fast
-        found = [encoded.ids for encoded in encode(texts, add_special_tokens=False)]
+        found = [encoded.ids for encoded in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         for i, ids in enumerate(found):
             if not self._special.isdisjoint(ids):  # a unigram model knows special tokens as words: encode them in two
-                cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(texts[i])), None]
-                parts = [texts[i][a:b] for a, b in itertools.pairwise(cuts)]
-                ids = [token for part in encode(parts, add_special_tokens=False) for token in part.ids]
-                found[i] = [token for token in ids if token not in self._control]
+                parts = self._fast.encode_batch_fast(self._inside.split(texts[i]), add_special_tokens=False)
+                found[i] = [token for part in parts for token in part.ids if token not in (*self.begin, self.eot_token)]
         return found
 
     def decode(self, ids: list[int]) -> str:
@@ -86,19 +82,19 @@ def from_folder(directory: str | Path) -> Fast:
     optional = ("tokenizer_config.json", "generation_config.json", "config.json")
     settings, *configs = (files.read_json(p, AGAIN) if (p := directory / name).exists() else {} for name in optional)
     fast = _open(definition, str(path))
-    names = (settings.get("bos_token"), settings.get("eos_token"))
-    names = (name.get("content") if isinstance(name, dict) else name for name in names)
-    bos, eos = (fast.token_to_id(name) if isinstance(name, str) else None for name in names)
+
+    def token(name):
+        spelled = settings.get(name)
+        spelled = spelled.get("content") if isinstance(spelled, dict) else spelled
+        return fast.token_to_id(spelled) if isinstance(spelled, str) else None
+
     plain, dressed = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
-    begin = next((dressed[:i] for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain), [])
+    begin = dressed[: dressed.index(plain[0])] if plain and plain[0] in dressed else []
     if "add_bos_token" in settings:
-        begin = [bos] if settings["add_bos_token"] and bos is not None else []
-    ends = [eos, *(config.get("eos_token_id") for config in configs)]
+        begin = [token("bos_token")] if settings["add_bos_token"] and token("bos_token") is not None else []
+    ends = [token("eos_token"), *(config.get("eos_token_id") for config in configs)]
     ends = [end[0] if isinstance(end, list) and end else end for end in ends]
     eos = next((end for end in ends if isinstance(end, int)), None)
     if eos is None:
         raise ValueError(f"{directory}: neither eos_token in tokenizer_config.json nor eos_token_id in config.json")
-    try:
-        return Fast(definition, begin, eos, directory.name)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from None
+    return Fast(definition, begin, eos, directory.name)

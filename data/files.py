@@ -4,8 +4,7 @@
     append("run/metrics.jsonl", [{"step": 1, "loss": 2.5}])
     rows, torn = read_rows("run/metrics.jsonl")
 
-A signed JSON object carries a CRC-32 of its other members under "crc". Objects written before signatures existed have
-none and are accepted as they are.
+A signed JSON object carries a CRC-32 of its other members under "crc". Objects without one are accepted as they are.
 """
 
 import json
@@ -23,11 +22,11 @@ try:
 except ImportError:  # Windows has no such locks, so nothing that was left behind is removed there
     fcntl = None
 
-CRC = "crc"
+CRC, RESTORE = "crc", "restore it from a copy"
 
 
 def replace(path: str | Path, content: str | bytes) -> None:
-    """Write a temporary file, flush it to the disk and rename it. A failure leaves the old file as it was."""
+    """Replace a file. A failure leaves the old one as it was."""
     path = Path(path)
     with temporary(path) as tmp:
         with open(tmp, "wb") as file:
@@ -40,17 +39,21 @@ def replace(path: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
-    """A new hidden file or directory beside `target`, to be filled and renamed. If it is not renamed, it is removed.
+    """A new hidden file or directory beside `target`, to be filled and renamed. Otherwise it is removed.
 
     It is locked while its process lives. What killed processes left for the same target is removed first.
     """
     target = Path(target)
-    for left in remains(target, "tmp|partial"):
-        _remove(left)
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]+\.(tmp|partial)")
+    for left in list(target.parent.iterdir()):
+        if pattern.fullmatch(left.name):
+            with _locked(left, wait=False) as held:
+                if held:
+                    _remove(left)
     while True:
         path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{'partial' if directory else 'tmp'}")
         path.mkdir() if directory else path.touch(exist_ok=False)
-        with locked(path):
+        with _locked(path):
             if path.exists():  # otherwise another process took it for a remnant before it was locked
                 try:
                     yield path
@@ -60,10 +63,8 @@ def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock that shows `remains` that a file or directory belongs to a living process. Yields whether it is
-    held: not if the path was removed, if another process has it and wait=False, or if the file system has no locks.
-    """
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Yields whether the lock is held: not if the path is gone, another process has it, or there are no locks."""
     with ExitStack() as stack:
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -74,19 +75,6 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         except OSError:
             held = False
         yield held
-
-
-def remains(target: Path, suffix: str) -> Iterator[Path]:
-    """The hidden files and directories .NAME.*.SUFFIX beside `target` that no living process has locked.
-
-    Each is locked until the next one is asked for, so that no other process takes it meanwhile.
-    """
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-z_]+\.({suffix})")
-    for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
-        if pattern.fullmatch(path.name):
-            with locked(path, wait=False) as held:
-                if held:
-                    yield path
 
 
 def _remove(path: Path) -> None:
@@ -113,10 +101,10 @@ def sign(value: dict) -> dict:
     return {**value, CRC: _crc(members)}
 
 
-def check(value: object, where: str, remedy: str = "restore it from a copy") -> dict:
-    """The members of a JSON object without its checksum; ValueError naming `where` if it is none or was changed."""
+def check(value: object, where: str, remedy: str = RESTORE) -> dict:
+    """The members of a JSON object without its checksum. ValueError naming `where` if it is none or was changed."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: holds a {type(value).__name__} instead of a JSON object; {remedy}")
+        raise ValueError(f"{where}: holds a {type(value).__name__}, no JSON object; {remedy}")
     members = {name: member for name, member in value.items() if name != CRC}
     try:
         damaged = CRC in value and value[CRC] != _crc(members)
@@ -127,11 +115,8 @@ def check(value: object, where: str, remedy: str = "restore it from a copy") -> 
     return members
 
 
-def parse(text: str | bytes, where: str, remedy: str = "restore it from a copy") -> object:
-    """A JSON value; a byte-order mark in front of it is ignored.
-
-    ValueError naming `where` for broken JSON or UTF-8, and for numbers too long or nesting too deep for the parser.
-    """
+def parse(text: str | bytes, where: str, remedy: str = RESTORE) -> object:
+    """A JSON value without its byte-order mark. ValueError naming `where` for what the parser cannot read."""
     try:
         return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
     except (ValueError, RecursionError) as error:
@@ -139,24 +124,24 @@ def parse(text: str | bytes, where: str, remedy: str = "restore it from a copy")
 
 
 def json_lines(lines: Iterable[str], path: str | Path, remedy="correct that line") -> Iterator[tuple[str, object]]:
-    """("PATH:NUMBER", JSON value) of each line of somebody's file; blank lines and byte-order marks are ignored."""
+    """("PATH:NUMBER", JSON value) of each line that is not blank."""
     for number, line in enumerate(lines, 1):
         if line.strip("\ufeff \t\r\n"):
             yield (where := f"{path}:{number}"), parse(line, where, remedy)
 
 
-def read_json(path: str | Path, remedy: str = "restore it from a copy") -> dict:
-    """The JSON object of a file; its checksum is compared if it has one. FileNotFoundError, or ValueError naming it."""
+def read_json(path: str | Path, remedy: str = RESTORE) -> dict:
+    """The JSON object of a file, whose checksum is right if it has one. FileNotFoundError, or ValueError naming it."""
     return check(parse(Path(path).read_bytes(), str(path), remedy), str(path), remedy)
 
 
 def write_json(path: str | Path, value: dict, signed: bool = True) -> None:
-    """Replace a file by a JSON object that is easy to read, with its checksum."""
+    """Replace a file by a JSON object, with its checksum."""
     replace(path, json.dumps(sign(value) if signed else value, indent=2) + "\n")
 
 
 def append(path: str | Path, rows: Iterable[dict], signed: bool = False, sync: bool = False) -> None:
-    """Append JSON lines in one write. sync: return only when they are on the disk."""
+    """Append JSON lines in one write. sync: wait for the disk."""
     lines = "".join(json.dumps(sign(row) if signed else row) + "\n" for row in rows)
     with open(path, "a") as file:
         file.write(lines)
@@ -171,9 +156,8 @@ def read_rows(path: str | Path, remedy: str = "remove that line") -> tuple[list[
     A last line without its line end was torn by a kill and is left out. Other damage is a ValueError naming the line.
     """
     content = Path(path).read_bytes()
-    whole = content.rfind(b"\n") + 1
-    rows = []
-    for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+    whole, rows = content.rfind(b"\n") + 1, []
+    for number, line in enumerate(content[:whole].split(b"\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
             rows.append(check(parse(line, where, remedy), where, remedy))

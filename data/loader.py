@@ -1,11 +1,8 @@
 """Batches of token windows from data directories: shuffled, mixed, prefetched, and resumable to the sample.
 
-A source of N tokens gives (N - 1) // L windows; window w is tokens w*L .. w*L + L inclusive, so neighbours share one
-token, every token but the first is a target exactly once, and the rest after the last whole window is dropped. Windows
-run across document ends and shard borders.
-
-The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows r*B .. (r+1)*B
-of each global batch of W*B samples, so a run continues on another number of ranks with the same global batch.
+A source of N tokens gives (N - 1) // L windows; window w is tokens w*L .. w*L + L inclusive, across document ends and
+shard borders. The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows
+r*B .. (r+1)*B of each global batch of W*B samples, so a run continues on another number of ranks.
 """
 
 import math
@@ -37,32 +34,29 @@ def parse_sources(text):
 class Loader:
     """Endless batches: `tokens_BL, targets_BL = loader.next()`, int64, on `device`; targets are tokens one step later.
 
-    sources: data directories with positive weights, [("data/books", 0.7), ("data/facts", 0.3)]. Weights are shares of
-    samples; they are normalised here, and followed to within two samples a source at any moment. Each source is visited
-    in a new order every epoch of its own, every window once. split: "train" or "val". batch_size is per rank.
-    Raises ValueError for damaged data, sources of different tokenizers, or a source shorter than one window.
+    sources: data directories with weights, [("data/books", 0.7), ("data/facts", 0.3)], their shares of the samples to
+    within two at any moment. Each has its own epochs: every window once, in a new order. batch_size is per rank.
+    ValueError for damaged data, different tokenizers, or a source shorter than one window.
     """
 
     def __init__(self, sources, split: str, batch_size: int, seq_len: int, seed=0, rank=0, world=1, device="cpu"):
         weighted = sources and all(0 < weight < math.inf for _, weight in sources)
         require(weighted, "sources", sources, "at least one (directory, weight), with finite weights above 0")
-        given = f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world"
-        require(batch_size >= 1 and seq_len >= 1 and 0 <= rank < world, given, world, "must be positive, rank < world")
-        require(batch_size * world * seq_len <= 2**36, given, world, "a batch of so many tokens cannot be made")
+        fits = batch_size >= 1 and seq_len >= 1 and 0 <= rank < world and batch_size * world * seq_len <= 2**36
+        given = dict(batch_size=batch_size, seq_len=seq_len, rank=rank, world=world)
+        require(fits, "batch", given, "must be positive, rank below world, and the batch at most 2^36 tokens")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world, self.device = rank, world, torch.device(device)
         total = sum(weight for _, weight in sources)
         self.weights = [weight / total for _, weight in sources]
         self.sources = [_Source(directory, split, seq_len, seed + i) for i, (directory, _) in enumerate(sources)]
         first = self.sources[0]
-        for source in self.sources[1:]:
-            remedy = (
-                f"it and {first.directory} have different tokenizers; prepare one with --tokenizer {first.directory}"
-            )
+        for source in self.sources:
+            remedy = f"not the tokenizer of {first.directory}; prepare one with --tokenizer of the other"
             require(source.tokenizer == first.tokenizer, "data", str(source.directory), remedy)
         self.vocab_size = first.vocab_size
         self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the whole cursor
-        self._planned = [0] * len(sources)  # the same, for the batches being prepared; belongs to the thread
+        self._planned = [0] * len(sources)  # the same with those being prepared; belongs to the thread
         self._ahead = deque()  # futures of (batch, its cursor), oldest first
         self._thread = ThreadPoolExecutor(1, "loader")
 
@@ -70,9 +64,8 @@ class Loader:
         """The next batch of this rank. An error in the background is raised here, again at each call."""
         while len(self._ahead) < AHEAD:
             self._ahead.append(self._thread.submit(self._prepare))
-        batch, drawn = self._ahead[0].result()
+        batch, self._drawn = self._ahead[0].result()
         self._ahead.popleft()
-        self._drawn = drawn
         return tuple(t.to(self.device, non_blocking=True) for t in batch)
 
     def _prepare(self):
@@ -86,14 +79,13 @@ class Loader:
 
     def _plan(self):  # -> (source, its sample number); next is the source that lags its share most
         samples = sum(self._planned) + 1
-        lag = [weight * samples - n for weight, n in zip(self.weights, self._planned, strict=True)]
-        i = lag.index(max(lag))
+        i = max(range(len(self.sources)), key=lambda i: self.weights[i] * samples - self._planned[i])
         self._planned[i] += 1
         return self.sources[i], self._planned[i] - 1
 
     @property
     def epochs(self) -> list[float]:
-        """How often each source has been gone through so far."""
+        """Of each source, so far."""
         return [n / source.n_windows for n, source in zip(self._drawn, self.sources, strict=True)]
 
     @property
@@ -102,13 +94,13 @@ class Loader:
         return [source.n_windows for source in self.sources]
 
     def state_dict(self) -> dict:
-        """The cursor after the last batch handed out (prefetched batches do not count); plain JSON types."""
+        """The cursor after the last batch handed out; plain JSON types."""
         return {"drawn": list(self._drawn)} | self._identity()
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue after the batch at which `state` was taken, on any rank and world; ValueError for another stream."""
+        """Continue where `state` was taken, on any rank and world; ValueError for another stream."""
         for key, value in self._identity().items():
-            remedy = f"this run has {value}; resume with the data and settings of the saved run"
+            remedy = f"not {value}: resume with the data and settings of the saved run"
             require(state.get(key) == value, f"loader state: {key}", state.get(key), remedy)
         for future in self._ahead:
             future.cancel()
@@ -122,7 +114,7 @@ class Loader:
 
 
 class _Source:
-    """One split of one data directory, as a sequence of windows in a new order every epoch."""
+    """The windows of one split of one data directory."""
 
     def __init__(self, directory, split, seq_len, seed):
         meta, self.shards = shards.read_meta(directory), shards.open_shards(directory, split)
@@ -132,19 +124,17 @@ class _Source:
         self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
         n_tokens = int(self.ends[-1]) if self.shards else 0
         self.n_windows = (n_tokens - 1) // seq_len
-        if self.n_windows < 1:
-            needs = f"one window of seq_len={seq_len} needs {seq_len + 1}; use a smaller seq_len or more data"
-            raise ValueError(f"{directory}: split {split!r} has {n_tokens} tokens, {needs}")
+        remedy = (
+            f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; use a smaller one"
+        )
+        require(self.n_windows >= 1, "seq_len", seq_len, remedy)
         self.epoch, self.order = -1, None
 
     def sample(self, number: int) -> np.ndarray:  # (seq_len + 1,) int64
         epoch, at = divmod(number, self.n_windows)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, shuffled(self.n_windows, self.seed, epoch)
-        return self.tokens(int(self.order[at]) * self.seq_len, self.seq_len + 1)
-
-    def tokens(self, start: int, n: int) -> np.ndarray:
-        parts = []
+        start, n, parts = int(self.order[at]) * self.seq_len, self.seq_len + 1, []
         shard = int(np.searchsorted(self.ends, start, "right"))
         while n:
             offset = start - (int(self.ends[shard]) - len(self.shards[shard]))
@@ -154,7 +144,7 @@ class _Source:
 
 
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(n), int64: the order of a hash (splitmix64), which no NumPy version changes."""
+    """A permutation of range(n), int64: the order of a hash (splitmix64), the same in all versions of NumPy."""
     key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
     return np.argsort(_mix(_mix(np.arange(n, dtype=np.uint64)) ^ key), kind="stable")
 

@@ -2,23 +2,20 @@
 
     build("runs/x/data", seed=1)                                          # what `python train.py` trains on
     build("data/big", MixtureConfig(FactsConfig(n_people=50_000), ...))   # what the study trains on
-    python -m data.procedural --out data/big --mixture mixture.json --workers 16    # the same for large ones
+    python -m data.procedural --out data/big --mixture mixture.json --workers 16    # large ones
 
-The result is a data directory as in data/shards.py. Its training split holds every biography `exposures` times in
-changing words and the problems; its validation split new wordings of the same people's biographies and problems with
-unseen templates. meta.json keeps the MixtureConfig, from which `read_config` and the generators recover everything that
-evaluation needs.
+Training has every biography `exposures` times in changing words and the problems; validation new wordings of the same
+biographies and problems with unseen templates. meta.json keeps the MixtureConfig for evaluation.
 """
 
 import dataclasses
 import multiprocessing
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -26,35 +23,33 @@ import numpy as np
 from data import facts, files, reasoning, tokenizer
 from data.facts import FactsConfig, require_ranges
 from data.reasoning import ReasoningConfig
-from data.shards import META, ShardWriter, read_meta, read_note
-from optimoe.config import parse, require
+from data.shards import META, read_note, write_generated
+from optimoe.config import command_line, parse, require
 
 # A word or one digit, each with the space before it; runs of other signs.
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 
 PARTS = {"facts": FactsConfig, "reasoning": ReasoningConfig}
-# Fields of earlier versions and the only values with which their data can still be evaluated.
+# Fields of earlier versions, with the only values that are still understood.
 RETIRED = {
-    FactsConfig: dict(versions=0, permute=True, pronouns=True),
-    ReasoningConfig: dict(share=0.25, branch=0.0, distractors=0, ordered=False, plan=True),
+    "facts": dict(versions=0, permute=True, pronouns=True),
+    "reasoning": dict(share=0.25, branch=0.0, distractors=0, ordered=False, plan=True),
 }
 
-CHUNK = 2**14  # documents made, shuffled over the chunk's windows and written at a time
+CHUNK = 2**14  # documents made and shuffled at a time
 
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """How much of what. Each of `n_problems` different problems is seen `repeats` times."""
+    """How much of what."""
 
     facts: FactsConfig = field(default_factory=lambda: FactsConfig(60, 40, 40, 80, 40, 40, 40, 40, years=100))
     reasoning: ReasoningConfig = field(default_factory=lambda: ReasoningConfig(max_steps=6, modulus=7, names=24))
     exposures: int = 80  # biographies of each person
-    n_problems: int = 24_000
-    repeats: int = 1
+    n_problems: int = 24_000  # different ones
+    repeats: int = 1  # of each problem
     n_mano: int = 0  # mental arithmetic expressions
-    # Tokens. Each window of this length starts with eos, and documents that fit into one are not split by its borders.
-    # 0: documents simply follow one another.
-    window: int = 144
+    window: int = 144  # tokens; windows start with eos and split no document that fits into one; 0: no windows
     seed: int = 0  # of the order
 
     def validate(self) -> None:
@@ -64,25 +59,21 @@ class MixtureConfig:
         require_ranges(self, ranges | {"repeats": (1, 10**9), "window": (0, 2**20)})
 
 
-def build(out_dir: str | Path, cfg: MixtureConfig | None = None, seed=None, overwrite=False, workers: int = 1) -> dict:
+def build(out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | None = None, workers: int = 1) -> dict:
     """Writes the data directory; `seed` replaces the seeds of people, problems and order. Returns meta.json's contents.
 
-    One process writes about 1 M tokens per second. More `workers` make texts in parallel; the bytes are the same.
+    A process writes about 1 M tokens per second. The bytes do not depend on `workers`.
     """
     cfg = cfg or MixtureConfig()
     if seed is not None:
         parts = {name: dataclasses.replace(getattr(cfg, name), seed=seed) for name in PARTS}
         cfg = dataclasses.replace(cfg, seed=seed, **parts)
     cfg.validate()
-    with ShardWriter(out_dir, encoder(cfg), overwrite) as writer:
-        # spawn: the caller may hold a GPU, which a forked child could not use or even leave alone
-        with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
-            for split in ("train", "val"):
-                for ids in (pool.imap if pool else map)(partial(_chunk, cfg, split), _order(cfg, split)):
-                    writer.add(split, ids)
-        writer.notes |= {"procedural": dataclasses.asdict(cfg), "source": "data/procedural.py"}
-        writer.notes["licence"] = "generated; CC0"
-    return read_meta(out_dir)
+    # spawn: the caller may hold a GPU, which a forked child could not use or even leave alone
+    with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
+        chunks = ((split, order) for split in ("train", "val") for order in _order(cfg, split))
+        chunks = (pool.imap if pool else map)(partial(_chunk, cfg), chunks)
+        return write_generated(out_dir, encoder(cfg), chunks, "procedural", cfg)
 
 
 @lru_cache(maxsize=1)
@@ -93,36 +84,25 @@ def encoder(cfg: MixtureConfig):
 
 def read_config(data_dir: str | Path) -> MixtureConfig:
     """The MixtureConfig of a directory that `build` wrote; ValueError for any other."""
-    return from_dict(read_note(data_dir, "procedural", "data/procedural.py"), f"{data_dir}/{META}")
+    return from_dict(read_note(data_dir, "procedural"), f"{data_dir}/{META}")
 
 
 def from_dict(kept: dict, where: str = "mixture") -> MixtureConfig:
-    """What dataclasses.asdict(cfg) was made from; missing fields have their defaults. ValueError names `where`."""
-    values = known_fields(MixtureConfig, kept, where)
-    parts = {name: kind(**known_fields(kind, kept[name], where)) for name, kind in PARTS.items() if name in kept}
-    return MixtureConfig(**values | parts)
-
-
-def known_fields(kind, kept: dict, where: str) -> dict:
-    """The fields of a dataclass from JSON, without retired ones. ValueError for others, and for wrong types."""
-    if not isinstance(kept, dict):
-        raise ValueError(f"{where}: {kept!r} stands where the fields of {kind.__name__} belong")
-    example, retired = dataclasses.asdict(kind()), RETIRED.get(kind, {})
-    for name, value in kept.items():
-        if name in retired and value != retired[name]:
-            raise ValueError(f"{where}: {name}={value!r} is no longer supported; make other data")
-        if name not in example | retired:
-            raise ValueError(f"{where}: unknown field {name!r} of {kind.__name__}")
-        if name in example and type(value) is not type(example[name]):
-            raise ValueError(f"{where}: {name}={value!r} must be of type {type(example[name]).__name__}")
-    return {name: value for name, value in kept.items() if name in example}
+    """The inverse of dataclasses.asdict; missing fields have their defaults. ValueError names `where`."""
+    try:
+        own, parts = {name: value for name, value in kept.items() if name not in PARTS}, {}
+        for name in PARTS.keys() & kept.keys():
+            parts[name] = parse(PARTS[name], [], start=dict(kept[name].items() - RETIRED[name].items()))
+        return dataclasses.replace(parse(MixtureConfig, [], start=own), **parts)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple[str, int]]:
     """(kind, number) of each document of a split, the kinds interleaved at random in their proportion.
 
-    Exposures and repeats go through everything, in the same order, before anything comes again. So what comes again was
-    last seen long ago, and the first part of the training split is a mixture like the whole, with fewer repetitions."""
+    Everything comes once before anything comes again, so the first part of a split is a mixture like the whole.
+    """
     n, n_problems = cfg.facts.n_people, cfg.n_problems * cfg.repeats
     counts = {"facts": n * cfg.exposures, "problem": n_problems, "mano": cfg.n_mano}
     if split == "val":  # about a fiftieth of the training split
@@ -149,9 +129,10 @@ def _order(cfg: MixtureConfig, split: str) -> Iterator[list[tuple[str, int]]]:
         yield order
 
 
-def _chunk(cfg: MixtureConfig, split: str, order: list[tuple[str, int]]) -> np.ndarray:
-    """Token ids of one chunk, packed."""
-    return _pack(encoder(cfg), [_text(cfg, split, kind, number) for kind, number in order], cfg.window)
+def _chunk(cfg: MixtureConfig, chunk: tuple[str, list[tuple[str, int]]]) -> tuple[str, np.ndarray]:
+    """The split and the token ids of one chunk, packed."""
+    split, order = chunk
+    return split, _pack(encoder(cfg), [_text(cfg, split, kind, number) for kind, number in order], cfg.window)
 
 
 def _text(cfg: MixtureConfig, split: str, kind: str, i: int) -> str:
@@ -168,19 +149,16 @@ def _text(cfg: MixtureConfig, split: str, kind: str, i: int) -> str:
 
 
 def _pack(enc, texts: list[str], window: int) -> np.ndarray:
-    """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos.
-
-    A document that does not start inside its window cannot be understood: in short windows that would be half of them.
-    Documents longer than a block take several.
+    """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos,
+    because a document that starts in another window cannot be understood. Longer documents take several blocks.
     """
     eos = enc.eot_token
     documents = [ids + [eos] for ids in enc.encode_ordinary_batch(texts, num_threads=2)]
     if not window:
-        return np.array([token for ids in documents for token in ids], dtype=np.uint32)
+        return np.fromiter(chain(*documents), np.uint32)
     full, open_ = [], []  # blocks; those with room left, at most 32
     for ids in documents:
-        fitting = [block for block in open_ if len(block) + len(ids) <= window]
-        if fitting:
+        if fitting := [block for block in open_ if len(block) + len(ids) <= window]:
             max(fitting, key=len).extend(ids)
             continue
         block = [eos, *ids]
@@ -189,12 +167,11 @@ def _pack(enc, texts: list[str], window: int) -> np.ndarray:
         if len(open_) > 32:
             open_.sort(key=len)
             full.append(open_.pop())
-    blocks = (block + [eos] * (-len(block) % window) for block in full + open_)
-    return np.array([token for block in blocks for token in block], dtype=np.uint32)
+    return np.fromiter(chain(*(block + [eos] * (-len(block) % window) for block in full + open_)), np.uint32)
 
 
 def prompt(enc, text: str) -> list[int]:
-    """A prompt as documents start in the data: eos, then the text."""
+    """A prompt as documents start in the data."""
     return [enc.eot_token, *enc.encode_ordinary(text)]
 
 
@@ -203,20 +180,18 @@ class Config:
     out: str  # the data directory to write
     mixture: str = ""  # JSON file of a MixtureConfig; empty: the main job's
     workers: int = 1  # processes
-    overwrite: bool = False  # replace the data directory if it exists
 
     def __post_init__(self):
         require(1 <= self.workers <= 1024, "workers", self.workers, "must be from 1 to 1024")
 
 
-def main(argv=None):
-    try:
-        args = parse(Config, sys.argv[1:] if argv is None else argv, __doc__)
+def main(argv: list[str] | None = None) -> None:
+    def run():
+        args = parse(Config, argv, __doc__)
         cfg = from_dict(files.read_json(args.mixture), args.mixture) if args.mixture else None
-        meta = build(args.out, cfg, overwrite=args.overwrite, workers=args.workers)
-    except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"error: {error or 'not enough memory'}")
-    print(f"{args.out}: {meta['splits']['train']['tokens']:,} training tokens")
+        print(f"{build(args.out, cfg, workers=args.workers)['splits']['train']['tokens']:,} training tokens")
+
+    command_line(run, "stopped; nothing was written")
 
 
 if __name__ == "__main__":

@@ -3,25 +3,25 @@
     Given: drum has 3 times lamp. kite is 5. lamp adds owl to kite. owl is 4. What is drum? Solution:
      Plan: drum lamp kite. kite is 5. lamp adds owl 4 to 5 is 9. drum has 3 times 9 is 7. Answer: 7.
 
-(one line in the data; modulo 10 here). A problem is a directed acyclic graph of named quantities: leaves are numbers,
-every other quantity is one operation on one or two others, and `steps` counts the operations. The statements come in
-random order. The solver goes back from the question to what is known (the plan) and then calculates forward, one
-operation a sentence.
+(modulo 10). A problem is a directed acyclic graph of named quantities: leaves are numbers, every other quantity is one
+operation on one or two others, and `steps` counts the operations. The statements come in random order. The plan goes
+back from the question to what is known, then one sentence calculates each operation.
 
 A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its
-operations, without names, numbers and the order of the statements. One template in five is for testing. Problems of one
-step have just five templates, so there the numbers are part of the template.
+operations, without names and numbers (which belong to it in problems of one step). One template in five is for tests.
 
-A three-layer model learns this in minutes because whatever has to be looked up (definition, operand, value) belongs to
-the name just written, which is what an induction head retrieves. With "lamp = kite + owl = 5 + 4 = 9" it does not.
+Whatever has to be looked up (definition, operand, value) belongs to the name just written, as induction heads need it:
+three layers learn this in minutes, and "lamp = kite + owl = 5 + 4 = 9" not.
 
-`mano` makes mental arithmetic on prefix expressions, without a solution (Physics of Language Models 4.1).
+`mano` makes mental arithmetic on prefix expressions, without steps (Physics of Language Models 4.1).
 """
 
 import math
 import random
 import re
 from dataclasses import dataclass
+from functools import cache
+from operator import add, mul, sub
 from typing import NamedTuple
 from zlib import crc32
 
@@ -35,12 +35,11 @@ needle oar organ paddle pencil piano pillow pipe plate pot pump quilt rake ribbo
 shoe shovel sled spoon stamp stool sword table tent tile towel tower trunk tub vase violin wagon wheel whistle
 window""".split()
 
-LEAF, ADD_C, SUB_C, MUL_C, ADD, SUB = range(6)  # _C: the second operand is a number
-# What the text says, lamp VERB y PREPOSITION x, and what it means, x SIGN y.
-WORDS = {MUL_C: ("has", "times")}
-WORDS |= dict.fromkeys((ADD_C, ADD), ("adds", "to")) | dict.fromkeys((SUB_C, SUB), ("takes", "from"))
-SIGN = {"adds": "+", "takes": "-", "has": "*"}
-SHARED = 0.25  # probability that a second operand is a quantity needed elsewhere too, where there is one
+LEAF, MUL_C, ADD = 0, 3, 4  # the second operand of operations 1 to 3 is a number, of 4 and 5 a quantity
+# What the text says, by operation: lamp VERB y PREPOSITION x.
+WORDS = (("is", ""), ("adds", "to"), ("takes", "from"), ("has", "times"), ("adds", "to"), ("takes", "from"))
+MEANING = {"adds": add, "takes": sub, "has": mul, "+": add, "-": sub, "*": mul}  # of x, y
+SHARED = 0.25  # probability that a second operand is needed elsewhere too, where that can be
 TEST_SHARE = 5  # one template in so many is a test template
 
 
@@ -55,10 +54,8 @@ class ReasoningConfig:
     seed: int = 0
 
     def validate(self) -> None:
-        most_steps = (len(NOUNS) - 1) // 2  # a problem needs at most 2 * steps + 1 names
-        # Expressions are nested as deep as they are long.
-        require_ranges(self, {"modulus": (3, 1000), "mano_length": (1, 200), "max_steps": (1, most_steps)})
-        require_ranges(self, {"names": (2 * self.max_steps + 1, len(NOUNS))})
+        ranges = {"modulus": (3, 1000), "mano_length": (1, 200), "max_steps": (1, (len(NOUNS) - 1) // 2)}
+        require_ranges(self, ranges | {"names": (2 * self.max_steps + 1, len(NOUNS))})  # as many as a problem may need
 
 
 class Problem(NamedTuple):
@@ -70,7 +67,7 @@ class Problem(NamedTuple):
 
 
 def problem(cfg: ReasoningConfig, index: int, split: str = "train", steps: int | None = None) -> Problem:
-    """The index-th problem of split "train" or "test"; `steps` sets the number of operations, even above max_steps."""
+    """The index-th problem of split "train" or "test"; `steps` sets its operations, even above max_steps."""
     test = {"train": False, "test": True}[split]
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (steps or 0)) << 40 | index)
     while True:
@@ -83,41 +80,37 @@ def problem(cfg: ReasoningConfig, index: int, split: str = "train", steps: int |
 def _draw_graph(r, steps: int, m: int):
     """-> (graph, order): quantities as (op, x, y), and the operations in an order of solution; quantity 0 is asked for.
 
-    Grown backwards from the question. An operation refers only to quantities that are expanded after it or not at all
-    (leaves). So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it.
+    Grown backwards from the question: an operation refers only to quantities that are expanded after it or are leaves.
+    So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it.
     """
-    graph = [None]  # LEAF: x is the number; otherwise x is a quantity and y a quantity or, with _C, a number
+    graph = [None]  # LEAF: x is the number; otherwise x is a quantity, and y a quantity or a number
     frontier, order, shared = [0], [], []
-    for _ in range(steps):
-        r()  # this draw has no use any more, but without it every seed would give other problems
-        node = frontier.pop()
-        op, x = 1 + int(r() * 5), len(graph)
+
+    def new():
         graph.append(None)
+        return len(graph) - 1
+
+    for _ in range(steps):
+        r()  # without this draw every seed would give other problems
+        node, op, x, y = frontier.pop(), 1 + int(r() * 5), new(), None
         if op == MUL_C:
-            y = 2 + int(r() * (m - 2))
-            while math.gcd(y, m) != 1:  # invertible, so products do not pile up on 0
+            while y is None or math.gcd(y, m) != 1:  # invertible, so products do not pile up on 0
                 y = 2 + int(r() * (m - 2))
         elif op < ADD:
             y = 1 + int(r() * (m - 1))
         elif r() < SHARED:
-            y = None
             shared.append((len(order), node))
         else:
-            y = len(graph)
-            graph.append(None)
-            frontier.append(y)
+            frontier.append(y := new())
         frontier.append(x)
         graph[node] = (op, x, y)
         order.append(node)
     for at, node in shared:  # now it is known what is solved before each of these
         op, x, _ = graph[node]
-        others = [q for q in order[at + 1 :] + frontier if q != x]
-        if others:
+        if others := [q for q in order[at + 1 :] + frontier if q != x]:
             y = others[int(r() * len(others))]
         else:
-            y = len(graph)
-            graph.append(None)
-            frontier.append(y)
+            frontier.append(y := new())
         graph[node] = (op, x, y)
     for node in frontier:
         graph[node] = (LEAF, int(r() * m), None)
@@ -126,10 +119,7 @@ def _draw_graph(r, steps: int, m: int):
 
 
 def _template(graph, order) -> int:
-    """Hash of what quantity 0 is made of, unrolled into a tree and without regard to the order of a sum.
-
-    Graphs of the same structure get the same hash, so no structure can be on both sides of the split.
-    """
+    """Hash of what quantity 0 is made of, unrolled into a tree and without regard to the order of a sum."""
     numbers = len(order) == 1
     key = [x if op == LEAF and numbers else 0 for op, x, _ in graph]
     for node in order:
@@ -151,13 +141,13 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
         op, x, y = graph[node]
         verb, preposition = WORDS[op]
         operand, value_y = (f"{name[y]} {value[y]}", value[y]) if op >= ADD else (y, y)
-        value[node] = _apply(value[x], SIGN[verb], value_y, cfg.modulus)
+        value[node] = MEANING[verb](value[x], value_y) % cfg.modulus
         named = "" if x == last else name[x] + " "
         sentences.append(f" {name[node]} {verb} {operand} {preposition} {named}{value[x]} is {value[node]}.")
         last = node
     statements = []
     for n, (op, x, y) in zip(name, graph, strict=True):
-        verb, preposition = WORDS.get(op, ("is", ""))
+        verb, preposition = WORDS[op]
         operand = name[y] if op >= ADD else y
         statements.append(f" {n} is {x}." if op == LEAF else f" {n} {verb} {operand} {preposition} {name[x]}.")
     rng.shuffle(statements)
@@ -166,71 +156,56 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
     return Problem(question, f"{plan}{''.join(sentences)} Answer: {value[0]}.", value[0], len(order), template)
 
 
-def _apply(x: int, sign: str, y: int, modulus: int) -> int:
-    return (x + y if sign == "+" else x - y if sign == "-" else x * y) % modulus
-
-
 _STATEMENT = re.compile(r" (\w+) (is|adds|takes|has) (\w+)(?: (to|from|times) ([a-z]+))?\.")
-_SENTENCE = re.compile(
-    r" (\w+) (is|adds|takes|has) (?:([a-z]+) )?(\d{1,9})(?: (to|from|times) (?:([a-z]+) )?(\d{1,9}) is (\d{1,9}))?\.",
-    re.ASCII,
-)
-_PLAN = re.compile(r" Plan:(?: [a-z]+)+\.")
+_PLAN = re.compile(r"(?: Plan:(?: [a-z]+)+\.)?")
 _ANSWER = re.compile(r" Answer: (\d{1,9})\.\Z", re.ASCII)  # no more digits: int() of thousands raises
 
 
 def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
     """(answer right, whole solution right), judged from the question's text alone.
 
-    A solution is right if every sentence states the definition of a quantity, with operands that are known by then,
-    their values and the correct result, in any valid order, no quantity twice, and if the answer is the value asked
-    for. The plan is not judged.
+    A solution is right if every sentence states the definition of a quantity not stated before, with the values of
+    operands that are known by then and the result, and if it states the quantity asked for. The plan is not judged.
     """
     statements, _, query = question.removesuffix("? Solution:").partition(" What is ")
     defined = {name: (verb, y, preposition, x) for name, verb, y, preposition, x in _STATEMENT.findall(statements)}
 
-    def truth(word: str) -> int:
+    @cache
+    def value(word: str) -> int:
         if word.isdigit():
             return int(word)
         verb, y, _, x = defined[word]
-        return int(y) if verb == "is" else _apply(truth(x), SIGN[verb], truth(y), modulus)
+        return int(y) if verb == "is" else MEANING[verb](value(x), value(y)) % modulus
 
     stated = _ANSWER.search(solution)
-    if stated is None or int(stated[1]) != truth(query):
+    if stated is None or int(stated[1]) != value(query):
         return False, False
-    known = {name: int(y) for name, (verb, y, _, _) in defined.items() if verb == "is"}
-    plan, end, done = _PLAN.match(solution), stated.start(), set()
-    at = plan.end() if plan else 0
-    while at < end:
-        sentence = _SENTENCE.match(solution, at, end)
-        if not sentence:
-            return True, False
-        at = sentence.end()
-        name, verb, y, value_y, preposition, x, value_x, result = sentence.groups()
-        definition = defined.get(name)
+    allowed = {}  # sentence: (its quantity, the quantities that must be known before)
+    for name, (verb, y, preposition, x) in defined.items():
         if verb == "is":
-            if definition != ("is", value_y, "", "") or y or preposition:
-                return True, False
-            continue
-        if name in done or not definition or definition[:3] != (verb, y or value_y, preposition):
+            allowed[f" {name} is {y}"] = name, set()
+        else:
+            operand = y if y.isdigit() else f"{y} {value(y)}"
+            for named in ("", f"{x} "):
+                sentence = f" {name} {verb} {operand} {preposition} {named}{value(x)} is {value(name)}"
+                allowed[sentence] = name, {x, y} & defined.keys()
+    known = {name for name, needs in allowed.values() if not needs}
+    *sentences, rest = solution[_PLAN.match(solution).end() : stated.start()].split(".")
+    for sentence in sentences:
+        name, needs = allowed.get(sentence, ("", {""}))
+        if not needs <= known or (needs and name in known):
             return True, False
-        named_wrongly = x and x != definition[3] or y and known.get(y) != int(value_y)
-        computed = _apply(int(value_x), SIGN[verb], int(value_y), modulus)
-        if named_wrongly or known.get(definition[3]) != int(value_x) or int(result) != computed:
-            return True, False
-        known[name] = int(result)
-        done.add(name)
-    return True, query in known
+        known.add(name)
+    return True, not rest and query in known
 
 
 def mano(cfg: ReasoningConfig, index: int, split: str = "train", length: int | None = None) -> Problem:
-    """Question "Mano: - 3 + 4 5 =", solution " 4.": a prefix expression of `length` operations, without any steps.
+    """Question "Mano: - 3 + 4 5 =", solution " 4.": a prefix expression of `length` operations.
 
-    The expressions of the two splits differ. Those of length 1 are the tables themselves and all for training, so
-    tests have a length of 2 or more.
+    The two splits share none; those of one operation are all for training.
     """
     test = {"train": False, "test": True}[split]
-    require(not test or length is None or length >= 2, "length", length, "test expressions have 2 operations or more")
+    require(not test or length is None or length >= 2, "length", length, "tests have 2 operations or more")
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (length or 0)) << 40 | 1 << 39 | index)
     while True:
         n = length or 1 + test + int(rng.random() * (cfg.mano_length - test))
@@ -248,11 +223,11 @@ def _expression(r, length: int, modulus: int) -> tuple[str, int]:
     sign = "+-*"[int(r() * 3)]
     text_x, x = _expression(r, left, modulus)
     text_y, y = _expression(r, length - 1 - left, modulus)
-    return f" {sign}{text_x}{text_y}", _apply(x, sign, y, modulus)
+    return f" {sign}{text_x}{text_y}", MEANING[sign](x, y) % modulus
 
 
 def vocabulary(cfg: ReasoningConfig) -> list[str]:
-    """Every piece of text that a problem, plan, solution or expression can contain, for a word tokenizer."""
+    """Every piece of text in problems and expressions, for a word tokenizer."""
     digits = [str(d) for d in range(10)]
     words = NOUNS[: cfg.names] + "is adds to takes from has times What Solution Plan Answer + - * =".split() + digits
     return [" " + word for word in words] + digits + ["Given", "Mano", ".", ":", "?"]

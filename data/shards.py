@@ -1,18 +1,18 @@
-"""The data directory: flat token files, a tokenizer and meta.json. A directory with meta.json is complete.
+"""The data directory: flat token files, a tokenizer and meta.json, with which a directory is complete.
 
     DIR/meta.json        version, tokenizer, vocab_size, eos, dtype, splits, notes of the writer, and a checksum
     DIR/tokenizer.json   see data/tokenizer.py
     DIR/train-00000.bin  token ids, little-endian uint16 (uint32 when the vocabulary exceeds 65,536), no header
     DIR/val-00000.bin
 
-Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text, for bits per
-byte.
+Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text.
 """
 
+import dataclasses
 import functools
 import hashlib
 import os
-import shutil
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -27,74 +27,62 @@ VERSION = 1
 
 
 class ShardWriter:
-    """Writes a data directory, which appears under its name when everything has been written.
+    """Writes a data directory.
 
         with ShardWriter("data/books", enc) as writer:
             writer.add("train", ids)          # whole documents, each ended by enc.eot_token
             writer.notes["licence"] = "CC0"   # any JSON; ends up in meta.json
 
-    The files are written to a hidden directory beside it and flushed, which is renamed at the end of the `with` block.
-    An exception removes them; what a killed writer left is removed by the next one. Raises ValueError when the
-    directory exists and is not empty, unless `overwrite`, which replaces it at the end.
+    It appears under its name, from a hidden directory beside it, at the end of the `with` block. An exception removes
+    the files; what a killed writer left is removed by the next one. ValueError when the directory is not empty.
     """
 
-    def __init__(self, directory: str | Path, enc: tiktoken.Encoding | Fast, overwrite=False, shard_tokens=2**26):
-        self.directory, self.overwrite = Path(os.path.abspath(directory)), overwrite
-        refuse_existing(self.directory, overwrite)
+    def __init__(self, directory: str | Path, enc: tiktoken.Encoding | Fast, shard_tokens=2**26):
+        self.directory = Path(os.path.abspath(directory))
+        refuse_existing(self.directory)
         self.enc, self.shard_tokens, self.notes = enc, shard_tokens, {}
         self.dtype = np.dtype("<u2" if enc.n_vocab <= 2**16 else "<u4")
-        self._splits, self._open, self._stack = {}, {}, ExitStack()
+        self.splits, self._stack = {}, ExitStack()
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         self.partial = self._stack.enter_context(files.temporary(self.directory, directory=True))
         tokenizer.save(enc, self.partial)
 
-    @functools.cached_property
-    def _bytes_of(self) -> np.ndarray:
-        return tokenizer.token_bytes(self.enc)
-
     def add(self, split: str, ids, n_bytes: int | None = None) -> None:
-        """Appends documents (list or integer array of token ids, each document ended by eos) to "train", "val", ...
-
-        n_bytes: of their text; None sums those of the tokens, which only an encoding of tiktoken knows.
-        """
+        """Appends documents to "train", "val", ... n_bytes: of their text; None: of what tiktoken decodes."""
         ids, eos, n_vocab = np.asarray(ids, dtype=np.int64), self.enc.eot_token, self.enc.n_vocab
         if not len(ids):
             return
-        if ids[-1] != eos:
-            raise ValueError(f"split {split!r}: the last id is {ids[-1]}; end each document with eos ({eos})")
-        if ids.min() < 0 or ids.max() >= n_vocab:
-            raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, vocabulary of {n_vocab}")
-        totals = self._splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
+        if ids[-1] != eos or ids.min() < 0 or ids.max() >= n_vocab:
+            needs = f"ids must be below {n_vocab} and end with eos={eos}"
+            raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, the last {ids[-1]}; {needs}")
+        if n_bytes is None:
+            n_bytes = len(self.enc.decode_bytes(ids[ids != eos]))
+        totals = self.splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
         totals["tokens"] += len(ids)
-        totals["bytes"] += int(self._bytes_of[ids].sum()) if n_bytes is None else n_bytes
+        totals["bytes"] += n_bytes
         totals["documents"] += int(np.count_nonzero(ids == eos))
-        ids = ids.astype(self.dtype)
+        shards = totals["shards"]
         while len(ids):
-            file, digest, shard = self._open.get(split) or self._start_shard(split)
-            part, ids = np.split(ids, [self.shard_tokens - shard["tokens"]])
-            file.write(part.data)
-            digest.update(part.data)
-            shard["tokens"] += len(part)
-            if shard["tokens"] == self.shard_tokens:
-                self._end_shard(split)
+            if not shards or shards[-1]["tokens"] == self.shard_tokens:
+                shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0, "sha256": None})
+            part, ids = np.split(ids, [self.shard_tokens - shards[-1]["tokens"]])
+            with open(self.partial / shards[-1]["file"], "ab") as file:
+                file.write(part.astype(self.dtype).data)
+            shards[-1]["tokens"] += len(part)
 
-    def _start_shard(self, split):
-        shards = self._splits[split]["shards"]
-        shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0, "sha256": None})
-        file = self._stack.enter_context(open(self.partial / shards[-1]["file"], "wb"))
-        self._open[split] = file, hashlib.sha256(), shards[-1]
-        return self._open[split]
+    def __enter__(self):
+        return self
 
-    def _end_shard(self, split):
-        file, digest, shard = self._open.pop(split)
-        shard["sha256"] = digest.hexdigest()
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+    def __exit__(self, kind, *_):
+        with self._stack:  # removes what has not been published
+            if kind is None:
+                self._publish()
 
-    def _publish(self) -> None:
-        for split in list(self._open):
-            self._end_shard(split)
+    def _publish(self):
+        for shard in [shard for split in self.splits.values() for shard in split["shards"]]:
+            with open(self.partial / shard["file"], "rb") as file:
+                os.fsync(file.fileno())
+                shard["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         meta = {
             "version": VERSION,
             "tokenizer": tokenizer.FILE,
@@ -102,79 +90,62 @@ class ShardWriter:
             "vocab_size": self.enc.n_vocab,
             "eos": self.enc.eot_token,
             "dtype": self.dtype.name,
-            "splits": self._splits,
-        } | self.notes
-        files.write_json(self.partial / META, meta)
-        refuse_existing(self.directory, self.overwrite)
-        old = self.partial.with_suffix(".old")
-        with ExitStack() as stack:
-            if self.directory.exists():
-                stack.enter_context(files.locked(self.directory))
-                os.rename(self.directory, old)
-            os.rename(self.partial, self.directory)
-            files.sync_directory(self.directory.parent)
-            shutil.rmtree(old, ignore_errors=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        with self._stack:  # closes open files and removes what has not been published
-            if kind is None:
-                self._publish()
+            "splits": self.splits,
+        }
+        files.write_json(self.partial / META, meta | self.notes)
+        refuse_existing(self.directory)
+        os.rename(self.partial, self.directory)
+        files.sync_directory(self.directory.parent)
 
 
-def refuse_existing(directory: Path, overwrite: bool) -> None:
-    """Raises ValueError unless `directory` may be written: absent, empty, or a data directory with `overwrite`."""
-    for old in files.remains(directory, "old"):  # an overwrite was killed, perhaps between its two renames
-        shutil.rmtree(old, ignore_errors=True) if directory.exists() else os.rename(old, directory)
-    if directory.is_dir() and any(directory.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{directory} exists and is not empty; choose another name or pass --overwrite")
-        if not (directory / META).exists():
-            raise ValueError(f"{directory} is not a data directory (no {META}); refusing to overwrite it")
-    elif directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} exists and is not a directory; choose another name")
+def write_generated(directory: str | Path, enc, chunks: Iterable[tuple[str, np.ndarray]], name: str, cfg) -> dict:
+    """A data directory of (split, ids), with the dataclass cfg noted under `name`. Returns meta.json's contents."""
+    with ShardWriter(directory, enc) as writer:
+        for split, ids in chunks:
+            writer.add(split, ids)
+        source = f"data/{type(cfg).__module__.rpartition('.')[2]}.py"
+        writer.notes |= {name: dataclasses.asdict(cfg), "source": source, "licence": "generated; CC0"}
+    return read_meta(directory)
 
 
-# ---- reading
+def refuse_existing(directory: Path) -> None:
+    """Raises ValueError unless `directory` is absent or empty."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not empty; remove it, or choose another name")
 
 
 def read_meta(directory: str | Path) -> dict:
-    """The contents of meta.json; ValueError naming the file when it is missing, damaged or of another version."""
+    """The contents of meta.json. ValueError naming the file when it is missing, damaged or of another version."""
     path = Path(directory) / META
     if not path.exists():
-        raise ValueError(f"{path} does not exist: not finished data; make it with `python -m data.prepare`")
+        raise ValueError(f"{path} does not exist: not finished data; make it with data.prepare")
     meta = files.read_json(path, AGAIN)
     try:
         if meta["version"] != VERSION:
-            raise ValueError(f"version {meta['version']}, this code reads {VERSION}")
-        meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"]
+            raise ValueError(f"version {meta['version']} is not {VERSION}")
+        meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"]  # KeyError if missing
         if meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype {meta['dtype']!r}")
         for split in meta["splits"].values():
             if sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
-                raise ValueError("the tokens of the shards do not add up to those of the split")
+                raise ValueError("the tokens of the shards do not add up")
             split["bytes"], split["documents"], [(shard["file"], shard["sha256"]) for shard in split["shards"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used ({error!r}); {AGAIN}") from error
     return meta
 
 
-def read_note(directory: str | Path, name: str, source: str) -> object:
-    """What the writer `source` noted under `name` in meta.json; ValueError for data of another writer."""
+def read_note(directory: str | Path, name: str) -> object:
+    """What a writer noted under `name` in meta.json; ValueError for data of another writer."""
     meta = read_meta(directory)
     if name not in meta:
-        raise ValueError(f"{directory}: not data of {source}; write some with its build function")
+        raise ValueError(f"{directory}: no {name!r} in its {META}: another program made it")
     return meta[name]
 
 
-def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[np.memmap]:
-    """Read-only memory maps of a split's shards, in order.
-
-    The size of every shard is compared with meta.json. Unless verify=False so are its SHA-256 and that of the
-    tokenizer: about 1 GB/s, once a process while the file does not change. ValueError names a missing, truncated or
-    corrupt file.
+def open_shards(directory: str | Path, split: str) -> list[np.memmap]:
+    """Read-only memory maps of a split's shards, in order. ValueError names a missing, truncated or corrupt file:
+    sizes and SHA-256, and that of the tokenizer, are compared with meta.json at about 1 GB/s, once a process.
     """
     directory, meta = Path(directory), read_meta(directory)
     if split not in meta["splits"]:
@@ -182,7 +153,7 @@ def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[
         raise ValueError(f"{directory} has {missing}; it has {', '.join(meta['splits']) or 'nothing'}")
 
     def check(path, sha256):
-        if verify and _sha256(path) != sha256:
+        if _sha256(path) != sha256:
             raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
 
     if (path := directory / meta["tokenizer"]).exists():
@@ -193,8 +164,7 @@ def open_shards(directory: str | Path, split: str, verify: bool = True) -> list[
         if not path.exists():
             raise ValueError(f"{path} is missing ({META} lists it); {AGAIN}")
         if path.stat().st_size != size:
-            found = f"{path.stat().st_size:,} bytes instead of {size:,}"
-            raise ValueError(f"{path} has {found}: truncated or overwritten; {AGAIN}")
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}; {AGAIN}")
         check(path, shard["sha256"])
         maps.append(np.memmap(path, dtype, "r"))
     return maps

@@ -1,7 +1,6 @@
-"""Tokenizers: a byte-level BPE trained on the data, word lists, named tiktoken encodings, and those of other models.
+"""Tokenizers: a byte-level BPE trained on the data, word lists, and those of other models.
 
-The first three are a `tiktoken.Encoding` with the special token "<|endoftext|>", the last a `data.fast.Fast`. All are
-kept beside the data as one JSON file, so that reading a data directory downloads nothing.
+The first two are a `tiktoken.Encoding` with the special token "<|endoftext|>", the last a `data.fast.Fast`.
 
     enc = train_bpe(texts, vocab_size=16384)      # iterable of str
     save(enc, "data/books"); enc = load("data/books")
@@ -10,8 +9,6 @@ kept beside the data as one JSON file, so that reading a data directory download
 
 import base64
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +26,7 @@ AGAIN = "prepare the data again"
 
 # Pieces that BPE never merges across: contractions; words with the one character before them (a space, "(", "_");
 # single digits, so that arithmetic sees place values; punctuation with the line end after it; line ends; indentation,
-# which leaves its last space to the word that follows. White space is bounded because the engine backtracks over it;
-# bounding letters too would halve the speed.
+# without its last space. White space is bounded because the engine backtracks over it.
 PATTERN = (
     r"'(?i:s|t|d|m|ll|ve|re)(?!\p{L})"
     r"|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"
@@ -44,18 +40,15 @@ BYTES = [bytes([b]) for b in range(256)]
 
 
 def encoding(ranks: dict[bytes, int], pattern: str = PATTERN, name: str = "optimoe") -> tiktoken.Encoding:
-    """An encoding of token bytes -> id (ids 0..n-1, lower id = earlier merge); "<|endoftext|>" becomes id n."""
+    """An encoding of n tokens with the ids 0..n-1, lower id = earlier merge; "<|endoftext|>" becomes id n."""
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
-
-
-# ---- making them
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     """Byte-pair encoding trained on `texts`, with `vocab_size` tokens: 256 bytes, the merges and "<|endoftext|>".
 
-    The vocabulary is smaller when the text has too few different pairs. Deterministic, whatever the order of the texts.
-    Raises ValueError when vocab_size is out of range, or without the package `tokenizers`.
+    It has fewer when the text has too few different pairs. The order of the texts does not matter. ValueError when
+    vocab_size is out of range, or without the package `tokenizers`.
     """
     require_size(vocab_size)
     lib = library()
@@ -75,51 +68,29 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
 
 def require_size(vocab_size: int) -> None:
     """ValueError for a size that a trained vocabulary cannot have."""
-    limits = f"must be from 257 (256 bytes and {EOT}) to 2^24"
-    require(257 <= vocab_size <= 2**24, "vocab_size", vocab_size, limits)
+    require(257 <= vocab_size <= 2**24, "vocab_size", vocab_size, f"must be from 257 (256 bytes and {EOT}) to 2^24")
 
 
 def word_tokenizer(words: Iterable[str], pattern: str = PATTERN) -> tiktoken.Encoding:
-    """256 bytes and the given pieces, each encoded as one token; any other text falls back to pieces and bytes.
+    """256 bytes and the given words, each one token with its leading space (" Alice"); other text becomes bytes.
 
-    A piece includes its leading space (" Alice") and must be what `pattern` splits off: otherwise ValueError.
+    ValueError for a word that is not one piece of `pattern`.
     """
-    words = [word for word in dict.fromkeys(words) if word]
+    words = [word for word in words if word]
     tokens = dict.fromkeys(BYTES + [word.encode() for word in words])
     enc = encoding({token: rank for rank, token in enumerate(tokens)}, pattern, "words")
     for word in words:
         if len(ids := enc.encode_ordinary(word)) != 1:
-            pieces = [enc.decode([token]) for token in ids]
-            raise ValueError(f"words: {word!r} is split by the pattern into {pieces}; give one piece a word")
+            raise ValueError(f"words: {word!r} takes {len(ids)} tokens; give what the pattern splits off")
     return enc
 
 
-def named(name: str) -> tiktoken.Encoding:
-    """A tiktoken encoding ("cl100k_base", "o200k_base", "r50k_base", "p50k_base") whose file is on this machine.
-
-    Never downloads: tiktoken's cache is looked at first, ValueError says how to fill it.
-    """
-    known = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
-    require(name in known, "tokenizer", name, f"neither a directory with {FILE} nor one of {', '.join(known)}")
-    named_caches = (os.environ.get(variable) for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"))
-    cache = next(filter(None, named_caches), None) or Path(tempfile.gettempdir()) / "data-gym-cache"
-    url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
-    path = Path(cache) / hashlib.sha1(url.encode()).hexdigest()  # tiktoken's own name for it
-    once = f"TIKTOKEN_CACHE_DIR={cache} python -c \"import tiktoken; tiktoken.get_encoding('{name}')\""
-    require(path.exists(), "tokenizer", name, f"its file {path} is missing. With a network, run once: {once}")
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache))
-    return tiktoken.get_encoding(name)
-
-
-# ---- files
-
-
 def save(enc: tiktoken.Encoding | Fast, directory: str | Path) -> Path:
-    """Write directory/tokenizer.json: everything `load` needs, named encodings too."""
+    """Write directory/tokenizer.json: everything that `load` needs."""
     if isinstance(enc, Fast):
         kept = {"name": enc.name, "begin": enc.begin, "eos": enc.eot_token, "tokenizers": enc.definition}
     else:
-        tokens = [None] * (1 + max(enc._mergeable_ranks.values()))  # None: an id that means nothing
+        tokens = [None] * (1 + max(enc._mergeable_ranks.values()))  # an id that means nothing
         for token, rank in enc._mergeable_ranks.items():
             tokens[rank] = base64.b64encode(token).decode()
         kept = {"name": enc.name, "pattern": enc._pat_str, "special_tokens": enc._special_tokens, "tokens": tokens}
@@ -129,18 +100,13 @@ def save(enc: tiktoken.Encoding | Fast, directory: str | Path) -> Path:
 
 
 def load(directory: str | Path) -> tiktoken.Encoding | Fast:
-    """The tokenizer of a data directory, compared with its checksums there and in meta.json; or of a Hugging Face one.
-
-    Raises ValueError naming the file when it is missing, damaged or of other data.
-    """
+    """The tokenizer of a data directory or a Hugging Face folder. ValueError naming a missing or damaged file."""
     path = Path(directory) / FILE
     if not path.exists():
-        raise ValueError(f"{path} does not exist; name a data directory, or a Hugging Face folder")
+        raise ValueError(f"{path} does not exist; name a data directory or a Hugging Face folder")
     content, meta = path.read_bytes(), path.with_name(META)
-    if meta.exists():
-        expected = files.read_json(meta, AGAIN).get("tokenizer_sha256")
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
+    if meta.exists() and files.read_json(meta, AGAIN).get("tokenizer_sha256") != hashlib.sha256(content).hexdigest():
+        raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
     kept = files.check(files.parse(content, str(path), AGAIN), str(path), AGAIN)
     if "model" in kept and "tokens" not in kept:
         return from_folder(directory)
@@ -156,8 +122,8 @@ def _encoding_of(kept: dict) -> tiktoken.Encoding:
     tokens = [token if token is None else base64.b64decode(token, validate=True) for token in kept["tokens"]]
     ranks = {token: rank for rank, token in enumerate(tokens) if token is not None}
     special = kept["special_tokens"]
-    ids = [*ranks.values(), *special.values()]
-    if len(ranks) + tokens.count(None) != len(tokens) or len(set(ids)) != len(ids):
+    ids = {*ranks.values(), *special.values()}
+    if len(ranks) + tokens.count(None) != len(tokens) or len(ids) != len(ranks) + len(special):
         raise ValueError("repeated tokens")
     if EOT not in special or not ranks.keys() >= set(BYTES):
         raise ValueError(f"without {EOT}, or without a token for each byte")
@@ -165,19 +131,11 @@ def _encoding_of(kept: dict) -> tiktoken.Encoding:
 
 
 def documents(enc, texts: list[str]) -> list[np.ndarray]:
-    """The token ids of each text, with the end of the document. "<|endoftext|>" inside a text is just text."""
+    """The token ids of each text, with the end of the document. An "<|endoftext|>" inside is just text."""
     if isinstance(enc, Fast):
         return [np.array([*enc.begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
     end = np.array([enc.eot_token], np.uint32)
     return [np.concatenate([enc.encode_to_numpy(text, disallowed_special=()), end]) for text in texts]
-
-
-def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
-    """(n_vocab,) int64: UTF-8 bytes of each token, 0 for special ones."""
-    sizes = np.zeros(enc.n_vocab, np.int64)
-    for token, rank in enc._mergeable_ranks.items():
-        sizes[rank] = len(token)
-    return sizes
 
 
 class Tokens(NamedTuple):
@@ -187,16 +145,16 @@ class Tokens(NamedTuple):
     decode: Callable[[list[int]], str]  # of what follows other tokens: leading spaces stay
     bos: list[int]  # starts every prompt
     eos: list[int]  # any of these ends a generation
-    n_vocab: int  # ids from here on are padding rows of the model's head
+    n_vocab: int  # ids from here on are padding of the model's head
 
 
 def tiktoken_tokens(enc) -> Tokens:
-    """Of a data directory. Documents follow an end-of-text token there, so prompts do too; other models have theirs."""
+    """Of a data directory. Documents follow an end-of-text token in training, and so do prompts."""
     if isinstance(enc, Fast):
         return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token], enc.n_vocab)
     known = {*enc._mergeable_ranks.values(), *enc._special_tokens.values()}
 
-    def decode(ids):  # an untrained model may write an id that means nothing (cl100k_base has 16 of them)
+    def decode(ids):  # an untrained model may write an id that means nothing (cl100k_base has 16)
         return enc.decode([token for token in ids if token in known])
 
     return Tokens(enc.encode_ordinary, decode, [enc.eot_token], [enc.eot_token], enc.n_vocab)

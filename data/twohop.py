@@ -4,12 +4,12 @@
     build("data/hops", HopConfig(entities=200, relations=10, names=32, composed=8_000))
 
 An entity is two words. With relations = 0 a key has one random value: "key value". Otherwise each relation leads from
-an entity to another, "head relation tail", and a two-hop question is "head relation relation tail". A trained fact is
-memory; a question that was never trained is reasoning, because both of its facts were. How many questions are trained
-for each fact decides whether models learn to join them (arXiv 2405.15071).
+an entity to another, "head relation tail", and a two-hop question is "head relation relation tail". A question that was
+never trained is reasoning, because both of its facts were. How many questions are trained for each fact decides whether
+models learn to join them (arXiv 2405.15071).
 """
 
-import dataclasses
+import itertools
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from data import tokenizer
 from data.facts import require_ranges
 from data.procedural import PIECES
-from data.shards import ShardWriter, read_meta, read_note
+from data.shards import read_note, write_generated
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -64,8 +64,9 @@ def encoder(cfg: HopConfig):
 
 
 def world(cfg: HopConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(names_N2: the two words of each entity, target_NR: the entity that each relation leads to, or, with
-    relations = 0, the number of a value, whose words are its two digits in base `names`)."""
+    """(names_N2: the two words of each entity, target_NR: the entity that each relation leads to). With relations = 0,
+    the target is the number of a value, whose words are its two digits in base `names`.
+    """
     rng = np.random.default_rng([cfg.seed, 1])
     chosen = rng.permutation(cfg.names**2)[: cfg.entities]
     most = cfg.entities if cfg.relations else cfg.names**2
@@ -105,41 +106,35 @@ def texts(cfg: HopConfig, kind: str, numbers: np.ndarray) -> list[tuple[str, str
 def build(out_dir: str | Path, cfg: HopConfig) -> dict:
     """Write the data directory. Returns meta.json's contents."""
     cfg.validate()
-    enc, rng = encoder(cfg), np.random.default_rng([cfg.seed, 3])
-    first = enc.encode_ordinary(words(cfg)[0])[0]  # the words have the ids that follow
-    n_facts, order = cfg.entities * max(1, cfg.relations), asked(cfg)
-    kinds = {"fact": np.arange(n_facts), "composed": order[: cfg.composed]}
-    parts = [_documents(rows(cfg, kind, numbers), first, enc.eot_token, cfg) for kind, numbers in kinds.items()]
-    trained, per_window = np.concatenate(parts), (cfg.window - 1) // cfg.length
-    passes = -(-cfg.tokens // (-(-len(trained) // per_window) * cfg.window))
-    with ShardWriter(out_dir, enc) as writer:
-        for _ in range(passes):
-            writer.add("train", _packed(rng.permutation(trained), enc.eot_token, cfg))
-        unseen = _documents(rows(cfg, "composed", order[cfg.composed :][:2000]), first, enc.eot_token, cfg)
-        writer.add("val", _packed(np.concatenate([parts[0][:2000], unseen]), enc.eot_token, cfg))
-        writer.notes |= {"hops": dataclasses.asdict(cfg), "source": "data/twohop.py", "licence": "generated; CC0"}
-    return read_meta(out_dir)
+    enc, rng, order = encoder(cfg), np.random.default_rng([cfg.seed, 3]), asked(cfg)
+    facts = _documents(cfg, enc, "fact", np.arange(cfg.entities * max(1, cfg.relations)))
+    trained = np.concatenate([facts, _documents(cfg, enc, "composed", order[: cfg.composed])])
+    unseen = _documents(cfg, enc, "composed", order[cfg.composed :][:2000])
+    passes = -(-cfg.tokens // len(_packed(trained, enc.eot_token, cfg)))
+    chunks = itertools.chain(
+        (("train", rng.permutation(trained)) for _ in range(passes)),
+        [("val", np.concatenate([facts[:2000], unseen]))],
+    )
+    packed = ((split, _packed(documents, enc.eot_token, cfg)) for split, documents in chunks)
+    return write_generated(out_dir, enc, packed, "hops", cfg)
 
 
 def read_config(data_dir: str | Path) -> HopConfig:
     """The HopConfig of a directory that `build` wrote; ValueError for any other."""
-    return HopConfig(**read_note(data_dir, "hops", "data/twohop.py"))
+    return HopConfig(**read_note(data_dir, "hops"))
 
 
-def _documents(pairs, first: int, eos: int, cfg: HopConfig) -> np.ndarray:
+def _documents(cfg: HopConfig, enc, kind: str, numbers: np.ndarray) -> np.ndarray:
     """(n, length) ids: question, answer, eos to the end."""
-    if not len(pairs[0]):
-        return np.zeros((0, cfg.length), np.int64)
-    ids = np.column_stack(pairs) + first
-    return np.pad(ids, ((0, 0), (0, cfg.length - ids.shape[1])), constant_values=eos)
+    first = enc.encode_ordinary(words(cfg)[0])[0]  # the words have the ids that follow
+    ids = np.column_stack(rows(cfg, kind, numbers)) + first
+    return np.pad(ids, ((0, 0), (0, cfg.length - ids.shape[1])), constant_values=enc.eot_token)
 
 
 def _packed(documents: np.ndarray, eos: int, cfg: HopConfig) -> np.ndarray:
     """Ids in windows that each begin and end with eos; the last is filled up with eos."""
     per_window = (cfg.window - 1) // cfg.length
-    n = -(-len(documents) // per_window)
-    filled = np.full((n * per_window, cfg.length), eos, np.int64)
-    filled[: len(documents)] = documents
-    blocks = filled.reshape(n, per_window * cfg.length)
-    left = cfg.window - 1 - blocks.shape[1]
-    return np.pad(blocks, ((0, 0), (1, left)), constant_values=eos).reshape(-1)
+    n, used = -(-len(documents) // per_window), per_window * cfg.length
+    filled = np.full(n * used, eos, np.int64)
+    filled[: documents.size] = documents.reshape(-1)
+    return np.pad(filled.reshape(n, used), ((0, 0), (1, cfg.window - 1 - used)), constant_values=eos).reshape(-1)

@@ -3,9 +3,8 @@
     python -m eval --run=runs/NAME --tasks=hellaswag,gsm8k --limit=200
     python -m eval --run=runs/NAME --tasks=humaneval --samples=20 --temperature=0.8 --top-p=0.95    # pass@1 and pass@10
 
-Prints a table and writes, to RUN/eval-STEP, results.json and for each task TASK.jsonl with one record per item. An
-interrupted evaluation goes on where it was when the same command is given again; so does a finished one with a larger
---limit.
+Prints a table and writes, to RUN/eval-STEP, results.json and TASK.jsonl with one record per item. The same command goes
+on where it was interrupted, or adds the items of a larger --limit.
 """
 
 import collections
@@ -62,9 +61,7 @@ def metrics_of(job, cfg) -> dict[str, set[str]]:
 
 
 def evaluate(loaded, job, chunk, room, cfg):
-    """Records of a chunk of (index, item): {"id", "group", "metrics": {name: number}} and what they were computed from.
-
-    room: tokens to generate."""
+    """Records of a chunk of (index, item), with what their metrics were computed from. room: tokens to generate."""
     wanted = [(item.loss_prompt or item.prompt, item.answer) for _, item in chunk if cfg.loss]
     wanted += [pair for _, item in chunk if cfg.accuracy for pair in item.compared()]
     # The right choice and the answer are often the same pair: it is computed once.
@@ -81,10 +78,9 @@ def evaluate(loaded, job, chunk, room, cfg):
             record |= {"nats": nats[pair], "tokens": len(answer), "bytes": size, "merged": merged, "cut": cut}
             record["metrics"] |= {"bits/token": bits(nats[pair], len(answer)), "bits/byte": bits(nats[pair], size)}
         if cfg.accuracy and item.choices:
-            costs = [nats[pair] for pair in item.compared()]
-            per_character = [nats[prompt, choice] / len(choice.removeprefix(" ")) for prompt, choice in item.compared()]
-            record["choices"] = costs
-            for name, values in (("acc", costs), ("acc_norm", per_character)):
+            record["choices"] = costs = [nats[pair] for pair in item.compared()]
+            by_length = [nats[pair] / len(pair[1].removeprefix(" ")) for pair in item.compared()]
+            for name, values in (("acc", costs), ("acc_norm", by_length)):
                 record["metrics"][name] = float(values.index(min(values)) == item.gold)
         records.append(record)
     if job.generates:
@@ -119,16 +115,12 @@ def means(records):
 
 
 def summarise(records):
-    """{"items", "metrics": {name: mean, stderr, n}, "groups": {group: the same}, numbers of merged and cut items}."""
-    groups = collections.defaultdict(list)
-    for record in records:
-        groups[record["group"]].append(record)
+    groups = sorted({record["group"] for record in records} - {""})
     return {
         "items": len(records),
         "metrics": means(records),
-        "groups": {group: means(members) for group, members in sorted(groups.items()) if group},
-        "merged": sum(record.get("merged", False) for record in records),
-        "cut": sum(record.get("cut", False) for record in records),
+        "groups": {group: means(record for record in records if record["group"] == group) for group in groups},
+        **{name: sum(record.get(name, False) for record in records) for name in ("merged", "cut")},
     }
 
 
@@ -143,14 +135,8 @@ def table(results):
         if result["cut"]:
             lines.append(f"  {result['cut']:,} items {harness.CUT.format(result['seq_len'])}")
         if result["merged"]:
-            why = "merge with their prompts when encoded together; they were encoded apart (eval/taskloss.py)"
-            lines.append(f"  {result['merged']:,} answers {why}")
+            lines.append(f"  {result['merged']:,} answers merge with their prompts and were encoded apart")
     return "\n".join(lines)
-
-
-def open_records(job, loaded, out, cfg):
-    settings = harness.settings(loaded, job.items, job.shots, cfg, ("loss", "accuracy"))
-    return harness.Records(out / f"{job.task.name}.jsonl", settings, metrics_of(job, cfg), FIELDS, cfg.overwrite)
 
 
 def work(loaded, job, stored, cfg):
@@ -162,7 +148,7 @@ def work(loaded, job, stored, cfg):
 
 
 def earlier_results(path: Path, file: str) -> dict:
-    """What results.json says about other tasks of the same weights; {} where it is of other weights, or not there."""
+    """results.json, with other tasks, of the same weights; {} where it is of other weights, or not there."""
     remedy = "remove it: the records of every task are kept, and the same commands write it again"
     old = files.read_json(path, remedy) if path.exists() else {}
     known = {"checkpoint", "sources", "tasks", "sandbox"}
@@ -178,18 +164,20 @@ def main(argv=None):
     for name in cfg.tasks:  # all data is found before the first item is computed
         task = tasks.load(name)
         shots = task.shots if cfg.shots is None else cfg.shots
-        items = harness.read_items(task, source, shots)
-        jobs[task.name] = Job(task, shots, items, cfg.accuracy and task.generated())
+        jobs[task.name] = Job(task, shots, harness.read_items(task, source, shots), cfg.accuracy and task.generated())
     programs = any(job.generates and job.task.program for job in jobs.values())
-    confinement = {"sandbox": sandbox.confinement()} if programs else {}
+    results = {"sandbox": sandbox.confinement()} if programs else {}
     loaded, out = harness.open_model(cfg)
-    old = earlier_results(out / "results.json", loaded.name)
-    stores = {name: open_records(job, loaded, out, cfg) for name, job in jobs.items()}
+    path, stores = out / "results.json", {}
+    old = earlier_results(path, loaded.name)
+    for name, job in jobs.items():
+        settings = harness.settings(loaded, job.items, job.shots, cfg, ("loss", "accuracy"))
+        stores[name] = harness.Records(out / f"{name}.jsonl", settings, metrics_of(job, cfg), FIELDS, cfg.overwrite)
     done = {name: work(loaded, job, stores[name], cfg) for name, job in jobs.items()}
-    sources, done_before = old.get("sources", {}), old.get("tasks", {})
-    results = confinement | {"checkpoint": loaded.name, "sources": sources | source.used, "tasks": done_before | done}
-    files.write_json(out / "results.json", results)
-    print(f"{table(done)}\n{out}/results.json", flush=True)
+    results |= {"checkpoint": loaded.name, "sources": old.get("sources", {}) | source.used}
+    results |= {"tasks": old.get("tasks", {}) | done}
+    files.write_json(path, results)
+    print(f"{table(done)}\n{path}", flush=True)
     return results
 
 

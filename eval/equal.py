@@ -4,15 +4,13 @@ r"""Are two mathematical answers equal, and does an answer have the form that wa
     right("Expand $x(x+1)$.", "x^2+x", "x(x+1)")               # False: equal in value, but not what was asked for
     number(r"\$1{,}250.50").value                              # Fraction(2501, 2)
 
-Plain numbers are compared here, exactly. Everything else goes to math-verify in a process of its own (`serve`), which
-is killed after some seconds: a short answer such as 9^9^9^9 keeps computer algebra busy forever. The library reads
-"5 million" and "5 or 7" as 5, ignores the bases of numbers and the case of letters, and rounds decimals; `clean` and
-`equal` say these things in a way that it understands, or refuse.
+Plain numbers are compared here, exactly; all else by math-verify, in a process that is killed after some seconds (it
+computes 9^9^9^9 forever). The library reads "5 million" and "5 or 7" as 5, ignores bases and the case of letters, and
+rounds decimals; `clean` and `equal` put these into words that it understands, or refuse.
 
-For rewards equality is not enough: the question itself, with "+0" behind it, equals the answer of every "expand",
-"simplify" and "factor". So a number must be written as a number, in lowest terms, and any other answer must consist of
-the same symbols as the gold answer, each as often (`symbols`). Their order is free, and so are signs of multiplication
-and ways to write a fraction, as long as the value is right.
+A reward needs more: the question, with "+0" behind it, equals the answer of every "expand" and "factor". So a number
+must be a number in lowest terms, and any other answer must have the symbols of the gold one, each as often, in any
+order (`symbols`).
 """
 
 import importlib.util
@@ -63,7 +61,7 @@ Number = namedtuple("Number", "value kind")  # a Fraction, and how it is written
 
 
 def clean(text: str) -> str:
-    """LaTeX in one notation. Scale words become factors, "or" and "and" commas; a unit at the end is dropped."""
+    """LaTeX in one notation: scale words as factors, "or" and "and" as commas, no unit at the end."""
     text = text.strip().rstrip(". ").translate(UNICODE)
     for pattern, new in CLEAN:
         text = pattern.sub(new, text)
@@ -80,7 +78,7 @@ def _fractions(text):
 
 
 def number(text: str) -> Number | None:
-    """What a text that is nothing but one number, perhaps with a unit, means; None for anything else."""
+    """The value of a text that is one number, perhaps with a unit; None for anything else."""
     found = len(text) <= LONGEST and re.fullmatch(NUMBER, _fractions(ASSIGNED.sub("", clean(text))).strip(), re.ASCII)
     return _number(found) if found else None
 
@@ -97,7 +95,7 @@ def _number(found) -> Number | None:
 
 
 def find_number(text: str, marker: str) -> Fraction | None:
-    """The first number behind the marker, a regular expression; None without one, or where it goes on (3^2, 1/x)."""
+    """The first number behind the marker, a pattern; None without one, or where it goes on (3^2, 1/x)."""
     goes_on = r"[\d^(]|[.,]\d|/(?!\s?[a-z]{2})|\\frac|e[-+]?\d|\s?[*/^]\s?\d"
     for marked in re.finditer(rf"(?:{marker})[\s:$*=]{{0,20}}", text):
         behind = _fractions(clean(text[marked.end() : marked.end() + LONGEST + 1].partition("\n")[0])).strip()
@@ -108,7 +106,7 @@ def find_number(text: str, marker: str) -> Fraction | None:
 
 
 def plain(value: Fraction) -> str:
-    """A number in its one canonical form: an integer, a decimal that ends, or a fraction."""
+    """An integer, a decimal that ends, or else a fraction."""
     exactly = Context(prec=2 * LONGEST, traps=[Inexact])
     try:
         return format(exactly.normalize(exactly.divide(value.numerator, value.denominator)), "f")
@@ -117,7 +115,7 @@ def plain(value: Fraction) -> str:
 
 
 def canonical(text: str) -> str:
-    """For votes: numbers by value, everything else by its cleaned text without spaces."""
+    """For votes: a number by value, all else by its cleaned text."""
     found = number(text)
     return plain(found.value) if found else re.sub(r"\s", "", ASSIGNED.sub("", clean(text)))
 
@@ -139,14 +137,14 @@ def exact(text: str) -> str:
 
 
 def symbols(text: str) -> list[str]:
-    """What a cleaned expression is made of, in order: numbers, letters, commands; without what is free."""
+    """Numbers, letters and commands of a cleaned expression, in order; without what is free."""
     text = re.sub(r"\\frac\{(-?)1\}|(?<![\d}.])1\s?/", r"\1/", exact(text)).replace(r"\frac", "/")  # 1/2 x is x/2
     found = (match[2] or match[1].lower() for match in TOKEN.finditer(text))
     return [token for token in found if token not in FREE]
 
 
 def equal(gold: str, answer: str, seconds: float = 5) -> bool:
-    """Whether two answers are equal, whatever they say. ValueError where math-verify is needed and missing."""
+    """Whether two answers are equal. ValueError where math-verify is needed and missing."""
     if len(answer) > 2 * len(gold) + LONGEST:
         return False
     gold, answer = clean(gold), clean(answer)
@@ -166,14 +164,13 @@ def equal(gold: str, answer: str, seconds: float = 5) -> bool:
 
 
 def right(question: str, gold: str, answer: str) -> bool:
-    """Whether an answer earns a reward: equal to the gold one and in its form, whatever it says."""
+    """Whether an answer earns a reward: equal to the gold one and in its form."""
     if len(answer) > LONGEST or "$" in clean(answer).lstrip("-$"):
         return False
     wanted, said, copied = number(gold), number(answer), _bare(answer) in _bare(question)
     if wanted:
-        return (
-            bool(said) and said.kind != UNREDUCED and not (copied and said.kind != wanted.kind) and equal(gold, answer)
-        )
+        form = said and said.kind != UNREDUCED and not (copied and said.kind != wanted.kind)
+        return bool(form) and equal(gold, answer)
     gold, answer = clean(gold), clean(answer)
     if bool(ASSIGNED.match(gold)) != bool(ASSIGNED.match(answer)):  # "x = 5" and "5"
         gold, answer = ASSIGNED.sub("", gold), ASSIGNED.sub("", answer)
@@ -199,7 +196,7 @@ _child, _lock = None, threading.Lock()
 
 
 def _ask(gold, answer, seconds):
-    """Ask the process that serves; it is started at the first question and after every one that took too long."""
+    """Ask the child, which is started at the first question and after every one that took too long."""
     global _child
     if _child is None or _child.poll() is not None:
         need_library()
@@ -222,14 +219,14 @@ def serve():
     from math_verify import LatexExtractionConfig, parse, verify
 
     resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
-    for name in (signal.SIGINT, signal.SIGTERM):  # these are for the parent: grpo.py finishes its step
+    for name in (signal.SIGINT, signal.SIGTERM):  # grpo.py finishes its step
         signal.signal(name, signal.SIG_IGN)
     for line in sys.stdin:
-        signal.alarm(60)  # ends this process where the parent, which waits for less, is gone
+        signal.alarm(60)  # the parent waits for less, unless it is gone
         try:
             read = [parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None) for text in json.loads(line)]
             same = all(read) and verify(*read, timeout_seconds=None)
-        except Exception:  # a parser meets anything here; the answer is then not the gold one
+        except Exception:  # a parser meets anything here
             same = False
         print(bool(same), flush=True)
         signal.alarm(0)

@@ -5,9 +5,9 @@
 Every prompt gets what it would get alone: rows keep their own positions (KVCache), and each prompt draws from a random
 stream of its own, so neither the batch size nor the other prompts change a result.
 
-On a GPU, launching the kernels of one token of a small model takes longer than running them. So there are few shapes,
-a shape that comes again is captured in a CUDA graph that also picks the token, and the host looks at the tokens every
-eight steps. What a row wrote after its end is dropped, and finished rows leave when most of the batch has finished.
+On a GPU, launching a token's kernels takes longer than running them in a small model. So there are few shapes, a shape
+that comes again is captured in a CUDA graph that also picks the token, and the host looks every eight steps. What a
+row wrote after its end is dropped, and finished rows leave when most of the batch has finished.
 
 Shapes: B rows of the batch, L longest prompt of the batch, V vocabulary.
 """
@@ -44,20 +44,18 @@ def generate(
     top_k=0,
     watch=None,
 ):
-    """Continue each prompt; return the new token ids, one list per prompt.
+    """Continue each prompt, a list of token ids, not empty; return the new token ids, one list per prompt.
 
-    prompts: lists of token ids, none empty.
-    stop_ids, stop_strings: a row ends before one of these ids, with the token that completes one of these strings
-    (which is returned; needs decode: ids -> str), or after max_new_tokens.
-    temperature: 0 is greedy, and top_k, top_p and seed have no effect. Otherwise a token is drawn from the top_k most
-    likely ones (0: all), and of those from the smallest set with probability >= top_p.
-    seed: prompt i draws from a stream seeded with (seed, streams[i]), by default (seed, i).
+    stop_ids, stop_strings: a row ends before one of these ids, or with the token that completes one of these strings
+    (needs decode: ids -> str), or after max_new_tokens.
+    temperature: 0 is greedy; else a token is drawn from the top_k most likely ones (0: all), and of those from the
+    smallest set with probability >= top_p, by a stream seeded with (seed, streams[i]), by default (seed, i).
     n_vocab: ids from here on are padding rows of the head, never produced.
-    experts: a list to be filled with what the routers chose for each prompt: int16 (N, tokens, K), for the tokens of
-    the prompt and the new ones except the last, which the model has not read (unless a stop id followed it).
+    experts: a list to be filled with what the routers chose for each prompt: int16 (N, tokens, K), without that of the
+    last new token, which the model has not read (unless a stop id followed it).
     watch: called as watch(i, new ids of prompt i so far) whenever they have grown.
 
-    Takes memory for the cache of batch_size rows, and for a copy of weights that are not in the compute dtype. Raises
+    Takes memory for the cache of batch_size rows, and for a copy of weights that are not in the compute dtype.
     ValueError for an empty prompt, bad sampling parameters, or prompt + max_new_tokens beyond the model's seq_len.
     """
     longest = max(map(len, prompts), default=0)
@@ -164,7 +162,7 @@ class Decoder:
             self.select(list(range(n)))
 
     def read(self):
-        """The next tokens of each row, a list of lists: eight on a GPU, where reading waits for it, else one."""
+        """The next tokens of each row: eight on a GPU, where reading waits for it, else one."""
         end = min(self.n_read + (8 if self.coarse else 1), self.max_new_tokens)
         while self.n_written < end:
             coarse = min(max(128, 1 << self.filled.bit_length()), self.cache.k.shape[2])
@@ -217,7 +215,7 @@ class Decoder:
 
 
 def sample(logits_BV, top_p, uniform_B, top_k=0):
-    """One token of each row from the nucleus top_p of the top_k most likely tokens (0: of all): the inverse of the
+    """One token of each row, from the nucleus top_p of the top_k most likely ones (0: all): the inverse of the
     cumulative distribution at uniform_B in [0, 1)."""
     probs, ids = logits_BV.softmax(1), None
     if top_p < 1 or 0 < top_k < probs.shape[1]:

@@ -52,7 +52,7 @@ def open_source(cfg: EvalChoice) -> Source:
 
 
 def open_model(cfg: EvalChoice) -> tuple[Loaded, Path]:
-    """(the chosen model, the directory of its results, which is made)."""
+    """(the chosen model, the directory of its results)."""
     loaded = load(cfg)
     return loaded, make_directory(cfg.out or loaded.results, "out", cfg.out)
 
@@ -62,20 +62,20 @@ def read_items(task, source: Source, shots: int) -> list:
     try:
         items = task.items(source, shots)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        where = ", ".join(source.used.values())
-        raise ValueError(f"{task.name}: {where} has rows of another form ({error!r}); get the file again") from error
+        what = f"rows of another form ({error!r})"
+        raise ValueError(f"{task.name}: {', '.join(source.used.values())} has {what}; get the file again") from error
     for item in items:
         if not isinstance(item.prompt, str) or not isinstance(item.answer, str):
             raise ValueError(f"{task.name}: item {item.id} has {item.answer!r} as its answer; get its file again")
     (common, n), *_ = collections.Counter(item.id for item in items).most_common(1) or [("", 0)]
     if n > 1:  # they would share one record
-        where = ", ".join(source.used.values())
-        raise ValueError(f"{task.name}: {n} items of {where} have the id {common!r}; remove or rename all but one")
+        where = f"{n} items of {', '.join(source.used.values())}"
+        raise ValueError(f"{task.name}: {where} have the id {common!r}; remove or rename all but one")
     return items
 
 
 def settings(loaded: Loaded, items, shots: int, cfg, names=()) -> dict:
-    """What the records of an evaluation depend on: others are not continued. names: of further fields of cfg."""
+    """What records depend on; those of others are not continued. names: further fields of cfg."""
     content = json.dumps([(item.prompt, item.answer, item.choices) for item in items])
     found = {"checkpoint": loaded.name, "shots": shots, "items": hashlib.sha256(content.encode()).hexdigest()[:16]}
     found |= {name: getattr(cfg, name) for name in (*names, "samples", "temperature", "top_p", "seed")}
@@ -83,8 +83,7 @@ def settings(loaded: Loaded, items, shots: int, cfg, names=()) -> dict:
 
 
 def answer_length(loaded: Loaded, task, items) -> int:
-    """Tokens to generate: the task's max_new_tokens, or less where the model's seq_len is short. Then it is what the
-    longest prompt leaves, at least half."""
+    """Tokens to generate: max_new_tokens, or in a short seq_len what the longest prompt leaves, at least half."""
     longest, seq_len = max(len(context_ids(loaded.tokens, item.prompt)) for item in items), loaded.model.cfg.seq_len
     return min(task.max_new_tokens, max(seq_len // 2, seq_len - longest))
 
@@ -102,12 +101,10 @@ def answers(loaded: Loaded, task, chunk: list, max_new_tokens: int, cfg):
 
     A text depends on cfg.seed, the index of its item and its number alone, so it is the same in any batch."""
     pairs = [(item.prompt, SAMPLES * index + i) for index, item in chunk for i in range(cfg.samples)]
-    prompts, streams = zip(*pairs, strict=True)
-    return texts(loaded, task, prompts, streams, max_new_tokens, cfg)
+    return texts(loaded, task, *zip(*pairs, strict=True), max_new_tokens, cfg)
 
 
 def texts(loaded: Loaded, task, prompts: list[str], streams: list[int], max_new_tokens: int, cfg):
-    """(continuations of the prompts up to the task's stop strings, which prompts were cut)."""
     model, tokens = loaded.model, loaded.tokens
     ids, cut = zip(*(prompt_ids(model, tokens, prompt, max_new_tokens) for prompt in prompts), strict=True)
     options = {name: getattr(cfg, name) for name in ("temperature", "top_p", "seed", "batch_size")}
@@ -122,10 +119,10 @@ def cut_at(text: str, stops) -> str:
 
 
 class Records:
-    """Signed JSON lines, one per finished item; the first line holds the settings they were made with.
+    """Signed JSON lines, one per finished item, behind a line with the settings they were made with.
 
-    Opening a file of the same settings continues it: a line torn by a kill is dropped. Other settings raise ValueError,
-    or with overwrite start anew. Files from before lines were signed are continued too.
+    A file of the same settings is continued (a line torn by a kill is dropped); others raise ValueError, or with
+    overwrite start anew. Lines from before there were signatures are accepted.
     """
 
     def __init__(self, path: Path, settings: dict, metrics: dict[str, set], fields: Iterable[str], overwrite=False):
@@ -160,9 +157,7 @@ class Records:
 
 def complete(stored: Records, items: list, compute: Callable, size: int, limit: int) -> list[dict]:
     """The records of the first `limit` items (0: all). compute(list of (index, item)) makes those that are missing, for
-    `size` items at a time.
-
-    Progress is a line on stderr: rewritten in place on a terminal, else written every 10 seconds."""
+    `size` items at a time. Progress is a line on stderr, on a terminal rewritten in place."""
     wanted = list(enumerate(items))[: limit or None]
     pending = [(i, item) for i, item in wanted if item.id not in stored.items]
     pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch

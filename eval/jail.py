@@ -1,5 +1,5 @@
-"""The child process of eval/sandbox.py: confines itself, then runs a program and its tests. It starts for every item,
-so it imports little."""
+"""The child process of eval/sandbox.py: confines itself, then runs a program and its tests. It imports little, as it
+starts for every item."""
 
 import ctypes
 import errno
@@ -18,13 +18,12 @@ CONFINED, READY, UNCONFINED = b"confined", b"ready", b"unconfined: "
 
 
 def main(channel, parent):
-    """Talk over the descriptor `channel` in messages with a 4-byte length: receive the job, send CONFINED, run the
-    program, send READY, receive token + tests, run them, and send the token back. What goes wrong in the program or its
-    tests is sent instead. A job that wants values gets a list of expressions for tests; their reprs follow the token.
+    """Talk over the descriptor `channel`, with a 4-byte length before each message: receive the job, send CONFINED, run
+    the program, send READY, receive token + tests, run them, send the token, or what went wrong. Where values are
+    wanted the tests are a list of expressions, and their reprs follow the token.
 
-    What goes wrong before CONFINED is a fault of this machine. It is sent behind UNCONFINED, or ends in a traceback.
-    """
-    # The program may replace builtins and functions of modules, so all that is needed later gets a local name before.
+    What goes wrong before CONFINED is this machine's fault: it follows UNCONFINED, or is a traceback."""
+    # The program may replace builtins and functions of modules: what is needed later is local.
     read, write, pack, unpack, execute, make_code = os.read, os.write, struct.pack, struct.unpack, exec, compile
     error, text, kind, evaluate, represent, load, dump = BaseException, str, type, eval, repr, json.loads, json.dumps
 
@@ -59,7 +58,7 @@ def main(channel, parent):
 
 
 def end_with(parent):
-    """Have the kernel kill this process when the thread that started it ends, for example by kill -9."""
+    """Have the kernel kill this process when the thread that started it ends."""
     _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it may have ended before the kernel was asked
         sys.exit("it was not started by the evaluator itself, or that has ended")
@@ -149,10 +148,7 @@ FUTEXES = tuple(128 | command for command in (0, 1, 3, 4, 5, 9, 10, 9 | 256))  #
 CLOCKS = 0, tuple(range(12))  # no clocks of other processes
 # Calls that reach out of the process with some arguments: which argument must be one of these numbers ...
 ONE_OF = dict(
-    fcntl=(
-        1,
-        (0, 1, 2, 3, 1030),
-    ),  # copy a descriptor, close-on-exec, read the flags: no owners, signals, leases, locks
+    fcntl=(1, (0, 1, 2, 3, 1030)),  # copies, close-on-exec, reading flags: no owners, signals, leases, locks
     madvise=(2, (0, 1, 2, 3, 4, 8, 14, 15)),  # not HWPOISON, SOFT_OFFLINE, MERGEABLE, REMOVE
     futex=(1, FUTEXES),
     sched_getaffinity=(0, (0,)),  # of this process
@@ -165,10 +161,8 @@ NONE_OF = dict(open=(1, WRITING), openat=(2, WRITING), mmap=(3, 0x2000 | 0x40000
 
 
 def _seccomp_filter():
-    """Classic BPF over struct seccomp_data: allows CALLS with the arguments above; all else fails with EACCES.
-
-    Only the lower half of an argument is looked at: it is all that these calls read, or, for mmap, where all flags are.
-    """
+    """Classic BPF over struct seccomp_data: allows CALLS with the arguments above; all else fails with EACCES. Only the
+    lower half of an argument is looked at: these calls read no more of it."""
     machines = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
     if sys.platform != "linux" or platform.machine() not in machines:
         raise OSError(errno.ENOSYS, f"no system call table for {sys.platform} on {platform.machine()}")

@@ -14,12 +14,11 @@ from optimoe.config import require
 
 
 class KVCache:
-    """Keys and values of B sequences. Each has its own length, so that a row of a batch gets what it would get alone.
+    """Keys and values of B sequences, each of its own length, so that a row gets what it would get alone.
 
-    Prompts are padded on the right, and `new_B` (B,) says how many tokens of each row are real (None: all L). Row b is
-    written at positions lengths_B[b] and following, and attends to its own positions only. Padding is written behind
-    the end of its row, where the next tokens overwrite it before anything attends to it. All writes are in place, so
-    that a step with a fixed `span` can be captured in a CUDA graph.
+    Prompts are padded on the right; `new_B` (B,) says how many tokens of each row are real (None: all L). Row b is
+    written from lengths_B[b] on and attends to its own positions; padding behind its end is overwritten before anything
+    attends to it. All writes are in place: a step with a fixed `span` can be captured in a CUDA graph.
     """
 
     def __init__(self, cfg, batch_size, max_len, device=None, dtype=torch.float32):
@@ -42,8 +41,8 @@ class KVCache:
         return cache
 
     def begin(self, L):
-        """Positions (B, L) of the new tokens, and the mask (B, 1, L, span) to be added to the attention scores, or None
-        while the cache is empty."""
+        """Positions (B, L) of the new tokens, and the mask (B, 1, L, span) to add to the attention scores: None while
+        the cache is empty."""
         end, device = self.filled + L, self.lengths_B.device
         require(end <= self.k.shape[2], "length", end, f"the cache holds max_len={self.k.shape[2]} tokens")
         self.pos_BL = self.lengths_B[:, None] + torch.arange(L, device=device)

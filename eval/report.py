@@ -6,54 +6,20 @@ import resource
 
 import torch
 
-from data import facts, procedural, reasoning, shards, tokenizer
-from data.procedural import prompt
+from data import shards
 from eval import probes
 from eval.generate import generate
 from model import compute_dtype
 from optimoe import guard
-from optimoe.config import require
 from optimoe.sizes import count_params, flops_per_token, peak_flops
-
-N_PEOPLE, N_PROBLEMS = 200, 50  # of the closing report on procedural data
-
-
-def is_procedural(sources):
-    return "procedural" in shards.read_meta(sources[0][0])
-
-
-def check(cfg, sources):
-    """ValueError where the closing report of a run on these sources would not fit its seq_len."""
-    longest = longest_probe(sources[0][0]) if is_procedural(sources) else 0
-    remedy = f"the closing report has texts of {longest} tokens, on which it tests the model: use as many or more"
-    require(cfg.seq_len >= longest, "seq_len", cfg.seq_len, remedy)
-
-
-def longest_probe(directory):
-    """Tokens of the longest text of probes.report that does not adapt to the model's seq_len."""
-    cfg, enc = procedural.read_config(directory), tokenizer.load(directory)
-    texts, problems = [], []
-    if cfg.exposures:
-        people = facts.people(cfg.facts)[:N_PEOPLE]
-        texts += [probe.prompt + probe.value + "." for probe in facts.probes(people, cfg.facts.seed)]
-        texts += ["".join(facts.segments(cfg.facts, person, 10**6)) for person in people]
-    if cfg.n_problems:
-        problems += [reasoning.problem(cfg.reasoning, i, "test", 1) for i in range(N_PROBLEMS)]
-        texts.append(reasoning.problem(cfg.reasoning, N_PROBLEMS, "test", min(3, cfg.reasoning.max_steps)).question)
-    if cfg.n_mano:
-        longest = cfg.reasoning.mano_length + 2
-        problems += [reasoning.mano(cfg.reasoning, i, "test", longest) for i in range(N_PROBLEMS)]
-    texts += [p.question + p.solution for p in problems]
-    return max((len(prompt(enc, text)) for text in texts), default=0) + 4
 
 
 def first_lines(cfg, run, data, step):
     """What is going to be trained, where, and what should be known about it before."""
-    params, steps = count_params(cfg), cfg.steps - step
+    params, tokens = count_params(cfg), cfg.batch_size * cfg.seq_len
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-    dtype, tokens = str(compute_dtype(cfg, run.device))[6:], cfg.batch_size * cfg.seq_len
-    size = f"{params.total:,} parameters ({params.active:,} active), {steps} step{'s' * (steps != 1)}"
-    lines = [f"{run.dir}: {size} of {tokens:,} tokens, {dtype} on {name} x {run.world}"]
+    size = f"{params.total:,} parameters ({params.active:,} active), {steps_left(cfg, step)} of {tokens:,} tokens"
+    lines = [f"{run.dir}: {size}, {str(compute_dtype(cfg, run.device))[6:]} on {name} x {run.world}"]
     if cfg.steps < cfg.warmup_steps:
         what = f"steps={cfg.steps} ends within the warm-up, before lr={cfg.lr:g} is reached"
         lines.append(f"{what}; lower warmup_steps={cfg.warmup_steps}")
@@ -63,11 +29,14 @@ def first_lines(cfg, run, data, step):
     return "\n".join(lines)
 
 
+def steps_left(cfg, step):
+    return f"{cfg.steps - step} step{'s' * (cfg.steps - step != 1)}"
+
+
 def read_window(window):
     """The row of a window of steps: means over batches and ranks. Waits for the device.
 
-    load_NE is relative to an even share; router_entropy is that of the mean router probabilities, in nats; load_max and
-    load_min are lists by layer."""
+    By layer: load_max and load_min, relative to an even share; router_entropy in nats, of the mean probabilities."""
     loss, balance, z, batches = window["sums"].tolist()
     skipped, counts_NE = int(window["steps"][guard.BAD]), window["counts_NE"].float()
     row, layers = {}, max(1, len(counts_NE)) * batches
@@ -84,14 +53,17 @@ def read_window(window):
     return row
 
 
+def gpu_memory(device):
+    """Peak memory in GB, None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
 def speed(tokens_per_s, cfg, device, world):
     """Tokens per second, the share of the GPUs' peak that they need (None where unknown) and peak memory in GB."""
-    peak, memory = None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) / 2**30
-        if compute_dtype(cfg, device) == torch.bfloat16:
-            peak = peak_flops(torch.cuda.get_device_name(device))
+    known = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16
+    peak = peak_flops(torch.cuda.get_device_name(device)) if known else None
     mfu = tokens_per_s * flops_per_token(cfg) / (peak * world) if peak else None
+    memory = gpu_memory(device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_gb": memory}
 
 
@@ -122,10 +94,9 @@ def val_line(row, cfg):
 
 
 def grpo_start(cfg, run, job):
-    left = cfg.steps - job.step
     return (
         f"{run.dir}: from {cfg.model}, {len(job.asked):,} questions, answers of up to {job.answer_tokens} tokens, "
-        f"{left} step{'s' * (left != 1)} of {cfg.batch_prompts} x {cfg.group_size} answers, "
+        f"{steps_left(cfg, job.step)} of {cfg.batch_prompts} x {cfg.group_size} answers, "
         f"{str(job.model.dtype)[6:]} on {run.device.type} x {run.world}"
     )
 
@@ -141,15 +112,24 @@ def grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds):
     padded = sum(batch.tokens_BL.numel() for mini in batches for batch in mini)
     length = sum(sample.length for sample in samples)
     ended, right, mixed, real, padded, length = run.sum([ended, reward_PG.sum(), mixed_P.sum(), real, padded, length])
-    n, memory = cfg.batch_prompts * cfg.group_size, None
-    if run.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(run.device) / 2**30
-    row = {"step": job.step, "reward": right / n, "mixed_groups": mixed / cfg.batch_prompts, "ended": ended / n}
-    row |= {"answer_tokens": length / n, "loss": loss / len(batches), "kl": kl / max(1, n_tokens)}
-    row |= {"clipped": clipped / max(1, n_tokens), "grad_norm": norm, "router_changed": changed / max(1, routed)}
-    row |= {"router_changed_same_weights": float(stats[0, 5] / stats[0, 4].clamp(min=1)), **seconds}
-    row |= {"rollout_tokens_per_s": length / seconds["seconds_rollout"], "padding": 1 - real / max(1, padded)}
-    return row | {"memory_gb": memory}
+    n = cfg.batch_prompts * cfg.group_size
+    return {
+        "step": job.step,
+        "reward": right / n,
+        "mixed_groups": mixed / cfg.batch_prompts,
+        "ended": ended / n,
+        "answer_tokens": length / n,
+        "loss": loss / len(batches),
+        "kl": kl / max(1, n_tokens),
+        "clipped": clipped / max(1, n_tokens),
+        "grad_norm": norm,
+        "router_changed": changed / max(1, routed),
+        "router_changed_same_weights": float(stats[0, 5] / stats[0, 4].clamp(min=1)),
+        **seconds,
+        "rollout_tokens_per_s": length / seconds["seconds_rollout"],
+        "padding": 1 - real / max(1, padded),
+        "memory_gb": gpu_memory(run.device),
+    }
 
 
 def grpo_line(row, cfg):
@@ -185,8 +165,9 @@ def final_report(model, cfg, data, results):
     for name, (title, form) in TABLE.items():
         value = format(results[name], form) if results.get(name) is not None else "n/a"
         print(f"{title:<32} {value if name != 'val_loss' or data.val_loader else 'no validation':>14}")
-    if is_procedural(data.sources):
-        text, scores = probes.report(model, data.sources[0][0], N_PEOPLE, N_PROBLEMS)
+    directory = data.sources[0][0]
+    if "procedural" in shards.read_meta(directory):
+        text, scores = probes.report(model, directory)
         print(text)
         return scores
     length = min(max(1, cfg.seq_len // 2), 32)
@@ -194,44 +175,40 @@ def final_report(model, cfg, data, results):
     if not new_tokens:
         return {}
     split, loader = ("validation", data.val_loader) if data.val_loader else ("training", data.loader)
-    tokens_BL, _ = loader.next()
-    prompts, samples = [row[:length].tolist() for row in tokens_BL[:2]], []
+    prompts = [row[:length].tolist() for row in loader.next()[0][:2]]
     options = dict(temperature=0.8, top_p=0.95, seed=cfg.seed, n_vocab=data.enc.n_vocab)
-    new = generate(model, prompts, new_tokens, [data.enc.eot_token], **options)
-    for before, after in zip(prompts, new, strict=True):
-        samples.append({"prompt": data.enc.decode(before), "text": data.enc.decode(after)})
-        print(f"\nprompt from {split}: {samples[-1]['prompt']}\nsample: {samples[-1]['text']}")
+    new, decode = generate(model, prompts, new_tokens, [data.enc.eot_token], **options), data.enc.decode
+    samples = [{"prompt": decode(before), "text": decode(ids)} for before, ids in zip(prompts, new, strict=True)]
+    for sample in samples:
+        print(f"\nprompt from {split}: {sample['prompt']}\nsample: {sample['text']}")
     return {"samples": samples}
 
 
-def own_flags(cfg, without=()):
-    """The flags that make this configuration, as words of a command line."""
+def own_flags(cfg, without):
+    """The flags that make this configuration, but for the field `without`."""
     usual = {field.name: field.default for field in dataclasses.fields(cfg)} | cfg.preset_fields(cfg.preset)
-    left_out = {"preset", "out_dir", "resume", "data", "vocab_size", *without}
-    values = {name: getattr(cfg, name) for name, value in usual.items() if getattr(cfg, name) != value}
-    values = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
-    flags = [f"--{name}={value}" for name, value in values.items() if name not in left_out]
-    return " ".join(["", *[f"--preset={cfg.preset}"] * (cfg.preset != "tiny"), *flags])
+    for name in ("preset", "out_dir", "resume", "data", "vocab_size", without):
+        usual.pop(name, None)
+    changed = {name: getattr(cfg, name) for name, value in usual.items() if getattr(cfg, name) != value}
+    changed = {name: str(value).lower() if isinstance(value, bool) else value for name, value in changed.items()}
+    changed = {"preset": cfg.preset} | changed if cfg.preset != "tiny" else changed
+    return "".join(f" --{name}={value}" for name, value in changed.items())
 
 
 def next_steps(run_dir, cfg, sources, results):
     """What to try after a run, as commands that fit this machine."""
     parts = [f"{directory}:{weight:g}" if len(sources) > 1 else str(directory) for directory, weight in sources]
-    commands = [(f"python train.py --resume={run_dir} --steps={2 * cfg.steps}", "go on")]
+    commands = {f"python train.py --resume={run_dir} --steps={2 * cfg.steps}": "go on"}
     again = f"python train.py --data={','.join(parts)}"
     if cfg.dense:
-        commands.append((again + own_flags(cfg, ["dense"]), "experts instead of dense layers, on the same data"))
+        commands[again + own_flags(cfg, "dense")] = "experts instead of dense layers, on the same data"
     elif cfg.n_experts < 1024:
-        more = min(1024, 4 * cfg.n_experts)
-        flags = own_flags(cfg, ["n_experts"])
-        commands.append((f"{again}{flags} --n_experts={more}", "more experts on the same data; --dense: none"))
-    answers = [row["answer"] for row in results.get("reasoning", {}).values()]
-    if answers and min(answers) < 0.95:  # there is something left to learn
+        more = f"{own_flags(cfg, 'n_experts')} --n_experts={min(1024, 4 * cfg.n_experts)}"
+        commands[again + more] = "more experts on the same data; --dense: none"
+    if any(row["solution"] < 0.95 for row in results.get("reasoning", {}).values()):  # there is something left to learn
         small = " --steps=10 --batch_prompts=64 --mini_batch=32 --eval_questions=100"
         small = "" if torch.cuda.is_available() else small
-        commands.append(
-            (f"python grpo.py --model={run_dir}{small}", "reinforcement learning on the reasoning problems")
-        )
-    commands.append((f"python -m study.show {run_dir} RUN...", "runs over one another"))
-    commands.append(("python -m data.prepare --help", "text of your own"))
-    return "\n".join(["", "what to try next:", *(f"  {command}  # {what}" for command, what in commands)])
+        commands[f"python grpo.py --model={run_dir}{small}"] = "reinforcement learning on the reasoning problems"
+    commands[f"python -m study.show {run_dir} RUN..."] = "runs over one another"
+    commands["python -m data.prepare --help"] = "text of your own"
+    return "\n".join(["", "what to try next:", *(f"  {command}  # {what}" for command, what in commands.items())])

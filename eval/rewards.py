@@ -3,11 +3,9 @@ r"""What tasks use to judge a text that answers a question: 1.0 or 0.0, for grpo
     judge("What is 17 \cdot 23?", "391", r"... \boxed{391}")           # 1.0
     passes("def f(x): return x + 1", [("f(1)", 2), ("f(2)", 3)])       # 1.0
 
-A policy finds whatever a verifier lets through, so a doubtful answer earns nothing: a false 0 costs some signal, a
-false 1 teaches cheating. An answer must be marked (\boxed{}, "####", "the answer is"), and several that differ are
-none. It must be equal to the gold answer and have its form (eval/equal.py). A program may answer instead: it runs in
-eval/sandbox.py and gives back values, which are compared out here. A program never sees what it has to return, so
-neither an object that equals everything nor an early exit helps it.
+A doubtful answer earns nothing: a false 1 teaches cheating. It must be marked (\boxed{}, "####", "the answer is"),
+equal the gold answer and have its form (eval/equal.py); several that differ are none. Or a program answers:
+eval/sandbox.py runs it and gives back values, which are compared here.
 """
 
 import ast
@@ -24,7 +22,7 @@ MARKED = re.compile(r"(?:####|\banswer is:?)[ \t]*(.*?)(?:\.\s|\.?$)", re.IGNORE
 
 
 def judge(question: str, gold: str, text: str) -> float:
-    """1.0 or 0.0 for a text that answers with one final answer, or with one program whose value is the answer."""
+    """For a text that answers with one final answer, or with one program whose value is the answer."""
     if found := program(text):
         wanted = number(gold)
         return passes(found[0], [(found[1], wanted.value)]) if wanted else 0.0
@@ -39,7 +37,7 @@ def passes(source: str, tests: list[tuple[str, object]]) -> float:
 
 
 def _same(text, gold):
-    """Whether a program's repr is that of gold. A Fraction stands for a number, up to the rounding of floats."""
+    """Whether a repr is that of gold; of a Fraction, up to the rounding of floats."""
     try:
         value = ast.literal_eval(text[:10_000])
         if isinstance(gold, Fraction):
@@ -50,7 +48,7 @@ def _same(text, gold):
 
 
 def boxed(text: str):
-    r"""What stands in each \boxed{}; "" for a box that is longer than any answer, or does not end."""
+    r"""What stands in each \boxed{}; "" where it is too long or does not end."""
     for start in re.finditer(r"\\f?boxed\s*\{", text):
         depth, end = 1, start.end()
         for brace in re.compile(r"[{}]").finditer(text, start.end(), start.end() + LONGEST + 2):
@@ -61,7 +59,7 @@ def boxed(text: str):
 
 
 def stated(text: str) -> str | None:
-    """The one answer that a text marks as its own; None where there is none, or where several differ."""
+    """The one answer that a text marks; None where there is none, or where several differ."""
     answers = list(boxed(text))
     if len(set(map(canonical, answers))) > 1:
         return None
@@ -77,9 +75,8 @@ def stated(text: str) -> str | None:
 
 
 def program(text: str) -> tuple[str, str] | None:
-    """(program, expression of its answer) of a text that answers by program, as the paper's models sometimes do:
-    a function simple_math_problem(), or a <llm-code> block that ends in its result. None without, ("", "") for several.
-    """
+    """(program, expression of its answer) of a function simple_math_problem(), or a <llm-code> block that ends in its
+    result, as the paper's models write them. None without, ("", "") for several."""
     blocks = re.findall(r"<llm-code>(.*?)(?:</llm-code>|\Z)", text, re.DOTALL)
     function = r"^def simple_math_problem\(\).*\n(?:(?:[ \t].*)?\n)*(?:[ \t].*\Z)?"
     functions = re.findall(function, text + "\n", re.MULTILINE)

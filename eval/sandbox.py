@@ -3,24 +3,21 @@
     run("def f(x):\n    return x + 1", "assert f(1) == 2").passed        # True
     run_many([(program, check), ...])                                    # several at once, results in order
 
-Every program gets its own process (eval/jail.py). Before the program runs, the process gives up for good, without root
-or user namespaces (which containers often forbid):
-  seccomp       all system calls but a short list, some with harmless arguments only: no sockets, processes, threads,
-                signals or opening for writing
+Every program gets a process of its own (eval/jail.py), which first gives up for good, without root or namespaces:
+  seccomp       all system calls but a short list: no sockets, processes, threads, signals or opening for writing
   Landlock      reading anything but Python, its packages and the system libraries (kernel 5.13 and later)
   capabilities  what root may do and others may not
   rlimits       CPU time, memory, core dumps, open files
-It has no environment of the user, its output goes to /dev/null, its process group is killed at the deadline, and the
-kernel kills it when the evaluator dies.
+It has nothing of the user's environment, its output goes to /dev/null, its process group is killed at the deadline,
+and the kernel kills it when the evaluator dies.
 
 A pass must be proven: the tests and a fresh random token are sent after the program's top level has finished, and the
 token comes back after the last assert. So exiting early, printing, or replacing `check`, `exec` or `print` fails. A
 failure must be the program's: an honest program has to pass before the first one is judged, the clock starts when the
-process is confined, and a process that does not get that far is an error (OSError), not a wrong answer.
+process is confined, and a process that does not get that far is an OSError, not a wrong answer.
 
-Like any harness whose asserts share an interpreter with the tested function, this cannot stop code written to attack
-this very protocol from inside. Such a program can fake its own pass, and nothing else. Without Landlock a program could
-also read files of the same user, but cannot send them anywhere.
+As its asserts share an interpreter with the tested function, code written against this very protocol can fake its own
+pass, and nothing else. Without Landlock a program could also read files of the same user, but send them nowhere.
 """
 
 import contextlib
@@ -55,18 +52,16 @@ class Result(NamedTuple):
 def run(program: str, check: str, seconds: float = 5.0, memory: int = MEMORY) -> Result:
     """Executes `program`, then `check` in the same namespace; passed when both end without an exception.
 
-    seconds: of CPU time, rounded; the clock on the wall gets 4 times as much, and the time spent waiting for a
-    processor. memory: bytes of address space. Raises OSError where no program can be judged: not Linux on x86-64 or
-    ARM64, no seccomp, or an interpreter that does not run an honest program within these limits."""
+    seconds: of CPU time, rounded; 4 times as much by the clock, without waiting for a processor. memory: bytes of
+    address space. OSError where no program can be judged: no seccomp, not x86-64 or ARM64, or an interpreter that
+    cannot run an honest program within these limits."""
     confinement(memory)
     return _session(program, check, False, seconds, memory)[1]
 
 
 def values(program: str, expressions: list[str], seconds: float = 5.0, memory: int = MEMORY) -> list[str] | None:
-    """Executes `program`, then evaluates the expressions in its namespace: their reprs, or None where anything fails.
-
-    The values are compared outside, so a program that is trained to pass never meets what it has to return. Limits and
-    errors as in `run`; together the reprs may have 64 kB."""
+    """Executes `program`, then evaluates the expressions in its namespace: their reprs, of 64 kB in all, or None where
+    anything fails. They are compared outside: a program trained to pass never meets what it has to return."""
     confinement(memory)
     said, _ = _session(program, json.dumps(expressions), True, seconds, memory)
     try:
@@ -85,9 +80,7 @@ def run_many(jobs, workers: int | None = None, **limits) -> list[Result]:
 
 @functools.cache
 def confinement(memory: int = MEMORY) -> str:
-    """What holds programs on this machine: "seccomp + Landlock" or "seccomp".
-
-    Tried once a process with an honest program; OSError saying what failed where that one does not pass."""
+    """What holds programs here: "seccomp + Landlock" or "seccomp". OSError where an honest program does not pass."""
     _, result = _session(HONEST, "assert f(1.5) == 2", False, HONEST_SECONDS, memory)
     if not result.passed:
         where = f"in {sys.executable} with {memory:,} bytes of memory; repair that, or {LEAVE_OUT}"
@@ -164,7 +157,7 @@ def _kill(process):
 
 
 def _start(process, channel, job):
-    """Has the process confine itself. OSError with what it said where it does not get that far."""
+    """Has the process confine itself; OSError with what it said where it does not get that far."""
     try:
         end = time.monotonic() + START_SECONDS
         _send(channel, json.dumps(job).encode(), lambda: end - time.monotonic())
@@ -193,13 +186,13 @@ def waited(pid: int) -> float:
 
 
 def _send(channel, data, left):
-    """A program that says it is ready, and is not, need not read what it is sent: raises TimeoutError."""
+    """TimeoutError where the program does not read."""
     channel.settimeout(max(0.01, left()))
     channel.sendall(struct.pack("!I", len(data)) + data)
 
 
 def _receive(channel, left):
-    """One message, cut at 64 kB; b"" when the other side is gone. Raises TimeoutError when no seconds are left."""
+    """One message, cut at 64 kB; b"" when the other side is gone. TimeoutError when no seconds are left."""
     data, need = b"", 4
     while len(data) < need:
         channel.settimeout(max(0.01, left()))

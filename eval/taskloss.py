@@ -1,15 +1,14 @@
-"""Task loss: the bits that a model needs for the gold answer after the prompt, as in arXiv 2508.18672 (taskloss-eval).
+"""Task loss: the bits that a model needs for the gold answer after the prompt, as in arXiv 2508.18672.
 
     context, answer, merged = encode_pair(tokens, "2+2=", "4")
     nats = score(model, [(context, answer)])[0]
 
-bits/token = NLL / ln 2 / answer tokens and bits/byte = NLL / ln 2 / UTF-8 bytes of the answer, with NLL = -sum log
-p(answer token | all before it). The result of a task is the plain mean over its items.
+bits/token and bits/byte are NLL / ln 2 / answer tokens or UTF-8 bytes, with NLL = -sum log p(answer token | all before
+it); the result of a task is the plain mean over its items.
 
-The paper takes the tokens of encode(prompt + answer) from index len(encode(prompt)) on. This file does the same while
-encode(prompt) is a prefix of it. Otherwise a token has merged across the boundary ("Answer:" + "Janet" may give ":J",
-"anet"), and the paper's rule would score the wrong tokens. Then prompt and answer are encoded apart, as in generation,
-and the results count the item as `merged`. So the scored tokens always hold the answer and nothing of the prompt.
+As in the paper, the answer is what encode(prompt + answer) has behind encode(prompt). Where that is not its beginning,
+a token has merged across the boundary ("Answer:" + "Janet": ":J", "anet"). Then both are encoded apart, as in
+generation, and the item counts as `merged`.
 """
 
 import math
@@ -22,8 +21,8 @@ from eval.generate import any_shape
 
 
 def context_ids(tokens: Tokens, prompt: str) -> list[int]:
-    """bos and the ids of a prompt. An empty prompt without bos becomes an end-of-text token, as in lm-eval;
-    ValueError if the tokenizer has neither."""
+    """bos and the ids of a prompt; an empty one without bos is an end-of-text token, as in lm-eval. ValueError where
+    the tokenizer has neither."""
     ids = tokens.bos + tokens.encode(prompt)
     if not ids and not tokens.eos:
         raise ValueError("a prompt is empty, and the tokenizer has no token to start it with (neither bos nor eos)")
@@ -31,7 +30,7 @@ def context_ids(tokens: Tokens, prompt: str) -> list[int]:
 
 
 def encode_pair(tokens: Tokens, prompt: str, answer: str) -> tuple[list[int], list[int], bool]:
-    """(prompt ids with bos, answer ids, merged); see the top of this file. ValueError when the answer is empty."""
+    """(prompt ids with bos, answer ids, merged); see the top of this file. ValueError for an empty answer."""
     if not answer:
         raise ValueError(f"the answer after {prompt[-40:]!r} is empty: nothing to score")
     context, whole = context_ids(tokens, prompt), tokens.bos + tokens.encode(prompt + answer)
@@ -52,38 +51,47 @@ def encode_inside(tokens: Tokens, text: str) -> list[int]:
 
 
 def windows(context: list[int], answer: list[int], seq_len: int):
-    """Yields (ids, n): the model reads ids[:-1], and the last n of ids are scored. If context + answer fits, it is the
-    only window. Else each answer token is scored once, with at least seq_len / 2 tokens before it."""
+    """Yields (ids, n): the model reads ids[:-1], and the last n of ids are scored. Where not all fits into one window,
+    each answer token is scored once, with at least seq_len / 2 tokens before it."""
     ids, start = context + answer, len(context)
     while start < len(ids):
-        end = min(len(ids), max(start + seq_len // 2, seq_len + 1))
+        end = min(len(ids), max(start + (seq_len // 2 or 1), seq_len + 1))
         yield ids[max(0, end - seq_len - 1) : end], end - start
         start = end
 
 
 @torch.no_grad()
 @any_shape
-def score(model, pairs: list[tuple[list[int], list[int]]], max_tokens: int | None = None) -> list[float]:
-    """NLL in nats of each answer given its context, which must not be empty. A batch has similar lengths and max_tokens
-    tokens with padding (default: by vocabulary, so that its logits take about 1 GB). Weights may have any dtype; the
-    softmax is in float32 over the whole head, and sums are in float64."""
+def token_costs(model, pairs, max_tokens: int | None = None, n_vocab: int | None = None) -> list[tuple]:
+    """For each (context, answer), of ids: (nats of every answer token given all before it, in float64; whether it is
+    the most likely one), on the CPU.
+
+    A batch has similar lengths and max_tokens tokens with padding (default: by vocabulary, for logits of 1 GB). The
+    softmax is in float32 over the first n_vocab ids (None: the whole head)."""
     device, cfg = model.embed.weight.device, model.cfg
     max_tokens = max_tokens or min(16384, 2**29 // cfg.vocab_size)
     work = [(*window, i) for i, pair in enumerate(pairs) for window in windows(*pair, cfg.seq_len)]
     work.sort(key=lambda window: len(window[0]), reverse=True)  # the longest first: out of memory comes at once
-    totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
+    nats, likely = ([[torch.zeros(0)] for _ in pairs] for _ in range(2))
     while work:
         L = len(work[0][0]) - 1
         rows = max(1, max_tokens // max(1, L))
         batch, work = work[:rows], work[rows:]
         ids = torch.tensor([ids + [0] * (L + 1 - len(ids)) for ids, _, _ in batch], device=device)
-        ends, counts, owners = torch.tensor([(len(ids), n, i) for ids, n, i in batch], device=device).T
+        lengths, counts = torch.tensor([(len(ids), n) for ids, n, _ in batch], device=device).T[:, :, None]
         position = torch.arange(1, L + 1, device=device)
-        scored_BL = (position < ends[:, None]) & (position >= (ends - counts)[:, None])
-        logits = model(ids[:, :-1]).logits[scored_BL].float()
-        nll = F.cross_entropy(logits, ids[:, 1:][scored_BL], reduction="none")
-        totals.index_add_(0, owners.repeat_interleave(counts), nll.double())
-    return totals.tolist()
+        scored_BL = (position < lengths) & (position >= lengths - counts)
+        logits, wanted = model(ids[:, :-1]).logits[scored_BL][:, :n_vocab].float(), ids[:, 1:][scored_BL]
+        found = F.cross_entropy(logits, wanted, reduction="none").double(), logits.argmax(1) == wanted
+        for values, parts in zip((nats, likely), found, strict=True):
+            for (_, _, i), part in zip(batch, parts.cpu().split([n for _, n, _ in batch]), strict=True):
+                values[i].append(part)
+    return [(torch.cat(costs), torch.cat(best).bool()) for costs, best in zip(nats, likely, strict=True)]
+
+
+def score(model, pairs: list[tuple[list[int], list[int]]], max_tokens: int | None = None) -> list[float]:
+    """NLL in nats of each answer given its context, which must not be empty."""
+    return [float(nats.sum()) for nats, _ in token_costs(model, pairs, max_tokens)]
 
 
 def bits(nats: float, count: int) -> float:

@@ -2,8 +2,8 @@
 
     python -m eval.votes --run=runs/NAME --task=gsm8k --samples=128 --limit=200
 
-Writes votes-TASK.jsonl (the answers of every question) and votes-TASK.json (the curves) to RUN/eval-STEP. As in the
-paper (arXiv 2508.18672): no examples in the prompt, temperature 0.6, top-p 0.95, samples without an answer do not vote.
+Writes votes-TASK.jsonl (every question's answers) and votes-TASK.json (the curves) to RUN/eval-STEP. The defaults are
+those of arXiv 2508.18672: no examples, temperature 0.6, top-p 0.95. Samples without an answer do not vote.
 """
 
 import functools
@@ -42,11 +42,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority(votes: list[str | None], gold: str, k: int) -> float:
-    """Mean success of the majority among k of the votes. None does not vote, a tie counts its right share, and no votes
-    at all are wrong.
-
-    The mean is over the len(votes) windows of k consecutive votes in a circle: each vote counts equally, and both ends
-    are exact (k=1 is the share of right votes, k=n the vote of all)."""
+    """Mean success of the majority among k consecutive votes of the circle of all: exact for k=1 and for all, and each
+    vote counts equally. None does not vote, a tie counts its right share, and no votes at all are wrong."""
     n, names = len(votes), list(dict.fromkeys(vote for vote in votes if vote is not None))
     if gold not in names:
         return 0.0
@@ -58,27 +55,25 @@ def majority(votes: list[str | None], gold: str, k: int) -> float:
 
 
 def curves(questions: list[dict], resamples: int = 2000, seed: int = 0) -> dict:
-    """Coverage and majority at 1, 2, 4, ... and all samples: means over the questions, {"votes": [...], "gold": ...}
-    with equally many votes each, and 95 % bands by bootstrap over the questions (percentiles of `resamples` draws)."""
-    n = len(questions[0]["votes"])
+    """Coverage and majority at 1, 2, 4, ... and all samples: means over the questions, {"votes": [...], "gold": ...},
+    with 95 % bands by bootstrap over the questions."""
+    n, size = len(questions[0]["votes"]), len(questions)
     points = sorted({*(2**i for i in range(n.bit_length())), n})
     rights = [sum(vote is not None and vote == q["gold"] for vote in q["votes"]) for q in questions]
     values = {
         "coverage": np.array([[pass_at_k(n, right, k) for k in points] for right in rights]),
         "majority": np.array([[majority(q["votes"], q["gold"], k) for k in points] for q in questions]),
     }
-    size = len(questions)
     weights = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), resamples) / size
     without = sum(vote is None for q in questions for vote in q["votes"]) / n / size
     result = {"samples": points, "questions": size, "without_answer": without}
     for name, value in values.items():
-        low, high = np.percentile(weights @ value, [2.5, 97.5], axis=0)
-        result[name] = {"mean": value.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
+        low, high = np.percentile(weights @ value, [2.5, 97.5], axis=0).tolist()
+        result[name] = {"mean": value.mean(0).tolist(), "low": low, "high": high}
     return result
 
 
 def sample_answers(loaded, task, chunk, room, cfg):
-    """The records of a chunk of (index, item). room: tokens to generate."""
     n = cfg.samples
     written, cut = harness.answers(loaded, task, chunk, room, cfg)
     votes = [task.vote(text) for text in written]

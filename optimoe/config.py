@@ -4,33 +4,29 @@
     class Config:
         # Optimiser
         lr: float = 3e-4  # peak learning rate
-        steps: int = 1000  # optimiser steps
 
-    cfg = parse(Config)  # python prog.py --lr=1e-3 --steps 2e3   (or --help, or --config=run/config.json --steps=4000)
+    cfg = parse(Config)  # python prog.py --lr=1e-3   (or --help, or --config=run/config.json --lr=1e-3)
 
-The dataclass is the only place where a field is written down. Types come from its annotations: int, float, bool, str,
-`X | None`, Literal, and tuple[X, ...] for values with commas. Help comes from the comment behind each field, its
-headings from comment lines between fields, ranges from `__post_init__`. Fields named in the class variable POSITIONAL
-are words without a flag; if the last of them is a tuple, it takes any number of words. A class with a static method
-`preset_fields(name) -> dict` understands --preset=NAME. From weakest to strongest: defaults, --config, --preset
-(without --config also its default), the other flags.
+The dataclass is the only place where a field is written down. Types come from annotations (int, float, bool, str,
+`X | None`, Literal, and tuple[X, ...] for values with commas), help from the comment behind a field, headings from
+comment lines, ranges from `__post_init__`. Fields in the class variable POSITIONAL are words without a flag; a tuple at
+their end takes any number. A static method `preset_fields(name) -> dict` adds --preset. From weakest to strongest:
+defaults, --config, --preset (its default only without --config), the other flags.
 """
 
-import ast
 import dataclasses
 import difflib
 import inspect
-import io
-import json
 import math
+import re
 import sys
 import tempfile
 import textwrap
-import tokenize
 import types
 import typing
-import zlib
 from pathlib import Path
+
+from data import files
 
 BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
@@ -61,26 +57,25 @@ def make_directory(path, name, value):
     return path
 
 
-# Names and values in files of earlier versions. A field that is renamed or goes gets a row here (its new name or None);
-# BEFORE says how a program behaved before a field existed, where that is not the default of today.
-RENAMED: dict = {}
+# Files of earlier versions: new names of fields (None: gone), new values, and what held before a field existed.
+RENAMED: dict = {"upcycle_noise": None}
 CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}, "parallel": {"fsdp": "ddp"}}
 BEFORE = {"optimizer": "adamw"}
-NOTES = ("crc", "resumed_with")  # members of a config.json that are no fields: its checksum, and see optimoe/run.py
+NOTES = ("resumed_with",)  # a member of config.json that is no field: see optimoe/run.py
 
 
 def renamed(values, known=()):
-    """The members of a configuration of any earlier version under the names and with the values of today."""
+    """A configuration of any earlier version with the names and values of today."""
     found = {}
     for name, value in values.items():
         name = name if name in known else RENAMED.get(name, name)
-        if name is not None and name not in NOTES:
+        if name is not None and name not in NOTES and name != files.CRC:
             found[name] = CHANGED.get(name, {}).get(value, value) if isinstance(value, (int, str)) else value
     return found
 
 
 def complete(cls, values):
-    """The same with all fields of today's `cls`; one that did not exist yet says what was done then."""
+    """The same with all fields of `cls`; one that did not exist yet says what was done then."""
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     defaults |= {name: value for name, value in BEFORE.items() if name in defaults}
     found = defaults | renamed(values, defaults)
@@ -88,24 +83,19 @@ def complete(cls, values):
 
 
 def parse(cls, argv=None, description="", start=None):
-    """Build a `cls` from command-line words, and from the values `start` (a dict) where they say nothing.
+    """A `cls` from command-line words (None: sys.argv[1:]), and from the dict `start` where they say nothing.
 
-    argv: list of str, or None for sys.argv[1:]. Flags are --field=value or --field value; a bool is --flag or
-    --flag=false; hyphens and underscores are the same; a repeated flag keeps its last value. --help prints the fields
-    and exits. With argv=None a mistake ends the program with its message; with a list it raises ValueError or OSError.
-    """
+    Flags are --field=value or --field value; a bool is --flag or --flag=false; hyphens are underscores; the last flag
+    of a name counts; --help prints the fields and exits. A mistake is a ValueError or OSError; with argv=None it ends
+    the program with one line."""
     if argv is None:
-        try:
-            return parse(cls, sys.argv[1:], description, start)
-        except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
+        return command_line(lambda: parse(cls, sys.argv[1:], description, start))
     words = [word for word in argv if word not in ("--help", "-h")]
     if len(words) < len(argv):
         print(help_text(cls, description, words))
         sys.exit(0)
     flags = split_flags(cls, argv)
-    values, _ = _start(cls, flags, start)
-    values |= _converted(cls, {name: text for name, text in flags.items() if name != "config"})
+    values = _start(cls, flags, start) | _converted(cls, {name: flags[name] for name in flags if name != "config"})
     for field in dataclasses.fields(cls):
         missing = field.name not in values and field.default is field.default_factory is dataclasses.MISSING
         require(not missing, field.name, "", "it is required; --help lists the fields")
@@ -113,9 +103,9 @@ def parse(cls, argv=None, description="", start=None):
 
 
 def command_line(main, stopped=""):
-    """Call main(): a mistake ends the process with one line, Ctrl-C with the line `stopped`."""
+    """main(); a mistake ends the process with one line, Ctrl-C with the line `stopped`."""
     try:
-        main()
+        return main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -123,7 +113,7 @@ def command_line(main, stopped=""):
 
 
 def split_flags(cls, argv):
-    """{field, or "config": text on the command line}; of a positional tuple, the list of its words."""
+    """{field, or "config": its text}; of a positional tuple, the list of its words."""
     hints = typing.get_type_hints(cls)
     flags, words, positional = {}, list(argv), list(getattr(cls, "POSITIONAL", ()))
     while words:
@@ -139,8 +129,9 @@ def split_flags(cls, argv):
                 text = "true" if hints.get(name) is bool else words.pop(0)
             flags[name] = text
         elif not positional:
-            remedy = "write --field=value (a bool takes its value only with '=')"
-            raise ValueError(f"unexpected argument {word!r}: {remedy}")
+            raise ValueError(
+                f"unexpected argument {word!r}: write --field=value (a bool takes its value only with '=')"
+            )
         elif typing.get_origin(hints[positional[0]]) is tuple:
             before = flags.get(positional[0], [])
             flags[positional[0]] = [*(before.split(",") if isinstance(before, str) else before), word]
@@ -150,62 +141,35 @@ def split_flags(cls, argv):
 
 
 def _start(cls, flags, start=None):
-    """(values of fields before the other flags, name of the preset among their sources)"""
-    values = _converted(cls, start or {})
-    if "config" in flags:
-        values |= _read(cls, flags["config"])
+    """Values of fields before the other flags: of `start`, --config and --preset."""
+    values, path = _converted(cls, start or {}), flags.get("config")
+    if path is not None:
+        require(Path(path).is_file(), "config", path, "no such config file")
+        found = files.read_json(path)
+        values |= _converted(cls, {name: found[name] for name in found if name not in NOTES}, f"{path}: ")
     preset = flags.get("preset", "" if values else getattr(cls, "preset", ""))
     if preset and hasattr(cls, "preset_fields"):
         values |= cls.preset_fields(preset) | {"preset": preset}
-    return values, preset
-
-
-def load(cls, path):
-    """A `cls` from a JSON file. FileNotFoundError, or ValueError for damage, unknown fields and bad values."""
-    return cls(**_read(cls, path))
+    return values
 
 
 def help_text(cls, description="", argv=()):
-    """The --help page: every field with its type, the value with which the program runs after argv, its comment."""
-    notes, headings = _comments(cls)
-    hints = typing.get_type_hints(cls)
-    values, preset = _start(cls, split_flags(cls, argv))
-    marked = cls.preset_fields(preset) if preset and hasattr(cls, "preset_fields") else {}
-    bools = "bools --flag or --flag=false"
+    """The --help page: every field with its type, its value after argv, its comment."""
+    (notes, headings), hints = _comments(cls), typing.get_type_hints(cls)
+    values = _start(cls, split_flags(cls, argv))
     lines = [description.strip(), ""] if description else []
-    lines += [f"usage: --field=value or --field value; {bools}; --config=FILE.json loads saved values"]
-    if marked:
-        lines += [f"* value of --preset={preset}; --preset=NAME --help shows those of another preset"]
+    lines += ["usage: --field=value; bools --flag or --flag=false; --config=FILE.json loads saved values"]
+    if hasattr(cls, "preset_fields"):
+        lines += ["--preset=NAME --help shows the values of another preset"]
     for field in dataclasses.fields(cls):
         if field.name in headings:
             lines += ["", headings[field.name] + ":"]
         default = values.get(field.name, field.default)
-        default = "required" if default is dataclasses.MISSING else repr(default) + " *" * (field.name in marked)
+        default = "required" if default is dataclasses.MISSING else repr(default)
         flag = field.name if field.name in getattr(cls, "POSITIONAL", ()) else "--" + field.name
         flag += " " + _type_name(hints[field.name])
         lines.append(f"  {flag:<34} {default:<11}  {notes.get(field.name, '')}".rstrip())
     return "\n".join(lines)
-
-
-def _read(cls, path):
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file; check the path")
-    try:
-        values = json.loads(path.read_text())
-        damaged = isinstance(values, dict) and "crc" in values and values.pop("crc") != _crc(values)
-    except (ValueError, RecursionError) as error:  # of JSON or UTF-8; nested too deeply
-        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__}; a JSON object of field: value is needed")
-    if damaged:
-        raise ValueError(f"{path} is damaged: its checksum differs; restore it from a copy, or delete the member crc")
-    return _converted(cls, {name: value for name, value in values.items() if name not in NOTES}, f"{path}: ")
-
-
-def _crc(values):
-    """The checksum that data/files.py writes. It is repeated here because this module imports nothing of ours."""
-    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 def _converted(cls, values, where=""):
@@ -266,22 +230,20 @@ def _type_name(hint):
 
 
 def _comments(cls):
-    """({field: trailing comment}, {first field under it: heading}) read from the source of cls and of its bases."""
+    """({field: comment behind it}, {first field under it: heading}) from the source of cls and its bases."""
     notes, headings = {}, {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        source = textwrap.dedent(inspect.getsource(base))
-        comments = {
-            token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
-            for token in tokenize.generate_tokens(io.StringIO(source).readline)
-            if token.type == tokenize.COMMENT
-        }
-        for node in ast.parse(source).body[0].body:
-            if isinstance(node, ast.AnnAssign):
-                lines = range(node.lineno, node.end_lineno + 1)  # in parentheses, the comment is not on the last line
-                notes[node.target.id] = " ".join(comments[line][0] for line in lines if line in comments)
-                heading, own_line = comments.get(node.lineno - 1, ("", False))
-                if own_line:
-                    headings[node.target.id] = heading
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        name = heading = None
+        for line in textwrap.dedent(inspect.getsource(base)).splitlines():
+            code, _, comment = line.partition("# ")
+            if re.match(r"    (@|def )", line):
+                break
+            if field := re.match(r"    (\w+): ", line):
+                name = field[1]
+                notes[name] = ""
+                if heading:
+                    headings[name] = heading
+            heading = comment if not code.strip() else None
+            if comment and not heading and name:  # in parentheses, the comment is on a line of its own
+                notes[name] += comment
     return notes, headings

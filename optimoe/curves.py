@@ -1,13 +1,11 @@
-"""run/curves.png from metrics.jsonl: what a person looks at while a run trains.  python -m optimoe.curves RUN
+"""run/curves.png from metrics.jsonl:  python -m optimoe.curves RUN
 
-Cross-entropy and gradient norm; where they say something, learning rate, router entropy and dead experts; and for every
-layer with an uneven load a heat map of it over time. train.py redraws the picture at every validation and checkpoint in
-a process of its own, so that training never waits. `python -m study.show RUN...` lays several runs over one another.
+train.py and grpo.py redraw it as they test, in a process of its own. `python -m study.show RUN...` lays several runs
+over one another.
 """
 
 import importlib.util
 import math
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,38 +15,47 @@ from typing import ClassVar
 from data import files
 from optimoe import config
 
-LOSS = "cross-entropy, nats per token"
-ENTROPY = "entropy of the mean router, nats (dotted: even)"
+LOSS, NORM = "cross-entropy, nats per token", "gradient norm before clipping"
+ENTROPY, LOAD = "entropy of the mean router, nats (dotted: even)", "load of the busiest expert (1: even)"
+GRPO = {
+    "reward": "reward",
+    "KL to the start model, nats per token": "kl",
+    NORM: "grad_norm",
+    "answer, tokens": "answer_tokens",
+}
 
 
 def read(run):
-    """(config, training rows, validation rows) of a run directory; every row has its "step" and "tokens".
+    """(config, training rows, validation rows) of a run directory. Rows have their "step" and, but in GRPO, "tokens".
 
-    Raises ValueError for damaged files, and when there is nothing to show."""
+    ValueError for damaged files, and when there is nothing to show."""
     log, path = Path(run) / "metrics.jsonl", Path(run) / "config.json"
     for needed in (log, path):
         if not needed.exists():
-            raise ValueError(f"{run} holds no {needed.name}: give a run directory of train.py")
+            raise ValueError(f"{run} holds no {needed.name}: give a run directory")
     rows, _ = files.read_rows(log)
     train = [row for row in rows if "loss" in row]
     if not train:
         raise ValueError(f"{run} has logged no training step yet")
     settings = config.renamed(files.read_json(path))
-    # Validations of older runs have no count of tokens: it is that of the training row of their step.
+    # Older validations count no tokens: those of the training row of their step.
     counted = {row["step"]: row["tokens"] for row in train if "tokens" in row}
-    for row in rows:
+    for row in rows if "seq_len" in settings else ():
         each_step = settings.get("batch_size", 0) * settings["seq_len"]
         row.setdefault("tokens", counted.get(row["step"], row["step"] * each_step))
-    return settings, train, [row for row in rows if "val_loss" in row]
+    return settings, train, [row for row in rows if "val_loss" in row or "loss" not in row and "test_reward" in row]
 
 
 def label(run, settings):
+    name = Path(run).absolute().name
+    if "group_size" in settings:
+        return f"{name} ({settings['task']}, groups of {settings['group_size']})"
     kind = "dense" if settings["dense"] else f"E={settings['n_experts']}, k={settings['top_k']}"
-    return f"{Path(run).absolute().name} (d={settings['d_model']}, {kind})"
+    return f"{name} (d={settings['d_model']}, {kind})"
 
 
 def dot(rows):
-    """The style with which a run of one row is seen: a line takes two."""
+    """The style that shows a run of one row: a line takes two."""
     return {"marker": "."} if len(rows) == 1 else {}
 
 
@@ -59,26 +66,21 @@ def set_loss_limits(axis, losses):
     axis.set_ylim(low, usual if losses[-1] - low > 2 * (usual - low) else max(usual, losses[-1] + 0.1))
 
 
-def panels(settings, rows):
-    """{title: series of values} of the line plots that have something to show."""
-    column = lambda name: [row[name] for row in rows]  # noqa: E731
-    found = {LOSS: [column("loss")], "gradient norm before clipping": [column("grad_norm")]}
+def panels(rows):
+    """{title: one series of values, or one for each layer} of what has something to show."""
+    column = lambda name: [row.get(name, 0) for row in rows]  # noqa: E731
+    if "reward" in rows[0]:
+        return {title: [column(name)] for title, name in GRPO.items()}
+    found = {LOSS: [column("loss")], NORM: [column("grad_norm")]}
     if len(set(column("lr"))) > 1:
         found["learning rate"] = [column("lr")]
     if rows[-1].get("router_entropy"):  # absent from dense runs
         found[ENTROPY] = list(zip(*column("router_entropy"), strict=True))
-    if any(row.get("dead_experts") for row in rows):
+        if max(map(max, column("load_max"))) > 1.2:
+            found[LOAD] = list(zip(*column("load_max"), strict=True))
+    if any(column("dead_experts")):
         found["experts without a token, all layers"] = [column("dead_experts")]
     return found
-
-
-def load_maps(rows):
-    """{layer: log2 of the load of its experts, each a time series} of the layers with a visibly uneven load."""
-    log2 = lambda load: math.log2(load) if load > 0 else math.nan  # noqa: E731
-    layers = enumerate(zip(*(row.get("load", ()) for row in rows), strict=True))
-    maps = {layer: [[log2(x) for x in expert] for expert in zip(*times, strict=True)] for layer, times in layers}
-    uneven = lambda image: any(not abs(x) < 0.25 for expert in image for x in expert)  # noqa: E731
-    return {layer: image for layer, image in maps.items() if uneven(image)}
 
 
 def figure(run):
@@ -89,62 +91,53 @@ def figure(run):
     import matplotlib.pyplot as plt
 
     settings, rows, val = read(run)
-    tokens = [row["tokens"] / 1e6 for row in rows]
-    lines, maps = panels(settings, rows), load_maps(rows)
-    cells = len(lines) + len(maps)
-    columns = 3 if cells > 2 else 2
-    height = math.ceil(cells / columns)
-    fig = plt.figure(figsize=(13, 2.8 * height + 0.6), layout="constrained")
+    found, grpo = panels(rows), "reward" in rows[0]
+    x = lambda rows: [row["step"] if grpo else row["tokens"] / 1e6 for row in rows]  # noqa: E731
+    columns = min(3, len(found))
+    height = math.ceil(len(found) / columns)
+    size = {"figsize": (13, 2.8 * height + 0.6), "layout": "constrained"}
+    fig, axes = plt.subplots(height, columns, squeeze=False, **size)
     fig.suptitle(label(run, settings))
-    axes = fig.subplots(height, columns, squeeze=False).flatten()
-    for axis in axes[cells:]:
+    for axis in axes.flatten()[len(found) :]:
         axis.remove()
-    for axis, (title, series) in zip(axes, lines.items(), strict=False):
+    for axis, (title, series) in zip(axes.flatten(), found.items(), strict=False):
         for layer, values in enumerate(series):
             colour = plt.cm.viridis(layer / len(series)) if len(series) > 1 else "C0"
-            axis.plot(tokens, values, lw=0.8, color=colour, label="training", **dot(rows))
+            axis.plot(x(rows), values, lw=0.8, color=colour, label="training", **dot(rows))
         axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step" if grpo else "million tokens", fontsize=8)
+        axis.locator_params(axis="x", nbins=5)  # more would touch in a run of a few thousand tokens
         axis.grid(alpha=0.3)
-        if title == LOSS:
-            losses = [row["val_loss"] for row in val]
+        if axis is axes[0, 0]:
+            tested = [row["test_reward" if grpo else "val_loss"] for row in val]
             if val:
-                axis.plot([row["tokens"] / 1e6 for row in val], losses, "o-", ms=3, lw=1.2, label="validation")
-            set_loss_limits(axis, [*series[0], *losses])
+                named = "greedy, on unseen questions" if grpo else "validation"
+                axis.plot(x(val), tested, "o-", ms=3, lw=1.2, label=named)
+            if not grpo:
+                set_loss_limits(axis, [*series[0], *tested])
             axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.1))
         elif title == ENTROPY:
             axis.axhline(math.log(settings["n_experts"]), color="black", ls=":", lw=1.5, zorder=3)
             axis.margins(y=0.1)
-        elif title.startswith("gradient norm"):
+        elif title == NORM:
             axis.set_yscale("log")
-    look = {"vmin": -2, "vmax": 2, "aspect": "auto", "origin": "lower", "interpolation": "nearest"}
-    look["cmap"] = matplotlib.colormaps["RdBu_r"].with_extremes(bad="limegreen")
-    for axis, (layer, image) in zip(axes[len(lines) :], maps.items(), strict=False):
-        drawn = axis.imshow(image, extent=(0, tokens[-1], -0.5, len(image) - 0.5), **look)
-        axis.set_title(f"load of layer {layer} (green: no token)", fontsize=9)
-        axis.set_ylabel("expert", fontsize=8)
-        axis.yaxis.get_major_locator().set_params(integer=True)
-    for axis in axes[:cells]:
-        axis.set_xlabel("million tokens", fontsize=8)
-        axis.locator_params(axis="x", nbins=5)  # more would touch in a run of a few thousand tokens
-    if maps:
-        bar = fig.colorbar(drawn, ax=list(axes[len(lines) : cells]), pad=0.01)
-        bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ 1/4", "1/2", "even", "2", "≥ 4"])
     return fig
 
 
 def write(draw, path):
-    """Save the figure that draw() makes, whole or not at all, or end the program with what is missing."""
-    tmp = Path(path).with_suffix(".tmp.png")
+    """Save the figure that draw() makes, or end the program with what is missing."""
     try:
-        draw().savefig(tmp, dpi=110)
+        picture = draw()
+        with files.temporary(path) as tmp:
+            picture.savefig(tmp, dpi=110, format="png")
+            tmp.replace(path)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}" + ("; pip install -e '.[plot]'" if isinstance(error, ImportError) else ""))
-    os.replace(tmp, path)
     print(path)
 
 
 class Curves:
-    """Redraws the picture of a run beside its training, in one process at a time. If it fails, training goes on."""
+    """Redraws the picture beside training, in one process at a time. If it fails, training goes on."""
 
     def __init__(self, run_dir):
         self.run_dir, self.process = run_dir, None
@@ -154,14 +147,10 @@ class Curves:
 
     def refresh(self):
         if self.possible and (self.process is None or self.process.poll() is not None):
+            command = ["nice", "-n", "10", sys.executable, "-m", "optimoe.curves", str(Path(self.run_dir).absolute())]
+            silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
             try:
-                self.process = subprocess.Popen(
-                    ["nice", "-n", "10", sys.executable, "-m", "optimoe.curves", str(Path(self.run_dir).absolute())],
-                    cwd=Path(__file__).parent.parent,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )
+                self.process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, **silent)
             except OSError as error:  # no memory for a process, or none allowed
                 print(f"{self.run_dir}/curves.png was not drawn: {error}", flush=True)
 

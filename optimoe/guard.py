@@ -1,9 +1,8 @@
 """Steps that must not be taken: a loss or a gradient that is not finite, or a loss that has exploded.
 
-`judge` decides on the device, inside the step and its CUDA graph. The host looks only at log lines and before
-checkpoints. bad_steps=skip goes on with the next batch, unless PATIENCE steps in a row were bad. bad_steps=stop leaves
-the weights as they are from the bad step until the host looks. Either way they are still those before the first bad
-step, so `Watch` can repeat it exactly and write down what happens in which layer.
+`judge` decides on the device, inside the step and its CUDA graph; the host looks at log lines and before checkpoints.
+bad_steps=skip goes on until PATIENCE steps in a row were bad; bad_steps=stop changes no weight until the host looks. So
+the weights are those before the first bad step, and `Watch` can repeat it and write down what happens in which layer.
 """
 
 import json
@@ -19,13 +18,13 @@ PATIENCE = 10  # skipped steps in a row after which a run does not go on
 
 
 def loss_limit(cfg):
-    """Cross-entropy above which a step counts as exploded: half as much again as guessing evenly costs."""
+    """Cross-entropy of an exploded step: half as much again as guessing evenly costs."""
     return cfg.max_loss or 1.5 * math.log(cfg.vocab_size) + 1
 
 
 @torch.no_grad()
 def judge(window, loss, grad_norm, cfg, discard=None):
-    """float32 scalar, 1 where this step must be skipped. Counts it in "steps" and "skipped_in_a_row" of the window.
+    """float32 scalar, 1 where this step must be skipped. Counts in "steps" and "skipped_in_a_row" of the window.
 
     discard: None, or a bool scalar: the step will be repeated, and is skipped without being counted."""
     steps, row = window["steps"], window["skipped_in_a_row"]
@@ -41,7 +40,7 @@ def judge(window, loss, grad_norm, cfg, discard=None):
 
 
 def remedy(run_dir, lr):
-    """What to do about such an end. Every checkpoint is from before it: weights that are not finite are never saved."""
+    """What to do. Every checkpoint is from before: weights that are not finite are never saved."""
     found = checkpoint.find(run_dir)
     goes_on = f"goes on from {found[-1][1].name}" if found else "starts again, as there is no checkpoint yet"
     return f"use a lower lr: --resume={run_dir} --lr={lr / 2:.2g} {goes_on}"
@@ -53,7 +52,7 @@ def check_finite(name, value, step, run_dir, lr):
 
 
 class Watch:
-    """Remembers where the loader was before the latest steps, and finds those among them that must not be taken."""
+    """Remembers where the loader was before the latest steps, to repeat a bad one."""
 
     def __init__(self, cfg, run, model, loader, window):
         self.cfg, self.run, self.model, self.loader, self.window = cfg, run, model, loader, window
@@ -64,7 +63,7 @@ class Watch:
         self.cursors.append(self.loader.state_dict())
 
     def forget(self):
-        """After each log line: the sums of the window start again."""
+        """After each log line."""
         del self.cursors[:-PATIENCE]
         for name, sums in self.window.items():
             if name != "skipped_in_a_row":
@@ -75,62 +74,48 @@ class Watch:
         return int(self.window["skipped_in_a_row"]) >= (1 if self.cfg.bad_steps == "stop" else PATIENCE)
 
     def explain(self, step):
-        """Dump the first bad step that is remembered and raise ValueError. Leaves the model unfit for training."""
+        """Dump the first bad step that is remembered, and raise ValueError."""
         back = min(int(self.window["skipped_in_a_row"]), len(self.cursors))  # the run may have been resumed among them
         step += 1 - back
         path = self.run.dir / f"bad-step-{step:08d}-rank{self.run.rank}.json"
         loss, what = dump(path, self.model, self.loader, self.cursors[-back], self.cfg, step)
-        raise ValueError(
-            f"training diverged at step {step}: the loss is {loss:.4g}, {what} (layers and batch: {path}). "
-            f"No weight has changed since: {remedy(self.run.dir, self.cfg.lr)}"
-        )
+        found = f"the loss is {loss:.4g}, {what} (layers and batch: {path}). No weight has changed since"
+        raise ValueError(f"training diverged at step {step}: {found}: {remedy(self.run.dir, self.cfg.lr)}")
 
 
 def dump(path, model, loader, cursor, cfg, step):
-    """Repeat the bad step with the weights as they are (this rank's share, no update) and write a JSON file about it.
+    """Repeat this rank's share of a bad step from the loader's `cursor` and write a JSON file about it. Returns (mean
+    loss, what broke first). Leaves the model unfit for training."""
+    rows, losses, batches = [], [], []
 
-    cursor: loader.state_dict() before the step. Returns (mean loss, what broke first), both for people."""
-    weights = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    outputs = [[] for _ in model.blocks]
-    for block, seen in zip(model.blocks, outputs, strict=True):
-        block._compiled_call_impl = None  # hooks on compiled blocks would be compiled with them, again
-        block.register_forward_hook(lambda block, inputs, output, seen=seen: seen.append(summary(output[0])))
+    def look(name, t, what):
+        t = t.detach().float()
+        if t.numel():
+            row = {"rms": t.square().mean().sqrt(), "max": t.abs().max(), "finite": t.isfinite().all()}
+            rows.append({"name": name, "what": what} | {key: as_json(value.item()) for key, value in row.items()})
+
+    for name, p in model.named_parameters():
+        look(name, p, "{} was not finite before")
+    what = "the output of {} is the first that is not finite"
+    for i, block in enumerate(model.blocks):
+        block._compiled_call_impl = None  # it would be compiled again with the hook
+        block.register_forward_hook(lambda block, _, output, i=i: look(f"layer {i}", output[0], what))
     loader.load_state_dict(cursor)
     model.zero_grad(set_to_none=True)
-    losses, batches = [], []
     for _ in range(cfg.grad_accum):
         tokens_BL, targets_BL = loader.next()
         out = model(tokens_BL, targets_BL)
         ((out.loss + cfg.balance_coef * out.balance + cfg.z_coef * out.z) / cfg.grad_accum).backward()
-        losses.append(float(out.loss.detach()))
+        losses.append(out.loss.item())
         batches.append(tokens_BL.tolist())
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    gradients = {name: summary(grad) for name, grad in grads.items() if grad.numel()}
-    causes = [f"{name} was not finite before" for name in weights]
-    layers = [layer for layer, seen in enumerate(outputs) if not all(values["finite"] for values in seen)]
-    causes += [f"the output of layer {layer} is the first that is not finite" for layer in layers]
-    broken = [name for name, values in reversed(gradients.items()) if not values["finite"]]  # as the backward pass runs
-    causes += [f"the gradient of {name} is the first that is not finite" for name in broken]
-    what = [*causes, f"above the limit max_loss={loss_limit(cfg):.3g}"][0]
-    found = {
-        "step": step,
-        "loss": [as_json(loss) for loss in losses],
-        "first": what,
-        "weights_not_finite": weights,
-        "output_of_layer": dict(enumerate(outputs)),
-        "gradient": gradients,
-        "cursor": cursor,
-        "tokens": batches,
-    }
-    files.replace(path, json.dumps(found))
-    return sum(losses) / len(losses), what
-
-
-def summary(values):
-    """Root mean square and largest magnitude of a tensor, as JSON takes them."""
-    values = values.detach().float()
-    rms, largest = float(values.square().mean().sqrt()), float(values.abs().max())
-    return {"rms": as_json(rms), "max": as_json(largest), "finite": bool(values.isfinite().all())}
+    for name, p in reversed(list(model.named_parameters())):  # as the backward pass runs
+        if p.grad is not None:
+            look(name, p.grad, "the gradient of {} is the first that is not finite")
+    first = [row["what"].format(row["name"]) for row in rows if not row["finite"]]
+    first = [*first, f"above the limit max_loss={loss_limit(cfg):.3g}"][0]
+    found = {"step": step, "loss": list(map(as_json, losses)), "first": first, "seen": rows}
+    files.replace(path, json.dumps(found | {"cursor": cursor, "tokens": batches}))
+    return sum(losses) / len(losses), first
 
 
 def as_json(number):

@@ -3,10 +3,9 @@
     model, tokens = load_model("Mixtral-8x7B-v0.1"), load_tokens("Mixtral-8x7B-v0.1")  # a local folder
     save_model(model, "out")  # transformers loads it
 
-    python -m optimoe.hf runs/NAME out --dtype=bfloat16  # exports a run of train.py with its tokenizer
+    python -m optimoe.hf runs/NAME out --dtype=bfloat16  # exports a run with its tokenizer
 
-Expert weights are read as one tensor per expert and matrix, as released checkpoints have them, and as the stacked
-tensors that transformers 5 holds in memory. Needs safetensors and tokenizers (the extra `hf`), not transformers.
+Expert weights are one tensor per expert and matrix there, as in released checkpoints. Needs the extra `hf`.
 """
 
 import dataclasses
@@ -14,66 +13,55 @@ import hashlib
 import importlib
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
-from data import files, tokenizer
+from data import fast, files, tokenizer
 from data.tokenizer import Tokens
-from model import GPT, UNTAUGHT, ModelConfig, rope_tables
+from model import GPT, UNTAUGHT, ModelConfig, compute_dtype, rope_tables
 from optimoe import checkpoint, config
-from optimoe.config import make_directory, require, shown
+from optimoe.config import make_directory, require
 from optimoe.run import require_memory
 from optimoe.sizes import count_params
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 AGAIN = "download it again"
-# Fields of ModelConfig that say how a model starts or runs, not what it computes.
-FREE = ("init_std", "embed_init_std", "dtype", "impl", "loss_chunk")
-NUMBERS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes of weights that are plain numbers
+# Fields of ModelConfig that do not change what a trained model computes.
+FREE = ("init_std", "embed_init_std", "dtype", "impl", "loss_chunk", "recompute")
+NUMBERS = ("F64", "F32", "F16", "BF16")  # safetensors' dtypes of weights that are not quantised
 
 
 class Family(NamedTuple):
     architecture: str  # class of transformers without "ForCausalLM"
-    moe: str  # where a layer keeps its router and experts
-    matrices: tuple[str, ...]  # an expert's gate, up and down matrix
-    n_experts: str  # names of fields in config.json
-    d_expert: str
     fixed: dict  # fields of ModelConfig that config.json does not say
-    extra: dict  # members of config.json that transformers needs beside FIELDS
+    moe: str = "mlp"  # where a layer keeps its router and experts
+    matrices: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # of an expert
+    n_experts: str = "num_experts"  # names in config.json
+    d_expert: str = "intermediate_size"
+    extra: dict = {}  # members of config.json that transformers needs beside FIELDS
 
 
-QWEN, DENSE = ("gate_proj", "up_proj", "down_proj"), {"decoder_sparse_step": 1, "mlp_only_layers": []}
-MIXTRAL, OLMOE = {"router_normalize": True}, {"qk_norm": True, "qk_norm_joint": True}
+DENSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 FAMILIES = {
     "mixtral": Family(
-        "Mixtral", "block_sparse_moe", ("w1", "w3", "w2"), "num_local_experts", "intermediate_size", MIXTRAL, {}
+        "Mixtral", {"router_normalize": True}, "block_sparse_moe", ("w1", "w3", "w2"), n_experts="num_local_experts"
     ),
-    "qwen3_moe": Family("Qwen3Moe", "mlp", QWEN, "num_experts", "moe_intermediate_size", {"qk_norm": True}, DENSE),
-    "olmoe": Family("Olmoe", "mlp", QWEN, "num_experts", "intermediate_size", OLMOE, {}),
+    "qwen3_moe": Family("Qwen3Moe", {"qk_norm": True}, d_expert="moe_intermediate_size", extra=DENSE),
+    "olmoe": Family("Olmoe", {"qk_norm": True, "qk_norm_joint": True}),
 }
-# Fields of ModelConfig and their names in config.json; n_experts and d_expert are named by the family.
+# Fields of ModelConfig and their names in config.json; the family names n_experts and d_expert.
 FIELDS = """vocab_size=vocab_size seq_len=max_position_embeddings d_model=hidden_size n_layers=num_hidden_layers
     n_heads=num_attention_heads n_kv_heads=num_key_value_heads head_dim=head_dim top_k=num_experts_per_tok
     router_normalize=norm_topk_prob tie_embeddings=tie_word_embeddings norm_eps=rms_norm_eps rope_theta=rope_theta"""
 FIELDS = dict(pair.split("=") for pair in FIELDS.split())
-# Members of config.json and what they must be; the last value is what model.py computes.
-ONLY = {
-    "hidden_act": (None, "silu"),
-    "attention_bias": (None, False),
-    "clip_qkv": (None,),
-    "mlp_only_layers": (None, []),
-    "decoder_sparse_step": (None, 1),
-    "quantization_config": (None,),
-    "compression_config": (None,),
-    "partial_rotary_factor": (None, 1),
-    "rope_type": (None, "default"),
-    "layer_types": ([], ["sliding_attention"], ["full_attention"]),
-    "rope_parameters": ([],),
-}
+# Members of config.json and what they must be, if anything: what model.py computes.
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_only_layers": [], "decoder_sparse_step": 1}
+ONLY |= {"clip_qkv": None, "quantization_config": None, "compression_config": None}
+ONLY |= {"partial_rotary_factor": 1, "rope_type": "default", "rope_parameters": {}, "layer_types": []}
 TOP = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
 IN_LAYER = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -84,14 +72,14 @@ IN_LAYER = {
 }
 
 
-def pieces(cfg, name, tensor, family, stacked=False):
-    """Yield (name in the checkpoint, its part of `tensor`) for the weight `name` of model.GPT. The parts are views."""
+def pieces(cfg, name, tensor, family):
+    """Yield (name in the checkpoint, view of its part of `tensor`) for the weight `name` of model.GPT."""
     if name in TOP:
         yield TOP[name], tensor
         return
     _, i, part = name.split(".", 2)
     layer = f"model.layers.{i}."
-    experts, kind = f"{layer}{'mlp' if stacked else family.moe}.", part.removeprefix("mlp.")
+    experts, kind = f"{layer}{family.moe}.", part.removeprefix("mlp.")
     if part in IN_LAYER:
         yield layer + IN_LAYER[part], tensor
     elif part == "attn.qkv.weight":
@@ -100,8 +88,6 @@ def pieces(cfg, name, tensor, family, stacked=False):
             yield f"{layer}self_attn.{proj}_proj.weight", rows
     elif kind == "router.weight":
         yield f"{experts}gate.weight", tensor
-    elif stacked:
-        yield f"{experts}experts.{'gate_up_proj' if kind == 'w_in' else 'down_proj'}", tensor
     else:
         matrices = family.matrices[:2] if kind == "w_in" else family.matrices[2:]
         for e, expert in enumerate(tensor):
@@ -109,42 +95,40 @@ def pieces(cfg, name, tensor, family, stacked=False):
                 yield f"{experts}experts.{e}.{matrix}.weight", rows
 
 
-def load_model(directory, device="cpu", dtype="auto", impl="auto"):
-    """A GPT in evaluation mode; its weights have the compute dtype ("auto": bfloat16 on CUDA, else float32).
+def model_pieces(model, family):
+    """{name in the checkpoint: view} of all weights of a GPT; a tied head is not stored."""
+    state = model.state_dict()
+    if model.cfg.tie_embeddings:
+        del state["head.weight"]
+    return {key: view for name, t in state.items() for key, view in pieces(model.cfg, name, t, family)}
 
-    Raises FileNotFoundError or ValueError naming what is missing, damaged, or unknown to model.py."""
+
+def load_model(directory, device="cpu", dtype="auto", impl="auto"):
+    """A GPT in evaluation mode, with weights of the compute dtype ("auto": bfloat16 on CUDA, else float32).
+
+    FileNotFoundError or ValueError names what is missing, damaged, or unknown to model.py."""
     directory, device = Path(directory), torch.device(device)
-    raw, weights = files.read_json(directory / CONFIG, AGAIN), Weights(directory)
+    raw, stored = files.read_json(directory / CONFIG, AGAIN), open_weights(directory)
     cfg = dataclasses.replace(model_config(raw), dtype=dtype, impl=impl)
     last = f"model.layers.{cfg.n_layers - 1}.input_layernorm.weight"
-    if last not in weights.files:
-        raise ValueError(
-            f"{directory}: {CONFIG} has num_hidden_layers={cfg.n_layers}, but the tensor {last} is missing"
-        )
+    require(last in stored, "num_hidden_layers", cfg.n_layers, f"{directory} has no tensor {last}")
     head, embedding = TOP["head.weight"], TOP["embed.weight"]
-    if cfg.tie_embeddings and head in weights.files:  # like transformers, keep a head that is not the embedding
-        cfg = dataclasses.replace(cfg, tie_embeddings=torch.equal(weights.get(head), weights.get(embedding)))
+    if cfg.tie_embeddings and {head, embedding} <= stored.keys():  # a head that is not the embedding stays
+        tied = torch.equal(*(stored[name].get_tensor(name) for name in (head, embedding)))
+        cfg = dataclasses.replace(cfg, tie_embeddings=tied)
     if not cfg.router_learns:
         print(f"warning: {directory}: top_k={cfg.top_k}: {UNTAUGHT} in training", file=sys.stderr)
-    stacked = any(name.endswith(".experts.gate_up_proj") for name in weights.files)
     family = FAMILIES[raw["model_type"]]
     with torch.device("meta"):
         model = GPT(cfg)
-    shapes = model.state_dict()
-    if cfg.tie_embeddings:
-        del shapes["head.weight"]
-    expected = [piece for name, value in shapes.items() for piece in pieces(cfg, name, value, family, stacked)]
-    weights.check(expected, ignored=(head,) if cfg.tie_embeddings else ())
-    kind = getattr(torch, ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype)
-    total = count_params(cfg).total
+    check_weights(directory, stored, model_pieces(model, family), {head} if cfg.tie_embeddings else set())
+    total, kind = count_params(cfg).total, compute_dtype(cfg, device)
     require_memory(f"the {total:,} weights", total * kind.itemsize, device, "use --dtype=bfloat16 or a larger machine")
-    state = {name: torch.empty(value.shape, dtype=kind, device=device) for name, value in shapes.items()}
-    for name, tensor in state.items():
-        for piece, view in pieces(cfg, name, tensor, family, stacked):
-            view.copy_(weights.get(piece))
-    model.load_state_dict(state, assign=True, strict=False)
+    model.to(kind).to_empty(device=device)
     if cfg.tie_embeddings:
         model.head.weight = model.embed.weight
+    for name, view in model_pieces(model, family).items():
+        view.copy_(stored[name].get_tensor(name))
     model.cos, model.sin = (table.to(device) for table in rope_tables(cfg))
     return model.eval().requires_grad_(False)
 
@@ -157,21 +141,19 @@ def model_config(raw):
 
     def get(name, kind=int, default=None):
         value = default if raw.get(name) is None else raw[name]
-        if value is None:
-            raise ValueError(f"{CONFIG} lacks {name}")
-        if type(value) not in ((int, float) if kind is float else (kind,)):
-            raise ValueError(f"{CONFIG} has {name}={shown(value)}: {kind.__name__} is needed")
+        fits = type(value) in ((int, float) if kind is float else (kind,))
+        require(fits, name, value, f"{CONFIG} needs {kind.__name__} there")
         return value
 
     rope = get("rope_parameters", dict, {}) or get("rope_scaling", dict, {})
-    layers = sorted({str(layer) for layer in get("layer_types", list, [])})
-    seen = {"rope_type": rope.get("rope_type", rope.get("type")), "layer_types": layers}
-    seen["rope_parameters"] = [name for name, value in rope.items() if isinstance(value, dict)]
+    layers = {str(layer) for layer in get("layer_types", list, [])}
+    seen = {"rope_type": rope.get("rope_type", rope.get("type"))}
+    seen["layer_types"] = [] if layers in (set(), {"full_attention"}, {"sliding_attention"}) else sorted(layers)
+    seen["rope_parameters"] = {name: value for name, value in rope.items() if isinstance(value, dict)}
     seen["partial_rotary_factor"] = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     for name, known in ONLY.items():
         value = seen[name] if name in seen else raw.get(name)
-        if value not in known:
-            raise ValueError(f"{CONFIG} has {name}={shown(value)}: model.py computes {known[-1]!r} only")
+        require(value in (None, known), name, value, f"model.py computes {known!r} only ({CONFIG})")
     heads = get("num_attention_heads")
     default = {"n_kv_heads": heads, "head_dim": get("hidden_size") // max(1, heads), "router_normalize": False}
     default |= {"tie_embeddings": False, "rope_theta": 1e6 if kind == "mixtral" else 1e4}
@@ -187,173 +169,132 @@ def model_config(raw):
     return cfg
 
 
-class Weights:
-    """The tensors of a folder of safetensors files, read one at a time."""
+def open_weights(directory):
+    """{name of a tensor: the open file that holds it}. FileNotFoundError, or ValueError for damage."""
+    safetensors, index, listed = package("safetensors"), directory / INDEX, None
+    names = [SINGLE]
+    if index.is_file():
+        listed = files.read_json(index, AGAIN).get("weight_map")
+        names = list(listed.values()) if isinstance(listed, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError(f"{index} is damaged (no weight_map of file names): {AGAIN}")
+    stored = {}
+    for path in sorted({directory / name for name in names}):
+        if not path.is_file():
+            needed = f"{directory} has neither {SINGLE} nor {INDEX}" if listed is None else f"{path} is missing"
+            raise FileNotFoundError(f"{needed}: {AGAIN}")
+        try:
+            file = safetensors.safe_open(path, framework="pt")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
+        stored |= dict.fromkeys(file.keys(), file)
+    if listed is not None and listed.keys() != stored.keys():
+        name = min(listed.keys() ^ stored.keys())
+        raise ValueError(f"{index} and the files that it names differ: only one of them has {name}; {AGAIN}")
+    return stored
 
-    def __init__(self, directory):
-        self.directory, self.handles = directory, {}
-        if (directory / INDEX).is_file():
-            self.files = files.read_json(directory / INDEX, AGAIN).get("weight_map")
-            names = self.files.values() if isinstance(self.files, dict) else [None]
-            if not all(isinstance(name, str) and Path(name).name == name for name in names):
-                raise ValueError(f"{directory / INDEX} is damaged (no weight_map of file names): {AGAIN}")
-        elif (directory / SINGLE).is_file():
-            self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
-        else:
-            remedy = "name a folder with a checkpoint in safetensors format"
-            raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}: {remedy}")
-        for name, file in self.files.items():
-            if not (directory / file).is_file():
-                raise FileNotFoundError(f"{directory / file} is missing; it holds {name}: {AGAIN}")
 
-    def open(self, file):
-        if file not in self.handles:
-            safetensors = package("safetensors")
-            try:
-                self.handles[file] = safetensors.safe_open(self.directory / file, framework="pt")
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{self.directory / file} is damaged ({error}): {AGAIN}") from None
-        return self.handles[file]
-
-    def check(self, expected, ignored=()):
-        """ValueError unless the folder holds the tensors `expected`: pairs of a name and a tensor of its shape."""
-        stored = {}  # file -> names of its tensors
-        for name, like in expected:
-            if name not in self.files:
-                raise ValueError(f"{self.directory}: the tensor {name} is missing")
-            path = self.directory / self.files[name]
-            if self.files[name] not in stored:
-                stored[self.files[name]] = set(self.open(self.files[name]).keys())
-            if name not in stored[self.files[name]]:
-                raise ValueError(f"{path}: the tensor {name} is missing, which {INDEX} promises there")
-            header = self.open(self.files[name]).get_slice(name)
-            shape, dtype = tuple(header.get_shape()), header.get_dtype()
-            if shape != like.shape:
-                raise ValueError(f"{self.directory}: {name} is {shape}, but {CONFIG} asks for {tuple(like.shape)}")
-            if dtype not in NUMBERS:
-                raise ValueError(f"{self.directory}: {name} is quantised ({dtype}): only {', '.join(NUMBERS)} are read")
-        rest = self.files.keys() - {name for name, _ in expected} - set(ignored)
-        unknown = sorted(name for name in rest if not name.endswith("rotary_emb.inv_freq"))
-        if unknown:
-            some = f"such as {unknown[0]} ({len(unknown)} in all): is model_type right?"
-            raise ValueError(f"{self.directory} holds tensors that {CONFIG} does not describe, {some}")
-
-    def get(self, name):
-        if name not in self.files:
-            raise ValueError(f"{self.directory}: the tensor {name} is missing")
-        return self.open(self.files[name]).get_tensor(name)
+def check_weights(directory, stored, expected, ignored):
+    """ValueError unless `stored` holds the tensors `expected` ({name: one of its shape})."""
+    for name, like in expected.items():
+        if name not in stored:
+            raise ValueError(f"{directory}: the tensor {name} is missing: {AGAIN}")
+        header = stored[name].get_slice(name)
+        shape, kind = tuple(header.get_shape()), header.get_dtype()
+        require(shape == like.shape, name, shape, f"{CONFIG} asks for {tuple(like.shape)}")
+        require(kind in NUMBERS, name, kind, f"it is quantised; only {', '.join(NUMBERS)} are read")
+    unknown = [name for name in stored.keys() - expected.keys() - ignored if not name.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        raise ValueError(f"{directory} holds tensors that {CONFIG} does not describe, such as {min(unknown)}")
 
 
 def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=None):
-    """Write config.json and the weights, per expert and matrix, in files of at most max_shard_bytes.
+    """Write config.json and the weights, in files of at most max_shard_bytes. dtype None: as they are; eos: token id.
 
-    dtype: of the weights, None as they are; eos: token id that ends a text. Raises ValueError for a model that no known
-    format describes, and for a folder that already holds weights."""
-    save_file = package("safetensors.torch").save_file
-    cfg, directory = model.cfg, Path(directory)
-    kind, raw = hf_config(cfg)
-    dtype = dtype or model.embed.weight.dtype
+    ValueError for a model that no known format describes, and for a folder that already holds weights."""
+    serialise = package("safetensors.torch").save
+    split_shards = package("huggingface_hub").split_state_dict_into_shards_factory
+    (kind, raw), directory, dtype = hf_config(model.cfg), Path(directory), dtype or model.embed.weight.dtype
     directory.mkdir(parents=True, exist_ok=True)
     if list(directory.glob("*.safetensors")):
         raise ValueError(f"{directory} already holds safetensors files: write to another folder")
-    shards, size = [[]], 0
-    tied = {"head.weight"} if cfg.tie_embeddings else set()
-    weights = [(name, tensor) for name, tensor in model.state_dict().items() if name not in tied]
-    for piece, view in (pair for weight in weights for pair in pieces(cfg, *weight, FAMILIES[kind])):
-        size += view.numel() * dtype.itemsize
-        if shards[-1] and size > max_shard_bytes:
-            shards.append([])
-            size = view.numel() * dtype.itemsize
-        shards[-1].append((piece, view))
-    n = len(shards)
-    names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)] if n > 1 else [SINGLE]
-    for file, shard in zip(names, shards, strict=True):
-        tmp = directory / (file + ".tmp")
-        tmp.touch()
-        mode = tmp.stat().st_mode  # safetensors would let nobody else read it
-        save_file({name: view.to("cpu", dtype, copy=True) for name, view in shard}, tmp, metadata={"format": "pt"})
-        tmp.chmod(mode)
-        os.replace(tmp, directory / file)
-    if n > 1:
-        total = sum(view.numel() * dtype.itemsize for shard in shards for _, view in shard)
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    weights, size = model_pieces(model, FAMILIES[kind]), lambda view: view.numel() * dtype.itemsize
+    naming = dict(filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes)
+    split = split_shards(weights, get_storage_size=size, **naming)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: weights[name].to("cpu", dtype, copy=True) for name in names}
+        files.replace(directory / file, serialise(shard, metadata={"format": "pt"}))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         files.write_json(directory / INDEX, index, signed=False)
     files.write_json(directory / CONFIG, raw | {"dtype": str(dtype)[6:], "eos_token_id": eos}, signed=False)
 
 
 def hf_config(cfg):
-    """(model_type, config.json) of a ModelConfig. ValueError naming a field that the format cannot express: read back,
-    config.json must give the same value of every field that changes what is computed, new fields too."""
+    """(model_type, config.json) of a ModelConfig. ValueError names a field that the format cannot express: one that is
+    not FREE and has another value when it is read back."""
     kind = "mixtral" if not cfg.qk_norm else "olmoe" if cfg.qk_norm_joint else "qwen3_moe"
     family = FAMILIES[kind]
     names = FIELDS | {"n_experts": family.n_experts, "d_expert": family.d_expert}
-    raw = {
-        "architectures": [family.architecture + "ForCausalLM"],
-        "model_type": kind,
-        "intermediate_size": cfg.d_expert,
-        **{theirs: getattr(cfg, ours) for ours, theirs in names.items() if ours not in family.fixed},
-        **family.extra,
-        **{"hidden_act": "silu", "sliding_window": None, "attention_bias": False, "initializer_range": cfg.init_std},
-        **{"bos_token_id": None, "pad_token_id": None},
-    }
+    raw = {"architectures": [family.architecture + "ForCausalLM"], "model_type": kind}
+    raw |= {"intermediate_size": cfg.d_expert, "hidden_act": "silu", "initializer_range": cfg.init_std, **family.extra}
+    raw |= {"sliding_window": None, "attention_bias": False, "bos_token_id": None, "pad_token_id": None}
+    raw |= {theirs: getattr(cfg, ours) for ours, theirs in names.items() if ours not in family.fixed}
     back = model_config(raw)
-    for field in dataclasses.fields(ModelConfig):
-        value, kept = getattr(cfg, field.name), getattr(back, field.name)
-        same = value == kept or field.name in FREE
-        require(same, field.name, value, f"the format of {kind} has {kept!r} only; this model cannot be exported")
+    for name in {field.name for field in dataclasses.fields(ModelConfig)}.difference(FREE):
+        value, kept = getattr(cfg, name), getattr(back, name)
+        require(value == kept, name, value, f"the format of {kind} has {kept!r} only; this model cannot be exported")
     return kind, raw
 
 
 def load_tokens(directory) -> Tokens:
     """The tokenizer of a folder, from its tokenizer.json. ValueError if there is none, or one of another model.
 
-    Prompts begin with what the tokenizer itself puts in front of a text (usually <s>, or nothing); generation ends at
-    eos_token_id. Text that spells a special token is that token unless the folder says split_special_tokens, as an
-    exported run does: in training such text is ordinary."""
-    path = (directory := Path(directory)) / "tokenizer.json"
-    if not path.is_file():
-        remedy = "transformers writes it, AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        raise ValueError(f"{directory} has no tokenizer.json: {remedy}")
-    try:
-        fast = package("tokenizers").Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
-    fast.no_truncation()  # some were saved with a limit of their training
-    fast.no_padding()
+    Text that spells a special token is that token, unless the folder says split_special_tokens."""
+    directory = Path(directory)
+    remedy = f"there is no {TOKENIZER}; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it"
+    require((directory / TOKENIZER).is_file(), "hf", str(directory), remedy)
+    enc = fast.from_folder(directory)
     settings, raw, generation = (
         files.read_json(directory / name, AGAIN) if (directory / name).is_file() else {}
-        for name in ("tokenizer_config.json", CONFIG, "generation_config.json")
+        for name in (TOKENIZER_CONFIG, CONFIG, GENERATION)
     )
-    fast.encode_special_tokens = bool(settings.get("split_special_tokens"))
-    plain, dressed = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
-    bos = dressed[: next(i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain)]
-    if "add_bos_token" in settings:
-        token = settings.get("bos_token")
-        token = token["content"] if isinstance(token, dict) else token
-        first = fast.token_to_id(token) if token and settings["add_bos_token"] else None
-        bos = [] if first is None else [first]
-    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    spelled = fast.library().Tokenizer.from_str(enc.definition)
+    spelled.no_truncation()
+    spelled.no_padding()
+    spelled.encode_special_tokens = bool(settings.get("split_special_tokens"))
+    eos = generation.get("eos_token_id", raw.get("eos_token_id", enc.eot_token))
     rows = raw.get("vocab_size", 2**40)
 
     def encode(text):
-        ids = fast.encode(text, add_special_tokens=False).ids
-        if max(ids, default=0) >= rows:
-            token = f"{fast.id_to_token(max(ids))!r} is token {max(ids)} in tokenizer.json"
-            raise ValueError(f"{directory}: {token}, but {CONFIG} has vocab_size={rows}: they are of different models")
+        ids = spelled.encode(text, add_special_tokens=False).ids
+        most = max(ids, default=0)
+        require(most < rows, "vocab_size", rows, f"{directory / TOKENIZER} has token {most}: it is of another model")
         return ids
 
-    def decode(ids):  # behind other tokens: SentencePiece drops a space at the beginning of a text
-        return fast.decode(plain + ids)[len(fast.decode(plain)) :]
-
-    return Tokens(encode, decode, bos, eos, min(1 + max(fast.get_vocab().values()), rows))
+    return Tokens(encode, enc.decode, enc.begin, eos if isinstance(eos, list) else [eos], min(enc.n_vocab, rows))
 
 
 def save_tokens(enc, directory):
-    """Write a tiktoken encoding as tokenizer.json, with end-of-text in front of every text, as in training."""
-    tokenizers = package("tokenizers")
-    # The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for characters from 256 on.
+    """Write the tokenizer of a data directory as tokenizer.json; a text begins as in training."""
+    directory, settings = Path(directory), {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["split_special_tokens"] = True  # in training, text that spells a special token is ordinary
+    if isinstance(enc, fast.Fast):
+        library = fast.library().Tokenizer.from_str(enc.definition)
+        begin, end = enc.begin, library.id_to_token(enc.eot_token)
+    else:
+        library, begin, end = from_tiktoken(enc), [enc.eot_token], tokenizer.EOT
+    settings |= {"eos_token": end, "add_bos_token": bool(begin)}
+    if begin:
+        settings["bos_token"] = library.id_to_token(begin[0])
+    library.save(str(directory / TOKENIZER))
+    files.write_json(directory / TOKENIZER_CONFIG, settings, signed=False)
+
+
+def from_tiktoken(enc):
+    """A tiktoken encoding as a tokenizer of the library `tokenizers`."""
+    lib = fast.library()
+    # GPT-2's alphabet spells printable bytes as themselves and the others as the characters from 256 on.
     printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
     ranks, special = enc._mergeable_ranks, enc._special_tokens
@@ -362,19 +303,14 @@ def save_tokens(enc, directory):
     splits = ((token[:i], token[i:]) for token in sorted(ranks, key=ranks.get) for i in range(1, len(token)))
     pairs = [(words[left], words[right]) for left, right in splits if left in ranks and right in ranks]
     vocab = {words[token]: rank for token, rank in ranks.items()} | special  # with the special tokens' own ids
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, ignore_merges=True))
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(enc._pat_str), "isolated")
-    letters_of_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, letters_of_bytes])
-    fast.decoder = tokenizers.decoders.ByteLevel()
-    fast.add_special_tokens(sorted(special, key=special.get))
-    fast.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{tokenizer.EOT} $A", special_tokens=[(tokenizer.EOT, enc.eot_token)]
-    )
-    fast.save(str(Path(directory) / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.EOT, "eos_token": tokenizer.EOT}
-    settings["split_special_tokens"] = True  # text that spells a special token is ordinary text, as in training
-    files.write_json(Path(directory) / "tokenizer_config.json", settings, signed=False)
+    made = lib.Tokenizer(lib.models.BPE(vocab, pairs, ignore_merges=True))
+    split = lib.pre_tokenizers.Split(lib.Regex(enc._pat_str), "isolated")
+    bytelevel = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer, made.decoder = lib.pre_tokenizers.Sequence([split, bytelevel]), lib.decoders.ByteLevel()
+    made.add_special_tokens(sorted(special, key=special.get))
+    end = tokenizer.EOT
+    made.post_processor = lib.processors.TemplateProcessing(f"{end} $A", special_tokens=[(end, enc.eot_token)])
+    return made
 
 
 def package(name):
@@ -386,11 +322,10 @@ def package(name):
 
 
 def fingerprint(directory, *others):
-    """A name for results: the folder's, and a hash of its files and of the paths `others` that results depend on."""
+    """A name for results: the folder's, and a hash of its files and of `others` that results depend on."""
     directory, digest = Path(directory).resolve(), hashlib.sha256()
-    names = (CONFIG, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-    small = filter(Path.is_file, (directory / name for name in names))
-    for path in [*sorted(directory.glob("*.safetensors")), *small, *others]:
+    small = [directory / name for name in (CONFIG, INDEX, GENERATION, TOKENIZER, TOKENIZER_CONFIG)]
+    for path in [*sorted(directory.glob("*.safetensors")), *filter(Path.is_file, small), *others]:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"{directory.name}-{digest.hexdigest()[:16]}"
@@ -414,12 +349,10 @@ def main(argv=None):
     make_directory(out.parent, "out", cfg.out)
     model = checkpoint.load_model(path)
     enc = tokenizer.load(checkpoint.training_data(path if path.is_dir() else path.parent))
-    # Beside its place, and renamed at the end: a failure leaves nothing behind.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as partial:
-        whole = Path(partial) / out.name
-        save_model(model, whole, getattr(torch, cfg.dtype), eos=enc.eot_token)
-        save_tokens(enc, whole)
-        os.rename(whole, out)
+    with files.temporary(out, directory=True) as partial:
+        save_model(model, partial, getattr(torch, cfg.dtype), eos=enc.eot_token)
+        save_tokens(enc, partial)
+        os.rename(partial, out)
     print(f"{cfg.out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 

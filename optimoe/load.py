@@ -20,7 +20,7 @@ class ModelChoice:
     run: str = ""  # run directory of train.py: its newest checkpoint
     checkpoint: str = ""  # or one checkpoint file of it
     hf: str = ""  # or a folder with a Hugging Face checkpoint: Mixtral, Qwen3-MoE, OLMoE
-    data: str = ""  # token data directory of the run, if it was moved; with --hf: use its tokenizer
+    data: str = ""  # token data directory, if it was moved; with --hf: use its tokenizer
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
@@ -29,13 +29,12 @@ class ModelChoice:
         self.validate()
 
     def validate(self):
-        """Raise ValueError naming the field, its value and the remedy."""
         given = self.run, self.checkpoint, self.hf
         remedy = "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them"
         require(sum(map(bool, given)) == 1, "run, checkpoint, hf", given, remedy)
-        require(not self.run or Path(self.run).is_dir(), "run", self.run, "no such directory")
-        remedy = "no such file; --run=DIR takes the newest of a run"
-        require(not self.checkpoint or Path(self.checkpoint).is_file(), "checkpoint", self.checkpoint, remedy)
+        for name, exists, kind in (("run", Path.is_dir, "directory"), ("checkpoint", Path.is_file, "file")):
+            value = getattr(self, name)
+            require(not value or exists(Path(value)), name, value, f"no such {kind}")
         require(not self.hf or Path(self.hf).is_dir(), "hf", self.hf, "no such directory")
 
     def data_directory(self) -> Path | None:
@@ -71,16 +70,10 @@ def load(cfg: ModelChoice) -> Loaded:
 
 
 def pick_device(cfg, local_rank=0):
-    """The torch.device of a program with the fields device, dtype and impl; ValueError naming one that is not there.
-
-    auto is cuda where there is one, else cpu. mps (Apple's GPUs) is untested: it is used only when it is asked for."""
-    name = cfg.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    require(name != "cuda" or torch.cuda.is_available(), "device", name, "no CUDA device is visible; use --device=cpu")
-    require(
-        name != "mps" or torch.backends.mps.is_available(), "device", name, "torch has no MPS here; use --device=cpu"
-    )
+    """The torch.device of a program with the fields device, dtype and impl; ValueError naming one that is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = cfg.device if cfg.device != "auto" else "cuda" if there["cuda"] else "cpu"
+    require(there[name], "device", name, f"no {name.upper()} device is visible; use --device=cpu")
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     tensor = torch.empty(0, dtype=compute_dtype(cfg, device), device=device)
     try:
@@ -100,7 +93,7 @@ def run_tokens(directory, model) -> Tokens:
 
 
 def frozen(model):
-    """The same model with its weights in the compute dtype: cast once and not at every use, as they stay the same."""
+    """The same model with its weights in the compute dtype: cast once and not at every use."""
     for weight in model.parameters():
         weight.data = weight.data.to(model.dtype)
     return model

@@ -1,18 +1,12 @@
-"""Learning-rate schedules, AdamW, and Muon for the matrices of experts and attention beside AdamW for everything else.
+"""Learning-rate schedules, AdamW, and Muon for the matrices of experts and attention beside AdamW for the rest.
 
-Clipping is part of the step: its factor is given to the optimisers (`scale`), so that the gradients of large tensors
-are read once and never rewritten.
+Muon (kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about U V^T: every direction of
+a matrix moves equally far. Scaled by 0.2 sqrt(longer side) (arXiv 2502.16982) its step is as long as AdamW's, so one
+learning rate and one decay serve both. Unlike in `torch.optim.Muon`, the experts of a layer are one batched product,
+and linear maps that are stacked in a parameter (gate and up; query, key and value) are made orthogonal one by one.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about
-U V^T, so that every direction of a matrix moves equally far. The step is scaled by 0.2 sqrt(longer side) (arXiv
-2502.16982), which gives it the root mean square of AdamW's steps: one learning rate and one weight decay serve both.
-
-Unlike in `torch.optim.Muon`, the experts of a layer are one batched product, and each linear map is made orthogonal by
-itself: an expert's gate, up and down matrix, and attention's query, key and value. Stacked maps would share one set of
-singular directions, though a token sees them as separate functions. moe_kernels/muon.py steps small maps on CUDA.
-
-A step neither waits for the device nor allocates state (AdamW does so in its first step), so a CUDA graph can capture
-it; learning rates may be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
+A step neither waits for the device nor allocates after the first one: a CUDA graph can capture it. Learning rates may
+be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
 """
 
 import math
@@ -25,10 +19,9 @@ from moe_kernels.muon import COEFFICIENTS, ROUNDS, fits, muon_update
 
 
 def lr_at(step, cfg):
-    """Learning rate of step 0 .. steps-1: linear warm-up to lr, then the schedule's way down to min_lr_frac * lr.
+    """Learning rate of step 0 .. steps-1: linear warm-up to lr, then down to min_lr_frac * lr.
 
-    cosine: half a cosine over all steps after the warm-up. wsd: constant, then linear over the last decay_frac of the
-    steps, or over what the warm-up leaves of them. Without warm-up the first step has the full rate."""
+    cosine: half a cosine after the warm-up. wsd: constant, then linear over the last decay_frac of the steps."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     wsd = cfg.schedule == "wsd"
@@ -39,24 +32,22 @@ def lr_at(step, cfg):
 
 
 def clip_factor(norm, limit):
-    """The factor (scalar tensor) that brings gradients of this norm to at most `limit`; None if limit is 0."""
+    """The factor that brings gradients of this norm to at most `limit`; None if limit is 0."""
     return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
 
 
 def total_norm(tensors):
-    """Norm of all of them together, in float32. torch's kernel takes a list of one dtype."""
+    """Norm of all of them together, in float32."""
     lists = ([t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors))
     return torch.stack([norm for each in lists for norm in torch._foreach_norm(each, 2, dtype=torch.float32)]).norm()
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, whose fused kernel updates many small tensors in one launch. Large tensors and bfloat16 ones
-    go to `moe_kernels.adamw_step`.
+    """torch.optim.AdamW with its fused kernel for small tensors; large and bfloat16 ones go to `adamw_step`.
 
-    copies: {float32 parameter of a group: the bfloat16 parameter of the model that is its copy}. The copy holds the
-    gradient, in bfloat16 too, and gets the new weight in the pass that computes it. seed: of the rounding of bfloat16
-    weights and states. Before a step, `found_inf` (a float scalar tensor, 1: skip the step) and `scale` (a scalar
-    tensor that gradients are multiplied by) are set, or None."""
+    copies: {float32 parameter of a group: its bfloat16 copy in the model}, which holds the gradient and gets the new
+    weight in the same pass. seed: of the rounding of bfloat16 weights and states. Before a step, `found_inf` (float
+    scalar tensor, 1: skip the step) and `scale` (scalar tensor, a factor of the gradients) are set, or None."""
 
     LARGE = 2**20  # a float32 tensor with as many values is worth a launch of its own
     found_inf = scale = None
@@ -64,8 +55,8 @@ class AdamW(torch.optim.AdamW):
     def __init__(self, groups, lr, betas, eps, copies=None, seed=0):
         super().__init__(groups, lr, betas, eps, fused=True, capturable=isinstance(lr, torch.Tensor))
         self.copies = copies or {}
-        # Each tensor has its own seed; with a common one, equal positions of two tensors would round alike.
         params = (p for group in self.param_groups for p in group["params"])
+        # With a common seed, equal positions of two tensors would round alike.
         self.seeds = {p: (seed * 1_000_003 + i) % 2**31 for i, p in enumerate(params)}
 
     @torch.no_grad()
@@ -93,11 +84,9 @@ class AdamW(torch.optim.AdamW):
     def _step_small(self, group, weights, grads, means, variances, steps):
         if self.scale is not None:
             torch._foreach_mul_(grads, self.scale)
-        flags = dict(fused=True, amsgrad=False, maximize=False, found_inf=self.found_inf)
-        settings = {name: group[name] for name in ("capturable", "lr", "weight_decay", "eps")}
-        beta1, beta2 = group["betas"]
-        tensors = weights, grads, means, variances, [], steps
-        adamw_fused(*tensors, **flags, **settings, beta1=beta1, beta2=beta2)
+        settings = {name: group[name] for name in ("capturable", "lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        settings |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "found_inf": self.found_inf}
+        adamw_fused(weights, grads, means, variances, [], steps, fused=True, **settings)
 
     def _step_large(self, group, large):
         steps = [step for *_, step, _, _ in large]
@@ -128,8 +117,7 @@ def orthogonalize(m_NAB):
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups of equally shaped parameters, (A, B) or (E, A, B). A group's `rows` lists how many rows each of the linear
-    maps has that are stacked in a parameter. `found_inf` and `scale`: as in `AdamW`."""
+    """Groups of equally shaped parameters, (A, B) or (E, A, B), with `rows`: those of each map stacked in them."""
 
     found_inf = scale = None
 
@@ -146,7 +134,7 @@ class Muon(torch.optim.Optimizer):
             if params and on_chip(params[0], group["rows"]):
                 self._step_on_chip(params, group)
                 continue
-            # Matrices of all layers make one batch; a stack of experts is a batch already, and a large one.
+            # A stack of experts is a batch already.
             for batch in [params] if params and params[0].ndim == 2 else [[p] for p in params]:
                 self._step_batch(batch, group)
 
@@ -154,17 +142,15 @@ class Muon(torch.optim.Optimizer):
         return params, [self.state[p]["momentum"] for p in params], [p.grad for p in params]
 
     def _step_on_chip(self, params, group):
-        weights, momenta, grads = self._tensors(params)
-        rate = group["lr"]
-        if not isinstance(rate, torch.Tensor):
-            rate = torch.full((), rate, device=weights[0].device)
+        tensors = weights, _, _ = tuple(self._tensors(params))
+        rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=weights[0].device)
         settings = group["rows"], rate, group["momentum"], group["weight_decay"]
-        muon_update(weights, momenta, grads, *settings, self.scale, self.found_inf, params[0].ndim == 3)
+        muon_update(*tensors, *settings, self.scale, self.found_inf, params[0].ndim == 3)
 
     def _step_batch(self, batch, group):
         rate, mu = group["lr"], group["momentum"]
         weights, momenta, grads = self._tensors(batch)
-        if self.scale is not None:  # one more pass over the gradients costs little beside the products below
+        if self.scale is not None:
             torch._foreach_mul_(grads, self.scale)
         if self.found_inf is not None:
             rate = rate * (1 - self.found_inf)
@@ -176,7 +162,7 @@ class Muon(torch.optim.Optimizer):
         maps = [orthogonalize(m) * (0.2 * math.sqrt(max(m.shape[-2:]))) for m in ahead_NAB.split(group["rows"], -2)]
         update_NAB = torch.cat(maps, -2)
         if experts:
-            # An expert without tokens must not move: its fading momentum, normalised, would be a full step each time.
+            # An expert without tokens must not move: its fading momentum would be made a full step.
             update_NAB = update_NAB * (grads[0].abs().amax((-2, -1), keepdim=True) > 0)
         updates = update_NAB.view(len(batch), *ahead[0].shape)
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
@@ -190,7 +176,7 @@ def on_chip(p, rows):
 
 
 class Together:
-    """Optimisers that act as one. Its state_dict is the list of theirs."""
+    """Optimisers that act as one; its state_dict is the list of theirs."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -198,6 +184,10 @@ class Together:
     @property
     def param_groups(self):
         return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def copies(self):
+        return {p: copy for part in self.parts for p, copy in getattr(part, "copies", {}).items()}
 
     def set_lr(self, lr):
         for group in self.param_groups:
@@ -207,22 +197,19 @@ class Together:
                 group["lr"] = lr
 
     def step(self, skip=None, scale=None):
-        """skip: None, or a float32 scalar tensor: if it is 1 nothing changes, decided on the device. scale: None, or a
-        float32 scalar tensor that all gradients are multiplied by (`clip_factor`), possibly in place."""
+        """skip, scale: `found_inf` and `scale` of AdamW; gradients may be scaled in place."""
         for part in self.parts:
             part.found_inf, part.scale = skip, scale
             part.step()
 
     def begin_step(self):
-        """Several ranks start to gather the weights here."""
+        """Ranks start to gather weights here."""
 
     def average_gradients(self):
-        """Several ranks finish averaging the gradients here."""
+        """Ranks finish averaging gradients here."""
 
     def grad_norm(self):
-        """Norm of all gradients, a float32 scalar tensor."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        copies = {p: copy for part in self.parts for p, copy in getattr(part, "copies", {}).items()}
+        copies, params = self.copies, [p for group in self.param_groups for p in group["params"]]
         return total_norm([grad for p in params if (grad := copies.get(p, p).grad) is not None])
 
     def zero_grad(self, set_to_none=True):
@@ -230,8 +217,8 @@ class Together:
             part.zero_grad(set_to_none)
 
     def weights(self, model):
-        """model.state_dict() for a checkpoint: float32 weights in place of the bfloat16 copies that the model holds."""
-        copies = {copy: p.detach() for part in self.parts for p, copy in getattr(part, "copies", {}).items()}
+        """model.state_dict() with float32 weights in place of their bfloat16 copies."""
+        copies = {copy: p.detach() for p, copy in self.copies.items()}
         state = model.state_dict()
         state.update({name: copies[p] for name, p in model.named_parameters() if p in copies})
         return state
@@ -240,7 +227,7 @@ class Together:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
-        """Load what the steps have accumulated. Rates, decay and betas stay those of this run."""
+        """Load what steps have accumulated; rates, decay and betas stay this run's."""
         for part, state in zip(self.parts, states, strict=True):
             here = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
             part.load_state_dict(state)
@@ -249,16 +236,14 @@ class Together:
 
 
 def stacked_rows(name, shape, cfg):
-    """The numbers of rows of the linear maps stacked in a weight of model.GPT."""
+    """The rows of each linear map stacked in a weight of model.GPT."""
     if name.endswith("attn.qkv.weight"):
         return [n * cfg.head_dim for n in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)]
-    if name.endswith(("w_in", "gate_up.weight")):
-        return [shape[-2] // 2] * 2
-    return [shape[-2]]
+    return [shape[-2] // 2] * 2 if name.endswith(("w_in", "gate_up.weight")) else [shape[-2]]
 
 
 def is_hidden(name, p):
-    """Whether a parameter of model.GPT is a matrix inside a block other than the router: nearly all of a large one."""
+    """Whether a parameter of model.GPT is a matrix inside a block other than the router."""
     return name.startswith("blocks.") and p.ndim > 1 and "router" not in name
 
 
@@ -266,10 +251,9 @@ def make_optimizer(model, cfg, piece=None):
     """AdamW, or with cfg.optimizer Muon for matrices inside blocks other than the router. Norms do not decay.
 
     AdamW turns these matrices of the model into bfloat16, in place. With cfg.weights == "bfloat16" they are the
-    weights. With "float32" they are copies of float32 weights that the optimiser holds, where that changes no value:
-    where the model computes in bfloat16 and does not sum the copies' bfloat16 gradients over micro-batches. On CUDA
-    learning rates are tensors, so that a captured step sees them change. piece(p): with several ranks, the part of
-    dimension 0 of a parameter that this rank updates (Muon's 2-D matrices are always whole)."""
+    weights; with "float32" copies of weights that the optimiser holds, where that changes no value (the model computes
+    in bfloat16 and sums no gradients over micro-batches). piece(p): the part of dimension 0 of a parameter that this
+    rank updates (Muon's 2-D matrices are always whole)."""
     copied = cfg.weights == "float32" and model.dtype == torch.bfloat16 and cfg.grad_accum == 1
     hidden, experts, matrices, norms, copies = {}, [], [], [], {}
     piece = piece or (lambda p: p)
@@ -288,7 +272,7 @@ def make_optimizer(model, cfg, piece=None):
                 own = exact
         (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(own)
     device = model.embed.weight.device
-    lr = torch.tensor(cfg.lr, device=device) if device.type == "cuda" else cfg.lr
+    lr = torch.tensor(cfg.lr, device=device) if device.type == "cuda" else cfg.lr  # a captured step sees it change
     # Experts have a group of their own because checkpoints have.
     decays = (matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay)
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in decays if ps]

@@ -26,7 +26,7 @@ PRESETS = ("tiny", *(f"paper-d{d}-e{e}-k{k}" for d, e, k in GRID))
 
 def preset_fields(name):
     """The fields that a preset sets: "tiny" is the default of train.py, the others are the paper's 65 models."""
-    remedy = "use tiny or paper-dD-eE-kK, D in 512 1024 2048, E in 8 16 .. 256, K in 2 4 8 16, K <= E"
+    remedy = "use tiny or paper-dD-eE-kK, D in 512 1024 2048, E in 8 16 .. 256, K in 2 4 8 16"
     require(name in PRESETS, "preset", name, remedy)
     if name == "tiny":
         return dict(TINY)
@@ -46,31 +46,25 @@ class Params(NamedTuple):
     embedding: int  # input and output embeddings (counted once when tied)
 
 
-def qk_norm_params(cfg):
-    return cfg.qk_norm * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads if cfg.qk_norm_joint else 2)
-
-
 def norm_params(cfg):
-    return cfg.d_model * (2 * cfg.n_layers + 1) + cfg.n_layers * qk_norm_params(cfg)
+    qk_norm = cfg.qk_norm * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads if cfg.qk_norm_joint else 2)
+    return cfg.d_model * (2 * cfg.n_layers + 1) + cfg.n_layers * qk_norm
 
 
 def count_params(cfg):
     """Parameters by arithmetic; equal to those of GPT(cfg) (tested)."""
     D, expert = cfg.d_model, 3 * cfg.d_model * cfg.d_expert
-    attention = 2 * D * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + qk_norm_params(cfg)
-    always = attention + 2 * D + cfg.n_shared_experts * expert + (0 if cfg.dense else D * cfg.n_experts)
+    attention = 2 * D * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads)
+    always = attention + cfg.n_shared_experts * expert + (0 if cfg.dense else D * cfg.n_experts)
     embedding = cfg.vocab_size * D * (1 if cfg.tie_embeddings else 2)
-    total, active = (
-        embedding + D + cfg.n_layers * (always + n * expert)
-        for n in (cfg.top_k if cfg.dense else cfg.n_experts, cfg.top_k)
-    )
-    return Params(total, active, embedding)
+    used = embedding + norm_params(cfg) + cfg.n_layers * (always + cfg.top_k * expert)
+    unused = 0 if cfg.dense else cfg.n_layers * (cfg.n_experts - cfg.top_k) * expert
+    return Params(used + unused, used, embedding)
 
 
 def flops_per_token(cfg, seq_len=None):
-    """Training FLOPs per token, forward and backward, of what is active: 6 per weight of a matrix product (K experts,
-    router, attention, head; the input embedding is a lookup) and 6 * n_layers * L * H * d for the attention scores and
-    their use. Only the causal half of the scores counts; the full square, which some reports count, would be 12."""
+    """Training FLOPs per token of what is active: 6 per weight of a matrix product (the input embedding is none)
+    and 6 * n_layers * L * H * d for the causal half of the attention scores (some reports count the square: 12)."""
     _, active, embedding = count_params(cfg)
     matmul = active - embedding - norm_params(cfg) + cfg.vocab_size * cfg.d_model
     return 6 * matmul + 6 * cfg.n_layers * (seq_len or cfg.seq_len) * cfg.n_heads * cfg.head_dim
@@ -79,14 +73,18 @@ def flops_per_token(cfg, seq_len=None):
 def training_memory(cfg, tokens, weights="float32"):
     """Bytes by part when one GPU trains with AdamW in bfloat16 on `tokens` tokens at a time; weights: as in train.py.
 
-    Weights, gradients and states are exact for one micro-batch a step; with more, the gradients of float32 weights in
-    blocks take 2 bytes more each. The activations are an estimate of what autograd keeps per token and layer: attention
-    4 D + 3 (H + 2 Hkv) d, experts 2 D + 2 F K, dense 2 D + 3 F values."""
+    All but activations are exact for one micro-batch a step; with more, gradients of float32 weights in blocks take 2
+    bytes more each. Estimated activations per token and layer: attention 4 D + 3 (H + 2 Hkv) d values, experts 2 D +
+    2 F K, dense 2 D + 3 F."""
     total, _, embedding = count_params(cfg)
     routers = 0 if cfg.dense else cfg.n_layers * cfg.d_model * cfg.n_experts
     rest = embedding + norm_params(cfg) + routers
-    hidden = cfg.d_expert * ((3 if cfg.dense else 2) * cfg.top_k + 3 * cfg.n_shared_experts)
-    layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + hidden
+    routed = (3 if cfg.dense else 2) * cfg.top_k * cfg.d_expert
+    layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + routed
+    layer += 3 * cfg.n_shared_experts * cfg.d_expert
+    # What is computed again exists for one layer at a time.
+    kept = {"none": layer, "experts": layer - (not cfg.dense) * routed, "blocks": cfg.d_model}[cfg.recompute]
+    values = cfg.n_layers * kept + layer - kept
     logits = 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
     wide = total if weights == "float32" else rest  # parameters that are float32, their states too
     return {
@@ -94,7 +92,7 @@ def training_memory(cfg, tokens, weights="float32"):
         "weights and AdamW states (bfloat16)": 6 * (total - wide),
         "bfloat16 copies of float32 weights": 2 * wide,
         "gradients (bfloat16 in blocks)": 2 * (total - rest) + 4 * rest,
-        "activations (estimate)": 2 * cfg.n_layers * layer * tokens + logits,
+        "activations (estimate)": 2 * values * tokens + logits,
     }
 
 
@@ -123,28 +121,21 @@ class SizeConfig(ModelConfig):
 
     def validate(self):
         super().validate()
-        require(self.vocab_size >= 1, "vocab_size", self.vocab_size, "use 1 or more")
-        require(0 <= self.tokens <= 1e30, "tokens", self.tokens, "use a number from 0 (no budget) to 1e30")
-        require(1 <= self.micro_batch <= 2**30, "micro_batch", self.micro_batch, "use a whole number from 1 to 2^30")
+        for name, least, most in (("vocab_size", 1, 2**30), ("tokens", 0, 1e30), ("micro_batch", 1, 2**30)):
+            value = getattr(self, name)
+            require(least <= value <= most, name, value, f"use a number from {least} to {most:,}")
 
 
 def main(argv=None):
     cfg = config.parse(SizeConfig, argv, "Sizes, FLOPs and training memory of a model.")
-    params, flops = count_params(cfg), flops_per_token(cfg)
-    rows = [
-        ("parameters, total", f"{params.total:,}"),
-        ("parameters, active per token", f"{params.active:,}"),
-        ("of these, embeddings", f"{params.embedding:,}"),
-        ("vocabulary", f"{cfg.vocab_size:,}"),
-        ("sparsity 1 - K/E", f"{0.0 if cfg.dense else 1 - cfg.top_k / cfg.n_experts:.4g}"),
-        ("training FLOPs per token", f"{flops:.4g}"),
-    ]
+    (total, active, embedding), flops = count_params(cfg), flops_per_token(cfg)
+    rows = [("parameters, total", f"{total:,}"), ("parameters, active per token", f"{active:,}")]
+    rows += [("of these, embeddings", f"{embedding:,}"), ("vocabulary", f"{cfg.vocab_size:,}")]
+    rows += [("sparsity 1 - K/E", f"{0.0 if cfg.dense else 1 - cfg.top_k / cfg.n_experts:.4g}")]
+    rows += [("training FLOPs per token", f"{flops:.4g}")]
     if cfg.tokens:
-        rows += [
-            ("training tokens", f"{cfg.tokens:.4g}"),
-            ("tokens per parameter (TPP)", f"{cfg.tokens / params.total:.4g}"),
-            ("training FLOPs", f"{cfg.tokens * flops:.4g}"),
-        ]
+        rows += [("training tokens", f"{cfg.tokens:.4g}"), ("training FLOPs", f"{cfg.tokens * flops:.4g}")]
+        rows += [("tokens per parameter (TPP)", f"{cfg.tokens / total:.4g}")]
     memory = training_memory(cfg, cfg.micro_batch * cfg.seq_len, cfg.weights)
     memory[f"training memory, {cfg.micro_batch} x {cfg.seq_len} tokens"] = sum(memory.values())
     rows += [(part, f"{size / 2**30:.3f} GiB") for part, size in memory.items() if size]

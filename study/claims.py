@@ -1,6 +1,5 @@
-"""How each claim of the paper is put to the runs: what it predicts, one effect per seed, its interval, the verdict.
-
-docs/study/rules.md has the rules in words; study/verdict.py writes the tables."""
+"""How each claim of the paper is put to the runs: one effect per seed, its interval, the verdict. The rules in words:
+docs/study/rules.md."""
 
 import json
 import math
@@ -16,8 +15,8 @@ from study.rules import RISE, interval, seeds_needed
 
 MASTERED = 0.1  # nats per token: a line whose solutions cost less everywhere has nothing to lose
 COMPARABLE = 0.05  # training losses within this share of each other count as equal; those of two seeds differ as much
-LEARNED = 0.8  # share of whole solutions from which a run counts as having learned to solve problems
-BRACKET = (10, 40)  # tokens per parameter; a line must reach beyond both to show an optimum between them
+LEARNED = 0.8  # share of whole solutions from which a run has learned to solve problems
+BRACKET = (10, 40)  # tokens per parameter, around the paper's optimum
 
 
 class Test(NamedTuple):
@@ -29,7 +28,7 @@ class Test(NamedTuple):
     unit: str
     runs: int
     little: bool = False  # the claim is that the effect, of whatever sign, is smaller than the margin
-    note: str = ""  # why it has no vote, if it has none
+    note: str = ""  # why it has no vote
     paired: bool = True
 
     @property
@@ -91,33 +90,35 @@ def by_seed(groups, combine):
     return {seed: float(combine([group[seed] for group in groups])) for seed in sorted(seeds)}
 
 
-def because(*reasons):
-    return "; ".join(filter(None, reasons))
+def because(reasons):
+    """Why something has no vote, from {reason: whether it holds}."""
+    return "; ".join(reason for reason, holds in reasons.items() if reason and holds)
 
 
 def percent(row, task):
-    return 100 * (accuracy(row, task) or 0.0)
+    return 100 * accuracy(row, task)
 
 
-def tells(cells, task):
-    """Whether cells can say something: one is 5 points above the best constant answer, and one is not mastered."""
+def dumb(cells, task):
+    """Why cells cannot say anything: none is 5 points above the best constant answer, or all are mastered; or ""."""
     floor = 5 + 100 * max(row[task].get("chance", 0) for cell in cells.values() for row in cell.values())
     means = [np.mean([percent(row, task) for row in cell.values()]) for cell in cells.values()]
     worst = max(np.mean([loss(row, task) for row in cell.values()]) for cell in cells.values())
-    return max(means) > floor and min(means) < 95 and (task != "problems" or worst > MASTERED)
+    mastered = min(means) >= 95 or task == "problems" and worst <= MASTERED
+    return "nothing learned" if max(means) <= floor else "mastered" if mastered else ""
 
 
-def silent(where, tuned, task):
+def silent(where, tuned, task, note=""):
     """Why tuned lines of one regime have no vote, or ""."""
-    edges = [x for one in tuned for x in one.edges]
+    edges, why = sum(len(one.edges) for one in tuned), [dumb(one.cells, task) for one in tuned]
     reasons = {
-        "text describes": where.data,
+        note: True,
         "not calibrated": where.kind == "twohop",
-        "nothing learned, or everything": not where.data and not any(tells(one.cells, task) for one in tuned),
-        f"best rate at the edge for {len(edges)} of {sum(len(one.cells) for one in tuned)} models": edges,
+        why[0]: all(why),
+        f"best rate at the edge for {edges} of {sum(len(one.cells) for one in tuned)} models": edges,
         "rates of other data": not where.paired and any(one.single for one in tuned),
     }
-    return because(*(reason for reason, holds in reasons.items() if holds))
+    return because(reasons)
 
 
 def tuned_lines(rows, task):
@@ -131,31 +132,19 @@ def tuned_lines(rows, task):
         yield where, {k: one for k, one in by_k.items() if len(one.seeds) == most}
 
 
-def made_lines(rows):
-    """[(Regime, k, Tuned)] of the word problems, one by one."""
-    for where, by_k in tuned_lines(rows, "problems"):
-        if where.kind == "mixture" and not where.data:
-            yield from ((where, k, one) for k, one in by_k.items())
-
-
 def slopes(rows, task, value, margin, unit, note=lambda where: ""):
     """A Test per regime: the slope of value(row, task) over doublings of E, mean over k, at the best rates for the
-    task. note(regime): why it has no vote, or \"\"."""
+    task. note(regime): why it has no vote, or ""."""
     for where, by_k in tuned_lines(rows, task):
         tuned = list(by_k.values())
         effects = by_seed([rises(one, lambda row: value(row, task)) for one in tuned], np.mean)
-        name = (results.TEXT_TASKS if where.data else results.TASKS).get(task, task)
-        label = f"{where}, k={','.join(map(str, by_k))}; {name}"
-        runs, why = sum(len(one.rows) for one in tuned), because(note(where), silent(where, tuned, task))
-        yield Test(label, effects, margin, unit, runs, note=why, paired=where.paired)
+        label = f"{where}, k={','.join(map(str, by_k))}; {results.TASKS[task]}"
+        runs, why = sum(len(one.rows) for one in tuned), silent(where, tuned, task, note(where))
+        yield Test(label, effects, margin, f"{unit} per doubling of E", runs, note=why, paired=where.paired)
 
 
-def beside_loss(where):
+def beside(where):
     return "beside the loss"
-
-
-def less(row, task):
-    return -loss(row, task)
 
 
 # ---- the claims
@@ -163,27 +152,19 @@ def less(row, task):
 
 def memory_rises(rows):
     """The loss of the values decides: exact recall jumps from nothing to everything within a doubling of training."""
-    yield from slopes(rows, "facts", less, 0.02, "fewer nats per token per doubling of E")
-    yield from slopes(rows, "facts", percent, 0.5, "points of recall per doubling of E", beside_loss)
-    for task in ("triviaqa", "hellaswag"):
-        yield from slopes(rows, task, less, 0.02, "fewer bits per byte per doubling of E")
+    yield from slopes(rows, "facts", lambda row, task: -loss(row, task), 0.02, "fewer nats per token")
+    yield from slopes(rows, "facts", percent, 0.5, "points of recall", beside)
 
 
 def reasoning_turns(rows):
     """With few problems the loss of unseen solutions rises with E. With new ones, the negative control, it must not."""
-    made = [row for row in rows if not row["run"]["data"]]
-    scarce = [row for row in made if row["run"]["unique"]]
-    fresh = [row for row in made if not row["run"]["unique"] and row["run"]["kind"] == "mixture"]
     dose = lambda where: "more problems, see claim 3" if where.unique > SCARCE else ""  # noqa: E731
-    more = "nats per token more per doubling of E"
-    yield from slopes(scarce, "problems", loss, RISE, more, dose)
-    yield from slopes(fresh, "problems", loss, RISE, more, lambda where: "negative control")
-    points = lambda row, t: -percent(row, t)  # noqa: E731
-    learns = lambda row, t: -100.0 * (accuracy(row, t) >= LEARNED)  # noqa: E731
-    yield from slopes(scarce, "problems", points, 0.5, "points lost per doubling of E", beside_loss)
-    yield from slopes(scarce, "problems", learns, 1.0, "% fewer runs that learn per doubling of E", beside_loss)
-    for task in ("gsm8k", "humaneval"):
-        yield from slopes(rows, task, loss, RISE, "bits per byte more per doubling of E")
+    note = lambda where: dose(where) if where.unique else "negative control"  # noqa: E731
+    learns = lambda row, task: -100.0 * (accuracy(row, task) >= LEARNED)  # noqa: E731
+    yield from slopes(rows, "problems", loss, RISE, "nats per token more", note)
+    scarce = [row for row in rows if row["run"]["unique"]]
+    yield from slopes(scarce, "problems", lambda row, task: -percent(row, task), 0.5, "points lost", beside)
+    yield from slopes(scarce, "problems", learns, 1.0, "% fewer runs that learn", beside)
 
 
 def optimum_near_20(rows):
@@ -202,24 +183,27 @@ def optimum_near_20(rows):
             for seed in gaps:  # the other seeds choose the better side, so that noise cannot
                 others = [gap for s, gap in gaps.items() if s != seed] or [[0.0, 0.0]]
                 effects[seed] = float(gaps[seed][int(np.argmin(np.mean(others, 0)))])
-            why, label = silent(where, [one], "problems"), f"{where}, k={k}; solutions"
-            unit = "nats worse outside 10 to 40 tokens per parameter, on the better side"
+            why, unit = silent(where, [one], "problems"), "nats worse outside 10 to 40 tokens per parameter"
+            label = f"{where}, k={k}; solutions, against the better side"
             yield Test(label, effects, 0.02, unit, len(one.rows), note=why, paired=where.paired)
     yield from dose_response(rows)
 
 
 def trends(rows, place, x, label, unit, sign=1, span=0.0):
-    """A Test for every three or more lines of one place(regime, k): the slope over x(regime, Tuned), which must span as
-    much, of the rise of the unseen-solution loss per doubling of E."""
+    """A Test for every three or more lines of word problems of one place(regime, k): the slope over x(regime, Tuned),
+    which must span as much, of the rise of the unseen-solution loss per doubling of E. Lines that may not vote are left
+    out where three others may."""
     groups = defaultdict(list)
-    for where, k, one in made_lines(rows):
-        groups[place(where, k)].append((x(where, one), where, one))
+    for where, by_k in tuned_lines(rows, "problems"):
+        for k, one in by_k.items() if where.kind == "mixture" else ():
+            groups[place(where, k)].append((x(where, one), where, one, silent(where, [one], "problems")))
     for (same, k), members in groups.items():
-        xs, regimes, tuned = zip(*sorted(members, key=lambda member: member[0]), strict=True)
+        voting = [member for member in members if not member[-1]]
+        members = voting if len(voting) >= 3 else members
+        xs, regimes, tuned, notes = zip(*sorted(members, key=lambda member: member[0]), strict=True)
         if len(xs) >= 3 and xs[-1] - xs[0] >= span:
             effects = by_seed([rises(one, solution_loss) for one in tuned], lambda y, xs=xs: sign * slope(xs, y))
-            notes = {silent(where, [one], "problems") for where, one in zip(regimes, tuned, strict=True)}
-            runs, why = sum(len(one.rows) for one in tuned), because(*sorted(notes - {""})[:1])
+            runs, why = sum(len(one.rows) for one in tuned), min({*notes} - {""}, default="")
             yield Test(label(same, k, regimes), effects, 0.02, unit, runs, note=why, paired=same.paired)
 
 
@@ -228,7 +212,7 @@ def dose_response(rows):
     repeated = [row for row in rows if row["run"]["unique"]]
     place = lambda where, k: (where._replace(unique=0), k)  # noqa: E731
     problems = lambda regimes: ", ".join(str(where.unique) for where in regimes)  # noqa: E731
-    label = lambda same, k, regimes: f"{same}, k={k}, {problems(regimes)} problems; solutions"  # noqa: E731
+    label = lambda same, k, regimes: f"{same}, k={k}; solutions".replace("fresh", problems(regimes))  # noqa: E731
     unit = "nats per doubling of E less, per doubling of problems"
     yield from trends(repeated, place, lambda where, one: math.log2(where.unique), label, unit, sign=-1)
 
@@ -237,32 +221,28 @@ def more_active_moves(rows):
     """How much the rise grows with a doubling of active parameters, by width and k, over a factor of four or more."""
     place = lambda where, k: (where._replace(d_model=0, d_expert=0), 0)  # noqa: E731
     active = lambda where, one: math.log2(one.rows[0]["params"]["active"] - one.rows[0]["params"]["embedding"])  # noqa: E731
-    widths = lambda regimes: ", ".join(map(str, sorted({where.d_model for where in regimes})))  # noqa: E731
+    widths = lambda regimes: ",".join(map(str, sorted({where.d_model for where in regimes})))  # noqa: E731
     label = lambda same, k, regimes: f"{same}; solutions".replace("d=0, F=0", f"d={widths(regimes)}")  # noqa: E731
-    yield from trends(
-        rows, place, active, label, "nats per doubling of E more, per doubling of active parameters", span=2
-    )
+    unit = "nats per doubling of E more, per doubling of active parameters"
+    yield from trends(rows, place, active, label, unit, span=2)
 
 
 def denser_at_equal_loss(rows):
     """A regression on training loss (quadratic) and log2 k/E, over final and earlier points of the runs at the
     best rates for solutions."""
-    pooled, why, runs = defaultdict(lambda: defaultdict(list)), defaultdict(set), defaultdict(int)
+    pooled, why = defaultdict(lambda: defaultdict(list)), defaultdict(dict)
     for where, by_k in tuned_lines(rows, "problems"):
         name = where._replace(tokens=0, people=0)
-        why[name].add(silent(where, list(by_k.values()), "problems"))
-        for one in by_k.values():
-            runs[name] += len(one.rows)
-            for row in one.rows:
-                pooled[name][row["run"]["seed"]].append(row)
-    units = (("loss", 0.02, "nats per token fewer"), ("accuracy", 0.5, "points more"))
+        why[name][silent(where, list(by_k.values()), "problems")] = True
+        for row in [row for one in by_k.values() for row in one.rows]:
+            pooled[name][row["run"]["seed"]].append(row)
     for where, seeds in pooled.items():
-        for measure, margin, unit in units:
+        for measure, margin, unit in (("loss", 0.02, "nats per token fewer"), ("accuracy", 0.5, "points more")):
             effects = {seed: at_equal_loss(members, measure) for seed, members in sorted(seeds.items())}
             effects = {seed: effect for seed, effect in effects.items() if effect is not None}
-            note = "beside the loss" if measure == "accuracy" else because(*sorted(why[where]))
-            unit = f"{unit} per doubling of k/E at equal training loss"
-            yield Test(f"{where}; solutions", effects, margin, unit, runs[where], note=note, paired=where.paired)
+            note = beside(where) if measure == "accuracy" else because(why[where])
+            unit, runs = f"{unit} per doubling of k/E at equal training loss", sum(map(len, seeds.values()))
+            yield Test(f"{where}; solutions", effects, margin, unit, runs, note=note, paired=where.paired)
 
 
 def at_equal_loss(members, measure):
@@ -282,35 +262,32 @@ def at_equal_loss(members, measure):
     return float(np.linalg.lstsq(design, y, rcond=None)[0][3])
 
 
+SPREADS = (  # task, what it costs, margin, unit, name
+    ("train", lambda row: 100 * math.log(row["train_loss"]), 100 * COMPARABLE, "%", "training loss"),
+    ("facts", lambda row: loss(row, "facts"), 0.1, "nats", "facts"),
+    ("problems", solution_loss, RISE, "nats", "solutions"),
+)
+
+
 def top_k_alone(rows):
     """What the choice of k is worth where k F and E F are the same: the best k against the worst, which the other
     seeds choose."""
     groups = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for row in results.counted(rows):
-        run = row["run"]
-        if not run["data"] and run["kind"] == "mixture":
-            where = results.regime(row)._replace(d_expert=0)
-            group = (where, run["top_k"] * run["d_expert"], run["n_experts"] * run["d_expert"])
-            groups[group][run["top_k"]][row["lr"]][run["seed"]] = row
-    values = (
-        ("train", lambda row: 100 * math.log(row["train_loss"]), 100 * COMPARABLE, "%", "training loss"),
-        ("facts", lambda row: loss(row, "facts"), 0.1, "nats", "facts"),
-        ("problems", solution_loss, RISE, "nats", "solutions"),
-    )
+        run, where = row["run"], results.regime(row)._replace(d_expert=0)
+        if where.kind == "mixture":
+            group = groups[where, run["top_k"] * run["d_expert"], run["n_experts"] * run["d_expert"]]
+            group[run["top_k"]][row["lr"]][run["seed"]] = row
     for (where, active, total), line in sorted(groups.items()):
-        for task, value, margin, unit, name in values:
-            if len(line) < 3 or not (one := tune(line, task)):
-                continue
-            reasons = {
-                "rates not compared": one.single,
-                f"best rate at the edge for k={','.join(map(str, one.edges))}": one.edges,
-                "mastered": task == "problems" and not tells(one.cells, task),
-            }
-            why = because(*(reason for reason, holds in reasons.items() if holds))
-            label = f"{where}, k F={active}, E F={total}, k={','.join(map(str, sorted(line)))}; {name}"
-            effects = spread(one, value) if len(one.seeds) > 1 else {}
-            unit, label = f"{unit} between the best and worst k", label.replace("F=0, ", "")
-            yield Test(label, effects, margin, unit, len(one.rows), True, why, where.paired)
+        for task, value, margin, unit, name in SPREADS if len(line) > 2 else ():
+            if one := tune(line, task):
+                edges = ",".join(map(str, one.edges))
+                reasons = {"rates not compared": one.single, f"best rate at the edge for k={edges}": one.edges}
+                reasons |= {dumb(one.cells, task): True} if task == "problems" else {}
+                label = f"{where}, k F={active}, E F={total}, k={','.join(map(str, sorted(line)))}; {name}"
+                effects = spread(one, value) if len(one.seeds) > 1 else {}
+                unit, label = f"{unit} between the best and worst k", label.replace("F=0, ", "")
+                yield Test(label, effects, margin, unit, len(one.rows), True, because(reasons), where.paired)
 
 
 def spread(tuned, value):
@@ -326,25 +303,27 @@ def spread(tuned, value):
 def gentler_training(rows):
     """Loss of unseen solutions at the next lower rate than the one with the best training loss, where the training
     losses are comparable. The mean over the seeds says which these are: a lucky seed must not choose."""
-    for paired in (True, False):
-        found, runs = defaultdict(list), 0
-        alike = lambda where: where.paired == paired and where.kind == "mixture" and not where.data  # noqa: B023, E731
-        for rates in [rates for (where, _), line in lines(rows, 1).items() if alike(where) for rates in line.values()]:
+    found, runs = {True: defaultdict(list), False: defaultdict(list)}, {True: 0, False: 0}
+    for (where, _), line in lines(rows, 1).items():
+        for rates in line.values() if where.kind == "mixture" else ():
             sound = {rate: {s: r for s, r in cell.items() if not r["diverged"]} for rate, cell in rates.items()}
-            most = max(map(len, sound.values()))
-            full = {rate: cell for rate, cell in sound.items() if len(cell) == most >= MIN_SEEDS}
-            if len(full) < 3 or not tells(full, "problems"):
+            full = {rate: cell for rate, cell in sound.items() if len(cell) >= MIN_SEEDS}
+            common = sorted(set.intersection(*map(set, full.values()))) if full else []
+            full = {rate: {s: cell[s] for s in common} for rate, cell in full.items()}
+            if len(full) < 3 or len(common) < MIN_SEEDS or dumb(full, "problems"):
                 continue
             losses = {rate: np.mean([row["train_loss"] for row in cell.values()]) for rate, cell in full.items()}
             best = min(losses, key=losses.get)
             if lower := [r for r in losses if r < best and losses[r] <= (1 + COMPARABLE) * losses[best]]:
-                low, runs = max(lower), runs + 2 * most
-                for seed in set(full[low]) & set(full[best]):
+                low, runs[where.paired] = max(lower), runs[where.paired] + 2 * len(common)
+                for seed in common:
                     gain = solution_loss(full[best][seed]) - solution_loss(full[low][seed])
-                    found[seed].append(gain / math.log2(best / low))
-        effects = {seed: float(np.mean(values)) for seed, values in sorted(found.items())}
+                    found[where.paired][seed].append(gain / math.log2(best / low))
+    for paired, gains in found.items():
+        effects = {seed: float(np.mean(values)) for seed, values in sorted(gains.items())}
         label, unit = "learning rate, all regimes", "nats fewer per halving at comparable training loss"
-        yield Test(f"{label}{'' if paired else ', unpaired'}; solutions", effects, 0.02, unit, runs, paired=paired)
+        label += f"{'' if paired else ', unpaired'}; solutions"
+        yield Test(label, effects, 0.02, unit, runs[paired], paired=paired)
 
 
 def still_lost(rows, remedies):
@@ -355,8 +334,9 @@ def still_lost(rows, remedies):
     for (d, k, same), cells in posttrain.families(rows).items():
         settings, training = json.loads(same)
         paired = bool(training.get("paired"))
-        where = f"d={d}, k={k}" + (f", {training['unique']:,} problems" if training else "")
-        where += ", unpaired" * (not paired)
+        where = (
+            f"d={d}, k={k}" + (f", {training['unique']:,} problems" if training else "") + ", unpaired" * (not paired)
+        )
         answers = f"{settings.get('batch_prompts')} x {settings.get('group_size')} answers"
         budget = f", {settings.get('steps')} steps of {answers} to {settings.get('questions')} questions"
         budget += ", experts replayed" * bool(settings.get("replay"))
@@ -364,7 +344,7 @@ def still_lost(rows, remedies):
         cells = {E: cell for E, cell in cells.items() if cell.keys() >= cells[max(cells)].keys()}
         if len(cells) < 3:
             continue
-        unit, runs = "points lost from the best E to the largest", sum(len(cell) for cell in cells.values())
+        unit, runs = "points lost from the best E to the largest", sum(map(len, cells.values()))
         shared = dict(margin=2.0, unit=unit, runs=runs, paired=paired)
         before = Test(f"{where}; greedy answers before", lost(cells, "before", "greedy"), **shared)
         yield before._replace(note="before any remedy")

@@ -1,11 +1,10 @@
-"""One run of the study: train a small model on memory and reasoning at once, and measure both. `study/sweep.py` runs
-many.
+"""One run of the study: train a small model on memory and reasoning at once, and measure both.
 
     row = execute(Run(n_experts=16, top_k=2, tokens=2**24, lr=6e-3), "runs/study", "cuda")
 
 The mixture (data/procedural.py) holds biographies (memory), word problems with worked solutions, and mental
-arithmetic without steps (reasoning). All its windows lie on the device, and so does the order of the samples: on
-CUDA a whole training step, the choice of its data included, is one CUDA graph.
+arithmetic without steps (reasoning). All windows and their order lie on the device: on CUDA a whole training step, the
+choice of its data included, is one CUDA graph.
 """
 
 import dataclasses
@@ -15,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ import torch._inductor.config
 
 from data import files, procedural, shards, tokenizer, twohop
 from data.facts import FactsConfig
-from data.loader import parse_sources
 from data.reasoning import ReasoningConfig
 from model import GPT
 from optimoe import checkpoint
@@ -50,7 +47,7 @@ BEFORE = {"paired": False, "kind": "mixture"}  # what a run did before it had th
 
 @dataclass(frozen=True)
 class Run:
-    """What distinguishes one run from another. Two equal Runs are the same run, and are run once."""
+    """What distinguishes one run from another."""
 
     # Model
     d_model: int = 128
@@ -73,7 +70,7 @@ class Run:
     mano_length: int = 3  # operations of an expression
     modulus: int = 7  # of all arithmetic
     data_tokens: int = 2**24  # of the data directory that runs share; they train on its first `tokens`
-    data: str = ""  # prepared text instead, as for train.py; people .. data_tokens then mean nothing
+    data: str = ""  # text, in rows of older code
     paired: bool = True  # weights drawn by (seed, name), so that models share what they can; False: the first 683 runs
     kind: Literal["mixture", "twohop", "room"] = "mixture"  # twohop, room: data/twohop.py, questions or 20-bit values
 
@@ -94,7 +91,7 @@ class Run:
 
 def form(run):
     """What runs must share to be trained side by side: as many steps, each as long."""
-    shared = "d_model n_layers n_experts top_k d_expert tokens optimizer batch seq_len data kind"
+    shared = "d_model n_layers n_experts top_k d_expert tokens optimizer batch seq_len kind"
     return attrgetter(*shared.split())(run)
 
 
@@ -105,10 +102,9 @@ def key(run):
 
 
 def train_config(run, vocab_size):
-    """The TrainConfig of a run: the recipe that makes tiny models learn (docs/LOG.md) for its sizes."""
+    """The TrainConfig of a run: the recipe that makes tiny models learn (docs/LOG.md)."""
     heads = max(1, run.d_model // 32)
-    recipe = dict(qk_norm=True, rope_theta=500.0, embed_init_std=0.5, beta2=0.99) if not run.data else dict(beta2=0.95)
-    same = "d_model n_layers n_experts top_k d_expert init_std seq_len steps lr seed optimizer data".split()
+    same = "d_model n_layers n_experts top_k d_expert init_std seq_len steps lr seed optimizer".split()
     return TrainConfig(
         preset="",
         vocab_size=-(-vocab_size // 64) * 64,
@@ -119,8 +115,11 @@ def train_config(run, vocab_size):
         warmup_steps=max(2, run.steps // 20),
         compile="false",
         bad_steps="skip",
+        qk_norm=True,
+        rope_theta=500.0,
+        embed_init_std=0.5,
+        beta2=0.99,
         **{name: getattr(run, name) for name in same},
-        **recipe,
     )
 
 
@@ -162,9 +161,7 @@ def data_dir(run, cache):
 
 
 def prepare_data(run, cache, workers=1):
-    """Build the data directory of a run where it is missing. Returns [(directory, weight)]."""
-    if run.data:
-        return parse_sources(run.data)
+    """Build the data directory of a run where it is missing, and return its path."""
     directory, cfg = data_dir(run, cache), data_config(run)
     if not (directory / shards.META).exists():
         began = time.perf_counter()
@@ -173,43 +170,30 @@ def prepare_data(run, cache, workers=1):
             twohop.build(directory, cfg)
         elif workers == 1:
             procedural.build(directory, cfg)
-        else:  # a program of its own: its many processes would otherwise each import everything that this one has
+        else:  # a program of its own: its processes would otherwise each import torch
             file = directory.resolve().with_suffix(".json")
             files.write_json(file, dataclasses.asdict(cfg), signed=False)
             words = [f"--out={directory.resolve()}", f"--mixture={file}", f"--workers={workers}"]
-            nice = ["nice", "-n", "10"] if shutil.which("nice") else []  # runs that compile or measure go first
-            command = [*nice, *child.command("data.procedural", *words)]
+            command = ["nice", "-n", "10", *child.command("data.procedural", *words)]  # runs that train go first
             # A session of its own: Ctrl-C is for the sweep, which finishes this directory.
-            options = dict(cwd=ROOT, check=True, stdout=subprocess.DEVNULL, start_new_session=True)
-            subprocess.run(command, **options)
-        tokens = shards.read_meta(directory)["splits"]["train"]["tokens"]
-        print(f"{directory}: {tokens:,} tokens made in {time.perf_counter() - began:.1f} s", flush=True)
-    return [(str(directory), 1.0)]
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, start_new_session=True)
+        print(f"{directory}: made in {time.perf_counter() - began:.1f} s", flush=True)
+    return str(directory)
 
 
 class Samples:
     """All windows of a training split on a device, and those that each step takes: starts_SB into ids, S steps of B."""
 
-    def __init__(self, run, sources, device):
-        flats = [measure.flat(directory, "train") for directory, _ in sources]
-        total = sum(weight for _, weight in sources)
-        rng, starts, offset, needed = np.random.default_rng(run.seed), [], 0, run.steps * run.batch
-        for flat, (directory, weight) in zip(flats, sources, strict=True):
-            windows = (len(flat) - 1) // run.seq_len
-            want = math.ceil(needed * weight / total)
-            found = f"its {len(flat):,} tokens hold no window of seq_len={run.seq_len}"
-            require(windows >= 1, "data", directory, found)
-            if not run.data:  # the first part of a mixture is a mixture with fewer exposures
-                remedy = f"the data came out at {len(flat):,} tokens; lower tokens"  # the last window lacks a target
-                require(windows >= want - 1, "data_tokens", run.data_tokens, remedy)
-                windows = min(windows, want)
-                flats = [flat[: windows * run.seq_len + 1]]
-            order = np.concatenate([rng.permutation(windows) for _ in range(math.ceil(want / windows))])[:want]
-            starts.append(offset + order.astype(np.int64) * run.seq_len)
-            offset += len(flat)
-        self.ids = torch.from_numpy(np.concatenate(flats).astype(np.int32)).to(device)
-        starts = np.concatenate(starts)
-        starts = (starts if len(flats) == 1 else rng.permutation(starts))[:needed]
+    def __init__(self, run, directory, device):
+        flat, wanted = measure.flat(directory, "train"), run.steps * run.batch
+        windows = (len(flat) - 1) // run.seq_len  # the last one may lack a target
+        remedy = f"the data came out at {len(flat):,} tokens; lower tokens"
+        require(windows >= max(1, wanted - 1), "data_tokens", run.data_tokens, remedy)
+        windows = min(windows, wanted)  # the first part of a mixture is a mixture with fewer exposures
+        self.ids = torch.from_numpy(flat[: windows * run.seq_len + 1].astype(np.int32)).to(device)
+        rng = np.random.default_rng(run.seed)
+        order = np.concatenate([rng.permutation(windows) for _ in range(math.ceil(wanted / windows))])[:wanted]
+        starts = order.astype(np.int64) * run.seq_len
         self.starts_SB = torch.from_numpy(starts).view(run.steps, run.batch).to(device)
         self.span = torch.arange(run.seq_len + 1, device=device)
 
@@ -220,8 +204,8 @@ class Samples:
 
 
 def compile_parts(model):
-    """torch.compile of attention and norms, half of the kernels of a small step. No E, k or F changes their shapes, so
-    a process compiles them once for all its runs of one width, and others find them in inductor's cache on disk."""
+    """torch.compile of attention and norms, half of the kernels of a small step. E, k and F do not change their shapes:
+    a process compiles them once for each width."""
     torch._inductor.config.compile_threads = 1  # several processes compile at once: no pool of helpers for each
     torch._inductor.config.deterministic = True  # reductions chosen by rule, not by timing in each process
     torch._dynamo.config.recompile_limit = 64  # of widths and batches that one process may see
@@ -231,9 +215,8 @@ def compile_parts(model):
 
 
 class Trainer:
-    """Models of one shape in training, in step with one another: `[(loss, load_cv), ...] = trainer.advance(step)`.
-
-    One small model leaves most of a GPU idle. On CUDA one graph holds a step of each, on branches that run at once."""
+    """Models of one shape in training, in step with one another. On CUDA one graph holds a step of each, on branches
+    that run at once: one small model leaves most of a GPU idle."""
 
     def __init__(self, cfgs, samples, device):
         self.cfgs, self.samples, self.done = cfgs, samples, 0
@@ -271,8 +254,8 @@ class Trainer:
             self.done += 1
 
     def advance(self, step):
-        """Train up to this step. Returns for each model the mean loss of the last twentieth of the steps so far and the
-        coefficient of variation of its experts' loads over these (mean of the layers)."""
+        """Train up to this step. Returns for each model (loss, coefficient of variation of its experts' loads, mean of
+        the layers), over the last twentieth of the steps so far."""
         tail = min(max(1, step // 20), step - self.done)
         self._train(step - tail - self.done)
         for window in self.windows:
@@ -290,7 +273,7 @@ class Trainer:
 
 @functools.cache
 def revision():
-    """The git revision, "+" where tracked files differ from it ("none" without git), and a hash of the sources."""
+    """The git revision ("+": changed files; "none" without git) and a hash of the sources."""
     digest = hashlib.sha256()
     folders = ("*.py", "moe_kernels/*.py", "data/*.py", "eval/**/*.py", "optimoe/*.py", "study/*.py")
     for path in sorted(file for pattern in folders for file in ROOT.glob(pattern)):
@@ -304,7 +287,7 @@ def revision():
 
 
 def rounded(value):
-    """The same JSON value with six significant digits: a results file is kept for good and compared by eye."""
+    """The same JSON value with six significant digits."""
     if isinstance(value, dict):
         return {name: rounded(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -313,22 +296,23 @@ def rounded(value):
 
 
 def execute(run, cache, device, n=100, keep=None):
-    """Train and measure. Returns the row for the results file; a run whose loss is not finite is recorded as diverged.
-
-    cache: where data directories are; n: size of the measurements (100: standard errors near 1 %); keep: a directory
-    for the final weights, laid out as a run of train.py."""
     return execute_together([run], cache, device, n, [keep])[0]
 
 
 def execute_together(runs, cache, device, n=100, keep=()):
-    """`execute` for runs of one `form`, trained side by side: `seconds` is a run's share, `tokens_per_s` for all."""
+    """Train runs of one `form` side by side and measure them. Returns their rows for the results file; a run whose loss
+    is not finite is recorded as diverged. `seconds` is a run's share, `tokens_per_s` is of all.
+
+    cache: where data directories are; n: size of the measurements (100: standard errors near 1 %); keep: where to save
+    the final weights."""
     began, device = time.perf_counter(), torch.device(device)
     for run in runs:
         require(run.paired, "paired", run.paired, "only older code drew weights in this way; plan the run with True")
-    sources = [prepare_data(run, cache) for run in runs]
-    cfgs = [train_config(run, tokenizer.load(source[0][0]).n_vocab) for run, source in zip(runs, sources, strict=True)]
-    trainer = Trainer(cfgs, [Samples(run, source, device) for run, source in zip(runs, sources, strict=True)], device)
-    points, loads, seconds, speed = train_and_measure(trainer, runs, sources, device, n)
+        require(not run.data, "data", run.data, "only older code trained on text")
+    data = [prepare_data(run, cache) for run in runs]
+    cfgs = [train_config(run, tokenizer.load(path).n_vocab) for run, path in zip(runs, data, strict=True)]
+    trainer = Trainer(cfgs, [Samples(run, path, device) for run, path in zip(runs, data, strict=True)], device)
+    points, loads, seconds, speed = train_and_measure(trainer, runs, data, device, n)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     together = {"together": len(runs), "tokens_per_s": round(speed), "device": name}
     together |= {"torch": torch.__version__, "revision": revision()}
@@ -353,7 +337,7 @@ def execute_together(runs, cache, device, n=100, keep=()):
         rows.append(rounded(row))
     for i, path in enumerate(keep):
         if path and not rows[i]["diverged"]:
-            cfg = dataclasses.replace(cfgs[i], data=runs[i].data or sources[i][0][0], out_dir=str(path))
+            cfg = dataclasses.replace(cfgs[i], data=data[i], out_dir=str(path))
             save_weights(path, cfg, trainer.optimizers[i].weights(trainer.models[i]), rows[i])
     del trainer
     gc.collect()
@@ -362,7 +346,7 @@ def execute_together(runs, cache, device, n=100, keep=()):
     return rows
 
 
-def train_and_measure(trainer, runs, sources, device, n):
+def train_and_measure(trainer, runs, data, device, n):
     """(points of each run, load variation of each, seconds of training, tokens per second once all is compiled)"""
     points, loads, seconds, speed = [[] for _ in runs], [math.nan] * len(runs), 0.0, 0.0
     for share in POINTS:
@@ -370,10 +354,10 @@ def train_and_measure(trainer, runs, sources, device, n):
         found = trainer.advance(max(1, round(share * runs[0].steps)))
         spent = time.perf_counter() - clock
         seconds, speed, tokens = seconds + spent, len(runs) * (trainer.done - done) * step / spent, trainer.done * step
-        for i, (run, source, model) in enumerate(zip(runs, sources, trainer.models, strict=True)):
+        for i, (run, directory, model) in enumerate(zip(runs, data, trainer.models, strict=True)):
             loss, loads[i] = found[i]
             if math.isfinite(loss):
-                measured = measure.everything(run, source, model, device, n, share == 1)
+                measured = measure.everything(run, directory, model, device, n, share == 1)
                 points[i].append({"step": trainer.done, "tokens": tokens, "train_loss": loss, **measured})
         if not any(math.isfinite(loss) for loss, _ in found):
             break

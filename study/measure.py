@@ -11,12 +11,7 @@ import numpy as np
 import torch
 
 from data import procedural, reasoning, shards, tokenizer, twohop
-from data.tokenizer import tiktoken_tokens
-from eval import probes, tasks
-from eval.sources import Source
-from eval.taskloss import encode_pair, score
-
-REAL_TASKS = ("triviaqa", "hellaswag", "gsm8k", "humaneval")  # the paper's: two of memory, two of reasoning
+from eval import probes
 
 
 def flat(directory, split):
@@ -25,19 +20,14 @@ def flat(directory, split):
 
 
 @torch.no_grad()
-def validation_loss(model, sources, seq_len, device, limit=256):
-    """Mean cross-entropy over the first `limit` validation windows (of each source, by weight), in nats per token.
-
-    It says little about runs with repeated problems: most of it is the random wording of other questions."""
+def validation_loss(model, directory, seq_len, device, limit=256):
+    """Mean cross-entropy over the first `limit` validation windows, in nats per token."""
     model.eval()
-    found = 0.0
-    for directory, weight in sources:
-        tokens = flat(directory, "val")
-        n = max(1, min(limit, (len(tokens) - 1) // seq_len))
-        ids = torch.from_numpy(np.resize(tokens, n * seq_len + 1).astype(np.int64)).to(device)  # few facts repeat
-        windows = (part.view(n, seq_len).split(64) for part in (ids[:-1], ids[1:]))
-        found += weight / n * sum(float(model(x, y).loss) * len(x) for x, y in zip(*windows, strict=True))
-    return found / sum(weight for _, weight in sources)
+    tokens = flat(directory, "val")
+    n = max(1, min(limit, (len(tokens) - 1) // seq_len))
+    ids = torch.from_numpy(np.resize(tokens, n * seq_len + 1).astype(np.int64)).to(device)  # few facts repeat
+    windows = (part.view(n, seq_len).split(64) for part in (ids[:-1], ids[1:]))
+    return sum(float(model(x, y).loss) * len(x) for x, y in zip(*windows, strict=True)) / n
 
 
 def mixture(model, directory, n, final):
@@ -85,41 +75,15 @@ def hops(model, directory, n, final):
         order = twohop.asked(cfg)
         unseen = grade("composed", order[cfg.composed :][: 10 * n])
         seen = grade("composed", order[: min(cfg.composed, 10 * n)])
-        found["problems"] = {
-            "loss": probes.loss_of(unseen),
-            "loss_seen": probes.loss_of(seen),
-            "accuracy": share(unseen),
-            "accuracy_seen": share(seen),
-            "chance": 1 / choices,
-        }
+        losses = {"loss": probes.loss_of(unseen), "loss_seen": probes.loss_of(seen)}
+        shares = {"accuracy": share(unseen), "accuracy_seen": share(seen), "chance": 1 / choices}
+        found["problems"] = losses | shares
     return found
 
 
-def text(model, directory, limit):
-    """Task loss of the gold answers (bits per byte, mean over items) and accuracy of choices; no examples in front."""
-    tokens, source, results = tiktoken_tokens(tokenizer.load(directory)), Source(), {}
-    for name in REAL_TASKS:
-        items = tasks.load(name).items(source, 0)[:limit]
-        texts = {(item.loss_prompt or item.prompt, answer) for item in items for answer in (item.answer, *item.choices)}
-        pairs = {pair: encode_pair(tokens, *pair)[:2] for pair in sorted(texts)}
-        nats = dict(zip(pairs, score(model, list(pairs.values())), strict=True))
-        bits = [nats[item.loss_prompt or item.prompt, item.answer] / math.log(2) for item in items]
-        per_byte = [cost / len(item.answer.encode()) for cost, item in zip(bits, items, strict=True)]
-        results[name] = {"loss": sum(per_byte) / len(items), "items": len(items)}
-        if items[0].choices:
-            costs = [[nats[item.prompt, choice] for choice in item.choices] for item in items]
-            right = [cost.index(min(cost)) == item.gold for cost, item in zip(costs, items, strict=True)]
-            results[name]["accuracy"] = sum(right) / len(items)
-    return results
-
-
-def everything(run, sources, model, device, n, final):
+def everything(run, directory, model, device, n, final):
     """All that is measured of a model at one point of its training. n: size of the measurements."""
+    measure = mixture if run.kind == "mixture" else hops
     with torch.compiler.set_stance("force_eager"):  # the compiled parts are for the shapes of training
-        val_loss = validation_loss(model, sources, run.seq_len, device)
-        if run.data:
-            found = text(model, sources[0][0], 10 * n)
-        else:
-            measure = mixture if run.kind == "mixture" else hops
-            found = measure(model, sources[0][0], n if final else n // 2 or 1, final)
-    return {"val_loss": val_loss, **found}
+        val_loss = validation_loss(model, directory, run.seq_len, device)
+        return {"val_loss": val_loss, **measure(model, directory, n if final else n // 2 or 1, final)}

@@ -1,12 +1,11 @@
 """What to train with the hours and GPUs there are:  python -m study.plan reasoning --hours=24 --gpus=8
 
-Two tables that are never mixed: the models of the paper's grid that fit the budget, ordered by the paper's rules
-(arXiv 2508.18672), and what this study measured. The last lines say what is evidence and what is extrapolation.
+Two tables: the models of the paper's grid (arXiv 2508.18672) that fit the budget, by the paper's rules, and what this
+study measured. The last lines say what is evidence and what is extrapolation.
 """
 
 import csv
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -72,13 +71,12 @@ def throughput(path):
     with open(path, newline="") as file:
         for row in (reader := csv.DictReader(file)):
             try:
-                require(None not in row.values(), "row", row, "fields are missing")
                 cfg = preset(row["model"], vocab_size=int(row["vocab_size"]), seq_len=int(row["seq_len"]))
                 share = float(row["mfu"] or float(row["tokens_per_s"]) * flops_per_token(cfg) / peak_flops(row["gpu"]))
-                require(0 < share <= 1, "mfu", share, "a share of the peak is needed")
+                require(0 < share <= 1 and None not in row.values(), "mfu", share, "a share of the peak is needed")
             except (KeyError, TypeError, ValueError) as error:
-                where = f"{path}, line {reader.line_num}"
-                raise ValueError(f"{where}: not a measured speed ({error}); restore the file or delete it") from None
+                where = f"{path}, line {reader.line_num}: not a measured speed"
+                raise ValueError(f"{where} ({error}); restore the file or delete it") from None
             found.append((flops_per_token(cfg), share, row))
     return found
 
@@ -140,11 +138,9 @@ def paper_table(cfg):
     plans = rank([plan for plan in fitting if cfg.min_tpp <= plan.tpp <= cfg.max_tpp], cfg.purpose)
     if not plans:
         nearest = min(fitting, key=lambda plan: abs(math.log(plan.tpp / BEST_TPP)))
-        raise ValueError(
-            f"the budget gives {nearest.name}, the nearest that fits, {short(nearest.tokens)} tokens for "
-            f"{short(nearest.total)} parameters: {nearest.tpp:.3g} tokens per parameter, and {cfg.min_tpp:g} to "
-            f"{cfg.max_tpp:g} are asked for. Change the budget or --min_tpp and --max_tpp; the paper has nothing beyond"
-        )
+        found = f"{short(nearest.tokens)} tokens for {short(nearest.total)} parameters: {nearest.tpp:.3g} a parameter"
+        asked = f"{cfg.min_tpp:g} to {cfg.max_tpp:g} are asked for; the paper has nothing beyond {GRID[0]} to {GRID[1]}"
+        raise ValueError(f"the nearest that fits, {nearest.name}, gets {found}, and {asked}: change the budget")
     cells = []
     for p in plans[: cfg.rows]:
         sizes = (short(p.tokens), f"{p.tpp:.3g}", short(p.total), short(p.active))
@@ -162,18 +158,17 @@ def paper_table(cfg):
 
 
 def own_table(cfg):
-    """The best E of each line that this study ran, for the task of the purpose, at its best rates."""
-    task = "facts" if cfg.purpose == "memory" else "problems"
+    """The best E of each paired line that this study ran, for the task of the purpose, at its best rates."""
+    task, name = ("facts", "fact") if cfg.purpose == "memory" else ("problems", "unseen-solution")
     rows, cells = results.read(cfg.results, optional=cfg.results == PlanConfig.results), []
     for (where, k), line in results.lines(rows).items():
-        if tuned := results.tune(line, task):
+        if where.paired and (tuned := results.tune(line, task)):
             mean = {e: sum(results.loss(r, task) for r in cell.values()) / len(cell) for e, cell in tuned.cells.items()}
             best = min(mean, key=mean.get)
-            row = tuned.cells[best][tuned.seeds[0]]
-            numbers = (f"{min(mean)}..{max(mean)}", k, best, f"{row['tpp']:.3g}", f"{mean[best]:.3g}", len(tuned.seeds))
+            tpp = tuned.cells[best][tuned.seeds[0]]["tpp"]
+            numbers = (f"{min(mean)}..{max(mean)}", k, best, f"{tpp:.3g}", f"{mean[best]:.3g}", len(tuned.seeds))
             cells.append([str(where), *map(str, numbers)])
-    name = {"facts": "fact loss", "problems": "unseen-solution loss"}[task]
-    lines = [f"From the runs of this study ({cfg.results}): the E with the lowest {name}, mean over seeds.", ""]
+    lines = [f"From the runs of this study: the E with the lowest {name} loss, mean over seeds.", ""]
     header = ["regime", "E tried", "k", "best E", "TPP", "loss", "seeds"]
     return lines + (aligned(header, cells) if cells else ["no finished run yet: python -m study.sweep pairs"])
 
@@ -184,20 +179,16 @@ def evidence(cfg):
     return [
         "Evidence: the order of the first table, for 125 B tokens of the paper's mixture (65 models, one run each;",
         f"  the optimum, {BEST_TPP} TPP, to a factor of {RESOLUTION}), and the second, for 1 to 50 M parameters.",
-        "Extrapolation: other numbers of tokens, other data, and models between those of the grid. Hours are those of",
-        f"  {cfg.gpus} x {cfg.gpu} without loss between GPUs, at the utilisation of the nearest of",
+        "Extrapolation: other numbers of tokens, other data, models between those of the grid, and that small models",
+        "  say what is best for large ones. Hours: without loss between GPUs, at the utilisation of the nearest of",
         *(speeds or ["  no measurement"]),
-        "Not tested by anyone here: that the best sparsity found on small models is that of large ones.",
     ]
 
 
 def main(argv=None):
-    try:
-        cfg = config.parse(PlanConfig, sys.argv[1:] if argv is None else argv, __doc__)
-        print("\n".join([*paper_table(cfg), "", *own_table(cfg), "", *evidence(cfg)]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    cfg = config.parse(PlanConfig, argv, __doc__)
+    print("\n".join([*paper_table(cfg), "", *own_table(cfg), "", *evidence(cfg)]))
 
 
 if __name__ == "__main__":
-    main()
+    config.command_line(main)

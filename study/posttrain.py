@@ -1,15 +1,14 @@
 """Do more votes or reinforcement learning rescue a model that is too sparse? (The paper's Fig. 6; its answer is no.)
 
     python -m study.sweep votes --keep=all
-    python -m study.posttrain --runs='runs/study/weights/*' --questions=1000 \\
+    python -m study.posttrain --runs='runs/study/weights/*' --questions=500 \\
         --steps=20 --batch_prompts=256 --mini_batch=64 --lr=1e-4
 
-Every run directory with word problems is post-trained by grpo.py with the same budget; fields of its configuration are
-flags here. With --questions=1000 GRPO asks the 1,000 problems of the preset `votes` again; with more it has fresh ones.
-Before and after, the same unseen problems are answered greedily and by `samples` draws each: their majority vote, and
-coverage of the right answer and of a wholly right solution (a right answer alone is often luck). One signed JSON line
-per model is appended to the results file; what is there with the same checkpoint and budget is skipped. study.verdict
-says what is lost to the largest E.
+Every run directory with word problems is post-trained by grpo.py, whose fields are flags here, with the same budget.
+With --questions=500 GRPO asks the 500 problems of the preset `votes` again; with more it has fresh ones. Before and
+after, the same unseen problems are answered greedily and by the majority of `samples` draws each. One signed JSON line
+per model is appended to the results file, also by several processes at once; what is there with the same checkpoint and
+budget is skipped.
 """
 
 import dataclasses
@@ -17,12 +16,9 @@ import glob
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,17 +27,15 @@ import grpo
 from data import files, procedural, reasoning
 from eval.generate import generate
 from eval.tasks.reasoning import vote
-from eval.votes import curves, majority, pass_at_k
+from eval.votes import majority
 from optimoe import checkpoint, config
 from optimoe.config import require
-from optimoe.sizes import count_params
-from study import child
 from study.results import append, read
 
 ROW = tuple("checkpoint settings d_model n_experts top_k seed train_loss before after".split())  # keys of every row
 PLACES = {  # fields of grpo.py that change no result
     *"model data evaldata out_dir resume device rollout_batch micro_tokens checkpoint_every keep_checkpoints".split(),
-    *"eval_every eval_questions impl".split(),
+    *"eval_every eval_questions impl curves log".split(),
 }
 
 
@@ -54,11 +48,10 @@ class PosttrainConfig(grpo.GRPOConfig):
     samples: int = 128  # draws per problem; a power of two
     vote_temperature: float = 0.6
     vote_top_p: float = 0.95
-    jobs: int = 1  # models at a time, each in a process of its own: small models leave most of a GPU idle
 
     def __post_init__(self):
         self.budget()  # checks grpo's fields
-        for name in ("problems", "samples", "jobs"):
+        for name in ("problems", "samples"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         require(self.samples & (self.samples - 1) == 0, "samples", self.samples, "use a power of two")
         remedy = "only word problems are compared here; grpo.py and eval.votes do the others"
@@ -77,37 +70,28 @@ def settings(cfg):
 
 
 def measure(run, cfg, device):
-    """Per problem: greedy and majority success, numbers of right answers and solutions among the draws; and the
-    curves over 1, 2, 4 .. draws."""
+    """Per problem: greedy success, success of the majority of the draws, and right answers among the draws."""
     _, model, data, tokens, _ = grpo.load_start(dataclasses.replace(cfg.budget(), model=str(run)), device)
     problem_cfg = procedural.read_config(data).reasoning
     problems = [reasoning.problem(problem_cfg, i, "test", 1 + i % problem_cfg.max_steps) for i in range(cfg.problems)]
     prompts = [tokens.bos + tokens.encode(p.question) for p in problems]
     room = min(model.cfg.seq_len - max(map(len, prompts)), 2 + max(len(tokens.encode(p.solution)) for p in problems))
+    options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab)
 
-    def checked(n, *sampling):
-        """(texts, right answers, right solutions), each with a list of n for every problem."""
+    def draw(n, *sampling):
+        """n texts for every problem."""
         repeated = [prompt for prompt in prompts for _ in range(n)]
-        options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab)
         texts = [tokens.decode(ids) for ids in generate(model, repeated, room, tokens.eos, *sampling, **options)]
-        texts = [texts[i : i + n] for i in range(0, len(texts), n)]
-        both = [
-            [reasoning.check(p.question, text, problem_cfg.modulus) for text in drawn]
-            for p, drawn in zip(problems, texts, strict=True)
-        ]
-        return texts, *([[int(check[j]) for check in checks] for checks in both] for j in (0, 1))
+        return [texts[i : i + n] for i in range(0, len(texts), n)]
 
-    _, greedy, greedy_solution = checked(1)
-    texts, answers, solutions = checked(cfg.samples, cfg.vote_temperature, cfg.vote_top_p, cfg.seed)
-    pairs = zip(texts, problems, strict=True)
-    votes = [{"votes": [vote(text) for text in drawn], "gold": str(p.answer)} for drawn, p in pairs]
-    found = {"greedy": sum(greedy, []), "greedy_solution": sum(greedy_solution, [])}
-    found["majority"] = [round(majority(q["votes"], q["gold"], cfg.samples), 4) for q in votes]
-    found |= {"answers": [sum(right) for right in answers], "solutions": [sum(right) for right in solutions]}
-    found["curves"] = curves(votes)
-    coverage = lambda k: sum(pass_at_k(cfg.samples, n, k) for n in found["solutions"]) / len(problems)  # noqa: E731
-    found["curves"]["solutions"] = [coverage(k) for k in found["curves"]["samples"]]
-    return found
+    right = lambda p, texts: sum(reasoning.check(p.question, text, problem_cfg.modulus)[0] for text in texts)  # noqa: E731
+    greedy = list(zip(problems, draw(1), strict=True))
+    drawn = list(zip(problems, draw(cfg.samples, cfg.vote_temperature, cfg.vote_top_p, cfg.seed), strict=True))
+    return {
+        "greedy": [right(*each) for each in greedy],
+        "majority": [round(majority(list(map(vote, texts)), str(p.answer), cfg.samples), 4) for p, texts in drawn],
+        "answers": [right(*each) for each in drawn],
+    }
 
 
 def posttrain(run, cfg):
@@ -130,14 +114,11 @@ def posttrain(run, cfg):
     after = measure(out, cfg, device)
     clock.append(time.perf_counter())
     log = [row for row in files.read_rows(out / "metrics.jsonl")[0] if "reward" in row]
-    params = count_params(model_cfg)
     return {
         "checkpoint": file.name,
         "settings": settings(cfg),
         **{name: getattr(model_cfg, name) for name in ("d_model", "n_experts", "top_k")},
         "seed": trained.get("seed", 0),
-        "total": params.total,
-        "active": params.active - params.embedding,
         "train_loss": known.get("train_loss", known.get("loss")),
         **{name: known.get(name) for name in ("run", "tpp", "val_loss")},
         "before": before,
@@ -151,7 +132,7 @@ def posttrain(run, cfg):
 
 
 def run_missing(cfg):
-    """Does what the results file lacks, one line at once for each model that is finished."""
+    """Do what the results file lacks; a line is written for each model as soon as it is finished."""
     names = dict.fromkeys(name for part in cfg.runs for name in sorted(glob.glob(part)))  # once each, in this order
     runs = [Path(name) for name in names if "-grpo-" not in Path(name).name and checkpoint.find(name)]
     require(runs, "runs", ",".join(cfg.runs), "no directory of that name holds a checkpoint (ckpt-*.pt)")
@@ -160,24 +141,8 @@ def run_missing(cfg):
     done = {row["checkpoint"] for row in rows if {name: (usual | row["settings"])[name] for name in wanted} == wanted}
     missing = [run for run in runs if checkpoint.find(run)[-1][1].name not in done]
     print(f"{len(runs)} runs, {len(missing)} of them to do", flush=True)
-    if cfg.jobs > 1 and len(missing) > 1:
-        with ThreadPoolExecutor(cfg.jobs) as pool:
-            failed = sum(code != 0 for code in pool.map(partial(other_process, cfg), missing))
-        remedy = f"{failed} of {len(missing)} failed, see above; the same command does them again"
-        require(not failed, "runs", ",".join(cfg.runs), remedy)
-        return
     for run in missing:
         append(cfg.results, posttrain(run, cfg), ROW)
-
-
-def other_process(cfg, run):
-    """Post-train one run in a process that ends with this one. Returns its exit code."""
-    fields = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("runs", "jobs")}
-    flags = [f"--{name}={value}" for name, value in fields.items() if value != ""]
-    command = child.command("study.posttrain", *flags, f"--runs={run}")
-    code = subprocess.run(command, stdout=subprocess.PIPE, text=True).returncode
-    print(f"{run}: {'finished' if code == 0 else 'failed'}", flush=True)
-    return code
 
 
 def families(rows):
@@ -193,13 +158,10 @@ def families(rows):
 
 def main(argv=None):
     """Returns the rows of the results file."""
-    try:
-        cfg = config.parse(PosttrainConfig, sys.argv[1:] if argv is None else argv, __doc__)
-        run_missing(cfg)
-        return read(cfg.results, ROW)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    cfg = config.parse(PosttrainConfig, argv, __doc__)
+    run_missing(cfg)
+    return read(cfg.results, ROW)
 
 
 if __name__ == "__main__":
-    main()
+    config.command_line(main)

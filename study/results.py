@@ -17,10 +17,9 @@ from data import files
 from study.execute import BEFORE, Run, key
 
 TASKS = {"facts": "facts", "problems": "solutions", "mano": "mental arithmetic"}
-TEXT_TASKS = {"triviaqa": "TriviaQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
 MIN_SEEDS = 3
-LIMITS = (7e-4, 0.05)  # of learning rates: no search goes beyond
-# Keys of every row, the first of them written first.
+LIMITS = (7e-4, 0.1)  # of learning rates: no search goes beyond
+# Keys of every row, the first written first.
 ROW = tuple("key run lr diverged tokens tpp params flops points tokens_per_s seconds jobs device".split())
 REMEDY = "restore the file or delete the line"
 
@@ -28,7 +27,7 @@ REMEDY = "restore the file or delete the line"
 def read(path, needed=ROW, optional=False):
     """The rows of a results file, without a last line torn by a crash. ValueError for other damage and other files.
 
-    needed: keys that every row has, the first written first. optional: a file that is not there has no rows."""
+    needed: keys of every row, the first written first. optional: a missing file has no rows."""
     path = Path(path)
     if not optional and not path.exists():
         raise FileNotFoundError(f"{path}: no such results file; check the path")
@@ -77,7 +76,7 @@ def checked(row, where):
 
 
 def append(path, row, needed=ROW):
-    """One more signed line, on the disk when this returns; a torn last line is removed. Several processes may do so."""
+    """One more signed line; a torn last line is removed. Several processes may do so at once."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -95,12 +94,12 @@ def append(path, row, needed=ROW):
 
 
 def accuracy(row, task):
-    """Share of right answers: values recalled, or whole solutions of trained lengths; None where only loss is known."""
+    """Share of right answers: values recalled, or whole solutions of trained lengths."""
     return row[task].get("overall", row[task].get("accuracy"))
 
 
 def loss(row, task):
-    """Nats per token of the answers (text: bits per byte; "train": the training loss); infinite where it diverged."""
+    """Nats per token of the answers ("train": the training loss); infinite where it diverged."""
     return math.inf if row["diverged"] else row["train_loss"] if task == "train" else row[task]["loss"]
 
 
@@ -109,36 +108,29 @@ def distinct(rows):
     return list({row["key"]: row for row in reversed(rows)}.values())[::-1]
 
 
-def repeats(rows):
-    """[(row, row of the same run, done again)]"""
-    first = {row["key"]: row for row in distinct(rows)}
-    pairs = [(first[row["key"]], row) for row in rows if row is not first[row["key"]]]
-    return [pair for pair in pairs if not pair[0]["diverged"] and not pair[1]["diverged"]]
-
-
 def counted(rows):
-    """The runs that may vote, once each: usual initial weights, and a router that the loss trains. With k = 1 the
-    normalised gate is always 1, so those routers learned from the balance and z losses alone."""
-    usual = lambda run: run["init_std"] == (0.02 if run["data"] else Run.init_std)  # noqa: E731
-    return [row for row in distinct(rows) if usual(row["run"]) and row["run"]["top_k"] > 1]
+    """The runs that may vote, once each. With k = 1 the normalised gate is always 1, so the loss trains no router; with
+    other initial weights, or on text, runs of the first edition are another study."""
+    may = lambda run: run["top_k"] > 1 and run["init_std"] == Run.init_std and not run["data"]  # noqa: E731
+    return [row for row in distinct(rows) if may(row["run"])]
 
 
-HIDDEN = "n_experts top_k init_std lr seed data_tokens".split()  # what does not distinguish regimes
+HIDDEN = "n_experts top_k init_std lr seed data data_tokens".split()  # what does not distinguish regimes
 REGIME = [field.name for field in dataclasses.fields(Run) if field.name not in HIDDEN]
 
 
 class Regime(NamedTuple("Regime", [(name, object) for name in REGIME])):
-    """Every field of a Run but E, k, seed, rate and initial weights, and data_tokens, which changes no distribution."""
+    """Every field of a Run but E, k, seed, rate and those that are equal in all runs that vote."""
 
     def __str__(self):
-        named = ("d_model", "d_expert", "tokens", "unique", "data", "paired", "kind")
-        what = "text" if self.data else f"{self.unique:,} problems" if self.unique else "fresh problems"
+        named = ("d_model", "d_expert", "tokens", "unique", "paired", "kind")
+        what = f"{self.unique:,} problems" if self.unique else "fresh problems"
         what = {"room": "keys", "twohop": f"{self.unique:,} two-hop questions"}.get(self.kind, what)
         usual = lambda name, value: value in (0, getattr(Run, name))  # noqa: E731
         unusual = [f"{n} {v}" for n, v in self._asdict().items() if n not in named and not usual(n, v)]
-        tokens = [f"{self.tokens / 1e6:.3g} M tokens"] * bool(self.tokens)
-        unpaired = ["unpaired"] * (not self.paired)
-        return ", ".join([f"d={self.d_model}", f"F={self.d_expert}", *tokens, what, *unusual, *unpaired])
+        tokens = f"{self.tokens / 1e6:.3g} M tokens" * bool(self.tokens)
+        parts = [f"d={self.d_model}", f"F={self.d_expert}", tokens, what, *unusual, "unpaired" * (not self.paired)]
+        return ", ".join(filter(None, parts))
 
 
 def regime(row):

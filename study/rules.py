@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
+from study.presets import SCARCE
 from study.results import MIN_SEEDS, distinct, lines, tune
 
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # for 1 to 10 degrees of freedom
@@ -67,7 +68,7 @@ def scarce_rise(rows, k=8):
     """Per seed the rise of the unseen-solution loss per doubling of E, in the regime that decides claim 2."""
     for (where, kk), line in lines(rows, wide=5).items():
         usual = (where.tokens, where.d_model, where.optimizer, where.kind) == (2**24, 128, "muon", "mixture")
-        if kk == k and where.paired and where.unique == 1_000 and usual and (tuned := tune(line, "problems")):
+        if kk == k and where.paired and where.unique == SCARCE and usual and (tuned := tune(line, "problems")):
             x, cells = np.log2(list(tuned.cells)), tuned.cells.values()
             return [np.polyfit(x, [cell[s]["problems"]["loss"] for cell in cells], 1)[0] for s in tuned.seeds]
     return []

@@ -1,8 +1,7 @@
 """Run what is missing of the presets, in parallel, within a time limit:  python -m study.sweep PRESET... --minutes=9
 
-One JSON line is appended for every finished run. What the file already has is skipped, so the same command goes on
-where the last one stopped. A run that was cut off leaves nothing and is done again. study/presets.py lists the presets.
-When a run is finished, its preset may ask for others.
+A JSON line is appended for every finished run, and what the file has is skipped: the same command goes on where the
+last one stopped. study/presets.py lists the presets. When a run is finished, its preset may ask for others.
 """
 
 import dataclasses
@@ -21,14 +20,12 @@ from typing import Literal
 
 import torch
 
-from data import shards
-from data.loader import parse_sources
 from optimoe import config
 from optimoe.config import make_directory, require
 from study import child
 from study.execute import Run, data_dir, execute_together, form, key, prepare_data
 from study.presets import PRESETS
-from study.results import TASKS, TEXT_TASKS, append, read
+from study.results import TASKS, append, read
 from study.rules import stop_rule
 
 SMOKE = "runs/study/smoke.jsonl"  # what two tiny runs on a CPU measure is no result of the study
@@ -44,10 +41,9 @@ class SweepConfig:
     minutes: float = 9.0  # time limit; 0: only say what is left
     cache: str = "runs/study"  # where data directories and kept weights go
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    jobs: int = 0  # processes per device; 0: three on a GPU, where some compile or measure while others train, else one
+    jobs: int = 0  # processes per device; 0: three on a GPU, else one
     together: int = 0  # runs of one (E, k) that a process trains side by side; 0: three on a GPU, else one
     items: int = 100  # size of the measurements: problems for each number of steps
-    data: str = ""  # for the preset text4: DIR:weight,DIR:weight
     keep: tuple[str, ...] = ()  # models whose final weights are kept under CACHE/weights: all, or E16k2,E64k2
     force: bool = False  # go on although the stop rule of a preset holds
 
@@ -56,12 +52,12 @@ class SweepConfig:
         for name in self.presets:
             require(name in PRESETS, "preset", name, f"use {', '.join(PRESETS)}")
         require(0 <= self.minutes < math.inf, "minutes", self.minutes, "use 0 (only say what is left) or more")
-        for name in ("jobs", "together"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "use 1 or more, or 0 for the default")
-        require(self.items >= 1, "items", self.items, "use 1 or more")
+        for name, least in (("jobs", 0), ("together", 0), ("items", 1)):
+            require(getattr(self, name) >= least, name, getattr(self, name), f"use {least} or more")
         models = {f"E{run.n_experts}k{run.top_k}" for run in planned(self, [])} | {"all"}
-        wrong = sorted(set(self.keep) - models)
-        require(not wrong, "keep", ",".join(self.keep), "name models of these presets, such as E16k2, or all")
+        require(
+            {*self.keep} <= models, "keep", ",".join(self.keep), "name models of these presets, such as E16k2, or all"
+        )
 
     @property
     def cuda(self):
@@ -75,23 +71,20 @@ class SweepConfig:
 
 def planned(cfg, rows):
     """Every run that the presets ask for, once each."""
-    return list(dict.fromkeys(run for name in cfg.presets for run in PRESETS[name](rows, cfg.data)))
+    return list(dict.fromkeys(run for name in cfg.presets for run in PRESETS[name](rows)))
 
 
-def estimate(run, rows, device):
-    """Seconds that a run will take, from the last of the most similar runs on this device; None when there is none.
+def estimates(runs, rows, device):
+    """Seconds that each run will take, from the last of the most similar runs on this device; None without any.
 
     Compiling and measuring take as long in longer runs, and the last compiled least."""
     sizes = ("tokens", "d_model", "n_experts", "top_k", "n_layers")
     known = [row for row in reversed(rows) if row["device"] == device and not row["diverged"]]
-    far = lambda row: sum(abs(math.log2(row["run"][name] / getattr(run, name))) for name in sizes)  # noqa: E731
-    near = min(known, key=far, default=None)
-    return near and near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]
-
-
-def estimates(runs, rows, device):
-    """The `estimate` of each run; runs of one form share theirs."""
-    times = {shape: estimate(run, rows, device) for shape, run in {form(run): run for run in runs}.items()}
+    times = {}
+    for run in {form(run): run for run in runs}.values():
+        far = lambda row: sum(abs(math.log2(row["run"][name] / getattr(run, name))) for name in sizes)  # noqa: B023, E731
+        near = min(known, key=far, default=None)
+        times[form(run)] = near and near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]
     return [times[form(run)] for run in runs]
 
 
@@ -156,12 +149,11 @@ class Queue:
     def take(self, ends, most):
         """Up to `most` runs of one form that can end in time, out of todo; [] when none can."""
         group = []
-        for run in self.todo:
-            if len(group) < most and (not group or form(run) == form(group[0])):
-                seconds = estimate(run, self.rows, self.device) or 0.0
-                if time.monotonic() + SLACK * seconds < ends:
-                    group.append(run)
-                    ends -= seconds
+        for run, seconds in zip(self.todo, estimates(self.todo, self.rows, self.device), strict=True):
+            alike = not group or len(group) < most and form(run) == form(group[0])
+            if alike and time.monotonic() + SLACK * (seconds or 0.0) < ends:
+                group.append(run)
+                ends -= seconds or 0.0
         self.todo = [run for run in self.todo if run not in group]
         return group
 
@@ -171,7 +163,7 @@ class Queue:
 
 
 def sweep(cfg):
-    """Run what is missing and append to the results file. Returns how many runs failed or were killed."""
+    """Run what is missing. Returns how many runs failed or were killed."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cfg.cuda else ["cpu"]
     jobs, together = cfg.jobs or (3 if cfg.cuda else 1), cfg.together or (3 if cfg.cuda else 1)
     threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // (jobs * len(devices))))
@@ -187,15 +179,15 @@ def sweep(cfg):
     print(f"{cfg.file}: {tasks.left()} on {len(devices)} x {name}, {jobs} at a time on each", flush=True)
     if not tasks.todo or not cfg.minutes:
         if cost := gpu_minutes(tasks.todo, rows):
-            print(f"about {cost:.1f} minutes of one GPU like the last; the first rows come after a minute more")
+            print(f"about {cost:.1f} minutes of one GPU like the last")
         return 0
     make_directory(Path(cfg.file).parent, "results", cfg.file)  # what cannot be written is said now
     make_directory(cfg.cache, "cache", cfg.cache)
     open(cfg.file, "ab").close()
     inbox, outbox, workers = start_workers(cfg, devices, min(tasks.lanes, len(tasks.todo) + 6), threads)
-    data, builder = {}, ThreadPoolExecutor(1)  # directories are built in order; meanwhile what has its own is trained
+    builder = ThreadPoolExecutor(1)  # directories are built in order; meanwhile what has its own is trained
     try:
-        lost = run_all(tasks, cfg, inbox, outbox, workers, data, builder, jobs, together)
+        lost = run_all(tasks, cfg, inbox, outbox, workers, builder, jobs, together)
     finally:
         builder.shutdown(wait=False, cancel_futures=True)
         for _ in workers:
@@ -205,31 +197,28 @@ def sweep(cfg):
             if worker.is_alive():
                 worker.terminate()  # its run is not in the file and will be done again
         text = tasks.left() + f", {len(tasks.failed)} failed" * bool(tasks.failed)
-        text += f", {len(tasks.in_flight())} cut off" * bool(tasks.running)
-        building = any(directory.running() for directory in data.values())
-        print(text + "; the data directory in work is finished first" * building, flush=True)
+        print(text + f", {len(tasks.in_flight())} cut off" * bool(tasks.running), flush=True)
     if lost:
         print(f"{lost} worker processes were killed, perhaps for want of memory: use fewer --jobs", flush=True)
     return len(tasks.failed) + lost
 
 
-def run_all(tasks, cfg, inbox, outbox, workers, data, builder, jobs, together):
-    """Hand groups to the workers and book what comes back, until all is done or time is up. Returns how many workers
-    were killed."""
-    began, before, lost = time.monotonic(), len(tasks.rows), 0
+def run_all(tasks, cfg, inbox, outbox, workers, builder, jobs, together):
+    """Hand groups to the workers and book what comes back. Returns how many workers were killed."""
+    began, before, lost, data = time.monotonic(), len(tasks.rows), 0, {}
     ends = began + 60 * cfg.minutes
     while (tasks.todo or tasks.running) and time.monotonic() < ends:
         alive = sum(worker.is_alive() for worker in workers)
         lost = sum(worker.exitcode not in (None, 0) for worker in workers)
         for run in tasks.todo:
-            if not run.data and (directory := data_dir(run, cfg.cache)) not in data:
+            if (directory := data_dir(run, cfg.cache)) not in data:
                 data[directory] = builder.submit(prepare_data, run, cfg.cache, os.cpu_count() or 1)
         while len(tasks.running) < alive + lost and (members := tasks.take(ends, together)):
             first = key(members[0])
             tasks.running[first] = members  # before the wait for its data, so that Ctrl-C finds it among what is left
             try:
                 for run in members:
-                    run.data or data[data_dir(run, cfg.cache)].result()
+                    data[data_dir(run, cfg.cache)].result()
             except Exception as error:  # no data, no run; others have theirs
                 tasks.fail(tasks.running.pop(first), f"no data: {error}")
                 continue
@@ -260,12 +249,12 @@ def start_workers(cfg, devices, lanes, threads):
     """(inbox, outbox, processes)"""
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Queue(), context.Queue()
-    # Triton's default, for all workers: inductor would give each a directory of its own.
+    # One for all workers: inductor would give each a directory of its own.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     common = (threads, cfg.cache, cfg.items, inbox, outbox)
     arguments = [(os.getpid(), devices[i % len(devices)], *common) for i in range(lanes)]
     workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
-    # Workers inherit this: Ctrl-C reaches them too, and it is the parent who ends them.
+    # Workers inherit this: it is the parent who ends them on Ctrl-C.
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for worker in workers:
         worker.start()
@@ -274,28 +263,21 @@ def start_workers(cfg, devices, lanes, threads):
 
 
 def line(row):
-    """A finished run for people: the fields of its Run that are not the default, and what was measured."""
+    """A finished run in words."""
     always = ("n_experts", "top_k", "lr", "seed")
     fields = [f"{name}={x}" for name, x in row["run"].items() if name in always or x != getattr(Run, name)]
     if row["diverged"]:
         return " ".join([*fields, "diverged"])
-    found = ", ".join(f"{task} {row[task]['loss']:.3f}" for task in TASKS | TEXT_TASKS if task in row)
+    found = ", ".join(f"{task} {row[task]['loss']:.3f}" for task in TASKS if task in row)
     speed = f"{row['seconds']:.1f} s ({row['tokens_per_s'] / 1e6:.2f} M tokens/s)"
     return f"{' '.join(fields)}: loss {row['train_loss']:.3f}, {found}; {speed}"
 
 
 def main(argv=None):
-    try:
-        cfg = config.parse(SweepConfig, sys.argv[1:] if argv is None else argv, __doc__)
-        for directory, _ in parse_sources(cfg.data) if cfg.data else ():
-            remedy = f"{directory} holds no {shards.META}; make it with python -m data.prepare"
-            require((Path(directory) / shards.META).exists(), "data", cfg.data, remedy)
-        return sweep(cfg)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    return sweep(config.parse(SweepConfig, argv, __doc__))
 
 
 if __name__ == "__main__":
     for stop in (signal.SIGTERM, signal.SIGINT):  # a time limit from outside, Ctrl-C: either ends the workers too
         signal.signal(stop, lambda number, _: sys.exit(128 + number))
-    sys.exit(min(1, main()))
+    config.command_line(lambda: sys.exit(min(1, main())))

@@ -1,15 +1,11 @@
 """What the results say about each claim of the paper:  python -m study.verdict
 
-Writes the table of claims between the two marker lines of docs/STUDY.md, whose other text is written by hand, and
-every effect that was computed to docs/study/appendix.md. --out= prints both. docs/study/rules.md has the rules.
+Writes the table of claims between two marker lines of docs/STUDY.md and every effect that was computed to
+docs/study/appendix.md. docs/study/rules.md has the rules.
 """
 
-import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from data import files
 from optimoe import config
@@ -29,7 +25,7 @@ BEGIN, END = "<!-- claims: begin (python -m study.verdict) -->", "<!-- claims: e
 class VerdictConfig:
     results: str = "study/results.jsonl"  # rows of study.sweep
     posttrain: str = "study/posttrain.jsonl"  # rows of study.posttrain
-    out: str = "docs/STUDY.md"  # the page whose table of claims is replaced; empty: print table and appendix
+    out: str = "docs/STUDY.md"  # the page whose table of claims is replaced
     appendix: str = "docs/study/appendix.md"  # every effect, one table a claim
 
 
@@ -41,7 +37,7 @@ def computed(rows, posttrained):
 
 def missing(presets, rows):
     """The runs missing of these presets and their minutes on one GPU, in words; "" when there are none."""
-    todo = {run for name in presets for run in PRESETS[name](rows, "")} - {Run(**row["run"]) for row in rows}
+    todo = {run for name in presets for run in PRESETS[name](rows)} - {Run(**row["run"]) for row in rows}
     minutes = gpu_minutes(todo, rows)
     cost = f", about {minutes:.0f} min" if minutes else ""
     return f"{len(todo)} runs of `{'`, `'.join(presets)}`{cost}" if todo else ""
@@ -53,7 +49,7 @@ def number(value):
 
 def strongest(tests):
     """The test that a one-line summary shows: one that votes or could, paired, with most seeds and runs."""
-    silent = lambda test: any(word in test.note for word in ("beside", "nothing learned", "describes", "control"))  # noqa: E731
+    silent = lambda test: any(word in test.note for word in ("beside", "nothing learned", "mastered", "control"))  # noqa: E731
     order = lambda test: (test.votes, not silent(test), test.paired, len(test.effects), test.runs)  # noqa: E731
     return max(tests, key=order, default=None)
 
@@ -75,27 +71,24 @@ def claims_table(claims, rows):
     return "\n".join(lines)
 
 
-def noise(rows):
-    """A sentence on runs that were done twice: what the same run differs by from itself."""
-    pairs = [pair for pair in results.repeats(rows) if "problems" in pair[0]]
-    if not pairs:
-        return ""
-    rms = lambda value: math.sqrt(np.mean([(value(a) - value(b)) ** 2 for a, b in pairs]))  # noqa: E731
-    points = lambda task: rms(lambda row: 100 * accuracy(row, task))  # noqa: E731
-    same = sum(a["train_loss"] == b["train_loss"] and a["facts"] == b["facts"] for a, b in pairs)
-    losses = [rms(lambda row, t=task: results.loss(row, t)) for task in ("train", "facts")]
-    return (
-        f" {len(pairs)} are runs done again on a GPU, {same} of these with the same bits; root mean square difference: "
-        f"training loss {losses[0]:.3f}, fact loss {losses[1]:.3f}, recall {points('facts'):.1f} points, solutions "
-        f"{points('problems'):.1f}. The first of each is used."
-    )
+def best_table(rows):
+    """Lines of a table: each paired model at the rate that is best for a task, means over the seeds."""
+    yield from ("", "## Each model at its best rates", "", "| runs | k | E | task | rate | loss | right | seeds |")
+    yield "|---|---|---|---|---|---|---|---|"
+    for (where, k), line in results.lines(rows).items():
+        for task in ("facts", "problems") if where.paired else ():
+            one = results.tune(line, task)
+            for e, cell in one.cells.items() if one else ():
+                loss, right = (sum(f(row, task) for row in cell.values()) / len(cell) for f in (results.loss, accuracy))
+                measured = f"{results.TASKS[task]} | {one.rates[e]:g} | {loss:.3g} | {right:.0%} | {len(cell)}"
+                yield f"| {where} | {k} | {e} | {measured} |"
 
 
 def appendix(claims, rows):
     """All effects, as Markdown."""
     minutes, flops = sum(row["seconds"] / row["jobs"] for row in rows) / 60, sum(row["flops"] for row in rows)
     devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
-    paired, diverged = sum(row["run"]["paired"] for row in rows), sum(row["diverged"] for row in rows)
+    count = lambda holds: sum(map(holds, rows))  # noqa: E731
     pairings = [rules.pairing(rows, paired=kind) for kind in (True, False)]
     left, unpaired = (f"{share:.2f} ({n} pairs of cells)" if n else "an unknown share" for share, n in pairings)
     lines = [
@@ -103,22 +96,22 @@ def appendix(claims, rows):
         "",
         "Written by `python -m study.verdict`. [How to read it](rules.md), and [what it means](../STUDY.md).",
         "",
-        f"{len(rows)} runs, {paired} of them paired, {minutes:.1f} device minutes, {flops:.3g} training FLOPs on "
-        f"{devices}; {diverged} diverged.{noise(rows)}",
-        "",
-        f"{sum(row['run']['top_k'] == 1 for row in rows)} runs have k = 1. Their normalised gate is always 1, so "
-        "the loss gave their routers no gradient. They are in no line and have no vote.",
+        f"{len(rows)} runs, {count(lambda row: row['run']['paired'])} of them paired, {minutes:.1f} device minutes, "
+        f"{flops:.3g} training FLOPs on {devices}; {count(lambda row: row['diverged'])} diverged. "
+        f"{len(rows) - len(results.counted(rows))} have no vote: runs done again, with k = 1 (their routers got no "
+        "gradient from the loss), with other initial weights, or on text.",
         "",
         f"Pairing: {left} of the variance between two E is left where both have the same seed and so the same weights; "
         f"{unpaired} where the seed shares only the data (first edition).",
     ]
     for n, (text, tests, _) in enumerate(claims, 1):
         lines += ["", f"## {n}. {text}: {overall(tests)}", ""]
+        tests = [test for test in tests if test.effects]
         if not tests:
             lines.append("Not enough runs.")
             continue
         lines += ["| runs | effect | 95 % interval | margin | seeds | verdict |", "|---|---|---|---|---|---|"]
-        for test in tests:
+        for test in sorted(tests, key=lambda test: (not test.votes, not test.paired, "beside" in test.note)):
             mean, low, high = interval(test.effects.values())
             said = decide(test) if test.votes else f"no vote: {test.note}"
             if test.votes and len(test.effects) < MIN_SEEDS:
@@ -128,7 +121,7 @@ def appendix(claims, rows):
             effect = f"{number(mean)} {test.unit} | {number(low)} to {number(high)}"
             margin = f"{'below' if test.little else 'above'} {test.margin:g} | {len(test.effects)}"
             lines.append(f"| {test.where}; {test.runs} runs | {effect} | {margin} | {said} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *best_table(rows)]) + "\n"
 
 
 def write(path, table):
@@ -141,24 +134,15 @@ def write(path, table):
 
 
 def main(argv=None):
-    try:
-        cfg = config.parse(VerdictConfig, sys.argv[1:] if argv is None else argv, __doc__)
-        rows = results.read(cfg.results)
-        remedy = f"there is no run in it to write a table of into {cfg.out}; run study.sweep first"
-        require(rows or not cfg.out, "results", cfg.results, remedy)
-        given = cfg.posttrain != VerdictConfig.posttrain
-        posttrained = results.read(cfg.posttrain, posttrain.ROW, optional=not given)
-        claims = computed(rows, posttrained)
-        table, text = claims_table(claims, rows), appendix(claims, rows)
-        if not cfg.out:
-            print(table, text, sep="\n\n")
-            return
-        write(cfg.out, table)
-        files.replace(cfg.appendix, text)
-        print(cfg.out, cfg.appendix, sep="\n")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    cfg = config.parse(VerdictConfig, argv, __doc__)
+    rows = results.read(cfg.results)
+    require(rows, "results", cfg.results, "there is no run in it; run study.sweep first")
+    given = cfg.posttrain != VerdictConfig.posttrain
+    claims = computed(rows, results.read(cfg.posttrain, posttrain.ROW, optional=not given))
+    write(cfg.out, claims_table(claims, rows))
+    files.replace(cfg.appendix, appendix(claims, rows))
+    print(cfg.out, cfg.appendix, sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    config.command_line(main)

@@ -1,4 +1,4 @@
-"""bench: the formulas against hand counts, the CSV, the comparison, the checks, and the command lines on a CPU."""
+"""bench: the formulas against hand counts, the CSV, the checks, and the command lines on a CPU."""
 
 import json
 import os
@@ -25,7 +25,6 @@ from bench.problem import (
 from bench.results import COLUMNS, append, cli, latest, read
 from model import ModelConfig
 from moe_kernels import moe_experts
-from moe_kernels.tiles import Tile
 from optimoe import config
 
 TINY = Shape(48, 32, 16, 4, 2)
@@ -72,10 +71,6 @@ def test_parsing():
     for bad in ("1,2,3,4,5", "1,2,3,4", "0,1,1,1,1", "1,2,3,4,x"):
         with pytest.raises(ValueError, match="T,D,F,E,K"):
             parse_shape(bad)
-    assert kernels.parse_tile("64x256x32x4x8x4x3") == Tile(64, 256, 32, 4, 8, 4, 3)
-    for bad in ("64x64x64", "17x64x64x8x2x4x4", "64x64x64x8x3x4x4", "16x16x16x8x32x4x4", "64x64x64x0x2x4x4", "64x64"):
-        with pytest.raises(ValueError, match=f"tile '{bad}': expected BLOCK_M x BLOCK_N"):
-            kernels.parse_tile(bad)
 
 
 @pytest.mark.parametrize("routing", ["softmax", "zipf1.5"])
@@ -169,28 +164,6 @@ def test_csv_round_trip(tmp_path, capsys):
         append(tmp_path / "other.csv", ROW)
 
 
-def slower(row, factor, spread=0.01):
-    p50 = row["p50_ms"] * factor
-    return row | dict(p20_ms=p50 * (1 - spread), p50_ms=p50, p80_ms=p50 * (1 + spread))
-
-
-def test_compare_flags_only_what_is_beyond_noise(tmp_path, capsys):
-    assert results.verdict(ROW, slower(ROW, 1.05))[0] == "slower"
-    assert results.verdict(ROW, slower(ROW, 1.02, 0.001))[0] == ""  # clear of the spread, but inside 3 %
-    assert results.verdict(ROW, slower(ROW, 1.1, 0.2))[0] == ""  # beyond 3 %, but inside the spread
-    assert results.verdict(ROW, slower(ROW, 0.9))[0] == "faster"
-    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
-    append(old, ROW, ROW | dict(E=8))
-    append(new, ROW, slower(ROW, 1.2) | dict(E=8), ROW | dict(E=16))
-    assert results.main([str(old), str(new)]) == 1
-    out = capsys.readouterr().out
-    assert out.count("REGRESSION") == 1 and "2 rows compared, 1 regressions; 1 rows have no baseline" in out
-    assert results.main([str(old), str(old)]) == 0
-    assert cli(lambda: results.main(["missing.csv", str(new)])).endswith("No such file or directory: 'missing.csv'")
-    with pytest.raises(ValueError, match="neither a CSV file nor a git revision"):
-        results.baseline("no-such-revision", new)
-
-
 def test_only_ceilings_are_nothing_measured():
     run = results.Results(results.BenchConfig(revision="test"))
     for kernels_, status in (([], 1), (["ceiling", "ceiling"], 1), (["ceiling", "layer"], 0)):
@@ -212,9 +185,9 @@ def test_layer_and_plots_on_the_cpu(tmp_path, capsys):
     path = tmp_path / "rows.csv"
     flags = [f"--csv={path}", "--revision=test"]
     assert layer.main([*flags, "--impl=reference", "--at=32,32,16", "--experts=4,8,16", "--topk=1,2,4"]) == 0
-    assert layer.main([*flags, "32,32,16,4,2", "--impl=grouped_mm", "--peers=scattermoe"]) == 0
+    assert layer.main([*flags, "32,32,16,4,2", "--impl=grouped_mm", "--peers=sonicmoe"]) == 0
     out = capsys.readouterr().out
-    assert "mean nothing about GPUs" in out and "peer scattermoe: scattermoe.parallel_experts does not import" in out
+    assert "mean nothing about GPUs" in out and "peer sonicmoe: sonicmoe does not import" in out
     rows = read(path)
     found = {(row["kernel"], row["implementation"]) for row in rows if row["kernel"] != "ceiling"}
     assert found == {("layer", name) for name in ("gemms", "reference", "grouped_mm")}
@@ -222,18 +195,12 @@ def test_layer_and_plots_on_the_cpu(tmp_path, capsys):
     full = next(row for row in rows if row["implementation"] == "reference" and row["mode"] == "full" and row["K"] == 2)
     assert full["tflops"] == pytest.approx(18 * 32 * 2 * 32 * 16 / full["p50_ms"] * 1e-9, rel=1e-3)
     assert full["python_ms"] > 0 and full["ceiling"] > 0
-    again = ["--impl=reference", f"--compare={path}", "32,32,16,4,2", "--routing=zipf1.5,softmax"]
-    assert layer.main([*flags, *again]) in (0, 1)
-    assert "rows compared" in capsys.readouterr().out
+    assert layer.main([*flags, "--impl=reference", "32,32,16,4,2", "--routing=zipf1.5,softmax"]) == 0
 
     shown = tmp_path / "as_on_a_gpu.csv"  # the figures are about triton: dress the rows up
     append(shown, *(row | dict(implementation=row["implementation"].replace("reference", "triton")) for row in rows))
-    for name, cost in kernel_costs(TINY).items():
-        row = dict(kernel=name, mode="forward", tflops=cost.flops * 1e-9, gb_s=cost.bytes * 1e-6, gpu=rows[0]["gpu"])
-        append(shown, ROW | row)
-    append(shown, ROW | dict(kernel="node", implementation="ddp", mode="2", share=0.97, gpu=rows[0]["gpu"]))
     assert plot.main([str(shown), f"--out={tmp_path / 'figures'}"]) == 0
-    names = ("throughput_by_experts", "throughput_by_topk", "ceiling", "roofline", "node")
+    names = ("throughput_by_experts", "ceiling")
     assert {file.stem for file in (tmp_path / "figures").iterdir()} == set(names)
 
 
@@ -258,13 +225,10 @@ def run(code, **env):
 @cpu_only
 def test_kernels_in_the_interpreter(tmp_path):
     path, shape = tmp_path / "kernels.csv", "4,16,16,2,2"
-    again = [shape, "--kernel=dx,dw_in", "--candidates=16x32x16x2x4x4x2"]
-    code = f"from bench.kernels import main; main({[shape, f'--csv={path}']}); main({again})"
+    code = f"from bench.kernels import main; main({[shape, f'--csv={path}']})"
     out = run(code, TRITON_INTERPRET="1")
     assert "skipped" not in out, out
     assert [row["kernel"] for row in read(path)][2:] == list(kernels.KERNELS)
-    assert out.count("dx      16x32x16") == 2 and out.count("<- today") == 8
-    assert "regs" not in out and " TF " not in out  # a candidate's row has no columns that mean something on a GPU only
 
 
 @cpu_only
@@ -390,7 +354,7 @@ def test_families_of_gpu_kernels():
 
 
 def test_peers_say_what_is_missing():
-    for name in ("scattermoe", "sonicmoe", "liger"):
+    for name in ("sonicmoe", "liger"):
         with pytest.raises(ImportError, match=f"peer {name}: .* does not import .*; it comes from .*http"):
             peers.load(name)
     w = torch.arange(2 * 6 * 2).view(2, 6, 2)
@@ -427,14 +391,10 @@ def test_kernels_compile_ahead_without_a_gpu(tmp_path):
 @cpu_only
 def test_generation_on_the_cpu(tmp_path, capsys):
     flags = ["--preset=tiny", "--prompt=8", "--new=6", "--batches=1,2", "--repeats=1"]
-    pytest.importorskip("transformers", minversion="5")
-    assert generation.main([f"--csv={tmp_path / 'g.csv'}", *flags, "--impl=cache,hf"]) == 0
+    assert generation.main([f"--csv={tmp_path / 'g.csv'}", *flags]) == 0
     rows = [row for row in read(tmp_path / "g.csv") if row["kernel"] == "generate"]
-    assert [(row["T"], row["implementation"]) for row in rows] == [
-        (T, name) for T in (1, 2) for name in ("cache", "hf")
-    ]
-    assert all(row["p50_ms"] > 0 and row["gb_s"] > 0 for row in rows)
-    assert capsys.readouterr().out.count("100% of the first tokens") == 4
+    assert [row["T"] for row in rows] == [1, 2] and all(row["p50_ms"] > 0 and row["gb_s"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("tokens/s") == 2
 
 
 def test_generation_cost_by_hand():
@@ -477,16 +437,14 @@ def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_p
     "main,argv,message",
     [
         (layer.main, "--impl=foo", "known are reference, grouped_mm, triton"),
-        (layer.main, "--peers=foo", "known are scattermoe, sonicmoe, liger"),
+        (layer.main, "--peers=foo", "known are sonicmoe, liger"),
         (layer.main, "--routing=softmax,zipf-1", "routing 'zipf-1': expected softmax"),
         (layer.main, "--at=32,32,16 --experts=8,x", "experts='x': a whole number"),
         (layer.main, "--at=32,32,16 --experts=2,4 --topk=8", "every K is above every E of experts=(2, 4)"),
         (layer.main, "--at=32,32", "give T,D,F"),
         (layer.main, "64,32,48,4,9", "with 1 <= K <= E, such as"),
         pytest.param(layer.main, "--impl=triton", "TRITON_INTERPRET=1", marks=cpu_only),
-        (kernels.main, "--kernel=foo", "known here are route_fwd"),
-        (kernels.main, "--kernel=combine --candidates=16x16x16x1x1x4x2", "known here are up, down"),
-        (generation.main, "--impl=foo", "known are cache"),
+        (kernels.main, "--kernel=foo", "known are route_fwd"),
         (step.main, "--frobnicate=1", "unknown field 'frobnicate'"),
         pytest.param(readme.main, "", "need a GPU; use --list", marks=cpu_only),
     ],
@@ -504,9 +462,9 @@ def test_figures_cut_nothing_off(tmp_path, monkeypatch):
         T=32768, D=512, F=1024, ceiling=0.5, gpu="NVIDIA H100 80GB HBM3", torch="2.11.0+cu130", triton="3.6.0"
     )
     names, modes = ("grouped_mm", "triton", "gemms"), ("forward", "backward", "full")
-    kinds = [(name, k, mode) for mode in modes for k in (2, 4, 8) for name in names] + [("triton", 2, "full-graph")]
+    kinds = [(name, e, mode) for mode in modes for e in (2, 4, 8) for name in names] + [("triton", 2, "full-graph")]
     rows = [
-        dict(implementation=name, K=k, mode=mode, ceiling=None if name == "gemms" else 0.5) for name, k, mode in kinds
+        dict(implementation=name, E=e, mode=mode, ceiling=None if name == "gemms" else 0.5) for name, e, mode in kinds
     ]
     rows = [common | row for row in rows]
     families = dict(router=1000.0, attention=30.0, optimiser=12.0)  # ms
@@ -516,7 +474,7 @@ def test_figures_cut_nothing_off(tmp_path, monkeypatch):
     assert plot.main([str(tmp_path / "rows.csv"), f"--out={tmp_path}"]) == 0
     throughput, ceiling, parts = figures
     title = throughput.get_suptitle(), throughput._suptitle.get_window_extent()
-    assert "experts per token" in title[0] and title[1].x0 > 0 and title[1].x1 < throughput.bbox.x1
+    assert "number of experts" in title[0] and title[1].x0 > 0 and title[1].x1 < throughput.bbox.x1
     legend = [text.get_text() for text in ceiling.axes[0].get_legend().get_texts()]
     assert legend == ["triton", "triton, graph", "grouped_mm"]  # as the bars stand
     assert [number.get_text() for number in parts.axes[0].texts] == ["31250"]  # of 31250, 938 and 375 us
@@ -536,4 +494,3 @@ def test_the_readmes_benchmarks_exist(capsys):
     for module, *flags in commands:
         flags = [flag for flag in flags if torch.cuda.is_available() or flag != "--impl=triton"]
         assert config.parse(configs[module.removeprefix("bench.")], flags).csv == "x.csv"
-    assert readme.main(["--list", "--only=generation"]) == 0 and capsys.readouterr().out.count("\n") == 1

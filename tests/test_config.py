@@ -104,7 +104,6 @@ def test_file_round_trip_and_precedence(tmp_path):
     cfg = Config(lr=0.1 + 0.2, steps=7, limit=3, compile=True, width=48)
     path = tmp_path / "config.json"
     files.write_json(path, dataclasses.asdict(cfg))
-    assert config.load(Config, path) == cfg
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
     assert parse(f"--config={path}") == cfg
     assert parse("--steps=9", f"--config={path}") == dataclasses.replace(cfg, steps=9)  # flags win wherever they stand
@@ -115,17 +114,17 @@ def test_file_round_trip_and_precedence(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"lr": 1', "config.json: not valid JSON"),
-        (b'{"lr": \xff', "config.json: not valid JSON"),
+        ('{"lr": 1', "config.json is damaged"),
+        (b'{"lr": \xff', "config.json is damaged"),
         ("[1]", "JSON object"),
         ('{"learning_rate": 1}', "unknown field 'learning_rate'"),
         ('{"lr": "fast"}', "lr='fast'"),
         ('{"steps": true}', "steps=True"),
         ('{"data": 3}', "data=3: text"),
         ('{"lr": Infinity}', "lr=inf: a finite number"),
-        ("[" * 100_000, "config.json: not valid JSON"),  # deeper than the parser goes
+        ("[" * 100_000, "config.json is damaged"),  # deeper than the parser goes
         ('{"data": ' + "[" * 900 + "]" * 900 + "}", r"data=\[+\.\.\.\]+: text"),
-        ('{"steps": ' + "9" * 5000 + "}", "config.json: not valid JSON"),
+        ('{"steps": ' + "9" * 5000 + "}", "config.json is damaged"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
@@ -133,7 +132,7 @@ def test_bad_files(tmp_path, text, message):
     text = text if isinstance(text, bytes) else text.encode()
     path.write_bytes(text)
     with pytest.raises(ValueError, match=message):
-        config.load(Config, path)
+        parse(f"--config={path}")
     assert path.read_bytes() == text
 
 
@@ -160,7 +159,7 @@ def test_help_comes_from_the_source(capsys):
 def shown(page):
     """{field: (value, comment)} of a help page."""
     lines = re.findall(r"^  (?:--)?(\w+) \S+ +(.+?)(?:  +(.*))?$", page, re.MULTILINE)
-    return {name: (value.removesuffix(" *"), comment) for name, value, comment in lines}
+    return {name: (value, comment) for name, value, comment in lines}
 
 
 def programs():
@@ -210,10 +209,7 @@ def test_help_follows_preset_and_file(tmp_path, capsys):
             parse("--help", *argv)
         return capsys.readouterr().out
 
-    assert shown(page())["width"][0] == "64" and "*" not in page()
-    assert shown(page("--preset=large"))["width"][0] == "1024" and "* value of --preset=large" in page(
-        "--preset", "large"
-    )
+    assert shown(page())["width"][0] == "64" and shown(page("--preset=large"))["width"][0] == "1024"
     (tmp_path / "c.json").write_text('{"lr": 0.5}')
     assert shown(page(f"--config={tmp_path}/c.json"))["lr"][0] == "0.5"
 
@@ -235,7 +231,7 @@ def test_signed_and_old_files_are_read(tmp_path):
     path = tmp_path / "config.json"
     for signed in (True, False):
         files.write_json(path, dataclasses.asdict(Config(lr=0.25)), signed)
-        assert ("crc" in path.read_text()) == signed and config.load(Config, path) == Config(lr=0.25)
+        assert ("crc" in path.read_text()) == signed and parse(f"--config={path}") == Config(lr=0.25)
 
 
 @pytest.mark.parametrize("old, new", [("0.25", "0.75"), ('"limit": null', '"limit": 3'), ('"crc": "', '"crc": "0')])

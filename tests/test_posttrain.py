@@ -78,7 +78,6 @@ def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
     for row in rows:
         for when in ("before", "after"):
             assert len(row[when]["greedy"]) == len(row[when]["majority"]) == len(row[when]["answers"]) == 4
-            assert row[when]["curves"]["samples"] == [1, 2, 4] and len(row[when]["curves"]["solutions"]) == 3
     assert main(flags) == rows  # nothing is done twice
     text = results.read_text()
     older = [{**row, "settings": {n: v for n, v in row["settings"].items() if n != "clip"}} for row in rows]
@@ -87,23 +86,13 @@ def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):
     results.write_text(text)
     results.write_text(results.read_text() + '{"checkpoint": "torn')
     assert read(results, ROW) == rows and main(flags) == rows
-    with pytest.raises(SystemExit, match="error: .*no directory of that name"):
+    with pytest.raises(ValueError, match=".*no directory of that name"):
         main(["--runs=/nonexistent/*", f"--results={results}"])
     results.write_text('{"a": 1}\n')
-    with pytest.raises(SystemExit, match="error: .*posttrain.jsonl, line 1: not a row .* lacks checkpoint"):
+    with pytest.raises(ValueError, match=".*posttrain.jsonl, line 1: not a row .* lacks checkpoint"):
         main(flags)
-    with pytest.raises(SystemExit, match="error: runs=''"):
+    with pytest.raises(ValueError, match="runs=''"):
         main([f"--results={results}"])
-
-
-def test_several_models_at_once_are_processes_of_their_own(runs, tmp_path):
-    """--jobs: the rows of two processes, which end with the one that started them, are in the file, signed."""
-    results = tmp_path / "posttrain.jsonl"
-    rows = main([f"--runs={runs}/E*", f"--results={results}", *BUDGET, "--jobs=2", "--seed=5"])
-    assert sorted(row["n_experts"] for row in rows) == [2, 4]
-    assert all('"crc": "' in line for line in results.read_text().splitlines())
-    with pytest.raises(SystemExit, match="2 of 2 failed"):
-        main([f"--runs={runs}/E*", f"--results={results}", *BUDGET, "--jobs=2", "--seed=6", "--prompt_tokens=1"])
 
 
 def test_half_a_budget_is_no_row(runs, tmp_path, monkeypatch):

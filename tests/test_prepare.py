@@ -1,5 +1,5 @@
+import glob
 import gzip
-import hashlib
 import json
 import lzma
 import os
@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import tiktoken
 
-from data import documents as reading
 from data import prepare as module
 from data import shards, tokenizer
-from data.documents import split_documents
+from data.documents import read
 from data.loader import Loader
-from data.prepare import Config, hashes, main
+from data.prepare import Config, hashed, main
 
 pytest.importorskip("tokenizers")
 
@@ -29,8 +28,17 @@ WORDS = "the a goose geese river counted seven 1987 silently, quickly. naïve �
 WORDS += ["".join(random.Random(i).choices("abcdefgh", k=5)) for i in range(200)]
 
 
+def lines(texts, **options):
+    return "\n".join(json.dumps({"text": text}, **options) for text in texts)
+
+
+def expand(inputs):
+    """What a shell makes of patterns."""
+    return [path for given in map(str, inputs) for path in sorted(glob.glob(given)) or [given]]
+
+
 def prepare(inputs, out, **options):
-    return module.prepare(Config(tuple(map(str, inputs)), str(out), **options))
+    return module.prepare(Config(tuple(expand(inputs)), str(out), **options))
 
 
 def text(n_words, seed):
@@ -53,22 +61,23 @@ def corpus(tmp_path_factory):
     """One of each kind of input, and the documents that are in it."""
     top = tmp_path_factory.mktemp("corpus")
     docs = [text(60, i) for i in range(120)]
-    (top / "a.txt").write_text("\n\0\n".join(docs[:20]) + "\n\0\n", newline="")
-    with gzip.open(top / "b.txt.gz", "wt", newline="") as f:
-        f.write("\n\0\n".join("\ufeff" + d.replace("\n", "\r\n") for d in docs[20:40]))
-    with lzma.open(top / "c.txt.xz", "wt", newline="") as f:
-        f.write("\n\0\n".join(docs[40:60]))
-    lines = [json.dumps({"text": d, "n": 1}) for d in docs[60:80]]
-    (top / "d.jsonl").write_text("\n".join(lines[:10]) + "\n\n")
+    for i, d in enumerate(docs[:20]):
+        (top / f"a{i:02}.txt").write_text(d, newline="")
+    for i, d in enumerate(docs[20:40]):
+        with gzip.open(top / f"b{i:02}.txt.gz", "wt", newline="") as f:
+            f.write("\ufeff" + d.replace("\n", "\r\n"))
+    for i, d in enumerate(docs[40:60]):
+        with lzma.open(top / f"c{i:02}.txt.xz", "wt", newline="") as f:
+            f.write(d)
+    (top / "d.jsonl").write_text(lines(docs[60:70]) + "\n\n")
     with gzip.open(top / "e.jsonl.gz", "wt") as f:
-        f.write("\n".join(lines[10:15]))
+        f.write(lines(docs[70:75]))
     with lzma.open(top / "f.jsonl.xz", "wt") as f:
-        f.write("\n".join(lines[15:]))
+        f.write(lines(docs[75:80]))
     for i, d in enumerate(docs[80:]):
         path = top / "src" / f"package{i % 3}" / f"m{i}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# {d}")
-    (top / "src" / "latin.py").write_bytes("# -*- coding: latin-1 -*-\ns = 'é'\n".encode("latin-1"))
     for name in ("__pycache__/x.py", ".hidden/y.py", "empty.py", "picture.png"):
         (top / "src" / name).parent.mkdir(exist_ok=True)
         (top / "src" / name).write_text("" if name == "empty.py" else "must not be read")
@@ -82,55 +91,40 @@ def test_every_kind_of_input(corpus, tmp_path, capsys):
         tmp_path / "d",
         vocab_size=600,
         val_fraction=0.2,
-        licence="CC0",
-        max_document=10**6,
     )
     train, val = documents(tmp_path / "d", "train"), documents(tmp_path / "d", "val")
     assert sorted(train + val) == sorted(docs) and 5 < len(val) < 50
     assert [d for d in val if d in docs[:80]] == [d for d in docs[:80] if d in val], "not in the order of the input"
-    assert all((hashes(d, 0)[0] < 0.2) == (d in set(val)) for d in docs)
+    assert all((hashed(d, 0) < 0.2) == (d in set(val)) for d in docs)
 
     assert meta == shards.read_meta(tmp_path / "d")
-    assert meta["licence"] == "CC0" and meta["vocab_size"] == 600
+    assert meta["vocab_size"] == 600 and len(meta["input"]) == 64
+    out = capsys.readouterr().out
     for split, texts in (("train", train), ("val", val)):
         assert meta["splits"][split]["documents"] == len(texts)
         assert meta["splits"][split]["bytes"] == sum(len(t.encode()) for t in texts)
-        for unit in ("documents", "tokens", "bytes"):
-            assert meta["splits"][split][unit] == sum(s[split].get(unit, 0) for s in meta["sources"])
-    code = meta["sources"][-1]
-    assert (Path(code["name"]), code["files"], code["skipped"]) == (top / "src", 42, 1)
-    assert [Path(s["name"]).name for s in meta["sources"][:-1]] == [
-        "a.txt",
-        "b.txt.gz",
-        "c.txt.xz",
-        "d.jsonl",
-        "e.jsonl.gz",
-        "f.jsonl.xz",
-    ]
-    assert meta["sources"][0]["sha256"] == hashlib.sha256((top / "a.txt").read_bytes()).hexdigest()
-    out = capsys.readouterr().out
-    assert "a.txt" in out and "MB/s" in out and "1 files that are not UTF-8 skipped" in out
+        assert f"{split}: {len(texts):,} documents" in out
+    assert "vocabulary 600" in out
 
 
 def test_same_input_same_bytes(corpus, tmp_path, monkeypatch):
     top, _ = corpus
     for name, workers, block in (("a", 1, 2**20), ("b", 4, 500)):
+        monkeypatch.setattr(module.os, "sched_getaffinity", lambda _, n=workers: range(n), raising=False)
         monkeypatch.setattr(module, "BLOCK", block)
-        monkeypatch.setattr(reading, "BLOCK", block)
-        prepare([f"{top}/*.xz", f"{top}/src"], tmp_path / name, vocab_size=400, workers=workers)
+        prepare([f"{top}/*.xz", f"{top}/src"], tmp_path / name, vocab_size=400)
     a, b = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab")
     assert a == b and len(a) == 4
 
 
 def test_documents_stay_on_their_side(corpus, tmp_path):
     top, docs = corpus
-    (tmp_path / "twice.txt").write_text(
-        "\n\0\n".join(docs[:20] + docs[:20]), newline=""
-    )  # the documents of a.txt, twice
-    options = dict(vocab_size=300, val_fraction=0.25, max_document=10**6)
-    prepare([f"{top}/a.txt"], tmp_path / "one", **options)
-    prepare([f"{top}/a.txt", f"{tmp_path}/twice.txt", f"{top}/*.xz"], tmp_path / "more", **options)
-    prepare([f"{top}/a.txt"], tmp_path / "seed", **options, seed=1)
+    (tmp_path / "once.jsonl").write_text(lines(docs[:20]))
+    (tmp_path / "twice.jsonl").write_text(lines(docs[:20] + docs[:20]))
+    options = dict(vocab_size=300, val_fraction=0.25)
+    prepare([tmp_path / "once.jsonl"], tmp_path / "one", **options)
+    prepare([tmp_path / "once.jsonl", tmp_path / "twice.jsonl", f"{top}/*.xz"], tmp_path / "more", **options)
+    prepare([tmp_path / "once.jsonl"], tmp_path / "seed", **options, seed=1)
     one, more, seed = (set(documents(tmp_path / name, "val")) for name in ("one", "more", "seed"))
     assert one and one == more & set(docs[:20]) and one != seed
     assert not more & set(documents(tmp_path / "more", "train"))
@@ -147,45 +141,26 @@ def test_one_long_file_is_split_at_lines(tmp_path):
 
 
 def test_something_is_always_held_out(tmp_path):
-    (tmp_path / "x.txt").write_text("one\n\0\ntwo\n\0\nthree", newline="")
-    assert (
-        prepare([str(tmp_path / "x.txt")], tmp_path / "d", vocab_size=260, val_fraction=1e-9)["splits"]["val"][
-            "documents"
-        ]
-        == 1
-    )
-    assert "val" not in prepare([str(tmp_path / "x.txt")], tmp_path / "e", vocab_size=260, val_fraction=0)["splits"]
+    (tmp_path / "x.jsonl").write_text(lines(["one", "two", "three"]))
+    splits = prepare([tmp_path / "x.jsonl"], tmp_path / "d", vocab_size=260, val_fraction=1e-9)["splits"]
+    assert splits["val"]["documents"] == 1
+    assert "val" not in prepare([tmp_path / "x.jsonl"], tmp_path / "e", vocab_size=260, val_fraction=0)["splits"]
     with pytest.raises(ValueError, match="nothing to train on"):
-        prepare([str(tmp_path / "x.txt")], tmp_path / "f", vocab_size=260, val_fraction=0.999999)
+        prepare([tmp_path / "x.jsonl"], tmp_path / "f", vocab_size=260, val_fraction=0.999999)
     (tmp_path / "y.txt").write_text("only one")
-    with pytest.raises(ValueError, match="one document.*--max_document"):
+    with pytest.raises(ValueError, match="val_fraction=0.01: the input is one document"):
         prepare([str(tmp_path / "y.txt")], tmp_path / "f", vocab_size=260)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "e", "x.txt", "y.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "e", "x.jsonl", "y.txt"]
 
 
-def test_splitting_does_not_depend_on_blocks():
-    rng = random.Random(0)
-    for _ in range(300):
-        content = "".join(
-            rng.choices(
-                ["\n\0\n", "\n", "\n\n", " ", "word", "\0", "x" * 30], [1, 4, 2, 8, 8, 1, 1], k=rng.randint(0, 200)
-            )
-        )
-        limit = rng.choice([1, 8, 40, 100])
-        whole = list(split_documents([content], limit))
-        block = rng.randint(1, 20)
-        assert list(split_documents([content[i : i + block] for i in range(0, len(content), block)], limit)) == whole
-        assert "".join(whole) == content.replace("\n\0\n", "")
-        assert all(len(d) <= max(limit, 2) for d in whole)
-        uncut = list(split_documents([content], 10**6))
-        assert uncut == content.split("\n\0\n") and (limit > 1 or uncut == whole or len(whole) > len(uncut))
-
-
-def test_cutting_a_huge_document_takes_time_in_proportion(tmp_path):
-    """One line of JSON lines may hold a library. Copying the rest at every cut would take days here."""
-    content = "word " * 4_000_000
-    assert "".join(split_documents([content], 256, None)) == content
-    assert "".join(split_documents([content[i : i + 2**20] for i in range(0, len(content), 2**20)], 256)) == content
+def test_long_texts_are_cut_at_line_ends_and_rows_are_not(tmp_path):
+    content = "".join(f"line {i}, naïve\n" for i in range(500)) + "x" * 1000
+    (tmp_path / "a.txt").write_text(content)
+    pieces = list(read([tmp_path / "a.txt"], 100))
+    assert "".join(pieces) == content and all(100 < len(piece) <= 200 for piece in pieces[:-1])
+    assert all(piece.endswith("\n") for piece in pieces[:-10]) and len(pieces) > 70
+    (tmp_path / "b.jsonl").write_text(lines([content]))
+    assert list(read([tmp_path / "b.jsonl"], 100)) == [content]
 
 
 def test_an_existing_tokenizer_is_reused_and_mixes(corpus, tmp_path):
@@ -196,7 +171,7 @@ def test_an_existing_tokenizer_is_reused_and_mixes(corpus, tmp_path):
     assert documents(tmp_path / "b", "train")[0] in corpus[1]
     tokens, targets = Loader([(tmp_path / "a", 1.0), (tmp_path / "b", 2.0)], "train", 6, 32).next()
     assert tokens.shape == targets.shape == (6, 32)
-    with pytest.raises(ValueError, match="different tokenizers"):
+    with pytest.raises(ValueError, match="not the tokenizer of"):
         Loader([(tmp_path / "a", 1.0), (tmp_path / "c", 1.0)], "train", 6, 32)
 
 
@@ -213,6 +188,7 @@ def test_special_tokens_in_text_are_text(tmp_path):
     "name, content, message",
     [
         ("x.txt", "gr\xfcn\n".encode("latin-1"), r"x.txt is not UTF-8 \(.*0xfc\); convert it"),
+        ("x.py", b"s = 'gr\xfcn'\n", r"x.py is not UTF-8 \(.*0xfc\); convert it"),
         ("x.jsonl", b'{"text": "fine"}\n{"text": "gr\xfcn"}', r"x.jsonl:2 is not UTF-8 \(.*0xfc\); convert it"),
         ("x.txt.xz", lzma.compress(b"abc " * 9999)[:-20], "x.txt.xz cannot be decompressed"),
         ("x.txt.gz", gzip.compress(text(9999, 0).encode())[:-20], "x.txt.gz cannot be decompressed"),
@@ -226,50 +202,44 @@ def test_special_tokens_in_text_are_text(tmp_path):
             r"x.jsonl:3 has no text in field 'text' \(it has: body, id\); pass --text_field",
         ),
         ("x.jsonl", b'["text"]', r"x.jsonl:1 has no text.*list"),
-        ("x.txt", b"\n  \n", "no text in it"),
+        ("x.txt", b"\n  \n", "no text in the input"),
     ],
 )
 def test_bad_files_are_named_and_nothing_is_written(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    (tmp_path / "good.txt").write_text("good\n\0\ntext", newline="")
-    inputs = (
-        [str(tmp_path / name)] if "no text in it" in message else [str(tmp_path / "good.txt"), str(tmp_path / name)]
-    )
+    (tmp_path / "good.jsonl").write_text(lines(["good", "text"]))
+    good = [] if "no text" in message else [str(tmp_path / "good.jsonl")]
+    inputs = [*good, str(tmp_path / name)]
     with pytest.raises(ValueError, match=message):
         prepare(inputs, tmp_path / "d", vocab_size=260)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["good.txt", name])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["good.jsonl", name])
 
 
 def test_remedies_work(tmp_path):
-    (tmp_path / "x.txt").write_bytes(b"gr\xfcn\n\0\nblau")
+    (tmp_path / "x.txt").write_bytes(b"gr\xfcn blau")
     prepare([str(tmp_path / "x.txt")], tmp_path / "d", vocab_size=260, val_fraction=0, encoding_errors="replace")
-    assert documents(tmp_path / "d", "train") == ["gr\ufffdn", "blau"]
+    assert documents(tmp_path / "d", "train") == ["gr\ufffdn blau"]
     (tmp_path / "x.jsonl").write_text('{"body": "b"}')
     prepare([str(tmp_path / "x.jsonl")], tmp_path / "e", vocab_size=260, val_fraction=0, text_field="body")
     assert documents(tmp_path / "e", "train") == ["b"]
 
 
 def test_command_line_errors(tmp_path):
-    (tmp_path / "x.txt").write_text("one\n\0\ntwo", newline="")
-    good = ["--input", str(tmp_path / "x.txt"), "--out", str(tmp_path / "d")]
+    (tmp_path / "x.jsonl").write_text(lines(["one", "two"]))
+    good = ["--input", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "d")]
     for extra, message in (
         (["--vocabsize", "300"], "unknown field 'vocabsize': did you mean 'vocab_size'?"),
         (["--vocab_size", "100"], "vocab_size=100: must be from 257"),
         (["--vocab_size", "1e12"], "vocab_size=1000000000000: must be from 257"),
         (["--val_fraction", "1.5"], "val_fraction=1.5: must be"),
-        (["--max_document", "10"], "max_document=10: must be"),
-        (["--max_document", "1e18"], "max_document=1000000000000000000: must be"),
         (["--vocab_size", "abc"], "vocab_size='abc': a whole number"),
         (["--vocab_size", "inf"], "vocab_size='inf': a whole number"),
-        (["--workers", "0"], "workers=0: must be from 1"),
-        (["--workers", "1e9"], "workers=1000000000: must be from 1"),
-        (["--sample_bytes", "-5"], "sample_bytes=-5.0: must be above 0"),
-        (["--seed", "-1"], "seed=-1: must be at least 0"),
+        (["--seed", "-1"], "seed=-1: must be from 0"),
         (["--out", "/proc/x/d"], "out='/proc/x/d': nothing can be written to /proc/x"),
-        (["--out", str(tmp_path / "x.txt")], "exists and is not a directory"),
+        (["--out", str(tmp_path / "x.jsonl")], "exists and is not empty"),
         (["--tokenizer", "gpt9"], "gpt9"),
-        (["--input", str(tmp_path / "*.text")], "no such file or directory"),
-        (["--input", "/dev/zero"], "/dev/zero is a link that leads nowhere, a pipe or a device"),
+        (["--input", str(tmp_path / "*.text")], "*.text: missing"),
+        (["--input", "/dev/zero"], "/dev/zero: missing, a link that leads nowhere, a pipe or a device"),
         (["--encoding_errors", "ignore"], "use one of strict, replace"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -278,11 +248,9 @@ def test_command_line_errors(tmp_path):
         assert "\n" not in str(stop.value), "more than one line"
     main(good + ["--vocab_size", "2.6e2"])
     before = (tmp_path / "d" / "meta.json").read_bytes()
-    with pytest.raises(SystemExit, match="exists and is not empty.*--overwrite"):
+    with pytest.raises(SystemExit, match="exists and is not empty; remove it"):
         main(good + ["--vocab_size", "258"])
     assert (tmp_path / "d" / "meta.json").read_bytes() == before
-    main(good + ["--vocab_size", "258", "--overwrite"])
-    assert shards.read_meta(tmp_path / "d")["vocab_size"] == 258
 
 
 def test_inputs_as_words_and_with_commas(tmp_path):
@@ -290,7 +258,7 @@ def test_inputs_as_words_and_with_commas(tmp_path):
     for name in names:
         Path(name).write_text(f"text of {name}")
     options = ["--vocab_size=260", "--val_fraction=0"]
-    for i, given in enumerate((names, ["--input", *names], ["--input=" + ",".join(names)], [str(tmp_path / "*.txt")])):
+    for i, given in enumerate((names, ["--input", *names], ["--input=" + ",".join(names)], [str(tmp_path)])):
         main([*given, f"--out={tmp_path / str(i)}", *options])
         assert len(documents(tmp_path / str(i), "train")) == 3
 
@@ -303,63 +271,56 @@ def test_links_that_lead_in_circles_or_nowhere(tmp_path):
     for name in "abc":  # a search that follows them has 3^40 paths to go
         (top / name).symlink_to("..", target_is_directory=True)
         (top / "deep" / name).symlink_to(top, target_is_directory=True)
-    for i, given in enumerate((top, top / "**", top / "**" / "*.txt", top / "d*" / ".." / "*")):
-        prepare([given], tmp_path / str(i), vocab_size=260, val_fraction=0)
+    for i, given in enumerate(([top], [top / "y.txt", top / "a" / "top" / "y.txt", top / "deep"], [top / "b", top])):
+        prepare(given, tmp_path / str(i), vocab_size=260, val_fraction=0)
         assert sorted(documents(tmp_path / str(i), "train")) == ["one", "two"]
     for name, target in (("z.txt", "z.txt"), ("w.txt", "missing")):
         (top / name).symlink_to(target)
-        for given in (top, top / "*.txt", top / name):
-            with pytest.raises(ValueError, match=f"{name} is a link that leads nowhere"):
+        for given in (top, top / name):
+            with pytest.raises(ValueError, match=f"{name}: missing, a link that leads nowhere"):
                 prepare([given], tmp_path / "d", vocab_size=260)
         (top / name).unlink()
     os.mkfifo(top / "pipe.txt")
-    with pytest.raises(ValueError, match="pipe.txt is a link that leads nowhere, a pipe"):
+    with pytest.raises(ValueError, match="pipe.txt: missing, a link that leads nowhere, a pipe"):
         prepare([top], tmp_path / "d", vocab_size=260)
 
 
 def test_upper_case_names_are_read_like_lower_case_ones(tmp_path):
-    lines = "\n".join(json.dumps({"text": text(60, i)}) for i in range(3)).encode()
-    plain = "\n\0\n".join(text(60, i) for i in range(3, 6)).encode()
+    rows = lines(text(60, i) for i in range(3)).encode()
+    plain = text(60, 3).encode()
     top = tmp_path / "top"
     top.mkdir()
     for name, content in (
-        ("A.JSONL", lines),
-        ("B.jsonl.GZ", gzip.compress(lines.replace(b'": "', b'": "gz '))),
-        ("C.JsonL.Xz", lzma.compress(lines.replace(b'": "', b'": "xz '))),
+        ("A.JSONL", rows),
+        ("B.jsonl.GZ", gzip.compress(rows.replace(b'": "', b'": "gz '))),
+        ("C.JsonL.Xz", lzma.compress(rows.replace(b'": "', b'": "xz '))),
         ("D.TXT", plain),
-        ("E.TXT.GZ", gzip.compress(plain.replace(b"\0\n", b"\0\ngz "))),
+        ("E.TXT.GZ", gzip.compress(b"gz " + plain)),
         ("F.Py", b"print()"),
     ):
         (top / name).write_bytes(content)
     prepare([top], tmp_path / "d", vocab_size=300, val_fraction=0)
     prepare(sorted(top.iterdir()), tmp_path / "e", vocab_size=300, val_fraction=0)
     found = documents(tmp_path / "d", "train")
-    assert sorted(found) == sorted(documents(tmp_path / "e", "train")) and len(found) == 3 * 5 + 1
-    assert {text(60, i) for i in range(6)} < set(found) and not any("\0" in d or '{"' in d for d in found)
+    assert sorted(found) == sorted(documents(tmp_path / "e", "train")) and len(found) == 3 * 3 + 3
+    assert {text(60, i) for i in range(4)} < set(found) and not any('{"' in d for d in found)
 
 
-@pytest.mark.parametrize("max_document", [300, 10**6])
-def test_twins_are_one_text_however_they_are_written(tmp_path, max_document):
-    """Byte-order marks and line ends of another system, in text files and inside JSON strings, cut or not."""
+def test_twins_are_one_text_however_they_are_written(tmp_path):
+    """Byte-order marks and line ends of another system, in text files and inside JSON strings."""
     texts = [text(120, i).replace(",", "\n") for i in range(40)]
     mark = "\ufeff"
-    (tmp_path / "a.txt").write_text("\n\0\n".join(texts), newline="")
-    (tmp_path / "b.txt").write_text(mark + f"\n\0\n{mark}".join(texts).replace("\n", "\r\n"), newline="")
-    (tmp_path / "c.jsonl").write_text(
-        mark + "\r\n".join(json.dumps({"text": t.replace("\n", "\r\n")}) for t in texts), newline=""
-    )
-    (tmp_path / "d.jsonl").write_text(
-        "\n".join(mark + json.dumps({"text": mark + t.replace("\n", "\r")}, ensure_ascii=False) for t in texts),
-        newline="",
-    )
     for i, t in enumerate(texts):
-        (tmp_path / f"{i}.py").write_text(mark + t, newline="\r\n")
-    prepare([tmp_path], tmp_path / "d", vocab_size=400, val_fraction=0.3, max_document=max_document)
+        (tmp_path / f"a{i}.txt").write_text(t, newline="")
+        (tmp_path / f"b{i}.txt").write_text(mark + t, newline="\r\n")
+        (tmp_path / f"{i}.py").write_text(mark + t, newline="\r")
+    (tmp_path / "c.jsonl").write_text(mark + lines(t.replace("\n", "\r\n") for t in texts), newline="\r\n")
+    marked = lines((mark + t.replace("\n", "\r") for t in texts), ensure_ascii=False)
+    (tmp_path / "d.jsonl").write_text(mark + marked.replace("\n", "\n" + mark), newline="")
+    prepare([tmp_path], tmp_path / "d", vocab_size=400, val_fraction=0.3)
     train, val = (Counter(documents(tmp_path / "d", split)) for split in ("train", "val"))
     assert not train.keys() & val.keys() and len(val) > 5
-    assert set((train + val).values()) == {5} and "\r" not in "".join(train + val)
-    if max_document > 300:
-        assert set(train + val) == set(texts)
+    assert set((train + val).values()) == {5} and set(train + val) == set(texts)
 
 
 def test_an_existing_tokenizer_with_gaps(tmp_path):
@@ -386,7 +347,7 @@ def test_without_validation(tmp_path):
 @pytest.mark.parametrize("dies_in", ["train_bpe", "add"])
 def test_what_a_killed_run_left_is_removed_by_the_next(corpus, tmp_path, dies_in):
     """Also one that says no word before it dies."""
-    flags = ["--input", f"{corpus[0]}/*.xz", "--out", str(tmp_path / "d"), "--vocab_size", "400"]
+    flags = [*expand([f"{corpus[0]}/*.xz"]), "--out", str(tmp_path / "d"), "--vocab_size", "400"]
     owner = "shards.ShardWriter" if dies_in == "add" else "tokenizer"
     program = (
         "import os, signal, sys; from data import prepare, shards, tokenizer;"
@@ -398,10 +359,10 @@ def test_what_a_killed_run_left_is_removed_by_the_next(corpus, tmp_path, dies_in
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
-@pytest.mark.parametrize("when", ["hashes", "train_bpe", "add"])
-def test_an_interrupt_leaves_nothing(corpus, tmp_path, monkeypatch, capsys, when):
+@pytest.mark.parametrize("when", ["hashed", "train_bpe", "add"])
+def test_an_interrupt_leaves_nothing(corpus, tmp_path, monkeypatch, when):
     monkeypatch.setattr(module, "BLOCK", 1000)
-    owner = {"hashes": module, "train_bpe": tokenizer, "add": shards.ShardWriter}[when]
+    owner = {"hashed": module, "train_bpe": tokenizer, "add": shards.ShardWriter}[when]
     original, calls = getattr(owner, when), []
 
     def interrupted(*args):
@@ -412,9 +373,8 @@ def test_an_interrupt_leaves_nothing(corpus, tmp_path, monkeypatch, capsys, when
 
     monkeypatch.setattr(owner, when, interrupted)
     with pytest.raises(SystemExit) as stop:
-        main(["--input", f"{corpus[0]}/*.txt*", "--out", str(tmp_path / "d"), "--vocab_size", "400"])
-    assert stop.value.code == 130 and calls and list(tmp_path.iterdir()) == []
-    assert "nothing was written" in capsys.readouterr().err
+        main([*expand([f"{corpus[0]}/*.txt*"]), "--out", str(tmp_path / "d"), "--vocab_size", "400"])
+    assert stop.value.code == "stopped; nothing was written" and calls and list(tmp_path.iterdir()) == []
 
 
 def test_as_a_program(corpus, tmp_path):
@@ -423,8 +383,7 @@ def test_as_a_program(corpus, tmp_path):
             sys.executable,
             "-m",
             "data.prepare",
-            "--input",
-            f"{corpus[0]}/*.txt*",
+            *expand([f"{corpus[0]}/*.txt*"]),
             "--out",
             str(tmp_path / "d"),
             "--vocab_size",

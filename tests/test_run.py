@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -110,35 +111,17 @@ SMALL_MIXTURE = MixtureConfig(
 )
 
 
-@pytest.mark.parametrize(
-    "parts", [{}, {"exposures": 0}, {"n_problems": 0, "n_mano": 0}, {"exposures": 0, "n_problems": 0}]
-)
-def test_what_cannot_be_reported_is_refused_at_the_start(tmp_path, parts):
-    """The bound is exact: one token less and the report itself fails, with it the run reaches its end."""
-    data = tmp_path / "data"
-    procedural.build(data, dataclasses.replace(SMALL_MIXTURE, **parts))
-    least = report.longest_probe(data)
-    flags = [f"--data={data}", "--steps=1", "--dense", "--dtype=float32"]
-    with pytest.raises(ValueError, match=f"seq_len={least - 1}: the closing report has texts of {least} tokens"):
-        main([*SMALL, *flags, f"--seq-len={least - 1}", f"--out-dir={tmp_path / 'out'}"])
-    assert not (tmp_path / "out").exists()
-    assert main([*SMALL, *flags, f"--seq-len={least}", f"--out-dir={tmp_path / 'out'}"])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception):  # noqa: B017  whatever the model says first
-        patch.setattr(report, "check", lambda cfg, sources: None)
-        main([*SMALL, *flags, f"--seq-len={least // 2}", f"--out-dir={tmp_path / 'short'}"])
-
-
 def test_a_refused_start_removes_only_what_it_made(data_dir, tmp_path):  # noqa: F811
-    """Whatever refuses it: the length that the default data needs, a checkpoint to start from, a size."""
-    for flags in (["--seq-len=32"], ["--upcycle-from=/nonexistent"], ["--vocab-size=9"]):
+    """Whatever refuses it: a checkpoint to start from, a size."""
+    for flags in (["--upcycle-from=/nonexistent"], ["--vocab-size=9"]):
         with pytest.raises((ValueError, FileNotFoundError)):
             main([*SMALL, "--n-layers=1", *flags, f"--out-dir={tmp_path / 'new'}"])
         assert not (tmp_path / "new").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("not ours")
-    with pytest.raises(ValueError, match="seq_len"):
-        main([*SMALL, "--seq-len=32", f"--out-dir={mine}"])
+    with pytest.raises(ValueError, match="vocab_size"):
+        main([*SMALL, "--vocab-size=9", f"--out-dir={mine}"])
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
 
 
@@ -240,7 +223,7 @@ def test_config_of_a_grpo_run(start, tmp_path):  # noqa: F811
 
 # ---- runs of earlier versions
 
-LATER = ["weights", "muon_momentum", "max_loss", "qk_norm_joint", "upcycle_noise", "bad_steps", "deterministic"]
+LATER = ["weights", "muon_momentum", "max_loss", "qk_norm_joint", "bad_steps", "deterministic"]
 
 
 def test_a_run_of_an_earlier_version_goes_on(whole_run, tmp_path, monkeypatch):  # noqa: F811
@@ -250,7 +233,7 @@ def test_a_run_of_an_earlier_version_goes_on(whole_run, tmp_path, monkeypatch): 
     cut = cut_at(whole_run[0], tmp_path / "cut", 4)
 
     def age(values):
-        values |= {"learning_rate": values.pop("lr"), "fast": True, "compile": True}
+        values |= {"learning_rate": values.pop("lr"), "fast": True, "compile": True, "upcycle_noise": 0.0}
         for name in LATER:
             values.pop(name)
         return values
@@ -313,6 +296,62 @@ def test_the_log_reaches_the_disk_before_the_checkpoint(data_dir, tmp_path, monk
     assert seen[seen.index("checkpoint") - 1] == "metrics.jsonl"
 
 
+class Recorder(ModuleType):
+    """Stands for the packages wandb and torch.utils.tensorboard."""
+
+    def __init__(self):
+        super().__init__("recorder")
+        self.seen, self.closed = [], 0
+
+    def init(self, config, **options):
+        self.config = config
+        return self
+
+    def log(self, values, step):
+        self.seen += [(name, value, step) for name, value in values.items()]
+
+    def finish(self):
+        self.closed += 1
+
+    def SummaryWriter(self, directory, purge_step):  # noqa: N802
+        self.directory, self.purged = directory, purge_step
+        return self
+
+    def add_scalar(self, *number):
+        self.seen.append(number)
+
+    close = finish
+
+
+def test_rows_go_to_tensorboard_and_wandb(data_dir, tmp_path, monkeypatch):  # noqa: F811
+    board, wandb = Recorder(), Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    train_run(data_dir, tmp_path / "out", "--steps=4", "--log=tensorboard,wandb")
+    assert board.seen == wandb.seen and board.closed == wandb.closed == 1
+    assert wandb.config["steps"] == 4 and board.directory == tmp_path / "out" / "tensorboard" and board.purged == 1
+    log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    found = {(name, step): value for name, value, step in board.seen}
+    for row in log:
+        for name in row.keys() & {"loss", "val_loss", "lr", "tokens"}:
+            assert found[name, row["step"]] == row[name]
+        for layer, value in enumerate(row.get("load_max", ())):
+            assert found[f"load_max/{layer}", row["step"]] == value
+    assert all(isinstance(value, (int, float)) for value in found.values()) and "step" not in dict(found)
+    main([f"--resume={tmp_path / 'out'}", "--steps=5"])
+    assert board.purged == 5  # what was logged after the checkpoint is logged again
+
+
+def test_a_missing_logger_is_one_line(data_dir, tmp_path, monkeypatch):  # noqa: F811
+    for kind, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ValueError, match=f"log='{kind}': the package is not installed: pip install {kind}"):
+            train_run(data_dir, tmp_path / "out", f"--log={kind}")
+    with pytest.raises(ValueError, match="log='tensorbord': use tensorboard, wandb, or both with a comma"):
+        train_run(data_dir, tmp_path / "out", "--log=tensorbord")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- training without validation, and steps that are skipped
 
 
@@ -355,16 +394,16 @@ def test_hints_repeat_the_flags_of_the_run(tmp_path):
     cfg = TrainConfig(
         **TrainConfig.preset_fields("tiny") | {"vocab_size": 512, "lr": 1e-3, "curves": False, "n_experts": 16}
     )
-    hints = lambda answer, **changes: report.next_steps(  # noqa: E731
+    hints = lambda solution, **changes: report.next_steps(  # noqa: E731
         "runs/x",
         dataclasses.replace(cfg, **changes),
         [(tmp_path / "data", 1.0)],
-        {"reasoning": {1: {"answer": answer}}},
+        {"reasoning": {1: {"solution": solution}}},
     )
     assert f"python train.py --data={tmp_path / 'data'} --lr=0.001 --curves=false --n_experts=64" in hints(0.5)
     assert "grpo.py --model=runs/x --steps=" in hints(0.5) or torch.cuda.is_available()
     assert "grpo.py" not in hints(0.99) and "--n_experts" not in hints(0.5, n_experts=1024)
-    config.parse(TrainConfig, report.own_flags(cfg).split())
+    config.parse(TrainConfig, report.own_flags(cfg, "dense").split())
 
 
 # ---- ranks

@@ -10,7 +10,7 @@ from study import claims, figures, plan, presets, results, rules, verdict
 from study.execute import Run
 from tests.studyrows import fake, grid
 
-SCARCE = dict(unique=1_000)
+SCARCE = dict(unique=presets.SCARCE)
 
 
 def tuned_at(best, value):
@@ -125,13 +125,13 @@ def test_top_k_alone():
     def rows(worth):
         effect = lambda c, tpp: (1.0, 0.3, 2 * (1 + worth * math.log2(c.top_k / 2)) + 0.1 * abs(math.log2(c.lr / 6e-3)))  # noqa: E731
         near = lambda c, tpp: tuple(x + 0.1 * abs(math.log2(c.lr / 6e-3)) for x in effect(c, tpp))  # noqa: E731
-        return [fake(run, near) for run in presets.topk2([], "")]
+        return [fake(run, near) for run in presets.topk2([])]
 
     assert decided(rows(0.0), 5) == "supported" and decided(rows(0.2), 5) in ("not supported", "mixed")
     rng = random.Random(1)
     noise = lambda c, tpp: (1.0, 0.3 + rng.gauss(0, 0.02), 2 + rng.gauss(0, 0.02) + 0.1 * abs(math.log2(c.lr / 6e-3)))  # noqa: E731
     assert (
-        decided([fake(run, noise) for run in presets.topk2([], "")], 5) != "not supported"
+        decided([fake(run, noise) for run in presets.topk2([])], 5) != "not supported"
     )  # the best of four is no spread
 
 
@@ -151,7 +151,7 @@ def test_gentler_training_and_active_compute():
             active = math.log2(c.d_model) + 0.2 * c.top_k
             return 1, 0.6 + gain * active * math.log2(c.n_experts / 32), 1
 
-        return [fake(run, at) for run in presets.width([], "")]
+        return [fake(run, at) for run in presets.width([])]
 
     assert decided(moves(0.05), 7) == "supported" and decided(moves(0.0), 7) == "not supported"
 
@@ -184,7 +184,8 @@ def test_the_table_is_put_between_the_markers_and_never_replaced_by_that_of_noth
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| 2. Reasoning turns over as total parameters grow | **supported**, paired |" in text
-    assert "no vote: beside the loss" in (tmp_path / "appendix.md").read_text()
+    effects = (tmp_path / "appendix.md").read_text()
+    assert "no vote: beside the loss" in effects and "| 8 | 8 | facts | 0.006 | 1.5 | 25% | 3 |" in effects
     empty, none, foreign = (tmp_path / name for name in ("empty.jsonl", "none.jsonl", "foreign.jsonl"))
     empty.write_text(""), foreign.write_text('{"a": 1}\n')
     for more, message in (
@@ -194,11 +195,11 @@ def test_the_table_is_put_between_the_markers_and_never_replaced_by_that_of_noth
         ([f"--posttrain={none}"], "none.jsonl: no such results file"),
         ([f"--posttrain={foreign}"], "foreign.jsonl, line 1: not a row .* lacks checkpoint"),
     ):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        with pytest.raises((ValueError, OSError), match=message):
             verdict.main([*words, *more])
     assert page.read_text() == text
     page.write_text("no markers")
-    with pytest.raises(SystemExit, match="out=.*needs the two lines"):
+    with pytest.raises(ValueError, match="out=.*needs the two lines"):
         verdict.main(words)
     assert page.read_text() == "no markers"
 
@@ -223,23 +224,20 @@ def test_the_figure_has_a_dot_for_every_seed(tmp_path):
         results.append(file, row)
     figures.main([f"--results={file}", f"--out={out}"])
     assert out.stat().st_size > 20_000
-    fig = figures.headline(plt, rows)
+    fig = figures.headline(rows)
     dots = [line.get_xydata() for line in fig.axes[0].lines if line.get_linestyle() == "None"]
     assert [len(points) for points in dots] == [6 * 3] * 2 and "paired weights" in fig._suptitle.get_text()
-    assert [text.get_text() for text in fig.axes[1].get_legend().get_texts()] == ["1,000 problems", "4,000 problems"]
+    assert [text.get_text() for text in fig.axes[1].get_legend().get_texts()] == ["500 problems", "4,000 problems"]
     fig.canvas.draw()
     for axis in fig.axes:
         box = axis.title.get_window_extent()
         assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1
     plt.close("all")
-    for words, message in (
-        ([f"--results={tmp_path}/none.jsonl"], "none.jsonl: no such results file"),
-        ([f"--results={file}", "--out=/dev/null/x.png"], "/dev/null"),
-    ):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+    for words, message in (([f"--results={tmp_path}/none.jsonl"], "none.jsonl: no such results file"),):
+        with pytest.raises((ValueError, OSError), match=message):
             figures.main(words)
-    with pytest.raises(ValueError, match="no line of 1,000 problems"):
-        figures.headline(plt, rows[:2])
+    with pytest.raises(ValueError, match="no line of 500 problems"):
+        figures.headline(rows[:2])
 
 
 def table_of(text):
@@ -264,7 +262,7 @@ def test_plan_refuses_nonsense(tmp_path, capsys):
     cut = tmp_path / "cut.csv"
     for size in (60, 100, 115):  # within a line; before and in the speed; "0." for a share
         cut.write_text(plan.THROUGHPUT.read_text()[:size])
-        with pytest.raises(SystemExit, match="cut.csv, line 2: not a measured speed"):
+        with pytest.raises(ValueError, match="cut.csv, line 2: not a measured speed"):
             plan.main(["memory", "--flops=1e20", f"--throughput={cut}"])
     for words, message in (
         (["memory"], "give a budget"),
@@ -275,11 +273,11 @@ def test_plan_refuses_nonsense(tmp_path, capsys):
         (["memory", "--flops=1e20", "--memory=-1"], "memory=-1"),
         (["memory", "--flops=1e20", "--memory=1"], "no model of the grid fits"),
         (["memory", "--flops=1e20", "--results=none"], "none: no such results file"),
-        (["memory", "--tokens=2.4e6", "--gpus=64"], "2.4M tokens for 320M parameters: 0.0075 tokens per parameter"),
-        (["memory", "--tokens=1e15"], "tokens per parameter, and 2.4 to 390 are asked for"),
+        (["memory", "--tokens=2.4e6", "--gpus=64"], "2.4M tokens for 320M parameters: 0.0075 a parameter"),
+        (["memory", "--tokens=1e15"], "a parameter, and 2.4 to 390 are asked for"),
         (["memory", "--hours=1", "--gpu=Abacus"], "gpu='Abacus'"),
     ):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        with pytest.raises((ValueError, OSError), match=message):
             plan.main(words)
     plan.main(["memory", "--tokens=2.4e8", "--min_tpp=0.1", "--rows=99"])  # who asks for it gets it
     assert table_of(capsys.readouterr().out)
@@ -297,4 +295,4 @@ def test_plans_own_table_is_of_the_task_that_was_asked_for(tmp_path, capsys):
 
 
 def test_runs_of_the_figure_are_those_of_the_study():
-    assert figures.usual(results.regime(fake(Run(), lambda c, tpp: (1, 1, 1))), True)
+    assert figures.usual(results.regime(fake(Run(), lambda c, tpp: (1, 1, 1))))

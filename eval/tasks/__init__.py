@@ -3,14 +3,13 @@
     TEST = Set("svamp/test", "svamp/test.jsonl", ("ChilleD/SVAMP", None, "test"))  # where rows are: eval.sources.Set
     TRAIN = Set(...)                       # rows to train on and to draw examples from, where there are any
     SHOTS = 4                              # examples in front of each question, unless --shots says otherwise
-    LIKE = gsm8k                           # functions and settings that this file does not define are that task's
+    LIKE = gsm8k                           # the task that has what this file does not define
     def item(row)                          # -> Item, without examples; `choice` makes one with choices
     def example(row)                       # -> text of an example; default: the item's prompt and its answer
-    def items(source, shots, split="test") # -> list of Item, instead of item(row), where that is not all
+    def items(source, shots, split="test") # -> list of Item, where item(row) is not all
 
-Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. A task whose answers
-are written by the model defines STOPS (generation ends at any of these strings, which are cut off), MAX_NEW_TOKENS, and
-some of
+Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. Where the model
+writes answers, it defines STOPS (strings that end an answer and are cut off), MAX_NEW_TOKENS, and some of
 
     def score(item, text)                  # for eval: {metric: number}, averaged over items
     def program(item, text)                # or, for code: (program, tests) for eval.sandbox, which gives pass@k
@@ -20,8 +19,7 @@ some of
     def questions(source, split, n)        # for grpo.py: the first n items of "train" or "test", n = 0: all;
                                            # default: items(source, 0, split), where there is TRAIN
 
-Items with choices become questions with lettered options where the model has to write the answer (`lettered`), so that
-a multiple-choice task needs none of these functions.
+Multiple choice needs none of these: where an answer is written, options get letters (`lettered`).
 """
 
 import importlib
@@ -42,8 +40,8 @@ RENAMED = {"math": "math500"}  # old runs of grpo.py
 class Item(NamedTuple):
     id: str = ""  # unique in the task; empty: its number
     prompt: str = ""
-    answer: str = ""  # gold; task loss is its cost after loss_prompt, so it starts with the space that belongs there
-    loss_prompt: str = ""  # where task loss has another prompt
+    answer: str = ""  # gold, with its leading space
+    loss_prompt: str = ""  # of task loss, where it is another one
     choices: tuple[str, ...] = ()  # answers to compare by likelihood, each with its leading space
     gold: int = 0  # the right one of choices
     group: str = ""  # results are also given by group
@@ -62,7 +60,7 @@ def choice(prompt: str, choices: list[str], gold: int, **others) -> Item:
 
 
 class Task:
-    """A file of this folder as `load` returns it. What the file leaves out has its default, or is None."""
+    """A file of this folder. What it leaves out has its default, or is None."""
 
     def __init__(self, name: str, module):
         like = getattr(module, "LIKE", None)
@@ -96,7 +94,7 @@ class Task:
         return float(self.vote(text) is not None and self.vote(text) == self.gold(item))
 
     def generated(self) -> bool:
-        """Whether eval lets the model write answers, beside what it measures by likelihood."""
+        """Whether eval lets the model write answers."""
         return bool(self.score or self.program)
 
     def asked(self, items: list[Item]) -> list[Item]:
@@ -104,7 +102,7 @@ class Task:
         return [lettered(item) for item in items] if self.lettered else items
 
     def questions(self, source, split: str, n: int = 0) -> list[Item]:
-        """The first n items (0: all) of split "train" or "test", to be answered in words. ValueError without any."""
+        """The first n items (0: all) of a split, to be answered in words. ValueError without any."""
         if not self.trains:
             raise ValueError(f"task={self.name!r}: eval/tasks/{self.name}.py has no training questions or no reward")
         if own := getattr(self.module, "questions", None):
@@ -112,13 +110,13 @@ class Task:
         return self.asked(self.items(source, 0, split)[: n or None])
 
     def rewards(self, items: list[Item], texts: list[str]) -> list[float]:
-        """1.0 or 0.0 for each text as an answer to its item. Whatever a text says, it is judged, not raised about."""
+        """1.0 or 0.0 for each text as an answer to its item."""
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             return list(pool.map(lambda pair: self.reward(*pair), zip(items, texts, strict=True)))
 
 
 def load(name: str) -> Task:
-    """A task by name. Raises ValueError for an unknown one, and for a file that does not define what it must."""
+    """A task by name. ValueError for an unknown one, and for a file that does not define what it must."""
     name = RENAMED.get(name, name)
     if name not in NAMES:
         raise ValueError(f"unknown task {name!r}; there are {', '.join(NAMES)}")
@@ -126,7 +124,7 @@ def load(name: str) -> Task:
 
 
 def lettered(item: Item) -> Item:
-    """An item with choices as a question that shows them after letters and is answered by a letter."""
+    """An item with choices as a question with lettered options, answered by a letter."""
     if not item.choices:
         raise ValueError(f"item {item.id}: without choices there is only task loss; its answer cannot be written")
     if item.choices[0] == " A":  # the prompt has letters already
@@ -143,8 +141,8 @@ def letter(text: str) -> str | None:
 
 
 def examples(rows: list[dict], pool: list[dict], n: int, render: Callable[[dict], str]) -> Iterator[str]:
-    """For each row the text of n rendered examples, an empty line behind each, drawn from pool as lm-eval does:
-    one random stream through all rows in order; where pool is rows itself, a row is never its own example."""
+    """For each row the text of n examples from pool, drawn as in lm-eval by one random stream through all rows; where
+    pool is rows itself, a row is never its own example."""
     stream, shared = random.Random(SEED), pool is rows
     if not 0 <= n <= len(pool) - shared:
         raise ValueError(f"shots={n}: there are {len(pool) - shared} other examples; use at most as many")

@@ -1,5 +1,5 @@
-"""ARC-Challenge (arXiv 1803.05457): 1,172 grade-school science questions that word co-occurrence cannot answer; chance
-is 25 %. Prompt and choices as in the harness, which reports `acc_norm` (likelihood per character of the choice)."""
+"""ARC-Challenge (arXiv 1803.05457): 1,172 science questions of grade school; chance is 25 %. Prompt and choices as in
+the harness, which reports `acc_norm` (likelihood per character of the choice)."""
 
 from eval.sources import Set
 from eval.tasks import choice

@@ -1,5 +1,5 @@
-"""What a model remembers of its procedural training data: the values of synthetic people (data/facts.py) after a name
-and the stem of a sentence. One item for each person and attribute; `exact`: the text up to the period is the value."""
+"""What a model remembers of procedural training data: values of synthetic people after a name and the stem of a
+sentence. `exact`: the text up to the period is the value."""
 
 from data.facts import people, probes
 from eval.tasks import Item

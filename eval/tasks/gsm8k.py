@@ -1,8 +1,8 @@
-"""GSM8K (arXiv 2110.14168): grade-school word problems, worked solutions that end in "#### 18". 1,319 test items.
+"""GSM8K (arXiv 2110.14168): word problems, worked solutions that end in "#### 18". 1,319 test items.
 
-Four examples from the training split: the prompts are then, item by item, those of the paper's own task-loss file. As
-there, the answer of the task loss starts right after "Answer:", without the space that the examples have. `strict` and
-`flexible` are the harness's filters: the first "#### number", and the last number of any form.
+With four examples of the training split the prompts are those of the paper's task loss, item by item; its answers start
+right after "Answer:", without a space. `strict` and `flexible` are the harness's filters: the first "#### number", and
+the last number of any form.
 """
 
 import re
@@ -12,7 +12,7 @@ from eval.equal import find_number, plain
 from eval.sources import Set
 from eval.tasks import Item
 
-TEST = Set("gsm8k/test", "gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), ("gsm8k/gold_bpb_5shot",))
+TEST = Set("gsm8k/test", "gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"))
 TRAIN = Set("gsm8k/train", "gsm8k/train.jsonl", ("openai/gsm8k", "main", "train"))
 
 SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("Question:", "</s>", "<|im_end|>"), 256
@@ -38,7 +38,7 @@ def _bare(answer):
 
 
 def vote(text):
-    """The number after the first "####", "Answer" or "The answer is": the paper's rule, for any notation."""
+    """The number after the first "####", "Answer" or "answer is", as in the paper."""
     value = find_number(text, "####|[Aa]nswer(?: is)?")
     return None if value is None else plain(value)
 

@@ -1,8 +1,7 @@
-"""GSM-Plus (arXiv 2402.19255): GSM8K test questions under eight kinds of perturbation. All 10,552 items, or the 2,400
-of testmini.
+"""GSM-Plus (arXiv 2402.19255): GSM8K's test questions, perturbed in eight ways. 10,552 items, or the 2,400 of testmini.
 
-As in the harness the five examples come from the other items of the test set, the gold answer is the worked solution,
-and an item whose answer is "None" (a needed number is missing) can never be right. Prompt and task loss as in GSM8K.
+As in the harness examples are other items of the test set, the gold answer is the worked solution, and an item whose
+answer is "None" can never be right.
 """
 
 from eval.sources import Set

@@ -1,18 +1,10 @@
-"""HumanEval (arXiv 2107.03374): complete a Python function from its signature and docstring. 164 items, no examples.
-
-pass@k by eval.sandbox. Task loss: the dataset's canonical solution after the prompt (the paper uses EvalPlus's: task
-humanevalplus).
-"""
+"""HumanEval (arXiv 2107.03374): complete a Python function. 164 items, no examples. pass@k by eval.sandbox; task loss
+of the dataset's canonical solution (the paper's is humanevalplus)."""
 
 from eval.sources import Set
 from eval.tasks import Item
 
-TEST = Set(
-    "humaneval/test",
-    "humaneval/HumanEval.jsonl",
-    ("openai/openai_humaneval", None, "test"),
-    ("codex_humaneval/gold_bpb_0shot",),
-)
+TEST = Set("humaneval/test", "humaneval/HumanEval.jsonl", ("openai/openai_humaneval", None, "test"))
 SHOTS, STOPS, MAX_NEW_TOKENS = 0, ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), 1024
 
 

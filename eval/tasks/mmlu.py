@@ -1,7 +1,7 @@
 """MMLU (arXiv 2009.03300): questions with four options from 57 subjects. 14,042 test items; chance is 25 %.
 
-As in the harness the options are in the prompt and the letters are compared; the examples are the first of the
-subject's development set. Results are also given by subject.
+As in the harness the prompt has the options and letters are compared; examples are the first of the subject's
+development set. Results are also given by subject.
 """
 
 from eval.sources import Set

@@ -1,8 +1,7 @@
-"""Word problems like those of the procedural training data, with unseen templates (data/reasoning.py): 200 for each
-number of steps.
+"""Word problems with unseen templates (data/reasoning.py): 200 for each number of steps, up to one beyond training.
 
-`answer`: the stated answer is right; `solution`: every step of the worked solution is. One step beyond training is
-included. The reward is for the value asked for in a single, final "Answer: 4.".
+`answer`: the stated answer is right; `solution`: every step of the worked solution is. The reward is for the value
+asked for in a single, final "Answer: 4.".
 """
 
 import re
@@ -28,7 +27,7 @@ def questions(source, split, n):
 
 
 def unseen(source, split, n):
-    """(configuration, index of the first problem of a split that the model has not been trained on)."""
+    """(configuration, index of the first untrained problem of a split)."""
     if not n:
         raise ValueError("questions=0: there is no end of procedural questions; ask for a number")
     source.procedural("reasoning")  # with its message where there is none

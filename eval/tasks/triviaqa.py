@@ -1,9 +1,7 @@
 """TriviaQA (arXiv 1705.03551), closed book: 7,993 validation questions of rc.wikipedia, or the 17,944 of rc on the hub.
 
-Prompt as in the harness, its second question mark included. `exact_match` is the harness's rule: spaces around it
-dropped, case and punctuation ignored, equal to any alias. `normalized` is the dataset's own: articles and extra spaces
-are ignored too. Task loss: the dataset's first answer (`value`) after "Answer:" and a space. The paper's file for it is
-not published.
+Prompt as in the harness, its second question mark included. `exact_match` is its rule: equal to any alias but for case
+and punctuation. `normalized` is the dataset's: but for articles and spaces too. Task loss: the first answer (`value`).
 """
 
 import re
@@ -12,13 +10,9 @@ import string
 from eval.sources import Set
 from eval.tasks import Item
 
-TEST = Set(
-    "triviaqa/validation",
-    "triviaqa/rc_wikipedia_nocontext_val.jsonl",
-    ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
-    ("hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation",),
-)
-TRAIN = Set("triviaqa/train", "triviaqa/train.jsonl", ("mandarjoshi/trivia_qa", "rc.nocontext", "train"))
+HUB = "mandarjoshi/trivia_qa"
+TEST = Set("triviaqa/validation", "triviaqa/rc_wikipedia_nocontext_val.jsonl", (HUB, "rc.nocontext", "validation"))
+TRAIN = Set("triviaqa/train", "triviaqa/train.jsonl", (HUB, "rc.nocontext", "train"))
 SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("\n", ".", ","), 64  # the harness allows 256: no alias is longer than 64
 
 

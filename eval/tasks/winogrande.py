@@ -1,7 +1,6 @@
 """WinoGrande (arXiv 1907.10641): which of two names belongs in the blank. 1,267 validation items; chance is 50 %.
 
-As in the harness the two names stand in the prompt, and the text after the blank is what is compared: it has the same
-length for both, so `acc_norm` is `acc`. Task loss is its cost after the right name.
+As in the harness the text after the blank is compared behind each name. Task loss is its cost after the right name.
 """
 
 from eval.sources import Set
