@@ -118,7 +118,8 @@ class Limit:
         self.world, self.n_rows, self.asked = world, n_rows, 0
         self.over = None  # bool scalar, of the present step
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.told = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")  # 2 * steps + over
+        pinned = device.type == "cuda"
+        self.told = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=pinned)  # 2 * steps + over
 
     def look(self, counts_NE, first, last):
         """Once in every micro-batch, with the counts over all ranks."""
