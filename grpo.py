@@ -2,6 +2,7 @@
 
     python grpo.py --model=runs/NAME                       # reasoning problems of the model's own procedural data
     python grpo.py --model=runs/NAME --task=gsm8k --evaldata=evaldata --questions=0
+    python grpo.py --model=ORG/NAME --task=gsm8k           # a published model, asked by its chat template if it has one
     torchrun --nproc-per-node=8 grpo.py --model=runs/NAME  # data parallel on one node
     python grpo.py --resume=runs/NAME-grpo                 # continue, bit for bit; other flags override
 
@@ -23,6 +24,7 @@ N MoE layers, K experts, P groups of G answers.
 import dataclasses
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,7 +39,7 @@ from eval import report, tasks
 from eval.generate import any_shape, generate
 from eval.sources import Source
 from model import GPT
-from optimoe import checkpoint, guard
+from optimoe import checkpoint, guard, hf, hub, start
 from optimoe.checkpoint import training_data
 from optimoe.config import require
 from optimoe.curves import Curves
@@ -49,7 +51,7 @@ from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, launch, req
 @dataclass(frozen=True)
 class GRPOConfig:
     # Run
-    model: str = ""  # run directory or checkpoint file of the start model
+    model: str = ""  # to start from and to stay near: run directory, checkpoint, Hugging Face folder or ORG/NAME
     task: str = "reasoning"  # a file in eval/tasks with training questions
     data: str = ""  # data directory of the start model; empty: where its config says
     evaldata: str = ""  # folder of gsm8k/, ...; empty: $OPTIMOE_EVALDATA, else ./evaldata (eval/sources.py)
@@ -240,12 +242,16 @@ class Training:
 
 
 def load_start(cfg, device):
-    """(checkpoint file, model, data directory, its tokenizer, source of questions) of cfg.model."""
-    path = Path(cfg.model)
+    """(checkpoint file or published model, GPT, data directory, its tokenizer, source of questions) of cfg.model."""
+    path, options = Path(cfg.model), dict(dtype=cfg.dtype, impl=cfg.impl)
+    if start.released(cfg.model):
+        folder = str(hub.folder(cfg.model, "model"))  # its tokenizer becomes that of the run
+        model = start.load_any(cfg.model, device, **options)
+        return cfg.model, model, folder, hf.load_tokens(folder), Source(cfg.evaldata or None)
     if path.is_dir():
         require(bool(checkpoint.find(path)), "model", cfg.model, "there is no checkpoint (ckpt-*.pt) in it")
         path = checkpoint.find(path)[-1][1]
-    model = checkpoint.load_model(path, device, dtype=cfg.dtype, impl=cfg.impl)
+    model = start.load_any(path, device, **options)
     data = cfg.data or str(training_data(path.parent))
     return path, model, data, run_tokens(data, model), Source(cfg.evaldata or None, data)
 
@@ -253,9 +259,9 @@ def load_start(cfg, device):
 def load_questions(cfg, model, tokens, source):
     """(training questions, test questions, longest answer), of prompts that leave room for an answer."""
     limit, task = min(cfg.prompt_tokens, model.cfg.seq_len // 2), tasks.load(cfg.task)
-    found = []
+    found, prompt_ids = [], start.prompt_ids(cfg.model, tokens)
     for split, n in (("train", cfg.questions), ("test", cfg.eval_questions)):
-        pairs = [(q, tokens.bos + tokens.encode(q.prompt)) for q in task.questions(source, split, n)]
+        pairs = [(q, prompt_ids(q.prompt)) for q in task.questions(source, split, n)]
         found.append([(question, ids) for question, ids in pairs if len(ids) <= limit])
     require(all(found), "prompt_tokens", limit, "no question is that short (at most half of seq_len counts)")
     longest = max(len(ids) for pairs in found for _, ids in pairs)
@@ -266,7 +272,7 @@ def set_up(cfg, run, start_path, model, tokens, questions):
     """(Training of a fresh run, or of its newest checkpoint; that checkpoint or None)."""
     start_model = None
     if cfg.kl_coef:
-        start_model = frozen(checkpoint.load_model(start_path, run.device, dtype=cfg.dtype, impl=cfg.impl))
+        start_model = frozen(start.load_any(start_path, run.device, dtype=cfg.dtype, impl=cfg.impl))
     halves = ([p for p in model.parameters() if (p.ndim >= 2) == matrices] for matrices in (True, False))
     groups = [{"params": p, "weight_decay": d} for p, d in zip(halves, (cfg.weight_decay, 0.0), strict=True)]
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
@@ -363,7 +369,8 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
     require_memory(what, least, CPU, "use fewer questions, batch_prompts or a smaller group_size")
     start_path, model, data, tokens, source = load_start(cfg, device)
     questions = load_questions(cfg, model, tokens, source)
-    with Run(cfg, cfg.out_dir or f"{start_path.parent}-grpo", rank, world, device, given) as run:
+    name = hub.home(start_path) if start.released(start_path) else start_path.parent
+    with Run(cfg, cfg.out_dir or f"{name}-grpo", rank, world, device, given) as run:
         job, state = set_up(cfg, run, start_path, model, tokens, questions)
         cfg = dataclasses.replace(cfg, model=str(start_path), data=data)
         run.begin(cfg, job.step, state, "grpo")
@@ -389,7 +396,8 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
 
             guard.check_finite("loss", float(stats[:, 0].sum()), job.step, run.dir, cfg.lr)
             job.row = report.grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds)
-            run.record(job.row, report.grpo_line(job.row, cfg))
+            left = timedelta(seconds=round(sum(seconds.values()) * (cfg.steps - job.step)))
+            run.record(job.row, f"{report.grpo_line(job.row, cfg)} | eta {left}")
             last = job.step == cfg.steps
             if last or cfg.eval_every and job.step % cfg.eval_every == 0:
                 job.row["test_reward"] = test(cfg, run, job)

@@ -1,19 +1,19 @@
 """Text from a model, as it is written.
 
     python sample.py --run=runs/NAME --prompt="Alice was"
-    python sample.py --hf=DIR                                 # asks for prompts; a chat where the model has a template
+    python sample.py --hf=ORG/NAME                            # asks for prompts; a chat where the model has a template
 
 Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C ends. The same flags give the same text.
 """
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-from data import files
+from data.chat import chat_template
 from eval.generate import generate
 from eval.harness import cut_at
 from eval.taskloss import context_ids
+from optimoe import hub
 from optimoe.config import command_line, parse, require
 from optimoe.load import ModelChoice, load
 
@@ -30,27 +30,6 @@ class SampleConfig(ModelChoice):
     seed: int = 0
     stop: str = ""  # end before this text; several with | between them, \n is a line end
     chat: bool = True  # with --hf: use the model's chat template if it has one, and remember the conversation
-
-
-def chat_template(directory):
-    """A function from messages to text by the Jinja template of a Hugging Face folder; None where there is none."""
-    settings_file, source_file = Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.jinja"
-    settings = files.read_json(settings_file, "download it again") if settings_file.is_file() else {}
-    source = source_file.read_text() if source_file.is_file() else settings.get("chat_template")
-    if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if not source:
-        return None
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise ValueError(
-            f"the chat template of {directory} needs jinja2: pip install jinja2; or --chat=false"
-        ) from None
-    tokens = ((name, settings.get(name) or "") for name in ("bos_token", "eos_token"))
-    tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens}
-    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
-    return lambda messages: template.render(messages=messages, add_generation_prompt=True, **tokens)
 
 
 class Stream:
@@ -81,11 +60,11 @@ def write(loaded, ids, cfg, number):
 
 def main(argv=None):
     cfg = parse(SampleConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    loaded, template = load(cfg), chat_template(cfg.hf) if cfg.hf and cfg.chat else None
+    loaded, template = load(cfg), chat_template(hub.folder(cfg.hf, "hf")) if cfg.hf and cfg.chat else None
     messages = []
     for prompt in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
         messages.append({"role": "user", "content": prompt})
-        ids = loaded.tokens.encode(template(messages)) if template else context_ids(loaded.tokens, prompt)
+        ids = loaded.tokens.encode(template(messages, True)) if template else context_ids(loaded.tokens, prompt)
         answers = [write(loaded, ids, cfg, number) for number in range(max(1, cfg.number))]
         messages.append({"role": "assistant", "content": answers[0]})
 

@@ -4,6 +4,7 @@
     python train.py --data=DIR --preset=paper-d512-e16-k2 # data of `python -m data.prepare`
     python train.py --data=DIR:0.7,DIR2:0.3               # a mixture
     torchrun --nproc-per-node=8 train.py --data=DIR       # eight GPUs (docs/multi-gpu.md)
+    python train.py --data=DIR --init-from=ORG/NAME       # fine-tune a Mixtral, Qwen3-MoE or OLMoE
     python train.py --data=DIR --upcycle-from=runs/DENSE  # experts that start as a --dense model
     python train.py --resume=runs/NAME                    # continue, bit for bit; other flags override
 
@@ -27,7 +28,7 @@ from data.loader import Loader, parse_sources
 from eval import report
 from model import GPT, UNTAUGHT, ModelConfig, update_router_bias
 from moe_kernels import balance_loss
-from optimoe import checkpoint, exchange, guard, parallel, sizes
+from optimoe import checkpoint, exchange, guard, hub, parallel, sizes, start
 from optimoe.config import require
 from optimoe.curves import Curves
 from optimoe.optim import clip_factor, lr_at
@@ -43,6 +44,7 @@ class TrainConfig(ModelConfig):
     data: str = ""  # data directory or mixture DIR:weight,DIR:weight; empty: procedural data
     out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
     resume: str = ""  # run directory to continue
+    init_from: str = ""  # a Mixtral, Qwen3-MoE or OLMoE to fine-tune: folder or ORG/NAME[@REVISION] (optimoe/start.py)
     upcycle_from: str = ""  # run directory of a dense model to start from (optimoe/upcycle.py)
     seed: int = 0  # of the weights and of the data order
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
@@ -54,7 +56,7 @@ class TrainConfig(ModelConfig):
     steps: int = 1700  # optimiser steps
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon: AdamW for embeddings, routers, norms
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: with AdamW for embeddings, routers, norms
     lr: float = 6e-3  # peak; with AdamW the default job learns best near 2e-3
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
     warmup_steps: int = 100  # linear, from 0
@@ -85,8 +87,17 @@ class TrainConfig(ModelConfig):
     def preset_fields(name):
         return {field: value for field, value in sizes.preset_fields(name).items() if field != "vocab_size"}
 
+    @staticmethod
+    def start_fields(flags):
+        """What stands for the defaults where a published model is fine-tuned."""
+        return start.training_fields(flags["init_from"]) if flags.get("init_from") else {}
+
     def validate(self):
         super().validate()
+        remedy = f"name text in its tokens: python -m data.prepare ... --tokenizer={self.init_from}"
+        require(self.data or not self.init_from, "data", "", remedy)
+        remedy = "the weights come from one place: give init_from or upcycle_from"
+        require(not (self.init_from and self.upcycle_from), "init_from", self.init_from, remedy)
         require(self.router_learns or self.resume, "top_k", self.top_k, UNTAUGHT)
         from_0 = "warmup_steps weight_decay clip_norm balance_coef z_coef val_every val_batches checkpoint_every"
         from_0 += " sample_tokens lr eps max_loss"
@@ -255,6 +266,8 @@ def open_data(cfg, run):
         cfg = dataclasses.replace(cfg, vocab_size=-(-enc.n_vocab // 64) * 64)  # tensor cores like multiples of 64
     remedy = f"the tokenizer of {sources[0][0]} has {enc.n_vocab} tokens"
     require(cfg.vocab_size >= enc.n_vocab, "vocab_size", cfg.vocab_size, remedy)
+    if cfg.init_from and not cfg.resume:
+        start.check_tokenizer(cfg.init_from, enc, sources[0][0])
     return cfg, Data(sources, val_sources, loader, val_loader, min(cfg.val_batches, all_of_it), enc)
 
 
@@ -263,6 +276,8 @@ def check_start(cfg, world):
     divides = cfg.batch_size % (world * cfg.grad_accum) == 0
     remedy = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
     require(divides, "batch_size", cfg.batch_size, remedy)
+    once = cfg.recompute == "none" or world == 1 or cfg.parallel != "ep"
+    require(once, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
 
 
 def check_memory(cfg, run):
@@ -282,7 +297,8 @@ def check_memory(cfg, run):
 def set_up(cfg, run, data):
     """The Training of a fresh run, or of its newest checkpoint."""
     check_memory(cfg, run)
-    model, state = GPT(cfg), run.resume()
+    state = run.resume()
+    model = start.load(cfg.init_from, "init_from", cfg) if cfg.init_from and not state else GPT(cfg)
     if state:
         for name in ("optimizer", *(field.name for field in dataclasses.fields(ModelConfig))):
             if name not in ("dtype", "impl", "loss_chunk", "recompute", "seq_len"):
@@ -338,7 +354,8 @@ def save(cfg, run, job, data):
 def train(cfg, rank=0, world=1, device=CPU, given=None):
     """One run to its end. Returns results.json on rank 0, or None."""
     check_start(cfg, world)
-    name = cfg.out_dir or f"runs/{'dense' if cfg.dense else cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    kind = hub.title(cfg.init_from) if cfg.init_from else "dense" if cfg.dense else cfg.preset
+    name = cfg.out_dir or f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Run(cfg, name, rank, world, device, given, partial(make_data, cfg)) as run:
         cfg, data = open_data(cfg, run)
         job = set_up(cfg, run, data)

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from data import files
@@ -45,17 +45,19 @@ def read(
     length: int,
     text_field: str = "text",
     encoding_errors: str = "strict",
+    example: Callable[[object, str], str] | None = None,
     doing: str = "",
 ) -> Iterator[str]:
     """The documents of files: rows of tables, and texts, cut at line ends after `length` characters.
 
-    doing: what to print every two seconds, with the share of bytes that have been read.
+    example: makes a document of a whole row and its place. doing: what to print every two seconds, with the share of
+    bytes that have been read.
     """
     done, total, shown = 0, max(1, sum(path.stat().st_size for path in paths)), time.monotonic()
     for path in paths:
         with open(path, "rb") as file:
             try:
-                for text in _documents(path, file, length, text_field, encoding_errors):
+                for text in _documents(path, file, length, text_field, encoding_errors, example):
                     if text and not text.isspace():
                         yield text
                         if doing and time.monotonic() - shown > 2:
@@ -68,13 +70,16 @@ def read(
         done += path.stat().st_size
 
 
-def _documents(path: Path, file, length: int, text_field: str, errors: str) -> Iterator[str]:
+def _documents(path: Path, file, length: int, text_field: str, errors: str, example) -> Iterator[str]:
     kind = _kind(path)
     if kind in (".jsonl", ".parquet", ".arrow"):
         lines = kind == ".jsonl"
-        rows = files.json_lines(_lines(path, file, errors), path) if lines else _rows(path, file, text_field)
+        column = None if example else text_field
+        rows = files.json_lines(_lines(path, file, errors), path) if lines else _rows(path, file, column)
         for where, row in rows:
-            yield _field(row, text_field, where)
+            yield example(row, where) if example else _field(row, text_field, where)
+    elif example:
+        raise ValueError(f"{path}: examples are rows of .jsonl, .parquet or .arrow files")
     else:
         stream = io.TextIOWrapper(_decompressed(path, file), encoding="utf-8-sig", errors=errors)
         while text := stream.read(length):
@@ -121,13 +126,13 @@ def _arrow(path: Path, module: str = "pyarrow"):
         raise ValueError(f"{path}: reading it needs the package `pyarrow`: pip install -e '.[arrow]'") from None
 
 
-def _rows(path: Path, file, name: str) -> Iterator[tuple[str, dict]]:
-    """("PATH: row N", row with the column of the text) of a Parquet or Arrow file; one batch is in memory at a time."""
+def _rows(path: Path, file, name: str | None) -> Iterator[tuple[str, dict]]:
+    """("PATH: row N", row with the column of the text, or with all) of a Parquet or Arrow file, a batch at a time."""
     pyarrow, number = _arrow(path), 0
     try:
         if _kind(path) == ".parquet":
             table = _arrow(path, "pyarrow.parquet").ParquetFile(file, pre_buffer=False)
-            names, batches = table.schema_arrow.names, table.iter_batches(256, columns=[name])
+            names, batches = table.schema_arrow.names, table.iter_batches(256, columns=name and [name])
         elif file.read(6) == b"ARROW1":
             table = _arrow(path, "pyarrow.ipc").open_file(file)
             names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
@@ -138,12 +143,12 @@ def _rows(path: Path, file, name: str) -> Iterator[tuple[str, dict]]:
             file.seek(0)
             batches = _arrow(path, "pyarrow.ipc").open_stream(file)
             names = batches.schema.names
-        column = name if name in names else name.split(".")[0]
-        if column not in names:
+        columns = names if name is None else [name if name in names else name.split(".")[0]]
+        if not set(columns) <= set(names):
             raise ValueError(f"{path} has no column {name!r} (it has: {', '.join(names)}); pass --text_field")
         for batch in batches:
-            for value in batch.column(column):
+            for i in range(batch.num_rows):
                 number += 1
-                yield f"{path}: row {number}", {column: value.as_py()}
+                yield f"{path}: row {number}", {name: batch.column(name)[i].as_py() for name in columns}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: row {max(1, number)} cannot be read ({error}); it is damaged") from error

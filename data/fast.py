@@ -38,7 +38,7 @@ class Fast:
 
     def __init__(self, definition: str, begin: list[int], eot_token: int, name: str):
         self.definition, self.begin, self.eot_token, self.name = definition, list(begin), eot_token, name
-        self._fast = _open(definition)
+        self._fast, self._control = _open(definition), None
         self._fast.no_truncation()  # some were saved with a limit of their training
         self._fast.no_padding()
         self._fast.encode_special_tokens = True
@@ -64,6 +64,14 @@ class Fast:
                 parts = self._fast.encode_batch_fast(self._inside.split(texts[i]), add_special_tokens=False)
                 found[i] = [token for part in parts for token in part.ids if token not in (*self.begin, self.eot_token)]
         return found
+
+    def encode_control(self, text: str) -> list[int]:
+        """The ids of a chat, in which special tokens are special."""
+        if self._control is None:
+            self._control = _open(self.definition)
+            self._control.no_truncation()
+            self._control.no_padding()
+        return self._control.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of a continuation. SentencePiece drops a space at the start of a text, so a word goes before it."""

@@ -1,8 +1,9 @@
 """Batches of token windows from data directories: shuffled, mixed, prefetched, and resumable to the sample.
 
 A source of N tokens gives (N - 1) // L windows; window w is tokens w*L .. w*L + L inclusive, across document ends and
-shard borders. The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows
-r*B .. (r+1)*B of each global batch of W*B samples, so a run continues on another number of ranks.
+shard borders. Examples (data/chat.py) are packed whole into windows, which eos fills up; longer ones lose their end.
+The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows r*B .. (r+1)*B
+of each global batch of W*B samples, so a run continues on another number of ranks.
 """
 
 import math
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from data import shards
+from data.shards import MARKED, START, TRAINED
 from optimoe.config import require
 
 AHEAD = 3  # batches prepared before they are asked for
@@ -34,19 +36,25 @@ def parse_sources(text):
 class Loader:
     """Endless batches: `tokens_BL, targets_BL = loader.next()`, int64, on `device`; targets are tokens one step later.
 
+    Of examples, targets outside answers are -1. With `documents` a third tensor follows: the number of each token's
+    document in its row (B, L), int32; targets in another document than their token are -1 then.
+
     sources: data directories with weights, [("data/books", 0.7), ("data/facts", 0.3)], their shares of the samples to
     within two at any moment. Each has its own epochs: every window once, in a new order. batch_size is per rank.
     ValueError for damaged data, different tokenizers, or a source shorter than one window.
     """
 
-    def __init__(self, sources, split: str, batch_size: int, seq_len: int, seed=0, rank=0, world=1, device="cpu"):
+    def __init__(
+        self, sources, split: str, batch_size: int, seq_len: int, seed=0, rank=0, world=1, device="cpu", documents=False
+    ):
         weighted = sources and all(0 < weight < math.inf for _, weight in sources)
         require(weighted, "sources", sources, "at least one (directory, weight), with finite weights above 0")
-        fits = batch_size >= 1 and seq_len >= 1 and 0 <= rank < world and batch_size * world * seq_len <= 2**36
-        given = dict(batch_size=batch_size, seq_len=seq_len, rank=rank, world=world)
-        require(fits, "batch", given, "must be positive, rank below world, and the batch at most 2^36 tokens")
+        fits = batch_size >= 1 and seq_len >= 1 and 0 <= rank < world
+        given = f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world"
+        require(fits, given, world, "must be positive, rank < world")
+        require(batch_size * world * seq_len <= 2**36, given, world, "a batch of so many tokens cannot be made")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
-        self.rank, self.world, self.device = rank, world, torch.device(device)
+        self.rank, self.world, self.device, self.documents = rank, world, torch.device(device), documents
         total = sum(weight for _, weight in sources)
         self.weights = [weight / total for _, weight in sources]
         self.sources = [_Source(directory, split, seq_len, seed + i) for i, (directory, _) in enumerate(sources)]
@@ -60,7 +68,7 @@ class Loader:
         self._ahead = deque()  # futures of (batch, its cursor), oldest first
         self._thread = ThreadPoolExecutor(1, "loader")
 
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def next(self) -> tuple[torch.Tensor, ...]:
         """The next batch of this rank. An error in the background is raised here, again at each call."""
         while len(self._ahead) < AHEAD:
             self._ahead.append(self._thread.submit(self._prepare))
@@ -71,11 +79,13 @@ class Loader:
     def _prepare(self):
         rows = [self._plan() for _ in range(self.batch_size * self.world)]
         rows = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        batch = torch.empty(2, self.batch_size, self.seq_len, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        shape, pinned = (self.batch_size, self.seq_len), self.device.type == "cuda"
+        types = [torch.int64, torch.int64] + [torch.int32] * self.documents
+        batch = [torch.empty(shape, dtype=dtype, pin_memory=pinned) for dtype in types]
         for b, (source, number) in enumerate(rows):
-            window = torch.from_numpy(source.sample(number))
-            batch[0, b], batch[1, b] = window[:-1], window[1:]
-        return batch.unbind(), list(self._planned)
+            for tensor_BL, row in zip(batch, source.sample(number, self.documents), strict=False):
+                tensor_BL[b] = torch.from_numpy(row)
+        return batch, list(self._planned)
 
     def _plan(self):  # -> (source, its sample number); next is the source that lags its share most
         samples = sum(self._planned) + 1
@@ -118,29 +128,68 @@ class _Source:
 
     def __init__(self, directory, split, seq_len, seed):
         meta, self.shards = shards.read_meta(directory), shards.open_shards(directory, split)
-        self.directory, self.seq_len, self.seed = Path(directory), seq_len, seed
+        self.directory, self.seq_len, self.seed, self.eos = Path(directory), seq_len, seed, meta["eos"]
         self.tokenizer, self.vocab_size = meta["tokenizer_sha256"], meta["vocab_size"]
-        self.checksum = "".join(shard["sha256"][:8] for shard in meta["splits"][split]["shards"])
+        listed = meta["splits"][split]["shards"]
+        self.checksum = "".join(shard["sha256"][:8] + shard.get("marks", "")[:8] for shard in listed)
         self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
         n_tokens = int(self.ends[-1]) if self.shards else 0
-        self.n_windows = (n_tokens - 1) // seq_len
-        remedy = (
-            f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; use a smaller one"
-        )
+        self.n_windows, self.marks = (n_tokens - 1) // seq_len, None
+        if meta["version"] == MARKED:
+            self.marks = shards.open_shards(directory, split, marks=True)
+            self.starts = np.flatnonzero(np.concatenate(self.marks) & START)
+            self.lengths = np.minimum(np.diff(self.starts, append=n_tokens), seq_len + 1)
+            self.rows = packed(self.lengths.tolist(), seq_len + 1)
+            self.n_windows = len(self.rows)
+        remedy = f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; use a smaller seq_len or more data"
         require(self.n_windows >= 1, "seq_len", seq_len, remedy)
         self.epoch, self.order = -1, None
 
-    def sample(self, number: int) -> np.ndarray:  # (seq_len + 1,) int64
+    def sample(self, number: int, documents: bool = False) -> list[np.ndarray]:
+        """Tokens, targets and documents of a row (L,); the documents only if they are asked for or needed."""
         epoch, at = divmod(number, self.n_windows)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, shuffled(self.n_windows, self.seed, epoch)
-        start, n, parts = int(self.order[at]) * self.seq_len, self.seq_len + 1, []
-        shard = int(np.searchsorted(self.ends, start, "right"))
+        at = int(self.order[at])
+        if self.marks is None:
+            ids = self._read(self.shards, at * self.seq_len, self.seq_len + 1).astype(np.int64)
+            if not documents:
+                return [ids[:-1], ids[1:]]
+            marks = np.full(len(ids), TRAINED, np.uint8)
+            marks[1:][ids[:-1] == self.eos] |= START
+        else:
+            ids, marks = (np.full(self.seq_len + 1, fill) for fill in (self.eos, 0))
+            end = 0
+            for document in self.rows[at]:
+                begin, end = end, end + self.lengths[document]
+                for row, column in ((ids, self.shards), (marks, self.marks)):
+                    row[begin:end] = self._read(column, int(self.starts[document]), int(self.lengths[document]))
+            marks[end : end + 1] = START  # what fills the row up is a document without targets
+        numbers = np.cumsum(marks & START > 0)
+        aimed = (marks[1:] & TRAINED > 0) & (numbers[1:] == numbers[:-1])
+        return [ids[:-1], np.where(aimed, ids[1:], -1), numbers[:-1] - numbers[0]]
+
+    def _read(self, column: list[np.memmap], start: int, n: int) -> np.ndarray:
+        parts, shard = [], int(np.searchsorted(self.ends, start, "right"))
         while n:
-            offset = start - (int(self.ends[shard]) - len(self.shards[shard]))
-            parts.append(self.shards[shard][offset : offset + n])
+            offset = start - (int(self.ends[shard]) - len(column[shard]))
+            parts.append(column[shard][offset : offset + n])
             start, n, shard = start + len(parts[-1]), n - len(parts[-1]), shard + 1
-        return np.concatenate(parts).astype(np.int64)
+        return np.concatenate(parts)
+
+
+def packed(lengths: list[int], room: int) -> list[list[int]]:
+    """Rows of document numbers, each of `room` tokens at most: a document goes to the fullest of 16 rows with room."""
+    rows, open_ = [], []  # open_: [tokens left, row]
+    for i, n in enumerate(lengths):
+        row = min((row for row in open_ if row[0] >= n), default=None)
+        if row is None:
+            row = [room, []]
+            rows.append(row[1])
+            open_ = sorted([row, *open_])[-16:]
+        row[0] -= n
+        row[1].append(i)
+    return rows
 
 
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:

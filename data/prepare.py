@@ -6,7 +6,7 @@
 The input is streamed twice. The first pass finds what to hold out and, unless --tokenizer names one, trains a BPE
 on a sample (with the package `tokenizers`). The second encodes in threads.
 
-What a document is:
+What a document is (--sft: see data/chat.py):
     .jsonl, .parquet, .arrow: the field --text_field of each row
     .txt, .py, or any other file that is named: the file, or its pieces of 2^20 characters (less if the input is below
     64 MB), which end at line ends
@@ -31,8 +31,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from data import shards, tokenizer
+from data import chat, shards, tokenizer
 from data.documents import EXPANSION, find_files, read
+from optimoe import hub
 from optimoe.config import command_line, make_directory, parse, require
 
 SAMPLE = 32e6  # bytes of text, about, that the tokenizer is trained on
@@ -46,10 +47,11 @@ class Config:
     out: str  # the data directory to write
 
     # Tokenizer
-    tokenizer: str = ""  # data directory or Hugging Face folder whose tokenizer is used; empty: train one
+    tokenizer: str = ""  # data directory, or Hugging Face folder or ORG/NAME, whose tokenizer is used; empty: train one
     vocab_size: int = 16384  # of the BPE trained on the input
 
     # Documents
+    sft: bool = False  # rows are examples, prompt and answer or messages (data/chat.py): only answers are trained
     text_field: str = "text"  # of rows; a.b is the field b of the object a
     encoding_errors: Literal["strict", "replace"] = "strict"  # what to do about bytes that are not UTF-8
     val_fraction: float = 0.01  # share of documents held out; 0: no validation data
@@ -59,6 +61,7 @@ class Config:
         require(self.input, "input", self.input, "name files or directories")
         require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "must be at least 0 and below 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2^63 - 1")
+        require(self.tokenizer or not self.sft, "sft", True, "name the model's --tokenizer")
         if not self.tokenizer:
             tokenizer.require_size(self.vocab_size)
 
@@ -92,11 +95,13 @@ def prepare(cfg: Config) -> dict:
     out, started = Path(os.path.abspath(cfg.out)), time.perf_counter()
     shards.refuse_existing(out)  # before the work, not after it
     make_directory(out.parent, "out", cfg.out)
-    enc = tokenizer.load(cfg.tokenizer) if cfg.tokenizer else None
+    named = cfg.tokenizer and hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER)
+    enc = tokenizer.load(named) if named else None
     paths = find_files(cfg.input)
     estimate = sum(path.stat().st_size * EXPANSION.get(path.suffix.lower(), 1) for path in paths)
     length = int(min(2**20, max(2**10, estimate / 64)))  # so that even small inputs have documents to hold out
-    texts = partial(read, paths, length, cfg.text_field, cfg.encoding_errors)
+    rows = partial(chat.example, template=chat.chat_template(named)) if cfg.sft else None
+    texts = partial(read, paths, length, cfg.text_field, cfg.encoding_errors, rows)
     found = {}
     sample = scan(texts("reading"), cfg, 0 if enc else SAMPLE / max(1, estimate), found)
     if enc:
@@ -106,7 +111,7 @@ def prepare(cfg: Config) -> dict:
         if enc.n_vocab < cfg.vocab_size:
             print(f"the input has too little variety: the tokenizer has only {enc.n_vocab} tokens", file=sys.stderr)
     with shards.ShardWriter(out, enc) as writer:
-        encode(texts("encoding"), writer, found["threshold"], cfg.seed)
+        encode(texts("encoding"), writer, found["threshold"], cfg)
         if sum(split["documents"] for split in writer.splits.values()) != found["documents"]:
             raise ValueError("the input changed while it was being read; run again")
         remedy = "it leaves nothing to train on; pass a smaller one"
@@ -120,21 +125,20 @@ def prepare(cfg: Config) -> dict:
     return meta
 
 
-def encode(texts: Iterable[str], writer: shards.ShardWriter, threshold: float, seed: int) -> None:
+def encode(texts: Iterable[str], writer: shards.ShardWriter, threshold: float, cfg: Config) -> None:
     """The second pass: encode in threads, write in order."""
-    waiting = deque()
+    waiting, encoder = deque(), chat.documents if cfg.sft else tokenizer.documents
 
     def work(batch):
         parts = {}
-        for text, ids in zip(batch, tokenizer.documents(writer.enc, batch), strict=True):
-            split = "val" if hashed(text, seed) < threshold else "train"
-            parts.setdefault(split, []).append((ids, len(text.encode())))
+        for text, document in zip(batch, encoder(writer.enc, batch), strict=True):
+            parts.setdefault("val" if hashed(text, cfg.seed) < threshold else "train", []).append(document)
         return parts
 
     def write():
         for split, part in waiting.popleft().result().items():
-            ids, sizes = zip(*part, strict=True)
-            writer.add(split, np.concatenate(ids), sum(sizes))
+            ids, sizes, *marks = zip(*part, strict=True)
+            writer.add(split, np.concatenate(ids), sum(sizes), *map(np.concatenate, marks))
 
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(workers) as pool:

@@ -4,6 +4,7 @@
     DIR/tokenizer.json   see data/tokenizer.py
     DIR/train-00000.bin  token ids, little-endian uint16 (uint32 when the vocabulary exceeds 65,536), no header
     DIR/val-00000.bin
+    DIR/train-00000.marks  only with examples (data/chat.py): a byte per token, TRAINED | START of an example
 
 Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text.
 """
@@ -23,7 +24,8 @@ from data import files, tokenizer
 from data.fast import Fast
 from data.tokenizer import AGAIN, META
 
-VERSION = 1
+PLAIN, MARKED = 1, 2  # versions; programs from before there were marks refuse the second
+TRAINED, START = 1, 2
 
 
 class ShardWriter:
@@ -47,8 +49,9 @@ class ShardWriter:
         self.partial = self._stack.enter_context(files.temporary(self.directory, directory=True))
         tokenizer.save(enc, self.partial)
 
-    def add(self, split: str, ids, n_bytes: int | None = None) -> None:
-        """Appends documents to "train", "val", ... n_bytes: of their text; None: of what tiktoken decodes."""
+    def add(self, split: str, ids, n_bytes: int | None = None, marks=None) -> None:
+        """Appends documents to "train", "val", ... n_bytes: of their text; None: of what tiktoken decodes. marks: one
+        for each token, in all calls or in none."""
         ids, eos, n_vocab = np.asarray(ids, dtype=np.int64), self.enc.eot_token, self.enc.n_vocab
         if not len(ids):
             return
@@ -60,15 +63,18 @@ class ShardWriter:
         totals = self.splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
         totals["tokens"] += len(ids)
         totals["bytes"] += n_bytes
-        totals["documents"] += int(np.count_nonzero(ids == eos))
-        shards = totals["shards"]
+        totals["documents"] += int(np.count_nonzero(ids == eos if marks is None else marks & START))
+        columns, shards = {".bin": ids.astype(self.dtype)}, totals["shards"]
+        if marks is not None:
+            columns[".marks"] = np.asarray(marks, np.uint8)
         while len(ids):
             if not shards or shards[-1]["tokens"] == self.shard_tokens:
                 shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0, "sha256": None})
-            part, ids = np.split(ids, [self.shard_tokens - shards[-1]["tokens"]])
-            with open(self.partial / shards[-1]["file"], "ab") as file:
-                file.write(part.astype(self.dtype).data)
-            shards[-1]["tokens"] += len(part)
+            n = min(len(ids), self.shard_tokens - shards[-1]["tokens"])
+            for suffix, values in columns.items():
+                with open((self.partial / shards[-1]["file"]).with_suffix(suffix), "ab") as file:
+                    file.write(values[len(values) - len(ids) :][:n].data)
+            shards[-1]["tokens"], ids = shards[-1]["tokens"] + n, ids[n:]
 
     def __enter__(self):
         return self
@@ -79,12 +85,14 @@ class ShardWriter:
                 self._publish()
 
     def _publish(self):
+        marked = any(self.partial.glob("*.marks"))
         for shard in [shard for split in self.splits.values() for shard in split["shards"]]:
-            with open(self.partial / shard["file"], "rb") as file:
-                os.fsync(file.fileno())
-                shard["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            for suffix, name in ((".bin", "sha256"), (".marks", "marks"))[: 1 + marked]:
+                with open((self.partial / shard["file"]).with_suffix(suffix), "rb") as file:
+                    os.fsync(file.fileno())
+                    shard[name] = hashlib.file_digest(file, "sha256").hexdigest()
         meta = {
-            "version": VERSION,
+            "version": MARKED if marked else PLAIN,
             "tokenizer": tokenizer.FILE,
             "tokenizer_sha256": _sha256(self.partial / tokenizer.FILE),
             "vocab_size": self.enc.n_vocab,
@@ -121,15 +129,16 @@ def read_meta(directory: str | Path) -> dict:
         raise ValueError(f"{path} does not exist: not finished data; make it with data.prepare")
     meta = files.read_json(path, AGAIN)
     try:
-        if meta["version"] != VERSION:
-            raise ValueError(f"version {meta['version']} is not {VERSION}")
+        if meta["version"] not in (PLAIN, MARKED):
+            raise ValueError(f"version {meta['version']} is unknown")
         meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"]  # KeyError if missing
         if meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype {meta['dtype']!r}")
         for split in meta["splits"].values():
             if sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
                 raise ValueError("the tokens of the shards do not add up")
-            split["bytes"], split["documents"], [(shard["file"], shard["sha256"]) for shard in split["shards"]]
+            names = ("file", "sha256", "marks")[: 1 + meta["version"]]
+            split["bytes"], split["documents"], [shard[name] for shard in split["shards"] for name in names]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used ({error!r}); {AGAIN}") from error
     return meta
@@ -143,9 +152,10 @@ def read_note(directory: str | Path, name: str) -> object:
     return meta[name]
 
 
-def open_shards(directory: str | Path, split: str) -> list[np.memmap]:
-    """Read-only memory maps of a split's shards, in order. ValueError names a missing, truncated or corrupt file:
-    sizes and SHA-256, and that of the tokenizer, are compared with meta.json at about 1 GB/s, once a process.
+def open_shards(directory: str | Path, split: str, marks: bool = False) -> list[np.memmap]:
+    """Read-only memory maps of a split's shards, or of their marks, in order. ValueError names a missing, truncated or
+    corrupt file: sizes and SHA-256, and that of the tokenizer, are compared with meta.json at about 1 GB/s, once a
+    process.
     """
     directory, meta = Path(directory), read_meta(directory)
     if split not in meta["splits"]:
@@ -158,14 +168,15 @@ def open_shards(directory: str | Path, split: str) -> list[np.memmap]:
 
     if (path := directory / meta["tokenizer"]).exists():
         check(path, meta["tokenizer_sha256"])
-    dtype, maps = np.dtype(meta["dtype"]).newbyteorder("<"), []
+    dtype, maps = np.dtype("uint8" if marks else meta["dtype"]).newbyteorder("<"), []
     for shard in meta["splits"][split]["shards"]:
-        path, size = directory / shard["file"], shard["tokens"] * dtype.itemsize
+        path = (directory / shard["file"]).with_suffix(".marks" if marks else ".bin")
+        size = shard["tokens"] * dtype.itemsize
         if not path.exists():
             raise ValueError(f"{path} is missing ({META} lists it); {AGAIN}")
         if path.stat().st_size != size:
             raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}; {AGAIN}")
-        check(path, shard["sha256"])
+        check(path, shard["marks" if marks else "sha256"])
         maps.append(np.memmap(path, dtype, "r"))
     return maps
 

@@ -130,12 +130,15 @@ def _encoding_of(kept: dict) -> tiktoken.Encoding:
     return tiktoken.Encoding(kept["name"], pat_str=kept["pattern"], mergeable_ranks=ranks, special_tokens=special)
 
 
-def documents(enc, texts: list[str]) -> list[np.ndarray]:
-    """The token ids of each text, with the end of the document. An "<|endoftext|>" inside is just text."""
+def documents(enc, texts: list[str]) -> list[tuple[np.ndarray, int]]:
+    """(ids with the end of the document, bytes) of each text. An "<|endoftext|>" inside is just text."""
     if isinstance(enc, Fast):
-        return [np.array([*enc.begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
-    end = np.array([enc.eot_token], np.uint32)
-    return [np.concatenate([enc.encode_to_numpy(text, disallowed_special=()), end]) for text in texts]
+        begin = enc.begin if enc.begin != [enc.eot_token] else []  # the end of the document before is the beginning
+        found = [np.array([*begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
+    else:
+        end = np.array([enc.eot_token], np.uint32)
+        found = [np.concatenate([enc.encode_to_numpy(text, disallowed_special=()), end]) for text in texts]
+    return [(ids, len(text.encode())) for ids, text in zip(found, texts, strict=True)]
 
 
 class Tokens(NamedTuple):

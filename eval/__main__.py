@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from data import files
 from eval import harness, sandbox, tasks
+from eval.sources import Source
 from eval.taskloss import bits, encode_pair, mean_stderr, score
 from eval.votes import pass_at_k
 from optimoe import config
@@ -160,7 +161,7 @@ def earlier_results(path: Path, file: str) -> dict:
 def main(argv=None):
     """Returns the contents of results.json."""
     cfg = config.parse(EvalConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    source, jobs = harness.open_source(cfg), {}
+    source, jobs = Source(cfg.evaldata, cfg.data_directory()), {}
     for name in cfg.tasks:  # all data is found before the first item is computed
         task = tasks.load(name)
         shots = task.shots if cfg.shots is None else cfg.shots

@@ -5,12 +5,11 @@ r"""Are two mathematical answers equal, and does an answer have the form that wa
     number(r"\$1{,}250.50").value                              # Fraction(2501, 2)
 
 Plain numbers are compared here, exactly; all else by math-verify, in a process that is killed after some seconds (it
-computes 9^9^9^9 forever). The library reads "5 million" and "5 or 7" as 5, ignores bases and the case of letters, and
-rounds decimals; `clean` and `equal` put these into words that it understands, or refuse.
+computes 9^9^9^9 forever). The library reads "5 million" and "5 or 7" as 5, ignores bases and case, and rounds decimals;
+`clean` and `equal` put these into words that it understands, or refuse.
 
-A reward needs more: the question, with "+0" behind it, equals the answer of every "expand" and "factor". So a number
-must be a number in lowest terms, and any other answer must have the symbols of the gold one, each as often, in any
-order (`symbols`).
+A reward needs more, as the question itself equals the answer of every "expand" and "factor": a number must be a number
+in lowest terms, any other answer must have the symbols of the gold one, each as often (`symbols`).
 """
 
 import importlib.util
@@ -32,26 +31,21 @@ SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**
 SCALE = f"({'|'.join(SCALES)})s?(?![a-z])"
 PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d\d?(?!\d))?"  # 1250, 1,250.5, .5, 1e3
 NUMBER = rf"([-+]?\s?[$€£]?|[$€£]-)\s?(?:(\d+)\s+(?=\d+/))?({PLAIN})(?:/(\d+))?"  # also 5/2 and 2 1/2
-UNICODE = str.maketrans(
-    {"−": "-", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "·": r"\cdot ", "×": r"\times "}
-)
+SIGNS = {"−": "-", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "·": r"\cdot ", "×": r"\times "}
 CLEAN = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\\(?:left|right)(?![a-zA-Z])", ""),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\([lg])eq(?![a-zA-Z])", r"\\\1e"),
-        (r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}"),
-        (r"\\(?:mbox|text(?:bf|it|rm)|mathrm)\s*\{", r"\\text{"),
-        (r"\\text\{\s*(?:and|or)(?![a-z])([^{}]*)\}", r",\1"),
-        (r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3}(?!\d))", ""),
-        (
-            rf"({PLAIN})\s*(\\text\{{\s*)?{SCALE}",
-            lambda found: plain(_value(found[1]) * SCALES[found[3]]) + (found[2] or ""),
-        ),
-        (r"\\text\{\s*\}|\^\{?\\circ\}?|\\?%|\\(?=\$)", ""),
-        (rf"(?<=\S)(?:\s|~|\\,)*\\text\{{(?!\s*{SCALE})[^{{}}\d]*\}}(?:\^\d)?$", ""),  # a unit at the end
-    )
+    (r"\\(?:left|right)(?![a-zA-Z])", ""),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\([lg])eq(?![a-zA-Z])", r"\\\1e"),
+    (r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}"),
+    (r"\\(?:mbox|text(?:bf|it|rm)|mathrm)\s*\{", r"\\text{"),
+    (r"\\text\{\s*(?:and|or)(?![a-z])([^{}]*)\}", r",\1"),
+    (r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3}(?!\d))", ""),
+    (
+        rf"({PLAIN})\s*(\\text\{{\s*)?{SCALE}",
+        lambda found: plain(_value(found[1]) * SCALES[found[3]]) + (found[2] or ""),
+    ),
+    (r"\\text\{\s*\}|\^\{?\\circ\}?|\\?%|\\(?=\$)", ""),
+    (rf"(?<=\S)(?:\s|~|\\,)*\\text\{{(?!\s*{SCALE})[^{{}}\d]*\}}(?:\^\d)?$", ""),  # a unit at the end
 ]
 ASSIGNED = re.compile(r"(?:^|(?<=,))\s*[a-zA-Z]\s*=")
 TOKEN = re.compile(r"\\text\{([^{}]*)\}|(\\[a-zA-Z]+|\\.|\d+|\S)", re.ASCII)
@@ -62,9 +56,9 @@ Number = namedtuple("Number", "value kind")  # a Fraction, and how it is written
 
 def clean(text: str) -> str:
     """LaTeX in one notation: scale words as factors, "or" and "and" as commas, no unit at the end."""
-    text = text.strip().rstrip(". ").translate(UNICODE)
+    text = text.strip().rstrip(". ").translate(str.maketrans(SIGNS))
     for pattern, new in CLEAN:
-        text = pattern.sub(new, text)
+        text = re.sub(pattern, new, text)
     return text.strip()
 
 
@@ -128,11 +122,7 @@ def words(text: str) -> list[str]:
 
 def exact(text: str) -> str:
     """Decimals as fractions, which computer algebra does not round."""
-
-    def fraction(found):
-        value = Fraction(found[0])
-        return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-
+    fraction = lambda found: r"\frac{%d}{%d}" % Fraction(found[0]).as_integer_ratio()  # noqa: E731, UP031  LaTeX braces
     return re.sub(r"(?<![\d.])\d*\.\d+(?![\d.])", fraction, text, flags=re.ASCII)
 
 

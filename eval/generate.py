@@ -2,12 +2,11 @@
 
     texts = generate(model, [encode("Alice has"), encode("2+2=")], max_new_tokens=32, stop_ids=[eos])
 
-Every prompt gets what it would get alone: rows keep their own positions (KVCache), and each prompt draws from a random
-stream of its own, so neither the batch size nor the other prompts change a result.
+Every prompt gets what it would get alone: rows keep their own positions (KVCache) and random streams.
 
-On a GPU, launching a token's kernels takes longer than running them in a small model. So there are few shapes, a shape
-that comes again is captured in a CUDA graph that also picks the token, and the host looks every eight steps. What a
-row wrote after its end is dropped, and finished rows leave when most of the batch has finished.
+On a GPU, launching a token's kernels takes longer than running them in a small model. So there are few shapes, one that
+comes again is captured in a CUDA graph that also picks the token, and the host looks every eight steps: what a row
+wrote after its end is dropped, and finished rows leave when most of the batch has finished.
 
 Shapes: B rows of the batch, L longest prompt of the batch, V vocabulary.
 """

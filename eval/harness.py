@@ -47,10 +47,6 @@ class EvalChoice(ModelChoice):
         require(0 < self.top_p <= 1, "top_p", self.top_p, "use a number above 0, at most 1")
 
 
-def open_source(cfg: EvalChoice) -> Source:
-    return Source(cfg.evaldata, cfg.data_directory())
-
-
 def open_model(cfg: EvalChoice) -> tuple[Loaded, Path]:
     """(the chosen model, the directory of its results)."""
     loaded = load(cfg)
@@ -99,7 +95,7 @@ def prompt_ids(model, tokens: Tokens, prompt: str, max_new_tokens: int) -> tuple
 def answers(loaded: Loaded, task, chunk: list, max_new_tokens: int, cfg):
     """(cfg.samples texts for each of a chunk of (index, item), up to the task's stop strings; which prompts were cut).
 
-    A text depends on cfg.seed, the index of its item and its number alone, so it is the same in any batch."""
+    A text depends on cfg.seed, the index of its item and its number, not on its batch."""
     pairs = [(item.prompt, SAMPLES * index + i) for index, item in chunk for i in range(cfg.samples)]
     return texts(loaded, task, *zip(*pairs, strict=True), max_new_tokens, cfg)
 

@@ -1,8 +1,7 @@
 """The keys and values of sequences that are being generated, and on request the experts of their tokens.
 
-Used as `model(tokens_BL, cache=cache)`; model.GPT calls begin, then update and record in each layer, then end.
-
-Shapes: B sequences, L new tokens of each, N layers, Hkv key and value heads, d head width, K experts per token.
+model.GPT calls begin, then update and record in each layer, then end. Shapes: B sequences, L new tokens of each, N
+layers, Hkv key and value heads, d head width, K experts per token.
 """
 
 import copy

@@ -2,8 +2,8 @@
 
     text, scores = report(model, "runs/x/data")
 
-Facts are trained ones, in sentences that training used too; problems have templates that training never had. Apart from
-two samples nothing is generated: one forward pass tells whether greedy decoding would write an answer.
+Facts are trained ones; problems have templates that training never had. Apart from two samples nothing is generated:
+one forward pass tells whether greedy decoding would write an answer.
 """
 
 import math
@@ -43,11 +43,8 @@ def commonest(values) -> float:
 
 
 def fact_recall(model, enc, cfg: FactsConfig, n_people: int = 1000) -> dict:
-    """Share of values that greedy decoding completes exactly after name and stem, of the first n_people.
-
-    -> {"overall": share, "chance": share that the best constant answer gets, "loss": nats per token of the values,
-    "people": n, "by_attribute": {name: {"recall", "chance"}}}
-    """
+    """Share of values that greedy decoding completes exactly after name and stem, of the first n_people. "chance" is
+    that of the best constant answer, "loss" is in nats per token of the values."""
     people = facts.people(cfg)[:n_people]
     probes = facts.probes(people, cfg.seed)
     grades = graded(model, enc, [(probe.prompt, probe.value + ".") for probe in probes])
@@ -65,10 +62,8 @@ def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000, exposure: in
 
         N (log2 N0 - p1 / ln 2) + N (log2 S0 - p2 / ln 2)
 
-    p1, p2: mean nats of the name, and of pronoun and values given the text before them, in new wordings. In a mixture
-    p1 also pays for the choice of a biography among other documents: a bit or so per person.
-    -> {"name", "values" (bits per person), "total" (bits), "possible", "per_parameter", "per_active_parameter"}
-    """
+    p1, p2: mean nats of the name, and of pronoun and values given the text before them, in new wordings. Bits are
+    per person for "name" and "values", else of all. In a mixture p1 also pays for the choice of a biography."""
     people, pairs, kinds = facts.people(cfg)[:n_people], [], []
     for person in people:
         pairs.append(([enc.eot_token], []))
@@ -89,41 +84,37 @@ def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000, exposure: in
     return {"name": name, "values": values, "total": total, "possible": possible, **per}
 
 
-def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int) -> dict:
-    """Whole solutions, token for token, of n unseen problems of each number of steps; there is one way to write each.
-    Untrained steps that do not fit the model's window are left out.
-
-    -> {"loss": nats per token of the trained numbers of steps, "accuracy": {steps: share}, "chance": {steps: share of
-    answers that the best constant one gets}}
-    """
-    grades, chance = {}, {}
-    for s in steps:
-        problems = [reasoning.problem(cfg, i, "test", s) for i in range(n)]
+def solved(model, enc, draw, sizes, trained: int, n: int) -> dict:
+    """Share of n unseen problems draw(i, size) of each size whose whole solution greedy decoding would write; without
+    untrained sizes that do not fit the model's window. "loss" (nats per token) and "chance" (share of the best constant
+    answer) are of trained sizes."""
+    grades, answers = {}, []
+    for size in sizes:
+        problems = [draw(i, size) for i in range(n)]
         longest = max(len(prompt(enc, p.question + p.solution)) for p in problems)
-        if s > cfg.max_steps and longest > model.cfg.seq_len:
+        if size > trained and longest > model.cfg.seq_len:
             break
-        grades[s] = graded(model, enc, [(p.question, p.solution) for p in problems])
-        chance[s] = commonest(p.answer for p in problems)
-    known = [grade for s, group in grades.items() if s <= cfg.max_steps for grade in group]
-    return {"loss": loss_of(known), "accuracy": {s: share(group) for s, group in grades.items()}, "chance": chance}
+        grades[size] = graded(model, enc, [(p.question, p.solution) for p in problems])
+        answers += [p.answer for p in problems if size <= trained]
+    known = [grade for size, group in grades.items() if size <= trained for grade in group]
+    accuracy = {size: share(group) for size, group in grades.items()}
+    return {"loss": loss_of(known), "accuracy": accuracy, "chance": commonest(answers)}
+
+
+def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int) -> dict:
+    """`solved` for word problems of these numbers of steps; there is one way to write each solution."""
+    return solved(model, enc, lambda i, s: reasoning.problem(cfg, i, "test", s), steps, cfg.max_steps, n)
 
 
 def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
-    """Right answers to n unseen expressions of each length, from 2 operations to two more than training had: nothing is
-    written down between question and answer.
+    """`solved` for expressions of up to two operations more than training had. Answers are one token, without a period:
+    nothing is written down. Products make 0 the commonest."""
 
-    -> {"loss": nats per answer of trained lengths, "accuracy": {length: share}, "chance": share of the best constant
-    answer among trained lengths; products make 0 the commonest}
-    """
-    lengths = range(2, cfg.mano_length + 3)
-    problems = [reasoning.mano(cfg, i, "test", length) for length in lengths for i in range(n)]
-    grades = graded(model, enc, [(p.question, p.solution.removesuffix(".")) for p in problems])
-    known = n * max(0, cfg.mano_length - 1) or len(problems)  # lengths that training had come first
-    return {
-        "loss": sum(nats for nats, *_ in grades[:known]) / known,
-        "accuracy": {length: share(grades[i * n : (i + 1) * n]) for i, length in enumerate(lengths)},
-        "chance": commonest(p.answer for p in problems[:known]),
-    }
+    def draw(i, length):
+        problem = reasoning.mano(cfg, i, "test", length)
+        return problem._replace(solution=problem.solution.removesuffix("."))
+
+    return solved(model, enc, draw, range(2, cfg.mano_length + 3), max(cfg.mano_length, 2), n)
 
 
 def table(title, first, rows, trained=None):
@@ -150,7 +141,7 @@ def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[
         samples.append(facts.people(cfg.facts)[0].name)
     if cfg.n_problems:
         found = solutions_written(model, enc, cfg.reasoning, range(1, most + 3), n_problems)
-        rows = {s: {"solution": right, "chance": found["chance"][s]} for s, right in found["accuracy"].items()}
+        rows = {s: {"solution": right, "chance": found["chance"]} for s, right in found["accuracy"].items()}
         lines += table("reasoning on unseen templates", "steps", rows, most)
         scores["reasoning"] = rows
         samples.append(reasoning.problem(cfg.reasoning, n_problems, "test", min(3, most)).question)

@@ -113,23 +113,12 @@ def grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds):
     length = sum(sample.length for sample in samples)
     ended, right, mixed, real, padded, length = run.sum([ended, reward_PG.sum(), mixed_P.sum(), real, padded, length])
     n = cfg.batch_prompts * cfg.group_size
-    return {
-        "step": job.step,
-        "reward": right / n,
-        "mixed_groups": mixed / cfg.batch_prompts,
-        "ended": ended / n,
-        "answer_tokens": length / n,
-        "loss": loss / len(batches),
-        "kl": kl / max(1, n_tokens),
-        "clipped": clipped / max(1, n_tokens),
-        "grad_norm": norm,
-        "router_changed": changed / max(1, routed),
-        "router_changed_same_weights": float(stats[0, 5] / stats[0, 4].clamp(min=1)),
-        **seconds,
-        "rollout_tokens_per_s": length / seconds["seconds_rollout"],
-        "padding": 1 - real / max(1, padded),
-        "memory_gb": gpu_memory(run.device),
-    }
+    row = {"step": job.step, "reward": right / n, "mixed_groups": mixed / cfg.batch_prompts, "ended": ended / n}
+    row |= {"answer_tokens": length / n, "loss": loss / len(batches), "kl": kl / max(1, n_tokens)}
+    row |= {"clipped": clipped / max(1, n_tokens), "grad_norm": norm, "router_changed": changed / max(1, routed)}
+    row |= {"router_changed_same_weights": float(stats[0, 5] / stats[0, 4].clamp(min=1)), **seconds}
+    row |= {"rollout_tokens_per_s": length / seconds["seconds_rollout"], "padding": 1 - real / max(1, padded)}
+    return row | {"memory_gb": gpu_memory(run.device)}
 
 
 def grpo_line(row, cfg):
@@ -202,7 +191,7 @@ def next_steps(run_dir, cfg, sources, results):
     again = f"python train.py --data={','.join(parts)}"
     if cfg.dense:
         commands[again + own_flags(cfg, "dense")] = "experts instead of dense layers, on the same data"
-    elif cfg.n_experts < 1024:
+    elif cfg.n_experts < 1024 and not cfg.init_from:
         more = f"{own_flags(cfg, 'n_experts')} --n_experts={min(1024, 4 * cfg.n_experts)}"
         commands[again + more] = "more experts on the same data; --dense: none"
     if any(row["solution"] < 0.95 for row in results.get("reasoning", {}).values()):  # there is something left to learn

@@ -31,7 +31,7 @@ def judge(question: str, gold: str, text: str) -> float:
 
 
 def passes(source: str, tests: list[tuple[str, object]]) -> float:
-    """1.0 if each expression has its value after the program has run; 0.0 without tests."""
+    """1.0 if each expression has its value after the program has run; 0.0 without any."""
     found = sandbox.values(source, [expression for expression, _ in tests], SECONDS) if tests else None
     return float(found is not None and all(map(_same, found, (value for _, value in tests))))
 

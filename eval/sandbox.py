@@ -9,15 +9,13 @@ Every program gets a process of its own (eval/jail.py), which first gives up for
   capabilities  what root may do and others may not
   rlimits       CPU time, memory, core dumps, open files
 It has nothing of the user's environment, its output goes to /dev/null, its process group is killed at the deadline,
-and the kernel kills it when the evaluator dies.
+and the kernel kills it with the evaluator.
 
 A pass must be proven: the tests and a fresh random token are sent after the program's top level has finished, and the
 token comes back after the last assert. So exiting early, printing, or replacing `check`, `exec` or `print` fails. A
-failure must be the program's: an honest program has to pass before the first one is judged, the clock starts when the
-process is confined, and a process that does not get that far is an OSError, not a wrong answer.
-
-As its asserts share an interpreter with the tested function, code written against this very protocol can fake its own
-pass, and nothing else. Without Landlock a program could also read files of the same user, but send them nowhere.
+failure must be the program's: an honest program has to pass first, the clock starts when the process is confined, and
+one that does not get that far is an OSError. As asserts share an interpreter with the tested function, code written
+against this very protocol can fake its own pass, and nothing else.
 """
 
 import contextlib
@@ -89,32 +87,24 @@ def confinement(memory: int = MEMORY) -> str:
     return "seccomp + Landlock" if result.reason.startswith("PermissionError") else "seccomp"
 
 
-def _job(program, values, seconds, memory):
-    paths = sysconfig.get_paths()
-    readable = [f"{root}/{library}" for root in {sys.prefix, sys.base_prefix} for library in ("lib", "lib64")]
-    readable += [paths["stdlib"], paths["platstdlib"]]
-    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    limits = dict(cpu=max(1, round(seconds)), memory=memory)
-    return limits | dict(program=program, values=values, readable=readable, packages=packages)
-
-
 def _session(program, message, values, seconds, memory):
     """One process: (what it said behind the token, Result). OSError where it cannot start."""
-    job, token, stage, said = _job(program, values, seconds, memory), secrets.token_bytes(16), "program", b""
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    readable = [f"{root}/{library}" for root in {sys.prefix, sys.base_prefix} for library in ("lib", "lib64")]
+    readable += [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+    job = dict(program=program, values=values, cpu=max(1, round(seconds)), memory=memory)
+    job |= dict(readable=readable, packages=packages)
+    token, stage, said = secrets.token_bytes(16), "program", b""
     with _process() as (process, channel):
         _start(process, channel, job)
         end = time.monotonic() + 4 * seconds
         left = lambda: end + waited(process.pid) - time.monotonic()  # noqa: E731  asked for at every message
         try:
-            said = _receive(channel, left)
+            said = _ask(channel, None, left)
             if said == jail.READY:
-                stage = "tests"
-                _send(channel, token + message.encode(), left)
-                said = _receive(channel, left)
+                stage, said = "tests", _ask(channel, token + message.encode(), left)
         except TimeoutError:
             return b"", Result(False, "timeout")
-        except (BrokenPipeError, ConnectionResetError):
-            said = b""
         status, usage = _kill(process)
     if secrets.compare_digest(said[:16], token):
         return said[16:], Result(True, "passed")
@@ -158,14 +148,11 @@ def _kill(process):
 
 def _start(process, channel, job):
     """Has the process confine itself; OSError with what it said where it does not get that far."""
+    end = time.monotonic() + START_SECONDS
     try:
-        end = time.monotonic() + START_SECONDS
-        _send(channel, json.dumps(job).encode(), lambda: end - time.monotonic())
-        said = _receive(channel, lambda: end - time.monotonic())
+        said = _ask(channel, json.dumps(job).encode(), lambda: end - time.monotonic())
     except TimeoutError:
         said = f"not ready after {START_SECONDS} seconds".encode()
-    except (BrokenPipeError, ConnectionResetError):
-        said = b""
     if said == jail.CONFINED:
         return
     _kill(process)
@@ -185,14 +172,20 @@ def waited(pid: int) -> float:
         return 0.0
 
 
-def _send(channel, data, left):
-    """TimeoutError where the program does not read."""
-    channel.settimeout(max(0.01, left()))
-    channel.sendall(struct.pack("!I", len(data)) + data)
+def _ask(channel, data, left):
+    """Sends data, if any, and returns the next message, b"" where the other side is gone. TimeoutError when no seconds
+    are left: a program need neither read nor write."""
+    try:
+        if data is not None:
+            channel.settimeout(max(0.01, left()))
+            channel.sendall(struct.pack("!I", len(data)) + data)
+        return _receive(channel, left)
+    except (BrokenPipeError, ConnectionResetError):
+        return b""
 
 
 def _receive(channel, left):
-    """One message, cut at 64 kB; b"" when the other side is gone. TimeoutError when no seconds are left."""
+    """One message, cut at 64 kB."""
     data, need = b"", 4
     while len(data) < need:
         channel.settimeout(max(0.01, left()))

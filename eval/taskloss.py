@@ -3,12 +3,9 @@
     context, answer, merged = encode_pair(tokens, "2+2=", "4")
     nats = score(model, [(context, answer)])[0]
 
-bits/token and bits/byte are NLL / ln 2 / answer tokens or UTF-8 bytes, with NLL = -sum log p(answer token | all before
-it); the result of a task is the plain mean over its items.
-
-As in the paper, the answer is what encode(prompt + answer) has behind encode(prompt). Where that is not its beginning,
-a token has merged across the boundary ("Answer:" + "Janet": ":J", "anet"). Then both are encoded apart, as in
-generation, and the item counts as `merged`.
+bits/token and bits/byte are NLL / ln 2 / answer tokens or UTF-8 bytes. As in the paper, the answer's tokens are those
+of encode(prompt + answer) behind encode(prompt). Where that is not its beginning, a token has merged across the
+boundary ("Answer:" + "Janet": ":J", "anet"): both are then encoded apart, as in generation, and the item is `merged`.
 """
 
 import math
@@ -21,8 +18,7 @@ from eval.generate import any_shape
 
 
 def context_ids(tokens: Tokens, prompt: str) -> list[int]:
-    """bos and the ids of a prompt; an empty one without bos is an end-of-text token, as in lm-eval. ValueError where
-    the tokenizer has neither."""
+    """bos and the ids of a prompt; an empty one without bos is an end-of-text token, as in lm-eval."""
     ids = tokens.bos + tokens.encode(prompt)
     if not ids and not tokens.eos:
         raise ValueError("a prompt is empty, and the tokenizer has no token to start it with (neither bos nor eos)")
@@ -51,8 +47,8 @@ def encode_inside(tokens: Tokens, text: str) -> list[int]:
 
 
 def windows(context: list[int], answer: list[int], seq_len: int):
-    """Yields (ids, n): the model reads ids[:-1], and the last n of ids are scored. Where not all fits into one window,
-    each answer token is scored once, with at least seq_len / 2 tokens before it."""
+    """Yields (ids, n): the model reads ids[:-1], and the last n are scored, each answer token once. Where not all fits
+    into one window, each has at least seq_len / 2 tokens before it."""
     ids, start = context + answer, len(context)
     while start < len(ids):
         end = min(len(ids), max(start + (seq_len // 2 or 1), seq_len + 1))
@@ -64,10 +60,9 @@ def windows(context: list[int], answer: list[int], seq_len: int):
 @any_shape
 def token_costs(model, pairs, max_tokens: int | None = None, n_vocab: int | None = None) -> list[tuple]:
     """For each (context, answer), of ids: (nats of every answer token given all before it, in float64; whether it is
-    the most likely one), on the CPU.
+    the most likely one), on the CPU. The softmax is in float32 over the first n_vocab ids (None: the whole head).
 
-    A batch has similar lengths and max_tokens tokens with padding (default: by vocabulary, for logits of 1 GB). The
-    softmax is in float32 over the first n_vocab ids (None: the whole head)."""
+    A batch has max_tokens tokens with padding (default: by vocabulary, for logits of 1 GB)."""
     device, cfg = model.embed.weight.device, model.cfg
     max_tokens = max_tokens or min(16384, 2**29 // cfg.vocab_size)
     work = [(*window, i) for i, pair in enumerate(pairs) for window in windows(*pair, cfg.seq_len)]

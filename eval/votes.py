@@ -15,6 +15,7 @@ import numpy as np
 
 from data import files
 from eval import harness, tasks
+from eval.sources import Source
 from optimoe import config
 from optimoe.config import require
 
@@ -35,7 +36,7 @@ class VotesConfig(harness.EvalChoice):
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased estimate that one of k samples is right, from n with `right` right ones (arXiv 2107.03374, eq. 1)."""
+    """Unbiased estimate that one of k samples is right, from n with `right` right ones (arXiv 2107.03374)."""
     if not 1 <= k <= n or not 0 <= right <= n:
         raise ValueError(f"pass_at_k(n={n}, right={right}, k={k}): needs 1 <= k <= n and 0 <= right <= n")
     return 1 - math.comb(n - right, k) / math.comb(n, k)
@@ -96,7 +97,7 @@ def table(result, seq_len):
 def main(argv=None):
     """Returns the curves."""
     cfg = config.parse(VotesConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    task, source = tasks.load(cfg.task), harness.open_source(cfg)
+    task, source = tasks.load(cfg.task), Source(cfg.evaldata, cfg.data_directory())
     items = task.asked(harness.read_items(task, source, cfg.shots))
     loaded, out = harness.open_model(cfg)
     settings = harness.settings(loaded, items, cfg.shots, cfg)

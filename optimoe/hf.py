@@ -32,26 +32,26 @@ TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.js
 AGAIN = "download it again"
 # Fields of ModelConfig that do not change what a trained model computes.
 FREE = ("init_std", "embed_init_std", "dtype", "impl", "loss_chunk", "recompute")
-NUMBERS = ("F64", "F32", "F16", "BF16")  # safetensors' dtypes of weights that are not quantised
 
 
 class Family(NamedTuple):
     architecture: str  # class of transformers without "ForCausalLM"
+    moe: str  # where a layer keeps its router and experts
+    matrices: tuple[str, ...]  # an expert's gate, up and down matrix
+    n_experts: str  # names of fields in config.json
+    d_expert: str
     fixed: dict  # fields of ModelConfig that config.json does not say
-    moe: str = "mlp"  # where a layer keeps its router and experts
-    matrices: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # of an expert
-    n_experts: str = "num_experts"  # names in config.json
-    d_expert: str = "intermediate_size"
-    extra: dict = {}  # members of config.json that transformers needs beside FIELDS
+    extra: dict  # members of config.json that transformers needs beside FIELDS
 
 
-DENSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+QWEN, DENSE = ("gate_proj", "up_proj", "down_proj"), {"decoder_sparse_step": 1, "mlp_only_layers": []}
+MIXTRAL, OLMOE = {"router_normalize": True}, {"qk_norm": True, "qk_norm_joint": True}
 FAMILIES = {
     "mixtral": Family(
-        "Mixtral", {"router_normalize": True}, "block_sparse_moe", ("w1", "w3", "w2"), n_experts="num_local_experts"
+        "Mixtral", "block_sparse_moe", ("w1", "w3", "w2"), "num_local_experts", "intermediate_size", MIXTRAL, {}
     ),
-    "qwen3_moe": Family("Qwen3Moe", {"qk_norm": True}, d_expert="moe_intermediate_size", extra=DENSE),
-    "olmoe": Family("Olmoe", {"qk_norm": True, "qk_norm_joint": True}),
+    "qwen3_moe": Family("Qwen3Moe", "mlp", QWEN, "num_experts", "moe_intermediate_size", {"qk_norm": True}, DENSE),
+    "olmoe": Family("Olmoe", "mlp", QWEN, "num_experts", "intermediate_size", OLMOE, {}),
 }
 # Fields of ModelConfig and their names in config.json; the family names n_experts and d_expert.
 FIELDS = """vocab_size=vocab_size seq_len=max_position_embeddings d_model=hidden_size n_layers=num_hidden_layers
@@ -114,8 +114,7 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
     require(last in stored, "num_hidden_layers", cfg.n_layers, f"{directory} has no tensor {last}")
     head, embedding = TOP["head.weight"], TOP["embed.weight"]
     if cfg.tie_embeddings and {head, embedding} <= stored.keys():  # a head that is not the embedding stays
-        tied = torch.equal(*(stored[name].get_tensor(name) for name in (head, embedding)))
-        cfg = dataclasses.replace(cfg, tie_embeddings=tied)
+        cfg = dataclasses.replace(cfg, tie_embeddings=torch.equal(stored[head], stored[embedding]))
     if not cfg.router_learns:
         print(f"warning: {directory}: top_k={cfg.top_k}: {UNTAUGHT} in training", file=sys.stderr)
     family = FAMILIES[raw["model_type"]]
@@ -128,7 +127,7 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
     if cfg.tie_embeddings:
         model.head.weight = model.embed.weight
     for name, view in model_pieces(model, family).items():
-        view.copy_(stored[name].get_tensor(name))
+        view.copy_(stored[name])
     model.cos, model.sin = (table.to(device) for table in rope_tables(cfg))
     return model.eval().requires_grad_(False)
 
@@ -170,9 +169,8 @@ def model_config(raw):
 
 
 def open_weights(directory):
-    """{name of a tensor: the open file that holds it}. FileNotFoundError, or ValueError for damage."""
-    safetensors, index, listed = package("safetensors"), directory / INDEX, None
-    names = [SINGLE]
+    """{name: mapped tensor} of a folder's safetensors files. FileNotFoundError, or ValueError for damage."""
+    library, index, listed, names = package("safetensors.torch"), directory / INDEX, None, [SINGLE]
     if index.is_file():
         listed = files.read_json(index, AGAIN).get("weight_map")
         names = list(listed.values()) if isinstance(listed, dict) else [None]
@@ -184,10 +182,9 @@ def open_weights(directory):
             needed = f"{directory} has neither {SINGLE} nor {INDEX}" if listed is None else f"{path} is missing"
             raise FileNotFoundError(f"{needed}: {AGAIN}")
         try:
-            file = safetensors.safe_open(path, framework="pt")
-        except safetensors.SafetensorError as error:
+            stored |= library.load_file(path)
+        except package("safetensors").SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
-        stored |= dict.fromkeys(file.keys(), file)
     if listed is not None and listed.keys() != stored.keys():
         name = min(listed.keys() ^ stored.keys())
         raise ValueError(f"{index} and the files that it names differ: only one of them has {name}; {AGAIN}")
@@ -199,10 +196,9 @@ def check_weights(directory, stored, expected, ignored):
     for name, like in expected.items():
         if name not in stored:
             raise ValueError(f"{directory}: the tensor {name} is missing: {AGAIN}")
-        header = stored[name].get_slice(name)
-        shape, kind = tuple(header.get_shape()), header.get_dtype()
+        shape, kind = tuple(stored[name].shape), stored[name].dtype
         require(shape == like.shape, name, shape, f"{CONFIG} asks for {tuple(like.shape)}")
-        require(kind in NUMBERS, name, kind, f"it is quantised; only {', '.join(NUMBERS)} are read")
+        require(kind.is_floating_point and kind.itemsize > 1, name, kind, "it is quantised, and would be misread")
     unknown = [name for name in stored.keys() - expected.keys() - ignored if not name.endswith("rotary_emb.inv_freq")]
     if unknown:
         raise ValueError(f"{directory} holds tensors that {CONFIG} does not describe, such as {min(unknown)}")
@@ -263,7 +259,8 @@ def load_tokens(directory) -> Tokens:
     spelled.no_truncation()
     spelled.no_padding()
     spelled.encode_special_tokens = bool(settings.get("split_special_tokens"))
-    eos = generation.get("eos_token_id", raw.get("eos_token_id", enc.eot_token))
+    named = (found.get("eos_token_id") for found in (generation, raw))
+    eos = next((token for token in named if token is not None), enc.eot_token)
     rows = raw.get("vocab_size", 2**40)
 
     def encode(text):
@@ -321,14 +318,14 @@ def package(name):
         raise ValueError(f"the package {name.partition('.')[0]} is not installed: pip install -e '.[hf]'") from None
 
 
-def fingerprint(directory, *others):
-    """A name for results: the folder's, and a hash of its files and of `others` that results depend on."""
+def fingerprint(directory, *others, title=""):
+    """A name for results: title, or the folder's, and a hash of its files and of the paths `others` they depend on."""
     directory, digest = Path(directory).resolve(), hashlib.sha256()
     small = [directory / name for name in (CONFIG, INDEX, GENERATION, TOKENIZER, TOKENIZER_CONFIG)]
     for path in [*sorted(directory.glob("*.safetensors")), *filter(Path.is_file, small), *others]:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"{directory.name}-{digest.hexdigest()[:16]}"
+    return f"{title or directory.name}-{digest.hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)
@@ -337,6 +334,7 @@ class ExportConfig:
     run: str  # run directory or checkpoint file of train.py or grpo.py
     out: str  # new folder
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; float32: as trained
+    seq_len: int = 0  # max_position_embeddings in config.json; 0: what the run was trained with
 
 
 def main(argv=None):
@@ -347,7 +345,7 @@ def main(argv=None):
     new = not out.exists() or out.is_dir() and not any(out.iterdir())
     require(new, "out", cfg.out, "it exists already; write to a new folder")
     make_directory(out.parent, "out", cfg.out)
-    model = checkpoint.load_model(path)
+    model = checkpoint.load_model(path, **{"seq_len": cfg.seq_len} if cfg.seq_len else {})
     enc = tokenizer.load(checkpoint.training_data(path if path.is_dir() else path.parent))
     with files.temporary(out, directory=True) as partial:
         save_model(model, partial, getattr(torch, cfg.dtype), eos=enc.eot_token)

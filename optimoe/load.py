@@ -10,7 +10,7 @@ from data import tokenizer
 from data.tokenizer import Tokens, tiktoken_tokens
 from model import GPT, compute_dtype
 from moe_kernels.tiles import pick_impl
-from optimoe import checkpoint
+from optimoe import checkpoint, hub
 from optimoe.config import require
 
 
@@ -19,7 +19,7 @@ class ModelChoice:
     # Model
     run: str = ""  # run directory of train.py: its newest checkpoint
     checkpoint: str = ""  # or one checkpoint file of it
-    hf: str = ""  # or a folder with a Hugging Face checkpoint: Mixtral, Qwen3-MoE, OLMoE
+    hf: str = ""  # or a Hugging Face model (Mixtral, Qwen3-MoE, OLMoE): a folder, or ORG/NAME[@REVISION] of the hub
     data: str = ""  # token data directory, if it was moved; with --hf: use its tokenizer
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
@@ -30,12 +30,13 @@ class ModelChoice:
 
     def validate(self):
         given = self.run, self.checkpoint, self.hf
-        remedy = "give --run=DIR, --checkpoint=FILE or --hf=DIR, one of them"
+        remedy = "give --run=DIR, --checkpoint=FILE or --hf=DIR or ORG/NAME, one of them"
         require(sum(map(bool, given)) == 1, "run, checkpoint, hf", given, remedy)
         for name, exists, kind in (("run", Path.is_dir, "directory"), ("checkpoint", Path.is_file, "file")):
             value = getattr(self, name)
             require(not value or exists(Path(value)), name, value, f"no such {kind}")
-        require(not self.hf or Path(self.hf).is_dir(), "hf", self.hf, "no such directory")
+        if self.hf:
+            hub.check(self.hf, "hf")
 
     def data_directory(self) -> Path | None:
         """The token data directory of the chosen run; None for a Hugging Face checkpoint without --data."""
@@ -57,10 +58,11 @@ def load(cfg: ModelChoice) -> Loaded:
     if cfg.hf:
         from optimoe import hf  # only these need its packages
 
-        model = hf.load_model(cfg.hf, device, cfg.dtype, cfg.impl)
-        tokens = run_tokens(directory, model) if directory else hf.load_tokens(cfg.hf)
-        name = hf.fingerprint(cfg.hf, *([directory / tokenizer.FILE] if directory else []))
-        return Loaded(model, tokens, name, Path(cfg.hf) / "eval")
+        folder = hub.folder(cfg.hf, "hf")
+        model = hf.load_model(folder, device, cfg.dtype, cfg.impl)
+        tokens = run_tokens(directory, model) if directory else hf.load_tokens(folder)
+        name = hf.fingerprint(folder, *([directory / tokenizer.FILE] if directory else []), title=hub.title(cfg.hf))
+        return Loaded(model, tokens, name, hub.home(cfg.hf) / "eval")
     path = Path(cfg.checkpoint or cfg.run)
     if path.is_dir() and checkpoint.find(path):
         path = checkpoint.find(path)[-1][1]

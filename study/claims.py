@@ -108,13 +108,13 @@ def dumb(cells, task):
     return "nothing learned" if max(means) <= floor else "mastered" if mastered else ""
 
 
-def silent(where, tuned, task, note=""):
-    """Why tuned lines of one regime have no vote, or ""."""
+def silent(where, tuned, task, note="", decisive=False):
+    """Why tuned lines of one regime have no vote, or "". decisive: being mastered at every E is no reason."""
     edges, why = sum(len(one.edges) for one in tuned), [dumb(one.cells, task) for one in tuned]
     reasons = {
         note: True,
         "not calibrated": where.kind == "twohop",
-        why[0]: all(why),
+        why[0]: all(why) and not (decisive and "mastered" in why),
         f"best rate at the edge for {edges} of {sum(len(one.cells) for one in tuned)} models": edges,
         "rates of other data": not where.paired and any(one.single for one in tuned),
     }
@@ -132,14 +132,14 @@ def tuned_lines(rows, task):
         yield where, {k: one for k, one in by_k.items() if len(one.seeds) == most}
 
 
-def slopes(rows, task, value, margin, unit, note=lambda where: ""):
+def slopes(rows, task, value, margin, unit, note=lambda where: "", decisive=False):
     """A Test per regime: the slope of value(row, task) over doublings of E, mean over k, at the best rates for the
-    task. note(regime): why it has no vote, or ""."""
+    task. note(regime): why it has no vote, or ""; decisive: as in `silent`."""
     for where, by_k in tuned_lines(rows, task):
         tuned = list(by_k.values())
         effects = by_seed([rises(one, lambda row: value(row, task)) for one in tuned], np.mean)
         label = f"{where}, k={','.join(map(str, by_k))}; {results.TASKS[task]}"
-        runs, why = sum(len(one.rows) for one in tuned), silent(where, tuned, task, note(where))
+        runs, why = sum(len(one.rows) for one in tuned), silent(where, tuned, task, note(where), decisive)
         yield Test(label, effects, margin, f"{unit} per doubling of E", runs, note=why, paired=where.paired)
 
 
@@ -157,14 +157,31 @@ def memory_rises(rows):
 
 
 def reasoning_turns(rows):
-    """With few problems the loss of unseen solutions rises with E. With new ones, the negative control, it must not."""
+    """With few problems the loss of unseen solutions rises with E. With new ones, the negative control, it must not.
+
+    A line that is mastered up to its largest E votes: the rise in question, over its doublings, would end that."""
     dose = lambda where: "more problems, see claim 3" if where.unique > SCARCE else ""  # noqa: E731
     note = lambda where: dose(where) if where.unique else "negative control"  # noqa: E731
     learns = lambda row, task: -100.0 * (accuracy(row, task) >= LEARNED)  # noqa: E731
-    yield from slopes(rows, "problems", loss, RISE, "nats per token more", note)
+    yield from slopes(rows, "problems", loss, RISE, "nats per token more", note, decisive=True)
+    yield from at_one_rate(rows)
     scarce = [row for row in rows if row["run"]["unique"]]
     yield from slopes(scarce, "problems", lambda row, task: -percent(row, task), 0.5, "points lost", beside)
     yield from slopes(scarce, "problems", learns, 1.0, "% fewer runs that learn", beside)
+
+
+def at_one_rate(rows):
+    """What claim 2 would look like at one rate for all E."""
+    for (where, k), line in lines(rows).items():
+        compared = where.paired and where.unique == SCARCE
+        for rate in sorted({rate for rates in line.values() for rate in rates}) if compared else ():
+            cells = {e: {rate: rates[rate]} for e, rates in line.items() if len(rates.get(rate, ())) >= MIN_SEEDS}
+            if len(cells) > 2 and (one := tune(cells, "problems")):
+                label, unit = (
+                    f"{where}, k={k}, all at rate {rate:g}; solutions",
+                    "nats per token more per doubling of E",
+                )
+                yield Test(label, rises(one, solution_loss), RISE, unit, len(one.rows), note="one rate for all")
 
 
 def optimum_near_20(rows):

@@ -18,6 +18,7 @@ from study.results import MIN_SEEDS, accuracy
 from study.rules import interval
 from study.sweep import gpu_minutes
 
+SILENT = ("beside", "nothing learned", "mastered", "control", "one rate")  # notes of tests that could never vote
 BEGIN, END = "<!-- claims: begin (python -m study.verdict) -->", "<!-- claims: end -->"
 
 
@@ -36,11 +37,13 @@ def computed(rows, posttrained):
 
 
 def missing(presets, rows):
-    """The runs missing of these presets and their minutes on one GPU, in words; "" when there are none."""
+    """The runs missing of these presets and their minutes on one GPU, or the stop rule that holds, in words."""
+    if stopped := list(filter(None, (rules.stop_rule(name, rows) for name in presets))):
+        return f"stopped: {stopped[0]}"
     todo = {run for name in presets for run in PRESETS[name](rows)} - {Run(**row["run"]) for row in rows}
     minutes = gpu_minutes(todo, rows)
     cost = f", about {minutes:.0f} min" if minutes else ""
-    return f"{len(todo)} runs of `{'`, `'.join(presets)}`{cost}" if todo else ""
+    return f"{len(todo)} runs of `{'`, `'.join(presets)}`{cost}" if todo else "nothing"
 
 
 def number(value):
@@ -49,9 +52,8 @@ def number(value):
 
 def strongest(tests):
     """The test that a one-line summary shows: one that votes or could, paired, with most seeds and runs."""
-    silent = lambda test: any(word in test.note for word in ("beside", "nothing learned", "mastered", "control"))  # noqa: E731
-    order = lambda test: (test.votes, not silent(test), test.paired, len(test.effects), test.runs)  # noqa: E731
-    return max(tests, key=order, default=None)
+    loud = [test for test in tests if not any(word in test.note for word in SILENT)] or tests
+    return max(loud, key=lambda test: (test.votes, test.paired, len(test.effects), test.runs), default=None)
 
 
 def claims_table(claims, rows):
@@ -67,7 +69,7 @@ def claims_table(claims, rows):
         kind = "" if verdict == "undecided" or not test else ", paired" if test.paired else ", unpaired"
         words = "not supported at this scale" if verdict == "not supported" else verdict
         seeds = len(test.effects) if test else 0
-        lines.append(f"| {n}. {text} | **{words}**{kind} | {shown} | {seeds} | {missing(presets, rows) or 'nothing'} |")
+        lines.append(f"| {n}. {text} | **{words}**{kind} | {shown} | {seeds} | {missing(presets, rows)} |")
     return "\n".join(lines)
 
 

@@ -275,6 +275,14 @@ def test_recomputation_trains_alike(data_dir, tmp_path, compiled):
         torch.use_deterministic_algorithms(False)
 
 
+def test_dealt_out_experts_are_not_computed_twice():
+    for choice in ("experts", "blocks"):
+        cfg = train_file.TrainConfig(recompute=choice, parallel="ep")
+        train_file.check_start(cfg, 1)
+        with pytest.raises(ValueError, match=f"recompute='{choice}': parallel=ep sends no token twice; use --par"):
+            train_file.check_start(cfg, 2)
+
+
 def launch(*flags, ranks=2, **options):
     command = (
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -366,7 +374,7 @@ def snapshot(path):
         (["--top-k=5"], "top_k=5: use 4 or less"),
         (["--d-model=40"], "d_model=40: use a multiple of 16"),
         (["--batch-size=9", "--grad-accum=2"], "batch_size=9: use a multiple of grad_accum=2"),
-        (["--seq-len=100000"], "use a smaller seq_len or more data"),
+        (["--seq-len=100000"], "seq_len=100000: one window needs 100001 tokens"),
         (["--resume=/nonexistent"], "resume='/nonexistent': not a run directory"),
         (["--beta2=1"], "beta2=1.0: use a number from 0 to below 1"),
         (["--muon-momentum=1"], "muon_momentum=1.0: use a number from 0 to below 1"),
@@ -429,7 +437,7 @@ def test_damaged_data_is_never_trained_on(data_dir, tmp_path):
     shutil.copytree(data_dir, bad)
     shard = bad / "train-00000.bin"
     whole = shard.read_bytes()
-    for content, message in ((whole[:-2], "truncated"), (whole[:50] + b"\x07" + whole[51:], "corrupt")):
+    for content, message in ((whole[:-2], "bytes instead of"), (whole[:50] + b"\x07" + whole[51:], "corrupt")):
         shard.write_bytes(content)
         with pytest.raises(ValueError, match=f"train-00000.bin.*{message}"):
             run(bad, tmp_path / "out")

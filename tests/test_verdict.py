@@ -8,7 +8,7 @@ import pytest
 
 from study import claims, figures, plan, presets, results, rules, verdict
 from study.execute import Run
-from tests.studyrows import fake, grid
+from tests.studyrows import fake, finished, grid
 
 SCARCE = dict(unique=presets.SCARCE)
 
@@ -46,7 +46,7 @@ def test_memory_and_reasoning_follow_the_data():
 def test_fresh_problems_are_a_control_and_more_problems_a_dose():
     for unique, note in ((0, "negative control"), (4_000, "more problems, see claim 3")):
         tests = list(claims.reasoning_turns(world(rise=0.1, unique=unique)))
-        assert tests and all(note in test.note or "beside" in test.note for test in tests)
+        assert tests and all(any(word in test.note for word in (note, "beside", "one rate")) for test in tests)
         assert claims.overall(tests) == "undecided"
     # The slope over E falls by 0.05 nats for every doubling of problems.
     doses = [row for n, rise in ((500, 0.2), (1_000, 0.15), (2_000, 0.1)) for row in world(rise=rise, unique=n)]
@@ -72,6 +72,21 @@ def test_only_bracketed_rates_of_trained_routers_vote():
     assert decided(swept, 2) == "supported"
     routers = [row | {"run": row["run"] | {"top_k": 1}} for row in rows]
     assert results.lines(routers) == {} and {decided(routers, n) for n in range(1, 8)} == {"undecided"}
+
+
+def test_what_is_mastered_at_every_size_does_not_turn_over():
+    """Claim 2 is judged there, the others are not; the rise at one rate for all is shown beside it."""
+
+    def effect(c, tpp):  # the best rate rises with E: at the lowest, sparse models fail
+        away = abs(math.log2(c.lr / (6e-3 if c.n_experts < 64 else 1.2e-2)))
+        return 1, 0.01 + 0.5 * away, 2
+
+    rows = grid(effect, rates=(3e-3, 6e-3, 1.2e-2, 2.4e-2), **SCARCE)
+    assert decided(rows, 2) == "not supported" and decided(rows, 4) == "undecided"
+    one_rate = [test for test in claims.at_one_rate(rows) if "rate 0.003" in test.where]
+    assert len(one_rate) == 2 and all(rules.interval(test.effects.values())[1] > 0.06 for test in one_rate)
+    assert {test.note for test in one_rate} == {"one rate for all"}
+    assert verdict.missing(("votes",), rows).startswith("stopped: the rise of unseen-solution loss at k = 8 lies below")
 
 
 def test_paired_runs_decide_before_unpaired_ones():
@@ -125,14 +140,12 @@ def test_top_k_alone():
     def rows(worth):
         effect = lambda c, tpp: (1.0, 0.3, 2 * (1 + worth * math.log2(c.top_k / 2)) + 0.1 * abs(math.log2(c.lr / 6e-3)))  # noqa: E731
         near = lambda c, tpp: tuple(x + 0.1 * abs(math.log2(c.lr / 6e-3)) for x in effect(c, tpp))  # noqa: E731
-        return [fake(run, near) for run in presets.topk2([])]
+        return finished(presets.topk2, near)
 
     assert decided(rows(0.0), 5) == "supported" and decided(rows(0.2), 5) in ("not supported", "mixed")
     rng = random.Random(1)
     noise = lambda c, tpp: (1.0, 0.3 + rng.gauss(0, 0.02), 2 + rng.gauss(0, 0.02) + 0.1 * abs(math.log2(c.lr / 6e-3)))  # noqa: E731
-    assert (
-        decided([fake(run, noise) for run in presets.topk2([])], 5) != "not supported"
-    )  # the best of four is no spread
+    assert decided(finished(presets.topk2, noise), 5) != "not supported"  # the best of four is no spread
 
 
 def test_gentler_training_and_active_compute():

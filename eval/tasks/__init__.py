@@ -27,7 +27,7 @@ import os
 import pkgutil
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from string import ascii_uppercase
 from typing import NamedTuple
@@ -140,26 +140,21 @@ def letter(text: str) -> str | None:
     return found[1] if found else None
 
 
-def examples(rows: list[dict], pool: list[dict], n: int, render: Callable[[dict], str]) -> Iterator[str]:
-    """For each row the text of n examples from pool, drawn as in lm-eval by one random stream through all rows; where
-    pool is rows itself, a row is never its own example."""
-    stream, shared = random.Random(SEED), pool is rows
-    if not 0 <= n <= len(pool) - shared:
-        raise ValueError(f"shots={n}: there are {len(pool) - shared} other examples; use at most as many")
-    for row in rows:
-        drawn = stream.sample(pool, n + shared) if n else []
-        yield "".join(render(example) + "\n\n" for example in [example for example in drawn if example is not row][:n])
-
-
 def with_examples(rows, pool, n: int, item: Callable[[dict], Item], example=None) -> list[Item]:
-    """item(row) of each row, behind n examples: example(row), or the row's own prompt and answer."""
+    """item(row) of each row, behind n examples: example(row), or the row's own prompt and answer. They are drawn from
+    pool as in lm-eval by one random stream through all rows; where pool is rows itself, no row is its own example."""
 
     def whole(row):
         shown = item(row)
         return (shown.loss_prompt or shown.prompt) + shown.answer
 
+    stream, shared, render = random.Random(SEED), pool is rows, example or whole
+    if not 0 <= n <= len(pool) - shared:
+        raise ValueError(f"shots={n}: there are {len(pool) - shared} other examples; use at most as many")
     found = []
-    for i, (prefix, row) in enumerate(zip(examples(rows, pool, n, example or whole), rows, strict=True)):
+    for i, row in enumerate(rows):
+        drawn = stream.sample(pool, n + shared) if n else []
+        prefix = "".join(render(other) + "\n\n" for other in [other for other in drawn if other is not row][:n])
         new = item(row)
         pairs = tuple((prefix + prompt, text) for prompt, text in new.pairs)
         prompts = dict(prompt=prefix + new.prompt, loss_prompt=new.loss_prompt and prefix + new.loss_prompt)

@@ -1,8 +1,7 @@
 """GSM8K (arXiv 2110.14168): word problems, worked solutions that end in "#### 18". 1,319 test items.
 
-With four examples of the training split the prompts are those of the paper's task loss, item by item; its answers start
-right after "Answer:", without a space. `strict` and `flexible` are the harness's filters: the first "#### number", and
-the last number of any form.
+With four examples the prompts are those of the paper's task loss; its answers have no space after "Answer:". `strict`
+and `flexible` are the harness's filters: the first "#### number", and the last number of any form.
 """
 
 import re

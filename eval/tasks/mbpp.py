@@ -1,14 +1,14 @@
 """MBPP (arXiv 2108.07732): short Python functions from a sentence and three tests. The 500 test items, ids 11 to 510.
 
-The examples are ids 2, 3 and 4, as in the harness (without them, other items). pass@k by eval.sandbox. Task loss as in
-the paper: the solution on a new line after the bare sentence.
+The examples are ids 2, 3 and 4, as in the harness. pass@k by eval.sandbox. Task loss as in the paper: the solution on a
+new line after the bare sentence.
 """
 
 import ast
 
 from eval import rewards
 from eval.sources import Set
-from eval.tasks import Item, examples
+from eval.tasks import Item
 
 HUB = "google-research-datasets/mbpp"
 TEST = Set("mbpp/test", "mbpp/mbpp.jsonl", (HUB, "full", "test"))
@@ -19,11 +19,10 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 3, ("[DONE]",), 256
 def items(source, shots):
     rows = [row for row in source.rows(TEST) if 11 <= row["task_id"] <= 510]
     fixed = [row for row in source.first(PROMPT, TEST) if row["task_id"] in (2, 3, 4)]
-    if fixed and shots > len(fixed):
+    if shots > len(fixed):
         raise ValueError(f"shots={shots}: mbpp has {len(fixed)} examples")
     prefix = "".join(example(row) + "\n\n" for row in fixed[:shots])
-    prefixes = [prefix] * len(rows) if fixed else examples(rows, rows, shots, example)
-    return [item(row, prefix) for row, prefix in zip(rows, prefixes, strict=True)]
+    return [item(row, prefix) for row in rows]
 
 
 def item(row, prefix):

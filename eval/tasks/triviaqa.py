@@ -1,7 +1,7 @@
 """TriviaQA (arXiv 1705.03551), closed book: 7,993 validation questions of rc.wikipedia, or the 17,944 of rc on the hub.
 
-Prompt as in the harness, its second question mark included. `exact_match` is its rule: equal to any alias but for case
-and punctuation. `normalized` is the dataset's: but for articles and spaces too. Task loss: the first answer (`value`).
+Prompt and `exact_match` (any alias, but for case and punctuation) as in the harness; `normalized`, the dataset's rule,
+ignores articles too. Task loss: the first answer (`value`).
 """
 
 import re

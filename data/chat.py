@@ -1,0 +1,97 @@
+"""Examples to imitate: rows with a prompt and an answer, or with the messages of a chat. Only answers are targets.
+
+    {"prompt": "2 + 2 =", "answer": " 4"}
+    {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+
+Messages become text by the chat template of the tokenizer's folder. An example is kept as the JSON of its pieces of
+text, [is it a chat, [[piece, is it a target], ...]], until it is encoded.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data import files
+from data.shards import START, TRAINED
+
+
+def chat_template(directory: str | Path) -> Callable[[list, bool], str] | None:
+    """template(messages, whether an answer is to follow) of a Hugging Face folder; None where it has none."""
+    settings_file, source_file = Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.jinja"
+    settings = files.read_json(settings_file, "download it again") if settings_file.is_file() else {}
+    source = source_file.read_text() if source_file.is_file() else settings.get("chat_template")
+    if isinstance(source, list):
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if not source:
+        return None
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError(f"the chat template of {directory} needs jinja2: pip install jinja2") from None
+    tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
+    tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+    return lambda messages, answer: template.render(messages=messages, add_generation_prompt=answer, **tokens)
+
+
+def example(row: object, where: str, template: Callable | None) -> str:
+    """The JSON of a row's pieces. ValueError naming `where` for a row that is no example."""
+    row = row if isinstance(row, dict) else {}
+    prompt, answer, messages = row.get("prompt"), row.get("answer"), row.get("messages")
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return _kept(False, [[prompt, False], [answer, True]])
+    known = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"] if known else []
+    if not turns:
+        remedy = 'an example is {"prompt": ..., "answer": ...} or {"messages": [...]} with one of an assistant'
+        raise ValueError(f"{where} is no example (it has: {', '.join(row)}): {remedy}")
+    if not template:
+        raise ValueError(f"{where}: messages need a --tokenizer with a chat template; or use prompt and answer")
+    pieces, text = [], ""
+    for i in turns:
+        asked, told = template(messages[:i], True), template(messages[: i + 1], False)
+        if not asked.startswith(text) or not told.startswith(asked):
+            raise ValueError(f"{where}: the chat template changes earlier messages; split this chat at its answers")
+        pieces += [[asked[len(text) :], False], [told[len(asked) :], True]]
+        text = told
+    return _kept(True, pieces)
+
+
+def _kept(chat: bool, pieces: list) -> str:
+    clean = [[piece.encode("utf-8", "replace").decode(), target] for piece, target in pieces]  # no half characters
+    return json.dumps([chat, clean], ensure_ascii=False)
+
+
+def documents(enc, texts: list[str]) -> list[tuple[np.ndarray, int, np.ndarray]]:
+    return [encode(enc, text) for text in texts]
+
+
+def encode(enc, text: str) -> tuple[np.ndarray, int, np.ndarray]:
+    """(ids, bytes of text, marks) of an example, ended by eos. Its pieces are encoded as they are when a model answers:
+    tokens do not merge across the end of a prompt."""
+    chat, pieces = json.loads(text)
+    read = getattr(enc, "encode_control", enc.encode_ordinary) if chat else enc.encode_ordinary
+    ids, trained, before = [], [], ""
+    for piece, target in pieces:
+        whole = read(before + piece)
+        new = whole[len(ids) :] if whole[: len(ids)] == ids else _inside(read, piece)
+        ids, trained, before = ids + new, trained + [target] * len(new), before + piece
+    begin = [] if chat else list(getattr(enc, "begin", []))
+    if not chat or ids[-1:] != [enc.eot_token]:
+        ids, trained = [*ids, enc.eot_token], [*trained, not chat]
+    marks = np.array([0] * len(begin) + trained, np.uint8) * TRAINED
+    marks[0] |= START
+    return np.array([*begin, *ids], np.uint32), len(before.encode()), marks
+
+
+def _inside(read: Callable[[str], list[int]], piece: str) -> list[int]:
+    """The ids of a text behind others: SentencePiece puts a space in front of one that stands alone."""
+    for letter in "a", "\n":
+        head, whole = read(letter), read(letter + piece)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return read(piece)

@@ -1,0 +1,98 @@
+"""A Hugging Face model by name: ORG/NAME or ORG/NAME@REVISION wherever a folder is taken.
+
+    folder("allenai/OLMoE-1B-7B-0924", "hf")                # its folder in the library's cache, downloaded if need be
+    folder("allenai/OLMoE-1B-7B-0924", "tokenizer", TOKENIZER)
+
+A directory of that name comes first. Downloads are those of the package huggingface_hub (the extra `hf`): one that was
+interrupted goes on where it was, HF_HUB_CACHE says where they go, HF_HUB_OFFLINE=1 asks nobody.
+"""
+
+import errno
+import functools
+import os
+import re
+import shutil
+from pathlib import Path
+
+from optimoe.config import require
+
+NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+TOKENIZER = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FILES = (*TOKENIZER, "model*.safetensors", "model.safetensors.index.json")
+
+
+def check(name, field):
+    """ValueError unless `name` is a directory or may be the name of a model."""
+    remedy = "no such directory; a model on the Hugging Face hub is ORG/NAME or ORG/NAME@REVISION"
+    require(Path(name).is_dir() or NAME.fullmatch(str(name)), field, str(name), remedy)
+
+
+def title(name):
+    """What to call files about a folder or a named model."""
+    return Path(name).resolve().name if Path(name).is_dir() else re.sub("[/@]", "--", str(name))
+
+
+class Unavailable(ValueError):
+    """A model that cannot be had now."""
+
+
+def home(name):
+    """Where results about it go: the folder itself, or one under runs/ and not in the library's cache."""
+    return Path(name) if Path(name).is_dir() else Path("runs", title(name))
+
+
+def place(name):
+    """The directory of the library's cache for a named model, whether it is there or not."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{NAME.fullmatch(name)[1].replace('/', '--')}")
+
+
+def forget(name):
+    """Delete a named model, in all revisions, from the library's cache."""
+    shutil.rmtree(place(name), ignore_errors=True)
+    folder.cache_clear()
+
+
+@functools.cache
+def folder(name, field, files=FILES):
+    """The Path of a local folder, or of a model's files in the cache. Unavailable (a ValueError), blaming `field`."""
+    check(name, field)
+    if Path(name).is_dir():
+        return Path(name)
+    repository, revision = NAME.fullmatch(name).groups()
+    try:
+        import huggingface_hub as library
+    except ImportError:
+        reason = "no such directory, and to download a model of this name: pip install -e '.[hf]'"
+        raise Unavailable(f"{field}={name!r}: {reason}") from None
+    try:
+        return Path(library.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+    except Exception as error:  # of the library, of its HTTP client, of the disk
+        raise Unavailable(f"{field}={name!r}: {explain(error, repository, revision)}") from None
+
+
+def explain(error, repository, revision=None):
+    """One line about an error of snapshot_download: what is wrong and what to do."""
+    from huggingface_hub import constants, errors
+
+    cache, page = constants.HF_HUB_CACHE, f"{constants.ENDPOINT}/{repository}"
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+        place = next(path for path in (Path(cache), *Path(cache).parents) if path.exists())
+        free = f"{shutil.disk_usage(place).free / 1e9:,.1f} GB are free"
+        return f"the disk of {cache} is full ({free}); free some space or set HF_HUB_CACHE, then the download goes on"
+    if isinstance(error, errors.GatedRepoError):
+        return f"its owner asks for consent: accept the terms at {page}, then log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"neither a directory nor a model at {page}; if it is private, log in with `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{page} has no revision {revision!r}; leave it away, or look under its files for the branches and tags"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        asked = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
+        why = "HF_HUB_OFFLINE forbids to ask the hub" if asked else f"{constants.ENDPOINT} cannot be reached"
+        return f"no such directory, {why}, and {cache} does not have all of it; or name a folder copied from elsewhere"
+    lines = str(error).strip().splitlines() or [""]
+    return f"the download failed ({type(error).__name__}: {lines[0]}); the same command goes on with it"

@@ -1,0 +1,92 @@
+"""A published model (Mixtral, Qwen3-MoE, OLMoE) as the start of training: `train.py --init_from`, `grpo.py --model`.
+
+    train.py --init_from=ORG/NAME --data=DIR   # DIR: of data.prepare --tokenizer=ORG/NAME
+
+The weights become float32 and the optimiser starts afresh. Shape and numbers of the model are its config.json's.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from data import files
+from data.chat import chat_template
+from data.tokenizer import Tokens, tiktoken_tokens
+from model import GPT, ModelConfig
+from optimoe import checkpoint, hf, hub
+from optimoe.config import require
+
+# What fine-tuning wants where flags say nothing: small steps after a short warm-up, and a model that was not trained
+# with a z-loss gets none.
+FINE_TUNING = dict(optimizer="adamw", lr=1e-5, warmup_steps=20, steps=200, beta2=0.95, weight_decay=0.0)
+FINE_TUNING |= dict(balance_coef=1e-3, z_coef=0.0, log_every=10, val_every=100)
+SEQ_LEN = 1024  # where flags do not say how long sequences are; the models' own limits are tens of thousands
+RUNS = (*hf.FREE, "seq_len", "router_bias_rate")  # fields of ModelConfig that a run may choose
+PROBE = "The 7 naïve café owners said: “x[i] += 12.50;”\n\n\tdef f(self):  # 東京 \U0001f600 ÅÄÖ don't\r\n"
+
+
+def training_fields(name):
+    """Fields of train.TrainConfig for a run that starts from this model, where flags say nothing."""
+    cfg = hf.model_config(files.read_json(hub.folder(name, "init_from") / hf.CONFIG, hf.AGAIN))
+    own = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(ModelConfig)}
+    own = {field: value for field, value in own.items() if field not in hf.FREE}
+    return {**own, "seq_len": min(cfg.seq_len, SEQ_LEN), **FINE_TUNING}
+
+
+def load(name, field, cfg=None, **overrides):
+    """A GPT with the model's weights in float32 and gradients, on the CPU.
+
+    cfg: the ModelConfig with which it runs; without one, the model's own with these overrides. ValueError, blaming
+    `field`, for a cfg of another model, and for what hub.folder and hf.load_model refuse."""
+    released = hf.load_model(hub.folder(name, field), dtype="float32", impl="auto")
+    cfg = cfg or dataclasses.replace(released.cfg, **overrides)
+    for part in dataclasses.fields(ModelConfig):
+        value, kept = getattr(cfg, part.name), getattr(released.cfg, part.name)
+        same = value == kept or part.name in RUNS
+        require(same, part.name, value, f"{name} has {kept!r}; leave this flag away")
+    remedy = f"{name} reads {released.cfg.seq_len} tokens at most"
+    require(cfg.seq_len <= released.cfg.seq_len, "seq_len", cfg.seq_len, remedy)
+    require(cfg.router_learns, "top_k", cfg.top_k, f"the router of {name} would not learn")
+    model = GPT(cfg, draw=False)
+    model.load_state_dict(released.state_dict(), assign=True, strict=not cfg.router_bias_rate)
+    if cfg.tie_embeddings:
+        model.head.weight = model.embed.weight
+    return model
+
+
+def check_tokenizer(name, enc, directory):
+    """ValueError where the token data in `directory`, with tokenizer enc, was not made for this model."""
+    folder = hub.folder(name, "init_from")
+    if (folder / "tokenizer.json").is_file():
+        same = hf.load_tokens(folder).encode(PROBE) == tiktoken_tokens(enc).encode(PROBE)
+        remedy = f"its tokenizer is not that of {name}: prepare the text with `data.prepare --tokenizer={name}`"
+        require(same, "data", str(directory), remedy)
+
+
+# ---- a model to post-train: of a run, or a published one
+
+
+def released(name):
+    """Whether `name` is a Hugging Face folder, or a name on the hub, and not a run directory or a checkpoint file."""
+    path = Path(name)
+    if not path.is_dir():
+        return not path.is_file() and hub.NAME.fullmatch(str(name)) is not None
+    config = path / hf.CONFIG
+    return not checkpoint.find(path) and config.is_file() and "model_type" in files.read_json(config, hf.AGAIN)
+
+
+def load_any(name, device, **overrides):
+    """The GPT of a run directory, a checkpoint file or a published model: float32 weights with gradients, on device."""
+    model = load(name, "model", **overrides) if released(name) else checkpoint.load_model(name, device, **overrides)
+    return model.to(device).eval()
+
+
+def prompt_ids(name, tokens: Tokens):
+    """A function from the text of a question to the ids of its prompt: by the chat template of a published model, if it
+    has one, else the text as it is."""
+    template = chat_template(hub.folder(str(name), "model")) if released(name) else None
+
+    def chat(text):
+        question = text.removeprefix("Question: ").removesuffix("Answer:").rstrip()
+        return tokens.encode(template([{"role": "user", "content": question}], True))
+
+    return chat if template else lambda text: tokens.bos + tokens.encode(text)

@@ -1,0 +1,272 @@
+"""The paper's own checkpoints (arXiv 2508.18672): download, evaluate, keep a row, delete; then the paper's figures.
+
+    python -m study.released --plan                                # what is left: gigabytes, hours
+    python -m study.released --grid=d512 --evaldata=evaldata       # the 23 models of width 512, the smallest first
+    python -m study.released --family=code --limit=200
+
+A model is one row of --results, and its records lie under --out: the same command goes on after an interruption. First
+of all it measures what is known of one model (CALIBRATION) and stops where the result differs. The models are those of
+the names in the authors' launch scripts; tasks, prompts and numbers of examples are the paper's (eval/tasks).
+
+Training losses are not published, so figures that need them have only rows with a `train_loss`: where you know it,
+write it into the row and remove the row's `crc`. The study's own rows (--own) are drawn beside the paper's.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import optimoe.threads  # before torch
+
+import torch
+
+from data import files
+from eval import __main__ as evaluation
+from eval import tasks
+from eval.sources import Source
+from optimoe import config, hub, sizes
+from optimoe.config import require
+from optimoe.run import require_memory
+from study import paperfigures
+
+FAMILIES = {"math": ("triviaqa", "hellaswag", "gsm8k", "gsm_plus"), "code": ("humaneval", "mbpp")}
+# Total parameters for 8, 16, .. 256 experts, and active ones for 2, 4, 8, 16 of them, as the names write them.
+SIZES = {
+    512: ("320M 520M 920M 1.7B 3.3B 6.6B", "170M 220M 320M 520M"),
+    1024: ("1.1B 1.9B 3.5B 6.7B 13.2B 26.0B", "470M 670M 1.1B 1.9B"),
+    2048: ("3.9B 7.1B 13.6B 26.4B 52.2B", "1.5B 2.3B 3.9B 7.1B"),
+}
+TOKENS = 125e9  # that each of them was trained on
+# Task loss of the first 200 items of the paper's gsm8k_4shot, measured by others with transformers (bfloat16).
+CALIBRATION = ("math-d512-E8-k2", {"bits/token": 1.4509, "bits/byte": 0.5276})
+ITEMS = 200
+REMEDY = "restore the file or delete the line"
+
+
+class Model(NamedTuple):
+    """A published checkpoint; sizes from its name and the paper's architecture."""
+
+    family: str
+    d: int
+    e: int
+    k: int
+
+    @property
+    def params(self):
+        return sizes.count_params(sizes.preset(f"paper-d{self.d}-e{self.e}-k{self.k}"))
+
+    @property
+    def short(self):
+        return f"{self.family}-d{self.d}-E{self.e}-k{self.k}"
+
+    @property
+    def name(self):
+        """On the Hugging Face hub, such as llm-jp/optimal-sparsity-math-d512-E8-k2-320M-A170M."""
+        (totals, actives), e, k = SIZES[self.d], sizes.EXPERTS.index(self.e), sizes.CHOSEN.index(self.k)
+        return f"llm-jp/optimal-sparsity-{self.short}-{totals.split()[e]}-A{actives.split()[k]}"
+
+
+@dataclass(frozen=True)
+class ReleasedConfig:
+    family: Literal["math", "code"] = "math"  # 65 models for mathematics, or those for code
+    grid: tuple[str, ...] = ()  # only these: widths (d512), numbers (E8, k2) or both (d512-E8-k2); empty: all
+    results: str = "study/released.jsonl"  # a row for each evaluated model
+    out: str = "runs/released"  # directory of the records of each item, and of the figures
+    own: str = "study/results.jsonl"  # rows of study.sweep, for the same figures; empty: none
+    evaldata: str = ""  # folder of evaluation sets, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
+    limit: int = 0  # only the first so many items of each task; 0: all
+    batch_size: int = 64  # sequences generated at a time
+    keep: bool = False  # keep the weights of evaluated models; those that were there before stay anyway
+    calibrate: bool = True  # measure the known model first, and stop where it differs by more than 1 %
+    plan: bool = False  # only say what is left, and draw
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
+
+    def __post_init__(self):
+        require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
+        require(models(self), "grid", ",".join(self.grid), "no model is of these; write d512, E8, k2 or d512-E8-k2")
+
+    @property
+    def torch_device(self):
+        cuda = self.device != "cpu" and torch.cuda.is_available()
+        require(cuda or self.device != "cuda", "device", self.device, "no CUDA device is visible; use --device=cpu")
+        return torch.device("cuda" if cuda else "cpu")
+
+
+def models(cfg):
+    """Those that --grid names, the cheapest first."""
+    wanted = [set(re.split("-", part)) for part in cfg.grid]
+    every = sorted((Model(cfg.family, *shape) for shape in sizes.GRID), key=lambda model: model.params[:2])
+    parts = lambda model: set(model.short.split("-")[1:])  # noqa: E731
+    return [model for model in every if not wanted or any(want <= parts(model) for want in wanted)]
+
+
+# ---- rows
+
+
+def read_rows(path):
+    """{short name: its latest row} and the results file without a line torn by a kill."""
+    if not Path(path).exists():
+        return {}
+    rows, whole = files.read_rows(path, REMEDY)
+    os.truncate(path, whole)
+    for number, row in enumerate(rows, 1):
+        whole = {"model", "tasks", "limit"} <= row.keys()
+        require(whole, "results", f"{path}:{number}", f"no row of such a file; {REMEDY}")
+    return {row["model"]: row for row in rows}
+
+
+def finished(row, cfg):
+    return row is not None and (row["limit"] == 0 or 0 < cfg.limit <= row["limit"])
+
+
+def evaluate(model, cfg, names, limit, accuracy=True, where=""):
+    """({task: its results}, seconds, or None where it went on with earlier records) by eval, in this process."""
+    hub.folder(model.name, "hf")
+    out = Path(cfg.out) / (model.short + where)
+    fresh, began = not list(out.glob("*.jsonl")), time.perf_counter()
+    flags = [f"--hf={model.name}", f"--tasks={','.join(names)}", f"--out={out}", f"--limit={limit}"]
+    flags += [f"--evaldata={cfg.evaldata}", f"--accuracy={str(accuracy).lower()}"]
+    flags += [f"--{name}={getattr(cfg, name)}" for name in ("device", "dtype", "impl", "batch_size")]
+    done = evaluation.main(flags)["tasks"]
+    if cfg.torch_device.type == "cuda":
+        torch.cuda.empty_cache()  # for the next model
+    return {name: done[name] for name in names}, time.perf_counter() - began if fresh else None
+
+
+def calibrate(cfg, rows):
+    """ValueError where the known model does not give what is known of it. Its row is kept, so this happens once."""
+    short, known = CALIBRATION
+    if f"{short} calibration" in rows or cfg.family != "math":
+        return
+    (model,) = (m for m in models(ReleasedConfig()) if m.short == short)
+    print(f"calibration: {model.name}, the first {ITEMS} items of gsm8k with 4 examples", flush=True)
+    with fetched(model, cfg, cfg.keep or model in models(cfg)):
+        found, _ = evaluate(model, cfg, ["gsm8k"], ITEMS, accuracy=False, where="-calibration")
+    for metric, value in known.items():
+        mean = found["gsm8k"]["metrics"][metric]["mean"]
+        print(f"  {metric}: {mean:.4f}, known {value:.4f} ({mean / value - 1:+.2%})", flush=True)
+        if abs(mean / value - 1) > 0.01:
+            raise ValueError(
+                f"calibration: {metric} of {short} is {mean:.4f} and should be {value:.4f}. Check gsm8k's test.jsonl "
+                "(1,319 items) and train.jsonl (7,473: the examples come from it), the tokenizer (99,574 pieces, <s> "
+                "in front), and --dtype (known in bfloat16); --calibrate=false goes on all the same"
+            )
+    append(cfg, {"model": f"{short} calibration", "limit": ITEMS, "tasks": found})
+
+
+def append(cfg, row):
+    Path(cfg.results).parent.mkdir(parents=True, exist_ok=True)
+    files.append(cfg.results, [row], signed=True, sync=True)
+
+
+@contextlib.contextmanager
+def fetched(model, cfg, keep):
+    """Meanwhile the weights of a model are needed; then those that this program has downloaded are deleted.
+
+    A note beside the records says that they are ours: an interrupted command goes on and deletes them later."""
+    note = Path(cfg.out) / model.short / "downloaded"
+    if not hub.place(model.name).exists():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+    yield
+    if note.exists() and not keep:
+        hub.forget(model.name)
+        note.unlink()
+
+
+def measure(model, cfg):
+    """Download, evaluate and delete one model, and write its row."""
+    with fetched(model, cfg, cfg.keep):
+        done, seconds = evaluate(model, cfg, FAMILIES[cfg.family], cfg.limit)
+        total, active, _ = model.params
+        row = {"model": model.short, "name": model.name, "d_model": model.d, "n_experts": model.e, "top_k": model.k}
+        row |= {"params": total, "active": active, "tpp": TOKENS / total, "limit": cfg.limit, "seconds": seconds}
+        device = torch.cuda.get_device_name() if cfg.torch_device.type == "cuda" else "CPU"
+        append(cfg, row | {"device": device, "tasks": done})
+
+
+# ---- what is left
+
+
+def gigabytes(model, cfg):
+    """Of its weights on the device."""
+    on_cpu = cfg.torch_device.type == "cpu"
+    return (4 if cfg.dtype == "float32" or cfg.dtype == "auto" and on_cpu else 2) * model.params.total / 1e9
+
+
+def left(cfg, rows):
+    """(models to evaluate, models too large for this device)"""
+    todo = [model for model in models(cfg) if not finished(rows.get(model.short), cfg)]
+    large = []
+    for model in todo:
+        try:
+            require_memory(model.short, gigabytes(model, cfg) * 1e9 / 0.9, cfg.torch_device, "")
+        except ValueError:
+            large.append(model)
+    return [model for model in todo if model not in large], large
+
+
+def plan(cfg, rows):
+    """What is left, in words: models, gigabytes, hours."""
+    todo, large = left(cfg, rows)
+    size = sum(2 * model.params.total for model in todo if not hub.place(model.name).exists()) / 1e9
+    text = f"{len(models(cfg)) - len(todo) - len(large)} models are done, {len(todo)} are left: "
+    text += f"{size:,.1f} GB to download, {estimate(todo, cfg, rows)}"
+    if large:
+        shapes = dict.fromkeys(f"d{model.d}-E{model.e} ({gigabytes(model, cfg):.0f} GB)" for model in large)
+        text += f"\nleft out, they need several GPUs or one with more memory than this device: {', '.join(shapes)}"
+    return text
+
+
+def estimate(todo, cfg, rows):
+    """Hours, from the seconds of models that were measured with the same limit. Time grows with the active parameters
+    at most, so the measured model of the next smaller number, scaled, is an upper bound."""
+    timed = [row for row in rows.values() if row.get("seconds") and row["limit"] == cfg.limit]
+    seen = sorted((row["active"], row["seconds"]) for row in timed)
+    if not todo:
+        return "no time"
+    if not seen:
+        return "for a time that the first model will tell"
+    hours = 0.0
+    for model in todo:
+        active, seconds = max((pair for pair in seen if pair[0] <= model.params.active), default=seen[0])
+        hours += seconds * max(1.0, model.params.active / active) / 3600
+    return f"about {hours:,.1f} hours on this device (from {len(seen)} measured)"
+
+
+def main(argv=None):
+    cfg = config.parse(ReleasedConfig, sys.argv[1:] if argv is None else argv, __doc__)
+    rows, failed = read_rows(cfg.results), []
+    print(plan(cfg, rows), flush=True)
+    todo, _ = left(cfg, rows)
+    if todo and not cfg.plan:
+        source = Source(cfg.evaldata or None)
+        for name in FAMILIES[cfg.family]:  # all data is found before the first download
+            task = tasks.load(name)
+            task.items(source, task.shots)
+        if cfg.calibrate:
+            calibrate(cfg, rows)
+        for model in todo:
+            print(f"\n{model.name}", flush=True)
+            try:
+                measure(model, cfg)
+            except hub.Unavailable as error:
+                failed.append(model.short)
+                print(error, flush=True)
+            rows = read_rows(cfg.results)
+            print(plan(cfg, rows), flush=True)
+    if failed:
+        print(f"not evaluated, see above: {', '.join(failed)}")
+    paperfigures.draw(rows, cfg.own, cfg.out, cfg.family)
+
+
+if __name__ == "__main__":
+    config.command_line(main, "stopped; the same command goes on from here")

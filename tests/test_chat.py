@@ -1,0 +1,212 @@
+"""Examples for fine-tuning: python -m pytest tests/test_chat.py (needs the package tokenizers)"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data import chat, files, shards, tokenizer
+from data.loader import Loader, packed
+from data.prepare import main
+from data.shards import START, TRAINED
+from tests.test_fast import byte_level, folder, metaspace, unigram
+
+tokenizers = pytest.importorskip("tokenizers")
+ROWS = [{"prompt": f"the goose {i} in", "answer": f" the river {i * 7}" * (1 + i % 3)} for i in range(60)]
+
+
+def pieces(directory, split="train"):
+    """(ids, trained) of each example."""
+    ids, marks = (np.concatenate(shards.open_shards(directory, split, kind)) for kind in (False, True))
+    starts = np.flatnonzero(marks & START)
+    return [(a, b & TRAINED) for a, b in zip(np.split(ids, starts[1:]), np.split(marks, starts[1:]), strict=True)]
+
+
+def prepared(path, rows, tok, *flags):
+    (path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    main([str(path / "x.jsonl"), f"--out={path / 'd'}", f"--tokenizer={tok}", "--sft", "--val_fraction=0", *flags])
+    return path / "d"
+
+
+@pytest.mark.parametrize("kind", [byte_level, metaspace, unigram])
+def test_only_answers_and_their_end_are_trained(tmp_path, kind):
+    made, eos, begin = folder(tmp_path / "hf", kind)
+    data = prepared(tmp_path, ROWS, tmp_path / "hf")
+    enc, meta = tokenizer.load(data), shards.read_meta(data)
+    split, found = meta["splits"]["train"], pieces(data)
+    assert (meta["version"], split["documents"], len(found)) == (2, 60, 60)
+    assert split["bytes"] == sum(len(row["prompt"] + row["answer"]) for row in ROWS)
+    for row, (ids, trained) in zip(ROWS, found, strict=True):
+        prompt = [*begin, *enc.encode_ordinary(row["prompt"])]  # as eval and grpo.py ask a model
+        assert ids[: len(prompt)].tolist() == prompt and not trained[: len(prompt)].any()
+        assert trained[len(prompt) :].all() and ids[-1] == eos
+        assert kind is unigram or enc.decode(ids[len(prompt) : -1].tolist()) == row["answer"]
+
+
+def test_a_token_that_would_join_prompt_and_answer_is_split(tmp_path):
+    made, _, _ = folder(tmp_path / "hf", byte_level)
+    (joined,) = made.encode(" goose").ids
+    data = prepared(tmp_path, [{"prompt": "the go", "answer": "ose"}, {"prompt": "a", "answer": "b"}], tmp_path / "hf")
+    ids, trained = pieces(data)[0]
+    enc = tokenizer.load(data)
+    assert joined not in ids and ids[trained == 0].tolist() == enc.encode_ordinary("the go")
+    assert enc.decode(ids[trained == 1][:-1].tolist()) == "ose"
+
+
+def test_an_answer_behind_a_prompt_gets_no_space_of_its_own(tmp_path):
+    """SentencePiece puts one in front of a text that stands alone."""
+    made, eos, begin = folder(tmp_path / "hf", metaspace)
+    assert made.encode("the", add_special_tokens=False).tokens == ["▁the"]
+    data = prepared(tmp_path, [{"prompt": "t", "answer": "he"}, ROWS[0]], tmp_path / "hf")
+    ids = pieces(data)[0][0].tolist()
+    assert [made.id_to_token(token) for token in ids] == ["<s>", "▁t", "he", "</s>"]
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chats(path, template=TEMPLATE):
+    made, settings, _ = byte_level()
+    made.add_special_tokens(["<|im_start|>"])
+    path.mkdir()
+    made.save(str(path / "tokenizer.json"))
+    files.write_json(path / "tokenizer_config.json", settings | {"chat_template": template}, signed=False)
+    return made
+
+
+def say(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def test_messages_become_text_by_the_chat_template(tmp_path):
+    pytest.importorskip("jinja2")
+    made = chats(tmp_path / "hf")
+    rows = [{"messages": say("the goose", "in the river", "1987", "yes", "no more")}, {"messages": say("a", "b")}]
+    data = prepared(tmp_path, rows, tmp_path / "hf")
+    (ids, trained), _ = pieces(data)
+    text = "<|im_start|>user\nthe goose<|endoftext|>\n<|im_start|>assistant\nin the river<|endoftext|>\n"
+    text += "<|im_start|>user\n1987<|endoftext|>\n<|im_start|>assistant\nyes<|endoftext|>\n"
+    assert ids[:-1].tolist() == made.encode(text).ids and ids[-1] == tokenizer.load(data).eot_token
+    runs = np.split(ids, np.flatnonzero(np.diff(trained)) + 1)[1::2]
+    assert [made.decode(run.tolist(), skip_special_tokens=False) for run in runs] == [
+        "in the river<|endoftext|>\n",
+        "yes<|endoftext|>\n",
+    ]
+    assert shards.read_meta(data)["splits"]["train"]["documents"] == 2, "ends inside a chat are no ends of documents"
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "a", "text": "b"}, "x.jsonl:2 is no example .it has: prompt, text.: an example is"),
+        ({"messages": say("a")}, "x.jsonl:2 is no example"),
+        ({"messages": [{"role": "assistant"}]}, "x.jsonl:2 is no example"),
+        (["a"], "x.jsonl:2 is no example"),
+        ({"messages": say("a", "b")}, "x.jsonl:2: messages need a --tokenizer with a chat template"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, message):
+    folder(tmp_path / "hf", byte_level)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        prepared(tmp_path, [ROWS[0], row], tmp_path / "hf")
+    assert not (tmp_path / "d").exists()
+
+
+def test_what_cannot_be_examples_is_refused(tmp_path):
+    pytest.importorskip("jinja2")
+    chats(tmp_path / "hf", "{{ messages | length }}" + TEMPLATE)
+    with pytest.raises(SystemExit, match="x.jsonl:1: the chat template changes earlier messages"):
+        prepared(tmp_path, [{"messages": say("a", "b", "c", "d")}], tmp_path / "hf")
+    (tmp_path / "x.txt").write_text("text")
+    flags = [str(tmp_path / "x.txt"), f"--out={tmp_path / 'd'}", "--sft"]
+    with pytest.raises(SystemExit, match="x.txt: examples are rows of"):
+        main([*flags, f"--tokenizer={tmp_path / 'hf'}"])
+    with pytest.raises(SystemExit, match="sft=True: name the model's --tokenizer"):
+        main(flags)
+
+
+def test_damaged_marks_are_found(tmp_path):
+    folder(tmp_path / "hf", byte_level)
+    data = prepared(tmp_path, ROWS, tmp_path / "hf")
+    path = data / "train-00000.marks"
+    content = path.read_bytes()
+    for damaged, message in ((content[:-1], "bytes instead of"), (bytes([content[0] ^ 1]) + content[1:], "is corrupt")):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"train-00000.marks .*{message}"):
+            Loader([(data, 1.0)], "train", 2, 32)
+    path.unlink()
+    with pytest.raises(ValueError, match="train-00000.marks is missing"):
+        Loader([(data, 1.0)], "train", 2, 32)
+
+
+@pytest.mark.parametrize("shard_tokens", [50, 2**26])
+def test_every_example_is_whole_in_one_row_and_only_answers_are_targets(tmp_path, shard_tokens):
+    folder(tmp_path / "hf", byte_level)
+    data = prepared(tmp_path, ROWS, tmp_path / "hf")
+    found, enc = pieces(data), tokenizer.load(data)
+    with shards.ShardWriter(tmp_path / "e", enc, shard_tokens=shard_tokens) as writer:
+        for ids, trained in found:
+            marks = trained.copy()
+            marks[0] |= START
+            writer.add("train", ids, 1, marks)
+    seq_len = 2 * max(len(ids) for ids, _ in found) - 1
+    loader = Loader([(tmp_path / "e", 1.0)], "train", 1, seq_len, documents=True)
+    seen = []
+    for _ in range(loader.n_windows[0]):
+        tokens, targets, documents = (t[0] for t in loader.next())
+        assert documents.dtype == torch.int32 and documents[0] == 0 and (documents.diff() >= 0).all()
+        for number in documents.unique():
+            at = documents == number
+            ids, aims = tokens[at].tolist(), targets[at].tolist()
+            if set(aims) == {-1}:
+                assert set(ids) == {enc.eot_token}  # what fills a row up
+                continue
+            match = [i for i, (whole, _) in enumerate(found) if whole.tolist()[: len(ids)] == ids]
+            (example,) = [i for i in match if len(found[i][0]) - len(ids) in (0, 1)]
+            whole, trained = found[example]
+            expected = np.where(trained[1:], whole[1:].astype(np.int64), -1).tolist()
+            assert aims == (expected + [-1])[: len(ids)] and len(ids) >= len(expected)
+            seen.append(example)
+    assert sorted(seen) == list(range(60)) and loader.n_windows[0] < 45
+    plain = Loader([(tmp_path / "e", 1.0)], "train", 1, seq_len)
+    again = Loader([(tmp_path / "e", 1.0)], "train", 1, seq_len, documents=True)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(plain.next(), again.next(), strict=False))
+
+
+def test_long_examples_lose_their_end(tmp_path):
+    folder(tmp_path / "hf", byte_level)
+    data = prepared(tmp_path, ROWS, tmp_path / "hf")
+    tokens, targets, documents = Loader([(data, 1.0)], "train", 60, 4, documents=True).next()
+    starts = sorted(ids[:4].tolist() for ids, _ in pieces(data))
+    assert sorted(tokens.tolist()) == starts and (documents == 0).all()
+
+
+def test_packing_wastes_little():
+    lengths = np.random.default_rng(0).integers(5, 200, 5000).tolist()
+    rows = packed(lengths, 512)
+    assert sorted(i for row in rows for i in row) == list(range(5000))
+    assert all(sum(lengths[i] for i in row) <= 512 for row in rows)
+    assert sum(lengths) / (512 * len(rows)) > 0.97
+
+
+def test_documents_of_plain_text(tmp_path):
+    """Windows and tokens as ever, the numbers of documents beside them, and no target in the next document."""
+    enc = tokenizer.word_tokenizer([])
+    rng = np.random.default_rng(0)
+    with shards.ShardWriter(tmp_path / "d", enc) as writer:
+        for _ in range(50):
+            writer.add("train", [*rng.integers(0, 256, rng.integers(1, 30)), enc.eot_token])
+    plain, loader = (Loader([(tmp_path / "d", 1.0)], "train", 3, 40, documents=d) for d in (False, True))
+    for _ in range(5):
+        (tokens, targets), (same, aims, documents) = plain.next(), loader.next()
+        ends = tokens == enc.eot_token
+        assert torch.equal(tokens, same) and torch.equal(aims, targets.where(~ends, -1))
+        assert torch.equal(documents[:, 1:], ends[:, :-1].cumsum(1).int()) and not documents[:, 0].any()
+    state = loader.state_dict()
+    assert state == plain.state_dict()
+    assert chat.chat_template(tmp_path) is None
