@@ -22,11 +22,11 @@ from torch import Tensor
 
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels.dispatch import Dispatch, dispatch, empty_dispatch
-from moe_kernels.experts import _dense, _dw, captured_stream, side_stream
+from moe_kernels.experts import _dense, _dw, side_stream
 from moe_kernels.language import tl, triton
 from moe_kernels.muon import pick
 from moe_kernels.ops import define
-from moe_kernels.tiles import cdiv, gemm_tiles, pow2
+from moe_kernels.tiles import captured_stream, cdiv, gemm_tiles, pow2
 
 ROWS = 4  # tokens of a program of fetch_kernel
 
@@ -168,17 +168,23 @@ def collect(ranks, experts_TK, n_experts, out, gates_TK=None, dgates_TK=None):
 
 
 @triton.jit(do_not_specialize=["C"])
-def clear_kernel(a_ptr, offsets_ptr, C, E: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    row = tl.load(offsets_ptr + E) + tl.program_id(0)
+def clear_kernel(a_ptr, offsets_ptr, C, E: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    rows = tl.load(offsets_ptr + E) + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    zeros = tl.zeros([BLOCK_N], a_ptr.dtype.element_ty)
-    tl.store(a_ptr + row.to(tl.int64) * N + offs, zeros, mask=(offs < N) & (row < C))
+    mask = (rows < C)[:, None] & (offs < N)[None, :]
+    tl.store(
+        a_ptr + rows.to(tl.int64)[:, None] * N + offs[None, :],
+        tl.zeros([ROWS, BLOCK_N], a_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 def clear_after(a_CN, offsets):
     """Zeros in the rows after the last one of a_CN: dW multiplies up to 127 of them by zero, and they may be NaN."""
-    (C, N), block = a_CN.shape, 1024
-    clear_kernel[(128, cdiv(N, block))](a_ptr=a_CN, offsets_ptr=offsets, C=C, E=offsets.numel() - 1, N=N, BLOCK_N=block)
+    (C, N), block = a_CN.shape, 256
+    clear_kernel[(8, cdiv(N, block))](
+        a_ptr=a_CN, offsets_ptr=offsets, C=C, E=offsets.numel() - 1, N=N, ROWS=16, BLOCK_N=block
+    )
 
 
 def publish(ranks, layer, x_TD, gates_TK, experts_TK):
@@ -284,7 +290,7 @@ def _setup_context(ctx, inputs, output):
 
 
 # remote_experts(x, w_in, w_out, gates, experts, activation, index): `moe_experts` with this rank's weights of all E * W
-# experts. It returns what remote_fwd does; the backward pass must follow before the layer's next forward pass.
+# experts, the first of what it returns. The backward pass must follow before the layer's next forward pass.
 remote_op, remote_bwd_op, remote_experts = define(
     "remote_experts",
     remote_fwd,
@@ -293,4 +299,5 @@ remote_op, remote_bwd_op, remote_experts = define(
     _fake_bwd,
     _setup_context,
     lambda ctx, run, dy, *_: (*run(dy, *ctx.saved_tensors, ctx.activation, ctx.index), None, None, None),
+    n_outputs=1,
 )

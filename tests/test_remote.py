@@ -59,9 +59,9 @@ NAMES = "y", "dx", "dw_in", "dw_out", "dgates"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("W,T,E,K", [(2, 23, 4, 2), (3, 17, 2, 3), (4, 9, 1, 1), (1, 12, 4, 2), (2, 300, 4, 2)])
+@pytest.mark.parametrize("W,T,E,K", [(2, 23, 4, 2), (3, 17, 2, 3), (4, 9, 1, 1), (1, 12, 4, 2), (2, 140, 4, 2)])
 def test_ranks_equal_one_layer(W, T, E, K, dtype, device, poison):
-    """Rows to spare, so that some are never computed; with 1,200 slots the sort has several chunks."""
+    """Rows to spare, so that some are never computed; with 560 slots the sort has two chunks."""
     inputs = problem(W, T, 48, 32, E, K, dtype, device)
     got = play(W, T, 48, 32, E, K, W * T * min(K, E), device, inputs)
     for name, a, b in zip(NAMES, got, whole(inputs), strict=True):
