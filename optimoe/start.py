@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from data import files
+from data.chat import chat_template
 from data.tokenizer import Tokens, tiktoken_tokens
 from model import GPT, ModelConfig
 from optimoe import checkpoint, hf, hub
@@ -86,27 +87,6 @@ def prompt_ids(name, tokens: Tokens):
 
     def chat(text):
         question = text.removeprefix("Question: ").removesuffix("Answer:").rstrip()
-        return tokens.encode(template([{"role": "user", "content": question}]))
+        return tokens.encode(template([{"role": "user", "content": question}], True))
 
     return chat if template else lambda text: tokens.bos + tokens.encode(text)
-
-
-def chat_template(directory):
-    """A function from messages to text by the Jinja template of a Hugging Face folder; None where there is none."""
-    settings_file, source_file = Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.jinja"
-    settings = files.read_json(settings_file, "download it again") if settings_file.is_file() else {}
-    source = source_file.read_text() if source_file.is_file() else settings.get("chat_template")
-    if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if not source:
-        return None
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise ValueError(
-            f"the chat template of {directory} needs jinja2: pip install jinja2; or --chat=false"
-        ) from None
-    tokens = ((name, settings.get(name) or "") for name in ("bos_token", "eos_token"))
-    tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens}
-    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
-    return lambda messages: template.render(messages=messages, add_generation_prompt=True, **tokens)

@@ -1,0 +1,173 @@
+"""Attention within documents, and training on examples: python -m pytest tests/test_sft.py (CPU)"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import model as model_file
+import train
+from data import prepare
+from data.loader import Loader
+from model import GPT, ModelConfig
+from optimoe import checkpoint, hf, start
+from tests.checks import check
+from tests.test_start import KINDS, ROOT, losses, released  # noqa: F401  a fixture
+from tests.test_train import cut_at, differences, rows
+
+SMALL = dict(vocab_size=64, seq_len=32, d_model=32, n_layers=2, n_heads=4, head_dim=8, n_experts=4, d_expert=32)
+FLAGS = "--device=cpu --dtype=float32 --curves=false --batch-size=8 --seq-len=48 --lr=1e-3 --warmup-steps=2"
+FLAGS = f"{FLAGS} --log-every=1 --val-every=2 --val-batches=2 --sample-tokens=4 --balance-coef=0 --z-coef=0".split()
+
+
+def documents(*lengths):
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()[None]
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize("impl", ["reference", "grouped_mm"])
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_nothing_of_a_document_reaches_another(impl, n_kv_heads):
+    gpt = GPT(ModelConfig(**SMALL, n_kv_heads=n_kv_heads, impl=impl, init_std=0.2))
+    tokens, doc_ids = torch.randint(64, (2, 32)), torch.cat([documents(10, 1, 21), documents(3, 29)])
+    logits = gpt(tokens, doc_ids_BL=doc_ids).logits
+    for row, number in ((0, 0), (0, 2), (1, 1)):
+        others = tokens.where((doc_ids == number) & (torch.arange(2) == row)[:, None], (tokens + 7) % 64)
+        at = row, doc_ids[row] == number
+        torch.testing.assert_close(gpt(others, doc_ids_BL=doc_ids).logits[at], logits[at], rtol=0, atol=1e-6)
+        alone = gpt(tokens[row][None, at[1]]).logits[0]
+        torch.testing.assert_close(alone, logits[at], rtol=1e-5, atol=1e-5)
+    seen = gpt(tokens).logits  # the check can fail
+    assert torch.equal(seen[0, :10], logits[0, :10]) or (seen[0, :10] - logits[0, :10]).abs().max() < 1e-6
+    assert (seen[0, 10:] - logits[0, 10:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_what_a_gpu_runs_is_the_same(n_kv_heads, monkeypatch):
+    """flex_attention alone and within a compiled block, which is compiled once for all documents. A CPU has no backward
+    pass of it; on a GPU, gradients too."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg = ModelConfig(**{**SMALL, "seq_len": 200, "head_dim": 16}, n_kv_heads=n_kv_heads, dtype="float32", init_std=0.2)
+    gpt, make = GPT(cfg).to(device), model_file.document_mask
+    batches = [torch.cat([documents(150, 1, 49), documents(*lengths)]).to(device) for lengths in ((70, 130), (9, 191))]
+    tokens = torch.randint(64, (2, 200), device=device)
+
+    def run():
+        with torch.set_grad_enabled(device == "cuda"):
+            out = [gpt(tokens, tokens, doc_ids) for doc_ids in batches]
+            grads = [torch.autograd.grad(o.loss, gpt.embed.weight)[0] for o in out] if device == "cuda" else []
+            return [o.loss for o in out] + [gpt(tokens, doc_ids_BL=doc_ids).logits for doc_ids in batches] + grads
+
+    monkeypatch.setattr(model_file, "document_mask", lambda doc_ids, fused: make(doc_ids, False))
+    expected = run()
+    monkeypatch.setattr(model_file, "document_mask", lambda doc_ids, fused: make(doc_ids, True))
+    monkeypatch.setattr(model_file, "fused_attention", lambda: model_file.flex_attention)
+    if device == "cuda":
+        monkeypatch.undo()
+    found = run()
+    gpt.train()
+    for block in gpt.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
+    run()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled = run()
+    for ours in (found, compiled):
+        for a, b in zip(ours, expected, strict=True):
+            check(a, b, 1e-5 if device == "cpu" else 3e-3)
+    assert abs(found[0] - found[1]) > 1e-4
+
+
+# ---- training
+
+
+@pytest.fixture(scope="module")
+def examples(released):  # noqa: F811
+    """{kind: directory} of examples whose answers differ in length, in the tokens of each model."""
+    lines = [{"prompt": f"{i} and {i * i}:", "answer": " yes" * (1 + i * i % 5)} for i in range(300)]
+    (released / "examples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    made = {kind: released / f"examples-{kind}" for kind in KINDS}
+    for kind, out in made.items():
+        prepare.main([str(released / "examples.jsonl"), f"--out={out}", f"--tokenizer={released / kind}", "--sft",
+                      "--val_fraction=0.1"])  # fmt: skip
+    return made
+
+
+def run(released, examples, out, *flags, kind="qwen3_moe"):  # noqa: F811
+    source = [f"--init-from={released / kind}", f"--data={examples[kind]}"]
+    return train.main([*source, f"--out-dir={out}", *FLAGS, *flags])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_that_of_transformers_on_each_example_alone(kind, released, examples, tmp_path):  # noqa: F811
+    transformers = pytest.importorskip("transformers", minversion="5")
+    batch = Loader([(examples[kind], 1.0)], "train", 8, 48, documents=True).next()
+    ours = start.load(released / kind, "init_from", seq_len=48, dtype="float32").train()
+    loss = ours(*batch).loss
+    loss.backward()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(released / kind, dtype=torch.float32).train()
+    n_targets, total, alone = (batch[1] >= 0).sum(), 0, 0
+    for tokens, targets, numbers in zip(*batch, strict=True):
+        for number in numbers.unique():
+            at = (numbers == number)[None]
+            ids, labels = tokens[None][at][None], targets[None][at][None]
+            if (labels >= 0).any():
+                labels = labels.where(labels >= 0, -100)
+                form = dict(labels=labels, shift_labels=labels, num_items_in_batch=n_targets)
+                part = theirs(ids, **form).loss
+                part.backward()
+                total, alone = total + part.item(), alone + 1
+    assert alone > 16 and loss.item() == pytest.approx(total, rel=1e-5)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters() if p.grad is not None])
+    for p in theirs.parameters():
+        p.data = torch.zeros_like(p) if p.grad is None else p.grad
+    theirs.save_pretrained(tmp_path / "gradients")
+    expected = dict(hf.load_model(tmp_path / "gradients", dtype="float32").named_parameters())
+    for name, p in ours.named_parameters():
+        check(p.grad, expected[name], 1e-5, name)
+    run(released, examples, tmp_path / "run", "--steps=1", "--grad-accum=4", kind=kind)
+    row = rows(tmp_path / "run")[0]
+    assert (row["loss"], row["grad_norm"]) == pytest.approx((total, norm.item()), rel=1e-5)
+
+
+def test_the_mean_is_over_all_targets_of_a_step(released, examples, tmp_path):  # noqa: F811
+    """One micro-batch, four, or two ranks of two: the same losses, gradients and validation."""
+    small = Loader([(examples["qwen3_moe"], 1.0)], "train", 2, 48, documents=True)
+    assert len({int((small.next()[1] >= 0).sum()) for _ in range(4)}) > 1
+    whole, parts, ranks = (tmp_path / name for name in ("whole", "parts", "ranks"))
+    run(released, examples, whole, "--steps=4")
+    run(released, examples, parts, "--steps=4", "--grad-accum=4", "--val-batches=8")
+    flags = [f"--init-from={released / 'qwen3_moe'}", f"--data={examples['qwen3_moe']}", *FLAGS, "--steps=4"]
+    jobs = [[2, [*flags, "--grad-accum=2", "--val-batches=4", f"--out-dir={ranks}"]]]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.ranks", json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    numbers = lambda out: [row[name] for row in rows(out) for name in ("loss", "grad_norm", "val_loss") if name in row]  # noqa: E731
+    assert numbers(parts) == pytest.approx(numbers(whole), rel=2e-5)
+    assert numbers(ranks) == pytest.approx(numbers(whole), rel=2e-5)
+
+
+def test_it_learns_resumes_and_forgets_no_document(released, examples, tmp_path):  # noqa: F811
+    results = run(released, examples, tmp_path / "whole", "--steps=6", "--grad-accum=2", "--checkpoint-every=3")
+    assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0] - 0.1
+    assert "val_bits_per_byte" not in results  # of answers alone it would mean nothing
+    cut = cut_at(tmp_path / "whole", tmp_path / "cut", 3)
+    train.main([f"--resume={cut}"])
+    assert rows(cut) == rows(tmp_path / "whole")
+    states = [checkpoint.read(out) for out in (cut, tmp_path / "whole")]
+    assert differences(*states) == [] and states[0]["config"]["document_mask"]
+
+
+def test_plain_text_by_option(released, tmp_path):  # noqa: F811
+    flags = [f"--init-from={released / 'olmoe'}", f"--data={released / 'data'}", *FLAGS, "--steps=1"]
+    for name, option in (("with", "true"), ("without", "false")):
+        train.main([*flags, f"--document-mask={option}", f"--out-dir={tmp_path / name}"])
+    batch = Loader([(released / "data", 1.0)], "train", 8, 48, documents=True).next()
+    expected = start.load(released / "olmoe", "init_from", seq_len=48)(*batch).loss.item()
+    assert losses(tmp_path / "with") == [pytest.approx(expected, rel=1e-5)]
+    assert abs(losses(tmp_path / "without")[0] - expected) > 1e-3
