@@ -9,13 +9,13 @@ Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C 
 import sys
 from dataclasses import dataclass
 
+from data.chat import chat_template
 from eval.generate import generate
 from eval.harness import cut_at
 from eval.taskloss import context_ids
 from optimoe import hub
 from optimoe.config import command_line, parse, require
 from optimoe.load import ModelChoice, load
-from optimoe.start import chat_template
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def main(argv=None):
     messages = []
     for prompt in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
         messages.append({"role": "user", "content": prompt})
-        ids = loaded.tokens.encode(template(messages)) if template else context_ids(loaded.tokens, prompt)
+        ids = loaded.tokens.encode(template(messages, True)) if template else context_ids(loaded.tokens, prompt)
         answers = [write(loaded, ids, cfg, number) for number in range(max(1, cfg.number))]
         messages.append({"role": "assistant", "content": answers[0]})
 

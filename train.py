@@ -90,8 +90,8 @@ class TrainConfig(ModelConfig):
 
     @staticmethod
     def start_fields(flags):
-        """What the fields are where flags say nothing and no preset does, in place of their defaults."""
-        return start.training_fields(flags["init_from"]) if flags.get("init_from") else None
+        """What stands for the defaults where a published model is fine-tuned."""
+        return start.training_fields(flags["init_from"]) if flags.get("init_from") else {}
 
     def validate(self):
         super().validate()

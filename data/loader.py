@@ -49,9 +49,10 @@ class Loader:
     ):
         weighted = sources and all(0 < weight < math.inf for _, weight in sources)
         require(weighted, "sources", sources, "at least one (directory, weight), with finite weights above 0")
-        fits = batch_size >= 1 and seq_len >= 1 and 0 <= rank < world and batch_size * world * seq_len <= 2**36
-        given = dict(batch_size=batch_size, seq_len=seq_len, rank=rank, world=world)
-        require(fits, "batch", given, "must be positive, rank below world, and the batch at most 2^36 tokens")
+        fits = batch_size >= 1 and seq_len >= 1 and 0 <= rank < world
+        given = f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world"
+        require(fits, given, world, "must be positive, rank < world")
+        require(batch_size * world * seq_len <= 2**36, given, world, "a batch of so many tokens cannot be made")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world, self.device, self.documents = rank, world, torch.device(device), documents
         total = sum(weight for _, weight in sources)

@@ -95,11 +95,12 @@ def prepare(cfg: Config) -> dict:
     out, started = Path(os.path.abspath(cfg.out)), time.perf_counter()
     shards.refuse_existing(out)  # before the work, not after it
     make_directory(out.parent, "out", cfg.out)
-    enc = cfg.tokenizer and tokenizer.load(hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER))
+    named = cfg.tokenizer and hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER)
+    enc = tokenizer.load(named) if named else None
     paths = find_files(cfg.input)
     estimate = sum(path.stat().st_size * EXPANSION.get(path.suffix.lower(), 1) for path in paths)
     length = int(min(2**20, max(2**10, estimate / 64)))  # so that even small inputs have documents to hold out
-    rows = partial(chat.example, template=chat.chat_template(cfg.tokenizer)) if cfg.sft else None
+    rows = partial(chat.example, template=chat.chat_template(named)) if cfg.sft else None
     texts = partial(read, paths, length, cfg.text_field, cfg.encoding_errors, rows)
     found = {}
     sample = scan(texts("reading"), cfg, 0 if enc else SAMPLE / max(1, estimate), found)

@@ -133,7 +133,8 @@ def _encoding_of(kept: dict) -> tiktoken.Encoding:
 def documents(enc, texts: list[str]) -> list[tuple[np.ndarray, int]]:
     """(ids with the end of the document, bytes) of each text. An "<|endoftext|>" inside is just text."""
     if isinstance(enc, Fast):
-        found = [np.array([*enc.begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
+        begin = enc.begin if enc.begin != [enc.eot_token] else []  # the end of the document before is the beginning
+        found = [np.array([*begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
     else:
         end = np.array([enc.eot_token], np.uint32)
         found = [np.concatenate([enc.encode_to_numpy(text, disallowed_special=()), end]) for text in texts]

@@ -10,8 +10,8 @@
 The dataclass is the only place where a field is written down. Types come from annotations (int, float, bool, str,
 `X | None`, Literal, and tuple[X, ...] for values with commas), help from the comment behind a field, headings from
 comment lines, ranges from `__post_init__`. Fields in the class variable POSITIONAL are words without a flag; a tuple at
-their end takes any number. A static method `preset_fields(name) -> dict` adds --preset. From weakest to strongest:
-defaults, --config, --preset (its default only without --config), the other flags.
+their end takes any number. A static method `preset_fields(name) -> dict` adds --preset, `start_fields(flags)` gives
+other defaults. From weakest to strongest: defaults, --config, --preset (its default only without others), other flags.
 """
 
 import dataclasses
@@ -142,6 +142,8 @@ def split_flags(cls, argv):
 
 def _start(cls, flags, start=None):
     """Values of fields before the other flags: of `start`, --config and --preset."""
+    if start is None and hasattr(cls, "start_fields"):
+        start = cls.start_fields(flags)
     values, path = _converted(cls, start or {}), flags.get("config")
     if path is not None:
         require(Path(path).is_file(), "config", path, "no such config file")

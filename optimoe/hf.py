@@ -36,21 +36,22 @@ FREE = ("init_std", "embed_init_std", "dtype", "impl", "loss_chunk", "recompute"
 
 class Family(NamedTuple):
     architecture: str  # class of transformers without "ForCausalLM"
+    moe: str  # where a layer keeps its router and experts
+    matrices: tuple[str, ...]  # an expert's gate, up and down matrix
+    n_experts: str  # names of fields in config.json
+    d_expert: str
     fixed: dict  # fields of ModelConfig that config.json does not say
-    moe: str = "mlp"  # where a layer keeps its router and experts
-    matrices: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # of an expert
-    n_experts: str = "num_experts"  # names in config.json
-    d_expert: str = "intermediate_size"
-    extra: dict = {}  # members of config.json that transformers needs beside FIELDS
+    extra: dict  # members of config.json that transformers needs beside FIELDS
 
 
-DENSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+QWEN, DENSE = ("gate_proj", "up_proj", "down_proj"), {"decoder_sparse_step": 1, "mlp_only_layers": []}
+MIXTRAL, OLMOE = {"router_normalize": True}, {"qk_norm": True, "qk_norm_joint": True}
 FAMILIES = {
     "mixtral": Family(
-        "Mixtral", {"router_normalize": True}, "block_sparse_moe", ("w1", "w3", "w2"), n_experts="num_local_experts"
+        "Mixtral", "block_sparse_moe", ("w1", "w3", "w2"), "num_local_experts", "intermediate_size", MIXTRAL, {}
     ),
-    "qwen3_moe": Family("Qwen3Moe", {"qk_norm": True}, d_expert="moe_intermediate_size", extra=DENSE),
-    "olmoe": Family("Olmoe", {"qk_norm": True, "qk_norm_joint": True}),
+    "qwen3_moe": Family("Qwen3Moe", "mlp", QWEN, "num_experts", "moe_intermediate_size", {"qk_norm": True}, DENSE),
+    "olmoe": Family("Olmoe", "mlp", QWEN, "num_experts", "intermediate_size", OLMOE, {}),
 }
 # Fields of ModelConfig and their names in config.json; the family names n_experts and d_expert.
 FIELDS = """vocab_size=vocab_size seq_len=max_position_embeddings d_model=hidden_size n_layers=num_hidden_layers
@@ -333,6 +334,7 @@ class ExportConfig:
     run: str  # run directory or checkpoint file of train.py or grpo.py
     out: str  # new folder
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; float32: as trained
+    seq_len: int = 0  # max_position_embeddings in config.json; 0: what the run was trained with
 
 
 def main(argv=None):
@@ -343,7 +345,7 @@ def main(argv=None):
     new = not out.exists() or out.is_dir() and not any(out.iterdir())
     require(new, "out", cfg.out, "it exists already; write to a new folder")
     make_directory(out.parent, "out", cfg.out)
-    model = checkpoint.load_model(path)
+    model = checkpoint.load_model(path, **{"seq_len": cfg.seq_len} if cfg.seq_len else {})
     enc = tokenizer.load(checkpoint.training_data(path if path.is_dir() else path.parent))
     with files.temporary(out, directory=True) as partial:
         save_model(model, partial, getattr(torch, cfg.dtype), eos=enc.eot_token)

@@ -44,8 +44,7 @@ def parse(cls, argv, description=""):
     given = {field.name for field in dataclasses.fields(cls)} if flags.keys() & {"config", "preset"} else set(flags)
     directory = flags.get("resume")
     if not directory:
-        start = cls.start_fields(flags) if hasattr(cls, "start_fields") else None
-        return config.parse(cls, argv, description, start), given
+        return config.parse(cls, argv, description), given
     path = Path(directory, "config.json")
     require(path.is_file(), "resume", directory, "not a run directory (it has no config.json)")
     values = files.read_json(path)

@@ -8,8 +8,8 @@ A model is one row of --results, and its records lie under --out: the same comma
 of all it measures what is known of one model (CALIBRATION) and stops where the result differs. The models are those of
 the names in the authors' launch scripts; tasks, prompts and numbers of examples are the paper's (eval/tasks).
 
-Training losses are not published, so figures that need them have only rows with a `train_loss`: write it into the row
-where you know it. The study's own rows (--own) are drawn beside the paper's in the same form.
+Training losses are not published, so figures that need them have only rows with a `train_loss`: where you know it,
+write it into the row and remove the row's `crc`. The study's own rows (--own) are drawn beside the paper's.
 """
 
 import contextlib

@@ -37,11 +37,13 @@ def computed(rows, posttrained):
 
 
 def missing(presets, rows):
-    """The runs missing of these presets and their minutes on one GPU, in words; "" when there are none."""
+    """The runs missing of these presets and their minutes on one GPU, or the stop rule that holds, in words."""
+    if stopped := list(filter(None, (rules.stop_rule(name, rows) for name in presets))):
+        return f"stopped: {stopped[0]}"
     todo = {run for name in presets for run in PRESETS[name](rows)} - {Run(**row["run"]) for row in rows}
     minutes = gpu_minutes(todo, rows)
     cost = f", about {minutes:.0f} min" if minutes else ""
-    return f"{len(todo)} runs of `{'`, `'.join(presets)}`{cost}" if todo else ""
+    return f"{len(todo)} runs of `{'`, `'.join(presets)}`{cost}" if todo else "nothing"
 
 
 def number(value):
@@ -67,7 +69,7 @@ def claims_table(claims, rows):
         kind = "" if verdict == "undecided" or not test else ", paired" if test.paired else ", unpaired"
         words = "not supported at this scale" if verdict == "not supported" else verdict
         seeds = len(test.effects) if test else 0
-        lines.append(f"| {n}. {text} | **{words}**{kind} | {shown} | {seeds} | {missing(presets, rows) or 'nothing'} |")
+        lines.append(f"| {n}. {text} | **{words}**{kind} | {shown} | {seeds} | {missing(presets, rows)} |")
     return "\n".join(lines)
 
 

@@ -235,7 +235,7 @@ def rounded(value):
 def write_meta(directory):
     """The meta.json of a finished data directory that has only a tokenizer."""
     digest = hashlib.sha256((directory / tokenizer.FILE).read_bytes()).hexdigest()
-    meta = {"version": shards.VERSION, "tokenizer": tokenizer.FILE, "tokenizer_sha256": digest, "vocab_size": 257}
+    meta = {"version": shards.PLAIN, "tokenizer": tokenizer.FILE, "tokenizer_sha256": digest, "vocab_size": 257}
     files.write_json(directory / shards.META, meta | {"eos": 256, "dtype": "uint16", "splits": {}})
 
 

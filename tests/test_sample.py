@@ -75,11 +75,11 @@ def test_chat_template(tmp_path, monkeypatch):
     for form in (settings, settings | {"chat_template": [{"name": "default", "template": source}]}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(form))
         pytest.importorskip("jinja2")
-        assert sample.chat_template(tmp_path)(messages) == "<s>[user]hi[assistant]"
+        assert sample.chat_template(tmp_path)(messages, True) == "<s>[user]hi[assistant]"
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
-    assert sample.chat_template(tmp_path)(messages) == "hi!"
+    assert sample.chat_template(tmp_path)(messages, True) == "hi!"
     monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
-    with pytest.raises(ValueError, match="needs jinja2: pip install jinja2; or --chat=false"):
+    with pytest.raises(ValueError, match="needs jinja2: pip install jinja2"):
         sample.chat_template(tmp_path)
 
 

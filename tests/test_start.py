@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,8 +48,8 @@ def released(tmp_path_factory):
     fast, text = tokenizer.load(base / "mixtral"), Path(__file__).read_text()
     with shards.ShardWriter(base / "data", fast) as writer:
         for i in range(0, 4000, 100):
-            (ids,) = tokenizer.documents(fast, [text[i : i + 100]])
-            writer.add("val" if i % 1000 == 0 else "train", ids, 100)
+            (document,) = tokenizer.documents(fast, [text[i : i + 100]])
+            writer.add("val" if i % 1000 == 0 else "train", *document)
     return base
 
 
@@ -93,7 +94,8 @@ def test_ten_steps_are_those_of_transformers(kind, released, tmp_path):
     expected, model = transformers_losses(released, before.float().train(), cfg)
     assert ours[0] == pytest.approx(expected[0], rel=1e-5) and ours == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < expected[0] - 0.1  # it learned something
-    hf.main([str(tmp_path / "run"), str(tmp_path / "out")])
+    hf.main([str(tmp_path / "run"), str(tmp_path / "out"), "--seq-len=64"])
+    assert json.loads((tmp_path / "out/config.json").read_text())["max_position_embeddings"] == 64
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     start_state = transformers.AutoModelForCausalLM.from_pretrained(released / kind).state_dict()
     for name, weight in model.state_dict().items():
@@ -130,6 +132,13 @@ def test_what_flags_do_not_say(released, tmp_path):
     assert (cfg["d_model"], cfg["qk_norm_joint"], cfg["vocab_size"], cfg["seq_len"]) == (64, True, 320, 64)
     train.main([f"--resume={tmp_path / 'run'}", "--steps=3"])
     assert len(checkpoint.find(tmp_path / "run")) == 2
+
+
+def test_help_shows_the_defaults_of_fine_tuning(released, capsys):
+    with pytest.raises(SystemExit):
+        train.main([f"--init-from={released / 'olmoe'}", "--help"])
+    printed = capsys.readouterr().out
+    assert re.search(r"--lr float +1e-05", printed) and re.search(r"--d_model int +64", printed)
 
 
 MISTAKES = {

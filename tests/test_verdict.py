@@ -86,6 +86,7 @@ def test_what_is_mastered_at_every_size_does_not_turn_over():
     one_rate = [test for test in claims.at_one_rate(rows) if "rate 0.003" in test.where]
     assert len(one_rate) == 2 and all(rules.interval(test.effects.values())[1] > 0.06 for test in one_rate)
     assert {test.note for test in one_rate} == {"one rate for all"}
+    assert verdict.missing(("votes",), rows).startswith("stopped: the rise of unseen-solution loss at k = 8 lies below")
 
 
 def test_paired_runs_decide_before_unpaired_ones():
