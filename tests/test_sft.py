@@ -20,7 +20,7 @@ from tests.test_train import cut_at, differences, rows
 
 SMALL = dict(vocab_size=64, seq_len=32, d_model=32, n_layers=2, n_heads=4, head_dim=8, n_experts=4, d_expert=32)
 FLAGS = "--device=cpu --dtype=float32 --curves=false --batch-size=8 --seq-len=48 --lr=1e-3 --warmup-steps=2"
-FLAGS = f"{FLAGS} --log-every=1 --val-every=2 --val-batches=2 --sample-tokens=4 --balance-coef=0 --z-coef=0".split()
+FLAGS = f"{FLAGS} --log-every=1 --val-every=2 --val-batches=1 --sample-tokens=4 --balance-coef=0 --z-coef=0".split()
 
 
 def documents(*lengths):
@@ -88,7 +88,7 @@ def test_what_a_gpu_runs_is_the_same(n_kv_heads, monkeypatch):
 @pytest.fixture(scope="module")
 def examples(released):  # noqa: F811
     """{kind: directory} of examples whose answers differ in length, in the tokens of each model."""
-    lines = [{"prompt": f"{i} and {i * i}:", "answer": " yes" * (1 + i * i % 5)} for i in range(300)]
+    lines = [{"prompt": f"{i}+{i}:", "answer": "yn"[i % 2] * (1 + i * i % 5)} for i in range(600)]
     (released / "examples.jsonl").write_text("\n".join(map(json.dumps, lines)))
     made = {kind: released / f"examples-{kind}" for kind in KINDS}
     for kind, out in made.items():
@@ -135,21 +135,23 @@ def test_a_step_is_that_of_transformers_on_each_example_alone(kind, released, ex
 
 
 def test_the_mean_is_over_all_targets_of_a_step(released, examples, tmp_path):  # noqa: F811
-    """One micro-batch, four, or two ranks of two: the same losses, gradients and validation."""
+    """One micro-batch, four, or two ranks of two with each engine: the same losses, gradients and validation."""
     small = Loader([(examples["qwen3_moe"], 1.0)], "train", 2, 48, documents=True)
     assert len({int((small.next()[1] >= 0).sum()) for _ in range(4)}) > 1
-    whole, parts, ranks = (tmp_path / name for name in ("whole", "parts", "ranks"))
-    run(released, examples, whole, "--steps=4")
-    run(released, examples, parts, "--steps=4", "--grad-accum=4", "--val-batches=8")
+    run(released, examples, tmp_path / "whole", "--steps=4")
+    run(released, examples, tmp_path / "parts", "--steps=4", "--grad-accum=4", "--val-batches=4")
     flags = [f"--init-from={released / 'qwen3_moe'}", f"--data={examples['qwen3_moe']}", *FLAGS, "--steps=4"]
-    jobs = [[2, [*flags, "--grad-accum=2", "--val-batches=4", f"--out-dir={ranks}"]]]
+    flags, engines = [*flags, "--grad-accum=2", "--val-batches=2"], ("ddp", "fsdp", "ep")
+    jobs = [[2, [*flags, f"--parallel={engine}", f"--out-dir={tmp_path / engine}"]] for engine in engines]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.ranks", json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    numbers = lambda out: [row[name] for row in rows(out) for name in ("loss", "grad_norm", "val_loss") if name in row]  # noqa: E731
-    assert numbers(parts) == pytest.approx(numbers(whole), rel=2e-5)
-    assert numbers(ranks) == pytest.approx(numbers(whole), rel=2e-5)
+    found = {name: rows(tmp_path / name) for name in ("whole", "parts", *engines)}
+    keys = ("loss", "grad_norm", "val_loss")
+    found = {name: [row[key] for row in log for key in keys if key in row] for name, log in found.items()}
+    for name in found:
+        assert found[name] == pytest.approx(found["whole"], rel=2e-5), name
 
 
 def test_it_learns_resumes_and_forgets_no_document(released, examples, tmp_path):  # noqa: F811
