@@ -57,7 +57,7 @@ class TrainConfig(ModelConfig):
     steps: int = 1700  # optimiser steps
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon: AdamW for embeddings, routers, norms
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: with AdamW for embeddings, routers, norms
     lr: float = 6e-3  # peak; with AdamW the default job learns best near 2e-3
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
     warmup_steps: int = 100  # linear, from 0

@@ -374,7 +374,7 @@ def snapshot(path):
         (["--top-k=5"], "top_k=5: use 4 or less"),
         (["--d-model=40"], "d_model=40: use a multiple of 16"),
         (["--batch-size=9", "--grad-accum=2"], "batch_size=9: use a multiple of grad_accum=2"),
-        (["--seq-len=100000"], "use a smaller seq_len or more data"),
+        (["--seq-len=100000"], "seq_len=100000: one window needs 100001 tokens"),
         (["--resume=/nonexistent"], "resume='/nonexistent': not a run directory"),
         (["--beta2=1"], "beta2=1.0: use a number from 0 to below 1"),
         (["--muon-momentum=1"], "muon_momentum=1.0: use a number from 0 to below 1"),
@@ -445,7 +445,7 @@ def test_damaged_data_is_never_trained_on(data_dir, tmp_path):
     shutil.copytree(data_dir, bad)
     shard = bad / "train-00000.bin"
     whole = shard.read_bytes()
-    for content, message in ((whole[:-2], "truncated"), (whole[:50] + b"\x07" + whole[51:], "corrupt")):
+    for content, message in ((whole[:-2], "bytes instead of"), (whole[:50] + b"\x07" + whole[51:], "corrupt")):
         shard.write_bytes(content)
         with pytest.raises(ValueError, match=f"train-00000.bin.*{message}"):
             run(bad, tmp_path / "out")
