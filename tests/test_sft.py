@@ -1,4 +1,4 @@
-"""Attention within documents, and training on examples: python -m pytest tests/test_sft.py (CPU)"""
+"""Training on examples, and within documents: python -m pytest tests/test_sft.py (CPU)"""
 
 import json
 import os
@@ -8,81 +8,16 @@ import sys
 import pytest
 import torch
 
-import model as model_file
 import train
 from data import prepare
 from data.loader import Loader
-from model import GPT, ModelConfig
 from optimoe import checkpoint, hf, start
 from tests.checks import check
 from tests.test_start import KINDS, ROOT, losses, released  # noqa: F401  a fixture
 from tests.test_train import cut_at, differences, rows
 
-SMALL = dict(vocab_size=64, seq_len=32, d_model=32, n_layers=2, n_heads=4, head_dim=8, n_experts=4, d_expert=32)
 FLAGS = "--device=cpu --dtype=float32 --curves=false --batch-size=8 --seq-len=48 --lr=1e-3 --warmup-steps=2"
 FLAGS = f"{FLAGS} --log-every=1 --val-every=2 --val-batches=1 --sample-tokens=4 --balance-coef=0 --z-coef=0".split()
-
-
-def documents(*lengths):
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()[None]
-
-
-# ---- attention
-
-
-@pytest.mark.parametrize("impl", ["reference", "grouped_mm"])
-@pytest.mark.parametrize("n_kv_heads", [4, 2])
-def test_nothing_of_a_document_reaches_another(impl, n_kv_heads):
-    gpt = GPT(ModelConfig(**SMALL, n_kv_heads=n_kv_heads, impl=impl, init_std=0.2))
-    tokens, doc_ids = torch.randint(64, (2, 32)), torch.cat([documents(10, 1, 21), documents(3, 29)])
-    logits = gpt(tokens, doc_ids_BL=doc_ids).logits
-    for row, number in ((0, 0), (0, 2), (1, 1)):
-        others = tokens.where((doc_ids == number) & (torch.arange(2) == row)[:, None], (tokens + 7) % 64)
-        at = row, doc_ids[row] == number
-        torch.testing.assert_close(gpt(others, doc_ids_BL=doc_ids).logits[at], logits[at], rtol=0, atol=1e-6)
-        alone = gpt(tokens[row][None, at[1]]).logits[0]
-        torch.testing.assert_close(alone, logits[at], rtol=1e-5, atol=1e-5)
-    seen = gpt(tokens).logits  # the check can fail
-    assert torch.equal(seen[0, :10], logits[0, :10]) or (seen[0, :10] - logits[0, :10]).abs().max() < 1e-6
-    assert (seen[0, 10:] - logits[0, 10:]).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("n_kv_heads", [4, 2])
-def test_what_a_gpu_runs_is_the_same(n_kv_heads, monkeypatch):
-    """flex_attention alone and within a compiled block, which is compiled once for all documents. A CPU has no backward
-    pass of it; on a GPU, gradients too."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg = ModelConfig(**{**SMALL, "seq_len": 200, "head_dim": 16}, n_kv_heads=n_kv_heads, dtype="float32", init_std=0.2)
-    gpt, make = GPT(cfg).to(device), model_file.document_mask
-    batches = [torch.cat([documents(150, 1, 49), documents(*lengths)]).to(device) for lengths in ((70, 130), (9, 191))]
-    tokens = torch.randint(64, (2, 200), device=device)
-
-    def run():
-        with torch.set_grad_enabled(device == "cuda"):
-            out = [gpt(tokens, tokens, doc_ids) for doc_ids in batches]
-            grads = [torch.autograd.grad(o.loss, gpt.embed.weight)[0] for o in out] if device == "cuda" else []
-            return [o.loss for o in out] + [gpt(tokens, doc_ids_BL=doc_ids).logits for doc_ids in batches] + grads
-
-    monkeypatch.setattr(model_file, "document_mask", lambda doc_ids, fused: make(doc_ids, False))
-    expected = run()
-    monkeypatch.setattr(model_file, "document_mask", lambda doc_ids, fused: make(doc_ids, True))
-    monkeypatch.setattr(model_file, "fused_attention", lambda: model_file.flex_attention)
-    if device == "cuda":
-        monkeypatch.undo()
-    found = run()
-    gpt.train()
-    for block in gpt.blocks:
-        block.compile(fullgraph=True, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
-    run()
-    with torch.compiler.set_stance("fail_on_recompile"):
-        compiled = run()
-    for ours in (found, compiled):
-        for a, b in zip(ours, expected, strict=True):
-            check(a, b, 1e-5 if device == "cpu" else 3e-3)
-    assert abs(found[0] - found[1]) > 1e-4
-
-
-# ---- training
 
 
 @pytest.fixture(scope="module")
