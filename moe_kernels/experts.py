@@ -17,7 +17,7 @@ from moe_kernels.dispatch import Dispatch, combine, dispatch, empty_dispatch
 from moe_kernels.language import MISSING
 from moe_kernels.ops import define
 from moe_kernels.routing import MAX_EXPERTS, MAX_TOP_K
-from moe_kernels.tiles import eager, gemm_tiles, pick_impl
+from moe_kernels.tiles import captured_stream, eager, gemm_tiles, pick_impl
 
 if not MISSING:
     from moe_kernels import hopper
@@ -157,11 +157,6 @@ def _dw(a_TM, b_SN, transposed, sorted_, tile):
     return gemm.dw(a_TM, b_SN, transposed, sorted_, tile)
 
 
-def captured_stream(tensor):
-    """The current stream if it is recorded into a CUDA graph, else None."""
-    return torch.cuda.current_stream() if tensor.is_cuda and torch.cuda.is_current_stream_capturing() else None
-
-
 @functools.cache
 def side_stream(main):
     """The second stream of a stream: one each, because branches of a graph that shared it would wait for each other."""
@@ -183,4 +178,5 @@ experts_op, experts_bwd_op, run_experts = define(
     lambda dy, x, w_in, w_out, gates, *_: tuple(t.new_empty(t.shape) for t in (x, w_in, w_out, gates)),
     _setup_context,
     lambda ctx, run, dy, *_: (*run(dy, *ctx.saved_tensors, ctx.activation), None, None),
+    n_outputs=1,
 )
