@@ -194,7 +194,7 @@ class MoE(nn.Module):
         self.router = Linear(cfg.d_model, cfg.n_experts)
         self.w_in = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
         self.w_out = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
-        self.experts = moe_experts  # parallel.py replaces it where experts live on several GPUs
+        self.experts = moe_experts  # optimoe/exchange.py replaces it where experts live on several GPUs
         self.shared = GatedMLP(cfg, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
         self.register_buffer("bias_E", torch.zeros(cfg.n_experts) if cfg.router_bias_rate else None)
 
@@ -252,6 +252,7 @@ class GPT(nn.Module):
         require(cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, "give the tokenizer's size")
         self.cfg = cfg
         self.before_layer = None  # called with the number of a block before it runs, with n_layers at the end
+        self.limit = None  # exchange.Limit where tokens travel to their experts by kernels
         self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)

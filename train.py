@@ -28,7 +28,7 @@ from data.loader import Loader, parse_sources
 from eval import report
 from model import GPT, UNTAUGHT, ModelConfig, update_router_bias
 from moe_kernels import balance_loss
-from optimoe import checkpoint, guard, hub, parallel, sizes, start
+from optimoe import checkpoint, exchange, guard, hub, parallel, sizes, start
 from optimoe.config import require
 from optimoe.curves import Curves
 from optimoe.optim import clip_factor, lr_at
@@ -50,13 +50,13 @@ class TrainConfig(ModelConfig):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of blocks on CUDA; auto: in long runs
     cuda_graph: bool = True  # replay the whole step as one CUDA graph
-    parallel: Literal["ddp", "fsdp", "ep"] = "ddp"  # what several GPUs shard: optimiser states, all, or experts too
+    parallel: Literal["ddp", "ep"] = "ddp"  # what several GPUs share out: optimiser states, or experts too
     deterministic: bool = False  # the same bits in every run on CUDA too; slower
     # Optimisation
     steps: int = 1700  # optimiser steps
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon: AdamW for embeddings, routers, norms
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: with AdamW for embeddings, routers, norms
     lr: float = 6e-3  # peak; with AdamW the default job learns best near 2e-3
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
     warmup_steps: int = 100  # linear, from 0
@@ -120,16 +120,18 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
 
     Adds to the window and returns the gradient norm, a tensor: nothing here waits for the device. mark(part) is called
     at the end of each part (bench/step.py times them)."""
-    counts_NE = probs_NE = sums = 0
+    counts_NE, probs_NE, sums, discard = 0, 0, 0, None
     optimizer.begin_step()
     for micro, (tokens_BL, targets_BL) in enumerate(batches):
-        parallel.sync_gradients(model, optimizer, micro == len(batches) - 1)
+        first, last = micro == 0, micro == len(batches) - 1
+        optimizer.synchronize = last
         out = model(tokens_BL, targets_BL)
         balance = out.balance
         if world > 1:  # the balance of the global batch: everyone's counts, own probabilities
             dist.all_reduce(out.counts_NE)
             layers = zip(out.counts_NE, out.probs_NE, strict=True)
             balance = sum((balance_loss(counts_E, probs_E) for counts_E, probs_E in layers), 0 * out.balance)
+            discard = exchange.discard(model, out.counts_NE, first, last)
         loss = out.loss + cfg.balance_coef * balance + cfg.z_coef * out.z
         mark("forward")
         (loss / len(batches)).backward()
@@ -143,7 +145,7 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
         sums, probs_NE = shared[:4] / world, (shared[4:] / world).view_as(probs_NE)
     optimizer.average_gradients()
     grad_norm = optimizer.grad_norm()
-    skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg)
+    skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg, discard)
     optimizer.step(skip, clip_factor(grad_norm, cfg.clip_norm))
     optimizer.zero_grad()
     added = {"sums": sums, "counts_NE": counts_NE, "probs_NE": probs_NE}
@@ -211,11 +213,12 @@ class GraphedStep:
 
 def fast_step(step, model, cfg, device, world):
     """The step as it runs fastest here: compiled blocks, one CUDA graph."""
-    fast = device.type == "cuda" and (world == 1 or cfg.parallel == "ddp")
+    fast = device.type == "cuda" and (world == 1 or cfg.parallel == "ddp" or model.limit is not None)
     if fast:
         compile_blocks(model, cfg)
     graphed = fast and cfg.cuda_graph and cfg.impl in ("auto", "triton")  # the others count rows on the host
-    return GraphedStep(step) if graphed else step
+    run = GraphedStep(step) if graphed else step
+    return run if model.limit is None else exchange.repeating(run, step, model)
 
 
 # ---- what a run needs
@@ -275,8 +278,6 @@ def check_start(cfg, world):
     require(divides, "batch_size", cfg.batch_size, remedy)
     once = cfg.recompute == "none" or world == 1 or cfg.parallel != "ep"
     require(once, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
-    float32 = cfg.weights == "float32" or world == 1 or cfg.parallel == "ddp"
-    require(float32, "weights", cfg.weights, f"parallel={cfg.parallel} keeps float32 weights; use --parallel=ddp")
 
 
 def check_memory(cfg, run):
@@ -308,7 +309,8 @@ def set_up(cfg, run, data):
         model.load_state_dict(state.pop("model"))
     elif cfg.upcycle_from:
         upcycle(model, cfg.upcycle_from)
-    model = parallel.wrap(model, cfg, run.device, run.world)
+    tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
+    model = parallel.wrap(model, cfg, run.device, run.world, tokens)
     optimizer, window = parallel.Sharded(model, cfg, run.rank, run.world), new_window(cfg, run.device)
     job = Training(model, optimizer, window, state=state)
     if state:
@@ -327,8 +329,7 @@ def set_up(cfg, run, data):
 def validate(job, data, world):
     """Mean cross-entropy in nats over the same validation batches every time."""
     job.optimizer.gather_weights()
-    if not parallel.is_fsdp(job.model):  # whose blocks must run as modules
-        job.model.eval()
+    job.model.eval()
     loader = data.val_loader
     loader.load_state_dict(loader.state_dict() | {"drawn": [0] * len(loader.sources)})
     total = sum(job.model(*loader.next()).loss for _ in range(data.val_batches)) / data.val_batches
@@ -339,7 +340,8 @@ def validate(job, data, world):
 
 
 def save(cfg, run, job, data):
-    weights, norm = parallel.full_state(job.model, job.optimizer, run.rank)  # all ranks take part, here and in the next
+    weights = job.optimizer.weights(job.model)
+    norm = parallel.weights_norm(weights, run.world)
     guard.check_finite("norm of the weights", norm, job.step, run.dir, cfg.lr)
     kept = {"model": weights, "optimizer": job.optimizer.state_dict(), "window": job.window, "tokens": job.tokens}
     kept |= {"config": dataclasses.asdict(cfg), "loader": data.loader.state_dict()}

@@ -36,9 +36,9 @@ def count_kernel(experts_ptr, chunk_counts_ptr, S, E: tl.constexpr, CHUNK: tl.co
     pid = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
     slots = pid * CHUNK + tl.arange(0, CHUNK)
-    mask = slots < S
-    experts = tl.load(experts_ptr + slots, mask=mask, other=0)
-    tl.store(chunk_counts_ptr + pid * E + offs_e, tl.histogram(experts, BLOCK_E, mask=mask), mask=offs_e < E)
+    experts = tl.load(experts_ptr + slots, mask=slots < S, other=E)
+    counts = tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=experts < E)
+    tl.store(chunk_counts_ptr + pid * E + offs_e, counts, mask=offs_e < E)
 
 
 @triton.jit(do_not_specialize=["n_chunks"])
@@ -57,19 +57,20 @@ def scan_kernel(chunk_counts_ptr, counts_ptr, n_chunks, E: tl.constexpr, BLOCK_C
 
 
 @triton.jit
-def _histogram(experts_ptr, start, end, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
+def _histogram(experts_ptr, start, end, E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
     """Slots of each expert among start..end-1."""
     counts = tl.zeros([BLOCK_E], tl.int32)
     for first in range(start, end, BLOCK_S):
         slots = first + tl.arange(0, BLOCK_S)
-        counts += tl.histogram(tl.load(experts_ptr + slots, mask=slots < end, other=0), BLOCK_E, mask=slots < end)
+        experts = tl.load(experts_ptr + slots, mask=slots < end, other=E)
+        counts += tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=experts < E)
     return counts
 
 
-@triton.jit(do_not_specialize=["S", "n_chunks", "max_tiles", "block_m"])
+@triton.jit(do_not_specialize=["S", "n_rows", "n_chunks", "max_tiles", "block_m"])
 def place_kernel(
     experts_ptr, chunk_prefix_ptr, counts_ptr, offsets_ptr, row_slot_ptr, slot_row_ptr, tile_expert_ptr, tile_row_ptr,
-    tile_count_ptr, by_size_ptr, S, n_chunks, max_tiles, block_m,
+    tile_count_ptr, by_size_ptr, S, n_rows, n_chunks, max_tiles, block_m,
     E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     # block_m is no constant: the sort takes 1.4 s to compile, and generation uses several tile heights.
@@ -80,25 +81,26 @@ def place_kernel(
         earlier = tl.load(chunk_prefix_ptr + pid * E + offs_e, mask=(offs_e < E) & (pid < n_chunks), other=0)
     else:  # this is the only launch: every program counts all slots
         chunk_start = tl.where(pid < n_chunks, pid * CHUNK, 0)
-        earlier = _histogram(experts_ptr, 0, chunk_start, BLOCK_S, BLOCK_E)
-        counts = earlier + _histogram(experts_ptr, chunk_start, S, BLOCK_S, BLOCK_E)
+        earlier = _histogram(experts_ptr, 0, chunk_start, E, BLOCK_S, BLOCK_E)
+        counts = earlier + _histogram(experts_ptr, chunk_start, S, E, BLOCK_S, BLOCK_E)
     ends = tl.cumsum(counts, 0)
-    starts = ends - counts
+    starts = tl.minimum(ends - counts, n_rows)
+    counts = tl.minimum(ends, n_rows) - starts
     if pid < n_chunks:
         # Sorting (expert, position) pairs packed in one integer is stable. A slot's row is its expert's first row, plus
         # the expert's rows in earlier chunks, plus its rank among the chunk's slots of that expert.
         offs = tl.arange(0, CHUNK)
         slots = pid * CHUNK + offs
-        mask = slots < S
-        experts = tl.load(experts_ptr + slots, mask=mask, other=BLOCK_E)
+        experts = tl.load(experts_ptr + slots, mask=slots < S, other=BLOCK_E)
+        experts = tl.where(experts < E, experts, BLOCK_E)
         packed = tl.sort(experts * CHUNK + offs)
         expert = tl.minimum(packed // CHUNK, BLOCK_E - 1)
         slot = pid * CHUNK + packed % CHUNK
-        here = tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=mask)
+        here = tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=experts < E)
         first = starts + earlier - (tl.cumsum(here, 0) - here)
         row = tl.gather(first, expert, 0) + offs
         mask_sorted = packed < BLOCK_E * CHUNK
-        tl.store(row_slot_ptr + row, slot, mask=mask_sorted)
+        tl.store(row_slot_ptr + row, slot, mask=mask_sorted & (row < n_rows))
         tl.store(slot_row_ptr + slot, row, mask=mask_sorted)
     else:
         # The other programs list the tiles of EXPERTS experts each and find their ranks among all experts by size.
@@ -129,16 +131,19 @@ def place_kernel(
                 tl.store(tile_row_ptr + tile, tl.zeros([128], tl.int32), mask=tile < max_tiles)
 
 
-def dispatch(experts_TK, n_experts, block_m):
+def dispatch(experts_TK, n_experts, block_m, n_rows=None):
     """Sort the slots by expert and cut each expert's rows into tiles of `block_m`.
 
-    experts_TK: (T, K) int32 contiguous, every id in 0..n_experts-1 (not checked: that would wait for the GPU). Returns
-    a `Dispatch`."""
+    experts_TK: (T, K) int32 contiguous, no id below 0 (not checked: that would wait for the GPU); slots with an id from
+    n_experts on get no row. n_rows: rows that there is room for, S if None; experts lose those past it, whose slots
+    have a row past it too. Returns a `Dispatch`."""
     S, E = experts_TK.numel(), n_experts
-    n_chunks, n_tiles, block_e = cdiv(S, CHUNK), max_tiles(S, E, block_m), pow2(E)
-    out = empty_dispatch(experts_TK, E, block_m)
+    out = empty_dispatch(experts_TK, E, block_m, n_rows)
+    n_chunks, n_tiles, block_e = cdiv(S, CHUNK), out.tile_expert.numel(), pow2(E)
     if S == 0:
         return Dispatch(*(index.zero_() for index in out))
+    if n_rows is not None:
+        out.row_slot_S.zero_()  # kernels also read the slots of a tile's rows past its expert's last one
     chunk_counts = counts = None
     few = S * max(block_e, 128) <= ONE_LAUNCH * 128  # counting 256 experts takes twice as long
     if not few:
@@ -148,15 +153,15 @@ def dispatch(experts_TK, n_experts, block_m):
     n_experts_each, count = min(8, block_e), min(max(CHUNK, pow2(S)), 2048) if few else 0
     launch(
         place_kernel, (n_chunks + cdiv(E, n_experts_each),),
-        (experts_TK, chunk_counts, counts, *out), (S, n_chunks, n_tiles, block_m),
+        (experts_TK, chunk_counts, counts, *out), (S, out.row_slot_S.numel(), n_chunks, n_tiles, block_m),
         E=E, CHUNK=CHUNK, BLOCK_E=block_e, EXPERTS=n_experts_each, BLOCK_S=count, num_warps=max(4, count // 256),
     )  # fmt: skip
     return out
 
 
-def empty_dispatch(experts_TK, n_experts, block_m):
+def empty_dispatch(experts_TK, n_experts, block_m, n_rows=None):
     """A `Dispatch` of uninitialised tensors, for `dispatch` to fill."""
-    S, E = experts_TK.numel(), n_experts
+    S, E = experts_TK.numel() if n_rows is None else n_rows, n_experts
     n_tiles = max_tiles(S, E, block_m)
     shapes = (E + 1,), (S,), experts_TK.shape, (n_tiles,), (n_tiles,), (1,), (3, E)
     return Dispatch(*(experts_TK.new_empty(shape, dtype=torch.int32) for shape in shapes))

@@ -314,12 +314,12 @@ def up(x_TD, w_in_EGD, dispatch, tile, activation="swiglu"):
     return h, a
 
 
-def _rows_gemm(a_SR, w, transposed, dispatch, tile):
+def _rows_gemm(a_SR, w, transposed, dispatch, tile, out=None):
     """Row s of the result (S, N) is w[e] a[s] with w (E, N, R) when transposed, else a[s] w[e] with w (E, R, N); e is
     the row's expert."""
     S, R = a_SR.shape
     N = w.shape[1] if transposed else w.shape[2]
-    y = a_SR.new_empty(S, N)
+    y = a_SR.new_empty(S, N) if out is None else out
     grid = (min(_row_grid(dispatch, N, tile)[0], resident_programs(tile, a_SR.device)),)
     w_desc = _desc(w, tile.BLOCK_N, tile.BLOCK_K) if transposed else _desc(w, tile.BLOCK_K, tile.BLOCK_N)
     launch(
@@ -329,14 +329,14 @@ def _rows_gemm(a_SR, w, transposed, dispatch, tile):
     return y
 
 
-def down(a_SF, w_out_EDF, dispatch, tile):
+def down(a_SF, w_out_EDF, dispatch, tile, out=None):
     """Expert outputs before the router's gates (S, D)."""
-    return _rows_gemm(a_SF, w_out_EDF, True, dispatch, tile)
+    return _rows_gemm(a_SF, w_out_EDF, True, dispatch, tile, out)
 
 
-def dx(dh_SG, w_in_EGD, dispatch, tile):
+def dx(dh_SG, w_in_EGD, dispatch, tile, out=None):
     """Gradient of each routed row's input (S, D)."""
-    return _rows_gemm(dh_SG, w_in_EGD, False, dispatch, tile)
+    return _rows_gemm(dh_SG, w_in_EGD, False, dispatch, tile, out)
 
 
 def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile, activation="swiglu"):

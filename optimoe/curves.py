@@ -16,7 +16,8 @@ from data import files
 from optimoe import config
 
 LOSS, NORM = "cross-entropy, nats per token", "gradient norm before clipping"
-ENTROPY, LOAD = "entropy of the mean router, nats (dotted: even)", "load of the busiest expert (1: even)"
+ENTROPY = "entropy of the mean router, nats (dotted: even; dark: first layer)"
+LOAD = "load of the busiest expert (1: even; dark: first layer)"
 GRPO = {
     "reward": "reward",
     "KL to the start model, nats per token": "kl",
@@ -93,7 +94,7 @@ def figure(run):
     settings, rows, val = read(run)
     found, grpo = panels(rows), "reward" in rows[0]
     x = lambda rows: [row["step"] if grpo else row["tokens"] / 1e6 for row in rows]  # noqa: E731
-    columns = min(3, len(found))
+    columns = min(3, len(found)) if len(found) != 4 else 2
     height = math.ceil(len(found) / columns)
     size = {"figsize": (13, 2.8 * height + 0.6), "layout": "constrained"}
     fig, axes = plt.subplots(height, columns, squeeze=False, **size)
@@ -112,7 +113,7 @@ def figure(run):
             tested = [row["test_reward" if grpo else "val_loss"] for row in val]
             if val:
                 named = "greedy, on unseen questions" if grpo else "validation"
-                axis.plot(x(val), tested, "o-", ms=3, lw=1.2, label=named)
+                axis.plot(x(val), tested, "C1o-", ms=3, lw=1.2, label=named)
             if not grpo:
                 set_loss_limits(axis, [*series[0], *tested])
             axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.1))

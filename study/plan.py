@@ -32,7 +32,7 @@ class PlanConfig:
     # Machine
     gpus: int = 1
     gpu: str = "NVIDIA H100 80GB HBM3"  # its name, for the peak
-    memory: float = 80.0  # GiB of each GPU; weights, gradients and states are divided among the GPUs (--parallel=fsdp)
+    memory: float = 80.0  # GiB of each GPU; weights, gradients and states are divided among the GPUs (--parallel=ep)
     # Model and training
     seq_len: int = 4096  # the paper's
     vocab_size: int = 99_584  # the paper's

@@ -60,7 +60,7 @@ def test_picture_shows_every_number(run):
         assert part in titles
     loss = next(axis for title, axis in axes.items() if title.startswith("cross-entropy"))
     assert list(loss.lines[0].get_ydata()) == [4.9, 4.8, 4.7] and list(loss.lines[1].get_ydata()) == [4.9]
-    busiest = axes["load of the busiest expert (1: even)"]
+    busiest = axes[curves.LOAD]
     assert [list(line.get_ydata()) for line in busiest.lines] == [[2.0] * 3, [1.0] * 3, [4.0] * 3]  # of each layer
     assert {axis.get_xlabel() for title, axis in axes.items() if title} == {"million tokens"}
     even = next(axis for title, axis in axes.items() if title.startswith("entropy")).lines[-1]
@@ -130,7 +130,7 @@ def test_nothing_to_show_is_said(tmp_path):
     with pytest.raises(SystemExit, match="empty/metrics.jsonl:2 is damaged"):
         show.main([str(tmp_path / "empty")])
     (tmp_path / "empty" / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
-    with pytest.raises(SystemExit, match="error: .*No such file or directory: '/nonexistent/"):
+    with pytest.raises(SystemExit, match="error: .*No such file or directory: '/nonexistent"):
         curves.main([str(tmp_path / "empty"), "--out=/nonexistent/curves.png"])
     settings = tmp_path / "empty" / "config.json"
     for damage, message in (
@@ -200,6 +200,7 @@ def test_a_run_of_grpo(tmp_path):
     fig = curves.figure(run)
     assert [axis.get_title().split()[0] for axis in fig.axes] == ["reward", "KL", "gradient", "answer,"]
     reward = fig.axes[0]
+    assert len({line.get_color() for line in reward.lines}) == 2
     assert [list(line.get_ydata()) for line in reward.lines] == [[0.1, 0.2], [0.05]]
     assert list(reward.lines[1].get_xdata()) == [0] and reward.get_xlabel() == "step"
     assert curves.label(run, GRPO_CONFIG) == "run (reasoning, groups of 5)"

@@ -8,7 +8,7 @@ import pytest
 
 from study import claims, figures, plan, presets, results, rules, verdict
 from study.execute import Run
-from tests.studyrows import fake, grid
+from tests.studyrows import fake, finished, grid
 
 SCARCE = dict(unique=presets.SCARCE)
 
@@ -140,14 +140,12 @@ def test_top_k_alone():
     def rows(worth):
         effect = lambda c, tpp: (1.0, 0.3, 2 * (1 + worth * math.log2(c.top_k / 2)) + 0.1 * abs(math.log2(c.lr / 6e-3)))  # noqa: E731
         near = lambda c, tpp: tuple(x + 0.1 * abs(math.log2(c.lr / 6e-3)) for x in effect(c, tpp))  # noqa: E731
-        return [fake(run, near) for run in presets.topk2([])]
+        return finished(presets.topk2, near)
 
     assert decided(rows(0.0), 5) == "supported" and decided(rows(0.2), 5) in ("not supported", "mixed")
     rng = random.Random(1)
     noise = lambda c, tpp: (1.0, 0.3 + rng.gauss(0, 0.02), 2 + rng.gauss(0, 0.02) + 0.1 * abs(math.log2(c.lr / 6e-3)))  # noqa: E731
-    assert (
-        decided([fake(run, noise) for run in presets.topk2([])], 5) != "not supported"
-    )  # the best of four is no spread
+    assert decided(finished(presets.topk2, noise), 5) != "not supported"  # the best of four is no spread
 
 
 def test_gentler_training_and_active_compute():
