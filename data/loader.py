@@ -141,7 +141,8 @@ class _Source:
             self.lengths = np.minimum(np.diff(self.starts, append=n_tokens), seq_len + 1)
             self.rows = packed(self.lengths.tolist(), seq_len + 1)
             self.n_windows = len(self.rows)
-        remedy = f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; use a smaller seq_len or more data"
+        remedy = f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; "
+        remedy += "use a smaller seq_len or more data"
         require(self.n_windows >= 1, "seq_len", seq_len, remedy)
         self.epoch, self.order = -1, None
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from moe_kernels.language import launch, tl, triton
-from moe_kernels.tiles import captured_stream, cdiv, max_tiles, pow2
+from moe_kernels.tiles import cdiv, max_tiles, pow2
 
 CHUNK = 512  # slots per program of the sort
 # Up to so many slots every program of the sort counts all of them, and nothing is launched before it: 5.9 us instead of
-# 6.9 at 4,096 slots of 64 experts in a graph on an H200, 7.9 instead of 7.2 at 8,192. Outside of a graph a launch costs
-# more than that.
-ONE_LAUNCH = 4096
+# 6.9 at 4,096 slots of 64 experts in a graph on an H200, 7.9 instead of 7.2 at 8,192, where it still saves two launches
+# of Python outside of a graph.
+ONE_LAUNCH = 8192
 
 
 class Dispatch(NamedTuple):
@@ -145,8 +145,7 @@ def dispatch(experts_TK, n_experts, block_m, n_rows=None):
     if n_rows is not None:
         out.row_slot_S.zero_()  # kernels also read the slots of a tile's rows past its expert's last one
     chunk_counts = counts = None
-    one_launch = ONE_LAUNCH if captured_stream(experts_TK) else 2 * ONE_LAUNCH
-    few = S * max(block_e, 128) <= one_launch * 128  # counting 256 experts takes twice as long
+    few = S * max(block_e, 128) <= ONE_LAUNCH * 128  # counting 256 experts takes twice as long
     if not few:
         chunk_counts, counts = out.offsets.new_empty(n_chunks, E), out.offsets.new_empty(E)
         launch(count_kernel, (n_chunks,), (experts_TK, chunk_counts), (S,), E=E, CHUNK=CHUNK, BLOCK_E=block_e)

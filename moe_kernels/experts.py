@@ -17,7 +17,7 @@ from moe_kernels.dispatch import Dispatch, combine, dispatch, empty_dispatch
 from moe_kernels.language import MISSING
 from moe_kernels.ops import define
 from moe_kernels.routing import MAX_EXPERTS, MAX_TOP_K
-from moe_kernels.tiles import captured_stream, eager, gemm_tiles, pick_impl
+from moe_kernels.tiles import eager, gemm_tiles, pick_impl
 
 if not MISSING:
     from moe_kernels import hopper
@@ -155,6 +155,11 @@ def _dw(a_TM, b_SN, transposed, sorted_, tile):
     if hopper.fits(a_TM.shape[1], b_SN.shape[1], mean_rows, a_TM.dtype):
         return hopper.dw(a_TM, b_SN, transposed, sorted_)
     return gemm.dw(a_TM, b_SN, transposed, sorted_, tile)
+
+
+def captured_stream(tensor):
+    """The current stream if it is recorded into a CUDA graph, else None."""
+    return torch.cuda.current_stream() if tensor.is_cuda and torch.cuda.is_current_stream_capturing() else None
 
 
 @functools.cache

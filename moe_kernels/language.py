@@ -81,7 +81,7 @@ def launch(kernel, grid, tensors, numbers=(), num_warps=4, num_stages=3, **const
     Triton inspects every argument of every launch. Here only what may change from call to call is looked at: dtypes and
     alignments of `tensors` (or descriptors, or None), divisibility of `numbers`, and the constants."""
     key = (
-        id(kernel), tensors[0].get_device(), num_warps, num_stages, *constants.values(),
+        kernel.fn, tensors[0].get_device(), num_warps, num_stages, *constants.values(),
         *[None if t is None else (t.dtype, type(t) is Matrix or t.data_ptr() % 16) for t in tensors],
         *[(n == 1, n % 16 == 0, n < 2**31) for n in numbers],
     )  # fmt: skip

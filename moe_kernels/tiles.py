@@ -195,11 +195,6 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
     }
 
 
-def captured_stream(tensor):
-    """The current stream if it is recorded into a CUDA graph, else None."""
-    return torch.cuda.current_stream() if tensor.is_cuda and torch.cuda.is_current_stream_capturing() else None
-
-
 @functools.cache
 def multiprocessors(device):
     """Those of a GPU; elsewhere, where kernels are interpreted or only compiled, 4."""
