@@ -22,11 +22,11 @@ from torch import Tensor
 
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels.dispatch import Dispatch, dispatch, empty_dispatch
-from moe_kernels.experts import _dense, _dw, side_stream
+from moe_kernels.experts import _dense, _dw, captured_stream, side_stream
 from moe_kernels.language import tl, triton
 from moe_kernels.muon import pick
 from moe_kernels.ops import define
-from moe_kernels.tiles import captured_stream, cdiv, gemm_tiles, pow2
+from moe_kernels.tiles import cdiv, gemm_tiles, pow2
 
 ROWS = 4  # tokens of a program of fetch_kernel
 
