@@ -89,6 +89,7 @@ class Ranks:
 
 
 LAYERS = []  # (Ranks, number of the layer): custom ops take an index of this list, as they take no objects
+# The index is an int64 scalar on the CPU. torch.compile would compile every layer again for an int of its own.
 
 
 @triton.jit(do_not_specialize=["T", "first", "rank"])
@@ -229,10 +230,16 @@ def compute_gradients(ranks, layer, w_in_EGD, w_out_EDF, h, ids, gates, sorted_,
 
 
 def remote_fwd(
-    x_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, gates_TK: Tensor, experts_TK: Tensor, activation: str, index: int
+    x_TD: Tensor,
+    w_in_EGD: Tensor,
+    w_out_EDF: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
+    activation: str,
+    index: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (T, D), then what `compute` returns. index: of LAYERS; gates float32 and experts int32, both (T, K)."""
-    ranks, layer = LAYERS[index]
+    ranks, layer = LAYERS[int(index)]
     publish(ranks, layer, x_TD, gates_TK, experts_TK)
     ranks.barrier()
     saved = compute(ranks, layer, w_in_EGD, w_out_EDF, activation)
@@ -243,7 +250,7 @@ def remote_fwd(
 
 
 def _fake_fwd(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, index):
-    sizes, (E, D, F) = LAYERS[index][0].sizes, w_out_EDF.shape
+    sizes, (E, D, F) = LAYERS[0][0].sizes, w_out_EDF.shape  # the same for all layers
     tile = gemm_tiles(sizes.tokens * sizes.top_k, E, D, F, sizes.dtype)["up"]
     ids = experts_TK.new_empty(sizes.world * sizes.tokens, sizes.top_k)
     h = x_TD.new_empty(gemm.panels(sizes.n_rows, F, tile))
@@ -254,10 +261,10 @@ def _fake_fwd(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, index
 def remote_bwd(
     dy_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, experts_TK: Tensor, h: Tensor, ids: Tensor, gates: Tensor,
     offsets: Tensor, row_slot: Tensor, slot_row: Tensor, tile_expert: Tensor, tile_row: Tensor, tile_count: Tensor,
-    by_size: Tensor, activation: str, index: int,
+    by_size: Tensor, index: Tensor, activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, w_in, w_out and the gates."""
-    ranks, layer = LAYERS[index]
+    ranks, layer = LAYERS[int(index)]
     ranks.own.dy[ranks.tokens_of(ranks.rank)].copy_(dy_TD)
     ranks.barrier()
     sorted_ = Dispatch(offsets, row_slot, slot_row, tile_expert, tile_row, tile_count, by_size)
@@ -283,10 +290,10 @@ def _fake_bwd(dy_TD, w_in_EGD, w_out_EDF, experts_TK, h, ids, gates, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    _, w_in, w_out, _, experts, ctx.activation, ctx.index = inputs
+    _, w_in, w_out, _, experts, ctx.activation, index = inputs
     ctx.set_materialize_grads(False)  # else backward would get zeros of the size of the pre-activation
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(w_in, w_out, experts, *output[1:])
+    ctx.save_for_backward(w_in, w_out, experts, *output[1:], index)
 
 
 # remote_experts(x, w_in, w_out, gates, experts, activation, index): `moe_experts` with this rank's weights of all E * W
@@ -298,6 +305,6 @@ remote_op, remote_bwd_op, remote_experts = define(
     _fake_fwd,
     _fake_bwd,
     _setup_context,
-    lambda ctx, run, dy, *_: (*run(dy, *ctx.saved_tensors, ctx.activation, ctx.index), None, None, None),
+    lambda ctx, run, dy, *_: (*run(dy, *ctx.saved_tensors, ctx.activation), None, None, None),
     n_outputs=1,
 )

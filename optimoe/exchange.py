@@ -54,11 +54,11 @@ def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activ
     return (gates_TK[..., None] * y_TKD.float()).sum(1).to(x_TD.dtype)
 
 
-def experts_nearby(moe, layer, x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu"):
+def experts_nearby(moe, x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu"):
     """The same by kernels while the layer is in training mode: validation and repeated steps are exact."""
     if not moe.training:
         return experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl, activation)
-    return remote.remote_experts(x_TD, w_in, w_out, gates_TK.float(), experts_TK.int(), activation, layer)[0]
+    return remote.remote_experts(x_TD, w_in, w_out, gates_TK.float(), experts_TK.int(), activation, moe.number)[0]
 
 
 def deal_out(model, cfg, device, rank, world, tokens):
@@ -81,7 +81,7 @@ def deal_out(model, cfg, device, rank, world, tokens):
     ranks = remote.Ranks(rank, sizes, memories, barrier)
     remote.LAYERS[:] = [(ranks, layer) for layer in range(len(layers))]
     for layer, moe in enumerate(layers):
-        moe.experts = partial(experts_nearby, moe, layer)
+        moe.number, moe.experts = torch.tensor(layer, device="cpu"), partial(experts_nearby, moe)
     model.limit = Limit(world, n_rows, device)
 
 
