@@ -619,7 +619,7 @@ def test_stopping_saves_and_goes_on(whole_run, start, tmp_path, monkeypatch, cap
     said = capsys.readouterr().out
     assert "1 step of 12 x " in said and said.splitlines()[-2].endswith("| eta 0:00:00")
     groups = checkpoint.read(tmp_path / "ended")["optimizer"]["param_groups"]
-    assert [(group["weight_decay"], group["betas"], group["lr"]) for group in groups] == [
+    assert [(group["weight_decay"], tuple(group["betas"]), group["lr"]) for group in groups] == [
         (0.3, (0.9, 0.5), 0.1),
         (0, (0.9, 0.5), 0.1),
     ]

@@ -29,7 +29,7 @@ from optimoe.sizes import (
     preset,
     training_memory,
 )
-from tests.checks import check
+from tests.checks import check, rms_ratio
 
 SMALL = dict(
     vocab_size=61,
@@ -409,7 +409,8 @@ def step(model, x, y):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("options", [{}, {"impl": "triton"}, {"dense": True, "impl": "reference"}], ids=str)
 def test_recomputation_changes_memory_and_no_bit(options, compiled, device):
-    """Of what the backward pass keeps, experts lose the pre-activation, and blocks all but their inputs."""
+    """Of what the backward pass keeps, experts lose the pre-activation, and blocks all but their inputs. Inductor
+    compiles other kernels for each choice on a GPU, and they round otherwise."""
     if options.get("impl") == "triton" and compiled and device == "cpu":
         pytest.skip("the interpreter is slow")
     results, sizes_ = {}, {}
@@ -422,7 +423,9 @@ def test_recomputation_changes_memory_and_no_bit(options, compiled, device):
         results[choice], sizes_[choice] = step(model, x, y)
     for choice, found in results.items():
         for name, t in found.items():
-            assert torch.equal(t, results["none"][name]), (choice, name)
+            fused = compiled and device == "cuda"
+            same = rms_ratio(t, results["none"][name]) < 1.2e-2 if fused else torch.equal(t, results["none"][name])
+            assert same, (choice, name)
     assert list(sizes_.values()) == sorted(set(sizes_.values()), reverse=True), sizes_
     cfgs = [ModelConfig(**SMALL | options | {"recompute": choice}) for choice in results]
     estimates = [training_memory(cfg, 20)["activations (estimate)"] for cfg in cfgs]
