@@ -103,11 +103,11 @@ def dump(path, model, loader, cursor, cfg, step):
     loader.load_state_dict(cursor)
     model.zero_grad(set_to_none=True)
     for _ in range(cfg.grad_accum):
-        tokens_BL, targets_BL = loader.next()
-        out = model(tokens_BL, targets_BL)
+        batch = loader.next()
+        out = model(*batch)
         ((out.loss + cfg.balance_coef * out.balance + cfg.z_coef * out.z) / cfg.grad_accum).backward()
         losses.append(out.loss.item())
-        batches.append(tokens_BL.tolist())
+        batches.append(batch[0].tolist())
     for name, p in reversed(list(model.named_parameters())):  # as the backward pass runs
         if p.grad is not None:
             look(name, p.grad, "the gradient of {} is the first that is not finite")

@@ -198,7 +198,7 @@ def test_the_table_is_put_between_the_markers_and_never_replaced_by_that_of_noth
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| 2. Reasoning turns over as total parameters grow | **supported**, paired |" in text
     effects = (tmp_path / "appendix.md").read_text()
-    assert "no vote: beside the loss" in effects and "| 8 | 8 | facts | 0.006 | 1.5 | 25% | 3 |" in effects
+    assert "no vote: beside the loss" in effects and "| 8 | 8 | facts | 0.006 | 1.5 | 25% | 80% | 3 |" in effects
     empty, none, foreign = (tmp_path / name for name in ("empty.jsonl", "none.jsonl", "foreign.jsonl"))
     empty.write_text(""), foreign.write_text('{"a": 1}\n')
     for more, message in (
