@@ -8,6 +8,7 @@ them per token, N MoE layers, H heads (Hkv for keys and values), d head width, V
 at use; with AdamW matrices in blocks are bfloat16 (docs/optimizer.md).
 """
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F_
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import balance_loss, gated_activation, gates_of, linear_cross_entropy, moe_experts, rope, route
+from moe_kernels.ops import use_kernels
 from optimoe.config import require
 
 UNTAUGHT = "a single gate that sums to 1 is always 1, so the loss has no gradient for the router; "
@@ -134,6 +137,23 @@ def rope_tables(cfg):
     return torch.cat([cos, cos], 1).float()[:, None], torch.cat([-sin, sin], 1).float()[:, None]
 
 
+def document_mask(doc_ids_BL, fused):
+    """What attention may look at: earlier tokens of the same document.
+
+    fused: a BlockMask for flex_attention, which skips blocks of 128 x 128 pairs without a common document. Else
+    booleans (B, 1, L, L), with which attention computes every pair, the future ones too."""
+    B, L = doc_ids_BL.shape
+    make = create_block_mask if fused else create_mask
+    sees = lambda b, h, i, j: (i >= j) & (doc_ids_BL[b, i] == doc_ids_BL[b, j])  # noqa: E731
+    return make(sees, B, 1, L, L, doc_ids_BL.device)
+
+
+@functools.cache
+def fused_attention():
+    """For blocks that are not compiled: as it is, flex_attention would write all scores to memory."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -162,6 +182,9 @@ class Attention(nn.Module):
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if mask is not None and L == 1:  # the query heads of a group become queries of its key head: no repetition
             y = F_.scaled_dot_product_attention(q.view(B, Hkv, H // Hkv, self.head_dim), k, v, attn_mask=mask)
+        elif isinstance(mask, BlockMask):
+            attend = flex_attention if torch.compiler.is_compiling() else fused_attention()
+            y = attend(q.transpose(1, 2), k, v, block_mask=mask, enable_gqa=H != Hkv).transpose(1, 2)
         else:
             form = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=H != Hkv)
             y = F_.scaled_dot_product_attention(q.transpose(1, 2), k, v, **form).transpose(1, 2)
@@ -194,7 +217,7 @@ class MoE(nn.Module):
         self.router = Linear(cfg.d_model, cfg.n_experts)
         self.w_in = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
         self.w_out = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
-        self.experts = moe_experts  # parallel.py replaces it where experts live on several GPUs
+        self.experts = moe_experts  # optimoe/exchange.py replaces it where experts live on several GPUs
         self.shared = GatedMLP(cfg, cfg.n_shared_experts * cfg.d_expert) if cfg.n_shared_experts else None
         self.register_buffer("bias_E", torch.zeros(cfg.n_experts) if cfg.router_bias_rate else None)
 
@@ -252,6 +275,7 @@ class GPT(nn.Module):
         require(cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, "give the tokenizer's size")
         self.cfg = cfg
         self.before_layer = None  # called with the number of a block before it runs, with n_layers at the end
+        self.limit = None  # exchange.Limit where tokens travel to their experts by kernels
         self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -289,9 +313,10 @@ class GPT(nn.Module):
     def dtype(self):
         return compute_dtype(self.cfg, self.embed.weight.device)
 
-    def forward(self, tokens_BL, targets_BL=None, cache=None, replay_NTK=None):
+    def forward(self, tokens_BL, targets_BL=None, doc_ids_BL=None, cache=None, replay_NTK=None):
         """tokens (B, L) int64 -> Output, with a loss instead of logits where targets (B, L; -1: no loss) are given.
 
+        doc_ids (int32, from data/loader.py): attention stays within a document; nothing of one reaches another.
         cache (eval/kv_cache.py): the tokens continue its sequences; logits are those of each row's last real token, and
         there are no statistics. replay_NTK (int32; -1: none): experts to use in place of each router's choice, which
         the counts still count. Raises ValueError past seq_len."""
@@ -304,13 +329,15 @@ class GPT(nn.Module):
         if cache is not None:
             pos_BL, mask = cache.begin(L)
             cos, sin = self.cos[pos_BL], self.sin[pos_BL]
+        elif doc_ids_BL is not None:  # RoPE is relative, so positions need not start again
+            mask = document_mask(doc_ids_BL, x.is_cuda and use_kernels(self.cfg.kernels, x))
         # Compiled blocks know the one shape of training; evaluation has many and runs them eagerly.
         compiled = self.training and cache is None and replay_NTK is None
         for layer, block in enumerate(self.blocks):
             ready(layer)
             if compiled:
                 once = self.cfg.recompute != "blocks"
-                x, layer_stats = block(x, cos, sin) if once else again(block, x, cos, sin)
+                x, layer_stats = block(x, cos, sin, mask) if once else again(block, x, cos, sin, mask)
             else:
                 replay_TK = None if replay_NTK is None else replay_NTK[layer]
                 x, layer_stats = block.forward(x, cos, sin, mask, cache, layer, replay_TK)

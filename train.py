@@ -4,7 +4,7 @@
     python train.py --data=DIR --preset=paper-d512-e16-k2 # data of `python -m data.prepare`
     python train.py --data=DIR:0.7,DIR2:0.3               # a mixture
     torchrun --nproc-per-node=8 train.py --data=DIR       # eight GPUs (docs/multi-gpu.md)
-    python train.py --data=DIR --init-from=ORG/NAME       # fine-tune a Mixtral, Qwen3-MoE or OLMoE
+    python train.py --data=DIR --init-from=ORG/NAME       # fine-tune a Mixtral, Qwen3-MoE or OLMoE (--sft of prepare)
     python train.py --data=DIR --upcycle-from=runs/DENSE  # experts that start as a --dense model
     python train.py --resume=runs/NAME                    # continue, bit for bit; other flags override
 
@@ -28,7 +28,7 @@ from data.loader import Loader, parse_sources
 from eval import report
 from model import GPT, UNTAUGHT, ModelConfig, update_router_bias
 from moe_kernels import balance_loss
-from optimoe import checkpoint, guard, hub, parallel, sizes, start
+from optimoe import checkpoint, exchange, guard, hub, parallel, sizes, start
 from optimoe.config import require
 from optimoe.curves import Curves
 from optimoe.optim import clip_factor, lr_at
@@ -42,6 +42,7 @@ class TrainConfig(ModelConfig):
     # Run
     preset: str = "tiny"  # model fields start from it (optimoe/sizes.py); the vocabulary comes from the data
     data: str = ""  # data directory or mixture DIR:weight,DIR:weight; empty: procedural data
+    document_mask: bool = False  # attention stays within a document; always so with examples (data.prepare --sft)
     out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
     resume: str = ""  # run directory to continue
     init_from: str = ""  # a Mixtral, Qwen3-MoE or OLMoE to fine-tune: folder or ORG/NAME[@REVISION] (optimoe/start.py)
@@ -50,7 +51,7 @@ class TrainConfig(ModelConfig):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of blocks on CUDA; auto: in long runs
     cuda_graph: bool = True  # replay the whole step as one CUDA graph
-    parallel: Literal["ddp", "fsdp", "ep"] = "ddp"  # what several GPUs shard: optimiser states, all, or experts too
+    parallel: Literal["ddp", "ep"] = "ddp"  # what several GPUs share out: optimiser states, or experts too
     deterministic: bool = False  # the same bits in every run on CUDA too; slower
     # Optimisation
     steps: int = 1700  # optimiser steps
@@ -116,25 +117,33 @@ class TrainConfig(ModelConfig):
 
 
 def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda part: None):
-    """One step on micro-batches [(tokens_BL, targets_BL)]: forward, backward, clipped update.
+    """One step on micro-batches [(tokens_BL, targets_BL[, doc_ids_BL])]: forward, backward, clipped update.
 
+    The loss is the mean over all targets of the step, however many of them a micro-batch or a rank has.
     Adds to the window and returns the gradient norm, a tensor: nothing here waits for the device. mark(part) is called
     at the end of each part (bench/step.py times them)."""
-    counts_NE = probs_NE = sums = 0
+    counts_NE, probs_NE, sums, discard = 0, 0, 0, None
+    targets = torch.stack([(batch[1] >= 0).sum() for batch in batches])
+    total = targets.sum()
+    if world > 1:
+        dist.all_reduce(total)
+    shares = targets * (len(batches) * world) / total.clamp(min=1)  # exactly 1 where all have as many
     optimizer.begin_step()
-    for micro, (tokens_BL, targets_BL) in enumerate(batches):
-        parallel.sync_gradients(model, optimizer, micro == len(batches) - 1)
-        out = model(tokens_BL, targets_BL)
-        balance = out.balance
+    for micro, batch in enumerate(batches):
+        first, last = micro == 0, micro == len(batches) - 1
+        optimizer.synchronize = last
+        out = model(*batch)
+        balance, ce = out.balance, shares[micro] * out.loss
         if world > 1:  # the balance of the global batch: everyone's counts, own probabilities
             dist.all_reduce(out.counts_NE)
             layers = zip(out.counts_NE, out.probs_NE, strict=True)
             balance = sum((balance_loss(counts_E, probs_E) for counts_E, probs_E in layers), 0 * out.balance)
-        loss = out.loss + cfg.balance_coef * balance + cfg.z_coef * out.z
+            discard = exchange.discard(model, out.counts_NE, first, last)
+        loss = ce + cfg.balance_coef * balance + cfg.z_coef * out.z
         mark("forward")
         (loss / len(batches)).backward()
         mark("backward")
-        sums = sums + torch.stack([out.loss, balance, out.z, torch.ones_like(out.loss)]).detach()
+        sums = sums + torch.stack([ce, balance, out.z, torch.ones_like(ce)]).detach()
         counts_NE = counts_NE + out.counts_NE
         probs_NE = probs_NE + out.probs_NE.detach()
     if world > 1:  # means over ranks, so that all of them log, judge and save the same
@@ -143,7 +152,7 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
         sums, probs_NE = shared[:4] / world, (shared[4:] / world).view_as(probs_NE)
     optimizer.average_gradients()
     grad_norm = optimizer.grad_norm()
-    skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg)
+    skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg, discard)
     optimizer.step(skip, clip_factor(grad_norm, cfg.clip_norm))
     optimizer.zero_grad()
     added = {"sums": sums, "counts_NE": counts_NE, "probs_NE": probs_NE}
@@ -211,11 +220,12 @@ class GraphedStep:
 
 def fast_step(step, model, cfg, device, world):
     """The step as it runs fastest here: compiled blocks, one CUDA graph."""
-    fast = device.type == "cuda" and (world == 1 or cfg.parallel == "ddp")
+    fast = device.type == "cuda" and (world == 1 or cfg.parallel == "ddp" or model.limit is not None)
     if fast:
         compile_blocks(model, cfg)
     graphed = fast and cfg.cuda_graph and cfg.impl in ("auto", "triton")  # the others count rows on the host
-    return GraphedStep(step) if graphed else step
+    run = GraphedStep(step) if graphed else step
+    return run if model.limit is None else exchange.repeating(run, step, model)
 
 
 # ---- what a run needs
@@ -252,7 +262,9 @@ def make_data(cfg, directory):
 def open_data(cfg, run):
     """(cfg with the vocabulary of the data, Data). ValueError for data that this run cannot use."""
     sources, micro_batch = run.prepared, cfg.batch_size // (run.world * cfg.grad_accum)
-    place = (run.rank, run.world, run.device)
+    marked = any(shards.read_meta(directory)["version"] == shards.MARKED for directory, _ in sources)
+    cfg = dataclasses.replace(cfg, document_mask=cfg.document_mask or marked)
+    place = (run.rank, run.world, run.device, cfg.document_mask)
     loader = Loader(sources, "train", micro_batch, cfg.seq_len, cfg.seed, *place)
     tokens = lambda directory: shards.read_meta(directory)["splits"].get("val", {}).get("tokens")  # noqa: E731
     val_sources = [(directory, weight) for directory, weight in sources if cfg.val_batches and tokens(directory)]
@@ -275,8 +287,6 @@ def check_start(cfg, world):
     require(divides, "batch_size", cfg.batch_size, remedy)
     once = cfg.recompute == "none" or world == 1 or cfg.parallel != "ep"
     require(once, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
-    float32 = cfg.weights == "float32" or world == 1 or cfg.parallel == "ddp"
-    require(float32, "weights", cfg.weights, f"parallel={cfg.parallel} keeps float32 weights; use --parallel=ddp")
 
 
 def check_memory(cfg, run):
@@ -308,7 +318,8 @@ def set_up(cfg, run, data):
         model.load_state_dict(state.pop("model"))
     elif cfg.upcycle_from:
         upcycle(model, cfg.upcycle_from)
-    model = parallel.wrap(model, cfg, run.device, run.world)
+    tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
+    model = parallel.wrap(model, cfg, run.device, run.world, tokens)
     optimizer, window = parallel.Sharded(model, cfg, run.rank, run.world), new_window(cfg, run.device)
     job = Training(model, optimizer, window, state=state)
     if state:
@@ -325,21 +336,24 @@ def set_up(cfg, run, data):
 
 @torch.no_grad()
 def validate(job, data, world):
-    """Mean cross-entropy in nats over the same validation batches every time."""
+    """Mean cross-entropy in nats over the targets of the same validation batches every time."""
     job.optimizer.gather_weights()
-    if not parallel.is_fsdp(job.model):  # whose blocks must run as modules
-        job.model.eval()
+    job.model.eval()
     loader = data.val_loader
     loader.load_state_dict(loader.state_dict() | {"drawn": [0] * len(loader.sources)})
-    total = sum(job.model(*loader.next()).loss for _ in range(data.val_batches)) / data.val_batches
+    sums = 0
+    for batch in (loader.next() for _ in range(data.val_batches)):
+        targets = (batch[1] >= 0).sum()
+        sums = sums + torch.stack([job.model(*batch).loss * targets, targets])
     if world > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(sums)
     job.model.train()
-    return float(total) / world
+    return float(sums[0] / sums[1].clamp(min=1))
 
 
 def save(cfg, run, job, data):
-    weights, norm = parallel.full_state(job.model, job.optimizer, run.rank)  # all ranks take part, here and in the next
+    weights = job.optimizer.weights(job.model)
+    norm = parallel.weights_norm(weights, run.world)
     guard.check_finite("norm of the weights", norm, job.step, run.dir, cfg.lr)
     kept = {"model": weights, "optimizer": job.optimizer.state_dict(), "window": job.window, "tokens": job.tokens}
     kept |= {"config": dataclasses.asdict(cfg), "loader": data.loader.state_dict()}

@@ -28,7 +28,7 @@ from triton import knobs
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
 from bench.problem import parse_shape
-from moe_kernels import activation, adamw, cross_entropy, experts, muon, rotary, routing
+from moe_kernels import activation, adamw, cross_entropy, decode, experts, muon, rotary, routing
 from moe_kernels.precompile import compile_only
 from moe_kernels.tiles import LIMITS, interpreting
 from optimoe import config
@@ -83,10 +83,10 @@ def launch_layer(shape, dtype):
 
 
 def launch_rest(shape, dtype):
-    """Launches the other kernels of a training step: routing, a dense layer, rotations with and without norms, the
-    loss, AdamW (in float32, with bfloat16 copies, all in bfloat16) and, where its matrices are small, Muon."""
+    """Launches the other kernels: routing, a dense layer, rotations with and without norms, the loss, steps of
+    generation, AdamW (in float32, with bfloat16 copies, all in bfloat16) and, where its matrices are small, Muon."""
     T, D, F, E, K = shape
-    empty, half = torch.empty, torch.bfloat16
+    empty, half, V = torch.empty, torch.bfloat16, 50304
     for sigmoid, normalize in ((False, True), (True, False)):
         logits = empty(T, E, dtype=dtype)
         gates, ids, _, probs, z = routing.route_fwd(logits, None, K, sigmoid, normalize)
@@ -99,9 +99,23 @@ def launch_rest(shape, dtype):
         for norms in ((None, None), (weight, weight)):
             q, k = rotary.rope_fwd(qkv, table, table, *norms, heads, 1e-5)
             rotary.rope_bwd(q, k, k, qkv if norms[0] is not None else None, table, table, *norms, 1e-5)
-    for vocabulary in (50304, 257):  # a row of eights, and a small odd one
+    for vocabulary in (V, 257):  # a row of eights, and a small odd one
         x, w, targets = empty(8, 16, dtype=dtype), empty(vocabulary, 16), empty(8, dtype=torch.int64)
         cross_entropy.cross_entropy_op._init_fn(x, w, targets, 8, True)
+    for rows in (1, min(T, 64)):  # generation
+        norm, ids = empty(D, dtype=dtype), empty(rows, K, dtype=torch.int32)
+        x, q, cache = (
+            empty(rows, D, dtype=dtype),
+            empty(rows, 12, 64, dtype=dtype),
+            empty(rows, 256, 4, 64, dtype=dtype),
+        )
+        table, written = empty(256, 1, 64), empty(rows, 8, dtype=torch.int64)
+        decode.linear(x, empty(V, D, dtype=dtype), norm, 1e-5)
+        decode.linear(x, empty(D, D, dtype=dtype), add=x)
+        decode.attend(q, table, table, written[:, 0].contiguous(), cache, cache, 4)
+        decode.route_few(x, norm, 1e-5, empty(E, D, dtype=dtype), K)
+        decode.experts(x, empty(E, 2 * F, D, dtype=dtype), empty(E, D, F, dtype=dtype), empty(rows, K), ids, x)
+        decode.greedy(empty(rows, V, dtype=dtype), None, written, written, written)
     scalars = [empty(()) for _ in range(4)]  # step, learning rate, scale, skip
     for weight_type, grad_type, copied in ((None, None, False), (None, half, True), (half, half, False)):
         weight, grad = empty(E, D, dtype=weight_type), empty(E, D, dtype=grad_type)

@@ -5,10 +5,12 @@
 
 All flags of train.py are understood; --batch_size counts the sequences of one GPU, so the work of a GPU is the same on
 any number of them. Every rank first trains alone, all at the same time and equally hot, then all of them together. The
-share is that of the mean of the single GPUs; the slowest is printed too. nccl_ms is the time of NCCL's kernels in a
-step, exposed_ms that part of it in which nothing else runs.
+share is that of the mean of the single GPUs; the slowest is printed too. Routers are first balanced, as they are after
+the first hundred steps of a run. nccl_ms is the time of the kernels that communicate in a step, NCCL's and those of
+moe_kernels/remote.py; exposed_ms is the part of it in which nothing else runs. gb_s counts the bytes that a rank sends.
 """
 
+import math
 import os
 
 import torch
@@ -17,37 +19,59 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.problem import Cost
 from bench.results import Results, cli
-from bench.step import graphed, make_step, model_shape, parse, step_times
+from bench.step import balance, make_step, model_shape, parse, step_times
 from bench.timing import MIB
 from optimoe.sizes import count_params, flops_per_token
+from train import fast_step
 
 WARM_UP = 12  # steps: compilation, capture and the first replays
+TALKING = "nccl", "fetch_kernel", "collect_kernel", "barrier"  # in the names of kernels that communicate
 
 
 def communication(kernels):
-    """(ms of NCCL's kernels, ms of these while no other kernel runs); kernels: [(name, start, end)] in microseconds."""
+    """(ms of kernels that communicate, ms of these while no other kernel runs); kernels: [(name, start, end)] in us."""
     marks = []
     for name, start, end in kernels:
-        marks += [(start, "nccl" in name, 1), (end, "nccl" in name, -1)]
+        talks = any(word in name for word in TALKING)
+        marks += [(start, talks, 1), (end, talks, -1)]
     total, alone, running, last = 0.0, 0.0, {True: 0, False: 0}, 0.0
-    for now, nccl, change in sorted(marks):
+    for now, talks, change in sorted(marks):
         total += (now - last) * running[True]
         alone += (now - last) * (running[True] > 0 and not running[False])
-        running[nccl] += change
+        running[talks] += change
         last = now
     return total / 1e3, alone / 1e3
 
 
+def bytes_sent(optimizer, cfg, world):
+    """By one rank in a step: gradients and weights of divided tensors, gradients of the others, and with ep the tokens,
+    their gradients, and results and gradients of rows, if all experts are used alike."""
+    share, size = (world - 1) / world, torch.finfo(optimizer.model.dtype).bits // 8
+    whole = [p for p in optimizer.model.parameters() if p not in optimizer.exact]
+    parameters = sum(p.nbytes * world for p in optimizer.full) + sum(p.nbytes for p in whole)
+    rows = 0
+    if optimizer.dealt:
+        E, K = cfg.n_experts, cfg.top_k
+        used = 1 - math.comb(E - E // world, K) / math.comb(E, K)  # the share of tokens that use a given rank
+        rows = cfg.n_layers * cfg.batch_size * cfg.seq_len * (used * (world - 1) + K * share)
+        rows *= 2  # both passes
+    return 2 * share * parameters + rows * cfg.d_model * size
+
+
 def measure(cfg, rank, world, device):
-    """(Times of a step, other columns of its row)."""
+    """(Times of a step, bytes that a rank sends in it, other columns of its row)."""
     cuda, steps = device.type == "cuda", 3
-    _, step, draw = make_step(cfg, device, rank, world)
-    step = graphed(step, cfg, world) or step
+    model, step, draw = make_step(cfg, device, rank, world)
+    sent = bytes_sent(step.args[1], cfg, world)
+    model.eval()  # whose exchange is exact, however uneven the loads are
+    balance(model, draw, 60 if cuda else 2, world)
+    model.train()
+    step = fast_step(step, model, cfg, device, world)
     run = lambda: step([draw()])  # noqa: E731
     for _ in range(WARM_UP if cuda else 1):
         run()
     if not cuda:
-        return step_times(run, cfg.repeats), {}
+        return step_times(run, cfg.repeats), sent, {}
     torch.cuda.reset_peak_memory_stats()
     times = step_times(run, cfg.repeats)
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
@@ -57,7 +81,7 @@ def measure(cfg, rank, world, device):
     events = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     total, alone = communication([(e.name, e.time_range.start, e.time_range.end) for e in events])
     peak = torch.cuda.max_memory_allocated() / MIB
-    return times, {"nccl_ms": total / steps, "exposed_ms": alone / steps, "peak_mib": peak}
+    return times, sent, {"nccl_ms": total / steps, "exposed_ms": alone / steps, "peak_mib": peak}
 
 
 def main(argv=None):
@@ -81,16 +105,18 @@ def main(argv=None):
         dist.all_reduce(single)
         if rank:
             return 0
-        (one, columns), (all_of_them, more) = measured
+        (one, _, columns), (all_of_them, sent, more) = measured
         share = single.mean().item() / all_of_them.p50
-        cost = Cost(flops_per_token(cfg) * cfg.batch_size * cfg.seq_len, 0)
-        results.add("node", "one GPU", "1", model_shape(cfg), one, cost, **columns)
+        flops = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
+        results.add("node", "one GPU", "1", model_shape(cfg), one, Cost(flops, 0), **columns)
+        cost = Cost(flops, sent)
         results.add("node", cfg.parallel, str(world), model_shape(cfg), all_of_them, cost, share=share, **more)
         print(
             f"{count_params(cfg).total / 1e9:.2f} G parameters, {model_shape(cfg).T:,} tokens a GPU; single GPUs take"
             f" {single.mean():.2f} ms, the slowest {single.max():.2f}; share of {world} of them {share:.3f},"
             f" of the slowest {single.max().item() / all_of_them.p50:.3f};"
-            f" NCCL {more.get('nccl_ms', 0):.2f} ms, exposed {more.get('exposed_ms', 0):.2f}"
+            f" {sent / 1e9:.2f} GB sent by each, communication {more.get('nccl_ms', 0):.2f} ms,"
+            f" exposed {more.get('exposed_ms', 0):.2f}"
         )
         return results.finish()
     finally:

@@ -50,10 +50,10 @@ def make_step(cfg, device, rank=0, world=1):
     is a batch. Billions of random weights take a CPU a minute, so they are drawn on the device."""
     torch.manual_seed(cfg.seed)
     with torch.device(device):
-        model = parallel.wrap(GPT(cfg).train(), cfg, torch.device(device), world)
+        model = parallel.wrap(GPT(cfg).train(), cfg, torch.device(device), world, cfg.batch_size * cfg.seq_len)
     optimizer = parallel.Sharded(model, cfg, rank, world)
     optimizer.set_lr(0.0)
-    if torch.cuda.is_available() and (world == 1 or cfg.parallel == "ddp"):
+    if torch.cuda.is_available() and world == 1:
         compile_blocks(model, cfg)
     generator = torch.Generator(device).manual_seed(rank)
     size = cfg.batch_size, cfg.seq_len
@@ -62,13 +62,13 @@ def make_step(cfg, device, rank=0, world=1):
     return model, step, lambda: (tokens(), tokens())
 
 
-def graphed(step, cfg, world=1):
+def graphed(step, cfg):
     """The step as one CUDA graph where train.py makes one, or None."""
-    capturable = cfg.impl in ("auto", "triton") and (world == 1 or cfg.parallel == "ddp")
+    capturable = cfg.impl in ("auto", "triton")
     return GraphedStep(step) if torch.cuda.is_available() and cfg.cuda_graph and capturable else None
 
 
-def balance(model, draw, steps):
+def balance(model, draw, steps, world=1):
     """Train the routers alone until the experts' loads are about even, as after the first hundred steps of a run: at
     first one expert may get four times its share, and such a step is slower. Returns the largest load / mean load."""
     routers = [p for name, p in model.named_parameters() if "router" in name]
@@ -81,6 +81,8 @@ def balance(model, draw, steps):
         optimizer.param_groups[0]["lr"] = 0.25 / model.cfg.d_model * (1 - step / steps)
         for p, grad in zip(routers, torch.autograd.grad(out.balance, routers), strict=True):
             p.grad = grad
+        if world > 1:  # of all ranks alike
+            parallel.average([p.grad for p in routers])
         optimizer.step()
     optimizer.zero_grad()
     return float((out.counts_NE.amax(1) / out.counts_NE.float().mean(1)).max())

@@ -146,8 +146,8 @@ class _Source:
             self.starts, self.lengths = self.starts[taught], self.lengths[taught]
             self.rows = packed(self.lengths.tolist(), seq_len + 1)
             self.n_windows = len(self.rows)
-        remedy = f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}"
-        remedy += "; use a smaller seq_len or more data"
+        remedy = f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; "
+        remedy += "use a smaller seq_len or more data"
         if self.marks:
             remedy = f"no answer in split {split!r} of {directory} begins so early; use a larger seq_len"
         require(self.n_windows >= 1, "seq_len", seq_len, remedy)

@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eval.kv_cache import KVCache
+from eval.step import has_step, step
+from moe_kernels import decode
 from optimoe.config import require
 
 # cuDNN's attention, the default of an H100, builds a plan for each new shape; evaluation has a new one in every batch.
@@ -124,6 +126,7 @@ class Decoder:
         self.coarse = coarse(device)
         syncs = not model.cfg.dense and model.cfg.impl not in ("auto", "triton")  # these wait for the device inside
         self.capture = device.type == "cuda" and not syncs
+        self.has_step = has_step(model)
         self.max_new_tokens, self.n_vocab = max_new_tokens, n_vocab
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         # Weights are cast once, not at every step, in a copy that shares what has the right dtype already.
@@ -155,7 +158,7 @@ class Decoder:
         cache = self.cache.view(n, 0)
         cache.new_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
         padded = torch.tensor([prompt + [0] * (L - len(prompt)) for prompt in prompts], device=device)
-        self.pick(self.model(padded, cache=cache).logits)
+        self.pick(self.model(padded, cache=cache).logits[:, 0])
         self.n_rows, self.filled, self.n_written, self.n_read = n, L, 1, 0
         if self.bucket(n) > n:
             self.select(list(range(n)))
@@ -165,7 +168,7 @@ class Decoder:
         end = min(self.n_read + (8 if self.coarse else 1), self.max_new_tokens)
         while self.n_written < end:
             coarse = min(max(128, 1 << self.filled.bit_length()), self.cache.k.shape[2])
-            self.run(self.n_rows, coarse if self.coarse else self.filled + 1)
+            self.run(self.n_rows, 0 if self.has_step else coarse if self.coarse else self.filled + 1)
             self.n_written, self.filled = self.n_written + 1, self.filled + 1
         new = self.written[: self.n_rows, self.n_read : end].tolist()
         self.n_read = end
@@ -198,11 +201,17 @@ class Decoder:
         self.graphs[shape].replay()
 
     def decode(self, n_rows, span):
-        self.pick(self.model(self.tokens[:n_rows], cache=self.cache.view(n_rows, self.filled, span)).logits)
+        tokens, cache = self.tokens[:n_rows], self.cache.view(n_rows, self.filled, span)
+        self.pick(step(self.model, tokens, cache) if self.has_step else self.model(tokens, cache=cache).logits[:, 0])
 
-    def pick(self, logits):
-        """From logits (n, 1, V) the next token of the first n rows."""
-        n, logits_BV = len(logits), logits[:, 0, : self.n_vocab].float()
+    def pick(self, logits_BV):
+        """From logits the next token of the first B rows."""
+        n = len(logits_BV)
+        if self.has_step and self.temperature == 0:
+            decode.greedy(logits_BV, self.n_vocab, self.tokens, self.written, self.step)
+            self.step += 1
+            return
+        logits_BV = logits_BV[:, : self.n_vocab].float()
         if self.temperature == 0:
             next_B = logits_BV.argmax(1)
         else:

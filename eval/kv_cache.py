@@ -51,6 +51,14 @@ class KVCache:
         hidden = self.pos_BL[:, None, :, None] < torch.arange(self.span or end, device=device)
         return self.pos_BL, torch.zeros(hidden.shape, device=device, dtype=self.k.dtype).masked_fill_(hidden, -math.inf)
 
+    def begin_step(self):
+        """Positions (B,) of one new token of each row, for a step that writes the cache and the lengths itself."""
+        require(self.filled < self.k.shape[2], "length", self.filled + 1, f"the cache holds {self.k.shape[2]} tokens")
+        self.pos_BL = self.lengths_B[:, None]
+        if self.experts is not None:
+            self.row_B1 = torch.arange(len(self.pos_BL), device=self.pos_BL.device)[:, None]
+        return self.lengths_B
+
     def update(self, layer, k_BLHd, v_BLHd):
         """Store a layer's new keys and values; return all of them, (B, span, Hkv, d)."""
         L, at = self.pos_BL.shape[1], (layer, self.row_B1, self.pos_BL)

@@ -82,7 +82,7 @@ def val_row(loss, step, tokens, sources):
     """The row of a validation, with bits per byte where every data directory counts the bytes of its text."""
     row = {"step": step, "tokens": tokens, "val_loss": loss}
     splits = [(weight, shards.read_meta(directory)["splits"]["val"]) for directory, weight in sources]
-    if all(meta.get("bytes") for _, meta in splits):
+    if all(meta.get("bytes") and "marks" not in meta["shards"][0] for _, meta in splits):  # answers' bytes are unknown
         per_token = sum(weight * meta["bytes"] / meta["tokens"] for weight, meta in splits)
         row["val_bits_per_byte"] = loss / math.log(2) / per_token * sum(weight for weight, _ in splits)
     return row

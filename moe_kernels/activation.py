@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F_
 from torch import Tensor
 
-from moe_kernels.language import tl, triton
+from moe_kernels.language import launch, tl, triton
 from moe_kernels.ops import define, sheltered, use_kernels
 from moe_kernels.tiles import cdiv, interpreting, pow2
 
@@ -155,11 +155,14 @@ def gated_bwd_kernel(
     tl.store(dh_ptrs + F, (da * value).to(dh_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel, T, F, **arguments):
+def _launch(kernel, tensors, strides, **function):
+    T, F = tensors[0].shape[0], tensors[0].shape[1] // 2
     if T * F > 0:
         block_f = min(pow2(F), 1024)
         block_t = max(1, 1024 // block_f)  # 8 values a thread: accesses of 16 bytes in bfloat16
-        kernel[(cdiv(T, block_t) * cdiv(F, block_f),)](T=T, F=F, BLOCK_T=block_t, BLOCK_F=block_f, **arguments)
+        grid = (cdiv(T, block_t) * cdiv(F, block_f),)
+        launch(kernel, grid, tensors, (T, *strides), F=F, **function, BLOCK_T=block_t, BLOCK_F=block_f)
+    return tensors[-1]
 
 
 def _rows(tensor):
@@ -169,20 +172,14 @@ def _rows(tensor):
 def gated_fwd(h_TG: Tensor, activation: str) -> Tensor:
     """f(gate) * up (T, F), contiguous."""
     h, (T, G) = _rows(h_TG), h_TG.shape
-    a = h.new_empty(T, G // 2)
-    value = ACTIVATIONS[activation].value
-    _launch(gated_fwd_kernel, T, G // 2, h_ptr=h, a_ptr=a, stride_h=h.stride(0), VALUE=value)
-    return a
+    return _launch(gated_fwd_kernel, (h, h.new_empty(T, G // 2)), h.stride()[:1], VALUE=ACTIVATIONS[activation].value)
 
 
 def gated_bwd(h_TG: Tensor, da_TF: Tensor, activation: str) -> Tensor:
     """Gradient of h (T, 2F), contiguous."""
-    h, da, (T, G) = _rows(h_TG), _rows(da_TF), h_TG.shape
-    dh = h.new_empty(T, G)
-    strides = dict(stride_h=h.stride(0), stride_da=da.stride(0))
-    slope = ACTIVATIONS[activation].slope
-    _launch(gated_bwd_kernel, T, G // 2, h_ptr=h, da_ptr=da, dh_ptr=dh, SLOPE=slope, **strides)
-    return dh
+    h, da = _rows(h_TG), _rows(da_TF)
+    strides, slope = (h.stride(0), da.stride(0)), ACTIVATIONS[activation].slope
+    return _launch(gated_bwd_kernel, (h, da, h.new_empty(h.shape)), strides, SLOPE=slope)
 
 
 def _setup_context(ctx, inputs, output):

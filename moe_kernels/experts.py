@@ -183,4 +183,5 @@ experts_op, experts_bwd_op, run_experts = define(
     lambda dy, x, w_in, w_out, gates, *_: tuple(t.new_empty(t.shape) for t in (x, w_in, w_out, gates)),
     _setup_context,
     lambda ctx, run, dy, *_: (*run(dy, *ctx.saved_tensors, ctx.activation), None, None),
+    n_outputs=1,
 )

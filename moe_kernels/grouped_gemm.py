@@ -17,7 +17,7 @@ h_PSW, P panels of W = 2F / P columns. A panel has W / 2 gate columns and the W 
 import torch
 
 from moe_kernels.activation import ACTIVATIONS
-from moe_kernels.language import TensorDescriptor, tl, triton
+from moe_kernels.language import Matrix, launch, tl, triton
 from moe_kernels.tiles import capability, cdiv, resident_programs
 
 
@@ -86,7 +86,7 @@ def up_kernel(
         else:
             x = tl.load(x_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
         w = w_in_desc.load([2 * expert, pid_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")  # behind a proxy fence, see language.launch
     # A 64-bit base and 32-bit offsets inside the tile: 64-bit pointers per element would fill the registers.
     dtype = a_ptr.dtype.element_ty
     panel = S.to(tl.int64) * (2 * WIDTH)
@@ -176,7 +176,8 @@ def dswiglu_kernel(
             dy = tl.load(dy_ptrs + k)
         else:
             dy = tl.load(dy_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
-        acc = tl.dot(dy, weights.load([expert * D + k, pid_n * BLOCK_N]), acc, input_precision="ieee")
+        w = weights.load([expert * D + k, pid_n * BLOCK_N])
+        acc = tl.dot(dy, w, acc, input_precision="ieee")  # behind a proxy fence, see language.launch
 
     # Narrow column parts keep the five epilogue tiles in registers. The next part's h is loaded while this part is
     # computed.
@@ -251,7 +252,7 @@ def dw_kernel(
         a = tl.load(a_ptr + tokens.to(tl.int64)[:, None] * M + offs_m[None, :], mask=mask, other=0.0)
         b = b_rows.load([row, pid_n * BLOCK_N])  # rows past the end meet zeros of `a`
         tokens = tl.load(row_slot_ptr + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0) // TOP_K
-        acc = tl.dot(a.T, b, acc, input_precision="ieee")
+        acc = tl.dot(a.T, b, acc, input_precision="ieee")  # behind a proxy fence, see language.launch
     dw_ptr += expert.to(tl.int64) * (M * N)
     for part in tl.static_range(PARTS):
         columns = pid_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)
@@ -277,7 +278,8 @@ def _row_grid(dispatch, n_columns, tile):
 
 def _desc(tensor, rows, columns):
     """What the kernels' `_descriptor` takes: a descriptor of the matrix of all rows, or the tensor without TMA."""
-    return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [rows, columns]) if capability() >= 90 else tensor
+    n = tensor.shape[-1]
+    return Matrix(tensor, [tensor.numel() // n, n], [rows, columns]) if capability() >= 90 else tensor
 
 
 def panels(S, F, tile):
@@ -293,18 +295,7 @@ def panels(S, F, tile):
 
 def _tile_table(dispatch):
     """Arguments that every row-tiled kernel takes."""
-    return dict(
-        offsets_ptr=dispatch.offsets,
-        tile_expert_ptr=dispatch.tile_expert,
-        tile_row_ptr=dispatch.tile_row,
-        tile_count_ptr=dispatch.tile_count,
-    )
-
-
-def _gather(dispatch):
-    """Arguments that the row-tiled kernels with gathered rows take."""
-    S, K, max_tiles = dispatch.row_slot_S.numel(), dispatch.slot_row_TK.shape[1], dispatch.tile_expert.numel()
-    return dict(row_slot_ptr=dispatch.row_slot_S, S=S, max_tiles=max_tiles, TOP_K=K, **_tile_table(dispatch))
+    return dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count
 
 
 def up(x_TD, w_in_EGD, dispatch, tile, activation="swiglu"):
@@ -314,37 +305,38 @@ def up(x_TD, w_in_EGD, dispatch, tile, activation="swiglu"):
     h, a = x_TD.new_empty(panels(S, F, tile)), x_TD.new_empty(S, F)
     w_desc = w_in_EGD
     if capability() >= 90:
-        w_desc = TensorDescriptor.from_tensor(w_in_EGD.view(2 * E, F, D), [2, tile.BLOCK_N, tile.BLOCK_K])
-    up_kernel[_row_grid(dispatch, F, tile)](
-        x_ptr=x_TD, w_in_desc=w_desc, h_ptr=h, a_ptr=a,
-        D=D, F=F, VALUE=ACTIVATIONS[activation].value, **_gather(dispatch), **tile._asdict(),
+        w_desc = Matrix(w_in_EGD, [2 * E, F, D], [2, tile.BLOCK_N, tile.BLOCK_K])
+    launch(
+        up_kernel, _row_grid(dispatch, F, tile),
+        (x_TD, w_desc, h, a, dispatch.row_slot_S, *_tile_table(dispatch)), (S, dispatch.tile_expert.numel()),
+        D=D, F=F, TOP_K=dispatch.slot_row_TK.shape[1], VALUE=ACTIVATIONS[activation].value, **tile._asdict(),
     )  # fmt: skip
     return h, a
 
 
-def _rows_gemm(a_SR, w, transposed, dispatch, tile):
+def _rows_gemm(a_SR, w, transposed, dispatch, tile, out=None):
     """Row s of the result (S, N) is w[e] a[s] with w (E, N, R) when transposed, else a[s] w[e] with w (E, R, N); e is
     the row's expert."""
     S, R = a_SR.shape
     N = w.shape[1] if transposed else w.shape[2]
-    y = a_SR.new_empty(S, N)
+    y = a_SR.new_empty(S, N) if out is None else out
     grid = (min(_row_grid(dispatch, N, tile)[0], resident_programs(tile, a_SR.device)),)
-    rows_kernel[grid](
-        a_desc=_desc(a_SR, tile.BLOCK_M, tile.BLOCK_K),
-        w_desc=_desc(w, tile.BLOCK_N, tile.BLOCK_K) if transposed else _desc(w, tile.BLOCK_K, tile.BLOCK_N), y_ptr=y,
-        N=N, R=R, TRANSPOSED=transposed, **_tile_table(dispatch), **tile._asdict(),
+    w_desc = _desc(w, tile.BLOCK_N, tile.BLOCK_K) if transposed else _desc(w, tile.BLOCK_K, tile.BLOCK_N)
+    launch(
+        rows_kernel, grid, (_desc(a_SR, tile.BLOCK_M, tile.BLOCK_K), w_desc, y, *_tile_table(dispatch)),
+        N=N, R=R, TRANSPOSED=transposed, **tile._asdict(),
     )  # fmt: skip
     return y
 
 
-def down(a_SF, w_out_EDF, dispatch, tile):
+def down(a_SF, w_out_EDF, dispatch, tile, out=None):
     """Expert outputs before the router's gates (S, D)."""
-    return _rows_gemm(a_SF, w_out_EDF, True, dispatch, tile)
+    return _rows_gemm(a_SF, w_out_EDF, True, dispatch, tile, out)
 
 
-def dx(dh_SG, w_in_EGD, dispatch, tile):
+def dx(dh_SG, w_in_EGD, dispatch, tile, out=None):
     """Gradient of each routed row's input (S, D)."""
-    return _rows_gemm(dh_SG, w_in_EGD, False, dispatch, tile)
+    return _rows_gemm(dh_SG, w_in_EGD, False, dispatch, tile, out)
 
 
 def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile, activation="swiglu"):
@@ -361,10 +353,11 @@ def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile, activation="swigl
         )
     dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
     dgates_parts = h_PSW.new_empty(cdiv(F, tile.BLOCK_N), S, dtype=torch.float32)
-    dswiglu_kernel[_row_grid(dispatch, F, tile)](
-        dy_ptr=dy_TD, w_out_desc=_desc(w_out_EDF, tile.BLOCK_K, tile.BLOCK_N), h_ptr=h_PSW, gates_ptr=gates_TK,
-        dh_ptr=dh, ga_ptr=ga, dgates_part_ptr=dgates_parts,
-        D=D, F=F, SLOPE=ACTIVATIONS[activation].slope, **_gather(dispatch), **tile._asdict(),
+    launch(
+        dswiglu_kernel, _row_grid(dispatch, F, tile),
+        (dy_TD, _desc(w_out_EDF, tile.BLOCK_K, tile.BLOCK_N), h_PSW, gates_TK, dh, ga, dgates_parts,
+         dispatch.row_slot_S, *_tile_table(dispatch)), (S, dispatch.tile_expert.numel()),
+        D=D, F=F, TOP_K=gates_TK.shape[1], SLOPE=ACTIVATIONS[activation].slope, **tile._asdict(),
     )  # fmt: skip
     return dh, ga, dgates_parts
 
@@ -373,9 +366,9 @@ def dw(a_TM, b_SN, transposed, dispatch, tile):
     """(E, M, N): a[tokens of e's rows]^T b[rows of e]; its transpose (E, N, M) when `transposed`."""
     E, M, N = dispatch.offsets.numel() - 1, a_TM.shape[1], b_SN.shape[1]
     dw = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
-    dw_kernel[(E * cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),)](
-        a_ptr=a_TM, b_desc=_desc(b_SN, tile.BLOCK_K, tile.BLOCK_N), dw_ptr=dw, row_slot_ptr=dispatch.row_slot_S,
-        by_size_ptr=dispatch.by_size, E=E, M=M, N=N, TOP_K=dispatch.slot_row_TK.shape[1], TRANSPOSED=transposed,
-        **tile._asdict(),
+    launch(
+        dw_kernel, (E * cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),),
+        (a_TM, _desc(b_SN, tile.BLOCK_K, tile.BLOCK_N), dw, dispatch.row_slot_S, dispatch.by_size), (E,),
+        M=M, N=N, TOP_K=dispatch.slot_row_TK.shape[1], TRANSPOSED=transposed, **tile._asdict(),
     )  # fmt: skip
     return dw

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe_kernels.tiles import capability, cdiv, interpreting
+from moe_kernels.tiles import capability, cdiv, interpreting, multiprocessors
 
 # Triton 3.9 has shorter names for these.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -40,8 +40,8 @@ LOADER_ARRIVALS = gl.constexpr(129)  # at a full barrier: 128 threads' gathered 
 
 def fits(M, N, mean_rows, dtype):
     """Whether `dw` may be used for gradients of (E, M, N), `mean_rows` rows per expert; timed from 512 rows on."""
-    hopper = capability() == 90 and not interpreting()
-    return hopper and dtype in (torch.bfloat16, torch.float16) and mean_rows >= 512 and M >= BLOCK_M and N >= BLOCK_N
+    large = mean_rows >= 512 and M >= BLOCK_M and N >= BLOCK_N and dtype in (torch.bfloat16, torch.float16)
+    return large and capability() == 90 and not interpreting()
 
 
 @gluon.jit
@@ -198,8 +198,7 @@ def dw(a_TM, b_SN, transposed, dispatch):
     out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
     block = [1, BLOCK_N // PARTS, BLOCK_M] if transposed else [1, BLOCK_M, BLOCK_N // PARTS]
     tiles = E * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
-    n_sm = torch.cuda.get_device_properties(a_TM.device).multi_processor_count if a_TM.is_cuda else 132
-    dw_hopper_kernel[(min(tiles, n_sm),)](
+    dw_hopper_kernel[(min(tiles, multiprocessors(a_TM.device)),)](
         a_ptr=a_TM, b_desc=_descriptor(b_SN, [BLOCK_K, BLOCK_N]), dw_desc=_descriptor(out, block),
         row_slot_ptr=dispatch.row_slot_S, by_size_ptr=dispatch.by_size, E=E,
         M=M, N=N, TOP_K=K, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,

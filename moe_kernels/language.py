@@ -1,5 +1,7 @@
 """Triton, or a stand-in where it is not installed (macOS, Windows): modules import, launching a kernel raises."""
 
+import contextlib
+
 MISSING = ""  # why kernels cannot run here; empty where they can
 
 
@@ -19,12 +21,78 @@ class Stub:
 try:
     import triton
     import triton.language as tl
+    from triton.runtime import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
     MISSING = (
         f"impl='triton' needs the package triton ({error}): on Linux run `pip install triton`, "
         "elsewhere use impl='grouped_mm' or impl='reference'"
     )
-    triton = tl = TensorDescriptor = Stub()
+    triton = tl = driver = Stub()
+    TensorDescriptor = object
 
-__all__ = ["MISSING", "TensorDescriptor", "tl", "triton"]
+
+class Matrix(TensorDescriptor):
+    """A descriptor of a contiguous tensor, seen as `shape`, without its constructor's checks, which take longer than
+    the rest of a launch. The caller has aligned the tensor."""
+
+    def __init__(self, tensor, shape, block_shape):
+        strides = [1]
+        for n in shape[:0:-1]:
+            strides.insert(0, n * strides[0])
+        self.base, self.shape, self.strides, self.block_shape = tensor, shape, strides, block_shape
+        self.dtype, self.get_device = tensor.dtype, tensor.get_device
+
+
+# Triton 3.7 compiles the fences itself.
+UNFENCED = not MISSING and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
+
+@contextlib.contextmanager
+def _fenced():
+    """Inside, Triton 3.6 compiles as 3.7 does: a proxy fence between copies to shared memory and wgmma, which reads it.
+
+    cp.async writes through the generic proxy and wgmma reads through the asynchronous one, and PTX orders the two by
+    such a fence only ("Async proxy", PTX ISA 8.7)."""
+
+    def hook(backend, stages, options, language, capability):
+        def ptx(source, metadata):
+            code = make_ptx(source, metadata)
+            if "cp.async.c" not in code or "fence.proxy.async" in code:
+                return code
+            return code.replace("wgmma.fence.sync", "fence.proxy.async.shared::cta;\n\twgmma.fence.sync")
+
+        make_ptx, stages["ptx"] = stages["ptx"], ptx
+
+    before = triton.knobs.runtime.add_stages_inspection_hook
+    triton.knobs.runtime.add_stages_inspection_hook = hook
+    try:
+        yield
+    finally:
+        triton.knobs.runtime.add_stages_inspection_hook = before
+
+
+_compiled = {}  # kernels that have run, by everything that Triton compiles them for
+
+
+def launch(kernel, grid, tensors, numbers=(), num_warps=4, num_stages=3, **constants):
+    """kernel[grid](*tensors, *numbers, **constants) at a quarter of the host's time (docs/LOG.md).
+
+    Triton inspects every argument of every launch. Here only what may change from call to call is looked at: dtypes and
+    alignments of `tensors` (or descriptors, or None), divisibility of `numbers`, and the constants."""
+    key = (
+        kernel.fn, tensors[0].get_device(), num_warps, num_stages, *constants.values(),
+        *[None if t is None else (t.dtype, type(t) is Matrix or t.data_ptr() % 16) for t in tensors],
+        *[(n == 1, n % 16 == 0, n < 2**31) for n in numbers],
+    )  # fmt: skip
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        return compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    with _fenced() if UNFENCED else contextlib.nullcontext():
+        compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+    if compiled is not None:  # the interpreter and compile_only return nothing
+        _compiled[key] = compiled
+
+
+__all__ = ["MISSING", "Matrix", "driver", "launch", "tl", "triton"]

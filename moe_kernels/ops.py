@@ -21,10 +21,11 @@ def use_kernels(impl, tensor):
     return True
 
 
-def define(name, forward, backward, fake_forward, fake_backward, setup_context, derivative):
+def define(name, forward, backward, fake_forward, fake_backward, setup_context, derivative, n_outputs=None):
     """Make custom ops of two launchers: moe_kernels::<name> and moe_kernels::<name>_bwd, its gradient.
 
     derivative(ctx, run, *gradients) calls `run`, the second op or its launcher, on what setup_context saved.
+    n_outputs: how many of the outputs are results (None: one tensor or all); the others are only saved.
     Returns both ops and the differentiable function. For an ordinary tensor outside of compilation that function calls
     the launchers through autograd.Function: a custom op takes 75 us more of Python per call (empty ops on a CPU)."""
     op = torch.library.custom_op(f"moe_kernels::{name}", forward, mutates_args=())
@@ -38,7 +39,7 @@ def define(name, forward, backward, fake_forward, fake_backward, setup_context, 
         def forward(ctx, *inputs):  # a setup_context of its own would cost an inspect.signature per call
             output = forward(*inputs)
             setup_context(ctx, inputs, output)
-            return output
+            return output if n_outputs is None else output[:n_outputs]
 
         @staticmethod
         @once_differentiable

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
-from moe_kernels.language import tl, triton
+from moe_kernels.language import launch, tl, triton
 from moe_kernels.ops import use_kernels
 from moe_kernels.tiles import cdiv, eager, pow2
 
@@ -162,25 +162,13 @@ def rope_bwd_kernel(
                 dq_ptrs, stride_qh, x_ptrs, dx_ptrs, cos, sin, mask, q_weight_ptr, dweight_ptr, offs_d, eps, H, D, NORM
             )
         else:
-            dk_ptrs = dk_ptr + offs_b * stride_kb + offs_l * stride_kl + offs_d
+            dk_at = dk_ptr + offs_b * stride_kb + offs_l * stride_kl + offs_d
             x_ptrs += H * D
             dx_ptrs += H * D
+            dweight_ptr += D
             _rotate_back(
-                dk_ptrs,
-                stride_kh,
-                x_ptrs,
-                dx_ptrs,
-                cos,
-                sin,
-                mask,
-                k_weight_ptr,
-                dweight_ptr + D,
-                offs_d,
-                eps,
-                HKV,
-                D,
-                NORM,
-            )
+                dk_at, stride_kh, x_ptrs, dx_ptrs, cos, sin, mask, k_weight_ptr, dweight_ptr, offs_d, eps, HKV, D, NORM,
+            )  # fmt: skip
 
 
 def _tables(cos, sin):
@@ -207,10 +195,9 @@ def rope_fwd(
     n_kv_heads, T, blocks = (N - n_heads) // 2, B * L, _blocks(d)
     q, k = qkv.new_empty(B, L, n_heads, d), qkv.new_empty(B, L, n_kv_heads, d)
     if T > 0:
-        rope_fwd_kernel[(cdiv(T, blocks["BLOCK_T"]), 2)](
-            qkv_ptr=qkv, cos_ptr=cos, sin_ptr=sin, q_weight_ptr=q_weight, k_weight_ptr=k_weight, q_ptr=q, k_ptr=k,
-            T=T, L=L, stride_table=stride_table, eps=eps,
-            H=n_heads, HKV=n_kv_heads, D=d, NORM=q_weight is not None, **blocks,
+        launch(
+            rope_fwd_kernel, (cdiv(T, blocks["BLOCK_T"]), 2), (qkv, cos, sin, q_weight, k_weight, q, k),
+            (T, L, stride_table, eps), H=n_heads, HKV=n_kv_heads, D=d, NORM=q_weight is not None, **blocks,
         )  # fmt: skip
     return q, k
 
@@ -235,15 +222,11 @@ def rope_bwd(
     dqkv = dq.new_empty(B, L, H + 2 * n_kv_heads, d)
     dweights = dq.new_empty(n_blocks, 2 if norm else 0, d, dtype=torch.float32)
     if T > 0:
-        strides = {
-            f"stride_{x}{at}": t.stride("blh".index(at))
-            for x, t in zip("qkv", (dq, dk, dv), strict=True)
-            for at in "blh"
-        }
-        rope_bwd_kernel[(n_blocks, 3)](
-            dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, qkv_ptr=dqkv if qkv_BLNd is None else qkv_BLNd.contiguous(), cos_ptr=cos,
-            sin_ptr=sin, q_weight_ptr=q_weight, k_weight_ptr=k_weight, dqkv_ptr=dqkv, dweight_ptr=dweights, T=T, L=L,
-            stride_table=stride_table, eps=eps, H=H, HKV=n_kv_heads, D=d, NORM=norm, **strides, **blocks,
+        qkv = dqkv if qkv_BLNd is None else qkv_BLNd.contiguous()
+        strides = (stride for grad in (dq, dk, dv) for stride in grad.stride()[:3])
+        launch(
+            rope_bwd_kernel, (n_blocks, 3), (dq, dk, dv, qkv, cos, sin, q_weight, k_weight, dqkv, dweights),
+            (T, L, *strides, stride_table, eps), H=H, HKV=n_kv_heads, D=d, NORM=norm, **blocks,
         )  # fmt: skip
     return dqkv, dweights.sum(0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import reference
-from moe_kernels.language import tl, triton
+from moe_kernels.language import launch, tl, triton
 from moe_kernels.ops import define, use_kernels
 from moe_kernels.tiles import cdiv, pow2
 
@@ -64,21 +64,14 @@ def balance_loss(counts_E, probs_E):
     return counts_E.shape[0] * (f_E * probs_E).sum()
 
 
-@triton.jit(do_not_specialize=["T"])
-def route_fwd_kernel(
-    logits_ptr, bias_ptr, gates_ptr, experts_ptr, part_counts_ptr, part_stats_ptr, T,
-    E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+@triton.jit
+def choose(
+    logits, bias_ptr, E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    offs_t = pid.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_e = tl.arange(0, BLOCK_E)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_t = offs_t < T
-    mask = mask_t[:, None] & (offs_e < E)[None, :]
-    logits = tl.load(logits_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=float("-inf")).to(tl.float32)
-    logits = tl.where(mask_t[:, None], logits, 0.0)  # rows past the end need a finite value and are not stored
-
+    """Gates and ids (BLOCK_T, BLOCK_K) of rows of logits, minus infinity past E; which experts they are and all
+    probabilities (BLOCK_T, BLOCK_E); logsumexp (BLOCK_T,)."""
+    offs_e, offs_k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     top = tl.max(logits, 1)
     exps = tl.exp(logits - top[:, None])
     denom = tl.sum(exps, 1)
@@ -91,7 +84,7 @@ def route_fwd_kernel(
         probs = scores
     # Rank logits, which have the order of the softmax but do not underflow.
     ranking = logits
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
         ranking = scores + bias[None, :]
     # Minus infinity marks experts that are taken or do not exist, so an expert with that score gets another one.
@@ -105,7 +98,7 @@ def route_fwd_kernel(
         value, best = tl.max(ranking, 1, return_indices=True)
         best = tl.minimum(best, E - 1)  # a row of NaN must choose an expert that exists
         hit = offs_e[None, :] == best[:, None]
-        if HAS_BIAS or SIGMOID or not NORMALIZE:  # else the value is the logit that was ranked
+        if bias_ptr is not None or SIGMOID or not NORMALIZE:  # else the value is the logit that was ranked
             value = tl.sum(tl.where(hit, scores if SIGMOID or not NORMALIZE else logits, 0.0), 1)
         chosen = tl.where(offs_k[None, :] == k, value[:, None], chosen)
         ids = tl.where(offs_k[None, :] == k, best[:, None], ids)
@@ -118,7 +111,25 @@ def route_fwd_kernel(
             chosen = tl.exp(chosen - tl.max(chosen, 1)[:, None])
         chosen = tl.where(valid, chosen, 0.0)
         chosen = chosen / tl.sum(chosen, 1)[:, None]
+    return chosen, ids, taken, probs, lse
 
+
+@triton.jit(do_not_specialize=["T"])
+def route_fwd_kernel(
+    logits_ptr, bias_ptr, gates_ptr, experts_ptr, part_counts_ptr, part_stats_ptr, T,
+    E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    offs_t = pid.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_t = offs_t < T
+    mask = mask_t[:, None] & (offs_e < E)[None, :]
+    logits = tl.load(logits_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    logits = tl.where(mask_t[:, None], logits, 0.0)  # rows past the end need a finite value and are not stored
+
+    chosen, ids, taken, probs, lse = choose(logits, bias_ptr, E, K, SIGMOID, NORMALIZE, BLOCK_T, BLOCK_E, BLOCK_K)
     slots = offs_t[:, None] * K + offs_k[None, :]
     mask_slots = mask_t[:, None] & (offs_k < K)[None, :]
     tl.store(gates_ptr + slots, chosen, mask=mask_slots)
@@ -228,15 +239,13 @@ def route_fwd(
     gates, experts, counts, probs, z = _fake_fwd(logits, bias_E, top_k, sigmoid, normalize)
     if T == 0:
         return gates, experts, counts.zero_(), probs.zero_(), z.zero_()
-    parts = dict(
-        part_counts_ptr=new(n_blocks, E, dtype=torch.int32), part_stats_ptr=new(n_blocks, E + 1, dtype=torch.float32)
-    )
-    route_fwd_kernel[(n_blocks,)](
-        logits_ptr=logits, bias_ptr=bias_E, gates_ptr=gates, experts_ptr=experts, T=T,
-        E=E, K=top_k, SIGMOID=sigmoid, NORMALIZE=normalize, HAS_BIAS=bias_E is not None, **parts, **blocks,
+    parts = new(n_blocks, E, dtype=torch.int32), new(n_blocks, E + 1, dtype=torch.float32)
+    launch(
+        route_fwd_kernel, (n_blocks,), (logits, bias_E, gates, experts, *parts), (T,),
+        E=E, K=top_k, SIGMOID=sigmoid, NORMALIZE=normalize, **blocks,
     )  # fmt: skip
-    route_stats_kernel[(cdiv(E + 1, 8),)](
-        counts_ptr=counts, probs_ptr=probs, z_ptr=z, T=T, n_blocks=n_blocks, E=E, BLOCK_B=512, BLOCK_E=8, **parts
+    launch(
+        route_stats_kernel, (cdiv(E + 1, 8),), (*parts, counts, probs, z), (T, n_blocks), E=E, BLOCK_B=512, BLOCK_E=8
     )
     return gates, experts, counts, probs, z
 
@@ -261,9 +270,9 @@ def route_bwd(
     logits, (T, E), K = logits_TE.contiguous(), logits_TE.shape, experts_TK.shape[1]
     dlogits, blocks = torch.empty_like(logits), _blocks(E, K)
     if T > 0:
-        route_bwd_kernel[(cdiv(T, blocks["BLOCK_T"]),)](
-            logits_ptr=logits, experts_ptr=experts_TK, gates_ptr=gates_TK, dgates_ptr=dgates_TK.contiguous(),
-            dprobs_ptr=dprobs_E.contiguous(), dz_ptr=dz.contiguous(), dlogits_ptr=dlogits, T=T,
+        grads = (grad.contiguous() for grad in (dgates_TK, dprobs_E, dz))
+        launch(
+            route_bwd_kernel, (cdiv(T, blocks["BLOCK_T"]),), (logits, experts_TK, gates_TK, *grads, dlogits), (T,),
             E=E, K=K, SIGMOID=sigmoid, NORMALIZE=normalize, **blocks,
         )  # fmt: skip
     return dlogits

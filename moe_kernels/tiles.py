@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_kernels.language import MISSING
+from moe_kernels.language import MISSING, driver
 
 IMPLS = ("reference", "grouped_mm", "triton")
 
@@ -61,14 +61,15 @@ def interpreting():
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+INTERPRETED = interpreting()  # triton reads it when it is imported, and reading it takes longer than the rest below
+
+
 def capability():
     """Compute capability, times ten, of the GPU that kernels are compiled for.
 
     It is 90 in the interpreter and where there is no GPU, as in tracing on a CPU."""
-    if interpreting():
+    if INTERPRETED or MISSING:
         return 90
-    from triton.runtime import driver  # optional: tables of tiles do without triton
-
     try:
         return _target(driver.active)
     except RuntimeError:
@@ -194,9 +195,14 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
     }
 
 
+@functools.cache
+def multiprocessors(device):
+    """Those of a GPU; elsewhere, where kernels are interpreted or only compiled, 4."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def resident_programs(tile, device):
     """How many programs of a persistent kernel fill `device`: as many as its multiprocessors hold by shared memory."""
-    n_sm = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     shared = tile.num_stages * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * 2
     room = limits(capability()).shared - 32 * 1024  # for the epilogue
-    return n_sm * max(1, min(room // shared, 32 // tile.num_warps))
+    return multiprocessors(device) * max(1, min(room // shared, 32 // tile.num_warps))

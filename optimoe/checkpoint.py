@@ -2,6 +2,10 @@
 
 A checkpoint is called ckpt-<step>-<hash>.pt after the SHA-256 of its bytes. It is written under a temporary name,
 flushed to disk and renamed, so a crash leaves the older files untouched; reading compares the hash first.
+
+Several ranks write one file together: rank 0 makes it with room for all tensors, and every rank writes what it holds
+into its place. So no rank needs the memory for more than it holds, and the file is the one that a single process would
+have written.
 """
 
 import dataclasses
@@ -10,8 +14,10 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from data import files, tokenizer
 from model import GPT, UNTAUGHT, ModelConfig
@@ -20,18 +26,12 @@ from optimoe import config
 NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
 
 
-class _HashingFile:
-    """What torch.save writes, hashed on the way."""
+class Piece(NamedTuple):
+    """What one rank holds of a tensor: the part with this number of so many equal parts of dimension 0."""
 
-    def __init__(self, file):
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data):
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self):
-        self.file.flush()
+    tensor: torch.Tensor
+    index: int
+    parts: int
 
 
 def find(run_dir):
@@ -40,31 +40,101 @@ def find(run_dir):
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def save(run_dir, step, state, keep):
-    """Write `state` (tensors and plain values in dicts and lists) and keep only the newest `keep` files; the path."""
-    run_dir = Path(run_dir)
-    tmp = run_dir / "ckpt.tmp"
+def save(run_dir, step, state, keep, rank=0, world=1):
+    """Write `state` (tensors, Pieces and plain values in dicts and lists), keep only the newest `keep` files; the path.
+
+    All ranks take part, each with the same tensors and with its own Pieces. What is no Piece is that of rank 0."""
+    tmp = Path(run_dir, "ckpt.tmp")
     try:
-        with open(tmp, "wb") as file:
-            hashing = _HashingFile(file)
-            torch.save(state, hashing)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch wraps some of its writer's
-        tmp.unlink(missing_ok=True)
+        places = _on_all(lambda: _make_room(tmp, state) if rank == 0 else None, world)[0]
+        _on_all(lambda: _fill(tmp, state, places, rank), world)
+        if rank:
+            return None
+        path = tmp.with_name(f"ckpt-{step:08d}-{_digest(tmp)}.pt")
+        os.replace(tmp, path)
+    except OSError as error:
+        if rank == 0:
+            tmp.unlink(missing_ok=True)
+        found = find(run_dir)
         newest = (
-            f"{find(run_dir)[-1][1]} is whole: free some space, then --resume={run_dir}"
-            if find(run_dir)
-            else "there is no older one"
+            f"{found[-1][1]} is whole: free some space, then --resume={run_dir}" if found else "there is no older one"
         )
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); {newest}") from error
-    path = run_dir / f"ckpt-{step:08d}-{hashing.digest.hexdigest()[:16]}.pt"
-    os.replace(tmp, path)
     files.sync_directory(run_dir)  # the rename itself must reach the disk before older files go
     older = [old for _, old in find(run_dir) if old != path]
     for old in older[: max(0, len(older) - (keep - 1))]:
         old.unlink()
     return path
+
+
+def _on_all(work, world):
+    """What work() returns on each rank, as a list. OSError on all of them where it fails on one."""
+    try:
+        mine = work(), None
+    except (OSError, RuntimeError) as error:  # torch wraps some of its writer's
+        mine = None, str(error)
+    found = [mine] * world
+    if world > 1:
+        dist.all_gather_object(found, mine)
+    for _, error in found:
+        if error:
+            raise OSError(error)
+    return [result for result, _ in found]
+
+
+def _make_room(path, state):
+    """Write a file with all of state but the bytes of its tensors. Returns where in it each of `_leaves` begins."""
+    numbers = {}  # of the tensors in the file; equal keys are one tensor, as tied embeddings are
+
+    def shape_of(value):
+        if isinstance(value, (torch.Tensor, Piece)):
+            t = value.tensor if isinstance(value, Piece) else value
+            key = t.data_ptr(), t.shape, t.dtype
+            if key not in numbers:
+                rows = (t.shape[0] * value.parts, *t.shape[1:]) if isinstance(value, Piece) else t.shape
+                numbers[key] = len(numbers), torch.empty(rows, dtype=t.dtype)  # its pages are never touched
+            order.append(numbers[key][0])
+            return numbers[key][1]
+        if isinstance(value, dict):
+            return {name: shape_of(part) for name, part in value.items()}
+        return [shape_of(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    order = []
+    with torch.serialization.skip_data():
+        torch.save(shape_of(state), path)
+    reader = torch._C.PyTorchFileReader(str(path))
+    return [reader.get_record_offset(f"data/{number}") for number in order]
+
+
+def _leaves(state):
+    """The tensors and Pieces of a state, in order."""
+    if isinstance(state, (torch.Tensor, Piece)):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _leaves(part)
+
+
+def _fill(path, state, places, rank):
+    """Write the tensors of this rank where they belong, one at a time, and flush them to disk."""
+    with open(path, "r+b") as file:
+        for place, value in zip(places, _leaves(state), strict=True):
+            if isinstance(value, Piece) or rank == 0:
+                t = value.tensor if isinstance(value, Piece) else value
+                data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                _write(file, place + (value.index * data.nbytes if isinstance(value, Piece) else 0), data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write(file, place, data):
+    file.seek(place)
+    file.write(data)
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def read(path):
@@ -84,8 +154,7 @@ def read(path):
     match = NAME.fullmatch(path.name)
     if not match:
         raise ValueError(f"{path} is not named ckpt-<step>-<hash>.pt: give it back its name, it holds the checksum")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    digest = _digest(path)
     if digest != match[2]:
         older = [str(other) for _, other in find(path.parent) if other != path]
         remedy = f"move it away to continue from {older[-1]}" if older else "restore it from a copy"

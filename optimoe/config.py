@@ -59,7 +59,7 @@ def make_directory(path, name, value):
 
 # Files of earlier versions: new names of fields (None: gone), new values, and what held before a field existed.
 RENAMED: dict = {"upcycle_noise": None}
-CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}}
+CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}, "parallel": {"fsdp": "ddp"}}
 BEFORE = {"optimizer": "adamw"}
 NOTES = ("resumed_with",)  # a member of config.json that is no field: see optimoe/run.py
 
@@ -70,7 +70,7 @@ def renamed(values, known=()):
     for name, value in values.items():
         name = name if name in known else RENAMED.get(name, name)
         if name is not None and name not in NOTES and name != files.CRC:
-            found[name] = CHANGED.get(name, {}).get(value, value) if isinstance(value, int) else value
+            found[name] = CHANGED.get(name, {}).get(value, value) if isinstance(value, (int, str)) else value
     return found
 
 

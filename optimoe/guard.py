@@ -12,7 +12,6 @@ import torch
 
 from data import files
 from optimoe import checkpoint
-from optimoe.optim import local
 
 STEPS, BAD = range(2)  # of window["steps"]: steps since the last log line, skipped ones among them
 PATIENCE = 10  # skipped steps in a row after which a run does not go on
@@ -24,14 +23,19 @@ def loss_limit(cfg):
 
 
 @torch.no_grad()
-def judge(window, loss, grad_norm, cfg):
-    """float32 scalar, 1 where this step must be skipped. Counts in "steps" and "skipped_in_a_row" of the window."""
+def judge(window, loss, grad_norm, cfg, discard=None):
+    """float32 scalar, 1 where this step must be skipped. Counts in "steps" and "skipped_in_a_row" of the window.
+
+    discard: None, or a bool scalar: the step will be repeated, and is skipped without being counted."""
     steps, row = window["steps"], window["skipped_in_a_row"]
     bad = ~(grad_norm.isfinite() & (loss <= loss_limit(cfg)))  # so written, a NaN is bad
     if cfg.bad_steps == "stop":
         bad = bad | (row > 0)
-    steps.add_(torch.stack([torch.ones_like(bad), bad]))
-    row.copy_((row + 1) * bad)
+    added, in_a_row = torch.stack([torch.ones_like(bad), bad]), (row + 1) * bad
+    if discard is not None:
+        added, in_a_row, bad = added & ~discard, torch.where(discard, row, in_a_row), bad | discard
+    steps.add_(added)
+    row.copy_(in_a_row)
     return bad.float()
 
 
@@ -85,7 +89,7 @@ def dump(path, model, loader, cursor, cfg, step):
     rows, losses, batches = [], [], []
 
     def look(name, t, what):
-        t = local(t.detach()).float()
+        t = t.detach().float()
         if t.numel():
             row = {"rms": t.square().mean().sqrt(), "max": t.abs().max(), "finite": t.isfinite().all()}
             rows.append({"name": name, "what": what} | {key: as_json(value.item()) for key, value in row.items()})
@@ -99,11 +103,11 @@ def dump(path, model, loader, cursor, cfg, step):
     loader.load_state_dict(cursor)
     model.zero_grad(set_to_none=True)
     for _ in range(cfg.grad_accum):
-        tokens_BL, targets_BL = loader.next()
-        out = model(tokens_BL, targets_BL)
+        batch = loader.next()
+        out = model(*batch)
         ((out.loss + cfg.balance_coef * out.balance + cfg.z_coef * out.z) / cfg.grad_accum).backward()
         losses.append(out.loss.item())
-        batches.append(tokens_BL.tolist())
+        batches.append(batch[0].tolist())
     for name, p in reversed(list(model.named_parameters())):  # as the backward pass runs
         if p.grad is not None:
             look(name, p.grad, "the gradient of {} is the first that is not finite")

@@ -12,8 +12,6 @@ be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
 import math
 
 import torch
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw as adamw_fused
 
 from moe_kernels import adamw_step
@@ -73,7 +71,7 @@ class AdamW(torch.optim.AdamW):
                 if not state:
                     state["step"] = torch.zeros((), device=p.device)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                tensors = *map(local, (p, grad, state["exp_avg"], state["exp_avg_sq"])), state["step"]
+                tensors = p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
                 if p in self.copies or p.dtype == torch.bfloat16 or p.is_cuda and tensors[0].numel() >= self.LARGE:
                     large.append((*tensors, self.copies.get(p), self.seeds[p]))
                 else:
@@ -141,9 +139,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_batch(batch, group)
 
     def _tensors(self, params):
-        """What this rank holds of weights, momenta and gradients."""
-        momenta, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
-        return ([local(t) for t in tensors] for tensors in (params, momenta, grads))
+        return params, [self.state[p]["momentum"] for p in params], [p.grad for p in params]
 
     def _step_on_chip(self, params, group):
         tensors = weights, _, _ = tuple(self._tensors(params))
@@ -162,8 +158,6 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, grads, 1 - mu)
         ahead = torch._foreach_lerp(grads, momenta, mu)  # Nesterov
         experts = batch[0].ndim == 3
-        if not experts:
-            ahead = [whole(t, p) for t, p in zip(ahead, batch, strict=True)]
         ahead_NAB = ahead[0] if experts else torch.stack(ahead)
         maps = [orthogonalize(m) * (0.2 * math.sqrt(max(m.shape[-2:]))) for m in ahead_NAB.split(group["rows"], -2)]
         update_NAB = torch.cat(maps, -2)
@@ -172,31 +166,13 @@ class Muon(torch.optim.Optimizer):
             update_NAB = update_NAB * (grads[0].abs().amax((-2, -1), keepdim=True) > 0)
         updates = update_NAB.view(len(batch), *ahead[0].shape)
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
-        for weight, update, p in zip(weights, updates, batch, strict=True):
-            weight.sub_((update if experts else part_of(update, p)) * rate)
+        for weight, update in zip(weights, updates, strict=True):
+            weight.sub_(update * rate)
 
 
 def on_chip(p, rows):
-    """Whether `muon_update` can step this parameter: small float32 maps on CUDA, whole on this rank."""
-    complete = p.ndim == 3 or not isinstance(p, DTensor)
-    return p.is_cuda and p.dtype == torch.float32 and complete and fits(p.shape, rows)
-
-
-def local(t):
-    """The part of t on this rank."""
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-def whole(t, p):
-    """The full matrix of which t holds this rank's rows; p: a parameter that is sharded so, or whole."""
-    if not isinstance(p, DTensor):
-        return t
-    return DTensor.from_local(t, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
-
-
-def part_of(t, p):
-    """This rank's rows of the full matrix t."""
-    return local(distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else t)
+    """Whether `muon_update` can step this parameter: small float32 maps on CUDA."""
+    return p.is_cuda and p.dtype == torch.float32 and fits(p.shape, rows)
 
 
 class Together:
@@ -276,10 +252,9 @@ def make_optimizer(model, cfg, piece=None):
 
     AdamW turns these matrices of the model into bfloat16, in place. With cfg.weights == "bfloat16" they are the
     weights; with "float32" copies of weights that the optimiser holds, where that changes no value (the model computes
-    in bfloat16, is not FSDP's, and sums no gradients over micro-batches). piece(p): the part of dimension 0 of a
-    parameter that this rank updates (Muon's 2-D matrices are always whole)."""
-    exact_copies = model.dtype == torch.bfloat16 and cfg.grad_accum == 1 and not isinstance(model, FSDPModule)
-    copied = cfg.weights == "float32" and exact_copies
+    in bfloat16 and sums no gradients over micro-batches). piece(p): the part of dimension 0 of a parameter that this
+    rank updates (Muon's 2-D matrices are always whole)."""
+    copied = cfg.weights == "float32" and model.dtype == torch.bfloat16 and cfg.grad_accum == 1
     hidden, experts, matrices, norms, copies = {}, [], [], [], {}
     piece = piece or (lambda p: p)
     for name, p in model.named_parameters():
@@ -288,8 +263,7 @@ def make_optimizer(model, cfg, piece=None):
             hidden.setdefault((p.shape, *group["rows"]), group)["params"].append(piece(p) if p.ndim == 3 else p)
             continue
         own = piece(p)
-        whole_here = not isinstance(p, DTensor)  # the experts of parallel=ep stay float32, and every use casts them
-        if is_hidden(name, p) and whole_here and (copied or cfg.weights == "bfloat16"):
+        if is_hidden(name, p) and (copied or cfg.weights == "bfloat16"):
             exact = own.detach().clone()
             p.data = p.detach().bfloat16()
             own = piece(p)

@@ -246,10 +246,11 @@ class Run:
                 print(line, flush=True)
 
     def save(self, step, state, keep):
-        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`."""
+        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`. All ranks take part."""
         if self.first:
             files.append(self.dir / "metrics.jsonl", [], sync=True)
-            checkpoint.save(self.dir, step, {"step": step, **state, "logged": torch.tensor(self.logged)}, keep)
+        whole = {"step": step, **state, "logged": torch.tensor(self.logged)}
+        checkpoint.save(self.dir, step, whole, keep, self.rank, self.world)
 
     def stopping(self):
         """Whether a signal has asked any rank for the end."""

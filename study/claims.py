@@ -171,9 +171,10 @@ def reasoning_turns(rows):
 
 
 def at_one_rate(rows):
-    """What claim 2 would look like at one rate for all E, in paired lines."""
+    """What claim 2 would look like at one rate for all E."""
     for (where, k), line in lines(rows).items():
-        for rate in sorted({rate for rates in line.values() for rate in rates}) if where.paired else ():
+        compared = where.paired and where.unique == SCARCE
+        for rate in sorted({rate for rates in line.values() for rate in rates}) if compared else ():
             cells = {e: {rate: rates[rate]} for e, rates in line.items() if len(rates.get(rate, ())) >= MIN_SEEDS}
             if len(cells) > 2 and (one := tune(cells, "problems")):
                 label, unit = (

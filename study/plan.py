@@ -32,7 +32,7 @@ class PlanConfig:
     # Machine
     gpus: int = 1
     gpu: str = "NVIDIA H100 80GB HBM3"  # its name, for the peak
-    memory: float = 80.0  # GiB of each GPU; weights, gradients and states are divided among the GPUs (--parallel=fsdp)
+    memory: float = 80.0  # GiB of each GPU; experts and all states are divided among the GPUs (--parallel=ep)
     # Model and training
     seq_len: int = 4096  # the paper's
     vocab_size: int = 99_584  # the paper's
@@ -96,8 +96,9 @@ def candidates(cfg, measured):
         model = preset(name, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len)
         params, per_token = count_params(model), flops_per_token(model)
         parts = training_memory(model, cfg.micro_batch * cfg.seq_len)
-        kept = sum(size for part, size in parts.items() if not part.startswith("activations"))
-        gib = (kept / cfg.gpus + sum(parts.values()) - kept) / 2**30
+        experts = 3 * model.n_layers * model.d_model * model.d_expert * model.n_experts
+        divided = 12 * params.total + 4 * experts  # float32 weights and states; copies and gradients of experts
+        gib = (divided / cfg.gpus + sum(parts.values()) - divided) / 2**30
         speed = flops_per_second(per_token, cfg, measured)
         require(speed or not cfg.hours, "gpu", cfg.gpu, "its peak or speed is not known: give --flops instead of hours")
         most = min(cfg.flops or math.inf, cfg.hours * 3600 * speed if cfg.hours else math.inf)

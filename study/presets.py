@@ -73,19 +73,17 @@ def room(rows):
 
 def topk2(rows):
     """k F = 256, and two values of E F."""
-    over = dict(seed=range(6), lr=(0.006, 0.012, 0.003))
     shapes = [dict(n_experts=8 * total * k, top_k=k, d_expert=256 // k) for total in (4, 1) for k in (2, 16, 4, 8)]
-    return [run for shape in shapes for run in grid(over, unique=SCARCE, **shape)]
+    return searched(rows, [Run(unique=SCARCE, **shape) for shape in shapes], 6)
 
 
 def long4(rows):
-    size = dict(top_k=4, tokens=2**26, data_tokens=2**26, people=16_000)
+    size = dict(top_k=4, tokens=2**26, data_tokens=2**26, people=16_000, unique=SCARCE)
     return rated(rows, grid(dict(n_experts=(1024, 4, 64, 16, 256, 8, 512, 32, 128), seed=range(5)), **size))
 
 
 def adamw2(rows):
-    over = dict(n_experts=ENDS, seed=range(6), lr=(0.004, 0.002, 0.008))
-    return grid(over, optimizer="adamw", top_k=8, unique=SCARCE)
+    return searched(rows, grid(dict(n_experts=ENDS), optimizer="adamw", top_k=8, unique=SCARCE), 6)
 
 
 def twohop(rows):
@@ -99,8 +97,8 @@ PRESETS = {preset.__name__: preset for preset in PROGRAMME}
 
 
 def searched(rows, cells, seeds):
-    """Each cell is run from SEARCH seeds until its best rates for facts and for solutions lie between two others (or at
-    the LIMITS), then from `seeds` seeds at the best for solutions."""
+    """Each cell is run from SEARCH seeds until half and twice its best rates for facts and for solutions were tried (or
+    the LIMITS reached), then from `seeds` seeds at the best for solutions."""
     done, known = {row["key"]: row for row in distinct(rows)}, {task: compared(rows, task) for task in START}
     runs = []
     for cell in cells:
@@ -111,14 +109,13 @@ def searched(rows, cells, seeds):
                 break
             cost = lambda rate, task: sum(loss(done[key(r)], task) for r in wanted if r.lr == rate)  # noqa: B023, E731
             best = {task: min(sorted(rates), key=lambda rate: cost(rate, task)) for task in START}  # noqa: B023
-            beyond = {rate / 2 for rate in best.values() if rate == min(rates)}
-            beyond |= {rate * 2 for rate in best.values() if rate == max(rates)}
-            beyond = {float(f"{rate:.6g}") for rate in beyond if LIMITS[0] < rate < LIMITS[1]}
-            if not beyond:
+            beside = {float(f"{rate * factor:.6g}") for rate in best.values() for factor in (0.5, 2)}
+            beside = {rate for rate in beside - rates if LIMITS[0] < rate < LIMITS[1]}
+            if not beside:
                 rate = best["problems"]
                 wanted += [dataclasses.replace(cell, lr=rate, seed=s) for s in range(SEARCH, seeds)]
                 break
-            rates |= beyond
+            rates |= beside
         runs += wanted
     return runs
 

@@ -75,15 +75,17 @@ def claims_table(claims, rows):
 
 def best_table(rows):
     """Lines of a table: each paired model at the rate that is best for a task, means over the seeds."""
-    yield from ("", "## Each model at its best rates", "", "| runs | k | E | task | rate | loss | right | seeds |")
-    yield "|---|---|---|---|---|---|---|---|"
+    yield from ("", "## Each model at its best rates", "")
+    yield "| runs | k | E | best for | rate | its loss | facts right | solutions right | seeds |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for (where, k), line in results.lines(rows).items():
         for task in ("facts", "problems") if where.paired else ():
             one = results.tune(line, task)
             for e, cell in one.cells.items() if one else ():
-                loss, right = (sum(f(row, task) for row in cell.values()) / len(cell) for f in (results.loss, accuracy))
-                measured = f"{results.TASKS[task]} | {one.rates[e]:g} | {loss:.3g} | {right:.0%} | {len(cell)}"
-                yield f"| {where} | {k} | {e} | {measured} |"
+                mean = lambda f, task: sum(f(row, task) for row in cell.values()) / len(cell)  # noqa: B023, E731
+                both = [f"{mean(accuracy, t):.0%}" if t in one.rows[0] else "–" for t in ("facts", "problems")]
+                found = (results.TASKS[task], f"{one.rates[e]:g}", f"{mean(results.loss, task):.3g}", *both, len(cell))
+                yield f"| {where} | {k} | {e} | {' | '.join(map(str, found))} |"
 
 
 def appendix(claims, rows):

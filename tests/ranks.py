@@ -1,24 +1,63 @@
 """Runs train.py on several gloo ranks, job after job, for test_parallel.py.
 
-    python -m tests.ranks '[[RANKS, [FLAG, ...]], ...]'
+    python -m tests.ranks '[[RANKS, [FLAG, ...]], [RANKS, [FLAG, ...], {HOW: VALUE}], ...]'
 
 One process imports torch once and forks the ranks of every job, so a job costs only its training. The exit status is
-the number of jobs that failed."""
+the number of jobs that failed.
+
+room: of ep, whose ranks then show each other shared files as their memory and print how many steps were repeated.
+die_at: rank 1 is killed when it writes so many tensors of checkpoints, in the middle of this one."""
 
 import json
 import os
+import signal
 import socket
 import sys
+import tempfile
+from pathlib import Path
 
+import torch
 import torch._dynamo  # noqa: F401  optimisers import it: a second that no rank has to spend
+import torch.distributed as dist
 
 import train
-from optimoe import parallel
+from optimoe import checkpoint, exchange, parallel
 
 parallel.SLICED_FROM = 4096  # so that the tests' small models have tensors of both kinds
 
 
-def rank_main(rank, world, port, flags):
+def show_memories(room, directory):
+    """Let ep use its kernels, on memory that all ranks map. Returns the list to which each step adds a bool."""
+    repeated, exceeded = [], exchange.Limit.exceeded
+
+    def open_memory(size, device, world):
+        paths = [Path(directory, str(rank)) for rank in range(world)]
+        own = torch.from_file(str(paths[dist.get_rank()]), shared=True, size=size, dtype=torch.uint8).fill_(0xFF)
+        dist.barrier()
+        map_file = lambda path: torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)  # noqa: E731
+        return [own if path == paths[dist.get_rank()] else map_file(path) for path in paths], dist.barrier
+
+    exchange.ROOM, exchange.open_memory, exchange.reachable = room, open_memory, lambda *_: True
+    exchange.Limit.exceeded = lambda limit: repeated.append(exceeded(limit)) or repeated[-1]
+    return repeated
+
+
+def die_in_write(die_at):
+    """Be killed in the middle of this write of a tensor of a checkpoint."""
+    writes, write = [], checkpoint._write
+
+    def dying(file, place, data):
+        writes.append(place)
+        if len(writes) == die_at:
+            write(file, place, bytes(data)[: len(data) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(file, place, data)
+
+    checkpoint._write = dying
+
+
+def rank_main(rank, world, port, flags, directory, room=None, die_at=None):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -27,8 +66,13 @@ def rank_main(rank, world, port, flags):
         "MASTER_PORT": str(port),
     }
     status = 1
+    repeated = show_memories(room, directory) if room else None
+    if die_at and rank == 1:
+        die_in_write(die_at)
     try:
         train.main(flags)
+        if room:
+            print(f"repeated steps: {sum(repeated)}", flush=True)
         status = 0
     except BaseException as error:
         print(f"rank {rank} of {world}, {flags}: {error!r}", flush=True)
@@ -38,16 +82,17 @@ def rank_main(rank, world, port, flags):
 
 def main():
     failed = 0
-    for world, flags in json.loads(sys.argv[1]):
+    for world, flags, *how in json.loads(sys.argv[1]):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        children = []
-        for rank in range(world):
-            children.append(os.fork())
-            if not children[-1]:
-                rank_main(rank, world, port, flags)
-        failed += any([os.waitpid(child, 0)[1] for child in children])
+        with tempfile.TemporaryDirectory() as directory:
+            children = []
+            for rank in range(world):
+                children.append(os.fork())
+                if not children[-1]:
+                    rank_main(rank, world, port, flags, directory, **dict(*how))
+            failed += any([os.waitpid(child, 0)[1] for child in children])
     sys.exit(failed)
 
 

@@ -75,3 +75,11 @@ def grid(effect, experts=(8, 16, 32, 64, 128, 256), ks=(2, 8), rates=(3e-3, 6e-3
         for rate in rates
         for seed in range(seeds)
     ]
+
+
+def finished(preset, effect):
+    """Rows of all that a preset asks for until it has nothing more to ask."""
+    rows = []
+    while todo := [r for r in dict.fromkeys(preset(rows)) if key(r) not in {row["key"] for row in rows}]:
+        rows += [fake(r, effect) for r in todo]
+    return rows

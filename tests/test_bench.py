@@ -294,11 +294,13 @@ def test_step_on_the_cpu(tmp_path, capsys):
 
 
 @cpu_only
-def test_node_on_two_ranks(tmp_path):
+@pytest.mark.parametrize("engine", ["ddp", "ep"])
+def test_node_on_two_ranks(engine, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ["--n_layers=1", "--batch_size=1", "--seq_len=16", "--repeats=2", f"--csv={tmp_path / 'node.csv'}"]
+    flags = ["--n_layers=1", "--batch_size=1", "--seq_len=16", "--repeats=2", f"--parallel={engine}"]
+    flags.append(f"--csv={tmp_path / 'node.csv'}")
     env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     start = lambda rank: subprocess.Popen(  # noqa: E731
         [sys.executable, "-m", "bench.node", *flags],
@@ -310,8 +312,8 @@ def test_node_on_two_ranks(tmp_path):
     outs = [rank.communicate(timeout=200)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0] and outs[1] == ""
     rows = read(tmp_path / "node.csv")
-    assert [(row["implementation"], row["mode"], row["T"]) for row in rows] == [("one GPU", "1", 16), ("ddp", "2", 16)]
-    assert rows[1]["share"] > 0 and rows[0]["share"] is None and "the slowest" in outs[0]
+    assert [(row["implementation"], row["mode"], row["T"]) for row in rows] == [("one GPU", "1", 16), (engine, "2", 16)]
+    assert rows[1]["share"] > 0 and rows[1]["gb_s"] > 0 and rows[0]["share"] is None and "the slowest" in outs[0]
 
 
 def test_exposed_communication():

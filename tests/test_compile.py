@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_kernels import grouped_gemm, moe_experts, reference
+from moe_kernels import grouped_gemm, language, moe_experts, reference
 from moe_kernels.tiles import LIMITS, _gemm_tiles, interpreting, limits
 from tests.checks import check, problem
 
@@ -60,6 +60,8 @@ def test_every_kernel_compiles_without_problems(hopper):
     names = {row["name"] for row in hopper}
     assert GEMMS | {"muon_kernel", "adamw_kernel", "cross_entropy_kernel"} < names
     assert {f"{op}_{way}_kernel" for op in ("gated", "rope", "route") for way in ("fwd", "bwd")} < names
+    steps = ("linear", "rotate", "attention", "route_few", "up_few", "down_few", "greedy")
+    assert {f"{op}_kernel" for op in steps} < names
     assert not [row for row in hopper if row["problems"]]  # run() fails before that
 
 
@@ -95,13 +97,24 @@ def test_large_tiles_use_tensor_cores_and_asynchronous_copies(hopper, others):
 
 def test_products_of_copied_rows_are_fenced(hopper):
     # cp.async writes through the generic proxy and wgmma reads through the asynchronous one.
-    # Triton puts a fence between them since 3.7.1 (docs/LOG.md), the Hopper kernel has its own. `down` and `dx` copy
-    # only indices, which wgmma does not read.
+    # Triton puts a fence between them since 3.7, before that language.launch does; the Hopper kernel has its own.
+    # `down` and `dx` copy only indices, which wgmma does not read.
     gathering = [row for row in hopper if row["use"] in ("up", "dswiglu", "dw_in", "dw_out") and row["wgmma"]]
     assert {row["name"] for row in gathering} == GEMMS - {"rows_kernel"}
     assert all(row["copies"] > 0 for row in gathering), gathering
-    for row in gathering:
-        assert row["fences"] > 0 or row["triton"] < "3.7.1" and row["name"] != "dw_hopper_kernel", row
+    assert all(row["fences"] > 0 for row in gathering), gathering
+
+
+def test_older_tritons_get_a_fence_before_products_of_copied_rows():
+    copy, product = "cp.async.cg.shared.global [a], [b], 0x10, 0x10;", "wgmma.fence.sync.aligned;"
+    knobs = language.triton.knobs.runtime
+    for code, fences in ((copy + product, 1), (product, 0), (copy, 0), (copy + "fence.proxy.async;" + product, 1)):
+        stages = {"ptx": lambda source, metadata, code=code: code}
+        with language._fenced():
+            knobs.add_stages_inspection_hook(None, stages, None, None, 90)
+        ptx = stages["ptx"]("", {})
+        assert ptx.count("fence.proxy.async") == fences and (not fences or ptx.index("proxy") < ptx.index(product))
+    assert knobs.add_stages_inspection_hook is None
 
 
 def test_elementwise_kernels_move_16_bytes_at_a_time(hopper):

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from moe_kernels import reference
-from moe_kernels.dispatch import CHUNK, combine, dispatch
+from moe_kernels.dispatch import CHUNK, ONE_LAUNCH, combine, dispatch
 from moe_kernels.tiles import max_tiles
-from tests.checks import check, rms_ratio
+from tests.checks import ON_GPU, check, rms_ratio
 
 SHAPES = [(70, 8, 2), (700, 24, 5), (5, 256, 16), (1, 1, 1), (0, 8, 2), (CHUNK, 3, 3)]
+BORDERS = [n + more for n in (CHUNK, ONE_LAUNCH, 16384) for more in (-1, 0, 1)]
 
 
 def choices(T, E, K, device):
@@ -33,6 +34,21 @@ def test_sort_and_tiles(T, E, K, block_m, device, poison):
     n = int(got.tile_count)
     assert list(zip(got.tile_expert[:n].tolist(), got.tile_row[:n].tolist(), strict=True)) == tiles
     assert n <= max_tiles(T * K, E, block_m) == got.tile_expert.numel()
+
+
+@pytest.mark.parametrize("S,E", [(1, 1), (CHUNK + 1, 7), *((S, 128) for S in BORDERS)])
+def test_one_launch_and_several_give_the_same_bits(S, E, device, poison, monkeypatch):
+    if not ON_GPU:  # the interpreter takes seconds for a chunk
+        S, E = -(-S // 32), min(E, 8)
+        monkeypatch.setattr("moe_kernels.dispatch.CHUNK", 16)
+    experts = choices(S, E, 1, device)
+    monkeypatch.setattr("moe_kernels.dispatch.ONE_LAUNCH", S)
+    one = dispatch(experts, E, 32)
+    monkeypatch.setattr("moe_kernels.dispatch.ONE_LAUNCH", 0)
+    several = dispatch(experts, E, 32)
+    for name, a, b in zip(one._fields, one, several, strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(one.row_slot_S, reference.dispatch(experts, E)[1])
 
 
 def test_one_expert_takes_everything(device, poison):

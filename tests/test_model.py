@@ -29,6 +29,7 @@ from optimoe.sizes import (
     preset,
     training_memory,
 )
+from tests.checks import check
 
 SMALL = dict(
     vocab_size=61,
@@ -650,6 +651,62 @@ def test_bad_inputs():
     model.eval()(tokens(1, 6), cache=cache)
     with pytest.raises(ValueError, match="max_len=8"):
         model(tokens(1, 3), cache=cache)
+
+
+def documents(*lengths):
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()[None]
+
+
+@pytest.mark.parametrize("impl", ["reference", "grouped_mm"])
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_nothing_of_a_document_reaches_another(impl, n_kv_heads):
+    gpt = GPT(ModelConfig(**{**SMALL, "n_kv_heads": n_kv_heads, "impl": impl, "seq_len": 32}))
+    x, doc_ids = tokens(2, 32), torch.cat([documents(10, 1, 21), documents(3, 29)])
+    logits = gpt(x, doc_ids_BL=doc_ids).logits
+    for row, number in ((0, 0), (0, 2), (1, 1)):
+        others = x.where((doc_ids == number) & (torch.arange(2) == row)[:, None], (x + 7) % 61)
+        at = row, doc_ids[row] == number
+        torch.testing.assert_close(gpt(others, doc_ids_BL=doc_ids).logits[at], logits[at], rtol=0, atol=1e-6)
+        alone = gpt(x[row][None, at[1]]).logits[0]
+        torch.testing.assert_close(alone, logits[at], rtol=1e-5, atol=1e-5)
+    seen = gpt(x).logits  # the check can fail
+    assert torch.equal(seen[0, :10], logits[0, :10]) or (seen[0, :10] - logits[0, :10]).abs().max() < 1e-6
+    assert (seen[0, 10:] - logits[0, 10:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_what_a_gpu_runs_is_the_same(n_kv_heads, monkeypatch):
+    """flex_attention alone and within a compiled block, which is compiled once for all documents. A CPU has no backward
+    pass of it; on a GPU, gradients too."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg = ModelConfig(**{**SMALL, "seq_len": 200, "head_dim": 16, "n_kv_heads": n_kv_heads})
+    gpt, make = GPT(cfg).to(device), model_file.document_mask
+    batches = [torch.cat([documents(150, 1, 49), documents(*lengths)]).to(device) for lengths in ((70, 130), (9, 191))]
+    x = tokens(2, 200).to(device)
+
+    def run():
+        with torch.set_grad_enabled(device == "cuda"):
+            out = [gpt(x, x, doc_ids) for doc_ids in batches]
+            grads = [torch.autograd.grad(o.loss, gpt.embed.weight)[0] for o in out] if device == "cuda" else []
+            return [o.loss for o in out] + [gpt(x, doc_ids_BL=doc_ids).logits for doc_ids in batches] + grads
+
+    monkeypatch.setattr(model_file, "document_mask", lambda doc_ids, fused: make(doc_ids, False))
+    expected = run()
+    monkeypatch.setattr(model_file, "document_mask", lambda doc_ids, fused: make(doc_ids, True))
+    monkeypatch.setattr(model_file, "fused_attention", lambda: model_file.flex_attention)
+    if device == "cuda":
+        monkeypatch.undo()
+    found = run()
+    gpt.train()
+    for block in gpt.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
+    run()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled = run()
+    for ours in (found, compiled):
+        for a, b in zip(ours, expected, strict=True):
+            check(a, b, 1e-5 if device == "cpu" else 3e-3)
+    assert abs(found[0] - found[1]) > 1e-4
 
 
 def test_command_line():

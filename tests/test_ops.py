@@ -14,7 +14,7 @@ import torch
 
 import moe_kernels as mk
 from model import ModelConfig, rope_tables
-from moe_kernels import tiles
+from moe_kernels import language, tiles
 from moe_kernels.muon import muon_update
 from moe_kernels.tiles import pick_impl
 from tests.checks import ON_GPU, check, problem
@@ -185,6 +185,32 @@ def test_fullgraph_compile_of_experts_by_inductor(impl):
         )
         for a, b in zip(got, plain, strict=True):
             check(a, b, 1e-5)
+
+
+def test_a_launch_reuses_only_what_was_compiled_for_its_arguments(monkeypatch):
+    """A kernel that records how it is called: by Triton's slow way once for everything that makes other code."""
+    calls = []
+    compiled = {(2, 1, 1): lambda *args: calls.append(("again", args))}
+    monkeypatch.setattr(language, "UNFENCED", False)
+    slow = lambda *args, **constants: calls.append(("compile", args)) or compiled  # noqa: E731
+    kernel, x = type("Kernel", (), {"fn": object(), "__getitem__": lambda self, grid: slow})(), torch.zeros(40)
+    variants = [
+        dict(tensors=(x, None)),
+        dict(tensors=(x.half(), None)),
+        dict(tensors=(x[1:], None)),
+        dict(tensors=(x, x)),
+        dict(numbers=(7,)),
+        dict(numbers=(32,)),
+        dict(numbers=(2**31,)),
+        dict(BLOCK=8),
+        dict(num_warps=8),
+    ]
+    for change in variants:
+        for expected in ("compile", "again"):
+            language.launch(kernel, (2,), **dict(tensors=(x, None), numbers=(1,), BLOCK=4) | change)
+            assert calls[-1][0] == expected, change
+    language.launch(kernel, (2,), (x, None), (9,), BLOCK=4)  # as 7: neither 1 nor a multiple of 16
+    assert calls[-1] == ("again", (x, None, 9, 4))
 
 
 def test_the_product_op():

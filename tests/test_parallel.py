@@ -1,4 +1,4 @@
-"""Two and four gloo ranks against one process: three engines, both optimisers, uneven routing, idle experts, resuming.
+"""Two and four gloo ranks against one process: both engines and optimisers, uneven routing, idle experts, resuming.
 Run: python -m pytest tests/test_parallel.py (CPU)"""
 
 import json
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import files
 from model import GPT
 from optimoe import checkpoint
 from optimoe.parallel import Sharded
@@ -29,12 +30,11 @@ FLAGS = [*SMALL, "--n-shared-experts=1", "--grad-accum=2", "--router-bias-rate=1
 CASES = {
     "ddp-2-muon": (2, "ddp", "muon"),
     "ddp-4-adamw": (4, "ddp", "adamw"),
-    "fsdp-2-adamw": (2, "fsdp", "adamw"),
-    "fsdp-4-muon": (4, "fsdp", "muon"),
+    "ddp-4-muon": (4, "ddp", "muon"),
     "ep-2-adamw": (2, "ep", "adamw"),
     "ep-4-muon": (4, "ep", "muon"),
 }
-ENGINES = ("ddp", "fsdp", "ep")
+ENGINES = ("ddp", "ep")
 # Selection biases of the first experts. Five experts on two or four ranks are slices of unequal length. With eight on
 # four ranks and two out of reach, a rank gets no token at all.
 BIASES = {5: [-100.0, 0.2], 8: [-100.0, -100.0, 0.2]}
@@ -141,21 +141,32 @@ def test_ranks_equal_one_process(runs, case):
 
 
 def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
-    """Four FSDP ranks, then two DDP ranks or one; two DDP, then four FSDP; four EP, then two: as if unbroken."""
-    to_two, to_one = (cut_at(runs / "fsdp-4-muon", tmp_path / name, 4) for name in ("two", "one"))
+    """Four ranks, then two or one; two, then four; four with ep, then two with ddp; the reverse: as if unbroken."""
+    to_two, to_one = (cut_at(runs / "ddp-4-muon", tmp_path / name, 4) for name in ("two", "one"))
     to_four = cut_at(runs / "ddp-2-muon", tmp_path / "four", 4)
-    to_ep = cut_at(runs / "ep-4-muon", tmp_path / "ep", 4)
+    to_ddp, to_ep = cut_at(runs / "ep-4-muon", tmp_path / "ddp", 4), cut_at(runs / "one-muon-8", tmp_path / "ep", 4)
     ranks(
         [
-            [2, [f"--resume={to_two}", "--parallel=ddp"]],
-            [4, [f"--resume={to_four}", "--parallel=fsdp"]],
-            [2, [f"--resume={to_ep}"]],
+            [2, [f"--resume={to_two}"]],
+            [4, [f"--resume={to_four}"]],
+            [2, [f"--resume={to_ddp}", "--parallel=ddp"]],
+            [2, [f"--resume={to_ep}", "--parallel=ep"]],
         ]
     )
-    main([f"--resume={to_one}", "--parallel=ddp"])
-    for run, one in ((to_two, "one-muon-5"), (to_one, "one-muon-5"), (to_four, "one-muon-5"), (to_ep, "one-muon-8")):
+    main([f"--resume={to_one}"])
+    five = (to_two, to_one, to_four)
+    for run, one in [(run, "one-muon-5") for run in five] + [(run, "one-muon-8") for run in (to_ddp, to_ep)]:
         same_log(run, runs / one, rtol=3e-4)
         same_state(run, runs / one, bound=3e-3)
+
+
+def test_a_run_of_the_engine_that_is_gone_goes_on_as_ddp(runs, tmp_path):
+    old = cut_at(runs / "ddp-2-muon", tmp_path / "old", 4)
+    path = old / "config.json"
+    values = json.loads(path.read_text()) | {"parallel": "fsdp"}
+    files.write_json(path, {name: value for name, value in values.items() if name != "crc"})
+    ranks([[2, [f"--resume={old}"]]])
+    same_log(old, runs / "ddp-2-muon", rtol=0)
 
 
 HALF = ["--dtype=bfloat16", "--optimizer=adamw", "--grad-accum=1", "--n-experts=8", "--checkpoint-every=2"]
@@ -167,20 +178,51 @@ def test_bfloat16_engines_train_alike_and_resume(data_dir, tmp_path, weights):  
     one process to bfloat16's roundings; a checkpoint has the dtypes of one process, and going on changes no bit."""
     flags = [*SMALL, *HALF, f"--data={data_dir}", f"--weights={weights}", "--steps=6"]
     main([*flags, f"--out-dir={tmp_path / 'one'}"])
-    engines = ENGINES if weights == "float32" else ("ddp",)
-    ranks([[2, [*flags, f"--parallel={engine}", f"--out-dir={tmp_path / engine}"]] for engine in engines])
+    ranks([[2, [*flags, f"--parallel={engine}", f"--out-dir={tmp_path / engine}"]] for engine in ENGINES])
     one = checkpoint.read(tmp_path / "one")["model"]
-    for engine in engines:
+    for engine in ENGINES:
         losses = [[row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("one", engine)]
         np.testing.assert_allclose(*losses, rtol=5e-3)
         state = checkpoint.read(tmp_path / engine)["model"]
         assert {name: (t.shape, t.dtype) for name, t in state.items()} == {
             name: (t.shape, t.dtype) for name, t in one.items()
         }
-    resumed = cut_at(tmp_path / "ddp", tmp_path / "resumed", 4)
-    ranks([[2, [f"--resume={resumed}"]]])
-    same_log(resumed, tmp_path / "ddp", rtol=0)
-    same_state(resumed, tmp_path / "ddp", bound=0)
+        resumed = cut_at(tmp_path / engine, tmp_path / f"resumed-{engine}", 4)
+        ranks([[2, [f"--resume={resumed}"]]])
+        same_log(resumed, tmp_path / engine, rtol=0)
+        same_state(resumed, tmp_path / engine, bound=0)
+
+
+def test_a_rank_killed_in_a_checkpoint_leaves_the_one_before(data_dir, tmp_path):  # noqa: F811
+    flags = [*SMALL, *HALF, f"--data={data_dir}", "--parallel=ep", "--steps=6"]
+    jobs = [
+        [2, [*flags, f"--out-dir={tmp_path / 'whole'}"]],
+        [2, [*flags, f"--out-dir={tmp_path / 'cut'}"], {"die_at": 27}],
+    ]
+    said = ranks(jobs, failing=1)
+    assert "rank 0 lost its connection to another rank" in said, said
+    (first, _), *others = checkpoint.find(tmp_path / "cut")
+    assert first == 2 and not others and (tmp_path / "cut" / "ckpt.tmp").exists()
+    ranks([[2, [f"--resume={tmp_path / 'cut'}"]]])
+    same_log(tmp_path / "cut", tmp_path / "whole", rtol=0)
+    same_state(tmp_path / "cut", tmp_path / "whole", bound=0)
+    sizes = {path.stat().st_size for run in ("cut", "whole") for _, path in checkpoint.find(tmp_path / run)}
+    assert max(sizes) - min(sizes) < 4096, sizes  # the paths in them differ
+
+
+NEARBY = "--parallel=ep --impl=triton --grad-accum=2 --n-layers=1 --d-expert=16 --batch-size=4 --seq-len=8 --steps=2"
+
+
+def test_kernels_carry_tokens_as_the_exact_exchange_does(data_dir, tmp_path):  # noqa: F811
+    """Ranks whose memories are shared files. With little room steps are repeated exactly, and no token is lost."""
+    flags = [*SMALL, *NEARBY.split(), f"--data={data_dir}", "--val-every=0", "--val-batches=1", "--log-every=1"]
+    rooms = {"exact": {}, "wide": {"room": 2}, "tight": {"room": 1.02}}
+    said = ranks([[2, [*flags, f"--out-dir={tmp_path / name}"], how] for name, how in rooms.items()])
+    for name in ("wide", "tight"):
+        same_log(tmp_path / name, tmp_path / "exact", rtol=2e-5)
+        same_state(tmp_path / name, tmp_path / "exact", bound=1e-4)
+    repeated = [int(line.split()[-1]) for line in said.splitlines() if line.startswith("repeated steps: ")]
+    assert repeated[:2] == [0, 0] and repeated[2] == repeated[3] > 0, said
 
 
 def test_a_bad_step_stops_all_ranks_with_a_dump_of_each(runs):

@@ -8,7 +8,7 @@ import pytest
 
 from study import claims, figures, plan, presets, results, rules, verdict
 from study.execute import Run
-from tests.studyrows import fake, grid
+from tests.studyrows import fake, finished, grid
 
 SCARCE = dict(unique=presets.SCARCE)
 
@@ -140,14 +140,12 @@ def test_top_k_alone():
     def rows(worth):
         effect = lambda c, tpp: (1.0, 0.3, 2 * (1 + worth * math.log2(c.top_k / 2)) + 0.1 * abs(math.log2(c.lr / 6e-3)))  # noqa: E731
         near = lambda c, tpp: tuple(x + 0.1 * abs(math.log2(c.lr / 6e-3)) for x in effect(c, tpp))  # noqa: E731
-        return [fake(run, near) for run in presets.topk2([])]
+        return finished(presets.topk2, near)
 
     assert decided(rows(0.0), 5) == "supported" and decided(rows(0.2), 5) in ("not supported", "mixed")
     rng = random.Random(1)
     noise = lambda c, tpp: (1.0, 0.3 + rng.gauss(0, 0.02), 2 + rng.gauss(0, 0.02) + 0.1 * abs(math.log2(c.lr / 6e-3)))  # noqa: E731
-    assert (
-        decided([fake(run, noise) for run in presets.topk2([])], 5) != "not supported"
-    )  # the best of four is no spread
+    assert decided(finished(presets.topk2, noise), 5) != "not supported"  # the best of four is no spread
 
 
 def test_gentler_training_and_active_compute():
@@ -200,7 +198,7 @@ def test_the_table_is_put_between_the_markers_and_never_replaced_by_that_of_noth
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| 2. Reasoning turns over as total parameters grow | **supported**, paired |" in text
     effects = (tmp_path / "appendix.md").read_text()
-    assert "no vote: beside the loss" in effects and "| 8 | 8 | facts | 0.006 | 1.5 | 25% | 3 |" in effects
+    assert "no vote: beside the loss" in effects and "| 8 | 8 | facts | 0.006 | 1.5 | 25% | 80% | 3 |" in effects
     empty, none, foreign = (tmp_path / name for name in ("empty.jsonl", "none.jsonl", "foreign.jsonl"))
     empty.write_text(""), foreign.write_text('{"a": 1}\n')
     for more, message in (

@@ -1,0 +1,110 @@
+"""Training on examples, and within documents: python -m pytest tests/test_sft.py (CPU)"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from data import prepare
+from data.loader import Loader
+from optimoe import checkpoint, hf, start
+from tests.checks import check
+from tests.test_start import KINDS, ROOT, losses, released  # noqa: F401  a fixture
+from tests.test_train import cut_at, differences, rows
+
+FLAGS = "--device=cpu --dtype=float32 --curves=false --batch-size=8 --seq-len=48 --lr=1e-3 --warmup-steps=2"
+FLAGS = f"{FLAGS} --log-every=1 --val-every=2 --val-batches=1 --sample-tokens=4 --balance-coef=0 --z-coef=0".split()
+
+
+@pytest.fixture(scope="module")
+def examples(released):  # noqa: F811
+    """{kind: directory} of examples whose answers differ in length, in the tokens of each model."""
+    lines = [{"prompt": f"{i}+{i}:", "answer": "yn"[i % 2] * (1 + i * i % 5)} for i in range(600)]
+    (released / "examples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    made = {kind: released / f"examples-{kind}" for kind in KINDS}
+    for kind, out in made.items():
+        prepare.main([str(released / "examples.jsonl"), f"--out={out}", f"--tokenizer={released / kind}", "--sft",
+                      "--val_fraction=0.1"])  # fmt: skip
+    return made
+
+
+def run(released, examples, out, *flags, kind="qwen3_moe"):  # noqa: F811
+    source = [f"--init-from={released / kind}", f"--data={examples[kind]}"]
+    return train.main([*source, f"--out-dir={out}", *FLAGS, *flags])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_that_of_transformers_on_each_example_alone(kind, released, examples, tmp_path):  # noqa: F811
+    transformers = pytest.importorskip("transformers", minversion="5")
+    batch = Loader([(examples[kind], 1.0)], "train", 8, 48, documents=True).next()
+    ours = start.load(released / kind, "init_from", seq_len=48, dtype="float32").train()
+    loss = ours(*batch).loss
+    loss.backward()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(released / kind, dtype=torch.float32).train()
+    n_targets, total, alone = (batch[1] >= 0).sum(), 0, 0
+    for tokens, targets, numbers in zip(*batch, strict=True):
+        for number in numbers.unique():
+            at = (numbers == number)[None]
+            ids, labels = tokens[None][at][None], targets[None][at][None]
+            if (labels >= 0).any():
+                labels = labels.where(labels >= 0, -100)
+                form = dict(labels=labels, shift_labels=labels, num_items_in_batch=n_targets)
+                part = theirs(ids, **form).loss
+                part.backward()
+                total, alone = total + part.item(), alone + 1
+    assert alone > 16 and loss.item() == pytest.approx(total, rel=1e-5)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters() if p.grad is not None])
+    for p in theirs.parameters():
+        p.data = torch.zeros_like(p) if p.grad is None else p.grad
+    theirs.save_pretrained(tmp_path / "gradients")
+    expected = dict(hf.load_model(tmp_path / "gradients", dtype="float32").named_parameters())
+    for name, p in ours.named_parameters():
+        check(p.grad, expected[name], 1e-5, name)
+    run(released, examples, tmp_path / "run", "--steps=1", "--grad-accum=4", kind=kind)
+    row = rows(tmp_path / "run")[0]
+    assert (row["loss"], row["grad_norm"]) == pytest.approx((total, norm.item()), rel=1e-5)
+
+
+def test_the_mean_is_over_all_targets_of_a_step(released, examples, tmp_path):  # noqa: F811
+    """One micro-batch, four, or two ranks of two with each engine: the same losses, gradients and validation."""
+    small = Loader([(examples["qwen3_moe"], 1.0)], "train", 2, 48, documents=True)
+    assert len({int((small.next()[1] >= 0).sum()) for _ in range(4)}) > 1
+    run(released, examples, tmp_path / "whole", "--steps=4")
+    run(released, examples, tmp_path / "parts", "--steps=4", "--grad-accum=4", "--val-batches=4")
+    flags = [f"--init-from={released / 'qwen3_moe'}", f"--data={examples['qwen3_moe']}", *FLAGS, "--steps=4"]
+    flags, engines = [*flags, "--grad-accum=2", "--val-batches=2"], ("ddp", "ep")
+    jobs = [[2, [*flags, f"--parallel={engine}", f"--out-dir={tmp_path / engine}"]] for engine in engines]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.ranks", json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: rows(tmp_path / name) for name in ("whole", "parts", *engines)}
+    keys = ("loss", "grad_norm", "val_loss")
+    found = {name: [row[key] for row in log for key in keys if key in row] for name, log in found.items()}
+    for name in found:
+        assert found[name] == pytest.approx(found["whole"], rel=2e-5), name
+
+
+def test_it_learns_resumes_and_forgets_no_document(released, examples, tmp_path):  # noqa: F811
+    results = run(released, examples, tmp_path / "whole", "--steps=6", "--grad-accum=2", "--checkpoint-every=3")
+    assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0] - 0.1
+    assert "val_bits_per_byte" not in results  # of answers alone it would mean nothing
+    cut = cut_at(tmp_path / "whole", tmp_path / "cut", 3)
+    train.main([f"--resume={cut}"])
+    assert rows(cut) == rows(tmp_path / "whole")
+    states = [checkpoint.read(out) for out in (cut, tmp_path / "whole")]
+    assert differences(*states) == [] and states[0]["config"]["document_mask"]
+
+
+def test_plain_text_by_option(released, tmp_path):  # noqa: F811
+    flags = [f"--init-from={released / 'olmoe'}", f"--data={released / 'data'}", *FLAGS, "--steps=1"]
+    for name, option in (("with", "true"), ("without", "false")):
+        train.main([*flags, f"--document-mask={option}", f"--out-dir={tmp_path / name}"])
+    batch = Loader([(released / "data", 1.0)], "train", 8, 48, documents=True).next()
+    expected = start.load(released / "olmoe", "init_from", seq_len=48)(*batch).loss.item()
+    assert losses(tmp_path / "with") == [pytest.approx(expected, rel=1e-5)]
+    assert abs(losses(tmp_path / "without")[0] - expected) > 1e-3
