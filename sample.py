@@ -60,12 +60,13 @@ def write(loaded, ids, cfg, number):
 
 def main(argv=None):
     cfg = parse(SampleConfig, sys.argv[1:] if argv is None else argv, __doc__)
+    require(cfg.number >= 1, "number", cfg.number, "use 1 or more")
     loaded, template = load(cfg), chat_template(hub.folder(cfg.hf, "hf")) if cfg.hf and cfg.chat else None
     messages = []
     for prompt in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
         messages.append({"role": "user", "content": prompt})
         ids = loaded.tokens.encode(template(messages, True)) if template else context_ids(loaded.tokens, prompt)
-        answers = [write(loaded, ids, cfg, number) for number in range(max(1, cfg.number))]
+        answers = [write(loaded, ids, cfg, number) for number in range(cfg.number)]
         messages.append({"role": "assistant", "content": answers[0]})
 
 

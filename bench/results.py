@@ -158,7 +158,7 @@ def append(path, *rows):
     A file of an earlier version first gets the columns that it lacks."""
     path, header = Path(path), ",".join(COLUMNS)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text() if path.exists() else ""
+    text = files.read_text(path) if path.exists() else ""
     if text.partition("\n")[0] != header:
         files.replace(path.resolve(), f"{header}\n" + (lines_of(parse(text, str(path))) if text else ""))
     with open(path, "a") as file:
@@ -188,7 +188,7 @@ def parse(text, where="CSV"):
 
 
 def read(path):
-    return parse(Path(path).read_text(), str(path))
+    return parse(files.read_text(path), str(path))
 
 
 def latest(rows):

@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from data import files
+from data.fast import AGAIN
 from data.shards import START, TRAINED
 
 
 def chat_template(directory: str | Path) -> Callable[[list, bool], str] | None:
     """template(messages, whether an answer is to follow) of a Hugging Face folder; None where it has none."""
     settings_file, source_file = Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.jinja"
-    settings = files.read_json(settings_file, "download it again") if settings_file.is_file() else {}
-    source = source_file.read_text() if source_file.is_file() else settings.get("chat_template")
+    settings = files.read_json(settings_file, AGAIN) if settings_file.is_file() else {}
+    source = files.read_text(source_file, AGAIN) if source_file.is_file() else settings.get("chat_template")
     if isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     if not source:
@@ -31,9 +32,27 @@ def chat_template(directory: str | Path) -> Callable[[list, bool], str] | None:
     except ImportError:
         raise ValueError(f"the chat template of {directory} needs jinja2: pip install jinja2") from None
     tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
-    tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
-    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
-    return lambda messages, answer: template.render(messages=messages, add_generation_prompt=answer, **tokens)
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+
+    def text(messages, answer):
+        try:
+            return template.render(messages=messages, add_generation_prompt=answer, **tokens)
+        except Exception as error:  # the template is a program of others
+            raise ValueError(
+                f"the chat template of {directory} refuses these messages ({error}); change them"
+            ) from None
+
+    try:
+        template = environment.from_string(source)
+    except Exception as error:
+        raise ValueError(f"the chat template of {directory} is damaged ({error}): {AGAIN}") from None
+    return text
+
+
+def _refuse(reason: str):  # what templates call where roles do not alternate
+    raise ValueError(reason)
 
 
 def example(row: object, where: str, template: Callable | None) -> str:
@@ -53,7 +72,10 @@ def example(row: object, where: str, template: Callable | None) -> str:
         raise ValueError(f"{where}: messages need a --tokenizer with a chat template; or use prompt and answer")
     pieces, text = [], ""
     for i in turns:
-        asked, told = template(messages[:i], True), template(messages[: i + 1], False)
+        try:
+            asked, told = template(messages[:i], True), template(messages[: i + 1], False)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         if not asked.startswith(text) or not told.startswith(asked):
             raise ValueError(f"{where}: the chat template changes earlier messages; split this chat at its answers")
         pieces += [[asked[len(text) :], False], [told[len(asked) :], True]]

@@ -85,7 +85,7 @@ def from_folder(directory: str | Path) -> Fast:
     """
     directory = Path(directory)
     path = directory / "tokenizer.json"
-    definition = path.read_text()
+    definition = files.read_text(path, AGAIN)
     files.parse(definition, str(path), AGAIN)
     optional = ("tokenizer_config.json", "generation_config.json", "config.json")
     settings, *configs = (files.read_json(p, AGAIN) if (p := directory / name).exists() else {} for name in optional)

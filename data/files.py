@@ -130,8 +130,18 @@ def json_lines(lines: Iterable[str], path: str | Path, remedy="correct that line
             yield (where := f"{path}:{number}"), parse(line, where, remedy)
 
 
+def read_text(path: str | Path, remedy: str = RESTORE) -> str:
+    """The text of a UTF-8 file. FileNotFoundError, or ValueError naming it."""
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
+
+
 def read_json(path: str | Path, remedy: str = RESTORE) -> dict:
     """The JSON object of a file, whose checksum is right if it has one. FileNotFoundError, or ValueError naming it."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} is missing: {remedy}")
     return check(parse(Path(path).read_bytes(), str(path), remedy), str(path), remedy)
 
 

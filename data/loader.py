@@ -1,9 +1,10 @@
 """Batches of token windows from data directories: shuffled, mixed, prefetched, and resumable to the sample.
 
 A source of N tokens gives (N - 1) // L windows; window w is tokens w*L .. w*L + L inclusive, across document ends and
-shard borders. Examples (data/chat.py) are packed whole into windows, which eos fills up; longer ones lose their end.
-The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows r*B .. (r+1)*B
-of each global batch of W*B samples, so a run continues on another number of ranks.
+shard borders. Examples (data/chat.py) are packed whole into windows, which eos fills up; longer ones lose their end,
+and are left out if no answer remains. The stream of samples is a function of (sources, weights, split, L, seed) alone.
+Rank r of W takes rows r*B .. (r+1)*B of each global batch of W*B samples, so a run continues on another number of
+ranks.
 """
 
 import math
@@ -26,8 +27,8 @@ def parse_sources(text):
     parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",")]
     try:
         sources = [(directory, float(weight)) for directory, _, weight in parts]
-        if not all(0 < weight < math.inf for _, weight in sources):
-            raise ValueError("weights must be above 0 and finite")
+        if not all(directory and 0 < weight < math.inf for directory, weight in sources):
+            raise ValueError("each needs a directory and a finite weight above 0")
         return sources
     except ValueError as error:
         raise ValueError(f"data={text!r}: {error}; write DIR or DIR:0.7,DIR2:0.3") from None
@@ -137,12 +138,18 @@ class _Source:
         self.n_windows, self.marks = (n_tokens - 1) // seq_len, None
         if meta["version"] == MARKED:
             self.marks = shards.open_shards(directory, split, marks=True)
-            self.starts = np.flatnonzero(np.concatenate(self.marks) & START)
+            marks = np.concatenate(self.marks)
+            self.starts = np.flatnonzero(marks & START)
             self.lengths = np.minimum(np.diff(self.starts, append=n_tokens), seq_len + 1)
+            before = np.concatenate([[0], np.cumsum(marks & TRAINED > 0)])  # tokens of answers
+            taught = before[self.starts + self.lengths] > before[self.starts + 1]  # not cut off before its answer
+            self.starts, self.lengths = self.starts[taught], self.lengths[taught]
             self.rows = packed(self.lengths.tolist(), seq_len + 1)
             self.n_windows = len(self.rows)
         remedy = f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; "
         remedy += "use a smaller seq_len or more data"
+        if self.marks:
+            remedy = f"no answer in split {split!r} of {directory} begins so early; use a larger seq_len"
         require(self.n_windows >= 1, "seq_len", seq_len, remedy)
         self.epoch, self.order = -1, None
 

@@ -48,7 +48,7 @@ class Source:
         if wanted not in self._cache:
             found = self._local(wanted) or self._hub(wanted)
             if not found:
-                raise Missing(f"{wanted.name} was not found. {self._ways(wanted)}")
+                raise Missing(f"{wanted.name} was not found: {self._ways(wanted)}")
             rows, where = found
             if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
                 raise ValueError(f"{where} must hold a JSON object for each item; get it again")
@@ -77,10 +77,9 @@ class Source:
     def _ways(self, wanted):
         file, origin = wanted.file, f" (it is in {wanted.origin})" if wanted.origin else ""
         other = "name another one with --evaldata or OPTIMOE_EVALDATA"
-        ways = [f"put {file} (or {file}.gz){origin} into the folder {self.folder}, or {other}"]
-        if wanted.hub:
-            ways.append(f"pip install datasets, with a network: the hub's {' '.join(filter(None, wanted.hub))}")
-        return "Any one of these brings it:" + "".join(f"\n  - {way}" for way in ways)
+        way = f"put {file} (or {file}.gz){origin} into the folder {self.folder}, or {other}"
+        hub = f"; or pip install datasets, for the hub's {' '.join(filter(None, wanted.hub))}" if wanted.hub else ""
+        return way + hub
 
     def _local(self, wanted):
         for path in (self.folder / wanted.file, self.folder / f"{wanted.file}.gz"):
@@ -97,7 +96,7 @@ class Source:
             rows = datasets.load_dataset(dataset, configuration, split=split)
         except (OSError, ValueError) as error:  # no network, or the dataset has moved
             why = f"reading {dataset} from the hub failed ({error})"
-            raise ValueError(f"{wanted.name}: {why}. {self._ways(wanted)}") from error
+            raise ValueError(f"{wanted.name}: {why}: {self._ways(wanted)}") from error
         return [_flat(row) for row in rows], f"hub: {' '.join(filter(None, wanted.hub))}"
 
 

@@ -169,7 +169,7 @@ class Curves:
 @dataclass(frozen=True)
 class CurvesConfig:
     POSITIONAL: ClassVar = ("run",)
-    run: str  # run directory of train.py
+    run: str  # run directory of train.py or grpo.py
     out: str = ""  # PNG file; empty: curves.png in the run directory
 
 

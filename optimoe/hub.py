@@ -9,15 +9,15 @@ interrupted goes on where it was, HF_HUB_CACHE says where they go, HF_HUB_OFFLIN
 
 import errno
 import functools
-import os
 import re
 import shutil
 from pathlib import Path
 
 from optimoe.config import require
 
-NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+NAME = re.compile(r"((?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@([\w./-]+))?", re.ASCII)
 TOKENIZER = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+SECONDS = 10  # that the hub may take to answer
 FILES = (*TOKENIZER, "model*.safetensors", "model.safetensors.index.json")
 
 
@@ -66,10 +66,21 @@ def folder(name, field, files=FILES):
     except ImportError:
         reason = "no such directory, and to download a model of this name: pip install -e '.[hf]'"
         raise Unavailable(f"{field}={name!r}: {reason}") from None
+    silent = not answers(library, repository, revision)
+    options = dict(revision=revision, allow_patterns=list(files), local_files_only=silent)
     try:
-        return Path(library.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+        return Path(library.snapshot_download(repository, **options))
     except Exception as error:  # of the library, of its HTTP client, of the disk
         raise Unavailable(f"{field}={name!r}: {explain(error, repository, revision)}") from None
+
+
+def answers(library, repository, revision):
+    """Whether the hub says anything within SECONDS, an error too. snapshot_download would wait without end."""
+    try:
+        library.HfApi().model_info(repository, revision=revision, timeout=SECONDS)
+    except Exception as error:  # which names itself depends on the library's HTTP client
+        return "Timeout" not in type(error).__name__
+    return True
 
 
 def explain(error, repository, revision=None):
@@ -91,8 +102,8 @@ def explain(error, repository, revision=None):
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{page} has no revision {revision!r}; leave it away, or look under its files for the branches and tags"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        asked = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
-        why = "HF_HUB_OFFLINE forbids to ask the hub" if asked else f"{constants.ENDPOINT} cannot be reached"
-        return f"no such directory, {why}, and {cache} does not have all of it; or name a folder copied from elsewhere"
+        offline = "HF_HUB_OFFLINE forbids to ask the hub"
+        why = offline if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        return f"no such directory, nor such a model: {why}, and {cache} does not have all of it; check the name"
     lines = str(error).strip().splitlines() or [""]
     return f"the download failed ({type(error).__name__}: {lines[0]}); the same command goes on with it"

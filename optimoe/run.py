@@ -157,7 +157,8 @@ class Run:
 
     def _open(self):
         name = str(self.dir)
-        made = [path for path in (self.dir / "data", self.dir / "lock", self.dir) if not path.exists()]
+        inside = self.dir / "data", self.dir / "lock"
+        made = [path for path in (*inside, self.dir, *self.dir.parents) if not path.exists()]
         make_directory(self.dir, "out_dir", name)
         self.lock = open(self.dir / "lock", "w")
         try:
@@ -180,7 +181,7 @@ class Run:
 
     def _close(self):
         for path in self.made if self.began is None else ():
-            if path == self.dir:
+            if path in (self.dir, *self.dir.parents):
                 with contextlib.suppress(OSError):  # holds what is not ours
                     path.rmdir()
             elif path.exists():

@@ -26,7 +26,11 @@ PROBE = "The 7 naïve café owners said: “x[i] += 12.50;”\n\n\tdef f(self): 
 
 def training_fields(name):
     """Fields of train.TrainConfig for a run that starts from this model, where flags say nothing."""
-    cfg = hf.model_config(files.read_json(hub.folder(name, "init_from") / hf.CONFIG, hf.AGAIN))
+    folder = hub.folder(name, "init_from")
+    require(
+        released(folder), "init_from", name, "no published model; a run becomes one by python -m optimoe.hf RUN DIR"
+    )
+    cfg = hf.model_config(files.read_json(folder / hf.CONFIG, hf.AGAIN))
     own = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(ModelConfig)}
     own = {field: value for field, value in own.items() if field not in hf.FREE}
     return {**own, "seq_len": min(cfg.seq_len, SEQ_LEN), **FINE_TUNING}

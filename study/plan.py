@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from data import files
 from optimoe import config
 from optimoe.config import require
 from optimoe.sizes import PRESETS, count_params, flops_per_token, peak_flops, preset, training_memory
@@ -68,16 +69,15 @@ class Plan(NamedTuple):
 def throughput(path):
     """[(flops per token, share of the peak, row)] of the measured models."""
     found = []
-    with open(path, newline="") as file:
-        for row in (reader := csv.DictReader(file)):
-            try:
-                cfg = preset(row["model"], vocab_size=int(row["vocab_size"]), seq_len=int(row["seq_len"]))
-                share = float(row["mfu"] or float(row["tokens_per_s"]) * flops_per_token(cfg) / peak_flops(row["gpu"]))
-                require(0 < share <= 1 and None not in row.values(), "mfu", share, "a share of the peak is needed")
-            except (KeyError, TypeError, ValueError) as error:
-                where = f"{path}, line {reader.line_num}: not a measured speed"
-                raise ValueError(f"{where} ({error}); restore the file or delete it") from None
-            found.append((flops_per_token(cfg), share, row))
+    for row in (reader := csv.DictReader(files.read_text(path).splitlines())):
+        try:
+            cfg = preset(row["model"], vocab_size=int(row["vocab_size"]), seq_len=int(row["seq_len"]))
+            share = float(row["mfu"] or float(row["tokens_per_s"]) * flops_per_token(cfg) / peak_flops(row["gpu"]))
+            require(0 < share <= 1 and None not in row.values(), "mfu", share, "a share of the peak is needed")
+        except (KeyError, TypeError, ValueError) as error:
+            where = f"{path}, line {reader.line_num}: not a measured speed"
+            raise ValueError(f"{where} ({error}); restore the file or delete it") from None
+        found.append((flops_per_token(cfg), share, row))
     return found
 
 

@@ -116,11 +116,26 @@ def test_bad_rows_are_named(tmp_path, row, message):
     assert not (tmp_path / "d").exists()
 
 
+FAILING = {
+    "{{ raise_exception('no users') }}": "refuses these messages .no users.; change them",
+    "{{ messages + 1 }}": "refuses these messages",
+    "{{ unknown() }}": "refuses these messages .'unknown' is undefined",
+    "{% for %}": "is damaged",
+}
+
+
 def test_what_cannot_be_examples_is_refused(tmp_path):
     pytest.importorskip("jinja2")
     chats(tmp_path / "hf", "{{ messages | length }}" + TEMPLATE)
     with pytest.raises(SystemExit, match="x.jsonl:1: the chat template changes earlier messages"):
         prepared(tmp_path, [{"messages": say("a", "b", "c", "d")}], tmp_path / "hf")
+    for number, (template, message) in enumerate(FAILING.items()):
+        chats(tmp_path / f"hf{number}", template)
+        with pytest.raises(SystemExit, match=f"^error: .*the chat template of .*hf{number} {message}"):
+            prepared(tmp_path, [{"messages": say("a", "b")}], tmp_path / f"hf{number}")
+    (tmp_path / f"hf{number}/chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(SystemExit, match="^error: .*chat_template.jinja is damaged"):
+        prepared(tmp_path, [{"messages": say("a", "b")}], tmp_path / f"hf{number}")
     (tmp_path / "x.txt").write_text("text")
     flags = [str(tmp_path / "x.txt"), f"--out={tmp_path / 'd'}", "--sft"]
     with pytest.raises(SystemExit, match="x.txt: examples are rows of"):
@@ -181,9 +196,19 @@ def test_every_example_is_whole_in_one_row_and_only_answers_are_targets(tmp_path
 def test_long_examples_lose_their_end(tmp_path):
     folder(tmp_path / "hf", byte_level)
     data = prepared(tmp_path, ROWS, tmp_path / "hf")
-    tokens, targets, documents = Loader([(data, 1.0)], "train", 60, 4, documents=True).next()
-    starts = sorted(ids[:4].tolist() for ids, _ in pieces(data))
+    starts = sorted(ids[:9].tolist() for ids, trained in pieces(data) if trained[:10].any())
+    tokens, targets, documents = Loader([(data, 1.0)], "train", len(starts), 9, documents=True).next()
     assert sorted(tokens.tolist()) == starts and (documents == 0).all()
+
+
+def test_examples_cut_off_before_their_answer_are_left_out(tmp_path):
+    folder(tmp_path / "hf", byte_level)
+    data = prepared(tmp_path, [{"prompt": "q" * 40, "answer": "a"}, {"prompt": "b", "answer": "c"}], tmp_path / "hf")
+    loader = Loader([(data, 1.0)], "train", 1, 16)
+    assert loader.n_windows == [1] and (loader.next()[1] >= 0).any()
+    with pytest.raises(ValueError, match="seq_len=1: no answer in split 'train' of .*use a larger seq_len"):
+        data = prepared(tmp_path / "hf", [{"prompt": "q" * 40, "answer": "a"}], tmp_path / "hf")
+        Loader([(data, 1.0)], "train", 1, 1)
 
 
 def test_packing_wastes_little():

@@ -41,6 +41,14 @@ def test_every_changed_byte_of_a_signed_object_is_found(tmp_path):
             assert {k: v for k, v in same.items() if k in value} == value
 
 
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path / 'a.json'} is missing: download"):
+        files.read_json(tmp_path / "a.json", "download it")
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'a.txt'} is damaged .*: download"):
+        files.read_text(tmp_path / "a.txt", "download it")
+
+
 @pytest.mark.parametrize("line", ["{", "[1]", "[" * 100_000, '{"a": 1, "crc": "00000000"}', "\udcff"])
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"

@@ -1,6 +1,7 @@
 """Models by name, against a hub on the loopback interface. Run: python -m pytest tests/test_hub.py (CPU, seconds)"""
 
 import errno
+import socket
 import sys
 
 import pytest
@@ -99,6 +100,8 @@ MISTAKES = {
     NAME + "@v9": "has no revision 'v9'",
     "./no/such/folder": "no such directory; a model on the Hugging Face hub is ORG/NAME",
     "nothing": "no such directory; a model on the Hugging Face hub is ORG/NAME",
+    "../folder": "no such directory; a model on the Hugging Face hub is ORG/NAME",
+    "no/name--of-the-hub": "no such directory; a model on the Hugging Face hub is ORG/NAME",
 }
 
 
@@ -122,13 +125,25 @@ def test_without_a_network(served, monkeypatch, tmp_path):
         assert str(caught.value).startswith(f"model={name!r}: ") and "\n" not in str(caught.value)
 
     served.server.shutdown(), served.server.server_close()
-    fails(f"no such directory, {served.url} cannot be reached, and .*cache does not have all of it")
+    fails(f"no such directory, nor such a model: {served.url} cannot be reached, and .*cache does not have all of it")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     fails("HF_HUB_OFFLINE forbids to ask the hub")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     fails(r"no such directory, and to download a model of this name: pip install -e '.\[hf\]'")
     assert hub.folder(str(tmp_path), "model") == tmp_path  # a folder needs no package
+
+
+def test_a_hub_that_never_answers(served, monkeypatch):
+    """As behind a firewall that drops what it does not let through."""
+    folder = hub.folder(NAME, "hf")
+    hub.folder.cache_clear()
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        monkeypatch.setattr(hub, "SECONDS", 0.5)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{mute.getsockname()[1]}")
+        assert hub.folder(NAME, "hf") == folder  # of the cache
+        with pytest.raises(ValueError, match="no such directory, nor such a model: http.* cannot be reached"):
+            hub.folder("runs/typo", "hf")
 
 
 def test_a_full_disk(served, monkeypatch):

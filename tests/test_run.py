@@ -115,7 +115,7 @@ def test_a_refused_start_removes_only_what_it_made(data_dir, tmp_path):  # noqa:
     """Whatever refuses it: a checkpoint to start from, a size."""
     for flags in (["--upcycle-from=/nonexistent"], ["--vocab-size=9"]):
         with pytest.raises((ValueError, FileNotFoundError)):
-            main([*SMALL, "--n-layers=1", *flags, f"--out-dir={tmp_path / 'new'}"])
+            main([*SMALL, "--n-layers=1", *flags, f"--out-dir={tmp_path / 'new/run'}"])
         assert not (tmp_path / "new").exists()
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -146,6 +146,7 @@ MISTAKES = {
     "seq_len=65: .*olmoe reads 64 tokens at most": ["--seq-len=65"],
     "data='': name text in its tokens: python -m data.prepare": ["--data="],
     "init_from='nowhere': no such directory": ["--init-from=nowhere"],
+    "init_from='.': no published model; a run becomes one": ["--init-from=."],
     "the weights come from one place": ["--upcycle-from=x"],
 }
 

@@ -351,7 +351,7 @@ def test_sources():
     with pytest.raises(ValueError, match="data='a:x': could not convert.*'x'"):
         parse_sources("a:x")
     for weight in ("-1", "0", "nan", "inf"):
-        with pytest.raises(ValueError, match=f"data='a:1,b:{weight}': weights must be above 0"):
+        with pytest.raises(ValueError, match=f"data='a:1,b:{weight}': each needs a directory and a finite weight"):
             parse_sources(f"a:1,b:{weight}")
 
 

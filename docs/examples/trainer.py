@@ -33,4 +33,4 @@ def main(name, file, out, max_length=1024, **settings):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:]) if len(sys.argv) == 4 else sys.exit(__doc__)
