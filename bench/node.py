@@ -21,6 +21,7 @@ from bench.problem import Cost
 from bench.results import Results, cli
 from bench.step import balance, make_step, model_shape, parse, step_times
 from bench.timing import MIB
+from optimoe.config import require
 from optimoe.sizes import count_params, flops_per_token
 from train import fast_step
 
@@ -86,6 +87,8 @@ def measure(cfg, rank, world, device):
 
 def main(argv=None):
     cfg = parse(argv, __doc__)
+    remedy = "start it by torchrun --nproc-per-node=N -m bench.node ..."
+    require("RANK" in os.environ, "RANK", None, remedy)
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")

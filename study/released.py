@@ -112,11 +112,11 @@ def models(cfg):
 
 
 def read_rows(path):
-    """{short name: its latest row} and the results file without a line torn by a kill."""
+    """{short name: its latest row}; a last line torn by a kill is left out."""
     if not Path(path).exists():
         return {}
     rows, whole = files.read_rows(path, REMEDY)
-    os.truncate(path, whole)
+    require(whole or not Path(path).stat().st_size, "results", path, "no line of it is whole; name another file")
     for number, row in enumerate(rows, 1):
         whole = {"model", "tasks", "limit"} <= row.keys()
         require(whole, "results", f"{path}:{number}", f"no row of such a file; {REMEDY}")
@@ -164,6 +164,8 @@ def calibrate(cfg, rows):
 
 def append(cfg, row):
     Path(cfg.results).parent.mkdir(parents=True, exist_ok=True)
+    if Path(cfg.results).exists():  # without a line that a kill has torn
+        os.truncate(cfg.results, files.read_rows(cfg.results, REMEDY)[1])
     files.append(cfg.results, [row], signed=True, sync=True)
 
 

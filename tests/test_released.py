@@ -136,6 +136,19 @@ def test_from_download_to_figures(work, capsys, monkeypatch):
     assert "2 models are done, 0 are left: 0.0 GB to download, no time" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["a letter to a friend", '{"model": "torn'])
+def test_a_plan_changes_no_file(text, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="results=.*no line of it is whole; name another file"):
+        released.main(["--plan", f"--results={path}", f"--out={tmp_path}"])
+    assert path.read_text() == text
+    path.write_text(json.dumps(files.sign({"model": "x", "tasks": {}, "limit": 0})) + "\n" + text)
+    before = path.read_bytes()
+    released.main(["--plan", f"--results={path}", f"--out={tmp_path}"])
+    assert path.read_bytes() == before
+
+
 def test_what_was_there_stays_and_what_is_missing_is_named(work, capsys):
     run, server, tmp_path = work
     hub.folder(name_of(FIRST), "hf")
