@@ -32,7 +32,7 @@ from optimoe import checkpoint, exchange, guard, hub, parallel, sizes, start
 from optimoe.config import require
 from optimoe.curves import Curves
 from optimoe.optim import clip_factor, lr_at
-from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, launch, require_memory
+from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, launch, require_memory, traced
 from optimoe.sizes import count_params, flops_per_token
 from optimoe.upcycle import upcycle
 
@@ -81,6 +81,7 @@ class TrainConfig(ModelConfig):
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept
     curves: bool = True  # redraw curves.png at validations and checkpoints
+    trace: str = ""  # write a trace of the sixth to eighth step to this file
     log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
     sample_tokens: int = 64  # of the samples at the end; 0: none
 
@@ -375,7 +376,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
         if run.first:
             print(report.first_lines(cfg, run, data, job.step), flush=True)
         run_step = partial(optimizer_step, job.model, job.optimizer, cfg, job.window, world=world)
-        run_step = fast_step(run_step, job.model, cfg, device, world)
+        run_step = traced(fast_step(run_step, job.model, cfg, device, world), cfg.trace if run.first else "")
         watch = guard.Watch(cfg, run, job.model, data.loader, job.window)
         pictures = Curves(run.dir) if run.first and cfg.curves else None
         clock, logged, row, val_row = Clock(), job.tokens, {}, {}

@@ -176,7 +176,7 @@ def final_report(model, cfg, data, results):
 def own_flags(cfg, without):
     """The flags that make this configuration, but for the field `without`."""
     usual = {field.name: field.default for field in dataclasses.fields(cfg)} | cfg.preset_fields(cfg.preset)
-    for name in ("preset", "out_dir", "resume", "data", "vocab_size", without):
+    for name in ("preset", "out_dir", "resume", "data", "trace", "vocab_size", without):
         usual.pop(name, None)
     changed = {name: getattr(cfg, name) for name, value in usual.items() if getattr(cfg, name) != value}
     changed = {name: str(value).lower() if isinstance(value, bool) else value for name, value in changed.items()}

@@ -324,6 +324,29 @@ def lost_rank(error, world):
     return world > 1 and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and of_torch)
 
 
+def traced(step, path):
+    """`step`, which writes a trace of its sixth to eighth call to a file for ui.perfetto.dev if there is a path. By
+    then a CUDA graph of it is captured."""
+    if not path:
+        return step
+    make_directory(Path(path).parent, "trace", path)
+
+    def save(profiler):
+        profiler.export_chrome_trace(path)
+        print(f"{path}: open it in ui.perfetto.dev", flush=True)
+
+    calls = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)
+    profiler = torch.profiler.profile(schedule=calls, on_trace_ready=save)
+    profiler.start()
+
+    def run_step(batches):
+        result = step(batches)
+        profiler.step()
+        return result
+
+    return run_step
+
+
 def launch(program, cls, description, argv=None):
     """program(cfg, rank, world, device, given) from the command line or torchrun.
 

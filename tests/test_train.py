@@ -548,3 +548,11 @@ def test_command_line_reports_mistakes_without_a_traceback(tmp_path, monkeypatch
     monkeypatch.delenv("DEBUG", raising=False)
     with pytest.raises(SystemExit, match="error: /nonexistent/meta.json does not exist"):
         main()
+
+
+def test_a_trace_shows_three_steps_and_changes_nothing(whole_run, data_dir, tmp_path):
+    path = tmp_path / "new" / "trace.json"
+    run(data_dir, tmp_path / "out", "--grad-accum=2", "--router-bias-rate=1e-2", f"--trace={path}")
+    assert rows(tmp_path / "out") == rows(whole_run[0])
+    names = {event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]}
+    assert {name for name in names if name.startswith("ProfilerStep")} == {f"ProfilerStep#{i}" for i in (5, 6, 7)}
