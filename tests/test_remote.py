@@ -66,12 +66,15 @@ NAMES = "y", "dx", "dw_in", "dw_out", "dgates"
 @pytest.mark.parametrize("W,T,E,K", [(2, 23, 4, 2), (3, 17, 2, 3), (4, 9, 1, 1), (1, 12, 4, 2), (2, 140, 4, 2)])
 def test_ranks_equal_one_layer(W, T, E, K, dtype, device, poison):
     """Rows to spare, so that some are never computed; with 560 slots the sort has two chunks."""
+    if device == "cpu" and dtype == torch.float16 and T not in (9, 23):
+        pytest.skip("the interpreter is slow, and two shapes show what rounding does")
     inputs = problem(W, T, 48, 32, E, K, dtype, device)
     got = play(W, T, 48, 32, E, K, W * T * min(K, E), device, inputs)
     for name, a, b in zip(NAMES, got, whole(inputs), strict=True):
         check(a, b, BOUNDS[dtype], name)
-    again = play(W, T, 48, 32, E, K, W * T * min(K, E), device, inputs)
-    assert all(map(torch.equal, got, again))
+    if device == "cuda" or T == 9:  # the interpreter is slow, and runs one program after another
+        again = play(W, T, 48, 32, E, K, W * T * min(K, E), device, inputs)
+        assert all(map(torch.equal, got, again))
 
 
 def test_the_comparison_can_fail_and_idle_experts_get_zeros(device):
