@@ -73,13 +73,13 @@ def example(row: object, where: str, template: Callable | None) -> str:
     pieces, text = [], ""
     for i in turns:
         try:
-            asked, told = template(messages[:i], True), template(messages[: i + 1], False)
+            asked, answered = template(messages[:i], True), template(messages[: i + 1], False)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        if not asked.startswith(text) or not told.startswith(asked):
+        if not asked.startswith(text) or not answered.startswith(asked):
             raise ValueError(f"{where}: the chat template changes earlier messages; split this chat at its answers")
-        pieces += [[asked[len(text) :], False], [told[len(asked) :], True]]
-        text = told
+        pieces += [[asked[len(text) :], False], [answered[len(asked) :], True]]
+        text = answered
     return _kept(True, pieces)
 
 
@@ -89,6 +89,7 @@ def _kept(chat: bool, pieces: list) -> str:
 
 
 def documents(enc, texts: list[str]) -> list[tuple[np.ndarray, int, np.ndarray]]:
+    """`encode` for a batch of examples, as data.prepare calls it."""
     return [encode(enc, text) for text in texts]
 
 

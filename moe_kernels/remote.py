@@ -297,7 +297,8 @@ def _setup_context(ctx, inputs, output):
 
 
 # remote_experts(x, w_in, w_out, gates, experts, activation, index): `moe_experts` with this rank's weights of all E * W
-# experts, the first of what it returns. The backward pass must follow before the layer's next forward pass.
+# experts, the first of what it returns. The backward pass must follow before the layer's next forward pass. Unlike the
+# other ops these write where torch does not see it, into the memory of Ranks; a graph must run them in their order.
 remote_op, remote_bwd_op, remote_experts = define(
     "remote_experts",
     remote_fwd,

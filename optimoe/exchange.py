@@ -119,7 +119,7 @@ class Limit:
         self.over = None  # bool scalar, of the present step
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
         pinned = device.type == "cuda"
-        self.told = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=pinned)  # 2 * steps + over
+        self.report = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=pinned)  # 2 * steps + over
 
     def look(self, counts_NE, first, last):
         """Once in every micro-batch, with the counts over all ranks."""
@@ -128,17 +128,17 @@ class Limit:
         self.over = over if first else self.over | over
         if last:
             self.steps += 1
-            self.told.copy_(2 * self.steps + self.over, non_blocking=True)
+            self.report.copy_(2 * self.steps + self.over, non_blocking=True)
 
     def exceeded(self):
         """Whether the step that was launched last has discarded itself; to be asked once about each step."""
         self.asked += 1
-        while int(self.told) // 2 < self.asked:
+        while int(self.report) // 2 < self.asked:
             # Not at once, or a core would be busy all the time; and query() raises what went wrong on the device.
             time.sleep(2e-4)
-            if self.told.is_pinned():
+            if self.report.is_pinned():
                 torch.cuda.current_stream().query()
-        return bool(self.told % 2)
+        return bool(self.report % 2)
 
 
 def discard(model, counts_NE, first, last):

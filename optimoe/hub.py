@@ -100,7 +100,7 @@ def explain(error, repository, revision=None):
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"neither a directory nor a model at {page}; if it is private, log in with `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{page} has no revision {revision!r}; leave it away, or look under its files for the branches and tags"
+        return f"{page} has no revision {revision!r}; leave it out, or look under its files for the branches and tags"
     if isinstance(error, errors.LocalEntryNotFoundError):
         offline = "HF_HUB_OFFLINE forbids to ask the hub"
         why = offline if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"

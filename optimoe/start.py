@@ -46,7 +46,7 @@ def load(name, field, cfg=None, **overrides):
     for part in dataclasses.fields(ModelConfig):
         value, kept = getattr(cfg, part.name), getattr(released.cfg, part.name)
         same = value == kept or part.name in RUNS
-        require(same, part.name, value, f"{name} has {kept!r}; leave this flag away")
+        require(same, part.name, value, f"{name} has {kept!r}; leave this flag out")
     remedy = f"{name} reads {released.cfg.seq_len} tokens at most"
     require(cfg.seq_len <= released.cfg.seq_len, "seq_len", cfg.seq_len, remedy)
     require(cfg.router_learns, "top_k", cfg.top_k, f"the router of {name} would not learn")
