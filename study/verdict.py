@@ -48,7 +48,7 @@ class Claim(NamedTuple):
 
 
 def settled(rows, presets):
-    """The rows that may decide a claim: of regimes in which its presets are finished, and those of the first edition."""
+    """The rows that may decide a claim: of regimes that its presets have finished, and of the first edition."""
     done, regimes = {row["key"] for row in rows}, {True: set(), False: set()}
     for name in presets:
         runs = PRESETS[name](rows)
