@@ -176,7 +176,7 @@ def evidence():
     ]
     return [
         "Evidence: the order of the first table, for 125 B tokens of the paper's mixture (65 models, one run each;",
-        f"  the optimum, {BEST_TPP} TPP, to a factor of {RESOLUTION}), and the second, for 1 to 50 M parameters.",
+        f"  the optimum, {BEST_TPP} TPP, to a factor of {RESOLUTION}), and the second, for 1 to 51 M parameters.",
         "Extrapolation: other numbers of tokens, other data, models between those of the grid, and that small models",
         "  say what is best for large ones. Hours: without loss between GPUs, at the utilisation of the nearest of",
         *(speeds or ["  no measurement"]),

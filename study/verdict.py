@@ -16,7 +16,7 @@ from study.claims import CLAIMS, REMEDIES, decide, overall, still_lost, would_de
 from study.execute import key
 from study.presets import PRESETS, foreseen
 from study.results import MIN_SEEDS, accuracy
-from study.rules import interval
+from study.rules import interval, seeds_needed
 from study.sweep import gpu_minutes
 
 SILENT = ("beside", "nothing learned", "mastered", "control", "one rate")  # notes of tests that could never vote
@@ -64,17 +64,23 @@ def computed(rows, posttrained):
     return found + [Claim(text, tests, tests, ("votes",)) for text, tests in lost]
 
 
-def missing(presets, rows, posttrained):
-    """The runs up to the end of these presets and their minutes on one GPU, or the stop rule that holds, in words."""
-    stopped = list(filter(None, (rules.stop_rule(name, rows) for name in presets)))
-    todo = list(
-        dict.fromkeys(run for name in presets for run in (PRESETS[name](rows) if stopped else foreseen(name, rows)))
-    )
-    minutes = gpu_minutes(todo, rows) or 0.0
-    if presets == ("votes",) and posttrained:  # each model is post-trained and questioned too
-        minutes += len(todo) * sum(sum(row["seconds"]) for row in posttrained) / len(posttrained) / 60
-    runs = f"{len(todo)} runs of `{'`, `'.join(presets)}`" + f", about {minutes:.0f} min" * bool(minutes)
-    return f"{runs}; stopped: {stopped[0]}" if stopped else runs if todo else "nothing"
+def stopped(presets, rows):
+    """The stop rule that holds for one of these presets, in words, or ""."""
+    return next(filter(None, (rules.stop_rule(name, rows) for name in presets)), "")
+
+
+def missing(presets, rows, posttrained, test):
+    """The runs up to the end of these presets and their minutes on one GPU, in words."""
+    stop, parts = stopped(presets, rows), []
+    for name in presets:
+        runs = PRESETS[name](rows) if stop else foreseen(name, rows)
+        minutes = gpu_minutes(runs, rows) or 0.0
+        if name == "votes" and posttrained:  # each model is post-trained and questioned too
+            minutes += len(runs) * sum(sum(row["seconds"]) for row in posttrained) / len(posttrained) / 60
+        parts += [f"`{name}` {len(runs)} runs" + f", {minutes:.0f} min" * bool(minutes)] if runs else []
+    needed = test and not test.little and seeds_needed(test.effects.values(), test.margin)
+    parts += [f"at this spread {needed} seeds would decide"] if needed and needed > len(test.effects) else []
+    return "stopped by its rule; otherwise " * bool(stop) + ("; ".join(parts) or "nothing")
 
 
 def number(value):
@@ -117,7 +123,7 @@ def claims_table(claims, rows, posttrained=()):
             words += "; so far also paired"
         shown, half = effect(test)
         cells = (f"{n}. {claim.text}", words, shown, half, len(test.effects) if test else 0)
-        lines.append(f"| {' | '.join(map(str, cells))} | {missing(claim.presets, rows, posttrained)} |")
+        lines.append(f"| {' | '.join(map(str, cells))} | {missing(claim.presets, rows, posttrained, test)} |")
     return "\n".join(lines)
 
 
@@ -158,6 +164,8 @@ def appendix(claims, rows):
     ]
     for n, claim in enumerate(claims, 1):
         lines += ["", f"## {n}. {claim.text}: {claim.verdict}", ""]
+        if reason := stopped(claim.presets, rows):
+            lines += [f"Stopped: {reason}.", ""]
         tests = [test for test in claim.shown if test.effects]
         if not tests:
             lines.append("Not enough runs.")
