@@ -95,9 +95,10 @@ def form(run):
     return attrgetter(*shared.split())(run)
 
 
+@functools.cache
 def key(run):
     """Names a run in a results file: 12 hex digits of its fields."""
-    fields = {name: value for name, value in dataclasses.asdict(run).items() if BEFORE.get(name) != value}
+    fields = {name: value for name, value in vars(run).items() if BEFORE.get(name) != value}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
