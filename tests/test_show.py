@@ -27,14 +27,8 @@ def runs(tmp_path):
     (tmp_path / "one/eval-00000002").mkdir()
     tasks = {"gsm8k": {"metrics": {"strict": {"mean": 0.125}}}}
     (tmp_path / "one/eval-00000002/results.json").write_text(json.dumps({"tasks": tasks}))
-    reward = lambda step: {
-        "step": step,
-        "reward": 0.1 * step,
-        "kl": 0.01,
-        "grad_norm": 1.0,
-        "answer_tokens": 9,
-        "loss": 0.0,
-    }  # noqa: E731
+    known = {"kl": 0.01, "grad_norm": 1.0, "answer_tokens": 9, "loss": 0.0}
+    reward = lambda step: {"step": step, "reward": 0.1 * step, **known}  # noqa: E731
     rl = {"group_size": 4, "task": "reasoning"}
     rows = [{"step": 0, "test_reward": 0.5}, reward(1), reward(2), {"step": 2, "test_reward": 0.75}]
     return one, slow, write_run(tmp_path / "rl", rl, rows), write_run(tmp_path / "rl2", rl, rows)
