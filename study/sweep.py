@@ -197,8 +197,8 @@ def sweep(cfg):
             worker.join(timeout=0 if tasks.running else 5)
             if worker.is_alive():
                 worker.terminate()  # its run is not in the file and will be done again
-        text = tasks.left() + f", {len(tasks.failed)} failed" * bool(tasks.failed)
-        print(text + f", {len(tasks.in_flight())} cut off" * bool(tasks.running), flush=True)
+        ends = {"failed": len(tasks.failed), "cut off": len(tasks.in_flight())}
+        print(", ".join([tasks.left(), *(f"{n} {how}" for how, n in ends.items() if n)]), flush=True)
     if lost:
         print(f"{lost} worker processes were killed, perhaps for want of memory: use fewer --jobs", flush=True)
     return len(tasks.failed) + lost
@@ -266,12 +266,11 @@ def start_workers(cfg, devices, lanes, threads):
 def line(row):
     """A finished run in words."""
     always = ("n_experts", "top_k", "lr", "seed")
-    fields = [f"{name}={x}" for name, x in row["run"].items() if name in always or x != getattr(Run, name)]
+    fields = " ".join(f"{name}={x}" for name, x in row["run"].items() if name in always or x != getattr(Run, name))
     if row["diverged"]:
-        return " ".join([*fields, "diverged"])
-    found = ", ".join(f"{task} {row[task]['loss']:.3f}" for task in TASKS if task in row)
-    speed = f"{row['seconds']:.1f} s ({row['tokens_per_s'] / 1e6:.2f} M tokens/s)"
-    return f"{' '.join(fields)}: loss {row['train_loss']:.3f}, {found}; {speed}"
+        return f"{fields}: diverged"
+    losses = "".join(f", {task} {row[task]['loss']:.3f}" for task in TASKS if task in row)
+    return f"{fields}: loss {row['train_loss']:.3f}{losses}; {row['seconds']:.1f} s"
 
 
 def main(argv=None):
