@@ -74,14 +74,16 @@ def estimates(runs, rows, device):
     another one; None without any.
 
     Compiling and measuring take as long in longer runs, and the last compiled least."""
-    sizes = ("tokens", "d_model", "n_experts", "top_k", "n_layers")
-    cpu = lambda name: name.startswith("CPU")  # noqa: E731
-    known = [row for row in reversed(rows) if not row["diverged"] and cpu(row["device"]) == cpu(device)]
-    known = [row for row in known if row["device"] == device] or ([] if cpu(device) else known)
+    sizes, cpu = ("tokens", "d_model", "n_experts", "top_k", "n_layers"), device.startswith("CPU")
+    known = [row for row in rows if not row["diverged"] and row["device"].startswith("CPU") == cpu]
+    here = [row for row in known if row["device"] == device]
+    latest = {}  # of each size, the last first
+    for row in reversed(here if here or cpu else known):
+        latest.setdefault(tuple(row["run"][name] for name in sizes), row)
     times = {}
     for run in {form(run): run for run in runs}.values():
-        far = lambda row: sum(abs(math.log2(row["run"][name] / getattr(run, name))) for name in sizes)  # noqa: B023, E731
-        near = min(known, key=far, default=None)
+        far = lambda size: sum(abs(math.log2(x / getattr(run, name))) for name, x in zip(sizes, size, strict=True))  # noqa: B023, E731
+        near = latest[min(latest, key=far)] if latest else None
         times[form(run)] = near and near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]
     return [times[form(run)] for run in runs]
 

@@ -175,9 +175,11 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys, monkeypatch)
     assert "no data" in (text := capsys.readouterr().out) and "2 failed" in text
 
 
-def test_a_stopped_sweep_goes_on_exactly_where_it_stands(tmp_path):
+def test_a_stopped_sweep_goes_on_exactly_where_it_stands(tmp_path, monkeypatch):
     """Two sweeps of `scarce2 dose` on the committed rows, the first cut off after five groups: no run is done twice,
     none is left out, and scarce2 is searched to its end before dose begins. Runs take no time here."""
+    monkeypatch.setattr(presets, "EXPERTS", (512, 8, 64, 256))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     file = tmp_path / "r.jsonl"
     file.write_bytes((run.ROOT / "study/results.jsonl").read_bytes())
     known, ran = [row["key"] for row in results.read(file)], []
