@@ -3,7 +3,6 @@
 A dot is a seed, a line joins the means; every model is shown at the rate that is best for the task. Paired runs only.
 """
 
-import importlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,11 @@ class FiguresConfig:
 
 def canvas(rows, columns, size):
     """(figure, axes as rows) of matplotlib without a display; older figures are closed."""
-    importlib.import_module("matplotlib").use("Agg")
-    plt = importlib.import_module("matplotlib.pyplot")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     plt.close("all")
     with plt.rc_context(STYLE):
         return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")

@@ -54,7 +54,7 @@ def table(runs):
         final = Path(run) / "results.json"
         numbers = rows[-1] | (tests[-1] if tests else {}) | (files.read_json(final) if final.exists() else {})
         known.append({title: numbers[name] for title, name in COLUMNS.items() if name in numbers} | evaluations(run))
-    titles = [title for title in dict.fromkeys((*COLUMNS, *(title for row in known for title in row)))]
+    titles = list(dict.fromkeys(title for row in (COLUMNS, *known) for title in row))
     titles = [title for title in titles if any(row.get(title) is not None for row in known)]
     cell = lambda value: "–" if value is None else short(value) if value >= 1000 else f"{value:.4g}"  # noqa: E731
     cells = [[str(run), *(cell(row.get(title)) for title in titles)] for run, row in zip(runs, known, strict=True)]
