@@ -28,13 +28,13 @@ from data.loader import Loader, parse_sources
 from eval import report
 from model import GPT, UNTAUGHT, ModelConfig, update_router_bias
 from moe_kernels import balance_loss
-from optimoe import checkpoint, exchange, guard, hub, parallel, sizes, start
+from optimoe import checkpoint, exchange, guard, hub, parallel, sizes, start, upcycle
 from optimoe.config import require
 from optimoe.curves import Curves
+from optimoe.guard import new_window
 from optimoe.optim import clip_factor, lr_at
 from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, launch, require_memory, traced
-from optimoe.sizes import count_params, flops_per_token
-from optimoe.upcycle import upcycle
+from optimoe.sizes import count_params, flops_per_token, least_memory
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TrainConfig(ModelConfig):
     out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
     resume: str = ""  # run directory to continue
     init_from: str = ""  # a Mixtral, Qwen3-MoE or OLMoE to fine-tune: folder or ORG/NAME[@REVISION] (optimoe/start.py)
-    upcycle_from: str = ""  # run directory of a dense model to start from (optimoe/upcycle.py)
+    upcycle_from: str = ""  # dense run to start from, with its sizes and data (optimoe/upcycle.py)
     seed: int = 0  # of the weights and of the data order
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of blocks on CUDA; auto: in long runs
@@ -91,7 +91,9 @@ class TrainConfig(ModelConfig):
 
     @staticmethod
     def start_fields(flags):
-        """What stands for the defaults where a published model is fine-tuned."""
+        """What stands for the defaults where training starts from another model."""
+        if flags.get("upcycle_from"):
+            return upcycle.training_fields(flags["upcycle_from"])
         return start.training_fields(flags["init_from"]) if flags.get("init_from") else {}
 
     def validate(self):
@@ -164,18 +166,6 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
         window[name] += t
     mark("optimiser")
     return grad_norm
-
-
-def new_window(cfg, device):
-    """Sums since the last log line, on the device; part of a checkpoint."""
-    shape = (0 if cfg.dense else cfg.n_layers, cfg.n_experts)
-    return {
-        "sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
-        "steps": torch.zeros(2, device=device, dtype=torch.int64),  # all and skipped ones (guard.py)
-        "skipped_in_a_row": torch.zeros((), device=device, dtype=torch.int64),  # up to the latest step, across lines
-        "counts_NE": torch.zeros(shape, device=device, dtype=torch.int64),
-        "probs_NE": torch.zeros(shape, device=device),
-    }
 
 
 # ---- how a step runs on one GPU
@@ -267,8 +257,8 @@ def open_data(cfg, run):
     cfg = dataclasses.replace(cfg, document_mask=cfg.document_mask or marked)
     place = (run.rank, run.world, run.device, cfg.document_mask)
     loader = Loader(sources, "train", micro_batch, cfg.seq_len, cfg.seed, *place)
-    tokens = lambda directory: shards.read_meta(directory)["splits"].get("val", {}).get("tokens")  # noqa: E731
-    val_sources = [(directory, weight) for directory, weight in sources if cfg.val_batches and tokens(directory)]
+    splits = {directory: shards.read_meta(directory)["splits"] for directory, _ in sources if cfg.val_batches}
+    val_sources = [source for source in sources if splits.get(source[0], {}).get("val", {}).get("tokens")]
     val_loader = Loader(val_sources, "val", micro_batch, cfg.seq_len, 0, *place) if val_sources else None
     all_of_it = max(1, sum(val_loader.n_windows) // (micro_batch * run.world)) if val_loader else 0
     enc = tokenizer.load(sources[0][0])
@@ -283,30 +273,19 @@ def open_data(cfg, run):
 
 def check_start(cfg, world):
     """ValueError for what can be refused without a run directory."""
-    divides = cfg.batch_size % (world * cfg.grad_accum) == 0
     remedy = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
-    require(divides, "batch_size", cfg.batch_size, remedy)
+    require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size, remedy)
     once = cfg.recompute == "none" or world == 1 or cfg.parallel != "ep"
     require(once, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
 
 
-def check_memory(cfg, run):
-    """ValueError where weights, gradients, states, inputs of blocks and logits exceed the memory."""
-    n_params, _, n_embedding = count_params(cfg)
-    hidden = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter, in blocks
-    held = (16 * n_embedding + hidden * (n_params - n_embedding)) // run.world
-    if run.world > 1 and cfg.parallel == "ddp":
-        held += 2 * n_params  # what every rank has whole, beside its share of the rest
-    tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
-    held += tokens * (16 + 2 * cfg.n_layers * cfg.d_model) + 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
-    what = f"{n_params:,} parameters and {tokens:,} tokens at a time"
-    for least, device in ((held, run.device), (4 * n_params, CPU)):  # the weights are made on a CPU
-        require_memory(what, least, device, "use a smaller model, a smaller batch_size or more grad_accum")
-
-
 def set_up(cfg, run, data):
-    """The Training of a fresh run, or of its newest checkpoint."""
-    check_memory(cfg, run)
+    """The Training of a fresh run, or of its newest checkpoint. ValueError where the memory cannot hold it."""
+    tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
+    n_params, what = count_params(cfg).total, "{:,} parameters and {:,} tokens at a time"
+    for least, device in ((least_memory(cfg, tokens, run.world), run.device), (4 * n_params, CPU)):  # made on a CPU
+        remedy = "use a smaller model, a smaller batch_size or more grad_accum"
+        require_memory(what.format(n_params, tokens), least, device, remedy)
     state = run.resume()
     model = start.load(cfg.init_from, "init_from", cfg) if cfg.init_from and not state else GPT(cfg)
     if state:
@@ -318,8 +297,7 @@ def set_up(cfg, run, data):
         require(state["step"] <= cfg.steps, "steps", cfg.steps, remedy)
         model.load_state_dict(state.pop("model"))
     elif cfg.upcycle_from:
-        upcycle(model, cfg.upcycle_from)
-    tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
+        upcycle.upcycle(model, cfg.upcycle_from)
     model = parallel.wrap(model, cfg, run.device, run.world, tokens)
     optimizer, window = parallel.Sharded(model, cfg, run.rank, run.world), new_window(cfg, run.device)
     job = Training(model, optimizer, window, state=state)
@@ -352,13 +330,16 @@ def validate(job, data, world):
     return float(sums[0] / sums[1].clamp(min=1))
 
 
+def record_validation(cfg, run, job, data):
+    row = report.val_row(validate(job, data, run.world), job.step, job.tokens, data.val_sources)
+    run.record(row, report.val_line(row, cfg))
+    return row
+
+
 def save(cfg, run, job, data):
-    weights = job.optimizer.weights(job.model)
-    norm = parallel.weights_norm(weights, run.world)
-    guard.check_finite("norm of the weights", norm, job.step, run.dir, cfg.lr)
-    kept = {"model": weights, "optimizer": job.optimizer.state_dict(), "window": job.window, "tokens": job.tokens}
-    kept |= {"config": dataclasses.asdict(cfg), "loader": data.loader.state_dict()}
-    run.save(job.step, kept, cfg.keep_checkpoints)
+    state = {"model": job.optimizer.weights(job.model), "optimizer": job.optimizer.state_dict(), "window": job.window}
+    state |= {"config": dataclasses.asdict(cfg), "loader": data.loader.state_dict(), "tokens": job.tokens}
+    run.save(job.step, state, cfg.keep_checkpoints)
 
 
 # ---- a run
@@ -375,6 +356,8 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
         run.begin(cfg, job.step, job.state)
         if run.first:
             print(report.first_lines(cfg, run, data, job.step), flush=True)
+        if (cfg.init_from or cfg.upcycle_from) and not job.state and data.val_loader:
+            record_validation(cfg, run, job, data)  # the loss that training starts from
         run_step = partial(optimizer_step, job.model, job.optimizer, cfg, job.window, world=world)
         run_step = traced(fast_step(run_step, job.model, cfg, device, world), cfg.trace if run.first else "")
         watch = guard.Watch(cfg, run, job.model, data.loader, job.window)
@@ -407,8 +390,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
                 logged = job.tokens
             with clock.paused():
                 if validating and data.val_loader:
-                    val_row = report.val_row(validate(job, data, world), job.step, job.tokens, data.val_sources)
-                    run.record(val_row, report.val_line(val_row, cfg))
+                    val_row = record_validation(cfg, run, job, data)
                 if saving:
                     save(cfg, run, job, data)
                 if pictures and (validating or saving):

@@ -61,7 +61,8 @@ def make_directory(path, name, value):
 RENAMED: dict = {"upcycle_noise": None}
 CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}, "parallel": {"fsdp": "ddp"}}
 BEFORE = {"optimizer": "adamw"}
-NOTES = ("resumed_with",)  # a member of config.json that is no field: see optimoe/run.py
+# Members of config.json that are not read as fields: a note of optimoe/run.py, and flags that hold for one call only.
+NOT_FIELDS = ("resumed_with", "resume", "trace")
 
 
 def renamed(values, known=()):
@@ -69,7 +70,7 @@ def renamed(values, known=()):
     found = {}
     for name, value in values.items():
         name = name if name in known else RENAMED.get(name, name)
-        if name is not None and name not in NOTES and name != files.CRC:
+        if name is not None and name not in NOT_FIELDS and name != files.CRC:
             found[name] = CHANGED.get(name, {}).get(value, value) if isinstance(value, (int, str)) else value
     return found
 
@@ -148,7 +149,7 @@ def _start(cls, flags, start=None):
     if path is not None:
         require(Path(path).is_file(), "config", path, "no such config file")
         found = files.read_json(path)
-        values |= _converted(cls, {name: found[name] for name in found if name not in NOTES}, f"{path}: ")
+        values |= _converted(cls, {name: found[name] for name in found if name not in NOT_FIELDS}, f"{path}: ")
     preset = flags.get("preset", "" if values else getattr(cls, "preset", ""))
     if preset and hasattr(cls, "preset_fields"):
         values |= cls.preset_fields(preset) | {"preset": preset}

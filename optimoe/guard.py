@@ -17,6 +17,18 @@ STEPS, BAD = range(2)  # of window["steps"]: steps since the last log line, skip
 PATIENCE = 10  # skipped steps in a row after which a run does not go on
 
 
+def new_window(cfg, device):
+    """Sums since the last log line, on the device; part of a checkpoint."""
+    shape = (0 if cfg.dense else cfg.n_layers, cfg.n_experts)
+    return {
+        "sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
+        "steps": torch.zeros(2, device=device, dtype=torch.int64),  # all and skipped ones
+        "skipped_in_a_row": torch.zeros((), device=device, dtype=torch.int64),  # up to the latest step, across lines
+        "counts_NE": torch.zeros(shape, device=device, dtype=torch.int64),
+        "probs_NE": torch.zeros(shape, device=device),
+    }
+
+
 def loss_limit(cfg):
     """Cross-entropy of an exploded step: half as much again as guessing evenly costs."""
     return cfg.max_loss or 1.5 * math.log(cfg.vocab_size) + 1

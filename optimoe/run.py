@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from data import files
-from optimoe import checkpoint, config
+from optimoe import checkpoint, config, guard, parallel
 from optimoe.config import make_directory, require
 from optimoe.load import pick_device
 
@@ -93,10 +93,17 @@ def numbers_of(row):
     return found
 
 
+class Stopping(Exception):
+    """A signal has asked for the end of the run."""
+
+
 class Stop:
     """After `listen` the first SIGINT or SIGTERM sets `asked`; the next one acts as usual."""
 
     asked, handlers = False, ()
+
+    def __init__(self, says):
+        self.says = says
 
     def listen(self):
         self.handlers = [(number, signal.signal(number, self._handle)) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -104,6 +111,8 @@ class Stop:
     def _handle(self, number, frame):
         self.asked = True
         self.restore()
+        if self.says:  # not by print, which the signal may have interrupted
+            os.write(2, b"\nstopping: a checkpoint is saved first; Ctrl-C again ends the run without it\n")
 
     def restore(self):
         for number, handler in self.handlers:
@@ -129,6 +138,29 @@ class Clock:
         self.since += time.perf_counter() - began
 
 
+class Progress:
+    """How far a part of a long step is: on a terminal one line, rewritten every second; else a new one every minute.
+
+    progress(i, n): n units of `total` are now done in its part i. With stops, Stopping where a signal has asked this
+    rank for the end; the next collective must be that of `Run.stopping`."""
+
+    def __init__(self, run, what, total, stops=False):
+        self.run, self.what, self.total, self.stops, self.done = run, what, total, stops, {}
+        self.began = self.shown = time.perf_counter()
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, i, n):
+        if self.stops and self.run.stop.asked:
+            raise Stopping
+        self.done[i], now = n, time.perf_counter()
+        if self.run.first and now - self.shown >= (1 if self.terminal else 60):
+            share, self.shown = min(1.0, sum(self.done.values()) / self.total), now
+            left = timedelta(seconds=round((now - self.began) * (1 / share - 1)))
+            line = f"{self.what}: {share:.0%}, {left} left"
+            print(f"\r{line:<60}" if self.terminal else line, end="\r" if self.terminal else "\n", file=sys.stderr)
+            sys.stderr.flush()
+
+
 class Run:
     """The directory of a run. Rank 0 locks and writes it; every rank reads its checkpoints.
 
@@ -139,7 +171,7 @@ class Run:
     def __init__(self, cfg, name, rank=0, world=1, device=CPU, given=None, prepare=lambda directory: None):
         self.cfg, self.dir, self.given = cfg, Path(name), given
         self.rank, self.world, self.device, self.first = rank, world, device, rank == 0
-        self.stop, self.logged, self.began = Stop(), [], None
+        self.stop, self.logged, self.began = Stop(self.first), [], None
         self.lock, self.prepared, self.made = None, None, []  # made: what a refused start removes
         self.modules, self.logs = log_modules(cfg) if self.first else [], []
         try:
@@ -207,15 +239,16 @@ class Run:
         return state
 
     def _changed(self, saved):
-        fields = {field.name for field in dataclasses.fields(self.cfg)} - {"out_dir", "resume"}
+        fields = {field.name for field in dataclasses.fields(self.cfg)} - {"out_dir", *config.NOT_FIELDS}
         return sorted(name for name in fields if saved.get(name) != getattr(self.cfg, name))
 
     def begin(self, cfg, step, state=None, part="config"):
         """The start was not refused: write the final config.json, and listen to signals."""
         self.cfg, self.began = cfg, time.perf_counter()
         if self.first:
+            kept = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in config.NOT_FIELDS}
             changed = {"resumed_with": self._changed(state[part])} if state else {}
-            files.write_json(self.dir / "config.json", dataclasses.asdict(cfg) | changed)
+            files.write_json(self.dir / "config.json", kept | changed)
             self._rewind(step, state)
         self.logs = [open_log(*pair, cfg, self.dir.absolute(), step) for pair in self.modules]
         self.stop.listen()
@@ -246,7 +279,11 @@ class Run:
                 print(line, flush=True)
 
     def save(self, step, state, keep):
-        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`. All ranks take part."""
+        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`. All ranks take part.
+
+        ValueError for weights that are not finite."""
+        norm = parallel.weights_norm(state["model"], self.world)
+        guard.check_finite("norm of the weights", norm, step, self.dir, self.cfg.lr)
         if self.first:
             files.append(self.dir / "metrics.jsonl", [], sync=True)
         whole = {"step": step, **state, "logged": torch.tensor(self.logged)}

@@ -96,6 +96,16 @@ def training_memory(cfg, tokens, weights="float32"):
     }
 
 
+def least_memory(cfg, tokens, world):
+    """Bytes below which a rank of train.py cannot work: weights, gradients, states, inputs of blocks and logits."""
+    total, _, embedding = count_params(cfg)
+    in_block = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter
+    held = (16 * embedding + in_block * (total - embedding)) // world
+    if world > 1 and cfg.parallel == "ddp":
+        held += 2 * total  # what every rank has whole, beside its share of the rest
+    return held + tokens * (16 + 2 * cfg.n_layers * cfg.d_model) + 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
+
+
 # Dense bfloat16 TFLOP/s by a part of torch.cuda.get_device_name().
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "H20": 148, "H800": 989}
 PEAKS |= {"B200": 2250, "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150, "A6000": 155}

@@ -12,15 +12,32 @@ row: top-k takes whole copies c, and gates that sum to 1 are g_c / G each. W_out
 Exact where G divides K and E and gates are normalised; all else is refused. Copies separate by their different tokens.
 """
 
+import dataclasses
 import math
+from pathlib import Path
 
 import torch
 
+from data import files
+from model import ModelConfig
 from optimoe import checkpoint
-from optimoe.config import require
+from optimoe.config import complete, require
 
 SAME = "vocab_size d_model n_layers n_heads n_kv_heads head_dim activation qk_norm qk_norm_joint tie_embeddings"
 SAME += " rope_theta norm_eps"
+RUNS = ("dense", "dtype", "impl", "loss_chunk", "recompute")  # fields of ModelConfig that a run chooses
+
+
+def training_fields(path):
+    """Fields of train.TrainConfig where flags say nothing: the sizes and the data of a dense run directory, or of the
+    one in which a checkpoint lies."""
+    directory = Path(path) if Path(path).is_dir() else Path(path).parent
+    if not (directory / "config.json").is_file():
+        return {}
+    dense = complete(ModelConfig, files.read_json(directory / "config.json"))
+    own = {field.name for field in dataclasses.fields(ModelConfig)}.difference(RUNS)
+    data = dense.get("data") or str(directory / "data")
+    return {name: dense[name] for name in own} | {"data": data}
 
 
 def slices_per_copy(dense, cfg):

@@ -8,7 +8,7 @@ import pytest
 from optimoe import curves
 from study import show
 from tests.test_train import data_dir  # noqa: F401  a fixture
-from tests.test_train import run as train_run
+from tests.trainrun import run as train_run
 
 CONFIG = {
     "dense": False,

@@ -14,7 +14,7 @@ from data.loader import Loader
 from optimoe import checkpoint, hf, start
 from tests.checks import check
 from tests.test_start import KINDS, ROOT, losses, released  # noqa: F401  a fixture
-from tests.test_train import cut_at, differences, rows
+from tests.trainrun import cut_at, differences, rows
 
 FLAGS = "--device=cpu --dtype=float32 --curves=false --batch-size=8 --seq-len=48 --lr=1e-3 --warmup-steps=2"
 FLAGS = f"{FLAGS} --log-every=1 --val-every=2 --val-batches=1 --sample-tokens=4 --balance-coef=0 --z-coef=0".split()
