@@ -80,7 +80,7 @@ class GRPOConfig:
     checkpoint_every: int = 20  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 1  # newest ones kept
     curves: bool = True  # redraw curves.png at tests and checkpoints
-    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
+    logger: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
 
     def __post_init__(self):
         from_1 = "batch_prompts prompt_tokens answer_tokens rollout_batch steps mini_batch micro_tokens"
@@ -89,7 +89,8 @@ class GRPOConfig:
         check_shares(self, "", "beta1 beta2")
         require(self.model or self.resume, "model", "", "name the run directory of a trained model, or one to --resume")
         trains = [name for name in tasks.NAMES if tasks.load(name).trains]
-        require(self.task in trains, "task", self.task, f"use one with training questions: {', '.join(trains)}")
+        remedy = f"use one with training questions: {', '.join(trains)}"
+        require(tasks.load(self.task).trains, "task", self.task, remedy)
         require(self.group_size >= 2, "group_size", self.group_size, "answers are compared in groups: use 2 or more")
         require(self.temperature > 0, "temperature", self.temperature, "greedy answers are equal; use more than 0")
         require(0 < self.clip < 1, "clip", self.clip, "use a number between 0 and 1")
@@ -225,8 +226,8 @@ def make_batches(cfg, run, job, samples, advantage):
         used = [i for i in mini if cfg.kl_coef or advantage[i]]  # without the KL, equal rewards teach nothing
         batches.append([])
         for rows in micro_batches(used, [len(sample.ids) - 1 for sample in samples], cfg.micro_tokens):
-            chosen, by_answer = [samples[i] for i in rows], share * run.world
-            weight = [1 / (count if cfg.normalize == "token" else by_answer * sample.length) for sample in chosen]
+            chosen, n_answers = [samples[i] for i in rows], share * run.world
+            weight = [1 / (count if cfg.normalize == "token" else n_answers * sample.length) for sample in chosen]
             batch = collate(chosen, [advantage[i] for i in rows], weight, run.device)
             batches[-1].append(look_back(batch, model_before, job.start_model, cfg, job.tokens.n_vocab))
             progress(rows[0], len(rows))
@@ -274,7 +275,8 @@ def take_step(cfg, run, job):
     stats, norm = update(cfg, run, job, batches)  # waits for the device
     seconds["seconds_update"] = clock.read()
     job.step, job.read = job.step + 1, job.read + cfg.batch_prompts
-    guard.check_finite("loss", float(stats[:, 0].sum()), job.step, run.dir, cfg.lr)
+    for name, value in (("loss", float(stats[:, 0].sum())), ("gradient norm", norm)):
+        guard.check_finite(name, value, job.step, run.dir, cfg.lr)
     return report.grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds)
 
 

@@ -1,14 +1,17 @@
 """Text from a model, as it is written.
 
     python sample.py --run=runs/NAME --prompt="Alice was"
-    python sample.py --hf=ORG/NAME                            # asks for prompts; a chat where the model has a template
+    python sample.py --hf=ORG/NAME                            # asks for prompts; a chat where the model has a template,
+                                                              # or a run was fine-tuned from one that has
 
 Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C ends. The same flags give the same text.
 """
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+from data import tokenizer
 from data.chat import chat_template
 from eval.generate import generate
 from eval.harness import cut_at
@@ -29,7 +32,7 @@ class SampleConfig(ModelChoice):
     top_k: int = 0  # and from so many tokens at most; 0: all
     seed: int = 0
     stop: str = ""  # end before this text; several with | between them, \n is a line end
-    chat: bool = True  # with --hf: use the model's chat template if it has one, and remember the conversation
+    chat: bool = True  # use the chat template of a published model if it has one, and remember the conversation
 
 
 class Stream:
@@ -61,11 +64,14 @@ def write(loaded, ids, cfg, number):
 def main(argv=None):
     cfg = parse(SampleConfig, sys.argv[1:] if argv is None else argv, __doc__)
     require(cfg.number >= 1, "number", cfg.number, "use 1 or more")
-    loaded, template = load(cfg), chat_template(hub.folder(cfg.hf, "hf")) if cfg.hf and cfg.chat else None
-    messages = []
+    loaded, folder = load(cfg), None
+    if cfg.chat:
+        folder = hub.folder(cfg.hf, "hf") if cfg.hf else hub.origin(cfg.run or Path(cfg.checkpoint).parent)
+    template, messages = chat_template(folder) if folder else None, []
+    encode = loaded.tokens.encode if cfg.hf else getattr(tokenizer.load(cfg.data_directory()), "encode_control", None)
     for prompt in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
         messages.append({"role": "user", "content": prompt})
-        ids = loaded.tokens.encode(template(messages, True)) if template else context_ids(loaded.tokens, prompt)
+        ids = encode(template(messages, True)) if template else context_ids(loaded.tokens, prompt)
         answers = [write(loaded, ids, cfg, number) for number in range(cfg.number)]
         messages.append({"role": "assistant", "content": answers[0]})
 

@@ -31,10 +31,11 @@ from moe_kernels import balance_loss
 from optimoe import checkpoint, exchange, guard, hub, parallel, sizes, start, upcycle
 from optimoe.config import require
 from optimoe.curves import Curves
+from optimoe.faststep import fast_step
 from optimoe.guard import new_window
 from optimoe.optim import clip_factor, lr_at
-from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, launch, require_memory, traced
-from optimoe.sizes import count_params, flops_per_token, least_memory
+from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, check_trace, launch, require_memory
+from optimoe.sizes import count_params, least_memory
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class TrainConfig(ModelConfig):
     keep_checkpoints: int = 2  # newest ones kept
     curves: bool = True  # redraw curves.png at validations and checkpoints
     trace: str = ""  # write a trace of the sixth to eighth step to this file
-    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
+    logger: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
     sample_tokens: int = 64  # of the samples at the end; 0: none
 
     @staticmethod
@@ -94,7 +95,12 @@ class TrainConfig(ModelConfig):
         """What stands for the defaults where training starts from another model."""
         if flags.get("upcycle_from"):
             return upcycle.training_fields(flags["upcycle_from"])
-        return start.training_fields(flags["init_from"]) if flags.get("init_from") else {}
+        if flags.get("init_from"):
+            require(
+                "preset" not in flags, "preset", flags.get("preset"), "the sizes are those of init_from; leave it out"
+            )
+            return start.training_fields(flags["init_from"])
+        return {}
 
     def validate(self):
         super().validate()
@@ -110,8 +116,8 @@ class TrainConfig(ModelConfig):
         remedy = f"use a multiple of grad_accum={self.grad_accum}"
         require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, remedy)
         if self.weights == "bfloat16":
-            rounds = self.optimizer == "adamw"
-            require(rounds, "weights", self.weights, "only AdamW rounds stochastically: add --optimizer=adamw")
+            adamw = self.optimizer == "adamw"
+            require(adamw, "weights", self.weights, "only AdamW rounds stochastically: add --optimizer=adamw")
             remedy = "sums of bfloat16 gradients lose what is below 1/256 of them: use 64 or less"
             require(self.grad_accum <= 64, "grad_accum", self.grad_accum, remedy)
 
@@ -168,57 +174,6 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
     return grad_norm
 
 
-# ---- how a step runs on one GPU
-
-
-def compile_blocks(model, cfg):
-    """torch.compile of each block, half a minute. "auto": if training takes a minute at 20 % of an H100."""
-    flops = cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg)
-    if cfg.compile == "true" or cfg.compile == "auto" and flops > 1e16:
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
-
-
-class GraphedStep:
-    """step(batches) as one CUDA graph launch instead of a thousand kernel launches; batches must keep their shapes.
-
-    The first WARM_UP calls run `step` itself, on the stream of the capture; the next one records the graph."""
-
-    WARM_UP = 3
-
-    def __init__(self, step):
-        self.step, self.calls, self.graph, self.stream = step, 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self, batches):
-        self.calls += 1
-        if self.calls <= self.WARM_UP:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                result = self.step(batches)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
-        if self.calls == self.WARM_UP + 1:
-            self.inputs = [tuple(t.clone() for t in batch) for batch in batches]
-            # thread_local: meanwhile the loader's thread may pin memory for its next batches.
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.result = self.step(self.inputs)
-        for inputs, batch in zip(self.inputs, batches, strict=True):
-            for buffer, t in zip(inputs, batch, strict=True):
-                buffer.copy_(t)
-        self.graph.replay()
-        return self.result
-
-
-def fast_step(step, model, cfg, device, world):
-    """The step as it runs fastest here: compiled blocks, one CUDA graph."""
-    fast = device.type == "cuda" and (world == 1 or cfg.parallel == "ddp" or model.limit is not None)
-    if fast:
-        compile_blocks(model, cfg)
-    graphed = fast and cfg.cuda_graph and cfg.impl in ("auto", "triton")  # the others count rows on the host
-    run = GraphedStep(step) if graphed else step
-    return run if model.limit is None else exchange.repeating(run, step, model)
-
-
 # ---- what a run needs
 
 
@@ -262,12 +217,12 @@ def open_data(cfg, run):
     val_loader = Loader(val_sources, "val", micro_batch, cfg.seq_len, 0, *place) if val_sources else None
     all_of_it = max(1, sum(val_loader.n_windows) // (micro_batch * run.world)) if val_loader else 0
     enc = tokenizer.load(sources[0][0])
+    if cfg.init_from and not cfg.resume:
+        start.check_tokenizer(cfg.init_from, enc, sources[0][0])
     if not cfg.vocab_size:
         cfg = dataclasses.replace(cfg, vocab_size=-(-enc.n_vocab // 64) * 64)  # tensor cores like multiples of 64
     remedy = f"the tokenizer of {sources[0][0]} has {enc.n_vocab} tokens"
     require(cfg.vocab_size >= enc.n_vocab, "vocab_size", cfg.vocab_size, remedy)
-    if cfg.init_from and not cfg.resume:
-        start.check_tokenizer(cfg.init_from, enc, sources[0][0])
     return cfg, Data(sources, val_sources, loader, val_loader, min(cfg.val_batches, all_of_it), enc)
 
 
@@ -275,8 +230,8 @@ def check_start(cfg, world):
     """ValueError for what can be refused without a run directory."""
     remedy = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
     require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size, remedy)
-    once = cfg.recompute == "none" or world == 1 or cfg.parallel != "ep"
-    require(once, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
+    sends_twice = cfg.recompute != "none" and world > 1 and cfg.parallel == "ep"
+    require(not sends_twice, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
 
 
 def set_up(cfg, run, data):
@@ -287,9 +242,16 @@ def set_up(cfg, run, data):
         remedy = "use a smaller model, a smaller batch_size or more grad_accum"
         require_memory(what.format(n_params, tokens), least, device, remedy)
     state = run.resume()
+    if cfg.trace:
+        check_trace(cfg.trace, cfg.steps - (state["step"] if state else 0))
     model = start.load(cfg.init_from, "init_from", cfg) if cfg.init_from and not state else GPT(cfg)
     if state:
-        for name in ("optimizer", *(field.name for field in dataclasses.fields(ModelConfig))):
+        for name in (
+            "optimizer",
+            "init_from",
+            "upcycle_from",
+            *(field.name for field in dataclasses.fields(ModelConfig)),
+        ):
             if name not in ("dtype", "impl", "loss_chunk", "recompute", "seq_len"):
                 saved, value = state["config"][name], getattr(cfg, name)
                 require(saved == value, name, value, f"the checkpoint has {saved!r}; resume without this flag")
@@ -359,7 +321,9 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
         if (cfg.init_from or cfg.upcycle_from) and not job.state and data.val_loader:
             record_validation(cfg, run, job, data)  # the loss that training starts from
         run_step = partial(optimizer_step, job.model, job.optimizer, cfg, job.window, world=world)
-        run_step = traced(fast_step(run_step, job.model, cfg, device, world), cfg.trace if run.first else "")
+        run_step = fast_step(run_step, job.model, cfg, device, world)
+        if cfg.trace and run.first:
+            run_step = run.traced(run_step, cfg.trace)
         watch = guard.Watch(cfg, run, job.model, data.loader, job.window)
         pictures = Curves(run.dir) if run.first and cfg.curves else None
         clock, logged, row, val_row = Clock(), job.tokens, {}, {}

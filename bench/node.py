@@ -22,8 +22,8 @@ from bench.results import Results, cli
 from bench.step import balance, make_step, model_shape, parse, step_times
 from bench.timing import MIB
 from optimoe.config import require
+from optimoe.faststep import fast_step
 from optimoe.sizes import count_params, flops_per_token
-from train import fast_step
 
 WARM_UP = 12  # steps: compilation, capture and the first replays
 TALKING = "nccl", "fetch_kernel", "collect_kernel", "barrier"  # in the names of kernels that communicate

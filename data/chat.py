@@ -17,15 +17,23 @@ from data import files
 from data.fast import AGAIN
 from data.shards import START, TRAINED
 
+TEMPLATE = "chat_template.jinja"
 
-def chat_template(directory: str | Path) -> Callable[[list, bool], str] | None:
-    """template(messages, whether an answer is to follow) of a Hugging Face folder; None where it has none."""
-    settings_file, source_file = Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.jinja"
+
+def template_source(directory: str | Path) -> tuple[str | None, dict]:
+    """(the chat template of a Hugging Face folder or None, its tokenizer_config.json)"""
+    settings_file, source_file = Path(directory) / "tokenizer_config.json", Path(directory) / TEMPLATE
     settings = files.read_json(settings_file, AGAIN) if settings_file.is_file() else {}
     source = files.read_text(source_file, AGAIN) if source_file.is_file() else settings.get("chat_template")
     if isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if not source:
+    return source or None, settings
+
+
+def chat_template(directory: str | Path) -> Callable[[list, bool], str] | None:
+    """template(messages, whether an answer is to follow) of a Hugging Face folder; None where it has none."""
+    source, settings = template_source(directory)
+    if source is None:
         return None
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment

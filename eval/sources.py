@@ -71,7 +71,7 @@ class Source:
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
             why = f"nothing about them in {where}" if self.training_data else "its training data is not at hand"
-            raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
+            raise ValueError(f"{part}: this model was not trained on procedural {part} ({why}); choose another task")
         return getattr(procedural.from_dict(settings, where), part)
 
     def _ways(self, wanted):

@@ -58,7 +58,7 @@ def make_directory(path, name, value):
 
 
 # Files of earlier versions: new names of fields (None: gone), new values, and what held before a field existed.
-RENAMED: dict = {"upcycle_noise": None}
+RENAMED: dict = {"upcycle_noise": None, "log": "logger"}
 CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}, "parallel": {"fsdp": "ddp"}}
 BEFORE = {"optimizer": "adamw"}
 # Members of config.json that are not read as fields: a note of optimoe/run.py, and flags that hold for one call only.
@@ -123,6 +123,7 @@ def split_flags(cls, argv):
             name, equals, text = word[2:].partition("=")
             name = name.replace("-", "_")
             if name != "config":
+                name = _current_name(cls, name)
                 _check_name(cls, name)
             if not equals:
                 if hints.get(name) is not bool and not words:
@@ -181,6 +182,12 @@ def _converted(cls, values, where=""):
     for name in values:
         _check_name(cls, name, where)
     return {name: _convert(name, value, hints[name]) for name, value in values.items()}
+
+
+def _current_name(cls, name):
+    """What a field of an earlier version is called today."""
+    current = RENAMED.get(name)
+    return current if current in {field.name for field in dataclasses.fields(cls)} else name
 
 
 def _check_name(cls, name, where=""):

@@ -18,6 +18,8 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
+    """One answer, with the prompt before it."""
+
     ids: list[int]  # prompt, answer, and end of text if it ended in time
     start: int  # index of the answer's first token
     experts: Tensor  # int16 (N, len(ids) - 1, K): what the routers chose while sampling
@@ -26,6 +28,8 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
+    """A micro-batch."""
+
     tokens_BL: Tensor  # padded on the right
     sampled_NTK: Tensor  # int32 experts chosen while sampling; -1 at padding
     index_A: Tensor  # positions of B*L whose next token is an answer's
@@ -54,6 +58,7 @@ def micro_batches(rows, lengths, max_tokens):
 
 
 def collate(samples, advantage_B, weight_B, device):
+    """The Batch of some answers, each token of which has the advantage and the weight of its answer."""
     L = max(len(s.ids) for s in samples) - 1
     tokens = torch.tensor([s.ids[:-1] + [0] * (L + 1 - len(s.ids)) for s in samples])
     N, _, K = samples[0].experts.shape

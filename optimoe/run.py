@@ -64,14 +64,14 @@ LOGS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def log_modules(cfg):
-    """[(kind, module)] of cfg.log; ValueError where one is unknown or not installed."""
+    """[(kind, module)] of cfg.logger; ValueError where one is unknown or not installed."""
     found = []
-    for kind in filter(None, cfg.log.split(",")):
-        require(kind in LOGS, "log", kind, "use tensorboard, wandb, or both with a comma")
+    for kind in filter(None, cfg.logger.split(",")):
+        require(kind in LOGS, "logger", kind, "use tensorboard, wandb, or both with a comma")
         try:
             found.append((kind, importlib.import_module(LOGS[kind])))
         except ImportError:
-            require(False, "log", kind, f"the package is not installed: pip install {kind}")
+            require(False, "logger", kind, f"the package is not installed: pip install {kind}")
     return found
 
 
@@ -154,7 +154,7 @@ class Progress:
             raise Stopping
         self.done[i], now = n, time.perf_counter()
         if self.run.first and now - self.shown >= (1 if self.terminal else 60):
-            share, self.shown = min(1.0, sum(self.done.values()) / self.total), now
+            share, self.shown = min(1.0, max(1, sum(self.done.values())) / self.total), now
             left = timedelta(seconds=round((now - self.began) * (1 / share - 1)))
             line = f"{self.what}: {share:.0%}, {left} left"
             print(f"\r{line:<60}" if self.terminal else line, end="\r" if self.terminal else "\n", file=sys.stderr)
@@ -173,7 +173,7 @@ class Run:
         self.rank, self.world, self.device, self.first = rank, world, device, rank == 0
         self.stop, self.logged, self.began = Stop(self.first), [], None
         self.lock, self.prepared, self.made = None, None, []  # made: what a refused start removes
-        self.modules, self.logs = log_modules(cfg) if self.first else [], []
+        self.modules, self.logs, self.exits = log_modules(cfg), [], contextlib.ExitStack()
         try:
             if self.first:
                 self._open()
@@ -207,8 +207,7 @@ class Run:
 
     def __exit__(self, *_):
         self.stop.restore()
-        for _, close in self.logs:
-            close()
+        self.exits.close()
         self._close()
 
     def _close(self):
@@ -250,7 +249,10 @@ class Run:
             changed = {"resumed_with": self._changed(state[part])} if state else {}
             files.write_json(self.dir / "config.json", kept | changed)
             self._rewind(step, state)
-        self.logs = [open_log(*pair, cfg, self.dir.absolute(), step) for pair in self.modules]
+        for kind, module in self.modules if self.first else ():
+            log, close = open_log(kind, module, cfg, self.dir.absolute(), step)
+            self.logs.append(log)
+            self.exits.callback(close)
         self.stop.listen()
 
     def _rewind(self, step, state):
@@ -273,10 +275,31 @@ class Run:
         if self.first:
             files.append(self.dir / "metrics.jsonl", [row])
             self.logged.append(row["step"])
-            for log, _ in self.logs:
+            for log in self.logs:
                 log(numbers_of(row), row["step"])
             if line:
                 print(line, flush=True)
+
+    def traced(self, step, path):
+        """The function `step`, which writes a trace of its sixth to eighth call to a file for ui.perfetto.dev.
+
+        By then a CUDA graph of it is captured. A run that ends in between leaves what there is."""
+
+        def save(profiler):
+            profiler.export_chrome_trace(path)
+            print(f"{path}: open it in ui.perfetto.dev", flush=True)
+
+        calls = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)
+        profiler = torch.profiler.profile(schedule=calls, on_trace_ready=save)
+        profiler.start()
+        self.exits.callback(profiler.stop)  # one that is left running ends the process with a segmentation fault
+
+        def traced_step(batches):
+            result = step(batches)
+            profiler.step()
+            return result
+
+        return traced_step
 
     def save(self, step, state, keep):
         """Write a checkpoint, after the rows logged before it, and keep the newest `keep`. All ranks take part.
@@ -320,11 +343,20 @@ def check_bounds(cfg, least):
     require(cfg.seed >= 0, "seed", cfg.seed, "use 0 or more")
 
 
+def check_trace(path, steps):
+    """ValueError where no trace can be written to this path, or the run has too few steps for one."""
+    make_directory(Path(path).parent, "trace", path)
+    require(not Path(path).is_dir(), "trace", path, "this is a directory; name a file in it")
+    require(steps >= 8, "trace", path, f"it shows steps 6 to 8, and this run has {steps}; use more --steps")
+
+
 def check_shares(cfg, to_1, below_1):
-    """ValueError for a field of cfg below 0, above 1, or for the names below_1, at 1."""
+    """ValueError for a field of cfg that is not from 0 to 1, or, for the names below_1, is 1."""
     for name in (to_1 + " " + below_1).split():
-        value, below = getattr(cfg, name), "below " * (name in below_1.split())
-        require(0 <= value < 1 or value == 1 and not below, name, value, f"use a number from 0 to {below}1")
+        value = getattr(cfg, name)
+        if name in below_1.split():
+            require(0 <= value < 1, name, value, "use a number from 0 to below 1")
+        require(0 <= value <= 1, name, value, "use a number from 0 to 1")
 
 
 def require_memory(what, least, device, remedy):
@@ -359,29 +391,6 @@ def explain(error, rank, world):
 def lost_rank(error, world):
     of_torch = any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
     return world > 1 and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and of_torch)
-
-
-def traced(step, path):
-    """`step`, which writes a trace of its sixth to eighth call to a file for ui.perfetto.dev if there is a path. By
-    then a CUDA graph of it is captured."""
-    if not path:
-        return step
-    make_directory(Path(path).parent, "trace", path)
-
-    def save(profiler):
-        profiler.export_chrome_trace(path)
-        print(f"{path}: open it in ui.perfetto.dev", flush=True)
-
-    calls = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)
-    profiler = torch.profiler.profile(schedule=calls, on_trace_ready=save)
-    profiler.start()
-
-    def run_step(batches):
-        result = step(batches)
-        profiler.step()
-        return result
-
-    return run_step
 
 
 def launch(program, cls, description, argv=None):

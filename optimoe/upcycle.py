@@ -31,7 +31,7 @@ RUNS = ("dense", "dtype", "impl", "loss_chunk", "recompute")  # fields of ModelC
 def training_fields(path):
     """Fields of train.TrainConfig where flags say nothing: the sizes and the data of a dense run directory, or of the
     one in which a checkpoint lies."""
-    directory = Path(path) if Path(path).is_dir() else Path(path).parent
+    directory = Path(path).parent if Path(path).is_file() else Path(path)
     if not (directory / "config.json").is_file():
         return {}
     dense = complete(ModelConfig, files.read_json(directory / "config.json"))

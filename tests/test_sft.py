@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import sample
 import train
 from data import prepare
 from data.loader import Loader
@@ -98,6 +100,33 @@ def test_it_learns_resumes_and_forgets_no_document(released, examples, tmp_path)
     assert rows(cut) == rows(tmp_path / "whole")
     states = [checkpoint.read(out) for out in (cut, tmp_path / "whole")]
     assert differences(*states) == [] and states[0]["config"]["document_mask"]
+
+
+def test_a_run_on_chats_keeps_the_template(released, tmp_path, capsys):  # noqa: F811
+    """sample.py asks the run by it, and an export has it, for transformers too."""
+    pytest.importorskip("jinja2")
+    end = "<|endoftext|>"
+    source = f"{{% for m in messages %}}:{{{{ m.content }}}}{end}{{% endfor %}}"
+    source += f"{{% if add_generation_prompt %}}:{end}{{% endif %}}"
+    model = tmp_path / "model"
+    shutil.copytree(released / "qwen3_moe", model)
+    (model / "chat_template.jinja").write_text(source)
+    settings = json.loads((model / "tokenizer_config.json").read_text()) | {"split_special_tokens": False}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "yy"}]
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 60))
+    prepare.main([str(tmp_path / "chats.jsonl"), f"--out={tmp_path / 'data'}", f"--tokenizer={model}", "--sft"])
+    out = tmp_path / "run"
+    train.main([f"--init-from={model}", f"--data={tmp_path / 'data'}", f"--out-dir={out}", *FLAGS, "--steps=1"])
+    hf.main([str(out), str(tmp_path / "export")])
+    assert (tmp_path / "export" / "chat_template.jinja").read_text() == source
+    said = []
+    for place in (f"--run={out}", f"--hf={tmp_path / 'export'}", f"--hf={model}"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sample, "generate", lambda model, prompts, *args, **options: said.extend(prompts) or [[5]])
+            sample.main([place, "--prompt=1", "--device=cpu", "--max-new-tokens=2"])
+    # Its ends are special tokens, not the letters of their names.
+    assert said[0] == said[1] == said[2] == [ord(":"), ord("1"), 256, ord(":"), 256]
 
 
 def test_plain_text_by_option(released, tmp_path):  # noqa: F811

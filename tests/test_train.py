@@ -205,6 +205,9 @@ MISTAKES = {
     "--beta2=1": "beta2=1.0: use a number from 0 to below 1",
     "--muon-momentum=1": "muon_momentum=1.0: use a number from 0 to below 1",
     "--seed=-1": "seed=-1: use 0 or more",
+    "--trace=.": "trace='.': this is a directory; name a file in it",
+    "--trace=/proc/x/t.json": "trace='/proc/x/t.json': nothing can be written",
+    "--trace=t.json --steps=7": "trace='t.json': it shows steps 6 to 8, and this run has 7",
     f"--seed={2**63}": "seed=9223372036854775808: use a whole number",
     "--out-dir=/proc/x": "out_dir='/proc/x': nothing can be written",
     "--weights=bfloat16": "weights='bfloat16': only AdamW rounds stochastically: add --optimizer=adamw",
@@ -301,6 +304,13 @@ def test_a_trace_shows_three_steps_and_changes_nothing(whole_run, data_dir, tmp_
     assert not path.exists() and rows(tmp_path / "out")[-1]["step"] == 16
     kept = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "trace" not in kept and "resume" not in kept
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            train_file, "lr_at", lambda step, cfg: 1e-2 if step < 6 else (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        run(data_dir, tmp_path / "ended", f"--trace={path}")
+    assert path.exists()  # the profiler was stopped: else the process would end with a segmentation fault
+    path.unlink()
     old = tmp_path / "old"  # a run of a version that kept it
     shutil.copytree(tmp_path / "out", old)
     (old / "config.json").write_text(json.dumps({k: v for k, v in kept.items() if k != "crc"} | {"trace": str(path)}))
