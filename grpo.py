@@ -100,13 +100,13 @@ class GRPOConfig:
 
 def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed, watch=None):
     """A Sample for each prompt (token ids); it depends on the prompt, the seed and its stream only."""
-    end, experts = tokens.eos[:1], []
+    end, experts = tokens.eos[0], []
     options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab, streams=streams, experts=experts, watch=watch)
-    answers = generate(model, prompts, answer_tokens, end, cfg.temperature, seed=seed, **options)
-    return [
-        Sample(prompt + ids + end * (len(ids) < answer_tokens), len(prompt), chosen, tokens.decode(ids))
-        for prompt, ids, chosen in zip(prompts, answers, experts, strict=True)
-    ]
+    answers, samples = generate(model, prompts, answer_tokens, [end], cfg.temperature, seed=seed, **options), []
+    for prompt, ids, chosen in zip(prompts, answers, experts, strict=True):
+        ended = [end] if len(ids) < answer_tokens else []
+        samples.append(Sample(prompt + ids + ended, len(prompt), chosen, tokens.decode(ids)))
+    return samples
 
 
 @any_shape

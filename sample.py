@@ -1,10 +1,10 @@
 """Text from a model, as it is written.
 
     python sample.py --run=runs/NAME --prompt="Alice was"
-    python sample.py --hf=ORG/NAME                            # asks for prompts; a chat where the model has a template,
-                                                              # or a run was fine-tuned from one that has
+    python sample.py --hf=ORG/NAME                            # asks for prompts
 
-Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C ends. The same flags give the same text.
+Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C ends. It is a chat where the model, or
+the one from which the run was fine-tuned, has a chat template. The same flags give the same text.
 """
 
 import sys
@@ -61,17 +61,24 @@ def write(loaded, ids, cfg, number):
     return stream(0, new, last=True)
 
 
+def chat_encoder(cfg, tokens):
+    """A function from messages to the ids of a prompt; None without a chat template."""
+    folder = hub.folder(cfg.hf, "hf") if cfg.hf else hub.origin(cfg.run or Path(cfg.checkpoint).parent)
+    template = chat_template(folder) if folder else None
+    if template is None:
+        return None
+    encode = tokens.encode if cfg.hf else tokenizer.load(cfg.data_directory()).encode_control
+    return lambda messages: encode(template(messages, True))
+
+
 def main(argv=None):
     cfg = parse(SampleConfig, sys.argv[1:] if argv is None else argv, __doc__)
     require(cfg.number >= 1, "number", cfg.number, "use 1 or more")
-    loaded, folder = load(cfg), None
-    if cfg.chat:
-        folder = hub.folder(cfg.hf, "hf") if cfg.hf else hub.origin(cfg.run or Path(cfg.checkpoint).parent)
-    template, messages = chat_template(folder) if folder else None, []
-    encode = loaded.tokens.encode if cfg.hf else getattr(tokenizer.load(cfg.data_directory()), "encode_control", None)
+    loaded, messages = load(cfg), []
+    encode_chat = chat_encoder(cfg, loaded.tokens) if cfg.chat else None
     for prompt in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
         messages.append({"role": "user", "content": prompt})
-        ids = encode(template(messages, True)) if template else context_ids(loaded.tokens, prompt)
+        ids = encode_chat(messages) if encode_chat else context_ids(loaded.tokens, prompt)
         answers = [write(loaded, ids, cfg, number) for number in range(cfg.number)]
         messages.append({"role": "assistant", "content": answers[0]})
 

@@ -11,6 +11,7 @@ import errno
 import functools
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from data import files
@@ -46,7 +47,11 @@ def origin(run_dir):
     """The folder of the published model that a run of train.py started from, with its chat template if any; or None."""
     path = Path(run_dir) / "config.json"
     name = files.read_json(path).get("init_from") if path.is_file() else None
-    return folder(name, "init_from", TOKENIZER) if name else None
+    try:
+        return folder(name, "init_from", TOKENIZER) if name else None
+    except ValueError as error:
+        print(f"warning: if {name} has a chat template, it is not used ({error})", file=sys.stderr)
+        return None
 
 
 def place(name):

@@ -210,7 +210,8 @@ class Together:
 
     def grad_norm(self):
         copies, params = self.copies, [p for group in self.param_groups for p in group["params"]]
-        return total_norm([grad for p in params if (grad := copies.get(p, p).grad) is not None])
+        grads = (copies.get(p, p).grad for p in params)
+        return total_norm([grad for grad in grads if grad is not None])
 
     def zero_grad(self, set_to_none=True):
         for part in self.parts:
@@ -268,8 +269,8 @@ def make_optimizer(model, cfg, piece=None):
             p.data = p.detach().bfloat16()
             own = piece(p)
             if copied:
-                copies[exact := torch.nn.Parameter(exact)] = own
-                own = exact
+                exact = torch.nn.Parameter(exact)
+                copies[exact], own = own, exact
         (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(own)
     device = model.embed.weight.device
     lr = torch.tensor(cfg.lr, device=device) if device.type == "cuda" else cfg.lr  # a captured step sees it change

@@ -154,11 +154,11 @@ class Progress:
             raise Stopping
         self.done[i], now = n, time.perf_counter()
         if self.run.first and now - self.shown >= (1 if self.terminal else 60):
-            share, self.shown = min(1.0, max(1, sum(self.done.values())) / self.total), now
+            share = min(1.0, max(1, sum(self.done.values())) / self.total)
             left = timedelta(seconds=round((now - self.began) * (1 / share - 1)))
-            line = f"{self.what}: {share:.0%}, {left} left"
-            print(f"\r{line:<60}" if self.terminal else line, end="\r" if self.terminal else "\n", file=sys.stderr)
-            sys.stderr.flush()
+            line, self.shown = f"{self.what}: {share:.0%}, {left} left", now
+            form, end = (f"\r{line:<60}", "\r") if self.terminal else (line, "\n")
+            print(form, end=end, file=sys.stderr, flush=True)
 
 
 class Run:
@@ -231,9 +231,8 @@ class Run:
         state = checkpoint.read(path)
         saved = state[part] = config.complete(type(self.cfg), state[part])
         for name in self._changed(saved):
-            remedy = (
-                f"so says {self.dir}/config.json, but {path.name} was trained with {saved[name]!r}: use --{name}=..."
-            )
+            kept = f"{path.name} was trained with {saved[name]!r}"
+            remedy = f"so says {self.dir}/config.json, but {kept}: use --{name}=..."
             require(self.given is None or name in self.given, name, getattr(self.cfg, name), remedy)
         return state
 

@@ -13,7 +13,7 @@ import sample
 import train
 from data import prepare
 from data.loader import Loader
-from optimoe import checkpoint, hf, start
+from optimoe import checkpoint, hf, hub, start
 from tests.checks import check
 from tests.test_start import KINDS, ROOT, losses, released  # noqa: F401  a fixture
 from tests.trainrun import cut_at, differences, rows
@@ -67,7 +67,7 @@ def test_a_step_is_that_of_transformers_on_each_example_alone(kind, released, ex
     for name, p in ours.named_parameters():
         check(p.grad, expected[name], 1e-5, name)
     run(released, examples, tmp_path / "run", "--steps=1", "--grad-accum=4", kind=kind)
-    row = rows(tmp_path / "run")[0]
+    _, row, *_ = rows(tmp_path / "run")  # the first one is the validation of the start
     assert (row["loss"], row["grad_norm"]) == pytest.approx((total, norm.item()), rel=1e-5)
 
 
@@ -107,15 +107,16 @@ def test_a_run_on_chats_keeps_the_template(released, tmp_path, capsys):  # noqa:
     pytest.importorskip("jinja2")
     end = "<|endoftext|>"
     source = f"{{% for m in messages %}}:{{{{ m.content }}}}{end}{{% endfor %}}"
-    source += f"{{% if add_generation_prompt %}}:{end}{{% endif %}}"
+    source += "{% if add_generation_prompt %}:{% endif %}"
     model = tmp_path / "model"
     shutil.copytree(released / "qwen3_moe", model)
     (model / "chat_template.jinja").write_text(source)
     settings = json.loads((model / "tokenizer_config.json").read_text()) | {"split_special_tokens": False}
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "yy"}]
-    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 60))
-    prepare.main([str(tmp_path / "chats.jsonl"), f"--out={tmp_path / 'data'}", f"--tokenizer={model}", "--sft"])
+    chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yy"}] for i in range(99)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    prepare.main([str(tmp_path / "chats.jsonl"), f"--out={tmp_path / 'data'}", f"--tokenizer={model}", "--sft",
+                  "--val_fraction=0.1"])  # fmt: skip
     out = tmp_path / "run"
     train.main([f"--init-from={model}", f"--data={tmp_path / 'data'}", f"--out-dir={out}", *FLAGS, "--steps=1"])
     hf.main([str(out), str(tmp_path / "export")])
@@ -125,8 +126,13 @@ def test_a_run_on_chats_keeps_the_template(released, tmp_path, capsys):  # noqa:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sample, "generate", lambda model, prompts, *args, **options: said.extend(prompts) or [[5]])
             sample.main([place, "--prompt=1", "--device=cpu", "--max-new-tokens=2"])
-    # Its ends are special tokens, not the letters of their names.
-    assert said[0] == said[1] == said[2] == [ord(":"), ord("1"), 256, ord(":"), 256]
+    model.rename(tmp_path / "moved")
+    hub.folder.cache_clear()
+    hf.main([str(out), str(tmp_path / "without")])  # the model that it started from is gone
+    assert "has a chat template, it is not used" in capsys.readouterr().err
+    assert not (tmp_path / "without" / "chat_template.jinja").exists()
+    # The end of a message is a special token, not the letters of its name.
+    assert said[0] == said[1] == said[2] == [ord(":"), ord("1"), 256, ord(":")]
 
 
 def test_plain_text_by_option(released, tmp_path):  # noqa: F811
