@@ -96,9 +96,8 @@ class TrainConfig(ModelConfig):
         if flags.get("upcycle_from"):
             return upcycle.training_fields(flags["upcycle_from"])
         if flags.get("init_from"):
-            require(
-                "preset" not in flags, "preset", flags.get("preset"), "the sizes are those of init_from; leave it out"
-            )
+            remedy = "the sizes are those of init_from; leave it out"
+            require("preset" not in flags, "preset", flags.get("preset"), remedy)
             return start.training_fields(flags["init_from"])
         return {}
 
@@ -246,15 +245,10 @@ def set_up(cfg, run, data):
         check_trace(cfg.trace, cfg.steps - (state["step"] if state else 0))
     model = start.load(cfg.init_from, "init_from", cfg) if cfg.init_from and not state else GPT(cfg)
     if state:
-        for name in (
-            "optimizer",
-            "init_from",
-            "upcycle_from",
-            *(field.name for field in dataclasses.fields(ModelConfig)),
-        ):
-            if name not in ("dtype", "impl", "loss_chunk", "recompute", "seq_len"):
-                saved, value = state["config"][name], getattr(cfg, name)
-                require(saved == value, name, value, f"the checkpoint has {saved!r}; resume without this flag")
+        fixed = {"optimizer", "init_from", "upcycle_from", *(field.name for field in dataclasses.fields(ModelConfig))}
+        for name in sorted(fixed - {"dtype", "impl", "loss_chunk", "recompute", "seq_len"}):
+            saved, value = state["config"][name], getattr(cfg, name)
+            require(saved == value, name, value, f"the checkpoint has {saved!r}; resume without this flag")
         remedy = f"the checkpoint is that of step {state['step']}; use as many or more"
         require(state["step"] <= cfg.steps, "steps", cfg.steps, remedy)
         model.load_state_dict(state.pop("model"))

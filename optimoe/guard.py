@@ -1,8 +1,8 @@
 """Steps that must not be taken: a loss or a gradient that is not finite, or a loss that has exploded.
 
 `judge` decides on the device, inside the step and its CUDA graph; the host looks at log lines and before checkpoints.
-bad_steps=skip goes on until PATIENCE steps in a row were bad; bad_steps=stop changes no weight until the host looks. So
-the weights are those before the first bad step, and `Watch` can repeat it and write down what happens in which layer.
+bad_steps=skip goes on until PATIENCE steps in a row were bad; bad_steps=stop changes no weight until the host looks, so
+that `Watch` can repeat the first bad step and write down what happens in which layer.
 """
 
 import json

@@ -38,8 +38,8 @@ STOPPED = "stopped; continue with --resume from the last checkpoint; without one
 
 
 def parse(cls, argv, description=""):
-    """(cfg, names of the fields that flags explain). With --resume=DIR, DIR/config.json holds where no flag is given;
-    its "resumed_with" lists the fields that flags have changed since the last checkpoint."""
+    """(cfg, fields that flags have set). With --resume=DIR, DIR/config.json holds where no flag is given; its
+    "resumed_with" lists the fields that flags have changed since the last checkpoint."""
     flags = {} if {"--help", "-h"} & set(argv) else config.split_flags(cls, argv)
     given = {field.name for field in dataclasses.fields(cls)} if flags.keys() & {"config", "preset"} else set(flags)
     directory = flags.get("resume")

@@ -134,7 +134,7 @@ def test_what_flags_do_not_say(released, tmp_path):
     assert len(checkpoint.find(tmp_path / "run")) == 2
     for flag in ("init_from", "upcycle_from"):
         other = f"--{flag}={released / 'mixtral'}"
-        with pytest.raises(ValueError, match=f"{flag}='.*mixtral': the checkpoint has .*: resume without|one place"):
+        with pytest.raises(ValueError, match=f"{flag}='.*mixtral': the checkpoint has .*; resume without|one place"):
             train.main([f"--resume={tmp_path / 'run'}", "--steps=4", other])
 
 
