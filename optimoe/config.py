@@ -7,10 +7,10 @@
 
     cfg = parse(Config)  # python prog.py --lr=1e-3   (or --help, or --config=run/config.json --lr=1e-3)
 
-Types come from annotations (int, float, bool, str, `X | None`, Literal, and tuple[X, ...] for values with commas), help
-from the comment behind a field, headings from comment lines, ranges from `__post_init__`. Fields in the class variable
-POSITIONAL are words without a flag; a tuple at their end takes any number. A static method `preset_fields(name) -> dict`
-adds --preset, `start_fields(flags)` gives other defaults. From weakest to strongest: defaults, --config, --preset (its
+Types come from annotations (int, float, bool, str, `X | None`, Literal, tuple[X, ...] with commas), help from
+the comment behind a field, headings from comment lines, ranges from `__post_init__`. Fields in the class variable
+POSITIONAL are words without a flag; a tuple at their end takes any number. A static method `preset_fields(name)` adds
+--preset, `start_fields(flags)` gives other defaults. From weakest to strongest: defaults, --config, --preset (its
 default only without others), other flags.
 """
 

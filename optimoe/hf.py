@@ -255,16 +255,13 @@ def load_tokens(directory) -> Tokens:
         files.read_json(directory / name, AGAIN) if (directory / name).is_file() else {}
         for name in (TOKENIZER_CONFIG, CONFIG, GENERATION)
     )
-    spelled = fast.library().Tokenizer.from_str(enc.definition)
-    spelled.no_truncation()
-    spelled.no_padding()
-    spelled.encode_special_tokens = bool(settings.get("split_special_tokens"))
+    ids_of = enc.encode_ordinary if settings.get("split_special_tokens") else enc.encode_control
     named = (found.get("eos_token_id") for found in (generation, raw))
     eos = next((token for token in named if token is not None), enc.eot_token)
     rows = raw.get("vocab_size", 2**40)
 
     def encode(text):
-        ids = spelled.encode(text, add_special_tokens=False).ids
+        ids = ids_of(text)
         most = max(ids, default=0)
         require(most < rows, "vocab_size", rows, f"{directory / TOKENIZER} has token {most}: it is of another model")
         return ids
@@ -347,7 +344,7 @@ def main(argv=None):
     for name in ("safetensors.torch", "tokenizers"):
         package(name)
     new = not out.exists() or out.is_dir() and not any(out.iterdir())
-    require(new, "out", cfg.out, "it exists already; write to a new folder")
+    require(new, "out", cfg.out, "it exists already; name a new folder")
     make_directory(out.parent, "out", cfg.out)
     model = checkpoint.load_model(path, **{"seq_len": cfg.seq_len} if cfg.seq_len else {})
     run_dir = path if path.is_dir() else path.parent

@@ -2,7 +2,7 @@
 
 A dense gated layer is a sum over hidden units: its first n_shared_experts * F become the shared expert, the others G
 slices of width F. Expert e starts as slice e % G, so each G experts are a copy of the dense layer. They share a router
-row: top-k takes whole copies c, and gates that sum to 1 are g_c / G each. W_out times G restores the dense output:
+row, so top-k takes whole copies c, with gates g_c / G. W_out times G restores the dense output:
 
     y = sum over copies c of g_c * (1/G) * sum over slices s of G * slice_s(x) = dense(x),   sum of g_c = 1
 

@@ -164,9 +164,12 @@ def test_mistakes(match, released, tmp_path):
 
 
 def test_data_of_another_tokenizer_is_refused(released, tmp_path):
-    enc = tokenizer.encoding({bytes([255 - b]): b for b in range(256)})
-    larger = tokenizer.encoding({bytes([b]): b for b in range(256)} | {b"ab" + bytes([b]): 256 + b for b in range(99)})
-    for name, other in (("data", enc), ("larger", larger)):  # the second has more tokens than the model
+    backwards = {bytes([255 - b]): b for b in range(256)}
+    larger = tokenizer.encoding(backwards | {b"ab" + bytes([b]): 256 + b for b in range(99)})
+    for name, other in (
+        ("data", tokenizer.encoding(backwards)),
+        ("larger", larger),
+    ):  # the second has more tokens than the model
         with shards.ShardWriter(tmp_path / name, other) as writer:
             writer.add("train", [*range(200)] * 9 + [other.eot_token])
         with pytest.raises(
