@@ -61,6 +61,15 @@ def write(loaded, ids, cfg, number):
     return stream(0, new, last=True)
 
 
+def lines():
+    """The lines of the standard input; on a terminal behind a sign that one is awaited."""
+    sign = "> " if sys.stdin.isatty() else ""
+    print(sign, end="", flush=True)
+    for line in sys.stdin:
+        yield line.rstrip("\n")
+        print(sign, end="", flush=True)
+
+
 def chat_encoder(cfg, tokens):
     """A function from messages to the ids of a prompt; None without a chat template."""
     folder = hub.folder(cfg.hf, "hf") if cfg.hf else hub.origin(cfg.run or Path(cfg.checkpoint).parent)
@@ -76,9 +85,12 @@ def main(argv=None):
     require(cfg.number >= 1, "number", cfg.number, "use 1 or more")
     loaded, messages = load(cfg), []
     encode_chat = chat_encoder(cfg, loaded.tokens) if cfg.chat else None
-    for prompt in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
+    for prompt in [cfg.prompt] if cfg.prompt else lines():
         messages.append({"role": "user", "content": prompt})
         ids = encode_chat(messages) if encode_chat else context_ids(loaded.tokens, prompt)
+        while encode_chat and len(ids) >= loaded.model.cfg.seq_len and len(messages) > 1:
+            del messages[:2]  # the oldest question and its answer
+            ids = encode_chat(messages)
         answers = [write(loaded, ids, cfg, number) for number in range(cfg.number)]
         messages.append({"role": "assistant", "content": answers[0]})
 

@@ -1,5 +1,6 @@
 """Training on examples, and within documents: python -m pytest tests/test_sft.py (CPU)"""
 
+import io
 import json
 import os
 import shutil
@@ -102,7 +103,7 @@ def test_it_learns_resumes_and_forgets_no_document(released, examples, tmp_path)
     assert differences(*states) == [] and states[0]["config"]["document_mask"]
 
 
-def test_a_run_on_chats_keeps_the_template(released, tmp_path, capsys):  # noqa: F811
+def test_a_run_on_chats_keeps_the_template(released, tmp_path, capsys, monkeypatch):  # noqa: F811
     """sample.py asks the run by it, and an export has it, for transformers too."""
     pytest.importorskip("jinja2")
     end = "<|endoftext|>"
@@ -126,13 +127,20 @@ def test_a_run_on_chats_keeps_the_template(released, tmp_path, capsys):  # noqa:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sample, "generate", lambda model, prompts, *args, **options: said.extend(prompts) or [[5]])
             sample.main([place, "--prompt=1", "--device=cpu", "--max-new-tokens=2"])
+    # The end of a message is a special token, not the letters of its name.
+    assert said[0] == said[1] == said[2] == [ord(":"), ord("1"), 256, ord(":")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("0123456789\n" * 9))  # more than the model can read
+    said.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "generate", lambda model, prompts, *args, **options: said.extend(prompts) or [[53]])
+        sample.main([f"--run={out}", "--device=cpu", "--max-new-tokens=2"])
+    lengths = list(map(len, said))
+    assert lengths == [13, 28, *[43] * 7] and max(lengths) < 48  # the oldest turns are forgotten
     model.rename(tmp_path / "moved")
     hub.folder.cache_clear()
     hf.main([str(out), str(tmp_path / "without")])  # the model that it started from is gone
     assert "has a chat template, it is not used" in capsys.readouterr().err
     assert not (tmp_path / "without" / "chat_template.jinja").exists()
-    # The end of a message is a special token, not the letters of its name.
-    assert said[0] == said[1] == said[2] == [ord(":"), ord("1"), 256, ord(":")]
 
 
 def test_plain_text_by_option(released, tmp_path):  # noqa: F811
