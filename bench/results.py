@@ -38,7 +38,6 @@ COLUMNS = (
 ).split() + ADDED
 KEY = COLUMNS[:10] + ["gpu"]
 INTEGERS, FLOATS = COLUMNS[3:8], COLUMNS[10:18] + ADDED
-INSTALL = {"matplotlib": "-e '.[plot]'", "transformers": "'transformers>=5'"}
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 NOTHING = Cost(0, 0)
 
@@ -51,15 +50,6 @@ class BenchConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
 
 
-def dtype_of(cfg):
-    auto = "bfloat16" if torch.cuda.is_available() else "float32"
-    return getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
-
-
-def device_name():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
-
-
 def revision():
     """Git revision of this file's repository, with "+" when tracked files differ from it; "unknown" outside of git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
@@ -69,41 +59,31 @@ def revision():
         return "unknown"
 
 
-def cli(main):
-    """main() for the command line: mistakes and missing libraries are one line, with DEBUG a traceback."""
-    try:
-        return main()
-    except (ValueError, OSError, ImportError) as error:
-        if "DEBUG" in os.environ:
-            raise
-        library = (getattr(error, "name", None) or "").split(".")[0]
-        return f"error: {error}" + (f"; pip install {INSTALL[library]}" if library in INSTALL else "")
-
-
 class Results:
     """The rows of this run, printed and appended to the CSV one by one."""
 
     def __init__(self, cfg):
-        if not torch.cuda.is_available():
-            torch.set_num_threads(1)  # tiny shapes: a second thread only waits
-        self.path, self.rows, self.dtype = cfg.csv and Path(cfg.csv), [], dtype_of(cfg)
+        cuda = torch.cuda.is_available()
+        auto = "bfloat16" if cuda else "float32"
+        self.path, self.rows, self.dtype = cfg.csv, [], getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
         if self.path:
             append(self.path)  # a file that takes no rows is found before anything is measured
         self.environment = {
             "dtype": SHORT[self.dtype],
-            "gpu": device_name(),
+            "gpu": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}",
             "torch": torch.__version__,
             "triton": triton.__version__,
             "revision": cfg.revision or revision(),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
         }
         print("  ".join(f"{name} {value}" for name, value in self.environment.items()))
-        if not torch.cuda.is_available():
-            print("No GPU: tiny shapes show that everything runs. The numbers mean nothing about GPUs.")
+        if not cuda:
+            print("No GPU: small sizes show that everything runs. The numbers mean nothing about GPUs.")
+            torch.set_num_threads(1)  # with small sizes a second thread only waits
         print(HEADER)
 
     def add(self, kernel, implementation, mode, shape, times, cost=NOTHING, note="", quiet=False, **columns):
-        """One row. The note is printed, not stored; with `quiet` nothing is printed."""
+        """Add a row and return it. The note is printed, not stored; with `quiet` nothing is printed."""
         row = dict.fromkeys(COLUMNS) | self.environment | shape._asdict()
         row |= dict(kernel=kernel, implementation=implementation, mode=mode, routing="")
         row |= dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True))
@@ -113,7 +93,7 @@ class Results:
         if self.path:
             append(self.path, row)
         if not quiet:
-            print(line(row) + ("   " + note if note else ""), flush=True)
+            print(f"{line(row)}   {note}".rstrip(), flush=True)
         return row
 
     def add_ceilings(self):
@@ -160,9 +140,13 @@ def append(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = files.read_text(path) if path.exists() else ""
     if text.partition("\n")[0] != header:
-        files.replace(path.resolve(), f"{header}\n" + (lines_of(parse(text, str(path))) if text else ""))
+        old = parse(text, str(path)) if text else []
+        text = f"{header}\n{lines_of(old)}"
+        files.replace(path.resolve(), text)
     with open(path, "a") as file:
-        file.write("\n" * (bool(text) and not text.endswith("\n")) + lines_of(rows))
+        if not text.endswith("\n"):
+            file.write("\n")
+        file.write(lines_of(rows))
         file.flush()
         os.fsync(file.fileno())
 

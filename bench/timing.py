@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 FLUSH_MIB = 64  # more than the L2 of an H100 (50 MiB) or H200 (60 MiB)
 MIB = 2**20
@@ -71,11 +71,13 @@ def repeat(fn, seconds):
 def times_in_turn(fns, seconds=0.4, rounds=3):
     """Times of each of `fns` by name: each runs back to back for so many seconds in every round, so that the card is as
     hot for all of them. They must have run before, so that nothing is compiled here. The first round only heats."""
-    samples = {name: [] for name in fns}
-    for i in range(rounds + 1 if torch.cuda.is_available() else 1):
+    samples, heating = {name: [] for name in fns}, torch.cuda.is_available()
+    for _ in range(rounds + 1 if heating else 1):
         for name, fn in fns.items():
             times = repeat(fn, seconds)
-            samples[name] += times if i or not torch.cuda.is_available() else []
+            if not heating:
+                samples[name] += times
+        heating = False
     return {name: quantiles(times) for name, times in samples.items()}
 
 
@@ -113,8 +115,7 @@ def capture(fn):
 def trace(fns, path, steps=3):
     """A trace of a few calls of each of `fns` by name, for chrome://tracing or Perfetto."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with profile(activities=activities, record_shapes=True) as prof:
+    with profile(record_shapes=True) as prof:
         for name, fn in fns.items():
             for _ in range(steps):
                 with record_function(name):

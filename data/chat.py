@@ -15,6 +15,7 @@ import numpy as np
 from data import files
 from data.fast import AGAIN, spelled
 from data.shards import START, TRAINED
+from optimoe.config import require
 
 
 def chat_template(directory):
@@ -55,17 +56,20 @@ def _refuse(reason):  # templates call it where roles do not alternate
 
 def example(row, where, template):
     """The JSON of a row's pieces. ValueError naming `where` for a row that is no example."""
-    row = row if isinstance(row, dict) else {}
-    prompt, answer, messages = map(row.get, ("prompt", "answer", "messages"))
+    names = row if isinstance(row, dict) else {}
+    prompt, answer, messages = map(names.get, ("prompt", "answer", "messages"))
     if isinstance(prompt, str) and isinstance(answer, str):
         return _kept(False, [[prompt, False], [answer, True]])
-    known = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"] if known else []
-    if not turns:
-        remedy = 'an example is {"prompt": ..., "answer": ...} or {"messages": [...]} with one of an assistant'
-        raise ValueError(f"{where} is no example (it has: {', '.join(row)}): {remedy}")
+    if not isinstance(messages, list):
+        there = ", ".join(names) or type(row).__name__
+        remedy = 'an example is {"prompt": TEXT, "answer": TEXT} or {"messages": [...]}'
+        raise ValueError(f"{where} is no example (it has: {there}): {remedy}")
+    for number, message in enumerate(messages, 1):
+        texts = map(message.get, ("role", "content")) if isinstance(message, dict) else [None]
+        whole = all(isinstance(text, str) for text in texts)
+        require(whole, f"{where}: message {number}", message, 'it needs "role" and "content", both of them texts')
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    require(turns, f"{where}: messages", messages, 'none has the role "assistant", so there is no answer to train')
     if not template:
         raise ValueError(f"{where}: messages need a --tokenizer with a chat template; or use prompt and answer")
     pieces, text = [], ""

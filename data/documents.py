@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 from data import files
+from optimoe.config import require
 
 EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}  # usual bytes of text per byte on the disk
 KINDS = (".txt", ".jsonl", ".py", ".parquet", ".arrow")
@@ -110,10 +111,11 @@ def _field(row, name, where):
     """The text of a row. A name with dots leads into objects inside the row."""
     value = row
     for part in [name] if isinstance(row, dict) and name in row else name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if not isinstance(value, str):
-        there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where} has no text in field {name!r} (it has: {there}); pass --text_field")
+        if not isinstance(value, dict) or part not in value:
+            there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{where} has no field {name!r} (it has: {there}); pass --text_field")
+        value = value[part]
+    require(isinstance(value, str), f"{where}: {name}", value, "a text is needed; correct or remove this row")
     value = value.encode("utf-8", "replace").decode()  # "\ud800" alone is no character
     return value.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
@@ -137,7 +139,7 @@ def _rows(path, file, name):
             table = _arrow(path, "pyarrow.ipc").open_file(file)
             names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
         else:  # a stream, as `datasets` saves them; Arrow itself takes a missing end for the end
-            file.seek(-8, os.SEEK_END)
+            file.seek(max(0, path.stat().st_size - 8))
             if file.read() != b"\xff\xff\xff\xff\0\0\0\0":
                 raise ValueError(f"{path} cannot be read: it is truncated")
             file.seek(0)

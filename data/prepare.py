@@ -82,8 +82,8 @@ def scan(texts, cfg, sample_rate):
             sample.append(text)
     if not documents:
         raise ValueError("no text in the input")
-    remedy = "the input is one document, so nothing can be held out; pass --val_fraction 0"
-    require(len(lowest) > 1 or not share, "val_fraction", share, remedy)
+    same = "the input is one document" if documents == 1 else "all documents are equal"
+    require(len(lowest) > 1 or not share, "val_fraction", share, f"{same}: nothing can be held out; pass 0")
     return sample, documents, max(share, lowest[1]) if share else 0
 
 

@@ -84,7 +84,11 @@ def _draw_graph(r, steps, m):
     So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it."""
     graph = [None]  # LEAF: x is the number; otherwise x is a quantity, and y a quantity or a number
     frontier, order, shared = [0], [], []
-    new = lambda: graph.append(None) or len(graph) - 1  # noqa: E731
+
+    def new():
+        graph.append(None)
+        return len(graph) - 1
+
     for _ in range(steps):
         r()  # without this draw every seed would give other problems
         node, op, x, y = frontier.pop(), 1 + int(r() * 5), new(), None

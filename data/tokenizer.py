@@ -89,7 +89,8 @@ def save(enc, directory):
         for token, rank in enc._mergeable_ranks.items():
             tokens[rank] = base64.b64encode(token).decode()
         kept = {"name": enc.name, "pattern": enc._pat_str, "special_tokens": enc._special_tokens, "tokens": tokens}
-    files.write_json(path := Path(directory) / FILE, kept)
+    path = Path(directory) / FILE
+    files.write_json(path, kept)
     return path
 
 
