@@ -64,10 +64,11 @@ def main(argv=None):
     torch.manual_seed(0)
     with torch.device(device):
         model = frozen(GPT(model_cfg).eval())
+    costs = {n: step_cost(model_cfg, n, cfg.prompt + cfg.new // 2, results.dtype.itemsize) for n in cfg.batches}
+    results.forecast((cfg.repeats + 1) * (cfg.prompt + cfg.new) * sum(cost.flops for cost in costs.values()))
     machine = results.add_ceilings()
-    for batch in cfg.batches:
+    for batch, cost in costs.items():
         shape = Shape(batch, model_cfg.d_model, model_cfg.d_expert, model_cfg.n_experts, model_cfg.top_k)
-        cost = step_cost(model_cfg, batch, cfg.prompt + cfg.new // 2, results.dtype.itemsize)
         prompts = torch.randint(model_cfg.vocab_size, (batch, cfg.prompt)).tolist()
         run = lambda: generate(model, prompts, cfg.new, batch_size=batch)  # noqa: B023, E731
         with skipping(f"batch {batch}", failures):

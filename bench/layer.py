@@ -164,6 +164,7 @@ def main(argv=None):
     shapes = problem.chosen(cfg.shapes)
     if "triton" in names:
         precompile([partial(problem.compile_layer, shape, results.dtype) for shape in shapes])
+    results.forecast(15 * len(names) * sum(layer_cost(shape, "full").flops for shape in shapes))
     if not cfg.trace:
         results.add_ceilings()
     for shape in shapes:

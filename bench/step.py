@@ -7,6 +7,7 @@
 All flags of train.py are understood. The step is train.py's with its optimiser, on one GPU, with one micro-batch of
 --batch_size random sequences. Parts are GPU time between events, so they contain the gaps in which the GPU waits for
 Python. Families are the kernels alone, from torch.profiler; what their sum lacks of the whole step is those gaps.
+Without a GPU the batch is small unless the flags say otherwise.
 """
 
 import dataclasses
@@ -28,7 +29,9 @@ from optimoe.sizes import flops_per_token, peak_flops, preset_fields
 from train import GraphedStep, TrainConfig, compile_blocks, new_window, optimizer_step
 
 PARTS = ("forward", "backward", "optimiser")
-EXPERT_KERNELS = {name + "_kernel" for name in ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw")}
+EXPERT_OPS = ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw", "dw_hopper")
+EXPERT_KERNELS = {f"{name}_kernel" for name in EXPERT_OPS}
+OPTIMIZER_KERNELS = ("adamw_kernel", "muon_kernel")
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def family(kernel, ops, sizes, cfg):
     if inside("bwd", "Backward"):
         expert += " (backward)"
     table = (  # the first that holds
-        (inside("Optimizer.step") or kernel == "adamw_kernel", "optimiser"),
+        (inside("Optimizer.step") or kernel in OPTIMIZER_KERNELS, "optimiser"),
         (inside("_foreach_norm", "linalg_vector_norm"), "gradient norm"),
         (inside("linear_cross_entropy"), "lm head and loss"),
         (ours or inside("grouped_mm"), expert),
@@ -172,7 +175,7 @@ def family_times(run, cfg, repeats=3):
             unlinked[kernel] -= microseconds
     for name, microseconds in unlinked.items():
         if cuda and microseconds > 100 * repeats:
-            total["optimiser" if name == "adamw_kernel" else f"no operator: {name[:22]}"] += microseconds
+            total["optimiser" if name in OPTIMIZER_KERNELS else f"no operator: {name[:22]}"] += microseconds
     return {name: microseconds / 1e3 / repeats for name, microseconds in total.most_common()}
 
 
@@ -199,6 +202,8 @@ def model_shape(cfg):
 def main(argv=None):
     cfg = parse(argv, __doc__)
     cuda, results = torch.cuda.is_available(), Results(cfg)
+    flops = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
+    results.forecast(flops * (cfg.repeats + 8))
     model, step, draw = make_step(cfg, "cuda" if cuda else "cpu")
     warm = wall_ms(lambda: [step([draw()]) for _ in range(3)]) / 1e3
     load = balance(model, draw, 60 if cuda else 2)
@@ -215,7 +220,6 @@ def main(argv=None):
         for _ in range(GraphedStep.WARM_UP + 2):
             replay([draw()])
         times["full-graph"] = step_times(lambda: replay([draw()]), cfg.repeats)
-    flops = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
     best = peak_flops(results.environment["gpu"]) if results.dtype == torch.bfloat16 else None
     name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}"
     if cfg.weights == "bfloat16":
