@@ -21,7 +21,7 @@ import torch
 
 from bench import peers, problem
 from bench.problem import layer_cost, layer_errors, make_inputs, parse_routing, require_accuracy
-from bench.results import BenchConfig, Results, shape_of
+from bench.results import BenchConfig, Results
 from bench.timing import MIB, capture, memory_mib, poisoned, python_ms, skipping, times_in_turn, trace
 from moe_kernels import moe_experts
 from moe_kernels.precompile import precompile
@@ -139,17 +139,6 @@ def bench_shape(results, shape, routing, built, graph):
             results.add("layer", name, mode, shape, t, cost, note, routing=routing, **columns)
 
 
-def summary(rows):
-    """A line per shape, routing and mode: how many times as fast ours is as each of the others."""
-    groups = {}
-    for row in rows:
-        if row["mode"] in ("full", "full-graph"):
-            ms = groups.setdefault(f"{shape_of(row)} {row['routing']} {row['mode']}", {})
-            ms[row["implementation"]] = row["p50_ms"]
-    for what, ms in groups.items():
-        if ours := ms.pop("triton", None):
-            print(f"{what}: {', '.join(f'{other / ours:.2f}x {name}' for name, other in ms.items())}")
-
 
 def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
@@ -175,7 +164,7 @@ def main(argv=None):
                     trace({f"{shape} {name}": passes.full for name, passes in built.items()}, cfg.trace)
                     return 0
                 bench_shape(results, shape, routing, built, cfg.graph)
-    summary(results.rows)
+
     return results.finish(failures)
 
 
