@@ -139,7 +139,6 @@ def bench_shape(results, shape, routing, built, graph):
             results.add("layer", name, mode, shape, t, cost, note, routing=routing, **columns)
 
 
-
 def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
     cuda, failures, results = torch.cuda.is_available(), [], Results(cfg)
@@ -153,7 +152,7 @@ def main(argv=None):
     shapes = problem.chosen(cfg.shapes)
     if "triton" in names:
         precompile([partial(problem.compile_layer, shape, results.dtype) for shape in shapes])
-    results.forecast(15 * len(names) * sum(layer_cost(shape, "full").flops for shape in shapes))
+
     if not cfg.trace:
         results.add_ceilings()
     for shape in shapes:

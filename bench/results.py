@@ -82,12 +82,6 @@ class Results:
             torch.set_num_threads(1)  # with small sizes a second thread only waits
         print(HEADER)
 
-    def forecast(self, flops):
-        """Without a GPU: prints about how long so many FLOPs take, so that nobody waits for hours unawares."""
-        minutes = flops / 2e10 / 60
-        if minutes > 1 and not torch.cuda.is_available():
-            print(f"These sizes are work for about {minutes:,.0f} minutes on a CPU.", flush=True)
-
     def add(self, kernel, implementation, mode, shape, times, cost=NOTHING, note="", quiet=False, **columns):
         """Add a row and return it. The note is printed, not stored; with `quiet` nothing is printed."""
         row = dict.fromkeys(COLUMNS) | self.environment | shape._asdict()

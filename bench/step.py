@@ -203,7 +203,7 @@ def main(argv=None):
     cfg = parse(argv, __doc__)
     cuda, results = torch.cuda.is_available(), Results(cfg)
     flops = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
-    results.forecast(flops * (cfg.repeats + 8))
+
     model, step, draw = make_step(cfg, "cuda" if cuda else "cpu")
     warm = wall_ms(lambda: [step([draw()]) for _ in range(3)]) / 1e3
     load = balance(model, draw, 60 if cuda else 2)

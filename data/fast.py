@@ -92,8 +92,8 @@ def from_folder(directory):
     path = directory / "tokenizer.json"
     definition = files.read_text(path, AGAIN)
     files.parse(definition, str(path), AGAIN)
-    optional = ("tokenizer_config.json", "generation_config.json", "config.json")
-    settings, *configs = (files.read_json(p, AGAIN) if (p := directory / name).exists() else {} for name in optional)
+    optional = [directory / name for name in ("tokenizer_config.json", "generation_config.json", "config.json")]
+    settings, *configs = (files.read_json(path, AGAIN) if path.exists() else {} for path in optional)
     fast = _open(definition, str(path))
     texts = (spelled(settings, name) for name in ("bos_token", "eos_token"))
     bos, end_of_text = (fast.token_to_id(text) if isinstance(text, str) else None for text in texts)

@@ -125,7 +125,8 @@ def json_lines(lines, path, remedy="correct that line"):
     """("PATH:NUMBER", JSON value) of each line that is not blank."""
     for number, line in enumerate(lines, 1):
         if line.strip("\ufeff \t\r\n"):
-            yield (where := f"{path}:{number}"), parse(line, where, remedy)
+            where = f"{path}:{number}"
+            yield where, parse(line, where, remedy)
 
 
 def read_text(path, remedy=RESTORE):

@@ -78,7 +78,7 @@ class Loader:
         rows = [self._plan() for _ in range(self.batch_size * self.world)]
         rows = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
         shape, pinned = (self.batch_size, self.seq_len), self.device.type == "cuda"
-        types = [torch.int64, torch.int64] + [torch.int32] * self.documents
+        types = (torch.int64, torch.int64, torch.int32)[: 3 if self.documents else 2]
         batch = [torch.empty(shape, dtype=dtype, pin_memory=pinned) for dtype in types]
         for b, (source, number) in enumerate(rows):
             for tensor_BL, row in zip(batch, source.sample(number, self.documents), strict=False):
@@ -143,8 +143,9 @@ class _Source:
             self.starts, self.lengths = self.starts[taught], self.lengths[taught]
             self.rows = packed(self.lengths.tolist(), seq_len + 1)
             self.n_windows = len(self.rows)
-        remedy = f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; "
-        remedy += "use a smaller seq_len or more data"
+        remedy = (
+            f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; use a smaller one"
+        )
         if self.marks:
             remedy = f"no answer in split {split!r} of {directory} begins so early; use a larger seq_len"
         require(self.n_windows >= 1, "seq_len", seq_len, remedy)

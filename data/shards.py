@@ -152,7 +152,8 @@ def open_shards(directory, split, marks=False):
         if _sha256(path) != sha256:
             raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
 
-    if (path := directory / meta["tokenizer"]).exists():
+    path = directory / meta["tokenizer"]
+    if path.exists():
         check(path, meta["tokenizer_sha256"])
     dtype, maps = np.dtype("uint8" if marks else meta["dtype"]).newbyteorder("<"), []
     for shard in meta["splits"][split]["shards"]:

@@ -179,7 +179,7 @@ def test_layer_and_plots_on_the_cpu(tmp_path, capsys):
     shapes = [f"32,32,16,{E},2" for E in (4, 8, 16)]
     assert layer.main([*flags, *shapes, "--impl=reference,grouped_mm", "--peers=sonicmoe"]) == 0
     out = capsys.readouterr().out
-    assert "mean nothing about GPUs" in out and "minutes on a CPU" not in out
+    assert "mean nothing about GPUs" in out
     assert "peer sonicmoe: sonicmoe does not import" in out
     rows = read(path)
     found = {(row["kernel"], row["implementation"]) for row in rows if row["kernel"] != "ceiling"}
@@ -430,8 +430,6 @@ def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_p
         (kernels.main, "--kernel=foo", "known are route_fwd"),
         (step.main, "--frobnicate=1", "unknown field 'frobnicate'"),
         (generation.main, "--preset=foo", "preset='foo': use tiny or paper-"),
-        (generation.main, "--batches=0,4", "batches=(0, 4): name numbers from 1 on"),
-        (generation.main, "--new=0", "new=0: must be at least 1"),
         pytest.param(readme.main, "", "need a GPU; use --list", marks=cpu_only),
     ],
 )
