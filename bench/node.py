@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from bench.problem import Cost
-from bench.results import Results
+from bench.results import Results, cli
 from bench.step import balance, make_step, model_shape, parse, step_times
 from bench.timing import MIB
-from optimoe.config import command_line, require
+from optimoe.config import require
 from optimoe.sizes import count_params, flops_per_token
 from train import fast_step
 
@@ -127,4 +127,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(command_line(main))
+    raise SystemExit(cli(main))
