@@ -202,8 +202,6 @@ def model_shape(cfg):
 def main(argv=None):
     cfg = parse(argv, __doc__)
     cuda, results = torch.cuda.is_available(), Results(cfg)
-    flops = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
-
     model, step, draw = make_step(cfg, "cuda" if cuda else "cpu")
     warm = wall_ms(lambda: [step([draw()]) for _ in range(3)]) / 1e3
     load = balance(model, draw, 60 if cuda else 2)
@@ -220,6 +218,7 @@ def main(argv=None):
         for _ in range(GraphedStep.WARM_UP + 2):
             replay([draw()])
         times["full-graph"] = step_times(lambda: replay([draw()]), cfg.repeats)
+    flops = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
     best = peak_flops(results.environment["gpu"]) if results.dtype == torch.bfloat16 else None
     name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}"
     if cfg.weights == "bfloat16":
@@ -229,7 +228,7 @@ def main(argv=None):
         if mode in PARTS:
             add("step", mode=mode, times=t)
         else:
-            mfu = best and flops / (t.p50 / 1e3) / best
+            mfu = flops / (t.p50 / 1e3) / best if best else None
             note = f"{model_shape(cfg).T / t.p50 * 1e3:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}"
             add("step", mode=mode, times=t, cost=Cost(flops, 0), note=note, ceiling=mfu, peak_mib=peak)
     show_families(add, families, times["full"].p50)
