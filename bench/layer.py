@@ -22,7 +22,7 @@ import torch
 from bench import peers, problem
 from bench.problem import layer_cost, layer_errors, make_inputs, parse_routing, require_accuracy
 from bench.results import BenchConfig, Results
-from bench.timing import MIB, capture, memory_mib, poisoned, python_ms, skipping, times_in_turn, trace
+from bench.timing import MIB, Times, capture, memory_mib, poisoned, python_ms, skipping, times_in_turn, trace
 from moe_kernels import moe_experts
 from moe_kernels.precompile import precompile
 from moe_kernels.tiles import IMPLS, interpreting
@@ -127,7 +127,8 @@ def bench_shape(results, shape, routing, built, graph):
     times, ceilings = times_in_turn(fns), {}
     for name, suffix in dict.fromkeys(key[:2] for key in fns):
         forward, full = times[name, suffix, "forward"], times[name, suffix, "full"]
-        for what, t in (("forward", forward), ("backward", full.minus(forward.p50)), ("full", full)):
+        backward = Times(*(t - forward.p50 for t in full))
+        for what, t in (("forward", forward), ("backward", backward), ("full", full)):
             mode, note, columns = what + suffix, "", {}
             if mode == "full":
                 note, columns = built[name].note, dict(built[name].columns)

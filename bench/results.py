@@ -22,13 +22,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 
 from bench.problem import Cost, Shape
-from bench.timing import Ceilings, measure_ceilings
+from bench.timing import times_ms
 from data import files
 from optimoe.config import command_line as cli  # noqa: F401  # the name by which bench.node takes it
 
@@ -41,6 +41,11 @@ KEY = COLUMNS[:10] + ["gpu"]
 INTEGERS, FLOATS = COLUMNS[3:8], COLUMNS[10:18] + ADDED
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 NOTHING = Cost(0, 0)
+
+
+class Ceilings(NamedTuple):
+    tflops: float  # of one large cuBLAS matrix product
+    tb_s: float  # of one large copy, bytes read + bytes written
 
 
 @dataclass(frozen=True)
@@ -98,10 +103,16 @@ class Results:
         return row
 
     def add_ceilings(self):
-        """Measures what this machine can do, writes it as rows and returns it."""
-        n, gemm, size, copy = measure_ceilings(self.dtype)
-        gemm = self.add("ceiling", "cublas", "gemm", Shape(n, n, n, 1, 1), gemm, Cost(2 * n**3, 0))
-        copy = self.add("ceiling", "torch", "copy", Shape(size, 1, 1, 1, 1), copy, Cost(0, 2 * size))
+        """Measures one large matrix product and one large copy of random data; adds their rows."""
+        device, n, size = ("cuda", 8192, 2**30) if torch.cuda.is_available() else ("cpu", 256, 2**22)
+        a, b = (torch.randn(n, n, device=device).to(self.dtype) for _ in range(2))
+        source = torch.randint(255, (size,), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        gemm, copy = (lambda: a @ b), (lambda: target.copy_(source))
+        gemm(), copy()
+        times = times_ms(gemm), times_ms(copy)
+        gemm = self.add("ceiling", "cublas", "gemm", Shape(n, n, n, 1, 1), times[0], Cost(2 * n**3, 0))
+        copy = self.add("ceiling", "torch", "copy", Shape(size, 1, 1, 1, 1), times[1], Cost(0, 2 * size))
         return Ceilings(gemm["tflops"], copy["gb_s"] / 1e3)
 
     def finish(self, failures=()):

@@ -20,9 +20,6 @@ class Times(NamedTuple):
     p50: float
     p80: float
 
-    def minus(self, median_ms):
-        return Times(*(t - median_ms for t in self))
-
 
 def quantiles(samples):
     ranks = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
@@ -139,22 +136,6 @@ def memory_mib(forward, backward):
     del y
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / MIB, kept / MIB
-
-
-class Ceilings(NamedTuple):
-    tflops: float  # of one large cuBLAS matrix product
-    tb_s: float  # of one large copy, bytes read + bytes written
-
-
-def measure_ceilings(dtype):
-    """(n, Times of an n x n x n matrix product, size, Times of a copy of `size` bytes), on random data."""
-    device, n, size = ("cuda", 8192, 2**30) if torch.cuda.is_available() else ("cpu", 256, 2**22)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    source = torch.randint(255, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    gemm, copy = (lambda: a @ b), (lambda: target.copy_(source))
-    gemm(), copy()
-    return n, times_ms(gemm), size, times_ms(copy)
 
 
 @contextmanager

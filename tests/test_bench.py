@@ -412,7 +412,7 @@ def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.results.measure_ceilings", lambda dtype: pytest.fail("measured"))
+    monkeypatch.setattr("bench.results.times_ms", lambda fn: pytest.fail("measured"))
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     for path, message in ((tmp_path, "directory"), (tmp_path / "other.csv", "its columns are not those")):
         assert message in mistake(layer.main, [f"--csv={path}"])
