@@ -37,7 +37,7 @@ class Config(BenchConfig):
     shapes: tuple[str, ...] = ()  # layer shapes T,D,F,E,K; none: the target shapes
     # Layer
     impl: tuple[str, ...] = ()  # of reference, grouped_mm, triton; none: the last two, or those that run here
-    peers: tuple[str, ...] = ()  # of sonicmoe, liger, transformers (peers.py)
+    peers: tuple[str, ...] = ()  # of sonicmoe, liger (peers.py)
     routing: tuple[str, ...] = ("softmax",)  # softmax, zipf1.5
     graph: bool = False  # also replay CUDA graphs of ours and gemms
     trace: str = ""  # write a trace of a few passes to this file instead of timing
@@ -149,7 +149,7 @@ def main(argv=None):
         with skipping(f"peer {name}", failures):
             peers.load(name)
             names.append(name)
-            print(f"{name}: {peers.PEERS[name].tuning}")
+            print(f"{name}: {peers.TUNING}")
     shapes = problem.chosen(cfg.shapes)
     if "triton" in names:
         precompile([partial(problem.compile_layer, shape, results.dtype) for shape in shapes])

@@ -18,7 +18,6 @@ COLORS = {
     "triton, graph": "#7fb2dd",
     "sonicmoe": "#d08a3c",
     "liger": "#a86bb0",
-    "transformers": "#6f9b63",
     "grouped_mm": "#8c8c8c",
 }
 # Part of a step: its colour, and how the names of its families begin.

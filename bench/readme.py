@@ -26,7 +26,7 @@ def sweep(sizes, *ks):
 
 
 RUNS = f"""
-layer       --graph --peers=sonicmoe,liger,transformers
+layer       --graph --peers=sonicmoe,liger
 step        {WIDE} --batch_size=16
 step        {WIDE} --batch_size=16 --dense
 step        {WIDE} --batch_size=16 --n_experts=64 --weights=bfloat16

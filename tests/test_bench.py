@@ -360,13 +360,20 @@ def test_peers_say_what_is_missing():
 
 
 @cpu_only
-def test_transformers_as_a_peer(tmp_path, capsys):
-    pytest.importorskip("transformers", minversion="5")
-    path = tmp_path / "rows.csv"
-    assert layer.main(["32,32,16,4,2", "--impl=reference", "--peers=transformers", f"--csv={path}"]) == 0
+def test_a_peer_with_a_layout_of_its_own(tmp_path, capsys, monkeypatch):
+    """A stand-in, because no peer runs on a CPU: its weights are interleaved, and so is their gradient."""
+
+    def experts(x, w_in, w_out, gates, experts):
+        return moe_experts(x, peers.deinterleave(w_in), w_out, gates, experts, impl="reference")
+
+    argv = ["32,32,16,4,2", "--impl=reference", "--peers=liger", f"--csv={tmp_path / 'rows.csv'}"]
+    monkeypatch.setattr(peers, "load", lambda name: peers.Peer(experts, peers.interleave, peers.deinterleave))
+    assert layer.main(argv) == 0
     out = capsys.readouterr().out
-    assert "skipped" not in out and "transformers: nothing is tuned" in out
-    assert "transformers" in {row["implementation"] for row in read(path)}
+    assert "skipped" not in out and "liger: its own tuner" in out
+    assert "liger" in {row["implementation"] for row in read(tmp_path / "rows.csv")}
+    monkeypatch.setattr(peers, "load", lambda name: peers.Peer(experts, peers.interleave))
+    assert layer.main(argv) == 0 and "wrong result: dw_in" in capsys.readouterr().out
 
 
 def test_kernels_compile_ahead_without_a_gpu(tmp_path):
