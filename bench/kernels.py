@@ -119,19 +119,22 @@ def timed(call):
 def run_once(shape, names):
     """Runs the kernels under Nsight Compute and prints [(kernel, name of the function)] as launched."""
     inputs = problem.make_inputs(shape, torch.bfloat16, "cuda")
-    calls, launched, original = layer_calls(inputs)[0] | routing_calls(inputs, shape.K), [], JITFunction.run
+    calls = layer_calls(inputs)[0] | routing_calls(inputs, shape.K)
+    functions, launched, original = [], [], JITFunction.run
+
+    def run(kernel, *args, **kwargs):
+        functions.append(kernel.fn.__name__)
+        return original(kernel, *args, **kwargs)
+
     for name in names:
         calls[name]()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
-    for name in names:
-
-        def run(kernel, *args, name=name, **kwargs):
-            launched.append((name, kernel.fn.__name__))
-            return original(kernel, *args, **kwargs)
-
-        with mock.patch.object(JITFunction, "run", run):
+    with mock.patch.object(JITFunction, "run", run):
+        for name in names:
+            before = len(functions)
             calls[name]()
+            launched += [(name, function) for function in functions[before:]]
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
     print(json.dumps(launched))
