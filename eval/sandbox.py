@@ -38,7 +38,7 @@ from eval import jail
 
 MEMORY = 2**30  # bytes of address space
 START_SECONDS, HONEST_SECONDS = 120, 30  # generous: the machine may be busy, or its disk slow
-LEAVE_OUT = "leave out what runs programs (humaneval, mbpp, answers by program)"
+LEAVE_OUT = "leave out what runs programs (humaneval, mbpp)"
 HONEST = "import collections, decimal, hashlib, heapq, math, random, re\ndef f(x):\n    return math.floor(x) + 1\n"
 
 

@@ -13,9 +13,9 @@ import pytest
 from data import procedural, reasoning
 from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
-from eval import equal, rewards, sandbox, tasks
+from eval import equal, sandbox, tasks
 from eval.equal import clean, find_number, number, plain, right
-from eval.rewards import judge, program, stated
+from eval.rewards import judge, stated
 from eval.sources import Source
 from eval.tasks import Item
 
@@ -627,36 +627,6 @@ def test_bombs_earn_nothing_and_take_no_time():
     assert time.monotonic() - begin < 60
     for bomb in BOMBS[:12]:
         assert not equal.equal("x+1", bomb, seconds=2)
-
-
-SOLVE = "def simple_math_problem():\n    boxes = 17\n    return boxes * 23\n"
-
-
-def test_programs_that_answer(monkeypatch):
-    monkeypatch.setattr(rewards, "SECONDS", 1)
-    texts = {
-        SOLVE: 1,
-        "Let me see.\n" + SOLVE + "That is it.": 1,
-        SOLVE.replace("23", "22"): 0,
-        SOLVE + SOLVE: 0,
-        SOLVE + "#### 5": 1,
-        SOLVE + "    return (": 0,
-        "def simple_math_problem():\n    return True": 0,
-        "def simple_math_problem():\n    pass\n": 0,
-        "def simple_math_problem():\n    while True: pass": 0,
-        "def simple_math_problem():\n    raise SystemExit": 0,
-        "def simple_math_problem():\n    return [390, 391]": 0,
-        "class All(int):\n    __eq__ = lambda *_: True\n    __repr__ = lambda s: 'All()'\n"
-        + "def simple_math_problem():\n    return All()": 0,
-        "<llm-code>\nx = 17\nprint(x * 23)\n</llm-code> #### 3": 1,
-        "<llm-code>17 * 23.0</llm-code>": 1,
-        "<llm-code>1</llm-code><llm-code>391</llm-code>": 0,
-        "<llm-code>x = 391</llm-code>": 0,
-        "<llm-code>" + "(" * 3000 + "</llm-code>": 0,
-        "<llm-code></llm-code>": 0,
-    }
-    assert {text: judge(EGGS, "391", text) for text in texts} == texts
-    assert program("define simple_math_problem") is None
 
 
 def test_programs_with_tests():
