@@ -4,12 +4,12 @@ r"""Are two mathematical answers equal, and does an answer have the form that wa
     right("Expand $x(x+1)$.", "x^2+x", "x(x+1)")               # False: equal in value, but not what was asked for
     number(r"\$1{,}250.50").value                              # Fraction(2501, 2)
 
-Plain numbers are compared here, exactly; all else by math-verify, in a process that is killed after some seconds (it
-computes 9^9^9^9 forever). The library reads "5 million" and "5 or 7" as 5, ignores bases and case, and rounds decimals;
-`clean` and `equal` put these into words that it understands, or refuse.
+Plain numbers are compared here, exactly. All else goes to math-verify, in a process that is killed after some seconds,
+because the library computes 9^9^9^9 forever. It also reads "5 million" and "5 or 7" as 5, ignores bases and case, and
+rounds decimals; `clean` and `equal` say these in its terms, or refuse.
 
-A reward needs more, as the question itself equals the answer of every "expand" and "factor": a number must be a number
-in lowest terms, any other answer must have the symbols of the gold one, each as often (`symbols`).
+A reward needs more, because the question itself equals the answer of every "expand" and "factor". A number must be in
+lowest terms; any other answer must have the symbols of the gold one, each as often (`symbols`).
 """
 
 import importlib.util
@@ -41,7 +41,7 @@ CLEAN = [
     (r"\\text\{\s*(?:and|or)(?![a-z])([^{}]*)\}", r",\1"),
     (r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3}(?!\d))", ""),
     (
-        rf"({PLAIN})\s*(\\text\{{\s*)?{SCALE}",
+        rf"(?<!\d)({PLAIN})\s*(\\text\{{\s*)?{SCALE}",
         lambda found: plain(_value(found[1]) * SCALES[found[3]]) + (found[2] or ""),
     ),
     (r"\\text\{\s*\}|\^\{?\\circ\}?|\\?%|\\(?=\$)", ""),
@@ -55,7 +55,7 @@ Number = namedtuple("Number", "value kind")  # a Fraction, and how it is written
 
 
 def clean(text: str) -> str:
-    """LaTeX in one notation: scale words as factors, "or" and "and" as commas, no unit at the end."""
+    """LaTeX in one notation: scale words are multiplied out, "or" and "and" are commas, no unit is at the end."""
     text = text.strip().rstrip(". ").translate(str.maketrans(SIGNS))
     for pattern, new in CLEAN:
         text = re.sub(pattern, new, text)
@@ -114,12 +114,6 @@ def canonical(text: str) -> str:
     return plain(found.value) if found else re.sub(r"\s", "", ASSIGNED.sub("", clean(text)))
 
 
-def words(text: str) -> list[str]:
-    """The words of a text, in lower case but for single letters."""
-    found = re.findall(r"[a-zA-Z0-9]+", text.replace(r"\text", " "))
-    return [word if len(word) == 1 else word.lower() for word in found]
-
-
 def exact(text: str) -> str:
     """Decimals as fractions, which computer algebra does not round."""
     fraction = lambda found: r"\frac{%d}{%d}" % Fraction(found[0]).as_integer_ratio()  # noqa: E731, UP031  LaTeX braces
@@ -143,8 +137,10 @@ def equal(gold: str, answer: str, seconds: float = 5) -> bool:
     wanted, said = number(gold), number(answer)
     if wanted and said:
         return wanted.value == said.value
-    if not re.sub(r"\\text\{[^{}]*\}|[\s().]", "", gold):
-        return words(gold) == words(answer)
+    if not re.sub(r"\\text\{[^{}]*\}|[\s().]", "", gold):  # words; (A) and (a) differ
+        found = (re.findall(r"[a-zA-Z0-9]+", text.replace(r"\text", " ")) for text in (gold, answer))
+        theirs, ours = ([word if len(word) == 1 else word.lower() for word in words] for words in found)
+        return theirs == ours
     ours, theirs = (set(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", text)) for text in (gold, answer))
     bases = [re.findall(r"_\{?(\w+)", text) for text in (gold, answer)]
     if any(letter.swapcase() in ours ^ theirs for letter in ours ^ theirs) or bases[0] != bases[1]:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from data.tokenizer import Tokens
 from eval.generate import generate
 from eval.sources import Source
 from eval.taskloss import context_ids
+from optimoe import checkpoint, hub
 from optimoe.config import make_directory, require
 from optimoe.load import Loaded, ModelChoice, load
 
 SAMPLES = 4096  # of an item at most: each has a random stream of its own
-CUT = "did not fit the model's {} tokens: their prompts lost their beginnings"
+STOPPED = "stopped; the same command, without --overwrite, goes on from here"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class EvalChoice(ModelChoice):
         require(0 < self.top_p <= 1, "top_p", self.top_p, "use a number above 0, at most 1")
 
 
+def open_source(cfg: EvalChoice) -> Source:
+    """Where items come from. ValueError where there is no model for them: a wrong name is not the fault of a task."""
+    if cfg.hf:
+        folder = hub.folder(cfg.hf, "hf", hub.TOKENIZER)  # the weights come later, in open_model
+        require((folder / "config.json").is_file(), "hf", cfg.hf, "no config.json there, so this is no model")
+    where = "no checkpoint there; name a run directory of train.py or grpo.py, or one file with --checkpoint"
+    require(not cfg.run or checkpoint.find(cfg.run), "run", cfg.run, where)
+    return Source(cfg.evaldata, cfg.data_directory())
+
+
 def open_model(cfg: EvalChoice) -> tuple[Loaded, Path]:
     """(the chosen model, the directory of its results)."""
     loaded = load(cfg)
@@ -71,7 +82,7 @@ def read_items(task, source: Source, shots: int) -> list:
 
 
 def settings(loaded: Loaded, items, shots: int, cfg, names=()) -> dict:
-    """What records depend on; those of others are not continued. names: further fields of cfg."""
+    """What records depend on; those of other settings are not continued. names: further fields of cfg."""
     content = json.dumps([(item.prompt, item.answer, item.choices) for item in items])
     found = {"checkpoint": loaded.name, "shots": shots, "items": hashlib.sha256(content.encode()).hexdigest()[:16]}
     found |= {name: getattr(cfg, name) for name in (*names, "samples", "temperature", "top_p", "seed")}
@@ -114,24 +125,31 @@ def cut_at(text: str, stops) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
+def cut_line(cut: int, n: int, seq_len: int) -> list[str]:
+    """The line of a table about prompts that were cut, if any."""
+    return [f"  {cut:,} of {n:,} prompts lost their beginnings to fit the model's {seq_len} tokens"] if cut else []
+
+
 class Records:
     """Signed JSON lines, one per finished item, behind a line with the settings they were made with.
 
     A file of the same settings is continued (a line torn by a kill is dropped); others raise ValueError, or with
-    overwrite start anew. Lines from before there were signatures are accepted.
-    """
+    overwrite start anew. Lines from before there were signatures are accepted."""
 
-    def __init__(self, path: Path, settings: dict, metrics: dict[str, set], fields: Iterable[str], overwrite=False):
-        """metrics: the names of each item's metrics by its id; fields: what a record may hold."""
+    FIELDS = set("id group metrics nats tokens bytes merged cut choices texts reasons gold votes".split())
+
+    def __init__(self, path: Path, settings: dict, items: list, overwrite=False):
         self.path, self.items = path, {}
         if path.exists() and not overwrite:
             remedy = "remove that line to compute its item again, or use --overwrite for all"
             rows, whole = files.read_rows(path, remedy)
             if rows:
                 self._compare(rows[0], settings)
-                for number, record in enumerate(rows[1:], 2):
-                    known = metrics.get(record.get("id")) == set(record.get("metrics", ())) and set(record) <= {*fields}
-                    if not known:  # a damaged name is not always a damaged signature: it may be the signature's own
+                ids, metrics = {item.id for item in items}, [str(sorted(row.get("metrics", ()))) for row in rows[1:]]
+                usual = max(collections.Counter(metrics).items(), key=lambda pair: pair[1], default=("", 0))[0]
+                for number, (record, names) in enumerate(zip(rows[1:], metrics, strict=True), 2):
+                    # A damaged name is not always a damaged signature: it may be the signature's own.
+                    if record.get("id") not in ids or set(record) - self.FIELDS or names != usual:
                         raise ValueError(f"{path}:{number} is damaged (not a record of this task): {remedy}")
                     self.items[record["id"]] = record
                 os.truncate(path, whole)
@@ -146,26 +164,23 @@ class Records:
                 remedy = "give the same, use --overwrite to replace it, or write elsewhere with --out"
                 raise ValueError(f"{self.path} was made with {name}={old.get(name)!r}, not {value!r}: {remedy}")
 
-    def add(self, records: list[dict]) -> None:
-        files.append(self.path, records, signed=True)
-        self.items |= {record["id"]: record for record in records}
-
-
-def complete(stored: Records, items: list, compute: Callable, size: int, limit: int) -> list[dict]:
-    """The records of the first `limit` items (0: all). compute(list of (index, item)) makes those that are missing, for
-    `size` items at a time. Progress is a line on stderr, on a terminal rewritten in place."""
-    wanted = list(enumerate(items))[: limit or None]
-    pending = [(i, item) for i, item in wanted if item.id not in stored.items]
-    pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
-    begun, shown, terminal = time.perf_counter(), 0.0, sys.stderr.isatty()
-    for first in range(0, len(pending), size):
-        stored.add(compute(pending[first : first + size]))
-        n, now = min(first + size, len(pending)), time.perf_counter()
-        left, rate = len(pending) - n, n / max(1e-9, now - begun)
-        if terminal or not left or now - shown >= 10:
-            shown = now
-            line = f"{stored.path.stem}: {len(wanted) - left:,}/{len(wanted):,} items, {rate:.3g}/s"
-            line += f", {left / rate:,.0f} s left" if left else ""
-            end = "" if terminal and left else "\n"
-            print(f"\r{line:<70}" if terminal else line, end=end, file=sys.stderr, flush=True)
-    return [stored.items[item.id] for _, item in wanted]
+    def complete(self, items: list, compute: Callable, size: int, limit: int) -> list[dict]:
+        """The records of the first `limit` items (0: all). compute(list of (index, item)) makes those that are missing,
+        for `size` items at a time. Progress is a line on stderr, on a terminal rewritten in place."""
+        wanted = list(enumerate(items))[: limit or None]
+        pending = [(i, item) for i, item in wanted if item.id not in self.items]
+        pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
+        begun, shown, terminal = time.perf_counter(), 0.0, sys.stderr.isatty()
+        for first in range(0, len(pending), size):
+            records = compute(pending[first : first + size])
+            files.append(self.path, records, signed=True)
+            self.items |= {record["id"]: record for record in records}
+            n, now = min(first + size, len(pending)), time.perf_counter()
+            left, rate = len(pending) - n, n / max(1e-9, now - begun)
+            if terminal or not left or now - shown >= 10:
+                shown = now
+                line = f"{self.path.stem}: {len(wanted) - left:,}/{len(wanted):,} items, {rate:.3g}/s"
+                line += f", {left / rate:,.0f} s left" if left else ""
+                end = "" if terminal and left else "\n"
+                print(f"\r{line:<70}" if terminal else line, end=end, file=sys.stderr, flush=True)
+        return [self.items[item.id] for _, item in wanted]

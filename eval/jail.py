@@ -20,7 +20,7 @@ CONFINED, READY, UNCONFINED = b"confined", b"ready", b"unconfined: "
 def main(channel, parent):
     """Talk over the descriptor `channel`, with a 4-byte length before each message: receive the job, send CONFINED, run
     the program, send READY, receive token + tests, run them, send the token, or what went wrong. Where values are
-    wanted the tests are a list of expressions, and their reprs follow the token.
+    wanted, the tests are a list of expressions, and their reprs follow the token.
 
     What goes wrong before CONFINED is this machine's fault: it follows UNCONFINED, or is a traceback."""
     # The program may replace builtins and functions of modules: what is needed later is local.

@@ -1,4 +1,4 @@
-"""What runs of train.py and grpo.py tell people: their first lines, the row and line of a step, the closing report."""
+"""What runs of train.py and grpo.py print: their first lines, the row and line of a step, the closing report."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from optimoe.sizes import count_params, flops_per_token, peak_flops
 
 
 def first_lines(cfg, run, data, step):
-    """What is going to be trained, where, and what should be known about it before."""
+    """What is going to be trained, where, and warnings."""
     params, tokens = count_params(cfg), cfg.batch_size * cfg.seq_len
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     size = f"{params.total:,} parameters ({params.active:,} active), {steps_left(cfg, step)} of {tokens:,} tokens"
@@ -36,19 +36,18 @@ def steps_left(cfg, step):
 def read_window(window):
     """The row of a window of steps: means over batches and ranks. Waits for the device.
 
-    By layer: load_max and load_min, relative to an even share; router_entropy in nats, of the mean probabilities."""
+    By layer: load_max and load_min, relative to an even share; router_entropy of the mean probabilities, in nats."""
     loss, balance, z, batches = window["sums"].tolist()
     skipped, counts_NE = int(window["steps"][guard.BAD]), window["counts_NE"].float()
     row, layers = {}, max(1, len(counts_NE)) * batches
     if batches:  # else all steps were skipped
-        row |= {"loss": loss / batches, "balance": balance / layers, "z": z / layers}  # 1 is balance, in every layer
+        row |= {"loss": loss / batches, "balance": balance / layers, "z": z / layers}
     row |= {"skipped_steps": skipped} if skipped else {}
     if batches and len(counts_NE):
         load_NE = counts_NE / counts_NE.mean(1, keepdim=True)
         p_NE = window["probs_NE"] / window["probs_NE"].sum(1, keepdim=True)
         row |= {"load_max": load_NE.amax(1).tolist(), "load_min": load_NE.amin(1).tolist()}
-        row |= {"dead_experts": int((counts_NE == 0).sum())}
-        row |= {"router_entropy": torch.special.entr(p_NE).sum(1).tolist()}
+        row |= {"dead_experts": int((counts_NE == 0).sum()), "router_entropy": torch.special.entr(p_NE).sum(1).tolist()}
         row |= {"load": [[round(x, 3) for x in layer] for layer in load_NE.tolist()]}
     return row
 
@@ -102,7 +101,7 @@ def grpo_start(cfg, run, job):
 
 
 def grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds):
-    """The row of a step of grpo.py, over all ranks, which wait for one another. stats, norm: of grpo.update."""
+    """The row of a step of grpo.py over all ranks, which wait for one another here. stats, norm: of grpo.update."""
     loss, kl, clipped, n_tokens, routed, changed = stats.sum(0).tolist()
     mixed_P = reward_PG.amin(1) < reward_PG.amax(1)
     # Without the KL term, a group of equal rewards teaches nothing.

@@ -63,4 +63,3 @@ def stated(text: str) -> str | None:
     if not answers or any(len(answer) > LONGEST for answer in answers):
         return None
     return answers[0] if len(set(map(canonical, answers))) == 1 and canonical(answers[0]) else None
-

@@ -3,19 +3,19 @@
     run("def f(x):\n    return x + 1", "assert f(1) == 2").passed        # True
     run_many([(program, check), ...])                                    # several at once, results in order
 
-Every program gets a process of its own (eval/jail.py), which first gives up for good, without root or namespaces:
+Every program gets a process of its own (eval/jail.py). It needs no root, and first gives up for good:
   seccomp       all system calls but a short list: no sockets, processes, threads, signals or opening for writing
   Landlock      reading anything but Python, its packages and the system libraries (kernel 5.13 and later)
   capabilities  what root may do and others may not
   rlimits       CPU time, memory, core dumps, open files
-It has nothing of the user's environment, its output goes to /dev/null, its process group is killed at the deadline,
-and the kernel kills it with the evaluator.
+It sees nothing of the user's environment and writes to /dev/null. Its process group is killed at the deadline, and the
+kernel kills it with the evaluator.
 
-A pass must be proven: the tests and a fresh random token are sent after the program's top level has finished, and the
+A pass must be proven: the tests are sent with a fresh random token after the program's top level has finished, and the
 token comes back after the last assert. So exiting early, printing, or replacing `check`, `exec` or `print` fails. A
-failure must be the program's: an honest program has to pass first, the clock starts when the process is confined, and
-one that does not get that far is an OSError. As asserts share an interpreter with the tested function, code written
-against this very protocol can fake its own pass, and nothing else.
+failure must be the program's own: an honest program has to pass first, the clock starts when the process is confined,
+and a process that does not get that far is an OSError. Asserts share an interpreter with the tested function, so code
+written against this very protocol can fake its own pass, and nothing else.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class Result(NamedTuple):
 def run(program: str, check: str, seconds: float = 5.0, memory: int = MEMORY) -> Result:
     """Executes `program`, then `check` in the same namespace; passed when both end without an exception.
 
-    seconds: of CPU time, rounded; 4 times as much by the clock, without waiting for a processor. memory: bytes of
+    seconds: of CPU time, rounded; by the clock 4 times as much, not counting waits for a processor. memory: bytes of
     address space. OSError where no program can be judged: no seccomp, not x86-64 or ARM64, or an interpreter that
     cannot run an honest program within these limits."""
     confinement(memory)
@@ -58,8 +58,8 @@ def run(program: str, check: str, seconds: float = 5.0, memory: int = MEMORY) ->
 
 
 def values(program: str, expressions: list[str], seconds: float = 5.0, memory: int = MEMORY) -> list[str] | None:
-    """Executes `program`, then evaluates the expressions in its namespace: their reprs, of 64 kB in all, or None where
-    anything fails. They are compared outside: a program trained to pass never meets what it has to return."""
+    """Executes `program`, then evaluates the expressions in its namespace: their reprs, 64 kB in all, or None where
+    anything fails. The caller compares them: a program trained to pass never meets what it has to return."""
     confinement(memory)
     said, _ = _session(program, json.dumps(expressions), True, seconds, memory)
     try:
@@ -89,11 +89,11 @@ def confinement(memory: int = MEMORY) -> str:
 
 def _session(program, message, values, seconds, memory):
     """One process: (what it said behind the token, Result). OSError where it cannot start."""
-    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     readable = [f"{root}/{library}" for root in {sys.prefix, sys.base_prefix} for library in ("lib", "lib64")]
     readable += [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
-    job = dict(program=program, values=values, cpu=max(1, round(seconds)), memory=memory)
-    job |= dict(readable=readable, packages=packages)
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    job = dict(program=program, values=values, memory=memory, readable=readable, packages=packages)
+    job["cpu"] = max(1, round(seconds))
     token, stage, said = secrets.token_bytes(16), "program", b""
     with _process() as (process, channel):
         _start(process, channel, job)
@@ -173,31 +173,26 @@ def waited(pid: int) -> float:
 
 
 def _ask(channel, data, left):
-    """Sends data, if any, and returns the next message, b"" where the other side is gone. TimeoutError when no seconds
-    are left: a program need neither read nor write."""
+    """Sends data, if any; the next message, of at most 64 kB, or b"" where the other side is gone. TimeoutError when
+    no seconds are left: a program need neither read nor write."""
     try:
         if data is not None:
             channel.settimeout(max(0.01, left()))
             channel.sendall(struct.pack("!I", len(data)) + data)
-        return _receive(channel, left)
+        received, need = b"", 4
+        while len(received) < need:
+            channel.settimeout(max(0.01, left()))
+            try:
+                part = channel.recv(need - len(received))
+            except TimeoutError:
+                if left() > 0:  # it had to wait for a processor meanwhile
+                    continue
+                raise
+            if not part:
+                return b""
+            received += part
+            if need == 4 == len(received):
+                need += min(struct.unpack("!I", received)[0], 2**16)
+        return received[4:]
     except (BrokenPipeError, ConnectionResetError):
         return b""
-
-
-def _receive(channel, left):
-    """One message, cut at 64 kB."""
-    data, need = b"", 4
-    while len(data) < need:
-        channel.settimeout(max(0.01, left()))
-        try:
-            part = channel.recv(need - len(data))
-        except TimeoutError:
-            if left() > 0:  # it had to wait for a processor meanwhile
-                continue
-            raise
-        if not part:
-            return b""
-        data += part
-        if need == 4 == len(data):
-            need += min(struct.unpack("!I", data)[0], 2**16)
-    return data[4:]

@@ -28,12 +28,12 @@ class Set(NamedTuple):
 
 
 class Missing(ValueError):
-    """A set that is nowhere, in contrast to one that is damaged."""
+    """A set that is nowhere; one that is damaged is another ValueError."""
 
 
 class Source:
-    """folder: the local folder; ValueError if one was asked for and is not there.
-    training_data: the data directory of the evaluated run; tasks on procedural data need it."""
+    """folder: the local one; ValueError if it was asked for and is not there. training_data: the data directory of the
+    evaluated run, which tasks on procedural data need."""
 
     def __init__(self, folder: str | Path | None = None, training_data: str | Path | None = None):
         asked = folder or os.environ.get("OPTIMOE_EVALDATA")
@@ -44,7 +44,7 @@ class Source:
         self._cache = {}
 
     def rows(self, wanted: Set) -> list[dict]:
-        """The items of a set in their published order. Missing says how to get it; ValueError names a damaged file."""
+        """The items of a set in their published order. Missing says how to get it, ValueError names a damaged file."""
         if wanted not in self._cache:
             found = self._local(wanted) or self._hub(wanted)
             if not found:
@@ -56,17 +56,14 @@ class Source:
         return self._cache[wanted]
 
     def first(self, *sets: Set) -> list[dict]:
-        """The rows of the first of these sets that is there; the message of the first one if none is."""
-        try:
-            return self.rows(sets[0])
-        except Missing:
-            for wanted in sets[1:]:
-                with contextlib.suppress(Missing):
-                    return self.rows(wanted)
-            raise
+        """The rows of the first of these sets that is there. If none is, the error is that of the first one."""
+        for wanted in sets:
+            with contextlib.suppress(Missing):
+                return self.rows(wanted)
+        return self.rows(sets[0])
 
     def procedural(self, part: str) -> FactsConfig | ReasoningConfig:
-        """The settings of a part ("facts", "reasoning") of the run's procedural training data; ValueError without."""
+        """The settings of a part ("facts", "reasoning") of the run's procedural training data, else ValueError."""
         where = f"{self.training_data}/{shards.META}"
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:

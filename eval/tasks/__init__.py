@@ -1,4 +1,4 @@
-"""The tasks of eval, eval.votes and grpo.py. A task is one file of this folder; nothing else has to be told about it.
+"""The tasks of eval, eval.votes and grpo.py. A task is one file of this folder, and nothing else names it.
 
     TEST = Set("svamp/test", "svamp/test.jsonl", ("ChilleD/SVAMP", None, "test"))  # where rows are: eval.sources.Set
     TRAIN = Set(...)                       # rows to train on and to draw examples from, where there are any
@@ -8,8 +8,8 @@
     def example(row)                       # -> text of an example; default: the item's prompt and its answer
     def items(source, shots, split="test") # -> list of Item, where item(row) is not all
 
-Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. Where the model
-writes answers, it defines STOPS (strings that end an answer and are cut off), MAX_NEW_TOKENS, and some of
+Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. A task whose answers
+are written defines STOPS (strings that end an answer and are cut off), MAX_NEW_TOKENS, and some of
 
     def score(item, text)                  # for eval: {metric: number}, averaged over items
     def program(item, text)                # or, for code: (program, tests) for eval.sandbox, which gives pass@k
@@ -19,7 +19,7 @@ writes answers, it defines STOPS (strings that end an answer and are cut off), M
     def questions(source, split, n)        # for grpo.py: the first n items of "train" or "test", n = 0: all;
                                            # default: items(source, 0, split), where there is TRAIN
 
-Multiple choice needs none of these: where an answer is written, options get letters (`lettered`).
+Multiple choice needs none of these: options get letters where an answer is written (`lettered`).
 """
 
 import importlib
@@ -60,7 +60,7 @@ def choice(prompt: str, choices: list[str], gold: int, **others) -> Item:
 
 
 class Task:
-    """A file of this folder. What it leaves out has its default, or is None."""
+    """A file of this folder. What it leaves out has its default or is None."""
 
     def __init__(self, name: str, module):
         like = getattr(module, "LIKE", None)
@@ -135,14 +135,14 @@ def lettered(item: Item) -> Item:
 
 
 def letter(text: str) -> str | None:
-    """The letter that a text begins with, or that it says is the answer; None without one."""
+    """The letter that a text begins with or calls its answer; None without one."""
     found = re.match(r"\s*\(?([A-Z])\b(?!')", text) or re.search(r"(?i:answer is):? *\(?([A-Z])\b(?!')", text)
     return found[1] if found else None
 
 
 def with_examples(rows, pool, n: int, item: Callable[[dict], Item], example=None) -> list[Item]:
-    """item(row) of each row, behind n examples: example(row), or the row's own prompt and answer. They are drawn from
-    pool as in lm-eval by one random stream through all rows; where pool is rows itself, no row is its own example."""
+    """item(row) of each row, behind n examples: example(row), or the row's own prompt and answer. As in lm-eval, one
+    random stream through all rows draws them from pool. Where pool is rows itself, no row is its own example."""
 
     def whole(row):
         shown = item(row)

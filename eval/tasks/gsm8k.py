@@ -1,7 +1,7 @@
-"""GSM8K (arXiv 2110.14168): word problems, worked solutions that end in "#### 18". 1,319 test items.
+"""GSM8K (arXiv 2110.14168): word problems with worked solutions that end in "#### 18". 1,319 test items.
 
-With four examples the prompts are those of the paper's task loss; its answers have no space after "Answer:". `strict`
-and `flexible` are the harness's filters: the first "#### number", and the last number of any form.
+With four examples the prompts are those of the paper's task loss, whose answers have no space after "Answer:". `strict`
+and `flexible` are lm-eval's filters: the first "#### number", and the last number of any form.
 """
 
 import re

@@ -1,7 +1,7 @@
 """MBPP (arXiv 2108.07732): short Python functions from a sentence and three tests. The 500 test items, ids 11 to 510.
 
-The examples are ids 2, 3 and 4, as in the harness. pass@k by eval.sandbox. Task loss as in the paper: the solution on a
-new line after the bare sentence.
+The examples are ids 2, 3 and 4, as in lm-eval. pass@k is by eval.sandbox. Task loss is the paper's: the solution on
+a new line after the bare sentence.
 """
 
 import ast
