@@ -72,7 +72,7 @@ def _fractions(text):
 
 
 def number(text: str) -> Number | None:
-    """The value of a text that is one number, perhaps with a unit; None for anything else."""
+    """A text that is one number, perhaps with a unit; None for anything else."""
     found = len(text) <= LONGEST and re.fullmatch(NUMBER, _fractions(ASSIGNED.sub("", clean(text))).strip(), re.ASCII)
     return _number(found) if found else None
 
@@ -89,7 +89,7 @@ def _number(found) -> Number | None:
 
 
 def find_number(text: str, marker: str) -> Fraction | None:
-    """The first number behind the marker, a pattern; None without one, or where it goes on (3^2, 1/x)."""
+    """The first number behind the marker (a pattern); None without one, or where it goes on, as in 3^2 and 1/x."""
     goes_on = r"[\d^(]|[.,]\d|/(?!\s?[a-z]{2})|\\frac|e[-+]?\d|\s?[*/^]\s?\d"
     for marked in re.finditer(rf"(?:{marker})[\s:$*=]{{0,20}}", text):
         behind = _fractions(clean(text[marked.end() : marked.end() + LONGEST + 1].partition("\n")[0])).strip()
@@ -121,7 +121,7 @@ def exact(text: str) -> str:
 
 
 def symbols(text: str) -> list[str]:
-    """Numbers, letters and commands of a cleaned expression, in order; without what is free."""
+    """Numbers, letters and commands of a cleaned expression, in order, without what is FREE."""
     text = re.sub(r"\\frac\{(-?)1\}|(?<![\d}.])1\s?/", r"\1/", exact(text)).replace(r"\frac", "/")  # 1/2 x is x/2
     found = (match[2] or match[1].lower() for match in TOKEN.finditer(text))
     return [token for token in found if token not in FREE]
@@ -182,7 +182,7 @@ _child, _lock = None, threading.Lock()
 
 
 def _ask(gold, answer, seconds):
-    """Ask the child, which is started at the first question and after every one that took too long."""
+    """Ask the child, which starts at the first question and after every one that took too long."""
     global _child
     if _child is None or _child.poll() is not None:
         need_library()

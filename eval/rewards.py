@@ -39,7 +39,7 @@ def _same(text, gold):
 
 
 def boxed(text: str):
-    r"""What stands in each \boxed{}; "" where it is too long or does not end."""
+    r"""What stands in each \boxed{}; "" where that is too long or does not end."""
     for start in re.finditer(r"\\f?boxed\s*\{", text):
         depth, end = 1, start.end()
         for brace in re.compile(r"[{}]").finditer(text, start.end(), start.end() + LONGEST + 2):
@@ -50,7 +50,7 @@ def boxed(text: str):
 
 
 def stated(text: str) -> str | None:
-    """The one answer that a text marks; None where there is none, or where several differ."""
+    """The one answer that a text marks; None without one, or where several differ."""
     answers = list(boxed(text))
     if len(set(map(canonical, answers))) > 1:
         return None

@@ -46,8 +46,7 @@ class Source:
     def rows(self, wanted: Set) -> list[dict]:
         """The items of a set in their published order. Missing says how to get it, ValueError names a damaged file."""
         if wanted not in self._cache:
-            found = self._local(wanted) or self._hub(wanted)
-            if not found:
+            if not (found := self._local(wanted) or self._hub(wanted)):
                 raise Missing(f"{wanted.name} was not found: {self._ways(wanted)}")
             rows, where = found
             if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -72,11 +71,10 @@ class Source:
         return getattr(procedural.from_dict(settings, where), part)
 
     def _ways(self, wanted):
-        file, origin = wanted.file, f" (it is in {wanted.origin})" if wanted.origin else ""
-        other = "name another one with --evaldata or OPTIMOE_EVALDATA"
-        way = f"put {file} (or {file}.gz){origin} into the folder {self.folder}, or {other}"
+        origin = f" (it is in {wanted.origin})" if wanted.origin else ""
+        way = f"put {wanted.file} (or {wanted.file}.gz){origin} into the folder {self.folder}"
         hub = f"; or pip install datasets, for the hub's {' '.join(filter(None, wanted.hub))}" if wanted.hub else ""
-        return way + hub
+        return f"{way}, or name another one with --evaldata or OPTIMOE_EVALDATA{hub}"
 
     def _local(self, wanted):
         for path in (self.folder / wanted.file, self.folder / f"{wanted.file}.gz"):
@@ -94,7 +92,9 @@ class Source:
         except (OSError, ValueError) as error:  # no network, or the dataset has moved
             why = f"reading {dataset} from the hub failed ({error})"
             raise ValueError(f"{wanted.name}: {why}: {self._ways(wanted)}") from error
-        return [_flat(row) for row in rows], f"hub: {' '.join(filter(None, wanted.hub))}"
+        # TriviaQA's nested answer becomes flat, as in the local file.
+        flat = [row | row["answer"] if isinstance(row.get("answer"), dict) else row for row in rows]
+        return flat, f"hub: {' '.join(filter(None, wanted.hub))}"
 
 
 def _read(path):
@@ -107,8 +107,3 @@ def _read(path):
     if ".jsonl" in path.name:
         return [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
     return files.parse(text, str(path), "get it again")
-
-
-def _flat(row):
-    """TriviaQA's nested answer as in the local file."""
-    return row | row["answer"] if isinstance(row.get("answer"), dict) else row

@@ -109,8 +109,8 @@ def test_code_prompts():
         "def f(x):\n    return 2",
         "def check(c):\n    assert c(1) == 1\n\ncheck(f)",
     )
-    with pytest.raises(ValueError, match="humaneval has no examples; use --shots=0"):
-        humaneval.items(Rows(humaneval__test=[row, row | {"task_id": "1"}]), 1)
+    two = humaneval.items(Rows(humaneval__test=[row, row | {"task_id": "1", "prompt": "def g(x):\n"}]), 1)
+    assert two[0].prompt == "def g(x):\n    return x\n\n\ndef f(x):\n"  # an example is another item
 
     rows = [
         {
@@ -161,8 +161,6 @@ def test_paper_items():
         task = tasks.load(name)
         item = task.items(Rows(**{set_name: rows}), 0)[0]
         assert (item.prompt, item.answer) == ("def f():\n", "\n    return 1\n") and not task.generated()
-        with pytest.raises(ValueError, match="the paper's task-loss items have no examples; use --shots=0"):
-            task.items(Rows(**{set_name: [*rows, dict(rows[0])]}), 1)
 
 
 # ---- scores

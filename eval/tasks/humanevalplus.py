@@ -10,7 +10,3 @@ SHOTS = 0
 
 def item(row):
     return Item(prompt=row["prompt"], answer=row["answer"])
-
-
-def example(row):
-    raise ValueError("the paper's task-loss items have no examples; use --shots=0")
