@@ -94,7 +94,8 @@ def find_number(text: str, marker: str) -> Fraction | None:
     for marked in re.finditer(rf"(?:{marker})[\s:$*=]{{0,20}}", text):
         behind = _fractions(clean(text[marked.end() : marked.end() + LONGEST + 1].partition("\n")[0])).strip()
         found = re.match(rf"{NUMBER}(?!{goes_on})", behind, re.ASCII)
-        if found and len(found[0]) <= LONGEST and (value := _number(found)):
+        value = _number(found) if found and len(found[0]) <= LONGEST else None
+        if value:
             return value.value
     return None
 
@@ -165,7 +166,9 @@ def right(question: str, gold: str, answer: str) -> bool:
         return False
     grouped = answer.count("(") > sum(map(gold.count, "({^"))
     textual = not re.sub(r"\\text\{[^{}]*\}", "", gold)
-    return (textual or sorted(ours) == sorted(theirs) and not grouped) and equal(gold, answer)
+    if not textual and (sorted(ours) != sorted(theirs) or grouped):
+        return False
+    return equal(gold, answer)
 
 
 def _bare(text):

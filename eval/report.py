@@ -30,7 +30,8 @@ def first_lines(cfg, run, data, step):
 
 
 def steps_left(cfg, step):
-    return f"{cfg.steps - step} step{'s' * (cfg.steps - step != 1)}"
+    left = cfg.steps - step
+    return f"{left} step" if left == 1 else f"{left} steps"
 
 
 def read_window(window):

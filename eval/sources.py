@@ -5,7 +5,6 @@ rows = source.rows(gsm8k.TEST)         # list of dicts
 source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jsonl"}
 """
 
-import contextlib
 import gzip
 import importlib.util
 import os
@@ -27,10 +26,6 @@ class Set(NamedTuple):
     origin: str = ""  # where a person gets the file
 
 
-class Missing(ValueError):
-    """A set that is nowhere; one that is damaged is another ValueError."""
-
-
 class Source:
     """folder: the local one; ValueError if it was asked for and is not there. training_data: the data directory of the
     evaluated run, which tasks on procedural data need."""
@@ -43,30 +38,25 @@ class Source:
         self.used = {}  # name of a set -> where it was read
         self._cache = {}
 
-    def rows(self, wanted: Set) -> list[dict]:
-        """The items of a set in their published order. Missing says how to get it, ValueError names a damaged file."""
-        if wanted not in self._cache:
-            if not (found := self._local(wanted) or self._hub(wanted)):
-                raise Missing(f"{wanted.name} was not found: {self._ways(wanted)}")
-            rows, where = found
-            if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-                raise ValueError(f"{where} must hold a JSON object for each item; get it again")
-            self._cache[wanted], self.used[wanted.name] = found
-        return self._cache[wanted]
-
-    def first(self, *sets: Set) -> list[dict]:
-        """The rows of the first of these sets that is there. If none is, the error is that of the first one."""
+    def rows(self, *sets: Set) -> list[dict]:
+        """The items, in their published order, of the first of these sets that is there. ValueError says how to get the
+        first of them, or names a damaged file."""
         for wanted in sets:
-            with contextlib.suppress(Missing):
-                return self.rows(wanted)
-        return self.rows(sets[0])
+            found = self._cache.get(wanted) or self._local(wanted) or self._hub(wanted)
+            if found:
+                rows, where = found
+                if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+                    raise ValueError(f"{where} must hold a JSON object for each item; get it again")
+                self._cache[wanted], self.used[wanted.name] = found, where
+                return rows
+        raise ValueError(f"{sets[0].name} was not found: {self._ways(sets[0])}")
 
     def procedural(self, part: str) -> FactsConfig | ReasoningConfig:
         """The settings of a part ("facts", "reasoning") of the run's procedural training data, else ValueError."""
         where = f"{self.training_data}/{shards.META}"
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
-            why = f"nothing about them in {where}" if self.training_data else "its training data is not at hand"
+            why = f"{where} has none" if self.training_data else "if it was, name its data directory with --data"
             raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
         return getattr(procedural.from_dict(settings, where), part)
 

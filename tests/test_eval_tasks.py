@@ -16,10 +16,7 @@ class Rows:
     def __init__(self, **sets):
         self.sets = {name.replace("__", "/"): rows for name, rows in sets.items()}
 
-    def rows(self, wanted):
-        return self.sets[wanted.name]
-
-    def first(self, *sets):
+    def rows(self, *sets):
         return next(self.sets[wanted.name] for wanted in sets if wanted.name in self.sets)
 
 

@@ -37,7 +37,7 @@ def test_local_folder(tmp_path, monkeypatch):
     assert len(source.rows(gsm8k.TEST)) == 3 and len(source.rows(gsm8k.TRAIN)) == 3
     assert source.rows(mbppplus.TEST) == [{"prompt": "a", "answer": "b"}]
     assert source.used["gsm8k/train"] == str(tmp_path / "gsm8k/train.jsonl.gz")
-    assert source.first(gsm_plus.FULL, gsm8k.TEST) is source.rows(gsm8k.TEST)
+    assert source.rows(gsm_plus.FULL, gsm8k.TEST) is source.rows(gsm8k.TEST)
     monkeypatch.setenv("OPTIMOE_EVALDATA", str(tmp_path))
     assert len(Source().rows(gsm8k.TEST)) == 3
     with pytest.raises(ValueError, match="evaldata='nowhere': no such folder"):
@@ -60,7 +60,7 @@ def test_missing_says_what_to_do(tmp_path):
     ):
         Source(tmp_path).rows(humanevalplus.TEST)
     with pytest.raises(ValueError, match="math/test was not found"):  # the first one's message
-        Source(tmp_path).first(math500.TRAIN, math500.TEST)
+        Source(tmp_path).rows(math500.TRAIN, math500.TEST)
 
 
 def test_hub(tmp_path, monkeypatch):

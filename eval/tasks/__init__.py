@@ -70,9 +70,10 @@ class Task:
 
         self.name, self.module, self.lettered = name, module, get("STOPS") is None
         self._asks = module if hasattr(module, "item") or hasattr(module, "items") else like  # whose items these are
-        for needed in ("SHOTS", "item", "MAX_NEW_TOKENS")[: 2 + (not self.lettered)]:
-            if get(needed) is None and not (needed == "item" and hasattr(self._asks, "items")):
-                raise ValueError(f"eval/tasks/{name}.py must define {needed}; see eval/tasks/__init__.py")
+        needed = ["SHOTS"] if hasattr(self._asks, "items") else ["SHOTS", "item"]
+        for what in needed if self.lettered else [*needed, "MAX_NEW_TOKENS"]:
+            if get(what) is None:
+                raise ValueError(f"eval/tasks/{name}.py must define {what}; see eval/tasks/__init__.py")
         self.shots: int = get("SHOTS")
         self.items: Callable = getattr(self._asks, "items", self._items)  # (source, shots) -> list of Item
         self.stops: tuple[str, ...] = get("STOPS", ("\n",))
@@ -80,15 +81,18 @@ class Task:
         self.score: Callable | None = get("score")
         self.program: Callable | None = get("program")
         self.vote: Callable | None = letter if self.lettered else get("vote")
-        self.gold: Callable | None = get("gold") or self.vote and (lambda item: self.vote(item.answer))
-        self.reward: Callable | None = get("reward") or self.vote and self._voted
+        self.gold: Callable | None = get("gold", self._gold if self.vote else None)
+        self.reward: Callable | None = get("reward", self._voted if self.vote else None)
         self.trains = bool(self.reward and (hasattr(module, "TRAIN") or hasattr(module, "questions")))
 
     def _items(self, source, shots, split="test"):
         train = getattr(self.module, "TRAIN", None)
         rows = source.rows(train if split == "train" else self.module.TEST)
-        pool = source.first(train, self.module.TEST) if train and shots else rows
+        pool = source.rows(train, self.module.TEST) if train and shots else rows
         return with_examples(rows, pool, shots, self._asks.item, getattr(self._asks, "example", None))
+
+    def _gold(self, item):
+        return self.vote(item.answer)
 
     def _voted(self, item, text):
         return float(self.vote(text) is not None and self.vote(text) == self.gold(item))

@@ -13,7 +13,7 @@ SHOTS, LIKE = 5, gsm8k
 
 
 def items(source, shots):
-    rows = [row | {"answer": row["solution"]} for row in source.first(FULL, MINI)]
+    rows = [row | {"answer": row["solution"]} for row in source.rows(FULL, MINI)]
     return with_examples(rows, rows, shots, item, gsm8k.example)
 
 

@@ -18,7 +18,7 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 3, ("[DONE]",), 256
 
 def items(source, shots):
     rows = [row for row in source.rows(TEST) if 11 <= row["task_id"] <= 510]
-    fixed = [row for row in source.first(PROMPT, TEST) if row["task_id"] in (2, 3, 4)]
+    fixed = [row for row in source.rows(PROMPT, TEST) if row["task_id"] in (2, 3, 4)]
     if shots > len(fixed):
         raise ValueError(f"shots={shots}: mbpp has {len(fixed)} examples")
     prefix = "".join(example(row) + "\n\n" for row in fixed[:shots])
