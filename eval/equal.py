@@ -41,7 +41,7 @@ CLEAN = [
     (r"\\text\{\s*(?:and|or)(?![a-z])([^{}]*)\}", r",\1"),
     (r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3}(?!\d))", ""),
     (
-        rf"(?<!\d)({PLAIN})\s*(\\text\{{\s*)?{SCALE}",
+        rf"({PLAIN})\s*(\\text\{{\s*)?{SCALE}",
         lambda found: plain(_value(found[1]) * SCALES[found[3]]) + (found[2] or ""),
     ),
     (r"\\text\{\s*\}|\^\{?\\circ\}?|\\?%|\\(?=\$)", ""),
@@ -110,9 +110,10 @@ def plain(value: Fraction) -> str:
 
 
 def canonical(text: str) -> str:
-    """For votes: a number by value, all else by its cleaned text."""
+    """For votes: a number by value, all else by its text, cleaned where it has the length of an answer."""
     found = number(text)
-    return plain(found.value) if found else re.sub(r"\s", "", ASSIGNED.sub("", clean(text)))
+    cleaned = ASSIGNED.sub("", clean(text)) if len(text) <= LONGEST else text
+    return plain(found.value) if found else re.sub(r"\s", "", cleaned)
 
 
 def exact(text: str) -> str:

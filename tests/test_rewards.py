@@ -10,7 +10,7 @@ from data import procedural, reasoning
 from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from eval import equal, sandbox, tasks
-from eval.equal import number
+from eval.equal import canonical, number
 from eval.rewards import judge, stated
 from eval.sources import Source
 from eval.tasks import Item
@@ -203,6 +203,8 @@ def test_enormous_answers_take_no_time():
         "the answer is " * 10**5,
     ]
     assert [judge(EGGS, "391", text) for text in texts] == [0] * 4
+    for text in ("9" * 20_000, "~" * 20_000, "9" * 20_000 + "million"):
+        assert canonical(text) == text
     assert time.process_time() - begin < 10
 
 
