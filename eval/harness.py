@@ -53,8 +53,11 @@ def open_source(cfg: EvalChoice) -> Source:
     if cfg.hf:
         folder = hub.folder(cfg.hf, "hf", hub.TOKENIZER)  # the weights come later, in open_model
         require((folder / "config.json").is_file(), "hf", cfg.hf, "no config.json there, so this is no model")
-    where = "no checkpoint there; name a run directory of train.py or grpo.py, or one file with --checkpoint"
-    require(not cfg.run or checkpoint.find(cfg.run), "run", cfg.run, where)
+    elif cfg.run:
+        require(checkpoint.find(cfg.run), "run", cfg.run, "no checkpoint (ckpt-*.pt) there; name a run directory")
+    else:
+        named = checkpoint.NAME.fullmatch(Path(cfg.checkpoint).name)
+        require(named, "checkpoint", cfg.checkpoint, "no checkpoint of a run, which is called ckpt-STEP-HASH.pt")
     return Source(cfg.evaldata, cfg.data_directory())
 
 

@@ -246,8 +246,10 @@ def test_a_model_that_is_not_there_is_blamed_and_not_the_task(tmp_path, monkeypa
     for name, message in (("someone/typo", "no such directory, nor such a model"), (tmp_path, "no config.json there")):
         with pytest.raises(ValueError, match=f"^hf='{name}': {message}"):
             main([f"--hf={name}", task])
-    with pytest.raises(ValueError, match=f"^run='{tmp_path}': no checkpoint there"):
-        main([f"--run={tmp_path}", task])
+    (tmp_path / "best.pt").touch()
+    for flag, value in (("run", tmp_path), ("checkpoint", tmp_path / "best.pt")):
+        with pytest.raises(ValueError, match=f"^{flag}='{value}': no checkpoint"):
+            main([f"--{flag}={value}", task])
 
 
 def test_kernels_that_cannot_run_are_refused(tiny_run, monkeypatch):
