@@ -116,6 +116,12 @@ def canonical(text: str) -> str:
     return plain(found.value) if found else re.sub(r"\s", "", cleaned)
 
 
+def words(text: str) -> list[str]:
+    """The words of a text, in lower case but for single letters: (A) and (a) differ."""
+    found = re.findall(r"[a-zA-Z0-9]+", text.replace(r"\text", " "))
+    return [word if len(word) == 1 else word.lower() for word in found]
+
+
 def exact(text: str) -> str:
     """Decimals as fractions, which computer algebra does not round."""
     fraction = lambda found: r"\frac{%d}{%d}" % Fraction(found[0]).as_integer_ratio()  # noqa: E731, UP031  LaTeX braces
@@ -139,10 +145,8 @@ def equal(gold: str, answer: str, seconds: float = 5) -> bool:
     wanted, said = number(gold), number(answer)
     if wanted and said:
         return wanted.value == said.value
-    if not re.sub(r"\\text\{[^{}]*\}|[\s().]", "", gold):  # words; (A) and (a) differ
-        found = (re.findall(r"[a-zA-Z0-9]+", text.replace(r"\text", " ")) for text in (gold, answer))
-        theirs, ours = ([word if len(word) == 1 else word.lower() for word in words] for words in found)
-        return theirs == ours
+    if not re.sub(r"\\text\{[^{}]*\}|[\s().]", "", gold):
+        return words(gold) == words(answer)
     ours, theirs = (set(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", text)) for text in (gold, answer))
     bases = [re.findall(r"_\{?(\w+)", text) for text in (gold, answer)]
     if any(letter.swapcase() in ours ^ theirs for letter in ours ^ theirs) or bases[0] != bases[1]:

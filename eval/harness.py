@@ -4,6 +4,7 @@ import collections
 import hashlib
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -148,11 +149,13 @@ class Records:
             rows, whole = files.read_rows(path, remedy)
             if rows:
                 self._compare(rows[0], settings)
-                ids, metrics = {item.id for item in items}, [str(sorted(row.get("metrics", ()))) for row in rows[1:]]
-                usual = max(collections.Counter(metrics).items(), key=lambda pair: pair[1], default=("", 0))[0]
-                for number, (record, names) in enumerate(zip(rows[1:], metrics, strict=True), 2):
+                ids = {item.id for item in items}
+                metrics = [sorted(record.get("metrics", ())) for record in rows[1:]]
+                usual = statistics.mode(map(str, metrics)) if metrics else ""
+                for number, record in enumerate(rows[1:], 2):
                     # A damaged name is not always a damaged signature: it may be the signature's own.
-                    if record.get("id") not in ids or set(record) - self.FIELDS or names != usual:
+                    known = record.get("id") in ids and set(record) <= self.FIELDS
+                    if not known or str(metrics[number - 2]) != usual:
                         raise ValueError(f"{path}:{number} is damaged (not a record of this task): {remedy}")
                     self.items[record["id"]] = record
                 os.truncate(path, whole)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import statistics
 import subprocess
 import sys
 
@@ -33,9 +34,8 @@ def test_all_tasks(tiny_run, capsys):
     results = run(tiny_run, "--tasks=gsm8k,hellaswag,triviaqa,humaneval", "--shots=0")
     printed = capsys.readouterr().out
     assert results == files.read_json(tiny_run / "eval-00000003/results.json")
-    assert list(results["tasks"]) == ["gsm8k", "hellaswag", "triviaqa", "humaneval"] and results[
-        "checkpoint"
-    ].startswith("ckpt-00000003-")
+    assert list(results["tasks"]) == ["gsm8k", "hellaswag", "triviaqa", "humaneval"]
+    assert results["checkpoint"].startswith("ckpt-00000003-")
     assert results["sources"]["gsm8k/test"] == str(tiny_run / "gsm8k/test.jsonl") and "seccomp" in results["sandbox"]
     expected = {
         "gsm8k": {"strict", "flexible"},
@@ -44,17 +44,13 @@ def test_all_tasks(tiny_run, capsys):
         "humaneval": {"pass@1"},
     }
     for task, metrics in expected.items():
-        result = results["tasks"][task]
-        assert set(result["metrics"]) == metrics | {"bits/token", "bits/byte"} and result["items"] == len(
-            records(tiny_run, task)
-        )
+        result, rows = results["tasks"][task], records(tiny_run, task).values()
+        assert set(result["metrics"]) == metrics | {"bits/token", "bits/byte"} and result["items"] == len(rows)
         for metric, stats in result["metrics"].items():
-            values = [record["metrics"][metric] for record in records(tiny_run, task).values()]
-            mean = sum(values) / len(values)
+            values = [record["metrics"][metric] for record in rows]
+            mean, variance = statistics.mean(values), statistics.variance(values)
             assert stats["mean"] == pytest.approx(mean)
-            assert stats["stderr"] == pytest.approx(
-                math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-            )
+            assert stats["stderr"] == pytest.approx(math.sqrt(variance / len(values)))
             assert f"{mean:.4f}" in printed and metric in printed
 
 
@@ -65,68 +61,49 @@ def test_losses_and_choices_are_those_of_single_items(tiny_run):
     for item in items:
         record = records(tiny_run, "hellaswag")[item.id]
         costs = [score(model, [encode_pair(tokens, item.prompt, choice)[:2]])[0] for choice in item.choices]
-        assert record["choices"] == pytest.approx(costs, rel=1e-4) and record["nats"] == pytest.approx(
-            costs[item.gold], rel=1e-4
-        )
+        assert record["choices"] == pytest.approx(costs, rel=1e-4)
+        assert record["nats"] == pytest.approx(costs[item.gold], rel=1e-4)
         best = min(range(4), key=lambda i: costs[i])
         shortest = min(range(4), key=lambda i: costs[i] / len(item.choices[i][1:]))
-        assert record["metrics"]["acc"] == (best == item.gold) and record["metrics"]["acc_norm"] == (
-            shortest == item.gold
-        )
-        assert record["metrics"]["bits/byte"] == pytest.approx(
-            costs[item.gold] / math.log(2) / len(item.answer.encode()), rel=1e-4
-        )
-    assert (
-        len({record["metrics"]["acc"] for record in records(tiny_run, "hellaswag").values()}) == 2
-    )  # some right, some wrong
+        found, bits = record["metrics"], costs[item.gold] / math.log(2)
+        assert found["acc"] == (best == item.gold) and found["acc_norm"] == (shortest == item.gold)
+        assert found["bits/byte"] == pytest.approx(bits / len(item.answer.encode()), rel=1e-4)
+    rows = records(tiny_run, "hellaswag").values()
+    assert {record["metrics"]["acc"] for record in rows} == {0, 1}  # some right, some wrong
+
+
+def answer_with(monkeypatch, answer):
+    """Instead of a model, answer(prompt, number of its random stream) writes the texts."""
+
+    def texts(loaded, task, prompts, streams, room, cfg):
+        return list(map(answer, prompts, streams)), [False] * len(prompts)
+
+    monkeypatch.setattr(harness, "texts", texts)
 
 
 def test_right_and_wrong_answers(tiny_run, monkeypatch):
     """With the gold answers as generated texts everything is right, with others everything is wrong."""
-    gold = {
-        item.prompt: item.answer
-        for name in ("gsm8k", "triviaqa", "humaneval")
-        for item in tasks.load(name).items(Source(tiny_run), 0)
-    }
-    for right in (1, 0):
-        monkeypatch.setattr(
-            harness,
-            "texts",
-            lambda loaded, task, prompts, streams, room, cfg: (
-                [gold[prompt] if right else "    return 99\n#### 99" for prompt in prompts],  # noqa: B023
-                [False] * len(prompts),
-            ),
-        )
-        results = run(tiny_run, "--tasks=gsm8k,triviaqa,humaneval", "--shots=0", "--loss=false", "--overwrite")["tasks"]
-        assert {
-            metric: stats["mean"] for result in results.values() for metric, stats in result["metrics"].items()
-        } == dict.fromkeys(("strict", "flexible", "exact_match", "normalized", "pass@1"), right)
+    names = ("gsm8k", "triviaqa", "humaneval")
+    items = [item for name in names for item in tasks.load(name).items(Source(tiny_run), 0)]
+    gold = {item.prompt: item.answer for item in items}
+    wrong = dict.fromkeys(gold, "    return 99\n#### 99")
+    for right, answers in ((1, gold), (0, wrong)):
+        answer_with(monkeypatch, lambda prompt, _: answers[prompt])  # noqa: B023
+        results = run(tiny_run, f"--tasks={','.join(names)}", "--shots=0", "--loss=false", "--overwrite")["tasks"]
+        found = {name: stats["mean"] for result in results.values() for name, stats in result["metrics"].items()}
+        assert found == dict.fromkeys(("strict", "flexible", "exact_match", "normalized", "pass@1"), right)
 
 
 def test_pass_at_k(tiny_run, monkeypatch):
     """Ten samples of which sample i of an item is right when i < 3: pass@1 = 0.3, pass@10 = 1."""
     body = {item.prompt: item.answer for item in tasks.load("humaneval").items(Source(tiny_run), 0)}
-    monkeypatch.setattr(
-        harness,
-        "texts",
-        lambda loaded, task, prompts, streams, room, cfg: (
-            [
-                body[prompt] if stream % 4096 < 3 else "    return 99\n"
-                for prompt, stream in zip(prompts, streams, strict=True)
-            ],
-            [False] * len(prompts),
-        ),
-    )
-    metrics = run(tiny_run, "--tasks=humaneval", "--samples=10", "--temperature=0.8", "--loss=false", "--limit=1")[
-        "tasks"
-    ]["humaneval"]["metrics"]
+    answer_with(monkeypatch, lambda prompt, stream: body[prompt] if stream % 4096 < 3 else "    return 99\n")
+    flags = ["--tasks=humaneval", "--samples=10", "--temperature=0.8", "--loss=false", "--limit=1"]
+    metrics = run(tiny_run, *flags)["tasks"]["humaneval"]["metrics"]
     assert metrics["pass@1"]["mean"] == pytest.approx(0.3) and metrics["pass@10"]["mean"] == 1
     record = records(tiny_run, "humaneval")["HumanEval/0"]
-    assert (
-        record["reasons"][:3] == ["passed"] * 3
-        and record["reasons"][3].startswith("AssertionError")
-        and len(record["texts"]) == 10
-    )
+    assert record["reasons"][:3] == ["passed"] * 3 and record["reasons"][3].startswith("AssertionError")
+    assert len(record["texts"]) == 10
 
 
 LONG = "The answer is \\boxed{" + "9" * 5000 + "}. #### " + "9" * 5000 + "\nAnswer: " + "9" * 5000 + "."
@@ -269,33 +246,19 @@ def test_groups(tiny_run, monkeypatch, capsys):
     assert set(result["metrics"]) == {"bits/token", "bits/byte"} and "by group" not in capsys.readouterr().out
     assert {group: stats["bits/byte"]["n"] for group, stats in result["groups"].items()} == {"add": 3, "drop": 3}
     right = {f"Question: {i}?\nAnswer:" for i in (0, 1, 2)}
-
-    def texts(loaded, task, prompts, *_):
-        return ["#### " + prompt[10] * (prompt in right) for prompt in prompts], [False] * len(prompts)
-
-    monkeypatch.setattr(harness, "texts", texts)
+    answer_with(monkeypatch, lambda prompt, _: f"#### {prompt[10]}" if prompt in right else "")
     run(tiny_run, "--tasks=gsm_plus", "--shots=0", "--overwrite")
     printed = capsys.readouterr().out.split("gsm_plus by group\n")[1].splitlines()  # shares, as train.py prints them
-    assert [line.split() for line in printed[:3]] == [
-        ["strict", "flexible"],
-        ["add", "66.7%", "66.7%"],
-        ["drop", "33.3%", "33.3%"],
-    ]
+    rows = [line.split() for line in printed[:3]]
+    assert rows == [["strict", "flexible"], ["add", "66.7%", "66.7%"], ["drop", "33.3%", "33.3%"]]
 
 
 def test_checkpoint_file_and_tokenizer(tiny_run, tmp_path):
     path = checkpoint.find(tiny_run)[-1][1]
-    results = command.main(
-        [
-            f"--checkpoint={path}",
-            f"--evaldata={tiny_run}",
-            "--device=cpu",
-            "--tasks=gsm8k",
-            "--limit=1",
-            "--shots=0",
-            f"--out={tmp_path / 'elsewhere'}",
-        ]
+    flags = (
+        f"--checkpoint={path} --evaldata={tiny_run} --tasks=gsm8k --limit=1 --shots=0 --out={tmp_path / 'elsewhere'}"
     )
+    results = command.main(["--device=cpu", *flags.split()])
     assert files.read_json(tmp_path / "elsewhere/results.json") == results
     assert results["tasks"]["gsm8k"]["metrics"]["strict"]["stderr"] is None  # one item has no standard error
     (tiny_run / "data").rename(tmp_path / "moved")
@@ -303,10 +266,8 @@ def test_checkpoint_file_and_tokenizer(tiny_run, tmp_path):
         run(tiny_run, "--tasks=gsm8k", "--shots=0")
     run(tiny_run, "--tasks=gsm8k", "--limit=1", "--shots=0", f"--data={tmp_path / 'moved'}")
     (tmp_path / "larger").mkdir()
-    tokenizer.save(
-        tokenizer.encoding({bytes([b]): b for b in range(256)} | {b"a%d" % i: 256 + i for i in range(80)}),
-        tmp_path / "larger",
-    )
+    ranks = {bytes([b]): b for b in range(256)} | {b"a%d" % i: 256 + i for i in range(80)}
+    tokenizer.save(tokenizer.encoding(ranks), tmp_path / "larger")
     with pytest.raises(ValueError, match="larger': its tokenizer has 337 tokens and the model 320"):
         run(tiny_run, "--tasks=gsm8k", "--shots=0", f"--data={tmp_path / 'larger'}")
     (tiny_run / "config.json").write_text(json.dumps({"data": f"{tmp_path / 'moved'}:0.5,other:0.5"}))

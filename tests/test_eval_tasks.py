@@ -68,9 +68,8 @@ def test_triviaqa_prompt():
     item = tasks.load("triviaqa").items(Rows(triviaqa__validation=rows), 1)[0]
     shot = random.Random(42).sample(rows, 2)
     other = next(row for row in shot if row is not rows[0])
-    assert (
-        item.prompt == f"Question: {other['question']}?\nAnswer: {other['aliases'][0]}\n\nQuestion: Who is 0??\nAnswer:"
-    )
+    example = f"Question: {other['question']}?\nAnswer: {other['aliases'][0]}"
+    assert item.prompt == f"{example}\n\nQuestion: Who is 0??\nAnswer:"
     assert item.answer == " Dr. 0" and item.id == "q0"
 
 
@@ -84,11 +83,8 @@ def test_hellaswag_prompt():
     }
     item = tasks.load("hellaswag").items(Rows(hellaswag__validation=[row, row | {"label": "3"}]), 0)[0]
     assert item.prompt == "Fixing a roof: A man sits. How. Up there He"
-    assert (
-        item.choices == (" sings loud.", " leaves.", "  eats.", " flies.")
-        and item.gold == 1
-        and item.answer == " leaves."
-    )
+    assert item.choices == (" sings loud.", " leaves.", "  eats.", " flies.")
+    assert item.gold == 1 and item.answer == " leaves."
 
 
 def test_code_prompts():
@@ -128,10 +124,8 @@ def test_code_prompts():
         return f"{task} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
 
     assert [item.id for item in items] == ["11", "510"]
-    assert (
-        items[0].prompt
-        == f"{show(2)}def f():\r\n  return 2\n[DONE]\n\n{show(3)}def f():\r\n  return 3\n[DONE]\n\n{show(11)}"
-    )
+    examples = (f"{show(i)}def f():\r\n  return {i}\n[DONE]\n\n" for i in (2, 3))
+    assert items[0].prompt == "".join(examples) + show(11)
     assert items[0].loss_prompt == "Write 11." and items[0].answer == "\ndef f():\n  return 11"
     assert mbpp.program(items[0], "code") == (
         "code",
@@ -146,10 +140,8 @@ def test_math500_prompt():
     rest = [{"problem": f"other {i}", "solution": "Thus $\\boxed{9}$."} for i in range(9)] + test
     items = tasks.load("math500").items(Rows(math500__test=test, math__test=rest), 4)
     assert all("Problem:\nother" in item.prompt and item.prompt.count("Problem:\np") == 1 for item in items)
-    assert (
-        items[1].prompt.endswith("Solution: Thus $\\boxed{9}$.\n\nProblem:\np1\n\nSolution:")
-        and items[1].answer == " So $\\boxed{1}$."
-    )
+    assert items[1].prompt.endswith("Solution: Thus $\\boxed{9}$.\n\nProblem:\np1\n\nSolution:")
+    assert items[1].answer == " So $\\boxed{1}$."
 
 
 def test_paper_items():
@@ -323,9 +315,8 @@ def test_facts():
     items = task.items(Procedural(facts=FactsConfig(n_people=3)), 0)
     assert len(items) == 18 and len({item.group for item in items}) == 6
     for item in items:
-        assert task.score(item, item.answer) == {"exact": 1} and task.score(item, item.answer + "x") == task.score(
-            item, ""
-        ) == {"exact": 0}
+        assert task.score(item, item.answer) == {"exact": 1}
+        assert task.score(item, item.answer + "x") == task.score(item, "") == {"exact": 0}
 
 
 def test_reasoning():

@@ -35,17 +35,8 @@ def source(tmp_path_factory):
         folder / "procedural",
         MixtureConfig(exposures=0, n_problems=30, reasoning=ReasoningConfig(max_steps=3, modulus=7, names=24)),
     )
-    mbpp = [
-        dict(
-            task_id=i,
-            text="Add one.",
-            code="",
-            test_list=["assert f(1) == 2", "assert f(2) == 3"],
-            test_setup_code="",
-            challenge_test_list=[],
-        )
-        for i in (2, 11, 601, 602)
-    ]
+    row = dict(text="Add one.", code="", test_setup_code="", challenge_test_list=[])
+    mbpp = [row | dict(task_id=i, test_list=["assert f(1) == 2", "assert f(2) == 3"]) for i in (2, 11, 601, 602)]
     mbpp[3]["test_list"][1] = "assert abs(f(2) - 3) < 1"  # not a comparison with a value
     rows = {
         "gsm8k/test": [{"question": "Two and two?", "answer": "So 4.\n#### 1,004"}],
@@ -65,9 +56,8 @@ def test_questions(source, monkeypatch):
     assert item.prompt == "Question: Two and two?\nAnswer:" and tasks.load("gsm8k").gold(item) == "1004"
     (item,) = load("math", "test", source, 0)  # the name in old runs of grpo.py
     assert item.prompt == "Problem:\nP1\n\nSolution:" and "frac" in item.answer
-    assert [q.prompt for q in load("math500", "train", source, 0)] == [
-        "Problem:\nP2\n\nSolution:"
-    ]  # MATH-500 is unseen
+    (item,) = load("math500", "train", source, 0)  # MATH-500 is unseen
+    assert item.prompt == "Problem:\nP2\n\nSolution:"
     (item,) = load("mbpp", "train", source, 0)
     assert item.row["tests"] == [("f(1)", 2), ("f(2)", 3)]
     assert "f(1) == 2" in item.prompt and "f(2)" not in item.prompt
@@ -209,15 +199,10 @@ def test_enormous_answers_take_no_time():
 
 
 def test_what_an_answer_is():
-    assert (
-        stated(r"First \boxed{\frac{1}{\sqrt{2}}}, so the answer is $\boxed{\frac{1}{\sqrt{2}}}$.")
-        == r"\frac{1}{\sqrt{2}}"
-    )
-    assert (
-        stated("The final answer is 1,000. Thanks.") == "1,000"
-        and stated("answer is 7\nanswer is 8") is None
-        and stated("no") is None
-    )
+    answer = r"\frac{1}{\sqrt{2}}"
+    assert stated(rf"First \boxed{{{answer}}}, so the answer is $\boxed{{{answer}}}$.") == answer
+    assert stated("The final answer is 1,000. Thanks.") == "1,000"
+    assert stated("answer is 7\nanswer is 8") is None and stated("no") is None
     assert judge("", "1,004", "#### 1004") == judge("", "1004", "#### 1,004") == 1.0
 
 
@@ -255,7 +240,6 @@ def test_programs_with_tests():
         + "    except OSError: pass\nos._exit(0)": 0,
     }
     assert dict(zip(texts, grade("mbpp", [question] * len(texts), list(texts)), strict=True)) == texts
-    assert (
-        sandbox.values("x = 1.5", ["x", "[x] * 2"]) == ["1.5", "[1.5, 1.5]"] and sandbox.values("x = 1", ["y"]) is None
-    )
+    assert sandbox.values("x = 1.5", ["x", "[x] * 2"]) == ["1.5", "[1.5, 1.5]"]
+    assert sandbox.values("x = 1", ["y"]) is None
     assert sandbox.values("x = 'a' * 70_000", ["x"]) is None and sandbox.values("", []) == []

@@ -164,10 +164,8 @@ def test_cannot_write(tmp_path):
 
 def test_no_environment(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hunter2")
-    assert (
-        run("import os\nfound = 'HF_TOKEN' in os.environ or 'hunter2' in str(os.environ)", "assert found").reason
-        == "AssertionError: "
-    )
+    program = "import os\nfound = 'HF_TOKEN' in os.environ or 'hunter2' in str(os.environ)"
+    assert run(program, "assert found").reason == "AssertionError: "
     assert run("import os", "assert set(os.environ) <= {'LC_CTYPE', 'OPENBLAS_NUM_THREADS'}").passed
 
 

@@ -75,13 +75,11 @@ def test_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "datasets" else None)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     source = Source(tmp_path)
-    assert source.rows(triviaqa.TEST)[0]["value"] == "v" and calls == [
-        ("mandarjoshi/trivia_qa", "rc.nocontext", "validation")
-    ]
+    assert source.rows(triviaqa.TEST)[0]["value"] == "v"
+    assert calls == [("mandarjoshi/trivia_qa", "rc.nocontext", "validation")]
     assert source.used["triviaqa/validation"] == "hub: mandarjoshi/trivia_qa rc.nocontext validation"
-    with pytest.raises(
-        ValueError, match="(?s)reading Rowan/hellaswag from the hub failed.*no network.*put hellaswag/val.jsonl"
-    ):
+    message = "(?s)reading Rowan/hellaswag from the hub failed.*no network.*put hellaswag/val.jsonl"
+    with pytest.raises(ValueError, match=message):
         source.rows(hellaswag.TEST)
 
 
@@ -167,10 +165,8 @@ def test_a_new_task_is_one_file(newcomer):
     svamp, bookqa = tasks.load("svamp"), tasks.load("bookqa")
     item = svamp.items(source, 1)[3]
     assert item.prompt.startswith("Question: tr") and item.prompt.endswith("Question: te3. All?\nAnswer:")
-    assert (
-        svamp.score(item, " #### 3") == {"strict": 1, "flexible": 1}
-        and svamp.gold(item) == svamp.vote("#### 3.0") == "3"
-    )
+    assert svamp.score(item, " #### 3") == {"strict": 1, "flexible": 1}
+    assert svamp.gold(item) == svamp.vote("#### 3.0") == "3"
     (question,) = svamp.questions(source, "train", 1)
     assert question.prompt == "Question: tr0. All?\nAnswer:"
     assert svamp.rewards([question] * 3, ["#### 0", "#### 1", ""]) == [1, 0, 0]
@@ -201,9 +197,8 @@ def test_a_new_task_in_eval_votes_and_grpo(newcomer, tiny_run, monkeypatch):
 
     common = [f"--run={tiny_run}", f"--evaldata={newcomer}", "--device=cpu"]
     results = main.main([*common, "--tasks=svamp,bookqa", "--shots=0", "--batch-size=3"])["tasks"]
-    assert (
-        set(results["svamp"]["metrics"]) >= {"strict", "flexible", "bits/byte"} and "Sum" in results["svamp"]["groups"]
-    )
+    svamp = results["svamp"]
+    assert set(svamp["metrics"]) >= {"strict", "flexible", "bits/byte"} and "Sum" in svamp["groups"]
     assert set(results["bookqa"]["metrics"]) == {"acc", "acc_norm", "bits/token", "bits/byte"}
     for task in ("svamp", "bookqa"):
         assert votes.main([*common, f"--task={task}", "--samples=2", "--limit=2"])["questions"] == 2

@@ -110,15 +110,8 @@ def test_command(tiny_run, monkeypatch, capsys):
 
 def test_samples_of_a_model(tiny_run):
     """Really generated: equal commands give equal votes, whatever the batch; another seed gives others."""
-    command = [
-        f"--run={tiny_run}",
-        f"--evaldata={tiny_run}",
-        "--device=cpu",
-        "--samples=3",
-        "--limit=2",
-        "--overwrite",
-        "--temperature=1.5",
-    ]
+    flags = f"--run={tiny_run} --evaldata={tiny_run} --device=cpu --samples=3 --limit=2 --overwrite --temperature=1.5"
+    command = flags.split()
     runs = []
     for more in (["--batch-size=1"], ["--batch-size=64"], ["--seed=1"]):
         record = []
@@ -131,9 +124,8 @@ def test_samples_of_a_model(tiny_run):
 
 
 def test_says_that_prompts_were_cut(tiny_run, capsys):
-    result = votes.main(
-        [f"--run={tiny_run}", f"--evaldata={tiny_run}", "--device=cpu", "--samples=2", "--limit=2", "--shots=3"]
-    )
+    flags = f"--run={tiny_run} --evaldata={tiny_run} --device=cpu --samples=2 --limit=2 --shots=3"
+    result = votes.main(flags.split())
     assert (
         result["cut"] == 2
         and "2 of 2 prompts lost their beginnings to fit the model's 64 tokens" in capsys.readouterr().out
