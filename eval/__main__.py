@@ -117,6 +117,10 @@ def work(loaded, job, stored, cfg):
     }
 
 
+def shares(metrics):
+    return {name: stats["mean"] for name, stats in metrics.items() if not name.startswith("bits/")}
+
+
 def table(results):
     """Means over all items with standard errors; then accuracies by group, in the form of train.py's closing report."""
     lines = [f"{'task':<14} {'items':>6} {'shots':>5}  {'metric':<12} {'value':>8}  stderr"]
@@ -130,11 +134,9 @@ def table(results):
         if result["merged"]:
             lines.append(f"  {result['merged']:,} answers merge with their prompts and were encoded apart")
     for name, result in results.items():
-        shares = {
-            group: {metric: stats["mean"] for metric, stats in metrics.items() if not metric.startswith("bits/")}
-            for group, metrics in result["groups"].items()
-        }
-        lines += probes.table(f"{name} by group", "", shares) if any(shares.values()) else []
+        rows = {group: shares(metrics) for group, metrics in result["groups"].items()}
+        if any(rows.values()):
+            lines += probes.table(f"{name} by group", "", rows)
     return "\n".join(lines)
 
 
