@@ -159,12 +159,15 @@ def final_report(model, cfg, data, results):
         text, scores = probes.report(model, directory)
         print(text)
         return scores
+    split, loader = ("validation", data.val_loader) if data.val_loader else ("training", data.loader)
+    rows_BL, targets_BL, *_ = loader.next()
+    answers_B = (targets_BL >= 0).int().argmax(1).tolist()  # where the answer of the first example begins; in text 0
     length = min(max(1, cfg.seq_len // 2), 32)
-    new_tokens = min(cfg.sample_tokens, cfg.seq_len - length)
+    prompts = [tuple(row[: at + 1 if at else length].tolist()) for row, at in zip(rows_BL, answers_B, strict=True)]
+    prompts = [list(ids) for ids in dict.fromkeys(prompts)][:2]
+    new_tokens = min(cfg.sample_tokens, cfg.seq_len - max(map(len, prompts)))
     if not new_tokens:
         return {}
-    split, loader = ("validation", data.val_loader) if data.val_loader else ("training", data.loader)
-    prompts = [row[:length].tolist() for row in loader.next()[0][:2]]
     options = dict(temperature=0.8, top_p=0.95, seed=cfg.seed, n_vocab=data.enc.n_vocab)
     new, decode = generate(model, prompts, new_tokens, [data.enc.eot_token], **options), data.enc.decode
     samples = [{"prompt": decode(before), "text": decode(ids)} for before, ids in zip(prompts, new, strict=True)]

@@ -57,7 +57,8 @@ class Source:
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
             why = f"{where} has none" if self.training_data else "if it was, name its data directory with --data"
-            raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
+            what = f"this model was not trained on procedural {part} ({why})"
+            raise ValueError(f"{part}: {what}; choose another task, for instance gsm8k")
         return getattr(procedural.from_dict(settings, where), part)
 
     def _ways(self, wanted):
