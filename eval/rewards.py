@@ -1,20 +1,15 @@
 r"""Rewards of grpo.py for texts that answer a question: 1.0 or 0.0.
 
     judge("What is 17 \cdot 23?", "391", r"... \boxed{391}")           # 1.0
-    passes("def f(x): return x + 1", [("f(1)", 2), ("f(2)", 3)])       # 1.0
 
 A doubtful answer earns nothing, because a false 1 teaches cheating. An answer must be marked (\boxed{}, "####", "the
-answer is"), equal the gold one and have its form (eval/equal.py). Several that differ count as none. Programs run in
-eval/sandbox.py, and their values are compared here.
+answer is"), equal the gold one and have its form (eval/equal.py). Several that differ count as none.
 """
 
-import ast
 import re
 
-from eval import sandbox
 from eval.equal import LONGEST, canonical, right
 
-SECONDS = 3  # of CPU time for a program, as in the paper
 MARKED = re.compile(r"(?:####|\banswer is:?)[ \t]*(.*?)(?:\.\s|\.?$)", re.IGNORECASE | re.MULTILINE)  # one sentence
 
 
@@ -22,20 +17,6 @@ def judge(question: str, gold: str, text: str) -> float:
     """1.0 for a text that marks one answer, which equals the gold one and has the form that was asked for."""
     answer = stated(text)
     return float(answer is not None and right(question, gold, answer))
-
-
-def passes(source: str, tests: list[tuple[str, object]]) -> float:
-    """1.0 if each expression has its value after the program has run; 0.0 without any."""
-    found = sandbox.values(source, [expression for expression, _ in tests], SECONDS) if tests else None
-    return float(found is not None and all(map(_same, found, (value for _, value in tests))))
-
-
-def _same(text, gold):
-    """Whether a text is the repr of a value equal to gold."""
-    try:
-        return ast.literal_eval(text[:10_000]) == gold
-    except (SyntaxError, ValueError, TypeError, OverflowError, RecursionError, MemoryError):
-        return False
 
 
 def boxed(text: str):

@@ -54,20 +54,7 @@ def run(program: str, check: str, seconds: float = 5.0, memory: int = MEMORY) ->
     address space. OSError where no program can be judged: no seccomp, not x86-64 or ARM64, or an interpreter that
     cannot run an honest program within these limits."""
     confinement(memory)
-    return _session(program, check, False, seconds, memory)[1]
-
-
-def values(program: str, expressions: list[str], seconds: float = 5.0, memory: int = MEMORY) -> list[str] | None:
-    """Executes `program`, then evaluates the expressions in its namespace: their reprs, 64 kB in all, or None where
-    anything fails. The caller compares them: a program trained to pass never meets what it has to return."""
-    confinement(memory)
-    said, _ = _session(program, json.dumps(expressions), True, seconds, memory)
-    try:
-        found = json.loads(said)
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(found, list) and len(found) == len(expressions) and all(isinstance(text, str) for text in found)
-    return found if whole else None
+    return _session(program, check, seconds, memory)
 
 
 def run_many(jobs, workers: int | None = None, **limits) -> list[Result]:
@@ -79,20 +66,20 @@ def run_many(jobs, workers: int | None = None, **limits) -> list[Result]:
 @functools.cache
 def confinement(memory: int = MEMORY) -> str:
     """What holds programs here: "seccomp + Landlock" or "seccomp". OSError where an honest program does not pass."""
-    _, result = _session(HONEST, "assert f(1.5) == 2", False, HONEST_SECONDS, memory)
+    result = _session(HONEST, "assert f(1.5) == 2", HONEST_SECONDS, memory)
     if not result.passed:
         where = f"in {sys.executable} with {memory:,} bytes of memory; repair that, or {LEAVE_OUT}"
         raise OSError(f"no program can be judged here: an honest one failed ({result.reason}) {where}")
-    _, result = _session("", f"assert not open({str(Path(__file__))!r})", False, HONEST_SECONDS, memory)
+    result = _session("", f"assert not open({str(Path(__file__))!r})", HONEST_SECONDS, memory)
     return "seccomp + Landlock" if result.reason.startswith("PermissionError") else "seccomp"
 
 
-def _session(program, message, values, seconds, memory):
-    """One process: (what it said behind the token, Result). OSError where it cannot start."""
+def _session(program, check, seconds, memory):
+    """The Result of one process. OSError where it cannot start."""
     readable = [f"{root}/{library}" for root in {sys.prefix, sys.base_prefix} for library in ("lib", "lib64")]
     readable += [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    job = dict(program=program, values=values, memory=memory, readable=readable, packages=packages)
+    job = dict(program=program, memory=memory, readable=readable, packages=packages)
     job["cpu"] = max(1, round(seconds))
     token, stage, said = secrets.token_bytes(16), "program", b""
     with _process() as (process, channel):
@@ -102,19 +89,19 @@ def _session(program, message, values, seconds, memory):
         try:
             said = _ask(channel, None, left)
             if said == jail.READY:
-                stage, said = "tests", _ask(channel, token + message.encode(), left)
+                stage, said = "tests", _ask(channel, token + check.encode(), left)
         except TimeoutError:
-            return b"", Result(False, "timeout")
+            return Result(False, "timeout")
         status, usage = _kill(process)
     if secrets.compare_digest(said[:16], token):
-        return said[16:], Result(True, "passed")
+        return Result(True, "passed")
     if said:
-        return b"", Result(False, said.decode(errors="replace")[:200])
+        return Result(False, said.decode(errors="replace")[:200])
     # A program that ignores SIGXCPU gets SIGKILL a second later.
     if status == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime >= job["cpu"]:
-        return b"", Result(False, "timeout")
+        return Result(False, "timeout")
     ending = f" ({signal.Signals(-status).name})" if status < 0 else ""
-    return b"", Result(False, f"the process ended during the {stage}{ending}")
+    return Result(False, f"the process ended during the {stage}{ending}")
 
 
 @contextlib.contextmanager

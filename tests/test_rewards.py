@@ -9,7 +9,7 @@ import pytest
 from data import procedural, reasoning
 from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
-from eval import equal, sandbox, tasks
+from eval import equal, tasks
 from eval.equal import canonical, number
 from eval.rewards import judge, stated
 from eval.sources import Source
@@ -35,12 +35,8 @@ def source(tmp_path_factory):
         folder / "procedural",
         MixtureConfig(exposures=0, n_problems=30, reasoning=ReasoningConfig(max_steps=3, modulus=7, names=24)),
     )
-    row = dict(text="Add one.", code="", test_setup_code="", challenge_test_list=[])
-    mbpp = [row | dict(task_id=i, test_list=["assert f(1) == 2", "assert f(2) == 3"]) for i in (2, 11, 601, 602)]
-    mbpp[3]["test_list"][1] = "assert abs(f(2) - 3) < 1"  # not a comparison with a value
     rows = {
         "gsm8k/test": [{"question": "Two and two?", "answer": "So 4.\n#### 1,004"}],
-        "mbpp/mbpp": mbpp,
         "math/math500": [{"problem": "P1", "solution": r"It is \boxed{\frac{1}{2}}.", "level": 1}],
         "math/math_test": [{"problem": f"P{i}", "solution": r"It is \boxed{x+1}.", "level": "Level 2"} for i in (1, 2)],
     }
@@ -58,9 +54,6 @@ def test_questions(source, monkeypatch):
     assert item.prompt == "Problem:\nP1\n\nSolution:" and "frac" in item.answer
     (item,) = load("math500", "train", source, 0)  # MATH-500 is unseen
     assert item.prompt == "Problem:\nP2\n\nSolution:"
-    (item,) = load("mbpp", "train", source, 0)
-    assert item.row["tests"] == [("f(1)", 2), ("f(2)", 3)]
-    assert "f(1) == 2" in item.prompt and "f(2)" not in item.prompt
     train, test = (load("reasoning", split, source, 40) for split in ("train", "test"))
     seen = {reasoning.problem(ReasoningConfig(max_steps=3, modulus=7, names=24), i).question for i in range(30)}
     asked = {q.prompt for q in train}
@@ -219,27 +212,3 @@ def test_what_an_answer_is():
 )
 def test_a_leading_decimal_point_stays(text, answer):
     assert stated(text) == answer and judge("", "5", text) == float(number(answer).value == 5)
-
-
-def test_programs_with_tests():
-    question = Item("0", "", "", row={"tests": [("f(1)", 2), ("f(2)", 3)]})
-    texts = {
-        "def f(x):\n    return x + 1\n[DONE] more": 1,
-        "def f(x):\n    return 2": 0,
-        "def f(x):\n    return {1: 2}.get(x)": 0,
-        "": 0,
-        "def f(x": 0,
-        "class A:\n    __eq__ = lambda *_: True\nf = lambda x: A()": 0,
-        "import os\nos._exit(0)": 0,
-        "f = print\nprint('passed')": 0,
-        "class A:\n    __repr__ = lambda s: '[' * 9000\nf = lambda x: A()": 0,
-        "class A:\n    __repr__ = lambda s: '3'\nf = lambda x: A()": 0,
-        "class A:\n    __repr__ = lambda s: '2+0'\nf = lambda x: A()": 0,
-        # answers the parent itself, over the channel, without being asked for values
-        "import os\nfor d in range(3, 64):\n    try: os.write(d, b'\\0\\0\\0\\6[2, 3]')\n"
-        + "    except OSError: pass\nos._exit(0)": 0,
-    }
-    assert dict(zip(texts, grade("mbpp", [question] * len(texts), list(texts)), strict=True)) == texts
-    assert sandbox.values("x = 1.5", ["x", "[x] * 2"]) == ["1.5", "[1.5, 1.5]"]
-    assert sandbox.values("x = 1", ["y"]) is None
-    assert sandbox.values("x = 'a' * 70_000", ["x"]) is None and sandbox.values("", []) == []
