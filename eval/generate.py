@@ -61,10 +61,7 @@ def generate(
     longest = max(map(len, prompts), default=0)
     require(all(map(len, prompts)), "prompts", "", "a prompt is empty: start it with a token, for instance end-of-text")
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "use 1 or more")
-    require(batch_size >= 1, "batch_size", batch_size, "use 1 or more")
-    require(temperature >= 0, "temperature", temperature, "use 0 (greedy) or more")
-    require(0 < top_p <= 1, "top_p", top_p, "use a number above 0, at most 1")
-    require(top_k >= 0, "top_k", top_k, "use 0 (all tokens) or more")
+    check_sampling(batch_size, temperature, top_p, top_k)
     require(decode or not stop_strings, "stop_strings", stop_strings, "it needs decode, the tokenizer's ids -> str")
     remedy = f"after a prompt of {longest} tokens this exceeds seq_len={model.cfg.seq_len}; shorten one of them"
     require(longest + max_new_tokens <= model.cfg.seq_len, "max_new_tokens", max_new_tokens, remedy)
@@ -96,6 +93,13 @@ def generate(
             if alive and decoder.shrink(alive):
                 rows = [rows[j] for j in alive]
     return outputs
+
+
+def check_sampling(batch_size, temperature, top_p, top_k=0):
+    require(batch_size >= 1, "batch_size", batch_size, "use 1 or more")
+    require(temperature >= 0, "temperature", temperature, "use 0 (greedy) or more")
+    require(0 < top_p <= 1, "top_p", top_p, "use a number above 0, at most 1")
+    require(top_k >= 0, "top_k", top_k, "use 0 (all tokens) or more")
 
 
 def extend(ids, new, max_new_tokens, stop_ids, stop_strings, decode):

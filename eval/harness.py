@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data import files
 from data.tokenizer import Tokens
-from eval.generate import generate
+from eval.generate import check_sampling, generate
 from eval.sources import Source
 from eval.taskloss import context_ids
 from optimoe import checkpoint, hub
@@ -40,13 +40,11 @@ class EvalChoice(ModelChoice):
 
     def validate(self):
         super().validate()
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
+        check_sampling(self.batch_size, self.temperature, self.top_p)
         require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
         require(self.shots is None or self.shots >= 0, "shots", self.shots, "use 0 or more")
         require(1 <= self.samples <= SAMPLES, "samples", self.samples, f"use 1 to {SAMPLES}")
-        require(self.temperature >= 0, "temperature", self.temperature, "use 0 (greedy) or more")
         require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to below 2^63")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "use a number above 0, at most 1")
 
 
 def open_source(cfg: EvalChoice) -> Source:
@@ -172,21 +170,19 @@ class Records:
 
     def complete(self, items: list, compute: Callable, size: int, limit: int) -> list[dict]:
         """The records of the first `limit` items (0: all). compute(list of (index, item)) makes those that are missing,
-        for `size` items at a time. Progress is a line on stderr, on a terminal rewritten in place."""
+        for `size` items at a time."""
         wanted = list(enumerate(items))[: limit or None]
         pending = [(i, item) for i, item in wanted if item.id not in self.items]
         pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
-        begun, shown, terminal = time.perf_counter(), 0.0, sys.stderr.isatty()
+        begun, shown = time.perf_counter(), 0.0
         for first in range(0, len(pending), size):
             records = compute(pending[first : first + size])
             files.append(self.path, records, signed=True)
             self.items |= {record["id"]: record for record in records}
             n, now = min(first + size, len(pending)), time.perf_counter()
             left, rate = len(pending) - n, n / max(1e-9, now - begun)
-            if terminal or not left or now - shown >= 10:
+            if not left or now - shown >= 10:
                 shown = now
-                line = f"{self.path.stem}: {len(wanted) - left:,}/{len(wanted):,} items, {rate:.3g}/s"
-                line += f", {left / rate:,.0f} s left" if left else ""
-                end = "" if terminal and left else "\n"
-                print(f"\r{line:<70}" if terminal else line, end=end, file=sys.stderr, flush=True)
+                done = f"{self.path.stem}: {len(wanted) - left:,}/{len(wanted):,} items, {rate:.3g}/s"
+                print(f"{done}, {left / rate:,.0f} s left" if left else done, file=sys.stderr, flush=True)
         return [self.items[item.id] for _, item in wanted]

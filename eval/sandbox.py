@@ -38,7 +38,7 @@ from eval import jail
 
 MEMORY = 2**30  # bytes of address space
 START_SECONDS, HONEST_SECONDS = 120, 30  # generous: the machine may be busy, or its disk slow
-LEAVE_OUT = "leave out what runs programs (humaneval, mbpp)"
+LEAVE_OUT = "leave out humaneval and mbpp"
 HONEST = "import collections, decimal, hashlib, heapq, math, random, re\ndef f(x):\n    return math.floor(x) + 1\n"
 
 
@@ -47,41 +47,38 @@ class Result(NamedTuple):
     reason: str  # "passed", "timeout", or what went wrong, at most 200 characters
 
 
-def run(program: str, check: str, seconds: float = 5.0, memory: int = MEMORY) -> Result:
+def run(program: str, check: str, seconds: float = 5.0) -> Result:
     """Executes `program`, then `check` in the same namespace; passed when both end without an exception.
 
-    seconds: of CPU time, rounded; by the clock 4 times as much, not counting waits for a processor. memory: bytes of
-    address space. OSError where no program can be judged: no seccomp, not x86-64 or ARM64, or an interpreter that
-    cannot run an honest program within these limits."""
-    confinement(memory)
-    return _session(program, check, seconds, memory)
+    seconds: of CPU time, rounded; by the clock 4 times as much, not counting waits for a processor. OSError where no
+    program can be judged: no seccomp, not x86-64 or ARM64, or an interpreter that cannot run an honest program."""
+    confinement()
+    return _run(program, check, seconds)
 
 
-def run_many(jobs, workers: int | None = None, **limits) -> list[Result]:
-    """`run` for each (program, check), `workers` at a time (default: one per CPU)."""
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda job: run(*job, **limits), jobs))
+def run_many(jobs) -> list[Result]:
+    """`run` for each (program, check), one at a time per CPU."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda job: run(*job), jobs))
 
 
 @functools.cache
-def confinement(memory: int = MEMORY) -> str:
+def confinement() -> str:
     """What holds programs here: "seccomp + Landlock" or "seccomp". OSError where an honest program does not pass."""
-    result = _session(HONEST, "assert f(1.5) == 2", HONEST_SECONDS, memory)
+    result = _run(HONEST, "assert f(1.5) == 2", HONEST_SECONDS)
     if not result.passed:
-        where = f"in {sys.executable} with {memory:,} bytes of memory; repair that, or {LEAVE_OUT}"
+        where = f"in {sys.executable} with {MEMORY:,} bytes of memory; repair that, or {LEAVE_OUT}"
         raise OSError(f"no program can be judged here: an honest one failed ({result.reason}) {where}")
-    result = _session("", f"assert not open({str(Path(__file__))!r})", HONEST_SECONDS, memory)
+    result = _run("", f"assert not open({str(Path(__file__))!r})", HONEST_SECONDS)
     return "seccomp + Landlock" if result.reason.startswith("PermissionError") else "seccomp"
 
 
-def _session(program, check, seconds, memory):
-    """The Result of one process. OSError where it cannot start."""
+def _run(program, check, seconds):
     readable = [f"{root}/{library}" for root in {sys.prefix, sys.base_prefix} for library in ("lib", "lib64")]
     readable += [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    job = dict(program=program, memory=memory, readable=readable, packages=packages)
-    job["cpu"] = max(1, round(seconds))
-    token, stage, said = secrets.token_bytes(16), "program", b""
+    job = dict(program=program, cpu=max(1, round(seconds)), memory=MEMORY, readable=readable, packages=packages)
+    token, stage = secrets.token_bytes(16), "program"
     with _process() as (process, channel):
         _start(process, channel, job)
         end = time.monotonic() + 4 * seconds
@@ -93,7 +90,7 @@ def _session(program, check, seconds, memory):
         except TimeoutError:
             return Result(False, "timeout")
         status, usage = _kill(process)
-    if secrets.compare_digest(said[:16], token):
+    if secrets.compare_digest(said, token):
         return Result(True, "passed")
     if said:
         return Result(False, said.decode(errors="replace")[:200])
