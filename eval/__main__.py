@@ -156,7 +156,7 @@ def main(argv=None):
     source, jobs, stores = harness.open_source(cfg), {}, {}
     for task in map(tasks.load, cfg.tasks):  # all data is found before the first item is computed
         shots = task.shots if cfg.shots is None else cfg.shots
-        jobs[task.name] = Job(task, shots, harness.read_items(task, source, shots), cfg.accuracy and task.generated())
+        jobs[task.name] = Job(task, shots, harness.read_items(task, source, shots), cfg.accuracy and task.generates)
     programs = any(job.generates and job.task.program for job in jobs.values())
     results = {"sandbox": sandbox.confinement()} if programs else {}
     loaded, out = harness.open_model(cfg)

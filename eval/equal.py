@@ -23,7 +23,6 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
-from decimal import Context, Inexact
 from fractions import Fraction
 
 LONGEST = 200  # characters of an answer
@@ -42,7 +41,7 @@ CLEAN = [
     (r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3}(?!\d))", ""),
     (
         rf"({PLAIN})\s*(\\text\{{\s*)?{SCALE}",
-        lambda found: plain(_value(found[1]) * SCALES[found[3]]) + (found[2] or ""),
+        lambda found: str(_value(found[1]) * SCALES[found[3]]) + (found[2] or ""),
     ),
     (r"\\text\{\s*\}|\^\{?\\circ\}?|\\?%|\\(?=\$)", ""),
     (rf"(?<=\S)(?:\s|~|\\,)*\\text\{{(?!\s*{SCALE})[^{{}}\d]*\}}(?:\^\d)?$", ""),  # a unit at the end
@@ -100,20 +99,11 @@ def find_number(text: str, marker: str) -> Fraction | None:
     return None
 
 
-def plain(value: Fraction) -> str:
-    """An integer, a decimal that ends, or else a fraction."""
-    exactly = Context(prec=2 * LONGEST, traps=[Inexact])
-    try:
-        return format(exactly.normalize(exactly.divide(value.numerator, value.denominator)), "f")
-    except Inexact:
-        return str(value)
-
-
 def canonical(text: str) -> str:
     """For votes: a number by value, all else by its text, cleaned where it has the length of an answer."""
     found = number(text)
     cleaned = ASSIGNED.sub("", clean(text)) if len(text) <= LONGEST else text
-    return plain(found.value) if found else re.sub(r"\s", "", cleaned)
+    return str(found.value) if found else re.sub(r"\s", "", cleaned)
 
 
 def words(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 
 from eval import equal, tasks
-from eval.equal import clean, find_number, number, plain, right
+from eval.equal import clean, find_number, number, right
 from eval.rewards import judge
 
 EGGS = "Question: 17 boxes of 23 eggs?\nAnswer:"
@@ -316,7 +316,7 @@ def test_numbers_in_every_notation():
                 if sign and text.startswith(("+", "-**")):
                     continue
                 found = find_number(f"So the answer is {text}", "answer is")
-                assert found == value and tasks.load("gsm8k").vote(f"#### {text}") == plain(found), text
+                assert found == value and tasks.load("gsm8k").vote(f"#### {text}") == str(found), text
     for text, value in {
         ".5": "1/2",
         "-.25": "-1/4",
@@ -329,14 +329,6 @@ def test_numbers_in_every_notation():
         assert find_number(f"#### {text}", "####") == Fraction(value) == number(text).value
     for text in ("3^2", "1/x", "2(3)", "1.2.3", "1e3e4", "x", "", "1/0", "five", "9" * 5000, "1," * 5000):
         assert find_number(f"#### {text}", "####") is None, text
-    assert [plain(Fraction(text)) for text in ("3", "-3", "0.5", "1/3", "-12.125", "1/1000")] == [
-        "3",
-        "-3",
-        "0.5",
-        "1/3",
-        "-12.125",
-        "0.001",
-    ]
 
 
 @LIBRARY

@@ -186,7 +186,7 @@ def test_gsm8k_large_numbers_and_none():
     "text, vote",
     [
         ("#### 18", "18"),
-        ("The answer is 1,234.50.", "1234.5"),
+        ("The answer is 1,234.50.", "2469/2"),
         ("the answer is: $7", "7"),
         ("Answer: -3\n#### 4", "-3"),
         ("#### 1000", "1000"),

@@ -166,7 +166,7 @@ def test_a_new_task_is_one_file(newcomer):
     item = bookqa.items(source, 2)[1]
     assert item.compared() == tuple((item.prompt, f" {choice}") for choice in ("x", "y", "z")) and item.gold == 1
     assert item.prompt.count("\n\n") == 2 and item.prompt.endswith("\n\ntest 1") and item.answer == " y"
-    assert not bookqa.generated()
+    assert not bookqa.generates
     question = bookqa.questions(source, "train", 0)[2]
     assert question.prompt == "train 2\nA. x\nB. y\nC. z\nAnswer:" and bookqa.gold(question) == "C"
     texts = {

@@ -53,10 +53,10 @@ class Item(NamedTuple):
         return self.pairs or tuple((self.prompt, choice) for choice in self.choices)
 
 
-def choice(prompt: str, choices: list[str], gold: int, **others) -> Item:
+def choice(prompt: str, choices: list[str], gold: int) -> Item:
     """An item whose choices, without their leading space, are compared after its prompt."""
     choices = tuple(" " + choice for choice in choices)
-    return Item(prompt=prompt, answer=choices[gold], choices=choices, gold=gold, **others)
+    return Item(prompt=prompt, answer=choices[gold], choices=choices, gold=gold)
 
 
 class Task:
@@ -80,6 +80,7 @@ class Task:
         self.max_new_tokens: int = get("MAX_NEW_TOKENS", 16)
         self.score: Callable | None = get("score")
         self.program: Callable | None = get("program")
+        self.generates = bool(self.score or self.program)  # whether the model writes answers in eval
         self.vote: Callable | None = letter if self.lettered else get("vote")
         self.gold: Callable | None = get("gold", self._gold if self.vote else None)
         self.reward: Callable | None = get("reward", self._voted if self.vote else None)
@@ -96,10 +97,6 @@ class Task:
 
     def _voted(self, item, text):
         return float(self.vote(text) is not None and self.vote(text) == self.gold(item))
-
-    def generated(self) -> bool:
-        """Whether eval lets the model write answers."""
-        return bool(self.score or self.program)
 
     def asked(self, items: list[Item]) -> list[Item]:
         """The items as questions whose answer the model writes (eval.votes): choices become lettered options."""

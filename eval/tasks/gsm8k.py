@@ -7,7 +7,7 @@ and `flexible` are lm-eval's filters: the first "#### number", and the last numb
 import re
 
 from eval import rewards
-from eval.equal import find_number, plain
+from eval.equal import find_number
 from eval.sources import Set
 from eval.tasks import Item
 
@@ -39,7 +39,7 @@ def _bare(answer):
 def vote(text):
     """The number after the first "####", "Answer" or "answer is", as in the paper."""
     value = find_number(text, "####|[Aa]nswer(?: is)?")
-    return None if value is None else plain(value)
+    return None if value is None else str(value)
 
 
 def gold(item):
