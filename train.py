@@ -53,6 +53,7 @@ class TrainConfig(ModelConfig):
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of blocks on CUDA; auto: in long runs
     cuda_graph: bool = True  # replay the whole step as one CUDA graph
     parallel: Literal["ddp", "ep"] = "ddp"  # what several GPUs share out: optimiser states, or experts too
+    ep_size: int = 0  # ep: ranks that share out the experts; groups of them are data parallel. 0: all
     deterministic: bool = False  # the same bits in every run on CUDA too; slower
     # Optimisation
     steps: int = 1700  # optimiser steps
@@ -111,6 +112,8 @@ class TrainConfig(ModelConfig):
         from_0 = "warmup_steps weight_decay clip_norm balance_coef z_coef val_every val_batches checkpoint_every"
         from_0 += " sample_tokens lr eps max_loss"
         check_bounds(self, {1: "steps batch_size grad_accum log_every keep_checkpoints", 0: from_0})
+        remedy = "use 0 for all ranks, or 2 or more with --parallel=ep"
+        require(not self.ep_size or self.ep_size > 1 and self.parallel == "ep", "ep_size", self.ep_size, remedy)
         check_shares(self, "decay_frac min_lr_frac", "beta1 beta2 muon_momentum")
         remedy = f"use a multiple of grad_accum={self.grad_accum}"
         require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, remedy)
@@ -143,10 +146,9 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
         out = model(*batch)
         balance, ce = out.balance, shares[micro] * out.loss
         if world > 1:  # the balance of the global batch: everyone's counts, own probabilities
-            dist.all_reduce(out.counts_NE)
+            discard = exchange.count(model, out.counts_NE, first, last)
             layers = zip(out.counts_NE, out.probs_NE, strict=True)
             balance = sum((balance_loss(counts_E, probs_E) for counts_E, probs_E in layers), 0 * out.balance)
-            discard = exchange.discard(model, out.counts_NE, first, last)
         loss = ce + cfg.balance_coef * balance + cfg.z_coef * out.z
         mark("forward")
         (loss / len(batches)).backward()
@@ -231,15 +233,17 @@ def check_start(cfg, world):
     require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size, remedy)
     sends_twice = cfg.recompute != "none" and world > 1 and cfg.parallel == "ep"
     require(not sends_twice, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
+    exchange.group_size(cfg, world)
 
 
 def set_up(cfg, run, data):
     """The Training of a fresh run, or of its newest checkpoint. ValueError where the memory cannot hold it."""
     tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
     n_params, what = count_params(cfg).total, "{:,} parameters and {:,} tokens at a time"
-    for least, device in ((least_memory(cfg, tokens, run.world), run.device), (4 * n_params, CPU)):  # made on a CPU
-        remedy = "use a smaller model, a smaller batch_size or more grad_accum"
-        require_memory(what.format(n_params, tokens), least, device, remedy)
+    remedy = "use a smaller model, a smaller batch_size or more grad_accum"
+    least = least_memory(cfg, tokens, run.world, exchange.group_size(cfg, run.world))
+    require_memory(what.format(n_params, tokens), least, run.device, remedy)
+    require_memory(what.format(n_params, tokens), 4 * n_params, CPU, remedy)  # where the weights are made
     state = run.resume()
     if cfg.trace:
         check_trace(cfg.trace, cfg.steps - (state["step"] if state else 0))

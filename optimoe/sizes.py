@@ -95,13 +95,15 @@ def training_memory(cfg, tokens, weights="float32"):
     }
 
 
-def least_memory(cfg, tokens, world):
-    """Bytes below which a rank of train.py cannot work: weights, gradients, states, inputs of blocks and logits."""
+def least_memory(cfg, tokens, world, group):
+    """Bytes below which a rank of train.py cannot work: weights, gradients, states, inputs of blocks and logits.
+
+    group: ranks among which the experts are dealt out, exchange.group_size."""
     total, _, embedding = count_params(cfg)
     in_block = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter
     held = (16 * embedding + in_block * (total - embedding)) // world
-    if world > 1 and cfg.parallel == "ddp":
-        held += 2 * total  # what every rank has whole, beside its share of the rest
+    if group < world:
+        held += 2 * total // group  # what every rank or group has whole, beside its share of the rest
     return held + tokens * (16 + 2 * cfg.n_layers * cfg.d_model) + 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
 
 
