@@ -5,7 +5,7 @@
     python train.py --data=DIR:0.7,DIR2:0.3               # a mixture
     torchrun --nproc-per-node=8 train.py --data=DIR       # eight GPUs (docs/multi-gpu.md)
     python train.py --data=DIR --init-from=ORG/NAME       # fine-tune a Mixtral, Qwen3-MoE or OLMoE (--sft of prepare)
-    python train.py --data=DIR --upcycle-from=runs/DENSE  # experts that start as a --dense model
+    python train.py --upcycle-from=runs/DENSE             # experts that start as a --dense model, on its data
     python train.py --resume=runs/NAME                    # continue, bit for bit; other flags override
 
 A run directory holds config.json, metrics.jsonl (every logged number), checkpoints, curves.png, and at the end
