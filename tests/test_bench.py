@@ -30,14 +30,6 @@ TINY = Shape(48, 32, 16, 4, 2)
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what the benchmarks do without a GPU")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def mistake(main, argv):
     """The line with which a program ends."""
     with pytest.raises(SystemExit) as stop:
