@@ -52,6 +52,7 @@ class TrainConfig(ModelConfig):
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of blocks on CUDA; auto: in long runs
     cuda_graph: bool = True  # replay the whole step as one CUDA graph
     parallel: Literal["ddp", "ep"] = "ddp"  # what several GPUs share out: optimiser states, or experts too
+    ep_size: int = 0  # ep: ranks that share out the experts; groups of them are data parallel. 0: all
     deterministic: bool = False  # the same bits in every run on CUDA too; slower
     # Optimisation
     steps: int = 1700  # optimiser steps
@@ -104,6 +105,8 @@ class TrainConfig(ModelConfig):
         from_0 = "warmup_steps weight_decay clip_norm balance_coef z_coef val_every val_batches checkpoint_every"
         from_0 += " sample_tokens lr eps max_loss"
         check_bounds(self, {1: "steps batch_size grad_accum log_every keep_checkpoints", 0: from_0})
+        remedy = "use 0 for all ranks, or 2 or more with --parallel=ep"
+        require(not self.ep_size or self.ep_size > 1 and self.parallel == "ep", "ep_size", self.ep_size, remedy)
         check_shares(self, "decay_frac min_lr_frac", "beta1 beta2 muon_momentum")
         remedy = f"use a multiple of grad_accum={self.grad_accum}"
         require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, remedy)
@@ -136,10 +139,9 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
         out = model(*batch)
         balance, ce = out.balance, shares[micro] * out.loss
         if world > 1:  # the balance of the global batch: everyone's counts, own probabilities
-            dist.all_reduce(out.counts_NE)
+            discard = exchange.count(model, out.counts_NE, first, last)
             layers = zip(out.counts_NE, out.probs_NE, strict=True)
             balance = sum((balance_loss(counts_E, probs_E) for counts_E, probs_E in layers), 0 * out.balance)
-            discard = exchange.discard(model, out.counts_NE, first, last)
         loss = ce + cfg.balance_coef * balance + cfg.z_coef * out.z
         mark("forward")
         (loss / len(batches)).backward()
@@ -288,6 +290,7 @@ def check_start(cfg, world):
     require(divides, "batch_size", cfg.batch_size, remedy)
     once = cfg.recompute == "none" or world == 1 or cfg.parallel != "ep"
     require(once, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
+    exchange.group_size(cfg, world)
 
 
 def check_memory(cfg, run):
@@ -295,8 +298,8 @@ def check_memory(cfg, run):
     n_params, _, n_embedding = count_params(cfg)
     hidden = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter, in blocks
     held = (16 * n_embedding + hidden * (n_params - n_embedding)) // run.world
-    if run.world > 1 and cfg.parallel == "ddp":
-        held += 2 * n_params  # what every rank has whole, beside its share of the rest
+    if (size := exchange.group_size(cfg, run.world)) < run.world:
+        held += 2 * n_params // size  # what every rank or group has whole, beside its share of the rest
     tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
     held += tokens * (16 + 2 * cfg.n_layers * cfg.d_model) + 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
     what = f"{n_params:,} parameters and {tokens:,} tokens at a time"

@@ -22,6 +22,7 @@ from bench.results import Results, cli
 from bench.step import balance, make_step, model_shape, parse, step_times
 from bench.timing import MIB
 from optimoe.config import require
+from optimoe.exchange import group_size
 from optimoe.sizes import count_params, flops_per_token
 from train import fast_step
 
@@ -47,16 +48,16 @@ def communication(kernels):
 def bytes_sent(optimizer, cfg, world):
     """By one rank in a step: gradients and weights of divided tensors, gradients of the others, and with ep the tokens,
     their gradients, and results and gradients of rows, if all experts are used alike."""
-    share, size = (world - 1) / world, torch.finfo(optimizer.model.dtype).bits // 8
-    whole = [p for p in optimizer.model.parameters() if p not in optimizer.exact]
-    parameters = sum(p.nbytes * world for p in optimizer.full) + sum(p.nbytes for p in whole)
-    rows = 0
-    if optimizer.dealt:
-        E, K = cfg.n_experts, cfg.top_k
-        used = 1 - math.comb(E - E // world, K) / math.comb(E, K)  # the share of tokens that use a given rank
-        rows = cfg.n_layers * cfg.batch_size * cfg.seq_len * (used * (world - 1) + K * share)
-        rows *= 2  # both passes
-    return 2 * share * parameters + rows * cfg.d_model * size
+    sent = sum(2 * piece.nbytes * (optimizer.holders(p)[2] - 1) for piece, p in optimizer.full.items())
+    for p in [*optimizer.whole, *(p for p in optimizer.model.parameters() if p not in optimizer.exact)]:
+        size = optimizer.holders(p)[2]
+        sent += 2 * p.nbytes * (size - 1) / size
+    if (size := group_size(cfg, world)) == 1:
+        return sent
+    E, K = cfg.n_experts, cfg.top_k
+    used = 1 - math.comb(E - E // size, K) / math.comb(E, K)  # the share of tokens that use a given rank
+    rows = cfg.n_layers * cfg.batch_size * cfg.seq_len * (used * (size - 1) + K * (size - 1) / size)
+    return sent + 2 * rows * cfg.d_model * torch.finfo(optimizer.model.dtype).bits // 8  # both passes
 
 
 def measure(cfg, rank, world, device):
