@@ -107,22 +107,18 @@ def layer_cost(shape, mode, itemsize=2):
     return Cost(*map(sum, zip(*(costs[name] for name in names), strict=True)))
 
 
-def parse_routing(text):
-    """`text` if it names a routing; ValueError for anything else."""
-    if not re.fullmatch(r"softmax|zipf\d+(\.\d+)?", text):
-        raise ValueError(f"routing {text!r}: expected softmax or zipfA such as zipf1.5")
-    return text
+ROUTINGS = ("softmax", "zipf1.5")
 
 
 def router_logits(shape, routing, generator):
-    """Logits (T, E) float32 whose top-k makes the routing: "softmax" (independent normal logits) or "zipfA" (expert e
-    is drawn in proportion to (e + 1)^-A, without replacement)."""
+    """Logits (T, E) float32 whose top-k makes the routing: "softmax" (independent normal logits) or "zipf1.5" (expert e
+    is drawn in proportion to (e + 1)^-1.5, without replacement)."""
     T, E, device = shape.T, shape.E, generator.device
-    if parse_routing(routing) == "softmax":
+    if routing == "softmax":
         return torch.randn(T, E, generator=generator, device=device)
     # Adding Gumbel noise to log-probabilities and taking the top k samples k without replacement.
     gumbel = -torch.empty(T, E, device=device).exponential_(generator=generator).log()
-    return gumbel - float(routing.removeprefix("zipf")) * torch.arange(1, E + 1, device=device).log()
+    return gumbel - 1.5 * torch.arange(1, E + 1, device=device).log()
 
 
 class Inputs(NamedTuple):
