@@ -92,7 +92,7 @@ def test_the_check_accepts_the_truth_and_rejects_everything_else():
     inputs = make_inputs(TINY, torch.float32, "cpu")
     good = results_of(inputs)
     assert require_accuracy(layer_errors(inputs, good), torch.float32) < 1e-6
-    assert layer_errors(inputs, {"y": good["y"]}).keys() == {"y"}
+
     for name, tensor in good.items():
         for wrong in (torch.zeros_like(tensor), tensor.roll(1, 0), tensor * 1.001):
             with pytest.raises(ValueError, match=f"wrong result: {name}"):
