@@ -4,7 +4,7 @@ kernel           a kernel, "layer" (experts, routing given), "step", "step-famil
                  "generate", "hf-block", or "ceiling" (the largest matrix product and copy)
 implementation   triton, grouped_mm, reference, gemms (cuBLAS products of the same FLOPs, nothing else), a peer, a model
 mode             forward, backward, full, or a part; "-graph": from a CUDA graph, as single kernels always are on a GPU
-T D F E K        sizes; dtype; routing: softmax or zipfA
+T D F E K        sizes; dtype; routing: softmax or zipf1.5
 p20 p50 p80_ms   quantiles of the time; backward = full - median forward
 tflops gb_s      at p50, from the FLOPs and the fewest bytes that the operation needs
 ceiling          fraction of `gemms` for a layer, of its roofline for a kernel, of the GPU's peak for a step

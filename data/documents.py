@@ -151,6 +151,6 @@ def _rows(path, file, name):
         for batch in batches:
             for i in range(batch.num_rows):
                 number += 1
-                yield f"{path}: row {number}", {name: batch.column(name)[i].as_py() for name in columns}
+                yield f"{path}: row {number}", {column: batch.column(column)[i].as_py() for column in columns}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: row {max(1, number)} cannot be read ({error}); it is damaged") from error
