@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from data import files
-from optimoe import checkpoint, config
+from optimoe import checkpoint, config, parallel
 from optimoe.config import make_directory, require
 from optimoe.load import pick_device
 
@@ -362,8 +362,7 @@ def launch(program, cls, description, argv=None):
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # the tests do that
         if world > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=START_SECONDS))
+            parallel.connect(device, timeout=timedelta(seconds=START_SECONDS))
         return program(cfg, rank, world, device, given)
     except (Exception, KeyboardInterrupt) as error:
         line = explain(error, rank, world)
@@ -374,5 +373,4 @@ def launch(program, cls, description, argv=None):
             raise
         sys.exit(line)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        parallel.disconnect()
