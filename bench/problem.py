@@ -57,6 +57,12 @@ def parse_shape(text):
     return Shape(*numbers)
 
 
+def chosen(texts):
+    """The shapes of a command line; without any the targets, or on a CPU the tiny one."""
+    usual = TARGETS if torch.cuda.is_available() else TINY
+    return [parse_shape(text) for text in texts] or list(usual)
+
+
 class Cost(NamedTuple):
     flops: int
     bytes: int  # fewest bytes through device memory: each input read once, each output written once

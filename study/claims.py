@@ -11,7 +11,7 @@ import numpy as np
 from study import posttrain, results
 from study.presets import SCARCE
 from study.results import MIN_SEEDS, accuracy, lines, loss, tune
-from study.rules import RISE, interval, seeds_needed
+from study.rules import RISE, interval, rises, seeds_needed, slope, solution_loss
 
 MASTERED = 0.1  # nats per token: a line whose solutions cost less everywhere has nothing to lose
 COMPARABLE = 0.05  # training losses within this share of each other count as equal; those of two seeds differ as much
@@ -70,29 +70,14 @@ def would_decide(test):
 # ---- what every claim needs
 
 
-def slope(x, y):
-    return round(float(np.polyfit(x, y, 1)[0]), 9)  # a flat line has slope 0
-
-
-def rises(tuned, value):
-    """{seed: slope of value(row) over doublings of E}"""
-    x = np.log2(list(tuned.cells))
-    return {seed: slope(x, [value(cell[seed]) for cell in tuned.cells.values()]) for seed in tuned.seeds}
-
-
-def solution_loss(row):
-    return loss(row, "problems")
-
-
 def by_seed(groups, combine):
     """{seed: combine(what each group has for the seed)} for the seeds that all groups {seed: value} have."""
     seeds = set.intersection(*map(set, groups)) if groups else ()
     return {seed: float(combine([group[seed] for group in groups])) for seed in sorted(seeds)}
 
 
-def because(reasons):
-    """Why something has no vote, from {reason: whether it holds}."""
-    return "; ".join(reason for reason, holds in reasons.items() if reason and holds)
+def because(*reasons):
+    return "; ".join(filter(None, reasons))
 
 
 def percent(row, task):
@@ -110,15 +95,15 @@ def dumb(cells, task):
 
 def silent(where, tuned, task, note="", decisive=False):
     """Why tuned lines of one regime have no vote, or "". decisive: being mastered at every E is no reason."""
-    edges, why = sum(len(one.edges) for one in tuned), [dumb(one.cells, task) for one in tuned]
-    reasons = {
-        note: True,
-        "not calibrated": where.kind == "twohop",
-        why[0]: all(why) and not (decisive and "mastered" in why),
-        f"best rate at the edge for {edges} of {sum(len(one.cells) for one in tuned)} models": edges,
-        "rates of other data": not where.paired and any(one.single for one in tuned),
-    }
-    return because(reasons)
+    edges, models = (sum(len(part(one)) for one in tuned) for part in (lambda one: one.edges, lambda one: one.cells))
+    why = [dumb(one.cells, task) for one in tuned]
+    return because(
+        note,
+        "not calibrated" * (where.kind == "twohop"),
+        why[0] * (all(why) and not (decisive and "mastered" in why)),
+        f"best rate at the edge for {edges} of {models} models" * bool(edges),
+        "rates of other data" * (not where.paired and any(one.single for one in tuned)),
+    )
 
 
 def tuned_lines(rows, task):
@@ -160,14 +145,18 @@ def reasoning_turns(rows):
     """With few problems the loss of unseen solutions rises with E. With new ones, the negative control, it must not.
 
     A line that is mastered up to its largest E votes: the rise in question, over its doublings, would end that."""
-    dose = lambda where: "more problems, see claim 3" if where.unique > SCARCE else ""  # noqa: E731
-    note = lambda where: dose(where) if where.unique else "negative control"  # noqa: E731
-    learns = lambda row, task: -100.0 * (accuracy(row, task) >= LEARNED)  # noqa: E731
+
+    def note(where):
+        return (
+            "" if 0 < where.unique <= SCARCE else "more problems, see claim 3" if where.unique else "negative control"
+        )
+
     yield from slopes(rows, "problems", loss, RISE, "nats per token more", note, decisive=True)
     yield from at_one_rate(rows)
     scarce = [row for row in rows if row["run"]["unique"]]
     yield from slopes(scarce, "problems", lambda row, task: -percent(row, task), 0.5, "points lost", beside)
-    yield from slopes(scarce, "problems", learns, 1.0, "% fewer runs that learn", beside)
+    failed = lambda row, task: -100.0 * (accuracy(row, task) >= LEARNED)  # noqa: E731
+    yield from slopes(scarce, "problems", failed, 1.0, "% fewer runs that learn", beside)
 
 
 def at_one_rate(rows):
@@ -187,21 +176,17 @@ def at_one_rate(rows):
 def optimum_near_20(rows):
     """Unseen solutions are best between 10 and 40 tokens per parameter, and it is tokens of reasoning that count:
     with more different problems the loss rises less with E."""
-    for where, by_k in tuned_lines(rows, "problems"):
-        for k, one in by_k.items():
-            tpp = {e: next(iter(cell.values()))["tpp"] for e, cell in one.cells.items()}
-            near = [e for e in tpp if BRACKET[0] <= tpp[e] <= BRACKET[1]]
-            sides = [[e for e in tpp if tpp[e] < BRACKET[0]], [e for e in tpp if tpp[e] > BRACKET[1]]]
-            if not all((*sides, near)):
-                continue
-            mean = lambda es, seed: np.mean([solution_loss(one.cells[e][seed]) for e in es])  # noqa: B023, E731
-            gaps = {s: [mean(side, s) - mean(near, s) for side in sides] for s in one.seeds}
-            effects = {}
-            for seed in gaps:  # the other seeds choose the better side, so that noise cannot
-                others = [gap for s, gap in gaps.items() if s != seed] or [[0.0, 0.0]]
-                effects[seed] = float(gaps[seed][int(np.argmin(np.mean(others, 0)))])
-            why, unit = silent(where, [one], "problems"), "nats worse outside 10 to 40 tokens per parameter"
-            label = f"{where}, k={k}; solutions, against the better side"
+    unit = "nats worse outside 10 to 40 tokens per parameter"
+    for where, k, one in ((where, k, one) for where, by_k in tuned_lines(rows, "problems") for k, one in by_k.items()):
+        tpp = {e: next(iter(cell.values()))["tpp"] for e, cell in one.cells.items()}
+        sides = {e: (tpp[e] > BRACKET[1]) - (tpp[e] < BRACKET[0]) for e in tpp}  # -1: fewer, 0: between, 1: more
+        if len(set(sides.values())) == 3:
+            mean = lambda side, s: np.mean([solution_loss(c[s]) for e, c in one.cells.items() if sides[e] == side])  # noqa: B023, E731
+            gaps = {s: [mean(side, s) - mean(0, s) for side in (-1, 1)] for s in one.seeds}
+            # The other seeds choose the better side, so that noise cannot.
+            others = {s: [gap for other, gap in gaps.items() if other != s] or [[0.0, 0.0]] for s in gaps}
+            effects = {s: float(gaps[s][int(np.argmin(np.mean(others[s], 0)))]) for s in gaps}
+            label, why = f"{where}, k={k}; solutions, against the better side", silent(where, [one], "problems")
             yield Test(label, effects, 0.02, unit, len(one.rows), note=why, paired=where.paired)
     yield from dose_response(rows)
 
@@ -226,22 +211,29 @@ def trends(rows, place, x, label, unit, sign=1, span=0.0):
 
 def dose_response(rows):
     """Regimes that differ in the number of problems alone: how much the rise falls per doubling of problems."""
-    repeated = [row for row in rows if row["run"]["unique"]]
-    place = lambda where, k: (where._replace(unique=0), k)  # noqa: E731
-    problems = lambda regimes: ", ".join(str(where.unique) for where in regimes)  # noqa: E731
-    label = lambda same, k, regimes: f"{same}, k={k}; solutions".replace("fresh", problems(regimes))  # noqa: E731
-    unit = "nats per doubling of E less, per doubling of problems"
-    yield from trends(repeated, place, lambda where, one: math.log2(where.unique), label, unit, sign=-1)
+    yield from trends(
+        [row for row in rows if row["run"]["unique"]],
+        place=lambda where, k: (where._replace(unique=0), k),
+        x=lambda where, one: math.log2(where.unique),
+        label=lambda same, k, regimes: f"{same}, k={k}; solutions".replace(
+            "fresh", ", ".join(str(where.unique) for where in regimes)
+        ),
+        unit="nats per doubling of E less, per doubling of problems",
+        sign=-1,
+    )
 
 
 def more_active_moves(rows):
     """How much the rise grows with a doubling of active parameters, by width and k, over a factor of four or more."""
-    place = lambda where, k: (where._replace(d_model=0, d_expert=0), 0)  # noqa: E731
-    active = lambda where, one: math.log2(one.rows[0]["params"]["active"] - one.rows[0]["params"]["embedding"])  # noqa: E731
     widths = lambda regimes: ",".join(map(str, sorted({where.d_model for where in regimes})))  # noqa: E731
-    label = lambda same, k, regimes: f"{same}; solutions".replace("d=0, F=0", f"d={widths(regimes)}")  # noqa: E731
-    unit = "nats per doubling of E more, per doubling of active parameters"
-    yield from trends(rows, place, active, label, unit, span=2)
+    yield from trends(
+        rows,
+        place=lambda where, k: (where._replace(d_model=0, d_expert=0), 0),
+        x=lambda where, one: math.log2(one.rows[0]["params"]["active"] - one.rows[0]["params"]["embedding"]),
+        label=lambda same, k, regimes: f"{same}; solutions".replace("d=0, F=0", f"d={widths(regimes)}"),
+        unit="nats per doubling of E more, per doubling of active parameters",
+        span=2,
+    )
 
 
 def denser_at_equal_loss(rows):
@@ -257,7 +249,7 @@ def denser_at_equal_loss(rows):
         for measure, margin, unit in (("loss", 0.02, "nats per token fewer"), ("accuracy", 0.5, "points more")):
             effects = {seed: at_equal_loss(members, measure) for seed, members in sorted(seeds.items())}
             effects = {seed: effect for seed, effect in effects.items() if effect is not None}
-            note = beside(where) if measure == "accuracy" else because(why[where])
+            note = beside(where) if measure == "accuracy" else because(*why[where])
             unit, runs = f"{unit} per doubling of k/E at equal training loss", sum(map(len, seeds.values()))
             yield Test(f"{where}; solutions", effects, margin, unit, runs, note=note, paired=where.paired)
 
@@ -266,12 +258,11 @@ def at_equal_loss(members, measure):
     """The coefficient of log2 k/E, positive where denser models are better; None with too few points. Points at
     the floor (nothing solved) and at the ceiling say nothing."""
     points = []
-    for row in members:
-        for point in (*row["points"], row):
-            share, nats = accuracy(point, "problems"), point["problems"]["loss"]
-            if 0.02 < share < 0.98:
-                value = 100 * share if measure == "accuracy" else -nats
-                points.append((math.log2(row["run"]["top_k"] / row["run"]["n_experts"]), point["train_loss"], value))
+    for row, point in ((one, point) for one in members for point in (*one["points"], one)):
+        share, nats = accuracy(point, "problems"), point["problems"]["loss"]
+        if 0.02 < share < 0.98:
+            density = math.log2(row["run"]["top_k"] / row["run"]["n_experts"])
+            points.append((density, point["train_loss"], 100 * share if measure == "accuracy" else -nats))
     if len(points) < 12 or len({density for density, *_ in points}) < 3:
         return None
     density, train, y = np.array(points).T
@@ -296,15 +287,17 @@ def top_k_alone(rows):
             group = groups[where, run["top_k"] * run["d_expert"], run["n_experts"] * run["d_expert"]]
             group[run["top_k"]][row["lr"]][run["seed"]] = row
     for (where, active, total), line in sorted(groups.items()):
+        shared = f"{where}, k F={active}, E F={total}, k={','.join(map(str, sorted(line)))}".replace("F=0, ", "")
         for task, value, margin, unit, name in SPREADS if len(line) > 2 else ():
             if one := tune(line, task):
-                edges = ",".join(map(str, one.edges))
-                reasons = {"rates not compared": one.single, f"best rate at the edge for k={edges}": one.edges}
-                reasons |= {dumb(one.cells, task): True} if task == "problems" else {}
-                label = f"{where}, k F={active}, E F={total}, k={','.join(map(str, sorted(line)))}; {name}"
+                why = because(
+                    "rates not compared" * bool(one.single),
+                    f"best rate at the edge for k={','.join(map(str, one.edges))}" * bool(one.edges),
+                    dumb(one.cells, task) if task == "problems" else "",
+                )
+                label, unit = f"{shared}; {name}", f"{unit} between the best and worst k"
                 effects = spread(one, value) if len(one.seeds) > 1 else {}
-                unit, label = f"{unit} between the best and worst k", label.replace("F=0, ", "")
-                yield Test(label, effects, margin, unit, len(one.rows), True, because(reasons), where.paired)
+                yield Test(label, effects, margin, unit, len(one.rows), True, why, where.paired)
 
 
 def spread(tuned, value):
@@ -338,8 +331,8 @@ def gentler_training(rows):
                     found[where.paired][seed].append(gain / math.log2(best / low))
     for paired, gains in found.items():
         effects = {seed: float(np.mean(values)) for seed, values in sorted(gains.items())}
-        label, unit = "learning rate, all regimes", "nats fewer per halving at comparable training loss"
-        label += f"{'' if paired else ', unpaired'}; solutions"
+        label = f"learning rate, all regimes{', unpaired' * (not paired)}; solutions"
+        unit = "nats fewer per halving at comparable training loss"
         yield Test(label, effects, 0.02, unit, runs[paired], paired=paired)
 
 
@@ -351,9 +344,8 @@ def still_lost(rows, remedies):
     for (d, k, same), cells in posttrain.families(rows).items():
         settings, training = json.loads(same)
         paired = bool(training.get("paired"))
-        where = (
-            f"d={d}, k={k}" + (f", {training['unique']:,} problems" if training else "") + ", unpaired" * (not paired)
-        )
+        problems = f", {training['unique']:,} problems" if training else ""
+        where = f"d={d}, k={k}{problems}{', unpaired' * (not paired)}"
         answers = f"{settings.get('batch_prompts')} x {settings.get('group_size')} answers"
         budget = f", {settings.get('steps')} steps of {answers} to {settings.get('questions')} questions"
         budget += ", experts replayed" * bool(settings.get("replay"))
@@ -393,7 +385,7 @@ CLAIMS = (  # text, what computes it, presets that decide it
     ("Memory rises with total parameters at fixed active parameters", memory_rises, ("room", "scarce2")),
     ("Reasoning turns over as total parameters grow", reasoning_turns, ("scarce2", "dose", "fresh")),
     ("Reasoning is best near 20 tokens per parameter", optimum_near_20, ("dose", "long4")),
-    ("At equal training loss, denser models reason better", denser_at_equal_loss, ("scarce2",)),
+    ("At equal training loss, denser models reason better", denser_at_equal_loss, ("scarce2", "dose")),
     ("Top-k alone changes little at fixed active and total size", top_k_alone, ("topk2",)),
     ("Lower learning rates help reasoning", gentler_training, ("scarce2",)),
     ("More active compute moves the optimum to denser models", more_active_moves, ("width",)),

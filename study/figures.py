@@ -1,25 +1,47 @@
-"""The picture of the study:  python -m study.figures
+"""The picture of the study and its index page:  python -m study.figures
 
 A dot is a seed, a line joins the means; every model is shown at the rate that is best for the task. Paired runs only.
 """
 
+import importlib
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
+from data import files
 from optimoe import config, curves
 from optimoe.config import require
 from study import results
 from study.presets import SCARCE
 from study.results import accuracy, lines, loss, tune
+from study.rules import RISE
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # told apart by most eyes
 MARKERS = "osD^vP"
 STYLE = {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+QUESTION = "Memory and reasoning against the number of experts, by number of problems, and against the learning rate"
 
 
 @dataclass(frozen=True)
 class FiguresConfig:
     results: str = "study/results.jsonl"  # rows of study.sweep
-    out: str = "docs/study/headline.png"  # the picture
+    out: str = "docs/study/headline.png"  # the picture; README.md beside it is the index page
+
+
+def canvas(rows, columns, size):
+    """(figure, axes as rows) of matplotlib without a display; older figures are closed."""
+    importlib.import_module("matplotlib").use("Agg")
+    plt = importlib.import_module("matplotlib.pyplot")
+    plt.close("all")
+    with plt.rc_context(STYLE):
+        return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+
+
+def index(folder, title, pictures, command):
+    """Write README.md: every picture {file: the question that it answers}."""
+    parts = [f"## {question}\n\n![{question}]({name})\n" for name, question in pictures.items()]
+    files.replace(Path(folder) / "README.md", "\n".join([f"# {title}\n", f"Drawn by `{command}`.\n", *parts]))
+    print(Path(folder) / "README.md")
 
 
 def usual(where):
@@ -28,13 +50,16 @@ def usual(where):
     return fields == (128, 64, 2**24, "muon", "mixture", True)
 
 
-def curve(axis, cells, value, look, label):
-    """Dots for the seeds of {x: {seed: row}}, a line through the means."""
-    colour, marker = COLOURS[look % 6], MARKERS[look % 6]
+def curve(axis, cells, value, look, label, hollow=()):
+    """Dots for the seeds of {x: {seed: row}}, a line through the means, which are returned; hollow at some x."""
+    style = dict(color=COLOURS[look % 6], marker=MARKERS[look % 6])
     points = [(x, value(row)) for x, cell in cells.items() for row in cell.values()]
-    axis.plot(*zip(*points, strict=True), marker, color=colour, ms=4, alpha=0.5, mew=0)
-    means = [sum(value(row) for row in cell.values()) / len(cell) for cell in cells.values()]
-    axis.plot(list(cells), means, "-", color=colour, lw=1.4, marker=marker, ms=5, label=label)
+    axis.plot(*zip(*points, strict=True), **style, ls="None", ms=4, alpha=0.5, mew=0)
+    means = [sum(map(value, cell.values())) / len(cell) for cell in cells.values()]
+    axis.plot(list(cells), means, **style, lw=1.4, ms=5, label=label)
+    for x in hollow:
+        axis.plot(x, means[list(cells).index(x)], **style, ms=5, mfc="white")
+    return means
 
 
 def headline(rows, k=8):
@@ -42,48 +67,52 @@ def headline(rows, k=8):
     found = {where.unique: line for (where, kk), line in lines(rows).items() if kk == k and usual(where)}
     remedy = f"no line of {SCARCE} problems and three values of E; run python -m study.sweep pairs"
     require(SCARCE in found, "results", f"{len(rows)} rows", remedy)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for look, (task, name) in enumerate((("facts", "facts (memory)"), ("problems", "unseen solutions (reasoning)"))):
+    fig, ((left, middle, right),) = canvas(1, 3, (15, 4.8))
+    for look, (task, name) in enumerate((("facts", "facts"), ("problems", "unseen solutions"))):
         if one := tune(found[SCARCE], task):
-            curve(left, one.cells, lambda row, t=task: loss(row, t), look, name)
-    left.set(title=f"{SCARCE} problems, best rates for each", ylabel="loss of answers, nats per token")
+            means = curve(left, one.cells, lambda row, t=task: loss(row, t), look, name, one.single)
+            if task == "problems":  # what would refute the level line
+                first, last = min(one.cells), max(one.cells)
+                x = [first * (last / first) ** (i / 50) for i in range(51)]
+                risen = [means[0] + RISE * math.log2(e / first) for e in x]
+                left.plot(x, risen, "--", color=COLOURS[look], lw=1, label=f"{RISE} nats more a doubling")
+    left.set(title="Do more experts help?", ylabel="loss of answers, nats per token")
     for look, problems in enumerate(sorted(found, key=lambda n: n or 10**9)):
         if one := tune(found[problems], "problems"):
             label = f"{problems:,} problems" if problems else "all new"
-            curve(middle, one.cells, lambda row: loss(row, "problems"), look, label)
-    middle.set(title="unseen solutions by number of problems", ylabel="nats per token")
+            curve(middle, one.cells, lambda row: loss(row, "problems"), look, label, one.single)
+    middle.set(title="Do more problems help?", ylabel="loss of unseen solutions, nats per token")
     line = found[SCARCE]
     for look, e in enumerate(sorted({min(line), sorted(line)[len(line) // 2], max(line)})):
         sound = {rate: {s: r for s, r in cell.items() if not r["diverged"]} for rate, cell in sorted(line[e].items())}
         if cells := {rate: cell for rate, cell in sound.items() if cell}:
             curve(right, cells, lambda row: 100 * accuracy(row, "problems"), look, f"E = {e}")
-    right.set(title=f"{SCARCE} problems: the rate", xlabel="learning rate", ylabel="whole unseen solutions right, %")
+    right.set(title="Which rate does reasoning need?")
+    right.set(xlabel="peak learning rate", ylabel="whole unseen solutions right, %", xscale="log")
     rates = sorted({rate for rates in line.values() for rate in rates})
-    right.set_xscale("log")
     right.set_xticks(rates, [f"{rate:g}" for rate in rates])
     sizes = sorted({e for line in found.values() for e in line})
     for axis in (left, middle):
         axis.set_xscale("log", base=2)
-        axis.set(xlabel="experts E", yscale="log")
+        axis.set(xlabel="experts per layer, E", yscale="log")
         axis.set_xticks(sizes, sizes)
     for axis in (left, middle, right):
-        axis.legend()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
         axis.minorticks_off()
-    n = max(len(cell) for line in found.values() for rates in line.values() for cell in rates.values())
-    fig.suptitle(f"d = 128, k = {k}, 16.8 M tokens, paired weights; a dot is a seed, up to {n} a point")
+    counts = sorted({len(cell) for line in found.values() for rates in line.values() for cell in rates.values()})
+    n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+    what = f"d = 128, k = {k}, 16.8 M tokens, paired weights; left and right with {SCARCE} problems"
+    fig.suptitle(
+        f"{what}\na dot is a seed, {n} a point; left and middle at the best rate for each task, hollow: one rate tried"
+    )
     return fig
 
 
 def main(argv=None):
     cfg = config.parse(FiguresConfig, argv, __doc__)
-    rows = results.read(cfg.results)
-    curves.write(lambda: headline(rows), cfg.out)
+    rows, out = results.read(cfg.results), Path(cfg.out)
+    curves.write(lambda: headline(rows), out)
+    index(out.parent, "Pictures of the study", {out.name: QUESTION}, "python -m study.figures")
 
 
 if __name__ == "__main__":

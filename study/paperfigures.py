@@ -7,19 +7,19 @@ from typing import NamedTuple
 
 from optimoe import curves
 from study import results
-from study.figures import COLOURS, MARKERS, STYLE, usual
+from study.figures import COLOURS, MARKERS, canvas, index, usual
 
 ACCURACY = dict(triviaqa="exact_match", hellaswag="acc", gsm8k="strict", gsm_plus="strict")
 ACCURACY |= dict(humaneval="pass@1", mbpp="pass@1")
 
 LOSSES = {"train_loss": "training loss, nats per token", "val_loss": "validation loss, nats per token"}  # of all text
-# Figure of the paper: what is on the x axis, and what is drawn over it.
+# Figure of the paper: the question, what is on the x axis, its label, and what is drawn over it.
 FIGURES = {
-    1: ("params", "parameters", (*LOSSES, "loss")),
-    2: ("train_loss", LOSSES["train_loss"], ("loss",)),
-    3: ("train_loss", LOSSES["train_loss"], ("accuracy",)),
-    5: ("density", "density k/E", ("loss", "accuracy")),
-    7: ("tpp", "training tokens per parameter", ("accuracy",)),
+    1: ("Does the loss fall with parameters?", "params", "parameters", (*LOSSES, "loss")),
+    2: ("Does a lower training loss mean a lower task loss?", "train_loss", LOSSES["train_loss"], ("loss",)),
+    3: ("Does a lower training loss mean more right answers?", "train_loss", LOSSES["train_loss"], ("accuracy",)),
+    5: ("Which density is best?", "density", "density k/E", ("loss", "accuracy")),
+    7: ("How many tokens per parameter are best?", "tpp", "training tokens per parameter", ("accuracy",)),
 }
 UNITS = {"loss": "task loss, bits per token", "accuracy": "accuracy, %", **LOSSES}
 
@@ -32,27 +32,25 @@ class Point(NamedTuple):
 
 def paper_points(rows):
     found = []
-    for row in rows.values():
-        if "d_model" in row:
-            values = {name: row.get(name) for name in ("params", "tpp", *LOSSES)}
-            values["density"] = row["top_k"] / row["n_experts"]
-            for task, done in row["tasks"].items():
-                values[task, "loss"] = done["metrics"]["bits/token"]["mean"]
-                values[task, "accuracy"] = 100 * done["metrics"][ACCURACY[task]]["mean"]
-            found.append(Point(row["d_model"], row["top_k"], values))
+    for row in (row for row in rows.values() if "d_model" in row):
+        values = {name: row.get(name) for name in ("params", "tpp", *LOSSES)}
+        values["density"] = row["top_k"] / row["n_experts"]
+        for task, done in row["tasks"].items():
+            values[task, "loss"] = done["metrics"]["bits/token"]["mean"]
+            values[task, "accuracy"] = 100 * done["metrics"][ACCURACY[task]]["mean"]
+        found.append(Point(row["d_model"], row["top_k"], values))
     return found
 
 
 def own_points(path):
     """Of the study's usual regime, with the number of problems that has most values of E and k: means over seeds, at
     the rate with the best training loss."""
-    rows = results.read(path) if path and Path(path).exists() else []
     found = {}
-    for (where, k), line in results.lines(rows).items():
+    for (where, k), line in results.lines(results.read(path, optional=True) if path else []).items():
         tuned = usual(where) and results.tune(line, "train")
-        points = found.setdefault(where.unique, [])
-        for e, cell in tuned.cells.items() if tuned else ():
-            points.append(Point(where.d_model, k, own_values(cell, k / e)))
+        cells = {e: cell for e, cell in tuned.cells.items() if e not in tuned.single} if tuned else {}
+        points = [Point(where.d_model, k, own_values(cell, k / e)) for e, cell in cells.items()]
+        found.setdefault(where.unique, []).extend(points)
     return max(found.values(), key=len, default=[])
 
 
@@ -83,40 +81,44 @@ def panels(points, x, kinds):
 
 
 def draw(rows, own, out, family):
-    """Write the figures from the rows, ours in a row of panels below. Says which ones lack their numbers."""
-    groups = {"the paper's models": paper_points(rows), "this study's runs": own_points(own)}
-    for number, (x, label, kinds) in FIGURES.items():
+    """Write the figures from the rows, ours in a row of panels below, and their index page. Says which ones lack their
+    numbers."""
+    groups, pictures = {"the paper's models": paper_points(rows), "this study's runs": own_points(own)}, {}
+    for number, (question, x, label, kinds) in FIGURES.items():
         drawn = {who: panels(points, x, kinds) for who, points in groups.items() if points}
         for who in [who for who, found in drawn.items() if not found]:
             print(f"figure {number}: no row of {who} has a {x}")
             del drawn[who]
         if drawn:
             Path(out).mkdir(parents=True, exist_ok=True)
+            pictures[f"figure-{number}-{family}.png"] = question
             scale = "linear" if x == "train_loss" else "log"
             curves.write(partial(picture, drawn, label, scale), Path(out) / f"figure-{number}-{family}.png")
+    if pictures:
+        index(out, "The figures of arXiv 2508.18672", pictures, f"python -m study.released --family={family} --plan")
 
 
 def picture(drawn, label, scale):
-    """The matplotlib figure of {who: panels}, a row of panels each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.close("all")  # those that were written
-    plt.rcParams.update(STYLE)
-    wide = max(map(len, drawn.values()))
-    shape = dict(figsize=(3.6 * wide + 1.4, 3.2 * len(drawn)), squeeze=False, layout="constrained")
-    fig, axes = plt.subplots(len(drawn), wide, **shape)
-    for (who, found), row in zip(drawn.items(), axes, strict=True):
+    """The matplotlib figure of {who: panels}, a row for each quantity. A colour is a k, a marker a width."""
+    rows = {}
+    for who, found in drawn.items():
+        for title, kind, series in found:
+            rows.setdefault((who, "" if kind in LOSSES else kind), []).append((title, kind, series))
+    wide = max(map(len, rows.values()))
+    fig, axes = canvas(len(rows), wide, (3.6 * wide + 1.4, 3.2 * len(rows)))
+    for ((who, _), found), row in zip(rows.items(), axes, strict=True):
         for axis in row[len(found) :]:
             axis.set_axis_off()
         for axis, (title, kind, series) in zip(row, found, strict=False):
             for width, k, pairs in series:
                 look = dict(color=COLOURS[k.bit_length() % 6], marker=MARKERS[width.bit_length() % 6], ms=4, lw=1)
-                axis.plot(*zip(*pairs, strict=True), **look, label=f"d={width}, k={k}")
+                axis.plot(*zip(*pairs, strict=True), **look)
             axis.set(title=f"{who}: {title}", xlabel=label, ylabel=UNITS[kind], xscale=scale)
-        beside = row[min(len(found), wide - 1)]  # an empty place, or the last panel
-        look = dict(fontsize=8, loc="upper left", bbox_to_anchor=(float(len(found) == wide), 1))
-        beside.legend(*row[0].get_legend_handles_labels(), **look)
+            axis.minorticks_off()
+    shown = [(width, k) for found in drawn.values() for *_, series in found for width, k, _ in series]
+    for k in sorted({k for _, k in shown}):
+        axes[0][0].plot([], [], color=COLOURS[k.bit_length() % 6], label=f"k={k}")
+    for width in sorted({width for width, _ in shown}):
+        axes[0][0].plot([], [], MARKERS[width.bit_length() % 6], color="grey", label=f"d={width}")
+    fig.legend(loc="outside right center", frameon=False)
     return fig

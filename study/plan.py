@@ -18,6 +18,7 @@ from study import results
 
 THROUGHPUT = Path(__file__).resolve().parent.parent / "docs" / "throughput.csv"
 BEST_TPP, RESOLUTION = 20, 2  # the paper's optimum, and the factor to which its grid resolves it
+VOCAB, WINDOW = 99_584, 4096  # the paper's; one window per GPU at a time
 GRID = (2.4, 390)  # tokens per parameter of the paper's models: nothing is known outside
 
 
@@ -34,23 +35,19 @@ class PlanConfig:
     gpus: int = 1
     gpu: str = "NVIDIA H100 80GB HBM3"  # its name, for the peak
     memory: float = 80.0  # GiB of each GPU; experts and all states are divided among the GPUs (--parallel=ep)
-    # Model and training
-    seq_len: int = 4096  # the paper's
-    vocab_size: int = 99_584  # the paper's
-    micro_batch: int = 1  # sequences per GPU and forward pass
-    min_tpp: float = GRID[0]  # tokens per parameter below which a model is left out
-    max_tpp: float = GRID[1]  # and above which
+    # Bounds: a model with fewer or more tokens per parameter is left out
+    min_tpp: float = GRID[0]
+    max_tpp: float = GRID[1]
     # Report
     rows: int = 8  # lines of the table
     results: str = "study/results.jsonl"  # rows of study.sweep
-    throughput: str = str(THROUGHPUT)  # measured training speeds
 
     def __post_init__(self):
         budget = self.hours or self.flops or self.tokens
         require(budget, "hours", self.hours, "give a budget: --hours=24, --flops=1e20, --tokens=1e10, or several")
         for name in ("hours", "flops", "tokens", "memory", "min_tpp", "max_tpp"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "use a finite number from 0")
-        for name in ("gpus", "seq_len", "vocab_size", "micro_batch", "rows"):
+        for name in ("gpus", "rows"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         require(self.min_tpp <= self.max_tpp, "min_tpp", self.min_tpp, f"use at most max_tpp={self.max_tpp:g}")
 
@@ -66,8 +63,8 @@ class Plan(NamedTuple):
     hours: float | None
 
 
-def throughput(path):
-    """[(flops per token, share of the peak, row)] of the measured models."""
+def throughput(path=THROUGHPUT):
+    """[(FLOPs per token, share of the peak, row)] of the measured models."""
     found = []
     for row in (reader := csv.DictReader(files.read_text(path).splitlines())):
         try:
@@ -76,30 +73,22 @@ def throughput(path):
             require(0 < share <= 1 and None not in row.values(), "mfu", share, "a share of the peak is needed")
         except (KeyError, TypeError, ValueError) as error:
             where = f"{path}, line {reader.line_num}: not a measured speed"
-            raise ValueError(f"{where} ({error}); restore the file or delete it") from None
+            raise ValueError(f"{where} ({error}); restore the file") from None
         found.append((flops_per_token(cfg), share, row))
     return found
 
 
-def flops_per_second(per_token, cfg, measured):
-    """Of all GPUs, at the utilisation measured nearest in FLOPs per token; None without a peak or a measurement."""
-    peak = peak_flops(cfg.gpu)
-    nearest = min(measured, key=lambda entry: abs(math.log(entry[0] / per_token)), default=None)
-    return nearest[1] * peak * cfg.gpus if nearest and peak else None
-
-
 def candidates(cfg, measured):
-    """Every model of the paper's grid that fits memory and budget, whatever its tokens per parameter."""
-    for name in PRESETS:
-        if not name.startswith("paper"):
-            continue
-        model = preset(name, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len)
-        params, per_token = count_params(model), flops_per_token(model)
-        parts = training_memory(model, cfg.micro_batch * cfg.seq_len)
+    """Every model of the paper's grid that fits memory and budget, whatever its tokens per parameter. Speed: at the
+    utilisation measured nearest in FLOPs per token."""
+    for name in (name for name in PRESETS if name.startswith("paper")):
+        model = preset(name, vocab_size=VOCAB, seq_len=WINDOW)
+        params, per_token, parts = count_params(model), flops_per_token(model), training_memory(model, WINDOW)
         experts = 3 * model.n_layers * model.d_model * model.d_expert * model.n_experts
         divided = 12 * params.total + 4 * experts  # float32 weights and states; copies and gradients of experts
         gib = (divided / cfg.gpus + sum(parts.values()) - divided) / 2**30
-        speed = flops_per_second(per_token, cfg, measured)
+        share = min(measured, key=lambda entry: abs(math.log(entry[0] / per_token)))[1] if measured else 0.0  # noqa: B023
+        speed = share * (peak_flops(cfg.gpu) or 0.0) * cfg.gpus  # FLOP/s
         require(speed or not cfg.hours, "gpu", cfg.gpu, "its peak or speed is not known: give --flops instead of hours")
         most = min(cfg.flops or math.inf, cfg.hours * 3600 * speed if cfg.hours else math.inf)
         flops = cfg.tokens * per_token or most
@@ -132,8 +121,7 @@ def aligned(header, rows):
 
 
 def paper_table(cfg):
-    measured = throughput(cfg.throughput)
-    fitting = list(candidates(cfg, measured))
+    fitting = list(candidates(cfg, throughput()))
     remedy = "no model of the grid fits: raise --memory, --gpus, --hours or --flops, or lower --tokens"
     require(fitting, "memory", cfg.memory, remedy)
     plans = rank([plan for plan in fitting if cfg.min_tpp <= plan.tpp <= cfg.max_tpp], cfg.purpose)
@@ -167,19 +155,28 @@ def own_table(cfg):
             mean = {e: sum(results.loss(r, task) for r in cell.values()) / len(cell) for e, cell in tuned.cells.items()}
             best = min(mean, key=mean.get)
             tpp = tuned.cells[best][tuned.seeds[0]]["tpp"]
-            numbers = (f"{min(mean)}..{max(mean)}", k, best, f"{tpp:.3g}", f"{mean[best]:.3g}", len(tuned.seeds))
+            numbers = (
+                f"{min(mean)}..{max(mean)}",
+                k,
+                best,
+                f"{tpp:.3g}",
+                f"{mean[best]:.3g}",
+                f"{max(mean.values()):.3g}",
+                len(tuned.seeds),
+            )
             cells.append([str(where), *map(str, numbers)])
     lines = [f"From the runs of this study: the E with the lowest {name} loss, mean over seeds.", ""]
-    header = ["regime", "E tried", "k", "best E", "TPP", "loss", "seeds"]
+    header = ["regime", "E tried", "k", "best E", "TPP", "its loss", "worst E's", "seeds"]
     return lines + (aligned(header, cells) if cells else ["no finished run yet: python -m study.sweep pairs"])
 
 
-def evidence(cfg):
-    measured = throughput(cfg.throughput)
-    speeds = [f"  {row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']}" for *_, row in measured]
+def evidence():
+    speeds = [
+        f"  {row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']}" for *_, row in throughput()
+    ]
     return [
         "Evidence: the order of the first table, for 125 B tokens of the paper's mixture (65 models, one run each;",
-        f"  the optimum, {BEST_TPP} TPP, to a factor of {RESOLUTION}), and the second, for 1 to 50 M parameters.",
+        f"  the optimum, {BEST_TPP} TPP, to a factor of {RESOLUTION}), and the second, for 1 to 51 M parameters.",
         "Extrapolation: other numbers of tokens, other data, models between those of the grid, and that small models",
         "  say what is best for large ones. Hours: without loss between GPUs, at the utilisation of the nearest of",
         *(speeds or ["  no measurement"]),
@@ -188,7 +185,7 @@ def evidence(cfg):
 
 def main(argv=None):
     cfg = config.parse(PlanConfig, argv, __doc__)
-    print("\n".join([*paper_table(cfg), "", *own_table(cfg), "", *evidence(cfg)]))
+    print("\n".join([*paper_table(cfg), "", *own_table(cfg), "", *evidence()]))
 
 
 if __name__ == "__main__":

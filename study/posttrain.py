@@ -1,6 +1,6 @@
 """Do more votes or reinforcement learning rescue a model that is too sparse? (The paper's Fig. 6; its answer is no.)
 
-    python -m study.sweep votes --keep=all
+    python -m study.sweep votes --keep
     python -m study.posttrain --runs='runs/study/weights/*' --questions=500 \\
         --steps=20 --batch_prompts=256 --mini_batch=64 --lr=1e-4
 

@@ -153,3 +153,18 @@ def rated(rows, runs, task="problems"):
     """The runs at the rates that are best for a task where the most similar runs compared them."""
     known = compared(rows, task)
     return [dataclasses.replace(run, lr=best_rate(known, run, task)) for run in runs]
+
+
+def foreseen(preset, rows):
+    """The runs that a preset lacks up to its end, if its searches find their best rates where the most similar runs
+    have them."""
+    known, rows, done = {task: compared(rows, task) for task in START}, list(rows), {row["key"] for row in rows}
+    found = []
+    while todo := [run for run in dict.fromkeys(PRESETS[preset](rows)) if key(run) not in done]:
+        for run in todo:
+            away = {task: abs(math.log2(run.lr / best_rate(known[task], run, task))) for task in START}
+            measured = {task: {"loss": doublings} for task, doublings in away.items()}
+            rows.append({"key": key(run), "run": vars(run), "lr": run.lr, "diverged": False, **measured})
+        done |= {*map(key, todo)}
+        found += todo
+    return found

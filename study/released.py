@@ -13,7 +13,6 @@ write it into the row and remove the row's `crc`. The study's own rows (--own) a
 """
 
 import contextlib
-import os
 import re
 import sys
 import time
@@ -25,14 +24,13 @@ import optimoe.threads  # before torch
 
 import torch
 
-from data import files
 from eval import __main__ as evaluation
 from eval import tasks
 from eval.sources import Source
 from optimoe import config, hub, sizes
 from optimoe.config import require
 from optimoe.run import require_memory
-from study import paperfigures
+from study import paperfigures, results
 
 FAMILIES = {"math": ("triviaqa", "hellaswag", "gsm8k", "gsm_plus"), "code": ("humaneval", "mbpp")}
 # Total parameters for 8, 16, .. 256 experts, and active ones for 2, 4, 8, 16 of them, as the names write them.
@@ -45,7 +43,7 @@ TOKENS = 125e9  # that each of them was trained on
 # Task loss of the first 200 items of the paper's gsm8k_4shot, measured by others with transformers (bfloat16).
 CALIBRATION = ("math-d512-E8-k2", {"bits/token": 1.4509, "bits/byte": 0.5276})
 ITEMS = 200
-REMEDY = "restore the file or delete the line"
+ROW = ("model", "limit", "tasks")  # keys of every row, the first written first
 
 
 class Model(NamedTuple):
@@ -108,19 +106,9 @@ def models(cfg):
     return [model for model in every if not wanted or any(want <= parts(model) for want in wanted)]
 
 
-# ---- rows
-
-
 def read_rows(path):
-    """{short name: its latest row}; a last line torn by a kill is left out."""
-    if not Path(path).exists():
-        return {}
-    rows, whole = files.read_rows(path, REMEDY)
-    require(whole or not Path(path).stat().st_size, "results", path, "no line of it is whole; name another file")
-    for number, row in enumerate(rows, 1):
-        whole = {"model", "tasks", "limit"} <= row.keys()
-        require(whole, "results", f"{path}:{number}", f"no row of such a file; {REMEDY}")
-    return {row["model"]: row for row in rows}
+    """{short name: its latest row}"""
+    return {row["model"]: row for row in results.read(path, ROW, optional=True)}
 
 
 def finished(row, cfg):
@@ -159,14 +147,7 @@ def calibrate(cfg, rows):
                 "(1,319 items) and train.jsonl (7,473: the examples come from it), the tokenizer (99,574 pieces, <s> "
                 "in front), and --dtype (known in bfloat16); --calibrate=false goes on all the same"
             )
-    append(cfg, {"model": f"{short} calibration", "limit": ITEMS, "tasks": found})
-
-
-def append(cfg, row):
-    Path(cfg.results).parent.mkdir(parents=True, exist_ok=True)
-    if Path(cfg.results).exists():  # without a line that a kill has torn
-        os.truncate(cfg.results, files.read_rows(cfg.results, REMEDY)[1])
-    files.append(cfg.results, [row], signed=True, sync=True)
+    results.append(cfg.results, {"model": f"{short} calibration", "limit": ITEMS, "tasks": found}, ROW)
 
 
 @contextlib.contextmanager
@@ -192,7 +173,7 @@ def measure(model, cfg):
         row = {"model": model.short, "name": model.name, "d_model": model.d, "n_experts": model.e, "top_k": model.k}
         row |= {"params": total, "active": active, "tpp": TOKENS / total, "limit": cfg.limit, "seconds": seconds}
         device = torch.cuda.get_device_name() if cfg.torch_device.type == "cuda" else "CPU"
-        append(cfg, row | {"device": device, "tasks": done})
+        results.append(cfg.results, row | {"device": device, "tasks": done}, ROW)
 
 
 # ---- what is left
@@ -245,8 +226,8 @@ def estimate(todo, cfg, rows):
 
 
 def main(argv=None):
-    cfg = config.parse(ReleasedConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    rows, failed = read_rows(cfg.results), []
+    cfg = config.parse(ReleasedConfig, argv, __doc__)
+    rows, failed = read_rows(cfg.results), {}
     print(plan(cfg, rows), flush=True)
     todo, _ = left(cfg, rows)
     if todo and not cfg.plan:
@@ -260,14 +241,17 @@ def main(argv=None):
             print(f"\n{model.name}", flush=True)
             try:
                 measure(model, cfg)
-            except hub.Unavailable as error:
-                failed.append(model.short)
-                print(error, flush=True)
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:  # others may have their weights
+                failed[model.short] = str(error).partition("\n")[0]
+                print(f"error: {failed[model.short]}", flush=True)
             rows = read_rows(cfg.results)
             print(plan(cfg, rows), flush=True)
-    if failed:
-        print(f"not evaluated, see above: {', '.join(failed)}")
     paperfigures.draw(rows, cfg.own, cfg.out, cfg.family)
+    if failed:
+        reasons = "".join(f"\n  {name}: {why}" for name, why in failed.items())
+        sys.exit(
+            f"error: {len(failed)} of {len(todo)} models were not evaluated; the same command tries them again{reasons}"
+        )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from itertools import combinations
 
 import numpy as np
 
-from study.presets import SCARCE
-from study.results import MIN_SEEDS, distinct, lines, tune
+from study.execute import key
+from study.presets import PRESETS, SCARCE
+from study.results import MIN_SEEDS, distinct, lines, loss, tune
 
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # for 1 to 10 degrees of freedom
 RISE = 0.06  # nats per doubling of E: the smallest rise of the loss of unseen solutions that claim 2 is about
@@ -64,13 +65,26 @@ def pairing(rows, paired=True):
     return (float(sum(within) / sum(between)) if sum(between) else None), cells
 
 
+def slope(x, y):
+    return round(float(np.polyfit(x, y, 1)[0]), 9)  # a flat line has slope 0
+
+
+def solution_loss(row):
+    return loss(row, "problems")
+
+
+def rises(tuned, value):
+    """{seed: slope of value(row) over doublings of E}"""
+    x = np.log2(list(tuned.cells))
+    return {seed: slope(x, [value(cell[seed]) for cell in tuned.cells.values()]) for seed in tuned.seeds}
+
+
 def scarce_rise(rows, k=8):
     """Per seed the rise of the unseen-solution loss per doubling of E, in the regime that decides claim 2."""
     for (where, kk), line in lines(rows, wide=5).items():
         usual = (where.tokens, where.d_model, where.optimizer, where.kind) == (2**24, 128, "muon", "mixture")
         if kk == k and where.paired and where.unique == SCARCE and usual and (tuned := tune(line, "problems")):
-            x, cells = np.log2(list(tuned.cells)), tuned.cells.values()
-            return [np.polyfit(x, [cell[s]["problems"]["loss"] for cell in cells], 1)[0] for s in tuned.seeds]
+            return list(rises(tuned, solution_loss).values())
     return []
 
 
@@ -88,5 +102,8 @@ def stop_rule(preset, rows):
             return "votes waits for scarce2: is there anything to rescue?"
         high = interval(rise)[2]
         if len(rise) >= MIN_SEEDS and high < RISE:
-            return f"the rise of unseen-solution loss at k = 8 lies below {RISE} nats a doubling (at most {high:.3f})"
+            far = "" if {*map(key, PRESETS["scarce2"](rows))} <= {row["key"] for row in rows} else " so far"
+            return (
+                f"the rise of unseen-solution loss at k = 8 lies below {RISE} nats a doubling{far} (at most {high:.3f})"
+            )
     return ""

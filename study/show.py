@@ -1,16 +1,32 @@
-"""Curves of one run, or several laid over one another:  python -m study.show RUN... [--out FILE]
+"""A table of runs and a picture of their curves:  python -m study.show RUN... [--out FILE]
 
-One run: the picture that training keeps up to date (optimoe/curves.py). Several: training (thin) and validation (dots)
-cross-entropy, learning rate, gradient norm.
+One run: the picture that training keeps up to date (optimoe/curves.py). Several, all of train.py or all of grpo.py, are
+laid over one another: thin lines are training, dots are tests.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import files
 from optimoe import config, curves
-from optimoe.curves import LOSS, dot, label, read
+from optimoe.config import require
+from study.figures import canvas
+from study.plan import aligned, short
 
-PANELS = {"loss": LOSS, "lr": "learning rate", "grad_norm": "gradient norm before clipping"}
+# Columns of the table: what results.json, metrics.jsonl or the configuration calls them.
+COLUMNS = {
+    "parameters": "parameters",
+    "active": "active_parameters",
+    "tokens": "tokens",
+    "step": "step",
+    "loss": "loss",
+    "validation": "val_loss",
+    "bits/byte": "val_bits_per_byte",
+    "reward": "reward",
+    "unseen": "test_reward",
+    "KL": "kl",
+    "tokens/s": "tokens_per_s",
+}
 
 
 @dataclass(frozen=True)
@@ -21,34 +37,65 @@ class ShowConfig:
     out: str = ""  # PNG file; empty: curves.png in the run directory, overlay.png in the first of several
 
 
+def evaluations(run):
+    """{"TASK METRIC": mean} of every evaluation of the run, the latest checkpoint last."""
+    found = {}
+    for path in sorted(Path(run).glob("eval-*/results.json")):
+        for task, done in files.read_json(path).get("tasks", {}).items():
+            found |= {f"{task} {metric}": stats["mean"] for metric, stats in done["metrics"].items()}
+    return found
+
+
+def table(runs):
+    """Lines: a run each, a column for everything that one of them has."""
+    known = []
+    for run in runs:
+        _, rows, tests = curves.read(run)
+        final = Path(run) / "results.json"
+        numbers = rows[-1] | (tests[-1] if tests else {}) | (files.read_json(final) if final.exists() else {})
+        known.append({title: numbers[name] for title, name in COLUMNS.items() if name in numbers} | evaluations(run))
+    titles = [title for title in dict.fromkeys((*COLUMNS, *(title for row in known for title in row)))]
+    titles = [title for title in titles if any(row.get(title) is not None for row in known)]
+    cell = lambda value: "–" if value is None else short(value) if value >= 1000 else f"{value:.4g}"  # noqa: E731
+    cells = [[str(run), *(cell(row.get(title)) for title in titles)] for run, row in zip(runs, known, strict=True)]
+    return aligned(["run", *titles], cells)
+
+
 def overlay(runs):
     """The matplotlib figure for these run directories."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    data = [(run, *read(run)) for run in runs]
-    fig, axes = plt.subplots(1, len(PANELS), figsize=(12, 4), layout="constrained")
-    for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
-        axis.set(title=title, xlabel="million tokens", yscale="log" if name == "grad_norm" else "linear")
+    data = [(run, *curves.read(run)) for run in runs]
+    found = [curves.panels(rows) for _, _, rows, _ in data]
+    kinds = {"reward" in rows[0] for _, _, rows, _ in data}
+    require(len(kinds) == 1, "runs", ",".join(runs), "runs of train.py and of grpo.py share no axis; show them apart")
+    grpo = kinds == {True}
+    rates = [panels.get("learning rate") for panels in found]
+    single = {*curves.GRPO, curves.LOSS, curves.NORM} | (
+        {"learning rate"} if rates != rates[:1] * len(rates) else set()
+    )
+    titles = [title for title in dict.fromkeys(sum(map(list, found), [])) if title in single]
+    fig, axes = canvas(1, len(titles), (4 * len(titles), 4.4))
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set(title=title, xlabel="step" if grpo else "million tokens")
+        axis.set_yscale("log" if title == curves.NORM else "linear")
         axis.locator_params(axis="x", nbins=5)
-        axis.grid(alpha=0.3)
-        for i, (run, kept, rows, val) in enumerate(data):
-            million = [row["tokens"] / 1e6 for row in rows]
-            axis.plot(million, [row[name] for row in rows], color=f"C{i}", lw=0.8, alpha=0.7, **dot(rows))
-            if name == "loss":
-                points = [row["tokens"] / 1e6 for row in val], [row["val_loss"] for row in val]
-                axis.plot(*points, "o-", color=f"C{i}", ms=3, lw=1.5, label=label(run, kept))
-    losses = [row.get("loss", row.get("val_loss")) for *_, rows, val in data for row in (*rows, *val)]
-    curves.set_loss_limits(axes[0], losses)
-    axes[0].legend(fontsize=8, title="dots: validation, thin: training", title_fontsize=8)
+        for i, ((run, settings, rows, tests), panels) in enumerate(zip(data, found, strict=True)):
+            x = lambda rows: [row["step"] if grpo else row["tokens"] / 1e6 for row in rows]  # noqa: E731
+            if title in panels:
+                axis.plot(x(rows), panels[title][0], color=f"C{i}", lw=0.8, alpha=0.7, **curves.dot(rows))
+            if axis is axes[0][0]:
+                tested = [row["test_reward" if grpo else "val_loss"] for row in tests]
+                axis.plot(x(tests), tested, "o-", color=f"C{i}", ms=3, lw=1.5, label=curves.label(run, settings))
+    if not grpo:
+        losses = [row.get("loss", row.get("val_loss")) for *_, rows, tests in data for row in (*rows, *tests)]
+        curves.set_loss_limits(axes[0][0], losses)
+    fig.legend(fontsize=8, title="dots: tests, thin: training", title_fontsize=8, loc="outside lower center", ncols=2)
     return fig
 
 
 def main(argv=None):
     cfg = config.parse(ShowConfig, argv, __doc__)
     several = len(cfg.runs) > 1
+    print("\n".join(table(cfg.runs)))
     out = cfg.out or str(Path(cfg.runs[0]) / ("overlay.png" if several else "curves.png"))
     curves.write(lambda: overlay(cfg.runs) if several else curves.figure(cfg.runs[0]), out)
 

@@ -24,7 +24,7 @@ from optimoe import config
 from optimoe.config import make_directory, require
 from study import child
 from study.execute import Run, data_dir, execute_together, form, key, prepare_data
-from study.presets import PRESETS
+from study.presets import PRESETS, foreseen
 from study.results import TASKS, append, read
 from study.rules import stop_rule
 
@@ -44,7 +44,7 @@ class SweepConfig:
     jobs: int = 0  # processes per device; 0: three on a GPU, else one
     together: int = 0  # runs of one (E, k) that a process trains side by side; 0: three on a GPU, else one
     items: int = 100  # size of the measurements: problems for each number of steps
-    keep: tuple[str, ...] = ()  # models whose final weights are kept under CACHE/weights: all, or E16k2,E64k2
+    keep: bool = False  # keep the final weights under CACHE/weights; runs that lack theirs are run again
     force: bool = False  # go on although the stop rule of a preset holds
 
     def __post_init__(self):
@@ -54,10 +54,6 @@ class SweepConfig:
         require(0 <= self.minutes < math.inf, "minutes", self.minutes, "use 0 (only say what is left) or more")
         for name, least in (("jobs", 0), ("together", 0), ("items", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"use {least} or more")
-        models = {f"E{run.n_experts}k{run.top_k}" for run in planned(self, [])} | {"all"}
-        require(
-            {*self.keep} <= models, "keep", ",".join(self.keep), "name models of these presets, such as E16k2, or all"
-        )
 
     @property
     def cuda(self):
@@ -75,11 +71,14 @@ def planned(cfg, rows):
 
 
 def estimates(runs, rows, device):
-    """Seconds that each run will take, from the last of the most similar runs on this device; None without any.
+    """Seconds that each run will take, from the last of the most similar runs on this device or, for a GPU, on
+    another one; None without any.
 
     Compiling and measuring take as long in longer runs, and the last compiled least."""
     sizes = ("tokens", "d_model", "n_experts", "top_k", "n_layers")
-    known = [row for row in reversed(rows) if row["device"] == device and not row["diverged"]]
+    cpu = lambda name: name.startswith("CPU")  # noqa: E731
+    known = [row for row in reversed(rows) if not row["diverged"] and cpu(row["device"]) == cpu(device)]
+    known = [row for row in known if row["device"] == device] or ([] if cpu(device) else known)
     times = {}
     for run in {form(run): run for run in runs}.values():
         far = lambda row: sum(abs(math.log2(row["run"][name] / getattr(run, name))) for name in sizes)  # noqa: B023, E731
@@ -130,8 +129,7 @@ class Queue:
 
     def kept(self, run):
         """Where the weights of a run are kept, or None."""
-        wanted = {"all", f"E{run.n_experts}k{run.top_k}"} & set(self.cfg.keep)
-        return f"{self.cfg.cache}/weights/{key(run)}" if wanted else None
+        return f"{self.cfg.cache}/weights/{key(run)}" if self.cfg.keep else None
 
     def weightless(self, run):
         """Finished, but to be run again for its weights. What diverged has none, however often it is run."""
@@ -178,8 +176,10 @@ def sweep(cfg):
     tasks = Queue(cfg, rows, name, len(devices) * jobs)
     print(f"{cfg.file}: {tasks.left()} on {len(devices)} x {name}, {jobs} at a time on each", flush=True)
     if not tasks.todo or not cfg.minutes:
-        if cost := gpu_minutes(tasks.todo, rows):
-            print(f"about {cost:.1f} minutes of one GPU like the last")
+        for name in cfg.presets:
+            rest = foreseen(name, rows)
+            cost = gpu_minutes(rest, rows)
+            print(f"{name}: about {len(rest)} runs to its end" + f", {cost:.1f} minutes of one GPU" * bool(cost))
         return 0
     make_directory(Path(cfg.file).parent, "results", cfg.file)  # what cannot be written is said now
     make_directory(cfg.cache, "cache", cfg.cache)

@@ -6,16 +6,17 @@ docs/study/appendix.md. docs/study/rules.md has the rules.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from data import files
 from optimoe import config
 from optimoe.config import require
 from study import posttrain, results, rules
 from study.claims import CLAIMS, REMEDIES, decide, overall, still_lost, would_decide
-from study.execute import Run
-from study.presets import PRESETS
+from study.execute import key
+from study.presets import PRESETS, foreseen
 from study.results import MIN_SEEDS, accuracy
-from study.rules import interval
+from study.rules import interval, seeds_needed
 from study.sweep import gpu_minutes
 
 SILENT = ("beside", "nothing learned", "mastered", "control", "one rate")  # notes of tests that could never vote
@@ -30,20 +31,56 @@ class VerdictConfig:
     appendix: str = "docs/study/appendix.md"  # every effect, one table a claim
 
 
+class Claim(NamedTuple):
+    text: str
+    tests: list  # of all runs
+    settled: list  # of the runs of finished presets: these alone decide
+    presets: tuple
+
+    @property
+    def verdict(self):
+        return overall(self.settled)
+
+    @property
+    def shown(self):
+        """Those of all runs, and what decides besides."""
+        return self.tests + [test for test in self.settled if test.votes and test not in self.tests]
+
+
+def settled(rows, presets):
+    """The rows that may decide a claim: of regimes that its presets have finished, and of the first edition."""
+    done, regimes = {row["key"] for row in rows}, {True: set(), False: set()}
+    for name in presets:
+        runs = PRESETS[name](rows)
+        regimes[{*map(key, runs)} <= done] |= {results.regime({"run": vars(run)}) for run in runs}
+    finished = regimes[True] - regimes[False]
+    return [row for row in rows if not row["run"]["paired"] or results.regime(row) in finished]
+
+
 def computed(rows, posttrained):
-    """[(text, tests, presets)] of the nine claims."""
-    found = [(text, list(compute(rows)), presets) for text, compute, presets in CLAIMS]
-    return found + [(text, list(still_lost(posttrained, remedies)), ("votes",)) for text, remedies in REMEDIES]
+    """The nine claims."""
+    found = [Claim(text, list(at(rows)), list(at(settled(rows, names))), names) for text, at, names in CLAIMS]
+    lost = [(text, list(still_lost(posttrained, remedies))) for text, remedies in REMEDIES]
+    return found + [Claim(text, tests, tests, ("votes",)) for text, tests in lost]
 
 
-def missing(presets, rows):
-    """The runs missing of these presets and their minutes on one GPU, or the stop rule that holds, in words."""
-    if stopped := list(filter(None, (rules.stop_rule(name, rows) for name in presets))):
-        return f"stopped: {stopped[0]}"
-    todo = {run for name in presets for run in PRESETS[name](rows)} - {Run(**row["run"]) for row in rows}
-    minutes = gpu_minutes(todo, rows)
-    cost = f", about {minutes:.0f} min" if minutes else ""
-    return f"{len(todo)} runs of `{'`, `'.join(presets)}`{cost}" if todo else "nothing"
+def stopped(presets, rows):
+    """The stop rule that holds for one of these presets, in words, or ""."""
+    return next(filter(None, (rules.stop_rule(name, rows) for name in presets)), "")
+
+
+def missing(presets, rows, posttrained, test):
+    """The runs up to the end of these presets and their minutes on one GPU, in words."""
+    stop, parts = stopped(presets, rows), []
+    for name in presets:
+        runs = PRESETS[name](rows) if stop else foreseen(name, rows)
+        minutes = gpu_minutes(runs, rows) or 0.0
+        if name == "votes" and posttrained:  # each model is post-trained and questioned too
+            minutes += len(runs) * sum(sum(row["seconds"]) for row in posttrained) / len(posttrained) / 60
+        parts += [f"`{name}` {len(runs)} runs" + f", {minutes:.0f} min" * bool(minutes)] if runs else []
+    needed = test and not test.little and seeds_needed(test.effects.values(), test.margin)
+    parts += [f"at this spread {needed} seeds would decide"] if needed and needed > len(test.effects) else []
+    return "stopped by its rule; otherwise " * bool(stop) + ("; ".join(parts) or "nothing")
 
 
 def number(value):
@@ -56,20 +93,37 @@ def strongest(tests):
     return max(loud, key=lambda test: (test.votes, test.paired, len(test.effects), test.runs), default=None)
 
 
-def claims_table(claims, rows):
-    """A row for each claim: verdict, effect and interval of its strongest test, what is missing."""
-    lines = ["| claim of the paper | verdict | effect and 95 % interval | seeds | missing |", "|---|---|---|---|---|"]
-    for n, (text, tests, presets) in enumerate(claims, 1):
-        test, verdict = strongest(tests), overall(tests)
-        shown = "no runs"
-        if test and test.effects:
-            mean, low, high = interval(test.effects.values())
-            shown = f"{number(mean)} ({number(low)} to {number(high)}) {test.unit}"
-            shown += "" if test.votes else f"; no vote: {test.note}"
-        kind = "" if verdict == "undecided" or not test else ", paired" if test.paired else ", unpaired"
-        words = "not supported at this scale" if verdict == "not supported" else verdict
-        seeds = len(test.effects) if test else 0
-        lines.append(f"| {n}. {text} | **{words}**{kind} | {shown} | {seeds} | {missing(presets, rows)} |")
+def in_words(verdict):
+    return "not supported at this scale" if verdict == "not supported" else verdict
+
+
+def effect(test):
+    """(effect and interval, half-width) in words"""
+    if not test or not test.effects:
+        return "no runs", "–"
+    mean, low, high = interval(test.effects.values())
+    shown = f"{number(mean)} ({number(low)} to {number(high)}) {test.unit}"
+    shown += f"; no vote: {test.note}" * (not test.votes)
+    return shown, "–" if low is None else f"{(high - low) / 2:.2g}"
+
+
+def claims_table(claims, rows, posttrained=()):
+    """A row for each claim: verdict, effect and interval of its strongest test, what would decide it."""
+    lines = ["| claim of the paper | verdict | effect and 95 % interval | half-width | seeds | still to run |"]
+    lines.append("|---|---|---|---|---|---|")
+    for n, claim in enumerate(claims, 1):
+        verdict, now = claim.verdict, overall(claim.tests)
+        test = strongest(claim.tests if verdict == "undecided" else claim.settled)
+        words = f"**{in_words(verdict)}**"
+        if verdict != "undecided":
+            words += ", paired" if test.paired else ", unpaired"
+        if now != verdict:
+            words += f"; so far {in_words(now)}"
+        elif verdict != "undecided" and (strongest(claim.tests).paired, test.paired) == (True, False):
+            words += "; so far also paired"
+        shown, half = effect(test)
+        cells = (f"{n}. {claim.text}", words, shown, half, len(test.effects) if test else 0)
+        lines.append(f"| {' | '.join(map(str, cells))} | {missing(claim.presets, rows, posttrained, test)} |")
     return "\n".join(lines)
 
 
@@ -108,9 +162,11 @@ def appendix(claims, rows):
         f"Pairing: {left} of the variance between two E is left where both have the same seed and so the same weights; "
         f"{unpaired} where the seed shares only the data (first edition).",
     ]
-    for n, (text, tests, _) in enumerate(claims, 1):
-        lines += ["", f"## {n}. {text}: {overall(tests)}", ""]
-        tests = [test for test in tests if test.effects]
+    for n, claim in enumerate(claims, 1):
+        lines += ["", f"## {n}. {claim.text}: {claim.verdict}", ""]
+        if reason := stopped(claim.presets, rows):
+            lines += [f"Stopped: {reason}.", ""]
+        tests = [test for test in claim.shown if test.effects]
         if not tests:
             lines.append("Not enough runs.")
             continue
@@ -122,6 +178,8 @@ def appendix(claims, rows):
                 said += f" (fewer than {MIN_SEEDS} seeds)"
             elif said == "undecided":
                 said += f" ({would_decide(test)})"
+            if test.votes and test not in claim.settled:
+                said = f"so far {said}: its preset is not finished"
             effect = f"{number(mean)} {test.unit} | {number(low)} to {number(high)}"
             margin = f"{'below' if test.little else 'above'} {test.margin:g} | {len(test.effects)}"
             lines.append(f"| {test.where}; {test.runs} runs | {effect} | {margin} | {said} |")
@@ -142,8 +200,9 @@ def main(argv=None):
     rows = results.read(cfg.results)
     require(rows, "results", cfg.results, "there is no run in it; run study.sweep first")
     given = cfg.posttrain != VerdictConfig.posttrain
-    claims = computed(rows, results.read(cfg.posttrain, posttrain.ROW, optional=not given))
-    write(cfg.out, claims_table(claims, rows))
+    posttrained = results.read(cfg.posttrain, posttrain.ROW, optional=not given)
+    claims = computed(rows, posttrained)
+    write(cfg.out, claims_table(claims, rows, posttrained))
     files.replace(cfg.appendix, appendix(claims, rows))
     print(cfg.out, cfg.appendix, sep="\n")
 

@@ -115,8 +115,11 @@ def test_each_gemm_against_its_twin(dtype, activation, device, poison):
         "ga": (ga, true_ga),
         "dgates": (parts.sum(0), true_dgates),
         "dx": (gemm.dx(dh, w_in, d, tiles["dx"]), reference.dx(*wide(dh, w_in), offsets)),
-        "dw_in": (gemm.dw(x, dh, True, d, tiles["dw_in"]), reference.dw_in(*wide(dh, x), row_slot, offsets, K)),
-        "dw_out": (gemm.dw(dy, ga, False, d, tiles["dw_out"]), reference.dw_out(*wide(dy, ga), row_slot, offsets, K)),
+        "dw_in": (gemm.dw(x, dh, True, d, tiles["dw_in"]), reference.dw(*wide(x, dh), True, row_slot, offsets, K)),
+        "dw_out": (
+            gemm.dw(dy, ga, False, d, tiles["dw_out"]),
+            reference.dw(*wide(dy, ga), False, row_slot, offsets, K),
+        ),
     }
     for name, (result, truth) in pairs.items():
         check(result, truth, BOUNDS[dtype], name)
@@ -143,8 +146,8 @@ def test_the_tiles_of_a_gpu(D, F, rows, device, poison, monkeypatch):
         reference.up(x.double(), w_in.double(), row_slot, offsets, K),
         reference.dswiglu(dy.double(), w_out.double(), to_rows(h).double(), gates.double(), row_slot, offsets),
         (
-            reference.dw_in(dh.double(), x.double(), row_slot, offsets, K),
-            reference.dw_out(x.double(), ga.double(), row_slot, offsets, K),
+            reference.dw(x.double(), dh.double(), True, row_slot, offsets, K),
+            reference.dw(x.double(), ga.double(), False, row_slot, offsets, K),
         ),
     )
     weights = gemm.dw(x, dh, True, d, tiles["dw_in"]), gemm.dw(x, ga, False, d, tiles["dw_out"])
@@ -193,8 +196,8 @@ def test_reference_twins_compose_to_autograd():
         reference.combine(reference.down(a, w_out, offsets), slot_row, gates),
         (
             reference.combine(reference.dx(dh, w_in, offsets), slot_row),
-            reference.dw_in(dh, x, row_slot, offsets, K),
-            reference.dw_out(dy, ga, row_slot, offsets, K),
+            reference.dw(x, dh, True, row_slot, offsets, K),
+            reference.dw(dy, ga, False, row_slot, offsets, K),
             dgates[slot_row.long()],
         ),
     )

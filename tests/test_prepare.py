@@ -147,9 +147,13 @@ def test_something_is_always_held_out(tmp_path):
     assert "val" not in prepare([tmp_path / "x.jsonl"], tmp_path / "e", vocab_size=260, val_fraction=0)["splits"]
     with pytest.raises(ValueError, match="nothing to train on"):
         prepare([tmp_path / "x.jsonl"], tmp_path / "f", vocab_size=260, val_fraction=0.999999)
-    (tmp_path / "y.txt").write_text("only one")
+    for name in ("y.txt", "z.txt"):
+        (tmp_path / name).write_text("only one")
     with pytest.raises(ValueError, match="val_fraction=0.01: the input is one document"):
         prepare([str(tmp_path / "y.txt")], tmp_path / "f", vocab_size=260)
+    with pytest.raises(ValueError, match="val_fraction=0.01: all documents are equal"):
+        prepare([tmp_path / "y.txt", tmp_path / "z.txt"], tmp_path / "f", vocab_size=260)
+    (tmp_path / "z.txt").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "e", "x.jsonl", "y.txt"]
 
 
@@ -199,9 +203,11 @@ def test_special_tokens_in_text_are_text(tmp_path):
         (
             "x.jsonl",
             b'{"text": "fine"}\n\n{"body": "b", "id": 3}',
-            r"x.jsonl:3 has no text in field 'text' \(it has: body, id\); pass --text_field",
+            r"x.jsonl:3 has no field 'text' \(it has: body, id\); pass --text_field",
         ),
-        ("x.jsonl", b'["text"]', r"x.jsonl:1 has no text.*list"),
+        ("x.jsonl", b'{"text": "fine"}\n{"text": null}', "x.jsonl:2: text=None: a text is needed"),
+        ("x.jsonl", b'{"text": 3}', "x.jsonl:1: text=3: a text is needed"),
+        ("x.jsonl", b'["text"]', r"x.jsonl:1 has no field.*list"),
         ("x.txt", b"\n  \n", "no text in the input"),
     ],
 )
