@@ -13,6 +13,7 @@ process, so a run goes on with any number of ranks and the other engine.
 """
 
 import gc
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -101,8 +102,9 @@ class Sharded(Together):
             _, number, size = self.holders(p)
             place = (index * size + number, parts * size) if p in sliced else (index, parts, number)
             self.places[id(self.exact[p])] = place
+        me = weakref.proxy(self)  # Python cannot free a cycle that goes through a hook
         for p in self.full.values():
-            p.register_post_accumulate_grad_hook(self._reduce)
+            p.register_post_accumulate_grad_hook(lambda p: me._reduce(p))
         if self.full:
             self.pieces = [[] for _ in range(cfg.n_layers + 1)]  # of each layer: (slice, parameter)
             for name, p in model.named_parameters():
