@@ -113,7 +113,10 @@ def test_a_run_of_one_row_is_seen(tmp_path, monkeypatch):
     dots = lambda fig: [line.get_marker() for axis in fig.axes for line in axis.lines if len(line.get_xdata()) == 1]  # noqa: E731
     assert dots(curves.figure(one)) == ["."] * 9 and dots(curves.figure(two)) == []
     assert dots(show.overlay([str(one), str(two)])) == ["."] * 3
-    for fig in (curves.figure(one), show.overlay([str(one)] * 2)):  # and numbers of many digits below the axis do not touch
+    for fig in (
+        curves.figure(one),
+        show.overlay([str(one)] * 2),
+    ):  # and numbers of many digits below the axis do not touch
         fig.canvas.draw()
         boxes = [[label.get_window_extent() for label in axis.get_xticklabels()] for axis in fig.axes[:3]]
         assert all(a.x1 < b.x0 for labels in boxes for a, b in zip(labels, labels[1:], strict=False))
