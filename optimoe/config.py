@@ -57,8 +57,8 @@ def make_directory(path, name, value):
     return path
 
 
-# Files of earlier versions: new names of fields (None: gone), new values, and what held before a field existed. torchrun
-# takes --log for a flag of its own, so it has a second name.
+# Files of earlier versions: new names of fields (None: gone), new values, and what held before a field existed.
+# --logger is for torchrun, which takes --log for a flag of its own.
 RENAMED: dict = {"upcycle_noise": None, "logger": "log"}
 CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}, "parallel": {"fsdp": "ddp"}}
 BEFORE = {"optimizer": "adamw"}
