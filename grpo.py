@@ -80,7 +80,7 @@ class GRPOConfig:
     checkpoint_every: int = 20  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 1  # newest ones kept
     curves: bool = True  # redraw curves.png at tests and checkpoints
-    logger: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
+    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb; torchrun needs --logger
 
     def __post_init__(self):
         from_1 = "batch_prompts prompt_tokens answer_tokens rollout_batch steps mini_batch micro_tokens"

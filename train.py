@@ -84,7 +84,7 @@ class TrainConfig(ModelConfig):
     keep_checkpoints: int = 2  # newest ones kept
     curves: bool = True  # redraw curves.png at validations and checkpoints
     trace: str = ""  # write a trace of the sixth to eighth step to this file
-    logger: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
+    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb; torchrun needs --logger
     sample_tokens: int = 64  # of the samples at the end; 0: none
 
     @staticmethod

@@ -58,7 +58,8 @@ def make_directory(path, name, value):
 
 
 # Files of earlier versions: new names of fields (None: gone), new values, and what held before a field existed.
-RENAMED: dict = {"upcycle_noise": None, "log": "logger"}
+# --logger is for torchrun, which takes --log for a flag of its own.
+RENAMED: dict = {"upcycle_noise": None, "logger": "log"}
 CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}, "parallel": {"fsdp": "ddp"}}
 BEFORE = {"optimizer": "adamw"}
 # Members of config.json that are not read as fields: a note of optimoe/run.py, and flags that hold for one call only.
@@ -185,7 +186,7 @@ def _converted(cls, values, where=""):
 
 
 def _current_name(cls, name):
-    """What a field of an earlier version is called today."""
+    """What a field is called today."""
     current = RENAMED.get(name)
     return current if current in {field.name for field in dataclasses.fields(cls)} else name
 

@@ -19,10 +19,10 @@ LOSS, NORM = "cross-entropy, nats per token", "gradient norm before clipping"
 ENTROPY = "entropy of the mean router, nats (dotted: even; dark: first layer)"
 LOAD = "load of the busiest expert (1: even; dark: first layer)"
 GRPO = {
-    "reward": "reward",
+    "share of right answers (reward)": "reward",
     "KL to the start model, nats per token": "kl",
     NORM: "grad_norm",
-    "answer, tokens": "answer_tokens",
+    "length of an answer, tokens": "answer_tokens",
 }
 
 

@@ -64,14 +64,14 @@ LOGS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def log_modules(cfg):
-    """[(kind, module)] of cfg.logger; ValueError where one is unknown or not installed."""
+    """[(kind, module)] of cfg.log; ValueError where one is unknown or not installed."""
     found = []
-    for kind in filter(None, cfg.logger.split(",")):
-        require(kind in LOGS, "logger", kind, "use tensorboard, wandb, or both with a comma")
+    for kind in filter(None, cfg.log.split(",")):
+        require(kind in LOGS, "log", kind, "use tensorboard, wandb, or both with a comma")
         try:
             found.append((kind, importlib.import_module(LOGS[kind])))
         except ImportError:
-            require(False, "logger", kind, f"the package is not installed: pip install {kind}")
+            require(False, "log", kind, f"the package is not installed: pip install {kind}")
     return found
 
 

@@ -340,12 +340,11 @@ def test_rows_go_to_tensorboard_and_wandb(data_dir, tmp_path, monkeypatch):
 def test_a_missing_logger_is_one_line(data_dir, tmp_path, monkeypatch):
     for kind, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ValueError, match=f"logger='{kind}': the package is not installed: pip install {kind}"):
-            train_run(data_dir, tmp_path / "out", f"--logger={kind}")
-    assert config.parse(TrainConfig, ["--log=wandb"]).logger == "wandb"  # its name before torchrun took it for its own
-    assert config.complete(TrainConfig, {"log": "wandb"})["logger"] == "wandb"
-    with pytest.raises(ValueError, match="logger='tensorbord': use tensorboard, wandb, or both with a comma"):
-        train_run(data_dir, tmp_path / "out", "--logger=tensorbord")
+        with pytest.raises(ValueError, match=f"log='{kind}': the package is not installed: pip install {kind}"):
+            train_run(data_dir, tmp_path / "out", f"--log={kind}")
+    assert config.parse(TrainConfig, ["--logger=wandb"]).log == "wandb"  # torchrun takes --log for a flag of its own
+    with pytest.raises(ValueError, match="log='tensorbord': use tensorboard, wandb, or both with a comma"):
+        train_run(data_dir, tmp_path / "out", "--log=tensorbord")
     assert not (tmp_path / "out").exists()
 
 
