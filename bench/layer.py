@@ -98,7 +98,9 @@ def layer(name, inputs):
         raise ValueError("wrong result: a second run gives other bits")
     del results, outputs
     peak, saved = memory_mib(forward, backward)
-    columns = dict(peak_mib=peak, saved_mib=saved and saved + x.nbytes / MIB, python_ms=python_ms(full))
+    if saved is not None:
+        saved += x.nbytes / MIB
+    columns = dict(peak_mib=peak, saved_mib=saved, python_ms=python_ms(full))
     return Passes(forward, full, columns, f"{note}, RMS error {error:.1e}, Python {columns['python_ms']:.3f} ms")
 
 
