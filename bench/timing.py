@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.profiler import profile, record_function
 
+from optimoe.config import make_directory, require
+
 FLUSH_MIB = 64  # more than the L2 of an H100 (50 MiB) or H200 (60 MiB)
 MIB = 2**20
 
@@ -111,7 +113,7 @@ def capture(fn):
 
 def trace(fns, path):
     """A trace of three calls of each of `fns` by name, for chrome://tracing or Perfetto."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_directory(Path(path).parent, "trace", path)
     with profile(record_shapes=True) as prof:
         for name, fn in fns.items():
             for _ in range(3):
@@ -119,6 +121,7 @@ def trace(fns, path):
                     fn()
         synchronize()
     prof.export_chrome_trace(str(path))
+    require(Path(path).is_file(), "trace", path, "it could not be written; name another file")
     print(f"{path}: open it in ui.perfetto.dev")
 
 
