@@ -158,7 +158,8 @@ def main(argv=None):
         for shape in shapes:
             (run_once if cfg.once else counters.show)(shape, names)
         return 0
-    config.require(cuda or interpreting(), "TRITON_INTERPRET", "0", "kernels need a GPU, or 1 for Triton's interpreter")
+    if not cuda and not interpreting():
+        raise ValueError("kernels need a GPU; with TRITON_INTERPRET=1 Triton's interpreter runs them on a CPU")
     results, failures = Results(cfg), []
     machine = results.add_ceilings()
     precompile([partial(problem.compile_layer, shape, results.dtype) for shape in shapes])

@@ -41,7 +41,7 @@ class Config(BenchConfig):
     peers: tuple[Literal[PEERS], ...] = ()  # other libraries (peers.py)
     routing: tuple[Literal[problem.ROUTINGS], ...] = ("softmax",)  # of independent normal logits, or uneven
     graph: bool = False  # also replay CUDA graphs of ours and gemms
-    trace: str = ""  # write a trace of a few passes to this file instead of timing
+    trace: str = ""  # write a trace of a few passes of the first shape to this file instead of timing
 
     def __post_init__(self):
         runs = "triton" not in self.impl or torch.cuda.is_available() or interpreting()
@@ -98,7 +98,9 @@ def layer(name, inputs):
         raise ValueError("wrong result: a second run gives other bits")
     del results, outputs
     peak, saved = memory_mib(forward, backward)
-    columns = dict(peak_mib=peak, saved_mib=saved and saved + x.nbytes / MIB, python_ms=python_ms(full))
+    if saved is not None:
+        saved += x.nbytes / MIB
+    columns = dict(peak_mib=peak, saved_mib=saved, python_ms=python_ms(full))
     return Passes(forward, full, columns, f"{note}, RMS error {error:.1e}, Python {columns['python_ms']:.3f} ms")
 
 
@@ -150,15 +152,15 @@ def main(argv=None):
     if "triton" in names:
         precompile([partial(problem.compile_layer, shape, results.dtype) for shape in shapes])
 
-    if not cfg.trace:
-        results.add_ceilings()
+    if cfg.trace:
+        built = build(shapes[0], cfg.routing[0], results.dtype, names, failures)
+        trace({f"{shapes[0]} {name}": passes.full for name, passes in built.items()}, cfg.trace)
+        return 0
+    results.add_ceilings()
     for shape in shapes:
         for routing in cfg.routing:
             with skipping(f"{shape} {routing}", failures):
                 built = build(shape, routing, results.dtype, names, failures)
-                if cfg.trace:
-                    trace({f"{shape} {name}": passes.full for name, passes in built.items()}, cfg.trace)
-                    return 0
                 bench_shape(results, shape, routing, built, cfg.graph)
 
     return results.finish(failures)

@@ -102,7 +102,7 @@ def encode(enc, text):
     """(ids, bytes of text, marks) of an example, ended by eos. No token crosses the end of a prompt, because a model
     that answers begins there."""
     chat, pieces = json.loads(text)
-    read = getattr(enc, "encode_control", enc.encode_ordinary) if chat else enc.encode_ordinary
+    read = enc.encode_control if chat else enc.encode_ordinary
     ids, trained, before = [], [], ""
     for piece, target in pieces:
         whole = read(before + piece)

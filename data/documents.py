@@ -134,7 +134,7 @@ def _rows(path, file, name):
     try:
         if _kind(path) == ".parquet":
             table = _arrow(path, "pyarrow.parquet").ParquetFile(file, pre_buffer=False)
-            names, batches = table.schema_arrow.names, table.iter_batches(256, columns=name and [name])
+            names, batches = table.schema_arrow.names, table.iter_batches(256, columns=None if name is None else [name])
         elif file.read(6) == b"ARROW1":
             table = _arrow(path, "pyarrow.ipc").open_file(file)
             names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))

@@ -146,8 +146,9 @@ def test_csv_round_trip(tmp_path, capsys):
 
 def test_only_ceilings_are_nothing_measured():
     run = results.Results(results.BenchConfig(revision="test"))
-    for kernels_, status in (([], 1), (["ceiling", "ceiling"], 1), (["ceiling", "layer"], 0)):
-        run.rows = [{"kernel": kernel} for kernel in kernels_]
+    ceiling, gemms, ours = (("ceiling", "torch"), ("layer", "gemms"), ("layer", "triton"))
+    for kinds, status in (([], 1), ([ceiling, ceiling], 1), ([ceiling, gemms], 1), ([ceiling, gemms, ours], 0)):
+        run.rows = [dict(kernel=kernel, implementation=name) for kernel, name in kinds]
         assert run.finish(["x"]) == status
 
 
@@ -196,6 +197,8 @@ def test_traces_on_the_cpu(tmp_path):
     assert {f"{shape} gemms", f"{shape} reference", "aten::bmm"} <= names
     assert step.main(["--n_layers=1", "--batch_size=1", "--seq_len=16", f"--trace={path}"]) == 0
     assert "step" in {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    for bad, message in (("/proc/x.json", "nothing can be written to /proc"), (tmp_path, "could not be written")):
+        assert message in mistake(layer.main, [shape, "--impl=reference", f"--trace={bad}"])
 
 
 def run(code, **env):
@@ -351,6 +354,7 @@ def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_p
         (layer.main, "--routing=softmax,zipf-1", "routing='zipf-1': use one of softmax, zipf1.5"),
         (layer.main, "64,32,48,4,9", "with 1 <= K <= E, such as"),
         pytest.param(layer.main, "--impl=triton", "TRITON_INTERPRET=1", marks=cpu_only),
+        pytest.param(kernels.main, "", "with TRITON_INTERPRET=1 Triton's interpreter", marks=cpu_only),
         (kernels.main, "--kernel=foo", "kernel='foo': use one of route_fwd"),
         (kernels.main, "1,2,3", "shape '1,2,3': expected T,D,F,E,K"),
         (step.main, "--frobnicate=1", "unknown field 'frobnicate'"),
