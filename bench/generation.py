@@ -3,9 +3,10 @@
     python -m bench.generation --csv=generate.csv                 batches of 1, 16, 256; prompts of 128 tokens, 128 new
     python -m bench.generation --preset=paper-d1024-e16-k2 --batches=1,64 --prompt=1024 --new=256
 
-kernel "generate"; T is the batch. The times are per step, one token of every row, the whole call with its prompts
-divided by the new tokens. gb_s counts the weights that a step must read and the cache; ceiling is the time of reading
-them at the speed of a copy. The weights are random, so every text has the full length.
+Without a GPU the defaults are a tiny model, batches of 1 and 4, and 16 tokens. kernel "generate"; T is the batch. The
+times are per step, one token of every row: the whole call with its prompts, divided by the new tokens. gb_s counts the
+weights that a step must read and the cache; ceiling compares with reading them at the speed of a copy. The weights are
+random, so every text has the full length.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.problem import Cost, Shape
-from bench.results import BenchConfig, Results, cli
+from bench.results import BenchConfig, Results
 from bench.timing import quantiles, skipping, wall_ms
 from eval.generate import generate
 from model import GPT
@@ -30,6 +31,10 @@ class Config(BenchConfig):
     prompt: int = 128  # tokens of each prompt
     new: int = 128  # tokens generated for each prompt
     repeats: int = 3  # timed calls
+
+    @staticmethod
+    def start_fields(flags):
+        return {} if torch.cuda.is_available() else dict(preset="tiny", batches=(1, 4), prompt=16, new=16)
 
 
 def step_cost(cfg, batch, length, itemsize):
@@ -53,10 +58,11 @@ def main(argv=None):
     torch.manual_seed(0)
     with torch.device(device):
         model = frozen(GPT(model_cfg).eval())
+    costs = {n: step_cost(model_cfg, n, cfg.prompt + cfg.new // 2, results.dtype.itemsize) for n in cfg.batches}
+
     machine = results.add_ceilings()
-    for batch in cfg.batches:
+    for batch, cost in costs.items():
         shape = Shape(batch, model_cfg.d_model, model_cfg.d_expert, model_cfg.n_experts, model_cfg.top_k)
-        cost = step_cost(model_cfg, batch, cfg.prompt + cfg.new // 2, results.dtype.itemsize)
         prompts = torch.randint(model_cfg.vocab_size, (batch, cfg.prompt)).tolist()
         run = lambda: generate(model, prompts, cfg.new, batch_size=batch)  # noqa: B023, E731
         with skipping(f"batch {batch}", failures):
@@ -69,4 +75,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(config.command_line(main))

@@ -2,7 +2,8 @@
 
     python -m bench.kernels --csv=kernels.csv                        all kernels at the target shapes
     python -m bench.kernels 32768,2048,768,128,8 --kernel=up,dw_in
-    python -m bench.kernels 32768,2048,768,128,8 --counters          what limits each kernel, from Nsight Compute
+    python -m bench.kernels 32768,2048,768,128,8 --counters          what limits each kernel, from Nsight Compute;
+                                                                     not tried with a real ncu yet
 
 A roofline is max(FLOPs / peak, bytes / bandwidth) with the fewest bytes that the kernel can move; both ceilings are
 measured in the same process. Every kernel runs with the arguments that it has inside the layer, whose results are
@@ -13,15 +14,15 @@ import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 from unittest import mock
 
 import torch
 from triton.runtime.jit import JITFunction
 
 from bench import counters, problem
-from bench.problem import TARGETS, TINY, kernel_costs, parse_shape, require_accuracy, rms
-from bench.results import BenchConfig, Results, cli
+from bench.problem import TINY, kernel_costs, require_accuracy, rms
+from bench.results import BenchConfig, Results
 from bench.timing import capture, poisoned, skipping, times_ms
 from moe_kernels import experts, hopper, reference
 from moe_kernels import grouped_gemm as gemm
@@ -41,15 +42,9 @@ class Config(BenchConfig):
     POSITIONAL: ClassVar = ("shapes",)
     shapes: tuple[str, ...] = ()  # layer shapes T,D,F,E,K; none: the target shapes
     # Kernels
-    kernel: tuple[str, ...] = ()  # names of kernels; none: all
+    kernel: tuple[Literal[KERNELS], ...] = ()  # none: all
     counters: bool = False  # count with Nsight Compute instead of timing
-    once: bool = False  # run each kernel once: what --counters starts
-
-    def __post_init__(self):
-        for shape in self.shapes:
-            parse_shape(shape)
-        for name in self.kernel:
-            config.require(name in KERNELS, "kernel", name, f"known are {', '.join(KERNELS)}")
+    once: bool = False  # run each kernel once; --counters starts this under ncu
 
 
 @contextmanager
@@ -58,8 +53,13 @@ def recording(calls):
 
     def recorded(launch, name):
         def call(*args, **kwargs):
-            uses = {"dw": ("dw_out", "dw_in"), "combine": ("combine", "combine_dx")}.get(name, (name, name))
-            calls[uses[name == "dw" and args[2] or "dgates_parts" in kwargs]] = partial(launch, *args, **kwargs)
+            kernel = name
+            if name == "dw":
+                transposed = args[2]
+                kernel = "dw_in" if transposed else "dw_out"
+            elif "dgates_parts" in kwargs:
+                kernel = "combine_dx"
+            calls[kernel] = partial(launch, *args, **kwargs)
             return launch(*args, **kwargs)
 
         return call
@@ -71,7 +71,7 @@ def recording(calls):
 
 
 def layer_calls(inputs):
-    """({kernel: its launch with the arguments that it has in the layer}, RMS error of the layer, which is checked)."""
+    """({kernel: its launch as in the layer}, RMS error of the layer). ValueError if the layer's results are wrong."""
     calls = {}
     with recording(calls), poisoned():
         outputs = dict(zip(("y", "dx", "dw_in", "dw_out", "dgates"), problem.run_kernels(inputs), strict=True))
@@ -79,7 +79,7 @@ def layer_calls(inputs):
 
 
 def routing_calls(inputs, top_k):
-    """The same of the kernels of routing."""
+    """{kernel: its launch} of routing. ValueError if their results are wrong."""
     logits = inputs.logits_TE.to(inputs.x_TD.dtype)
     leaf = logits.double().requires_grad_()
     want = reference.route(leaf, top_k)
@@ -110,31 +110,25 @@ def timed(call):
     return times_ms(run, 0.15)
 
 
-@contextmanager
-def launches():
-    """Yields a list that gets (name, compiled kernel) of every kernel launched inside."""
-    launched, original = [], JITFunction.run
-
-    def run(kernel, *args, **kwargs):
-        launched.append((kernel.fn.__name__, original(kernel, *args, **kwargs)))
-        return launched[-1][1]
-
-    with mock.patch.object(JITFunction, "run", run):
-        yield launched
-
-
 def run_once(shape, names):
     """Runs the kernels under Nsight Compute and prints [(kernel, name of the function)] as launched."""
     inputs = problem.make_inputs(shape, torch.bfloat16, "cuda")
-    calls, launched = layer_calls(inputs)[0] | routing_calls(inputs, shape.K), []
+    calls = layer_calls(inputs)[0] | routing_calls(inputs, shape.K)
+    functions, launched, original = [], [], JITFunction.run
+
+    def run(kernel, *args, **kwargs):
+        functions.append(kernel.fn.__name__)
+        return original(kernel, *args, **kwargs)
+
     for name in names:
         calls[name]()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
-    for name in names:
-        with launches() as kernels:
+    with mock.patch.object(JITFunction, "run", run):
+        for name in names:
+            before = len(functions)
             calls[name]()
-        launched += [(name, function) for function, _ in kernels]
+            launched += [(name, function) for function in functions[before:]]
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
     print(json.dumps(launched))
@@ -148,23 +142,24 @@ def bench_shape(results, shape, inputs, names, machine, failures):
     costs = kernel_costs(shape, inputs.x_TD.dtype.itemsize)
     for name in names:
         with skipping(f"{shape} {name}", failures):
-            mode = "backward" if name in ("route_bwd", *problem.BACKWARD) else "forward"
             times = timed(calls[name])
-            columns = dict(routing="softmax", ceiling=costs[name].floor_ms(*machine) / times.p50)
-            mode += "-graph" * inputs.x_TD.is_cuda
-            results.add(name, "triton", mode, shape, times, costs[name], **columns)
+            mode = "backward" if name in ("route_bwd", *problem.BACKWARD) else "forward"
+            if inputs.x_TD.is_cuda:
+                mode += "-graph"
+            share = costs[name].floor_ms(*machine) / times.p50
+            results.add(name, "triton", mode, shape, times, costs[name], routing="softmax", ceiling=share)
 
 
 def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
-    cuda = torch.cuda.is_available()
-    shapes = list(map(parse_shape, cfg.shapes)) or list(TARGETS if cuda else TINY)
-    names = list(cfg.kernel) or list(KERNELS)
+    cuda, names = torch.cuda.is_available(), cfg.kernel or KERNELS
+    shapes = problem.chosen(cfg.shapes)
     if cfg.counters or cfg.once:
         for shape in shapes:
             (run_once if cfg.once else counters.show)(shape, names)
         return 0
-    config.require(cuda or interpreting(), "TRITON_INTERPRET", "0", "kernels need a GPU, or 1 for Triton's interpreter")
+    if not cuda and not interpreting():
+        raise ValueError("kernels need a GPU; with TRITON_INTERPRET=1 Triton's interpreter runs them on a CPU")
     results, failures = Results(cfg), []
     machine = results.add_ceilings()
     precompile([partial(problem.compile_layer, shape, results.dtype) for shape in shapes])
@@ -176,4 +171,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(config.command_line(main))

@@ -2,7 +2,7 @@
 
     python -m bench.layer --csv=layer.csv                       the target shapes, experts only, routing given
     python -m bench.layer 32768,2048,768,128,8 --graph --peers=sonicmoe,liger --routing=softmax,zipf1.5
-    python -m bench.layer --at=32768,512,1024 --experts=8,64,256 --topk=1,2,4      a sweep at fixed T,D,F
+    python -m bench.layer 32768,512,1024,{8,64,256},{1,2,4}      a sweep: the shell writes out the shapes
     python -m bench.layer 1024,2048,768,128,8 --trace=layer.json                       a few passes for Perfetto
 
 "gemms" is torch.bmm on E equal groups of T*K/E rows: the same matrix FLOPs (6 T K D F forward, 12 backward) and nothing
@@ -11,22 +11,24 @@ every repetition, so that all of them see the same heat. python_ms is the time i
 """
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
 from bench import peers, problem
-from bench.problem import Shape, layer_cost, layer_errors, make_inputs, parse_routing, parse_shape, require_accuracy
-from bench.results import BenchConfig, Results, cli, shape_of
-from bench.timing import MIB, capture, memory_mib, poisoned, python_ms, skipping, times_in_turn, trace
+from bench.problem import layer_cost, layer_errors, make_inputs, require_accuracy
+from bench.results import BenchConfig, Results
+from bench.timing import MIB, Times, capture, memory_mib, poisoned, python_ms, skipping, times_in_turn, trace
 from moe_kernels import moe_experts
 from moe_kernels.precompile import precompile
 from moe_kernels.tiles import IMPLS, interpreting
 from optimoe import config
 
+PEERS = tuple(peers.PEERS)
 CAPTURABLE = ("gemms", "triton")  # the others wait for the GPU inside
 
 
@@ -35,37 +37,21 @@ class Config(BenchConfig):
     POSITIONAL: ClassVar = ("shapes",)
     shapes: tuple[str, ...] = ()  # layer shapes T,D,F,E,K; none: the target shapes
     # Layer
-    impl: tuple[str, ...] = ()  # of reference, grouped_mm, triton; none: the last two, or those that run here
-    peers: tuple[str, ...] = ()  # of sonicmoe, liger, transformers (peers.py)
-    routing: tuple[str, ...] = ("softmax",)  # softmax, zipf1.5
+    impl: tuple[Literal[IMPLS], ...] = ()  # none: grouped_mm and triton, or those that run here
+    peers: tuple[Literal[PEERS], ...] = ()  # other libraries (peers.py)
+    routing: tuple[Literal[problem.ROUTINGS], ...] = ("softmax",)  # of independent normal logits, or uneven
     graph: bool = False  # also replay CUDA graphs of ours and gemms
-    trace: str = ""  # write a trace of a few passes to this file instead of timing
-    # Sweep
-    at: tuple[int, ...] = ()  # T,D,F of the sweep
-    experts: tuple[int, ...] = (64,)  # numbers of experts of the sweep
-    topk: tuple[int, ...] = (2,)  # experts per token of the sweep
+    trace: str = ""  # write a trace of a few passes of the first shape to this file instead of timing
 
     def __post_init__(self):
-        for names, known in ((self.impl, IMPLS), (self.peers, peers.PEERS)):
-            for name in names:
-                config.require(name in known, "impl or peers", name, f"known are {', '.join(known)}")
         runs = "triton" not in self.impl or torch.cuda.is_available() or interpreting()
         config.require(runs, "impl", "triton", "kernels need a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
-        for routing in self.routing:
-            parse_routing(routing)
-        config.require(len(self.at) in (0, 3), "at", self.at, "give T,D,F")
-        config.require(self.all_shapes(), "topk", self.topk, f"every K is above every E of experts={self.experts}")
-
-    def all_shapes(self):
-        if self.at:
-            return [Shape(*self.at, E, K) for E in self.experts for K in self.topk if K <= E]
-        usual = problem.TARGETS if torch.cuda.is_available() else problem.TINY
-        return [parse_shape(text) for text in self.shapes] or list(usual)
+        problem.chosen(self.shapes)
 
 
 class Passes(NamedTuple):
-    forward: callable
-    full: callable  # forward and backward
+    forward: Callable
+    full: Callable  # forward and backward
     columns: dict  # of the row of the whole pass
     note: str
 
@@ -112,7 +98,9 @@ def layer(name, inputs):
         raise ValueError("wrong result: a second run gives other bits")
     del results, outputs
     peak, saved = memory_mib(forward, backward)
-    columns = dict(peak_mib=peak, saved_mib=saved and saved + x.nbytes / MIB, python_ms=python_ms(full))
+    if saved is not None:
+        saved += x.nbytes / MIB
+    columns = dict(peak_mib=peak, saved_mib=saved, python_ms=python_ms(full))
     return Passes(forward, full, columns, f"{note}, RMS error {error:.1e}, Python {columns['python_ms']:.3f} ms")
 
 
@@ -127,69 +115,56 @@ def build(shape, routing, dtype, names, failures):
 
 
 def bench_shape(results, shape, routing, built, graph):
-    """Times all implementations in turn and adds their rows; returns p50 of the full pass by (name, suffix)."""
+    """Times all implementations in turn and adds their rows."""
     fns = {}
     for name, passes in built.items():
-        for suffix in ("", "-graph")[: 1 + (graph and name in CAPTURABLE)]:
+        fns[name, "", "forward"], fns[name, "", "full"] = passes.forward, passes.full
+        if graph and name in CAPTURABLE:
             for what in ("forward", "full"):
-                fn = getattr(passes, what)
-                fns[name, what, suffix] = capture(fn)[0] if suffix else fn
-    times, ceilings, full = times_in_turn(fns), {}, {}
-    for name, what, suffix in fns:
-        if what == "full":
-            continue
-        fwd, both = times[name, "forward", suffix], times[name, "full", suffix]
-        for mode, t in (("forward", fwd), ("backward", both.minus(fwd.p50)), ("full", both)):
-            more = built[name].columns if mode + suffix == "full" else {}
+                fns[name, "-graph", what] = capture(getattr(passes, what))[0]
+    times, ceilings = times_in_turn(fns), {}
+    for name, suffix in dict.fromkeys(key[:2] for key in fns):
+        forward, full = times[name, suffix, "forward"], times[name, suffix, "full"]
+        backward = Times(*(t - forward.p50 for t in full))
+        for what, t in (("forward", forward), ("backward", backward), ("full", full)):
+            mode, note, columns = what + suffix, "", {}
+            if mode == "full":
+                note, columns = built[name].note, dict(built[name].columns)
             if name == "gemms":
-                ceilings[mode + suffix] = t.p50
-            elif mode + suffix in ceilings:
-                more = more | {"ceiling": ceilings[mode + suffix] / t.p50}
-            cost = layer_cost(shape, mode, results.dtype.itemsize)
-            note = built[name].note * (mode + suffix == "full")
-            results.add("layer", name, mode + suffix, shape, t, cost, note, routing=routing, **more)
-        full[name, suffix] = both.p50
-    return full
-
-
-def summary(rows):
-    """A line per shape and routing: how many times as fast ours is as each of the others, eagerly and from graphs."""
-    ms = {
-        (shape_of(r), r["routing"], r["implementation"], r["mode"]): r["p50_ms"] for r in rows if r["kernel"] == "layer"
-    }
-    for shape, routing in dict.fromkeys(key[:2] for key in ms):
-        for mode in ("full", "full-graph"):
-            at = {key[2]: value for key, value in ms.items() if key[:2] == (shape, routing) and key[3] == mode}
-            if "triton" in at:
-                others = ", ".join(f"{at[name] / at['triton']:.2f}x {name}" for name in at if name != "triton")
-                print(f"{shape} {routing} {mode}: {others}")
+                ceilings[mode] = t.p50
+            elif mode in ceilings:
+                columns["ceiling"] = ceilings[mode] / t.p50
+            cost = layer_cost(shape, what, results.dtype.itemsize)
+            results.add("layer", name, mode, shape, t, cost, note, routing=routing, **columns)
 
 
 def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
     cuda, failures, results = torch.cuda.is_available(), [], Results(cfg)
-    names = list(cfg.impl) or ["triton"] * (cuda or interpreting()) + ["grouped_mm"] + ["reference"] * (not cuda)
+    usual = {"triton": cuda or interpreting(), "grouped_mm": True, "reference": not cuda}
+    names = list(cfg.impl) or [name for name, runs in usual.items() if runs]
     for name in cfg.peers:
         with skipping(f"peer {name}", failures):
             peers.load(name)
             names.append(name)
-            print(f"{name}: {peers.PEERS[name].tuning}")
-    shapes = cfg.all_shapes()
+            print(f"{name}: {peers.TUNING}")
+    shapes = problem.chosen(cfg.shapes)
     if "triton" in names:
         precompile([partial(problem.compile_layer, shape, results.dtype) for shape in shapes])
-    if not cfg.trace:
-        results.add_ceilings()
+
+    if cfg.trace:
+        built = build(shapes[0], cfg.routing[0], results.dtype, names, failures)
+        trace({f"{shapes[0]} {name}": passes.full for name, passes in built.items()}, cfg.trace)
+        return 0
+    results.add_ceilings()
     for shape in shapes:
         for routing in cfg.routing:
             with skipping(f"{shape} {routing}", failures):
                 built = build(shape, routing, results.dtype, names, failures)
-                if cfg.trace:
-                    trace({f"{shape} {name}": passes.full for name, passes in built.items()}, cfg.trace)
-                    return 0
                 bench_shape(results, shape, routing, built, cfg.graph)
-    summary(results.rows)
+
     return results.finish(failures)
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(config.command_line(main))

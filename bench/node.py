@@ -21,9 +21,11 @@ from bench.problem import Cost
 from bench.results import Results, cli
 from bench.step import balance, make_step, model_shape, parse, step_times
 from bench.timing import MIB
+from optimoe import parallel
 from optimoe.config import require
+from optimoe.exchange import group_size
+from optimoe.faststep import fast_step
 from optimoe.sizes import count_params, flops_per_token
-from train import fast_step
 
 WARM_UP = 12  # steps: compilation, capture and the first replays
 TALKING = "nccl", "fetch_kernel", "collect_kernel", "barrier"  # in the names of kernels that communicate
@@ -47,16 +49,16 @@ def communication(kernels):
 def bytes_sent(optimizer, cfg, world):
     """By one rank in a step: gradients and weights of divided tensors, gradients of the others, and with ep the tokens,
     their gradients, and results and gradients of rows, if all experts are used alike."""
-    share, size = (world - 1) / world, torch.finfo(optimizer.model.dtype).bits // 8
-    whole = [p for p in optimizer.model.parameters() if p not in optimizer.exact]
-    parameters = sum(p.nbytes * world for p in optimizer.full) + sum(p.nbytes for p in whole)
-    rows = 0
-    if optimizer.dealt:
-        E, K = cfg.n_experts, cfg.top_k
-        used = 1 - math.comb(E - E // world, K) / math.comb(E, K)  # the share of tokens that use a given rank
-        rows = cfg.n_layers * cfg.batch_size * cfg.seq_len * (used * (world - 1) + K * share)
-        rows *= 2  # both passes
-    return 2 * share * parameters + rows * cfg.d_model * size
+    sent = sum(2 * piece.nbytes * (optimizer.holders(p)[2] - 1) for piece, p in optimizer.full.items())
+    for p in [*optimizer.whole, *(p for p in optimizer.model.parameters() if p not in optimizer.exact)]:
+        size = optimizer.holders(p)[2]
+        sent += 2 * p.nbytes * (size - 1) / size
+    if (size := group_size(cfg, world)) == 1:
+        return sent
+    E, K = cfg.n_experts, cfg.top_k
+    used = 1 - math.comb(E - E // size, K) / math.comb(E, K)  # the share of tokens that use a given rank
+    rows = cfg.n_layers * cfg.batch_size * cfg.seq_len * (used * (size - 1) + K * (size - 1) / size)
+    return sent + 2 * rows * cfg.d_model * torch.finfo(optimizer.model.dtype).bits // 8  # both passes
 
 
 def measure(cfg, rank, world, device):
@@ -94,7 +96,7 @@ def main(argv=None):
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    parallel.connect(device, device_id=device if cuda else None)
     try:
         results = Results(cfg) if rank == 0 else None
         measured = []
@@ -123,7 +125,7 @@ def main(argv=None):
         )
         return results.finish()
     finally:
-        dist.destroy_process_group()
+        parallel.disconnect()
 
 
 if __name__ == "__main__":

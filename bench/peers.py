@@ -2,26 +2,9 @@
 
 import importlib
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F_
-
-
-class Source(NamedTuple):
-    module: str
-    origin: str
-    tuning: str  # how its tiles are chosen
-
-
-TUNER = "by its own tuner at the first call of each size, which takes up to minutes"
-FIXED = "nothing is tuned: grouped_mm experts as transformers has them"
-PEERS = {
-    "sonicmoe": Source("sonicmoe", "pip install sonic-moe, https://github.com/Dao-AILab/sonic-moe", TUNER),
-    "liger": Source("liger_kernel.ops.fused_moe", "https://github.com/linkedin/Liger-Kernel", TUNER),
-    "transformers": Source("transformers.integrations.moe", "pip install 'transformers>=5'", FIXED),
-}
 
 
 class Peer(NamedTuple):
@@ -30,16 +13,13 @@ class Peer(NamedTuple):
     restore: Callable = lambda dw_in: dw_in  # its gradient back as (E, G, D)
 
 
-def load(name):
-    """The Peer `name`. ImportError, with the remedy, for a library that does not import here."""
-    source = PEERS[name]
-    try:
-        module = importlib.import_module(source.module)
-    except Exception as error:  # a library may fail in any way while it is imported
-        reason = f"{source.module} does not import ({type(error).__name__}: {error})"
-        raise ImportError(f"peer {name}: {reason}; it comes from {source.origin}") from error
-    known = {"sonicmoe": _sonicmoe, "liger": _liger, "transformers": _transformers}
-    return known[name](module)
+def interleave(w_EGD):
+    """Rows gate 0..F-1, up 0..F-1 -> gate 0, up 0, gate 1, up 1, ..."""
+    return w_EGD.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
+
+
+def deinterleave(w_EGD):
+    return w_EGD.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
 
 
 def _liger(module):
@@ -63,21 +43,19 @@ def _sonicmoe(module):
     return Peer(experts, interleave, deinterleave)
 
 
-def _transformers(module):
-    flags = dict(has_gate=True, has_bias=False, is_transposed=False, has_post_expert_norm=False)
-    flags |= dict(_is_expert_parallel=False, _apply_gate=lambda h: F_.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1])
-
-    def experts(x, w_in, w_out, gates, experts):
-        layer = SimpleNamespace(**flags, gate_up_proj=w_in, down_proj=w_out, num_experts=len(w_in))
-        return module.grouped_mm_experts_forward(layer, x, experts.long(), gates.to(x.dtype))
-
-    return Peer(experts)
+TUNING = "its own tuner chooses tiles at the first call of each size, which takes up to minutes"
+PEERS = {  # name: module, where it comes from, how it is called
+    "sonicmoe": ("sonicmoe", "pip install sonic-moe, https://github.com/Dao-AILab/sonic-moe", _sonicmoe),
+    "liger": ("liger_kernel.ops.fused_moe", "https://github.com/linkedin/Liger-Kernel", _liger),
+}
 
 
-def interleave(w_EGD):
-    """Rows gate 0..F-1, up 0..F-1 -> gate 0, up 0, gate 1, up 1, ..."""
-    return w_EGD.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
-
-
-def deinterleave(w_EGD):
-    return w_EGD.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+def load(name):
+    """The Peer `name`. ImportError, with the remedy, for a library that does not import here."""
+    module_name, origin, make = PEERS[name]
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a library may fail in any way while it is imported
+        reason = f"{module_name} does not import ({type(error).__name__}: {error})"
+        raise ImportError(f"peer {name}: {reason}; it comes from {origin}") from error
+    return make(module)

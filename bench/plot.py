@@ -1,7 +1,6 @@
 """Figures from benchmark CSVs: `python -m bench.plot docs/runs/bench-h100.csv --out=docs/figures`.
 
-Draws those for which the CSV has rows: ceiling.png, throughput_by_experts.png (bench.layer and its sweeps) and step.png
-(bench.step).
+Draws those for which the CSV has rows: ceiling.png, throughput_by_experts.png (bench.layer) and step.png (bench.step).
 """
 
 from dataclasses import dataclass
@@ -9,30 +8,33 @@ from pathlib import Path
 from typing import ClassVar
 
 from bench.problem import TARGETS
-from bench.results import cli, latest, read, shape_of
+from bench.results import latest, read, shape_of
 from optimoe import config
 
 STYLE = {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "font.size": 11}
-IMPLEMENTATIONS = ("triton", "triton, graph", "sonicmoe", "liger", "transformers", "grouped_mm")
-# Part of a step: how the names of its families begin.
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11}
+COLORS = {
+    "triton": "#1f5f99",
+    "triton, graph": "#7fb2dd",
+    "sonicmoe": "#d08a3c",
+    "liger": "#a86bb0",
+    "grouped_mm": "#8c8c8c",
+}
+# Part of a step: its colour, and how the names of its families begin.
 PARTS = {
-    "expert GEMMs": [f"experts: {name}" for name in ("up", "rows", "dswiglu", "dw", "grouped_mm")],
-    "sort, sums, router": ["experts:", "router"],
-    "attention": ["attention"],
-    "projections, dense MLP": ["attention projections", "experts: torch"],
-    "norms, rotations, activations": ["norms", "weight casts"],
-    "head and loss": ["lm head"],
-    "optimiser, gradient norm": ["optimiser", "gradient"],
-    "other": [""],
+    "expert GEMMs": ("#1f5f99", [f"experts: {name}" for name in ("up", "rows", "dswiglu", "dw", "grouped_mm")]),
+    "sort, sums, router": ("#7fb2dd", ["experts:", "router"]),
+    "attention": ("#c0504d", ["attention"]),
+    "projections, dense MLP": ("#d08a3c", ["attention projections", "experts: torch"]),
+    "norms, rotations, activations": ("#6f9b63", ["norms", "weight casts"]),
+    "head and loss": ("#a86bb0", ["lm head"]),
+    "optimiser, gradient norm": ("#8c8c8c", ["optimiser", "gradient"]),
+    "other": ("#d0d0d0", [""]),
 }
 
 
 def short(n):
     return f"{n // 1024}k" if n % 1024 == 0 and n >= 8192 else str(n)
-
-
-def label(shape):
-    return f"T {short(shape.T)}\nD {shape.D}, F {shape.F}\nE {shape.E}, K {shape.K}"
 
 
 def select(rows, **wanted):
@@ -41,9 +43,9 @@ def select(rows, **wanted):
     return [row for row in rows if all(row[name] in values for name, values in allowed.items())]
 
 
-def figure(plt, size, title, rows, n_rows=1, n_columns=1, **options):
+def figure(plt, size, title, rows, n_columns=1):
     """(figure, axes as a list) with the title and the machine above; wide enough for both."""
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained", **options)
+    fig, axes = plt.subplots(1, n_columns, figsize=size, squeeze=False, layout="constrained", sharey=True)
     machine = f"{rows[0]['gpu']}, {rows[0]['dtype']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}"
     title = fig.suptitle(f"{title}\n{machine}", fontsize=12)
     fig.set_figwidth(max(size[0], title.get_window_extent().width / fig.dpi + 0.3))
@@ -60,14 +62,14 @@ def throughput(plt, rows):
         return None
     everything = [row for group in panels.values() for row in group]
     size, title = (1 + 4.2 * len(panels), 4.4), "Expert layer against the number of experts"
-    fig, axes = figure(plt, size, title, everything, n_columns=len(panels), sharey=True)
+    fig, axes = figure(plt, size, title, everything, n_columns=len(panels))
     values = sorted({row["K"] for row in everything})
     for ax, ((T, D, F), group) in zip(axes, panels.items(), strict=True):
         for i, K in enumerate(values):
             for name, style in (("gemms", dict(ls=":", lw=1.2)), ("triton", dict(marker="o", lw=2))):
                 points = sorted((r["E"], r["tflops"]) for r in select(group, implementation=name, K=K))
                 color = plt.cm.viridis(0.9 * i / max(1, len(values) - 1))
-                ax.plot(*zip(*points, strict=True) if points else ((), ()), color=color, **style)
+                ax.plot([E for E, _ in points], [tflops for _, tflops in points], color=color, **style)
         ax.set_xscale("log", base=2)
         ticks = sorted({row["E"] for row in group})
         ax.set_xticks(ticks, map(str, ticks))
@@ -81,62 +83,67 @@ def throughput(plt, rows):
 
 
 def ceiling(plt, rows):
-    """Grouped bars of each implementation's percentage of bare cuBLAS products."""
-    rows = [row for row in select(rows, kernel="layer", routing="softmax") if row["ceiling"]]
-    found = list(dict.fromkeys(map(shape_of, rows)))
+    """Bars of each implementation's percentage of bare cuBLAS products, forward + backward."""
+    rows = select(rows, kernel="layer", mode=("full", "full-graph"), routing="softmax")
+    bars = {}
+    for row in rows:
+        name = row["implementation"] + (", graph" if row["mode"] == "full-graph" else "")
+        if row["ceiling"] and name in COLORS:
+            bars[name, shape_of(row)] = 100 * row["ceiling"]
+    found = list(dict.fromkeys(shape for _, shape in bars))
     shapes = ([shape for shape in TARGETS if shape in found] or found)[:8]
     if not shapes:
         return None
-    title = "Expert layer: throughput in % of bare cuBLAS products of the same FLOPs"
-    fig, axes = figure(plt, (1.5 + 1.55 * len(shapes), 8), title, rows, n_rows=3, sharex=True)
-    named = lambda row: row["implementation"] + ", graph" * row["mode"].endswith("-graph")  # noqa: E731
-    names = [name for name in IMPLEMENTATIONS if name in map(named, rows)]
-    width = 0.84 / max(1, len(names))
-    for ax, mode in zip(axes, ("forward", "backward", "full"), strict=True):
-        bars = {(named(r), shape_of(r)): 100 * r["ceiling"] for r in select(rows, mode=(mode, f"{mode}-graph"))}
-        for i, name in enumerate(names):
-            values = {x + (i + 0.5) * width - 0.42: bars.get((name, shape)) for x, shape in enumerate(shapes)}
-            values = {x: value for x, value in values.items() if value}
-            bar = ax.bar(
-                values.keys(), values.values(), width * 0.92, color=f"C{IMPLEMENTATIONS.index(name)}", label=name
-            )
-            ax.bar_label(bar, fmt="%.0f", fontsize=9)
-        ax.axhline(100, color="black", lw=1)
-        ax.set(ylim=(0, 112), ylabel="forward + backward" if mode == "full" else mode)
-        ax.set_xticks(range(len(shapes)), map(label, shapes), fontsize=10)
-    axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=7, columnspacing=1.2)
+    title = "Expert layer, forward + backward, against bare cuBLAS products of the same FLOPs"
+    fig, (ax,) = figure(plt, (1.5 + 1.55 * len(shapes), 4.2), title, rows)
+    names = [name for name in COLORS if any((name, shape) in bars for shape in shapes)]
+    width = 0.84 / len(names)
+    for i, name in enumerate(names):
+        heights = [bars.get((name, shape), 0) for shape in shapes]
+        places = [x + (i + 0.5) * width - 0.42 for x in range(len(shapes))]
+        bar = ax.bar(places, heights, width * 0.92, color=COLORS[name], label=name)
+        ax.bar_label(bar, [f"{height:.0f}" if height else "" for height in heights], fontsize=9)
+    ax.axhline(100, color="black", lw=1, zorder=0)
+    ax.set(ylim=(0, 115), ylabel="TFLOP/s in % of cuBLAS")
+    ax.grid(False, axis="x")
+    labels = [f"T {short(T)}\nD {D}, F {F}\nE {E}, K {K}" for T, D, F, E, K in shapes]
+    ax.set_xticks(range(len(shapes)), labels, fontsize=10)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, columnspacing=1.2)
     return fig
 
 
 def part_of(family):
     """The part of PARTS whose prefix of the family's name is the longest."""
-    return max((len(prefix), part) for part in PARTS for prefix in PARTS[part] if family.startswith(prefix))[1]
-
-
-def model_label(name, shape):
-    kind, impl, *weights = name.split(":")
-    text = f"D {shape.D}, F {shape.F}, K {shape.K}, " + ("dense" if kind == "dense" else f"E {shape.E}")
-    return text + f"\n{impl}" * (impl not in ("auto", "triton")) + "\nbfloat16 weights" * bool(weights)
+    prefixes = {prefix: part for part, (_, beginnings) in PARTS.items() for prefix in beginnings}
+    return prefixes[max(filter(family.startswith, prefixes), key=len)]
 
 
 def step(plt, rows):
-    """A bar per model: microseconds per 1,024 tokens, by part."""
-    rows = select(rows, kernel="step-family")
-    models = list(dict.fromkeys((row["implementation"], shape_of(row)) for row in rows))
+    """A bar per model with our kernels: microseconds per 1,024 tokens, by part."""
+    models = {}
+    for row in select(rows, kernel="step-family"):
+        kind, impl, *weights = row["implementation"].split(":")
+        if impl not in ("auto", "triton"):
+            continue
+        shape = shape_of(row)
+        label = f"D {shape.D}, F {shape.F}, K {shape.K}, {'dense' if kind == 'dense' else f'E {shape.E}'}"
+        parts = models.setdefault((shape, "\n".join([label, *weights])), dict.fromkeys(PARTS, 0.0))
+        parts[part_of(row["mode"])] += 1e3 * row["p50_ms"] / (shape.T / 1024)
     if not models:
         return None
-    fig, (ax,) = figure(plt, (11, 1.6 + 0.62 * len(models)), "Where a training step's time goes", rows)
-    for y, (name, shape) in enumerate(models):
-        left, parts = 0.0, dict.fromkeys(PARTS, 0.0)
-        for row in select(rows, implementation=name, **shape._asdict()):
-            parts[part_of(row["mode"])] += 1e3 * row["p50_ms"] / (shape.T / 1024)
+    size = (11, 1.8 + 0.55 * len(models))
+    fig, (ax,) = figure(plt, size, "Where the time of a training step goes", select(rows, kernel="step-family"))
+    longest = max(sum(parts.values()) for parts in models.values())
+    for y, parts in enumerate(models.values()):
+        left = 0.0
         for part, width in parts.items():
-            bar = ax.barh(y, width, left=left, color=f"C{list(PARTS).index(part)}", label=part if y == 0 else None)
-            if width > 0.03 * sum(parts.values()):  # numbers in narrower bars would overlap
+            bar = ax.barh(y, width, left=left, color=PARTS[part][0], label=part if y == 0 else None)
+            if width > 0.04 * longest:  # numbers in narrower bars would overlap
                 ax.bar_label(bar, fmt="%.0f", label_type="center", fontsize=9, color="white")
             left += width
-    ax.set_yticks(range(len(models)), [model_label(*model) for model in models])
+    ax.set_yticks(range(len(models)), [label for _, label in models])
     ax.invert_yaxis()
+    ax.grid(False, axis="y")
     ax.set_xlabel("microseconds of GPU time per 1,024 tokens")
     fig.legend(loc="outside lower center", ncols=4)
     return fig
@@ -152,14 +159,18 @@ class Config:
 
 def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
-    import matplotlib  # here, so that without it the command line says what to install
-
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("figures need matplotlib: pip install -e '.[plot]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in latest(row for path in cfg.files for row in read(path)).values() if cfg.gpu in row["gpu"]]
+    rows = latest(row for path in cfg.files for row in read(path)).values()
     gpus = sorted({row["gpu"] for row in rows})
-    config.require(len(gpus) == 1, "gpu", cfg.gpu, f"the files have rows of {gpus}; choose one")
+    chosen = [gpu for gpu in gpus if cfg.gpu in gpu]
+    config.require(len(chosen) == 1, "gpu", cfg.gpu, f"must fit one of: {', '.join(gpus) or 'no rows at all'}")
+    rows = select(rows, gpu=chosen[0])
     out = config.make_directory(cfg.out, "out", cfg.out)
     pictures = {"throughput_by_experts": throughput, "ceiling": ceiling, "step": step}
     with plt.rc_context(STYLE):
@@ -172,4 +183,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(config.command_line(main))

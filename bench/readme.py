@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.results import cli
 from optimoe import config
 
 WIDE = "--preset=paper-d1024-e16-k2 --vocab_size=50304 --seq_len=2048"
@@ -19,8 +18,15 @@ GPT2 = (
 )
 FEW = "--preset=paper-d512-e64-k4 --batch_size=8"
 TEXT = "--preset=paper-d512-e16-k2 --vocab_size=16384 --seq_len=1024 --batch_size=64"  # of the runs on real text
+
+
+def sweep(sizes, *ks):
+    """Layer shapes of the sizes T,D,F for all numbers of experts, and K of them per token."""
+    return " ".join(f"{sizes},{E},{K}" for E in (8, 16, 32, 64, 128, 256) for K in ks if K <= E)
+
+
 RUNS = f"""
-layer       --graph --peers=sonicmoe,liger,transformers
+layer       --graph --peers=sonicmoe,liger
 step        {WIDE} --batch_size=16
 step        {WIDE} --batch_size=16 --dense
 step        {WIDE} --batch_size=16 --n_experts=64 --weights=bfloat16
@@ -29,9 +35,9 @@ step        {GPT2}
 step        {FEW}
 step        {FEW} --dense
 generation
-layer       --at=32768,512,1024 --experts=8,16,32,64,128,256 --topk=2,8 --impl=triton
-layer       --at=8192,2048,4096 --experts=8,16,32,64,128,256 --topk=2,8 --impl=triton
-layer       --at=32768,1024,2048 --experts=8,16,32,64,128,256 --topk=1,2,4,8,16 --impl=triton
+layer       {sweep("32768,512,1024", 2, 8)} --impl=triton
+layer       {sweep("8192,2048,4096", 2, 8)} --impl=triton
+layer       {sweep("32768,1024,2048", 1, 2, 4, 8, 16)} --impl=triton
 kernels
 step        {TEXT}
 step        {TEXT} --impl=grouped_mm
@@ -48,7 +54,8 @@ def main(argv=None):
     cfg, failed = config.parse(Config, argv, __doc__), 0
     config.require(cfg.list or torch.cuda.is_available(), "list", cfg.list, "these sizes need a GPU; use --list")
     for kind, *flags in map(str.split, RUNS.strip().splitlines()):
-        flags += ["--optimizer=adamw", "--compile=true"] if kind == "step" else []
+        if kind == "step":
+            flags += ["--optimizer=adamw", "--compile=true"]
         command = ["-m", f"bench.{kind}", *flags, f"--csv={cfg.csv}"]
         print("python", *command, flush=True)
         failed += not cfg.list and subprocess.run([sys.executable, *command]).returncode != 0
@@ -56,4 +63,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(config.command_line(main))

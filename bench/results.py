@@ -4,7 +4,7 @@ kernel           a kernel, "layer" (experts, routing given), "step", "step-famil
                  "generate", "hf-block", or "ceiling" (the largest matrix product and copy)
 implementation   triton, grouped_mm, reference, gemms (cuBLAS products of the same FLOPs, nothing else), a peer, a model
 mode             forward, backward, full, or a part; "-graph": from a CUDA graph, as single kernels always are on a GPU
-T D F E K        sizes; dtype; routing: softmax or zipfA
+T D F E K        sizes; dtype; routing: softmax or zipf1.5
 p20 p50 p80_ms   quantiles of the time; backward = full - median forward
 tflops gb_s      at p50, from the FLOPs and the fewest bytes that the operation needs
 ceiling          fraction of `gemms` for a layer, of its roofline for a kernel, of the GPU's peak for a step
@@ -22,14 +22,15 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 
 from bench.problem import Cost, Shape
-from bench.timing import Ceilings, measure_ceilings
+from bench.timing import times_ms
 from data import files
+from optimoe.config import command_line as cli  # noqa: F401  # the name by which bench.node takes it
 
 ADDED = ["share", "exposed_ms", "nccl_ms", "python_ms"]  # older files lack these columns
 COLUMNS = (
@@ -38,9 +39,13 @@ COLUMNS = (
 ).split() + ADDED
 KEY = COLUMNS[:10] + ["gpu"]
 INTEGERS, FLOATS = COLUMNS[3:8], COLUMNS[10:18] + ADDED
-INSTALL = {"matplotlib": "-e '.[plot]'", "transformers": "'transformers>=5'"}
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 NOTHING = Cost(0, 0)
+
+
+class Ceilings(NamedTuple):
+    tflops: float  # of one large cuBLAS matrix product
+    tb_s: float  # of one large copy, bytes read + bytes written
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,6 @@ class BenchConfig:
     csv: str = ""  # append the rows to this file
     revision: str = ""  # git revision to write into the rows; empty: ask git
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
-
-
-def dtype_of(cfg):
-    auto = "bfloat16" if torch.cuda.is_available() else "float32"
-    return getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
-
-
-def device_name():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
 
 
 def revision():
@@ -69,41 +65,31 @@ def revision():
         return "unknown"
 
 
-def cli(main):
-    """main() for the command line: mistakes and missing libraries are one line, with DEBUG a traceback."""
-    try:
-        return main()
-    except (ValueError, OSError, ImportError) as error:
-        if "DEBUG" in os.environ:
-            raise
-        library = (getattr(error, "name", None) or "").split(".")[0]
-        return f"error: {error}" + (f"; pip install {INSTALL[library]}" if library in INSTALL else "")
-
-
 class Results:
     """The rows of this run, printed and appended to the CSV one by one."""
 
     def __init__(self, cfg):
-        if not torch.cuda.is_available():
-            torch.set_num_threads(1)  # tiny shapes: a second thread only waits
-        self.path, self.rows, self.dtype = cfg.csv and Path(cfg.csv), [], dtype_of(cfg)
+        cuda = torch.cuda.is_available()
+        auto = "bfloat16" if cuda else "float32"
+        self.path, self.rows, self.dtype = cfg.csv, [], getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
         if self.path:
             append(self.path)  # a file that takes no rows is found before anything is measured
         self.environment = {
             "dtype": SHORT[self.dtype],
-            "gpu": device_name(),
+            "gpu": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}",
             "torch": torch.__version__,
             "triton": triton.__version__,
             "revision": cfg.revision or revision(),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
         }
         print("  ".join(f"{name} {value}" for name, value in self.environment.items()))
-        if not torch.cuda.is_available():
-            print("No GPU: tiny shapes show that everything runs. The numbers mean nothing about GPUs.")
+        if not cuda:
+            print("No GPU: small sizes show that everything runs. The numbers mean nothing about GPUs.")
+            torch.set_num_threads(1)  # with small sizes a second thread only waits
         print(HEADER)
 
     def add(self, kernel, implementation, mode, shape, times, cost=NOTHING, note="", quiet=False, **columns):
-        """One row. The note is printed, not stored; with `quiet` nothing is printed."""
+        """Add a row and return it. The note is printed, not stored; with `quiet` nothing is printed."""
         row = dict.fromkeys(COLUMNS) | self.environment | shape._asdict()
         row |= dict(kernel=kernel, implementation=implementation, mode=mode, routing="")
         row |= dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True))
@@ -113,21 +99,28 @@ class Results:
         if self.path:
             append(self.path, row)
         if not quiet:
-            print(line(row) + ("   " + note if note else ""), flush=True)
+            print(f"{line(row)}   {note}".rstrip(), flush=True)
         return row
 
     def add_ceilings(self):
-        """Measures what this machine can do, writes it as rows and returns it."""
-        n, gemm, size, copy = measure_ceilings(self.dtype)
-        gemm = self.add("ceiling", "cublas", "gemm", Shape(n, n, n, 1, 1), gemm, Cost(2 * n**3, 0))
-        copy = self.add("ceiling", "torch", "copy", Shape(size, 1, 1, 1, 1), copy, Cost(0, 2 * size))
+        """Measures one large matrix product and one large copy of random data; adds their rows."""
+        device, n, size = ("cuda", 8192, 2**30) if torch.cuda.is_available() else ("cpu", 256, 2**22)
+        a, b = (torch.randn(n, n, device=device).to(self.dtype) for _ in range(2))
+        source = torch.randint(255, (size,), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        gemm, copy = (lambda: a @ b), (lambda: target.copy_(source))
+        gemm(), copy()
+        times = times_ms(gemm), times_ms(copy)
+        gemm = self.add("ceiling", "cublas", "gemm", Shape(n, n, n, 1, 1), times[0], Cost(2 * n**3, 0))
+        copy = self.add("ceiling", "torch", "copy", Shape(size, 1, 1, 1, 1), times[1], Cost(0, 2 * size))
         return Ceilings(gemm["tflops"], copy["gb_s"] / 1e3)
 
     def finish(self, failures=()):
         """Prints what was skipped. Exit code: 1 if nothing was measured."""
         for failure in failures:
             print("skipped", failure)
-        return int(bool(failures) and all(row["kernel"] == "ceiling" for row in self.rows))
+        aside = [row["kernel"] == "ceiling" or row["implementation"] == "gemms" for row in self.rows]
+        return int(bool(failures) and all(aside))
 
 
 # Printed columns and their decimals.
@@ -160,9 +153,13 @@ def append(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = files.read_text(path) if path.exists() else ""
     if text.partition("\n")[0] != header:
-        files.replace(path.resolve(), f"{header}\n" + (lines_of(parse(text, str(path))) if text else ""))
+        old = parse(text, str(path)) if text else []
+        text = f"{header}\n{lines_of(old)}"
+        files.replace(path.resolve(), text)
     with open(path, "a") as file:
-        file.write("\n" * (bool(text) and not text.endswith("\n")) + lines_of(rows))
+        if not text.endswith("\n"):
+            file.write("\n")
+        file.write(lines_of(rows))
         file.flush()
         os.fsync(file.fileno())
 
@@ -172,7 +169,7 @@ def parse(text, where="CSV"):
     lines = text.splitlines()
     header = lines[0].split(",") if lines else []
     if header not in (COLUMNS, COLUMNS[: -len(ADDED)]):
-        raise ValueError(f"{where}: its columns are not those of this version; expected the header {','.join(COLUMNS)}")
+        raise ValueError(f"{where}: its columns are not those of benchmarks; name another file")
     rows = []
     for number, raw in enumerate(csv.DictReader(lines), 2):
         try:

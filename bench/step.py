@@ -7,6 +7,7 @@
 All flags of train.py are understood. The step is train.py's with its optimiser, on one GPU, with one micro-batch of
 --batch_size random sequences. Parts are GPU time between events, so they contain the gaps in which the GPU waits for
 Python. Families are the kernels alone, from torch.profiler; what their sum lacks of the whole step is those gaps.
+Without a GPU the batch is small unless the flags say otherwise.
 """
 
 import dataclasses
@@ -17,18 +18,22 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from bench.problem import Cost, Shape
-from bench.results import BenchConfig, Results, cli, device_name
+from bench.results import BenchConfig, Results
 from bench.timing import MIB, Times, quantiles, synchronize, trace, wall_ms
 from model import GPT
 from optimoe import config, parallel
+from optimoe.faststep import GraphedStep, compile_blocks
+from optimoe.guard import new_window
 from optimoe.sizes import flops_per_token, peak_flops, preset_fields
-from train import GraphedStep, TrainConfig, compile_blocks, new_window, optimizer_step
+from train import TrainConfig, optimizer_step
 
 PARTS = ("forward", "backward", "optimiser")
-EXPERT_KERNELS = {name + "_kernel" for name in ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw")}
+EXPERT_OPS = ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw", "dw_hopper")
+EXPERT_KERNELS = {f"{name}_kernel" for name in EXPERT_OPS}
+OPTIMIZER_KERNELS = ("adamw_kernel", "muon_kernel")
 
 
 @dataclass(frozen=True)
@@ -128,13 +133,15 @@ def family(kernel, ops, sizes, cfg):
     inside = lambda *words: any(word in op for op in ops for word in words)  # noqa: E731
     dims = {n for size in sizes for n in size}
     product = ops[0].startswith(("aten::mm", "aten::addmm", "aten::bmm"))
-    expert = kernel in EXPERT_KERNELS or inside("grouped_mm")
-    name = kernel.removesuffix("_kernel") if kernel in EXPERT_KERNELS else "grouped_mm"
+    ours = kernel in EXPERT_KERNELS
+    expert = f"experts: {kernel.removesuffix('_kernel') if ours else 'grouped_mm'}"
+    if inside("bwd", "Backward"):
+        expert += " (backward)"
     table = (  # the first that holds
-        (inside("Optimizer.step") or kernel == "adamw_kernel", "optimiser"),
+        (inside("Optimizer.step") or kernel in OPTIMIZER_KERNELS, "optimiser"),
         (inside("_foreach_norm", "linalg_vector_norm"), "gradient norm"),
         (inside("linear_cross_entropy"), "lm head and loss"),
-        (expert, f"experts: {name}" + " (backward)" * inside("bwd", "Backward")),
+        (ours or inside("grouped_mm"), expert),
         (kernel.startswith("route_"), "router"),
         (inside("embedding"), "embedding"),
         (inside("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention"), "attention"),
@@ -150,7 +157,7 @@ def family(kernel, ops, sizes, cfg):
 def family_times(run, cfg, repeats=3):
     """Milliseconds per step of each family: of kernels on a GPU, of operators on the CPU."""
     cuda, total, unlinked = torch.cuda.is_available(), Counter(), Counter()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, record_shapes=True) as prof:
+    with profile(record_shapes=True) as prof:
         for _ in range(repeats):
             run()
         synchronize()
@@ -170,22 +177,24 @@ def family_times(run, cfg, repeats=3):
             unlinked[kernel] -= microseconds
     for name, microseconds in unlinked.items():
         if cuda and microseconds > 100 * repeats:
-            total["optimiser" if name == "adamw_kernel" else f"no operator: {name[:22]}"] += microseconds
+            total["optimiser" if name in OPTIMIZER_KERNELS else f"no operator: {name[:22]}"] += microseconds
     return {name: microseconds / 1e3 / repeats for name, microseconds in total.most_common()}
 
 
 def show_families(add, families, whole):
     """Prints the families, and adds their rows unless the profiler has slowed or counted something twice."""
-    total, cuda = sum(families.values()), torch.cuda.is_available()
+    total, cuda, note = sum(families.values()), torch.cuda.is_available(), ""
     believed = not cuda or total < 1.05 * whole
-    why = "" if believed else " (more than the step: not written to the CSV)"
-    why = why if cuda else " (the profiler makes a CPU's operators slower)"
+    if not cuda:
+        note = " (the profiler makes a CPU's operators slower)"
+    elif not believed:
+        note = " (more than the step: not written to the CSV)"
     print(f"\n{'family':<36}{'ms/step':>10}{'share':>8}")
     for name, ms in families.items():
         if believed:
             add("step-family", mode=name, times=Times(ms, ms, ms), quiet=True)
         print(f"{name:<36}{ms:>10.3f}{ms / whole:>8.1%}")
-    print(f"{'sum, of the step':<36}{total:>10.3f}{total / whole:>8.1%}{why}")
+    print(f"{'sum, of the step':<36}{total:>10.3f}{total / whole:>8.1%}{note}")
 
 
 def model_shape(cfg):
@@ -212,8 +221,10 @@ def main(argv=None):
             replay([draw()])
         times["full-graph"] = step_times(lambda: replay([draw()]), cfg.repeats)
     flops = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
-    best = peak_flops(device_name()) if results.dtype == torch.bfloat16 else None
-    name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}" + ":bfloat16-weights" * (cfg.weights == "bfloat16")
+    best = peak_flops(results.environment["gpu"]) if results.dtype == torch.bfloat16 else None
+    name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}"
+    if cfg.weights == "bfloat16":
+        name += ":bfloat16-weights"
     add = partial(results.add, implementation=name, shape=model_shape(cfg))
     for mode, t in times.items():
         if mode in PARTS:
@@ -227,4 +238,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(config.command_line(main))

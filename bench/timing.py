@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
+
+from optimoe.config import make_directory, require
 
 FLUSH_MIB = 64  # more than the L2 of an H100 (50 MiB) or H200 (60 MiB)
 MIB = 2**20
@@ -19,9 +21,6 @@ class Times(NamedTuple):
     p20: float  # milliseconds
     p50: float
     p80: float
-
-    def minus(self, median_ms):
-        return Times(*(t - median_ms for t in self))
 
 
 def quantiles(samples):
@@ -68,14 +67,16 @@ def repeat(fn, seconds):
         gc.enable()
 
 
-def times_in_turn(fns, seconds=0.4, rounds=3):
-    """Times of each of `fns` by name: each runs back to back for so many seconds in every round, so that the card is as
-    hot for all of them. They must have run before, so that nothing is compiled here. The first round only heats."""
-    samples = {name: [] for name in fns}
-    for i in range(rounds + 1 if torch.cuda.is_available() else 1):
+def times_in_turn(fns):
+    """Times of each of `fns` by name. In each of four rounds all run back to back for 0.4 s, so that the card is as hot
+    for all of them; the first round only heats. They must have run before, so that nothing is compiled here."""
+    samples, heating = {name: [] for name in fns}, torch.cuda.is_available()
+    for _ in range(4 if heating else 1):
         for name, fn in fns.items():
-            times = repeat(fn, seconds)
-            samples[name] += times if i or not torch.cuda.is_available() else []
+            times = repeat(fn, 0.4)
+            if not heating:
+                samples[name] += times
+        heating = False
     return {name: quantiles(times) for name, times in samples.items()}
 
 
@@ -83,10 +84,10 @@ def times_ms(fn, seconds=0.3):
     return quantiles(repeat(fn, seconds))
 
 
-def python_ms(fn, repeats=20):
+def python_ms(fn):
     """Median time in ms after which fn() returns to Python while the device still works."""
     times = []
-    for _ in range(repeats):
+    for _ in range(20 if torch.cuda.is_available() else 3):
         synchronize()
         start = time.perf_counter()
         fn()
@@ -110,17 +111,17 @@ def capture(fn):
     return graph.replay, outputs
 
 
-def trace(fns, path, steps=3):
-    """A trace of a few calls of each of `fns` by name, for chrome://tracing or Perfetto."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with profile(activities=activities, record_shapes=True) as prof:
+def trace(fns, path):
+    """A trace of three calls of each of `fns` by name, for chrome://tracing or Perfetto."""
+    make_directory(Path(path).parent, "trace", path)
+    with profile(record_shapes=True) as prof:
         for name, fn in fns.items():
-            for _ in range(steps):
+            for _ in range(3):
                 with record_function(name):
                     fn()
         synchronize()
     prof.export_chrome_trace(str(path))
+    require(Path(path).is_file(), "trace", path, "it could not be written; name another file")
     print(f"{path}: open it in ui.perfetto.dev")
 
 
@@ -138,22 +139,6 @@ def memory_mib(forward, backward):
     del y
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / MIB, kept / MIB
-
-
-class Ceilings(NamedTuple):
-    tflops: float  # of one large cuBLAS matrix product
-    tb_s: float  # of one large copy, bytes read + bytes written
-
-
-def measure_ceilings(dtype):
-    """(n, Times of an n x n x n matrix product, size, Times of a copy of `size` bytes), on random data."""
-    device, n, size = ("cuda", 8192, 2**30) if torch.cuda.is_available() else ("cpu", 256, 2**22)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    source = torch.randint(255, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    gemm, copy = (lambda: a @ b), (lambda: target.copy_(source))
-    gemm(), copy()
-    return n, times_ms(gemm), size, times_ms(copy)
 
 
 @contextmanager

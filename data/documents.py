@@ -8,16 +8,16 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from data import files
+from optimoe.config import require
 
 EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}  # usual bytes of text per byte on the disk
 KINDS = (".txt", ".jsonl", ".py", ".parquet", ".arrow")
 
 
-def find_files(inputs: Iterable[str]) -> list[Path]:
+def find_files(inputs):
     """The named files, and those in named directories, sorted. ValueError where there is none."""
     found = {}  # by what links lead to, so that nothing is read twice
     for given in map(Path, inputs):
@@ -31,28 +31,27 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
-def _wanted(path: Path, top: Path) -> bool:
+def _wanted(path, top):
     hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(top).parts)
     return _kind(path) in KINDS and not hidden and not path.is_dir()
 
 
-def _kind(path: Path) -> str:  # "a.TXT.xz" -> ".txt"
+def _kind(path):  # "a.TXT.xz" -> ".txt"
     return (path.with_suffix("") if path.suffix.lower() in (".xz", ".gz", ".zst") else path).suffix.lower()
 
 
 def read(
-    paths: list[Path],
-    length: int,
-    text_field: str = "text",
-    encoding_errors: str = "strict",
-    example: Callable[[object, str], str] | None = None,
-    doing: str = "",
-) -> Iterator[str]:
+    paths,
+    length,
+    text_field="text",
+    encoding_errors="strict",
+    example=None,
+    doing="",
+):
     """The documents of files: rows of tables, and texts, cut at line ends after `length` characters.
 
     example: makes a document of a whole row and its place. doing: what to print every two seconds, with the share of
-    bytes that have been read.
-    """
+    the bytes read so far. ValueError names the file, and the row, that cannot be read."""
     done, total, shown = 0, max(1, sum(path.stat().st_size for path in paths)), time.monotonic()
     for path in paths:
         with open(path, "rb") as file:
@@ -70,23 +69,24 @@ def read(
         done += path.stat().st_size
 
 
-def _documents(path: Path, file, length: int, text_field: str, errors: str, example) -> Iterator[str]:
+def _documents(path, file, length, text_field, errors, example):
     kind = _kind(path)
-    if kind in (".jsonl", ".parquet", ".arrow"):
-        lines = kind == ".jsonl"
-        column = None if example else text_field
-        rows = files.json_lines(_lines(path, file, errors), path) if lines else _rows(path, file, column)
-        for where, row in rows:
-            yield example(row, where) if example else _field(row, text_field, where)
+    if kind == ".jsonl":
+        rows = files.json_lines(_lines(path, file, errors), path)
+    elif kind in (".parquet", ".arrow"):
+        rows = _rows(path, file, None if example else text_field)
     elif example:
         raise ValueError(f"{path}: examples are rows of .jsonl, .parquet or .arrow files")
     else:
         stream = io.TextIOWrapper(_decompressed(path, file), encoding="utf-8-sig", errors=errors)
         while text := stream.read(length):
             yield text + stream.readline(length)
+        return
+    for where, row in rows:
+        yield example(row, where) if example else _field(row, text_field, where)
 
 
-def _decompressed(path: Path, file) -> io.BufferedIOBase:
+def _decompressed(path, file):
     suffix = path.suffix.lower()
     if suffix == ".zst":
         pyarrow = _arrow(path)
@@ -94,7 +94,7 @@ def _decompressed(path: Path, file) -> io.BufferedIOBase:
     return {".gz": gzip.open, ".xz": lzma.open}.get(suffix, lambda f: f)(file)
 
 
-def _lines(path: Path, file, errors: str) -> Iterator[str]:
+def _lines(path, file, errors):
     for number, line in enumerate(_decompressed(path, file), 1):
         try:
             yield line.decode("utf-8", errors)
@@ -102,42 +102,44 @@ def _lines(path: Path, file, errors: str) -> Iterator[str]:
             raise _not_utf8(f"{path}:{number}", error) from error
 
 
-def _not_utf8(where: str | Path, error: UnicodeDecodeError) -> ValueError:
+def _not_utf8(where, error):
     what = f"{error.reason}, byte 0x{error.object[error.start]:02x}"
     return ValueError(f"{where} is not UTF-8 ({what}); convert it, or pass --encoding_errors replace")
 
 
-def _field(row: object, name: str, where: str) -> str:
+def _field(row, name, where):
     """The text of a row. A name with dots leads into objects inside the row."""
     value = row
     for part in [name] if isinstance(row, dict) and name in row else name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if not isinstance(value, str):
-        there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where} has no text in field {name!r} (it has: {there}); pass --text_field")
+        if not isinstance(value, dict) or part not in value:
+            there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{where} has no field {name!r} (it has: {there}); pass --text_field")
+        value = value[part]
+    require(isinstance(value, str), f"{where}: {name}", value, "a text is needed; correct or remove this row")
     value = value.encode("utf-8", "replace").decode()  # "\ud800" alone is no character
     return value.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _arrow(path: Path, module: str = "pyarrow"):
+def _arrow(path, module="pyarrow"):
     try:
         return importlib.import_module(module)
     except ImportError:
         raise ValueError(f"{path}: reading it needs the package `pyarrow`: pip install -e '.[arrow]'") from None
 
 
-def _rows(path: Path, file, name: str | None) -> Iterator[tuple[str, dict]]:
-    """("PATH: row N", row with the column of the text, or with all) of a Parquet or Arrow file, a batch at a time."""
+def _rows(path, file, name):
+    """("PATH: row N", row) of a Parquet or Arrow file, a batch at a time. Of the columns only the one with the text,
+    unless `name` is None."""
     pyarrow, number = _arrow(path), 0
     try:
         if _kind(path) == ".parquet":
             table = _arrow(path, "pyarrow.parquet").ParquetFile(file, pre_buffer=False)
-            names, batches = table.schema_arrow.names, table.iter_batches(256, columns=name and [name])
+            names, batches = table.schema_arrow.names, table.iter_batches(256, columns=None if name is None else [name])
         elif file.read(6) == b"ARROW1":
             table = _arrow(path, "pyarrow.ipc").open_file(file)
             names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
         else:  # a stream, as `datasets` saves them; Arrow itself takes a missing end for the end
-            file.seek(-8, os.SEEK_END)
+            file.seek(max(0, path.stat().st_size - 8))
             if file.read() != b"\xff\xff\xff\xff\0\0\0\0":
                 raise ValueError(f"{path} cannot be read: it is truncated")
             file.seek(0)
@@ -149,6 +151,6 @@ def _rows(path: Path, file, name: str | None) -> Iterator[tuple[str, dict]]:
         for batch in batches:
             for i in range(batch.num_rows):
                 number += 1
-                yield f"{path}: row {number}", {name: batch.column(name)[i].as_py() for name in columns}
+                yield f"{path}: row {number}", {column: batch.column(column)[i].as_py() for column in columns}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: row {max(1, number)} cannot be read ({error}); it is damaged") from error

@@ -53,7 +53,7 @@ TEMPLATES = {attribute: tuple(" " + stem for stem in stems.split("|")) for attri
 ATTRIBUTES = tuple(TEMPLATES)
 
 
-def require_ranges(cfg, ranges: dict[str, tuple[int, int]]) -> None:
+def require_ranges(cfg, ranges):
     """ValueError for a field of cfg that is not in its range, both ends included."""
     for name, (least, most) in ranges.items():
         require(least <= getattr(cfg, name) <= most, name, getattr(cfg, name), f"need {least} to {most:,}")
@@ -74,17 +74,21 @@ class FactsConfig:
     years: int = 200  # of birth, from 1900
     seed: int = 0
 
-    def validate(self) -> None:
+    def validate(self):
         require_ranges(self, {field: (1, len(_words(field))) for field in SYLLABLES} | {"years": (1, 200)})
         require_ranges(self, {"n_people": (1, self.name_choices // 2)})
 
+    def lists(self):
+        """The names and values that are drawn from."""
+        return {field: _words(field)[: getattr(self, field)] for field in SYLLABLES}
+
     @property
-    def name_choices(self) -> int:
+    def name_choices(self):
         """N0, the number of possible names."""
         return self.first_names * self.middle_names * self.last_names
 
     @property
-    def value_choices(self) -> int:
+    def value_choices(self):
         """S0, the number of equally probable people of one name."""
         return 2 * len(MONTHS) * DAYS * self.years * self.cities * self.universities * self.majors * self.employers
 
@@ -103,7 +107,7 @@ class Probe(NamedTuple):
 
 
 @lru_cache
-def _words(field: str) -> list[str]:
+def _words(field):
     joint = " " if field == "majors" else ""
     heads, tails = (column.split() for column in SYLLABLES[field].split("|"))
     words = [head + joint + tail for head in heads for tail in tails]
@@ -112,34 +116,32 @@ def _words(field: str) -> list[str]:
 
 
 @lru_cache(maxsize=4)  # the study measures three seeds in turn
-def people(cfg: FactsConfig) -> list[Person]:
+def people(cfg):
     """All people, a shared list. The first n are the same for every n_people >= n."""
     cfg.validate()
-    words = {field: _words(field)[: getattr(cfg, field)] for field in SYLLABLES}
-    rng = random.Random(cfg.seed)
-    r = rng.random
+    words, rng = cfg.lists(), random.Random(cfg.seed)
+    draw = lambda items: items[int(rng.random() * len(items))]  # noqa: E731
     work_city = [rng.choice(words["cities"]) for _ in _words("employers")]
-    known, found = set(), []
+    found = {}
     while len(found) < cfg.n_people:
-        name = " ".join(words[field][int(r() * len(words[field]))] for field in NAMES)
-        if name in known:
+        name = " ".join(draw(words[field]) for field in NAMES)
+        if name in found:
             continue
-        known.add(name)
-        employer = int(r() * cfg.employers)
-        pronoun = (" He", " She")[int(r() * 2)]
+        employer = draw(range(cfg.employers))
+        pronoun = draw((" He", " She"))
         values = (
-            f" {MONTHS[int(r() * 12)]} {1 + int(r() * DAYS)}, {1900 + int(r() * cfg.years)}",
-            " " + words["cities"][int(r() * cfg.cities)],
-            f" {words['universities'][int(r() * cfg.universities)]} University",
-            " " + words["majors"][int(r() * cfg.majors)],
+            f" {draw(MONTHS)} {draw(range(1, 1 + DAYS))}, {draw(range(1900, 1900 + cfg.years))}",
+            " " + draw(words["cities"]),
+            f" {draw(words['universities'])} University",
+            " " + draw(words["majors"]),
             " " + work_city[employer],
             " " + words["employers"][employer],
         )
-        found.append(Person(len(found), name, pronoun, values))
-    return found
+        found[name] = Person(len(found), name, pronoun, values)
+    return list(found.values())
 
 
-def segments(cfg: FactsConfig, person: Person, exposure: int) -> list[str]:
+def segments(cfg, person, exposure):
     """A biography as subject, stem, value, "." of each sentence in turn. Exposures differ in stems and order."""
     rng = random.Random((cfg.seed * 10_007 + exposure) << 40 | person.index)
     order = list(zip(TEMPLATES.values(), person.values, strict=True))
@@ -151,7 +153,7 @@ def segments(cfg: FactsConfig, person: Person, exposure: int) -> list[str]:
     return parts
 
 
-def probes(persons: list[Person], seed: int = 0) -> list[Probe]:
+def probes(persons, seed=0):
     """One for each person and attribute: name and a random stem, to be completed with the value."""
     rng = random.Random(seed)
     return [
@@ -161,9 +163,9 @@ def probes(persons: list[Person], seed: int = 0) -> list[Probe]:
     ]
 
 
-def vocabulary(cfg: FactsConfig) -> list[str]:
+def vocabulary(cfg):
     """Every piece of a biography, for a word tokenizer: words with their leading space, first names also without."""
-    lists = {field: _words(field)[: getattr(cfg, field)] for field in SYLLABLES}
+    lists = cfg.lists()
     entries = itertools.chain(*lists.values(), [*MONTHS, "He", "She", "University"], *TEMPLATES.values())
     words = [" " + word for entry in entries for word in entry.split()]
     return list(dict.fromkeys([*lists["first_names"], *words, ".", ","]))

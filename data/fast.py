@@ -21,26 +21,32 @@ def library():
     return tokenizers
 
 
-def _open(definition: str, where: str = "its tokenizer.json"):
-    tokenizer = library().Tokenizer
+def _open(definition, where="its tokenizer.json"):
+    Tokenizer = library().Tokenizer
     try:
-        return tokenizer.from_str(definition)
+        tokenizer = Tokenizer.from_str(definition)
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"{where} is damaged ({error}): {AGAIN}") from None
+    tokenizer.no_truncation()  # some were saved with a limit of their training
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def spelled(settings, name):
+    """The text of a special token in a tokenizer_config.json, where it is a string or an object."""
+    token = settings.get(name)
+    return token.get("content") if isinstance(token, dict) else token
 
 
 class Fast:
     """A tokenizer of the library. Special tokens that a text spells out are text, not special tokens.
 
     definition: the text of its tokenizer.json. begin: ids in front of every document and prompt. eot_token: the id that
-    ends a document. Raises ValueError for a definition that the library cannot use, or ids that it does not have.
-    """
+    ends a document. Raises ValueError for a definition that the library cannot use, or ids that it does not have."""
 
-    def __init__(self, definition: str, begin: list[int], eot_token: int, name: str):
+    def __init__(self, definition, begin, eot_token, name):
         self.definition, self.begin, self.eot_token, self.name = definition, list(begin), eot_token, name
         self._fast, self._control = _open(definition), None
-        self._fast.no_truncation()  # some were saved with a limit of their training
-        self._fast.no_padding()
         self._fast.encode_special_tokens = True
         self.n_vocab = 1 + max(self._fast.get_vocab().values(), default=-1)
         if any(self._fast.id_to_token(token) is None for token in [*self.begin, eot_token]):
@@ -53,32 +59,31 @@ class Fast:
         self._a = self.encode_ordinary("a")
         self._decoded_a = self._fast.decode(self._a)
 
-    def encode_ordinary(self, text: str) -> list[int]:
+    def encode_ordinary(self, text):
         return self.encode_ordinary_batch([text])[0]
 
-    def encode_ordinary_batch(self, texts: list[str], num_threads: int = 0) -> list[list[int]]:
+    def encode_ordinary_batch(self, texts):
         """In as many threads as the library likes (RAYON_NUM_THREADS)."""
         found = [encoded.ids for encoded in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         for i, ids in enumerate(found):
-            if not self._special.isdisjoint(ids):  # a unigram model knows special tokens as words: encode them in two
+            if not self._special.isdisjoint(
+                ids
+            ):  # to a unigram model they are words: split their text after one letter
                 parts = self._fast.encode_batch_fast(self._inside.split(texts[i]), add_special_tokens=False)
                 found[i] = [token for part in parts for token in part.ids if token not in (*self.begin, self.eot_token)]
         return found
 
-    def encode_control(self, text: str) -> list[int]:
+    def encode_control(self, text):
         """The ids of a chat, in which special tokens are special."""
-        if self._control is None:
-            self._control = _open(self.definition)
-            self._control.no_truncation()
-            self._control.no_padding()
+        self._control = self._control or _open(self.definition)
         return self._control.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids):
         """The text of a continuation. SentencePiece drops a space at the start of a text, so a word goes before it."""
         return self._fast.decode([*self._a, *ids])[len(self._decoded_a) :]
 
 
-def from_folder(directory: str | Path) -> Fast:
+def from_folder(directory):
     """The tokenizer of a Hugging Face folder; ValueError where it is missing, damaged or names no end of text.
 
     begin is what the tokenizer puts in front of a text (usually <s>, or nothing) unless add_bos_token says otherwise.
@@ -87,20 +92,16 @@ def from_folder(directory: str | Path) -> Fast:
     path = directory / "tokenizer.json"
     definition = files.read_text(path, AGAIN)
     files.parse(definition, str(path), AGAIN)
-    optional = ("tokenizer_config.json", "generation_config.json", "config.json")
-    settings, *configs = (files.read_json(p, AGAIN) if (p := directory / name).exists() else {} for name in optional)
+    optional = [directory / name for name in ("tokenizer_config.json", "generation_config.json", "config.json")]
+    settings, *configs = (files.read_json(path, AGAIN) if path.exists() else {} for path in optional)
     fast = _open(definition, str(path))
-
-    def token(name):
-        spelled = settings.get(name)
-        spelled = spelled.get("content") if isinstance(spelled, dict) else spelled
-        return fast.token_to_id(spelled) if isinstance(spelled, str) else None
-
+    texts = (spelled(settings, name) for name in ("bos_token", "eos_token"))
+    bos, end_of_text = (fast.token_to_id(text) if isinstance(text, str) else None for text in texts)
     plain, dressed = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
     begin = dressed[: dressed.index(plain[0])] if plain and plain[0] in dressed else []
     if "add_bos_token" in settings:
-        begin = [token("bos_token")] if settings["add_bos_token"] and token("bos_token") is not None else []
-    ends = [token("eos_token"), *(config.get("eos_token_id") for config in configs)]
+        begin = [bos] if settings["add_bos_token"] and bos is not None else []
+    ends = [end_of_text, *(config.get("eos_token_id") for config in configs)]
     ends = [end[0] if isinstance(end, list) and end else end for end in ends]
     eos = next((end for end in ends if isinstance(end, int)), None)
     if eos is None:

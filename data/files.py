@@ -2,7 +2,7 @@
 
     replace("run/results.json", text)                      # appears whole or not at all
     append("run/metrics.jsonl", [{"step": 1, "loss": 2.5}])
-    rows, torn = read_rows("run/metrics.jsonl")
+    rows, length = read_rows("run/metrics.jsonl")          # length in bytes, without a line that a kill tore
 
 A signed JSON object carries a CRC-32 of its other members under "crc". Objects without one are accepted as they are.
 """
@@ -13,7 +13,6 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -25,8 +24,8 @@ except ImportError:  # Windows has no such locks, so nothing that was left behin
 CRC, RESTORE = "crc", "restore it from a copy"
 
 
-def replace(path: str | Path, content: str | bytes) -> None:
-    """Replace a file. A failure leaves the old one as it was."""
+def replace(path, content):
+    """Replace a file by a text or bytes. A failure leaves the old one as it was."""
     path = Path(path)
     with temporary(path) as tmp:
         with open(tmp, "wb") as file:
@@ -38,11 +37,10 @@ def replace(path: str | Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
+def temporary(target, directory=False):
     """A new hidden file or directory beside `target`, to be filled and renamed. Otherwise it is removed.
 
-    It is locked while its process lives. What killed processes left for the same target is removed first.
-    """
+    It is locked while its process lives. What killed processes left for the same target is removed first."""
     target = Path(target)
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]+\.(tmp|partial)")
     for left in list(target.parent.iterdir()):
@@ -57,13 +55,17 @@ def temporary(target: str | Path, directory: bool = False) -> Iterator[Path]:
             if path.exists():  # otherwise another process took it for a remnant before it was locked
                 try:
                     yield path
+                except OSError as error:  # that of a full disk names no file
+                    if error.errno and not error.filename:
+                        error.filename = str(target)
+                    raise
                 finally:
                     _remove(path)
                 return
 
 
 @contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def _locked(path, wait=True):
     """Yields whether the lock is held: not if the path is gone, another process has it, or there are no locks."""
     with ExitStack() as stack:
         try:
@@ -77,11 +79,11 @@ def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
         yield held
 
 
-def _remove(path: Path) -> None:
+def _remove(path):
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def sync_directory(path: str | Path) -> None:
+def sync_directory(path):
     """Flush a directory, so that a rename in it survives a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -90,18 +92,18 @@ def sync_directory(path: str | Path) -> None:
         os.close(handle)
 
 
-def _crc(members: dict) -> str:
+def _crc(members):
     return f"{zlib.crc32(json.dumps(members, sort_keys=True).encode()):08x}"
 
 
-def sign(value: dict) -> dict:
+def sign(value):
     """The same JSON object with the checksum of its members."""
     members = json.loads(json.dumps(value))  # as it will be read: names are strings then
     members.pop(CRC, None)
     return {**value, CRC: _crc(members)}
 
 
-def check(value: object, where: str, remedy: str = RESTORE) -> dict:
+def check(value, where, remedy=RESTORE):
     """The members of a JSON object without its checksum. ValueError naming `where` if it is none or was changed."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds a {type(value).__name__}, no JSON object; {remedy}")
@@ -115,7 +117,7 @@ def check(value: object, where: str, remedy: str = RESTORE) -> dict:
     return members
 
 
-def parse(text: str | bytes, where: str, remedy: str = RESTORE) -> object:
+def parse(text, where, remedy=RESTORE):
     """A JSON value without its byte-order mark. ValueError naming `where` for what the parser cannot read."""
     try:
         return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
@@ -123,14 +125,15 @@ def parse(text: str | bytes, where: str, remedy: str = RESTORE) -> object:
         raise ValueError(f"{where} is damaged ({error}): {remedy}") from None
 
 
-def json_lines(lines: Iterable[str], path: str | Path, remedy="correct that line") -> Iterator[tuple[str, object]]:
+def json_lines(lines, path, remedy="correct that line"):
     """("PATH:NUMBER", JSON value) of each line that is not blank."""
     for number, line in enumerate(lines, 1):
         if line.strip("\ufeff \t\r\n"):
-            yield (where := f"{path}:{number}"), parse(line, where, remedy)
+            where = f"{path}:{number}"
+            yield where, parse(line, where, remedy)
 
 
-def read_text(path: str | Path, remedy: str = RESTORE) -> str:
+def read_text(path, remedy=RESTORE):
     """The text of a UTF-8 file. FileNotFoundError, or ValueError naming it."""
     try:
         return Path(path).read_text("utf-8")
@@ -138,19 +141,19 @@ def read_text(path: str | Path, remedy: str = RESTORE) -> str:
         raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
 
 
-def read_json(path: str | Path, remedy: str = RESTORE) -> dict:
+def read_json(path, remedy=RESTORE):
     """The JSON object of a file, whose checksum is right if it has one. FileNotFoundError, or ValueError naming it."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} is missing: {remedy}")
     return check(parse(Path(path).read_bytes(), str(path), remedy), str(path), remedy)
 
 
-def write_json(path: str | Path, value: dict, signed: bool = True) -> None:
+def write_json(path, value, signed=True):
     """Replace a file by a JSON object, with its checksum."""
     replace(path, json.dumps(sign(value) if signed else value, indent=2) + "\n")
 
 
-def append(path: str | Path, rows: Iterable[dict], signed: bool = False, sync: bool = False) -> None:
+def append(path, rows, signed=False, sync=False):
     """Append JSON lines in one write. sync: wait for the disk."""
     lines = "".join(json.dumps(sign(row) if signed else row) + "\n" for row in rows)
     with open(path, "a") as file:
@@ -160,7 +163,7 @@ def append(path: str | Path, rows: Iterable[dict], signed: bool = False, sync: b
             os.fsync(file.fileno())
 
 
-def read_rows(path: str | Path, remedy: str = "remove that line") -> tuple[list[dict], int]:
+def read_rows(path, remedy="remove that line"):
     """(rows of a JSON-lines file without their checksums, length in bytes of what was whole).
 
     A last line without its line end was torn by a kill and is left out. Other damage is a ValueError naming the line.

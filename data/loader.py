@@ -42,12 +42,9 @@ class Loader:
 
     sources: data directories with weights, [("data/books", 0.7), ("data/facts", 0.3)], their shares of the samples to
     within two at any moment. Each has its own epochs: every window once, in a new order. batch_size is per rank.
-    ValueError for damaged data, different tokenizers, or a source shorter than one window.
-    """
+    ValueError for damaged data, different tokenizers, or a source shorter than one window."""
 
-    def __init__(
-        self, sources, split: str, batch_size: int, seq_len: int, seed=0, rank=0, world=1, device="cpu", documents=False
-    ):
+    def __init__(self, sources, split, batch_size, seq_len, seed=0, rank=0, world=1, device="cpu", documents=False):
         weighted = sources and all(0 < weight < math.inf for _, weight in sources)
         require(weighted, "sources", sources, "at least one (directory, weight), with finite weights above 0")
         fits = batch_size >= 1 and seq_len >= 1 and 0 <= rank < world
@@ -69,7 +66,7 @@ class Loader:
         self._ahead = deque()  # futures of (batch, its cursor), oldest first
         self._thread = ThreadPoolExecutor(1, "loader")
 
-    def next(self) -> tuple[torch.Tensor, ...]:
+    def next(self):
         """The next batch of this rank. An error in the background is raised here, again at each call."""
         while len(self._ahead) < AHEAD:
             self._ahead.append(self._thread.submit(self._prepare))
@@ -81,7 +78,7 @@ class Loader:
         rows = [self._plan() for _ in range(self.batch_size * self.world)]
         rows = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
         shape, pinned = (self.batch_size, self.seq_len), self.device.type == "cuda"
-        types = [torch.int64, torch.int64] + [torch.int32] * self.documents
+        types = (torch.int64, torch.int64, torch.int32)[: 3 if self.documents else 2]
         batch = [torch.empty(shape, dtype=dtype, pin_memory=pinned) for dtype in types]
         for b, (source, number) in enumerate(rows):
             for tensor_BL, row in zip(batch, source.sample(number, self.documents), strict=False):
@@ -95,20 +92,20 @@ class Loader:
         return self.sources[i], self._planned[i] - 1
 
     @property
-    def epochs(self) -> list[float]:
+    def epochs(self):
         """Of each source, so far."""
         return [n / source.n_windows for n, source in zip(self._drawn, self.sources, strict=True)]
 
     @property
-    def n_windows(self) -> list[int]:
+    def n_windows(self):
         """Windows in one epoch of each source."""
         return [source.n_windows for source in self.sources]
 
-    def state_dict(self) -> dict:
+    def state_dict(self):
         """The cursor after the last batch handed out; plain JSON types."""
         return {"drawn": list(self._drawn)} | self._identity()
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state):
         """Continue where `state` was taken, on any rank and world; ValueError for another stream."""
         for key, value in self._identity().items():
             remedy = f"not {value}: resume with the data and settings of the saved run"
@@ -146,14 +143,15 @@ class _Source:
             self.starts, self.lengths = self.starts[taught], self.lengths[taught]
             self.rows = packed(self.lengths.tolist(), seq_len + 1)
             self.n_windows = len(self.rows)
-        remedy = f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; "
-        remedy += "use a smaller seq_len or more data"
+        remedy = (
+            f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; use a smaller one"
+        )
         if self.marks:
             remedy = f"no answer in split {split!r} of {directory} begins so early; use a larger seq_len"
         require(self.n_windows >= 1, "seq_len", seq_len, remedy)
         self.epoch, self.order = -1, None
 
-    def sample(self, number: int, documents: bool = False) -> list[np.ndarray]:
+    def sample(self, number, documents=False):
         """Tokens, targets and documents of a row (L,); the documents only if they are asked for or needed."""
         epoch, at = divmod(number, self.n_windows)
         if epoch != self.epoch:
@@ -177,7 +175,7 @@ class _Source:
         aimed = (marks[1:] & TRAINED > 0) & (numbers[1:] == numbers[:-1])
         return [ids[:-1], np.where(aimed, ids[1:], -1), numbers[:-1] - numbers[0]]
 
-    def _read(self, column: list[np.memmap], start: int, n: int) -> np.ndarray:
+    def _read(self, column, start, n):
         parts, shard = [], int(np.searchsorted(self.ends, start, "right"))
         while n:
             offset = start - (int(self.ends[shard]) - len(column[shard]))
@@ -186,7 +184,7 @@ class _Source:
         return np.concatenate(parts)
 
 
-def packed(lengths: list[int], room: int) -> list[list[int]]:
+def packed(lengths, room):
     """Rows of document numbers, each of `room` tokens at most: a document goes to the fullest of 16 rows with room."""
     rows, open_ = [], []  # open_: [tokens left, row]
     for i, n in enumerate(lengths):
@@ -200,13 +198,13 @@ def packed(lengths: list[int], room: int) -> list[list[int]]:
     return rows
 
 
-def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
+def shuffled(n, seed, epoch):
     """A permutation of range(n), int64: the order of a hash (splitmix64), the same in all versions of NumPy."""
     key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
     return np.argsort(_mix(_mix(np.arange(n, dtype=np.uint64)) ^ key), kind="stable")
 
 
-def _mix(x: np.ndarray) -> np.ndarray:  # arrays, not scalars: their overflow is silent
+def _mix(x):  # arrays, not scalars: their overflow is silent
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,7 +1,7 @@
 """Text files to a data directory.
 
-    python -m data.prepare books/*.txt.xz --out data/mine --vocab_size 16384
-    python -m data.prepare notes.jsonl src/ fineweb/ --out data/mine --tokenizer data/books
+    python -m data.prepare books/*.txt.xz --out datasets/mine --vocab_size 16384
+    python -m data.prepare notes.jsonl src/ fineweb/ --out datasets/mine --tokenizer datasets/books
 
 The input is streamed twice. The first pass finds what to hold out and, unless --tokenizer names one, trains a BPE
 on a sample (with the package `tokenizers`). The second encodes in threads.
@@ -22,7 +22,6 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -66,56 +65,51 @@ class Config:
             tokenizer.require_size(self.vocab_size)
 
 
-def hashed(text: str, seed: int) -> float:
+def hashed(text, seed):
     """A number in [0, 1) that depends on the text and the seed only."""
     digest = hashlib.blake2b(text.encode(), digest_size=16, key=str(seed).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def scan(texts: Iterable[str], cfg: Config, sample_rate: float, found: dict) -> Iterator[str]:
-    """The first pass: yields the sample for the tokenizer. At its end, found has the number of "documents" and the
-    "threshold": documents with a hash below it are held out.
-    """
-    documents, lowest, share = 0, [], cfg.val_fraction
+def scan(texts, cfg, sample_rate):
+    """The first pass: (sample for the tokenizer, number of documents, threshold: what hashes below it is held out)."""
+    sample, documents, lowest, share = [], 0, [], cfg.val_fraction
     for text in texts:
         documents += 1
         key = hashed(text, cfg.seed)
         lowest = sorted({key, *lowest})[:2]
         if share <= key < share + sample_rate:
-            yield text
+            sample.append(text)
     if not documents:
         raise ValueError("no text in the input")
-    remedy = "the input is one document, so nothing can be held out; pass --val_fraction 0"
-    require(len(lowest) > 1 or not share, "val_fraction", share, remedy)
-    found |= {"documents": documents, "threshold": max(share, lowest[1]) if share else 0}
+    same = "the input is one document" if documents == 1 else "all documents are equal"
+    require(len(lowest) > 1 or not share, "val_fraction", share, f"{same}: nothing can be held out; pass 0")
+    return sample, documents, max(share, lowest[1]) if share else 0
 
 
-def prepare(cfg: Config) -> dict:
+def prepare(cfg):
     """Write the data directory cfg.out and return its meta.json."""
     out, started = Path(os.path.abspath(cfg.out)), time.perf_counter()
     shards.refuse_existing(out)  # before the work, not after it
     make_directory(out.parent, "out", cfg.out)
-    named = cfg.tokenizer and hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER)
+    named = hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER) if cfg.tokenizer else None
     enc = tokenizer.load(named) if named else None
     paths = find_files(cfg.input)
     estimate = sum(path.stat().st_size * EXPANSION.get(path.suffix.lower(), 1) for path in paths)
     length = int(min(2**20, max(2**10, estimate / 64)))  # so that even small inputs have documents to hold out
     rows = partial(chat.example, template=chat.chat_template(named)) if cfg.sft else None
     texts = partial(read, paths, length, cfg.text_field, cfg.encoding_errors, rows)
-    found = {}
-    sample = scan(texts("reading"), cfg, 0 if enc else SAMPLE / max(1, estimate), found)
-    if enc:
-        deque(sample, maxlen=0)
-    else:
+    sample, documents, threshold = scan(texts("reading"), cfg, 0 if enc else SAMPLE / max(1, estimate))
+    if not enc:
         enc = tokenizer.train_bpe(sample, cfg.vocab_size)
         if enc.n_vocab < cfg.vocab_size:
             print(f"the input has too little variety: the tokenizer has only {enc.n_vocab} tokens", file=sys.stderr)
     with shards.ShardWriter(out, enc) as writer:
-        encode(texts("encoding"), writer, found["threshold"], cfg)
-        if sum(split["documents"] for split in writer.splits.values()) != found["documents"]:
+        encode(texts("encoding"), writer, threshold, cfg)
+        if sum(split["documents"] for split in writer.splits.values()) != documents:
             raise ValueError("the input changed while it was being read; run again")
-        remedy = "it leaves nothing to train on; pass a smaller one"
-        require("train" in writer.splits, "val_fraction", cfg.val_fraction, remedy)
+        nothing = "it leaves nothing to train on; pass a smaller one"
+        require("train" in writer.splits, "val_fraction", cfg.val_fraction, nothing)
         writer.notes |= {"input": cfg.input, "length": length, "seed": cfg.seed, "val_fraction": cfg.val_fraction}
     meta = shards.read_meta(out)
     for split, n in meta["splits"].items():
@@ -125,13 +119,14 @@ def prepare(cfg: Config) -> dict:
     return meta
 
 
-def encode(texts: Iterable[str], writer: shards.ShardWriter, threshold: float, cfg: Config) -> None:
+def encode(texts, writer, threshold, cfg):
     """The second pass: encode in threads, write in order."""
-    waiting, encoder = deque(), chat.documents if cfg.sft else tokenizer.documents
+    waiting = deque()
 
     def work(batch):
-        parts = {}
-        for text, document in zip(batch, encoder(writer.enc, batch), strict=True):
+        enc, parts = writer.enc, {}
+        encoded = (chat.encode(enc, text) for text in batch) if cfg.sft else tokenizer.documents(enc, batch)
+        for text, document in zip(batch, encoded, strict=True):
             parts.setdefault("val" if hashed(text, cfg.seed) < threshold else "train", []).append(document)
         return parts
 
@@ -142,27 +137,21 @@ def encode(texts: Iterable[str], writer: shards.ShardWriter, threshold: float, c
 
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(workers) as pool:
-        for batch in batches(texts):
-            waiting.append(pool.submit(work, batch))
+        batch, size = [], 0
+        for text in texts:
+            if batch and size + len(text) > BLOCK:
+                waiting.append(pool.submit(work, batch))
+                batch, size = [], 0
+            batch.append(text)
+            size += len(text)
             if len(waiting) >= 2 * workers:
                 write()
+        waiting.append(pool.submit(work, batch))
         while waiting:
             write()
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Groups of about BLOCK characters."""
-    batch, size = [], 0
-    for text in texts:
-        if batch and size + len(text) > BLOCK:
-            yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
-    yield batch
-
-
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     command_line(lambda: prepare(parse(Config, argv, __doc__)), "stopped; nothing was written")
 
 

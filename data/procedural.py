@@ -11,12 +11,10 @@ biographies and problems with unseen templates. meta.json keeps the MixtureConfi
 import dataclasses
 import multiprocessing
 import random
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, islice
-from pathlib import Path
 
 import numpy as np
 
@@ -52,18 +50,17 @@ class MixtureConfig:
     window: int = 144  # tokens; windows start with eos and split no document that fits into one; 0: no windows
     seed: int = 0  # of the order
 
-    def validate(self) -> None:
+    def validate(self):
         self.facts.validate()
         self.reasoning.validate()
         ranges = dict.fromkeys(("exposures", "n_problems", "n_mano"), (0, 10**9))
         require_ranges(self, ranges | {"repeats": (1, 10**9), "window": (0, 2**20)})
 
 
-def build(out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | None = None, workers: int = 1) -> dict:
+def build(out_dir, cfg=None, seed=None, workers=1):
     """Writes the data directory; `seed` replaces the seeds of people, problems and order. Returns meta.json's contents.
 
-    A process writes about 1 M tokens per second. The bytes do not depend on `workers`.
-    """
+    A process writes about 1 M tokens per second. The bytes do not depend on `workers`."""
     cfg = cfg or MixtureConfig()
     if seed is not None:
         parts = {name: dataclasses.replace(getattr(cfg, name), seed=seed) for name in PARTS}
@@ -77,17 +74,17 @@ def build(out_dir: str | Path, cfg: MixtureConfig | None = None, seed: int | Non
 
 
 @lru_cache(maxsize=1)
-def encoder(cfg: MixtureConfig):
+def encoder(cfg):
     """The tokenizer of the mixture: every word a token."""
     return tokenizer.word_tokenizer(facts.vocabulary(cfg.facts) + reasoning.vocabulary(cfg.reasoning), PIECES)
 
 
-def read_config(data_dir: str | Path) -> MixtureConfig:
+def read_config(data_dir):
     """The MixtureConfig of a directory that `build` wrote; ValueError for any other."""
     return from_dict(read_note(data_dir, "procedural"), f"{data_dir}/{META}")
 
 
-def from_dict(kept: dict, where: str = "mixture") -> MixtureConfig:
+def from_dict(kept, where="mixture"):
     """The inverse of dataclasses.asdict; missing fields have their defaults. ValueError names `where`."""
     try:
         own, parts = {name: value for name, value in kept.items() if name not in PARTS}, {}
@@ -98,13 +95,12 @@ def from_dict(kept: dict, where: str = "mixture") -> MixtureConfig:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple[str, int]]:
+def _kinds(cfg, split, rng):
     """(kind, number) of each document of a split, the kinds interleaved at random in their proportion.
 
-    Everything comes once before anything comes again, so the first part of a split is a mixture like the whole.
-    """
-    n, n_problems = cfg.facts.n_people, cfg.n_problems * cfg.repeats
-    counts = {"facts": n * cfg.exposures, "problem": n_problems, "mano": cfg.n_mano}
+    Everything comes once before anything comes again, so the first part of a split is a mixture like the whole."""
+    n = cfg.facts.n_people
+    counts = {"facts": n * cfg.exposures, "problem": cfg.n_problems * cfg.repeats, "mano": cfg.n_mano}
     if split == "val":  # about a fiftieth of the training split
         counts = {kind: min(2000, -(-count // 50)) for kind, count in counts.items()}
         counts["facts"] = min(n, 2000) if cfg.exposures else 0
@@ -119,7 +115,7 @@ def _kinds(cfg: MixtureConfig, split: str, rng: random.Random) -> Iterator[tuple
         left[kind] -= 1
 
 
-def _order(cfg: MixtureConfig, split: str) -> Iterator[list[tuple[str, int]]]:
+def _order(cfg, split):
     """_kinds in chunks, shuffled where they are going to be packed into windows."""
     rng = random.Random(f"{cfg.seed} {split}")
     kinds = _kinds(cfg, split, rng)
@@ -129,29 +125,27 @@ def _order(cfg: MixtureConfig, split: str) -> Iterator[list[tuple[str, int]]]:
         yield order
 
 
-def _chunk(cfg: MixtureConfig, chunk: tuple[str, list[tuple[str, int]]]) -> tuple[str, np.ndarray]:
+def _chunk(cfg, chunk):
     """The split and the token ids of one chunk, packed."""
     split, order = chunk
     return split, _pack(encoder(cfg), [_text(cfg, split, kind, number) for kind, number in order], cfg.window)
 
 
-def _text(cfg: MixtureConfig, split: str, kind: str, i: int) -> str:
-    people, n = facts.people(cfg.facts), cfg.facts.n_people
+def _text(cfg, split, kind, i):
+    training, n = split == "train", cfg.facts.n_people
     if kind == "facts":  # validation: an exposure that training does not reach
-        exposure = i // n + (cfg.exposures if split == "val" else 0)
-        return "".join(facts.segments(cfg.facts, people[i % n], exposure))
-    part = "train" if split == "train" else "test"
-    if kind == "problem":
-        p = reasoning.problem(cfg.reasoning, i % cfg.n_problems if split == "train" else i, part)
-    else:
-        p = reasoning.mano(cfg.reasoning, i, part)
+        exposure = i // n + (0 if training else cfg.exposures)
+        return "".join(facts.segments(cfg.facts, facts.people(cfg.facts)[i % n], exposure))
+    if kind == "problem" and training:
+        i %= cfg.n_problems
+    make = reasoning.problem if kind == "problem" else reasoning.mano
+    p = make(cfg.reasoning, i, "train" if training else "test")
     return p.question + p.solution
 
 
-def _pack(enc, texts: list[str], window: int) -> np.ndarray:
+def _pack(enc, texts, window):
     """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos,
-    because a document that starts in another window cannot be understood. Longer documents take several blocks.
-    """
+    because a document that starts in another window cannot be understood. Longer documents take several blocks."""
     eos = enc.eot_token
     documents = [ids + [eos] for ids in enc.encode_ordinary_batch(texts, num_threads=2)]
     if not window:
@@ -170,22 +164,22 @@ def _pack(enc, texts: list[str], window: int) -> np.ndarray:
     return np.fromiter(chain(*(block + [eos] * (-len(block) % window) for block in full + open_)), np.uint32)
 
 
-def prompt(enc, text: str) -> list[int]:
-    """A prompt as documents start in the data."""
+def prompt(enc, text):
+    """The ids of a prompt, which begins as documents do: after eos."""
     return [enc.eot_token, *enc.encode_ordinary(text)]
 
 
 @dataclass(frozen=True)
 class Config:
     out: str  # the data directory to write
-    mixture: str = ""  # JSON file of a MixtureConfig; empty: the main job's
+    mixture: str = ""  # JSON file of a MixtureConfig; empty: that of train.py's default job
     workers: int = 1  # processes
 
     def __post_init__(self):
         require(1 <= self.workers <= 1024, "workers", self.workers, "must be from 1 to 1024")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     def run():
         args = parse(Config, argv, __doc__)
         cfg = from_dict(files.read_json(args.mixture), args.mixture) if args.mixture else None

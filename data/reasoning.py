@@ -53,7 +53,7 @@ class ReasoningConfig:
     mano_length: int = 4  # operations in a `mano` expression, uniform on 1..mano_length
     seed: int = 0
 
-    def validate(self) -> None:
+    def validate(self):
         ranges = {"modulus": (3, 1000), "mano_length": (1, 200), "max_steps": (1, (len(NOUNS) - 1) // 2)}
         require_ranges(self, ranges | {"names": (2 * self.max_steps + 1, len(NOUNS))})  # as many as a problem may need
 
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
     template: int  # 32-bit hash of the structure
 
 
-def problem(cfg: ReasoningConfig, index: int, split: str = "train", steps: int | None = None) -> Problem:
+def problem(cfg, index, split="train", steps=None):
     """The index-th problem of split "train" or "test"; `steps` sets its operations, even above max_steps."""
     test = {"train": False, "test": True}[split]
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (steps or 0)) << 40 | index)
@@ -77,12 +77,11 @@ def problem(cfg: ReasoningConfig, index: int, split: str = "train", steps: int |
             return _render(rng, graph, order, template, cfg)
 
 
-def _draw_graph(r, steps: int, m: int):
-    """-> (graph, order): quantities as (op, x, y), and the operations in an order of solution; quantity 0 is asked for.
+def _draw_graph(r, steps, m):
+    """(graph, order): quantities as (op, x, y), and the operations in an order of solution; quantity 0 is asked for.
 
     Grown backwards from the question: an operation refers only to quantities that are expanded after it or are leaves.
-    So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it.
-    """
+    So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it."""
     graph = [None]  # LEAF: x is the number; otherwise x is a quantity, and y a quantity or a number
     frontier, order, shared = [0], [], []
 
@@ -118,25 +117,24 @@ def _draw_graph(r, steps: int, m: int):
     return graph, order
 
 
-def _template(graph, order) -> int:
+def _template(graph, order):
     """Hash of what quantity 0 is made of, unrolled into a tree and without regard to the order of a sum."""
     numbers = len(order) == 1
     key = [x if op == LEAF and numbers else 0 for op, x, _ in graph]
     for node in order:
         op, x, y = graph[node]
         a, b = key[x], (key[y] if op >= ADD else y if numbers else 0)
-        if op == ADD and a > b:
-            a, b = b, a
+        a, b = sorted((a, b)) if op == ADD else (a, b)
         key[node] = crc32(b"%d %d %d" % (op, a, b))
     return key[0]
 
 
-def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
+def _render(rng, graph, order, template, cfg):
     rng.random()  # see _draw_graph
     name = rng.sample(NOUNS[: max(cfg.names, len(graph))], len(graph))
     value = [x for _, x, _ in graph]
-    last = graph[order[0]][1]  # the quantity of the sentence before
-    sentences = [f" {name[last]} is {value[last]}."]
+    first = last = graph[order[0]][1]  # last: the quantity of the sentence before
+    sentences = [f" {name[first]} is {value[first]}."]
     for node in order:
         op, x, y = graph[node]
         verb, preposition = WORDS[op]
@@ -151,9 +149,10 @@ def _render(rng, graph, order, template: int, cfg: ReasoningConfig) -> Problem:
         operand = name[y] if op >= ADD else y
         statements.append(f" {n} is {x}." if op == LEAF else f" {n} {verb} {operand} {preposition} {name[x]}.")
     rng.shuffle(statements)
-    plan = f" Plan:{''.join(' ' + name[q] for q in reversed(order))} {name[graph[order[0]][1]]}."
+    plan = " ".join(name[q] for q in [*reversed(order), first])
     question = f"Given:{''.join(statements)} What is {name[0]}? Solution:"
-    return Problem(question, f"{plan}{''.join(sentences)} Answer: {value[0]}.", value[0], len(order), template)
+    solution = f" Plan: {plan}.{''.join(sentences)} Answer: {value[0]}."
+    return Problem(question, solution, value[0], len(order), template)
 
 
 _STATEMENT = re.compile(r" (\w+) (is|adds|takes|has) (\w+)(?: (to|from|times) ([a-z]+))?\.")
@@ -161,17 +160,16 @@ _PLAN = re.compile(r"(?: Plan:(?: [a-z]+)+\.)?")
 _ANSWER = re.compile(r" Answer: (\d{1,9})\.\Z", re.ASCII)  # no more digits: int() of thousands raises
 
 
-def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
+def check(question, solution, modulus):
     """(answer right, whole solution right), judged from the question's text alone.
 
     A solution is right if every sentence states the definition of a quantity not stated before, with the values of
-    operands that are known by then and the result, and if it states the quantity asked for. The plan is not judged.
-    """
+    operands that are known by then and the result, and if it states the quantity asked for. The plan is not judged."""
     statements, _, query = question.removesuffix("? Solution:").partition(" What is ")
     defined = {name: (verb, y, preposition, x) for name, verb, y, preposition, x in _STATEMENT.findall(statements)}
 
     @cache
-    def value(word: str) -> int:
+    def value(word):
         if word.isdigit():
             return int(word)
         verb, y, _, x = defined[word]
@@ -199,11 +197,10 @@ def check(question: str, solution: str, modulus: int) -> tuple[bool, bool]:
     return True, not rest and query in known
 
 
-def mano(cfg: ReasoningConfig, index: int, split: str = "train", length: int | None = None) -> Problem:
+def mano(cfg, index, split="train", length=None):
     """Question "Mano: - 3 + 4 5 =", solution " 4.": a prefix expression of `length` operations.
 
-    The two splits share none; those of one operation are all for training.
-    """
+    The two splits share none; those of one operation are all for training."""
     test = {"train": False, "test": True}[split]
     require(not test or length is None or length >= 2, "length", length, "tests have 2 operations or more")
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (length or 0)) << 40 | 1 << 39 | index)
@@ -215,18 +212,17 @@ def mano(cfg: ReasoningConfig, index: int, split: str = "train", length: int | N
             return Problem(f"Mano:{text} =", f" {value}.", value, n, template)
 
 
-def _expression(r, length: int, modulus: int) -> tuple[str, int]:
+def _expression(r, length, modulus):
     if length == 0:
         value = int(r() * modulus)
         return f" {value}", value
-    left = int(r() * length)
-    sign = "+-*"[int(r() * 3)]
+    left, sign = int(r() * length), "+-*"[int(r() * 3)]
     text_x, x = _expression(r, left, modulus)
     text_y, y = _expression(r, length - 1 - left, modulus)
     return f" {sign}{text_x}{text_y}", MEANING[sign](x, y) % modulus
 
 
-def vocabulary(cfg: ReasoningConfig) -> list[str]:
+def vocabulary(cfg):
     """Every piece of text in problems and expressions, for a word tokenizer."""
     digits = [str(d) for d in range(10)]
     words = NOUNS[: cfg.names] + "is adds to takes from has times What Solution Plan Answer + - * =".split() + digits

@@ -13,15 +13,12 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from data import files, tokenizer
-from data.fast import Fast
 from data.tokenizer import AGAIN, META
 
 PLAIN, MARKED = 1, 2  # versions; programs from before there were marks refuse the second
@@ -36,10 +33,9 @@ class ShardWriter:
             writer.notes["licence"] = "CC0"   # any JSON; ends up in meta.json
 
     It appears under its name, from a hidden directory beside it, at the end of the `with` block. An exception removes
-    the files; what a killed writer left is removed by the next one. ValueError when the directory is not empty.
-    """
+    the files; what a killed writer left is removed by the next one. ValueError when the directory is not empty."""
 
-    def __init__(self, directory: str | Path, enc: tiktoken.Encoding | Fast, shard_tokens=2**26):
+    def __init__(self, directory, enc, shard_tokens=2**26):
         self.directory = Path(os.path.abspath(directory))
         refuse_existing(self.directory)
         self.enc, self.shard_tokens, self.notes = enc, shard_tokens, {}
@@ -49,7 +45,7 @@ class ShardWriter:
         self.partial = self._stack.enter_context(files.temporary(self.directory, directory=True))
         tokenizer.save(enc, self.partial)
 
-    def add(self, split: str, ids, n_bytes: int | None = None, marks=None) -> None:
+    def add(self, split, ids, n_bytes=None, marks=None):
         """Appends documents to "train", "val", ... n_bytes: of their text; None: of what tiktoken decodes. marks: one
         for each token, in all calls or in none."""
         ids, eos, n_vocab = np.asarray(ids, dtype=np.int64), self.enc.eot_token, self.enc.n_vocab
@@ -58,11 +54,9 @@ class ShardWriter:
         if ids[-1] != eos or ids.min() < 0 or ids.max() >= n_vocab:
             needs = f"ids must be below {n_vocab} and end with eos={eos}"
             raise ValueError(f"split {split!r}: ids from {ids.min()} to {ids.max()}, the last {ids[-1]}; {needs}")
-        if n_bytes is None:
-            n_bytes = len(self.enc.decode_bytes(ids[ids != eos]))
         totals = self.splits.setdefault(split, {"tokens": 0, "bytes": 0, "documents": 0, "shards": []})
         totals["tokens"] += len(ids)
-        totals["bytes"] += n_bytes
+        totals["bytes"] += len(self.enc.decode_bytes(ids[ids != eos])) if n_bytes is None else n_bytes
         totals["documents"] += int(np.count_nonzero(ids == eos if marks is None else marks & START))
         columns, shards = {".bin": ids.astype(self.dtype)}, totals["shards"]
         if marks is not None:
@@ -91,22 +85,16 @@ class ShardWriter:
                 with open((self.partial / shard["file"]).with_suffix(suffix), "rb") as file:
                     os.fsync(file.fileno())
                     shard[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        meta = {
-            "version": MARKED if marked else PLAIN,
-            "tokenizer": tokenizer.FILE,
-            "tokenizer_sha256": _sha256(self.partial / tokenizer.FILE),
-            "vocab_size": self.enc.n_vocab,
-            "eos": self.enc.eot_token,
-            "dtype": self.dtype.name,
-            "splits": self.splits,
-        }
+        meta = {"version": MARKED if marked else PLAIN, "tokenizer": tokenizer.FILE}
+        meta |= {"tokenizer_sha256": _sha256(self.partial / tokenizer.FILE), "vocab_size": self.enc.n_vocab}
+        meta |= {"eos": self.enc.eot_token, "dtype": self.dtype.name, "splits": self.splits}
         files.write_json(self.partial / META, meta | self.notes)
         refuse_existing(self.directory)
         os.rename(self.partial, self.directory)
         files.sync_directory(self.directory.parent)
 
 
-def write_generated(directory: str | Path, enc, chunks: Iterable[tuple[str, np.ndarray]], name: str, cfg) -> dict:
+def write_generated(directory, enc, chunks, name, cfg):
     """A data directory of (split, ids), with the dataclass cfg noted under `name`. Returns meta.json's contents."""
     with ShardWriter(directory, enc) as writer:
         for split, ids in chunks:
@@ -116,24 +104,23 @@ def write_generated(directory: str | Path, enc, chunks: Iterable[tuple[str, np.n
     return read_meta(directory)
 
 
-def refuse_existing(directory: Path) -> None:
+def refuse_existing(directory):
     """Raises ValueError unless `directory` is absent or empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not empty; remove it, or choose another name")
 
 
-def read_meta(directory: str | Path) -> dict:
+def read_meta(directory):
     """The contents of meta.json. ValueError naming the file when it is missing, damaged or of another version."""
     path = Path(directory) / META
     if not path.exists():
         raise ValueError(f"{path} does not exist: not finished data; make it with data.prepare")
     meta = files.read_json(path, AGAIN)
     try:
-        if meta["version"] not in (PLAIN, MARKED):
-            raise ValueError(f"version {meta['version']} is unknown")
         meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"]  # KeyError if missing
-        if meta["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"dtype {meta['dtype']!r}")
+        for name, known in (("version", (PLAIN, MARKED)), ("dtype", ("uint16", "uint32"))):
+            if meta[name] not in known:
+                raise ValueError(f"{name} {meta[name]!r} is unknown")
         for split in meta["splits"].values():
             if sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
                 raise ValueError("the tokens of the shards do not add up")
@@ -144,7 +131,7 @@ def read_meta(directory: str | Path) -> dict:
     return meta
 
 
-def read_note(directory: str | Path, name: str) -> object:
+def read_note(directory, name):
     """What a writer noted under `name` in meta.json; ValueError for data of another writer."""
     meta = read_meta(directory)
     if name not in meta:
@@ -152,11 +139,10 @@ def read_note(directory: str | Path, name: str) -> object:
     return meta[name]
 
 
-def open_shards(directory: str | Path, split: str, marks: bool = False) -> list[np.memmap]:
+def open_shards(directory, split, marks=False):
     """Read-only memory maps of a split's shards, or of their marks, in order. ValueError names a missing, truncated or
     corrupt file: sizes and SHA-256, and that of the tokenizer, are compared with meta.json at about 1 GB/s, once a
-    process.
-    """
+    process."""
     directory, meta = Path(directory), read_meta(directory)
     if split not in meta["splits"]:
         missing = {"val": "no validation data (--val_fraction was 0)"}.get(split, f"no split {split!r}")
@@ -166,7 +152,8 @@ def open_shards(directory: str | Path, split: str, marks: bool = False) -> list[
         if _sha256(path) != sha256:
             raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
 
-    if (path := directory / meta["tokenizer"]).exists():
+    path = directory / meta["tokenizer"]
+    if path.exists():
         check(path, meta["tokenizer_sha256"])
     dtype, maps = np.dtype("uint8" if marks else meta["dtype"]).newbyteorder("<"), []
     for shard in meta["splits"][split]["shards"]:
@@ -181,12 +168,12 @@ def open_shards(directory: str | Path, split: str, marks: bool = False) -> list[
     return maps
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path):
     status = path.stat()
     return _hash(path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @functools.lru_cache(maxsize=4096)
-def _hash(path: Path, *_status: int) -> str:  # a changed file is hashed again
+def _hash(path, *_status):  # a changed file is hashed again
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

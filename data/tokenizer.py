@@ -9,7 +9,7 @@ The first two are a `tiktoken.Encoding` with the special token "<|endoftext|>", 
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,17 +39,16 @@ PATTERN = (
 BYTES = [bytes([b]) for b in range(256)]
 
 
-def encoding(ranks: dict[bytes, int], pattern: str = PATTERN, name: str = "optimoe") -> tiktoken.Encoding:
-    """An encoding of n tokens with the ids 0..n-1, lower id = earlier merge; "<|endoftext|>" becomes id n."""
+def encoding(tokens, pattern=PATTERN, name="optimoe"):
+    """An encoding of n different tokens with the ids 0..n-1, lower id = earlier merge; "<|endoftext|>" becomes id n."""
+    ranks = {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
-    """Byte-pair encoding trained on `texts`, with `vocab_size` tokens: 256 bytes, the merges and "<|endoftext|>".
-
-    It has fewer when the text has too few different pairs. The order of the texts does not matter. ValueError when
-    vocab_size is out of range, or without the package `tokenizers`.
-    """
+def train_bpe(texts, vocab_size):
+    """Byte-pair encoding trained on `texts`, with `vocab_size` tokens (fewer where the text has too few pairs): 256
+    bytes, the merges and "<|endoftext|>". The order of the texts does not matter. ValueError when vocab_size is out of
+    range, or without the package `tokenizers`."""
     require_size(vocab_size)
     lib = library()
     splits = lib.pre_tokenizers.Split(lib.Regex(PATTERN), "isolated")
@@ -62,35 +61,31 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     byte_of = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
     vocab = bpe.get_vocab()
-    tokens = [bytes(byte_of[letter] for letter in word) for word in sorted(vocab, key=vocab.get)]
-    return encoding({token: rank for rank, token in enumerate(dict.fromkeys(BYTES + tokens))})
+    return encoding(BYTES + [bytes(byte_of[letter] for letter in word) for word in sorted(vocab, key=vocab.get)])
 
 
-def require_size(vocab_size: int) -> None:
+def require_size(vocab_size):
     """ValueError for a size that a trained vocabulary cannot have."""
     require(257 <= vocab_size <= 2**24, "vocab_size", vocab_size, f"must be from 257 (256 bytes and {EOT}) to 2^24")
 
 
-def word_tokenizer(words: Iterable[str], pattern: str = PATTERN) -> tiktoken.Encoding:
+def word_tokenizer(words, pattern=PATTERN):
     """256 bytes and the given words, each one token with its leading space (" Alice"); other text becomes bytes.
-
-    ValueError for a word that is not one piece of `pattern`.
-    """
+    ValueError for a word that is not one piece of `pattern`."""
     words = [word for word in words if word]
-    tokens = dict.fromkeys(BYTES + [word.encode() for word in words])
-    enc = encoding({token: rank for rank, token in enumerate(tokens)}, pattern, "words")
+    enc = encoding(BYTES + [word.encode() for word in words], pattern, "words")
     for word in words:
         if len(ids := enc.encode_ordinary(word)) != 1:
             raise ValueError(f"words: {word!r} takes {len(ids)} tokens; give what the pattern splits off")
     return enc
 
 
-def save(enc: tiktoken.Encoding | Fast, directory: str | Path) -> Path:
+def save(enc, directory):
     """Write directory/tokenizer.json: everything that `load` needs."""
     if isinstance(enc, Fast):
         kept = {"name": enc.name, "begin": enc.begin, "eos": enc.eot_token, "tokenizers": enc.definition}
     else:
-        tokens = [None] * (1 + max(enc._mergeable_ranks.values()))  # an id that means nothing
+        tokens = [None] * (1 + max(enc._mergeable_ranks.values()))  # None: an id that means nothing
         for token, rank in enc._mergeable_ranks.items():
             tokens[rank] = base64.b64encode(token).decode()
         kept = {"name": enc.name, "pattern": enc._pat_str, "special_tokens": enc._special_tokens, "tokens": tokens}
@@ -99,7 +94,7 @@ def save(enc: tiktoken.Encoding | Fast, directory: str | Path) -> Path:
     return path
 
 
-def load(directory: str | Path) -> tiktoken.Encoding | Fast:
+def load(directory):
     """The tokenizer of a data directory or a Hugging Face folder. ValueError naming a missing or damaged file."""
     path = Path(directory) / FILE
     if not path.exists():
@@ -110,15 +105,17 @@ def load(directory: str | Path) -> tiktoken.Encoding | Fast:
     kept = files.check(files.parse(content, str(path), AGAIN), str(path), AGAIN)
     if "model" in kept and "tokens" not in kept:
         return from_folder(directory)
-    if fast := "tokenizers" in kept:
+    if "tokenizers" in kept:
         library()  # its absence is no damage
     try:
-        return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"]) if fast else _encoding_of(kept)
+        if "tokenizers" in kept:
+            return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"])
+        return _encoding(kept)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {AGAIN}") from error
 
 
-def _encoding_of(kept: dict) -> tiktoken.Encoding:
+def _encoding(kept):
     tokens = [token if token is None else base64.b64decode(token, validate=True) for token in kept["tokens"]]
     ranks = {token: rank for rank, token in enumerate(tokens) if token is not None}
     special = kept["special_tokens"]
@@ -130,14 +127,15 @@ def _encoding_of(kept: dict) -> tiktoken.Encoding:
     return tiktoken.Encoding(kept["name"], pat_str=kept["pattern"], mergeable_ranks=ranks, special_tokens=special)
 
 
-def documents(enc, texts: list[str]) -> list[tuple[np.ndarray, int]]:
+def documents(enc, texts):
     """(ids with the end of the document, bytes) of each text. An "<|endoftext|>" inside is just text."""
     if isinstance(enc, Fast):
         begin = enc.begin if enc.begin != [enc.eot_token] else []  # the end of the document before is the beginning
         found = [np.array([*begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
     else:
-        end = np.array([enc.eot_token], np.uint32)
-        found = [np.concatenate([enc.encode_to_numpy(text, disallowed_special=()), end]) for text in texts]
+        found = [
+            np.append(enc.encode_to_numpy(text, disallowed_special=()), np.uint32(enc.eot_token)) for text in texts
+        ]
     return [(ids, len(text.encode())) for ids, text in zip(found, texts, strict=True)]
 
 
@@ -151,13 +149,11 @@ class Tokens(NamedTuple):
     n_vocab: int  # ids from here on are padding of the model's head
 
 
-def tiktoken_tokens(enc) -> Tokens:
+def tiktoken_tokens(enc):
     """Of a data directory. Documents follow an end-of-text token in training, and so do prompts."""
     if isinstance(enc, Fast):
         return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token], enc.n_vocab)
     known = {*enc._mergeable_ranks.values(), *enc._special_tokens.values()}
-
-    def decode(ids):  # an untrained model may write an id that means nothing (cl100k_base has 16)
-        return enc.decode([token for token in ids if token in known])
-
+    # An untrained model may write an id that means nothing (cl100k_base has 16).
+    decode = lambda ids: enc.decode([token for token in ids if token in known])  # noqa: E731
     return Tokens(enc.encode_ordinary, decode, [enc.eot_token], [enc.eot_token], enc.n_vocab)

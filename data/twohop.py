@@ -9,10 +9,8 @@ never trained is reasoning, because both of its facts were. How many questions a
 models learn to join them (arXiv 2405.15071).
 """
 
-import itertools
 from dataclasses import dataclass
 from itertools import islice, product
-from pathlib import Path
 
 import numpy as np
 
@@ -36,53 +34,52 @@ class HopConfig:
     window: int = 256  # documents are not split by the borders of windows of this length
     seed: int = 0
 
-    def validate(self) -> None:
+    def validate(self):
         most = {"entities": (1, self.names**2), "composed": (0, int(0.9 * self.questions))}
         limits = {"relations": (0, len(LETTERS)), "names": (2, 4096), "tokens": (1, 2**40), "window": (8, 2**20)}
         require_ranges(self, limits | most)
 
     @property
-    def questions(self) -> int:
+    def questions(self):
         """All two-hop questions there are."""
         return self.entities * self.relations**2
 
     @property
-    def length(self) -> int:
+    def length(self):
         """Tokens that a document takes in a window, its eos included."""
         return 7 if self.relations else 5
 
 
-def words(cfg: HopConfig) -> list[str]:
+def words(cfg):
     """The vocabulary: relations, then names of three letters."""
     names = islice(product(LETTERS, repeat=3), cfg.names)
     return [f" {letter.upper()}" for letter in LETTERS[: cfg.relations]] + [f" {''.join(name)}" for name in names]
 
 
-def encoder(cfg: HopConfig):
+def encoder(cfg):
     """The tokenizer: every word a token."""
     return tokenizer.word_tokenizer(words(cfg), PIECES)
 
 
-def world(cfg: HopConfig) -> tuple[np.ndarray, np.ndarray]:
+def world(cfg):
     """(names_N2: the two words of each entity, target_NR: the entity that each relation leads to). With relations = 0,
-    the target is the number of a value, whose words are its two digits in base `names`.
-    """
+    the target is the number of a value, whose words are its two digits in base `names`."""
     rng = np.random.default_rng([cfg.seed, 1])
     chosen = rng.permutation(cfg.names**2)[: cfg.entities]
     most = cfg.entities if cfg.relations else cfg.names**2
     return _digits(chosen, cfg), rng.integers(0, most, (cfg.entities, max(1, cfg.relations)))
 
 
-def _digits(numbers: np.ndarray, cfg: HopConfig) -> np.ndarray:
+def _digits(numbers, cfg):
     return np.stack(np.divmod(numbers, cfg.names), -1)
 
 
-def asked(cfg: HopConfig) -> np.ndarray:
+def asked(cfg):
     """All questions in a random order of the seed's: the first `composed` are trained, the last are never."""
     return np.random.default_rng([cfg.seed, 2]).permutation(cfg.questions)
 
 
-def rows(cfg: HopConfig, kind: str, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rows(cfg, kind, numbers):
     """(questions, answers) as indices into `words`: kind "fact" or "composed", by number."""
     names, target = world(cfg)
     names = names + cfg.relations
@@ -96,14 +93,14 @@ def rows(cfg: HopConfig, kind: str, numbers: np.ndarray) -> tuple[np.ndarray, np
     return np.column_stack([names[head], first, second]), names[target[target[head, first], second]]
 
 
-def texts(cfg: HopConfig, kind: str, numbers: np.ndarray) -> list[tuple[str, str]]:
+def texts(cfg, kind, numbers):
     """(question, answer) of each number."""
     known = np.array(words(cfg), object)
     questions, answers = (known[ids].sum(1).tolist() for ids in rows(cfg, kind, numbers))
     return list(zip(questions, answers, strict=True))
 
 
-def build(out_dir: str | Path, cfg: HopConfig) -> dict:
+def build(out_dir, cfg):
     """Write the data directory. Returns meta.json's contents."""
     cfg.validate()
     enc, rng, order = encoder(cfg), np.random.default_rng([cfg.seed, 3]), asked(cfg)
@@ -111,27 +108,28 @@ def build(out_dir: str | Path, cfg: HopConfig) -> dict:
     trained = np.concatenate([facts, _documents(cfg, enc, "composed", order[: cfg.composed])])
     unseen = _documents(cfg, enc, "composed", order[cfg.composed :][:2000])
     passes = -(-cfg.tokens // len(_packed(trained, enc.eot_token, cfg)))
-    chunks = itertools.chain(
-        (("train", rng.permutation(trained)) for _ in range(passes)),
-        [("val", np.concatenate([facts[:2000], unseen]))],
-    )
-    packed = ((split, _packed(documents, enc.eot_token, cfg)) for split, documents in chunks)
-    return write_generated(out_dir, enc, packed, "hops", cfg)
+
+    def chunks():
+        for _ in range(passes):
+            yield "train", _packed(rng.permutation(trained), enc.eot_token, cfg)
+        yield "val", _packed(np.concatenate([facts[:2000], unseen]), enc.eot_token, cfg)
+
+    return write_generated(out_dir, enc, chunks(), "hops", cfg)
 
 
-def read_config(data_dir: str | Path) -> HopConfig:
+def read_config(data_dir):
     """The HopConfig of a directory that `build` wrote; ValueError for any other."""
     return HopConfig(**read_note(data_dir, "hops"))
 
 
-def _documents(cfg: HopConfig, enc, kind: str, numbers: np.ndarray) -> np.ndarray:
+def _documents(cfg, enc, kind, numbers):
     """(n, length) ids: question, answer, eos to the end."""
     first = enc.encode_ordinary(words(cfg)[0])[0]  # the words have the ids that follow
     ids = np.column_stack(rows(cfg, kind, numbers)) + first
     return np.pad(ids, ((0, 0), (0, cfg.length - ids.shape[1])), constant_values=enc.eot_token)
 
 
-def _packed(documents: np.ndarray, eos: int, cfg: HopConfig) -> np.ndarray:
+def _packed(documents, eos, cfg):
     """Ids in windows that each begin and end with eos; the last is filled up with eos."""
     per_window = (cfg.window - 1) // cfg.length
     n, used = -(-len(documents) // per_window), per_window * cfg.length

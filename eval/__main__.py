@@ -3,7 +3,7 @@
     python -m eval --run=runs/NAME --tasks=hellaswag,gsm8k --limit=200
     python -m eval --run=runs/NAME --tasks=humaneval --samples=20 --temperature=0.8 --top-p=0.95    # pass@1 and pass@10
 
-Prints a table and writes, to RUN/eval-STEP, results.json and TASK.jsonl with one record per item. The same command goes
+Prints a table and writes results.json and TASK.jsonl, with one record per item, to RUN/eval-STEP. The same command goes
 on where it was interrupted, or adds the items of a larger --limit.
 """
 
@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import files
-from eval import harness, sandbox, tasks
-from eval.sources import Source
+from eval import harness, probes, sandbox, tasks
 from eval.taskloss import bits, encode_pair, mean_stderr, score
 from eval.votes import pass_at_k
 from optimoe import config
 from optimoe.config import require
-
-FIELDS = ("id", "group", "metrics", "nats", "tokens", "bytes", "merged", "cut", "choices", "texts", "reasons")
 
 
 @dataclass(frozen=True)
@@ -48,17 +45,6 @@ class Job(NamedTuple):
     shots: int
     items: list
     generates: bool  # whether the model writes answers
-
-
-def metrics_of(job, cfg) -> dict[str, set[str]]:
-    """The names of each item's metrics, by its id."""
-    names = {"bits/token", "bits/byte"} if cfg.loss else set()
-    if job.generates and job.task.program:
-        names |= {f"pass@{k}" for k in (1, 10, 100) if k <= cfg.samples}
-    elif job.generates:
-        names |= set(job.task.score(job.items[0], ""))
-    compared = names | {"acc", "acc_norm"} if cfg.accuracy else names
-    return {item.id: compared if item.choices else names for item in job.items}
 
 
 def evaluate(loaded, job, chunk, room, cfg):
@@ -115,9 +101,15 @@ def means(records):
     return {name: mean_stderr(values) for name, values in columns.items()}
 
 
-def summarise(records):
+def work(loaded, job, stored, cfg):
+    """Computes the records that are missing and returns the summary of all."""
+    room = harness.answer_length(loaded, job.task, job.items) if job.generates else 0
+    compute = functools.partial(evaluate, loaded, job, room=room, cfg=cfg)
+    records = stored.complete(job.items, compute, cfg.batch_size, cfg.limit)
     groups = sorted({record["group"] for record in records} - {""})
     return {
+        "shots": job.shots,
+        "seq_len": loaded.model.cfg.seq_len,
         "items": len(records),
         "metrics": means(records),
         "groups": {group: means(record for record in records if record["group"] == group) for group in groups},
@@ -125,7 +117,12 @@ def summarise(records):
     }
 
 
+def shares(metrics):
+    return {name: stats["mean"] for name, stats in metrics.items() if not name.startswith("bits/")}
+
+
 def table(results):
+    """Means over all items with standard errors; then accuracies by group, in the form of train.py's closing report."""
     lines = [f"{'task':<14} {'items':>6} {'shots':>5}  {'metric':<12} {'value':>8}  stderr"]
     for name, result in results.items():
         head = f"{name:<14} {result['items']:>6,} {result['shots']:>5}"
@@ -133,47 +130,41 @@ def table(results):
             error = "n/a" if stats["stderr"] is None else f"{stats['stderr']:.4f}"
             lines.append(f"{head:<27}  {metric:<12} {stats['mean']:>8.4f}  {error}")
             head = ""
-        if result["cut"]:
-            lines.append(f"  {result['cut']:,} items {harness.CUT.format(result['seq_len'])}")
+        lines += harness.cut_line(result["cut"], result["items"], result["seq_len"])
         if result["merged"]:
             lines.append(f"  {result['merged']:,} answers merge with their prompts and were encoded apart")
+    for name, result in results.items():
+        rows = {group: shares(metrics) for group, metrics in result["groups"].items()}
+        if any(rows.values()):
+            lines += probes.table(f"{name} by group", "", rows)
     return "\n".join(lines)
 
 
-def work(loaded, job, stored, cfg):
-    """Computes the records that are missing and returns the summary of all."""
-    room = harness.answer_length(loaded, job.task, job.items) if job.generates else 0
-    compute = functools.partial(evaluate, loaded, job, room=room, cfg=cfg)
-    records = harness.complete(stored, job.items, compute, cfg.batch_size, cfg.limit)
-    return {"shots": job.shots, "seq_len": loaded.model.cfg.seq_len, **summarise(records)}
-
-
-def earlier_results(path: Path, file: str) -> dict:
-    """results.json, with other tasks, of the same weights; {} where it is of other weights, or not there."""
+def earlier_results(path: Path, checkpoint: str) -> dict:
+    """results.json, with other tasks, of the checkpoint of this name; {} where it is of another one, or not there."""
     remedy = "remove it: the records of every task are kept, and the same commands write it again"
     old = files.read_json(path, remedy) if path.exists() else {}
     known = {"checkpoint", "sources", "tasks", "sandbox"}
     if not set(old) <= known or not all(isinstance(old.get(name, {}), dict) for name in ("sources", "tasks")):
         raise ValueError(f"{path} is damaged (not the results of an evaluation): {remedy}")
-    return old if old.get("checkpoint") == file else {}
+    return old if old.get("checkpoint") == checkpoint else {}
 
 
 def main(argv=None):
     """Returns the contents of results.json."""
     cfg = config.parse(EvalConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    source, jobs = Source(cfg.evaldata, cfg.data_directory()), {}
-    for name in cfg.tasks:  # all data is found before the first item is computed
-        task = tasks.load(name)
+    source, jobs, stores = harness.open_source(cfg), {}, {}
+    for task in map(tasks.load, cfg.tasks):  # all data is found before the first item is computed
         shots = task.shots if cfg.shots is None else cfg.shots
-        jobs[task.name] = Job(task, shots, harness.read_items(task, source, shots), cfg.accuracy and task.generated())
+        jobs[task.name] = Job(task, shots, harness.read_items(task, source, shots), cfg.accuracy and task.generates)
     programs = any(job.generates and job.task.program for job in jobs.values())
     results = {"sandbox": sandbox.confinement()} if programs else {}
     loaded, out = harness.open_model(cfg)
-    path, stores = out / "results.json", {}
+    path = out / "results.json"
     old = earlier_results(path, loaded.name)
     for name, job in jobs.items():
         settings = harness.settings(loaded, job.items, job.shots, cfg, ("loss", "accuracy"))
-        stores[name] = harness.Records(out / f"{name}.jsonl", settings, metrics_of(job, cfg), FIELDS, cfg.overwrite)
+        stores[name] = harness.Records(out / f"{name}.jsonl", settings, job.items, cfg.overwrite)
     done = {name: work(loaded, job, stores[name], cfg) for name, job in jobs.items()}
     results |= {"checkpoint": loaded.name, "sources": old.get("sources", {}) | source.used}
     results |= {"tasks": old.get("tasks", {}) | done}
@@ -183,4 +174,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.command_line(main, "stopped; the same command, without --overwrite, goes on from here")
+    config.command_line(main, harness.STOPPED)

@@ -4,12 +4,12 @@ r"""Are two mathematical answers equal, and does an answer have the form that wa
     right("Expand $x(x+1)$.", "x^2+x", "x(x+1)")               # False: equal in value, but not what was asked for
     number(r"\$1{,}250.50").value                              # Fraction(2501, 2)
 
-Plain numbers are compared here, exactly; all else by math-verify, in a process that is killed after some seconds (it
-computes 9^9^9^9 forever). The library reads "5 million" and "5 or 7" as 5, ignores bases and case, and rounds decimals;
-`clean` and `equal` put these into words that it understands, or refuse.
+Plain numbers are compared here, exactly. All else goes to math-verify, in a process that is killed after some seconds,
+because the library computes 9^9^9^9 forever. It also reads "5 million" and "5 or 7" as 5, ignores bases and case, and
+rounds decimals; `clean` and `equal` say these in its terms, or refuse.
 
-A reward needs more, as the question itself equals the answer of every "expand" and "factor": a number must be a number
-in lowest terms, any other answer must have the symbols of the gold one, each as often (`symbols`).
+A reward needs more, because the question itself equals the answer of every "expand" and "factor". A number must be in
+lowest terms; any other answer must have the symbols of the gold one, each as often (`symbols`).
 """
 
 import importlib.util
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
-from decimal import Context, Inexact
 from fractions import Fraction
 
 LONGEST = 200  # characters of an answer
@@ -42,7 +41,7 @@ CLEAN = [
     (r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3}(?!\d))", ""),
     (
         rf"({PLAIN})\s*(\\text\{{\s*)?{SCALE}",
-        lambda found: plain(_value(found[1]) * SCALES[found[3]]) + (found[2] or ""),
+        lambda found: str(_value(found[1]) * SCALES[found[3]]) + (found[2] or ""),
     ),
     (r"\\text\{\s*\}|\^\{?\\circ\}?|\\?%|\\(?=\$)", ""),
     (rf"(?<=\S)(?:\s|~|\\,)*\\text\{{(?!\s*{SCALE})[^{{}}\d]*\}}(?:\^\d)?$", ""),  # a unit at the end
@@ -55,7 +54,7 @@ Number = namedtuple("Number", "value kind")  # a Fraction, and how it is written
 
 
 def clean(text: str) -> str:
-    """LaTeX in one notation: scale words as factors, "or" and "and" as commas, no unit at the end."""
+    """LaTeX in one notation: scale words are multiplied out, "or" and "and" are commas, no unit is at the end."""
     text = text.strip().rstrip(". ").translate(str.maketrans(SIGNS))
     for pattern, new in CLEAN:
         text = re.sub(pattern, new, text)
@@ -72,7 +71,7 @@ def _fractions(text):
 
 
 def number(text: str) -> Number | None:
-    """The value of a text that is one number, perhaps with a unit; None for anything else."""
+    """A text that is one number, perhaps with a unit; None for anything else."""
     found = len(text) <= LONGEST and re.fullmatch(NUMBER, _fractions(ASSIGNED.sub("", clean(text))).strip(), re.ASCII)
     return _number(found) if found else None
 
@@ -89,33 +88,26 @@ def _number(found) -> Number | None:
 
 
 def find_number(text: str, marker: str) -> Fraction | None:
-    """The first number behind the marker, a pattern; None without one, or where it goes on (3^2, 1/x)."""
+    """The first number behind the marker (a pattern); None without one, or where it goes on, as in 3^2 and 1/x."""
     goes_on = r"[\d^(]|[.,]\d|/(?!\s?[a-z]{2})|\\frac|e[-+]?\d|\s?[*/^]\s?\d"
     for marked in re.finditer(rf"(?:{marker})[\s:$*=]{{0,20}}", text):
         behind = _fractions(clean(text[marked.end() : marked.end() + LONGEST + 1].partition("\n")[0])).strip()
         found = re.match(rf"{NUMBER}(?!{goes_on})", behind, re.ASCII)
-        if found and len(found[0]) <= LONGEST and (value := _number(found)):
+        value = _number(found) if found and len(found[0]) <= LONGEST else None
+        if value:
             return value.value
     return None
 
 
-def plain(value: Fraction) -> str:
-    """An integer, a decimal that ends, or else a fraction."""
-    exactly = Context(prec=2 * LONGEST, traps=[Inexact])
-    try:
-        return format(exactly.normalize(exactly.divide(value.numerator, value.denominator)), "f")
-    except Inexact:
-        return str(value)
-
-
 def canonical(text: str) -> str:
-    """For votes: a number by value, all else by its cleaned text."""
+    """For votes: a number by value, all else by its text, cleaned where it has the length of an answer."""
     found = number(text)
-    return plain(found.value) if found else re.sub(r"\s", "", ASSIGNED.sub("", clean(text)))
+    cleaned = ASSIGNED.sub("", clean(text)) if len(text) <= LONGEST else text
+    return str(found.value) if found else re.sub(r"\s", "", cleaned)
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lower case but for single letters."""
+    """The words of a text, in lower case but for single letters: (A) and (a) differ."""
     found = re.findall(r"[a-zA-Z0-9]+", text.replace(r"\text", " "))
     return [word if len(word) == 1 else word.lower() for word in found]
 
@@ -127,7 +119,7 @@ def exact(text: str) -> str:
 
 
 def symbols(text: str) -> list[str]:
-    """Numbers, letters and commands of a cleaned expression, in order; without what is free."""
+    """Numbers, letters and commands of a cleaned expression, in order, without what is FREE."""
     text = re.sub(r"\\frac\{(-?)1\}|(?<![\d}.])1\s?/", r"\1/", exact(text)).replace(r"\frac", "/")  # 1/2 x is x/2
     found = (match[2] or match[1].lower() for match in TOKEN.finditer(text))
     return [token for token in found if token not in FREE]
@@ -169,7 +161,9 @@ def right(question: str, gold: str, answer: str) -> bool:
         return False
     grouped = answer.count("(") > sum(map(gold.count, "({^"))
     textual = not re.sub(r"\\text\{[^{}]*\}", "", gold)
-    return (textual or sorted(ours) == sorted(theirs) and not grouped) and equal(gold, answer)
+    if not textual and (sorted(ours) != sorted(theirs) or grouped):
+        return False
+    return equal(gold, answer)
 
 
 def _bare(text):
@@ -186,7 +180,7 @@ _child, _lock = None, threading.Lock()
 
 
 def _ask(gold, answer, seconds):
-    """Ask the child, which is started at the first question and after every one that took too long."""
+    """Ask the child, which starts at the first question and after every one that took too long."""
     global _child
     if _child is None or _child.poll() is not None:
         need_library()

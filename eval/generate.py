@@ -2,11 +2,11 @@
 
     texts = generate(model, [encode("Alice has"), encode("2+2=")], max_new_tokens=32, stop_ids=[eos])
 
-Every prompt gets what it would get alone: rows keep their own positions (KVCache) and random streams.
+Every prompt gets what it would get alone: rows have their own positions (KVCache) and random streams.
 
-On a GPU, launching a token's kernels takes longer than running them in a small model. So there are few shapes, one that
-comes again is captured in a CUDA graph that also picks the token, and the host looks every eight steps: what a row
-wrote after its end is dropped, and finished rows leave when most of the batch has finished.
+On a GPU, launching a token's kernels takes longer than running them in a small model. So there are few shapes. One that
+comes again is captured in a CUDA graph, which also picks the token. The host looks every eight steps: what a row wrote
+after its end is dropped, and finished rows leave when most of the batch has finished.
 
 Shapes: B rows of the batch, L longest prompt of the batch, V vocabulary.
 """
@@ -45,27 +45,23 @@ def generate(
     top_k=0,
     watch=None,
 ):
-    """Continue each prompt, a list of token ids, not empty; return the new token ids, one list per prompt.
+    """Continue each prompt, a list of token ids that is not empty. Returns the new token ids, one list per prompt.
 
     stop_ids, stop_strings: a row ends before one of these ids, or with the token that completes one of these strings
-    (needs decode: ids -> str), or after max_new_tokens.
-    temperature: 0 is greedy; else a token is drawn from the top_k most likely ones (0: all), and of those from the
+    (which needs decode: ids -> str), or after max_new_tokens.
+    temperature: 0 is greedy. Else a token is drawn from the top_k most likely ones (0: all), and of those from the
     smallest set with probability >= top_p, by a stream seeded with (seed, streams[i]), by default (seed, i).
-    n_vocab: ids from here on are padding rows of the head, never produced.
-    experts: a list to be filled with what the routers chose for each prompt: int16 (N, tokens, K), without that of the
-    last new token, which the model has not read (unless a stop id followed it).
+    n_vocab: ids from here on are padding rows of the head and never produced.
+    experts: a list to be filled with what the routers chose for each prompt, int16 (N, tokens, K). The last new token
+    is not among them, as the model has not read it, unless a stop id followed.
     watch: called as watch(i, new ids of prompt i so far) whenever they have grown.
 
-    Takes memory for the cache of batch_size rows, and for a copy of weights that are not in the compute dtype.
-    ValueError for an empty prompt, bad sampling parameters, or prompt + max_new_tokens beyond the model's seq_len.
-    """
+    Takes memory for the cache of batch_size rows and for a copy of weights that are not in the compute dtype.
+    ValueError for an empty prompt, bad sampling parameters, or prompt + max_new_tokens beyond the model's seq_len."""
     longest = max(map(len, prompts), default=0)
     require(all(map(len, prompts)), "prompts", "", "a prompt is empty: start it with a token, for instance end-of-text")
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "use 1 or more")
-    require(batch_size >= 1, "batch_size", batch_size, "use 1 or more")
-    require(temperature >= 0, "temperature", temperature, "use 0 (greedy) or more")
-    require(0 < top_p <= 1, "top_p", top_p, "use a number above 0, at most 1")
-    require(top_k >= 0, "top_k", top_k, "use 0 (all tokens) or more")
+    check_sampling(batch_size, temperature, top_p, top_k)
     require(decode or not stop_strings, "stop_strings", stop_strings, "it needs decode, the tokenizer's ids -> str")
     remedy = f"after a prompt of {longest} tokens this exceeds seq_len={model.cfg.seq_len}; shorten one of them"
     require(longest + max_new_tokens <= model.cfg.seq_len, "max_new_tokens", max_new_tokens, remedy)
@@ -99,9 +95,16 @@ def generate(
     return outputs
 
 
+def check_sampling(batch_size, temperature, top_p, top_k=0):
+    require(batch_size >= 1, "batch_size", batch_size, "use 1 or more")
+    require(temperature >= 0, "temperature", temperature, "use 0 (greedy) or more")
+    require(0 < top_p <= 1, "top_p", top_p, "use a number above 0, at most 1")
+    require(top_k >= 0, "top_k", top_k, "use 0 (all tokens) or more")
+
+
 def extend(ids, new, max_new_tokens, stop_ids, stop_strings, decode):
-    """Append the new tokens up to the end of the row. At the end, return how many ids the model has read, else None."""
-    # A stop string may span tokens, each of which has at least one byte of it. One look at all tokens often suffices.
+    """Append the new tokens up to the end of the row. Returns how many of its ids the model has read; None: no end."""
+    # A stop string may span tokens, each with at least one byte of it. One look at all tokens often suffices.
     room = max((len(s.encode()) for s in stop_strings), default=0)
     suspect = room and any(s in decode(ids[-room:] + new) for s in stop_strings)
     for token in new:
@@ -114,7 +117,7 @@ def extend(ids, new, max_new_tokens, stop_ids, stop_strings, decode):
 
 
 def coarse(device):
-    """Whether steps have few shapes and rarely wait for the device, at the price of unused steps."""
+    """Whether to have few shapes and to look rarely, at the price of steps that nobody uses."""
     return device.type == "cuda"
 
 
@@ -164,7 +167,7 @@ class Decoder:
             self.select(list(range(n)))
 
     def read(self):
-        """The next tokens of each row: eight on a GPU, where reading waits for it, else one."""
+        """The next tokens of each row: eight on a GPU, as each look waits for it, else one."""
         end = min(self.n_read + (8 if self.coarse else 1), self.max_new_tokens)
         while self.n_written < end:
             coarse = min(max(128, 1 << self.filled.bit_length()), self.cache.k.shape[2])
@@ -175,7 +178,7 @@ class Decoder:
         return new
 
     def shrink(self, alive):
-        """Keep only these rows, if that is worth a new shape; says whether it did."""
+        """Keep only these rows if that is worth a new shape. Returns whether it was."""
         most = self.n_rows // 4 if self.coarse else self.n_rows - 1
         if worth := self.bucket(len(alive)) <= most:
             self.select(alive)
@@ -205,7 +208,7 @@ class Decoder:
         self.pick(step(self.model, tokens, cache) if self.has_step else self.model(tokens, cache=cache).logits[:, 0])
 
     def pick(self, logits_BV):
-        """From logits the next token of the first B rows."""
+        """Choose the next token of the first B rows."""
         n = len(logits_BV)
         if self.has_step and self.temperature == 0:
             decode.greedy(logits_BV, self.n_vocab, self.tokens, self.written, self.step)
@@ -223,8 +226,8 @@ class Decoder:
 
 
 def sample(logits_BV, top_p, uniform_B, top_k=0):
-    """One token of each row, from the nucleus top_p of the top_k most likely ones (0: all): the inverse of the
-    cumulative distribution at uniform_B in [0, 1)."""
+    """One token of each row: the inverse of the cumulative distribution at uniform_B in [0, 1), within the nucleus
+    top_p of the top_k most likely tokens (0: all)."""
     probs, ids = logits_BV.softmax(1), None
     if top_p < 1 or 0 < top_k < probs.shape[1]:
         probs, ids = probs.sort(dim=1, descending=True, stable=True)

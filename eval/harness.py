@@ -4,22 +4,24 @@ import collections
 import hashlib
 import json
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from data import files
 from data.tokenizer import Tokens
-from eval.generate import generate
+from eval.generate import check_sampling, generate
 from eval.sources import Source
 from eval.taskloss import context_ids
+from optimoe import checkpoint, hub
 from optimoe.config import make_directory, require
 from optimoe.load import Loaded, ModelChoice, load
 
 SAMPLES = 4096  # of an item at most: each has a random stream of its own
-CUT = "did not fit the model's {} tokens: their prompts lost their beginnings"
+STOPPED = "stopped; the same command, without --overwrite, goes on from here"
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,24 @@ class EvalChoice(ModelChoice):
 
     def validate(self):
         super().validate()
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
+        check_sampling(self.batch_size, self.temperature, self.top_p)
         require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
         require(self.shots is None or self.shots >= 0, "shots", self.shots, "use 0 or more")
         require(1 <= self.samples <= SAMPLES, "samples", self.samples, f"use 1 to {SAMPLES}")
-        require(self.temperature >= 0, "temperature", self.temperature, "use 0 (greedy) or more")
         require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to below 2^63")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "use a number above 0, at most 1")
+
+
+def open_source(cfg: EvalChoice) -> Source:
+    """Where items come from. ValueError where there is no model for them: a wrong name is not the fault of a task."""
+    if cfg.hf:
+        folder = hub.folder(cfg.hf, "hf", hub.TOKENIZER)  # the weights come later, in open_model
+        require((folder / "config.json").is_file(), "hf", cfg.hf, "no config.json there, so this is no model")
+    elif cfg.run:
+        require(checkpoint.find(cfg.run), "run", cfg.run, "no checkpoint (ckpt-*.pt) there; name a run directory")
+    else:
+        named = checkpoint.NAME.fullmatch(Path(cfg.checkpoint).name)
+        require(named, "checkpoint", cfg.checkpoint, "no checkpoint of a run, which is called ckpt-STEP-HASH.pt")
+    return Source(cfg.evaldata, cfg.data_directory())
 
 
 def open_model(cfg: EvalChoice) -> tuple[Loaded, Path]:
@@ -71,7 +84,7 @@ def read_items(task, source: Source, shots: int) -> list:
 
 
 def settings(loaded: Loaded, items, shots: int, cfg, names=()) -> dict:
-    """What records depend on; those of others are not continued. names: further fields of cfg."""
+    """What records depend on; those of other settings are not continued. names: further fields of cfg."""
     content = json.dumps([(item.prompt, item.answer, item.choices) for item in items])
     found = {"checkpoint": loaded.name, "shots": shots, "items": hashlib.sha256(content.encode()).hexdigest()[:16]}
     found |= {name: getattr(cfg, name) for name in (*names, "samples", "temperature", "top_p", "seed")}
@@ -114,24 +127,33 @@ def cut_at(text: str, stops) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
+def cut_line(cut: int, n: int, seq_len: int) -> list[str]:
+    """The line of a table about prompts that were cut, if any."""
+    return [f"  {cut:,} of {n:,} prompts lost their beginnings to fit the model's {seq_len} tokens"] if cut else []
+
+
 class Records:
     """Signed JSON lines, one per finished item, behind a line with the settings they were made with.
 
     A file of the same settings is continued (a line torn by a kill is dropped); others raise ValueError, or with
-    overwrite start anew. Lines from before there were signatures are accepted.
-    """
+    overwrite start anew. Lines from before there were signatures are accepted."""
 
-    def __init__(self, path: Path, settings: dict, metrics: dict[str, set], fields: Iterable[str], overwrite=False):
-        """metrics: the names of each item's metrics by its id; fields: what a record may hold."""
+    FIELDS = set("id group metrics nats tokens bytes merged cut choices texts reasons gold votes".split())
+
+    def __init__(self, path: Path, settings: dict, items: list, overwrite=False):
         self.path, self.items = path, {}
         if path.exists() and not overwrite:
             remedy = "remove that line to compute its item again, or use --overwrite for all"
             rows, whole = files.read_rows(path, remedy)
             if rows:
                 self._compare(rows[0], settings)
+                ids = {item.id for item in items}
+                metrics = [sorted(record.get("metrics", ())) for record in rows[1:]]
+                usual = statistics.mode(map(str, metrics)) if metrics else ""
                 for number, record in enumerate(rows[1:], 2):
-                    known = metrics.get(record.get("id")) == set(record.get("metrics", ())) and set(record) <= {*fields}
-                    if not known:  # a damaged name is not always a damaged signature: it may be the signature's own
+                    # A damaged name is not always a damaged signature: it may be the signature's own.
+                    known = record.get("id") in ids and set(record) <= self.FIELDS
+                    if not known or str(metrics[number - 2]) != usual:
                         raise ValueError(f"{path}:{number} is damaged (not a record of this task): {remedy}")
                     self.items[record["id"]] = record
                 os.truncate(path, whole)
@@ -146,26 +168,21 @@ class Records:
                 remedy = "give the same, use --overwrite to replace it, or write elsewhere with --out"
                 raise ValueError(f"{self.path} was made with {name}={old.get(name)!r}, not {value!r}: {remedy}")
 
-    def add(self, records: list[dict]) -> None:
-        files.append(self.path, records, signed=True)
-        self.items |= {record["id"]: record for record in records}
-
-
-def complete(stored: Records, items: list, compute: Callable, size: int, limit: int) -> list[dict]:
-    """The records of the first `limit` items (0: all). compute(list of (index, item)) makes those that are missing, for
-    `size` items at a time. Progress is a line on stderr, on a terminal rewritten in place."""
-    wanted = list(enumerate(items))[: limit or None]
-    pending = [(i, item) for i, item in wanted if item.id not in stored.items]
-    pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
-    begun, shown, terminal = time.perf_counter(), 0.0, sys.stderr.isatty()
-    for first in range(0, len(pending), size):
-        stored.add(compute(pending[first : first + size]))
-        n, now = min(first + size, len(pending)), time.perf_counter()
-        left, rate = len(pending) - n, n / max(1e-9, now - begun)
-        if terminal or not left or now - shown >= 10:
-            shown = now
-            line = f"{stored.path.stem}: {len(wanted) - left:,}/{len(wanted):,} items, {rate:.3g}/s"
-            line += f", {left / rate:,.0f} s left" if left else ""
-            end = "" if terminal and left else "\n"
-            print(f"\r{line:<70}" if terminal else line, end=end, file=sys.stderr, flush=True)
-    return [stored.items[item.id] for _, item in wanted]
+    def complete(self, items: list, compute: Callable, size: int, limit: int) -> list[dict]:
+        """The records of the first `limit` items (0: all). compute(list of (index, item)) makes those that are missing,
+        for `size` items at a time."""
+        wanted = list(enumerate(items))[: limit or None]
+        pending = [(i, item) for i, item in wanted if item.id not in self.items]
+        pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch
+        begun, shown = time.perf_counter(), 0.0
+        for first in range(0, len(pending), size):
+            records = compute(pending[first : first + size])
+            files.append(self.path, records, signed=True)
+            self.items |= {record["id"]: record for record in records}
+            n, now = min(first + size, len(pending)), time.perf_counter()
+            left, rate = len(pending) - n, n / max(1e-9, now - begun)
+            if not left or now - shown >= 10:
+                shown = now
+                done = f"{self.path.stem}: {len(wanted) - left:,}/{len(wanted):,} items, {rate:.3g}/s"
+                print(f"{done}, {left / rate:,.0f} s left" if left else done, file=sys.stderr, flush=True)
+        return [self.items[item.id] for _, item in wanted]

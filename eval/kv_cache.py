@@ -17,8 +17,7 @@ class KVCache:
 
     Prompts are padded on the right; `new_B` (B,) says how many tokens of each row are real (None: all L). Row b is
     written from lengths_B[b] on and attends to its own positions; padding behind its end is overwritten before anything
-    attends to it. All writes are in place: a step with a fixed `span` can be captured in a CUDA graph.
-    """
+    attends to it. All writes are in place, so a step with a fixed `span` can be captured in a CUDA graph."""
 
     def __init__(self, cfg, batch_size, max_len, device=None, dtype=torch.float32):
         remedy = f"the model's RoPE table ends at seq_len={cfg.seq_len}"
@@ -40,7 +39,7 @@ class KVCache:
         return cache
 
     def begin(self, L):
-        """Positions (B, L) of the new tokens, and the mask (B, 1, L, span) to add to the attention scores: None while
+        """Positions (B, L) of the new tokens, and the mask (B, 1, L, span) to add to the attention scores, None while
         the cache is empty."""
         end, device = self.filled + L, self.lengths_B.device
         require(end <= self.k.shape[2], "length", end, f"the cache holds max_len={self.k.shape[2]} tokens")
@@ -52,7 +51,7 @@ class KVCache:
         return self.pos_BL, torch.zeros(hidden.shape, device=device, dtype=self.k.dtype).masked_fill_(hidden, -math.inf)
 
     def begin_step(self):
-        """Positions (B,) of one new token of each row, for a step that writes the cache and the lengths itself."""
+        """Positions (B,) of one new token of each row, for eval/step.py, which writes the cache and the lengths."""
         require(self.filled < self.k.shape[2], "length", self.filled + 1, f"the cache holds {self.k.shape[2]} tokens")
         self.pos_BL = self.lengths_B[:, None]
         if self.experts is not None:

@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-eval: python -m eval.lm_eval --run=runs/NAME --tasks=lambada_openai
 
-Prompts and metrics are lm-eval's, likelihoods and texts ours; results go to RUN/eval-STEP/lm_eval.json too."""
+Prompts and metrics are lm-eval's; likelihoods and texts are ours. Results also go to RUN/eval-STEP/lm_eval.json."""
 
 import json
 import os
@@ -32,7 +32,8 @@ class Model(TemplateLM):
     eot_token_id = prefix_token_id = property(lambda self: (self.loaded.tokens.bos or self.loaded.tokens.eos)[0])
 
     def tok_encode(self, text, add_special_tokens=True, **_):
-        return self.loaded.tokens.bos * add_special_tokens + self.loaded.tokens.encode(text)
+        ids = self.loaded.tokens.encode(text)
+        return self.loaded.tokens.bos + ids if add_special_tokens else ids
 
     def _loglikelihood_tokens(self, requests, **_):
         found = taskloss.token_costs(self.loaded.model, [pair for _, *pair in requests])
@@ -41,17 +42,16 @@ class Model(TemplateLM):
     def loglikelihood_rolling(self, requests, **_):
         found, length = [], self.loaded.model.cfg.seq_len
         for ids in (self.tok_encode(r.args[0], False) for r in requests):
-            parts = map(
-                utils.make_disjoint_window, utils.get_rolling_token_windows(ids, self.prefix_token_id, length, 1)
-            )
-            found.append(sum(cost for cost, _ in self._loglikelihood_tokens([("", *part) for part in parts])))
+            parts = utils.get_rolling_token_windows(ids, self.prefix_token_id, length, 1)
+            pairs = [("", *utils.make_disjoint_window(part)) for part in parts]
+            found.append(sum(cost for cost, _ in self._loglikelihood_tokens(pairs)))
         return found
 
     def generate_until(self, requests, **_):
         found, kinds = {}, [json.dumps(r.args[1], sort_keys=True) for r in requests]
         for kind in set(kinds):
             how = SimpleNamespace(**GENERATION | json.loads(kind))
-            how.temperature *= how.do_sample
+            how.temperature = how.temperature if how.do_sample else 0
             how.stops = tuple(filter(None, [how.until] if isinstance(how.until, str) else how.until))
             own = [i for i, other in enumerate(kinds) if other == kind]
             prompts, room = [requests[i].args[0] for i in own], self.loaded.model.cfg.seq_len // 2

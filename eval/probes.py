@@ -2,8 +2,8 @@
 
     text, scores = report(model, "runs/x/data")
 
-Facts are trained ones; problems have templates that training never had. Apart from two samples nothing is generated:
-one forward pass tells whether greedy decoding would write an answer.
+Facts are those of training; problems have templates that training never had. Only two samples are generated: one
+forward pass tells whether greedy decoding would write an answer.
 """
 
 import math
@@ -21,7 +21,7 @@ from optimoe.sizes import count_params
 
 
 def graded(model, enc, pairs, max_tokens: int | None = None) -> list[tuple[float, int, bool]]:
-    """(nats, tokens, right) of each answer after its question, of texts. right: greedy decoding would write it."""
+    """(nats, tokens, right) of each (question, answer). right: greedy decoding would write the answer."""
     ids = [(prompt(enc, question), enc.encode_ordinary(answer)) for question, answer in pairs]
     costs = token_costs(model, ids, max_tokens, enc.n_vocab)
     return [(float(nats.sum()), len(nats), bool(best.all())) for nats, best in costs]
@@ -43,8 +43,8 @@ def commonest(values) -> float:
 
 
 def fact_recall(model, enc, cfg: FactsConfig, n_people: int = 1000) -> dict:
-    """Share of values that greedy decoding completes exactly after name and stem, of the first n_people. "chance" is
-    that of the best constant answer, "loss" is in nats per token of the values."""
+    """The share of values that greedy decoding writes after a name and the stem of a sentence, of the first n_people.
+    "chance" is the share of the best constant answer; "loss" is in nats per token of the values."""
     people = facts.people(cfg)[:n_people]
     probes = facts.probes(people, cfg.seed)
     grades = graded(model, enc, [(probe.prompt, probe.value + ".") for probe in probes])
@@ -85,9 +85,9 @@ def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000, exposure: in
 
 
 def solved(model, enc, draw, sizes, trained: int, n: int) -> dict:
-    """Share of n unseen problems draw(i, size) of each size whose whole solution greedy decoding would write; without
-    untrained sizes that do not fit the model's window. "loss" (nats per token) and "chance" (share of the best constant
-    answer) are of trained sizes."""
+    """The share of n unseen problems draw(i, size) of each size whose whole solution greedy decoding would write.
+    Untrained sizes that do not fit the model's window are left out. "loss" (nats per token) and "chance" (the share of
+    the best constant answer) are of trained sizes."""
     grades, answers = {}, []
     for size in sizes:
         problems = [draw(i, size) for i in range(n)]
@@ -102,13 +102,13 @@ def solved(model, enc, draw, sizes, trained: int, n: int) -> dict:
 
 
 def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int) -> dict:
-    """`solved` for word problems of these numbers of steps; there is one way to write each solution."""
+    """`solved` for word problems of these numbers of steps. Each solution can be written in one way only."""
     return solved(model, enc, lambda i, s: reasoning.problem(cfg, i, "test", s), steps, cfg.max_steps, n)
 
 
 def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
-    """`solved` for expressions of up to two operations more than training had. Answers are one token, without a period:
-    nothing is written down. Products make 0 the commonest."""
+    """`solved` for expressions of up to two operations more than training had. Answers are one token, so nothing is
+    written down. Products make 0 the commonest."""
 
     def draw(i, length):
         problem = reasoning.mano(cfg, i, "test", length)
@@ -119,17 +119,18 @@ def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
 
 def table(title, first, rows, trained=None):
     """Lines of a table of {name: {column: share}}; numbers above `trained` are marked."""
-    columns = next(iter(rows.values()))
-    yield from ("", title, f"{first:<16}" + "".join(f"{column:>10}" for column in columns))
+    width = max(16, *(len(str(name)) + 1 for name in rows))
+    columns = {column: max(10, len(column) + 1) for column in next(iter(rows.values()))}
+    yield from ("", title, first.ljust(width) + "".join(column.rjust(columns[column]) for column in columns))
     for name, row in rows.items():
         mark = " (untrained)" if trained and name > trained else ""
-        yield f"{name}{mark}".ljust(16) + "".join(f"{value:>10.1%}" for value in row.values())
+        yield f"{name}{mark}".ljust(width) + "".join(f"{row[column]:>{columns[column]}.1%}" for column in columns)
 
 
 def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[str, dict]:
     """(tables and two samples for people to read, everything as a dict for results.json)."""
     cfg, enc = procedural.read_config(data_dir), tokenizer.load(data_dir)
-    lines, scores, samples, most = [], {}, [], cfg.reasoning.max_steps
+    lines, scores, asked, most = [], {}, [], cfg.reasoning.max_steps
     if cfg.exposures:
         recall, bits = fact_recall(model, enc, cfg.facts, n_people), stored_bits(model, enc, cfg.facts, n_people)
         scores |= {"facts": recall, "bits": bits}
@@ -138,23 +139,23 @@ def report(model, data_dir, n_people: int = 200, n_problems: int = 50) -> tuple[
         lines += table(title, "", recall["by_attribute"] | {"overall": overall})
         per = f"{bits['per_parameter']:.4f} per parameter, {bits['per_active_parameter']:.4f} per active parameter"
         lines.append(f"{bits['total']:,.0f} of {bits['possible']:,.0f} bits stored: {per}")
-        samples.append(facts.people(cfg.facts)[0].name)
+        asked.append(facts.people(cfg.facts)[0].name)
     if cfg.n_problems:
         found = solutions_written(model, enc, cfg.reasoning, range(1, most + 3), n_problems)
         rows = {s: {"solution": right, "chance": found["chance"]} for s, right in found["accuracy"].items()}
         lines += table("reasoning on unseen templates", "steps", rows, most)
         scores["reasoning"] = rows
-        samples.append(reasoning.problem(cfg.reasoning, n_problems, "test", min(3, most)).question)
+        asked.append(reasoning.problem(cfg.reasoning, n_problems, "test", min(3, most)).question)
     if cfg.n_mano:
         mano = scores["mano"] = mano_accuracy(model, enc, cfg.reasoning, n_problems)
         rows = {s: {"answer": right, "chance": mano["chance"]} for s, right in mano["accuracy"].items()}
         lines += table("mental arithmetic, without any steps", "operations", rows, cfg.reasoning.mano_length)
     seq_len = model.cfg.seq_len
-    samples = samples if seq_len > 1 else []  # there is no room for another token
-    prompts = [prompt(enc, text) for text in samples]
+    asked = asked if seq_len > 1 else []  # else there is no room for another token
+    prompts = [prompt(enc, text) for text in asked]
     room = min(96, max(seq_len // 2, seq_len - max(map(len, prompts), default=0)))
     prompts = [ids[max(0, len(ids) + room - seq_len) :] for ids in prompts]
     written = generate(model, prompts, room, [enc.eot_token], n_vocab=enc.n_vocab)
-    scores["samples"] = [{"prompt": text, "text": enc.decode(new)} for text, new in zip(samples, written, strict=True)]
+    scores["samples"] = [{"prompt": text, "text": enc.decode(new)} for text, new in zip(asked, written, strict=True)]
     lines += [f"\nprompt: {sample['prompt']}\nsample:{sample['text']}" for sample in scores["samples"]]
     return "\n".join(lines), scores

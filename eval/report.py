@@ -1,8 +1,9 @@
-"""What runs of train.py and grpo.py tell people: their first lines, the row and line of a step, the closing report."""
+"""What runs of train.py and grpo.py print: their first lines, the row and line of a step, the closing report."""
 
 import dataclasses
 import math
 import resource
+from datetime import timedelta
 
 import torch
 
@@ -15,7 +16,7 @@ from optimoe.sizes import count_params, flops_per_token, peak_flops
 
 
 def first_lines(cfg, run, data, step):
-    """What is going to be trained, where, and what should be known about it before."""
+    """What is going to be trained, where, and warnings."""
     params, tokens = count_params(cfg), cfg.batch_size * cfg.seq_len
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     size = f"{params.total:,} parameters ({params.active:,} active), {steps_left(cfg, step)} of {tokens:,} tokens"
@@ -30,25 +31,25 @@ def first_lines(cfg, run, data, step):
 
 
 def steps_left(cfg, step):
-    return f"{cfg.steps - step} step{'s' * (cfg.steps - step != 1)}"
+    left = cfg.steps - step
+    return f"{left} step" if left == 1 else f"{left} steps"
 
 
 def read_window(window):
     """The row of a window of steps: means over batches and ranks. Waits for the device.
 
-    By layer: load_max and load_min, relative to an even share; router_entropy in nats, of the mean probabilities."""
+    By layer: load_max and load_min, relative to an even share; router_entropy of the mean probabilities, in nats."""
     loss, balance, z, batches = window["sums"].tolist()
     skipped, counts_NE = int(window["steps"][guard.BAD]), window["counts_NE"].float()
     row, layers = {}, max(1, len(counts_NE)) * batches
     if batches:  # else all steps were skipped
-        row |= {"loss": loss / batches, "balance": balance / layers, "z": z / layers}  # 1 is balance, in every layer
+        row |= {"loss": loss / batches, "balance": balance / layers, "z": z / layers}
     row |= {"skipped_steps": skipped} if skipped else {}
     if batches and len(counts_NE):
         load_NE = counts_NE / counts_NE.mean(1, keepdim=True)
         p_NE = window["probs_NE"] / window["probs_NE"].sum(1, keepdim=True)
         row |= {"load_max": load_NE.amax(1).tolist(), "load_min": load_NE.amin(1).tolist()}
-        row |= {"dead_experts": int((counts_NE == 0).sum())}
-        row |= {"router_entropy": torch.special.entr(p_NE).sum(1).tolist()}
+        row |= {"dead_experts": int((counts_NE == 0).sum()), "router_entropy": torch.special.entr(p_NE).sum(1).tolist()}
         row |= {"load": [[round(x, 3) for x in layer] for layer in load_NE.tolist()]}
     return row
 
@@ -102,7 +103,7 @@ def grpo_start(cfg, run, job):
 
 
 def grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds):
-    """The row of a step of grpo.py, over all ranks, which wait for one another. stats, norm: of grpo.update."""
+    """The row of a step of grpo.py over all ranks, which wait for one another here. stats, norm: of grpo.update."""
     loss, kl, clipped, n_tokens, routed, changed = stats.sum(0).tolist()
     mixed_P = reward_PG.amin(1) < reward_PG.amax(1)
     # Without the KL term, a group of equal rewards teaches nothing.
@@ -122,12 +123,13 @@ def grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds):
 
 
 def grpo_line(row, cfg):
+    seconds = row["seconds_rollout"] + row["seconds_reward"] + row["seconds_update"]
     return (
         f"step {row['step']:>4}/{cfg.steps} | reward {row['reward']:.4f} | {row['answer_tokens']:.1f} tokens | "
         f"KL {row['kl']:.2e} | clipped {row['clipped']:.2%} | other experts {row['router_changed']:.2%} | "
         f"grad {row['grad_norm']:.3f} | rollout {row['seconds_rollout']:.1f} s at "
         f"{row['rollout_tokens_per_s']:,.0f} tokens/s, reward {row['seconds_reward']:.1f} s, "
-        f"update {row['seconds_update']:.1f} s"
+        f"update {row['seconds_update']:.1f} s | eta {timedelta(seconds=round(seconds * (cfg.steps - row['step'])))}"
     )
 
 
@@ -159,12 +161,15 @@ def final_report(model, cfg, data, results):
         text, scores = probes.report(model, directory)
         print(text)
         return scores
+    split, loader = ("validation", data.val_loader) if data.val_loader else ("training", data.loader)
+    rows_BL, targets_BL, *_ = loader.next()
+    answers_B = (targets_BL >= 0).int().argmax(1).tolist()  # where the answer of the first example begins; in text 0
     length = min(max(1, cfg.seq_len // 2), 32)
-    new_tokens = min(cfg.sample_tokens, cfg.seq_len - length)
+    prompts = [tuple(row[: at + 1 if at else length].tolist()) for row, at in zip(rows_BL, answers_B, strict=True)]
+    prompts = [list(ids) for ids in dict.fromkeys(prompts)][:2]
+    new_tokens = min(cfg.sample_tokens, cfg.seq_len - max(map(len, prompts)))
     if not new_tokens:
         return {}
-    split, loader = ("validation", data.val_loader) if data.val_loader else ("training", data.loader)
-    prompts = [row[:length].tolist() for row in loader.next()[0][:2]]
     options = dict(temperature=0.8, top_p=0.95, seed=cfg.seed, n_vocab=data.enc.n_vocab)
     new, decode = generate(model, prompts, new_tokens, [data.enc.eot_token], **options), data.enc.decode
     samples = [{"prompt": decode(before), "text": decode(ids)} for before, ids in zip(prompts, new, strict=True)]

@@ -3,19 +3,19 @@
     run("def f(x):\n    return x + 1", "assert f(1) == 2").passed        # True
     run_many([(program, check), ...])                                    # several at once, results in order
 
-Every program gets a process of its own (eval/jail.py), which first gives up for good, without root or namespaces:
+Every program gets a process of its own (eval/jail.py). It needs no root, and first gives up for good:
   seccomp       all system calls but a short list: no sockets, processes, threads, signals or opening for writing
   Landlock      reading anything but Python, its packages and the system libraries (kernel 5.13 and later)
   capabilities  what root may do and others may not
   rlimits       CPU time, memory, core dumps, open files
-It has nothing of the user's environment, its output goes to /dev/null, its process group is killed at the deadline,
-and the kernel kills it with the evaluator.
+It sees nothing of the user's environment and writes to /dev/null. Its process group is killed at the deadline, and the
+kernel kills it with the evaluator.
 
-A pass must be proven: the tests and a fresh random token are sent after the program's top level has finished, and the
+A pass must be proven: the tests are sent with a fresh random token after the program's top level has finished, and the
 token comes back after the last assert. So exiting early, printing, or replacing `check`, `exec` or `print` fails. A
-failure must be the program's: an honest program has to pass first, the clock starts when the process is confined, and
-one that does not get that far is an OSError. As asserts share an interpreter with the tested function, code written
-against this very protocol can fake its own pass, and nothing else.
+failure must be the program's own: an honest program has to pass first, the clock starts when the process is confined,
+and a process that does not get that far is an OSError. Asserts share an interpreter with the tested function, so code
+written against this very protocol can fake its own pass, and nothing else.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from eval import jail
 
 MEMORY = 2**30  # bytes of address space
 START_SECONDS, HONEST_SECONDS = 120, 30  # generous: the machine may be busy, or its disk slow
-LEAVE_OUT = "leave out what runs programs (humaneval, mbpp, answers by program)"
+LEAVE_OUT = "leave out humaneval and mbpp"
 HONEST = "import collections, decimal, hashlib, heapq, math, random, re\ndef f(x):\n    return math.floor(x) + 1\n"
 
 
@@ -47,54 +47,38 @@ class Result(NamedTuple):
     reason: str  # "passed", "timeout", or what went wrong, at most 200 characters
 
 
-def run(program: str, check: str, seconds: float = 5.0, memory: int = MEMORY) -> Result:
+def run(program: str, check: str, seconds: float = 5.0) -> Result:
     """Executes `program`, then `check` in the same namespace; passed when both end without an exception.
 
-    seconds: of CPU time, rounded; 4 times as much by the clock, without waiting for a processor. memory: bytes of
-    address space. OSError where no program can be judged: no seccomp, not x86-64 or ARM64, or an interpreter that
-    cannot run an honest program within these limits."""
-    confinement(memory)
-    return _session(program, check, False, seconds, memory)[1]
+    seconds: of CPU time, rounded; by the clock 4 times as much, not counting waits for a processor. OSError where no
+    program can be judged: no seccomp, not x86-64 or ARM64, or an interpreter that cannot run an honest program."""
+    confinement()
+    return _run(program, check, seconds)
 
 
-def values(program: str, expressions: list[str], seconds: float = 5.0, memory: int = MEMORY) -> list[str] | None:
-    """Executes `program`, then evaluates the expressions in its namespace: their reprs, of 64 kB in all, or None where
-    anything fails. They are compared outside: a program trained to pass never meets what it has to return."""
-    confinement(memory)
-    said, _ = _session(program, json.dumps(expressions), True, seconds, memory)
-    try:
-        found = json.loads(said)
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(found, list) and len(found) == len(expressions) and all(isinstance(text, str) for text in found)
-    return found if whole else None
-
-
-def run_many(jobs, workers: int | None = None, **limits) -> list[Result]:
-    """`run` for each (program, check), `workers` at a time (default: one per CPU)."""
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda job: run(*job, **limits), jobs))
+def run_many(jobs) -> list[Result]:
+    """`run` for each (program, check), one at a time per CPU."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda job: run(*job), jobs))
 
 
 @functools.cache
-def confinement(memory: int = MEMORY) -> str:
+def confinement() -> str:
     """What holds programs here: "seccomp + Landlock" or "seccomp". OSError where an honest program does not pass."""
-    _, result = _session(HONEST, "assert f(1.5) == 2", False, HONEST_SECONDS, memory)
+    result = _run(HONEST, "assert f(1.5) == 2", HONEST_SECONDS)
     if not result.passed:
-        where = f"in {sys.executable} with {memory:,} bytes of memory; repair that, or {LEAVE_OUT}"
+        where = f"in {sys.executable} with {MEMORY:,} bytes of memory; repair that, or {LEAVE_OUT}"
         raise OSError(f"no program can be judged here: an honest one failed ({result.reason}) {where}")
-    _, result = _session("", f"assert not open({str(Path(__file__))!r})", False, HONEST_SECONDS, memory)
+    result = _run("", f"assert not open({str(Path(__file__))!r})", HONEST_SECONDS)
     return "seccomp + Landlock" if result.reason.startswith("PermissionError") else "seccomp"
 
 
-def _session(program, message, values, seconds, memory):
-    """One process: (what it said behind the token, Result). OSError where it cannot start."""
-    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+def _run(program, check, seconds):
     readable = [f"{root}/{library}" for root in {sys.prefix, sys.base_prefix} for library in ("lib", "lib64")]
     readable += [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
-    job = dict(program=program, values=values, cpu=max(1, round(seconds)), memory=memory)
-    job |= dict(readable=readable, packages=packages)
-    token, stage, said = secrets.token_bytes(16), "program", b""
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    job = dict(program=program, cpu=max(1, round(seconds)), memory=MEMORY, readable=readable, packages=packages)
+    token, stage = secrets.token_bytes(16), "program"
     with _process() as (process, channel):
         _start(process, channel, job)
         end = time.monotonic() + 4 * seconds
@@ -102,19 +86,19 @@ def _session(program, message, values, seconds, memory):
         try:
             said = _ask(channel, None, left)
             if said == jail.READY:
-                stage, said = "tests", _ask(channel, token + message.encode(), left)
+                stage, said = "tests", _ask(channel, token + check.encode(), left)
         except TimeoutError:
-            return b"", Result(False, "timeout")
+            return Result(False, "timeout")
         status, usage = _kill(process)
-    if secrets.compare_digest(said[:16], token):
-        return said[16:], Result(True, "passed")
+    if secrets.compare_digest(said, token):
+        return Result(True, "passed")
     if said:
-        return b"", Result(False, said.decode(errors="replace")[:200])
+        return Result(False, said.decode(errors="replace")[:200])
     # A program that ignores SIGXCPU gets SIGKILL a second later.
     if status == -signal.SIGXCPU or usage.ru_utime + usage.ru_stime >= job["cpu"]:
-        return b"", Result(False, "timeout")
+        return Result(False, "timeout")
     ending = f" ({signal.Signals(-status).name})" if status < 0 else ""
-    return b"", Result(False, f"the process ended during the {stage}{ending}")
+    return Result(False, f"the process ended during the {stage}{ending}")
 
 
 @contextlib.contextmanager
@@ -173,31 +157,26 @@ def waited(pid: int) -> float:
 
 
 def _ask(channel, data, left):
-    """Sends data, if any, and returns the next message, b"" where the other side is gone. TimeoutError when no seconds
-    are left: a program need neither read nor write."""
+    """Sends data, if any; the next message, of at most 64 kB, or b"" where the other side is gone. TimeoutError when
+    no seconds are left: a program need neither read nor write."""
     try:
         if data is not None:
             channel.settimeout(max(0.01, left()))
             channel.sendall(struct.pack("!I", len(data)) + data)
-        return _receive(channel, left)
+        received, need = b"", 4
+        while len(received) < need:
+            channel.settimeout(max(0.01, left()))
+            try:
+                part = channel.recv(need - len(received))
+            except TimeoutError:
+                if left() > 0:  # it had to wait for a processor meanwhile
+                    continue
+                raise
+            if not part:
+                return b""
+            received += part
+            if need == 4 == len(received):
+                need += min(struct.unpack("!I", received)[0], 2**16)
+        return received[4:]
     except (BrokenPipeError, ConnectionResetError):
         return b""
-
-
-def _receive(channel, left):
-    """One message, cut at 64 kB."""
-    data, need = b"", 4
-    while len(data) < need:
-        channel.settimeout(max(0.01, left()))
-        try:
-            part = channel.recv(need - len(data))
-        except TimeoutError:
-            if left() > 0:  # it had to wait for a processor meanwhile
-                continue
-            raise
-        if not part:
-            return b""
-        data += part
-        if need == 4 == len(data):
-            need += min(struct.unpack("!I", data)[0], 2**16)
-    return data[4:]

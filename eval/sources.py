@@ -5,7 +5,6 @@ rows = source.rows(gsm8k.TEST)         # list of dicts
 source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jsonl"}
 """
 
-import contextlib
 import gzip
 import importlib.util
 import os
@@ -22,18 +21,14 @@ class Set(NamedTuple):
     """One set of evaluation items and where it may be found."""
 
     name: str  # "gsm8k/test", as results name it
-    file: str  # in the local folder: JSON lines or one JSON list, plain or gzipped
+    file: str  # in the local folder: JSON lines, plain or gzipped
     hub: tuple[str, str | None, str] | None = None  # (dataset, configuration, split)
     origin: str = ""  # where a person gets the file
 
 
-class Missing(ValueError):
-    """A set that is nowhere, in contrast to one that is damaged."""
-
-
 class Source:
-    """folder: the local folder; ValueError if one was asked for and is not there.
-    training_data: the data directory of the evaluated run; tasks on procedural data need it."""
+    """folder: the local one; ValueError if it was asked for and is not there. training_data: the data directory of the
+    evaluated run, which tasks on procedural data need."""
 
     def __init__(self, folder: str | Path | None = None, training_data: str | Path | None = None):
         asked = folder or os.environ.get("OPTIMOE_EVALDATA")
@@ -43,43 +38,34 @@ class Source:
         self.used = {}  # name of a set -> where it was read
         self._cache = {}
 
-    def rows(self, wanted: Set) -> list[dict]:
-        """The items of a set in their published order. Missing says how to get it; ValueError names a damaged file."""
-        if wanted not in self._cache:
-            found = self._local(wanted) or self._hub(wanted)
-            if not found:
-                raise Missing(f"{wanted.name} was not found: {self._ways(wanted)}")
-            rows, where = found
-            if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-                raise ValueError(f"{where} must hold a JSON object for each item; get it again")
-            self._cache[wanted], self.used[wanted.name] = found
-        return self._cache[wanted]
-
-    def first(self, *sets: Set) -> list[dict]:
-        """The rows of the first of these sets that is there; the message of the first one if none is."""
-        try:
-            return self.rows(sets[0])
-        except Missing:
-            for wanted in sets[1:]:
-                with contextlib.suppress(Missing):
-                    return self.rows(wanted)
-            raise
+    def rows(self, *sets: Set) -> list[dict]:
+        """The items, in their published order, of the first of these sets that is there. ValueError says how to get the
+        first of them, or names a damaged file."""
+        for wanted in sets:
+            found = self._cache.get(wanted) or self._local(wanted) or self._hub(wanted)
+            if found:
+                rows, where = found
+                if not rows or not all(isinstance(row, dict) for row in rows):
+                    raise ValueError(f"{where} must hold a JSON object for each item; get it again")
+                self._cache[wanted], self.used[wanted.name] = found, where
+                return rows
+        raise ValueError(f"{sets[0].name} was not found: {self._ways(sets[0])}")
 
     def procedural(self, part: str) -> FactsConfig | ReasoningConfig:
-        """The settings of a part ("facts", "reasoning") of the run's procedural training data; ValueError without."""
+        """The settings of a part ("facts", "reasoning") of the run's procedural training data, else ValueError."""
         where = f"{self.training_data}/{shards.META}"
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
-            why = f"nothing about them in {where}" if self.training_data else "its training data is not at hand"
-            raise ValueError(f"{part}: this model was not trained on procedural {part} ({why})")
+            why = f"{where} has none" if self.training_data else "if it was, name its data directory with --data"
+            what = f"this model was not trained on procedural {part} ({why})"
+            raise ValueError(f"{part}: {what}; choose another task, for instance gsm8k")
         return getattr(procedural.from_dict(settings, where), part)
 
     def _ways(self, wanted):
-        file, origin = wanted.file, f" (it is in {wanted.origin})" if wanted.origin else ""
-        other = "name another one with --evaldata or OPTIMOE_EVALDATA"
-        way = f"put {file} (or {file}.gz){origin} into the folder {self.folder}, or {other}"
+        origin = f" (it is in {wanted.origin})" if wanted.origin else ""
+        way = f"put {wanted.file} (or {wanted.file}.gz){origin} into the folder {self.folder}"
         hub = f"; or pip install datasets, for the hub's {' '.join(filter(None, wanted.hub))}" if wanted.hub else ""
-        return way + hub
+        return f"{way}, or name another one with --evaldata or OPTIMOE_EVALDATA{hub}"
 
     def _local(self, wanted):
         for path in (self.folder / wanted.file, self.folder / f"{wanted.file}.gz"):
@@ -97,21 +83,16 @@ class Source:
         except (OSError, ValueError) as error:  # no network, or the dataset has moved
             why = f"reading {dataset} from the hub failed ({error})"
             raise ValueError(f"{wanted.name}: {why}: {self._ways(wanted)}") from error
-        return [_flat(row) for row in rows], f"hub: {' '.join(filter(None, wanted.hub))}"
+        # TriviaQA's nested answer becomes flat, as in the local file.
+        flat = [row | row["answer"] if isinstance(row.get("answer"), dict) else row for row in rows]
+        return flat, f"hub: {' '.join(filter(None, wanted.hub))}"
 
 
 def _read(path):
-    """JSON lines, or one JSON list; gzipped or not."""
+    """JSON lines, gzipped or not."""
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); get it again") from None
-    if ".jsonl" in path.name:
-        return [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
-    return files.parse(text, str(path), "get it again")
-
-
-def _flat(row):
-    """TriviaQA's nested answer as in the local file."""
-    return row | row["answer"] if isinstance(row.get("answer"), dict) else row
+    return [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]

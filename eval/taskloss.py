@@ -3,9 +3,9 @@
     context, answer, merged = encode_pair(tokens, "2+2=", "4")
     nats = score(model, [(context, answer)])[0]
 
-bits/token and bits/byte are NLL / ln 2 / answer tokens or UTF-8 bytes. As in the paper, the answer's tokens are those
-of encode(prompt + answer) behind encode(prompt). Where that is not its beginning, a token has merged across the
-boundary ("Answer:" + "Janet": ":J", "anet"): both are then encoded apart, as in generation, and the item is `merged`.
+bits/token and bits/byte are NLL / ln 2 / the answer's tokens or UTF-8 bytes. As in the paper, the answer's tokens are
+those of encode(prompt + answer) behind encode(prompt). Where the one does not begin with the other, a token has merged
+across the boundary ("Answer:" + "Janet": ":J", "anet"). Both are then encoded apart, and the item is `merged`.
 """
 
 import math
@@ -18,7 +18,7 @@ from eval.generate import any_shape
 
 
 def context_ids(tokens: Tokens, prompt: str) -> list[int]:
-    """bos and the ids of a prompt; an empty one without bos is an end-of-text token, as in lm-eval."""
+    """bos and the ids of a prompt. Without bos an empty prompt is an end-of-text token, as in lm-eval."""
     ids = tokens.bos + tokens.encode(prompt)
     if not ids and not tokens.eos:
         raise ValueError("a prompt is empty, and the tokenizer has no token to start it with (neither bos nor eos)")
@@ -26,7 +26,7 @@ def context_ids(tokens: Tokens, prompt: str) -> list[int]:
 
 
 def encode_pair(tokens: Tokens, prompt: str, answer: str) -> tuple[list[int], list[int], bool]:
-    """(prompt ids with bos, answer ids, merged); see the top of this file. ValueError for an empty answer."""
+    """(prompt ids with bos, answer ids, merged). ValueError for an empty answer."""
     if not answer:
         raise ValueError(f"the answer after {prompt[-40:]!r} is empty: nothing to score")
     context, whole = context_ids(tokens, prompt), tokens.bos + tokens.encode(prompt + answer)
@@ -36,7 +36,7 @@ def encode_pair(tokens: Tokens, prompt: str, answer: str) -> tuple[list[int], li
 
 
 def encode_inside(tokens: Tokens, text: str) -> list[int]:
-    """The ids of a text that follows another one: without the space that SentencePiece puts in front of every text."""
+    """The ids of a text behind another one, without the space that SentencePiece puts in front of every text."""
     ids = tokens.encode(text)
     if tokens.decode(ids) == " " + text:
         for before in "\n.a":
@@ -59,10 +59,10 @@ def windows(context: list[int], answer: list[int], seq_len: int):
 @torch.no_grad()
 @any_shape
 def token_costs(model, pairs, max_tokens: int | None = None, n_vocab: int | None = None) -> list[tuple]:
-    """For each (context, answer), of ids: (nats of every answer token given all before it, in float64; whether it is
-    the most likely one), on the CPU. The softmax is in float32 over the first n_vocab ids (None: the whole head).
+    """For each (context, answer) of ids: (float64 nats of every answer token given all before it; whether each is the
+    most likely one), on the CPU. The softmax is in float32, over the first n_vocab ids (None: the whole head).
 
-    A batch has max_tokens tokens with padding (default: by vocabulary, for logits of 1 GB)."""
+    A batch has max_tokens tokens, padding included (default: by vocabulary, for logits of 1 GB)."""
     device, cfg = model.embed.weight.device, model.cfg
     max_tokens = max_tokens or min(16384, 2**29 // cfg.vocab_size)
     work = [(*window, i) for i, pair in enumerate(pairs) for window in windows(*pair, cfg.seq_len)]

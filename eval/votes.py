@@ -15,7 +15,6 @@ import numpy as np
 
 from data import files
 from eval import harness, tasks
-from eval.sources import Source
 from optimoe import config
 from optimoe.config import require
 
@@ -89,24 +88,20 @@ def table(result, seq_len):
     for i, n in enumerate(result["samples"]):
         parts = ([result[kind][name][i] for name in ("mean", "low", "high")] for kind in ("coverage", "majority"))
         lines.append(f"{n:>7}    " + "   ".join(f"{mean:.4f} [{low:.3f}, {high:.3f}]" for mean, low, high in parts))
-    if result["cut"]:
-        lines.append(f"  {result['cut']:,} questions {harness.CUT.format(seq_len)}")
-    return "\n".join(lines)
+    return "\n".join(lines + harness.cut_line(result["cut"], result["questions"], seq_len))
 
 
 def main(argv=None):
     """Returns the curves."""
     cfg = config.parse(VotesConfig, sys.argv[1:] if argv is None else argv, __doc__)
-    task, source = tasks.load(cfg.task), Source(cfg.evaldata, cfg.data_directory())
+    task, source = tasks.load(cfg.task), harness.open_source(cfg)
     items = task.asked(harness.read_items(task, source, cfg.shots))
     loaded, out = harness.open_model(cfg)
-    settings = harness.settings(loaded, items, cfg.shots, cfg)
-    path = out / f"votes-{cfg.task}.json"
-    known = {item.id: set() for item in items}
-    stored = harness.Records(path.with_suffix(".jsonl"), settings, known, ("id", "gold", "votes", "cut"), cfg.overwrite)
+    settings, path = harness.settings(loaded, items, cfg.shots, cfg), out / f"votes-{cfg.task}.json"
+    stored = harness.Records(path.with_suffix(".jsonl"), settings, items, cfg.overwrite)
     room = harness.answer_length(loaded, task, items)
     compute = functools.partial(sample_answers, loaded, task, room=room, cfg=cfg)
-    questions = harness.complete(stored, items, compute, max(1, cfg.batch_size // cfg.samples), cfg.limit)
+    questions = stored.complete(items, compute, max(1, cfg.batch_size // cfg.samples), cfg.limit)
     cut = sum(question.get("cut", False) for question in questions)
     result = settings | {"sources": source.used, "cut": cut} | curves(questions)
     files.write_json(path, result)
@@ -115,4 +110,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.command_line(main, "stopped; the same command, without --overwrite, goes on from here")
+    config.command_line(main, harness.STOPPED)

@@ -1,10 +1,8 @@
-"""One AdamW step (arXiv 1711.05101) of one tensor in one kernel, which reads and writes every value once: clipping,
-decay, moments, new weight.
+"""One AdamW step (arXiv 1711.05101) of one tensor in one kernel, which reads and writes every value once.
 
 bfloat16 has 8 significant bits, so rounding to nearest would lose any step below 1/512 of a weight, and nearly all are.
 Stochastic rounding goes up with a probability equal to the part cut off, so the mean of what is stored is what was
-computed (arXiv 2010.06192). The random bits are a hash of (seed, step, position), so that a resumed run continues bit
-for bit.
+computed (arXiv 2010.06192). The random bits are a hash of (seed, step, position): a resumed run continues bit for bit.
 """
 
 import math
@@ -20,22 +18,9 @@ BLOCK = 2048  # values per program of four warps: 16 per thread
 
 @torch.no_grad()
 def adamw_step(
-    weight,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    step,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    scale=None,
-    skip=None,
-    copy=None,
-    seed=0,
-    impl=None,
-):
+    weight, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay,
+    scale=None, skip=None, copy=None, seed=0, impl=None,
+):  # fmt: skip
     """Update weight, exp_avg and exp_avg_sq in place.
 
     weight, exp_avg, exp_avg_sq: contiguous tensors of one shape, each float32 or bfloat16; what is stored in bfloat16
@@ -43,16 +28,13 @@ def adamw_step(
     grad: of that shape, float32 or bfloat16. copy: bfloat16 tensor of that shape that gets the new weight, rounded to
     nearest; or None.
     step: float32 scalar tensor, the number of this step, counted from 1. lr: float or float32 scalar tensor.
-    scale: float32 scalar tensor that the gradient is multiplied by; None: 1. skip: float32 scalar tensor; where it is
-    not 0 nothing changes.
+    scale, skip: float32 scalar tensors, or None. The gradient is multiplied by scale; nothing changes where skip is not
+    0.
     seed: of the rounding, below 2**31; tensors with seeds of their own are rounded independently.
-    impl: as in `moe_experts`; "grouped_mm" is the reference here. Nothing waits for the device. Raises ValueError for
-    other shapes or dtypes."""
+    impl: as in `route`. Raises ValueError for other shapes or dtypes."""
     shape, dtypes = weight.shape, (torch.float32, torch.bfloat16)
-    tensors = dict(
-        weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, copy=weight if copy is None else copy
-    )
-    for name, t in tensors.items():
+    tensors = dict(weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    for name, t in (tensors if copy is None else tensors | dict(copy=copy)).items():
         if t.shape != shape or t.dtype not in dtypes or (name != "grad" and not t.is_contiguous()):
             expected = f"contiguous float32 or bfloat16 of weight's shape {tuple(shape)}"
             raise ValueError(f"{name} {tuple(t.shape)} {t.dtype}: expected {expected}")
@@ -81,8 +63,7 @@ def launch(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta
 
 @triton.jit
 def mix(x):
-    """A hash of uint32 (lowbias32 of Wellons' "Prospecting for Hash Functions"): flipping any input bit flips each
-    output bit half of the time."""
+    """A hash of uint32: lowbias32 of Wellons' "Prospecting for Hash Functions"."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -121,8 +102,7 @@ def adamw_kernel(
     n, seed, eps, weight_decay, BETA1: tl.constexpr, BETA2: tl.constexpr,
     LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of values. Pointers to int16 hold the bits of bfloat16, because the interpreter's own bfloat16 arithmetic
-    is wrong."""
+    """A block of values. bfloat16 comes as int16, because the interpreter's own bfloat16 arithmetic is wrong."""
     if tl.load(skip_ptr) != 0:
         return
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -143,8 +123,7 @@ def adamw_kernel(
     store_float(weight_ptr + start, offs, w, noise & 0xFFFF, mask)
     store_float(exp_avg_ptr + start, offs, m, noise >> 16, mask)
     # The second moment needs stochastic rounding most: it falls by at most 1 - beta2 = 1/20 to 1/1000 of itself a step,
-    # while bfloat16's spacing is 1/256 to 1/128 of a number. Rounded to nearest with a beta2 near 1 it would rise
-    # with large gradients and never fall again.
+    # while bfloat16's spacing is 1/256 to 1/128 of a number. Rounded to nearest it might never fall again.
     store_float(exp_avg_sq_ptr + start, offs, v, mix(noise ^ 0x9E3779B9) & 0xFFFF, mask)
     if COPY:  # rounded to nearest, ties to even
         store_bfloat16(copy_ptr + start, offs, w, 0x7FFF + ((w.to(tl.uint32, bitcast=True) >> 16) & 1), mask)

@@ -1,9 +1,8 @@
 """The output layer and its loss in one op that never holds the (T, V) logits: a chunk of logits becomes its own
 gradient in place.
 
-Shapes: T tokens, D model width, V vocabulary. The forward pass completes the gradients of x and w, so the backward pass
-only scales them and no logits are computed twice. The idea is Liger's (arXiv 2410.10989); here the weight's gradient is
-summed in float32.
+The forward pass completes the gradients of x and w, and the backward pass only scales them. The idea is Liger's
+(arXiv 2410.10989); here the weight's gradient is summed in float32. Shapes: T tokens, D model width, V vocabulary.
 """
 
 import torch
@@ -17,15 +16,12 @@ from moe_kernels.tiles import pow2
 
 
 def linear_cross_entropy(x_TD, w_VD, targets_T, chunk=16384, impl=None):
-    """Mean cross-entropy in nats (float32 scalar; float64 for float64 inputs) of softmax(x W^T) over the targets that
-    are not -1.
+    """Mean cross-entropy in nats of softmax(x W^T) over the targets that are not -1: a float32 scalar, float64 for
+    float64 inputs, differentiable in x and w.
 
     x_TD (T, D) in the compute dtype; w_VD (V, D) in any floating dtype, cast to x's; targets_T (T,) int64 below V (not
-    checked).
-    chunk: tokens whose logits exist at one time on the triton path. Differentiable in x and w; w's gradient has w's
-    dtype.
-    impl: as in `moe_experts`; "grouped_mm" is the reference here. Raises ValueError for shapes that do not fit, and for
-    float64 with "triton"."""
+    checked). chunk: tokens whose logits exist at one time in the kernels.
+    impl: as in `route`. Raises ValueError for shapes that do not fit, and for float64 with "triton"."""
     if x_TD.ndim != 2 or w_VD.ndim != 2 or x_TD.shape[1] != w_VD.shape[1] or targets_T.shape != x_TD.shape[:1]:
         shapes = f"x {tuple(x_TD.shape)}, w {tuple(w_VD.shape)}, targets {tuple(targets_T.shape)}"
         raise ValueError(f"{shapes}: expected (T, D), (V, D), (T,)")
@@ -47,10 +43,9 @@ def cross_entropy_kernel(
     """One row: its loss, and softmax - onehot in place of its logits. A row whose target is -1 is not read and becomes
     zeros.
 
-    A thread keeps one running maximum and sum for GROUP neighbours (8: 16 bytes of bfloat16), which takes 1.1
-    exponentials a value; a maximum for each value would take two. Exponentials are in base 2, which is the hardware's:
-    with tl.exp and a maximum for each value the kernel took 36 instructions a value instead of 15, and these limited
-    it, not memory."""
+    A thread keeps one running maximum and sum for GROUP neighbours (8: 16 bytes of bfloat16), and exponentials have the
+    hardware's base 2. With tl.exp and a maximum for each value the kernel took 36 instructions a value instead of 15,
+    and these limited it, not memory."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     offs = tl.arange(0, BLOCK_V // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -74,7 +69,7 @@ def cross_entropy_kernel(
         log2_total = tl.log2(tl.sum(total * tl.exp2((top - best) * LOG2E), 0))
         tl.store(losses_ptr + row, log2_total / LOG2E + (best - picked))
         if GRADS:
-            tl.debug_barrier()  # no warp may overwrite what another has yet to read: reductions are no barriers
+            tl.debug_barrier()  # no warp may overwrite what another has yet to read; reductions are no barriers
             for back in range(0, V, BLOCK_V):  # from the end, which the L2 cache still has
                 v = (V - 1) // BLOCK_V * BLOCK_V - back
                 x = tl.load(logits_ptr + v + offs, mask=offs < V - v, other=0.0).to(tl.float32)
@@ -87,36 +82,30 @@ def cross_entropy_kernel(
 def cross_entropy_op(
     x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, chunk: int, grads: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mean loss, the factor 1 / (counted targets), and the gradients of x and w before that factor; these are empty
-    without `grads`."""
-    with autocast_off(x_TD.device.type):
-        return _cross_entropy(x_TD, w_VD, targets_T, chunk, grads)
-
-
-def _cross_entropy(x_TD, w_VD, targets_T, chunk, grads):
+    """The mean loss, 1 / (number of targets), and the gradients of x and w before that factor: empty without grads."""
     x, w, targets = x_TD.contiguous(), w_VD.to(x_TD.dtype).contiguous(), targets_T.contiguous()
     (T, _), V = x.shape, w.shape[0]
-    # Two groups a thread. A multiprocessor holds at most two rows of 32 warps: more would evict one another from L2
-    # between the two passes.
+    # Two groups a thread. More than two rows on a multiprocessor would evict one another from L2 between the passes.
     block, group = (min(max(pow2(V), 8), 16384), 8) if V % 8 == 0 else (min(pow2(V), 4096), 1)
     scale = 1.0 / (targets >= 0).sum().clamp(min=1).float()
     losses = x.new_empty(T, dtype=torch.float32)
     dx, dw = x.new_empty(0), w.new_empty(0)
     if grads:
         dx, dw = torch.empty_like(x), w.new_zeros(w.shape, dtype=torch.float32)
-    for start in range(0, T, chunk):
-        rows = x[start : start + chunk]
-        logits = rows @ w.T
-        cross_entropy_kernel[(len(rows),)](
-            logits_ptr=logits, targets_ptr=targets[start:], losses_ptr=losses[start:],
-            V=V, GRADS=grads, BLOCK_V=block, GROUP=group, num_warps=max(4, block // 512),
-        )  # fmt: skip
-        if grads:
-            torch.mm(logits, w, out=dx[start : start + chunk])
-            if x.is_cuda and x.dtype != torch.float32:
-                torch.addmm(dw, logits.T, rows, out_dtype=torch.float32, out=dw)
-            else:
-                dw += logits.T @ rows
+    with autocast_off(x.device.type):
+        for start in range(0, T, chunk):
+            rows = x[start : start + chunk]
+            logits = rows @ w.T
+            cross_entropy_kernel[(len(rows),)](
+                logits_ptr=logits, targets_ptr=targets[start:], losses_ptr=losses[start:],
+                V=V, GRADS=grads, BLOCK_V=block, GROUP=group, num_warps=max(4, block // 512),
+            )  # fmt: skip
+            if grads:
+                torch.mm(logits, w, out=dx[start : start + chunk])
+                if x.is_cuda and x.dtype != torch.float32:
+                    torch.addmm(dw, logits.T, rows, out_dtype=torch.float32, out=dw)
+                else:
+                    dw += logits.T @ rows
     return losses.sum() * scale, scale, dx, dw.to(w_VD.dtype) if grads else dw
 
 

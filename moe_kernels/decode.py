@@ -1,8 +1,8 @@
-"""One token of each of a few sequences: a block of the model in seven launches, most of which read their weights once.
+"""One token of each of a few sequences: a block of the model in seven launches, without gradients.
 
-Generation at small batches is launches and latencies: a step of PyTorch's ops takes 19 launches a block. Here the norm
-is part of the product behind it, the residual of the product before it, and for few (token, expert) pairs nothing is
-sorted: a program reads a few rows of one expert's matrix for one pair. No gradients.
+Generation at small batches is launches and latencies: PyTorch's ops take 18 launches a block. Here the norm is part of
+the product behind it, the residual of the product before it, and for few (token, expert) pairs nothing is sorted: a
+program reads a few rows of one expert's matrix for one pair.
 
 Shapes: T tokens, one of each sequence; D model width, N columns, H heads (Hkv of keys and values), d head width, L room
 of the cache, E experts, K experts per token, F expert hidden width. Products accumulate in float32.
@@ -10,16 +10,15 @@ of the cache, E experts, K experts per token, F expert hidden width. Products ac
 
 import torch
 
-from moe_kernels import grouped_gemm as gemm
 from moe_kernels.activation import ACTIVATIONS
-from moe_kernels.dispatch import combine, dispatch
+from moe_kernels.experts import forward
 from moe_kernels.language import launch, tl, triton
 from moe_kernels.rotary import _rotate
 from moe_kernels.routing import choose
-from moe_kernels.tiles import cdiv, gemm_tiles, pow2
+from moe_kernels.tiles import cdiv, pow2
 
-FEW_ROWS = 32  # up to so many rows `linear` is faster than a norm, cuBLAS and an addition (H200)
-FEW_PAIRS = 64  # up to so many pairs reading an expert's matrix once for each is faster than sorting them (H200)
+FEW_ROWS = 32  # up to so many rows linear_kernel is faster than a norm, cuBLAS and an addition (H200)
+FEW_PAIRS = 64  # up to so many pairs, reading an expert's matrix for each is faster than sorting them (H200)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -127,7 +126,7 @@ def attend(qkv_TNd, cos, sin, positions_T, k_TLHd, v_TLHd, n_heads, q_norm=None,
 
     qkv_TNd (T, H + 2 Hkv, d) is rotated, as in `rope`, at positions_T (T,) int64 of cos and sin (rows of d, float32);
     its keys and values are written there into the caches k_TLHd and v_TLHd (T, L, Hkv, d)."""
-    (T, N, d), (_, L, n_kv, _), block_d = qkv_TNd.shape, k_TLHd.shape, pow2(qkv_TNd.shape[2])
+    (T, N, d), (_, L, n_kv, _) = qkv_TNd.shape, k_TLHd.shape
     q, y = qkv_TNd.new_empty(T, n_heads, d), qkv_TNd.new_empty(T, n_heads * d)
     sizes = dict(H=n_heads, HKV=n_kv, D=d)
     launch(
@@ -136,7 +135,7 @@ def attend(qkv_TNd, cos, sin, positions_T, k_TLHd, v_TLHd, n_heads, q_norm=None,
     )  # fmt: skip
     launch(
         attention_kernel, (T, n_kv), (q, k_TLHd, v_TLHd, positions_T, y), (L, d**-0.5),
-        BLOCK_G=max(16, pow2(n_heads // n_kv)), BLOCK_L=64, BLOCK_D=max(16, block_d), **sizes,
+        BLOCK_G=max(16, pow2(n_heads // n_kv)), BLOCK_L=64, BLOCK_D=max(16, pow2(d)), **sizes,
     )  # fmt: skip
     return y
 
@@ -169,7 +168,7 @@ def route_few_kernel(
 
 
 def route_few(x_TD, norm, eps, w_ED, top_k, sigmoid=False, normalize=True, bias_E=None):
-    """RMSNorm of x (T, D), and of its router the gates (T, K) float32 and experts (T, K) int32, as in `route`."""
+    """RMSNorm of x (T, D), and the router's gates (T, K) float32 and experts (T, K) int32 of it, as in `route`."""
     (T, D), E = x_TD.shape, w_ED.shape[0]
     normed, block_e = torch.empty_like(x_TD), pow2(E)
     gates, experts = x_TD.new_empty(T, top_k, dtype=torch.float32), x_TD.new_empty(T, top_k, dtype=torch.int32)
@@ -184,7 +183,7 @@ def route_few(x_TD, norm, eps, w_ED, top_k, sigmoid=False, normalize=True, bias_
 @triton.jit
 def up_few_kernel(
     x_ptr, w_in_ptr, experts_ptr, a_ptr,
-    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, VALUE: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1).to(tl.int64)
@@ -198,7 +197,8 @@ def up_few_kernel(
         w_ptrs, mask = w_ptr + offs_n[:, None] * D + offs_d, mask_n & (offs_d < D)
         gate += x * tl.load(w_ptrs, mask=mask, other=0.0)
         up += x * tl.load(w_ptrs + F * D, mask=mask, other=0.0)
-    a = VALUE(tl.sum(gate, 1)) * tl.sum(up, 1)
+    value, _slope = ACTIVATION(tl.sum(gate, 1))
+    a = value * tl.sum(up, 1)
     tl.store(a_ptr + pair * F + offs_n, a.to(a_ptr.dtype.element_ty), mask=offs_n < F)
 
 
@@ -224,17 +224,14 @@ def down_few_kernel(
 
 def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, add, activation="swiglu"):
     """add (T, D) + moe_experts(x, ...), in two launches for few pairs."""
-    (T, D), K, (E, _, F) = x_TD.shape, gates_TK.shape[1], w_out_EDF.shape
+    (T, D), K, F = x_TD.shape, gates_TK.shape[1], w_out_EDF.shape[2]
     if T * K > FEW_PAIRS:
-        tiles = gemm_tiles(T * K, E, D, F, x_TD.dtype)
-        sorted_ = dispatch(experts_TK, E, tiles["up"].BLOCK_M)
-        _, a = gemm.up(x_TD, w_in_EGD, sorted_, tiles["up"], activation)
-        return combine(gemm.down(a, w_out_EDF, sorted_, tiles["down"]), sorted_.slot_row_TK, gates_TK, add=add)[0]
+        return forward(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, add)[0]
     a, y = x_TD.new_empty(T * K, F), torch.empty_like(x_TD)
     rows = 8 if T * K <= 8 else 16
     launch(
         up_few_kernel, (cdiv(F, rows), T * K), (x_TD, w_in_EGD, experts_TK, a),
-        D=D, F=F, K=K, VALUE=ACTIVATIONS[activation].value, BLOCK_N=rows, BLOCK_D=min(256, pow2(D)),
+        D=D, F=F, K=K, ACTIVATION=ACTIVATIONS[activation].kernel, BLOCK_N=rows, BLOCK_D=min(256, pow2(D)),
     )  # fmt: skip
     rows = 4 if T <= 4 else 16
     launch(
@@ -258,7 +255,7 @@ def greedy_kernel(logits_ptr, tokens_ptr, written_ptr, step_ptr, V, stride, room
 
 
 def greedy(logits_BV, n_vocab, tokens_B1, written_BN, step):
-    """Writes the most likely of the first n_vocab tokens of each row (None: of all) into tokens_B1 and into the column
+    """Writes the most likely of the first n_vocab (None: of all) tokens of each row into tokens_B1 and into the column
     step (1,) of written_BN, all int64."""
     (B, V), block = logits_BV.shape, min(8192, pow2(logits_BV.shape[1]))
     numbers = (min(V, n_vocab or V), logits_BV.stride(0), written_BN.shape[1])

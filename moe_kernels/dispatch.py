@@ -1,9 +1,7 @@
-"""A stable counting sort of the (token, slot) pairs by expert, the table of GEMM tiles, and the weighted sum back to
-tokens.
+"""A stable counting sort of slots by expert, the table of GEMM tiles, and the weighted sum back to tokens.
 
 Shapes: T tokens, K experts per token, E experts, S = T*K routed rows, D model width. All index tensors are int32.
-A pair's flat index is `slot = token * K + k`; the sort maps slots to rows and leaves each expert's rows contiguous, in
-token order.
+A slot is token * K + k. The sort maps slots to rows and leaves each expert's rows contiguous, in token order.
 """
 
 from typing import NamedTuple
@@ -12,12 +10,11 @@ import torch
 from torch import Tensor
 
 from moe_kernels.language import launch, tl, triton
-from moe_kernels.tiles import cdiv, max_tiles, pow2
+from moe_kernels.tiles import INTERPRETED, cdiv, max_tiles, pow2
 
 CHUNK = 512  # slots per program of the sort
-# Up to so many slots every program of the sort counts all of them, and nothing is launched before it: 5.9 us instead of
-# 6.9 at 4,096 slots of 64 experts in a graph on an H200, 7.9 instead of 7.2 at 8,192, where it still saves two launches
-# of Python outside of a graph.
+# Up to so many slots every program of the sort counts all of them, and nothing is launched before it. In a graph on an
+# H200 this takes 5.9 us instead of 6.9 for 4,096 slots, 7.9 instead of 7.2 for 8,192; eagerly it saves two launches.
 ONE_LAUNCH = 8192
 
 
@@ -31,19 +28,24 @@ class Dispatch(NamedTuple):
     by_size: Tensor  # (3, E): experts by falling number of rows, the first row of each, the row after its last
 
 
+@triton.jit
+def _counts(experts, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """How often each expert occurs in a block of ids."""
+    return tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=experts < E)
+
+
 @triton.jit(do_not_specialize=["S"])
 def count_kernel(experts_ptr, chunk_counts_ptr, S, E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
-    pid = tl.program_id(0)
-    offs_e = tl.arange(0, BLOCK_E)
+    pid, offs_e = tl.program_id(0), tl.arange(0, BLOCK_E)
     slots = pid * CHUNK + tl.arange(0, CHUNK)
     experts = tl.load(experts_ptr + slots, mask=slots < S, other=E)
-    counts = tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=experts < E)
+    counts = _counts(experts, E, BLOCK_E)
     tl.store(chunk_counts_ptr + pid * E + offs_e, counts, mask=offs_e < E)
 
 
 @triton.jit(do_not_specialize=["n_chunks"])
 def scan_kernel(chunk_counts_ptr, counts_ptr, n_chunks, E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr):
-    # In place, chunk_counts becomes its exclusive prefix sum over chunks; each program has BLOCK_E columns.
+    """In place, chunk_counts becomes its exclusive prefix sum over chunks; each program has BLOCK_E columns."""
     offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, n_chunks, BLOCK_C):
@@ -62,8 +64,7 @@ def _histogram(experts_ptr, start, end, E: tl.constexpr, BLOCK_S: tl.constexpr, 
     counts = tl.zeros([BLOCK_E], tl.int32)
     for first in range(start, end, BLOCK_S):
         slots = first + tl.arange(0, BLOCK_S)
-        experts = tl.load(experts_ptr + slots, mask=slots < end, other=E)
-        counts += tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=experts < E)
+        counts += _counts(tl.load(experts_ptr + slots, mask=slots < end, other=E), E, BLOCK_E)
     return counts
 
 
@@ -73,9 +74,8 @@ def place_kernel(
     tile_count_ptr, by_size_ptr, S, n_rows, n_chunks, max_tiles, block_m,
     E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    # block_m is no constant: the sort takes 1.4 s to compile, and generation uses several tile heights.
-    pid = tl.program_id(0)
-    offs_e = tl.arange(0, BLOCK_E)
+    # block_m is no constant, because the sort takes 1.4 s to compile and generation uses several tile heights.
+    pid, offs_e = tl.program_id(0), tl.arange(0, BLOCK_E)
     if BLOCK_S == 0:
         counts = tl.load(counts_ptr + offs_e, mask=offs_e < E, other=0)
         earlier = tl.load(chunk_prefix_ptr + pid * E + offs_e, mask=(offs_e < E) & (pid < n_chunks), other=0)
@@ -87,7 +87,7 @@ def place_kernel(
     starts = tl.minimum(ends - counts, n_rows)
     counts = tl.minimum(ends, n_rows) - starts
     if pid < n_chunks:
-        # Sorting (expert, position) pairs packed in one integer is stable. A slot's row is its expert's first row, plus
+        # Expert and position packed in one integer make the sort stable. A slot's row is its expert's first row, plus
         # the expert's rows in earlier chunks, plus its rank among the chunk's slots of that expert.
         offs = tl.arange(0, CHUNK)
         slots = pid * CHUNK + offs
@@ -96,7 +96,7 @@ def place_kernel(
         packed = tl.sort(experts * CHUNK + offs)
         expert = tl.minimum(packed // CHUNK, BLOCK_E - 1)
         slot = pid * CHUNK + packed % CHUNK
-        here = tl.histogram(tl.minimum(experts, BLOCK_E - 1), BLOCK_E, mask=experts < E)
+        here = _counts(experts, E, BLOCK_E)
         first = starts + earlier - (tl.cumsum(here, 0) - here)
         row = tl.gather(first, expert, 0) + offs
         mask_sorted = packed < BLOCK_E * CHUNK
@@ -135,11 +135,11 @@ def dispatch(experts_TK, n_experts, block_m, n_rows=None):
     """Sort the slots by expert and cut each expert's rows into tiles of `block_m`.
 
     experts_TK: (T, K) int32 contiguous, no id below 0 (not checked: that would wait for the GPU); slots with an id from
-    n_experts on get no row. n_rows: rows that there is room for, S if None; experts lose those past it, whose slots
-    have a row past it too. Returns a `Dispatch`."""
-    S, E = experts_TK.numel(), n_experts
-    out = empty_dispatch(experts_TK, E, block_m, n_rows)
-    n_chunks, n_tiles, block_e = cdiv(S, CHUNK), out.tile_expert.numel(), pow2(E)
+    n_experts on get no row. n_rows: rows that there is room for, S if None; the slots of further rows have one past it.
+    Returns a `Dispatch`."""
+    S, E, out = experts_TK.numel(), n_experts, empty_dispatch(experts_TK, n_experts, block_m, n_rows)
+    chunk = min(CHUNK, max(16, pow2(S))) if INTERPRETED else CHUNK  # the interpreter takes a second to sort 512
+    n_chunks, n_tiles, block_e = cdiv(S, chunk), out.tile_expert.numel(), pow2(E)
     if S == 0:
         return Dispatch(*(index.zero_() for index in out))
     if n_rows is not None:
@@ -148,13 +148,13 @@ def dispatch(experts_TK, n_experts, block_m, n_rows=None):
     few = S * max(block_e, 128) <= ONE_LAUNCH * 128  # counting 256 experts takes twice as long
     if not few:
         chunk_counts, counts = out.offsets.new_empty(n_chunks, E), out.offsets.new_empty(E)
-        launch(count_kernel, (n_chunks,), (experts_TK, chunk_counts), (S,), E=E, CHUNK=CHUNK, BLOCK_E=block_e)
+        launch(count_kernel, (n_chunks,), (experts_TK, chunk_counts), (S,), E=E, CHUNK=chunk, BLOCK_E=block_e)
         launch(scan_kernel, (cdiv(E, 16),), (chunk_counts, counts), (n_chunks,), E=E, BLOCK_C=64, BLOCK_E=16)
-    n_experts_each, count = min(8, block_e), min(max(CHUNK, pow2(S)), 2048) if few else 0
+    each, count = min(8, block_e), min(max(chunk, pow2(S)), 2048) if few else 0
     launch(
-        place_kernel, (n_chunks + cdiv(E, n_experts_each),),
+        place_kernel, (n_chunks + cdiv(E, each),),
         (experts_TK, chunk_counts, counts, *out), (S, out.row_slot_S.numel(), n_chunks, n_tiles, block_m),
-        E=E, CHUNK=CHUNK, BLOCK_E=block_e, EXPERTS=n_experts_each, BLOCK_S=count, num_warps=max(4, count // 256),
+        E=E, CHUNK=chunk, BLOCK_E=block_e, EXPERTS=each, BLOCK_S=count, num_warps=max(4, count // 256),
     )  # fmt: skip
     return out
 
@@ -186,8 +186,7 @@ def combine_kernel(
         acc += tl.load(add_ptr + t * D + offs_d, mask=mask_d, other=0.0)
     tl.store(out_ptr + t * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
     if N_PARTS > 0:
-        # dswiglu_kernel leaves one partial sum of the gate's gradient per column tile; adding them here spares a launch
-        # and atomics.
+        # Adding dswiglu_kernel's partial sums of the gates' gradient here spares a launch and atomics.
         if tl.program_id(1) == 0:
             for k in tl.static_range(K):
                 row = tl.load(slot_row_ptr + t * K + k).to(tl.int64)
@@ -200,11 +199,10 @@ def combine_kernel(
 
 
 def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None, out=None, add=None):
-    """sum_k gates[t,k] * y[row of (t,k)] (T, D), accumulated in float32; gates of one when None.
+    """sum_k gates[t,k] * y[row of (t,k)] (T, D), accumulated in float32, with gates of one when None; and the sum
+    (T, K) float32 of dgates_parts (N, S), partial gradients of gates by row, or None without these.
 
-    dgates_parts (N, S) float32: partial gate gradients by row. With them it also returns their sum, (T, K) float32,
-    else None.
-    out: contiguous tensors for the two results. add: (T, D), added to the sum."""
+    out: contiguous tensors for the two results. add: (T, D), added to the first."""
     (T, K), (S, D) = slot_row_TK.shape, y_SD.shape
     n_parts = 0 if dgates_parts is None else dgates_parts.shape[0]
     out, dgates = out or (y_SD.new_empty(T, D), y_SD.new_empty(T, K, dtype=torch.float32) if n_parts else None)
@@ -212,7 +210,6 @@ def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None, out=None, add=N
         block_d = min(pow2(D), 2048)
         launch(
             combine_kernel, (T, cdiv(D, block_d)), (y_SD, slot_row_TK, gates_TK, add, out, dgates_parts, dgates), (S,),
-            D=D, K=K, N_PARTS=n_parts, BLOCK_D=block_d,
-            num_warps=min(8, max(1, block_d // 256)),
+            D=D, K=K, N_PARTS=n_parts, BLOCK_D=block_d, num_warps=min(8, max(1, block_d // 256)),
         )  # fmt: skip
     return out, dgates

@@ -1,7 +1,6 @@
-"""The differentiable expert layer and its ops, which save x, the pre-activation and the routing metadata, nothing else.
+"""The differentiable expert layer and its ops, which save x, the pre-activation and the sort, and nothing else.
 
-Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
-token, S = T*K.
+Letters as in reference.py.
 """
 
 import contextlib
@@ -33,8 +32,8 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, acti
     gates_TK (T, K) float; experts_TK (T, K) integer, ids in 0..E-1 (not checked on the GPU: that would wait for it).
     impl: "reference", "grouped_mm", "triton", or None to choose by device.
     activation: f is SiLU for "swiglu", GELU in its tanh form for "geglu", the square of ReLU for "relu2".
-    Returns (T, D) in x's dtype; differentiable in x, both weights and the gates. The triton backward is deterministic
-    and saves x, the T*K*2F values of the pre-activation and 8 bytes per routed row.
+    Returns (T, D) in x's dtype; differentiable in x, both weights and the gates. The kernels save x, the T*K*2F values
+    of the pre-activation and 8 bytes per routed row.
     Raises ValueError for wrong shapes, dtypes, ids or names: D and F must be multiples of 16, 1 <= K <= min(E, 32),
       E <= 1024.
     """
@@ -47,21 +46,17 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, acti
 
 
 def _check(x, w_in, w_out, gates, experts):
-    if x.ndim != 2 or w_in.ndim != 3 or w_out.ndim != 3:
-        got = f"{tuple(x.shape)}, {tuple(w_in.shape)}, {tuple(w_out.shape)}"
-        raise ValueError(f"expected x (T, D), w_in (E, 2F, D), w_out (E, D, F); got {got}")
-    (T, D), E, F = x.shape, w_in.shape[0], w_out.shape[2]
-    if w_in.shape != (E, 2 * F, D) or w_out.shape != (E, D, F):
-        got = f"w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"
-        raise ValueError(f"{got} do not fit (E, 2F, D) and (E, D, F) with D = {D} from x")
+    fits = (x.ndim, w_in.ndim, w_out.ndim) == (2, 3, 3)
+    if not fits or w_out.shape[1] != x.shape[1] or w_in.shape != (w_out.shape[0], 2 * w_out.shape[2], x.shape[1]):
+        got = f"x {tuple(x.shape)}, w_in {tuple(w_in.shape)}, w_out {tuple(w_out.shape)}"
+        raise ValueError(f"{got}: expected (T, D), (E, 2F, D), (E, D, F)")
+    T, (E, D, F) = x.shape[0], w_out.shape
     if D % 16 or F % 16:
         raise ValueError(f"D={D} and F={F} must be multiples of 16: pad the weights with zeros")
     if gates.shape != experts.shape or gates.ndim != 2 or gates.shape[0] != T:
         raise ValueError(f"gates {tuple(gates.shape)} and experts {tuple(experts.shape)}: expected (T, K) with T = {T}")
     if not 1 <= gates.shape[1] <= min(E, MAX_TOP_K) or E > MAX_EXPERTS:
-        raise ValueError(
-            f"K={gates.shape[1]}, E={E}: supported are 1 <= K <= min(E, {MAX_TOP_K}) and E <= {MAX_EXPERTS}"
-        )
+        raise ValueError(f"K={gates.shape[1]}, E={E}: expected 1 <= K <= min(E, {MAX_TOP_K}) and E <= {MAX_EXPERTS}")
     if not (x.dtype == w_in.dtype == w_out.dtype) or x.dtype not in (*DTYPES, torch.float64):
         raise ValueError(f"x {x.dtype}, w_in {w_in.dtype}, w_out {w_out.dtype}: expected one floating dtype")
     if experts.is_floating_point() or experts.dtype == torch.bool:
@@ -79,16 +74,16 @@ def _dense(tensor):
 
 
 def experts_fwd(
-    x_TD: Tensor,
-    w_in_EGD: Tensor,
-    w_out_EDF: Tensor,
-    gates_TK: Tensor,
-    experts_TK: Tensor,
-    activation: str = "swiglu",
+    x_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, gates_TK: Tensor, experts_TK: Tensor, activation: str = "swiglu"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (T, D), pre-activation (P, S, W) in the panels of gemm.up, and the seven tensors of a `Dispatch`."""
     if x_TD.dtype not in DTYPES:
         raise ValueError(f"impl='triton' computes in float32, float16 or bfloat16, not {x_TD.dtype}")
+    return forward(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation)
+
+
+def forward(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, add=None):
+    """What `experts_fwd` returns, with `add` (T, D) added to the output."""
     x, w_in, w_out = _dense(x_TD), _dense(w_in_EGD), _dense(w_out_EDF)
     (E, D, F), S = w_out.shape, experts_TK.numel()
     tiles = gemm_tiles(S, E, D, F, x.dtype)
@@ -97,7 +92,7 @@ def experts_fwd(
         return x.new_empty(0, D), x.new_empty(gemm.panels(0, F, tiles["up"])), *sorted_
     h, a = gemm.up(x, w_in, sorted_, tiles["up"], activation)
     y = gemm.down(a, w_out, sorted_, tiles["down"])
-    return combine(y, sorted_.slot_row_TK, gates_TK.contiguous())[0], h, *sorted_
+    return combine(y, sorted_.slot_row_TK, gates_TK.contiguous(), add=add)[0], h, *sorted_
 
 
 def _fake_fwd(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swiglu"):
@@ -108,21 +103,10 @@ def _fake_fwd(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swigl
 
 
 def experts_bwd(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    w_in_EGD: Tensor,
-    w_out_EDF: Tensor,
-    gates_TK: Tensor,
-    h_PSW: Tensor,
-    offsets: Tensor,
-    row_slot_S: Tensor,
-    slot_row_TK: Tensor,
-    tile_expert: Tensor,
-    tile_row: Tensor,
-    tile_count: Tensor,
-    by_size: Tensor,
-    activation: str = "swiglu",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy_TD: Tensor, x_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, gates_TK: Tensor, h_PSW: Tensor, offsets: Tensor,
+    row_slot_S: Tensor, slot_row_TK: Tensor, tile_expert: Tensor, tile_row: Tensor, tile_count: Tensor,
+    by_size: Tensor, activation: str = "swiglu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, w_in, w_out and the gates."""
     dy, x, w_in, w_out, gates = _dense(dy_TD), _dense(x_TD), _dense(w_in_EGD), _dense(w_out_EDF), gates_TK.contiguous()
     if x.shape[0] == 0:
@@ -130,31 +114,43 @@ def experts_bwd(
     sorted_ = Dispatch(offsets, row_slot_S, slot_row_TK, tile_expert, tile_row, tile_count, by_size)
     tiles = gemm_tiles(row_slot_S.numel(), w_in.shape[0], x.shape[1], w_out.shape[2], x.dtype)
     dh, ga, dgates_parts = gemm.dswiglu(dy, w_out, h_PSW, gates, sorted_, tiles["dswiglu"], activation)
-    # With few rows per expert dx reads the weights while dW writes their gradients: side by side they save 3 % of the
-    # layer on an H200. With many rows both need the tensor cores. Outside of a graph a second stream costs more
-    # Python than it saves.
-    main = captured_stream(x) if tiles["dx"].BLOCK_M < 128 else None
-    side = main and side_stream(main)
-    # Allocate results on the main stream: side-stream memory, once freed, is reused without waiting for readers on the
-    # main stream. torch reuses its 32 streams, so the side stream may be the main stream of another branch.
     dx, dgates = torch.empty_like(x), torch.empty_like(gates)
-    if main:
-        side.wait_stream(main)
-    with torch.cuda.stream(side) if main else contextlib.nullcontext():
+
+    def inputs():
         combine(gemm.dx(dh, w_in, sorted_, tiles["dx"]), slot_row_TK, dgates_parts=dgates_parts, out=(dx, dgates))
-    dw_out = _dw(dy, ga, False, sorted_, tiles["dw_out"])
-    dw_in = _dw(x, dh, True, sorted_, tiles["dw_in"])
-    if main:
-        main.wait_stream(side)
+
+    # With few rows per expert dx reads the weights while dW writes their gradients: side by side they save 3 % of the
+    # layer on an H200. With many rows both need the tensor cores.
+    with beside(inputs, x, tiles["dx"].BLOCK_M < 128):
+        dw_out = dw(dy, ga, False, sorted_, tiles["dw_out"])
+        dw_in = dw(x, dh, True, sorted_, tiles["dw_in"])
     return dx, dw_in, dw_out, dgates
 
 
-def _dw(a_TM, b_SN, transposed, sorted_, tile):
-    """A weight gradient by the kernel for Hopper where it fits, else by the plain one; both give the same bits."""
+def dw(a_TM, b_SN, transposed, sorted_, tile):
+    """A weight gradient by the kernel for Hopper where it fits, else by the plain one, which gives the same bits."""
     mean_rows = b_SN.shape[0] // (sorted_.offsets.numel() - 1)
     if hopper.fits(a_TM.shape[1], b_SN.shape[1], mean_rows, a_TM.dtype):
         return hopper.dw(a_TM, b_SN, transposed, sorted_)
     return gemm.dw(a_TM, b_SN, transposed, sorted_, tile)
+
+
+@contextlib.contextmanager
+def beside(work, tensor, wanted=True):
+    """Runs `work()`, in a CUDA graph and if `wanted` on a second stream beside what is launched inside of the context.
+    Outside of a graph a second stream costs more Python than it saves.
+
+    `work` must fill tensors of the main stream: memory of the side stream, once freed, is reused without waiting for
+    readers on the main stream. torch has 32 streams, so the side stream may be the main one of another branch."""
+    main = captured_stream(tensor) if wanted else None
+    side = main and side_stream(main)
+    if main:
+        side.wait_stream(main)
+    with torch.cuda.stream(side) if main else contextlib.nullcontext():
+        work()
+    yield
+    if main:
+        main.wait_stream(side)
 
 
 def captured_stream(tensor):
@@ -164,7 +160,7 @@ def captured_stream(tensor):
 
 @functools.cache
 def side_stream(main):
-    """The second stream of a stream: one each, because branches of a graph that shared it would wait for each other."""
+    """The second stream of a stream, one each: branches of a graph that shared it would wait for each other."""
     return torch.cuda.Stream(main.device)
 
 
@@ -176,12 +172,9 @@ def _setup_context(ctx, inputs, output):
 
 
 experts_op, experts_bwd_op, run_experts = define(
-    "experts",
-    experts_fwd,
-    experts_bwd,
-    _fake_fwd,
+    "experts", experts_fwd, experts_bwd, _fake_fwd,
     lambda dy, x, w_in, w_out, gates, *_: tuple(t.new_empty(t.shape) for t in (x, w_in, w_out, gates)),
     _setup_context,
     lambda ctx, run, dy, *_: (*run(dy, *ctx.saved_tensors, ctx.activation), None, None),
     n_outputs=1,
-)
+)  # fmt: skip

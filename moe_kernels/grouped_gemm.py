@@ -1,17 +1,13 @@
 """The six grouped GEMMs of an expert layer, each fused with its surroundings: gathers in the loads, the activation and
 its gradient in the epilogues.
 
-Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
-token, S = T*K routed rows sorted by expert (see `dispatch`). Accumulation is float32; float32 inputs are multiplied in
-full precision.
-
-In the kernels M indexes rows of the output tile, N its columns, and the reduction goes in steps of BLOCK_K. Weights
-come through tensor descriptors (TMA on Hopper), gathered rows through pointers (asynchronous copies). Tiles:
-`tiles.py`.
+Letters as in reference.py. In the kernels M indexes rows of the output tile, N its columns, and the reduction goes in
+steps of BLOCK_K. Accumulation is float32; float32 inputs are multiplied in full precision. Weights come through tensor
+descriptors (TMA on Hopper), gathered rows through pointers (asynchronous copies).
 
 Only `up_kernel` writes the pre-activation h and only `dswiglu_kernel` reads it, so it is stored as these two use it:
-h_PSW, P panels of W = 2F / P columns. A panel has W / 2 gate columns and the W / 2 up columns that belong to them; W /
-2 is the width of a column part of both kernels. What a tile reads of a panel is one contiguous piece of memory.
+h_PSW, P panels of W = 2F / P columns. A panel has W / 2 gate columns, as many as a column part of both kernels, and
+their up columns. A tile's part of a panel is one contiguous piece of memory.
 """
 
 import torch
@@ -22,19 +18,22 @@ from moe_kernels.tiles import capability, cdiv, resident_programs
 
 
 @triton.jit
-def _tile(pid, n_row_tiles, tile_expert_ptr, tile_row_ptr, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+def _place(pid, n_row_tiles, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
     # GROUP_M row tiles advance through the columns together, so that the weights they share come from L2.
-    group = pid // (GROUP_M * N_TILES)
-    first_m = group * GROUP_M
+    first_m = pid // (GROUP_M * N_TILES) * GROUP_M
     size_m = tl.minimum(n_row_tiles - first_m, GROUP_M)
-    pid_m = first_m + pid % (GROUP_M * N_TILES) % size_m
-    pid_n = pid % (GROUP_M * N_TILES) // size_m
+    return first_m + pid % (GROUP_M * N_TILES) % size_m, pid % (GROUP_M * N_TILES) // size_m
+
+
+@triton.jit
+def _tile(pid, n_row_tiles, tile_expert_ptr, tile_row_ptr, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+    pid_m, pid_n = _place(pid, n_row_tiles, N_TILES, GROUP_M)
     return tl.load(tile_expert_ptr + pid_m), tl.load(tile_row_ptr + pid_m), pid_m, pid_n
 
 
 @triton.jit
 def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
-    # The part-th of PARTS equal column ranges. Halving moves no data: a thread holds whole rows of a wgmma accumulator.
+    """The part-th of PARTS equal column ranges. No data moves: a thread holds whole rows of a wgmma accumulator."""
     if PARTS == 1:
         return x
     else:
@@ -48,8 +47,7 @@ def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
 @triton.jit
 def _descriptor(matrix, n_rows, N_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """`matrix` if it is a descriptor, else (no TMA) one made of the pointer, whose rows from n_rows on read as zero.
-
-    Its loads become masked copies, which are wide because the strides are constants. A host's descriptor has none."""
+    The latter's loads become masked copies, which are wide because the strides are constants."""
     if isinstance(matrix, tl.tensor):
         return tl.make_tensor_descriptor(matrix, [n_rows, N_COLUMNS], [N_COLUMNS, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
     else:
@@ -59,16 +57,15 @@ def _descriptor(matrix, n_rows, N_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexp
 @triton.jit(do_not_specialize=["S", "max_tiles"])
 def up_kernel(
     x_ptr, w_in_desc, h_ptr, a_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, S,
-    max_tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr,
+    max_tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """h = gather(x) W_in^T and a = f(gate) * up. One product has the gate columns of the tile and the up columns that
-    belong to them: W_in, seen as (2E, F, D), has these in neighbouring planes, and one TMA box takes a piece of
-    both."""
+    """h = gather(x) W_in^T and a = f(gate) * up. One product has the tile's gate columns and their up columns: in W_in,
+    seen as (2E, F, D), they lie in neighbouring planes, and one TMA box takes a piece of both."""
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    # Keep two dependent loads before the first x load: neither the tile order nor the gather needs the number of tiles
-    # or of rows. Rows past the expert's end belong to the next expert; they are computed and not stored.
+    # Keep two dependent loads before the first x load: it needs neither the number of tiles nor that of rows. Rows past
+    # the expert's end belong to the next expert; they are computed and not stored.
     expert, row, pid_m, pid_n = _tile(tl.program_id(0), max_tiles, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)
     if pid_m >= tl.load(tile_count_ptr):
         return
@@ -87,7 +84,7 @@ def up_kernel(
             x = tl.load(x_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
         w = w_in_desc.load([2 * expert, pid_n * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K)
         acc = tl.dot(x, w.T, acc, input_precision="ieee")  # behind a proxy fence, see language.launch
-    # A 64-bit base and 32-bit offsets inside the tile: 64-bit pointers per element would fill the registers.
+    # A 64-bit base and 32-bit offsets: 64-bit pointers for every value would fill the registers.
     dtype = a_ptr.dtype.element_ty
     panel = S.to(tl.int64) * (2 * WIDTH)
     h_ptr += pid_n * PARTS * panel + row.to(tl.int64) * (2 * WIDTH)
@@ -101,7 +98,9 @@ def up_kernel(
         g, u = _split_columns(acc, 2 * PARTS, part), _split_columns(acc, 2 * PARTS, PARTS + part)
         tl.store(h_ptr + part * panel + offs_h, g.to(dtype), mask=mask)
         tl.store(h_ptr + part * panel + WIDTH + offs_h, u.to(dtype), mask=mask)
-        tl.store(a_ptr + part * WIDTH + offs_m[:, None] * F + offs_n[None, :], (VALUE(g) * u).to(dtype), mask=mask)
+        a_ptrs = a_ptr + part * WIDTH + offs_m[:, None] * F + offs_n[None, :]
+        value, _slope = ACTIVATION(g)
+        tl.store(a_ptrs, (value * u).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -112,9 +111,8 @@ def rows_kernel(
 ):  # fmt: skip
     """y (S, N) = a (S, R) times each row's expert matrix: w^T with w (E, N, R) when TRANSPOSED, else w (E, R, N).
 
-    The kernel is persistent and its loops are flattened, so that the next tile's loads overlap this tile's stores: 10 %
-    faster than one program per tile on an H100. The gathering kernels lose 5-20 % from the same change and stay one
-    program per tile."""
+    Persistent, with flattened loops, so that the next tile's loads overlap this tile's stores: 10 % faster on an H100.
+    The gathering kernels would lose 5-20 % by it."""
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     n_tiles_m = tl.load(tile_count_ptr)
@@ -129,8 +127,8 @@ def rows_kernel(
             weights = _descriptor(w_desc, (expert + 1) * R, N, BLOCK_K, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, R, BLOCK_K):
-            # Rows past the expert's end and columns past N are computed and not stored. Columns past R are zero in `a`.
-            # In `w` both may be another expert's weights.
+            # Rows past the expert's end and columns past N are not stored; in `w` they may be another expert's weights,
+            # and so may columns past R, where `a` is zero.
             a = a_rows.load([row, k])
             if TRANSPOSED:
                 w = weights.load([expert * N + pid_n * BLOCK_N, k]).T
@@ -143,21 +141,18 @@ def rows_kernel(
             mask = (offs_m < n_rows)[:, None]
             if N % BLOCK_N != 0:
                 mask = mask & (offs_n < N - pid_n * BLOCK_N)[None, :]
-            tl.store(
-                tile_ptr + offs_m[:, None] * N + offs_n[None, :],
-                _split_columns(acc, PARTS, part).to(y_ptr.dtype.element_ty),
-                mask=mask,
-            )
+            ptrs = tile_ptr + offs_m[:, None] * N + offs_n[None, :]
+            tl.store(ptrs, _split_columns(acc, PARTS, part).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["S", "max_tiles"])
 def dswiglu_kernel(
     dy_ptr, w_out_desc, h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr,
-    tile_row_ptr, tile_count_ptr, S, max_tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr,
-    SLOPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
+    tile_row_ptr, tile_count_ptr, S, max_tiles,
+    D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """da = gather(dy) W_out, then in the epilogue dh, ga = router gate * a, and the row sums of da * a, which make the
+    """da = gather(dy) W_out, then in the epilogue dh, ga = router gate * a, and the row sums of da * a: parts of the
     router gate's gradient."""
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
@@ -179,8 +174,7 @@ def dswiglu_kernel(
         w = weights.load([expert * D + k, pid_n * BLOCK_N])
         acc = tl.dot(dy, w, acc, input_precision="ieee")  # behind a proxy fence, see language.launch
 
-    # Narrow column parts keep the five epilogue tiles in registers. The next part's h is loaded while this part is
-    # computed.
+    # Narrow column parts keep the five tiles in registers. The next part's h is loaded while this part is computed.
     dtype = ga_ptr.dtype.element_ty
     weight = tl.load(gates_ptr + slots, mask=mask_m, other=0.0)[:, None]
     dgate = tl.zeros([BLOCK_M], tl.float32)
@@ -198,14 +192,12 @@ def dswiglu_kernel(
         g, u, mask_part = g_next.to(tl.float32), u_next.to(tl.float32), mask
         if part + 1 < PARTS:
             if F % BLOCK_N != 0:
-                inside = (
-                    tl.full([1, 1], (part + 1) * WIDTH, tl.int32) < F - pid_n * BLOCK_N
-                )  # all of a panel or nothing
-                mask = mask_m[:, None] & inside
+                whole = tl.full([1, 1], (part + 1) * WIDTH, tl.int32) < F - pid_n * BLOCK_N  # as in up_kernel
+                mask = mask_m[:, None] & whole
             g_next = tl.load(h_ptr + (part + 1) * panel + offs_h, mask=mask, other=0.0)
             u_next = tl.load(h_ptr + (part + 1) * panel + WIDTH + offs_h, mask=mask, other=0.0)
         da = _split_columns(acc, PARTS, part)
-        value, slope = SLOPE(g)
+        value, slope = ACTIVATION(g)
         a = value * u
         dgate += tl.sum(da * a, 1)
         tl.store(ga_ptr + part * WIDTH + offs_a, (weight * a).to(dtype), mask=mask_part)
@@ -217,32 +209,27 @@ def dswiglu_kernel(
 
 @triton.jit(do_not_specialize=["E"])
 def dw_kernel(
-    a_ptr, b_desc, dw_ptr, row_slot_ptr, by_size_ptr,
-    E, M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr,
+    a_ptr, b_desc, dw_ptr, row_slot_ptr, by_size_ptr, E,
+    M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """dw[e] (M, N) = a[rows of e]^T b[rows of e], stored as (N, M) when TRANSPOSED. `a` is gathered by token, `b` lies
     sorted by expert. No rows: zeros.
 
-    For both weights the sorted operand is the wide one, on the right: there TMA spares the address arithmetic, while
-    TMA of a left operand, which the product reads transposed, is slower than pointers. Transposing the result costs one
-    pass through shared memory per tile."""
+    The wide, sorted operand is on the right, where TMA spares the address arithmetic. TMA of a left operand, which the
+    product reads transposed, is slower than pointers."""
     M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    # Start with the largest experts: a long reduction that starts late would leave the other multiprocessors idle.
+    # Large experts first: a long reduction that starts late would leave other multiprocessors idle.
     rank_ptr = by_size_ptr + tl.program_id(0) // (M_TILES * N_TILES)
     expert, start, end = tl.load(rank_ptr), tl.load(rank_ptr + E), tl.load(rank_ptr + 2 * E)
-    pid = tl.program_id(0) % (M_TILES * N_TILES)
-    first_m = pid // (GROUP_M * N_TILES) * GROUP_M
-    size_m = tl.minimum(M_TILES - first_m, GROUP_M)
-    pid_m = first_m + pid % (GROUP_M * N_TILES) % size_m
-    pid_n = pid % (GROUP_M * N_TILES) // size_m
+    pid_m, pid_n = _place(tl.program_id(0) % (M_TILES * N_TILES), M_TILES, N_TILES, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     b_rows = _descriptor(b_desc, end, N, BLOCK_K, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # Load token ids one step ahead: loading them in the step that uses them halves the depth of the pipeline.
+    # Load token ids one step ahead: in the step that uses them they would halve the depth of the pipeline.
     tokens = tl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
     for row in range(start, end, BLOCK_K):
         rows = row + offs_k
@@ -258,33 +245,23 @@ def dw_kernel(
         columns = pid_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)
         tile = _split_columns(acc, PARTS, part).to(dw_ptr.dtype.element_ty)
         if TRANSPOSED:
-            tl.store(
-                dw_ptr + columns[:, None] * M + offs_m[None, :],
-                tile.T,
-                mask=(columns < N)[:, None] & (offs_m < M)[None, :],
-            )
+            inside = (columns < N)[:, None] & (offs_m < M)[None, :]
+            tl.store(dw_ptr + columns[:, None] * M + offs_m[None, :], tile.T, mask=inside)
         else:
-            tl.store(
-                dw_ptr + offs_m[:, None] * N + columns[None, :],
-                tile,
-                mask=(offs_m < M)[:, None] & (columns < N)[None, :],
-            )
+            inside = (offs_m < M)[:, None] & (columns < N)[None, :]
+            tl.store(dw_ptr + offs_m[:, None] * N + columns[None, :], tile, mask=inside)
 
 
-def _row_grid(dispatch, n_columns, tile):
-    # The static bound on the number of row tiles sizes every launch; surplus programs return at once.
-    return (dispatch.tile_expert.numel() * cdiv(n_columns, tile.BLOCK_N),)
-
-
-def _desc(tensor, rows, columns):
-    """What the kernels' `_descriptor` takes: a descriptor of the matrix of all rows, or the tensor without TMA."""
-    n = tensor.shape[-1]
-    return Matrix(tensor, [tensor.numel() // n, n], [rows, columns]) if capability() >= 90 else tensor
+def _desc(tensor, block, shape=None):
+    """What the kernels' `_descriptor` takes: a descriptor of the tensor, seen as `shape` or as the matrix of its rows,
+    or without TMA the tensor."""
+    if capability() < 90:
+        return tensor
+    return Matrix(tensor, shape or [tensor.numel() // tensor.shape[-1], tensor.shape[-1]], block)
 
 
 def panels(S, F, tile):
-    """Shape (P, S, W) of the pre-activations of S rows, W / 2 = BLOCK_N / PARTS; one W for the tiles of `up` and
-    `dswiglu`.
+    """Shape (P, S, W) of the pre-activations of S rows, with W / 2 = BLOCK_N / PARTS of both `up` and `dswiglu`.
 
     Raises ValueError where W / 2 does not divide F: the last panel would not be whole."""
     width = tile.BLOCK_N // tile.PARTS
@@ -298,19 +275,23 @@ def _tile_table(dispatch):
     return dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count
 
 
+def _launch_gathering(kernel, tensors, D, F, dispatch, tile, activation):
+    # The static bound on the number of row tiles sizes the launch; surplus programs return at once.
+    n_tiles = dispatch.tile_expert.numel()
+    launch(
+        kernel, (n_tiles * cdiv(F, tile.BLOCK_N),), (*tensors, dispatch.row_slot_S, *_tile_table(dispatch)),
+        (dispatch.row_slot_S.numel(), n_tiles), D=D, F=F, TOP_K=dispatch.slot_row_TK.shape[1],
+        ACTIVATION=ACTIVATIONS[activation].kernel, **tile._asdict(),
+    )  # fmt: skip
+
+
 def up(x_TD, w_in_EGD, dispatch, tile, activation="swiglu"):
     """Pre-activations h (P, S, W) of the routed rows, see `panels`, and activations a = f(gate) * up (S, F). Raises
     ValueError as `panels` does."""
     (E, _, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
     h, a = x_TD.new_empty(panels(S, F, tile)), x_TD.new_empty(S, F)
-    w_desc = w_in_EGD
-    if capability() >= 90:
-        w_desc = Matrix(w_in_EGD, [2 * E, F, D], [2, tile.BLOCK_N, tile.BLOCK_K])
-    launch(
-        up_kernel, _row_grid(dispatch, F, tile),
-        (x_TD, w_desc, h, a, dispatch.row_slot_S, *_tile_table(dispatch)), (S, dispatch.tile_expert.numel()),
-        D=D, F=F, TOP_K=dispatch.slot_row_TK.shape[1], VALUE=ACTIVATIONS[activation].value, **tile._asdict(),
-    )  # fmt: skip
+    w_desc = _desc(w_in_EGD, [2, tile.BLOCK_N, tile.BLOCK_K], [2 * E, F, D])
+    _launch_gathering(up_kernel, (x_TD, w_desc, h, a), D, F, dispatch, tile, activation)
     return h, a
 
 
@@ -320,10 +301,10 @@ def _rows_gemm(a_SR, w, transposed, dispatch, tile, out=None):
     S, R = a_SR.shape
     N = w.shape[1] if transposed else w.shape[2]
     y = a_SR.new_empty(S, N) if out is None else out
-    grid = (min(_row_grid(dispatch, N, tile)[0], resident_programs(tile, a_SR.device)),)
-    w_desc = _desc(w, tile.BLOCK_N, tile.BLOCK_K) if transposed else _desc(w, tile.BLOCK_K, tile.BLOCK_N)
+    programs = min(dispatch.tile_expert.numel() * cdiv(N, tile.BLOCK_N), resident_programs(tile, a_SR.device))
+    w_desc = _desc(w, [tile.BLOCK_N, tile.BLOCK_K] if transposed else [tile.BLOCK_K, tile.BLOCK_N])
     launch(
-        rows_kernel, grid, (_desc(a_SR, tile.BLOCK_M, tile.BLOCK_K), w_desc, y, *_tile_table(dispatch)),
+        rows_kernel, (programs,), (_desc(a_SR, [tile.BLOCK_M, tile.BLOCK_K]), w_desc, y, *_tile_table(dispatch)),
         N=N, R=R, TRANSPOSED=transposed, **tile._asdict(),
     )  # fmt: skip
     return y
@@ -341,24 +322,17 @@ def dx(dh_SG, w_in_EGD, dispatch, tile, out=None):
 
 def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile, activation="swiglu"):
     """dh (S, 2F), router gate * a (S, F), and the router gates' gradient by row, one partial sum per column tile
-    (tiles, S) float32.
+    (tiles, S) float32. The name is that of the usual activation.
 
-    The name is that of the usual activation. Raises ValueError when h (P, S, W) does not lie in the panels of this
-    tile."""
+    Raises ValueError when h (P, S, W) does not lie in the panels of this tile."""
     S, (_, D, F) = dispatch.row_slot_S.numel(), w_out_EDF.shape
     expected = panels(S, F, tile)
     if h_PSW.shape != expected:
-        raise ValueError(
-            f"h {tuple(h_PSW.shape)}: the tile takes {expected}; BLOCK_N / PARTS must be that of up's tile"
-        )
+        raise ValueError(f"h {tuple(h_PSW.shape)}, not {expected}: BLOCK_N / PARTS must be that of up's tile")
     dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
     dgates_parts = h_PSW.new_empty(cdiv(F, tile.BLOCK_N), S, dtype=torch.float32)
-    launch(
-        dswiglu_kernel, _row_grid(dispatch, F, tile),
-        (dy_TD, _desc(w_out_EDF, tile.BLOCK_K, tile.BLOCK_N), h_PSW, gates_TK, dh, ga, dgates_parts,
-         dispatch.row_slot_S, *_tile_table(dispatch)), (S, dispatch.tile_expert.numel()),
-        D=D, F=F, TOP_K=gates_TK.shape[1], SLOPE=ACTIVATIONS[activation].slope, **tile._asdict(),
-    )  # fmt: skip
+    tensors = (dy_TD, _desc(w_out_EDF, [tile.BLOCK_K, tile.BLOCK_N]), h_PSW, gates_TK, dh, ga, dgates_parts)
+    _launch_gathering(dswiglu_kernel, tensors, D, F, dispatch, tile, activation)
     return dh, ga, dgates_parts
 
 
@@ -368,7 +342,7 @@ def dw(a_TM, b_SN, transposed, dispatch, tile):
     dw = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
     launch(
         dw_kernel, (E * cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),),
-        (a_TM, _desc(b_SN, tile.BLOCK_K, tile.BLOCK_N), dw, dispatch.row_slot_S, dispatch.by_size), (E,),
+        (a_TM, _desc(b_SN, [tile.BLOCK_K, tile.BLOCK_N]), dw, dispatch.row_slot_S, dispatch.by_size), (E,),
         M=M, N=N, TOP_K=dispatch.slot_row_TK.shape[1], TRANSPOSED=transposed, **tile._asdict(),
     )  # fmt: skip
     return dw

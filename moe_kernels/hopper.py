@@ -1,14 +1,13 @@
 """Weight gradients for Hopper GPUs (sm_90) in Gluon, Triton's lower level: one warpgroup loads, two multiply.
 
-The plain kernel (grouped_gemm.dw_kernel) alternates: its tensor cores wait while a tile is stored and the next one's
-first loads arrive. Here a program walks over many tiles. Its loading warps run ahead of the multiplying warps by the
-depth of a ring of shared-memory buffers, so the loads of the next tile arrive while the last one is stored.
+In the plain kernel (grouped_gemm.dw_kernel) the tensor cores wait while a tile is stored and the next one's first loads
+arrive. Here a program walks over many tiles, and its loading warps run ahead of the multiplying warps by the depth of a
+ring of shared-memory buffers, so that the loads of the next tile arrive while the last one is stored.
 
 A buffer of the ring belongs to the loader until its `full` barrier completes, then to the multipliers until they arrive
-at its `empty` barrier. `phase` is the parity for which a barrier is waited; it flips whenever the ring wraps around.
+at its `empty` barrier. `phase` is the parity that a wait expects; it flips whenever the ring wraps around.
 
-Letters as in grouped_gemm.py. The products have the same order as in the plain kernel: the results are equal bit for
-bit.
+Letters as in grouped_gemm.py. The products have the plain kernel's order, so the results are equal bit for bit.
 """
 
 import torch
@@ -31,7 +30,7 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
-BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # the largest accumulator that two warpgroups hold in registers
+BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # the largest accumulator that two warpgroups hold
 STAGES = 4  # buffers of the ring: 192 KB
 PARTS = 8  # column parts in which a tile is stored, through two buffers of 8 KB
 LOADER_REGISTERS = 56  # of each loading thread; the multiplying threads get what is left
@@ -39,7 +38,7 @@ LOADER_ARRIVALS = gl.constexpr(129)  # at a full barrier: 128 threads' gathered 
 
 
 def fits(M, N, mean_rows, dtype):
-    """Whether `dw` may be used for gradients of (E, M, N), `mean_rows` rows per expert; timed from 512 rows on."""
+    """Whether to use `dw` for gradients of (E, M, N) from `mean_rows` rows per expert; timed from 512 rows on."""
     large = mean_rows >= 512 and M >= BLOCK_M and N >= BLOCK_N and dtype in (torch.bfloat16, torch.float16)
     return large and capability() == 90 and not interpreting()
 
@@ -81,7 +80,7 @@ def _dw_load(
         _, start, end, pid_m, pid_n = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
         columns = pid_m * BLOCK_M + offs_m
         a_ptrs = a_ptr + columns[None, :]
-        # Load token ids one step ahead, so that the gather never waits for its own indices.
+        # Load token ids one step ahead: the gather must not wait for its indices.
         tokens = gl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
         for row in range(start, end, BLOCK_K):
             mask = (row + offs_k < end)[:, None]
@@ -116,17 +115,17 @@ def _dw_multiply(
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, mma)
         for row in range(start, end, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
-            fence_async_shared()  # cp.async wrote through the generic proxy, wgmma reads through the asynchronous one
+            fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads through the asynchronous one
             a = a_ring.index(stage).permute((1, 0))
             acc = warpgroup_mma(a, b_ring.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])  # the product before this one is done: release its buffers
+            acc = warpgroup_mma_wait(1, deps=[acc])  # the product before this one is done, so release its buffers
             mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=row > start)
             stage, phase = _advance(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=end > start)
         parts = _split_columns(acc, BLOCK_N // WIDTH)
         for i in gl.static_range(BLOCK_N // WIDTH):
-            tma.store_wait(1)  # the store before the last one has read its buffer
+            tma.store_wait(1)  # the store before the last one must have read its buffer
             out = out_ring.index(i % 2)
             value = parts[i].to(dw_desc.dtype)
             column = pid_n * BLOCK_N + i * WIDTH
@@ -135,7 +134,7 @@ def _dw_multiply(
             else:
                 out.reshape([BLOCK_M, WIDTH]).store(value)
             fence_async_shared()
-            # The descriptor has a dimension for experts: what lies past the last row or column of this one is cut off.
+            # The descriptor has a dimension for experts, so that what lies outside of this one is cut off.
             if TRANSPOSED:
                 tma_store(dw_desc, [expert, column, pid_m * BLOCK_M], out)
             else:
@@ -163,7 +162,7 @@ def dw_hopper_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As grouped_gemm.dw_kernel; a is gathered by cp.async, b comes and dw goes by TMA."""
+    """As grouped_gemm.dw_kernel. cp.async gathers a, TMA loads b and stores dw."""
     M_TILES: gl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     dtype: gl.constexpr = b_desc.dtype

@@ -50,10 +50,10 @@ UNFENCED = not MISSING and tuple(map(int, triton.__version__.split(".")[:2])) < 
 
 @contextlib.contextmanager
 def _fenced():
-    """Inside, Triton 3.6 compiles as 3.7 does: a proxy fence between copies to shared memory and wgmma, which reads it.
+    """Inside, Triton 3.6 compiles as 3.7 does: with a proxy fence between copies to shared memory and wgmma.
 
-    cp.async writes through the generic proxy and wgmma reads through the asynchronous one, and PTX orders the two by
-    such a fence only ("Async proxy", PTX ISA 8.7)."""
+    cp.async writes through the generic proxy and wgmma reads through the asynchronous one; only such a fence orders the
+    two ("Async proxy", PTX ISA 8.7)."""
 
     def hook(backend, stages, options, language, capability):
         def ptx(source, metadata):
@@ -78,7 +78,7 @@ _compiled = {}  # kernels that have run, by everything that Triton compiles them
 def launch(kernel, grid, tensors, numbers=(), num_warps=4, num_stages=3, **constants):
     """kernel[grid](*tensors, *numbers, **constants) at a quarter of the host's time (docs/LOG.md).
 
-    Triton inspects every argument of every launch. Here only what may change from call to call is looked at: dtypes and
+    Triton inspects every argument of every launch. This looks only at what may change from call to call: dtypes and
     alignments of `tensors` (or descriptors, or None), divisibility of `numbers`, and the constants."""
     key = (
         kernel.fn, tensors[0].get_device(), num_warps, num_stages, *constants.values(),

@@ -1,9 +1,7 @@
-"""Muon's step for small matrices, one program each: momentum, normalisation, five Newton-Schulz rounds and the update,
-all on chip.
+"""Muon's step for small matrices, one program each: momentum, normalisation, five Newton-Schulz rounds and the update.
 
-A step of a small MoE updates hundreds of matrices that each fit into one multiprocessor. Batched products would move
-them to memory and back fifteen times. Here gradient, momentum and weight are read once, momentum and weight are written
-once, and several layers share a launch.
+A small MoE has hundreds of matrices that each fit into one multiprocessor. Batched products would move them to memory
+and back fifteen times a step; here they stay on the chip, and several layers share a launch.
 
 Shapes: P parameters of one shape, (R, B) or (E, R, B), whose R rows are stacked maps of A rows: N maps (A, B) in each.
 """
@@ -13,18 +11,15 @@ import math
 from moe_kernels.language import tl, triton
 from moe_kernels.tiles import capability, interpreting, limits, pow2
 
-COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of Muon's quintic, which takes singular values from 1e-3..1 to 0.7..1.2 in five rounds
+# Of Muon's quintic, which takes singular values from 1e-3..1 to 0.7..1.2 in five rounds.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
-MOST = 2**14  # elements of a padded matrix that fits the registers; 128 x 256 would spill a kilobyte a thread
+MOST = 2**14  # values of a padded matrix that fits the registers; 128 x 256 would spill a kilobyte a thread
 PER_LAUNCH = 8  # parameters of one launch
 
 
 def fits(shape, rows):
-    """Whether `muon_update` takes parameters of this shape whose stacked maps have these numbers of rows."""
+    """Whether `muon_update` takes parameters of this shape, whose stacked maps have these numbers of rows."""
     short, long = padded(rows[0], shape[-1])
     return len(set(rows)) == 1 and short * long <= MOST and short <= limits(capability()).square
 
@@ -70,7 +65,7 @@ def muon_kernel(
     update = grad + mu * (momentum - grad)  # Nesterov
     rate = tl.load(lr_ptr)
     step = rate * size
-    if SKIP_UNUSED:  # the expert got no token: normalisation would turn its fading momentum into a full step every time
+    if SKIP_UNUSED:  # an expert without tokens: normalisation would turn its fading momentum into full steps
         step = tl.where(tl.max(tl.max(tl.abs(grad), 1), 0) > 0, step, 0.0)
 
     norm = tl.sqrt(tl.sum(tl.sum(update * update, 1), 0))
@@ -85,26 +80,21 @@ def muon_kernel(
     tl.store(weight_ptr + offs, weight * (1 - rate * weight_decay) - step * x.to(tl.float32), mask=mask)
 
 
-def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, scale=None, skip=None, still=False):
+def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, scale=None, skip=None, skip_unused=False):
     """A step of optim.Muon, its twin, in place on lists of float32 weights and momenta of one shape. Products are in
     bfloat16 (in the interpreter in float32).
 
-    rows: numbers of rows of the stacked maps, all equal (`fits`). lr: float32 scalar tensor.
-    scale: float32 scalar tensor that gradients are multiplied by; None: 1. skip: float32 scalar tensor; where it is 1
-    nothing changes.
-    still: a map whose gradient is all zero only decays."""
+    rows: numbers of rows of the stacked maps, all equal (`fits`). lr, scale, skip: float32 scalar tensors, the last two
+    or None. Gradients are multiplied by scale; nothing changes where skip is 1.
+    skip_unused: a map whose gradient is all zero only decays."""
     A, B = rows[0], weights[0].shape[-1]
-    maps, blocks = weights[0].numel() // (A * B), padded(A, B)
-    grads = [grad.contiguous() for grad in grads]
-    dtype = tl.float32 if interpreting() else tl.bfloat16
+    maps, (short, long) = weights[0].numel() // (A * B), padded(A, B)
+    grads, (C1, C3, C5) = [grad.contiguous() for grad in grads], COEFFICIENTS
     for i in range(0, len(weights) if maps else 0, PER_LAUNCH):
         some = [tuple(tensors[i : i + PER_LAUNCH]) for tensors in (weights, momenta, grads)]
-        P = len(some[0])
-        muon_kernel[(maps, P)](
-            **dict(zip(("weights", "momenta", "grads"), some, strict=True)),
-            **dict(zip(("C1", "C3", "C5"), COEFFICIENTS, strict=True)),
-            **dict(zip(("BLOCK_S", "BLOCK_L"), blocks, strict=True)), lr_ptr=lr, scale_ptr=scale, skip_ptr=skip,
-            mu=mu, weight_decay=weight_decay, size=0.2 * math.sqrt(max(A, B)),
-            P=P, A=A, B=B, SKIP_UNUSED=still, DTYPE=dtype, ROUNDS=ROUNDS,
-            num_warps=4 if math.prod(blocks) <= 2**13 else 8,
+        muon_kernel[(maps, len(some[0]))](
+            *some, lr_ptr=lr, scale_ptr=scale, skip_ptr=skip, mu=mu, weight_decay=weight_decay,
+            size=0.2 * math.sqrt(max(A, B)), P=len(some[0]), A=A, B=B, SKIP_UNUSED=skip_unused,
+            DTYPE=tl.float32 if interpreting() else tl.bfloat16, BLOCK_S=short, BLOCK_L=long, C1=C1, C3=C3,
+            C5=C5, ROUNDS=ROUNDS, num_warps=4 if short * long <= 2**13 else 8,
         )  # fmt: skip

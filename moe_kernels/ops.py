@@ -11,9 +11,8 @@ from moe_kernels.tiles import eager, pick_impl
 
 
 def use_kernels(impl, tensor):
-    """Whether an op without a GEMM runs its kernels; impl="grouped_mm" means the same PyTorch ops as "reference" to it.
-
-    Raises what `pick_impl` does, and ValueError for float64 with "triton"."""
+    """Whether an op without a GEMM runs its kernels; "grouped_mm" is the reference to it. Raises what `pick_impl` does,
+    and ValueError for float64 with "triton"."""
     if impl == "grouped_mm" or pick_impl(impl, tensor) != "triton":
         return False
     if tensor.dtype == torch.float64:
@@ -26,8 +25,8 @@ def define(name, forward, backward, fake_forward, fake_backward, setup_context, 
 
     derivative(ctx, run, *gradients) calls `run`, the second op or its launcher, on what setup_context saved.
     n_outputs: how many of the outputs are results (None: one tensor or all); the others are only saved.
-    Returns both ops and the differentiable function. For an ordinary tensor outside of compilation that function calls
-    the launchers through autograd.Function: a custom op takes 75 us more of Python per call (empty ops on a CPU)."""
+    Returns both ops and the differentiable function. Where `eager` allows it, that function calls the launchers through
+    autograd.Function: a custom op takes 75 us more of Python per call (empty ops on a CPU)."""
     op = torch.library.custom_op(f"moe_kernels::{name}", forward, mutates_args=())
     backward_op = torch.library.custom_op(f"moe_kernels::{name}_bwd", backward, mutates_args=())
     op.register_fake(fake_forward)
@@ -73,7 +72,7 @@ def sheltered(fn):
 
 
 def _shelter_backward(outputs, arguments):
-    """Turn autocast off while the graph nodes between arguments and outputs run, whatever it is around `backward`."""
+    """Turn autocast off while the graph nodes between arguments and outputs run, whatever `backward` runs under."""
     inputs = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
     seen, nodes = {get_gradient_edge(t).node for t in inputs}, [t.grad_fn for t in outputs]
     device, states = outputs[0].device.type, []

@@ -1,8 +1,8 @@
-"""The ground truth: every op of `moe_kernels` in plain PyTorch, differentiable, in any floating dtype (float64 is what
-tests compare with).
+"""The ground truth: every op of `moe_kernels` in plain PyTorch, differentiable, in any floating dtype (tests use
+float64).
 
 Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
-token, S = T*K routed rows: the (token, slot) pairs sorted by expert, ties in token order.
+token, S = T*K routed rows: the slots token * K + k, sorted by expert, ties in token order.
 """
 
 import torch
@@ -13,11 +13,14 @@ from moe_kernels.activation import gated
 from moe_kernels.ops import autocast_off, sheltered
 
 
+def _wide(tensor):
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 @sheltered
 def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
     """Twin of `routing.route`: (gates_TK, experts_TK, counts_E, probs_E, z)."""
-    logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
-    E = logits.shape[1]
+    logits, (T, E) = _wide(logits_TE), logits_TE.shape
     if score == "softmax":
         scores = probs = logits.softmax(1)
     else:
@@ -29,16 +32,15 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
     experts_TK = ranking.detach().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     gates_TK = gates_of(logits, experts_TK, score, normalize)
     counts_E = torch.bincount(experts_TK.flatten(), minlength=E).int()
-    T = max(logits.shape[0], 1)
-    return gates_TK, experts_TK.int(), counts_E, probs.sum(0) / T, logits.logsumexp(1).square().sum() / T
+    z = logits.logsumexp(1).square().sum() / max(T, 1)
+    return gates_TK, experts_TK.int(), counts_E, probs.sum(0) / max(T, 1), z
 
 
 @sheltered
 def gates_of(logits_TE, experts_TK, score="softmax", normalize=True):
-    """Gates (T, K), float32 or float64, that `route` gives the experts (T, K) it chose; here of any choice, to replay a
-    recorded one."""
-    logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
-    experts_TK = experts_TK.long()
+    """Gates (T, K), float32 or float64, as `route` gives them to its choice, of any experts (T, K): a recorded choice
+    can be replayed."""
+    logits, experts_TK = _wide(logits_TE), experts_TK.long()
     if score == "softmax" and normalize:
         return logits.gather(1, experts_TK).softmax(1)
     gates_TK = (logits.softmax(1) if score == "softmax" else logits.sigmoid()).gather(1, experts_TK)
@@ -46,8 +48,7 @@ def gates_of(logits_TE, experts_TK, score="softmax", normalize=True):
 
 
 def dispatch(experts_TK, n_experts):
-    """Twin of `dispatch.dispatch`: offsets (E+1), the flat (token, slot) index of each routed row (S), and its inverse
-    (T, K)."""
+    """Twin of `dispatch.dispatch`: offsets (E+1), the slot of each routed row (S), and the row of each slot (T, K)."""
     flat = experts_TK.flatten()
     row_slot_S = flat.argsort(stable=True)
     slot_row = torch.empty_like(row_slot_S)
@@ -71,17 +72,16 @@ def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swiglu"
 
 
 def grouped_product(a, b, offsets):
-    """The rows of each expert in a (S, R), times its matrix of b (E, R, N): (S, N). With b (S, N): a^T b over its rows,
-    (E, R, N)."""
-    a_parts = a.split(offsets.diff().tolist())
+    """The rows of each expert in a (S, R), times its matrix of b (E, R, N): (S, N). With b (S, N): a^T b over the rows
+    of each expert, (E, R, N)."""
+    sizes = offsets.diff().tolist()
     if b.ndim == 3:
-        return torch.cat([x @ w for x, w in zip(a_parts, b.unbind(), strict=True)])
-    return torch.stack([x.T @ y for x, y in zip(a_parts, b.split(offsets.diff().tolist()), strict=True)])
+        return torch.cat([x @ w for x, w in zip(a.split(sizes), b.unbind(), strict=True)])
+    return torch.stack([x.T @ y for x, y in zip(a.split(sizes), b.split(sizes), strict=True)])
 
 
 def _product(a, b, offsets, native):
-    # torch traces neither a loop over experts whose row counts it does not know, nor grouped_mm in other dtypes than
-    # bfloat16.
+    # torch traces neither a loop over experts of unknown row counts, nor grouped_mm in other dtypes than bfloat16.
     if torch.compiler.is_compiling() and not (native and a.dtype == torch.bfloat16):
         return product_op(a, b, offsets, native)
     return F_.grouped_mm(a, b, offs=offsets[1:]) if native else grouped_product(a, b, offsets)
@@ -119,8 +119,7 @@ product_op.register_autograd(_backward, setup_context=_setup_context)
 @sheltered
 def linear_cross_entropy(x_TD, w_VD, targets_T):
     """Twin of `cross_entropy.linear_cross_entropy`: mean over targets other than -1, in float32 (float64 stays)."""
-    logits = x_TD @ w_VD.to(x_TD.dtype).T
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = _wide(x_TD @ w_VD.to(x_TD.dtype).T)
     return F_.cross_entropy(logits, targets_T, ignore_index=-1, reduction="sum") / (targets_T >= 0).sum().clamp(min=1)
 
 
@@ -132,7 +131,7 @@ def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5):
     if q_weight is not None:
         heads = (qk[:, :, :H], q_weight), (qk[:, :, H:], k_weight)
         qk = torch.cat([F_.rms_norm(x, (d,), weight.to(x.dtype), eps) for x, weight in heads], 2)
-    x = qk if qk.dtype == torch.float64 else qk.float()
+    x = _wide(qk)
     q, k = torch.addcmul(x * cos, x.roll(d // 2, -1), sin).to(qk.dtype).split((H, Hkv), 2)
     return q, k, v
 
@@ -144,11 +143,6 @@ def up(x_TD, w_in_EGD, row_slot_S, offsets, top_k, activation="swiglu"):
     """Pre-activations h (S, 2F) and activations a = f(gate) * up (S, F)."""
     h_SG = grouped_product(x_TD[row_slot_S // top_k], w_in_EGD.mT, offsets)
     return h_SG, gated(h_SG, activation)
-
-
-def down(a_SF, w_out_EDF, offsets):
-    """Expert outputs before the router's gates (S, D)."""
-    return grouped_product(a_SF, w_out_EDF.mT, offsets)
 
 
 def combine(y_SD, slot_row_TK, gates_TK=None):
@@ -170,19 +164,20 @@ def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, row_slot_S, offsets, activation="s
     return dh, g * a.detach(), (da * a.detach()).sum(1)
 
 
+def down(a_SF, w_out_EDF, offsets):
+    """Expert outputs before the router's gates (S, D)."""
+    return grouped_product(a_SF, w_out_EDF.mT, offsets)
+
+
 def dx(dh_SG, w_in_EGD, offsets):
     """Gradient of each routed row's input (S, D), to be summed over a token's rows by `combine`."""
     return grouped_product(dh_SG, w_in_EGD, offsets)
 
 
-def dw_in(dh_SG, x_TD, row_slot_S, offsets, top_k):
-    """(E, 2F, D)."""
-    return grouped_product(dh_SG, x_TD[row_slot_S // top_k], offsets)
-
-
-def dw_out(dy_TD, ga_SF, row_slot_S, offsets, top_k):
-    """(E, D, F), from ga = router gate * a."""
-    return grouped_product(dy_TD[row_slot_S // top_k], ga_SF, offsets)
+def dw(a_TM, b_SN, transposed, row_slot_S, offsets, top_k):
+    """(E, M, N), or (E, N, M) when `transposed`: dW_out from dy and ga = router gate * a, dW_in from x and dh."""
+    dw_EMN = grouped_product(a_TM[row_slot_S // top_k], b_SN, offsets)
+    return dw_EMN.mT if transposed else dw_EMN
 
 
 def adamw(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta2, eps, weight_decay, copy, seed):

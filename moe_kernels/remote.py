@@ -1,5 +1,5 @@
 """The expert layer spread over the GPUs of one machine: each rank has some experts, and kernels read the rows of other
-ranks where these have them, over NVLink. Nothing waits for the host, and every launch has a static bound.
+ranks over NVLink. Nothing waits for the host, and every launch has a static bound.
 
     publish          x, expert ids and gates become visible to all ranks
     barrier
@@ -10,11 +10,10 @@ ranks where these have them, over NVLink. Nothing waits for the host, and every 
 The backward pass does the same with gradients. Two barriers a pass are enough: what is published is read only between
 the first and the second, rows only between the second and the first of the next pass.
 
-Letters as in experts.py; W ranks of T tokens each, E experts on each of them, C rows at most that a rank computes. A
-rank that gets more computes rubbish instead: whoever routes must look (optimoe/exchange.py) and discard the step.
+Letters as in experts.py; W ranks of T tokens each, E experts on each of them, at most C rows on a rank. A rank that
+gets more computes rubbish: whoever routes must look (optimoe/exchange.py) and discard the step.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels.dispatch import Dispatch, dispatch, empty_dispatch
-from moe_kernels.experts import _dense, _dw, captured_stream, side_stream
+from moe_kernels.experts import _dense, beside, dw
 from moe_kernels.language import tl, triton
 from moe_kernels.muon import pick
 from moe_kernels.ops import define
@@ -76,8 +75,8 @@ class Sizes(NamedTuple):
 
 
 class Ranks:
-    """One rank's view of all of them. memories: uint8 tensors of sizes.lay_out() bytes, one of each rank, that this
-    device can read. barrier(): the current stream waits until all ranks are there."""
+    """One rank's view of all of them. memories: a uint8 tensor of sizes.lay_out() bytes of each rank, which this device
+    can read. barrier(): the current stream waits until all ranks are there."""
 
     def __init__(self, rank, sizes, memories, barrier):
         self.rank, self.sizes, self.barrier = rank, sizes, barrier
@@ -88,8 +87,9 @@ class Ranks:
         return slice(rank * self.sizes.tokens, (rank + 1) * self.sizes.tokens)
 
 
-LAYERS = []  # (Ranks, number of the layer): custom ops take an index of this list, as they take no objects
-# The index is an int64 scalar on the CPU. torch.compile would compile every layer again for an int of its own.
+# (Ranks, number of the layer): custom ops take no objects, but an index of this list. It is an int64 scalar on the CPU,
+# because torch.compile would compile every layer again for an int of its own.
+LAYERS = []
 
 
 @triton.jit(do_not_specialize=["T", "first", "rank"])
@@ -100,7 +100,8 @@ def fetch_kernel(
 ):  # fmt: skip
     """out[p * T + t] = sources[p][t] for the tokens of other ranks p that use an expert of this rank.
 
-    ROUTE: ids (W * T, K) become the numbers that experts have on this rank, E for others'; else they are given."""
+    ROUTE: write ids (W * T, K), the numbers that experts have on this rank, E for others', and gates; else ids are
+    given."""
     peer = (rank + 1 + tl.program_id(1)) % WORLD  # every rank begins with another one
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_k, offs_d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
@@ -122,7 +123,7 @@ def fetch_kernel(
 
 
 def fetch(ranks, layer, ids, gates, n_experts, backward=False):
-    """Fill the tokens of other ranks into x of a layer, or with `backward` into dy; ids and gates in the forward."""
+    """Fill the tokens of other ranks into x of a layer, and ids and gates, or with `backward` into dy."""
     sizes, own = ranks.sizes, ranks.own
     published = [(shown.dy if backward else shown.x[layer])[ranks.tokens_of(p)] for p, shown in enumerate(ranks.shown)]
     fetch_kernel[(cdiv(sizes.tokens, ROWS), sizes.world)](
@@ -173,11 +174,8 @@ def clear_kernel(a_ptr, offsets_ptr, C, E: tl.constexpr, N: tl.constexpr, ROWS: 
     rows = tl.load(offsets_ptr + E) + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows < C)[:, None] & (offs < N)[None, :]
-    tl.store(
-        a_ptr + rows.to(tl.int64)[:, None] * N + offs[None, :],
-        tl.zeros([ROWS, BLOCK_N], a_ptr.dtype.element_ty),
-        mask=mask,
-    )
+    zeros = tl.zeros([ROWS, BLOCK_N], a_ptr.dtype.element_ty)
+    tl.store(a_ptr + rows.to(tl.int64)[:, None] * N + offs[None, :], zeros, mask=mask)
 
 
 def clear_after(a_CN, offsets):
@@ -195,13 +193,16 @@ def publish(ranks, layer, x_TD, gates_TK, experts_TK):
     own.experts.copy_(experts_TK)
 
 
+def tiles_of(sizes, w_out_EDF):
+    return gemm_tiles(sizes.tokens * sizes.top_k, *w_out_EDF.shape, sizes.dtype)
+
+
 def compute(ranks, layer, w_in_EGD, w_out_EDF, activation):
     """After publish and a barrier: the rows of this rank's experts. Returns what the backward pass needs of it:
     pre-activation (P, C, W), ids (W * T, K), gates (W * T, K), and the seven tensors of a `Dispatch`."""
-    sizes, own, (E, D, F) = ranks.sizes, ranks.own, w_out_EDF.shape
+    sizes, own, E, tiles = ranks.sizes, ranks.own, w_out_EDF.shape[0], tiles_of(ranks.sizes, w_out_EDF)
     ids, gates = torch.empty_like(own.slot_row), own.gates.new_empty(own.slot_row.shape)
     fetch(ranks, layer, ids, gates, E)
-    tiles = gemm_tiles(sizes.tokens * sizes.top_k, E, D, F, sizes.dtype)
     sorted_ = dispatch(ids, E, tiles["up"].BLOCK_M, sizes.n_rows)
     own.slot_row.copy_(sorted_.slot_row_TK)
     h, a = gemm.up(own.x[layer], _dense(w_in_EGD), sorted_, tiles["up"], activation)
@@ -212,10 +213,9 @@ def compute(ranks, layer, w_in_EGD, w_out_EDF, activation):
 def compute_gradients(ranks, layer, w_in_EGD, w_out_EDF, h, ids, gates, sorted_, activation):
     """After dy is published and a barrier: the gradients of this rank's rows, for all to see. Returns a function that
     gives those of w_in and w_out."""
-    sizes, own, (E, D, F) = ranks.sizes, ranks.own, w_out_EDF.shape
-    fetch(ranks, layer, ids, gates, E, backward=True)
+    own, tiles = ranks.own, tiles_of(ranks.sizes, w_out_EDF)
+    fetch(ranks, layer, ids, gates, w_out_EDF.shape[0], backward=True)
     own.slot_row.copy_(sorted_.slot_row_TK)
-    tiles = gemm_tiles(sizes.tokens * sizes.top_k, E, D, F, sizes.dtype)
     dh, ga, parts = gemm.dswiglu(own.dy, _dense(w_out_EDF), h, gates, sorted_, tiles["dswiglu"], activation)
     torch.sum(parts, 0, out=own.dgates)
     gemm.dx(dh, _dense(w_in_EGD), sorted_, tiles["dx"], out=own.rows)
@@ -223,21 +223,16 @@ def compute_gradients(ranks, layer, w_in_EGD, w_out_EDF, h, ids, gates, sorted_,
     def weights():
         clear_after(ga, sorted_.offsets)
         clear_after(dh, sorted_.offsets)
-        dw_out = _dw(own.dy, ga, False, sorted_, tiles["dw_out"])
-        return _dw(own.x[layer], dh, True, sorted_, tiles["dw_in"]), dw_out
+        dw_out = dw(own.dy, ga, False, sorted_, tiles["dw_out"])
+        return dw(own.x[layer], dh, True, sorted_, tiles["dw_in"]), dw_out
 
     return weights
 
 
 def remote_fwd(
-    x_TD: Tensor,
-    w_in_EGD: Tensor,
-    w_out_EDF: Tensor,
-    gates_TK: Tensor,
-    experts_TK: Tensor,
-    activation: str,
+    x_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, gates_TK: Tensor, experts_TK: Tensor, activation: str,
     index: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output (T, D), then what `compute` returns. index: of LAYERS; gates float32 and experts int32, both (T, K)."""
     ranks, layer = LAYERS[int(index)]
     publish(ranks, layer, x_TD, gates_TK, experts_TK)
@@ -250,8 +245,8 @@ def remote_fwd(
 
 
 def _fake_fwd(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, index):
-    sizes, (E, D, F) = LAYERS[0][0].sizes, w_out_EDF.shape  # the same for all layers
-    tile = gemm_tiles(sizes.tokens * sizes.top_k, E, D, F, sizes.dtype)["up"]
+    sizes, (E, _, F) = LAYERS[0][0].sizes, w_out_EDF.shape  # the same for all layers
+    tile = tiles_of(sizes, w_out_EDF)["up"]
     ids = experts_TK.new_empty(sizes.world * sizes.tokens, sizes.top_k)
     h = x_TD.new_empty(gemm.panels(sizes.n_rows, F, tile))
     sorted_ = empty_dispatch(ids, E, tile.BLOCK_M, sizes.n_rows)
@@ -270,17 +265,13 @@ def remote_bwd(
     sorted_ = Dispatch(offsets, row_slot, slot_row, tile_expert, tile_row, tile_count, by_size)
     weights = compute_gradients(ranks, layer, w_in_EGD, w_out_EDF, h, ids, gates, sorted_, activation)
     dx, dgates = dy_TD.new_empty(dy_TD.shape), gates.new_empty(experts_TK.shape)
-    # In a graph the other ranks' rows arrive on a second stream, beside the gradients of the weights.
-    main = captured_stream(dx)
-    side = main and side_stream(main)
-    if main:
-        side.wait_stream(main)
-    with torch.cuda.stream(side) if main else contextlib.nullcontext():
+
+    def inputs():
         ranks.barrier()
         collect(ranks, experts_TK.contiguous(), len(w_in_EGD), dx, dgates_TK=dgates)
-    dw_in, dw_out = weights()
-    if main:
-        main.wait_stream(side)
+
+    with beside(inputs, dx):  # in a graph the other ranks' rows arrive beside the gradients of the weights
+        dw_in, dw_out = weights()
     return dx, dw_in, dw_out, dgates
 
 
@@ -296,16 +287,11 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(w_in, w_out, experts, *output[1:], index)
 
 
-# remote_experts(x, w_in, w_out, gates, experts, activation, index): `moe_experts` with this rank's weights of all E * W
-# experts, the first of what it returns. The backward pass must follow before the layer's next forward pass. Unlike the
-# other ops these write where torch does not see it, into the memory of Ranks; a graph must run them in their order.
+# remote_experts(x, w_in, w_out, gates, experts, activation, index): its first result is that of `moe_experts` with all
+# E * W experts, of which this rank gives the weights of its own. The backward pass must follow before the layer's next
+# forward pass. These ops write into the memory of Ranks, where torch does not see it: a graph must keep their order.
 remote_op, remote_bwd_op, remote_experts = define(
-    "remote_experts",
-    remote_fwd,
-    remote_bwd,
-    _fake_fwd,
-    _fake_bwd,
-    _setup_context,
+    "remote_experts", remote_fwd, remote_bwd, _fake_fwd, _fake_bwd, _setup_context,
     lambda ctx, run, dy, *_: (*run(dy, *ctx.saved_tensors, ctx.activation), None, None, None),
     n_outputs=1,
-)
+)  # fmt: skip

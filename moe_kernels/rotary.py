@@ -1,6 +1,5 @@
-"""Rotary position embedding of queries and keys, and RMSNorm of each head before it where the model has that.
-
-One launch reads the projection's output, and one launch writes its gradient.
+"""Rotary position embedding of queries and keys, and RMSNorm of each head before it where the model has that, in one
+launch in each direction.
 
 Shapes: B batch, L sequence, T = B*L tokens, H query heads, Hkv key (and as many value) heads, d head width. Computed in
 float32.
@@ -17,16 +16,16 @@ from moe_kernels.tiles import cdiv, eager, pow2
 
 
 def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5, impl=None):
-    """Queries (B, L, H, d) and keys (B, L, Hkv, d), rotated (arXiv 2104.09864), and values (B, L, Hkv, d): a view of
+    """Queries (B, L, H, d) and keys (B, L, Hkv, d), rotated (arXiv 2104.09864), and values (B, L, Hkv, d), a view of
     qkv.
 
     qkv_BLNd (B, L, N, d), N = H + 2 Hkv: heads of queries, keys, values; H = n_heads; d even.
-    cos, sin: float32 (L, 1, d), or (B, L, 1, d) for rows at positions of their own, of model.rope_tables: the first
-    half of sin is negated.
+    cos, sin: float32 (L, 1, d), or (B, L, 1, d) for positions that differ by sequence; the first half of sin is
+    negated (model.rope_tables).
     q_weight, k_weight (d,): RMSNorm of each query and key head before the rotation, with this weight and eps; both or
     neither.
-    impl: as in `moe_experts`; "grouped_mm" is the reference here. Differentiable in qkv and the weights; qkv is saved
-    for the weights only. Raises ValueError for other shapes, and for float64 on the triton path."""
+    impl: as in `route`. Differentiable in qkv and the weights; qkv is saved for the weights only. Raises ValueError for
+    other shapes, and for float64 with "triton"."""
     rest = qkv_BLNd.shape[2] - n_heads if qkv_BLNd.ndim == 4 else 0
     if rest < 2 or rest % 2 or n_heads < 1 or qkv_BLNd.shape[3] % 2:
         raise ValueError(f"qkv {tuple(qkv_BLNd.shape)}, n_heads={n_heads}: expected (B, L, H + 2 Hkv, d) with even d")
@@ -52,10 +51,15 @@ def _rows(T, L, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _halves(ptrs, mask, D: tl.constexpr):
+    x1 = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    return x1, tl.load(ptrs + D // 2, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _normed(x_ptrs, mask, eps, D: tl.constexpr):
     """Both halves of a head divided by its root mean square, and the factor that did it."""
-    x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptrs + D // 2, mask=mask, other=0.0).to(tl.float32)
+    x1, x2 = _halves(x_ptrs, mask, D)
     rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / D + eps)[:, None]
     return x1 * rstd, x2 * rstd, rstd
 
@@ -64,19 +68,16 @@ def _normed(x_ptrs, mask, eps, D: tl.constexpr):
 def _rotate(
     x_ptrs, y_ptrs, cos, sin, mask, weight_ptr, offs_d, eps, HEADS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr
 ):
-    HALF: tl.constexpr = D // 2
     if NORM:
-        w1 = tl.load(weight_ptr + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)
-        w2 = tl.load(weight_ptr + HALF + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)
+        w1, w2 = _halves(weight_ptr + offs_d, offs_d < D // 2, D)
     for _ in range(HEADS):
         if NORM:
             x1, x2, _rstd = _normed(x_ptrs, mask, eps, D)
             x1, x2 = x1 * w1, x2 * w2
         else:
-            x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-            x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
+            x1, x2 = _halves(x_ptrs, mask, D)
         tl.store(y_ptrs, (x1 * cos - x2 * sin).to(y_ptrs.dtype.element_ty), mask=mask)
-        tl.store(y_ptrs + HALF, (x2 * cos + x1 * sin).to(y_ptrs.dtype.element_ty), mask=mask)
+        tl.store(y_ptrs + D // 2, (x2 * cos + x1 * sin).to(y_ptrs.dtype.element_ty), mask=mask)
         x_ptrs += D
         y_ptrs += D
 
@@ -105,14 +106,11 @@ def _rotate_back(
     dy_ptrs, stride_dy, x_ptrs, dx_ptrs, cos, sin, mask, weight_ptr, dweight_ptr, offs_d, eps,
     HEADS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    HALF: tl.constexpr = D // 2
     if NORM:
-        w1 = tl.load(weight_ptr + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)
-        w2 = tl.load(weight_ptr + HALF + offs_d, mask=offs_d < HALF, other=0.0).to(tl.float32)
+        w1, w2 = _halves(weight_ptr + offs_d, offs_d < D // 2, D)
         dw1, dw2 = tl.zeros_like(cos), tl.zeros_like(cos)
     for _ in range(HEADS):
-        dy1 = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
-        dy2 = tl.load(dy_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
+        dy1, dy2 = _halves(dy_ptrs, mask, D)
         dx1, dx2 = dy1 * cos + dy2 * sin, dy2 * cos - dy1 * sin
         if NORM:
             x1, x2, rstd = _normed(x_ptrs, mask, eps, D)
@@ -123,12 +121,12 @@ def _rotate_back(
             dx1, dx2 = (dx1 - x1 * mean) * rstd, (dx2 - x2 * mean) * rstd
             x_ptrs += D
         tl.store(dx_ptrs, dx1.to(dx_ptrs.dtype.element_ty), mask=mask)
-        tl.store(dx_ptrs + HALF, dx2.to(dx_ptrs.dtype.element_ty), mask=mask)
+        tl.store(dx_ptrs + D // 2, dx2.to(dx_ptrs.dtype.element_ty), mask=mask)
         dy_ptrs += stride_dy
         dx_ptrs += D
     if NORM:  # one partial sum per program; the launcher adds them in a fixed order
-        tl.store(dweight_ptr + offs_d, tl.sum(dw1, 0)[None, :], mask=offs_d < HALF)
-        tl.store(dweight_ptr + HALF + offs_d, tl.sum(dw2, 0)[None, :], mask=offs_d < HALF)
+        tl.store(dweight_ptr + offs_d, tl.sum(dw1, 0)[None, :], mask=offs_d < D // 2)
+        tl.store(dweight_ptr + D // 2 + offs_d, tl.sum(dw2, 0)[None, :], mask=offs_d < D // 2)
 
 
 @triton.jit(do_not_specialize=["T", "L"])
@@ -162,12 +160,13 @@ def rope_bwd_kernel(
                 dq_ptrs, stride_qh, x_ptrs, dx_ptrs, cos, sin, mask, q_weight_ptr, dweight_ptr, offs_d, eps, H, D, NORM
             )
         else:
-            dk_at = dk_ptr + offs_b * stride_kb + offs_l * stride_kl + offs_d
+            dk_ptrs = dk_ptr + offs_b * stride_kb + offs_l * stride_kl + offs_d
             x_ptrs += H * D
             dx_ptrs += H * D
             dweight_ptr += D
             _rotate_back(
-                dk_at, stride_kh, x_ptrs, dx_ptrs, cos, sin, mask, k_weight_ptr, dweight_ptr, offs_d, eps, HKV, D, NORM,
+                dk_ptrs, stride_kh, x_ptrs, dx_ptrs, cos, sin, mask, k_weight_ptr, dweight_ptr, offs_d, eps, HKV, D,
+                NORM,
             )  # fmt: skip
 
 
@@ -176,20 +175,14 @@ def _tables(cos, sin):
 
 
 def _blocks(d):
-    block_d = pow2(d // 2)
-    # 8 values a thread of 2 warps: accesses of 16 bytes in bfloat16.
+    block_d = pow2(d // 2)  # 8 values a thread of 2 warps: accesses of 16 bytes in bfloat16
     return dict(BLOCK_T=max(1, 512 // block_d), BLOCK_D=block_d, num_warps=2)
 
 
 def rope_fwd(
-    qkv_BLNd: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    n_heads: int,
+    qkv_BLNd: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, n_heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotated queries and keys."""
     qkv, (B, L, N, d), (cos, sin, stride_table) = qkv_BLNd.contiguous(), qkv_BLNd.shape, _tables(cos, sin)
     n_kv_heads, T, blocks = (N - n_heads) // 2, B * L, _blocks(d)
@@ -203,18 +196,10 @@ def rope_fwd(
 
 
 def rope_bwd(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    qkv_BLNd: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Contiguous gradient of qkv, from gradients of any layout, and those of the two weights, (2, d) float32, (0, d)
-    without."""
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv_BLNd: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
+    k_weight: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Contiguous gradient of qkv, from gradients of any layout, and those of the weights: (2, d) float32, or (0, d)."""
     dq, dk, dv = (t if t.stride(3) == 1 else t.contiguous() for t in (dq, dk, dv))
     (B, L, H, d), n_kv_heads, (cos, sin, stride_table) = dq.shape, dk.shape[2], _tables(cos, sin)
     T, norm, blocks = B * L, q_weight is not None, _blocks(d)
@@ -249,8 +234,8 @@ def _(dq, dk, dv, qkv_BLNd, cos, sin, q_weight, k_weight, eps):
 
 
 class Rope(torch.autograd.Function):
-    """Not registered with the ops, because an op cannot return a view of its input, as the values are here. As outputs
-    of one node queries, keys and values bring their gradients to one launch."""
+    """The gradients of queries, keys and values come to one node, and so to one launch. This is no custom op, because
+    these cannot return a view of an input, as the values are."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, q_weight, k_weight, n_heads, eps):
@@ -263,9 +248,7 @@ class Rope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq, dk, dv):
         qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
-        dqkv, dweights = (rope_bwd if eager(dq) else rope_bwd_op)(
-            dq, dk, dv, qkv, cos, sin, q_weight, k_weight, ctx.eps
-        )
-        if q_weight is None:
-            return dqkv, None, None, None, None, None, None
-        return dqkv, None, None, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None, None
+        run = rope_bwd if eager(dq) else rope_bwd_op
+        dqkv, dweights = run(dq, dk, dv, qkv, cos, sin, q_weight, k_weight, ctx.eps)
+        weights = [None if w is None else dweights[i].to(w.dtype) for i, w in enumerate((q_weight, k_weight))]
+        return dqkv, None, None, *weights, None, None

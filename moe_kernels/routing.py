@@ -1,5 +1,4 @@
-"""From router scores to gates, expert ids, counts and the statistics for the auxiliary losses, in one pass over the
-logits.
+"""From router logits to gates, expert ids, counts and the statistics of the auxiliary losses, in one pass.
 
 Shapes: T tokens, E experts, K experts per token. Everything except the ids and counts is float32.
 """
@@ -29,26 +28,23 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None, impl=N
     """Choose `top_k` experts for each token.
 
     logits_TE: (T, E) float tensor of any dtype; the computation is in float32.
-    score: "softmax" over all experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437). The distribution for
-    the balance
-      statistics is then sigmoid / sum of sigmoids.
+    score: "softmax" over all experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437). The distribution of
+    the balance loss is then sigmoid / sum of sigmoids.
     normalize: the gates of a token sum to one over its K experts. With "softmax" this is Mixtral's "top-k, then
     softmax".
     bias_E: (E,), added to the scores for the choice and never to the gates: loss-free balancing (arXiv 2408.15664).
     impl: "reference", "grouped_mm" (the same PyTorch ops), "triton", or None to choose by device.
-    Returns a `Routing`. Raises ValueError for shapes outside T >= 0, E <= 1024, 1 <= K <= min(E, 32).
-    """
+    Returns a `Routing`. Raises ValueError for shapes outside E <= 1024, 1 <= K <= min(E, 32), and for float64 with
+    "triton"."""
     if logits_TE.ndim != 2 or not logits_TE.is_floating_point():
-        raise ValueError(f"logits_TE: expected a (T, E) float tensor, got {tuple(logits_TE.shape)} {logits_TE.dtype}")
+        raise ValueError(f"logits {tuple(logits_TE.shape)} {logits_TE.dtype}: expected (T, E), floats")
     E = logits_TE.shape[1]
-    if not 1 <= E <= MAX_EXPERTS:
-        raise ValueError(f"logits_TE has {E} experts: supported are 1 to {MAX_EXPERTS}")
-    if not 1 <= top_k <= min(E, MAX_TOP_K):
-        raise ValueError(f"top_k={top_k}: must lie between 1 and min(E={E}, {MAX_TOP_K})")
+    if not 1 <= top_k <= min(E, MAX_TOP_K) or E > MAX_EXPERTS:
+        raise ValueError(f"top_k={top_k}, E={E}: expected 1 <= top_k <= min(E, {MAX_TOP_K}) and E <= {MAX_EXPERTS}")
     if score not in ("softmax", "sigmoid"):
         raise ValueError(f"score={score!r}: expected 'softmax' or 'sigmoid'")
     if bias_E is not None and bias_E.shape != (E,):
-        raise ValueError(f"bias_E: expected shape ({E},), got {tuple(bias_E.shape)}")
+        raise ValueError(f"bias_E {tuple(bias_E.shape)}: expected ({E},)")
     if use_kernels(impl, logits_TE):
         return Routing(*run_route(logits_TE, bias_E, top_k, score == "sigmoid", normalize))
     return Routing(*reference.route(logits_TE, top_k, score, normalize, bias_E))
@@ -58,10 +54,29 @@ def balance_loss(counts_E, probs_E):
     """Load-balancing loss E * sum_e f_e p_e (Switch Transformer, arXiv 2101.03961); f_e is the share of routed rows,
     p_e the mean probability.
 
-    float32 scalar, differentiable in `probs_E`: 1.0 at perfect balance, E where one expert takes all tokens (E / K with
-    K experts per token)."""
+    float32 scalar, differentiable in `probs_E`: 1.0 at perfect balance, E / K where K experts take all tokens."""
     f_E = counts_E.float() / counts_E.sum().clamp(min=1)
     return counts_E.shape[0] * (f_E * probs_E).sum()
+
+
+@triton.jit
+def _logits(logits_ptr, T, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """This program's tokens and their mask, the mask of their logits, and these in float32: minus infinity past E, 0
+    past T, where a finite value is needed and nothing is stored."""
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_t = offs_t < T
+    mask = mask_t[:, None] & (offs_e < E)[None, :]
+    logits = tl.load(logits_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    return offs_t, mask_t, mask, tl.where(mask_t[:, None], logits, 0.0)
+
+
+@triton.jit
+def _exps(logits):
+    """The maximum of each row, exponentials below it, and their sum."""
+    top = tl.max(logits, 1)
+    exps = tl.exp(logits - top[:, None])
+    return top, exps, tl.sum(exps, 1)
 
 
 @triton.jit
@@ -72,9 +87,7 @@ def choose(
     """Gates and ids (BLOCK_T, BLOCK_K) of rows of logits, minus infinity past E; which experts they are and all
     probabilities (BLOCK_T, BLOCK_E); logsumexp (BLOCK_T,)."""
     offs_e, offs_k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
-    top = tl.max(logits, 1)
-    exps = tl.exp(logits - top[:, None])
-    denom = tl.sum(exps, 1)
+    top, exps, denom = _exps(logits)
     lse = top + tl.log(denom)
     if SIGMOID:
         scores = tl.where((offs_e < E)[None, :], tl.sigmoid(logits), 0.0)
@@ -120,15 +133,8 @@ def route_fwd_kernel(
     E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    offs_t = pid.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_e = tl.arange(0, BLOCK_E)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_t = offs_t < T
-    mask = mask_t[:, None] & (offs_e < E)[None, :]
-    logits = tl.load(logits_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=float("-inf")).to(tl.float32)
-    logits = tl.where(mask_t[:, None], logits, 0.0)  # rows past the end need a finite value and are not stored
-
+    offs_t, mask_t, _mask, logits = _logits(logits_ptr, T, E, BLOCK_T, BLOCK_E)
+    pid, offs_e, offs_k = tl.program_id(0), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     chosen, ids, taken, probs, lse = choose(logits, bias_ptr, E, K, SIGMOID, NORMALIZE, BLOCK_T, BLOCK_E, BLOCK_K)
     slots = offs_t[:, None] * K + offs_k[None, :]
     mask_slots = mask_t[:, None] & (offs_k < K)[None, :]
@@ -166,17 +172,9 @@ def route_bwd_kernel(
     E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_e = tl.arange(0, BLOCK_E)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_t = offs_t < T
-    mask_e = (offs_e < E)[None, :]
-    mask = mask_t[:, None] & mask_e
-    logits = tl.load(logits_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=float("-inf")).to(tl.float32)
-    logits = tl.where(mask_t[:, None], logits, 0.0)
-    top = tl.max(logits, 1)
-    exps = tl.exp(logits - top[:, None])
-    denom = tl.sum(exps, 1)
+    offs_t, mask_t, mask, logits = _logits(logits_ptr, T, E, BLOCK_T, BLOCK_E)
+    offs_e, offs_k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
+    top, exps, denom = _exps(logits)
     softmax = exps / denom[:, None]
 
     # Through z = mean lse^2 and through the mean distribution p.
@@ -184,7 +182,7 @@ def route_bwd_kernel(
     dprobs = tl.load(dprobs_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)[None, :] / T
     dlogits = softmax * ((top + tl.log(denom)) * (2.0 * dz))[:, None]
     if SIGMOID:
-        scores = tl.where(mask_e, tl.sigmoid(logits), 0.0)
+        scores = tl.where((offs_e < E)[None, :], tl.sigmoid(logits), 0.0)
         slope = scores * (1.0 - scores)
         total = tl.sum(scores, 1)
         mean_dprobs = tl.sum(scores * dprobs, 1) / total
@@ -198,9 +196,8 @@ def route_bwd_kernel(
     gates = tl.load(gates_ptr + slots, mask=mask_slots, other=0.0)
     dgates = tl.load(dgates_ptr + slots, mask=mask_slots, other=0.0).to(tl.float32)
     mean_dgates = tl.sum(gates * dgates, 1)
-    spread = tl.zeros(
-        [BLOCK_T, BLOCK_E], tl.float32
-    )  # gradient of the chosen gates (normalised softmax: of their logits)
+    # Gradient of the chosen gates; with normalised softmax, of their logits.
+    spread = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     for k in range(K):
         expert = tl.load(experts_ptr + offs_t * K + k, mask=mask_t, other=-1)
@@ -224,29 +221,26 @@ def route_bwd_kernel(
 
 
 def _blocks(E, K):
-    block_e = pow2(E)
-    # About 2048 logits per program of 4 warps: each of the six (BLOCK_T, BLOCK_E) arrays takes 16 registers a thread.
+    block_e = pow2(E)  # about 2048 logits per program: six (BLOCK_T, BLOCK_E) arrays take 16 registers a thread each
     return dict(BLOCK_T=max(1, 2048 // block_e) if block_e > 32 else 64, BLOCK_E=block_e, BLOCK_K=pow2(K))
 
 
 def route_fwd(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches the forward kernels; shapes and dtypes as in `Routing`."""
-    logits, (T, E) = logits_TE.contiguous(), logits_TE.shape
-    new, blocks = logits.new_empty, _blocks(E, top_k)
+    """What `Routing` has."""
+    logits, (T, E), blocks = logits_TE.contiguous(), logits_TE.shape, _blocks(logits_TE.shape[1], top_k)
     n_blocks = cdiv(T, blocks["BLOCK_T"])
     gates, experts, counts, probs, z = _fake_fwd(logits, bias_E, top_k, sigmoid, normalize)
     if T == 0:
         return gates, experts, counts.zero_(), probs.zero_(), z.zero_()
-    parts = new(n_blocks, E, dtype=torch.int32), new(n_blocks, E + 1, dtype=torch.float32)
+    parts = counts.new_empty(n_blocks, E), probs.new_empty(n_blocks, E + 1)
     launch(
         route_fwd_kernel, (n_blocks,), (logits, bias_E, gates, experts, *parts), (T,),
         E=E, K=top_k, SIGMOID=sigmoid, NORMALIZE=normalize, **blocks,
     )  # fmt: skip
-    launch(
-        route_stats_kernel, (cdiv(E + 1, 8),), (*parts, counts, probs, z), (T, n_blocks), E=E, BLOCK_B=512, BLOCK_E=8
-    )
+    outputs = *parts, counts, probs, z
+    launch(route_stats_kernel, (cdiv(E + 1, 8),), outputs, (T, n_blocks), E=E, BLOCK_B=512, BLOCK_E=8)
     return gates, experts, counts, probs, z
 
 
@@ -257,15 +251,9 @@ def _fake_fwd(logits_TE, bias_E, top_k, sigmoid, normalize):
 
 
 def route_bwd(
-    logits_TE: Tensor,
-    experts_TK: Tensor,
-    gates_TK: Tensor,
-    dgates_TK: Tensor,
-    dprobs_E: Tensor,
-    dz: Tensor,
-    sigmoid: bool,
-    normalize: bool,
-) -> Tensor:
+    logits_TE: Tensor, experts_TK: Tensor, gates_TK: Tensor, dgates_TK: Tensor, dprobs_E: Tensor, dz: Tensor,
+    sigmoid: bool, normalize: bool,
+) -> Tensor:  # fmt: skip
     """Gradient of the logits (T, E), in their dtype, from the gradients of gates, probs and z."""
     logits, (T, E), K = logits_TE.contiguous(), logits_TE.shape, experts_TK.shape[1]
     dlogits, blocks = torch.empty_like(logits), _blocks(E, K)
@@ -288,11 +276,7 @@ def _derivative(ctx, run, dgates, _dexperts, _dcounts, dprobs, dz):
 
 
 route_op, route_bwd_op, run_route = define(
-    "route",
-    route_fwd,
-    route_bwd,
-    _fake_fwd,
+    "route", route_fwd, route_bwd, _fake_fwd,
     lambda logits_TE, *_: torch.empty_like(logits_TE, memory_format=torch.contiguous_format),
-    _setup_context,
-    _derivative,
-)
+    _setup_context, _derivative,
+)  # fmt: skip

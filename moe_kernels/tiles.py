@@ -12,14 +12,14 @@ import torch
 from moe_kernels.language import MISSING, driver
 
 IMPLS = ("reference", "grouped_mm", "triton")
+GEMMS = ("up", "down", "dswiglu", "dx", "dw_in", "dw_out")
 
 
 def pick_impl(impl, tensor):
     """`impl` if it can run on `tensor`. None means triton on CUDA where it is installed, else grouped_mm where it takes
     the dtype (1.3x faster than the reference on a CPU), else the reference.
 
-    Raises ValueError for an unknown name and RuntimeError for an implementation that cannot run here. Nothing falls
-    back silently."""
+    Raises ValueError for an unknown name and RuntimeError for an implementation that cannot run here."""
     if impl is None:
         if tensor.is_cuda and not MISSING:
             return "triton"
@@ -29,30 +29,25 @@ def pick_impl(impl, tensor):
     if impl == "triton" and MISSING:
         raise RuntimeError(MISSING)
     if impl == "triton" and not tensor.is_cuda and not interpreting():
-        raise RuntimeError(
-            f"impl='triton' needs a CUDA GPU, the input is on {tensor.device}: use impl='reference', or set "
-            "TRITON_INTERPRET=1 before importing triton to run the kernels slowly on the CPU"
-        )
+        remedy = "use impl='reference', or set TRITON_INTERPRET=1 before triton is imported, which is slow"
+        raise RuntimeError(f"impl='triton' needs a CUDA GPU, the input is on {tensor.device}: {remedy}")
     if impl == "triton" and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-        raise RuntimeError(
-            f"impl='triton' needs compute capability 8.0 or newer, {torch.cuda.get_device_name()} is older: "
-            "use impl='reference'"
-        )
+        name = torch.cuda.get_device_name(tensor.device)
+        raise RuntimeError(f"impl='triton' needs compute capability 8.0, {name} is older: use impl='reference'")
     if impl == "grouped_mm" and not _grouped_mm_takes(tensor):
-        raise RuntimeError(
-            f"impl='grouped_mm' does not take {tensor.dtype} on {tensor.device.type}: use impl='reference'"
-        )
+        what = f"{tensor.dtype} on {tensor.device.type}"
+        raise RuntimeError(f"impl='grouped_mm' does not take {what}: use impl='reference'")
     return impl
 
 
 def _grouped_mm_takes(tensor):
-    dtypes = {"cuda": (torch.bfloat16,), "mps": ()}.get(tensor.device.type)
-    return tensor.dtype != torch.float64 if dtypes is None else tensor.dtype in dtypes
+    if tensor.device.type == "mps":
+        return False
+    return tensor.dtype == torch.bfloat16 if tensor.is_cuda else tensor.dtype != torch.float64
 
 
 def eager(tensor):
-    """True for an ordinary tensor outside of tracing and compilation. There the layer calls its functions through
-    autograd.Function: as custom ops they cost 75 us more of Python per call (empty ops on a CPU), and in backward."""
+    """True for an ordinary tensor outside of tracing and compilation, where ops are run without torch's dispatcher."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
@@ -61,13 +56,12 @@ def interpreting():
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-INTERPRETED = interpreting()  # triton reads it when it is imported, and reading it takes longer than the rest below
+INTERPRETED = interpreting()  # Triton reads it once, too; reading it again would take longer than all of `capability`
 
 
 def capability():
-    """Compute capability, times ten, of the GPU that kernels are compiled for.
-
-    It is 90 in the interpreter and where there is no GPU, as in tracing on a CPU."""
+    """Compute capability, times ten, of the GPU that kernels are compiled for; 90 in the interpreter and without a
+    GPU."""
     if INTERPRETED or MISSING:
         return 90
     try:
@@ -82,8 +76,8 @@ def _target(active_driver):
 
 
 class Tile(NamedTuple):
-    """Output tile BLOCK_M x BLOCK_N and reduction step BLOCK_K. GROUP_M row tiles advance through the columns together.
-    The epilogue works on PARTS column ranges."""
+    """Output tile BLOCK_M x BLOCK_N and reduction step BLOCK_K. GROUP_M row tiles advance through the columns together,
+    and the epilogue works on PARTS column ranges."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -97,15 +91,14 @@ class Tile(NamedTuple):
 class Limits(NamedTuple):
     """What the tiles of an architecture stay within."""
 
-    shared: int  # bytes of shared memory that a block may have
+    shared: int  # bytes of shared memory of a block
     columns: int  # of an accumulator
     step: int  # of a reduction
     stages: int  # of the software pipeline
     square: int  # rows of the largest square matrix that Muon's kernel multiplies without spilling
 
 
-# By compute capability times ten. Only 90 was timed (H100 and H200). The others were never run, but
-# `python -m bench.compile` shows that their kernels spill nothing, fit into shared memory and use the tensor cores.
+# By compute capability times ten. Only 90 was timed (H100 and H200); bench.compile checks the others' kernels.
 # With 99 KB of shared memory, 128 columns leave room for two programs on a multiprocessor.
 LIMITS = {
     80: Limits(163 * 1024, 256, 64, 3, 64),
@@ -123,7 +116,7 @@ def limits(capability):
 
 
 def pow2(n):
-    """The least power of two that is not below n. Triton's own pow2 and cdiv are slow on the host (docs/LOG.md)."""
+    """The least power of two that is not below n. Triton's own functions are slow on the host (docs/LOG.md)."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -140,51 +133,42 @@ def max_tiles(n_rows, n_experts, block_m):
 def gemm_tiles(n_rows, n_experts, D, F, dtype):
     """The tile of each GEMM for S = n_rows routed rows over n_experts, for the GPU of `capability`.
 
-    Returns a dict with the keys up, down, dswiglu, dx, dw_in, dw_out, which is cached and not to be changed. All
-    row-tiled GEMMs share one BLOCK_M, which follows the mean number of rows per expert."""
+    Returns a dict with the keys GEMMS, which is cached and not to be changed. All row-tiled GEMMs share one BLOCK_M,
+    which follows the mean number of rows per expert."""
     sizes = n_rows, n_experts, D, F
-    table = (
-        _gemm_tiles if all(type(n) is int for n in sizes) else _gemm_tiles.__wrapped__
-    )  # the symbolic sizes of a compilation are not hashable
+    # The symbolic sizes of a compilation are not hashable.
+    table = _gemm_tiles if all(type(n) is int for n in sizes) else _gemm_tiles.__wrapped__
     return table(*sizes, dtype, None if interpreting() else capability())
 
 
 @functools.lru_cache(maxsize=1024)
 def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
     if target is None:  # the interpreter
-        step = 16 if min(D, F) < 64 else 32
-        tile = Tile(step, step, step, 2, 2, 4, 2)
-        return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
-    panel = (
-        32 if F % 32 == 0 else 16
-    )  # columns of a part of up and dswiglu (grouped_gemm.py): dswiglu spills with 64 and was 7-16 % slower with 16
-    if dtype == torch.float32:  # full-precision dots run outside the tensor cores: any tile that fits
-        tile = Tile(64, 64, 16, 8, 64 // panel, 8, 2)
-        return dict.fromkeys(("up", "down", "dswiglu", "dx", "dw_in", "dw_out"), tile)
+        return dict.fromkeys(GEMMS, Tile(32, 32, 32, 2, 2, 4, 2))
+    # Columns of a part of up and dswiglu: dswiglu spills with 64 and was 7-16 % slower with 16.
+    panel = 32 if F % 32 == 0 else 16
+    if dtype == torch.float32:  # full-precision products run outside the tensor cores: any tile that fits
+        return dict.fromkeys(GEMMS, Tile(64, 64, 16, 8, 64 // panel, 8, 2))
     _, columns, step, stages, _ = limits(target)
     block_m = min(max(pow2(n_rows // n_experts), 16), 128)
-    warps = 8 if block_m == 128 else 4
+    row_tiles, warps = max_tiles(n_rows, n_experts, block_m), 8 if block_m == 128 else 4
+    up_k, down_k, dx_k = (min(step, pow2(n)) for n in (D, F, 2 * F))
 
-    def wide(n, block_n=columns):
-        return min(pow2(n), block_n, columns)
+    def wide(n, most=columns):
+        return min(pow2(n), most)
+
+    def forward(n, block_n):
+        # A few tokens at a time (generation): narrower tiles until each of an H100's multiprocessors reads weights.
+        while block_m == 16 and block_n > 32 and row_tiles * cdiv(n, block_n) < 132:
+            block_n //= 2
+        return block_n
 
     if n_rows // n_experts > 512:
         dw_in = Tile(128, wide(2 * F), step, 4, 8, 8, stages)
         dw_out = Tile(128, wide(F), step, 4, 512 // columns, 8, 3)
     else:  # few steps per tile: small tiles, several to a multiprocessor, hide one another's latencies
-        dw_k = min(max(pow2(n_rows // n_experts), 16), 32)
-        dw_in, dw_out = (Tile(128, wide(n, 128), dw_k, 4, 2, 4, stages) for n in (2 * F, F))
-    row_tiles = max_tiles(n_rows, n_experts, block_m)
-
-    def forward(n, block_n):
-        # A few tokens at a time (generation): narrower tiles until every multiprocessor reads a share of the weights.
-        block_n = wide(n, block_n)
-        while block_m == 16 and block_n > 32 and row_tiles * cdiv(n, block_n) < 132:  # those of an H100
-            block_n //= 2
-        return block_n
-
-    up_n, down_n, dswiglu_n = forward(F, columns // 2), forward(D, columns), wide(F)
-    up_k, down_k, dx_k = (min(step, pow2(n)) for n in (D, F, 2 * F))
+        dw_in, dw_out = (Tile(128, wide(n, 128), min(block_m, 32), 4, 2, 4, stages) for n in (2 * F, F))
+    up_n, down_n, dswiglu_n = forward(F, wide(F, columns // 2)), forward(D, wide(D)), wide(F)
     return {
         "up": Tile(block_m, up_n, up_k, 8, up_n // panel, warps, stages),
         "down": Tile(block_m, down_n, down_k, 8, 1 if block_m == 16 else 2, warps, stages),
@@ -197,12 +181,12 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
 
 @functools.cache
 def multiprocessors(device):
-    """Those of a GPU; elsewhere, where kernels are interpreted or only compiled, 4."""
+    """How many a GPU has; 4 elsewhere, where kernels are interpreted or only compiled."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def resident_programs(tile, device):
-    """How many programs of a persistent kernel fill `device`: as many as its multiprocessors hold by shared memory."""
+    """How many programs of a persistent kernel fill `device`, by shared memory and threads."""
     shared = tile.num_stages * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * 2
     room = limits(capability()).shared - 32 * 1024  # for the epilogue
     return multiprocessors(device) * max(1, min(room // shared, 32 // tile.num_warps))

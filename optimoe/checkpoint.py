@@ -32,6 +32,7 @@ class Piece(NamedTuple):
     tensor: torch.Tensor
     index: int
     parts: int
+    copy: int = 0  # ranks that hold the same part count from 0, and 0 writes it
 
 
 def find(run_dir):
@@ -119,7 +120,7 @@ def _fill(path, state, places, rank):
     """Write the tensors of this rank where they belong, one at a time, and flush them to disk."""
     with open(path, "r+b") as file:
         for place, value in zip(places, _leaves(state), strict=True):
-            if isinstance(value, Piece) or rank == 0:
+            if (value.copy if isinstance(value, Piece) else rank) == 0:
                 t = value.tensor if isinstance(value, Piece) else value
                 data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
                 _write(file, place + (value.index * data.nbytes if isinstance(value, Piece) else 0), data)

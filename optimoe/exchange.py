@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank has its share of the experts, and tokens travel to them and back.
+"""Expert parallelism: the ranks of a group share out the experts, and tokens travel to them and back.
 
 On GPUs of one machine that read each other's memory they travel by kernels (moe_kernels/remote.py). Nothing waits for
 the host, but a rank has room for ROOM times its share of the rows. A step in which one gets more discards itself and is
@@ -9,6 +9,7 @@ pass, for which the host must know the numbers of rows.
 import os
 import time
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,36 +21,69 @@ from optimoe.config import require
 ROOM = 1.5  # rows that a rank has buffers for, as a multiple of its share
 
 
+class Groups(NamedTuple):
+    """A rank among those that share out the experts with it, and among those that hold the same experts as it does."""
+
+    experts: dist.ProcessGroup | None  # the former; None: all ranks
+    index: int  # this rank's number there
+    size: int
+    copies: dist.ProcessGroup | None  # the latter; None: no other rank
+    copy: int
+    n_copies: int
+
+
+def group_size(cfg, world):
+    """How many ranks share out the experts among them. ValueError unless groups and experts come out even."""
+    if world == 1 or cfg.parallel != "ep":
+        return 1
+    size = cfg.ep_size or world
+    require(world % size == 0, "ep_size", cfg.ep_size, f"use a divisor of the {world} ranks")
+    remedy = f"a group of {size} ranks deals out whole experts: use a multiple of {size}, or another ep_size"
+    require(cfg.dense or cfg.n_experts % size == 0, "n_experts", cfg.n_experts, remedy)
+    return size
+
+
+def make_groups(size, rank, world):
+    """The Groups of consecutive ranks. All ranks take part."""
+    if size == world:
+        return Groups(None, rank, world, None, 0, 1)
+    ranks = torch.arange(world, device="cpu").view(-1, size)
+    experts, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    copies, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+    return Groups(experts, rank % size, size, copies, rank // size, world // size)
+
+
 class Exchange(torch.autograd.Function):
-    """Send sent[r] rows, in order, to each rank r; received[r] arrive from it. Their gradients travel back."""
+    """Send sent[r] rows, in order, to each rank r of a group; received[r] come from it. Their gradients travel back."""
 
     @staticmethod
-    def forward(ctx, rows, sent, received):
-        ctx.counts = sent, received
+    def forward(ctx, rows, sent, received, group):
+        ctx.how = sent, received, group
         out = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(out, rows.contiguous(), received, sent)
+        dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        sent, received = ctx.counts
-        return Exchange.apply(grad, received, sent), None, None
+        sent, received, group = ctx.how
+        return Exchange.apply(grad, received, sent, group), None, None, None
 
 
-def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu"):
+def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu", group=None):
     """`moe_experts` for this rank's part of w_in and w_out. Pairs are sorted by the rank of their expert.
 
-    Any split of the tokens over the ranks works, also none for a rank."""
+    Any split of the tokens over the ranks of the group works, also none for a rank."""
     (T, K), own = experts_TK.shape, len(w_in)
     to_rank_S, order_S = (experts_TK.flatten() // own).sort(stable=True)
-    sent = torch.bincount(to_rank_S, minlength=dist.get_world_size())
+    sent = torch.bincount(to_rank_S, minlength=dist.get_world_size(group))
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
+    dist.all_to_all_single(received, sent, group=group)
     sent, received = sent.tolist(), received.tolist()
-    ids = Exchange.apply((experts_TK.flatten() % own)[order_S], sent, received)
-    rows = Exchange.apply(x_TD[order_S // K], sent, received)
+    ids = Exchange.apply((experts_TK.flatten() % own)[order_S], sent, received, group)
+    rows = Exchange.apply(x_TD[order_S // K], sent, received, group)
     ones = torch.ones(len(rows), 1, device=rows.device)
-    y_SD = Exchange.apply(moe_experts(rows, w_in, w_out, ones, ids[:, None], impl, activation), received, sent)
+    y_SD = moe_experts(rows, w_in, w_out, ones, ids[:, None], impl, activation)
+    y_SD = Exchange.apply(y_SD, received, sent, group)
     y_TKD = y_SD[order_S.argsort()].view(T, K, -1)
     return (gates_TK[..., None] * y_TKD.float()).sum(1).to(x_TD.dtype)
 
@@ -57,7 +91,7 @@ def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activ
 def experts_nearby(moe, x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu"):
     """The same by kernels while the layer is in training mode: validation and repeated steps are exact."""
     if not moe.training:
-        return experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl, activation)
+        return experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl, activation, moe.groups.experts)
     return remote.remote_experts(x_TD, w_in, w_out, gates_TK.float(), experts_TK.int(), activation, moe.number)[0]
 
 
@@ -65,66 +99,68 @@ def deal_out(model, cfg, device, rank, world, tokens):
     """Leave each layer of the model its rank's experts. Sets model.limit where tokens travel by kernels.
 
     tokens: of a rank and micro-batch. ValueError unless the experts can be dealt out."""
-    remedy = f"parallel=ep deals out whole experts: use a multiple of {world} ranks"
-    require(cfg.n_experts % world == 0, "n_experts", cfg.n_experts, remedy)
+    size = group_size(cfg, world)
+    groups = make_groups(size, rank, world)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for moe in layers:
         for name in ("w_in", "w_out"):
-            own = getattr(moe, name).detach().chunk(world)[rank].to(device, copy=True)
+            own = getattr(moe, name).detach().chunk(size)[groups.index].to(device, copy=True)
             setattr(moe, name, torch.nn.Parameter(own))
-        moe.experts = experts_all_to_all
-    if not layers or not reachable(cfg, device, world):
+        moe.groups, moe.experts = groups, partial(experts_all_to_all, group=groups.experts)
+    if not layers or not reachable(cfg, device, groups):
         return
-    n_rows = int(min(ROOM * cfg.top_k, world * min(cfg.top_k, cfg.n_experts // world)) * tokens)
-    sizes = remote.Sizes(len(layers), world, tokens, cfg.top_k, cfg.d_model, n_rows, compute_dtype(cfg, device))
-    memories, barrier = open_memory(sizes.lay_out(), device, world)
-    ranks = remote.Ranks(rank, sizes, memories, barrier)
+    n_rows = int(min(ROOM * cfg.top_k, size * min(cfg.top_k, cfg.n_experts // size)) * tokens)
+    sizes = remote.Sizes(len(layers), size, tokens, cfg.top_k, cfg.d_model, n_rows, compute_dtype(cfg, device))
+    memories, barrier = open_memory(sizes.lay_out(), device, groups)
+    ranks = remote.Ranks(groups.index, sizes, memories, barrier)
     remote.LAYERS[:] = [(ranks, layer) for layer in range(len(layers))]
     for layer, moe in enumerate(layers):
         moe.number, moe.experts = torch.tensor(layer, device="cpu"), partial(experts_nearby, moe)
-    model.limit = Limit(world, n_rows, device)
+    model.limit = Limit(groups, n_rows, device)
 
 
-def reachable(cfg, device, world):
-    """Whether the kernels can run: on GPUs of one machine that read each other's memory."""
+def reachable(cfg, device, groups):
+    """Whether the kernels can run: everywhere a group is on GPUs of one machine that read each other's memory."""
     if device.type != "cuda" or cfg.impl not in ("auto", "triton"):
         return False
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
-    others = (other for other in range(world) if other != device.index)
-    if here and all(torch.cuda.can_device_access_peer(device.index, other) for other in others):
-        return True
-    if dist.get_rank() == 0:
-        reason = "these GPUs cannot read each other's memory" if here else "the ranks are on several machines"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) % groups.size == 0
+    first = device.index - groups.index
+    others = (other for other in range(first, first + groups.size) if other != device.index)
+    near = here and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
+    near = torch.tensor(int(near), device=device)
+    dist.all_reduce(near, dist.ReduceOp.MIN)  # all go the same road, or they would wait for one another for ever
+    if not near and dist.get_rank() == 0:
+        reason = "some GPUs cannot read each other's memory" if here else "a group of ranks is on several machines"
         print(
             f"parallel=ep: {reason}; tokens travel by all-to-all, for which every layer waits for the host", flush=True
         )
-    return False
+    return bool(near)
 
 
-def open_memory(size, device, world):
-    """(memories, barrier) for remote.Ranks: `size` bytes of every rank."""
+def open_memory(size, device, groups):
+    """(memories, barrier) for remote.Ranks: `size` bytes of every rank of the group."""
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here needs it
     from torch.distributed import _symmetric_memory as symmetric
 
     own = symmetric.empty(size, dtype=torch.uint8, device=device)
-    handle = symmetric.rendezvous(own, dist.group.WORLD)
-    return [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(world)], handle.barrier
+    handle = symmetric.rendezvous(own, groups.experts or dist.group.WORLD)
+    return [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(groups.size)], handle.barrier
 
 
 class Limit:
     """Finds steps in which a rank gets more rows than it has room for, and tells the host while the step still runs."""
 
-    def __init__(self, world, n_rows, device):
-        self.world, self.n_rows, self.asked = world, n_rows, 0
+    def __init__(self, groups, n_rows, device):
+        self.groups, self.n_rows, self.asked = groups, n_rows, 0
         self.over = None  # bool scalar, of the present step
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
         pinned = device.type == "cuda"
         self.report = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=pinned)  # 2 * steps + over
 
-    def look(self, counts_NE, first, last):
-        """Once in every micro-batch, with the counts over all ranks."""
-        rows_NW = counts_NE.unflatten(1, (self.world, -1)).sum(2)
-        over = (rows_NW > self.n_rows).any()
+    def look(self, counts_CNE, first, last):
+        """Once in every micro-batch, with the counts of each of the C groups that have all experts."""
+        rows_CNW = counts_CNE.unflatten(-1, (self.groups.size, -1)).sum(-1)
+        over = (rows_CNW > self.n_rows).any()
         self.over = over if first else self.over | over
         if last:
             self.steps += 1
@@ -141,12 +177,22 @@ class Limit:
         return bool(self.report % 2)
 
 
-def discard(model, counts_NE, first, last):
-    """None, or a bool scalar: whether a rank got too many rows in this step so far. For every micro-batch of a step."""
-    if model.limit is None or not model.training:
+def count(model, counts_NE, first, last):
+    """Sum the expert counts of a micro-batch over all ranks, in place. Returns None, or a bool scalar: whether a rank
+    got too many rows in this step so far. To be called for every micro-batch of a step."""
+    limit = model.limit if model.training else None
+    if limit is None or limit.groups.copies is None:
+        dist.all_reduce(counts_NE)
+        counts_CNE = counts_NE[None]
+    else:  # what a rank gets comes from its own group
+        counts_CNE = counts_NE.new_zeros(limit.groups.n_copies, *counts_NE.shape)
+        counts_CNE[limit.groups.copy] = counts_NE
+        dist.all_reduce(counts_CNE)
+        counts_NE.copy_(counts_CNE.sum(0))
+    if limit is None:
         return None
-    model.limit.look(counts_NE, first, last)
-    return model.limit.over
+    limit.look(counts_CNE, first, last)
+    return limit.over
 
 
 def repeating(run_step, exact_step, model):

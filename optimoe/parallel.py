@@ -5,11 +5,15 @@
            updates this slice, for which alone it holds float32 weights and optimiser states (ZeRO-2). The next step
            gathers the new slices while its forward pass runs. Small tensors are averaged together and updated
            everywhere. Nothing waits for the host, so a whole step can be one CUDA graph, collectives included.
-    ep     As ddp, but every rank holds only E/world experts, and tokens travel to them (optimoe/exchange.py).
+    ep     As ddp, but a rank holds only some of the experts, and tokens travel to them (optimoe/exchange.py). Groups of
+           ep_size ranks have all experts each; only ranks that hold the same experts average their gradients.
 
 Gradients and gathered weights travel in the dtype that they have on one GPU. A checkpoint has the format of one
 process, so a run goes on with any number of ranks and the other engine.
 """
+
+import gc
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -27,21 +31,38 @@ SLICED_FROM = 2**20  # values of a tensor whose update is divided among the rank
 AHEAD = 2  # layers whose weights are gathered while one runs
 
 
+def connect(device, **options):
+    """Start the process group of all ranks. options: of init_process_group."""
+    # Its functions have the present group as a default. Imported later, by dynamo, they would keep it for ever.
+    import torch.distributed.nn.functional  # noqa: F401
+
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+
+
+def disconnect():
+    """End all process groups and their threads. A thread of gloo that outlived the interpreter could still drop the
+    last tensor of a collective, for which Python 3.11 aborts the process."""
+    if dist.is_initialized():
+        gc.collect()  # models and optimisers are cycles, and layers know their groups
+        dist.destroy_process_group()
+
+
 def wrap(model, cfg, device, world, tokens):
     """The model on the device, with ep only this rank's experts. All ranks must have drawn the same weights.
 
     tokens: of a rank and micro-batch."""
-    if world > 1 and cfg.parallel == "ep":
+    if exchange.group_size(cfg, world) > 1:
         exchange.deal_out(model, cfg, device, dist.get_rank(), world, tokens)
     return model.to(device)
 
 
-def average(tensors):
-    """Replace tensors by their means over all ranks, in one collective for each dtype."""
+def average(tensors, group=None):
+    """Replace tensors by their sums over a group, divided by the number of all ranks: without one by their means. One
+    collective for each dtype."""
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.flatten() for t in same])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size()
         torch._foreach_copy_(
             same, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in same]), same, strict=True)]
@@ -66,38 +87,56 @@ class Sharded(Together):
         self.reduced = {}  # parameter -> (gradient of this rank's slice, the collective that brings it)
         self.gathers = {}  # layer -> collectives that bring its weights
         self.next_layer = cfg.n_layers + 1  # the first layer whose weights have not been asked for in this step
-        dealt = (moe for moe in model.modules() if isinstance(moe, MoE) and len(moe.w_in) < cfg.n_experts)
-        self.dealt = [p for moe in dealt for p in (moe.w_in, moe.w_out)]  # experts that only this rank has
+        layers = [moe for moe in model.modules() if isinstance(moe, MoE) and len(moe.w_in) < cfg.n_experts]
+        self.groups = layers[0].groups if layers else None
+        self.dealt = {p for moe in layers for p in (moe.w_in, moe.w_out)}
         super().__init__(*make_optimizer(model, cfg, self._slice if world > 1 else None).parts)
+        sliced = set(self.full.values())
+        self.whole = [p for moe in layers for p in (moe.w_in, moe.w_out) if p not in sliced]
         self.exact = {}  # parameter of which this rank has a part -> that part, as the optimiser holds it
+        self.places = {}  # id of such a part -> the other fields of its checkpoint.Piece
         copies = {copy: p for part in self.parts for p, copy in getattr(part, "copies", {}).items()}
-        for piece, p in [*self.full.items(), *((p, p) for p in self.dealt)]:
+        for piece, p in [*self.full.items(), *((p, p) for p in self.whole)]:
             self.exact[p] = copies.get(piece, piece)
+            index, parts = (self.groups.index, self.groups.size) if p in self.dealt else (0, 1)
+            _, number, size = self.holders(p)
+            place = (index * size + number, parts * size) if p in sliced else (index, parts, number)
+            self.places[id(self.exact[p])] = place
+        me = weakref.proxy(self)  # Python cannot free a cycle that goes through a hook
         for p in self.full.values():
-            p.register_post_accumulate_grad_hook(self._reduce)
+            p.register_post_accumulate_grad_hook(lambda p: me._reduce(p))
         if self.full:
             self.pieces = [[] for _ in range(cfg.n_layers + 1)]  # of each layer: (slice, parameter)
             for name, p in model.named_parameters():
                 self.pieces[layer_of(name, cfg)] += [(piece, of) for piece, of in self.full.items() if of is p]
             model.before_layer = self._wait
 
+    def holders(self, p):
+        """(group of ranks that hold the same values of a parameter, this rank's number there, their number)."""
+        groups = self.groups
+        return (groups.copies, groups.copy, groups.n_copies) if p in self.dealt else (None, self.rank, self.world)
+
     def _slice(self, p):
-        if any(p is own for own in self.dealt) or p.numel() < SLICED_FROM or p.shape[0] % self.world:
+        _, number, size = self.holders(p)
+        if size == 1 or p.numel() < SLICED_FROM or p.shape[0] % size:
             return p
-        piece = torch.nn.Parameter(p.detach().chunk(self.world)[self.rank])
+        piece = torch.nn.Parameter(p.detach().chunk(size)[number])
         self.full = {other: of for other, of in self.full.items() if of is not p} | {piece: p}
         return piece
 
     def _reduce(self, p):
         if self.synchronize:
+            group, _, size = self.holders(p)
             grad = p.grad.contiguous()
-            own = grad.new_empty(grad.shape[0] // self.world, *grad.shape[1:])
-            self.reduced[p] = own, reduce_scatter(own, grad, async_op=True)
+            own = grad.new_empty(grad.shape[0] // size, *grad.shape[1:])
+            self.reduced[p] = own, reduce_scatter(own, grad, group=group, async_op=True)
 
     def _gradients(self):
-        """(those of which this rank has a part, those that all ranks have)."""
-        own = [grad for part in (*self.full, *self.dealt) if (grad := part.grad) is not None]
-        return own, [p.grad for p in self.model.parameters() if p.grad is not None and p not in self.exact]
+        """(those of what only this rank has, of experts that a rank of each group has, of what all ranks have)."""
+        grads = lambda params: [p.grad for p in params if p.grad is not None]  # noqa: E731
+        own, experts = grads(self.full), grads(self.whole)
+        own, experts = (own, experts) if self.groups and self.groups.copies else (own + experts, [])
+        return own, experts, grads(p for p in self.model.parameters() if p not in self.exact)
 
     def average_gradients(self):
         """Finish what the backward pass began; then the gradients of a step are means over all ranks' tokens."""
@@ -107,15 +146,18 @@ class Sharded(Together):
             own, work = self.reduced.pop(p)
             work.wait()
             piece.grad, p.grad = own, None
-        own, plain = self._gradients()
+        own, experts, plain = self._gradients()
         if own:
             torch._foreach_div_(own, self.world)  # so far they were sums over the ranks' tokens
+        if experts:
+            average(experts, self.groups.copies)
         average(plain)
 
     def grad_norm(self):
         """Norm of all gradients, a float32 scalar tensor. Every rank gets the same: parts count once."""
-        own, plain = self._gradients()
-        return norm_over_ranks(own, plain) if self.exact else total_norm(plain)
+        own, experts, plain = self._gradients()
+        counted = own if not experts or self.groups.copy else own + experts
+        return norm_over_ranks(counted, plain) if self.exact else total_norm(plain)
 
     def begin_step(self):
         """From here on the weights are old: the model asks for those of each layer before it runs."""
@@ -129,7 +171,7 @@ class Sharded(Together):
             gathers = self.gathers[self.next_layer] = []
             for piece, p in self.pieces[self.next_layer]:
                 own = piece.detach() if piece.is_cuda else piece.detach().clone()  # NCCL gathers in place
-                gathers.append(all_gather(p.detach(), own, async_op=True))
+                gathers.append(all_gather(p.detach(), own, group=self.holders(p)[0], async_op=True))
             self.next_layer += 1
         for gather in self.gathers.pop(layer, ()):
             gather.wait()
@@ -146,18 +188,21 @@ class Sharded(Together):
             piece.grad = p.grad = None
 
     def state_dict(self):
-        return self._map(super().state_dict(), lambda t: Piece(t, self.rank, self.world))
+        return self._map(super().state_dict(), Piece)
 
     def load_state_dict(self, states):
-        super().load_state_dict(self._map(states, lambda t: t.chunk(self.world)[self.rank].clone()))
+        super().load_state_dict(self._map(states, lambda t, index, parts, *_: t.chunk(parts)[index].clone()))
 
     def _map(self, states, change):
         """The states with a change to those that belong to a part of a parameter."""
-        parts, mapped = {id(part) for part in self.exact.values()}, []
+        places, mapped = self.places, []
         for optimizer, state in zip(self.parts, states, strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             values = {
-                i: {name: change(t) if t.ndim and id(params[i]) in parts else t for name, t in values.items()}
+                i: {
+                    name: change(t, *places[id(params[i])]) if t.ndim and id(params[i]) in places else t
+                    for name, t in values.items()
+                }
                 for i, values in state["state"].items()
             }
             mapped.append(state | {"state": values})
@@ -167,7 +212,7 @@ class Sharded(Together):
         state = super().weights(model)
         for name, p in model.named_parameters(remove_duplicate=False):
             if p in self.exact:
-                state[name] = Piece(self.exact[p].detach(), self.rank, self.world)
+                state[name] = Piece(self.exact[p].detach(), *self.places[id(self.exact[p])])
         return state
 
 
@@ -180,6 +225,6 @@ def norm_over_ranks(own, plain):
 
 def weights_norm(state, world):
     """Norm of what `Sharded.weights` returns, of all ranks; a float."""
-    own = [t.tensor for t in state.values() if isinstance(t, Piece)]
+    own = [t.tensor for t in state.values() if isinstance(t, Piece) and not t.copy]
     plain = [t for t in state.values() if not isinstance(t, Piece)]
     return float(norm_over_ranks(own, plain) if world > 1 else total_norm(plain))

@@ -32,11 +32,12 @@ from data.reasoning import ReasoningConfig
 from model import GPT
 from optimoe import checkpoint
 from optimoe.config import require
-from optimoe.guard import BAD
+from optimoe.faststep import GraphedStep
+from optimoe.guard import BAD, new_window
 from optimoe.optim import lr_at, make_optimizer
 from optimoe.sizes import count_params, flops_per_token
 from study import child, measure
-from train import GraphedStep, TrainConfig, new_window, optimizer_step
+from train import TrainConfig, optimizer_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"facts": 0.35, "problem": 0.55, "mano": 0.10}  # of the training tokens

@@ -6,6 +6,7 @@ One process imports torch once and forks the ranks of every job, so a job costs 
 the number of jobs that failed.
 
 room: of ep, whose ranks then show each other shared files as their memory and print how many steps were repeated.
+sliced_from: for this job in place of 4096.
 die_at: rank 1 is killed when it writes so many tensors of checkpoints, in the middle of this one."""
 
 import json
@@ -23,19 +24,18 @@ import torch.distributed as dist
 import train
 from optimoe import checkpoint, exchange, parallel
 
-parallel.SLICED_FROM = 4096  # so that the tests' small models have tensors of both kinds
-
 
 def show_memories(room, directory):
     """Let ep use its kernels, on memory that all ranks map. Returns the list to which each step adds a bool."""
     repeated, exceeded = [], exchange.Limit.exceeded
 
-    def open_memory(size, device, world):
-        paths = [Path(directory, str(rank)) for rank in range(world)]
-        own = torch.from_file(str(paths[dist.get_rank()]), shared=True, size=size, dtype=torch.uint8).fill_(0xFF)
-        dist.barrier()
-        map_file = lambda path: torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)  # noqa: E731
-        return [own if path == paths[dist.get_rank()] else map_file(path) for path in paths], dist.barrier
+    def open_memory(size, device, groups):
+        map_file = lambda rank: torch.from_file(  # noqa: E731
+            str(Path(directory, f"{groups.copy}-{rank}")), shared=True, size=size, dtype=torch.uint8
+        )
+        own, barrier = map_file(groups.index).fill_(0xFF), lambda: dist.barrier(groups.experts)
+        barrier()
+        return [own if rank == groups.index else map_file(rank) for rank in range(groups.size)], barrier
 
     exchange.ROOM, exchange.open_memory, exchange.reachable = room, open_memory, lambda *_: True
     exchange.Limit.exceeded = lambda limit: repeated.append(exceeded(limit)) or repeated[-1]
@@ -57,7 +57,7 @@ def die_in_write(die_at):
     checkpoint._write = dying
 
 
-def rank_main(rank, world, port, flags, directory, room=None, die_at=None):
+def rank_main(rank, world, port, flags, directory, room=None, die_at=None, sliced_from=4096):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -66,6 +66,7 @@ def rank_main(rank, world, port, flags, directory, room=None, die_at=None):
         "MASTER_PORT": str(port),
     }
     status = 1
+    parallel.SLICED_FROM = sliced_from  # so that the tests' small models have tensors of both kinds
     repeated = show_memories(room, directory) if room else None
     if die_at and rank == 1:
         die_in_write(die_at)
@@ -73,6 +74,8 @@ def rank_main(rank, world, port, flags, directory, room=None, die_at=None):
         train.main(flags)
         if room:
             print(f"repeated steps: {sum(repeated)}", flush=True)
+        left = [name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text())]
+        assert not left, left  # threads that would outlive the interpreter
         status = 0
     except BaseException as error:
         print(f"rank {rank} of {world}, {flags}: {error!r}", flush=True)

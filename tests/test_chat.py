@@ -103,9 +103,14 @@ def test_messages_become_text_by_the_chat_template(tmp_path):
     "row, message",
     [
         ({"prompt": "a", "text": "b"}, "x.jsonl:2 is no example .it has: prompt, text.: an example is"),
-        ({"messages": say("a")}, "x.jsonl:2 is no example"),
-        ({"messages": [{"role": "assistant"}]}, "x.jsonl:2 is no example"),
-        (["a"], "x.jsonl:2 is no example"),
+        ({"prompt": "a", "answer": None}, "x.jsonl:2 is no example .it has: prompt, answer.: an example is"),
+        ({"messages": say("a")}, "x.jsonl:2: messages=.*: none has the role .assistant."),
+        ({"messages": [{"role": "assistant"}]}, "x.jsonl:2: message 1={'role': 'assistant'}: it needs .role. and"),
+        (
+            {"messages": [*say("a"), {"role": "assistant", "content": None}]},
+            "x.jsonl:2: message 2=.*both of them texts",
+        ),
+        (["a"], "x.jsonl:2 is no example .it has: list."),
         ({"messages": say("a", "b")}, "x.jsonl:2: messages need a --tokenizer with a chat template"),
     ],
 )

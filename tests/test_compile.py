@@ -46,8 +46,15 @@ def rows_of(*words):
 
 
 @pytest.fixture(scope="module")
-def hopper():
-    return rows_of(*SHAPES[:-1]) + rows_of(SHAPES[-1], "--all")
+def written(tmp_path_factory):
+    """The rows of the large shape, and the folder with its code."""
+    out = tmp_path_factory.mktemp("code")
+    return rows_of(LARGE, f"--out={out}"), out / f"{LARGE}-sm_90"
+
+
+@pytest.fixture(scope="module")
+def hopper(written):
+    return written[0] + rows_of(*SHAPES[1:-1]) + rows_of(SHAPES[-1], "--all")
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +72,8 @@ def test_every_kernel_compiles_without_problems(hopper):
     assert not [row for row in hopper if row["problems"]]  # run() fails before that
 
 
-def test_problems_are_found(tmp_path):
-    # A kernel that spills: the words are those of ptxas and of this program, and the exit code is 1.
+def test_problems_are_found():
+    # Tiles of a GPU with more shared memory: the row says so, and the exit code is 1.
     code = (
         "from moe_kernels import tiles; import sys; from bench import compile as program;"
         "tiles.LIMITS[86] = tiles.LIMITS[90];"
@@ -80,11 +87,8 @@ def test_problems_are_found(tmp_path):
 
 def test_large_tiles_use_tensor_cores_and_asynchronous_copies(hopper, others):
     for arch in (90, *OTHERS):
-        gemms = [
-            row
-            for row in hopper + others
-            if row["arch"] == f"sm_{arch}" and row["shape"] == LARGE and row["name"] in GEMMS
-        ]
+        large = [row for row in hopper + others if (row["arch"], row["shape"]) == (f"sm_{arch}", LARGE)]
+        gemms = [row for row in large if row["name"] in GEMMS]
         assert {row["use"] for row in gemms} == {"up", "down", "dswiglu", "dx", "dw_in", "dw_out"}, arch
         assert all(row["wgmma" if arch == 90 else "mma"] > 0 and row["copies"] + row["tma"] > 0 for row in gemms), gemms
         assert all(row["tma"] > 0 for row in gemms) == (arch >= 90)
@@ -118,18 +122,14 @@ def test_older_tritons_get_a_fence_before_products_of_copied_rows():
 
 
 def test_elementwise_kernels_move_16_bytes_at_a_time(hopper):
-    flat = [
-        row
-        for row in hopper
-        if row["name"].startswith("gated_") or row["name"].startswith("rope_") and not row["shared"]
-    ]
+    flat = [row for row in hopper if row["name"].startswith(("gated_", "rope_"))]
+    flat = [row for row in flat if not (row["name"].startswith("rope_") and row["shared"])]  # without norms
     assert len({row["name"] for row in flat}) == 4 and all(row["wide"] > 0 and row["narrow"] == 0 for row in flat), flat
     assert any(row["narrow"] for row in hopper if row["name"] == "count_kernel")
 
 
-def test_code_is_written_to_files(tmp_path):
-    rows = rows_of(LARGE, f"--out={tmp_path}")
-    folder = tmp_path / f"{LARGE}-sm_90"
+def test_code_is_written_to_files(written):
+    rows, folder = written
     stems = [f"{i:02d}-{row['use']}" for i, row in enumerate(rows)]
     kinds = ("cubin", "ptx", "sass")
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{s}.{kind}" for s in stems for kind in kinds)
@@ -141,9 +141,28 @@ def test_code_is_written_to_files(tmp_path):
         assert (folder / f"{stem}.cubin").read_bytes().startswith(b"\x7fELF")
 
 
-@pytest.mark.parametrize("words", [["64,64"], ["64,64,48,8,2", "--arch=sm_75"], ["64,64,48,8,2", "--arch=hopper"], []])
-def test_a_mistake_is_one_line(words):
-    out = run(*words, check=False)
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["64,64"], "64,64"),
+        (["64,64,48,8,2", "--arch=sm_75"], "arch='sm_75': expected sm_80, "),
+        (["64,64,48,8,2", "--arch=hopper"], "arch='hopper'"),
+        ([], "shapes"),
+        pytest.param(
+            ["64,64,48,8,2"],
+            "TRITON_INTERPRET='1': .*unset it",
+            marks=pytest.mark.skipif(not interpreting(), reason=""),
+        ),
+    ],
+)
+def test_a_mistake_names_the_remedy(words, message):
+    program = pytest.importorskip("bench.compile", reason="needs triton")
+    with pytest.raises(ValueError, match=message):
+        program.main(words)
+
+
+def test_a_mistake_is_one_line():
+    out = run("64,64", check=False)
     assert out.returncode == 1 and out.stderr.startswith("error: ") and out.stderr.count("\n") == 1, out.stderr
 
 

@@ -70,12 +70,12 @@ def test_errors_name_file_and_row(folder):
     parquet.write_table(table([*TEXTS[:700], None, *TEXTS[:9]]), path)
     write_arrow(folder / "a.arrow", table([*TEXTS[:700], None]))
     for name in ("a.parquet", "a.arrow"):
-        with pytest.raises(ValueError, match=f"{name}: row 701 has no text in field 'text'"):
+        with pytest.raises(ValueError, match=f"{name}: row 701: text=None: a text is needed"):
             read(folder / name)
         for field in ("txt", "txt.body"):
             with pytest.raises(ValueError, match=f"{name} has no column '{field}' .it has: id, text, a.b, meta.; pass"):
                 read(folder / name, text_field=field)
-        with pytest.raises(ValueError, match=f"{name}: row 1 has no text in field 'meta.body'"):
+        with pytest.raises(ValueError, match=f"{name}: row 1: meta.body={{'text'.*: a text is needed"):
             read(folder / name, text_field="meta.body")
     raw = pyarrow.array([b"fine", b"gr\xfcn"], pyarrow.binary()).view(pyarrow.string())
     write_arrow(folder / "b.arrow", pyarrow.table({"text": raw}))
@@ -96,11 +96,12 @@ def test_damaged_files_are_named(folder, name):
     else:
         compress(path, "\n".join(json.dumps({"text": text}) for text in TEXTS).encode())
     content = path.read_bytes()
-    for damaged in (content[: len(content) // 2], b"no such format " * 20, b"", content[:-1]):
+    for damaged in (content[: len(content) // 2], b"no such format " * 20, b"", b"abc", content[:-1]):
         path.write_bytes(damaged)
         if damaged or name in ("a.parquet", "a.arrow"):
-            with pytest.raises(ValueError, match=f"{name}(: row 1)? cannot be|{name}: row [0-9]+ cannot be read"):
+            with pytest.raises(ValueError, match=f"{name}(: row 1)? cannot be|{name}: row [0-9]+ cannot be read") as e:
                 read(path)
+            assert name != "a.arrow" or "Invalid argument" not in str(e.value)
 
 
 def test_an_arrow_stream_cut_between_two_batches_is_damaged(folder):
@@ -123,8 +124,9 @@ def test_zstd_files_of_several_frames_are_read_to_the_end(folder):
 
 
 def test_memory_does_not_grow_with_the_file(folder):
-    write_arrow(folder / "a.arrow", table(TEXTS * 40))
-    parquet.write_table(table(TEXTS * 40), folder / "a.parquet", row_group_size=500)
+    long = [text * 20 for text in TEXTS] * 4
+    write_arrow(folder / "a.arrow", table(long))
+    parquet.write_table(table(long), folder / "a.parquet", row_group_size=100)
     for name in ("a.arrow", "a.parquet"):
         before, most = pyarrow.total_allocated_bytes(), 0
         tracemalloc.start()
@@ -132,7 +134,7 @@ def test_memory_does_not_grow_with_the_file(folder):
             most = max(most, pyarrow.total_allocated_bytes() - before)
         most += tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert most < 2e6 < sum(map(len, TEXTS)) * 40
+        assert most < 3e6 < sum(map(len, long)) / 2
 
 
 def test_without_pyarrow_the_message_names_the_remedy(folder, monkeypatch):

@@ -14,17 +14,13 @@ from moe_kernels.tiles import gemm_tiles
 from tests.checks import BOUNDS, DTYPES, ON_GPU, check, problem, rms_ratio, to_rows
 
 SMALL = [(37, 48, 32, 4, 2), (9, 16, 80, 8, 3), (1, 16, 16, 1, 1), (0, 16, 16, 2, 1)]
-LARGE = (
-    [
-        (1000, 48, 80, 7, 3),
-        (513, 128, 256, 256, 16),
-        (2000, 256, 128, 8, 8),
-        (1500, 144, 80, 3, 2),
-        (4096, 512, 256, 64, 4),
-    ]
-    if ON_GPU
-    else []
-)
+LARGE = [
+    (1000, 48, 80, 7, 3),
+    (513, 128, 256, 256, 16),
+    (2000, 256, 128, 8, 8),
+    (1500, 144, 80, 3, 2),
+    (4096, 512, 256, 64, 4),
+]
 NAMES = ("x", "w_in", "w_out", "gates")
 
 
@@ -45,7 +41,7 @@ def compare(got, truth, bound):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T,D,F,E,K", SMALL + LARGE)
+@pytest.mark.parametrize("T,D,F,E,K", SMALL + LARGE if ON_GPU else SMALL)
 def test_triton_matches_float64(T, D, F, E, K, dtype, device, poison):
     inputs = problem(T, D, F, E, K, dtype, device)
     dy = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -70,10 +66,8 @@ def test_uneven_routing(routing, device, poison):
     dy = torch.randn(40, 32, device=device)
     got = run("triton", inputs, dy)
     compare(got, run_truth(inputs, dy), BOUNDS[torch.float32])
-    idle = 4 if routing == "one" else 0
-    assert (
-        got[1][1][idle].abs().max() == 0 and got[1][2][idle].abs().max() == 0
-    )  # an expert without tokens: zeros, not garbage
+    idle = 4 if routing == "one" else 0  # an expert without tokens: zeros, not garbage
+    assert got[1][1][idle].abs().max() == 0 and got[1][2][idle].abs().max() == 0
 
 
 @pytest.mark.skipif(ON_GPU, reason="on the GPU grouped_mm takes bfloat16 only: see test_grouped_mm_on_gpu")
@@ -87,9 +81,8 @@ def test_grouped_mm_composition_matches_float64():
 def test_grouped_mm_on_gpu():
     inputs = problem(600, 64, 128, 8, 2, torch.bfloat16, "cuda")
     dy = torch.randn(600, 64, device="cuda", dtype=torch.bfloat16)
-    compare(
-        run("grouped_mm", inputs, dy), run_truth(inputs, dy), 1e-2
-    )  # it rounds more often: gates and activations pass through bfloat16
+    # It rounds more often: gates and activations pass through bfloat16.
+    compare(run("grouped_mm", inputs, dy), run_truth(inputs, dy), 1e-2)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -115,8 +108,11 @@ def test_each_gemm_against_its_twin(dtype, activation, device, poison):
         "ga": (ga, true_ga),
         "dgates": (parts.sum(0), true_dgates),
         "dx": (gemm.dx(dh, w_in, d, tiles["dx"]), reference.dx(*wide(dh, w_in), offsets)),
-        "dw_in": (gemm.dw(x, dh, True, d, tiles["dw_in"]), reference.dw_in(*wide(dh, x), row_slot, offsets, K)),
-        "dw_out": (gemm.dw(dy, ga, False, d, tiles["dw_out"]), reference.dw_out(*wide(dy, ga), row_slot, offsets, K)),
+        "dw_in": (gemm.dw(x, dh, True, d, tiles["dw_in"]), reference.dw(*wide(x, dh), True, row_slot, offsets, K)),
+        "dw_out": (
+            gemm.dw(dy, ga, False, d, tiles["dw_out"]),
+            reference.dw(*wide(dy, ga), False, row_slot, offsets, K),
+        ),
     }
     for name, (result, truth) in pairs.items():
         check(result, truth, BOUNDS[dtype], name)
@@ -143,8 +139,8 @@ def test_the_tiles_of_a_gpu(D, F, rows, device, poison, monkeypatch):
         reference.up(x.double(), w_in.double(), row_slot, offsets, K),
         reference.dswiglu(dy.double(), w_out.double(), to_rows(h).double(), gates.double(), row_slot, offsets),
         (
-            reference.dw_in(dh.double(), x.double(), row_slot, offsets, K),
-            reference.dw_out(x.double(), ga.double(), row_slot, offsets, K),
+            reference.dw(x.double(), dh.double(), True, row_slot, offsets, K),
+            reference.dw(x.double(), ga.double(), False, row_slot, offsets, K),
         ),
     )
     weights = gemm.dw(x, dh, True, d, tiles["dw_in"]), gemm.dw(x, ga, False, d, tiles["dw_out"])
@@ -193,8 +189,8 @@ def test_reference_twins_compose_to_autograd():
         reference.combine(reference.down(a, w_out, offsets), slot_row, gates),
         (
             reference.combine(reference.dx(dh, w_in, offsets), slot_row),
-            reference.dw_in(dh, x, row_slot, offsets, K),
-            reference.dw_out(dy, ga, row_slot, offsets, K),
+            reference.dw(x, dh, True, row_slot, offsets, K),
+            reference.dw(dy, ga, False, row_slot, offsets, K),
             dgates[slot_row.long()],
         ),
     )
@@ -303,9 +299,8 @@ def test_branches_of_a_graph_do_not_meet(monkeypatch):
             stream.wait_stream(start)
             with torch.cuda.stream(stream):
                 y, grads = run("triton", each, dy)
-                captured.append(
-                    (y, [grad.clone() for grad in grads])
-                )  # freed, the originals are the next branch's to overwrite
+                # Freed, the originals are the next branch's to overwrite.
+                captured.append((y, [grad.clone() for grad in grads]))
                 del y, grads
         for stream in streams:
             start.wait_stream(stream)
@@ -349,11 +344,8 @@ def test_results_are_not_memory_of_the_side_stream(monkeypatch):
     monkeypatch.setattr("moe_kernels.experts.side_stream", lambda main: Stream("side"))
     inputs, dy = problem(24, 32, 16, 4, 2, torch.float32, "cpu"), torch.randn(24, 32)
     got = run("triton", inputs, dy)
-    assert (
-        events[0] == "side waits for main"
-        and events[-1] == "main waits for side"
-        and set(events[1:-1]) == {"side allocates"}
-    )
+    assert events[0] == "side waits for main" and events[-1] == "main waits for side"
+    assert set(events[1:-1]) == {"side allocates"}
     assert not {t.data_ptr() for t in theirs} & {t.data_ptr() for t in got[1]}
     compare(got, run_truth(inputs, dy), BOUNDS[torch.float32])
 

@@ -1,5 +1,6 @@
-"""The adapter to lm-eval, and our multiple choice against its own: python -m pytest tests/test_lm_eval.py."""
+"""The adapter to lm-eval, and our multiple choice against its own: python -m pytest tests/test_lm_eval.py (CPU)"""
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from eval import __main__ as ours
 from eval import lm_eval as adapter
+from eval import tasks
+from eval.sources import Source
 from optimoe.load import ModelChoice, load
 from tests.evalrun import tiny_run, write  # noqa: F401
 
@@ -50,6 +53,31 @@ TASKS = {  # ours: (file of lm-eval, its name for the split, our file, rows, exa
 }
 
 
+# What lm-eval 0.4.13 compares for these items: a digest of the (prompt, continuation) pairs, see `digest`.
+RECORDED = {"arc_easy": "2cd4988598c0bcf2", "piqa": "26b766f754277f55", "winogrande": "f44231eb94138b97"}
+RECORDED |= {"mmlu": "5e36973337326fdb", "hellaswag": "993484a28f28f01d"}
+
+
+def digest(items):
+    """Of a list with the (prompt, continuation) pairs of each item."""
+    return hashlib.sha256(json.dumps([[list(pair) for pair in pairs] for pairs in items]).encode()).hexdigest()[:16]
+
+
+def write_ours(folder):
+    for _, _, own, rows, _ in TASKS.values():
+        write(folder / own, rows)
+    write(folder / "mmlu/dev.jsonl", MMLU[::-1])
+    return folder
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_pairs_are_those_of_lm_eval(name, tmp_path):
+    """Without the library; where it is installed, the next tests compare these digests with its own."""
+    items = tasks.load(name).items(Source(write_ours(tmp_path)), TASKS[name][4])
+    assert digest([item.compared() for item in items]) == RECORDED[name]
+    assert digest([item.compared()[::-1] for item in items]) != RECORDED[name]  # the check can fail
+
+
 def local_task(folder, name, file, split, rows, examples):
     """lm-eval's own definition of a task, on local rows."""
     import lm_eval.tasks
@@ -74,10 +102,9 @@ def test_a_missing_library_is_one_line(tiny_run, monkeypatch):  # noqa: F811
 @LIBRARY
 def test_multiple_choice_equals_lm_eval_item_by_item(tiny_run, tmp_path, monkeypatch):  # noqa: F811
     """Every choice of every item has the log-likelihood that lm-eval's own prompt and splitting give it."""
-    for name, (file, split, own, rows, examples) in TASKS.items():
+    for name, (file, split, _, rows, examples) in TASKS.items():
         local_task(tmp_path / "tasks", name, file, split, rows, examples)
-        write(tmp_path / "ours" / own, rows)
-    write(tmp_path / "ours/mmlu/dev.jsonl", MMLU[::-1])
+    write_ours(tmp_path / "ours")
     evaluate = adapter.simple_evaluate
     monkeypatch.setattr(adapter, "simple_evaluate", lambda *args, **more: evaluate(*args, log_samples=True, **more))
     found = adapter.main(
@@ -90,6 +117,8 @@ def test_multiple_choice_equals_lm_eval_item_by_item(tiny_run, tmp_path, monkeyp
         records = {record["id"]: record for record in records}
         samples = found["samples"][f"local_{name}"]
         assert len(samples) == len(records) == len(rows)
+        pairs = [sample["arguments"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+        assert digest(pairs) == RECORDED[name], name
         for sample in samples:
             theirs = [float(answer[0][0]) for answer in sample["resps"]]
             record = records[str(sample["doc_id"])]

@@ -1,12 +1,14 @@
 """Two and four gloo ranks against one process: both engines and optimisers, uneven routing, idle experts, resuming.
 Run: python -m pytest tests/test_parallel.py (CPU)"""
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,16 +16,12 @@ import torch
 
 from data import files
 from model import GPT
-from optimoe import checkpoint
+from optimoe import checkpoint, parallel
+from optimoe.config import parse
 from optimoe.parallel import Sharded
-from tests.test_train import (
-    ROOT,
-    SMALL,
-    cut_at,
-    data_dir,  # noqa: F401  a fixture
-    rows,
-)
-from train import TrainConfig, main
+from tests.test_train import data_dir  # noqa: F401  a fixture
+from tests.trainrun import ROOT, SMALL, cut_at, rows
+from train import TrainConfig, main, train
 
 # Two micro-batches, the balance loss of the global batch, shared experts.
 FLAGS = [*SMALL, "--n-shared-experts=1", "--grad-accum=2", "--router-bias-rate=1e-4", "--balance-coef=0.1", "--steps=8"]
@@ -33,7 +31,9 @@ CASES = {
     "ddp-4-muon": (4, "ddp", "muon"),
     "ep-2-adamw": (2, "ep", "adamw"),
     "ep-4-muon": (4, "ep", "muon"),
+    "groups-4-muon": (4, "ep --ep-size=2", "muon"),
 }
+HOW = {"groups-4-muon": {"sliced_from": 4097}}  # of a layer's experts w_in is divided over the groups, w_out is not
 ENGINES = ("ddp", "ep")
 # Selection biases of the first experts. Five experts on two or four ranks are slices of unequal length. With eight on
 # four ranks and two out of reach, a rank gets no token at all.
@@ -56,7 +56,11 @@ def runs(data_dir, tmp_path_factory):  # noqa: F811
         (start / "results.json").unlink()
     copy = lambda name, like: shutil.copytree(base / like.replace("one", "start"), base / name)  # noqa: E731
     jobs = [
-        [world, [f"--resume={copy(name, reference(name))}", "--steps=8", f"--parallel={engine}"]]
+        [
+            world,
+            [f"--resume={copy(name, reference(name))}", "--steps=8", *f"--parallel={engine}".split()],
+            HOW.get(name, {}),
+        ]
         for name, (world, engine, _) in CASES.items()
     ]
     bad = [
@@ -80,7 +84,7 @@ def runs(data_dir, tmp_path_factory):  # noqa: F811
 
 def reference(case):
     _, engine, optimizer = CASES[case]
-    return f"one-{optimizer}-{8 if engine == 'ep' else 5}"
+    return f"one-{optimizer}-{5 if engine == 'ddp' else 8}"
 
 
 def ranks(jobs, failing=0):
@@ -141,12 +145,16 @@ def test_ranks_equal_one_process(runs, case):
 
 
 def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
-    """Four ranks, then two or one; two, then four; four with ep, then two with ddp; the reverse: as if unbroken."""
+    """Four ranks, then two or one; two, then four; four with ep, then two with ddp; the reverse; two groups, then one
+    group; the reverse: as if unbroken."""
     to_two, to_one = (cut_at(runs / "ddp-4-muon", tmp_path / name, 4) for name in ("two", "one"))
     to_four = cut_at(runs / "ddp-2-muon", tmp_path / "four", 4)
-    to_ddp, to_ep = cut_at(runs / "ep-4-muon", tmp_path / "ddp", 4), cut_at(runs / "one-muon-8", tmp_path / "ep", 4)
+    to_ddp, to_ep = (cut_at(runs / name, tmp_path / f"{name}-cut", 4) for name in ("ep-4-muon", "one-muon-8"))
+    to_group, to_groups = (cut_at(runs / f"{name}-4-muon", tmp_path / name, 4) for name in ("groups", "ep"))
     ranks(
         [
+            [4, [f"--resume={to_group}", "--ep-size=0"]],
+            [4, [f"--resume={to_groups}", "--ep-size=2"], HOW["groups-4-muon"]],
             [2, [f"--resume={to_two}"]],
             [4, [f"--resume={to_four}"]],
             [2, [f"--resume={to_ddp}", "--parallel=ddp"]],
@@ -154,10 +162,42 @@ def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
         ]
     )
     main([f"--resume={to_one}"])
-    five = (to_two, to_one, to_four)
-    for run, one in [(run, "one-muon-5") for run in five] + [(run, "one-muon-8") for run in (to_ddp, to_ep)]:
+    five, eight = (to_two, to_one, to_four), (to_ddp, to_ep, to_group, to_groups)
+    for run, one in [(run, "one-muon-5") for run in five] + [(run, "one-muon-8") for run in eight]:
         same_log(run, runs / one, rtol=3e-4)
         same_state(run, runs / one, bound=3e-3)
+
+
+def test_no_thread_of_a_process_group_is_left(monkeypatch):
+    """Whenever the functions are imported whose defaults are the present group."""
+    monkeypatch.setattr(
+        os, "environ", os.environ | dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    )
+    named = lambda: [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]  # noqa: E731
+    before = sum("gloo" in name for name in named())
+    monkeypatch.delitem(sys.modules, "torch.distributed.nn.functional", raising=False)
+    parallel.connect(torch.device("cpu"))
+    torch.distributed.all_reduce(torch.ones(1))
+    assert sum("gloo" in name for name in named()) > before
+    importlib.import_module("torch.distributed.nn.functional")
+    parallel.disconnect()
+    assert sum("gloo" in name for name in named()) == before
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--parallel=ep --ep_size=3", "ep_size=3: use a divisor of the 4 ranks"),
+        ("--parallel=ep --ep_size=1", "ep_size=1: use 0 for all ranks, or 2 or more with --parallel=ep"),
+        ("--ep_size=2", "ep_size=2: use 0 for all ranks, or 2 or more with --parallel=ep"),
+        ("--parallel=ep --ep_size=-2", "ep_size=-2: use 0 for all ranks, or 2 or more with --parallel=ep"),
+        ("--parallel=ep --n_experts=6", "n_experts=6: a group of 4 ranks deals out whole experts: use a multiple of 4"),
+    ],
+)
+def test_groups_that_do_not_come_out_even(flags, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        train(parse(TrainConfig, [*flags.split(), f"--out_dir={tmp_path / 'out'}"]), world=4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_the_engine_that_is_gone_goes_on_as_ddp(runs, tmp_path):

@@ -147,9 +147,13 @@ def test_something_is_always_held_out(tmp_path):
     assert "val" not in prepare([tmp_path / "x.jsonl"], tmp_path / "e", vocab_size=260, val_fraction=0)["splits"]
     with pytest.raises(ValueError, match="nothing to train on"):
         prepare([tmp_path / "x.jsonl"], tmp_path / "f", vocab_size=260, val_fraction=0.999999)
-    (tmp_path / "y.txt").write_text("only one")
+    for name in ("y.txt", "z.txt"):
+        (tmp_path / name).write_text("only one")
     with pytest.raises(ValueError, match="val_fraction=0.01: the input is one document"):
         prepare([str(tmp_path / "y.txt")], tmp_path / "f", vocab_size=260)
+    with pytest.raises(ValueError, match="val_fraction=0.01: all documents are equal"):
+        prepare([tmp_path / "y.txt", tmp_path / "z.txt"], tmp_path / "f", vocab_size=260)
+    (tmp_path / "z.txt").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "e", "x.jsonl", "y.txt"]
 
 
@@ -191,7 +195,7 @@ def test_special_tokens_in_text_are_text(tmp_path):
         ("x.py", b"s = 'gr\xfcn'\n", r"x.py is not UTF-8 \(.*0xfc\); convert it"),
         ("x.jsonl", b'{"text": "fine"}\n{"text": "gr\xfcn"}', r"x.jsonl:2 is not UTF-8 \(.*0xfc\); convert it"),
         ("x.txt.xz", lzma.compress(b"abc " * 9999)[:-20], "x.txt.xz cannot be decompressed"),
-        ("x.txt.gz", gzip.compress(text(9999, 0).encode())[:-20], "x.txt.gz cannot be decompressed"),
+        ("x.txt.gz", gzip.compress(text(9999, 0).encode(), mtime=0)[:-20], "x.txt.gz cannot be decompressed"),
         ("x.txt.gz", b"this is not gzip", "x.txt.gz cannot be decompressed"),
         ("x.jsonl", b'{"text": "fine"}\n{"text": "cut', r"x.jsonl:2 is damaged"),
         ("x.jsonl", b'{"text": "fine"}\n' + b"[" * 10**5, r"x.jsonl:2 is damaged .*recursion"),
@@ -199,9 +203,11 @@ def test_special_tokens_in_text_are_text(tmp_path):
         (
             "x.jsonl",
             b'{"text": "fine"}\n\n{"body": "b", "id": 3}',
-            r"x.jsonl:3 has no text in field 'text' \(it has: body, id\); pass --text_field",
+            r"x.jsonl:3 has no field 'text' \(it has: body, id\); pass --text_field",
         ),
-        ("x.jsonl", b'["text"]', r"x.jsonl:1 has no text.*list"),
+        ("x.jsonl", b'{"text": "fine"}\n{"text": null}', "x.jsonl:2: text=None: a text is needed"),
+        ("x.jsonl", b'{"text": 3}', "x.jsonl:1: text=3: a text is needed"),
+        ("x.jsonl", b'["text"]', r"x.jsonl:1 has no field.*list"),
         ("x.txt", b"\n  \n", "no text in the input"),
     ],
 )

@@ -101,7 +101,7 @@ def test_more_rows_than_there_is_room_for_stay_within_their_buffers(device, pois
 def test_blocks_of_all_layers_share_one_compilation(device, monkeypatch):
     """A number of each layer's own, if it were a Python int, would compile every block again, eight at most."""
     cfg = ModelConfig(
-        vocab_size=64, d_model=32, n_layers=3, n_heads=2, n_kv_heads=2, head_dim=16, seq_len=16, n_experts=4, top_k=2,
+        vocab_size=64, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, seq_len=8, n_experts=4, top_k=2,
         d_expert=32, impl="triton",
     )  # fmt: skip
     found = []
@@ -109,15 +109,15 @@ def test_blocks_of_all_layers_share_one_compilation(device, monkeypatch):
         torch.manual_seed(0)
         model = GPT(cfg).to(device)
         if remotely:
-            sizes = remote.Sizes(3, 1, 16, cfg.top_k, cfg.d_model, 32, compute_dtype(cfg, torch.device(device)))
+            sizes = remote.Sizes(2, 1, 8, cfg.top_k, cfg.d_model, 16, compute_dtype(cfg, torch.device(device)))
             memory = torch.zeros(sizes.lay_out(), dtype=torch.uint8, device=device)
             ranks = remote.Ranks(0, sizes, [memory], barrier=lambda: None)
-            monkeypatch.setattr(remote, "LAYERS", [(ranks, layer) for layer in range(3)])
+            monkeypatch.setattr(remote, "LAYERS", [(ranks, layer) for layer in range(2)])
             for layer, block in enumerate(model.blocks):
                 block.mlp.number = torch.tensor(layer)
                 block.mlp.experts = functools.partial(exchange.experts_nearby, block.mlp)
                 block.compile(fullgraph=True, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
-        tokens = (torch.arange(16, device=device) * 7 % 64)[None]
+        tokens = (torch.arange(8, device=device) * 7 % 64)[None]
         torch._dynamo.reset()
         with torch._dynamo.config.patch(recompile_limit=1):
             loss = model(tokens, tokens).loss

@@ -57,11 +57,8 @@ def test_large_vocabulary_is_stored_in_four_bytes(tmp_path):
     for name, enc in (("small", small), ("large", large)):
         with shards.ShardWriter(tmp_path / name, enc) as writer:
             writer.add("train", [0, 65534, enc.eot_token])
-    assert (
-        shards.read_meta(tmp_path / "small")["dtype"] == "uint16"
-        and shards.read_meta(tmp_path / "large")["dtype"] == "uint32"
-    )
-    for name, eos in (("small", 65535), ("large", 65536)):
+    for name, eos, dtype in (("small", 65535, "uint16"), ("large", 65536, "uint32")):
+        assert shards.read_meta(tmp_path / name)["dtype"] == dtype
         assert shards.open_shards(tmp_path / name, "train")[0].tolist() == [0, 65534, eos]
 
 
@@ -183,7 +180,7 @@ def test_every_damaged_byte_is_found_or_changes_nothing(tmp_path, name):
     whole, path = everything(tmp_path / "d"), tmp_path / "d" / name
     content, rng, found = path.read_bytes(), np.random.default_rng(0), 0
     assert whole[0] == cfg and len(whole[1]) == len(META)
-    places = range(len(content)) if name != "tokenizer.json" else rng.choice(len(content), 400, replace=False)
+    places = rng.choice(len(content), min(len(content), 200), replace=False)
     for at in places:
         for byte in {content[at] ^ 1, content[at] ^ 1 << int(rng.integers(1, 8))}:
             path.write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])

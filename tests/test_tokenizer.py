@@ -119,18 +119,7 @@ def test_without_the_library_training_says_what_to_install(monkeypatch):
 @NEEDS_LIBRARY
 def test_one_digit_per_token():
     enc = tokenizer.train_bpe(["In 1987 there = 1987 and 19871987 = x. "] * 50, 400)
-    assert [enc.decode([i]) for i in enc.encode_ordinary("48/2 = 1987")] == [
-        "4",
-        "8",
-        "/",
-        "2",
-        " =",
-        " ",
-        "1",
-        "9",
-        "8",
-        "7",
-    ]
+    assert [enc.decode([i]) for i in enc.encode_ordinary("48/2 = 1987")] == "4|8|/|2| =| |1|9|8|7".split("|")
     assert any(len(token) > 3 for token in enc._mergeable_ranks), "nothing was merged, so the digits prove nothing"
 
 
@@ -139,7 +128,7 @@ def test_long_runs_neither_fail_nor_hang(text):
     enc = tokenizer.encoding({bytes([b]): b for b in range(256)})
     assert len(enc.encode_to_numpy(text, disallowed_special=())) == len(text)
     if importlib.util.find_spec("tokenizers"):
-        assert tokenizer.train_bpe([text[: len(text) // 10]], 270).n_vocab <= 270
+        assert tokenizer.train_bpe([text[: len(text) // 50]], 270).n_vocab <= 270
 
 
 def test_save_and_load(tmp_path):

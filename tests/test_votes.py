@@ -45,10 +45,10 @@ def test_majority():
     assert majority(["1", "1", "2", "1"], "1", 1) == 0.75  # one vote: the mean
 
 
-def make_questions(n, seed=0):
+def make_questions(n, seed=0, votes=16):
     rng = random.Random(seed)
     return [
-        {"gold": "1", "votes": rng.choices(["1", "2", "3", None], [rng.random(), 0.3, 0.1, 0.1], k=16)}
+        {"gold": "1", "votes": rng.choices(["1", "2", "3", None], [rng.random(), 0.3, 0.1, 0.1], k=votes)}
         for _ in range(n)
     ]
 
@@ -74,8 +74,8 @@ def test_curves():
 
 def test_bands_cover():
     """95 % bands from 100 questions hold the mean of 20,000 about 95 times in 100; half as wide a band would not."""
-    truth = curves(make_questions(20_000, seed=1), resamples=10)["majority"]["mean"][0]
-    bands = [curves(make_questions(100, seed), resamples=400)["majority"] for seed in range(2, 102)]
+    truth = curves(make_questions(20_000, 1, votes=2), resamples=10)["majority"]["mean"][0]
+    bands = [curves(make_questions(100, seed, votes=2), resamples=400)["majority"] for seed in range(2, 102)]
     assert 88 <= sum(band["low"][0] <= truth <= band["high"][0] for band in bands) <= 100
     half = [((band["low"][0] + band["mean"][0]) / 2, (band["high"][0] + band["mean"][0]) / 2) for band in bands]
     assert sum(low <= truth <= high for low, high in half) < 85
@@ -110,15 +110,8 @@ def test_command(tiny_run, monkeypatch, capsys):
 
 def test_samples_of_a_model(tiny_run):
     """Really generated: equal commands give equal votes, whatever the batch; another seed gives others."""
-    command = [
-        f"--run={tiny_run}",
-        f"--evaldata={tiny_run}",
-        "--device=cpu",
-        "--samples=3",
-        "--limit=2",
-        "--overwrite",
-        "--temperature=1.5",
-    ]
+    flags = f"--run={tiny_run} --evaldata={tiny_run} --device=cpu --samples=3 --limit=2 --overwrite --temperature=1.5"
+    command = flags.split()
     runs = []
     for more in (["--batch-size=1"], ["--batch-size=64"], ["--seed=1"]):
         record = []
@@ -131,7 +124,9 @@ def test_samples_of_a_model(tiny_run):
 
 
 def test_says_that_prompts_were_cut(tiny_run, capsys):
-    result = votes.main(
-        [f"--run={tiny_run}", f"--evaldata={tiny_run}", "--device=cpu", "--samples=2", "--limit=2", "--shots=3"]
+    flags = f"--run={tiny_run} --evaldata={tiny_run} --device=cpu --samples=2 --limit=2 --shots=3"
+    result = votes.main(flags.split())
+    assert (
+        result["cut"] == 2
+        and "2 of 2 prompts lost their beginnings to fit the model's 64 tokens" in capsys.readouterr().out
     )
-    assert result["cut"] == 2 and "2 questions did not fit the model's 64 tokens" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The tasks of eval, eval.votes and grpo.py. A task is one file of this folder; nothing else has to be told about it.
+"""The tasks of eval, eval.votes and grpo.py. A task is one file of this folder, and nothing else names it.
 
     TEST = Set("svamp/test", "svamp/test.jsonl", ("ChilleD/SVAMP", None, "test"))  # where rows are: eval.sources.Set
     TRAIN = Set(...)                       # rows to train on and to draw examples from, where there are any
@@ -8,8 +8,8 @@
     def example(row)                       # -> text of an example; default: the item's prompt and its answer
     def items(source, shots, split="test") # -> list of Item, where item(row) is not all
 
-Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. Where the model
-writes answers, it defines STOPS (strings that end an answer and are cut off), MAX_NEW_TOKENS, and some of
+Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. A task whose answers
+are written defines STOPS (strings that end an answer and are cut off), MAX_NEW_TOKENS, and some of
 
     def score(item, text)                  # for eval: {metric: number}, averaged over items
     def program(item, text)                # or, for code: (program, tests) for eval.sandbox, which gives pass@k
@@ -19,7 +19,7 @@ writes answers, it defines STOPS (strings that end an answer and are cut off), M
     def questions(source, split, n)        # for grpo.py: the first n items of "train" or "test", n = 0: all;
                                            # default: items(source, 0, split), where there is TRAIN
 
-Multiple choice needs none of these: where an answer is written, options get letters (`lettered`).
+Multiple choice needs none of these: options get letters where an answer is written (`lettered`).
 """
 
 import importlib
@@ -53,14 +53,14 @@ class Item(NamedTuple):
         return self.pairs or tuple((self.prompt, choice) for choice in self.choices)
 
 
-def choice(prompt: str, choices: list[str], gold: int, **others) -> Item:
+def choice(prompt: str, choices: list[str], gold: int) -> Item:
     """An item whose choices, without their leading space, are compared after its prompt."""
     choices = tuple(" " + choice for choice in choices)
-    return Item(prompt=prompt, answer=choices[gold], choices=choices, gold=gold, **others)
+    return Item(prompt=prompt, answer=choices[gold], choices=choices, gold=gold)
 
 
 class Task:
-    """A file of this folder. What it leaves out has its default, or is None."""
+    """A file of this folder. What it leaves out has its default or is None."""
 
     def __init__(self, name: str, module):
         like = getattr(module, "LIKE", None)
@@ -70,32 +70,33 @@ class Task:
 
         self.name, self.module, self.lettered = name, module, get("STOPS") is None
         self._asks = module if hasattr(module, "item") or hasattr(module, "items") else like  # whose items these are
-        for needed in ("SHOTS", "item", "MAX_NEW_TOKENS")[: 2 + (not self.lettered)]:
-            if get(needed) is None and not (needed == "item" and hasattr(self._asks, "items")):
-                raise ValueError(f"eval/tasks/{name}.py must define {needed}; see eval/tasks/__init__.py")
+        needed = ["SHOTS"] if hasattr(self._asks, "items") else ["SHOTS", "item"]
+        for what in needed if self.lettered else [*needed, "MAX_NEW_TOKENS"]:
+            if get(what) is None:
+                raise ValueError(f"eval/tasks/{name}.py must define {what}; see eval/tasks/__init__.py")
         self.shots: int = get("SHOTS")
         self.items: Callable = getattr(self._asks, "items", self._items)  # (source, shots) -> list of Item
         self.stops: tuple[str, ...] = get("STOPS", ("\n",))
         self.max_new_tokens: int = get("MAX_NEW_TOKENS", 16)
         self.score: Callable | None = get("score")
         self.program: Callable | None = get("program")
+        self.generates = bool(self.score or self.program)  # whether the model writes answers in eval
         self.vote: Callable | None = letter if self.lettered else get("vote")
-        self.gold: Callable | None = get("gold") or self.vote and (lambda item: self.vote(item.answer))
-        self.reward: Callable | None = get("reward") or self.vote and self._voted
+        self.gold: Callable | None = get("gold", self._gold if self.vote else None)
+        self.reward: Callable | None = get("reward", self._voted if self.vote else None)
         self.trains = bool(self.reward and (hasattr(module, "TRAIN") or hasattr(module, "questions")))
 
     def _items(self, source, shots, split="test"):
         train = getattr(self.module, "TRAIN", None)
         rows = source.rows(train if split == "train" else self.module.TEST)
-        pool = source.first(train, self.module.TEST) if train and shots else rows
+        pool = source.rows(train, self.module.TEST) if train and shots else rows
         return with_examples(rows, pool, shots, self._asks.item, getattr(self._asks, "example", None))
+
+    def _gold(self, item):
+        return self.vote(item.answer)
 
     def _voted(self, item, text):
         return float(self.vote(text) is not None and self.vote(text) == self.gold(item))
-
-    def generated(self) -> bool:
-        """Whether eval lets the model write answers."""
-        return bool(self.score or self.program)
 
     def asked(self, items: list[Item]) -> list[Item]:
         """The items as questions whose answer the model writes (eval.votes): choices become lettered options."""
@@ -135,14 +136,14 @@ def lettered(item: Item) -> Item:
 
 
 def letter(text: str) -> str | None:
-    """The letter that a text begins with, or that it says is the answer; None without one."""
+    """The letter that a text begins with or calls its answer; None without one."""
     found = re.match(r"\s*\(?([A-Z])\b(?!')", text) or re.search(r"(?i:answer is):? *\(?([A-Z])\b(?!')", text)
     return found[1] if found else None
 
 
 def with_examples(rows, pool, n: int, item: Callable[[dict], Item], example=None) -> list[Item]:
-    """item(row) of each row, behind n examples: example(row), or the row's own prompt and answer. They are drawn from
-    pool as in lm-eval by one random stream through all rows; where pool is rows itself, no row is its own example."""
+    """item(row) of each row, behind n examples: example(row), or the row's own prompt and answer. As in lm-eval, one
+    random stream through all rows draws them from pool. Where pool is rows itself, no row is its own example."""
 
     def whole(row):
         shown = item(row)

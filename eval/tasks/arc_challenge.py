@@ -1,5 +1,5 @@
-"""ARC-Challenge (arXiv 1803.05457): 1,172 science questions of grade school; chance is 25 %. Prompt and choices as in
-the harness, which reports `acc_norm` (likelihood per character of the choice)."""
+"""ARC-Challenge (arXiv 1803.05457): 1,172 science questions of grade school; chance is 25 %. Prompts and choices are
+those of lm-eval, which reports `acc_norm` (likelihood per character)."""
 
 from eval.sources import Set
 from eval.tasks import choice

@@ -1,13 +1,13 @@
-"""GSM8K (arXiv 2110.14168): word problems, worked solutions that end in "#### 18". 1,319 test items.
+"""GSM8K (arXiv 2110.14168): word problems with worked solutions that end in "#### 18". 1,319 test items.
 
-With four examples the prompts are those of the paper's task loss; its answers have no space after "Answer:". `strict`
-and `flexible` are the harness's filters: the first "#### number", and the last number of any form.
+With four examples the prompts are those of the paper's task loss, whose answers have no space after "Answer:". `strict`
+and `flexible` are lm-eval's filters: the first "#### number", and the last number of any form.
 """
 
 import re
 
 from eval import rewards
-from eval.equal import find_number, plain
+from eval.equal import find_number
 from eval.sources import Set
 from eval.tasks import Item
 
@@ -39,7 +39,7 @@ def _bare(answer):
 def vote(text):
     """The number after the first "####", "Answer" or "answer is", as in the paper."""
     value = find_number(text, "####|[Aa]nswer(?: is)?")
-    return None if value is None else plain(value)
+    return None if value is None else str(value)
 
 
 def gold(item):

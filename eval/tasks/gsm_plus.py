@@ -1,7 +1,7 @@
 """GSM-Plus (arXiv 2402.19255): GSM8K's test questions, perturbed in eight ways. 10,552 items, or the 2,400 of testmini.
 
-As in the harness examples are other items of the test set, the gold answer is the worked solution, and an item whose
-answer is "None" can never be right.
+As in lm-eval, examples are other test items, the gold answer is the worked solution, and an item whose answer is "None"
+is never right.
 """
 
 from eval.sources import Set
@@ -13,7 +13,7 @@ SHOTS, LIKE = 5, gsm8k
 
 
 def items(source, shots):
-    rows = [row | {"answer": row["solution"]} for row in source.first(FULL, MINI)]
+    rows = [row | {"answer": row["solution"]} for row in source.rows(FULL, MINI)]
     return with_examples(rows, rows, shots, item, gsm8k.example)
 
 

@@ -1,7 +1,5 @@
-"""HellaSwag (arXiv 1905.07830): which of four endings follows. 10,042 validation items; chance is 25 %.
-
-Text cleaned as in the harness; `acc_norm` is by likelihood per character. Task loss: the right ending after a space.
-"""
+"""HellaSwag (arXiv 1905.07830): which of four endings follows. 10,042 validation items; chance is 25 %. Text is cleaned
+as in lm-eval. `acc_norm` is by likelihood per character; task loss is that of the right ending, after a space."""
 
 import re
 

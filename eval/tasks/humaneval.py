@@ -1,5 +1,5 @@
-"""HumanEval (arXiv 2107.03374): complete a Python function. 164 items, no examples. pass@k by eval.sandbox; task loss
-of the dataset's canonical solution (the paper's is humanevalplus)."""
+"""HumanEval (arXiv 2107.03374): complete a Python function. 164 items. pass@k by eval.sandbox; task loss
+of the dataset's canonical solution (the paper's is EvalPlus's)."""
 
 from eval.sources import Set
 from eval.tasks import Item
@@ -10,10 +10,6 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 0, ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 def item(row):
     return Item(row["task_id"], row["prompt"], row["canonical_solution"], row=row)
-
-
-def example(row):
-    raise ValueError("humaneval has no examples; use --shots=0")
 
 
 def program(item, text):

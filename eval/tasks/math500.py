@@ -1,8 +1,8 @@
 r"""MATH-500 (arXiv 2103.03874, 2305.20050): competition problems, worked solutions with the answer in \boxed{}.
 
-The harness's form; examples from the rest of the MATH test set, or else from the other items. The answer is the last
-\boxed{}, else what follows "answer is", else what stands between the first and the last dollar sign. It must equal the
-gold one (eval/equal.py); the reward also wants its form and a single marked answer (eval/rewards.py).
+Prompts are lm-eval's; examples come from the rest of the MATH test set, or else from the other items. The answer is the
+last \boxed{}, else what follows "answer is", else what stands between the first and the last dollar sign. It must equal
+the gold one (eval/equal.py). The reward also wants its form, and a single marked answer (eval/rewards.py).
 """
 
 import re
@@ -22,7 +22,7 @@ def items(source, shots, split="test"):
     rows = pool = source.rows(TEST)
     if split == "train" or shots:
         seen = {row["problem"] for row in rows}
-        found = source.rows(TRAIN) if split == "train" else source.first(TRAIN, TEST)
+        found = source.rows(TRAIN) if split == "train" else source.rows(TRAIN, TEST)
         pool = [row for row in found if row["problem"] not in seen] or rows
     if split == "train":
         need_library()
@@ -41,10 +41,14 @@ def item(row):
 
 def extract(text):
     """The answer of a solution, "" without one."""
-    if (boxes := list(boxed(text))) and boxes[-1]:
-        return boxes[-1]
-    rules = r"\\boxed\s+([^\s$]+)", r"answer is:?\s*(.+?)(?:\.\s|\.?$)", r"(?s)\$(.*)\$"
-    return next((found[-1] for rule in rules if (found := re.findall(rule, text, re.MULTILINE))), "")
+    *_, last = "", *boxed(text)
+    if last:
+        return last
+    for rule in (r"\\boxed\s+([^\s$]+)", r"answer is:?\s*(.+?)(?:\.\s|\.?$)", r"(?s)\$(.*)\$"):
+        found = re.findall(rule, text, re.MULTILINE)
+        if found:
+            return found[-1]
+    return ""
 
 
 def score(item, text):

@@ -1,7 +1,5 @@
-"""MMLU (arXiv 2009.03300): questions with four options from 57 subjects. 14,042 test items; chance is 25 %.
-
-As in the harness letters are compared; examples are the first of the subject's development set.
-"""
+"""MMLU (arXiv 2009.03300): questions with four options from 57 subjects. 14,042 test items; chance is 25 %. As in
+lm-eval, letters are compared, and the examples are the first of the subject's development set."""
 
 from eval.sources import Set
 from eval.tasks import Item

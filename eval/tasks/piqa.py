@@ -1,5 +1,4 @@
-"""PIQA (arXiv 1911.11641): which of two ways reaches a goal in the physical world. 1,838 validation items; chance is 50
-%."""
+"""PIQA (arXiv 1911.11641): which of two ways reaches a physical goal. 1,838 validation items; chance is 50 %."""
 
 from eval.sources import Set
 from eval.tasks import choice

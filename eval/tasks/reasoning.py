@@ -1,6 +1,6 @@
 """Word problems with unseen templates (data/reasoning.py): 200 for each number of steps, up to one beyond training.
 
-`answer`: the stated answer is right; `solution`: so is every step. The reward is for a single, final "Answer: 4.".
+`answer`: the stated answer is right. `solution`: so is every step. The reward is for a single, final "Answer: 4.".
 """
 
 import re

@@ -1,7 +1,7 @@
 """TriviaQA (arXiv 1705.03551), closed book: 7,993 validation questions of rc.wikipedia, or the 17,944 of rc on the hub.
 
-Prompt and `exact_match` (any alias, but for case and punctuation) as in the harness; `normalized`, the dataset's rule,
-ignores articles too. Task loss: the first answer (`value`).
+Prompts and `exact_match` (any alias, whatever its case and punctuation) are lm-eval's; `normalized`, the rule of the
+dataset, ignores articles too. Task loss is that of the first answer (`value`).
 """
 
 import re
@@ -13,7 +13,7 @@ from eval.tasks import Item
 HUB = "mandarjoshi/trivia_qa"
 TEST = Set("triviaqa/validation", "triviaqa/rc_wikipedia_nocontext_val.jsonl", (HUB, "rc.nocontext", "validation"))
 TRAIN = Set("triviaqa/train", "triviaqa/train.jsonl", (HUB, "rc.nocontext", "train"))
-SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("\n", ".", ","), 64  # the harness allows 256: no alias is longer than 64
+SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("\n", ".", ","), 64  # lm-eval allows 256: no alias is longer than 64
 
 
 def item(row):
