@@ -91,16 +91,12 @@ def overlay(runs):
     return fig
 
 
-def report(cfg):
-    """Print the table; the figure."""
-    print("\n".join(table(cfg.runs)))
-    return overlay(cfg.runs) if len(cfg.runs) > 1 else curves.figure(cfg.runs[0])
-
-
 def main(argv=None):
     cfg = config.parse(ShowConfig, argv, __doc__)
-    usual = "overlay.png" if len(cfg.runs) > 1 else "curves.png"
-    curves.write(lambda: report(cfg), cfg.out or str(Path(cfg.runs[0]) / usual))
+    several = len(cfg.runs) > 1
+    print("\n".join(table(cfg.runs)))
+    out = cfg.out or str(Path(cfg.runs[0]) / ("overlay.png" if several else "curves.png"))
+    curves.write(lambda: overlay(cfg.runs) if several else curves.figure(cfg.runs[0]), out)
 
 
 if __name__ == "__main__":
