@@ -21,10 +21,11 @@ from bench.problem import Cost
 from bench.results import Results, cli
 from bench.step import balance, make_step, model_shape, parse, step_times
 from bench.timing import MIB
+from optimoe import parallel
 from optimoe.config import require
 from optimoe.exchange import group_size
+from optimoe.faststep import fast_step
 from optimoe.sizes import count_params, flops_per_token
-from train import fast_step
 
 WARM_UP = 12  # steps: compilation, capture and the first replays
 TALKING = "nccl", "fetch_kernel", "collect_kernel", "barrier"  # in the names of kernels that communicate
@@ -95,7 +96,7 @@ def main(argv=None):
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    parallel.connect(device, device_id=device if cuda else None)
     try:
         results = Results(cfg) if rank == 0 else None
         measured = []
@@ -124,7 +125,7 @@ def main(argv=None):
         )
         return results.finish()
     finally:
-        dist.destroy_process_group()
+        parallel.disconnect()
 
 
 if __name__ == "__main__":

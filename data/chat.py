@@ -17,15 +17,23 @@ from data.fast import AGAIN, spelled
 from data.shards import START, TRAINED
 from optimoe.config import require
 
+TEMPLATE = "chat_template.jinja"
 
-def chat_template(directory):
-    """template(messages, whether an answer is to follow) of a Hugging Face folder; None where it has none."""
-    path, separate = (Path(directory, name) for name in ("tokenizer_config.json", "chat_template.jinja"))
+
+def template_source(directory):
+    """(the chat template of a Hugging Face folder or None, its tokenizer_config.json)"""
+    path, separate = Path(directory, "tokenizer_config.json"), Path(directory, TEMPLATE)
     settings = files.read_json(path, AGAIN) if path.is_file() else {}
     source = files.read_text(separate, AGAIN) if separate.is_file() else settings.get("chat_template")
     if isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if not source:
+    return source or None, settings
+
+
+def chat_template(directory):
+    """template(messages, whether an answer is to follow) of a Hugging Face folder; None where it has none."""
+    source, settings = template_source(directory)
+    if source is None:
         return None
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
