@@ -73,8 +73,10 @@ class ShardWriter:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error=None, *_):
         with self._stack:  # removes what has not been published
+            if error:
+                raise error  # so that the stack sees it and can name the directory
             if kind is None:
                 self._publish()
 

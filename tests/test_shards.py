@@ -122,13 +122,14 @@ def test_bad_directories_are_named(tmp_path):
             shards.open_shards(tmp_path / "d", "train")
 
 
-@pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("interruption", [RuntimeError(), KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_interrupted_writer_leaves_nothing(tmp_path, interruption):
-    with pytest.raises(interruption):
+    with pytest.raises(type(interruption)) as raised:
         with shards.ShardWriter(tmp_path / "d", ENC) as writer:
             writer.add("train", [1, EOS])
             raise interruption
     assert list(tmp_path.iterdir()) == []
+    assert not isinstance(interruption, OSError) or str(raised.value).endswith(f"device: '{tmp_path / 'd'}'")
 
 
 def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
