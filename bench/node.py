@@ -21,6 +21,7 @@ from bench.problem import Cost
 from bench.results import Results, cli
 from bench.step import balance, make_step, model_shape, parse, step_times
 from bench.timing import MIB
+from optimoe import parallel
 from optimoe.config import require
 from optimoe.exchange import group_size
 from optimoe.faststep import fast_step
@@ -95,7 +96,7 @@ def main(argv=None):
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    parallel.connect(device, device_id=device if cuda else None)
     try:
         results = Results(cfg) if rank == 0 else None
         measured = []
@@ -124,7 +125,7 @@ def main(argv=None):
         )
         return results.finish()
     finally:
-        dist.destroy_process_group()
+        parallel.disconnect()
 
 
 if __name__ == "__main__":

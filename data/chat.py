@@ -73,8 +73,8 @@ def example(row, where, template):
         remedy = 'an example is {"prompt": TEXT, "answer": TEXT} or {"messages": [...]}'
         raise ValueError(f"{where} is no example (it has: {there}): {remedy}")
     for number, message in enumerate(messages, 1):
-        texts = map(message.get, ("role", "content")) if isinstance(message, dict) else [None]
-        whole = all(isinstance(text, str) for text in texts)
+        fields = message if isinstance(message, dict) else {}
+        whole = isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str)
         require(whole, f"{where}: message {number}", message, 'it needs "role" and "content", both of them texts')
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     require(turns, f"{where}: messages", messages, 'none has the role "assistant", so there is no answer to train')
@@ -102,7 +102,7 @@ def encode(enc, text):
     """(ids, bytes of text, marks) of an example, ended by eos. No token crosses the end of a prompt, because a model
     that answers begins there."""
     chat, pieces = json.loads(text)
-    read = getattr(enc, "encode_control", enc.encode_ordinary) if chat else enc.encode_ordinary
+    read = enc.encode_control if chat else enc.encode_ordinary
     ids, trained, before = [], [], ""
     for piece, target in pieces:
         whole = read(before + piece)

@@ -92,7 +92,7 @@ def prepare(cfg):
     out, started = Path(os.path.abspath(cfg.out)), time.perf_counter()
     shards.refuse_existing(out)  # before the work, not after it
     make_directory(out.parent, "out", cfg.out)
-    named = cfg.tokenizer and hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER)
+    named = hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER) if cfg.tokenizer else None
     enc = tokenizer.load(named) if named else None
     paths = find_files(cfg.input)
     estimate = sum(path.stat().st_size * EXPANSION.get(path.suffix.lower(), 1) for path in paths)

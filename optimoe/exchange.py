@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from model import MoE, compute_dtype
 from moe_kernels import moe_experts, remote
@@ -44,12 +43,14 @@ def group_size(cfg, world):
     return size
 
 
-def make_groups(size, device, rank, world):
+def make_groups(size, rank, world):
     """The Groups of consecutive ranks. All ranks take part."""
     if size == world:
         return Groups(None, rank, world, None, 0, 1)
-    mesh = init_device_mesh(device.type, (world // size, size), mesh_dim_names=("copies", "experts"))
-    return Groups(mesh.get_group("experts"), rank % size, size, mesh.get_group("copies"), rank // size, world // size)
+    ranks = torch.arange(world, device="cpu").view(-1, size)
+    experts, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    copies, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+    return Groups(experts, rank % size, size, copies, rank // size, world // size)
 
 
 class Exchange(torch.autograd.Function):
@@ -99,7 +100,7 @@ def deal_out(model, cfg, device, rank, world, tokens):
 
     tokens: of a rank and micro-batch. ValueError unless the experts can be dealt out."""
     size = group_size(cfg, world)
-    groups = make_groups(size, device, rank, world)
+    groups = make_groups(size, rank, world)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for moe in layers:
         for name in ("w_in", "w_out"):

@@ -12,6 +12,9 @@ Gradients and gathered weights travel in the dtype that they have on one GPU. A 
 process, so a run goes on with any number of ranks and the other engine.
 """
 
+import gc
+import weakref
+
 import torch
 import torch.distributed as dist
 
@@ -26,6 +29,22 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 SLICED_FROM = 2**20  # values of a tensor whose update is divided among the ranks
 AHEAD = 2  # layers whose weights are gathered while one runs
+
+
+def connect(device, **options):
+    """Start the process group of all ranks. options: of init_process_group."""
+    # Its functions have the present group as a default. Imported later, by dynamo, they would keep it for ever.
+    import torch.distributed.nn.functional  # noqa: F401
+
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+
+
+def disconnect():
+    """End all process groups and their threads. A thread of gloo that outlived the interpreter could still drop the
+    last tensor of a collective, for which Python 3.11 aborts the process."""
+    if dist.is_initialized():
+        gc.collect()  # models and optimisers are cycles, and layers know their groups
+        dist.destroy_process_group()
 
 
 def wrap(model, cfg, device, world, tokens):
@@ -83,8 +102,9 @@ class Sharded(Together):
             _, number, size = self.holders(p)
             place = (index * size + number, parts * size) if p in sliced else (index, parts, number)
             self.places[id(self.exact[p])] = place
+        me = weakref.proxy(self)  # Python cannot free a cycle that goes through a hook
         for p in self.full.values():
-            p.register_post_accumulate_grad_hook(self._reduce)
+            p.register_post_accumulate_grad_hook(lambda p: me._reduce(p))
         if self.full:
             self.pieces = [[] for _ in range(cfg.n_layers + 1)]  # of each layer: (slice, parameter)
             for name, p in model.named_parameters():

@@ -409,8 +409,7 @@ def launch(program, cls, description, argv=None):
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # the tests do that
         if world > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=START_SECONDS))
+            parallel.connect(device, timeout=timedelta(seconds=START_SECONDS))
         return program(cfg, rank, world, device, given)
     except (Exception, KeyboardInterrupt) as error:
         line = explain(error, rank, world)
@@ -421,5 +420,4 @@ def launch(program, cls, description, argv=None):
             raise
         sys.exit(line)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        parallel.disconnect()

@@ -96,9 +96,10 @@ def form(run):
     return attrgetter(*shared.split())(run)
 
 
+@functools.cache
 def key(run):
     """Names a run in a results file: 12 hex digits of its fields."""
-    fields = {name: value for name, value in dataclasses.asdict(run).items() if BEFORE.get(name) != value}
+    fields = {name: value for name, value in vars(run).items() if BEFORE.get(name) != value}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -287,13 +288,9 @@ def revision():
     return f"{commit} sources:{digest.hexdigest()[:12]}"
 
 
-def rounded(value):
-    """The same JSON value with six significant digits."""
-    if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def rounded(row):
+    """The same JSON object with six significant digits."""
+    return json.loads(json.dumps(row), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
 def execute(run, cache, device, n=100, keep=None):

@@ -74,6 +74,8 @@ def rank_main(rank, world, port, flags, directory, room=None, die_at=None, slice
         train.main(flags)
         if room:
             print(f"repeated steps: {sum(repeated)}", flush=True)
+        left = [name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text())]
+        assert not left, left  # threads that would outlive the interpreter
         status = 0
     except BaseException as error:
         print(f"rank {rank} of {world}, {flags}: {error!r}", flush=True)

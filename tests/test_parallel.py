@@ -1,12 +1,14 @@
 """Two and four gloo ranks against one process: both engines and optimisers, uneven routing, idle experts, resuming.
 Run: python -m pytest tests/test_parallel.py (CPU)"""
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import torch
 
 from data import files
 from model import GPT
-from optimoe import checkpoint
+from optimoe import checkpoint, parallel
 from optimoe.config import parse
 from optimoe.parallel import Sharded
 from tests.test_train import data_dir  # noqa: F401  a fixture
@@ -164,6 +166,22 @@ def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
     for run, one in [(run, "one-muon-5") for run in five] + [(run, "one-muon-8") for run in eight]:
         same_log(run, runs / one, rtol=3e-4)
         same_state(run, runs / one, bound=3e-3)
+
+
+def test_no_thread_of_a_process_group_is_left(monkeypatch):
+    """Whenever the functions are imported whose defaults are the present group."""
+    monkeypatch.setattr(
+        os, "environ", os.environ | dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    )
+    named = lambda: [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]  # noqa: E731
+    before = sum("gloo" in name for name in named())
+    monkeypatch.delitem(sys.modules, "torch.distributed.nn.functional", raising=False)
+    parallel.connect(torch.device("cpu"))
+    torch.distributed.all_reduce(torch.ones(1))
+    assert sum("gloo" in name for name in named()) > before
+    importlib.import_module("torch.distributed.nn.functional")
+    parallel.disconnect()
+    assert sum("gloo" in name for name in named()) == before
 
 
 @pytest.mark.parametrize(
