@@ -42,6 +42,8 @@ def parse(cls, argv, description=""):
     "resumed_with" lists the fields that flags have changed since the last checkpoint."""
     flags = {} if {"--help", "-h"} & set(argv) else config.split_flags(cls, argv)
     given = {field.name for field in dataclasses.fields(cls)} if flags.keys() & {"config", "preset"} else set(flags)
+    for name in ("resume", "init_from", "upcycle_from"):  # of a shell variable that is not set
+        require(flags.get(name) != "", name, "", "this names nothing; name a directory or leave the flag out")
     directory = flags.get("resume")
     if not directory:
         return config.parse(cls, argv, description), given

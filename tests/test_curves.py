@@ -125,12 +125,12 @@ def test_a_run_of_one_row_is_seen(tmp_path, monkeypatch):
 
 
 def test_nothing_to_show_is_said(tmp_path):
-    with pytest.raises(ValueError, match="holds no metrics.jsonl"):
+    with pytest.raises((ValueError, SystemExit), match="holds no metrics.jsonl"):
         show.main([str(tmp_path)])
     with pytest.raises(SystemExit, match="has logged no training step yet"):
         curves.main([str(write_run(tmp_path / "empty", []))])
     (tmp_path / "empty" / "metrics.jsonl").write_text('{"step": 1, "val_loss": 4}\n' + json.dumps(row(1))[:-5] + "\n")
-    with pytest.raises(ValueError, match="empty/metrics.jsonl:2 is damaged"):
+    with pytest.raises((ValueError, SystemExit), match="empty/metrics.jsonl:2 is damaged"):
         show.main([str(tmp_path / "empty")])
     (tmp_path / "empty" / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
     with pytest.raises(SystemExit, match="error: .*No such file or directory: '/nonexistent"):
