@@ -130,12 +130,13 @@ def gated_bwd_kernel(
 
 
 def _launch(kernel, tensors, strides, activation):
-    T, F, function = tensors[0].shape[0], tensors[0].shape[1] // 2, ACTIVATIONS[activation].kernel
+    T, F = tensors[0].shape[0], tensors[0].shape[1] // 2
     if T * F > 0:
         block_f = min(pow2(F), 1024)
         block_t = max(1, 1024 // block_f)  # 8 values a thread: accesses of 16 bytes in bfloat16
         grid = (cdiv(T, block_t) * cdiv(F, block_f),)
-        launch(kernel, grid, tensors, (T, *strides), F=F, ACTIVATION=function, BLOCK_T=block_t, BLOCK_F=block_f)
+        constants = dict(F=F, ACTIVATION=ACTIVATIONS[activation].kernel, BLOCK_T=block_t, BLOCK_F=block_f)
+        launch(kernel, grid, tensors, (T, *strides), **constants)
     return tensors[-1]
 
 

@@ -137,7 +137,8 @@ def dispatch(experts_TK, n_experts, block_m, n_rows=None):
     experts_TK: (T, K) int32 contiguous, no id below 0 (not checked: that would wait for the GPU); slots with an id from
     n_experts on get no row. n_rows: rows that there is room for, S if None; the slots of further rows have one past it.
     Returns a `Dispatch`."""
-    S, E, out = experts_TK.numel(), n_experts, empty_dispatch(experts_TK, n_experts, block_m, n_rows)
+    S, E = experts_TK.numel(), n_experts
+    out = empty_dispatch(experts_TK, E, block_m, n_rows)
     chunk = min(CHUNK, max(16, pow2(S))) if INTERPRETED else CHUNK  # the interpreter takes a second to sort 512
     n_chunks, n_tiles, block_e = cdiv(S, chunk), out.tile_expert.numel(), pow2(E)
     if S == 0:

@@ -89,7 +89,8 @@ def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, scale=None,
     skip_unused: a map whose gradient is all zero only decays."""
     A, B = rows[0], weights[0].shape[-1]
     maps, (short, long) = weights[0].numel() // (A * B), padded(A, B)
-    grads, (C1, C3, C5) = [grad.contiguous() for grad in grads], COEFFICIENTS
+    grads = [grad.contiguous() for grad in grads]
+    C1, C3, C5 = COEFFICIENTS
     for i in range(0, len(weights) if maps else 0, PER_LAUNCH):
         some = [tuple(tensors[i : i + PER_LAUNCH]) for tensors in (weights, momenta, grads)]
         muon_kernel[(maps, len(some[0]))](

@@ -51,22 +51,19 @@ class Sizes(NamedTuple):
     n_rows: int  # C
     dtype: torch.dtype
 
-    def parts(self):
-        """(shape, dtype) of each tensor of `Shown`, those of x one by one."""
-        tokens, slots = (self.world * self.tokens, self.width), (self.tokens, self.top_k)
-        return [
-            *[(tokens, self.dtype)] * (self.layers + 1),
+    def lay_out(self, memory=None):
+        """A `Shown` whose tensors lie in `memory`, uint8; without it the number of bytes that they take."""
+        all_tokens, slots = self.world * self.tokens, (self.tokens, self.top_k)
+        parts = [
+            *[((all_tokens, self.width), self.dtype)] * (self.layers + 1),
             ((self.n_rows, self.width), self.dtype),
             ((self.n_rows,), torch.float32),
             (slots, torch.float32),
             (slots, torch.int32),
-            ((self.world * self.tokens, self.top_k), torch.int32),
+            ((all_tokens, self.top_k), torch.int32),
         ]
-
-    def lay_out(self, memory=None):
-        """A `Shown` whose tensors lie in `memory`, uint8; without it the number of bytes that they take."""
         found, start = [], 0
-        for shape, dtype in self.parts():
+        for shape, dtype in parts:
             size = torch.Size(shape).numel() * dtype.itemsize
             if memory is not None:
                 found.append(memory[start : start + size].view(dtype).view(shape))
@@ -200,7 +197,8 @@ def tiles_of(sizes, w_out_EDF):
 def compute(ranks, layer, w_in_EGD, w_out_EDF, activation):
     """After publish and a barrier: the rows of this rank's experts. Returns what the backward pass needs of it:
     pre-activation (P, C, W), ids (W * T, K), gates (W * T, K), and the seven tensors of a `Dispatch`."""
-    sizes, own, E, tiles = ranks.sizes, ranks.own, w_out_EDF.shape[0], tiles_of(ranks.sizes, w_out_EDF)
+    sizes, own, E = ranks.sizes, ranks.own, w_out_EDF.shape[0]
+    tiles = tiles_of(sizes, w_out_EDF)
     ids, gates = torch.empty_like(own.slot_row), own.gates.new_empty(own.slot_row.shape)
     fetch(ranks, layer, ids, gates, E)
     sorted_ = dispatch(ids, E, tiles["up"].BLOCK_M, sizes.n_rows)

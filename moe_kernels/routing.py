@@ -229,7 +229,8 @@ def route_fwd(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `Routing` has."""
-    logits, (T, E), blocks = logits_TE.contiguous(), logits_TE.shape, _blocks(logits_TE.shape[1], top_k)
+    logits, (T, E) = logits_TE.contiguous(), logits_TE.shape
+    blocks = _blocks(E, top_k)
     n_blocks = cdiv(T, blocks["BLOCK_T"])
     gates, experts, counts, probs, z = _fake_fwd(logits, bias_E, top_k, sigmoid, normalize)
     if T == 0:

@@ -151,7 +151,8 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
         return dict.fromkeys(GEMMS, Tile(64, 64, 16, 8, 64 // panel, 8, 2))
     _, columns, step, stages, _ = limits(target)
     block_m = min(max(pow2(n_rows // n_experts), 16), 128)
-    row_tiles, warps = max_tiles(n_rows, n_experts, block_m), 8 if block_m == 128 else 4
+    row_tiles = max_tiles(n_rows, n_experts, block_m)
+    warps = 8 if block_m == 128 else 4
     up_k, down_k, dx_k = (min(step, pow2(n)) for n in (D, F, 2 * F))
 
     def wide(n, most=columns):

@@ -71,7 +71,7 @@ def test_other_models_have_no_step(options, device):
 
 @pytest.mark.parametrize("few", [0, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T,D,F,E,K", [(1, 48, 80, 4, 2), (5, 272, 32, 3, 3)])
+@pytest.mark.parametrize("T,D,F,E,K", [(1, 272, 80, 4, 2), (5, 48, 32, 3, 3)])
 def test_experts(T, D, F, E, K, dtype, few, device, monkeypatch, poison):
     monkeypatch.setattr(decode, "FEW_PAIRS", few)
     x, w_in, w_out, gates, ids = problem(T, D, F, E, K, dtype, device)
