@@ -7,6 +7,7 @@ source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jso
 
 import gzip
 import importlib.util
+import json
 import os
 import zlib
 from pathlib import Path
@@ -95,4 +96,7 @@ def _read(path):
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); get it again") from None
-    return [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
+    rows = [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
+    if "\\ud" in text.lower():  # halves of characters, which tokenizers refuse, become question marks
+        return json.loads(json.dumps(rows, ensure_ascii=False).encode(errors="replace"))
+    return rows
