@@ -1,7 +1,7 @@
 """Text files to a data directory.
 
-    python -m data.prepare books/*.txt.xz --out data/mine --vocab_size 16384
-    python -m data.prepare notes.jsonl src/ fineweb/ --out data/mine --tokenizer data/books
+    python -m data.prepare books/*.txt.xz --out datasets/mine --vocab_size 16384
+    python -m data.prepare notes.jsonl src/ fineweb/ --out datasets/mine --tokenizer datasets/books
 
 The input is streamed twice. The first pass finds what to hold out and, unless --tokenizer names one, trains a BPE
 on a sample (with the package `tokenizers`). The second encodes in threads.
