@@ -6,7 +6,6 @@ source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jso
 """
 
 import gzip
-import importlib.util
 import json
 import os
 import zlib
@@ -74,13 +73,15 @@ class Source:
                 return _read(path), str(path)
 
     def _hub(self, wanted):
-        if wanted.hub is None or importlib.util.find_spec("datasets") is None:
+        try:
+            from datasets import load_dataset
+        except ImportError:  # also where datasets/ is a folder of prepared data
             return None
-        import datasets
-
+        if wanted.hub is None:
+            return None
         dataset, configuration, split = wanted.hub
         try:
-            rows = datasets.load_dataset(dataset, configuration, split=split)
+            rows = load_dataset(dataset, configuration, split=split)
         except (OSError, ValueError) as error:  # no network, or the dataset has moved
             why = f"reading {dataset} from the hub failed ({error})"
             raise ValueError(f"{wanted.name}: {why}: {self._ways(wanted)}") from error
