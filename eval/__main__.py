@@ -32,6 +32,7 @@ class EvalConfig(harness.EvalChoice):
     def validate(self):
         super().validate()
         require(self.tasks, "tasks", "", f"name some of {', '.join(tasks.NAMES)}")
+        require(self.loss or self.accuracy, "accuracy", False, "with --loss=false there is nothing to measure")
         remedy = "greedy samples are all equal; give a --temperature"
         require(self.samples == 1 or self.temperature > 0, "samples", self.samples, remedy)
         for name in self.tasks:

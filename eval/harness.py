@@ -76,6 +76,11 @@ def read_items(task, source: Source, shots: int) -> list:
     for item in items:
         if not isinstance(item.prompt, str) or not isinstance(item.answer, str):
             raise ValueError(f"{task.name}: item {item.id} has {item.answer!r} as its answer; get its file again")
+        blank = any(not text.strip() for _, text in item.compared())
+        wrong = bool(item.choices) and item.gold not in range(len(item.choices))
+        if blank or wrong:
+            what = f"choices {item.choices} and choice {item.gold} (of 0, 1, ...) as the right one"
+            raise ValueError(f"{task.name}: item {item.id} has {what}; get its file again")
     (common, n), *_ = collections.Counter(item.id for item in items).most_common(1) or [("", 0)]
     if n > 1:  # they would share one record
         where = f"{n} items of {', '.join(source.used.values())}"

@@ -6,7 +6,7 @@ source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jso
 """
 
 import gzip
-import importlib.util
+import json
 import os
 import zlib
 from pathlib import Path
@@ -73,13 +73,15 @@ class Source:
                 return _read(path), str(path)
 
     def _hub(self, wanted):
-        if wanted.hub is None or importlib.util.find_spec("datasets") is None:
+        try:
+            from datasets import load_dataset
+        except ImportError:  # also where datasets/ is a folder of prepared data
             return None
-        import datasets
-
+        if wanted.hub is None:
+            return None
         dataset, configuration, split = wanted.hub
         try:
-            rows = datasets.load_dataset(dataset, configuration, split=split)
+            rows = load_dataset(dataset, configuration, split=split)
         except (OSError, ValueError) as error:  # no network, or the dataset has moved
             why = f"reading {dataset} from the hub failed ({error})"
             raise ValueError(f"{wanted.name}: {why}: {self._ways(wanted)}") from error
@@ -95,4 +97,7 @@ def _read(path):
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); get it again") from None
-    return [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
+    rows = [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
+    if "\\ud" in text.lower():  # halves of characters, which tokenizers refuse, become question marks
+        return json.loads(json.dumps(rows, ensure_ascii=False).encode(errors="replace"))
+    return rows

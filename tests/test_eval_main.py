@@ -165,6 +165,8 @@ ROW = json.dumps({"question": "1 egg?", "answer": "#### 1"}).encode()
         (ROW + b"\n[1, 2]\n", "{path} must hold a JSON object for each item"),
         (ROW + b'\n{"problem": "1"}\n', "gsm8k: {path} has rows of another form .KeyError.'question'"),
         (ROW + b'\n{"question": "1", "answer": null}\n', "gsm8k: item 1 has None as its answer"),
+        (ROW + b'\n{"question": null, "answer": "1"}\n', "gsm8k: {path} has rows of another form .TypeError"),
+        (ROW + b'\n{"question": "\\ud800", "answer": "1"}\n', None),
         (b"", "{path} must hold a JSON object for each item"),
         (gzip.compress(ROW * 100, mtime=0)[:-10], "{path} is damaged"),
         (gzip.compress(ROW * 100, mtime=0)[:30] + b"xxxx", "{path} is damaged"),
@@ -179,6 +181,24 @@ def test_evaluation_sets_of_all_kinds(tiny_run, content, message):
     else:
         with pytest.raises(ValueError, match=message.format(path=path)):
             run(tiny_run, "--tasks=gsm8k", "--shots=0")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"label": "-1"}, "item 6 has choices .* and choice -1"),
+        ({"label": "4"}, "rows of another form .IndexError"),
+        ({"label": ""}, "rows of another form .TypeError.*row 7: invalid literal"),
+        ({"label": 1.7}, "rows of another form .TypeError.*row 7: invalid literal"),
+        ({"endings": ["a", "[step]", "c", "d"]}, "item 6 has choices"),
+    ],
+)
+def test_labels_and_choices_that_cannot_be(tiny_run, change, message):
+    path = tiny_run / "hellaswag/val.jsonl"
+    row = json.loads(path.read_text().splitlines()[0])
+    path.write_text(path.read_text() + json.dumps(row | change) + "\n")
+    with pytest.raises(ValueError, match=f"hellaswag: .*{message}"):
+        run(tiny_run, "--tasks=hellaswag", "--shots=0")
 
 
 def test_links_that_lead_nowhere(tiny_run, monkeypatch):
@@ -286,6 +306,7 @@ def test_checkpoint_file_and_tokenizer(tiny_run, tmp_path):
         (["--tasks=gsm8k", "--batch-size=0"], "batch_size=0"),
         (["--tasks=gsm8k", "--checkpoint=x"], r"run, checkpoint, hf=\('.*/run', 'x', ''\): give .* one of them"),
         (["--tasks=gsm8k", "--seed=-1"], "seed=-1"),
+        (["--tasks=gsm8k", "--loss=false", "--accuracy=false"], "accuracy=False: with --loss=false there is nothing"),
         (["--tasks=gsm8k", "--shots=0", "--out=/proc/x"], "out='/proc/x': nothing can be written"),
         (["--tasks=gsm8k", "--run=", "--checkpoint=x"], "checkpoint='x': no such file"),
         (["--tasks=gsm8k", "--shots=0", "--device=cuda"], "no CUDA device"),

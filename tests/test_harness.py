@@ -176,6 +176,7 @@ def test_a_damaged_record_is_named(tiny_run):
 
 
 def test_long_prompts_are_cut_at_the_beginning(tiny_run, capsys):
+    (tiny_run / "gsm8k/train.jsonl").write_text((tiny_run / "gsm8k/test.jsonl").read_text())
     result = run(tiny_run, "--tasks=gsm8k", "--shots=3", "--limit=2")["tasks"]["gsm8k"]
     printed = capsys.readouterr().out
     assert result["cut"] == 2 and "2 of 2 prompts lost their beginnings to fit the model's 64 tokens" in printed

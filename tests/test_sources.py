@@ -1,7 +1,6 @@
 """Where evaluation items come from, and tasks that somebody adds: pytest tests/test_sources.py (CPU, seconds)"""
 
 import gzip
-import importlib.util
 import json
 import sys
 import types
@@ -25,8 +24,7 @@ def write(path, rows):
 @pytest.fixture(autouse=True)
 def nothing_installed(monkeypatch):
     monkeypatch.delenv("OPTIMOE_EVALDATA", raising=False)
-    real = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: real(name) if name == "math_verify" else None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
 
 
 def test_local_folder(tmp_path, monkeypatch):
@@ -56,6 +54,15 @@ def test_missing_says_what_to_do(tmp_path):
         Source(tmp_path).rows(math500.TRAIN, math500.TEST)
 
 
+def test_a_folder_called_datasets_is_not_the_package(tmp_path, monkeypatch):
+    """`data.prepare --out datasets/NAME` makes one in the checkout, which Python takes for a package."""
+    (tmp_path / "datasets/books").mkdir(parents=True)
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ValueError, match="triviaqa/validation was not found: put triviaqa/"):
+        Source(tmp_path).rows(triviaqa.TEST)
+
+
 def test_hub(tmp_path, monkeypatch):
     calls = []
 
@@ -65,7 +72,6 @@ def test_hub(tmp_path, monkeypatch):
             raise OSError("no network")
         return [{"question": "q?", "answer": {"value": "v", "aliases": ["v"]}}]
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "datasets" else None)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     source = Source(tmp_path)
     assert source.rows(triviaqa.TEST)[0]["value"] == "v"

@@ -18,7 +18,7 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("Question:", "</s>", "<|im_end|>"), 256
 
 
 def item(row):
-    return Item(prompt=f"Question: {row['question']}\nAnswer:", answer=row["answer"])
+    return Item(prompt="Question: " + row["question"] + "\nAnswer:", answer=row["answer"])
 
 
 def example(row):

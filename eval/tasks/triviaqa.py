@@ -17,7 +17,7 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("\n", ".", ","), 64  # lm-eval allows 256: no
 
 
 def item(row):
-    return Item(row["question_id"], f"Question: {row['question']}?\nAnswer:", f" {row['value']}", row=row)
+    return Item(row["question_id"], "Question: " + row["question"] + "?\nAnswer:", " " + row["value"], row=row)
 
 
 def example(row):

@@ -12,7 +12,7 @@ SHOTS = 0
 
 def item(row):
     before, _, after = row["sentence"].partition("_")
-    names, after, gold = (row["option1"], row["option2"]), f" {after.strip()}", int(row["answer"]) - 1
+    names, after, gold = (row["option1"], row["option2"]), f" {after.strip()}", int(str(row["answer"])) - 1
     pairs = tuple((before + name, after) for name in names)
     choices = tuple(" " + name for name in names)
     return Item("", row["sentence"], after, pairs[gold][0], choices, gold, pairs=pairs)
