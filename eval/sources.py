@@ -21,7 +21,7 @@ class Set(NamedTuple):
     """One set of evaluation items and where it may be found."""
 
     name: str  # "gsm8k/test", as results name it
-    file: str  # in the local folder: JSON lines, plain or gzipped
+    file: str  # in the local folder: JSON lines or one JSON list, plain or gzipped
     hub: tuple[str, str | None, str] | None = None  # (dataset, configuration, split)
     origin: str = ""  # where a person gets the file
 
@@ -45,7 +45,7 @@ class Source:
             found = self._cache.get(wanted) or self._local(wanted) or self._hub(wanted)
             if found:
                 rows, where = found
-                if not rows or not all(isinstance(row, dict) for row in rows):
+                if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
                     raise ValueError(f"{where} must hold a JSON object for each item; get it again")
                 self._cache[wanted], self.used[wanted.name] = found, where
                 return rows
@@ -91,13 +91,16 @@ class Source:
 
 
 def _read(path):
-    """JSON lines, gzipped or not."""
+    """JSON lines, or one JSON list; gzipped or not."""
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); get it again") from None
-    rows = [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
+    if ".jsonl" in path.name:
+        rows = [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
+    else:
+        rows = files.parse(text, str(path), "get it again")
     if "\\ud" in text.lower():  # halves of characters, which tokenizers refuse, become question marks
         return json.loads(json.dumps(rows, ensure_ascii=False).encode(errors="replace"))
     return rows

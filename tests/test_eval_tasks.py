@@ -144,6 +144,14 @@ def test_math500_prompt():
     assert items[1].answer == " So $\\boxed{1}$."
 
 
+def test_paper_items():
+    rows = [{"prompt": "def f():\n", "answer": "\n    return 1\n"}]
+    for name, set_name in (("humanevalplus", "paper__humanevalplus"), ("mbppplus", "paper__mbppplus")):
+        task = tasks.load(name)
+        item = task.items(Rows(**{set_name: rows}), 0)[0]
+        assert (item.prompt, item.answer) == ("def f():\n", "\n    return 1\n") and not task.generated()
+
+
 # ---- scores
 
 

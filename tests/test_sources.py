@@ -10,14 +10,14 @@ import pytest
 from data.facts import FactsConfig
 from eval import tasks
 from eval.sources import Source
-from eval.tasks import Item, gsm8k, gsm_plus, hellaswag, math500, triviaqa
+from eval.tasks import Item, gsm8k, gsm_plus, hellaswag, humanevalplus, math500, mbppplus, triviaqa
 
 pytest_plugins = ("tests.evalrun",)  # its fixture tiny_run
 
 
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = "".join(json.dumps(row) + "\n" for row in rows) if ".jsonl" in path.name else json.dumps(rows)
     path.write_bytes(gzip.compress(text.encode()) if path.name.endswith(".gz") else text.encode())
 
 
@@ -30,8 +30,10 @@ def nothing_installed(monkeypatch):
 def test_local_folder(tmp_path, monkeypatch):
     write(tmp_path / "gsm8k/test.jsonl", [{"question": "1?"}] * 2 + [{"question": "line\u2028separator"}])
     write(tmp_path / "gsm8k/train.jsonl.gz", [{"question": "2?"}] * 3)
+    write(tmp_path / "paper_taskloss/mbppplus_test.json.gz", [{"prompt": "a", "answer": "b"}])
     source = Source(tmp_path)
     assert len(source.rows(gsm8k.TEST)) == 3 and len(source.rows(gsm8k.TRAIN)) == 3
+    assert source.rows(mbppplus.TEST) == [{"prompt": "a", "answer": "b"}]
     assert source.used["gsm8k/train"] == str(tmp_path / "gsm8k/train.jsonl.gz")
     assert source.rows(gsm_plus.FULL, gsm8k.TEST) is source.rows(gsm8k.TEST)
     monkeypatch.setenv("OPTIMOE_EVALDATA", str(tmp_path))
@@ -50,7 +52,12 @@ def test_missing_says_what_to_do(tmp_path):
         "mandarjoshi/trivia_qa rc.nocontext validation",
     ):
         assert part in str(error.value)
-    with pytest.raises(ValueError, match="math/test was not found: .*it is in the test split of"):  # the first one's
+    with pytest.raises(
+        ValueError,
+        match="put paper_taskloss/humanevalplus_test.json .*it is in github.com/rioyokotalab/optimal-sparsity",
+    ):
+        Source(tmp_path).rows(humanevalplus.TEST)
+    with pytest.raises(ValueError, match="math/test was not found"):  # the first one's message
         Source(tmp_path).rows(math500.TRAIN, math500.TEST)
 
 
@@ -214,6 +221,6 @@ def test_incomplete_files_are_named(newcomer):
     with pytest.raises(ValueError, match="eval/tasks/svamp.py must define SHOTS"):
         tasks.load("svamp")
     with pytest.raises(ValueError, match="item 0: without choices there is only task loss"):
-        tasks.load("piqa").asked([Item("0", "a", "b")])
+        tasks.load("humanevalplus").asked([Item("0", "a", "b")])
     with pytest.raises(ValueError, match="task='humaneval': .* no training questions"):
         tasks.load("humaneval").questions(None, "train", 1)

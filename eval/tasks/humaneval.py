@@ -1,5 +1,5 @@
 """HumanEval (arXiv 2107.03374): complete a Python function. 164 items. pass@k by eval.sandbox; task loss
-of the dataset's canonical solution (the paper's is EvalPlus's)."""
+of the dataset's canonical solution (that of the paper is humanevalplus)."""
 
 from eval.sources import Set
 from eval.tasks import Item
