@@ -7,45 +7,36 @@
     python grpo.py --resume=runs/NAME-grpo                 # continue, bit for bit; other flags override
 
 One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (eval/tasks) -> advantages within each group
--> one pass over the answers in mini-batches, an optimiser step for each:
+-> one pass over the answers in mini-batches, an optimiser step for each, with the loss of optimoe/policy.py. Defaults
+are those of arXiv 2508.18672. The run directory is like that of train.py: `python -m eval --run=DIR` evaluates it.
 
-    loss = sum over answer tokens of weight * (-min(r A, clip(r, 1 - clip, 1 + clip) A) + kl_coef * (s - 1 - log s))
-    r = p / p_old, s = p_start / p,  A = (reward - mean of the group) / (standard deviation + 1e-6)
-
-p is the model's probability of a token at the sampling temperature, p_old that before the step, p_start that of the
-start model. The second term estimates KL(p || p_start), unbiased but for s being cut off at exp(MAX_LOG_S). weight:
-1 / answer tokens of the mini-batch, or 1 / (samples * tokens of this answer). Defaults are those of arXiv 2508.18672.
-A run directory is that of train.py: `python -m eval --run=DIR` works on it.
-
-Shapes: B sequences of a micro-batch, L their longest, T = B*L, A answer tokens of all of them in a row, V vocabulary,
-N MoE layers, K experts, P groups of G answers.
+Shapes as in optimoe/policy.py; V is the vocabulary.
 """
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import optimoe.threads  # before torch
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F_
-from torch import Tensor
 
 from eval import report, tasks
 from eval.generate import any_shape, generate
 from eval.sources import Source
 from model import GPT
 from optimoe import checkpoint, guard, hf, hub, start
-from optimoe.checkpoint import training_data
 from optimoe.config import require
 from optimoe.curves import Curves
 from optimoe.load import frozen, run_tokens
 from optimoe.optim import Together
-from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, launch, require_memory
+from optimoe.policy import Sample, advantages, collate, draw_questions, micro_batches, policy_loss
+from optimoe.run import CPU, Clock, Progress, Run, Stopping, check_bounds, check_shares, launch, require_memory
 
 
 @dataclass(frozen=True)
@@ -89,84 +80,33 @@ class GRPOConfig:
     checkpoint_every: int = 20  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 1  # newest ones kept
     curves: bool = True  # redraw curves.png at tests and checkpoints
-    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
+    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb; torchrun needs --logger
 
     def __post_init__(self):
         from_1 = "batch_prompts prompt_tokens answer_tokens rollout_batch steps mini_batch micro_tokens"
         from_0 = "questions lr kl_coef eps weight_decay clip_norm eval_every checkpoint_every"
         check_bounds(self, {1: from_1 + " eval_questions keep_checkpoints", 0: from_0})
-        named = bool(self.model or self.resume)
-        require(named, "model", self.model, "name the run directory of a trained model, or one to --resume")
-        if not tasks.load(self.task).trains:
-            names = ", ".join(name for name in tasks.NAMES if tasks.load(name).trains)
-            require(False, "task", self.task, f"use one with training questions: {names}")
+        check_shares(self, "", "beta1 beta2")
+        require(self.model or self.resume, "model", "", "name the run directory of a trained model, or one to --resume")
+        trains = [name for name in tasks.NAMES if tasks.load(name).trains]
+        remedy = f"use one with training questions: {', '.join(trains)}"
+        require(tasks.load(self.task).trains, "task", self.task, remedy)
         require(self.group_size >= 2, "group_size", self.group_size, "answers are compared in groups: use 2 or more")
         require(self.temperature > 0, "temperature", self.temperature, "greedy answers are equal; use more than 0")
         require(0 < self.clip < 1, "clip", self.clip, "use a number between 0 and 1")
-        check_shares(self, "", "beta1 beta2")
-        remedy = f"use a multiple of mini_batch={self.mini_batch}"
-        require(self.batch_prompts % self.mini_batch == 0, "batch_prompts", self.batch_prompts, remedy)
+        whole = self.batch_prompts % self.mini_batch == 0
+        require(whole, "batch_prompts", self.batch_prompts, f"use a multiple of mini_batch={self.mini_batch}")
 
 
-class Sample(NamedTuple):
-    ids: list[int]  # prompt, answer, and end of text if it ended in time
-    start: int  # index of the answer's first token
-    experts: Tensor  # int16 (N, len(ids) - 1, K): what the routers chose while sampling
-    text: str  # of the answer
-    length = property(lambda self: len(self.ids) - self.start)  # of the answer, in tokens
-
-
-class Batch(NamedTuple):
-    tokens_BL: Tensor  # padded on the right
-    sampled_NTK: Tensor  # int32 experts chosen while sampling; -1 at padding
-    index_A: Tensor  # positions of B*L whose next token is an answer's
-    target_A: Tensor  # these next tokens
-    advantage_A: Tensor
-    weight_A: Tensor
-    old_A: Tensor | None = None  # log-probabilities before the step; None: as they are now
-    start_A: Tensor | None = None  # log-probabilities by the start model; None: no KL term
-
-
-def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed):
+def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed, watch=None):
     """A Sample for each prompt (token ids); it depends on the prompt, the seed and its stream only."""
-    end, experts = tokens.eos[:1], []
-    options = {"batch_size": cfg.rollout_batch, "n_vocab": tokens.n_vocab, "streams": streams, "experts": experts}
-    answers = generate(model, prompts, answer_tokens, end, cfg.temperature, seed=seed, **options)
-    return [
-        Sample(prompt + ids + end * (len(ids) < answer_tokens), len(prompt), chosen, tokens.decode(ids))
-        for prompt, ids, chosen in zip(prompts, answers, experts, strict=True)
-    ]
-
-
-def advantages(rewards_PG):
-    """(P, G) rewards of P groups -> (reward - mean) / (standard deviation + 1e-6); exactly 0 where all are equal."""
-    return (rewards_PG - rewards_PG.mean(1, keepdim=True)) / (rewards_PG.std(1, keepdim=True) + 1e-6)
-
-
-def micro_batches(rows, lengths, max_tokens):
-    """Rows of like length together, as many as fit into max_tokens, a sixteenth of it padding."""
-    batches, longest, padding = [], 0, 0
-    for i in sorted(rows, key=lambda i: -lengths[i]):
-        padding += longest - lengths[i]
-        if batches and (len(batches[-1]) + 1) * longest <= max_tokens and padding <= max_tokens // 16:
-            batches[-1].append(i)
-        else:
-            batches, longest, padding = [*batches, [i]], lengths[i], 0
-    return batches
-
-
-def collate(samples, advantage_B, weight_B, device):
-    L = max(len(s.ids) for s in samples) - 1
-    tokens = torch.tensor([s.ids[:-1] + [0] * (L + 1 - len(s.ids)) for s in samples])
-    N, _, K = samples[0].experts.shape
-    sampled = torch.full((N, len(samples), L, K), -1, dtype=torch.int32, device=device)
-    for b, s in enumerate(samples):
-        sampled[:, b, : len(s.ids) - 1] = s.experts
-    index = torch.cat([torch.arange(b * L + s.start - 1, b * L + len(s.ids) - 1) for b, s in enumerate(samples)])
-    target = torch.tensor([token for s in samples for token in s.ids[s.start :]])
-    lengths = torch.tensor([s.length for s in samples])
-    advantage, weight = (torch.tensor(values).repeat_interleave(lengths) for values in (advantage_B, weight_B))
-    return Batch(tokens.to(device), sampled.flatten(1, 2), *(t.to(device) for t in (index, target, advantage, weight)))
+    end, experts = tokens.eos[0], []
+    options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab, streams=streams, experts=experts, watch=watch)
+    answers, samples = generate(model, prompts, answer_tokens, [end], cfg.temperature, seed=seed, **options), []
+    for prompt, ids, chosen in zip(prompts, answers, experts, strict=True):
+        ended = [end] if len(ids) < answer_tokens else []
+        samples.append(Sample(prompt + ids + ended, len(prompt), chosen, tokens.decode(ids)))
+    return samples
 
 
 @any_shape
@@ -189,37 +129,6 @@ def look_back(batch, model, start_model, cfg, n_vocab):
     old_A = answer_logprobs(model, batch, cfg, n_vocab, cfg.replay)[0] if model else None
     start_A = answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None
     return batch._replace(old_A=old_A, start_A=start_A)
-
-
-# A token may be all but impossible with other experts than sampling chose (docs/LOG.md): s, up to 1e8, would outweigh
-# all other tokens. Beyond e^5 it adds no gradient.
-MAX_LOG_S = 5.0
-
-
-def policy_loss(logp_A, batch, clip, kl_coef):
-    """The loss at the top of this file; and (3,): sum of the KL estimates, clipped tokens, all tokens."""
-    old_A = logp_A.detach() if batch.old_A is None else batch.old_A
-    ratio_A = (logp_A - old_A).clamp(max=20).exp()  # e^89 would be infinite, and its gradient no number
-    surrogate = ratio_A * batch.advantage_A
-    gain = torch.minimum(surrogate, ratio_A.clamp(1 - clip, 1 + clip) * batch.advantage_A)
-    log_s = torch.zeros_like(logp_A) if batch.start_A is None else (batch.start_A - logp_A).clamp(max=MAX_LOG_S)
-    kl = torch.expm1(log_s) - log_s
-    loss = (batch.weight_A * (kl_coef * kl - gain)).sum()
-    return loss, torch.stack([kl.sum(), (gain < surrogate).sum(), torch.ones_like(gain).sum()]).detach()
-
-
-def draw_questions(n_questions, start, count, seed):
-    """Indices start .. start + count - 1 of a stream through all questions, again and again in new orders."""
-    order = []
-    for epoch in range(start // n_questions, (start + count - 1) // n_questions + 1):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        order += torch.randperm(n_questions, generator=generator).tolist()
-    return order[start % n_questions :][:count]
-
-
-def token_weights(lengths, n_tokens, n_answers, normalize):
-    """Weight of each token of answers of these lengths, in a mini-batch of n_answers and n_tokens over all ranks."""
-    return [1 / n_tokens if normalize == "token" else 1 / (n_answers * length) for length in lengths]
 
 
 # ---- what a run needs
@@ -249,10 +158,10 @@ def load_start(cfg, device):
         model = start.load_any(cfg.model, device, **options)
         return cfg.model, model, folder, hf.load_tokens(folder), Source(cfg.evaldata or None)
     if path.is_dir():
-        require(bool(checkpoint.find(path)), "model", cfg.model, "there is no checkpoint (ckpt-*.pt) in it")
+        require(checkpoint.find(path), "model", cfg.model, "there is no checkpoint (ckpt-*.pt) in it")
         path = checkpoint.find(path)[-1][1]
     model = start.load_any(path, device, **options)
-    data = cfg.data or str(training_data(path.parent))
+    data = cfg.data or str(checkpoint.training_data(path.parent))
     return path, model, data, run_tokens(data, model), Source(cfg.evaldata or None, data)
 
 
@@ -270,11 +179,10 @@ def load_questions(cfg, model, tokens, source):
 
 def set_up(cfg, run, start_path, model, tokens, questions):
     """(Training of a fresh run, or of its newest checkpoint; that checkpoint or None)."""
-    start_model = None
-    if cfg.kl_coef:
-        start_model = frozen(start.load_any(start_path, run.device, dtype=cfg.dtype, impl=cfg.impl))
-    halves = ([p for p in model.parameters() if (p.ndim >= 2) == matrices] for matrices in (True, False))
-    groups = [{"params": p, "weight_decay": d} for p, d in zip(halves, (cfg.weight_decay, 0.0), strict=True)]
+    options = dict(dtype=cfg.dtype, impl=cfg.impl)
+    start_model = frozen(start.load_any(start_path, run.device, **options)) if cfg.kl_coef else None
+    matrices, norms = ([p for p in model.parameters() if (p.ndim >= 2) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     job = Training(model, start_model, tokens, *questions, adamw)
     state = run.resume("grpo")
@@ -290,35 +198,39 @@ def set_up(cfg, run, start_path, model, tokens, questions):
 
 
 def roll_out(cfg, run, job):
-    """(questions, samples) of this rank: its part of every mini-batch, so that the ranks' number changes no answer."""
+    """(questions, samples) of this rank: its part of every mini-batch, so that the number of ranks changes no answer.
+
+    Stopping where a signal has asked for the end."""
     drawn = draw_questions(len(job.asked), job.read, cfg.batch_prompts, cfg.seed)
     share = cfg.mini_batch // run.world
-    starts = range(run.rank * share, cfg.batch_prompts, cfg.mini_batch)
-    places = [start + i for start in starts for i in range(share)]
+    places = [m + i for m in range(run.rank * share, cfg.batch_prompts, cfg.mini_batch) for i in range(share)]
     streams = [place * cfg.group_size + i for place in places for i in range(cfg.group_size)]
     questions, prompts = zip(*(job.asked[drawn[stream // cfg.group_size]] for stream in streams), strict=True)
-    seed = cfg.seed * 1_000_000 + job.step
-    samples = sample_answers(job.model, job.tokens, list(prompts), streams, job.answer_tokens, cfg, seed)
+    n_tokens = len(prompts) * job.row.get("answer_tokens", job.answer_tokens)  # as many as in the last step
+    progress = Progress(run, f"step {job.step + 1}/{cfg.steps}, sampling", n_tokens, stops=True)
+    watch, seed = (lambda i, ids: progress(i, len(ids))), cfg.seed * 1_000_000 + job.step
+    samples = sample_answers(job.model, job.tokens, list(prompts), streams, job.answer_tokens, cfg, seed, watch)
     return questions, samples
 
 
 def make_batches(cfg, run, job, samples, advantage):
-    """Mini-batches as lists of micro-batches, with log-probabilities by the weights before the step."""
+    """Mini-batches as lists of micro-batches, with log-probabilities by the weights before the step. Or Stopping."""
     share = cfg.mini_batch // run.world * cfg.group_size
     minis = [range(start, start + share) for start in range(0, len(samples), share)]
-    counts = run.sum([sum(samples[i].length for i in mini) for mini in minis])
+    counts = run.sum([sum(samples[i].length for i in mini) for mini in minis])  # tokens of each, over all ranks
+    progress = Progress(run, f"step {job.step + 1}/{cfg.steps}, looking back", len(samples), stops=True)
     batches = []
     for m, (mini, count) in enumerate(zip(minis, counts, strict=True)):
-        weight = token_weights([samples[i].length for i in mini], count, share * run.world, cfg.normalize)
-        used = [i for i in mini if cfg.kl_coef or advantage[i]]  # without the KL, equal rewards teach nothing
-        parts = micro_batches(used, [len(sample.ids) - 1 for sample in samples], cfg.micro_tokens)
         # The first mini-batch meets the weights that sampled: its own forward pass gives p_old.
-        before = job.model if m else None
+        model_before = job.model if m else None
+        used = [i for i in mini if cfg.kl_coef or advantage[i]]  # without the KL, equal rewards teach nothing
         batches.append([])
-        for part in parts:
-            chosen = [samples[i] for i in part], [advantage[i] for i in part], [weight[i - mini.start] for i in part]
-            batch = collate(*chosen, run.device)
-            batches[-1].append(look_back(batch, before, job.start_model, cfg, job.tokens.n_vocab))
+        for rows in micro_batches(used, [len(sample.ids) - 1 for sample in samples], cfg.micro_tokens):
+            chosen, n_answers = [samples[i] for i in rows], share * run.world
+            weight = [1 / (count if cfg.normalize == "token" else n_answers * sample.length) for sample in chosen]
+            batch = collate(chosen, [advantage[i] for i in rows], weight, run.device)
+            batches[-1].append(look_back(batch, model_before, job.start_model, cfg, job.tokens.n_vocab))
+            progress(rows[0], len(rows))
     return batches
 
 
@@ -326,12 +238,14 @@ def update(cfg, run, job, batches):
     """A step for each mini-batch. Returns float64 (mini-batches, 6) over all ranks (loss; sums over tokens of KL
     estimates, clipped ones, all; experts chosen, changed since sampling) and the mean gradient norm."""
     stats, norms = torch.zeros(len(batches), 6, device=run.device), []
+    progress = Progress(run, f"step {job.step + 1}/{cfg.steps}, update", sum(map(len, batches)))
     for sums, mini in zip(stats, batches, strict=True):
         for batch in mini:
             logp_A, routed = answer_logprobs(job.model, batch, cfg, job.tokens.n_vocab, cfg.replay)
             loss, policy = policy_loss(logp_A, batch, cfg.clip, cfg.kl_coef)
             loss.backward()
             sums += torch.cat([loss.detach()[None], policy, routed])
+            progress(id(batch), 1)
         for p in job.model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # there may be nothing to learn here
             if run.world > 1:  # a sum, not a mean: the weights in the loss are those of the whole mini-batch
@@ -343,14 +257,36 @@ def update(cfg, run, job, batches):
     return torch.tensor(run.sum(stats), dtype=torch.float64), float(torch.stack(norms).mean())
 
 
+def take_step(cfg, run, job):
+    """Sample, reward, update. Returns the row of the step, or None where a signal came in time to leave the weights."""
+    clock, asked, samples, batches = Clock(), [], [], []
+    with contextlib.suppress(Stopping):
+        asked, samples = roll_out(cfg, run, job)
+    if run.stopping():
+        return None
+    seconds = {"seconds_rollout": clock.read()}
+    grades = tasks.load(cfg.task).rewards(asked, [sample.text for sample in samples])
+    reward_PG = torch.tensor(grades).view(-1, cfg.group_size)
+    seconds["seconds_reward"] = clock.read()
+    with contextlib.suppress(Stopping):
+        batches = make_batches(cfg, run, job, samples, advantages(reward_PG).flatten().tolist())
+    if run.stopping():
+        return None
+    stats, norm = update(cfg, run, job, batches)  # waits for the device
+    seconds["seconds_update"] = clock.read()
+    job.step, job.read = job.step + 1, job.read + cfg.batch_prompts
+    for name, value in (("loss", float(stats[:, 0].sum())), ("gradient norm", norm)):
+        guard.check_finite(name, value, job.step, run.dir, cfg.lr)
+    return report.grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds)
+
+
 def test(cfg, run, job):
     """Greedy accuracy on unseen questions."""
     mine = job.held_out[run.rank :: run.world]
-    n_vocab, eos = job.tokens.n_vocab, job.tokens.eos
-    options = {"batch_size": cfg.rollout_batch, "n_vocab": n_vocab}
-    answers = generate(job.model, [ids for _, ids in mine], job.answer_tokens, eos, **options)
-    texts = [job.tokens.decode(ids) for ids in answers]
-    right = sum(tasks.load(cfg.task).rewards([question for question, _ in mine], texts))
+    questions, prompts = [question for question, _ in mine], [ids for _, ids in mine]
+    options = {"batch_size": cfg.rollout_batch, "n_vocab": job.tokens.n_vocab}
+    answers = generate(job.model, prompts, job.answer_tokens, job.tokens.eos, **options)
+    right = sum(tasks.load(cfg.task).rewards(questions, [job.tokens.decode(ids) for ids in answers]))
     reward = run.sum([right])[0] / len(job.held_out)
     line = f"step {job.step:>4}/{cfg.steps} | greedy reward on {len(job.held_out)} unseen questions {reward:.4f}"
     run.record({"step": job.step, "test_reward": reward}, line)
@@ -380,27 +316,13 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
         if not state:
             test(cfg, run, job)
         while job.step < cfg.steps:
-            clock = Clock()
-            asked, samples = roll_out(cfg, run, job)
-            if run.stopping():  # the weights are still those of the last step
-                save(cfg, run, job)
-                return run.stopped(job.step, "grpo.py")
-            seconds = {"seconds_rollout": clock.read()}
-            grades = tasks.load(cfg.task).rewards(asked, [sample.text for sample in samples])
-            reward_PG = torch.tensor(grades).view(-1, cfg.group_size)
-            seconds["seconds_reward"] = clock.read()
-            batches = make_batches(cfg, run, job, samples, advantages(reward_PG).flatten().tolist())
-            stats, norm = update(cfg, run, job, batches)  # waits for the device
-            seconds["seconds_update"] = clock.read()
-            job.step, job.read = job.step + 1, job.read + cfg.batch_prompts
-
-            guard.check_finite("loss", float(stats[:, 0].sum()), job.step, run.dir, cfg.lr)
-            job.row = report.grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds)
-            left = timedelta(seconds=round(sum(seconds.values()) * (cfg.steps - job.step)))
-            run.record(job.row, f"{report.grpo_line(job.row, cfg)} | eta {left}")
+            row = take_step(cfg, run, job)
             last = job.step == cfg.steps
-            if last or cfg.eval_every and job.step % cfg.eval_every == 0:
-                job.row["test_reward"] = test(cfg, run, job)
+            if row:
+                job.row = row
+                run.record(row, report.grpo_line(row, cfg))
+                if last or cfg.eval_every and job.step % cfg.eval_every == 0:
+                    row["test_reward"] = test(cfg, run, job)
             stopping = run.stopping()
             if stopping or last or cfg.checkpoint_every and job.step % cfg.checkpoint_every == 0:
                 save(cfg, run, job)
@@ -417,8 +339,6 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
 
 
 def save(cfg, run, job):
-    norm = float(torch.nn.utils.get_total_norm(list(job.model.parameters())))
-    guard.check_finite("norm of the weights", norm, job.step, run.dir, cfg.lr)
     state = {"row": job.row, "read": job.read, "config": dataclasses.asdict(job.model.cfg)}
     state |= {"grpo": dataclasses.asdict(cfg), "model": job.model.state_dict(), "optimizer": job.optimizer.state_dict()}
     run.save(job.step, state, cfg.keep_checkpoints)

@@ -88,8 +88,8 @@ class ModelConfig:
         require(self.rope_theta > 1, "rope_theta", self.rope_theta, "use a number above 1 (1e4 is usual)")
         for name, factor in (("d_model", 16), ("d_expert", 16), ("head_dim", 2)):
             require(getattr(self, name) % factor == 0, name, getattr(self, name), f"use a multiple of {factor}")
-        some = self.recompute != "experts" or not self.dense
-        require(some, "recompute", self.recompute, "a dense model has no experts: use blocks")
+        has_experts = not self.dense or self.recompute != "experts"
+        require(has_experts, "recompute", self.recompute, "a dense model has no experts: use blocks")
         kv, heads = self.n_kv_heads, self.n_heads
         require(heads % kv == 0, "n_kv_heads", kv, f"use a divisor of n_heads={heads}")
 
@@ -118,7 +118,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """With float32 statistics."""
+    """x / sqrt(mean of squares + eps) * weight, with float32 statistics."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -241,8 +241,8 @@ class MoE(nn.Module):
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
         kernels = dict(impl=self.cfg.kernels, activation=self.cfg.activation)
         args = x_TD, w_in, w_out, r.gates_TK, r.experts_TK
-        once = self.cfg.recompute != "experts"
-        y_TD = self.experts(*args, **kernels) if once else again(self.experts, *args, **kernels)
+        recompute = self.cfg.recompute == "experts"
+        y_TD = again(self.experts, *args, **kernels) if recompute else self.experts(*args, **kernels)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if not stats:
@@ -336,8 +336,8 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             ready(layer)
             if compiled:
-                once = self.cfg.recompute != "blocks"
-                x, layer_stats = block(x, cos, sin, mask) if once else again(block, x, cos, sin, mask)
+                recompute = self.cfg.recompute == "blocks"
+                x, layer_stats = again(block, x, cos, sin, mask) if recompute else block(x, cos, sin, mask)
             else:
                 replay_TK = None if replay_NTK is None else replay_NTK[layer]
                 x, layer_stats = block.forward(x, cos, sin, mask, cache, layer, replay_TK)

@@ -1,14 +1,17 @@
 """Text from a model, as it is written.
 
     python sample.py --run=runs/NAME --prompt="Alice was"
-    python sample.py --hf=ORG/NAME                            # asks for prompts; a chat where the model has a template
+    python sample.py --hf=ORG/NAME                            # asks for prompts
 
-Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C ends. The same flags give the same text.
+Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C ends. It is a chat where the model, or
+the one from which the run was fine-tuned, has a chat template. The same flags give the same text.
 """
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+from data import tokenizer
 from data.chat import chat_template
 from eval.generate import generate
 from eval.harness import cut_at
@@ -29,7 +32,7 @@ class SampleConfig(ModelChoice):
     top_k: int = 0  # and from so many tokens at most; 0: all
     seed: int = 0
     stop: str = ""  # end before this text; several with | between them, \n is a line end
-    chat: bool = True  # with --hf: use the model's chat template if it has one, and remember the conversation
+    chat: bool = True  # use the chat template of a published model if it has one, and remember the conversation
 
 
 class Stream:
@@ -58,14 +61,36 @@ def write(loaded, ids, cfg, number):
     return stream(0, new, last=True)
 
 
+def lines():
+    """The lines of the standard input; on a terminal behind a sign that one is awaited."""
+    sign = "> " if sys.stdin.isatty() else ""
+    print(sign, end="", flush=True)
+    for line in sys.stdin:
+        yield line.rstrip("\n")
+        print(sign, end="", flush=True)
+
+
+def chat_encoder(cfg, tokens):
+    """A function from messages to the ids of a prompt; None without a chat template."""
+    folder = hub.folder(cfg.hf, "hf") if cfg.hf else hub.origin(cfg.run or Path(cfg.checkpoint).parent)
+    template = chat_template(folder) if folder else None
+    if template is None:
+        return None
+    encode = tokens.encode if cfg.hf else tokenizer.load(cfg.data_directory()).encode_control
+    return lambda messages: encode(template(messages, True))
+
+
 def main(argv=None):
     cfg = parse(SampleConfig, sys.argv[1:] if argv is None else argv, __doc__)
     require(cfg.number >= 1, "number", cfg.number, "use 1 or more")
-    loaded, template = load(cfg), chat_template(hub.folder(cfg.hf, "hf")) if cfg.hf and cfg.chat else None
-    messages = []
-    for prompt in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
+    loaded, messages = load(cfg), []
+    encode_chat = chat_encoder(cfg, loaded.tokens) if cfg.chat else None
+    for prompt in [cfg.prompt] if cfg.prompt else lines():
         messages.append({"role": "user", "content": prompt})
-        ids = loaded.tokens.encode(template(messages, True)) if template else context_ids(loaded.tokens, prompt)
+        ids = encode_chat(messages) if encode_chat else context_ids(loaded.tokens, prompt)
+        while encode_chat and len(ids) >= loaded.model.cfg.seq_len and len(messages) > 1:
+            del messages[:2]  # the oldest question and its answer
+            ids = encode_chat(messages)
         answers = [write(loaded, ids, cfg, number) for number in range(cfg.number)]
         messages.append({"role": "assistant", "content": answers[0]})
 

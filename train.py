@@ -5,7 +5,7 @@
     python train.py --data=DIR:0.7,DIR2:0.3               # a mixture
     torchrun --nproc-per-node=8 train.py --data=DIR       # eight GPUs (docs/multi-gpu.md)
     python train.py --data=DIR --init-from=ORG/NAME       # fine-tune a Mixtral, Qwen3-MoE or OLMoE (--sft of prepare)
-    python train.py --data=DIR --upcycle-from=runs/DENSE  # experts that start as a --dense model
+    python train.py --upcycle-from=runs/DENSE             # experts that start as a --dense model, on its data
     python train.py --resume=runs/NAME                    # continue, bit for bit; other flags override
 
 A run directory holds config.json, metrics.jsonl (every logged number), checkpoints, curves.png, and at the end
@@ -28,13 +28,14 @@ from data.loader import Loader, parse_sources
 from eval import report
 from model import GPT, UNTAUGHT, ModelConfig, update_router_bias
 from moe_kernels import balance_loss
-from optimoe import checkpoint, exchange, guard, hub, parallel, sizes, start
+from optimoe import checkpoint, exchange, guard, hub, parallel, sizes, start, upcycle
 from optimoe.config import require
 from optimoe.curves import Curves
+from optimoe.faststep import fast_step
+from optimoe.guard import new_window
 from optimoe.optim import clip_factor, lr_at
-from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, launch, require_memory, traced
-from optimoe.sizes import count_params, flops_per_token
-from optimoe.upcycle import upcycle
+from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, check_trace, launch, require_memory
+from optimoe.sizes import count_params, least_memory
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class TrainConfig(ModelConfig):
     out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
     resume: str = ""  # run directory to continue
     init_from: str = ""  # a Mixtral, Qwen3-MoE or OLMoE to fine-tune: folder or ORG/NAME[@REVISION] (optimoe/start.py)
-    upcycle_from: str = ""  # run directory of a dense model to start from (optimoe/upcycle.py)
+    upcycle_from: str = ""  # dense run to start from, with its sizes and data (optimoe/upcycle.py)
     seed: int = 0  # of the weights and of the data order
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of blocks on CUDA; auto: in long runs
@@ -83,7 +84,7 @@ class TrainConfig(ModelConfig):
     keep_checkpoints: int = 2  # newest ones kept
     curves: bool = True  # redraw curves.png at validations and checkpoints
     trace: str = ""  # write a trace of the sixth to eighth step to this file
-    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb
+    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb; torchrun needs --logger
     sample_tokens: int = 64  # of the samples at the end; 0: none
 
     @staticmethod
@@ -92,8 +93,14 @@ class TrainConfig(ModelConfig):
 
     @staticmethod
     def start_fields(flags):
-        """What stands for the defaults where a published model is fine-tuned."""
-        return start.training_fields(flags["init_from"]) if flags.get("init_from") else {}
+        """What stands for the defaults where training starts from another model."""
+        if flags.get("upcycle_from"):
+            return upcycle.training_fields(flags["upcycle_from"])
+        if flags.get("init_from"):
+            remedy = "the sizes are those of init_from; leave it out"
+            require("preset" not in flags, "preset", flags.get("preset"), remedy)
+            return start.training_fields(flags["init_from"])
+        return {}
 
     def validate(self):
         super().validate()
@@ -111,8 +118,8 @@ class TrainConfig(ModelConfig):
         remedy = f"use a multiple of grad_accum={self.grad_accum}"
         require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, remedy)
         if self.weights == "bfloat16":
-            rounds = self.optimizer == "adamw"
-            require(rounds, "weights", self.weights, "only AdamW rounds stochastically: add --optimizer=adamw")
+            adamw = self.optimizer == "adamw"
+            require(adamw, "weights", self.weights, "only AdamW rounds stochastically: add --optimizer=adamw")
             remedy = "sums of bfloat16 gradients lose what is below 1/256 of them: use 64 or less"
             require(self.grad_accum <= 64, "grad_accum", self.grad_accum, remedy)
 
@@ -168,69 +175,6 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
     return grad_norm
 
 
-def new_window(cfg, device):
-    """Sums since the last log line, on the device; part of a checkpoint."""
-    shape = (0 if cfg.dense else cfg.n_layers, cfg.n_experts)
-    return {
-        "sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
-        "steps": torch.zeros(2, device=device, dtype=torch.int64),  # all and skipped ones (guard.py)
-        "skipped_in_a_row": torch.zeros((), device=device, dtype=torch.int64),  # up to the latest step, across lines
-        "counts_NE": torch.zeros(shape, device=device, dtype=torch.int64),
-        "probs_NE": torch.zeros(shape, device=device),
-    }
-
-
-# ---- how a step runs on one GPU
-
-
-def compile_blocks(model, cfg):
-    """torch.compile of each block, half a minute. "auto": if training takes a minute at 20 % of an H100."""
-    flops = cfg.steps * cfg.batch_size * cfg.seq_len * flops_per_token(cfg)
-    if cfg.compile == "true" or cfg.compile == "auto" and flops > 1e16:
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
-
-
-class GraphedStep:
-    """step(batches) as one CUDA graph launch instead of a thousand kernel launches; batches must keep their shapes.
-
-    The first WARM_UP calls run `step` itself, on the stream of the capture; the next one records the graph."""
-
-    WARM_UP = 3
-
-    def __init__(self, step):
-        self.step, self.calls, self.graph, self.stream = step, 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self, batches):
-        self.calls += 1
-        if self.calls <= self.WARM_UP:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                result = self.step(batches)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
-        if self.calls == self.WARM_UP + 1:
-            self.inputs = [tuple(t.clone() for t in batch) for batch in batches]
-            # thread_local: meanwhile the loader's thread may pin memory for its next batches.
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.result = self.step(self.inputs)
-        for inputs, batch in zip(self.inputs, batches, strict=True):
-            for buffer, t in zip(inputs, batch, strict=True):
-                buffer.copy_(t)
-        self.graph.replay()
-        return self.result
-
-
-def fast_step(step, model, cfg, device, world):
-    """The step as it runs fastest here: compiled blocks, one CUDA graph."""
-    fast = device.type == "cuda" and (world == 1 or cfg.parallel == "ddp" or model.limit is not None)
-    if fast:
-        compile_blocks(model, cfg)
-    graphed = fast and cfg.cuda_graph and cfg.impl in ("auto", "triton")  # the others count rows on the host
-    run = GraphedStep(step) if graphed else step
-    return run if model.limit is None else exchange.repeating(run, step, model)
-
-
 # ---- what a run needs
 
 
@@ -269,60 +213,51 @@ def open_data(cfg, run):
     cfg = dataclasses.replace(cfg, document_mask=cfg.document_mask or marked)
     place = (run.rank, run.world, run.device, cfg.document_mask)
     loader = Loader(sources, "train", micro_batch, cfg.seq_len, cfg.seed, *place)
-    tokens = lambda directory: shards.read_meta(directory)["splits"].get("val", {}).get("tokens")  # noqa: E731
-    val_sources = [(directory, weight) for directory, weight in sources if cfg.val_batches and tokens(directory)]
+    splits = {directory: shards.read_meta(directory)["splits"] for directory, _ in sources if cfg.val_batches}
+    val_sources = [source for source in sources if splits.get(source[0], {}).get("val", {}).get("tokens")]
     val_loader = Loader(val_sources, "val", micro_batch, cfg.seq_len, 0, *place) if val_sources else None
     all_of_it = max(1, sum(val_loader.n_windows) // (micro_batch * run.world)) if val_loader else 0
     enc = tokenizer.load(sources[0][0])
+    if cfg.init_from and not cfg.resume:
+        start.check_tokenizer(cfg.init_from, enc, sources[0][0])
     if not cfg.vocab_size:
         cfg = dataclasses.replace(cfg, vocab_size=-(-enc.n_vocab // 64) * 64)  # tensor cores like multiples of 64
     remedy = f"the tokenizer of {sources[0][0]} has {enc.n_vocab} tokens"
     require(cfg.vocab_size >= enc.n_vocab, "vocab_size", cfg.vocab_size, remedy)
-    if cfg.init_from and not cfg.resume:
-        start.check_tokenizer(cfg.init_from, enc, sources[0][0])
     return cfg, Data(sources, val_sources, loader, val_loader, min(cfg.val_batches, all_of_it), enc)
 
 
 def check_start(cfg, world):
     """ValueError for what can be refused without a run directory."""
-    divides = cfg.batch_size % (world * cfg.grad_accum) == 0
     remedy = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
-    require(divides, "batch_size", cfg.batch_size, remedy)
-    once = cfg.recompute == "none" or world == 1 or cfg.parallel != "ep"
-    require(once, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
+    require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size, remedy)
+    sends_twice = cfg.recompute != "none" and world > 1 and cfg.parallel == "ep"
+    require(not sends_twice, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
     exchange.group_size(cfg, world)
 
 
-def check_memory(cfg, run):
-    """ValueError where weights, gradients, states, inputs of blocks and logits exceed the memory."""
-    n_params, _, n_embedding = count_params(cfg)
-    hidden = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter, in blocks
-    held = (16 * n_embedding + hidden * (n_params - n_embedding)) // run.world
-    if (size := exchange.group_size(cfg, run.world)) < run.world:
-        held += 2 * n_params // size  # what every rank or group has whole, beside its share of the rest
-    tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
-    held += tokens * (16 + 2 * cfg.n_layers * cfg.d_model) + 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
-    what = f"{n_params:,} parameters and {tokens:,} tokens at a time"
-    for least, device in ((held, run.device), (4 * n_params, CPU)):  # the weights are made on a CPU
-        require_memory(what, least, device, "use a smaller model, a smaller batch_size or more grad_accum")
-
-
 def set_up(cfg, run, data):
-    """The Training of a fresh run, or of its newest checkpoint."""
-    check_memory(cfg, run)
+    """The Training of a fresh run, or of its newest checkpoint. ValueError where the memory cannot hold it."""
+    tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
+    n_params, what = count_params(cfg).total, "{:,} parameters and {:,} tokens at a time"
+    remedy = "use a smaller model, a smaller batch_size or more grad_accum"
+    least = least_memory(cfg, tokens, run.world, exchange.group_size(cfg, run.world))
+    require_memory(what.format(n_params, tokens), least, run.device, remedy)
+    require_memory(what.format(n_params, tokens), 4 * n_params, CPU, remedy)  # where the weights are made
     state = run.resume()
+    if cfg.trace:
+        check_trace(cfg.trace, cfg.steps - (state["step"] if state else 0))
     model = start.load(cfg.init_from, "init_from", cfg) if cfg.init_from and not state else GPT(cfg)
     if state:
-        for name in ("optimizer", *(field.name for field in dataclasses.fields(ModelConfig))):
-            if name not in ("dtype", "impl", "loss_chunk", "recompute", "seq_len"):
-                saved, value = state["config"][name], getattr(cfg, name)
-                require(saved == value, name, value, f"the checkpoint has {saved!r}; resume without this flag")
+        fixed = {"optimizer", "init_from", "upcycle_from", *(field.name for field in dataclasses.fields(ModelConfig))}
+        for name in sorted(fixed - {"dtype", "impl", "loss_chunk", "recompute", "seq_len"}):
+            saved, value = state["config"][name], getattr(cfg, name)
+            require(saved == value, name, value, f"the checkpoint has {saved!r}; resume without this flag")
         remedy = f"the checkpoint is that of step {state['step']}; use as many or more"
         require(state["step"] <= cfg.steps, "steps", cfg.steps, remedy)
         model.load_state_dict(state.pop("model"))
     elif cfg.upcycle_from:
-        upcycle(model, cfg.upcycle_from)
-    tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
+        upcycle.upcycle(model, cfg.upcycle_from)
     model = parallel.wrap(model, cfg, run.device, run.world, tokens)
     optimizer, window = parallel.Sharded(model, cfg, run.rank, run.world), new_window(cfg, run.device)
     job = Training(model, optimizer, window, state=state)
@@ -355,13 +290,16 @@ def validate(job, data, world):
     return float(sums[0] / sums[1].clamp(min=1))
 
 
+def record_validation(cfg, run, job, data):
+    row = report.val_row(validate(job, data, run.world), job.step, job.tokens, data.val_sources)
+    run.record(row, report.val_line(row, cfg))
+    return row
+
+
 def save(cfg, run, job, data):
-    weights = job.optimizer.weights(job.model)
-    norm = parallel.weights_norm(weights, run.world)
-    guard.check_finite("norm of the weights", norm, job.step, run.dir, cfg.lr)
-    kept = {"model": weights, "optimizer": job.optimizer.state_dict(), "window": job.window, "tokens": job.tokens}
-    kept |= {"config": dataclasses.asdict(cfg), "loader": data.loader.state_dict()}
-    run.save(job.step, kept, cfg.keep_checkpoints)
+    state = {"model": job.optimizer.weights(job.model), "optimizer": job.optimizer.state_dict(), "window": job.window}
+    state |= {"config": dataclasses.asdict(cfg), "loader": data.loader.state_dict(), "tokens": job.tokens}
+    run.save(job.step, state, cfg.keep_checkpoints)
 
 
 # ---- a run
@@ -378,8 +316,12 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
         run.begin(cfg, job.step, job.state)
         if run.first:
             print(report.first_lines(cfg, run, data, job.step), flush=True)
+        if (cfg.init_from or cfg.upcycle_from) and not job.state and data.val_loader:
+            record_validation(cfg, run, job, data)  # the loss that training starts from
         run_step = partial(optimizer_step, job.model, job.optimizer, cfg, job.window, world=world)
-        run_step = traced(fast_step(run_step, job.model, cfg, device, world), cfg.trace if run.first else "")
+        run_step = fast_step(run_step, job.model, cfg, device, world)
+        if cfg.trace and run.first:
+            run_step = run.traced(run_step, cfg.trace)
         watch = guard.Watch(cfg, run, job.model, data.loader, job.window)
         pictures = Curves(run.dir) if run.first and cfg.curves else None
         clock, logged, row, val_row = Clock(), job.tokens, {}, {}
@@ -410,8 +352,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
                 logged = job.tokens
             with clock.paused():
                 if validating and data.val_loader:
-                    val_row = report.val_row(validate(job, data, world), job.step, job.tokens, data.val_sources)
-                    run.record(val_row, report.val_line(val_row, cfg))
+                    val_row = record_validation(cfg, run, job, data)
                 if saving:
                     save(cfg, run, job, data)
                 if pictures and (validating or saving):

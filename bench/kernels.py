@@ -14,14 +14,14 @@ import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 from unittest import mock
 
 import torch
 from triton.runtime.jit import JITFunction
 
 from bench import counters, problem
-from bench.problem import TINY, kernel_costs, parse_shape, require_accuracy, rms
+from bench.problem import TINY, kernel_costs, require_accuracy, rms
 from bench.results import BenchConfig, Results
 from bench.timing import capture, poisoned, skipping, times_ms
 from moe_kernels import experts, hopper, reference
@@ -42,15 +42,9 @@ class Config(BenchConfig):
     POSITIONAL: ClassVar = ("shapes",)
     shapes: tuple[str, ...] = ()  # layer shapes T,D,F,E,K; none: the target shapes
     # Kernels
-    kernel: tuple[str, ...] = ()  # names of kernels; none: all
+    kernel: tuple[Literal[KERNELS], ...] = ()  # none: all
     counters: bool = False  # count with Nsight Compute instead of timing
     once: bool = False  # run each kernel once; --counters starts this under ncu
-
-    def __post_init__(self):
-        for shape in self.shapes:
-            parse_shape(shape)
-        for name in self.kernel:
-            config.require(name in KERNELS, "kernel", name, f"known are {', '.join(KERNELS)}")
 
 
 @contextmanager
@@ -164,7 +158,8 @@ def main(argv=None):
         for shape in shapes:
             (run_once if cfg.once else counters.show)(shape, names)
         return 0
-    config.require(cuda or interpreting(), "TRITON_INTERPRET", "0", "kernels need a GPU, or 1 for Triton's interpreter")
+    if not cuda and not interpreting():
+        raise ValueError("kernels need a GPU; with TRITON_INTERPRET=1 Triton's interpreter runs them on a CPU")
     results, failures = Results(cfg), []
     machine = results.add_ceilings()
     precompile([partial(problem.compile_layer, shape, results.dtype) for shape in shapes])

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
 from bench import peers, problem
-from bench.problem import layer_cost, layer_errors, make_inputs, parse_routing, require_accuracy
+from bench.problem import layer_cost, layer_errors, make_inputs, require_accuracy
 from bench.results import BenchConfig, Results
 from bench.timing import MIB, Times, capture, memory_mib, poisoned, python_ms, skipping, times_in_turn, trace
 from moe_kernels import moe_experts
@@ -28,6 +28,7 @@ from moe_kernels.precompile import precompile
 from moe_kernels.tiles import IMPLS, interpreting
 from optimoe import config
 
+PEERS = tuple(peers.PEERS)
 CAPTURABLE = ("gemms", "triton")  # the others wait for the GPU inside
 
 
@@ -36,20 +37,15 @@ class Config(BenchConfig):
     POSITIONAL: ClassVar = ("shapes",)
     shapes: tuple[str, ...] = ()  # layer shapes T,D,F,E,K; none: the target shapes
     # Layer
-    impl: tuple[str, ...] = ()  # of reference, grouped_mm, triton; none: the last two, or those that run here
-    peers: tuple[str, ...] = ()  # of sonicmoe, liger (peers.py)
-    routing: tuple[str, ...] = ("softmax",)  # softmax, zipf1.5
+    impl: tuple[Literal[IMPLS], ...] = ()  # none: grouped_mm and triton, or those that run here
+    peers: tuple[Literal[PEERS], ...] = ()  # other libraries (peers.py)
+    routing: tuple[Literal[problem.ROUTINGS], ...] = ("softmax",)  # of independent normal logits, or uneven
     graph: bool = False  # also replay CUDA graphs of ours and gemms
-    trace: str = ""  # write a trace of a few passes to this file instead of timing
+    trace: str = ""  # write a trace of a few passes of the first shape to this file instead of timing
 
     def __post_init__(self):
-        for names, known in ((self.impl, IMPLS), (self.peers, peers.PEERS)):
-            for name in names:
-                config.require(name in known, "impl or peers", name, f"known are {', '.join(known)}")
         runs = "triton" not in self.impl or torch.cuda.is_available() or interpreting()
         config.require(runs, "impl", "triton", "kernels need a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")
-        for routing in self.routing:
-            parse_routing(routing)
         problem.chosen(self.shapes)
 
 
@@ -102,7 +98,9 @@ def layer(name, inputs):
         raise ValueError("wrong result: a second run gives other bits")
     del results, outputs
     peak, saved = memory_mib(forward, backward)
-    columns = dict(peak_mib=peak, saved_mib=saved and saved + x.nbytes / MIB, python_ms=python_ms(full))
+    if saved is not None:
+        saved += x.nbytes / MIB
+    columns = dict(peak_mib=peak, saved_mib=saved, python_ms=python_ms(full))
     return Passes(forward, full, columns, f"{note}, RMS error {error:.1e}, Python {columns['python_ms']:.3f} ms")
 
 
@@ -154,15 +152,15 @@ def main(argv=None):
     if "triton" in names:
         precompile([partial(problem.compile_layer, shape, results.dtype) for shape in shapes])
 
-    if not cfg.trace:
-        results.add_ceilings()
+    if cfg.trace:
+        built = build(shapes[0], cfg.routing[0], results.dtype, names, failures)
+        trace({f"{shapes[0]} {name}": passes.full for name, passes in built.items()}, cfg.trace)
+        return 0
+    results.add_ceilings()
     for shape in shapes:
         for routing in cfg.routing:
             with skipping(f"{shape} {routing}", failures):
                 built = build(shape, routing, results.dtype, names, failures)
-                if cfg.trace:
-                    trace({f"{shape} {name}": passes.full for name, passes in built.items()}, cfg.trace)
-                    return 0
                 bench_shape(results, shape, routing, built, cfg.graph)
 
     return results.finish(failures)

@@ -24,8 +24,8 @@ from bench.timing import MIB
 from optimoe import parallel
 from optimoe.config import command_line, require
 from optimoe.exchange import group_size
+from optimoe.faststep import fast_step
 from optimoe.sizes import count_params, flops_per_token
-from train import fast_step
 
 WARM_UP = 12  # steps: compilation, capture and the first replays
 TALKING = "nccl", "fetch_kernel", "collect_kernel", "barrier"  # in the names of kernels that communicate

@@ -107,22 +107,18 @@ def layer_cost(shape, mode, itemsize=2):
     return Cost(*map(sum, zip(*(costs[name] for name in names), strict=True)))
 
 
-def parse_routing(text):
-    """`text` if it names a routing; ValueError for anything else."""
-    if not re.fullmatch(r"softmax|zipf\d+(\.\d+)?", text):
-        raise ValueError(f"routing {text!r}: expected softmax or zipfA such as zipf1.5")
-    return text
+ROUTINGS = ("softmax", "zipf1.5")
 
 
 def router_logits(shape, routing, generator):
-    """Logits (T, E) float32 whose top-k makes the routing: "softmax" (independent normal logits) or "zipfA" (expert e
-    is drawn in proportion to (e + 1)^-A, without replacement)."""
+    """Logits (T, E) float32 whose top-k makes the routing: "softmax" (independent normal logits) or "zipf1.5" (expert e
+    is drawn in proportion to (e + 1)^-1.5, without replacement)."""
     T, E, device = shape.T, shape.E, generator.device
-    if parse_routing(routing) == "softmax":
+    if routing == "softmax":
         return torch.randn(T, E, generator=generator, device=device)
     # Adding Gumbel noise to log-probabilities and taking the top k samples k without replacement.
     gumbel = -torch.empty(T, E, device=device).exponential_(generator=generator).log()
-    return gumbel - float(routing.removeprefix("zipf")) * torch.arange(1, E + 1, device=device).log()
+    return gumbel - 1.5 * torch.arange(1, E + 1, device=device).log()
 
 
 class Inputs(NamedTuple):
@@ -176,10 +172,10 @@ def rms(got, want):
     return ((got - want).norm() / want.norm().clamp(min=1e-300)).item()
 
 
-def sample(experts_TK, n_experts, seed=0, n_tokens=256):
-    """(tokens, experts) to check: random tokens; the busiest expert, the least busy one and a random one."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randperm(experts_TK.shape[0], generator=generator)[:n_tokens].to(experts_TK.device)
+def sample(experts_TK, n_experts):
+    """(tokens, experts) to check: 256 random tokens; the busiest expert, the least busy one and a random one."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randperm(experts_TK.shape[0], generator=generator)[:256].to(experts_TK.device)
     counts = torch.bincount(experts_TK.flatten(), minlength=n_experts)
     some = torch.randint(n_experts, (1,), generator=generator).item()
     return tokens, sorted({counts.argmax().item(), counts.argmin().item(), some})
@@ -194,13 +190,13 @@ def expert_alone(inputs, e, token, slot):
     return y.detach(), *torch.autograd.grad(y, leaves, dy[token].double())
 
 
-def layer_errors(inputs, outputs, seed=0):
-    """RMS ratio of each of `outputs` (some of y, dx, dw_in, dw_out, dgates by name) on sampled slices; ValueError if
-    one is not finite."""
+def layer_errors(inputs, outputs):
+    """RMS ratio of each of `outputs` (y, dx, dw_in, dw_out, dgates by name) on sampled slices; ValueError if one is
+    not finite."""
     for name, output in outputs.items():
         if not output.isfinite().all():
             raise ValueError(f"wrong result: {name} holds values that are not finite")
-    tokens, some_experts = sample(inputs.experts_TK, inputs.w_in_EGD.shape[0], seed)
+    tokens, some_experts = sample(inputs.experts_TK, inputs.w_in_EGD.shape[0])
     like = lambda t: torch.zeros_like(t[tokens], dtype=torch.float64)  # noqa: E731
     want = {"y": like(inputs.x_TD), "dx": like(inputs.x_TD), "dgates": like(inputs.gates_TK)}
     for e in inputs.experts_TK[tokens].unique().tolist():  # one expert at a time: E experts in float64 may not fit
@@ -209,12 +205,11 @@ def layer_errors(inputs, outputs, seed=0):
         want["y"].index_add_(0, n, y)
         want["dx"].index_add_(0, n, dx)
         want["dgates"][n, slot] = dgates[:, 0]
-    errors = {name: rms(outputs[name][tokens], truth) for name, truth in want.items() if name in outputs}
-    for e in some_experts:
+    errors = {name: rms(outputs[name][tokens], truth) for name, truth in want.items()}
+    for e in some_experts:  # of one without rows both gradients must be zero
         _, _, dw_in, dw_out, _ = expert_alone(inputs, e, *torch.where(inputs.experts_TK == e))
         for name, truth in (("dw_in", dw_in), ("dw_out", dw_out)):
-            if name in outputs:  # an expert without rows: both must be zero
-                errors[name] = max(errors.get(name, 0.0), rms(outputs[name][e], truth[0]))
+            errors[name] = max(errors.get(name, 0.0), rms(outputs[name][e], truth[0]))
     return errors
 
 

@@ -25,8 +25,10 @@ from bench.results import BenchConfig, Results
 from bench.timing import MIB, Times, quantiles, synchronize, trace, wall_ms
 from model import GPT
 from optimoe import config, parallel
+from optimoe.faststep import GraphedStep, compile_blocks
+from optimoe.guard import new_window
 from optimoe.sizes import flops_per_token, peak_flops, preset_fields
-from train import GraphedStep, TrainConfig, compile_blocks, new_window, optimizer_step
+from train import TrainConfig, optimizer_step
 
 PARTS = ("forward", "backward", "optimiser")
 EXPERT_OPS = ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw", "dw_hopper")

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.profiler import profile, record_function
 
+from optimoe.config import make_directory, require
+
 FLUSH_MIB = 64  # more than the L2 of an H100 (50 MiB) or H200 (60 MiB)
 MIB = 2**20
 
@@ -65,13 +67,13 @@ def repeat(fn, seconds):
         gc.enable()
 
 
-def times_in_turn(fns, seconds=0.4, rounds=3):
-    """Times of each of `fns` by name: each runs back to back for so many seconds in every round, so that the card is as
-    hot for all of them. They must have run before, so that nothing is compiled here. The first round only heats."""
+def times_in_turn(fns):
+    """Times of each of `fns` by name. In each of four rounds all run back to back for 0.4 s, so that the card is as hot
+    for all of them; the first round only heats. They must have run before, so that nothing is compiled here."""
     samples, heating = {name: [] for name in fns}, torch.cuda.is_available()
-    for _ in range(rounds + 1 if heating else 1):
+    for _ in range(4 if heating else 1):
         for name, fn in fns.items():
-            times = repeat(fn, seconds)
+            times = repeat(fn, 0.4)
             if not heating:
                 samples[name] += times
         heating = False
@@ -109,16 +111,17 @@ def capture(fn):
     return graph.replay, outputs
 
 
-def trace(fns, path, steps=3):
-    """A trace of a few calls of each of `fns` by name, for chrome://tracing or Perfetto."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+def trace(fns, path):
+    """A trace of three calls of each of `fns` by name, for chrome://tracing or Perfetto."""
+    make_directory(Path(path).parent, "trace", path)
     with profile(record_shapes=True) as prof:
         for name, fn in fns.items():
-            for _ in range(steps):
+            for _ in range(3):
                 with record_function(name):
                     fn()
         synchronize()
     prof.export_chrome_trace(str(path))
+    require(Path(path).is_file(), "trace", path, "it could not be written; name another file")
     print(f"{path}: open it in ui.perfetto.dev")
 
 

@@ -17,15 +17,23 @@ from data.fast import AGAIN, spelled
 from data.shards import START, TRAINED
 from optimoe.config import require
 
+TEMPLATE = "chat_template.jinja"
 
-def chat_template(directory):
-    """template(messages, whether an answer is to follow) of a Hugging Face folder; None where it has none."""
-    path, separate = (Path(directory, name) for name in ("tokenizer_config.json", "chat_template.jinja"))
+
+def template_source(directory):
+    """(the chat template of a Hugging Face folder or None, its tokenizer_config.json)"""
+    path, separate = Path(directory, "tokenizer_config.json"), Path(directory, TEMPLATE)
     settings = files.read_json(path, AGAIN) if path.is_file() else {}
     source = files.read_text(separate, AGAIN) if separate.is_file() else settings.get("chat_template")
     if isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if not source:
+    return source or None, settings
+
+
+def chat_template(directory):
+    """template(messages, whether an answer is to follow) of a Hugging Face folder; None where it has none."""
+    source, settings = template_source(directory)
+    if source is None:
         return None
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -65,8 +73,8 @@ def example(row, where, template):
         remedy = 'an example is {"prompt": TEXT, "answer": TEXT} or {"messages": [...]}'
         raise ValueError(f"{where} is no example (it has: {there}): {remedy}")
     for number, message in enumerate(messages, 1):
-        texts = map(message.get, ("role", "content")) if isinstance(message, dict) else [None]
-        whole = all(isinstance(text, str) for text in texts)
+        fields = message if isinstance(message, dict) else {}
+        whole = isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str)
         require(whole, f"{where}: message {number}", message, 'it needs "role" and "content", both of them texts')
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     require(turns, f"{where}: messages", messages, 'none has the role "assistant", so there is no answer to train')
@@ -94,7 +102,7 @@ def encode(enc, text):
     """(ids, bytes of text, marks) of an example, ended by eos. No token crosses the end of a prompt, because a model
     that answers begins there."""
     chat, pieces = json.loads(text)
-    read = getattr(enc, "encode_control", enc.encode_ordinary) if chat else enc.encode_ordinary
+    read = enc.encode_control if chat else enc.encode_ordinary
     ids, trained, before = [], [], ""
     for piece, target in pieces:
         whole = read(before + piece)

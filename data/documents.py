@@ -134,7 +134,7 @@ def _rows(path, file, name):
     try:
         if _kind(path) == ".parquet":
             table = _arrow(path, "pyarrow.parquet").ParquetFile(file, pre_buffer=False)
-            names, batches = table.schema_arrow.names, table.iter_batches(256, columns=name and [name])
+            names, batches = table.schema_arrow.names, table.iter_batches(256, columns=None if name is None else [name])
         elif file.read(6) == b"ARROW1":
             table = _arrow(path, "pyarrow.ipc").open_file(file)
             names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
@@ -151,6 +151,6 @@ def _rows(path, file, name):
         for batch in batches:
             for i in range(batch.num_rows):
                 number += 1
-                yield f"{path}: row {number}", {name: batch.column(name)[i].as_py() for name in columns}
+                yield f"{path}: row {number}", {column: batch.column(column)[i].as_py() for column in columns}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: row {max(1, number)} cannot be read ({error}); it is damaged") from error

@@ -62,7 +62,7 @@ class Fast:
     def encode_ordinary(self, text):
         return self.encode_ordinary_batch([text])[0]
 
-    def encode_ordinary_batch(self, texts, num_threads=0):
+    def encode_ordinary_batch(self, texts):
         """In as many threads as the library likes (RAYON_NUM_THREADS)."""
         found = [encoded.ids for encoded in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         for i, ids in enumerate(found):

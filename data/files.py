@@ -55,6 +55,10 @@ def temporary(target, directory=False):
             if path.exists():  # otherwise another process took it for a remnant before it was locked
                 try:
                     yield path
+                except OSError as error:  # that of a full disk names no file
+                    if error.errno and not error.filename:
+                        error.filename = str(target)
+                    raise
                 finally:
                     _remove(path)
                 return

@@ -1,7 +1,7 @@
 """Text files to a data directory.
 
-    python -m data.prepare books/*.txt.xz --out data/mine --vocab_size 16384
-    python -m data.prepare notes.jsonl src/ fineweb/ --out data/mine --tokenizer data/books
+    python -m data.prepare books/*.txt.xz --out datasets/mine --vocab_size 16384
+    python -m data.prepare notes.jsonl src/ fineweb/ --out datasets/mine --tokenizer datasets/books
 
 The input is streamed twice. The first pass finds what to hold out and, unless --tokenizer names one, trains a BPE
 on a sample (with the package `tokenizers`). The second encodes in threads.
@@ -92,7 +92,7 @@ def prepare(cfg):
     out, started = Path(os.path.abspath(cfg.out)), time.perf_counter()
     shards.refuse_existing(out)  # before the work, not after it
     make_directory(out.parent, "out", cfg.out)
-    named = cfg.tokenizer and hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER)
+    named = hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER) if cfg.tokenizer else None
     enc = tokenizer.load(named) if named else None
     paths = find_files(cfg.input)
     estimate = sum(path.stat().st_size * EXPANSION.get(path.suffix.lower(), 1) for path in paths)

@@ -165,7 +165,7 @@ def _pack(enc, texts, window):
 
 
 def prompt(enc, text):
-    """A prompt as documents start in the data."""
+    """The ids of a prompt, which begins as documents do: after eos."""
     return [enc.eot_token, *enc.encode_ordinary(text)]
 
 

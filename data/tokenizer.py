@@ -108,8 +108,9 @@ def load(directory):
     if "tokenizers" in kept:
         library()  # its absence is no damage
     try:
-        fast = "tokenizers" in kept
-        return Fast(*(kept[name] for name in ("tokenizers", "begin", "eos", "name"))) if fast else _encoding(kept)
+        if "tokenizers" in kept:
+            return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"])
+        return _encoding(kept)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {AGAIN}") from error
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import resource
+from datetime import timedelta
 
 import torch
 
@@ -122,12 +123,13 @@ def grpo_row(cfg, run, job, samples, reward_PG, batches, stats, norm, seconds):
 
 
 def grpo_line(row, cfg):
+    seconds = row["seconds_rollout"] + row["seconds_reward"] + row["seconds_update"]
     return (
         f"step {row['step']:>4}/{cfg.steps} | reward {row['reward']:.4f} | {row['answer_tokens']:.1f} tokens | "
         f"KL {row['kl']:.2e} | clipped {row['clipped']:.2%} | other experts {row['router_changed']:.2%} | "
         f"grad {row['grad_norm']:.3f} | rollout {row['seconds_rollout']:.1f} s at "
         f"{row['rollout_tokens_per_s']:,.0f} tokens/s, reward {row['seconds_reward']:.1f} s, "
-        f"update {row['seconds_update']:.1f} s"
+        f"update {row['seconds_update']:.1f} s | eta {timedelta(seconds=round(seconds * (cfg.steps - row['step'])))}"
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.language import launch, tl, triton
-from moe_kernels.tiles import cdiv, max_tiles, pow2
+from moe_kernels.tiles import INTERPRETED, cdiv, max_tiles, pow2
 
 CHUNK = 512  # slots per program of the sort
 # Up to so many slots every program of the sort counts all of them, and nothing is launched before it. In a graph on an
@@ -138,7 +138,8 @@ def dispatch(experts_TK, n_experts, block_m, n_rows=None):
     n_experts on get no row. n_rows: rows that there is room for, S if None; the slots of further rows have one past it.
     Returns a `Dispatch`."""
     S, E, out = experts_TK.numel(), n_experts, empty_dispatch(experts_TK, n_experts, block_m, n_rows)
-    n_chunks, n_tiles, block_e = cdiv(S, CHUNK), out.tile_expert.numel(), pow2(E)
+    chunk = min(CHUNK, max(16, pow2(S))) if INTERPRETED else CHUNK  # the interpreter takes a second to sort 512
+    n_chunks, n_tiles, block_e = cdiv(S, chunk), out.tile_expert.numel(), pow2(E)
     if S == 0:
         return Dispatch(*(index.zero_() for index in out))
     if n_rows is not None:
@@ -147,13 +148,13 @@ def dispatch(experts_TK, n_experts, block_m, n_rows=None):
     few = S * max(block_e, 128) <= ONE_LAUNCH * 128  # counting 256 experts takes twice as long
     if not few:
         chunk_counts, counts = out.offsets.new_empty(n_chunks, E), out.offsets.new_empty(E)
-        launch(count_kernel, (n_chunks,), (experts_TK, chunk_counts), (S,), E=E, CHUNK=CHUNK, BLOCK_E=block_e)
+        launch(count_kernel, (n_chunks,), (experts_TK, chunk_counts), (S,), E=E, CHUNK=chunk, BLOCK_E=block_e)
         launch(scan_kernel, (cdiv(E, 16),), (chunk_counts, counts), (n_chunks,), E=E, BLOCK_C=64, BLOCK_E=16)
-    each, count = min(8, block_e), min(max(CHUNK, pow2(S)), 2048) if few else 0
+    each, count = min(8, block_e), min(max(chunk, pow2(S)), 2048) if few else 0
     launch(
         place_kernel, (n_chunks + cdiv(E, each),),
         (experts_TK, chunk_counts, counts, *out), (S, out.row_slot_S.numel(), n_chunks, n_tiles, block_m),
-        E=E, CHUNK=CHUNK, BLOCK_E=block_e, EXPERTS=each, BLOCK_S=count, num_warps=max(4, count // 256),
+        E=E, CHUNK=chunk, BLOCK_E=block_e, EXPERTS=each, BLOCK_S=count, num_warps=max(4, count // 256),
     )  # fmt: skip
     return out
 

@@ -32,8 +32,8 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
     experts_TK = ranking.detach().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     gates_TK = gates_of(logits, experts_TK, score, normalize)
     counts_E = torch.bincount(experts_TK.flatten(), minlength=E).int()
-    statistics = probs.sum(0), logits.logsumexp(1).square().sum()
-    return gates_TK, experts_TK.int(), counts_E, *(t / max(T, 1) for t in statistics)
+    z = logits.logsumexp(1).square().sum() / max(T, 1)
+    return gates_TK, experts_TK.int(), counts_E, probs.sum(0) / max(T, 1), z
 
 
 @sheltered

@@ -144,8 +144,7 @@ def gemm_tiles(n_rows, n_experts, D, F, dtype):
 @functools.lru_cache(maxsize=1024)
 def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
     if target is None:  # the interpreter
-        step = 16 if min(D, F) < 64 else 32
-        return dict.fromkeys(GEMMS, Tile(step, step, step, 2, 2, 4, 2))
+        return dict.fromkeys(GEMMS, Tile(32, 32, 32, 2, 2, 4, 2))
     # Columns of a part of up and dswiglu: dswiglu spills with 64 and was 7-16 % slower with 16.
     panel = 32 if F % 32 == 0 else 16
     if dtype == torch.float32:  # full-precision products run outside the tensor cores: any tile that fits

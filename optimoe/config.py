@@ -7,11 +7,11 @@
 
     cfg = parse(Config)  # python prog.py --lr=1e-3   (or --help, or --config=run/config.json --lr=1e-3)
 
-The dataclass is the only place where a field is written down. Types come from annotations (int, float, bool, str,
-`X | None`, Literal, and tuple[X, ...] for values with commas), help from the comment behind a field, headings from
-comment lines, ranges from `__post_init__`. Fields in the class variable POSITIONAL are words without a flag; a tuple at
-their end takes any number. A static method `preset_fields(name) -> dict` adds --preset, `start_fields(flags)` gives
-other defaults. From weakest to strongest: defaults, --config, --preset (its default only without others), other flags.
+Types come from annotations (int, float, bool, str, `X | None`, Literal, tuple[X, ...] with commas), help from
+the comment behind a field, headings from comment lines, ranges from `__post_init__`. Fields in the class variable
+POSITIONAL are words without a flag; a tuple at their end takes any number. A static method `preset_fields(name)` adds
+--preset, `start_fields(flags)` gives other defaults. From weakest to strongest: defaults, --config, --preset (its
+default only without others), other flags.
 """
 
 import dataclasses
@@ -58,10 +58,12 @@ def make_directory(path, name, value):
 
 
 # Files of earlier versions: new names of fields (None: gone), new values, and what held before a field existed.
-RENAMED: dict = {"upcycle_noise": None}
+# --logger is for torchrun, which takes --log for a flag of its own.
+RENAMED: dict = {"upcycle_noise": None, "logger": "log"}
 CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}, "parallel": {"fsdp": "ddp"}}
 BEFORE = {"optimizer": "adamw"}
-NOTES = ("resumed_with",)  # a member of config.json that is no field: see optimoe/run.py
+# Members of config.json that are not read as fields: a note of optimoe/run.py, and flags that hold for one call only.
+NOT_FIELDS = ("resumed_with", "resume", "trace")
 
 
 def renamed(values, known=()):
@@ -69,7 +71,7 @@ def renamed(values, known=()):
     found = {}
     for name, value in values.items():
         name = name if name in known else RENAMED.get(name, name)
-        if name is not None and name not in NOTES and name != files.CRC:
+        if name is not None and name not in NOT_FIELDS and name != files.CRC:
             found[name] = CHANGED.get(name, {}).get(value, value) if isinstance(value, (int, str)) else value
     return found
 
@@ -122,6 +124,7 @@ def split_flags(cls, argv):
             name, equals, text = word[2:].partition("=")
             name = name.replace("-", "_")
             if name != "config":
+                name = _current_name(cls, name)
                 _check_name(cls, name)
             if not equals:
                 if hints.get(name) is not bool and not words:
@@ -148,7 +151,7 @@ def _start(cls, flags, start=None):
     if path is not None:
         require(Path(path).is_file(), "config", path, "no such config file")
         found = files.read_json(path)
-        values |= _converted(cls, {name: found[name] for name in found if name not in NOTES}, f"{path}: ")
+        values |= _converted(cls, {name: found[name] for name in found if name not in NOT_FIELDS}, f"{path}: ")
     preset = flags.get("preset", "" if values else getattr(cls, "preset", ""))
     if preset and hasattr(cls, "preset_fields"):
         values |= cls.preset_fields(preset) | {"preset": preset}
@@ -180,6 +183,12 @@ def _converted(cls, values, where=""):
     for name in values:
         _check_name(cls, name, where)
     return {name: _convert(name, value, hints[name]) for name, value in values.items()}
+
+
+def _current_name(cls, name):
+    """What a field is called today."""
+    current = RENAMED.get(name)
+    return current if current in {field.name for field in dataclasses.fields(cls)} else name
 
 
 def _check_name(cls, name, where=""):

@@ -19,10 +19,10 @@ LOSS, NORM = "cross-entropy, nats per token", "gradient norm before clipping"
 ENTROPY = "entropy of the mean router, nats (dotted: even; dark: first layer)"
 LOAD = "load of the busiest expert (1: even; dark: first layer)"
 GRPO = {
-    "reward": "reward",
+    "share of right answers (reward)": "reward",
     "KL to the start model, nats per token": "kl",
     NORM: "grad_norm",
-    "answer, tokens": "answer_tokens",
+    "length of an answer, tokens": "answer_tokens",
 }
 
 
@@ -90,6 +90,7 @@ def figure(run):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     settings, rows, val = read(run)
     found, grpo = panels(rows), "reward" in rows[0]
@@ -107,7 +108,7 @@ def figure(run):
             axis.plot(x(rows), values, lw=0.8, color=colour, label="training", **dot(rows))
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step" if grpo else "million tokens", fontsize=8)
-        axis.locator_params(axis="x", nbins=5)  # more would touch in a run of a few thousand tokens
+        axis.locator_params(axis="x", nbins=5, integer=grpo)  # more would touch in a run of a few thousand tokens
         axis.grid(alpha=0.3)
         if axis is axes[0, 0]:
             tested = [row["test_reward" if grpo else "val_loss"] for row in val]
@@ -122,6 +123,9 @@ def figure(run):
             axis.margins(y=0.1)
         elif title == NORM:
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
     return fig
 
 

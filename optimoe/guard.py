@@ -1,8 +1,8 @@
 """Steps that must not be taken: a loss or a gradient that is not finite, or a loss that has exploded.
 
 `judge` decides on the device, inside the step and its CUDA graph; the host looks at log lines and before checkpoints.
-bad_steps=skip goes on until PATIENCE steps in a row were bad; bad_steps=stop changes no weight until the host looks. So
-the weights are those before the first bad step, and `Watch` can repeat it and write down what happens in which layer.
+bad_steps=skip goes on until PATIENCE steps in a row were bad; bad_steps=stop changes no weight until the host looks, so
+that `Watch` can repeat the first bad step and write down what happens in which layer.
 """
 
 import json
@@ -15,6 +15,18 @@ from optimoe import checkpoint
 
 STEPS, BAD = range(2)  # of window["steps"]: steps since the last log line, skipped ones among them
 PATIENCE = 10  # skipped steps in a row after which a run does not go on
+
+
+def new_window(cfg, device):
+    """Sums since the last log line, on the device; part of a checkpoint."""
+    shape = (0 if cfg.dense else cfg.n_layers, cfg.n_experts)
+    return {
+        "sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
+        "steps": torch.zeros(2, device=device, dtype=torch.int64),  # all and skipped ones
+        "skipped_in_a_row": torch.zeros((), device=device, dtype=torch.int64),  # up to the latest step, across lines
+        "counts_NE": torch.zeros(shape, device=device, dtype=torch.int64),
+        "probs_NE": torch.zeros(shape, device=device),
+    }
 
 
 def loss_limit(cfg):

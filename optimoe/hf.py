@@ -19,10 +19,10 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
-from data import fast, files, tokenizer
+from data import chat, fast, files, tokenizer
 from data.tokenizer import Tokens
 from model import GPT, UNTAUGHT, ModelConfig, compute_dtype, rope_tables
-from optimoe import checkpoint, config
+from optimoe import checkpoint, config, hub
 from optimoe.config import make_directory, require
 from optimoe.run import require_memory
 from optimoe.sizes import count_params
@@ -163,8 +163,8 @@ def model_config(raw):
     if kind == "mixtral" or raw.get("use_sliding_window") or "sliding_attention" in layers:
         found["seq_len"] = min(found["seq_len"], get("sliding_window", int, 2**30))  # there it hides nothing
     cfg = ModelConfig(**found, **family.fixed)
-    full = kind != "olmoe" or cfg.n_heads * cfg.head_dim == cfg.d_model
-    require(full, "head_dim", cfg.head_dim, "in OLMoE the heads together are as wide as the model")
+    as_wide = kind != "olmoe" or cfg.n_heads * cfg.head_dim == cfg.d_model
+    require(as_wide, "head_dim", cfg.head_dim, "in OLMoE the heads together are as wide as the model")
     return cfg
 
 
@@ -255,16 +255,13 @@ def load_tokens(directory) -> Tokens:
         files.read_json(directory / name, AGAIN) if (directory / name).is_file() else {}
         for name in (TOKENIZER_CONFIG, CONFIG, GENERATION)
     )
-    spelled = fast.library().Tokenizer.from_str(enc.definition)
-    spelled.no_truncation()
-    spelled.no_padding()
-    spelled.encode_special_tokens = bool(settings.get("split_special_tokens"))
+    ids_of = enc.encode_ordinary if settings.get("split_special_tokens") else enc.encode_control
     named = (found.get("eos_token_id") for found in (generation, raw))
     eos = next((token for token in named if token is not None), enc.eot_token)
     rows = raw.get("vocab_size", 2**40)
 
     def encode(text):
-        ids = spelled.encode(text, add_special_tokens=False).ids
+        ids = ids_of(text)
         most = max(ids, default=0)
         require(most < rows, "vocab_size", rows, f"{directory / TOKENIZER} has token {most}: it is of another model")
         return ids
@@ -272,10 +269,14 @@ def load_tokens(directory) -> Tokens:
     return Tokens(encode, enc.decode, enc.begin, eos if isinstance(eos, list) else [eos], min(enc.n_vocab, rows))
 
 
-def save_tokens(enc, directory):
-    """Write the tokenizer of a data directory as tokenizer.json; a text begins as in training."""
+def save_tokens(enc, directory, chat_template=None):
+    """Write the tokenizer of a data directory as tokenizer.json; a text begins as in training.
+
+    Text that spells a special token is ordinary, as in training; with a chat template, which spells them, it is one."""
     directory, settings = Path(directory), {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings["split_special_tokens"] = True  # in training, text that spells a special token is ordinary
+    settings["split_special_tokens"] = chat_template is None
+    if chat_template is not None:
+        files.replace(directory / chat.TEMPLATE, chat_template)
     if isinstance(enc, fast.Fast):
         library = fast.library().Tokenizer.from_str(enc.definition)
         begin, end = enc.begin, library.id_to_token(enc.eot_token)
@@ -343,13 +344,15 @@ def main(argv=None):
     for name in ("safetensors.torch", "tokenizers"):
         package(name)
     new = not out.exists() or out.is_dir() and not any(out.iterdir())
-    require(new, "out", cfg.out, "it exists already; write to a new folder")
+    require(new, "out", cfg.out, "it exists already; name a new folder")
     make_directory(out.parent, "out", cfg.out)
     model = checkpoint.load_model(path, **{"seq_len": cfg.seq_len} if cfg.seq_len else {})
-    enc = tokenizer.load(checkpoint.training_data(path if path.is_dir() else path.parent))
+    run_dir = path if path.is_dir() else path.parent
+    enc, started_from = tokenizer.load(checkpoint.training_data(run_dir)), hub.origin(run_dir)
+    template = chat.template_source(started_from)[0] if started_from else None
     with files.temporary(out, directory=True) as partial:
         save_model(model, partial, getattr(torch, cfg.dtype), eos=enc.eot_token)
-        save_tokens(enc, partial)
+        save_tokens(enc, partial, template)
         os.rename(partial, out)
     print(f"{cfg.out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 

@@ -11,8 +11,10 @@ import errno
 import functools
 import re
 import shutil
+import sys
 from pathlib import Path
 
+from data import files
 from optimoe.config import require
 
 NAME = re.compile(r"((?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@([\w./-]+))?", re.ASCII)
@@ -39,6 +41,17 @@ class Unavailable(ValueError):
 def home(name):
     """Where results about it go: the folder itself, or one under runs/ and not in the library's cache."""
     return Path(name) if Path(name).is_dir() else Path("runs", title(name))
+
+
+def origin(run_dir):
+    """The folder of the published model that a run of train.py started from, with its chat template if any; or None."""
+    path = Path(run_dir) / "config.json"
+    name = files.read_json(path).get("init_from") if path.is_file() else None
+    try:
+        return folder(name, "init_from", TOKENIZER) if name else None
+    except ValueError as error:
+        print(f"warning: if {name} has a chat template, it is not used ({error})", file=sys.stderr)
+        return None
 
 
 def place(name):

@@ -1,11 +1,10 @@
-"""Learning-rate schedules, AdamW, and Muon for the matrices of experts and attention beside AdamW for the rest.
+"""Learning-rate schedules, AdamW, and Muon for the matrices inside blocks beside AdamW for the rest.
 
-Muon (kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about U V^T: every direction of
-a matrix moves equally far. Scaled by 0.2 sqrt(longer side) (arXiv 2502.16982) its step is as long as AdamW's, so one
-learning rate and one decay serve both. Unlike in `torch.optim.Muon`, the experts of a layer are one batched product,
-and linear maps that are stacked in a parameter (gate and up; query, key and value) are made orthogonal one by one.
+Muon (kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about U V^T. Scaled by 0.2
+sqrt(longer side) (arXiv 2502.16982) its step is as long as AdamW's: one learning rate and one decay serve both. Linear
+maps that are stacked in a parameter (experts; gate and up; query, key and value) are made orthogonal one by one.
 
-A step neither waits for the device nor allocates after the first one: a CUDA graph can capture it. Learning rates may
+A CUDA graph can capture a step: it neither waits for the device nor allocates after the first one. Learning rates may
 be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
 """
 
@@ -45,9 +44,9 @@ def total_norm(tensors):
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW with its fused kernel for small tensors; large and bfloat16 ones go to `adamw_step`.
 
-    copies: {float32 parameter of a group: its bfloat16 copy in the model}, which holds the gradient and gets the new
-    weight in the same pass. seed: of the rounding of bfloat16 weights and states. Before a step, `found_inf` (float
-    scalar tensor, 1: skip the step) and `scale` (scalar tensor, a factor of the gradients) are set, or None."""
+    copies: {float32 parameter: its bfloat16 copy in the model}, which holds the gradient and gets the new weight too.
+    seed: of stochastic rounding. `found_inf` (float scalar tensor; 1: skip the step) and `scale` (a factor of the
+    gradients) are set before a step, or None."""
 
     LARGE = 2**20  # a float32 tensor with as many values is worth a launch of its own
     found_inf = scale = None
@@ -210,7 +209,8 @@ class Together:
 
     def grad_norm(self):
         copies, params = self.copies, [p for group in self.param_groups for p in group["params"]]
-        return total_norm([grad for p in params if (grad := copies.get(p, p).grad) is not None])
+        grads = (copies.get(p, p).grad for p in params)
+        return total_norm([grad for grad in grads if grad is not None])
 
     def zero_grad(self, set_to_none=True):
         for part in self.parts:
@@ -248,12 +248,11 @@ def is_hidden(name, p):
 
 
 def make_optimizer(model, cfg, piece=None):
-    """AdamW, or with cfg.optimizer Muon for matrices inside blocks other than the router. Norms do not decay.
+    """AdamW, or Muon for the matrices inside blocks other than the router, as cfg.optimizer says. Norms do not decay.
 
-    AdamW turns these matrices of the model into bfloat16, in place. With cfg.weights == "bfloat16" they are the
-    weights; with "float32" copies of weights that the optimiser holds, where that changes no value (the model computes
-    in bfloat16 and sums no gradients over micro-batches). piece(p): the part of dimension 0 of a parameter that this
-    rank updates (Muon's 2-D matrices are always whole)."""
+    AdamW turns these matrices of the model into bfloat16, in place (docs/optimizer.md): with cfg.weights == "bfloat16"
+    they are the weights, else copies of them where that changes no value. piece(p): the part of dimension 0 of a
+    parameter that this rank updates (Muon's 2-D matrices are always whole)."""
     copied = cfg.weights == "float32" and model.dtype == torch.bfloat16 and cfg.grad_accum == 1
     hidden, experts, matrices, norms, copies = {}, [], [], [], {}
     piece = piece or (lambda p: p)
@@ -268,8 +267,8 @@ def make_optimizer(model, cfg, piece=None):
             p.data = p.detach().bfloat16()
             own = piece(p)
             if copied:
-                copies[exact := torch.nn.Parameter(exact)] = own
-                own = exact
+                exact = torch.nn.Parameter(exact)
+                copies[exact], own = own, exact
         (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(own)
     device = model.embed.weight.device
     lr = torch.tensor(cfg.lr, device=device) if device.type == "cuda" else cfg.lr  # a captured step sees it change

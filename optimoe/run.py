@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from data import files
-from optimoe import checkpoint, config, parallel
+from optimoe import checkpoint, config, guard, parallel
 from optimoe.config import make_directory, require
 from optimoe.exchange import RUN_MINUTES
 from optimoe.load import pick_device
@@ -38,8 +38,8 @@ STOPPED = "stopped; continue with --resume from the last checkpoint; without one
 
 
 def parse(cls, argv, description=""):
-    """(cfg, names of the fields that flags explain). With --resume=DIR, DIR/config.json holds where no flag is given;
-    its "resumed_with" lists the fields that flags have changed since the last checkpoint."""
+    """(cfg, fields that flags have set). With --resume=DIR, DIR/config.json holds where no flag is given; its
+    "resumed_with" lists the fields that flags have changed since the last checkpoint."""
     flags = {} if {"--help", "-h"} & set(argv) else config.split_flags(cls, argv)
     given = {field.name for field in dataclasses.fields(cls)} if flags.keys() & {"config", "preset"} else set(flags)
     directory = flags.get("resume")
@@ -93,10 +93,17 @@ def numbers_of(row):
     return found
 
 
+class Stopping(Exception):
+    """A signal has asked for the end of the run."""
+
+
 class Stop:
     """After `listen` the first SIGINT or SIGTERM sets `asked`; the next one acts as usual."""
 
     asked, handlers = False, ()
+
+    def __init__(self, says):
+        self.says = says
 
     def listen(self):
         self.handlers = [(number, signal.signal(number, self._handle)) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -104,6 +111,8 @@ class Stop:
     def _handle(self, number, frame):
         self.asked = True
         self.restore()
+        if self.says:  # not by print, which the signal may have interrupted
+            os.write(2, b"\nstopping: a checkpoint is saved first; Ctrl-C again ends the run without it\n")
 
     def restore(self):
         for number, handler in self.handlers:
@@ -129,6 +138,29 @@ class Clock:
         self.since += time.perf_counter() - began
 
 
+class Progress:
+    """How far a part of a long step is: on a terminal one line, rewritten every second; else a new one every minute.
+
+    progress(i, n): n units of `total` are now done in its part i. With stops, Stopping where a signal has asked this
+    rank for the end; the next collective must be that of `Run.stopping`."""
+
+    def __init__(self, run, what, total, stops=False):
+        self.run, self.what, self.total, self.stops, self.done = run, what, total, stops, {}
+        self.began = self.shown = time.perf_counter()
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, i, n):
+        if self.stops and self.run.stop.asked:
+            raise Stopping
+        self.done[i], now = n, time.perf_counter()
+        if self.run.first and now - self.shown >= (1 if self.terminal else 60):
+            share = min(1.0, max(1, sum(self.done.values())) / self.total)
+            left = timedelta(seconds=round((now - self.began) * (1 / share - 1)))
+            line, self.shown = f"{self.what}: {share:.0%}, {left} left", now
+            form, end = (f"\r{line:<60}", "\r") if self.terminal else (line, "\n")
+            print(form, end=end, file=sys.stderr, flush=True)
+
+
 class Run:
     """The directory of a run. Rank 0 locks and writes it; every rank reads its checkpoints.
 
@@ -139,9 +171,9 @@ class Run:
     def __init__(self, cfg, name, rank=0, world=1, device=CPU, given=None, prepare=lambda directory: None):
         self.cfg, self.dir, self.given = cfg, Path(name), given
         self.rank, self.world, self.device, self.first = rank, world, device, rank == 0
-        self.stop, self.logged, self.began = Stop(), [], None
+        self.stop, self.logged, self.began = Stop(self.first), [], None
         self.lock, self.prepared, self.made = None, None, []  # made: what a refused start removes
-        self.modules, self.logs = log_modules(cfg) if self.first else [], []
+        self.modules, self.logs, self.exits = log_modules(cfg), [], contextlib.ExitStack()
         try:
             if self.first:
                 self._open()
@@ -175,8 +207,7 @@ class Run:
 
     def __exit__(self, *_):
         self.stop.restore()
-        for _, close in self.logs:
-            close()
+        self.exits.close()
         self._close()
 
     def _close(self):
@@ -200,24 +231,27 @@ class Run:
         state = checkpoint.read(path)
         saved = state[part] = config.complete(type(self.cfg), state[part])
         for name in self._changed(saved):
-            remedy = (
-                f"so says {self.dir}/config.json, but {path.name} was trained with {saved[name]!r}: use --{name}=..."
-            )
+            kept = f"{path.name} was trained with {saved[name]!r}"
+            remedy = f"so says {self.dir}/config.json, but {kept}: use --{name}=..."
             require(self.given is None or name in self.given, name, getattr(self.cfg, name), remedy)
         return state
 
     def _changed(self, saved):
-        fields = {field.name for field in dataclasses.fields(self.cfg)} - {"out_dir", "resume"}
+        fields = {field.name for field in dataclasses.fields(self.cfg)} - {"out_dir", *config.NOT_FIELDS}
         return sorted(name for name in fields if saved.get(name) != getattr(self.cfg, name))
 
     def begin(self, cfg, step, state=None, part="config"):
         """The start was not refused: write the final config.json, and listen to signals."""
         self.cfg, self.began = cfg, time.perf_counter()
         if self.first:
+            kept = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in config.NOT_FIELDS}
             changed = {"resumed_with": self._changed(state[part])} if state else {}
-            files.write_json(self.dir / "config.json", dataclasses.asdict(cfg) | changed)
+            files.write_json(self.dir / "config.json", kept | changed)
             self._rewind(step, state)
-        self.logs = [open_log(*pair, cfg, self.dir.absolute(), step) for pair in self.modules]
+        for kind, module in self.modules if self.first else ():
+            log, close = open_log(kind, module, cfg, self.dir.absolute(), step)
+            self.logs.append(log)
+            self.exits.callback(close)
         self.stop.listen()
 
     def _rewind(self, step, state):
@@ -240,13 +274,38 @@ class Run:
         if self.first:
             files.append(self.dir / "metrics.jsonl", [row])
             self.logged.append(row["step"])
-            for log, _ in self.logs:
+            for log in self.logs:
                 log(numbers_of(row), row["step"])
             if line:
                 print(line, flush=True)
 
+    def traced(self, step, path):
+        """The function `step`, which writes a trace of its sixth to eighth call to a file for ui.perfetto.dev.
+
+        By then a CUDA graph of it is captured. A run that ends in between leaves what there is."""
+
+        def save(profiler):
+            profiler.export_chrome_trace(path)
+            print(f"{path}: open it in ui.perfetto.dev", flush=True)
+
+        calls = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)
+        profiler = torch.profiler.profile(schedule=calls, on_trace_ready=save)
+        profiler.start()
+        self.exits.callback(profiler.stop)  # one that is left running ends the process with a segmentation fault
+
+        def traced_step(batches):
+            result = step(batches)
+            profiler.step()
+            return result
+
+        return traced_step
+
     def save(self, step, state, keep):
-        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`. All ranks take part."""
+        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`. All ranks take part.
+
+        ValueError for weights that are not finite."""
+        norm = parallel.weights_norm(state["model"], self.world)
+        guard.check_finite("norm of the weights", norm, step, self.dir, self.cfg.lr)
         if self.first:
             files.append(self.dir / "metrics.jsonl", [], sync=True)
         whole = {"step": step, **state, "logged": torch.tensor(self.logged)}
@@ -283,11 +342,20 @@ def check_bounds(cfg, least):
     require(cfg.seed >= 0, "seed", cfg.seed, "use 0 or more")
 
 
+def check_trace(path, steps):
+    """ValueError where no trace can be written to this path, or the run has too few steps for one."""
+    make_directory(Path(path).parent, "trace", path)
+    require(not Path(path).is_dir(), "trace", path, "this is a directory; name a file in it")
+    require(steps >= 8, "trace", path, f"it shows steps 6 to 8, and this run has {steps}; use more --steps")
+
+
 def check_shares(cfg, to_1, below_1):
-    """ValueError for a field of cfg below 0, above 1, or for the names below_1, at 1."""
+    """ValueError for a field of cfg that is not from 0 to 1, or, for the names below_1, is 1."""
     for name in (to_1 + " " + below_1).split():
-        value, below = getattr(cfg, name), "below " * (name in below_1.split())
-        require(0 <= value < 1 or value == 1 and not below, name, value, f"use a number from 0 to {below}1")
+        value = getattr(cfg, name)
+        if name in below_1.split():
+            require(0 <= value < 1, name, value, "use a number from 0 to below 1")
+        require(0 <= value <= 1, name, value, "use a number from 0 to 1")
 
 
 def require_memory(what, least, device, remedy):
@@ -322,29 +390,6 @@ def explain(error, rank, world):
 def lost_rank(error, world):
     of_torch = any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
     return world > 1 and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and of_torch)
-
-
-def traced(step, path):
-    """`step`, which writes a trace of its sixth to eighth call to a file for ui.perfetto.dev if there is a path. By
-    then a CUDA graph of it is captured."""
-    if not path:
-        return step
-    make_directory(Path(path).parent, "trace", path)
-
-    def save(profiler):
-        profiler.export_chrome_trace(path)
-        print(f"{path}: open it in ui.perfetto.dev", flush=True)
-
-    calls = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)
-    profiler = torch.profiler.profile(schedule=calls, on_trace_ready=save)
-    profiler.start()
-
-    def run_step(batches):
-        result = step(batches)
-        profiler.step()
-        return result
-
-    return run_step
 
 
 def launch(program, cls, description, argv=None):

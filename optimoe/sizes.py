@@ -15,10 +15,8 @@ from optimoe.config import require
 
 PAPER_VOCAB = 99_584  # llm-jp-tokenizer v3, padded to a multiple of 128
 # Found by trial (docs/LOG.md): learns lookup and arithmetic from two million tokens.
-TINY = dict(
-    **dict(seq_len=144, d_model=128, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=32, n_experts=8, top_k=2),
-    **dict(d_expert=128, qk_norm=True, rope_theta=500.0, init_std=0.05, embed_init_std=0.5),
-)
+TINY = dict(seq_len=144, d_model=128, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=32, n_experts=8, top_k=2)
+TINY |= dict(d_expert=128, qk_norm=True, rope_theta=500.0, init_std=0.05, embed_init_std=0.5)
 WIDTHS, EXPERTS, CHOSEN = (512, 1024, 2048), (8, 16, 32, 64, 128, 256), (2, 4, 8, 16)
 GRID = [(d, e, k) for d in WIDTHS for e in EXPERTS for k in CHOSEN if k <= e and (d, e) != (2048, 256)]
 PRESETS = ("tiny", *(f"paper-d{d}-e{e}-k{k}" for d, e, k in GRID))
@@ -83,7 +81,8 @@ def training_memory(cfg, tokens, weights="float32"):
     layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + routed
     layer += 3 * cfg.n_shared_experts * cfg.d_expert
     # What is computed again exists for one layer at a time.
-    kept = {"none": layer, "experts": layer - (not cfg.dense) * routed, "blocks": cfg.d_model}[cfg.recompute]
+    without_experts = layer if cfg.dense else layer - routed
+    kept = {"none": layer, "experts": without_experts, "blocks": cfg.d_model}[cfg.recompute]
     values = cfg.n_layers * kept + layer - kept
     logits = 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
     wide = total if weights == "float32" else rest  # parameters that are float32, their states too
@@ -94,6 +93,18 @@ def training_memory(cfg, tokens, weights="float32"):
         "gradients (bfloat16 in blocks)": 2 * (total - rest) + 4 * rest,
         "activations (estimate)": 2 * values * tokens + logits,
     }
+
+
+def least_memory(cfg, tokens, world, group):
+    """Bytes below which a rank of train.py cannot work: weights, gradients, states, inputs of blocks and logits.
+
+    group: ranks among which the experts are dealt out, exchange.group_size."""
+    total, _, embedding = count_params(cfg)
+    in_block = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter
+    held = (16 * embedding + in_block * (total - embedding)) // world
+    if group < world:
+        held += 2 * total // group  # what every rank or group has whole, beside its share of the rest
+    return held + tokens * (16 + 2 * cfg.n_layers * cfg.d_model) + 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
 
 
 # Dense bfloat16 TFLOP/s by a part of torch.cuda.get_device_name().

@@ -2,7 +2,7 @@
 
 A dense gated layer is a sum over hidden units: its first n_shared_experts * F become the shared expert, the others G
 slices of width F. Expert e starts as slice e % G, so each G experts are a copy of the dense layer. They share a router
-row: top-k takes whole copies c, and gates that sum to 1 are g_c / G each. W_out times G restores the dense output:
+row, so top-k takes whole copies c, with gates g_c / G. W_out times G restores the dense output:
 
     y = sum over copies c of g_c * (1/G) * sum over slices s of G * slice_s(x) = dense(x),   sum of g_c = 1
 
@@ -12,15 +12,32 @@ row: top-k takes whole copies c, and gates that sum to 1 are g_c / G each. W_out
 Exact where G divides K and E and gates are normalised; all else is refused. Copies separate by their different tokens.
 """
 
+import dataclasses
 import math
+from pathlib import Path
 
 import torch
 
+from data import files
+from model import ModelConfig
 from optimoe import checkpoint
-from optimoe.config import require
+from optimoe.config import complete, require
 
 SAME = "vocab_size d_model n_layers n_heads n_kv_heads head_dim activation qk_norm qk_norm_joint tie_embeddings"
 SAME += " rope_theta norm_eps"
+RUNS = ("dense", "dtype", "impl", "loss_chunk", "recompute")  # fields of ModelConfig that a run chooses
+
+
+def training_fields(path):
+    """Fields of train.TrainConfig where flags say nothing: the sizes and the data of a dense run directory, or of the
+    one in which a checkpoint lies."""
+    directory = Path(path).parent if Path(path).is_file() else Path(path)
+    if not (directory / "config.json").is_file():
+        return {}
+    dense = complete(ModelConfig, files.read_json(directory / "config.json"))
+    own = {field.name for field in dataclasses.fields(ModelConfig)}.difference(RUNS)
+    data = dense.get("data") or str(directory / "data")
+    return {name: dense[name] for name in own} | {"data": data}
 
 
 def slices_per_copy(dense, cfg):

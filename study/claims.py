@@ -11,7 +11,7 @@ import numpy as np
 from study import posttrain, results
 from study.presets import SCARCE
 from study.results import MIN_SEEDS, accuracy, lines, loss, tune
-from study.rules import RISE, interval, rises, seeds_needed, slope, solution_loss
+from study.rules import RISE, interval, rises, slope, solution_loss
 
 MASTERED = 0.1  # nats per token: a line whose solutions cost less everywhere has nothing to lose
 COMPARABLE = 0.05  # training losses within this share of each other count as equal; those of two seeds differ as much
@@ -58,15 +58,6 @@ def overall(tests):
     return decided[0] if decided else "undecided"
 
 
-def would_decide(test):
-    """What is still missing of an undecided test, in words."""
-    mean, low, high = interval(test.effects.values())
-    if low is None:
-        return "more seeds"
-    needed = None if test.little else seeds_needed(test.effects.values(), test.margin)
-    return f"half-width {(high - low) / 2:.2g}" + (f"; about {needed} seeds would decide" if needed else "")
-
-
 # ---- what every claim needs
 
 
@@ -76,8 +67,9 @@ def by_seed(groups, combine):
     return {seed: float(combine([group[seed] for group in groups])) for seed in sorted(seeds)}
 
 
-def because(*reasons):
-    return "; ".join(filter(None, reasons))
+def because(reasons):
+    """Why something has no vote, from {reason: whether it holds}."""
+    return "; ".join(reason for reason, holds in reasons.items() if reason and holds)
 
 
 def percent(row, task):
@@ -95,14 +87,16 @@ def dumb(cells, task):
 
 def silent(where, tuned, task, note="", decisive=False):
     """Why tuned lines of one regime have no vote, or "". decisive: being mastered at every E is no reason."""
-    edges, models = (sum(len(part(one)) for one in tuned) for part in (lambda one: one.edges, lambda one: one.cells))
+    edges, models = sum(len(one.edges) for one in tuned), sum(len(one.cells) for one in tuned)
     why = [dumb(one.cells, task) for one in tuned]
     return because(
-        note,
-        "not calibrated" * (where.kind == "twohop"),
-        why[0] * (all(why) and not (decisive and "mastered" in why)),
-        f"best rate at the edge for {edges} of {models} models" * bool(edges),
-        "rates of other data" * (not where.paired and any(one.single for one in tuned)),
+        {
+            note: True,
+            "not calibrated": where.kind == "twohop",
+            why[0]: all(why) and not (decisive and "mastered" in why),
+            f"best rate at the edge for {edges} of {models} models": edges,
+            "rates of other data": not where.paired and any(one.single for one in tuned),
+        }
     )
 
 
@@ -177,15 +171,18 @@ def optimum_near_20(rows):
     """Unseen solutions are best between 10 and 40 tokens per parameter, and it is tokens of reasoning that count:
     with more different problems the loss rises less with E."""
     unit = "nats worse outside 10 to 40 tokens per parameter"
-    for where, k, one in ((where, k, one) for where, by_k in tuned_lines(rows, "problems") for k, one in by_k.items()):
-        tpp = {e: next(iter(cell.values()))["tpp"] for e, cell in one.cells.items()}
-        sides = {e: (tpp[e] > BRACKET[1]) - (tpp[e] < BRACKET[0]) for e in tpp}  # -1: fewer, 0: between, 1: more
-        if len(set(sides.values())) == 3:
+    for where, by_k in tuned_lines(rows, "problems"):
+        for k, one in by_k.items():
+            tpp = {e: next(iter(cell.values()))["tpp"] for e, cell in one.cells.items()}
+            sides = {e: (tpp[e] > BRACKET[1]) - (tpp[e] < BRACKET[0]) for e in tpp}  # -1: fewer, 0: between, 1: more
+            if len(set(sides.values())) < 3:
+                continue
             mean = lambda side, s: np.mean([solution_loss(c[s]) for e, c in one.cells.items() if sides[e] == side])  # noqa: B023, E731
             gaps = {s: [mean(side, s) - mean(0, s) for side in (-1, 1)] for s in one.seeds}
-            # The other seeds choose the better side, so that noise cannot.
-            others = {s: [gap for other, gap in gaps.items() if other != s] or [[0.0, 0.0]] for s in gaps}
-            effects = {s: float(gaps[s][int(np.argmin(np.mean(others[s], 0)))]) for s in gaps}
+            effects = {}
+            for seed in gaps:  # the other seeds choose the better side, so that noise cannot
+                others = [gap for s, gap in gaps.items() if s != seed] or [[0.0, 0.0]]
+                effects[seed] = float(gaps[seed][int(np.argmin(np.mean(others, 0)))])
             label, why = f"{where}, k={k}; solutions, against the better side", silent(where, [one], "problems")
             yield Test(label, effects, 0.02, unit, len(one.rows), note=why, paired=where.paired)
     yield from dose_response(rows)
@@ -245,24 +242,23 @@ def denser_at_equal_loss(rows):
         why[name][silent(where, list(by_k.values()), "problems")] = True
         for row in [row for one in by_k.values() for row in one.rows]:
             pooled[name][row["run"]["seed"]].append(row)
+    unit = "nats per token fewer per doubling of k/E at equal training loss"
     for where, seeds in pooled.items():
-        for measure, margin, unit in (("loss", 0.02, "nats per token fewer"), ("accuracy", 0.5, "points more")):
-            effects = {seed: at_equal_loss(members, measure) for seed, members in sorted(seeds.items())}
-            effects = {seed: effect for seed, effect in effects.items() if effect is not None}
-            note = beside(where) if measure == "accuracy" else because(*why[where])
-            unit, runs = f"{unit} per doubling of k/E at equal training loss", sum(map(len, seeds.values()))
-            yield Test(f"{where}; solutions", effects, margin, unit, runs, note=note, paired=where.paired)
+        effects = {seed: at_equal_loss(members) for seed, members in sorted(seeds.items())}
+        effects = {seed: effect for seed, effect in effects.items() if effect is not None}
+        runs, note = sum(map(len, seeds.values())), because(why[where])
+        yield Test(f"{where}; solutions", effects, 0.02, unit, runs, note=note, paired=where.paired)
 
 
-def at_equal_loss(members, measure):
+def at_equal_loss(members):
     """The coefficient of log2 k/E, positive where denser models are better; None with too few points. Points at
     the floor (nothing solved) and at the ceiling say nothing."""
     points = []
-    for row, point in ((one, point) for one in members for point in (*one["points"], one)):
-        share, nats = accuracy(point, "problems"), point["problems"]["loss"]
-        if 0.02 < share < 0.98:
-            density = math.log2(row["run"]["top_k"] / row["run"]["n_experts"])
-            points.append((density, point["train_loss"], 100 * share if measure == "accuracy" else -nats))
+    for row in members:
+        density = math.log2(row["run"]["top_k"] / row["run"]["n_experts"])
+        for point in (*row["points"], row):
+            if 0.02 < accuracy(point, "problems") < 0.98:
+                points.append((density, point["train_loss"], -point["problems"]["loss"]))
     if len(points) < 12 or len({density for density, *_ in points}) < 3:
         return None
     density, train, y = np.array(points).T
@@ -290,14 +286,12 @@ def top_k_alone(rows):
         shared = f"{where}, k F={active}, E F={total}, k={','.join(map(str, sorted(line)))}".replace("F=0, ", "")
         for task, value, margin, unit, name in SPREADS if len(line) > 2 else ():
             if one := tune(line, task):
-                why = because(
-                    "rates not compared" * bool(one.single),
-                    f"best rate at the edge for k={','.join(map(str, one.edges))}" * bool(one.edges),
-                    dumb(one.cells, task) if task == "problems" else "",
-                )
+                edges = f"best rate at the edge for k={','.join(map(str, one.edges))}"
+                reasons = {"rates not compared": one.single, edges: one.edges}
+                reasons |= {dumb(one.cells, task): True} if task == "problems" else {}
                 label, unit = f"{shared}; {name}", f"{unit} between the best and worst k"
                 effects = spread(one, value) if len(one.seeds) > 1 else {}
-                yield Test(label, effects, margin, unit, len(one.rows), True, why, where.paired)
+                yield Test(label, effects, margin, unit, len(one.rows), True, because(reasons), where.paired)
 
 
 def spread(tuned, value):
@@ -331,7 +325,7 @@ def gentler_training(rows):
                     found[where.paired][seed].append(gain / math.log2(best / low))
     for paired, gains in found.items():
         effects = {seed: float(np.mean(values)) for seed, values in sorted(gains.items())}
-        label = f"learning rate, all regimes{', unpaired' * (not paired)}; solutions"
+        label = f"learning rate, all regimes{'' if paired else ', unpaired'}; solutions"
         unit = "nats fewer per halving at comparable training loss"
         yield Test(label, effects, 0.02, unit, runs[paired], paired=paired)
 
@@ -345,10 +339,10 @@ def still_lost(rows, remedies):
         settings, training = json.loads(same)
         paired = bool(training.get("paired"))
         problems = f", {training['unique']:,} problems" if training else ""
-        where = f"d={d}, k={k}{problems}{', unpaired' * (not paired)}"
+        where = f"d={d}, k={k}{problems}{'' if paired else ', unpaired'}"
         answers = f"{settings.get('batch_prompts')} x {settings.get('group_size')} answers"
         budget = f", {settings.get('steps')} steps of {answers} to {settings.get('questions')} questions"
-        budget += ", experts replayed" * bool(settings.get("replay"))
+        budget += ", experts replayed" if settings.get("replay") else ""
         # An E that lacks seeds of the largest would cost all others theirs. Without the largest it is another claim.
         cells = {E: cell for E, cell in cells.items() if cell.keys() >= cells[max(cells)].keys()}
         if len(cells) < 3:
@@ -357,8 +351,8 @@ def still_lost(rows, remedies):
         shared = dict(margin=2.0, unit=unit, runs=runs, paired=paired)
         before = Test(f"{where}; greedy answers before", lost(cells, "before", "greedy"), **shared)
         yield before._replace(note="before any remedy")
-        why = "no loss before is shown" if len(before.effects) >= MIN_SEEDS else "too few seeds"
-        why *= decide(before) != "supported"
+        enough, shown = len(before.effects) >= MIN_SEEDS, decide(before) == "supported"
+        why = "" if shown else "no loss before is shown" if enough else "too few seeds"
         for name, (when, measure) in remedies.items():
             label = f"{where}{budget if when == 'after' else ''}; {name}"
             yield Test(label, lost(cells, when, measure), note=why, **shared)

@@ -32,11 +32,12 @@ from data.reasoning import ReasoningConfig
 from model import GPT
 from optimoe import checkpoint
 from optimoe.config import require
-from optimoe.guard import BAD
+from optimoe.faststep import GraphedStep
+from optimoe.guard import BAD, new_window
 from optimoe.optim import lr_at, make_optimizer
 from optimoe.sizes import count_params, flops_per_token
 from study import child, measure
-from train import GraphedStep, TrainConfig, new_window, optimizer_step
+from train import TrainConfig, optimizer_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"facts": 0.35, "problem": 0.55, "mano": 0.10}  # of the training tokens
@@ -95,9 +96,10 @@ def form(run):
     return attrgetter(*shared.split())(run)
 
 
+@functools.cache
 def key(run):
     """Names a run in a results file: 12 hex digits of its fields."""
-    fields = {name: value for name, value in dataclasses.asdict(run).items() if BEFORE.get(name) != value}
+    fields = {name: value for name, value in vars(run).items() if BEFORE.get(name) != value}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -286,13 +288,9 @@ def revision():
     return f"{commit} sources:{digest.hexdigest()[:12]}"
 
 
-def rounded(value):
-    """The same JSON value with six significant digits."""
-    if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def rounded(row):
+    """The same JSON object with six significant digits."""
+    return json.loads(json.dumps(row), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
 def execute(run, cache, device, n=100, keep=None):

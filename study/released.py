@@ -84,7 +84,6 @@ class ReleasedConfig:
     plan: bool = False  # only say what is left, and draw
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
-    impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
 
     def __post_init__(self):
         require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
@@ -122,7 +121,7 @@ def evaluate(model, cfg, names, limit, accuracy=True, where=""):
     fresh, began = not list(out.glob("*.jsonl")), time.perf_counter()
     flags = [f"--hf={model.name}", f"--tasks={','.join(names)}", f"--out={out}", f"--limit={limit}"]
     flags += [f"--evaldata={cfg.evaldata}", f"--accuracy={str(accuracy).lower()}"]
-    flags += [f"--{name}={getattr(cfg, name)}" for name in ("device", "dtype", "impl", "batch_size")]
+    flags += [f"--{name}={getattr(cfg, name)}" for name in ("device", "dtype", "batch_size")]
     done = evaluation.main(flags)["tasks"]
     if cfg.torch_device.type == "cuda":
         torch.cuda.empty_cache()  # for the next model

@@ -85,7 +85,8 @@ def append(path, row, needed=ROW):
         last = content.rfind(b"\n") + 1
         end = last + parsed(content[last:], path, needed, content.count(b"\n") + 1)[1]
         file.truncate(end)
-        file.write(b"\n" * (end > last) + json.dumps(files.sign(row)).encode() + b"\n")
+        begin = b"\n" if end > last else b""  # after a whole line that lacks its end
+        file.write(begin + json.dumps(files.sign(row)).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -126,11 +127,10 @@ class Regime(NamedTuple("Regime", [(name, object) for name in REGIME])):
         named = ("d_model", "d_expert", "tokens", "unique", "paired", "kind")
         what = f"{self.unique:,} problems" if self.unique else "fresh problems"
         what = {"room": "keys", "twohop": f"{self.unique:,} two-hop questions"}.get(self.kind, what)
-        usual = lambda name, value: value in (0, getattr(Run, name))  # noqa: E731
-        unusual = [f"{n} {v}" for n, v in self._asdict().items() if n not in named and not usual(n, v)]
-        tokens = f"{self.tokens / 1e6:.3g} M tokens" * bool(self.tokens)
-        parts = [f"d={self.d_model}", f"F={self.d_expert}", tokens, what, *unusual, "unpaired" * (not self.paired)]
-        return ", ".join(filter(None, parts))
+        tokens = f"{self.tokens / 1e6:.3g} M tokens" if self.tokens else ""
+        unusual = [f"{n} {v}" for n, v in self._asdict().items() if n not in named and v not in (0, getattr(Run, n))]
+        paired = "" if self.paired else "unpaired"
+        return ", ".join(filter(None, [f"d={self.d_model}", f"F={self.d_expert}", tokens, what, *unusual, paired]))
 
 
 def regime(row):

@@ -66,13 +66,12 @@ def overlay(runs):
     data = [(run, *curves.read(run)) for run in runs]
     found = [curves.panels(rows) for _, _, rows, _ in data]
     kinds = {"reward" in rows[0] for _, _, rows, _ in data}
-    require(len(kinds) == 1, "runs", ",".join(runs), "runs of train.py and of grpo.py share no axis; show them apart")
+    remedy = "runs of train.py and of grpo.py share no axis; show them apart"
+    require(len(kinds) == 1, "runs", ",".join(map(str, runs)), remedy)
     grpo = kinds == {True}
-    rates = [panels.get("learning rate") for panels in found]
-    single = {*curves.GRPO, curves.LOSS, curves.NORM} | (
-        {"learning rate"} if rates != rates[:1] * len(rates) else set()
-    )
-    titles = [title for title in dict.fromkeys(sum(map(list, found), [])) if title in single]
+    rates = [[row.get("lr") for row in rows] for _, _, rows, _ in data]
+    titles = list(curves.GRPO) if grpo else [curves.LOSS, curves.NORM]
+    titles += ["learning rate"] if rates != rates[:1] * len(rates) else []
     fig, axes = canvas(1, len(titles), (4 * len(titles), 4.4))
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set(title=title, xlabel="step" if grpo else "million tokens")
@@ -80,8 +79,8 @@ def overlay(runs):
         axis.locator_params(axis="x", nbins=5)
         for i, ((run, settings, rows, tests), panels) in enumerate(zip(data, found, strict=True)):
             x = lambda rows: [row["step"] if grpo else row["tokens"] / 1e6 for row in rows]  # noqa: E731
-            if title in panels:
-                axis.plot(x(rows), panels[title][0], color=f"C{i}", lw=0.8, alpha=0.7, **curves.dot(rows))
+            constant = [row.get("lr") for row in rows]  # a rate that never changes has no panel of its own
+            axis.plot(x(rows), panels.get(title, [constant])[0], color=f"C{i}", lw=0.8, alpha=0.7, **curves.dot(rows))
             if axis is axes[0][0]:
                 tested = [row["test_reward" if grpo else "val_loss"] for row in tests]
                 axis.plot(x(tests), tested, "o-", color=f"C{i}", ms=3, lw=1.5, label=curves.label(run, settings))
@@ -92,12 +91,16 @@ def overlay(runs):
     return fig
 
 
+def report(cfg):
+    """Print the table; the figure."""
+    print("\n".join(table(cfg.runs)))
+    return overlay(cfg.runs) if len(cfg.runs) > 1 else curves.figure(cfg.runs[0])
+
+
 def main(argv=None):
     cfg = config.parse(ShowConfig, argv, __doc__)
-    several = len(cfg.runs) > 1
-    print("\n".join(table(cfg.runs)))
-    out = cfg.out or str(Path(cfg.runs[0]) / ("overlay.png" if several else "curves.png"))
-    curves.write(lambda: overlay(cfg.runs) if several else curves.figure(cfg.runs[0]), out)
+    usual = "overlay.png" if len(cfg.runs) > 1 else "curves.png"
+    curves.write(lambda: report(cfg), cfg.out or str(Path(cfg.runs[0]) / usual))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ class SweepConfig:
     cache: str = "runs/study"  # where data directories and kept weights go
     device: Literal["auto", "cpu", "cuda"] = "auto"
     jobs: int = 0  # processes per device; 0: three on a GPU, else one
-    together: int = 0  # runs of one (E, k) that a process trains side by side; 0: three on a GPU, else one
     items: int = 100  # size of the measurements: problems for each number of steps
     keep: bool = False  # keep the final weights under CACHE/weights; runs that lack theirs are run again
     force: bool = False  # go on although the stop rule of a preset holds
@@ -52,7 +51,7 @@ class SweepConfig:
         for name in self.presets:
             require(name in PRESETS, "preset", name, f"use {', '.join(PRESETS)}")
         require(0 <= self.minutes < math.inf, "minutes", self.minutes, "use 0 (only say what is left) or more")
-        for name, least in (("jobs", 0), ("together", 0), ("items", 1)):
+        for name, least in (("jobs", 0), ("items", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"use {least} or more")
 
     @property
@@ -120,9 +119,11 @@ class Queue:
     def plan(self):
         """Ask the presets again: self.all is what they want, self.todo what nobody has begun of it."""
         self.all = planned(self.cfg, self.rows)
-        finished = {row["key"] for row in self.rows}
+        finished = {row["key"]: row["diverged"] for row in self.rows}
         busy = {*self.in_flight(), *self.failed}
-        self.todo = [r for r in self.all if r not in busy and (key(r) not in finished or self.weightless(r))]
+        # What diverged has no weights, however often it is run.
+        done = lambda run: key(run) in finished and (finished[key(run)] or not self.weightless(run))  # noqa: E731
+        self.todo = [run for run in self.all if run not in busy and not done(run)]
 
     def in_flight(self):
         return [run for runs in self.running.values() for run in runs]
@@ -132,10 +133,9 @@ class Queue:
         return f"{self.cfg.cache}/weights/{key(run)}" if self.cfg.keep else None
 
     def weightless(self, run):
-        """Finished, but to be run again for its weights. What diverged has none, however often it is run."""
-        path = self.kept(run)  # results.json is written last: a directory without it was cut off
-        diverged = any(row["key"] == key(run) and row["diverged"] for row in self.rows)
-        return path and not diverged and not os.path.exists(f"{path}/results.json")
+        """Whether its weights are wanted and not there. results.json, written last, marks a whole directory."""
+        path = self.kept(run)
+        return path and not os.path.exists(f"{path}/results.json")
 
     def left(self):
         if not (rest := [*self.todo, *self.in_flight(), *self.failed]):
@@ -163,7 +163,8 @@ class Queue:
 def sweep(cfg):
     """Run what is missing. Returns how many runs failed or were killed."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cfg.cuda else ["cpu"]
-    jobs, together = cfg.jobs or (3 if cfg.cuda else 1), cfg.together or (3 if cfg.cuda else 1)
+    together = 3 if cfg.cuda else 1  # runs of one (E, k) that a process trains side by side
+    jobs = cfg.jobs or together
     threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // (jobs * len(devices))))
     name = torch.cuda.get_device_name(devices[0]) if cfg.cuda else f"CPU, {threads} threads"
     rows = read(cfg.file, optional=True)
@@ -179,7 +180,7 @@ def sweep(cfg):
         for name in cfg.presets:
             rest = foreseen(name, rows)
             cost = gpu_minutes(rest, rows)
-            print(f"{name}: about {len(rest)} runs to its end" + f", {cost:.1f} minutes of one GPU" * bool(cost))
+            print(f"{name}: about {len(rest)} runs to its end" + (f", {cost:.1f} minutes of one GPU" if cost else ""))
         return 0
     make_directory(Path(cfg.file).parent, "results", cfg.file)  # what cannot be written is said now
     make_directory(cfg.cache, "cache", cfg.cache)
@@ -196,8 +197,8 @@ def sweep(cfg):
             worker.join(timeout=0 if tasks.running else 5)
             if worker.is_alive():
                 worker.terminate()  # its run is not in the file and will be done again
-        text = tasks.left() + f", {len(tasks.failed)} failed" * bool(tasks.failed)
-        print(text + f", {len(tasks.in_flight())} cut off" * bool(tasks.running), flush=True)
+        ends = {"failed": len(tasks.failed), "cut off": len(tasks.in_flight())}
+        print(", ".join([tasks.left(), *(f"{n} {how}" for how, n in ends.items() if n)]), flush=True)
     if lost:
         print(f"{lost} worker processes were killed, perhaps for want of memory: use fewer --jobs", flush=True)
     return len(tasks.failed) + lost
@@ -265,12 +266,11 @@ def start_workers(cfg, devices, lanes, threads):
 def line(row):
     """A finished run in words."""
     always = ("n_experts", "top_k", "lr", "seed")
-    fields = [f"{name}={x}" for name, x in row["run"].items() if name in always or x != getattr(Run, name)]
+    fields = " ".join(f"{name}={x}" for name, x in row["run"].items() if name in always or x != getattr(Run, name))
     if row["diverged"]:
-        return " ".join([*fields, "diverged"])
-    found = ", ".join(f"{task} {row[task]['loss']:.3f}" for task in TASKS if task in row)
-    speed = f"{row['seconds']:.1f} s ({row['tokens_per_s'] / 1e6:.2f} M tokens/s)"
-    return f"{' '.join(fields)}: loss {row['train_loss']:.3f}, {found}; {speed}"
+        return f"{fields}: diverged"
+    losses = "".join(f", {task} {row[task]['loss']:.3f}" for task in TASKS if task in row)
+    return f"{fields}: loss {row['train_loss']:.3f}{losses}; {row['seconds']:.1f} s"
 
 
 def main(argv=None):

@@ -12,7 +12,7 @@ from data import files
 from optimoe import config
 from optimoe.config import require
 from study import posttrain, results, rules
-from study.claims import CLAIMS, REMEDIES, decide, overall, still_lost, would_decide
+from study.claims import CLAIMS, REMEDIES, decide, overall, still_lost
 from study.execute import key
 from study.presets import PRESETS, foreseen
 from study.results import MIN_SEEDS, accuracy
@@ -77,10 +77,12 @@ def missing(presets, rows, posttrained, test):
         minutes = gpu_minutes(runs, rows) or 0.0
         if name == "votes" and posttrained:  # each model is post-trained and questioned too
             minutes += len(runs) * sum(sum(row["seconds"]) for row in posttrained) / len(posttrained) / 60
-        parts += [f"`{name}` {len(runs)} runs" + f", {minutes:.0f} min" * bool(minutes)] if runs else []
-    needed = test and not test.little and seeds_needed(test.effects.values(), test.margin)
-    parts += [f"at this spread {needed} seeds would decide"] if needed and needed > len(test.effects) else []
-    return "stopped by its rule; otherwise " * bool(stop) + ("; ".join(parts) or "nothing")
+        if runs:
+            parts.append(f"`{name}` {len(runs)} runs" + (f", {minutes:.0f} min" if minutes else ""))
+    needed = seeds_needed(test.effects.values(), test.margin) if test and not test.little else None
+    if needed and needed > len(test.effects):
+        parts.append(f"at this spread {needed} seeds would decide")
+    return ("stopped by its rule; otherwise " if stop else "") + ("; ".join(parts) or "nothing")
 
 
 def number(value):
@@ -103,7 +105,7 @@ def effect(test):
         return "no runs", "–"
     mean, low, high = interval(test.effects.values())
     shown = f"{number(mean)} ({number(low)} to {number(high)}) {test.unit}"
-    shown += f"; no vote: {test.note}" * (not test.votes)
+    shown += "" if test.votes else f"; no vote: {test.note}"
     return shown, "–" if low is None else f"{(high - low) / 2:.2g}"
 
 
@@ -176,8 +178,6 @@ def appendix(claims, rows):
             said = decide(test) if test.votes else f"no vote: {test.note}"
             if test.votes and len(test.effects) < MIN_SEEDS:
                 said += f" (fewer than {MIN_SEEDS} seeds)"
-            elif said == "undecided":
-                said += f" ({would_decide(test)})"
             if test.votes and test not in claim.settled:
                 said = f"so far {said}: its preset is not finished"
             effect = f"{number(mean)} {test.unit} | {number(low)} to {number(high)}"

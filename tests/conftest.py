@@ -18,7 +18,11 @@ torch.set_num_threads(1)  # tiny shapes; and the same bits as in the tests' subp
 import pytest  # noqa: E402
 
 from moe_kernels.language import MISSING  # noqa: E402
+from tests import interpreter  # noqa: E402
 from tests.checks import poisoned_empty  # noqa: E402
+
+if not MISSING and os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.reduce_whole_slices()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,9 +10,8 @@ from tests.checks import BOUNDS, DTYPES, check, rms_ratio
 
 def problem(T, F, dtype, device):
     g = torch.Generator().manual_seed(T + F)
-    return torch.randn(T, 2 * F, generator=g).to(device, dtype).requires_grad_(), torch.randn(T, F, generator=g).to(
-        device, dtype
-    )
+    h, da = (torch.randn(T, n, generator=g).to(device, dtype) for n in (2 * F, F))
+    return h.requires_grad_(), da
 
 
 def results(h, da, impl="triton", activation="swiglu"):

@@ -34,30 +34,15 @@ def test_equals_torch_in_float32(impl, device):
     weight, *_ = tensors(3000, device)
     theirs = torch.nn.Parameter(weight.clone())
     optimizer = torch.optim.AdamW([theirs], betas=(0.9, 0.999), weight_decay=0.1)
-    ours, moments, copy = (
-        weight.clone(),
-        [torch.zeros_like(weight), torch.zeros_like(weight)],
-        torch.empty_like(weight, dtype=HALF),
-    )
+    ours, moments = weight.clone(), [torch.zeros_like(weight), torch.zeros_like(weight)]
+    copy = torch.empty_like(weight, dtype=HALF)
     for step in range(1, 6):
         _, grad, *_ = tensors(3000, device, seed=step)
         optimizer.param_groups[0]["lr"] = 0.1 / step
         theirs.grad = grad * 0.5
         optimizer.step()
-        adamw_step(
-            ours,
-            grad,
-            *moments,
-            scalar(step, device),
-            0.1 / step,
-            0.9,
-            0.999,
-            1e-8,
-            0.1,
-            scale=scalar(0.5, device),
-            copy=copy,
-            impl=impl,
-        )
+        settings = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, scale=scalar(0.5, device))
+        adamw_step(ours, grad, *moments, scalar(step, device), 0.1 / step, **settings, copy=copy, impl=impl)
     check(ours - weight, theirs.detach() - weight, BOUNDS[FULL])
     for mine, name in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
         check(mine, optimizer.state[theirs][name], BOUNDS[FULL])
@@ -131,20 +116,10 @@ def test_skip_leaves_everything_untouched(impl, dtype, device):
     mine[1].fill_(float("nan"))
     copy = torch.ones_like(mine[0], dtype=HALF)
     for skip in (1.0, 0.0):
-        adamw_step(
-            *mine,
-            scalar(2, device),
-            1e-2,
-            **SETTINGS,
-            skip=scalar(skip, device),
-            scale=scalar("nan", device),
-            copy=copy,
-            impl=impl,
-        )
-        same = [
-            torch.equal(a, b)
-            for a, b in zip((mine[0], *mine[2:], copy), (before[0], *before[2:], torch.ones_like(copy)), strict=True)
-        ]
+        extras = dict(skip=scalar(skip, device), scale=scalar("nan", device), copy=copy, impl=impl)
+        adamw_step(*mine, scalar(2, device), 1e-2, **SETTINGS, **extras)
+        pairs = zip((mine[0], *mine[2:], copy), (before[0], *before[2:], torch.ones_like(copy)), strict=True)
+        same = [torch.equal(a, b) for a, b in pairs]
         assert all(same) if skip else not any(same)
     assert all(t.isnan().all() for t in (*mine, copy))  # no NaN is rounded to a number
 
@@ -169,23 +144,16 @@ def test_small_steps_and_a_falling_second_moment_survive_bfloat16(impl, device):
 def test_positions_beyond_32_bits_differ():
     """The hash takes the high word of the position too; checked on the twin, which has no memory to allocate for it."""
     key = lambda high: mix(mix(mix(torch.tensor(5)) ^ 3) ^ high)  # noqa: E731
-    assert (
-        mix(torch.arange(8) ^ key(1)).tolist()
-        != mix(torch.arange(8) ^ key(0)).tolist()
-        == random_bits(5, torch.tensor(3.0), 8, "cpu").tolist()
-    )
+    low, high = (mix(torch.arange(8) ^ key(word)) for word in (0, 1))
+    assert torch.equal(low, random_bits(5, torch.tensor(3.0), 8, "cpu")) and not torch.equal(low, high)
 
 
 def test_rounding_of_the_extremes():
     x = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1.0, -1.0, 1e-40])
     for noise in (0, 0x7FFF, 0xFFFF):
         up = round_to(HALF, x, torch.full(x.shape, noise))
-        assert (
-            torch.equal(up[:4].float(), x[:4])
-            and up[4].isnan()
-            and torch.equal(up[5:7].float(), x[5:7])
-            and 9e-41 < up[7].item() < 1.9e-40
-        )
+        assert torch.equal(up[:4].float(), x[:4]) and up[4].isnan() and torch.equal(up[5:7].float(), x[5:7])
+        assert 9e-41 < up[7].item() < 1.9e-40
 
 
 def test_bad_arguments(device):

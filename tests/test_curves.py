@@ -8,7 +8,7 @@ import pytest
 from optimoe import curves
 from study import show
 from tests.test_train import data_dir  # noqa: F401  a fixture
-from tests.test_train import run as train_run
+from tests.trainrun import run as train_run
 
 CONFIG = {
     "dense": False,
@@ -112,8 +112,11 @@ def test_a_run_of_one_row_is_seen(tmp_path, monkeypatch):
     one, two = (write_run(tmp_path / name, rows) for name, rows in (("one", [row(1)]), ("two", [row(1), row(2)])))
     dots = lambda fig: [line.get_marker() for axis in fig.axes for line in axis.lines if len(line.get_xdata()) == 1]  # noqa: E731
     assert dots(curves.figure(one)) == ["."] * 9 and dots(curves.figure(two)) == []
-    assert dots(show.overlay([one, two])) == ["."] * 3
-    for fig in (curves.figure(one), show.overlay([one, one])):  # and numbers of many digits below the axis do not touch
+    assert dots(show.overlay([str(one), str(two)])) == ["."] * 3
+    for fig in (
+        curves.figure(one),
+        show.overlay([str(one)] * 2),
+    ):  # and numbers of many digits below the axis do not touch
         fig.canvas.draw()
         boxes = [[label.get_window_extent() for label in axis.get_xticklabels()] for axis in fig.axes[:3]]
         assert all(a.x1 < b.x0 for labels in boxes for a, b in zip(labels, labels[1:], strict=False))
@@ -122,12 +125,12 @@ def test_a_run_of_one_row_is_seen(tmp_path, monkeypatch):
 
 
 def test_nothing_to_show_is_said(tmp_path):
-    with pytest.raises(SystemExit, match="holds no metrics.jsonl"):
+    with pytest.raises(ValueError, match="holds no metrics.jsonl"):
         show.main([str(tmp_path)])
     with pytest.raises(SystemExit, match="has logged no training step yet"):
         curves.main([str(write_run(tmp_path / "empty", []))])
     (tmp_path / "empty" / "metrics.jsonl").write_text('{"step": 1, "val_loss": 4}\n' + json.dumps(row(1))[:-5] + "\n")
-    with pytest.raises(SystemExit, match="empty/metrics.jsonl:2 is damaged"):
+    with pytest.raises(ValueError, match="empty/metrics.jsonl:2 is damaged"):
         show.main([str(tmp_path / "empty")])
     (tmp_path / "empty" / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
     with pytest.raises(SystemExit, match="error: .*No such file or directory: '/nonexistent"):
@@ -158,7 +161,7 @@ def test_tokens_are_what_was_read(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loss = curves.figure(run).axes[0]
     assert list(loss.lines[0].get_xdata()) == [1, 9] and list(loss.lines[1].get_xdata()) == [1]
-    assert list(show.overlay([run, run]).axes[0].lines[0].get_xdata()) == [1, 9]
+    assert list(show.overlay([str(run)] * 2).axes[0].lines[0].get_xdata()) == [1, 9]
     settings = json.loads((run / "config.json").read_text())
     (run / "metrics.jsonl").write_text(json.dumps(row(3)) + "\n")  # written before rows had a count
     assert curves.read(run)[1][0]["tokens"] == 3 * settings["batch_size"] * settings["seq_len"]
@@ -198,7 +201,7 @@ def test_a_run_of_grpo(tmp_path):
     run = write_run(tmp_path / "run", [{"step": 0, "test_reward": 0.05}, grpo_row(1), grpo_row(2)])
     (run / "config.json").write_text(json.dumps(GRPO_CONFIG))
     fig = curves.figure(run)
-    assert [axis.get_title().split()[0] for axis in fig.axes] == ["reward", "KL", "gradient", "answer,"]
+    assert [axis.get_title().split()[0] for axis in fig.axes] == ["share", "KL", "gradient", "length"]
     reward = fig.axes[0]
     assert len({line.get_color() for line in reward.lines}) == 2
     assert [list(line.get_ydata()) for line in reward.lines] == [[0.1, 0.2], [0.05]]

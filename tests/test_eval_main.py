@@ -157,7 +157,7 @@ ROW = json.dumps({"question": "1 egg?", "answer": "#### 1"}).encode()
     [
         (b"\xef\xbb\xbf" + ROW + b"\r\n" + ROW + b"\r\n", None),
         (b"\xef\xbb\xbf" + ROW + b"\n\n\xef\xbb\xbf" + ROW, None),
-        (gzip.compress(b"\xef\xbb\xbf" + ROW + b"\n" + ROW), None),
+        (gzip.compress(b"\xef\xbb\xbf" + ROW + b"\n" + ROW, mtime=0), None),
         (ROW + b"\n" + b"[" * 10**5 + b"\n", "{path}:2 is damaged"),
         (ROW + b'\n{"question": ' + b"9" * 5000 + b"}\n", "{path}:2 is damaged"),
         (ROW + b"\n" + ROW[:20] + b"\n", "{path}:2 is damaged"),
@@ -166,8 +166,8 @@ ROW = json.dumps({"question": "1 egg?", "answer": "#### 1"}).encode()
         (ROW + b'\n{"problem": "1"}\n', "gsm8k: {path} has rows of another form .KeyError.'question'"),
         (ROW + b'\n{"question": "1", "answer": null}\n', "gsm8k: item 1 has None as its answer"),
         (b"", "{path} must hold a JSON object for each item"),
-        (gzip.compress(ROW * 100)[:-10], "{path} is damaged"),
-        (gzip.compress(ROW * 100)[:30] + b"xxxx", "{path} is damaged"),
+        (gzip.compress(ROW * 100, mtime=0)[:-10], "{path} is damaged"),
+        (gzip.compress(ROW * 100, mtime=0)[:30] + b"xxxx", "{path} is damaged"),
     ],
 )
 def test_evaluation_sets_of_all_kinds(tiny_run, content, message):

@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[1]
 def test_a_failed_replace_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     files.replace(path, "old")
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         files.replace(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 

@@ -1,5 +1,6 @@
-"""Hugging Face checkpoints and the kernels inside transformers. Run: python -m pytest tests/test_hf.py (CPU; the
-comparisons with transformers 5 skip themselves where it is not installed)"""
+"""Hugging Face checkpoints and the kernels inside transformers (tokenizers: tests/test_hf_tokens.py).
+
+Run: python -m pytest tests/test_hf.py (CPU; comparisons with transformers 5 are skipped where it is not installed)"""
 
 import dataclasses
 import json
@@ -8,39 +9,21 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import tiktoken
 import torch
 
 pytest.importorskip("safetensors")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from data import fast, tokenizer  # noqa: E402
 from eval.__main__ import main as evaluate  # noqa: E402
 from eval.generate import generate  # noqa: E402
-from eval.taskloss import encode_pair  # noqa: E402
 from model import GPT, ModelConfig  # noqa: E402
-from optimoe import (
-    checkpoint,  # noqa: E402
-    hf,  # noqa: E402
-)
+from optimoe import checkpoint, hf  # noqa: E402
 from tests.checks import check  # noqa: E402
 from tests.evalrun import tiny_run  # noqa: E402, F401
 
-CFG = dict(
-    vocab_size=96,
-    seq_len=48,
-    d_model=64,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=16,
-    n_experts=4,
-    top_k=2,
-    d_expert=48,
-    init_std=0.3,
-    dtype="float32",
-)
+CFG = dict(vocab_size=96, seq_len=48, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, n_experts=4)
+CFG |= dict(top_k=2, d_expert=48, init_std=0.3, dtype="float32")
 KINDS = {
     "mixtral": {},
     "qwen3_moe": dict(qk_norm=True, router_normalize=False),
@@ -78,10 +61,8 @@ def test_save_and_load(kind, tmp_path):
         assert torch.equal(back(TOKENS).logits, model(TOKENS).logits)
         assert generate(back, [[5, 6]], 10) == generate(model, [[5, 6]], 10)
     half = hf.load_model(tmp_path / "one", dtype="bfloat16", impl="reference")
-    assert (
-        torch.equal(half.blocks[1].mlp.w_in, model.blocks[1].mlp.w_in.bfloat16())
-        and half(TOKENS).logits.dtype == torch.bfloat16
-    )
+    assert torch.equal(half.blocks[1].mlp.w_in, model.blocks[1].mlp.w_in.bfloat16())
+    assert half(TOKENS).logits.dtype == torch.bfloat16
 
 
 def test_names_and_layout_of_a_released_mixtral(tmp_path):
@@ -331,10 +312,8 @@ def test_evaluating_an_export_equals_evaluating_the_run(tiny_run):  # noqa: F811
 
 def test_a_failed_export_leaves_nothing_and_can_be_repeated(tiny_run, tmp_path, monkeypatch):  # noqa: F811
     pytest.importorskip("tokenizers")
-    export, failing = (
-        [str(tiny_run), str(tmp_path / "out")],
-        lambda *args: (_ for _ in ()).throw(ValueError("too late")),
-    )
+    export = [str(tiny_run), str(tmp_path / "out")]
+    failing = lambda *args: (_ for _ in ()).throw(ValueError("too late"))  # noqa: E731
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="the package tokenizers is not installed"):
         patch.setitem(sys.modules, "tokenizers", None)
         patch.setattr(checkpoint, "load_model", failing)  # before any work
@@ -351,93 +330,20 @@ def test_a_failed_export_leaves_nothing_and_can_be_repeated(tiny_run, tmp_path, 
             hf.main([export[0], out])
 
 
-@pytest.mark.parametrize(
-    "settings, template, bos",
-    [
-        ({}, True, [1]),
-        ({}, False, []),
-        ({"add_bos_token": False, "bos_token": "<s>"}, True, []),
-        ({"add_bos_token": True, "bos_token": {"content": "<s>"}}, False, [1]),
-    ],
-)
-def test_their_tokenizer(settings, template, bos, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(c): c - 29 for c in range(32, 127)}}
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
-    fast.decoder = tokenizers.decoders.Fuse()
-    fast.add_special_tokens(["<unk>", "<s>", "</s>"])
-    if template:
-        fast.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-        )
-    fast.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2, "vocab_size": 128}))
-    tokens = hf.load_tokens(tmp_path)
-    assert (tokens.bos, tokens.eos, tokens.n_vocab) == (bos, [2], 98)
-    assert tokens.encode("a b") == [68, 3, 69] and tokens.decode([68, 3, 69, 2]) == "a b"
-
-
-@pytest.mark.parametrize("dummy", ["always", "never"])
-def test_sentencepiece_keeps_every_space(dummy, tmp_path):
-    """Llama's and Mixtral's kind of tokenizer puts a space in front of a text and drops it in decoding. A continuation
-    begins with its own."""
-    tokenizers = pytest.importorskip("tokenizers")
-    merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁", "x")]
-    vocab = {
-        word: i
-        for i, word in enumerate(["<unk>", "<s>", "▁", "▁▁", "▁▁▁▁", "▁x", *"\nabcdefghijklmnopqrstuvwxyz():+1"])
-    }
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>"))
-    put = [tokenizers.normalizers.Prepend("▁")] if dummy == "always" else []
-    drop = [tokenizers.decoders.Strip(" ", 1, 0)] if dummy == "always" else []
-    fast.normalizer = tokenizers.normalizers.Sequence([*put, tokenizers.normalizers.Replace(" ", "▁")])
-    fast.decoder = tokenizers.decoders.Sequence(
-        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), *drop]
-    )
-    fast.enable_truncation(8)
-    fast.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": len(vocab), "eos_token_id": 0}))
-    tokens = hf.load_tokens(tmp_path)
-    prompt, body = "def f(x):\n", "    return x + 1\n    x\n"
-    whole = tokens.encode(prompt + body)
-    assert tokens.decode(whole[len(tokens.encode(prompt)) :]) == body  # also: not cut at 8 tokens
-    for text, cut in ((prompt + body, i) for i in range(1, len(prompt + body))):
-        context, answer, _ = encode_pair(tokens, text[:cut], text[cut:])
-        spelled = "".join(fast.id_to_token(i) for i in [*context, *answer]).replace("▁", " ")
-        assert spelled == (" " if dummy == "always" else "") + text and tokens.decode(answer) == text[cut:]
-    assert encode_pair(tokens, "a ", "x")[2]  # merges
-
-
-def test_a_tokenizer_of_another_model(tmp_path):
-    enc = tokenizer.train_bpe(["tick tock " * 9], 260)
-    pytest.importorskip("tokenizers")
-    hf.save_tokens(enc, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 200}))
-    with pytest.raises(
-        ValueError,
-        match=r"vocab_size=200: .*tokenizer.json has token 2\d\d: it is of another model",
-    ):
-        hf.load_tokens(tmp_path).encode("tick tock")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json is damaged"):
-        hf.load_tokens(tmp_path)
-
-
 def test_results_belong_to_all_that_made_them(tmp_path):
     """Other weights of the same sizes, or another tokenizer, in the same folder."""
     names = set()
+    router = "model.layers.1.block_sparse_moe.gate.weight"
+
+    def change_the_router():
+        changed = {k: v + (k == router) for k, v in load_file(tmp_path / hf.SINGLE).items()}
+        save_file(changed, tmp_path / hf.SINGLE, metadata={"format": "pt"})
+
+    tokenizer_file = tmp_path / "tokenizer.json"
     for change in (
         lambda: hf.save_model(make(), tmp_path),
-        lambda: (tmp_path / "tokenizer.json").write_text("{}"),
-        lambda: save_file(
-            {
-                k: v + (k == "model.layers.1.block_sparse_moe.gate.weight")
-                for k, v in load_file(tmp_path / hf.SINGLE).items()
-            },
-            tmp_path / hf.SINGLE,
-            metadata={"format": "pt"},
-        ),
+        lambda: tokenizer_file.write_text("{}"),
+        change_the_router,
     ):
         change()
         names.add(hf.fingerprint(tmp_path))
@@ -446,114 +352,27 @@ def test_results_belong_to_all_that_made_them(tmp_path):
     assert len(names) == 3 and hf.fingerprint(tmp_path, Path(__file__)) not in names
 
 
-SPELLED = [
-    "<|endoftext|>",
-    "a<|endoftext|> b",
-    "<|fim_prefix|>",
-    "<|endoftext|><|endoftext|>",
-    "< |endoftext|>",
-    "<|end",
-]
-
-
-@pytest.mark.parametrize("special", [{}, {"<|fim_prefix|>": 1000}], ids=["end of text", "gaps and others"])
-def test_text_that_spells_a_special_token_is_ordinary_as_in_the_run(special, tmp_path):
-    """Item by item, the exported tokenizer gives what the run's gives, and so does transformers with that folder."""
-    pytest.importorskip("tokenizers")
-    ranks = tokenizer.train_bpe([" ".join(SPELLED) * 20], 300)._mergeable_ranks
-    end = len(ranks) + 7 * bool(special)
-    enc = tiktoken.Encoding(
-        "x", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens={tokenizer.EOT: end, **special}
-    )
-    hf.save_tokens(enc, tmp_path)
-    ours, run = hf.load_tokens(tmp_path), tokenizer.tiktoken_tokens(enc)
-    assert (ours.bos, ours.n_vocab) == (run.bos, run.n_vocab) == ([end], 1 + max([end, *special.values()]))
-    for text in SPELLED:
-        assert ours.encode(text) == run.encode(text) and end not in ours.encode(text), text
-        assert ours.decode(ours.encode(text)) == text
-    edit(tmp_path / "tokenizer_config.json", lambda settings: settings.pop("split_special_tokens"))
-    assert hf.load_tokens(tmp_path).encode(SPELLED[0]) == [end]  # other people's folders keep their rule
-    hf.save_tokens(enc, tmp_path)
-    transformers = pytest.importorskip("transformers", minversion="5")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert [theirs.encode(text, add_special_tokens=False) for text in SPELLED] == list(map(ours.encode, SPELLED))
-
-
-def test_the_vocabulary_ends_at_the_highest_id(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 40}, unk_token="a")).save(
-        str(tmp_path / "tokenizer.json")
-    )
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
-    assert hf.load_tokens(tmp_path).n_vocab == 41  # of two entries
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0, "vocab_size": 30}))
-    assert hf.load_tokens(tmp_path).n_vocab == 30
-
-
-def test_an_exported_tokenizer_is_the_same(tmp_path):
-    pytest.importorskip("tokenizers")
-    text = (Path(__file__).read_text() + "Größe 東京 1234.5  \n\n\t x\u00a0y 'LL we'll") * 2
-    enc = tokenizer.train_bpe([text], 700)
-    hf.save_tokens(enc, tmp_path)
-    tokens = hf.load_tokens(tmp_path)
-    assert tokens.encode(text) == enc.encode_ordinary(text) and tokens.decode(tokens.encode(text)) == text
-    assert tokens.bos == [enc.eot_token] and tokens.n_vocab == enc.n_vocab
-
-
-def test_a_tokenizer_of_another_model_is_exported_too(tmp_path):
-    """A run on data prepared with one: the same ids and texts, the same begin and end."""
-    tokenizers = pytest.importorskip("tokenizers")
-    vocab = {"<s>": 0, "</s>": 1, **{chr(c): c - 30 for c in range(32, 127)}}
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    theirs.decoder = tokenizers.decoders.Fuse()
-    theirs.add_special_tokens(["<s>", "</s>"])
-    for begin in ([0], []):
-        enc = fast.Fast(theirs.to_str(), begin, 1, "theirs")
-        hf.save_tokens(enc, tmp_path)
-        tokens, run = hf.load_tokens(tmp_path), tokenizer.tiktoken_tokens(enc)
-        assert (tokens.bos, tokens.eos, tokens.n_vocab) == (begin, [1], run.n_vocab)
-        text = "a </s> b"
-        assert tokens.encode(text) == run.encode(text) and tokens.decode(tokens.encode(text)) == text
-
-
 # ---- against transformers
+
+
+SPECIFIC = {
+    "mixtral": ("Mixtral", dict(intermediate_size=48, num_local_experts=4)),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        dict(intermediate_size=80, moe_intermediate_size=48, num_experts=4, head_dim=32, norm_topk_prob=True),
+    ),
+    "olmoe": ("Olmoe", dict(intermediate_size=48, num_experts=4)),
+}
 
 
 def theirs(kind, **overrides):
     transformers = pytest.importorskip("transformers", minversion="5")
-    common = dict(
-        vocab_size=96,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts_per_tok=2,
-        max_position_embeddings=48,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=None,
-        **overrides,
-    )
+    (name, specific), shape = SPECIFIC[kind], dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    common = dict(vocab_size=96, num_hidden_layers=2, num_experts_per_tok=2, max_position_embeddings=48)
+    common |= dict(initializer_range=0.3, bos_token_id=1, eos_token_id=None, pad_token_id=None)
     torch.manual_seed(0)
-    model = {
-        "mixtral": lambda: transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(**common, intermediate_size=48, num_local_experts=4)
-        ),
-        "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
-            transformers.Qwen3MoeConfig(
-                **common,
-                intermediate_size=80,
-                moe_intermediate_size=48,
-                num_experts=4,
-                head_dim=32,
-                norm_topk_prob=True,
-            )
-        ),
-        "olmoe": lambda: transformers.OlmoeForCausalLM(
-            transformers.OlmoeConfig(**common, intermediate_size=48, num_experts=4)
-        ),
-    }[kind]().eval()
+    config = getattr(transformers, name + "Config")(**shape | common | specific | overrides)
+    model = getattr(transformers, name + "ForCausalLM")(config).eval()
     for name, weight in model.named_parameters():
         if "norm" in name:
             weight.data.uniform_(0.5, 1.5)
@@ -567,9 +386,8 @@ def test_equals_transformers_both_ways(kind, tmp_path):
     model.save_pretrained(tmp_path / "released", max_shard_size="100KB")
     with torch.no_grad():
         expected = model(TOKENS).logits
-    greedy = model.generate(TOKENS[:, :8], attention_mask=torch.ones(3, 8), do_sample=False, max_new_tokens=24)[
-        :, 8:
-    ].tolist()
+    options = dict(attention_mask=torch.ones(3, 8), do_sample=False, max_new_tokens=24)
+    greedy = model.generate(TOKENS[:, :8], **options)[:, 8:].tolist()
     assert len({tuple(row) for row in greedy}) == 3
     ours = hf.load_model(tmp_path / "released")
     check(ours(TOKENS).logits, expected, 1e-5)
@@ -580,13 +398,11 @@ def test_equals_transformers_both_ways(kind, tmp_path):
         check(back(TOKENS).logits, expected, 1e-5, "back")
 
 
-@pytest.mark.parametrize(
-    "kind, impl, length",
-    [("mixtral", None, 20), ("qwen3_moe", None, 20), ("olmoe", None, 20), ("mixtral", "triton", 4)],
-)
-def test_the_kernels_inside_transformers(kind, impl, length, device):
+@pytest.mark.parametrize("kind, impl", [*((kind, None) for kind in SPECIFIC), ("mixtral", "triton")])
+def test_the_kernels_inside_transformers(kind, impl, device):
     """Loss, logits and every gradient are those of the eager loop over experts."""
-    model, tokens = theirs(kind).to(device), TOKENS[:, :length].to(device)
+    small = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32) if impl else {}  # the interpreter is slow
+    model, tokens = theirs(kind, **small).to(device), (TOKENS[:1, :4] if impl else TOKENS).to(device)
     from moe_kernels import transformers as adapter
 
     def run(experts):
@@ -600,9 +416,8 @@ def test_the_kernels_inside_transformers(kind, impl, length, device):
     expected, results = run("eager"), run(adapter.NAME)
     for name, truth in expected.items():
         check(results[name], truth, 1e-5, name)
-    assert any(
-        not torch.equal(results[name], truth) for name, truth in expected.items()
-    )  # it was another implementation
+    # It was another implementation.
+    assert any(not torch.equal(results[name], truth) for name, truth in expected.items())
 
 
 def test_other_experts_are_refused():

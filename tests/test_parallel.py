@@ -19,13 +19,8 @@ from model import GPT
 from optimoe import checkpoint, parallel
 from optimoe.config import parse
 from optimoe.parallel import Sharded
-from tests.test_train import (
-    ROOT,
-    SMALL,
-    cut_at,
-    data_dir,  # noqa: F401  a fixture
-    rows,
-)
+from tests.test_train import data_dir  # noqa: F401  a fixture
+from tests.trainrun import ROOT, SMALL, cut_at, rows
 from train import TrainConfig, main, train
 
 # Two micro-batches, the balance loss of the global batch, shared experts.

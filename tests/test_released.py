@@ -136,16 +136,14 @@ def test_from_download_to_figures(work, capsys, monkeypatch):
     assert "2 models are done, 0 are left: 0.0 GB to download, no time" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["a letter to a friend", '{"model": "torn'])
-def test_a_plan_changes_no_file(text, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="results=.*no line of it is whole; name another file"):
-        released.main(["--plan", f"--results={path}", f"--out={tmp_path}"])
-    assert path.read_text() == text
-    path.write_text(json.dumps(files.sign({"model": "x", "tasks": {}, "limit": 0})) + "\n" + text)
+def test_a_plan_changes_no_file(tmp_path):
+    path, words = tmp_path / "rows.jsonl", [f"--out={tmp_path}", "--own="]
+    path.write_text("a letter to a friend")
+    with pytest.raises(ValueError, match="rows.jsonl, line 1: not JSON"):
+        released.main(["--plan", f"--results={path}", *words])
+    path.write_text(json.dumps(files.sign({"model": "x", "limit": 0, "tasks": {}})) + '\n{"model": "torn')
     before = path.read_bytes()
-    released.main(["--plan", f"--results={path}", f"--out={tmp_path}"])
+    released.main(["--plan", f"--results={path}", *words])
     assert path.read_bytes() == before
 
 
@@ -153,11 +151,15 @@ def test_what_was_there_stays_and_what_is_missing_is_named(work, capsys):
     run, server, tmp_path = work
     hub.folder(name_of(FIRST), "hf")
     del server.models[name_of(SECOND)]
-    rows = run("--calibrate=false", "--limit=1")
+    with pytest.raises(SystemExit, match="error: 1 of 2 models were not evaluated; the same command") as failed:
+        run("--calibrate=false", "--limit=1")
+    reason = f"hf='{name_of(SECOND)}': neither a directory nor a model at"
+    assert f"\n  {SECOND}: {reason}" in str(failed.value)  # a text as the exit status: printed last, and 1
+    rows = files.read_rows(tmp_path / "rows.jsonl")[0]
     assert [row["model"] for row in rows] == [FIRST] and hub.place(name_of(FIRST)).exists()
     printed = capsys.readouterr().out
-    assert f"hf='{name_of(SECOND)}': neither a directory nor a model at" in printed
-    assert f"not evaluated, see above: {SECOND}" in printed and "1 models are done, 1 are left" in printed
+    assert reason in printed and "1 models are done, 1 are left" in printed
+    assert (tmp_path / "out/README.md").exists()  # what there is was drawn
     assert "(from 1 measured)" in printed
     server.models[name_of(SECOND)] = server.models[name_of(FIRST)]
     assert [row["model"] for row in run("--calibrate=false", "--limit=1", "--keep")] == [FIRST, SECOND]
@@ -179,7 +181,7 @@ def test_mistakes(tmp_path):
     with pytest.raises(ValueError, match="grid='d640': no model is of these"):
         released.ReleasedConfig(grid=("d640",))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"model": "x"}) + "\n")
-    with pytest.raises(ValueError, match="rows.jsonl:1.*no row of such a file"):
+    with pytest.raises(ValueError, match="rows.jsonl, line 1: not a row of such a results file, it lacks limit, tasks"):
         released.main([f"--results={tmp_path / 'rows.jsonl'}", "--plan"])
 
 

@@ -17,16 +17,8 @@ import train as train_file
 from data import shards
 from model import GPT
 from optimoe import checkpoint, config, guard
-from tests.test_train import (
-    ROOT,
-    SMALL,
-    data_dir,  # noqa: F401  a fixture
-    differences,
-    launch,
-    rows,
-    run,
-    snapshot,
-)
+from tests.test_train import data_dir  # noqa: F401  a fixture
+from tests.trainrun import ROOT, SMALL, differences, launch, rows, run, snapshot
 from train import main
 
 

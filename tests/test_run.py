@@ -1,6 +1,7 @@
 """What train.py and grpo.py share: refused starts, config.json, the log, counts, ranks. CPU, gloo.
 
 Run: python -m pytest tests/test_run.py"""
+# ruff: noqa: F811  three fixtures are imported
 
 import dataclasses
 import json
@@ -23,18 +24,10 @@ from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from eval import report
 from optimoe import checkpoint, config, guard, run
-from tests.test_grpo import SHORT, start  # noqa: F401  a fixture
-from tests.test_train import (
-    ROOT,
-    SMALL,
-    cut_at,
-    data_dir,  # noqa: F401  a fixture
-    differences,
-    rows,
-    snapshot,
-    whole_run,  # noqa: F401  a fixture
-)
-from tests.test_train import run as train_run
+from tests.test_grpo import SHORT, start  # noqa: F401
+from tests.test_train import data_dir, whole_run  # noqa: F401
+from tests.trainrun import ROOT, SMALL, cut_at, differences, rows, snapshot
+from tests.trainrun import run as train_run
 from train import TrainConfig, main
 
 
@@ -70,7 +63,7 @@ HUGE = [
 
 
 @pytest.mark.parametrize("flags", HUGE)
-def test_sizes_that_cannot_be_allocated(data_dir, tmp_path, flags):  # noqa: F811
+def test_sizes_that_cannot_be_allocated(data_dir, tmp_path, flags):
     too_much = r"parameters and .* need .* GiB of memory or more, and there are .*: use a small"
     too_much += r"|[a-z_]+=[0-9]+: use 1,073,741,824 or less|batch_size=.*: a batch of so many tokens cannot be made"
     with pytest.raises(ValueError, match=too_much):
@@ -89,7 +82,7 @@ def test_numbers_beyond_64_bits(name):
 @pytest.mark.parametrize(
     "flags", ["--questions=1000000000000", "--batch-prompts=1024000000000", "--group-size=1000000000"]
 )
-def test_answers_that_cannot_be_held(start, tmp_path, flags):  # noqa: F811
+def test_answers_that_cannot_be_held(start, tmp_path, flags):
     with pytest.raises(ValueError, match="questions and .* answers a step need .* GiB of memory or more"):
         grpo.main([*SHORT, f"--model={start}", f"--out-dir={tmp_path / 'out'}", flags])
     assert not (tmp_path / "out").exists()
@@ -111,8 +104,10 @@ SMALL_MIXTURE = MixtureConfig(
 )
 
 
-def test_a_refused_start_removes_only_what_it_made(data_dir, tmp_path):  # noqa: F811
+def test_a_refused_start_removes_only_what_it_made(tmp_path, monkeypatch):
     """Whatever refuses it: a checkpoint to start from, a size."""
+    build = procedural.build
+    monkeypatch.setattr(procedural, "build", lambda directory, seed: build(directory, SMALL_MIXTURE))
     for flags in (["--upcycle-from=/nonexistent"], ["--vocab-size=9"]):
         with pytest.raises((ValueError, FileNotFoundError)):
             main([*SMALL, "--n-layers=1", *flags, f"--out-dir={tmp_path / 'new/run'}"])
@@ -126,7 +121,7 @@ def test_a_refused_start_removes_only_what_it_made(data_dir, tmp_path):  # noqa:
 
 
 @pytest.mark.parametrize("length, n_samples", [(1, None), (2, 2)])
-def test_windows_too_short_for_samples(data_dir, tmp_path, length, n_samples):  # noqa: F811
+def test_windows_too_short_for_samples(data_dir, tmp_path, length, n_samples):
     found = train_run(data_dir, tmp_path / "out", f"--seq-len={length}", "--steps=1").get("samples")
     assert (found and len(found)) == n_samples
 
@@ -134,7 +129,7 @@ def test_windows_too_short_for_samples(data_dir, tmp_path, length, n_samples):  
 # ---- config.json
 
 
-def test_damage_to_config_json_is_found(whole_run, tmp_path):  # noqa: F811
+def test_damage_to_config_json_is_found(whole_run, tmp_path):
     """Any digit, letter or name that changes is refused with the name of the file, and nothing is changed."""
     cut = cut_at(whole_run[0], tmp_path / "cut", 4)
     path = cut / "config.json"
@@ -160,7 +155,7 @@ def json_equal(a, b):
 @pytest.mark.parametrize(
     "name, value", [("lr", 2e-2), ("beta2", 0.5), ("eps", 1e-7), ("weight_decay", 0.2), ("z_coef", 0.1), ("steps", 9)]
 )
-def test_a_config_that_is_not_the_checkpoints_is_refused_by_name(whole_run, tmp_path, name, value):  # noqa: F811
+def test_a_config_that_is_not_the_checkpoints_is_refused_by_name(whole_run, tmp_path, name, value):
     cut = cut_at(whole_run[0], tmp_path / "cut", 4)
     without_crc(cut / "config.json", **{name: value})
     true = checkpoint.read(cut)["config"][name]
@@ -172,7 +167,7 @@ def test_a_config_that_is_not_the_checkpoints_is_refused_by_name(whole_run, tmp_
     assert rows(cut) == rows(whole_run[0])
 
 
-def test_flags_are_judged_with_the_values_of_the_run(data_dir, tmp_path):  # noqa: F811
+def test_flags_are_judged_with_the_values_of_the_run(data_dir, tmp_path):
     """Four ranks times two micro-batches is no multiple of the default batch, but of this run's."""
     train_run(data_dir, tmp_path / "out", "--batch-size=48", "--steps=1")
     for flags in ([f"--resume={tmp_path / 'out'}"], ["--resume", str(tmp_path / "out")]):
@@ -183,7 +178,7 @@ def test_flags_are_judged_with_the_values_of_the_run(data_dir, tmp_path):  # noq
         run.parse(TrainConfig, [*flags, "--grad-accum=5"])
 
 
-def test_a_resumed_run_stays_where_it_is(data_dir, tmp_path):  # noqa: F811
+def test_a_resumed_run_stays_where_it_is(data_dir, tmp_path):
     train_run(data_dir, tmp_path / "out", "--steps=1")
     moved = shutil.move(tmp_path / "out", tmp_path / "moved")
     for same in ([], [f"--out-dir={moved}/"]):
@@ -196,7 +191,7 @@ def test_a_resumed_run_stays_where_it_is(data_dir, tmp_path):  # noqa: F811
             run.parse(TrainConfig, [f"--resume={wrong}"])
 
 
-def test_flags_of_a_killed_resumption_stay(whole_run, tmp_path, monkeypatch):  # noqa: F811
+def test_flags_of_a_killed_resumption_stay(whole_run, tmp_path, monkeypatch):
     """Resumed with another rate and killed before its next checkpoint, a run goes on with that rate."""
     cut = cut_at(whole_run[0], tmp_path / "cut", 4)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -208,7 +203,7 @@ def test_flags_of_a_killed_resumption_stay(whole_run, tmp_path, monkeypatch):  #
     main([f"--resume={cut}", "--steps=7"])
 
 
-def test_config_of_a_grpo_run(start, tmp_path):  # noqa: F811
+def test_config_of_a_grpo_run(start, tmp_path):
     out = tmp_path / "out"
     small = ["--batch-prompts=4", "--mini-batch=4", "--eval-every=0"]
     grpo.main([*SHORT, f"--model={start}", f"--out-dir={out}", *small, "--steps=1"])
@@ -226,7 +221,7 @@ def test_config_of_a_grpo_run(start, tmp_path):  # noqa: F811
 LATER = ["weights", "muon_momentum", "max_loss", "qk_norm_joint", "bad_steps", "deterministic"]
 
 
-def test_a_run_of_an_earlier_version_goes_on(whole_run, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_of_an_earlier_version_goes_on(whole_run, tmp_path, monkeypatch):
     """Fields that did not exist yet are absent, others had another name or were deleted since."""
     monkeypatch.setitem(config.RENAMED, "learning_rate", "lr")
     monkeypatch.setitem(config.RENAMED, "fast", None)
@@ -258,7 +253,7 @@ def test_what_was_done_before_a_field_existed():
 # ---- counts and the log
 
 
-def test_tokens_are_counted_when_the_batch_changes(whole_run, tmp_path):  # noqa: F811
+def test_tokens_are_counted_when_the_batch_changes(whole_run, tmp_path):
     for old in (False, True):
         cut = cut_at(whole_run[0], tmp_path / f"cut-{old}", 4)
         if old:  # an earlier version counted nothing
@@ -271,7 +266,7 @@ def test_tokens_are_counted_when_the_batch_changes(whole_run, tmp_path):  # noqa
 
 
 @pytest.mark.parametrize("kind", ["lost", "torn", "damaged", "not a row"])
-def test_a_gap_in_the_log_is_said(whole_run, tmp_path, capsys, kind):  # noqa: F811
+def test_a_gap_in_the_log_is_said(whole_run, tmp_path, capsys, kind):
     cut = cut_at(whole_run[0], tmp_path / "cut", 8)
     log = cut / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)[:-1] + [b""]
@@ -287,7 +282,7 @@ def test_a_gap_in_the_log_is_said(whole_run, tmp_path, capsys, kind):  # noqa: F
     assert "has lost" not in capsys.readouterr().out  # what was logged after the checkpoint is logged again
 
 
-def test_the_log_reaches_the_disk_before_the_checkpoint(data_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_the_log_reaches_the_disk_before_the_checkpoint(data_dir, tmp_path, monkeypatch):
     seen, fsync, save = [], os.fsync, checkpoint.save
     link = lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))  # noqa: E731
     monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(link(handle)), fsync(handle))[1])
@@ -323,7 +318,7 @@ class Recorder(ModuleType):
     close = finish
 
 
-def test_rows_go_to_tensorboard_and_wandb(data_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_rows_go_to_tensorboard_and_wandb(data_dir, tmp_path, monkeypatch):
     board, wandb = Recorder(), Recorder()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
@@ -342,11 +337,12 @@ def test_rows_go_to_tensorboard_and_wandb(data_dir, tmp_path, monkeypatch):  # n
     assert board.purged == 5  # what was logged after the checkpoint is logged again
 
 
-def test_a_missing_logger_is_one_line(data_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_a_missing_logger_is_one_line(data_dir, tmp_path, monkeypatch):
     for kind, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=f"log='{kind}': the package is not installed: pip install {kind}"):
             train_run(data_dir, tmp_path / "out", f"--log={kind}")
+    assert config.parse(TrainConfig, ["--logger=wandb"]).log == "wandb"  # torchrun takes --log for a flag of its own
     with pytest.raises(ValueError, match="log='tensorbord': use tensorboard, wandb, or both with a comma"):
         train_run(data_dir, tmp_path / "out", "--log=tensorbord")
     assert not (tmp_path / "out").exists()
@@ -355,7 +351,7 @@ def test_a_missing_logger_is_one_line(data_dir, tmp_path, monkeypatch):  # noqa:
 # ---- training without validation, and steps that are skipped
 
 
-def test_training_without_validation(data_dir, tmp_path, capsys):  # noqa: F811
+def test_training_without_validation(data_dir, tmp_path, capsys):
     """No validation data, or none wanted: no row, said once, samples of what was trained on."""
     data = tmp_path / "data"
     shutil.copytree(data_dir, data)
@@ -374,7 +370,7 @@ def test_training_without_validation(data_dir, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("log_every", [1, 3])
-def test_skipping_goes_on_until_ten_in_a_row(data_dir, tmp_path, log_every):  # noqa: F811
+def test_skipping_goes_on_until_ten_in_a_row(data_dir, tmp_path, log_every):
     from tests.test_reliability import poisoned
 
     flags = ["--val-every=0", "--bad-steps=skip", f"--log-every={log_every}", "--checkpoint-every=0", "--steps=24"]
@@ -418,10 +414,10 @@ def start_rank(program, flags, rank, port, before="pass"):
     return subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT, env=env, **pipes)
 
 
-@pytest.mark.parametrize("program", ["train", "grpo"])
-@pytest.mark.parametrize("moment", ["before it came", "in its first work"])
-def test_rank_0_killed_at_the_start(data_dir, start, tmp_path, program, moment):  # noqa: F811
-    """The other one ends soon, with one line, and not after the half hour that a rank may wait later."""
+@pytest.mark.parametrize("program, moment", [("train", "before it came"), ("grpo", "in its first work")])
+def test_rank_0_killed_at_the_start(data_dir, start, tmp_path, program, moment):
+    """The other one ends soon, with one line, and not after the half hour that a rank may wait later. Both programs are
+    started by run.launch."""
     flags = {"train": [*SMALL, f"--data={data_dir}"], "grpo": [*SHORT, f"--model={start}"]}[program]
     flags = [*flags, f"--out-dir={tmp_path / 'out'}"]
     with socket.socket() as free:
@@ -439,9 +435,6 @@ def test_rank_0_killed_at_the_start(data_dir, start, tmp_path, program, moment):
 
 
 def test_a_run_of_the_other_program_is_named(tmp_path):
-    import grpo
-    import train
-
     for cls, kept, ours, theirs in (
         (grpo.GRPOConfig, {"steps": 3, "vocab_size": 64}, "grpo.py", "train.py"),
         (train.TrainConfig, {"steps": 3, "group_size": 5}, "train.py", "grpo.py"),

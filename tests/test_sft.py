@@ -1,20 +1,23 @@
 """Training on examples, and within documents: python -m pytest tests/test_sft.py (CPU)"""
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import sample
 import train
 from data import prepare
 from data.loader import Loader
-from optimoe import checkpoint, hf, start
+from optimoe import checkpoint, hf, hub, start
 from tests.checks import check
 from tests.test_start import KINDS, ROOT, losses, released  # noqa: F401  a fixture
-from tests.test_train import cut_at, differences, rows
+from tests.trainrun import cut_at, differences, rows
 
 FLAGS = "--device=cpu --dtype=float32 --curves=false --batch-size=8 --seq-len=48 --lr=1e-3 --warmup-steps=2"
 FLAGS = f"{FLAGS} --log-every=1 --val-every=2 --val-batches=1 --sample-tokens=4 --balance-coef=0 --z-coef=0".split()
@@ -65,7 +68,7 @@ def test_a_step_is_that_of_transformers_on_each_example_alone(kind, released, ex
     for name, p in ours.named_parameters():
         check(p.grad, expected[name], 1e-5, name)
     run(released, examples, tmp_path / "run", "--steps=1", "--grad-accum=4", kind=kind)
-    row = rows(tmp_path / "run")[0]
+    _, row, *_ = rows(tmp_path / "run")  # the first one is the validation of the start
     assert (row["loss"], row["grad_norm"]) == pytest.approx((total, norm.item()), rel=1e-5)
 
 
@@ -98,6 +101,46 @@ def test_it_learns_resumes_and_forgets_no_document(released, examples, tmp_path)
     assert rows(cut) == rows(tmp_path / "whole")
     states = [checkpoint.read(out) for out in (cut, tmp_path / "whole")]
     assert differences(*states) == [] and states[0]["config"]["document_mask"]
+
+
+def test_a_run_on_chats_keeps_the_template(released, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """sample.py asks the run by it, and an export has it, for transformers too."""
+    pytest.importorskip("jinja2")
+    end = "<|endoftext|>"
+    source = f"{{% for m in messages %}}:{{{{ m.content }}}}{end}{{% endfor %}}"
+    source += "{% if add_generation_prompt %}:{% endif %}"
+    model = tmp_path / "model"
+    shutil.copytree(released / "qwen3_moe", model)
+    (model / "chat_template.jinja").write_text(source)
+    settings = json.loads((model / "tokenizer_config.json").read_text()) | {"split_special_tokens": False}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yy"}] for i in range(99)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    prepare.main([str(tmp_path / "chats.jsonl"), f"--out={tmp_path / 'data'}", f"--tokenizer={model}", "--sft",
+                  "--val_fraction=0.1"])  # fmt: skip
+    out = tmp_path / "run"
+    train.main([f"--init-from={model}", f"--data={tmp_path / 'data'}", f"--out-dir={out}", *FLAGS, "--steps=1"])
+    hf.main([str(out), str(tmp_path / "export")])
+    assert (tmp_path / "export" / "chat_template.jinja").read_text() == source
+    said = []
+    for place in (f"--run={out}", f"--hf={tmp_path / 'export'}", f"--hf={model}"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sample, "generate", lambda model, prompts, *args, **options: said.extend(prompts) or [[5]])
+            sample.main([place, "--prompt=1", "--device=cpu", "--max-new-tokens=2"])
+    # The end of a message is a special token, not the letters of its name.
+    assert said[0] == said[1] == said[2] == [ord(":"), ord("1"), 256, ord(":")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("0123456789\n" * 9))  # more than the model can read
+    said.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "generate", lambda model, prompts, *args, **options: said.extend(prompts) or [[53]])
+        sample.main([f"--run={out}", "--device=cpu", "--max-new-tokens=2"])
+    lengths = list(map(len, said))
+    assert lengths == [13, 28, *[43] * 7] and max(lengths) < 48  # the oldest turns are forgotten
+    model.rename(tmp_path / "moved")
+    hub.folder.cache_clear()
+    hf.main([str(out), str(tmp_path / "without")])  # the model that it started from is gone
+    assert "has a chat template, it is not used" in capsys.readouterr().err
+    assert not (tmp_path / "without" / "chat_template.jinja").exists()
 
 
 def test_plain_text_by_option(released, tmp_path):  # noqa: F811

@@ -132,6 +132,10 @@ def test_what_flags_do_not_say(released, tmp_path):
     assert (cfg["d_model"], cfg["qk_norm_joint"], cfg["vocab_size"], cfg["seq_len"]) == (64, True, 320, 64)
     train.main([f"--resume={tmp_path / 'run'}", "--steps=3"])
     assert len(checkpoint.find(tmp_path / "run")) == 2
+    for flag in ("init_from", "upcycle_from"):
+        other = f"--{flag}={released / 'mixtral'}"
+        with pytest.raises(ValueError, match=f"{flag}='.*mixtral': the checkpoint has .*; resume without|one place"):
+            train.main([f"--resume={tmp_path / 'run'}", "--steps=4", other])
 
 
 def test_help_shows_the_defaults_of_fine_tuning(released, capsys):
@@ -148,6 +152,7 @@ MISTAKES = {
     "init_from='nowhere': no such directory": ["--init-from=nowhere"],
     "init_from='.': no published model; a run becomes one": ["--init-from=."],
     "the weights come from one place": ["--upcycle-from=x"],
+    "preset='tiny': the sizes are those of init_from": ["--preset=tiny"],
 }
 
 
@@ -159,11 +164,18 @@ def test_mistakes(match, released, tmp_path):
 
 
 def test_data_of_another_tokenizer_is_refused(released, tmp_path):
-    enc = tokenizer.encoding({bytes([255 - b]): b for b in range(256)})
-    with shards.ShardWriter(tmp_path / "data", enc) as writer:
-        writer.add("train", [*range(200)] * 9 + [256])
-    with pytest.raises(ValueError, match="its tokenizer is not that of .*mixtral: prepare the text with `data.prepare"):
-        run(released, "mixtral", tmp_path / "run", f"--data={tmp_path / 'data'}")
+    backwards = {bytes([255 - b]): b for b in range(256)}
+    larger = tokenizer.encoding(backwards | {b"ab" + bytes([b]): 256 + b for b in range(99)})
+    for name, other in (
+        ("data", tokenizer.encoding(backwards)),
+        ("larger", larger),
+    ):  # the second has more tokens than the model
+        with shards.ShardWriter(tmp_path / name, other) as writer:
+            writer.add("train", [*range(200)] * 9 + [other.eot_token])
+        with pytest.raises(
+            ValueError, match="its tokenizer is not that of .*mixtral: prepare the text with `data.prep"
+        ):
+            run(released, "mixtral", tmp_path / "run", f"--data={tmp_path / name}")
 
 
 # ---- GRPO

@@ -2,6 +2,7 @@
 Run: python -m pytest tests/test_upcycle.py (CPU or GPU)"""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,24 +10,12 @@ import torch
 from data import shards, tokenizer
 from model import GPT, ModelConfig
 from optimoe import checkpoint, upcycle
+from optimoe.config import parse
 from tests.checks import check
-from train import main
+from train import TrainConfig, main
 
-DENSE = ModelConfig(
-    vocab_size=64,
-    seq_len=16,
-    d_model=32,
-    n_layers=2,
-    n_heads=2,
-    n_kv_heads=1,
-    head_dim=16,
-    n_experts=8,
-    top_k=2,
-    d_expert=32,
-    dense=True,
-    init_std=0.2,
-    qk_norm=True,
-)  # hidden width 64
+SHAPE = dict(vocab_size=64, seq_len=16, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16)
+DENSE = ModelConfig(**SHAPE, n_experts=8, top_k=2, d_expert=32, dense=True, init_std=0.2, qk_norm=True)  # width 64
 TOKENS = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -158,7 +147,7 @@ def test_not_a_dense_checkpoint(tmp_path):
 
 
 def test_in_training_step_0_has_the_dense_loss(tmp_path):
-    """train.py --upcycle-from: the validation loss before the first real step is that of the dense run."""
+    """train.py --upcycle-from: the first line of the log has the validation loss of the dense run."""
     data = tmp_path / "data"
     enc = tokenizer.word_tokenizer([])
     with shards.ShardWriter(data, enc) as writer:
@@ -170,9 +159,12 @@ def test_in_training_step_0_has_the_dense_loss(tmp_path):
     rest = "--batch-size=4 --warmup-steps=1 --init-std=0.2 --val-every=0 --val-batches=4 --sample-tokens=0"
     flags = f"{shape} {rest} --curves=false --device=cpu --data={data}".split()
     dense = main([*flags, "--dense", "--steps=10", f"--out-dir={tmp_path / 'dense'}"])
-    start = [f"--upcycle-from={tmp_path / 'dense'}", "--steps=1", "--lr=0"]
-    mixture = main([*flags, *start, f"--out-dir={tmp_path / 'moe'}"])
-    assert (
-        mixture["val_loss"] == pytest.approx(dense["val_loss"], rel=1e-5)
-        and mixture["parameters"] > dense["parameters"]
-    )
+    flags = f"{rest} --curves=false --device=cpu --upcycle-from={tmp_path / 'dense'} --steps=2 --lr=1e-2".split()
+    mixture = main([*flags, f"--out-dir={tmp_path / 'moe'}"])  # sizes and data are those of the dense run
+    first, *others = [json.loads(line) for line in (tmp_path / "moe" / "metrics.jsonl").read_text().splitlines()]
+    assert first["step"] == 0 and first["val_loss"] == pytest.approx(dense["val_loss"], rel=1e-5)
+    assert others[-1]["val_loss"] < first["val_loss"] and mixture["parameters"] > dense["parameters"]
+    main([f"--resume={tmp_path / 'moe'}", "--steps=3"])  # goes on from its own weights
+    assert json.loads((tmp_path / "moe" / "metrics.jsonl").read_text().splitlines()[0]) == first
+    wider = parse(TrainConfig, [*flags, "--d-expert=64", "--n-experts=8"])
+    assert (wider.d_expert, wider.n_experts, wider.top_k, wider.dense, wider.data) == (64, 8, 2, False, str(data))
