@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from bench.problem import Cost
-from bench.results import Results, cli
+from bench.results import Results
 from bench.step import balance, make_step, model_shape, parse, step_times
 from bench.timing import MIB
 from optimoe import parallel
-from optimoe.config import require
+from optimoe.config import command_line, require
 from optimoe.exchange import group_size
 from optimoe.faststep import fast_step
 from optimoe.sizes import count_params, flops_per_token
@@ -129,4 +129,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(command_line(main))

@@ -8,6 +8,7 @@ pass, for which the host must know the numbers of rows.
 
 import os
 import time
+from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from model import MoE, compute_dtype
 from moe_kernels import moe_experts, remote
 from optimoe.config import require
 
+RUN_MINUTES = 30  # that ranks wait for one another: rank 0 may be writing a large checkpoint
 ROOM = 1.5  # rows that a rank has buffers for, as a multiple of its share
 
 
@@ -48,8 +50,9 @@ def make_groups(size, rank, world):
     if size == world:
         return Groups(None, rank, world, None, 0, 1)
     ranks = torch.arange(world, device="cpu").view(-1, size)
-    experts, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
-    copies, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+    wait = timedelta(minutes=RUN_MINUTES)
+    experts, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=wait)
+    copies, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=wait)
     return Groups(experts, rank % size, size, copies, rank // size, world // size)
 
 

@@ -28,11 +28,11 @@ import torch.distributed as dist
 from data import files
 from optimoe import checkpoint, config, guard, parallel
 from optimoe.config import make_directory, require
+from optimoe.exchange import RUN_MINUTES
 from optimoe.load import pick_device
 
 CPU = torch.device("cpu")
 START_SECONDS = 60  # that ranks wait for one another at the start, where one that died closes no connection
-RUN_MINUTES = 30  # and later: rank 0 may be writing a large checkpoint
 RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and one process has
 STOPPED = "stopped; continue with --resume from the last checkpoint; without one, the same command starts again"
 

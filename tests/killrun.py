@@ -50,7 +50,7 @@ def main():
         resuming = (out / "config.json").exists()
         seen["fresh_starts"] += not resuming
         spare, start = seen["kills"] >= kills, newest()
-        die_at_write = 0 if spare or seen["kills"] % 2 else rng.randint(1, 1600)  # about four checkpoints
+        die_at_write = 0 if spare or seen["kills"] % 2 else rng.randint(1, 300)  # within about four checkpoints
         child = os.fork()
         if not child:
             try:

@@ -22,6 +22,7 @@ import torch._dynamo  # noqa: F401  optimisers import it: a second that no rank 
 import torch.distributed as dist
 
 import train
+from moe_kernels import remote
 from optimoe import checkpoint, exchange, parallel
 
 
@@ -37,6 +38,7 @@ def show_memories(room, directory):
         barrier()
         return [own if rank == groups.index else map_file(rank) for rank in range(groups.size)], barrier
 
+    sys.modules["moe_kernels.dispatch"].CHUNK = 32  # Triton's interpreter would spend most of its time in the sort
     exchange.ROOM, exchange.open_memory, exchange.reachable = room, open_memory, lambda *_: True
     exchange.Limit.exceeded = lambda limit: repeated.append(exceeded(limit)) or repeated[-1]
     return repeated
@@ -74,6 +76,7 @@ def rank_main(rank, world, port, flags, directory, room=None, die_at=None, slice
         train.main(flags)
         if room:
             print(f"repeated steps: {sum(repeated)}", flush=True)
+            remote.LAYERS.clear()  # their barriers know the groups, which those of symmetric memory do not
         left = [name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text())]
         assert not left, left  # threads that would outlive the interpreter
         status = 0

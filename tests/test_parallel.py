@@ -146,13 +146,17 @@ def test_ranks_equal_one_process(runs, case):
 
 def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
     """Four ranks, then two or one; two, then four; four with ep, then two with ddp; the reverse; two groups, then one
-    group; the reverse: as if unbroken."""
+    group; the reverse: as if unbroken. A run of fsdp, an engine that is gone, goes on as ddp, bit for bit."""
     to_two, to_one = (cut_at(runs / "ddp-4-muon", tmp_path / name, 4) for name in ("two", "one"))
     to_four = cut_at(runs / "ddp-2-muon", tmp_path / "four", 4)
     to_ddp, to_ep = (cut_at(runs / name, tmp_path / f"{name}-cut", 4) for name in ("ep-4-muon", "one-muon-8"))
     to_group, to_groups = (cut_at(runs / f"{name}-4-muon", tmp_path / name, 4) for name in ("groups", "ep"))
+    old = cut_at(runs / "ddp-2-muon", tmp_path / "old", 4)
+    values = json.loads((old / "config.json").read_text()) | {"parallel": "fsdp"}
+    files.write_json(old / "config.json", {name: value for name, value in values.items() if name != "crc"})
     ranks(
         [
+            [2, [f"--resume={old}"]],
             [4, [f"--resume={to_group}", "--ep-size=0"]],
             [4, [f"--resume={to_groups}", "--ep-size=2"], HOW["groups-4-muon"]],
             [2, [f"--resume={to_two}"]],
@@ -166,6 +170,7 @@ def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
     for run, one in [(run, "one-muon-5") for run in five] + [(run, "one-muon-8") for run in eight]:
         same_log(run, runs / one, rtol=3e-4)
         same_state(run, runs / one, bound=3e-3)
+    same_log(old, runs / "ddp-2-muon", rtol=0)
 
 
 def test_no_thread_of_a_process_group_is_left(monkeypatch):
@@ -200,69 +205,74 @@ def test_groups_that_do_not_come_out_even(flags, said, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_of_the_engine_that_is_gone_goes_on_as_ddp(runs, tmp_path):
-    old = cut_at(runs / "ddp-2-muon", tmp_path / "old", 4)
-    path = old / "config.json"
-    values = json.loads(path.read_text()) | {"parallel": "fsdp"}
-    files.write_json(path, {name: value for name, value in values.items() if name != "crc"})
-    ranks([[2, [f"--resume={old}"]]])
-    same_log(old, runs / "ddp-2-muon", rtol=0)
+HALF = ["--dtype=bfloat16", "--optimizer=adamw", "--grad-accum=1", "--n-experts=8", "--checkpoint-every=2", "--steps=6"]
+WEIGHTS = ("float32", "bfloat16")
 
 
-HALF = ["--dtype=bfloat16", "--optimizer=adamw", "--grad-accum=1", "--n-experts=8", "--checkpoint-every=2"]
+@pytest.fixture(scope="module")
+def halves(data_dir, tmp_path_factory):  # noqa: F811
+    """Runs in bfloat16: of one process, whole ones of both engines, these cut and resumed; one with a rank that is
+    killed in a checkpoint, before and after it is resumed, and what its ranks said."""
+    base, jobs = tmp_path_factory.mktemp("halves"), []
+    for weights in WEIGHTS:
+        flags = [*SMALL, *HALF, f"--data={data_dir}", f"--weights={weights}"]
+        main([*flags, f"--out-dir={base / weights}"])
+        jobs += [[2, [*flags, f"--parallel={engine}", f"--out-dir={base / engine}-{weights}"]] for engine in ENGINES]
+    killed = [*SMALL, *HALF, f"--data={data_dir}", "--parallel=ep", f"--out-dir={base / 'killed'}"]
+    (base / "output").write_text(ranks([*jobs, [2, killed, {"die_at": 27}]], failing=1))
+    shutil.copytree(base / "killed", base / "again")
+    names = [f"{engine}-{weights}" for engine, weights in product(ENGINES, WEIGHTS)]
+    resumed = [cut_at(base / name, base / f"resumed-{name}", 4) for name in names] + [base / "again"]
+    ranks([[2, [f"--resume={run}"]] for run in resumed])
+    return base
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-def test_bfloat16_engines_train_alike_and_resume(data_dir, tmp_path, weights):  # noqa: F811
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_bfloat16_engines_train_alike_and_resume(halves, weights):
     """As on GPUs: ranks hold bfloat16 copies and slices of float32 weights, or bfloat16 weights. Losses are those of
     one process to bfloat16's roundings; a checkpoint has the dtypes of one process, and going on changes no bit."""
-    flags = [*SMALL, *HALF, f"--data={data_dir}", f"--weights={weights}", "--steps=6"]
-    main([*flags, f"--out-dir={tmp_path / 'one'}"])
-    ranks([[2, [*flags, f"--parallel={engine}", f"--out-dir={tmp_path / engine}"]] for engine in ENGINES])
-    one = checkpoint.read(tmp_path / "one")["model"]
+    kinds = lambda run: {name: (t.shape, t.dtype) for name, t in checkpoint.read(run)["model"].items()}  # noqa: E731
     for engine in ENGINES:
-        losses = [[row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("one", engine)]
+        runs = halves / weights, halves / f"{engine}-{weights}"
+        losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in runs]
         np.testing.assert_allclose(*losses, rtol=5e-3)
-        state = checkpoint.read(tmp_path / engine)["model"]
-        assert {name: (t.shape, t.dtype) for name, t in state.items()} == {
-            name: (t.shape, t.dtype) for name, t in one.items()
-        }
-        resumed = cut_at(tmp_path / engine, tmp_path / f"resumed-{engine}", 4)
-        ranks([[2, [f"--resume={resumed}"]]])
-        same_log(resumed, tmp_path / engine, rtol=0)
-        same_state(resumed, tmp_path / engine, bound=0)
+        assert kinds(runs[0]) == kinds(runs[1])
+        resumed = halves / f"resumed-{engine}-{weights}"
+        same_log(resumed, runs[1], rtol=0)
+        same_state(resumed, runs[1], bound=0)
 
 
-def test_a_rank_killed_in_a_checkpoint_leaves_the_one_before(data_dir, tmp_path):  # noqa: F811
-    flags = [*SMALL, *HALF, f"--data={data_dir}", "--parallel=ep", "--steps=6"]
-    jobs = [
-        [2, [*flags, f"--out-dir={tmp_path / 'whole'}"]],
-        [2, [*flags, f"--out-dir={tmp_path / 'cut'}"], {"die_at": 27}],
-    ]
-    said = ranks(jobs, failing=1)
-    assert "rank 0 lost its connection to another rank" in said, said
-    (first, _), *others = checkpoint.find(tmp_path / "cut")
-    assert first == 2 and not others and (tmp_path / "cut" / "ckpt.tmp").exists()
-    ranks([[2, [f"--resume={tmp_path / 'cut'}"]]])
-    same_log(tmp_path / "cut", tmp_path / "whole", rtol=0)
-    same_state(tmp_path / "cut", tmp_path / "whole", bound=0)
-    sizes = {path.stat().st_size for run in ("cut", "whole") for _, path in checkpoint.find(tmp_path / run)}
+def test_a_rank_killed_in_a_checkpoint_leaves_the_one_before(halves):
+    killed, again, whole = halves / "killed", halves / "again", halves / "ep-float32"
+    assert "rank 0 lost its connection to another rank" in (halves / "output").read_text()
+    assert [step for step, _ in checkpoint.find(killed)] == [2] and (killed / "ckpt.tmp").exists()
+    same_log(again, whole, rtol=0)
+    same_state(again, whole, bound=0)
+    sizes = {path.stat().st_size for run in (again, whole) for _, path in checkpoint.find(run)}
     assert max(sizes) - min(sizes) < 4096, sizes  # the paths in them differ
 
 
-NEARBY = "--parallel=ep --impl=triton --grad-accum=2 --n-layers=1 --d-expert=16 --batch-size=4 --seq-len=8 --steps=2"
+NEARBY = "--parallel=ep --grad-accum=2 --n-layers=1 --d-expert=16 --batch-size=8 --seq-len=4 --steps=2 --log-every=1"
 
 
 def test_kernels_carry_tokens_as_the_exact_exchange_does(data_dir, tmp_path):  # noqa: F811
-    """Ranks whose memories are shared files. With little room steps are repeated exactly, and no token is lost."""
-    flags = [*SMALL, *NEARBY.split(), f"--data={data_dir}", "--val-every=0", "--val-batches=1", "--log-every=1"]
-    rooms = {"exact": {}, "wide": {"room": 2}, "tight": {"room": 1.02}}
-    said = ranks([[2, [*flags, f"--out-dir={tmp_path / name}"], how] for name, how in rooms.items()])
-    for name in ("wide", "tight"):
+    """Ranks whose memories are shared files. With little room steps are repeated exactly, and no token is lost, also
+    where only one of two groups gets too many."""
+    flags = [*SMALL, *NEARBY.split(), f"--data={data_dir}", "--val-batches=0", "--sample-tokens=0"]
+    jobs = {"exact": (2, 0, {}), "wide": (2, 0, {"room": 2}), "tight": (2, 0, {"room": 1.02})}
+    jobs["groups"] = 4, 2, {"room": 1.2}
+    said = ranks(
+        [
+            [n, [*flags, f"--ep-size={size}", f"--out-dir={tmp_path / name}"], how]
+            for name, (n, size, how) in jobs.items()
+        ]
+    )
+    for name in ("wide", "tight", "groups"):
         same_log(tmp_path / name, tmp_path / "exact", rtol=2e-5)
         same_state(tmp_path / name, tmp_path / "exact", bound=1e-4)
     repeated = [int(line.split()[-1]) for line in said.splitlines() if line.startswith("repeated steps: ")]
     assert repeated[:2] == [0, 0] and repeated[2] == repeated[3] > 0, said
+    assert len(repeated) == 8 and len(set(repeated[4:])) == 1 and repeated[4] > 0, said
 
 
 def test_a_bad_step_stops_all_ranks_with_a_dump_of_each(runs):

@@ -27,7 +27,7 @@ def test_sigkill_at_any_moment_changes_no_bit(data_dir, tmp_path):  # noqa: F811
     flags = [
         *SMALL,
         f"--data={data_dir}",
-        "--steps=60",
+        "--steps=40",
         "--checkpoint-every=1",
         "--log-every=1",
         "--val-every=10",
