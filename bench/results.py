@@ -30,7 +30,6 @@ import triton
 from bench.problem import Cost, Shape
 from bench.timing import times_ms
 from data import files
-from optimoe.config import command_line as cli  # noqa: F401  # the name by which bench.node takes it
 
 ADDED = ["share", "exposed_ms", "nccl_ms", "python_ms"]  # older files lack these columns
 COLUMNS = (
