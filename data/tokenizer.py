@@ -52,9 +52,10 @@ def train_bpe(texts, vocab_size):
     require_size(vocab_size)
     lib = library()
     splits = lib.pre_tokenizers.Split(lib.Regex(PATTERN), "isolated")
+    short = lib.pre_tokenizers.Split(lib.Regex("(?m:.{1,1000})"), "isolated")  # a longer piece takes quadratic time
     spelling = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe = lib.Tokenizer(lib.models.BPE())
-    bpe.pre_tokenizer = lib.pre_tokenizers.Sequence([splits, spelling])
+    bpe.pre_tokenizer = lib.pre_tokenizers.Sequence([splits, short, spelling])
     alphabet = dict(vocab_size=vocab_size - 1, initial_alphabet=spelling.alphabet())
     bpe.train_from_iterator(texts, lib.trainers.BpeTrainer(show_progress=False, **alphabet))
     # GPT-2's alphabet spells printable bytes as themselves and the others as the characters from 256 on.
