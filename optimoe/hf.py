@@ -135,7 +135,8 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
 def model_config(raw):
     """The ModelConfig of a config.json; ValueError for what model.py does not compute."""
     kind = raw.get("model_type")
-    require(kind in FAMILIES, "model_type", kind, f"{CONFIG} must name one of {', '.join(FAMILIES)}")
+    known = isinstance(kind, str) and kind in FAMILIES
+    require(known, "model_type", kind, f"{CONFIG} must name one of {', '.join(FAMILIES)}")
     family, types = FAMILIES[kind], {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 
     def get(name, kind=int, default=None):
@@ -144,7 +145,7 @@ def model_config(raw):
         require(fits, name, value, f"{CONFIG} needs {kind.__name__} there")
         return value
 
-    rope = get("rope_parameters", dict, {}) or get("rope_scaling", dict, {})
+    rope = get("rope_scaling", dict, {}) or get("rope_parameters", dict, {})  # as transformers chooses
     layers = {str(layer) for layer in get("layer_types", list, [])}
     seen = {"rope_type": rope.get("rope_type", rope.get("type"))}
     seen["layer_types"] = [] if layers in (set(), {"full_attention"}, {"sliding_attention"}) else sorted(layers)
@@ -159,10 +160,16 @@ def model_config(raw):
     experts = next((name for name in ("num_local_experts", "num_experts") if raw.get(name)), family.n_experts)
     names = FIELDS | {"n_experts": experts, "d_expert": family.d_expert}
     found = {name: get(names[name], types[name], default.get(name)) for name in names if name not in family.fixed}
-    found["rope_theta"] = float(rope.get("rope_theta") or found["rope_theta"])
+    theta = rope.get("rope_theta") or found["rope_theta"]
+    require(type(theta) in (int, float), "rope_theta", theta, f"{CONFIG} needs float there")
+    found["rope_theta"] = float(theta)
     if kind == "mixtral" or raw.get("use_sliding_window") or "sliding_attention" in layers:
         found["seq_len"] = min(found["seq_len"], get("sliding_window", int, 2**30))  # there it hides nothing
-    cfg = ModelConfig(**found, **family.fixed)
+    try:
+        cfg = ModelConfig(**found, **family.fixed)
+    except ValueError as error:
+        ours, _, rest = str(error).partition("=")
+        raise ValueError(f"{CONFIG}: {names.get(ours, ours)}={rest}") from None
     as_wide = kind != "olmoe" or cfg.n_heads * cfg.head_dim == cfg.d_model
     require(as_wide, "head_dim", cfg.head_dim, "in OLMoE the heads together are as wide as the model")
     return cfg
@@ -256,9 +263,12 @@ def load_tokens(directory) -> Tokens:
         for name in (TOKENIZER_CONFIG, CONFIG, GENERATION)
     )
     ids_of = enc.encode_ordinary if settings.get("split_special_tokens") else enc.encode_control
-    named = (found.get("eos_token_id") for found in (generation, raw))
-    eos = next((token for token in named if token is not None), enc.eot_token)
-    rows = raw.get("vocab_size", 2**40)
+    rows, eos = raw.get("vocab_size", 2**40), [enc.eot_token]
+    for found in (raw, generation):
+        if (named := found.get("eos_token_id")) is not None:
+            eos = named if isinstance(named, list) else [named]
+            fits = eos and all(type(token) is int and 0 <= token < rows for token in eos)
+            require(fits, "eos_token_id", named, f"{directory} must name ids of tokens, below {rows}")
 
     def encode(text):
         ids = ids_of(text)
@@ -266,7 +276,7 @@ def load_tokens(directory) -> Tokens:
         require(most < rows, "vocab_size", rows, f"{directory / TOKENIZER} has token {most}: it is of another model")
         return ids
 
-    return Tokens(encode, enc.decode, enc.begin, eos if isinstance(eos, list) else [eos], min(enc.n_vocab, rows))
+    return Tokens(encode, enc.decode, enc.begin, eos, min(enc.n_vocab, rows))
 
 
 def save_tokens(enc, directory, chat_template=None):

@@ -136,8 +136,10 @@ def test_bad_folders_name_what_is_wrong(tmp_path):
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
 def test_fields_that_change_the_computation_are_refused_by_name(kind, tmp_path):
     hf.save_model(make(**KINDS[kind]), tmp_path)
-    whole = (tmp_path / hf.CONFIG).read_text()
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}  # rope_scaling comes before it
+    whole = json.dumps(json.loads((tmp_path / hf.CONFIG).read_text()) | rope)
     for name, value in (
+        ("model_type", [kind]),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("clip_qkv", 8.0),
@@ -152,6 +154,7 @@ def test_fields_that_change_the_computation_are_refused_by_name(kind, tmp_path):
         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
         ("rope_parameters", {"full_attention": {"rope_theta": 1e6}}),
         ("rope_parameters", {"partial_rotary_factor": 0.25}),
+        ("rope_parameters", {"rope_theta": "a"}),
         ("num_hidden_layers", 10**9),
         ("num_attention_heads", "4"),
         ("num_attention_heads", -4),
@@ -164,8 +167,7 @@ def test_fields_that_change_the_computation_are_refused_by_name(kind, tmp_path):
         ("tie_word_embeddings", "yes"),
     ):
         (tmp_path / hf.CONFIG).write_text(json.dumps(json.loads(whole) | {name: value}))
-        ours = {"hidden_size": "d_model", "max_position_embeddings": "seq_len", "num_experts_per_tok": "top_k"}
-        names = f"{name}|{ours.get(name, name)}|rope_type|partial_rotary_factor|n_heads|n_kv_heads|embed_tokens"
+        names = f"{name}|rope_type|partial_rotary_factor|rope_theta|num_key_value_heads|embed_tokens"
         with pytest.raises(ValueError, match=names) as caught:
             hf.load_model(tmp_path)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500

@@ -1,6 +1,7 @@
 """Tokenizers of Hugging Face folders, read and written. Run: python -m pytest tests/test_hf_tokens.py (CPU)"""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,10 @@ def test_the_vocabulary_ends_at_the_highest_id(tmp_path):
     assert hf.load_tokens(tmp_path).n_vocab == 41  # of two entries
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0, "vocab_size": 30}))
     assert hf.load_tokens(tmp_path).n_vocab == 30
+    for eos in (30, -1, [0, 1.0]):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos, "vocab_size": 30}))
+        with pytest.raises(ValueError, match=re.escape(f"eos_token_id={eos!r}: ")):
+            hf.load_tokens(tmp_path)
 
 
 def test_an_exported_tokenizer_is_the_same(tmp_path):
