@@ -345,6 +345,7 @@ class ExportConfig:
     run: str  # run directory or checkpoint file of train.py or grpo.py
     out: str  # new folder
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; float32: as trained
+    seq_len: int = 0  # max_position_embeddings in config.json; 0: what the run was trained with
 
 
 def main(argv=None):
@@ -355,7 +356,7 @@ def main(argv=None):
     new = not out.exists() or out.is_dir() and not any(out.iterdir())
     require(new, "out", cfg.out, "it exists already; name a new folder")
     make_directory(out.parent, "out", cfg.out)
-    model = checkpoint.load_model(path)
+    model = checkpoint.load_model(path, **{"seq_len": cfg.seq_len} if cfg.seq_len else {})
     run_dir = path if path.is_dir() else path.parent
     enc, started_from = tokenizer.load(checkpoint.training_data(run_dir)), hub.origin(run_dir)
     template = chat.template_source(started_from)[0] if started_from else None
