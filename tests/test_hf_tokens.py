@@ -118,7 +118,8 @@ def test_the_vocabulary_ends_at_the_highest_id(tmp_path):
     assert hf.load_tokens(tmp_path).n_vocab == 41  # of two entries
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0, "vocab_size": 30}))
     assert hf.load_tokens(tmp_path).n_vocab == 30
-    for eos in (30, -1, [0, 1.0]):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
+    for eos in ("a", 30, -1, [], [0, 1.0]):
         (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos, "vocab_size": 30}))
         with pytest.raises(ValueError, match=re.escape(f"eos_token_id={eos!r}: ")):
             hf.load_tokens(tmp_path)
