@@ -34,6 +34,11 @@ class SampleConfig(ModelChoice):
     stop: str = ""  # end before this text; several with | between them, \n is a line end
     chat: bool = True  # use the chat template of a published model if it has one, and remember the conversation
 
+    def stops(self):
+        stops = tuple(stop.replace("\\n", "\n") for stop in self.stop.split("|") if stop)
+        require(stops or not self.stop, "stop", self.stop, "there is no text in it")
+        return stops
+
 
 class Stream:
     """Prints the text of growing ids, but for an unfinished character or what may turn out to begin a stop string."""
@@ -52,7 +57,7 @@ class Stream:
 
 def write(loaded, ids, cfg, number):
     """Generate the text of this number after ids, print it as it grows, and return it."""
-    (model, tokens, *_), stops = loaded, tuple(stop.replace("\\n", "\n") for stop in cfg.stop.split("|") if stop)
+    (model, tokens, *_), stops = loaded, cfg.stops()
     room, stream = model.cfg.seq_len - len(ids), Stream(tokens, stops)
     require(room > 0, "prompt", f"{len(ids)} tokens", f"the model reads {model.cfg.seq_len} at most; shorten it")
     options = {name: getattr(cfg, name) for name in ("temperature", "top_p", "top_k", "seed")}
@@ -66,7 +71,8 @@ def lines():
     sign = "> " if sys.stdin.isatty() else ""
     print(sign, end="", flush=True)
     for line in sys.stdin:
-        yield line.rstrip("\n")
+        if line.strip():
+            yield line.rstrip("\n")
         print(sign, end="", flush=True)
 
 
@@ -83,9 +89,11 @@ def chat_encoder(cfg, tokens):
 def main(argv=None):
     cfg = parse(SampleConfig, sys.argv[1:] if argv is None else argv, __doc__)
     require(cfg.number >= 1, "number", cfg.number, "use 1 or more")
+    cfg.stops()
     loaded, messages = load(cfg), []
     encode_chat = chat_encoder(cfg, loaded.tokens) if cfg.chat else None
     for prompt in [cfg.prompt] if cfg.prompt else lines():
+        prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")  # of bytes that are no text
         messages.append({"role": "user", "content": prompt})
         ids = encode_chat(messages) if encode_chat else context_ids(loaded.tokens, prompt)
         while encode_chat and len(ids) >= loaded.model.cfg.seq_len and len(messages) > 1:

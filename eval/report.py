@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import resource
+import shlex
 from datetime import timedelta
 
 import torch
@@ -192,8 +193,9 @@ def own_flags(cfg, without):
 def next_steps(run_dir, cfg, sources, results):
     """What to try after a run, as commands that fit this machine."""
     parts = [f"{directory}:{weight:g}" if len(sources) > 1 else str(directory) for directory, weight in sources]
+    run_dir = shlex.quote(str(run_dir))
     commands = {f"python train.py --resume={run_dir} --steps={2 * cfg.steps}": "go on"}
-    again = f"python train.py --data={','.join(parts)}"
+    again = f"python train.py --data={shlex.quote(','.join(parts))}"
     if cfg.dense:
         commands[again + own_flags(cfg, "dense")] = "experts instead of dense layers, on the same data"
     elif cfg.n_experts < 1024 and not cfg.init_from:
@@ -203,6 +205,6 @@ def next_steps(run_dir, cfg, sources, results):
         small = " --steps=10 --batch_prompts=64 --mini_batch=32 --eval_questions=100"
         small = "" if torch.cuda.is_available() else small
         commands[f"python grpo.py --model={run_dir}{small}"] = "reinforcement learning on the reasoning problems"
-    commands[f"python -m study.show {run_dir} RUN..."] = "runs over one another"
+    commands[f"python -m study.show {run_dir}"] = "its curves; several runs: over one another"
     commands["python -m data.prepare --help"] = "text of your own"
     return "\n".join(["", "what to try next:", *(f"  {command}  # {what}" for command, what in commands.items())])

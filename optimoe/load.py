@@ -54,11 +54,11 @@ class Loaded(NamedTuple):
 
 def load(cfg: ModelChoice) -> Loaded:
     """What a ModelChoice names. ValueError or OSError says what is missing, damaged or does not fit together."""
-    device, directory = pick_device(cfg), cfg.data_directory()
+    device = pick_device(cfg)
     if cfg.hf:
         from optimoe import hf  # only these need its packages
 
-        folder = hub.folder(cfg.hf, "hf")
+        folder, directory = hub.folder(cfg.hf, "hf"), cfg.data_directory()
         model = hf.load_model(folder, device, cfg.dtype, cfg.impl)
         tokens = run_tokens(directory, model) if directory else hf.load_tokens(folder)
         name = hf.fingerprint(folder, *([directory / tokenizer.FILE] if directory else []), title=hub.title(cfg.hf))
@@ -68,7 +68,7 @@ def load(cfg: ModelChoice) -> Loaded:
         path = checkpoint.find(path)[-1][1]
     model = frozen(checkpoint.load_model(path, device, dtype=cfg.dtype, impl=cfg.impl))
     results = path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}"
-    return Loaded(model, run_tokens(directory, model), path.name, results)
+    return Loaded(model, run_tokens(cfg.data_directory(), model), path.name, results)
 
 
 def pick_device(cfg, local_rank=0):

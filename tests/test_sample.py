@@ -46,13 +46,18 @@ def test_stop_strings(tiny_run, capsys):
 
 
 def test_lines_of_the_input(tiny_run, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\n\ncd"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\udcff\n\n  \ncd"))  # \udcff: a byte that is no text
     found = texts(tiny_run, capsys, "--temperature=0")
-    assert found == "".join(expected(tiny_run, prompt, temperature=0.0) + "\n" for prompt in ("ab", "", "cd"))
+    assert found == "".join(expected(tiny_run, prompt, temperature=0.0) + "\n" for prompt in ("ab\ufffd", "cd"))
 
 
 class Bytes:
     decode = staticmethod(lambda ids: bytes(ids).decode(errors="replace"))
+
+
+def test_a_stop_string_without_text(tiny_run, capsys):
+    with pytest.raises(ValueError, match=r"stop='\|': there is no text in it"):
+        texts(tiny_run, capsys, "--prompt=ab", "--stop=|")
 
 
 def test_streams_whole_characters_and_no_stop_string(capsys):
