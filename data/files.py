@@ -25,11 +25,14 @@ CRC, RESTORE = "crc", "restore it from a copy"
 
 
 def replace(path, content):
-    """Replace a file by a text or bytes. A failure leaves the old one as it was."""
-    path = Path(path)
+    """Replace a file by a text or bytes. A failure leaves the old one as it was. Devices and pipes are written to."""
+    path, content = Path(path), content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     with temporary(path) as tmp:
         with open(tmp, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)

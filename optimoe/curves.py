@@ -5,6 +5,7 @@ over one another.
 """
 
 import importlib.util
+import io
 import math
 import subprocess
 import sys
@@ -132,10 +133,9 @@ def figure(run):
 def write(draw, path):
     """Save the figure that draw() makes, or end the program with what is missing."""
     try:
-        picture = draw()
-        with files.temporary(path) as tmp:
-            picture.savefig(tmp, dpi=110, format="png")
-            tmp.replace(path)
+        content = io.BytesIO()
+        draw().savefig(content, dpi=110, format="png")
+        files.replace(path, content.getvalue())
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}" + ("; pip install -e '.[plot]'" if isinstance(error, ImportError) else ""))
     print(path)

@@ -11,6 +11,8 @@ import optimoe.threads  # before torch
 
 import torch
 
+# Graphs that torch keeps have the shapes that a tile table gave when they were compiled.
+os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 torch.set_num_threads(1)  # tiny shapes; and the same bits as in the tests' subprocesses, which have one thread

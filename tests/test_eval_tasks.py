@@ -149,7 +149,7 @@ def test_paper_items():
     for name, set_name in (("humanevalplus", "paper__humanevalplus"), ("mbppplus", "paper__mbppplus")):
         task = tasks.load(name)
         item = task.items(Rows(**{set_name: rows}), 0)[0]
-        assert (item.prompt, item.answer) == ("def f():\n", "\n    return 1\n") and not task.generated()
+        assert (item.prompt, item.answer) == ("def f():\n", "\n    return 1\n") and not task.generates
 
 
 # ---- scores

@@ -25,6 +25,17 @@ def test_a_failed_replace_leaves_the_old_file_and_nothing_else(tmp_path, monkeyp
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
+def test_pipes_stay_and_directories_are_named(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.replace(pipe, "text")
+    assert os.read(reader, 9) == b"text" and pipe.is_fifo()
+    os.close(reader)
+    with pytest.raises(IsADirectoryError, match=f"'{tmp_path}'"):
+        files.replace(tmp_path, "text")
+
+
 def test_every_changed_byte_of_a_signed_object_is_found(tmp_path):
     path = tmp_path / "a.json"
     value = {"loss": 2.5, "name": "gsm8k", "n": [1, 2], "none": None}
