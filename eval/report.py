@@ -25,6 +25,9 @@ def first_lines(cfg, run, data, step):
     if cfg.steps < cfg.warmup_steps:
         what = f"steps={cfg.steps} ends within the warm-up, before lr={cfg.lr:g} is reached"
         lines.append(f"{what}; lower warmup_steps={cfg.warmup_steps}")
+    passes = cfg.batch_size / max(1, sum(data.loader.n_windows))
+    if passes > 1:
+        lines.append(f"batch_size={cfg.batch_size}: each step reads the data {passes:.1f} times")
     without = [str(directory) for directory, weight in data.sources if (directory, weight) not in data.val_sources]
     if without and cfg.val_batches:
         lines.append(f"no validation on {', '.join(without)}: there is no validation data")

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_train.py"""
 
 import fcntl
 import json
+import re
 import shutil
 import signal
 import sys
@@ -241,7 +242,10 @@ def test_a_run_that_ends_within_its_warm_up_says_so(data_dir, tmp_path, capsys):
         line = f"steps={steps} ends within the warm-up, before lr=0.01 is reached; lower warmup_steps=3"
         assert (line in capsys.readouterr().out) == said
     run(data_dir, tmp_path / "1", "--steps=1")
-    assert "1 step of 128 tokens" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 step of 128 tokens" in out and "each step reads" not in out
+    run(data_dir, tmp_path / "wide", "--batch-size=400", "--steps=1")
+    assert re.search(r"batch_size=400: each step reads the data [34]\.\d times", capsys.readouterr().out)
 
 
 def test_an_interrupt_before_the_first_step_ends_with_a_message(data_dir, tmp_path, monkeypatch):
