@@ -1,10 +1,12 @@
 """What Nsight Compute counts of each kernel of the layer: `python -m bench.kernels T,D,F,E,K --counters`.
 
-A percentage is of the peak while the kernel runs: tensor pipe, L2, DRAM, issue slots, warps of an SM. "stalls" are the
-two reasons for which a warp waits longest between two instructions, in cycles, and the sum over all reasons.
+A percentage is of the peak while the kernel runs: tensor pipe, L2, DRAM, issue slots, warps of an SM. "roofline" is the
+share of the kernel's own roofline (bench/kernels.py). "stalls" are the two reasons for which a warp waits longest
+between two instructions, in cycles, and the sum over all reasons. --csv gets the table, with columns of its own.
 """
 
 import csv
+import io
 import json
 import re
 import shutil
@@ -15,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from bench.compile import table
+from bench.problem import kernel_costs
+from data import files
 
 SECTIONS = "LaunchStats Occupancy SpeedOfLight ComputeWorkloadAnalysis SchedulerStats WarpStateStats".split()
 # Heading: metrics of Nsight Compute, whose names differ between its versions; the largest one found is shown.
@@ -32,13 +35,18 @@ METRICS = {
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!\w+_not_issued)(?!selected)(\w+)_per_issue_active\.ratio")
 
 
-def show(shape, names):
-    """Runs ncu and prints the table of one shape. ValueError, with the remedy, where nothing can be counted."""
+def find_ncu():
+    """The path of ncu. ValueError, with the remedy, where nothing can be counted."""
     ncu = shutil.which("ncu") or next(map(str, Path("/usr/local").glob("cuda*/bin/ncu")), None)
     if not ncu:
         raise ValueError("--counters needs ncu of NVIDIA Nsight Compute: install it and put it on the PATH")
     if not torch.cuda.is_available():
         raise ValueError("--counters needs an NVIDIA GPU; without one, bench.compile shows registers and instructions")
+    return ncu
+
+
+def count(ncu, shape, names, machine):
+    """Rows of the table of one shape. machine: bench.results.Ceilings."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "counters.csv")
         command = [ncu, "--csv", "--page=raw", "--print-units=base", f"--log-file={log}", "--clock-control=none"]
@@ -51,7 +59,28 @@ def show(shape, names):
     if done.returncode:
         raise ValueError(f"ncu failed: {(done.stderr or text or done.stdout).strip()[-500:]}")
     launched = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
-    print(f"{torch.cuda.get_device_name()}, {shape}\n\n{table(parse(text, launched))}")
+    return beside_roofline(parse(text, launched), shape, machine)
+
+
+def beside_roofline(rows, shape, machine):
+    """The rows with the share of its roofline that each kernel reaches, all functions of it together."""
+    us = dict.fromkeys((row["kernel"] for row in rows), 0.0)
+    for row in rows:
+        us[row["kernel"]] += float(row["us"].replace("-", "nan"))  # "-": not counted
+    floors = {name: 1e3 * cost.floor_ms(*machine) for name, cost in kernel_costs(shape, 2).items()}
+    return [row | {"roofline": f"{floors[row['kernel']] / us[row['kernel']]:.3f}"} for row in rows]
+
+
+def append(path, rows):
+    """Add rows to a CSV of tables like this one. ValueError where its columns are others."""
+    path, text = Path(path), io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    header, old = text.getvalue(), files.read_text(path) if path.exists() else ""
+    if old and not old.startswith(header):
+        raise ValueError(f"csv={str(path)!r}: its columns are not those of --counters; name another file")
+    writer.writerows(rows)
+    files.replace(path, old + text.getvalue()[len(header) if old else 0 :])
 
 
 def parse(text, launched):

@@ -10,6 +10,7 @@ measured in the same process. Every kernel runs with the arguments that it has i
 checked first. On a GPU it is replayed from a CUDA graph, so launch overhead is not in its time.
 """
 
+import dataclasses
 import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from bench import counters, problem
+from bench.compile import table
 from bench.problem import TINY, kernel_costs, require_accuracy, rms
 from bench.results import BenchConfig, Results
 from bench.timing import capture, poisoned, skipping, times_ms
@@ -150,14 +152,28 @@ def bench_shape(results, shape, inputs, names, machine, failures):
             results.add(name, "triton", mode, shape, times, costs[name], routing="softmax", ceiling=share)
 
 
+def count(cfg, shapes, names):
+    """--counters: a table of each shape, and its rows in --csv."""
+    ncu, results = counters.find_ncu(), Results(dataclasses.replace(cfg, csv=""))
+    machine = results.add_ceilings()
+    for shape in shapes:
+        rows = counters.count(ncu, shape, names, machine)
+        print(f"\n{shape}\n{table(rows)}")
+        if cfg.csv:
+            counters.append(cfg.csv, [shape._asdict() | row | results.environment for row in rows])
+    return 0
+
+
 def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
     cuda, names = torch.cuda.is_available(), cfg.kernel or KERNELS
     shapes = problem.chosen(cfg.shapes)
-    if cfg.counters or cfg.once:
+    if cfg.once:
         for shape in shapes:
-            (run_once if cfg.once else counters.show)(shape, names)
+            run_once(shape, names)
         return 0
+    if cfg.counters:
+        return count(cfg, shapes, names)
     if not cuda and not interpreting():
         raise ValueError("kernels need a GPU; with TRITON_INTERPRET=1 Triton's interpreter runs them on a CPU")
     results, failures = Results(cfg), []

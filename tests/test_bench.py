@@ -1,5 +1,6 @@
 """bench: the formulas against hand counts, the CSV, the checks, and the command lines on a CPU."""
 
+import csv
 import json
 import os
 import socket
@@ -250,6 +251,23 @@ def test_counters_are_read_from_ncus_table():
         counters.parse(COUNTED, [["up", "up_kernel"], ["down", "up_kernel"]])
     with pytest.raises(ValueError, match="no table: nothing"):
         counters.parse("nothing", [])
+
+
+def test_counters_stand_beside_the_roofline_and_go_to_a_file(tmp_path):
+    shape, machine = Shape(65536, 512, 1024, 64, 4), results.Ceilings(700.0, 3.0)
+    parsed = counters.parse(COUNTED, [["up", "up_kernel"]])
+    rows = counters.beside_roofline(parsed, shape, machine)
+    floor_us = 1e6 * 4 * 65536 * 4 * 512 * 1024 / 700e12  # its products need longer than its bytes
+    assert float(rows[0]["roofline"]) == pytest.approx(floor_us / 1250, abs=1e-3)
+    path = tmp_path / "c.csv"
+    for _ in range(2):
+        counters.append(path, rows)
+    header, *lines = csv.reader(path.read_text().splitlines())
+    assert header == list(rows[0]) and lines == 2 * [list(rows[0].values())]
+    path.write_text("a,b\n")
+    with pytest.raises(ValueError, match="its columns are not those of --counters"):
+        counters.append(path, rows)
+    assert path.read_text() == "a,b\n"
 
 
 @cpu_only
