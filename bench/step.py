@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.profiler import profile
+from torch.profiler import profile, record_function
 
 from bench.problem import Cost, Shape
 from bench.results import BenchConfig, Results
@@ -123,6 +123,19 @@ def part_times(step, draw, repeats):
     return times | {"full": quantiles([sum(run) for run in runs[:-1]])}
 
 
+def named_parts(step, draw):
+    """A step whose PARTS have names in a trace."""
+    spans = [record_function(part) for part in PARTS]
+
+    def mark(part):
+        spans[PARTS.index(part)].__exit__(None, None, None)
+        if part != PARTS[-1]:
+            spans[PARTS.index(part) + 1].__enter__()
+
+    spans[0].__enter__()
+    step([draw()], mark=mark)
+
+
 def step_times(run, repeats):
     """Times from the end of one run() to the end of the next."""
     return quantiles([ms for one in intervals(lambda mark: (run(), mark()), repeats + 1) for ms in one])
@@ -209,7 +222,7 @@ def main(argv=None):
     load = balance(model, draw, 60 if cuda else 2)
     print(f"the first three steps took {warm:.1f} s; the fullest expert of any layer has {load:.2f} times its share")
     if cfg.trace:
-        trace({"step": lambda: step([draw()])}, cfg.trace)
+        trace({"step": lambda: named_parts(step, draw)}, cfg.trace)
         return 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -197,7 +197,8 @@ def test_traces_on_the_cpu(tmp_path):
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
     assert {f"{shape} gemms", f"{shape} reference", "aten::bmm"} <= names
     assert step.main(["--n_layers=1", "--batch_size=1", "--seq_len=16", f"--trace={path}"]) == 0
-    assert "step" in {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert {"step", *step.PARTS} <= names
     for bad, message in (("/proc/x.json", "nothing can be written to /proc"), (tmp_path, "could not be written")):
         assert message in mistake(layer.main, [shape, "--impl=reference", f"--trace={bad}"])
 
