@@ -54,11 +54,18 @@ def origin(run_dir):
         return None
 
 
+def library(reason="the package huggingface_hub is not installed"):
+    """The package huggingface_hub. Unavailable, with the remedy, without it."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise Unavailable(f"{reason}: pip install -e '.[hf]'") from None
+    return huggingface_hub
+
+
 def place(name):
     """The directory of the library's cache for a named model, whether it is there or not."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE, f"models--{NAME.fullmatch(name)[1].replace('/', '--')}")
+    return Path(library().constants.HF_HUB_CACHE, f"models--{NAME.fullmatch(name)[1].replace('/', '--')}")
 
 
 def forget(name):
@@ -74,23 +81,19 @@ def folder(name, field, files=FILES):
     if Path(name).is_dir():
         return Path(name)
     repository, revision = NAME.fullmatch(name).groups()
-    try:
-        import huggingface_hub as library
-    except ImportError:
-        reason = "no such directory, and to download a model of this name: pip install -e '.[hf]'"
-        raise Unavailable(f"{field}={name!r}: {reason}") from None
-    silent = not answers(library, repository, revision)
+    hub = library(f"{field}={name!r}: no such directory, and to download a model of this name")
+    silent = not answers(hub, repository, revision)
     options = dict(revision=revision, allow_patterns=list(files), local_files_only=silent)
     try:
-        return Path(library.snapshot_download(repository, **options))
+        return Path(hub.snapshot_download(repository, **options))
     except Exception as error:  # of the library, of its HTTP client, of the disk
         raise Unavailable(f"{field}={name!r}: {explain(error, repository, revision)}") from None
 
 
-def answers(library, repository, revision):
+def answers(hub, repository, revision):
     """Whether the hub says anything within SECONDS, an error too. snapshot_download would wait without end."""
     try:
-        library.HfApi().model_info(repository, revision=revision, timeout=SECONDS)
+        hub.HfApi().model_info(repository, revision=revision, timeout=SECONDS)
     except Exception as error:  # which names itself depends on the library's HTTP client
         return "Timeout" not in type(error).__name__
     return True

@@ -132,6 +132,8 @@ def test_without_a_network(served, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     fails(r"no such directory, and to download a model of this name: pip install -e '.\[hf\]'")
     assert hub.folder(str(tmp_path), "model") == tmp_path  # a folder needs no package
+    with pytest.raises(ValueError, match=r"huggingface_hub is not installed: pip install -e '.\[hf\]'"):
+        hub.place(NAME)
 
 
 def test_a_hub_that_never_answers(served, monkeypatch):
