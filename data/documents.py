@@ -40,14 +40,7 @@ def _kind(path):  # "a.TXT.xz" -> ".txt"
     return (path.with_suffix("") if path.suffix.lower() in (".xz", ".gz", ".zst") else path).suffix.lower()
 
 
-def read(
-    paths,
-    length,
-    text_field="text",
-    encoding_errors="strict",
-    example=None,
-    doing="",
-):
+def read(paths, length, text_field="text", encoding_errors="strict", example=None, doing=""):
     """The documents of files: rows of tables, and texts, cut at line ends after `length` characters.
 
     example: makes a document of a whole row and its place. doing: what to print every two seconds, with the share of

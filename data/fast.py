@@ -66,9 +66,7 @@ class Fast:
         """In as many threads as the library likes (RAYON_NUM_THREADS)."""
         found = [encoded.ids for encoded in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         for i, ids in enumerate(found):
-            if not self._special.isdisjoint(
-                ids
-            ):  # to a unigram model they are words: split their text after one letter
+            if not self._special.isdisjoint(ids):  # words to a unigram model: split their text after one letter
                 parts = self._fast.encode_batch_fast(self._inside.split(texts[i]), add_special_tokens=False)
                 found[i] = [token for part in parts for token in part.ids if token not in (*self.begin, self.eot_token)]
         return found

@@ -58,11 +58,14 @@ def train_bpe(texts, vocab_size):
     bpe.pre_tokenizer = lib.pre_tokenizers.Sequence([splits, short, spelling])
     alphabet = dict(vocab_size=vocab_size - 1, initial_alphabet=spelling.alphabet())
     bpe.train_from_iterator(texts, lib.trainers.BpeTrainer(show_progress=False, **alphabet))
-    # GPT-2's alphabet spells printable bytes as themselves and the others as the characters from 256 on.
-    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
-    byte_of = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
-    vocab = bpe.get_vocab()
+    byte_of, vocab = {letter: byte for byte, letter in enumerate(letters())}, bpe.get_vocab()
     return encoding(BYTES + [bytes(byte_of[letter] for letter in word) for word in sorted(vocab, key=vocab.get)])
+
+
+def letters():
+    """GPT-2's letter for each byte: printable bytes are themselves, the others the characters from 256 on."""
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def require_size(vocab_size):

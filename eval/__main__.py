@@ -48,6 +48,17 @@ class Job(NamedTuple):
     generates: bool  # whether the model writes answers
 
 
+def metrics_of(job, cfg) -> dict[str, set[str]]:
+    """The names of each item's metrics, by its id."""
+    names = {"bits/token", "bits/byte"} if cfg.loss else set()
+    if job.generates and job.task.program:
+        names |= {f"pass@{k}" for k in (1, 10, 100) if k <= cfg.samples}
+    elif job.generates:
+        names |= set(job.task.score(job.items[0], ""))
+    compared = names | {"acc", "acc_norm"} if cfg.accuracy else names
+    return {item.id: compared if item.choices else names for item in job.items}
+
+
 def evaluate(loaded, job, chunk, room, cfg):
     """Records of a chunk of (index, item), with what their metrics were computed from. room: tokens to generate."""
     wanted = [(item.loss_prompt or item.prompt, item.answer) for _, item in chunk if cfg.loss]
@@ -165,7 +176,7 @@ def main(argv=None):
     old = earlier_results(path, loaded.name)
     for name, job in jobs.items():
         settings = harness.settings(loaded, job.items, job.shots, cfg, ("loss", "accuracy"))
-        stores[name] = harness.Records(out / f"{name}.jsonl", settings, job.items, cfg.overwrite)
+        stores[name] = harness.Records(out / f"{name}.jsonl", settings, metrics_of(job, cfg), cfg.overwrite)
     done = {name: work(loaded, job, stores[name], cfg) for name, job in jobs.items()}
     results |= {"checkpoint": loaded.name, "sources": old.get("sources", {}) | source.used}
     results |= {"tasks": old.get("tasks", {}) | done}

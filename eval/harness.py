@@ -4,7 +4,6 @@ import collections
 import hashlib
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -145,20 +144,18 @@ class Records:
 
     FIELDS = set("id group metrics nats tokens bytes merged cut choices texts reasons gold votes".split())
 
-    def __init__(self, path: Path, settings: dict, items: list, overwrite=False):
+    def __init__(self, path: Path, settings: dict, metrics: dict[str, set], overwrite=False):
+        """metrics: the names of each item's metrics, by its id."""
         self.path, self.items = path, {}
         if path.exists() and not overwrite:
             remedy = "remove that line to compute its item again, or use --overwrite for all"
             rows, whole = files.read_rows(path, remedy)
             if rows:
                 self._compare(rows[0], settings)
-                ids = {item.id for item in items}
-                metrics = [sorted(record.get("metrics", ())) for record in rows[1:]]
-                usual = statistics.mode(map(str, metrics)) if metrics else ""
                 for number, record in enumerate(rows[1:], 2):
                     # A damaged name is not always a damaged signature: it may be the signature's own.
-                    known = record.get("id") in ids and set(record) <= self.FIELDS
-                    if not known or str(metrics[number - 2]) != usual:
+                    known = metrics.get(record.get("id")) == set(record.get("metrics", ()))
+                    if not known or not set(record) <= self.FIELDS:
                         raise ValueError(f"{path}:{number} is damaged (not a record of this task): {remedy}")
                     self.items[record["id"]] = record
                 os.truncate(path, whole)

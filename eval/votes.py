@@ -98,7 +98,8 @@ def main(argv=None):
     items = task.asked(harness.read_items(task, source, cfg.shots))
     loaded, out = harness.open_model(cfg)
     settings, path = harness.settings(loaded, items, cfg.shots, cfg), out / f"votes-{cfg.task}.json"
-    stored = harness.Records(path.with_suffix(".jsonl"), settings, items, cfg.overwrite)
+    none = {item.id: set() for item in items}  # a vote has no metrics
+    stored = harness.Records(path.with_suffix(".jsonl"), settings, none, cfg.overwrite)
     room = harness.answer_length(loaded, task, items)
     compute = functools.partial(sample_answers, loaded, task, room=room, cfg=cfg)
     questions = stored.complete(items, compute, max(1, cfg.batch_size // cfg.samples), cfg.limit)

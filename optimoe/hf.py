@@ -302,9 +302,7 @@ def save_tokens(enc, directory, chat_template=None):
 def from_tiktoken(enc):
     """A tiktoken encoding as a tokenizer of the library `tokenizers`."""
     lib = fast.library()
-    # GPT-2's alphabet spells printable bytes as themselves and the others as the characters from 256 on.
-    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
-    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    letters = tokenizer.letters()
     ranks, special = enc._mergeable_ranks, enc._special_tokens
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     # tiktoken joins whichever neighbours make the token of lowest rank: each such pair becomes a rule of its own.

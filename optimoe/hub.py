@@ -75,25 +75,25 @@ def forget(name):
 
 
 @functools.cache
-def folder(name, field, files=FILES):
+def folder(name, field, patterns=FILES):
     """The Path of a local folder, or of a model's files in the cache. Unavailable (a ValueError), blaming `field`."""
     check(name, field)
     if Path(name).is_dir():
         return Path(name)
     repository, revision = NAME.fullmatch(name).groups()
-    hub = library(f"{field}={name!r}: no such directory, and to download a model of this name")
-    silent = not answers(hub, repository, revision)
-    options = dict(revision=revision, allow_patterns=list(files), local_files_only=silent)
+    lib = library(f"{field}={name!r}: no such directory, and to download a model of this name")
+    silent = not answers(lib, repository, revision)
+    options = dict(revision=revision, allow_patterns=list(patterns), local_files_only=silent)
     try:
-        return Path(hub.snapshot_download(repository, **options))
+        return Path(lib.snapshot_download(repository, **options))
     except Exception as error:  # of the library, of its HTTP client, of the disk
         raise Unavailable(f"{field}={name!r}: {explain(error, repository, revision)}") from None
 
 
-def answers(hub, repository, revision):
+def answers(lib, repository, revision):
     """Whether the hub says anything within SECONDS, an error too. snapshot_download would wait without end."""
     try:
-        hub.HfApi().model_info(repository, revision=revision, timeout=SECONDS)
+        lib.HfApi().model_info(repository, revision=revision, timeout=SECONDS)
     except Exception as error:  # which names itself depends on the library's HTTP client
         return "Timeout" not in type(error).__name__
     return True

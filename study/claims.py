@@ -141,9 +141,9 @@ def reasoning_turns(rows):
     A line that is mastered up to its largest E votes: the rise in question, over its doublings, would end that."""
 
     def note(where):
-        return (
-            "" if 0 < where.unique <= SCARCE else "more problems, see claim 3" if where.unique else "negative control"
-        )
+        if not where.unique:
+            return "negative control"
+        return "more problems, see claim 3" if where.unique > SCARCE else ""
 
     yield from slopes(rows, "problems", loss, RISE, "nats per token more", note, decisive=True)
     yield from at_one_rate(rows)

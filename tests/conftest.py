@@ -23,6 +23,7 @@ from moe_kernels.language import MISSING  # noqa: E402
 from tests import interpreter  # noqa: E402
 from tests.checks import poisoned_empty  # noqa: E402
 
+pytest.register_assert_rewrite("tests.evalrun")  # a plugin of files that also import it
 if not MISSING and os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.reduce_whole_slices()
 

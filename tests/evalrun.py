@@ -1,4 +1,4 @@
-"""A run directory with a tiny random model over bytes, and folders of made-up evaluation items inside it."""
+"""A run directory with a tiny random model over bytes and folders of made-up items inside it, and its evaluation."""
 
 import dataclasses
 import json
@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from data import tokenizer
+from data import files, tokenizer
+from eval import __main__ as command
 from model import GPT, ModelConfig
 from optimoe import checkpoint
 
@@ -50,3 +51,12 @@ def tiny_run(tmp_path):
     write(run / "triviaqa/rc_wikipedia_nocontext_val.jsonl", map(question, range(3)))
     write(run / "humaneval/HumanEval.jsonl", map(function, range(2)))
     return run
+
+
+def run(tiny_run, *flags):
+    return command.main([f"--run={tiny_run}", f"--evaldata={tiny_run}", "--device=cpu", *flags])
+
+
+def records(tiny_run, task):
+    (_, *rows), _ = files.read_rows(tiny_run / f"eval-00000003/{task}.jsonl")
+    return {record["id"]: record for record in rows}

@@ -150,7 +150,7 @@ def test_code_is_written_to_files(written):
         pytest.param(
             ["64,64,48,8,2"],
             "TRITON_INTERPRET='1': .*unset it",
-            marks=pytest.mark.skipif(not interpreting(), reason=""),
+            marks=pytest.mark.skipif(not interpreting(), reason="needs the interpreter"),
         ),
     ],
 )

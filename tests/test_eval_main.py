@@ -17,17 +17,9 @@ from eval.sources import Set, Source
 from eval.taskloss import encode_pair, score
 from optimoe import checkpoint, config
 from optimoe.load import ModelChoice, load
+from tests.evalrun import records, run
 
 pytest_plugins = ("tests.evalrun",)  # its fixture tiny_run
-
-
-def run(tiny_run, *flags):
-    return command.main([f"--run={tiny_run}", f"--evaldata={tiny_run}", "--device=cpu", *flags])
-
-
-def records(tiny_run, task):
-    (_, *rows), _ = files.read_rows(tiny_run / f"eval-00000003/{task}.jsonl")
-    return {record["id"]: record for record in rows}
 
 
 def test_all_tasks(tiny_run, capsys):

@@ -81,20 +81,21 @@ def rewarded(run_dir):
 
 
 LEARNING = (
-    "--questions=3000 --eval-questions=600 --batch-prompts=24 --mini-batch=6 --group-size=16 --steps=30 --lr=2e-3"
+    "--questions=3000 --eval-questions=600 --batch-prompts=48 --mini-batch=12 --group-size=16 --steps=40 --lr=1e-3"
 )
 
 
 def test_learns_from_rewards_alone(start, tmp_path, monkeypatch):
-    """From a reward of 10 % to 95 % and more on four sums with 0; the start model answers in the right form."""
-    everything, four = Task.questions, [f"+ {digit} 0 =" for digit in (1, 3, 6, 8)]
-    easy = lambda q: q.prompt.endswith(tuple(four))  # noqa: E731
+    """From a reward of 10 % to 75 % and more on twenty sums with 0: all of six seeds got past 85 %. The start model
+    answers in the right form."""
+    everything = Task.questions
+    easy = lambda q: q.prompt.endswith(" 0 =") and "*" not in q.prompt  # noqa: E731
     sums = lambda task, source, split, n: list(filter(easy, everything(task, source, "train", n)))  # noqa: E731
     monkeypatch.setattr(Task, "questions", sums)
-    results = post_train(start, tmp_path / "run", LEARNING + " --seed=1 --beta2=0.99 --eval-every=0 --kl-coef=1e-3")
+    results = post_train(start, tmp_path / "run", LEARNING + " --beta2=0.99 --eval-every=0 --kl-coef=1e-3")
     log = rewarded(tmp_path / "run")
     assert 0.05 < log[0]["reward"] < 0.15 and rows(tmp_path / "run")[0]["test_reward"] < 0.3
-    assert sum(row["reward"] for row in log[-5:]) / 5 >= 0.95 and results["test_reward"] >= 0.95
+    assert sum(row["reward"] for row in log[-5:]) / 5 >= 0.75 and results["test_reward"] >= 0.75
     assert 0 < log[-1]["kl"] < 5 and log[0]["kl"] < log[-1]["kl"]
     assert log[0]["mixed_groups"] > 0.5 > log[-1]["mixed_groups"]
 

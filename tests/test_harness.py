@@ -12,17 +12,9 @@ from eval import harness, tasks
 from eval.sources import Source
 from optimoe import checkpoint
 from optimoe.load import ModelChoice, load
+from tests.evalrun import records, run
 
 pytest_plugins = ("tests.evalrun",)  # its fixture tiny_run
-
-
-def run(tiny_run, *flags):
-    return command.main([f"--run={tiny_run}", f"--evaldata={tiny_run}", "--device=cpu", *flags])
-
-
-def records(tiny_run, task):
-    (_, *rows), _ = files.read_rows(tiny_run / f"eval-00000003/{task}.jsonl")
-    return {record["id"]: record for record in rows}
 
 
 def test_resumes(tiny_run, monkeypatch):
@@ -143,11 +135,11 @@ def test_unsigned_records_are_continued_if_their_names_are_right(tiny_run, old, 
     path.write_text("".join(lines[:4]))
     assert run(tiny_run, *flags)["tasks"]["gsm8k"]["metrics"]["strict"] == whole["tasks"]["gsm8k"]["metrics"]["strict"]
     number = next(i for i, line in enumerate(lines) if i and old in line)
-    path.write_text("".join([*lines[:number], lines[number].replace(old, new), *lines[number + 1 :]]))
-    with pytest.raises(
-        ValueError, match=f"{path}:{number + 1} is damaged .not a record of this task.: remove that line"
-    ):
-        run(tiny_run, *flags)
+    said = f"{path}:{number + 1} is damaged .not a record of this task.: remove that line"
+    for behind in (lines[number + 1 :], []):  # the damage is seen without others to compare with, too
+        path.write_text("".join([*lines[:number], lines[number].replace(old, new), *behind]))
+        with pytest.raises(ValueError, match=said):
+            run(tiny_run, *flags)
 
 
 def test_two_items_of_one_id_are_refused(tiny_run):

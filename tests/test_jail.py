@@ -13,17 +13,7 @@ from pathlib import Path
 import pytest
 
 from eval import jail, sandbox
-
-RIGHT, CHECK = "def f(x):\n    return x + 1\n", "assert f(1) == 2\nassert f(-1) == 0"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def confinement():
-    try:
-        return sandbox.confinement()
-    except OSError as error:
-        pytest.skip(str(error))
-
+from tests.test_sandbox import CHECK, RIGHT, confinement  # noqa: F401  the last is a fixture
 
 # System calls with their numbers on x86-64 and ARM64 (-: not there).
 WORDS = """

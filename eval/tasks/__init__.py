@@ -158,8 +158,8 @@ def with_examples(rows, pool, n: int, item: Callable[[dict], Item], example=None
         prefix = "".join(render(other) + "\n\n" for other in [other for other in drawn if other is not row][:n])
         try:
             new = item(row)
-        except ValueError as error:  # of a label, for instance
-            raise TypeError(f"row {i + 1}: {error}") from error
+        except ValueError as error:
+            raise TypeError(f"row {i + 1}: {error}") from error  # a wrong row, of which read_items names the file
         pairs = tuple((prefix + prompt, text) for prompt, text in new.pairs)
         prompts = dict(prompt=prefix + new.prompt, loss_prompt=new.loss_prompt and prefix + new.loss_prompt)
         found.append(new._replace(id=new.id or str(i), pairs=pairs, **prompts))
