@@ -31,6 +31,9 @@ from optimoe.config import make_directory, require
 from optimoe.exchange import RUN_MINUTES
 from optimoe.load import pick_device
 
+# Up to torch 2.13 it has no public name.
+set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+
 CPU = torch.device("cpu")
 START_SECONDS = 60  # that ranks wait for one another at the start, where one that died closes no connection
 RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and one process has
@@ -184,7 +187,7 @@ class Run:
                 shared = [self.dir, self.prepared]
                 dist.broadcast_object_list(shared)
                 self.dir, self.prepared = shared
-                dist.distributed_c10d._set_pg_timeout(timedelta(minutes=RUN_MINUTES))
+                set_timeout(timedelta(minutes=RUN_MINUTES))
         except BaseException:
             self._close()
             raise

@@ -75,7 +75,7 @@ def rank_main(rank, world, port, flags, directory, room=None, die_at=None, slice
     try:
         train.main(flags)
         if room:
-            print(f"repeated steps: {sum(repeated)}", flush=True)
+            print(f"repeated steps: {sum(repeated)}\n", end="", flush=True)  # one write: all ranks share the pipe
             remote.LAYERS.clear()  # their barriers know the groups, which those of symmetric memory do not
         left = [name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text())]
         assert not left, left  # threads that would outlive the interpreter
