@@ -36,7 +36,8 @@ from optimoe.curves import Curves
 from optimoe.load import frozen, run_tokens
 from optimoe.optim import Together
 from optimoe.policy import Sample, advantages, collate, draw_questions, micro_batches, policy_loss
-from optimoe.run import CPU, Clock, Progress, Run, Stopping, check_bounds, check_shares, launch, require_memory
+from optimoe.run import CPU, Clock, Progress, Run, Stopping, check_bounds, check_shares, launch
+from optimoe.sizes import require_memory
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def document_mask(doc_ids_BL, fused):
     booleans (B, 1, L, L), with which attention computes every pair, the future ones too."""
     B, L = doc_ids_BL.shape
     make = create_block_mask if fused else create_mask
-    sees = lambda b, h, i, j: (i >= j) & (doc_ids_BL[b, i] == doc_ids_BL[b, j])  # noqa: E731
+    sees = lambda b, h, i, j: (i >= j) & (doc_ids_BL[b, i] == doc_ids_BL[b, j])
     return make(sees, B, 1, L, L, doc_ids_BL.device)
 
 

@@ -34,8 +34,8 @@ from optimoe.curves import Curves
 from optimoe.faststep import fast_step
 from optimoe.guard import new_window
 from optimoe.optim import clip_factor, lr_at
-from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, check_trace, launch, require_memory
-from optimoe.sizes import count_params, least_memory
+from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, check_trace, launch
+from optimoe.sizes import count_params, least_memory, require_memory
 
 
 @dataclass(frozen=True)

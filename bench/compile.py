@@ -148,7 +148,7 @@ def assemble(kernel, capability):
 def inspect(kernel, capability):
     """What `main` prints of a compiled kernel, as a dict."""
     log, ptx, const = assemble(kernel, capability), kernel.asm["ptx"], constants(kernel)
-    number = lambda pattern: int(re.search(pattern, log).group(1))  # noqa: E731  # both lines are always there
+    number = lambda pattern: int(re.search(pattern, log).group(1))  # both lines are always there
     name = kernel.metadata.name
     tile = "x".join(str(const[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if key in const)
     row = {

@@ -46,7 +46,7 @@ def find_ncu():
 
 
 def count(ncu, shape, names, machine):
-    """Rows of the table of one shape. machine: bench.results.Ceilings."""
+    """Rows of the table of one shape. machine: bench.rows.Ceilings."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "counters.csv")
         command = [ncu, "--csv", "--page=raw", "--print-units=base", f"--log-file={log}", "--clock-control=none"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.problem import Cost, Shape
-from bench.results import BenchConfig, Results
+from bench.rows import BenchConfig, Results
 from bench.timing import quantiles, skipping, wall_ms
 from eval.generate import generate
 from model import GPT
@@ -64,7 +64,7 @@ def main(argv=None):
     for batch, cost in costs.items():
         shape = Shape(batch, model_cfg.d_model, model_cfg.d_expert, model_cfg.n_experts, model_cfg.top_k)
         prompts = torch.randint(model_cfg.vocab_size, (batch, cfg.prompt)).tolist()
-        run = lambda: generate(model, prompts, cfg.new, batch_size=batch)  # noqa: B023, E731
+        run = lambda: generate(model, prompts, cfg.new, batch_size=batch)  # noqa: B023  used at once
         with skipping(f"batch {batch}", failures):
             run()  # compiles
             times = quantiles([wall_ms(run) / cfg.new for _ in range(cfg.repeats)])

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from bench import counters, problem
 from bench.compile import table
 from bench.problem import TINY, kernel_costs, require_accuracy, rms
-from bench.results import BenchConfig, Results
+from bench.rows import BenchConfig, Results
 from bench.timing import capture, poisoned, skipping, times_ms
 from moe_kernels import experts, hopper, reference
 from moe_kernels import grouped_gemm as gemm

@@ -21,7 +21,7 @@ import torch
 
 from bench import peers, problem
 from bench.problem import layer_cost, layer_errors, make_inputs, require_accuracy
-from bench.results import BenchConfig, Results
+from bench.rows import BenchConfig, Results
 from bench.timing import MIB, Times, capture, memory_mib, poisoned, python_ms, skipping, times_in_turn, trace
 from moe_kernels import moe_experts
 from moe_kernels.precompile import precompile
@@ -60,7 +60,7 @@ def gemms(inputs):
     """The matrix products of the layer on equal groups of rows, with cuBLAS and nothing in between."""
     w_in, w_out = inputs.w_in_EGD, inputs.w_out_EDF
     (E, G, D), rows = w_in.shape, -(-inputs.gates_TK.numel() // w_in.shape[0])
-    randn = lambda columns: torch.randn(E, rows, columns, device=w_in.device, dtype=w_in.dtype)  # noqa: E731
+    randn = lambda columns: torch.randn(E, rows, columns, device=w_in.device, dtype=w_in.dtype)
     x, a, dy, dh = randn(D), randn(G // 2), randn(D), randn(G)
 
     def forward():
@@ -79,8 +79,8 @@ def layer(name, inputs):
     peer = peers.Peer(partial(moe_experts, impl=name)) if name in IMPLS else peers.load(name)
     x, w_in, w_out, gates, experts, dy, _ = inputs
     leaves = [t.detach().requires_grad_() for t in (x, peer.prepare(w_in), w_out, gates)]
-    forward = lambda: peer.experts(*leaves, experts)  # noqa: E731
-    backward = lambda y: torch.autograd.grad(y, leaves, dy)  # noqa: E731
+    forward = lambda: peer.experts(*leaves, experts)
+    backward = lambda y: torch.autograd.grad(y, leaves, dy)
 
     def full():
         y = forward()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from bench.problem import Cost
-from bench.results import Results
+from bench.rows import Results
 from bench.step import balance, make_step, model_shape, parse, step_times
 from bench.timing import MIB
 from optimoe import parallel
@@ -70,7 +70,7 @@ def measure(cfg, rank, world, device):
     balance(model, draw, 60 if cuda else 2, world)
     model.train()
     step = fast_step(step, model, cfg, device, world)
-    run = lambda: step([draw()])  # noqa: E731
+    run = lambda: step([draw()])
     for _ in range(WARM_UP if cuda else 1):
         run()
     if not cuda:

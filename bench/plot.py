@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bench.problem import TARGETS
-from bench.results import latest, read, shape_of
+from bench.rows import latest, read, shape_of
 from optimoe import config
 
 STYLE = {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "font.size": 11}

@@ -135,7 +135,7 @@ def make_inputs(shape, dtype, device, routing="softmax", seed=0):
     """Random inputs: x and dy ~ N(0, 1), weights ~ N(0, 1) / sqrt(their fan-in), so everything has unit scale."""
     generator = torch.Generator(device).manual_seed(seed)
     T, D, F, E, K = shape
-    randn = lambda *size: torch.randn(size, generator=generator, device=device, dtype=dtype)  # noqa: E731
+    randn = lambda *size: torch.randn(size, generator=generator, device=device, dtype=dtype)
     logits = router_logits(shape, routing, generator)
     gates, experts, *_ = reference.route(logits, K)
     x, w_in, w_out, dy = randn(T, D), randn(E, 2 * F, D) * D**-0.5, randn(E, D, F) * F**-0.5, randn(T, D)
@@ -197,7 +197,7 @@ def layer_errors(inputs, outputs):
         if not output.isfinite().all():
             raise ValueError(f"wrong result: {name} holds values that are not finite")
     tokens, some_experts = sample(inputs.experts_TK, inputs.w_in_EGD.shape[0])
-    like = lambda t: torch.zeros_like(t[tokens], dtype=torch.float64)  # noqa: E731
+    like = lambda t: torch.zeros_like(t[tokens], dtype=torch.float64)
     want = {"y": like(inputs.x_TD), "dx": like(inputs.x_TD), "dgates": like(inputs.gates_TK)}
     for e in inputs.experts_TK[tokens].unique().tolist():  # one expert at a time: E experts in float64 may not fit
         n, slot = torch.where(inputs.experts_TK[tokens] == e)

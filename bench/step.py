@@ -21,7 +21,7 @@ import torch
 from torch.profiler import profile, record_function
 
 from bench.problem import Cost, Shape
-from bench.results import BenchConfig, Results
+from bench.rows import BenchConfig, Results
 from bench.timing import MIB, Times, quantiles, synchronize, trace, wall_ms
 from model import GPT
 from optimoe import config, parallel
@@ -62,7 +62,7 @@ def make_step(cfg, device, rank=0, world=1):
         compile_blocks(model, cfg)
     generator = torch.Generator(device).manual_seed(rank)
     size = cfg.batch_size, cfg.seq_len
-    tokens = lambda: torch.randint(cfg.vocab_size, size, device=device, generator=generator)  # noqa: E731
+    tokens = lambda: torch.randint(cfg.vocab_size, size, device=device, generator=generator)
     step = partial(optimizer_step, model, optimizer, cfg, new_window(cfg, device), world=world)
     return model, step, lambda: (tokens(), tokens())
 
@@ -105,7 +105,7 @@ def intervals(run, repeats):
     for _ in range(repeats):
         run(mark)
     synchronize()
-    between = lambda a, b: a.elapsed_time(b) if cuda else (b - a) * 1e3  # noqa: E731
+    between = lambda a, b: a.elapsed_time(b) if cuda else (b - a) * 1e3
     times, n = [between(a, b) for a, b in zip(marks, marks[1:], strict=False)], len(marks) // repeats
     return [times[i : i + n] for i in range(0, len(times), n)]
 
@@ -143,7 +143,7 @@ def step_times(run, repeats):
 
 def family(kernel, ops, sizes, cfg):
     """The family of a kernel, from the operators around it, innermost first, and the sizes of its inputs."""
-    inside = lambda *words: any(word in op for op in ops for word in words)  # noqa: E731
+    inside = lambda *words: any(word in op for op in ops for word in words)
     dims = {n for size in sizes for n in size}
     product = ops[0].startswith(("aten::mm", "aten::addmm", "aten::bmm"))
     ours = kernel in EXPERT_KERNELS

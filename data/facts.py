@@ -120,7 +120,7 @@ def people(cfg):
     """All people, a shared list. The first n are the same for every n_people >= n."""
     cfg.validate()
     words, rng = cfg.lists(), random.Random(cfg.seed)
-    draw = lambda items: items[int(rng.random() * len(items))]  # noqa: E731
+    draw = lambda items: items[int(rng.random() * len(items))]
     work_city = [rng.choice(words["cities"]) for _ in _words("employers")]
     found = {}
     while len(found) < cfg.n_people:

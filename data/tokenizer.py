@@ -159,5 +159,5 @@ def tiktoken_tokens(enc):
         return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token], enc.n_vocab)
     known = {*enc._mergeable_ranks.values(), *enc._special_tokens.values()}
     # An untrained model may write an id that means nothing (cl100k_base has 16).
-    decode = lambda ids: enc.decode([token for token in ids if token in known])  # noqa: E731
+    decode = lambda ids: enc.decode([token for token in ids if token in known])
     return Tokens(enc.encode_ordinary, decode, [enc.eot_token], [enc.eot_token], enc.n_vocab)

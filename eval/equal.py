@@ -114,7 +114,7 @@ def words(text: str) -> list[str]:
 
 def exact(text: str) -> str:
     """Decimals as fractions, which computer algebra does not round."""
-    fraction = lambda found: r"\frac{%d}{%d}" % Fraction(found[0]).as_integer_ratio()  # noqa: E731, UP031  LaTeX braces
+    fraction = lambda found: r"\frac{%d}{%d}" % Fraction(found[0]).as_integer_ratio()  # noqa: UP031  LaTeX braces
     return re.sub(r"(?<![\d.])\d*\.\d+(?![\d.])", fraction, text, flags=re.ASCII)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eval.kv_cache import KVCache
-from eval.step import has_step, step
+from eval.one_token import has_step, step
 from moe_kernels import decode
 from optimoe.config import require
 

@@ -51,7 +51,7 @@ class KVCache:
         return self.pos_BL, torch.zeros(hidden.shape, device=device, dtype=self.k.dtype).masked_fill_(hidden, -math.inf)
 
     def begin_step(self):
-        """Positions (B,) of one new token of each row, for eval/step.py, which writes the cache and the lengths."""
+        """Positions (B,) of one new token of each row. eval/one_token.py writes the cache and the lengths."""
         require(self.filled < self.k.shape[2], "length", self.filled + 1, f"the cache holds {self.k.shape[2]} tokens")
         self.pos_BL = self.lengths_B[:, None]
         if self.experts is not None:

@@ -82,7 +82,7 @@ def _run(program, check, seconds):
     with _process() as (process, channel):
         _start(process, channel, job)
         end = time.monotonic() + 4 * seconds
-        left = lambda: end + waited(process.pid) - time.monotonic()  # noqa: E731  asked for at every message
+        left = lambda: end + waited(process.pid) - time.monotonic()  # asked for at every message
         try:
             said = _ask(channel, None, left)
             if said == jail.READY:

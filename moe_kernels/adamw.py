@@ -51,7 +51,7 @@ def adamw_step(
 
 
 def launch(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta2, eps, weight_decay, copy, seed):
-    bits = lambda t: t.view(torch.int16) if t.dtype == torch.bfloat16 else t  # noqa: E731  # one expression
+    bits = lambda t: t.view(torch.int16) if t.dtype == torch.bfloat16 else t
     adamw_kernel[(cdiv(weight.numel(), BLOCK),)](
         weight_ptr=bits(weight), grad_ptr=bits(grad.contiguous()), exp_avg_ptr=bits(exp_avg),
         exp_avg_sq_ptr=bits(exp_avg_sq), copy_ptr=bits(weight if copy is None else copy), step_ptr=step, lr_ptr=lr,

@@ -70,7 +70,7 @@ def set_loss_limits(axis, losses):
 
 def panels(rows):
     """{title: one series of values, or one for each layer} of what has something to show."""
-    column = lambda name: [row.get(name, 0) for row in rows]  # noqa: E731
+    column = lambda name: [row.get(name, 0) for row in rows]
     if "reward" in rows[0]:
         return {title: [column(name)] for title, name in GRPO.items()}
     found = {LOSS: [column("loss")], NORM: [column("grad_norm")]}
@@ -95,7 +95,7 @@ def figure(run):
 
     settings, rows, val = read(run)
     found, grpo = panels(rows), "reward" in rows[0]
-    x = lambda rows: [row["step"] if grpo else row["tokens"] / 1e6 for row in rows]  # noqa: E731
+    x = lambda rows: [row["step"] if grpo else row["tokens"] / 1e6 for row in rows]
     columns = min(3, len(found)) if len(found) != 4 else 2
     height = math.ceil(len(found) / columns)
     size = {"figsize": (13, 2.8 * height + 0.6), "layout": "constrained"}

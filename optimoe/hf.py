@@ -24,8 +24,7 @@ from data.tokenizer import Tokens
 from model import GPT, UNTAUGHT, ModelConfig, compute_dtype, rope_tables
 from optimoe import checkpoint, config, hub
 from optimoe.config import make_directory, require
-from optimoe.run import require_memory
-from optimoe.sizes import count_params
+from optimoe.sizes import count_params, require_memory
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"

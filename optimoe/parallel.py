@@ -133,7 +133,7 @@ class Sharded(Together):
 
     def _gradients(self):
         """(those of what only this rank has, of experts that a rank of each group has, of what all ranks have)."""
-        grads = lambda params: [p.grad for p in params if p.grad is not None]  # noqa: E731
+        grads = lambda params: [p.grad for p in params if p.grad is not None]
         own, experts = grads(self.full), grads(self.whole)
         own, experts = (own, experts) if self.groups and self.groups.copies else (own + experts, [])
         return own, experts, grads(p for p in self.model.parameters() if p not in self.exact)

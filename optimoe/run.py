@@ -363,19 +363,6 @@ def check_shares(cfg, to_1, below_1):
         require(0 <= value <= 1, name, value, "use a number from 0 to 1")
 
 
-def require_memory(what, least, device, remedy):
-    """ValueError where `what` needs `least` bytes and the device, or what this process may use of it, has fewer."""
-    if device.type == "cuda":
-        has = torch.cuda.get_device_properties(device).total_memory
-    else:
-        has, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
-        text = limit.read_text().strip() if limit.exists() else "max"
-        has = min(has, int(text)) if text.isdigit() else has
-    if least > has:
-        sizes = f"{least / 2**30:,.0f} GiB of memory or more, and there are {has / 2**30:,.1f}"
-        raise ValueError(f"{what} need {sizes}: {remedy}")
-
-
 def explain(error, rank, world):
     """The line that ends a program with this error; None for a fault of the program."""
     text = str(error)

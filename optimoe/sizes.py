@@ -5,9 +5,13 @@
 Letters as in model.py.
 """
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
+
+import torch
 
 from model import ModelConfig
 from optimoe import config
@@ -105,6 +109,19 @@ def least_memory(cfg, tokens, world, group):
     if group < world:
         held += 2 * total // group  # what every rank or group has whole, beside its share of the rest
     return held + tokens * (16 + 2 * cfg.n_layers * cfg.d_model) + 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
+
+
+def require_memory(what, least, device, remedy):
+    """ValueError where `what` needs `least` bytes and the device, or what this process may use of it, has fewer."""
+    if device.type == "cuda":
+        has = torch.cuda.get_device_properties(device).total_memory
+    else:
+        has, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+        text = limit.read_text().strip() if limit.exists() else "max"
+        has = min(has, int(text)) if text.isdigit() else has
+    if least > has:
+        sizes = f"{least / 2**30:,.0f} GiB of memory or more, and there are {has / 2**30:,.1f}"
+        raise ValueError(f"{what} need {sizes}: {remedy}")
 
 
 # Dense bfloat16 TFLOP/s by a part of torch.cuda.get_device_name().

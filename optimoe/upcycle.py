@@ -63,7 +63,7 @@ def upcycle(model, path):
 
     ValueError where the shapes allow no exact start, and for a damaged checkpoint; FileNotFoundError without one."""
     cfg, state = model.cfg, checkpoint.read(path)
-    blame = lambda ok, why: require(ok, "upcycle_from", str(path), why)  # noqa: E731
+    blame = lambda ok, why: require(ok, "upcycle_from", str(path), why)
     blame(state["config"]["dense"], "a mixture of experts; give the run directory of a --dense model")
     slices, weights = slices_per_copy(state["config"], cfg), state["model"]
     shared, F, copies = cfg.n_shared_experts * cfg.d_expert, cfg.d_expert, cfg.n_experts // slices

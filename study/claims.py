@@ -149,7 +149,7 @@ def reasoning_turns(rows):
     yield from at_one_rate(rows)
     scarce = [row for row in rows if row["run"]["unique"]]
     yield from slopes(scarce, "problems", lambda row, task: -percent(row, task), 0.5, "points lost", beside)
-    failed = lambda row, task: -100.0 * (accuracy(row, task) >= LEARNED)  # noqa: E731
+    failed = lambda row, task: -100.0 * (accuracy(row, task) >= LEARNED)
     yield from slopes(scarce, "problems", failed, 1.0, "% fewer runs that learn", beside)
 
 
@@ -177,7 +177,7 @@ def optimum_near_20(rows):
             sides = {e: (tpp[e] > BRACKET[1]) - (tpp[e] < BRACKET[0]) for e in tpp}  # -1: fewer, 0: between, 1: more
             if len(set(sides.values())) < 3:
                 continue
-            mean = lambda side, s: np.mean([solution_loss(c[s]) for e, c in one.cells.items() if sides[e] == side])  # noqa: B023, E731
+            mean = lambda side, s: np.mean([solution_loss(c[s]) for e, c in one.cells.items() if sides[e] == side])  # noqa: B023  used at once
             gaps = {s: [mean(side, s) - mean(0, s) for side in (-1, 1)] for s in one.seeds}
             effects = {}
             for seed in gaps:  # the other seeds choose the better side, so that noise cannot
@@ -222,7 +222,7 @@ def dose_response(rows):
 
 def more_active_moves(rows):
     """How much the rise grows with a doubling of active parameters, by width and k, over a factor of four or more."""
-    widths = lambda regimes: ",".join(map(str, sorted({where.d_model for where in regimes})))  # noqa: E731
+    widths = lambda regimes: ",".join(map(str, sorted({where.d_model for where in regimes})))
     yield from trends(
         rows,
         place=lambda where, k: (where._replace(d_model=0, d_expert=0), 0),

@@ -61,8 +61,8 @@ def hops(model, directory, n, final):
     """A model trained on data/twohop.py: facts stored, and two-hop questions, trained and never trained."""
     cfg, enc = twohop.read_config(directory), tokenizer.load(directory)
     n_facts = cfg.entities * max(1, cfg.relations)
-    grade = lambda kind, numbers: probes.graded(model, enc, twohop.texts(cfg, kind, numbers))  # noqa: E731
-    share = lambda grades: sum(right for *_, right in grades) / len(grades)  # noqa: E731
+    grade = lambda kind, numbers: probes.graded(model, enc, twohop.texts(cfg, kind, numbers))
+    share = lambda grades: sum(right for *_, right in grades) / len(grades)
     known = grade("fact", np.linspace(0, n_facts - 1, min(n_facts, 20 * n)).astype(int))
     choices = cfg.entities if cfg.relations else cfg.names**2
     facts = {"overall": share(known), "chance": 1 / choices, "loss": probes.loss_of(known), "people": len(known)}

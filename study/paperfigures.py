@@ -56,7 +56,7 @@ def own_points(path):
 
 def own_values(cell, density):
     """Means over the rows of a cell {seed: row}."""
-    mean = lambda of: sum(map(of, cell.values())) / len(cell)  # noqa: E731
+    mean = lambda of: sum(map(of, cell.values())) / len(cell)
     values = {"density": density, "params": mean(lambda row: row["params"]["total"])}
     values |= {name: mean(lambda row, name=name: row[name]) for name in ("tpp", *LOSSES)}
     for task in ("facts", "problems"):

@@ -84,7 +84,7 @@ def measure(run, cfg, device):
         texts = [tokens.decode(ids) for ids in generate(model, repeated, room, tokens.eos, *sampling, **options)]
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
-    right = lambda p, texts: sum(reasoning.check(p.question, text, problem_cfg.modulus)[0] for text in texts)  # noqa: E731
+    right = lambda p, texts: sum(reasoning.check(p.question, text, problem_cfg.modulus)[0] for text in texts)
     greedy = list(zip(problems, draw(1), strict=True))
     drawn = list(zip(problems, draw(cfg.samples, cfg.vote_temperature, cfg.vote_top_p, cfg.seed), strict=True))
     return {

@@ -107,8 +107,8 @@ def searched(rows, cells, seeds):
             wanted = [dataclasses.replace(cell, lr=rate, seed=s) for rate in sorted(rates) for s in range(SEARCH)]
             if any(key(run) not in done for run in wanted):
                 break
-            cost = lambda rate, task: sum(loss(done[key(r)], task) for r in wanted if r.lr == rate)  # noqa: B023, E731
-            best = {task: min(sorted(rates), key=lambda rate: cost(rate, task)) for task in START}  # noqa: B023
+            cost = lambda rate, task: sum(loss(done[key(r)], task) for r in wanted if r.lr == rate)  # noqa: B023  used at once
+            best = {task: min(sorted(rates), key=lambda rate: cost(rate, task)) for task in START}  # noqa: B023  used at once
             beside = {float(f"{rate * factor:.6g}") for rate in best.values() for factor in (0.5, 2)}
             beside = {rate for rate in beside - rates if LIMITS[0] < rate < LIMITS[1]}
             if not beside:
@@ -144,8 +144,8 @@ def best_rate(known, run, task):
     """The rate of the nearest place of `compared`, in doublings of its numbers, or the START of the task."""
     mine = place(vars(run))
     alike = [where for where in known if where[5:] == mine[5:]]
-    size = lambda number: math.log2(number or 2**20)  # noqa: E731  no limit to different problems is very many
-    far = lambda where: sum(abs(size(a) - size(b)) for a, b in zip(where[:5], mine[:5], strict=True))  # noqa: E731
+    size = lambda number: math.log2(number or 2**20)  # no limit to different problems is very many
+    far = lambda where: sum(abs(size(a) - size(b)) for a, b in zip(where[:5], mine[:5], strict=True))
     return known[min(alike, key=lambda where: (far(where), where))] if alike else START[task]
 
 

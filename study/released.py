@@ -29,7 +29,7 @@ from eval import tasks
 from eval.sources import Source
 from optimoe import config, hub, sizes
 from optimoe.config import require
-from optimoe.run import require_memory
+from optimoe.sizes import require_memory
 from study import paperfigures, results
 
 FAMILIES = {"math": ("triviaqa", "hellaswag", "gsm8k", "gsm_plus"), "code": ("humaneval", "mbpp")}
@@ -101,7 +101,7 @@ def models(cfg):
     """Those that --grid names, the cheapest first."""
     wanted = [set(re.split("-", part)) for part in cfg.grid]
     every = sorted((Model(cfg.family, *shape) for shape in sizes.GRID), key=lambda model: model.params[:2])
-    parts = lambda model: set(model.short.split("-")[1:])  # noqa: E731
+    parts = lambda model: set(model.short.split("-")[1:])
     return [model for model in every if not wanted or any(want <= parts(model) for want in wanted)]
 
 

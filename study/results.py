@@ -112,7 +112,7 @@ def distinct(rows):
 def counted(rows):
     """The runs that may vote, once each. With k = 1 the normalised gate is always 1, so the loss trains no router; with
     other initial weights, or on text, runs of the first edition are another study."""
-    may = lambda run: run["top_k"] > 1 and run["init_std"] == Run.init_std and not run["data"]  # noqa: E731
+    may = lambda run: run["top_k"] > 1 and run["init_std"] == Run.init_std and not run["data"]
     return [row for row in distinct(rows) if may(row["run"])]
 
 

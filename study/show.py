@@ -56,7 +56,7 @@ def table(runs):
         known.append({title: numbers[name] for title, name in COLUMNS.items() if name in numbers} | evaluations(run))
     titles = list(dict.fromkeys(title for row in (COLUMNS, *known) for title in row))
     titles = [title for title in titles if any(row.get(title) is not None for row in known)]
-    cell = lambda value: "–" if value is None else short(value) if value >= 1000 else f"{value:.4g}"  # noqa: E731
+    cell = lambda value: "–" if value is None else short(value) if value >= 1000 else f"{value:.4g}"
     cells = [[str(run), *(cell(row.get(title)) for title in titles)] for run, row in zip(runs, known, strict=True)]
     return aligned(["run", *titles], cells)
 
@@ -78,7 +78,7 @@ def overlay(runs):
         axis.set_yscale("log" if title == curves.NORM else "linear")
         axis.locator_params(axis="x", nbins=5)
         for i, ((run, settings, rows, tests), panels) in enumerate(zip(data, found, strict=True)):
-            x = lambda rows: [row["step"] if grpo else row["tokens"] / 1e6 for row in rows]  # noqa: E731
+            x = lambda rows: [row["step"] if grpo else row["tokens"] / 1e6 for row in rows]
             constant = [row.get("lr") for row in rows]  # a rate that never changes has no panel of its own
             axis.plot(x(rows), panels.get(title, [constant])[0], color=f"C{i}", lw=0.8, alpha=0.7, **curves.dot(rows))
             if axis is axes[0][0]:

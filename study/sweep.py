@@ -82,7 +82,7 @@ def estimates(runs, rows, device):
         latest.setdefault(tuple(row["run"][name] for name in sizes), row)
     times = {}
     for run in {form(run): run for run in runs}.values():
-        far = lambda size: sum(abs(math.log2(x / getattr(run, name))) for name, x in zip(sizes, size, strict=True))  # noqa: B023, E731
+        far = lambda size: sum(abs(math.log2(x / getattr(run, name))) for name, x in zip(sizes, size, strict=True))  # noqa: B023  used at once
         near = latest[min(latest, key=far)] if latest else None
         times[form(run)] = near and near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]
     return [times[form(run)] for run in runs]
@@ -124,7 +124,7 @@ class Queue:
         finished = {row["key"]: row["diverged"] for row in self.rows}
         busy = {*self.in_flight(), *self.failed}
         # What diverged has no weights, however often it is run.
-        done = lambda run: key(run) in finished and (finished[key(run)] or not self.weightless(run))  # noqa: E731
+        done = lambda run: key(run) in finished and (finished[key(run)] or not self.weightless(run))
         self.todo = [run for run in self.all if run not in busy and not done(run)]
 
     def in_flight(self):

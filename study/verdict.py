@@ -138,7 +138,7 @@ def best_table(rows):
         for task in ("facts", "problems") if where.paired else ():
             one = results.tune(line, task)
             for e, cell in one.cells.items() if one else ():
-                mean = lambda f, task: sum(f(row, task) for row in cell.values()) / len(cell)  # noqa: B023, E731
+                mean = lambda f, task: sum(f(row, task) for row in cell.values()) / len(cell)  # noqa: B023  used at once
                 both = [f"{mean(accuracy, t):.0%}" if t in one.rows[0] else "–" for t in ("facts", "problems")]
                 found = (results.TASKS[task], f"{one.rates[e]:g}", f"{mean(results.loss, task):.3g}", *both, len(cell))
                 yield f"| {where} | {k} | {e} | {' | '.join(map(str, found))} |"
@@ -148,7 +148,7 @@ def appendix(claims, rows):
     """All effects, as Markdown."""
     minutes, flops = sum(row["seconds"] / row["jobs"] for row in rows) / 60, sum(row["flops"] for row in rows)
     devices = ", ".join(sorted({row["device"] for row in rows})) or "no device yet"
-    count = lambda holds: sum(map(holds, rows))  # noqa: E731
+    count = lambda holds: sum(map(holds, rows))
     pairings = [rules.pairing(rows, paired=kind) for kind in (True, False)]
     left, unpaired = (f"{share:.2f} ({n} pairs of cells)" if n else "an unknown share" for share, n in pairings)
     lines = [

@@ -45,7 +45,7 @@ def problem(T, D, F, E, K, dtype, device, routing="random", seed=0):
     """Unit-scale inputs of an expert layer: x, w_in, w_out, gates, experts. routing: random | one (all tokens to the
     first K experts) | hole (expert 0 gets nothing)."""
     g = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    randn = lambda *shape: torch.randn(*shape, generator=g)
     logits = randn(T, E)
     if routing == "one":
         logits[:, :K] += 100

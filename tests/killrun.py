@@ -45,7 +45,7 @@ def main():
     out = Path(next(flag.split("=")[1] for flag in flags if flag.startswith("--out-dir=")))
     rng = random.Random(0)
     seen = {"kills": 0, "in_write": 0, "torn": 0, "fresh_starts": 0, "steps": []}
-    newest = lambda: max((step for step, _ in checkpoint.find(out)), default=0)  # noqa: E731
+    newest = lambda: max((step for step, _ in checkpoint.find(out)), default=0)
     while True:
         resuming = (out / "config.json").exists()
         seen["fresh_starts"] += not resuming

@@ -31,7 +31,7 @@ def show_memories(room, directory):
     repeated, exceeded = [], exchange.Limit.exceeded
 
     def open_memory(size, device, groups):
-        map_file = lambda rank: torch.from_file(  # noqa: E731
+        map_file = lambda rank: torch.from_file(
             str(Path(directory, f"{groups.copy}-{rank}")), shared=True, size=size, dtype=torch.uint8
         )
         own, barrier = map_file(groups.index).fill_(0xFF), lambda: dist.barrier(groups.experts)

@@ -35,7 +35,7 @@ def fake(config, effect):
     memory, reason, loss = effect(config, config.tokens / params.total)
 
     def point(share):
-        noise = lambda: RNG.gauss(0, 0.002)  # noqa: E731
+        noise = lambda: RNG.gauss(0, 0.002)
         later = loss + 0.5 * (1 - share)
         a, b = memory / share + noise(), reason / share + noise()
         return {

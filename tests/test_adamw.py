@@ -72,7 +72,7 @@ def test_rounding_is_unbiased_repeatable_and_to_a_neighbour(impl, device):
     """One step of rate 1e-3 on weights of 1, whose spacing in bfloat16 is 1/128 (above) and 1/256 (below): the mean
     over seeds is that of float32."""
     n, runs = 4096, 64
-    make = lambda dtype: [torch.full((n,), value, dtype=dtype, device=device) for value in (1.0, 0.7, 0.3, 0.2)]  # noqa: E731
+    make = lambda dtype: [torch.full((n,), value, dtype=dtype, device=device) for value in (1.0, 0.7, 0.3, 0.2)]
 
     def run(seed, dtype=HALF, step=3):
         mine = make(dtype)
@@ -143,7 +143,7 @@ def test_small_steps_and_a_falling_second_moment_survive_bfloat16(impl, device):
 
 def test_positions_beyond_32_bits_differ():
     """The hash takes the high word of the position too; checked on the twin, which has no memory to allocate for it."""
-    key = lambda high: mix(mix(mix(torch.tensor(5)) ^ 3) ^ high)  # noqa: E731
+    key = lambda high: mix(mix(mix(torch.tensor(5)) ^ 3) ^ high)
     low, high = (mix(torch.arange(8) ^ key(word)) for word in (0, 1))
     assert torch.equal(low, random_bits(5, torch.tensor(3.0), 8, "cpu")) and not torch.equal(low, high)
 
@@ -158,7 +158,7 @@ def test_rounding_of_the_extremes():
 
 def test_bad_arguments(device):
     weight, grad, mean, var = tensors(8, device)
-    call = lambda *a, **k: adamw_step(*a, scalar(1, device), 1e-3, **SETTINGS, **k)  # noqa: E731
+    call = lambda *a, **k: adamw_step(*a, scalar(1, device), 1e-3, **SETTINGS, **k)
     with pytest.raises(
         ValueError, match=r"grad \(4,\) torch.float32: expected contiguous float32 or bfloat16 of weight's shape \(8,\)"
     ):

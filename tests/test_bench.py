@@ -23,7 +23,7 @@ from bench.problem import (
     parse_shape,
     require_accuracy,
 )
-from bench.results import COLUMNS, append, latest, read
+from bench.rows import COLUMNS, append, latest, read
 from moe_kernels import grouped_gemm, moe_experts
 from optimoe import config
 
@@ -290,7 +290,7 @@ def test_node_on_two_ranks(engine, tmp_path):
     flags = ["--n_layers=1", "--batch_size=1", "--seq_len=16", "--repeats=2", f"--parallel={engine}"]
     flags.append(f"--csv={tmp_path / 'node.csv'}")
     env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    start = lambda rank: subprocess.Popen(  # noqa: E731
+    start = lambda rank: subprocess.Popen(
         [sys.executable, "-m", "bench.node", *flags],
         env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
         text=True,
@@ -358,7 +358,7 @@ def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.results.times_ms", lambda fn: pytest.fail("measured"))
+    monkeypatch.setattr("bench.rows.times_ms", lambda fn: pytest.fail("measured"))
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     for path, message in ((tmp_path, "directory"), (tmp_path / "other.csv", "its columns are not those")):
         assert message in mistake(layer.main, [f"--csv={path}"])

@@ -3,7 +3,7 @@
 import pytest
 
 from bench import generation, plot, step
-from bench.results import append, read
+from bench.rows import append, read
 from model import ModelConfig
 from moe_kernels import dispatch, grouped_gemm, hopper
 from tests.test_bench import ROW, cpu_only
@@ -46,7 +46,7 @@ def test_every_kernel_of_the_experts_has_a_family():
 
 def test_families_of_gpu_kernels():
     cfg = step.TrainConfig(vocab_size=512, d_model=128, n_experts=8)
-    of = lambda kernel, ops, sizes=(): step.family(kernel, ops, sizes, cfg)  # noqa: E731
+    of = lambda kernel, ops, sizes=(): step.family(kernel, ops, sizes, cfg)
     assert of("up_kernel", ["EagerExperts"]) == "experts: up"
     assert of("dw_kernel", ["moe_kernels::experts_bwd", "autograd::engine"]) == "experts: dw (backward)"
     assert of("route_bwd_kernel", ["moe_kernels::route_bwd"]) == "router"

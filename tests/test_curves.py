@@ -92,7 +92,7 @@ def test_no_panel_is_empty(tmp_path):
 
 
 def test_the_legend_names_what_is_there(run, tmp_path):
-    texts = lambda run: [text.get_text() for text in curves.figure(run).axes[0].get_legend().get_texts()]  # noqa: E731
+    texts = lambda run: [text.get_text() for text in curves.figure(run).axes[0].get_legend().get_texts()]
     assert texts(run) == ["training", "validation"] and texts(write_run(tmp_path / "early", [row(1), row(2)])) == [
         "training"
     ]
@@ -110,7 +110,7 @@ def test_first_losses_are_cut_off_only_where_they_would_flatten_the_rest(tmp_pat
 def test_a_run_of_one_row_is_seen(tmp_path, monkeypatch):
     """A line of one point has no length: it gets a dot."""
     one, two = (write_run(tmp_path / name, rows) for name, rows in (("one", [row(1)]), ("two", [row(1), row(2)])))
-    dots = lambda fig: [line.get_marker() for axis in fig.axes for line in axis.lines if len(line.get_xdata()) == 1]  # noqa: E731
+    dots = lambda fig: [line.get_marker() for axis in fig.axes for line in axis.lines if len(line.get_xdata()) == 1]
     assert dots(curves.figure(one)) == ["."] * 9 and dots(curves.figure(two)) == []
     assert dots(show.overlay([str(one), str(two)])) == ["."] * 3
     for fig in (

@@ -5,7 +5,7 @@ import torch
 
 from eval.generate import generate
 from eval.kv_cache import KVCache
-from eval.step import has_step, step
+from eval.one_token import has_step, step
 from model import GPT, ModelConfig
 from moe_kernels import decode, reference
 from tests.checks import BOUNDS, DTYPES, check, problem

@@ -80,7 +80,7 @@ def test_right_and_wrong_answers(tiny_run, monkeypatch):
     gold = {item.prompt: item.answer for item in items}
     wrong = dict.fromkeys(gold, "    return 99\n#### 99")
     for right, answers in ((1, gold), (0, wrong)):
-        answer_with(monkeypatch, lambda prompt, _: answers[prompt])  # noqa: B023
+        answer_with(monkeypatch, lambda prompt, _: answers[prompt])  # noqa: B023  used at once
         results = run(tiny_run, f"--tasks={','.join(names)}", "--shots=0", "--loss=false", "--overwrite")["tasks"]
         found = {name: stats["mean"] for result in results.values() for name, stats in result["metrics"].items()}
         assert found == dict.fromkeys(("strict", "flexible", "exact_match", "normalized", "pass@1"), right)
@@ -221,7 +221,7 @@ def test_a_mistake_is_one_line(module):
     for flags in (["--tasks=gsm8k", "--run=/nonexistent"], ["--tasks=nothing"], ["--nothing"]):
         flags = [flag.replace("--tasks", "--task") if module is votes else flag for flag in flags]
         with pytest.raises(SystemExit, match="^error: [^\n]*$"):
-            config.command_line(lambda: module.main(flags))  # noqa: B023
+            config.command_line(lambda: module.main(flags))  # noqa: B023  used at once
     name = module.__name__.removesuffix(".__main__")
     found = subprocess.run([sys.executable, "-m", name, "--nothing"], capture_output=True, text=True, timeout=100)
     assert found.returncode == 1 and found.stdout == "" and found.stderr.startswith("error: ")

@@ -94,7 +94,7 @@ def test_each_gemm_against_its_twin(dtype, activation, device, poison):
     tiles = gemm_tiles(T * K, E, D, F, dtype)
     d = dispatch(experts, E, tiles["up"].BLOCK_M)
     offsets, row_slot, _ = reference.dispatch(experts, E)
-    wide = lambda *tensors: (t.double() for t in tensors)  # noqa: E731
+    wide = lambda *tensors: (t.double() for t in tensors)
     h, a = gemm.up(x, w_in, d, tiles["up"], activation)
     true_h, true_a = reference.up(*wide(x, w_in), row_slot, offsets, K, activation)
     dh, ga, parts = gemm.dswiglu(dy, w_out, h, gates, d, tiles["dswiglu"], activation)

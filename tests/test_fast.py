@@ -76,7 +76,7 @@ def test_documents_are_as_the_library_writes_them(tmp_path, kind):
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     flags = [str(tmp_path / "x.jsonl"), f"--out={tmp_path / 'd'}", "--val_fraction=0"]
     main([*flags, f"--tokenizer={tmp_path / 'hf'}"])
-    encode = lambda text: made.encode(text, add_special_tokens=False).ids  # noqa: E731
+    encode = lambda text: made.encode(text, add_special_tokens=False).ids
     if kind is unigram:  # which knows special tokens as words of its vocabulary
         assert eos in encode("</s>")
         whole, encode = encode, lambda text: [t for part in re.split("(?<=<)(?=/?s>)", text) for t in whole(part)]

@@ -140,7 +140,7 @@ def test_sample_follows_the_distribution_and_the_nucleus():
 def test_stop_strings_and_vocabulary_limit():
     model = make()
     prompts = make_prompts([4, 8])
-    decode = lambda ids: "".join(f"<{i}>" for i in ids)  # noqa: E731
+    decode = lambda ids: "".join(f"<{i}>" for i in ids)
     free = generate(model, prompts, 12)
     stop = decode(free[0][3:5])  # spans two tokens
     stopped = generate(model, prompts, 12, stop_strings=[stop], decode=decode)
@@ -157,7 +157,7 @@ def test_records_the_experts_of_every_token_read(coarse, monkeypatch):
     monkeypatch.setattr("eval.generate.coarse", lambda device: coarse)
     model = make()
     prompts = make_prompts([5, 1, 17, 9, 12, 3])
-    decode = lambda ids: "".join(f"<{i}>" for i in ids)  # noqa: E731
+    decode = lambda ids: "".join(f"<{i}>" for i in ids)
     free = generate(model, prompts, 15)
     for options, read in (
         (dict(stop_ids=(free[0][4], free[2][7])), lambda ids: ids),
@@ -202,7 +202,7 @@ def test_few_shapes_give_the_same(monkeypatch):
     model = make()
     prompts = make_prompts([5, 1, 17, 9, 12, 3, 3, 8, 2])
     free = generate(model, prompts, 20)
-    decode = lambda ids: "".join(f"<{i}>" for i in ids)  # noqa: E731
+    decode = lambda ids: "".join(f"<{i}>" for i in ids)
     cases = [
         {},
         dict(stop_ids=(free[0][4], free[2][7])),

@@ -89,8 +89,8 @@ def test_learns_from_rewards_alone(start, tmp_path, monkeypatch):
     """From a reward of 10 % to 75 % and more on twenty sums with 0: all of six seeds got past 85 %. The start model
     answers in the right form."""
     everything = Task.questions
-    easy = lambda q: q.prompt.endswith(" 0 =") and "*" not in q.prompt  # noqa: E731
-    sums = lambda task, source, split, n: list(filter(easy, everything(task, source, "train", n)))  # noqa: E731
+    easy = lambda q: q.prompt.endswith(" 0 =") and "*" not in q.prompt
+    sums = lambda task, source, split, n: list(filter(easy, everything(task, source, "train", n)))
     monkeypatch.setattr(Task, "questions", sums)
     results = post_train(start, tmp_path / "run", LEARNING + " --beta2=0.99 --eval-every=0 --kl-coef=1e-3")
     log = rewarded(tmp_path / "run")
@@ -202,8 +202,8 @@ def test_a_signal_ends_the_run_and_it_goes_on_bit_for_bit(whole_run, start, tmp_
     out, calls = tmp_path / "out", []
     with interrupted(part, call), pytest.MonkeyPatch.context() as patch:
         decode = grpo_file.generate
-        seen = lambda i, ids, watch: (calls.append(i), watch(i, ids))  # noqa: E731
-        watched = lambda *a, watch=None, **k: decode(*a, watch=watch and (lambda i, ids: seen(i, ids, watch)), **k)  # noqa: E731
+        seen = lambda i, ids, watch: (calls.append(i), watch(i, ids))
+        watched = lambda *a, watch=None, **k: decode(*a, watch=watch and (lambda i, ids: seen(i, ids, watch)), **k)
         patch.setattr(grpo_file, "generate", watched)
         assert post_train(start, out, FOUR + " --checkpoint-every=9") is None
     assert part != "sample_answers" or len(calls) < call * 12 * 4 * 2  # of three or more tokens each
@@ -244,7 +244,7 @@ def test_an_interrupt_before_the_first_step_ends_with_a_message(start, tmp_path,
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_at_once(start, tmp_path, monkeypatch):
-    norm = lambda *args, **options: torch.tensor(math.inf)  # noqa: E731
+    norm = lambda *args, **options: torch.tensor(math.inf)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
     with pytest.raises(ValueError, match="training diverged: the gradient norm is inf at step 1: "):
         post_train(start, tmp_path / "out", FOUR + " --steps=1")

@@ -109,7 +109,7 @@ def test_weights_of_a_mini_batch_sum_to_one(sampled, start, tmp_path, monkeypatc
     def norm(adamw):
         return torch.nn.utils.get_total_norm([p.grad for group in adamw.param_groups for p in group["params"]])
 
-    weighed = lambda x, batch, *a: (seen.append(batch.weight_A), loss(x, batch, *a))[1]  # noqa: E731
+    weighed = lambda x, batch, *a: (seen.append(batch.weight_A), loss(x, batch, *a))[1]
     monkeypatch.setattr(grpo_file, "policy_loss", weighed)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (norms.append(norm(self)), step(self))[1])
     flags = [f"--out-dir={tmp_path / 'run'}", "--batch-prompts=12", "--mini-batch=4", "--steps=1", "--clip-norm=1e-3"]
@@ -122,7 +122,7 @@ def test_prompts_and_padding_get_no_gradient(sampled):
     model, now, begin, samples, advantage = sampled
     batch = look_back(collate(samples, advantage, weights(samples, "token"), "cpu"), model, begin, CFG, N_VOCAB)
     seen = []
-    look = lambda _, inputs, output: output.register_hook(lambda g: seen.append(g.flatten(0, 1))) and None  # noqa: E731
+    look = lambda _, inputs, output: output.register_hook(lambda g: seen.append(g.flatten(0, 1))) and None
     handle, losses = now.head.register_forward_hook(look), []
     for padding in (0, 17):
         tokens = batch.tokens_BL.masked_fill(batch.sampled_NTK[0, :, 0].view_as(batch.tokens_BL) < 0, padding)

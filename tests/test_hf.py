@@ -315,7 +315,7 @@ def test_evaluating_an_export_equals_evaluating_the_run(tiny_run):  # noqa: F811
 def test_a_failed_export_leaves_nothing_and_can_be_repeated(tiny_run, tmp_path, monkeypatch):  # noqa: F811
     pytest.importorskip("tokenizers")
     export = [str(tiny_run), str(tmp_path / "out")]
-    failing = lambda *args: (_ for _ in ()).throw(ValueError("too late"))  # noqa: E731
+    failing = lambda *args: (_ for _ in ()).throw(ValueError("too late"))
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="the package tokenizers is not installed"):
         patch.setitem(sys.modules, "tokenizers", None)
         patch.setattr(checkpoint, "load_model", failing)  # before any work

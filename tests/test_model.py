@@ -57,7 +57,7 @@ def plain_forward(model, tokens_BL, replay_NTK=None):
     cfg = model.cfg
     w = {name: value.double() for name, value in model.state_dict().items()}
     B, L = tokens_BL.shape
-    norm = lambda x, g: x / (x.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * g  # noqa: E731
+    norm = lambda x, g: x / (x.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * g
     half = cfg.head_dim // 2
     angles = torch.arange(L)[:, None] * cfg.rope_theta ** (-torch.arange(half).double() / half)
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]

@@ -61,7 +61,7 @@ def gated(dtype, impl, activation="swiglu"):
 
 def rope(dtype, impl):
     cos, sin = (t.to(DEVICE) for t in rope_tables(ModelConfig(seq_len=9, head_dim=8)))
-    call = lambda qkv, *weights: mk.rope(qkv, cos, sin, 4, *weights, impl=impl)  # noqa: E731
+    call = lambda qkv, *weights: mk.rope(qkv, cos, sin, 4, *weights, impl=impl)
     return call, [t.to(dtype) for t in (random(2, 9, 8, 8), random(8), random(8, seed=2))]
 
 
@@ -204,7 +204,7 @@ def test_a_launch_reuses_only_what_was_compiled_for_its_arguments(monkeypatch):
     calls = []
     compiled = {(2, 1, 1): lambda *args: calls.append(("again", args))}
     monkeypatch.setattr(language, "UNFENCED", False)
-    slow = lambda *args, **constants: calls.append(("compile", args)) or compiled  # noqa: E731
+    slow = lambda *args, **constants: calls.append(("compile", args)) or compiled
     kernel, x = type("Kernel", (), {"fn": object(), "__getitem__": lambda self, grid: slow})(), torch.zeros(40)
     variants = [
         dict(tensors=(x, None)),

@@ -168,7 +168,7 @@ def test_which_parameters_get_muon():
         assert (id(p) in muon) == hidden and (id(p) in adamw) != hidden, name
         assert hidden or adamw[id(p)] == (0.0 if "norm" in name else 0.1), name
         assert not hidden or sum(muon[id(p)]["rows"]) == p.shape[-2], name
-    rows = lambda name: muon[id(model.get_parameter(name))]["rows"]  # noqa: E731
+    rows = lambda name: muon[id(model.get_parameter(name))]["rows"]
     assert rows("blocks.1.attn.qkv.weight") == [32, 16, 16] and rows("blocks.0.mlp.w_in") == rows(
         "blocks.0.mlp.shared.gate_up.weight"
     ) == [48, 48]
@@ -320,7 +320,7 @@ def test_found_inf_leaves_everything_untouched(mode):
     model, batch = model_and_batch(cfg=model_cfg)
     optimizer = make_optimizer(model, cfg)
     train(model, optimizer, batch, 2)
-    state = lambda: {**optimizer.weights(model), **{f"copy of {name}": p for name, p in model.named_parameters()}}  # noqa: E731
+    state = lambda: {**optimizer.weights(model), **{f"copy of {name}": p for name, p in model.named_parameters()}}
     before, states = copy.deepcopy(state()), copy.deepcopy(optimizer.state_dict())
     backward(model, batch)
     for p in model.parameters():

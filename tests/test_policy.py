@@ -68,7 +68,7 @@ def test_loss_and_gradient_equal_the_formula(dtype, bound):
     loss, (kl, clipped, n) = policy_loss(x, batch, 0.2, 0.5)
     loss.backward()
     expected, truth = formula(*parts, 0.2, 0.5), formula_gradient(*parts, 0.2, 0.5)
-    ratio = lambda gradient: ((gradient - truth).norm() / truth.norm()).item()  # noqa: E731
+    ratio = lambda gradient: ((gradient - truth).norm() / truth.norm()).item()
     assert abs(loss.item() - expected) <= bound * abs(expected) and n == 500 and 50 < clipped < 250
     assert ratio(x.grad) <= bound
     for wrong in ((0.3, 0.5), (0.2, 0.4)):  # the check can fail

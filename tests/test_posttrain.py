@@ -120,7 +120,7 @@ def test_half_a_budget_is_no_row(runs, tmp_path, monkeypatch):
 def made_up(E, seed, rate, rate_after, n=500):
     rng = np.random.default_rng((E, seed))
     parts = {"majority": [0.0] * n, "answers": [0] * n, "curves": {"samples": [1, 2], "solutions": [0.1, 0.2]}}
-    draw = lambda p: {"greedy": (rng.random(n) < p).astype(int).tolist(), **parts}  # noqa: E731
+    draw = lambda p: {"greedy": (rng.random(n) < p).astype(int).tolist(), **parts}
     return {
         "d_model": 8,
         "top_k": 2,
@@ -140,7 +140,7 @@ def test_verdicts_on_remedies():
         return [made_up(E, seed, rate, rate_after) for seed in range(3) for E, rate, rate_after in rates]
 
     falls, flat, rises = (0.3, 0.6, 0.2), (1.0, 1.0, 1.0), (0.2, 0.4, 0.6)
-    grpo_claim = lambda rows: overall(list(still_lost(rows, {"greedy answers after": ("after", "greedy")})))  # noqa: E731
+    grpo_claim = lambda rows: overall(list(still_lost(rows, {"greedy answers after": ("after", "greedy")})))
     assert grpo_claim(made(falls, falls)) == "supported" and grpo_claim(made(falls, flat)) == "not supported"
     assert grpo_claim(made(rises, flat)) == "undecided"  # nothing to rescue
     tests = list(still_lost(made(rises, flat), REMEDIES[0][1]))

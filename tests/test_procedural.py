@@ -35,7 +35,7 @@ def solve(text, modulus):
     """The asked value, by repeated substitution, written without a line of the generator's code."""
     body, asked = re.fullmatch(r"Given:(.*) What is (\w+)\? Solution:", text).groups()
     rules, known = [s.split() for s in re.findall(r"[^.]+", body) if s.strip()], {}
-    value = lambda word: int(word) if word.isdigit() else known[word]  # noqa: E731
+    value = lambda word: int(word) if word.isdigit() else known[word]
     while asked not in known:
         before = len(known)
         for name, verb, y, *rest in rules:

@@ -83,7 +83,7 @@ def test_names_are_the_published_ones():
     assert len(names) == len(set(names)) == 65 and names[0] == "llm-jp/optimal-sparsity-math-d512-E8-k2-320M-A170M"
     for known in ("code-d512-E16-k8-520M-A320M", "code-d1024-E64-k8-6.7B-A1.1B"):
         assert f"llm-jp/optimal-sparsity-{known}" in [model.name for model in all_models("code")]
-    unit = lambda text: float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]]  # noqa: E731
+    unit = lambda text: float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]]
     for model in all_models():
         total, active = re.search(r"-([\d.]+[MB])-A([\d.]+[MB])$", model.name).groups()
         assert unit(total) == pytest.approx(model.params.total, rel=0.03)
@@ -169,7 +169,7 @@ def test_what_was_there_stays_and_what_is_missing_is_named(work, capsys):
 
 def test_models_that_do_not_fit_are_left_out(work, monkeypatch, capsys):
     run, *_ = work
-    small = lambda what, least, device, remedy: released.require(least < 2e9, what, least, remedy)  # noqa: E731
+    small = lambda what, least, device, remedy: released.require(least < 2e9, what, least, remedy)
     monkeypatch.setattr(released, "require_memory", small)
     run("--plan", "--dtype=bfloat16", "--grid=d512-E8,d1024-E8")
     printed = capsys.readouterr().out

@@ -16,7 +16,7 @@ from tests.checks import BOUNDS, DTYPES, ON_GPU, check, rms_ratio
 def problem(W, T, D, F, E, K, dtype, device, seed=0):
     """x, dy, gates, expert ids of every rank, and the weights of all W * E experts."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=g)
     ids = torch.rand(W, T, E * W, generator=g).argsort(2)[:, :, :K].int().contiguous().to(device)
     gates = torch.rand(W, T, K, generator=g).to(device)
     tensors = draw(W, T, D), draw(W, T, D), draw(E * W, 2 * F, D) / D**0.5, draw(E * W, D, F) / F**0.5

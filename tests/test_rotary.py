@@ -13,7 +13,7 @@ NAMES = ("q", "k", "v", "dqkv", "dq_weight", "dk_weight")
 def problem(B, L, H, Hkv, d, dtype, device, norm=False, positions=False):
     """Arguments of `rope` and the gradients of its three outputs, laid out as attention gives them."""
     g = torch.Generator().manual_seed(B + L + H + d)
-    randn = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    randn = lambda *shape: torch.randn(*shape, generator=g)
     cos, sin = rope_tables(ModelConfig(seq_len=L + 7, head_dim=d))
     pos = torch.randint(L + 7, (B, L), generator=g) if positions else slice(L)
     qkv, weights = randn(B, L, H + 2 * Hkv, d), [1 + 0.3 * randn(d), 1 + 0.3 * randn(d)] if norm else []

@@ -284,7 +284,7 @@ def test_a_gap_in_the_log_is_said(whole_run, tmp_path, capsys, kind):
 
 def test_the_log_reaches_the_disk_before_the_checkpoint(data_dir, tmp_path, monkeypatch):
     seen, fsync, save = [], os.fsync, checkpoint.save
-    link = lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))  # noqa: E731
+    link = lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
     monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(link(handle)), fsync(handle))[1])
     monkeypatch.setattr(checkpoint, "save", lambda *args: (seen.append("checkpoint"), save(*args))[1])
     train_run(data_dir, tmp_path / "out", "--steps=3")
@@ -390,7 +390,7 @@ def test_hints_repeat_the_flags_of_the_run(tmp_path):
     cfg = TrainConfig(
         **TrainConfig.preset_fields("tiny") | {"vocab_size": 512, "lr": 1e-3, "curves": False, "n_experts": 16}
     )
-    hints = lambda solution, **changes: report.next_steps(  # noqa: E731
+    hints = lambda solution, **changes: report.next_steps(
         "runs/x",
         dataclasses.replace(cfg, **changes),
         [(tmp_path / "data", 1.0)],

@@ -20,7 +20,7 @@ def write_run(path, settings, rows, results=None):
 @pytest.fixture
 def runs(tmp_path):
     trained = {"dense": True, "d_model": 32, "batch_size": 2, "seq_len": 8}
-    row = lambda step: {"step": step, "loss": 5 - step, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 2.5e6}  # noqa: E731
+    row = lambda step: {"step": step, "loss": 5 - step, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 2.5e6}
     final = {"loss": 3.0, "val_loss": 3.25, "parameters": 1_500_000}
     one = write_run(tmp_path / "one", trained, [row(1), {"step": 1, "val_loss": 4.5}, row(2)], final)
     slow = write_run(tmp_path / "slow", trained, [row(1) | {"lr": 5e-4}])
@@ -28,7 +28,7 @@ def runs(tmp_path):
     tasks = {"gsm8k": {"metrics": {"strict": {"mean": 0.125}}}}
     (tmp_path / "one/eval-00000002/results.json").write_text(json.dumps({"tasks": tasks}))
     known = {"kl": 0.01, "grad_norm": 1.0, "answer_tokens": 9, "loss": 0.0}
-    reward = lambda step: {"step": step, "reward": 0.1 * step, **known}  # noqa: E731
+    reward = lambda step: {"step": step, "reward": 0.1 * step, **known}
     rl = {"group_size": 4, "task": "reasoning"}
     rows = [{"step": 0, "test_reward": 0.5}, reward(1), reward(2), {"step": 2, "test_reward": 0.75}]
     return one, slow, write_run(tmp_path / "rl", rl, rows), write_run(tmp_path / "rl2", rl, rows)

@@ -210,7 +210,7 @@ def test_grpo_starts_from_a_published_model(released, questions, tmp_path, monke
 
 def test_the_chat_template_asks(released):
     tokens, plain = hf.load_tokens(released / "olmoe"), "Question: 2 eggs?\nAnswer:"
-    decode = lambda ids: tokens.decode(ids)  # noqa: E731
+    decode = lambda ids: tokens.decode(ids)
     assert start.prompt_ids(released / "olmoe", tokens)(plain) == tokens.bos + tokens.encode(plain)
     path = released / "olmoe/chat_template.jinja"
     path.write_text(TEMPLATE)

@@ -156,7 +156,7 @@ def test_mixture_has_the_tokens_and_the_different_problems_it_is_asked_for(tmp_p
 
 
 def test_seeds_differ_in_everything_and_experts_in_nothing_but_the_model():
-    at = lambda **fields: run.mixture(Run(**fields))  # noqa: E731
+    at = lambda **fields: run.mixture(Run(**fields))
     other = Run(n_experts=256, top_k=8, lr=1.0, init_std=0.1, d_model=64)
     assert run.data_dir(Run(), "c") == run.data_dir(other, "c") != run.data_dir(Run(seed=1), "c")
     zero, one = at(), at(seed=1)

@@ -151,7 +151,7 @@ def test_rates_come_from_the_most_similar_runs_for_the_task_at_hand():
 
     rows = grid(effect, experts=(8, 512), ks=(8,), unique=1_000)
     known = {task: presets.compared(rows, task) for task in ("facts", "problems")}
-    rate = lambda task, **fields: presets.best_rate(known[task], Run(top_k=8, **fields), task)  # noqa: E731
+    rate = lambda task, **fields: presets.best_rate(known[task], Run(top_k=8, **fields), task)
     assert rate("problems", n_experts=16, unique=1_000) == 0.012 and rate("problems", n_experts=256, unique=500) == 6e-3
     assert rate("facts", n_experts=16) == 3e-3
     assert rate("problems", n_experts=8, optimizer="adamw") == presets.START["problems"]  # another optimiser

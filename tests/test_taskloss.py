@@ -43,7 +43,7 @@ def slow_nll(model, context, answer):
 
 def make_pairs():
     rng = torch.Generator().manual_seed(1)
-    draw = lambda n: torch.randint(0, 320, (n,), generator=rng).tolist()  # noqa: E731
+    draw = lambda n: torch.randint(0, 320, (n,), generator=rng).tolist()
     return [
         (draw(1), draw(1)),
         (draw(5), draw(3)),

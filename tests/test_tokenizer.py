@@ -61,7 +61,7 @@ def plain_bpe(counts, n_merges):
 @NEEDS_LIBRARY
 def test_training_is_exactly_bpe():
     rng = random.Random(0)
-    train = lambda counts, size: tokenizer.train_bpe("\n".join(counts.elements()).split(" "), size)  # noqa: E731
+    train = lambda counts, size: tokenizer.train_bpe("\n".join(counts.elements()).split(" "), size)
     for trial in range(60):  # two or three letters: long runs and overlapping merges, where shortcuts go wrong
         counts = Counter(
             "".join(rng.choices("abc"[: 2 + trial % 2], k=rng.randint(1, 12))) for _ in range(rng.randint(1, 30))
@@ -106,7 +106,7 @@ def test_vocabulary_size_and_determinism():
         "enc = tokenizer.train_bpe([text[i:] for i in range(9)], 900);"
         "print(hashlib.sha256(repr(enc._mergeable_ranks).encode()).hexdigest())"
     )
-    run = lambda: subprocess.check_output([sys.executable, "-c", program], cwd=Path(__file__).parents[1])  # noqa: E731
+    run = lambda: subprocess.check_output([sys.executable, "-c", program], cwd=Path(__file__).parents[1])
     assert run() == run() != b""  # other hashes of strings, other threads
 
 

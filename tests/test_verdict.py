@@ -119,7 +119,7 @@ def test_a_part_of_a_preset_decides_nothing():
 
 def test_each_task_is_compared_at_its_own_best_rates():
     """Facts are best at 0.003 and solutions at 0.012: neither line may be drawn at the other's rate."""
-    effect = lambda c, tpp: (1 + abs(math.log2(c.lr / 6e-3)), 0.2 + abs(math.log2(c.lr / 1.2e-2)), 1)  # noqa: E731
+    effect = lambda c, tpp: (1 + abs(math.log2(c.lr / 6e-3)), 0.2 + abs(math.log2(c.lr / 1.2e-2)), 1)
     line = results.lines(grid(effect, ks=(8,), rates=(3e-3, 6e-3, 1.2e-2, 2.4e-2), **SCARCE)).popitem()[1]
     facts, solutions = (results.tune(line, task) for task in ("facts", "problems"))
     assert set(facts.rates.values()) == {6e-3} and set(solutions.rates.values()) == {1.2e-2}
@@ -139,7 +139,7 @@ def test_a_line_has_the_same_seeds_at_every_size_and_what_diverged_is_not_the_be
 
 def test_optimum_near_20_is_judged_against_the_better_side():
     def line(best):
-        effect = lambda c, tpp: (1, 0.2 + 0.1 * abs(math.log2(tpp / best)) + 0.1 * abs(math.log2(c.lr / 6e-3)), 1)  # noqa: E731
+        effect = lambda c, tpp: (1, 0.2 + 0.1 * abs(math.log2(tpp / best)) + 0.1 * abs(math.log2(c.lr / 6e-3)), 1)
         sizes = dict(tokens=2**26, data_tokens=2**26, people=16_000, **SCARCE)
         return grid(effect, experts=(4, 8, 16, 32, 64, 128, 256), ks=(2, 4), **sizes)
 
@@ -161,13 +161,13 @@ def test_denser_at_equal_loss():
 
 def test_top_k_alone():
     def rows(worth):
-        effect = lambda c, tpp: (1.0, 0.3, 2 * (1 + worth * math.log2(c.top_k / 2)) + 0.1 * abs(math.log2(c.lr / 6e-3)))  # noqa: E731
-        near = lambda c, tpp: tuple(x + 0.1 * abs(math.log2(c.lr / 6e-3)) for x in effect(c, tpp))  # noqa: E731
+        effect = lambda c, tpp: (1.0, 0.3, 2 * (1 + worth * math.log2(c.top_k / 2)) + 0.1 * abs(math.log2(c.lr / 6e-3)))
+        near = lambda c, tpp: tuple(x + 0.1 * abs(math.log2(c.lr / 6e-3)) for x in effect(c, tpp))
         return finished(presets.topk2, near)
 
     assert decided(rows(0.0), 5) == "supported" and decided(rows(0.2), 5) in ("not supported", "mixed")
     rng = random.Random(1)
-    noise = lambda c, tpp: (1.0, 0.3 + rng.gauss(0, 0.02), 2 + rng.gauss(0, 0.02) + 0.1 * abs(math.log2(c.lr / 6e-3)))  # noqa: E731
+    noise = lambda c, tpp: (1.0, 0.3 + rng.gauss(0, 0.02), 2 + rng.gauss(0, 0.02) + 0.1 * abs(math.log2(c.lr / 6e-3)))
     assert decided(finished(presets.topk2, noise), 5) != "not supported"  # the best of four is no spread
 
 
@@ -267,7 +267,7 @@ def test_the_figure_has_a_dot_for_every_seed(tmp_path):
     assert texts[:2] == [["facts", "unseen solutions", "0.06 nats more a doubling"], ["500 problems", "4,000 problems"]]
     dashed = next(line for line in fig.axes[0].lines if line.get_linestyle() == "--").get_ydata()
     assert dashed[-1] - dashed[0] == pytest.approx(0.06 * 5)
-    hollow = lambda fig: sum(line.get_markerfacecolor() == "white" for line in fig.axes[0].lines)  # noqa: E731
+    hollow = lambda fig: sum(line.get_markerfacecolor() == "white" for line in fig.axes[0].lines)
     alone = [row for row in rows if row["run"]["n_experts"] != 16 or row["lr"] == 6e-3]
     assert (hollow(fig), hollow(figures.headline(alone))) == (0, 2)  # a point of one rate, for each task
     assert "![" in (tmp_path / "README.md").read_text() and "(h.png)" in (tmp_path / "README.md").read_text()

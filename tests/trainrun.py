@@ -47,7 +47,7 @@ def differences(a, b):
     """Paths where two checkpoints differ in any bit, the run's own name and length aside."""
     a, b = flat(a), flat(b)
     assert a.keys() == b.keys()
-    same = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y  # noqa: E731
+    same = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
     own = "/config/out_dir", "/config/resume", "/config/checkpoint_every"
     return [key for key in a if not same(a[key], b[key]) and key not in own]
 
