@@ -31,7 +31,7 @@ UNTAUGHT += "use --router_normalize=false"
 @dataclass(frozen=True)
 class ModelConfig:
     # Model
-    vocab_size: int = 0  # V; 0: not known yet
+    vocab_size: int = 0  # V; 0: the tokenizer's, rounded up to a multiple of 64
     seq_len: int = 256  # L, longest sequence
     d_model: int = 128  # D
     n_layers: int = 4  # blocks
@@ -42,9 +42,9 @@ class ModelConfig:
     n_experts: int = 8  # E
     top_k: int = 2  # K experts per token
     d_expert: int = 256  # F, hidden width of one expert
-    n_shared_experts: int = 0  # experts that every token passes, outside the router
+    n_shared_experts: int = 0  # experts for every token, beside the routed ones
     dense: bool = False  # no router: one gated MLP with the same active FLOPs
-    router_score: Literal["softmax", "sigmoid"] = "softmax"  # makes scores of the router's logits
+    router_score: Literal["softmax", "sigmoid"] = "softmax"  # turns the router's logits into scores
     router_normalize: bool = True  # gates: scores divided by their sum over the K chosen; false: the scores
     router_bias_rate: float = 0.0  # > 0: loss-free balancing by a selection bias (1e-3 is usual)
     # Choices
@@ -54,13 +54,13 @@ class ModelConfig:
     tie_embeddings: bool = False  # one matrix for input and output embeddings
     rope_theta: float = 1e4  # base of the RoPE wavelengths
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
-    init_std: float = 0.02  # of matrices; those that write to the residual stream: / sqrt(2 * n_layers)
+    init_std: float = 0.02  # of matrices; / sqrt(2 * n_layers) where they write to the residual stream
     embed_init_std: float = 0.0  # of the input embeddings; 0: init_std
     # Execution
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on CUDA, else float32
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # kernels of moe_kernels; auto: by device
     loss_chunk: int = 16384  # tokens whose logits exist at one time in training (triton)
-    recompute: Literal["none", "experts", "blocks"] = "none"  # computed again in the backward pass, to save memory
+    recompute: Literal["none", "experts", "blocks"] = "none"  # in the backward pass, to save memory
 
     def __post_init__(self):
         self.validate()
@@ -72,7 +72,7 @@ class ModelConfig:
 
     @property
     def router_learns(self):
-        """Whether the loss has a gradient for the router. train.py refuses models without; old ones load."""
+        """Whether the loss has a gradient for the router. Without one train.py refuses to start; old models load."""
         return self.dense or self.n_experts == 1 or self.top_k > 1 or not self.router_normalize
 
     def validate(self):
@@ -96,16 +96,16 @@ class ModelConfig:
 
 class Output(NamedTuple):
     logits: Tensor | None  # (B, L, V), or (B, 1, V) with a cache; None with targets
-    loss: Tensor | None  # float32 mean cross-entropy in nats over targets >= 0; None without
+    loss: Tensor | None  # float32 mean cross-entropy in nats over targets >= 0; None without targets
     balance: Tensor  # float32, sum over MoE layers of E * sum_e f_e p_e: N at balance
     z: Tensor  # float32, sum over MoE layers of mean logsumexp(router logits)^2
     counts_NE: Tensor  # int32 (token, slot) pairs per layer and expert; (0, E) in a dense model
     probs_NE: Tensor  # float32 mean router probability, differentiable
-    experts: tuple[Tensor, ...] = ()  # of each MoE layer int32 (T, K): what the router chose
+    experts: tuple[Tensor, ...] = ()  # the router's choice in each MoE layer, int32 (T, K)
 
 
 class Linear(nn.Linear):
-    """Without bias; the weight is cast to the input's dtype. GPT.draw fills it."""
+    """Without bias; the weight is cast to the input's dtype. GPT.draw initialises it."""
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
@@ -150,7 +150,7 @@ def document_mask(doc_ids_BL, fused):
 
 @functools.cache
 def fused_attention():
-    """For blocks that are not compiled: as it is, flex_attention would write all scores to memory."""
+    """For blocks that are not compiled: uncompiled, flex_attention writes all scores to memory."""
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         q, k, v = rope(qkv, cos, sin, H, *norms, self.eps, self.impl)
         if cache is not None:
             k_all, v_all = cache.update(layer, k, v)
-            if mask is not None:  # without a mask the new tokens are all there are
+            if mask is not None:  # without a mask there are only the new tokens
                 k, v = k_all, v_all
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if mask is not None and L == 1:  # the query heads of a group become queries of its key head: no repetition
@@ -204,7 +204,7 @@ class GatedMLP(nn.Module):
 
 
 def again(function, *args, **kwargs):
-    """function(*args, **kwargs), computed once more in the backward pass, which keeps nothing but the arguments."""
+    """function(*args, **kwargs), recomputed in the backward pass; only the arguments are kept for it."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
@@ -224,7 +224,7 @@ class MoE(nn.Module):
     def choose(self, x_TD, replay_TK=None):
         """(Routing, the router's own choice int32 (T, K)). A router variant is a field of ModelConfig and a line here.
 
-        replay_TK: experts to use in place of that choice, -1 where it stays; their gates come from today's logits."""
+        replay_TK: experts to use instead of that choice, -1: none; their gates come from the present logits."""
         cfg = self.cfg
         logits_TE = self.router(x_TD)
         r = route(logits_TE, cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=cfg.kernels)
@@ -268,7 +268,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """draw=False leaves the weights without values, to be loaded."""
+    """draw=False leaves the weights uninitialised, to be loaded."""
 
     def __init__(self, cfg, draw=True):
         super().__init__()
@@ -291,8 +291,8 @@ class GPT(nn.Module):
     def draw(self, seed):
         """Initial weights: each matrix, and each expert, from a generator keyed by the seed, its name and its index.
 
-        So models that differ only in n_experts or top_k have the same attention, embeddings and first experts: a
-        comparison of them is paired. A CPU and a GPU draw different numbers."""
+        Models that differ only in n_experts or top_k thus have the same attention, embeddings and first experts, and
+        comparing them is a paired comparison. A CPU and a GPU draw different numbers."""
         cfg, generator = self.cfg, torch.Generator(self.embed.weight.device)
         embed_std = cfg.embed_init_std or cfg.init_std
         for name, weight in self.named_parameters():
@@ -318,8 +318,8 @@ class GPT(nn.Module):
 
         doc_ids (int32, from data/loader.py): attention stays within a document; nothing of one reaches another.
         cache (eval/kv_cache.py): the tokens continue its sequences; logits are those of each row's last real token, and
-        there are no statistics. replay_NTK (int32; -1: none): experts to use in place of each router's choice, which
-        the counts still count. Raises ValueError past seq_len."""
+        there are no statistics. replay_NTK (int32; -1: none): experts to use instead of each router's choice; counts
+        are still of that choice. Raises ValueError past seq_len."""
         B, L = tokens_BL.shape
         require(L <= self.cfg.seq_len, "sequence length", L, f"the model's seq_len is {self.cfg.seq_len}")
         ready = self.before_layer or (lambda layer: None)
@@ -331,7 +331,7 @@ class GPT(nn.Module):
             cos, sin = self.cos[pos_BL], self.sin[pos_BL]
         elif doc_ids_BL is not None:  # RoPE is relative, so positions need not start again
             mask = document_mask(doc_ids_BL, x.is_cuda and use_kernels(self.cfg.kernels, x))
-        # Compiled blocks know the one shape of training; evaluation has many and runs them eagerly.
+        # Blocks are compiled for the one shape of training; evaluation has many shapes and runs them eagerly.
         compiled = self.training and cache is None and replay_NTK is None
         for layer, block in enumerate(self.blocks):
             ready(layer)
@@ -367,7 +367,7 @@ class GPT(nn.Module):
 def update_router_bias(model, counts_NE):
     """Loss-free balancing (arXiv 2408.15664): raise the bias of experts below the mean load, lower that of the others.
 
-    counts_NE: of one optimiser step over all its tokens and ranks."""
+    counts_NE: of one optimiser step, over all tokens and ranks."""
     layers = [block.mlp for block in model.blocks if getattr(block.mlp, "bias_E", None) is not None]
     for moe, counts_E in zip(layers, counts_NE.float(), strict=bool(layers)):
         moe.bias_E += model.cfg.router_bias_rate * torch.sign(counts_E.mean() - counts_E)

@@ -43,7 +43,7 @@ class TrainConfig(ModelConfig):
     # Run
     preset: str = "tiny"  # model fields start from it (optimoe/sizes.py); the vocabulary comes from the data
     data: str = ""  # data directory or mixture DIR:weight,DIR:weight; empty: procedural data
-    document_mask: bool = False  # attention stays within a document; always so with examples (data.prepare --sft)
+    document_mask: bool = False  # attention stays within a document; always with examples (data.prepare --sft)
     out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
     resume: str = ""  # run directory to continue
     init_from: str = ""  # a Mixtral, Qwen3-MoE or OLMoE to fine-tune: folder or ORG/NAME[@REVISION] (optimoe/start.py)
@@ -52,8 +52,8 @@ class TrainConfig(ModelConfig):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of blocks on CUDA; auto: in long runs
     cuda_graph: bool = True  # replay the whole step as one CUDA graph
-    parallel: Literal["ddp", "ep"] = "ddp"  # what several GPUs share out: optimiser states, or experts too
-    ep_size: int = 0  # ep: ranks that share out the experts; groups of them are data parallel. 0: all
+    parallel: Literal["ddp", "ep"] = "ddp"  # what is divided among GPUs: optimiser states, or experts too
+    ep_size: int = 0  # ep: ranks in a group that divides the experts; groups are data parallel. 0: all ranks
     deterministic: bool = False  # the same bits in every run on CUDA too; slower
     # Optimisation
     steps: int = 1700  # optimiser steps
@@ -81,7 +81,7 @@ class TrainConfig(ModelConfig):
     val_every: int = 500  # steps between validations; 0: only at the end
     val_batches: int = 20  # micro-batches per validation; 0: no validation
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = 2  # newest ones kept
+    keep_checkpoints: int = 2  # how many of the newest are kept
     curves: bool = True  # redraw curves.png at validations and checkpoints
     trace: str = ""  # write a trace of the sixth to eighth step to this file
     log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb; torchrun needs --logger
@@ -93,7 +93,7 @@ class TrainConfig(ModelConfig):
 
     @staticmethod
     def start_fields(flags):
-        """What stands for the defaults where training starts from another model."""
+        """Replaces defaults where training starts from another model."""
         if flags.get("upcycle_from"):
             return upcycle.training_fields(flags["upcycle_from"])
         if flags.get("init_from"):
@@ -138,14 +138,14 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
     total = targets.sum()
     if world > 1:
         dist.all_reduce(total)
-    shares = targets * (len(batches) * world) / total.clamp(min=1)  # exactly 1 where all have as many
+    shares = targets * (len(batches) * world) / total.clamp(min=1)  # exactly 1 where all have equally many
     optimizer.begin_step()
     for micro, batch in enumerate(batches):
         first, last = micro == 0, micro == len(batches) - 1
         optimizer.synchronize = last
         out = model(*batch)
         balance, ce = out.balance, shares[micro] * out.loss
-        if world > 1:  # the balance of the global batch: everyone's counts, own probabilities
+        if world > 1:  # the balance of the global batch: counts of all ranks, probabilities of this one
             discard = exchange.count(model, out.counts_NE, first, last)
             layers = zip(out.counts_NE, out.probs_NE, strict=True)
             balance = sum((balance_loss(counts_E, probs_E) for counts_E, probs_E in layers), 0 * out.balance)
@@ -156,7 +156,7 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
         sums = sums + torch.stack([ce, balance, out.z, torch.ones_like(ce)]).detach()
         counts_NE = counts_NE + out.counts_NE
         probs_NE = probs_NE + out.probs_NE.detach()
-    if world > 1:  # means over ranks, so that all of them log, judge and save the same
+    if world > 1:  # means over ranks, so that all log, judge and save the same numbers
         shared = torch.cat([sums, probs_NE.flatten()])
         dist.all_reduce(shared)
         sums, probs_NE = shared[:4] / world, (shared[4:] / world).view_as(probs_NE)
@@ -231,8 +231,8 @@ def check_start(cfg, world):
     """ValueError for what can be refused without a run directory."""
     remedy = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
     require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size, remedy)
-    sends_twice = cfg.recompute != "none" and world > 1 and cfg.parallel == "ep"
-    require(not sends_twice, "recompute", cfg.recompute, "parallel=ep sends no token twice; use --parallel=ddp")
+    sends_twice = cfg.recompute != "none" and world > 1 and cfg.parallel == "ep"  # tokens, to their experts
+    require(not sends_twice, "recompute", cfg.recompute, "not with parallel=ep; use --parallel=ddp")
     exchange.group_size(cfg, world)
 
 
@@ -266,7 +266,7 @@ def set_up(cfg, run, data):
         data.loader.load_state_dict(state["loader"])
         for name, sums in state.pop("window").items():
             window[name].copy_(sums[:2] if name == "steps" else sums)  # earlier versions kept a third number
-        if cfg.bad_steps == "stop":  # what was skipped by option is no reason to stop
+        if cfg.bad_steps == "stop":  # steps skipped under bad_steps=skip are no reason to stop now
             window["steps"][guard.BAD] = window["skipped_in_a_row"][...] = 0
         read = state["step"] * state["config"]["batch_size"] * state["config"]["seq_len"]
         job.step, job.tokens = state["step"], state.get("tokens", read)

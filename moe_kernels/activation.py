@@ -11,7 +11,7 @@ import torch.nn.functional as F_
 from torch import Tensor
 
 from moe_kernels.language import launch, tl, triton
-from moe_kernels.ops import define, sheltered, use_kernels
+from moe_kernels.ops import define, no_autocast, use_kernels
 from moe_kernels.tiles import cdiv, interpreting, pow2
 
 
@@ -85,7 +85,7 @@ def gated_activation(h_TG, activation="swiglu", impl=None):
     return (run_gated if use_kernels(impl, h_TG) else gated)(h_TG, activation)
 
 
-@sheltered
+@no_autocast
 def gated(h_TG, activation="swiglu"):
     """Twin of `gated_activation`, in any floating dtype."""
     gate, up = h_TG.chunk(2, dim=1)

@@ -1,8 +1,8 @@
 """One AdamW step (arXiv 1711.05101) of one tensor in one kernel, which reads and writes every value once.
 
 bfloat16 has 8 significant bits, so rounding to nearest would lose any step below 1/512 of a weight, and nearly all are.
-Stochastic rounding goes up with a probability equal to the part cut off, so the mean of what is stored is what was
-computed (arXiv 2010.06192). The random bits are a hash of (seed, step, position): a resumed run continues bit for bit.
+Stochastic rounding goes up with a probability equal to the part cut off, so stored values are right on average (arXiv
+2010.06192). The random bits are a hash of (seed, step, position): a resumed run continues bit for bit.
 """
 
 import math
@@ -117,7 +117,7 @@ def adamw_kernel(
     v = BETA2 * load_float(exp_avg_sq_ptr + start, offs, mask) + (1 - BETA2) * g * g
     w = load_float(weight_ptr + start, offs, mask) * (1 - lr * weight_decay)
     w -= rate * m / (tl.sqrt(v) * v_scale + eps)
-    # 48 random bits for a position: 16 for each of the three.
+    # 48 random bits for a position: 16 for each of the three stores.
     key = mix(mix(mix(seed.to(tl.uint32)) ^ step.to(tl.uint32)) ^ (start >> 32).to(tl.uint32))
     noise = mix((start.to(tl.uint32) + offs.to(tl.uint32)) ^ key)
     store_float(weight_ptr + start, offs, w, noise & 0xFFFF, mask)

@@ -1,7 +1,7 @@
 """One token of each of a few sequences: a block of the model in seven launches, without gradients.
 
-Generation at small batches is launches and latencies: PyTorch's ops take 18 launches a block. Here the norm is part of
-the product behind it, the residual of the product before it, and for few (token, expert) pairs nothing is sorted: a
+Launches and latencies limit generation at small batches: PyTorch's ops take 18 launches a block. Here the norm is part
+of the product after it, the residual part of the product before it, and few (token, expert) pairs are not sorted: a
 program reads a few rows of one expert's matrix for one pair.
 
 Shapes: T tokens, one of each sequence; D model width, N columns, H heads (Hkv of keys and values), d head width, L room
@@ -17,8 +17,8 @@ from moe_kernels.rotary import _rotate
 from moe_kernels.routing import choose
 from moe_kernels.tiles import cdiv, pow2
 
-FEW_ROWS = 32  # up to so many rows linear_kernel is faster than a norm, cuBLAS and an addition (H200)
-FEW_PAIRS = 64  # up to so many pairs, reading an expert's matrix for each is faster than sorting them (H200)
+FEW_ROWS = 32  # up to this, linear_kernel is faster than a norm, cuBLAS and an addition (H200)
+FEW_PAIRS = 64  # up to this, reading an expert's matrix for each pair is faster than sorting them (H200)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -159,7 +159,7 @@ def route_few_kernel(
         part = part * rstd * tl.load(norm_ptr + offs, mask=offs < D, other=0.0)
         w = tl.load(w_ptr + offs_e[:, None] * D + offs, mask=(offs_e < E)[:, None] & (offs < D), other=0.0)
         logits += tl.sum(w.to(tl.float32) * part.to(normed_ptr.dtype.element_ty).to(tl.float32), 1)
-    # Rounded like the router's output, so that the choice is that of the whole model.
+    # Rounded like the router's output, so that the choice is that of model.MoE.
     logits = logits.to(normed_ptr.dtype.element_ty).to(tl.float32)
     logits = tl.where(offs_e < E, logits, float("-inf"))[None, :]
     chosen, ids, _taken, _probs, _lse = choose(logits, bias_ptr, E, K, SIGMOID, NORMALIZE, 1, BLOCK_E, BLOCK_K)

@@ -13,8 +13,8 @@ from moe_kernels.language import launch, tl, triton
 from moe_kernels.tiles import INTERPRETED, cdiv, max_tiles, pow2
 
 CHUNK = 512  # slots per program of the sort
-# Up to so many slots every program of the sort counts all of them, and nothing is launched before it. In a graph on an
-# H200 this takes 5.9 us instead of 6.9 for 4,096 slots, 7.9 instead of 7.2 for 8,192; eagerly it saves two launches.
+# Up to this many slots, one launch does the whole sort: every program counts all slots. In a graph on an H200 this
+# takes 5.9 us instead of 6.9 for 4,096 slots, 7.9 instead of 7.2 for 8,192; eagerly it saves two launches.
 ONE_LAUNCH = 8192
 
 
@@ -25,7 +25,7 @@ class Dispatch(NamedTuple):
     tile_expert: Tensor  # expert of each tile of block_m rows; the first tile_count[0] entries are valid
     tile_row: Tensor  # first row of each tile
     tile_count: Tensor  # (1,)
-    by_size: Tensor  # (3, E): experts by falling number of rows, the first row of each, the row after its last
+    by_size: Tensor  # (3, E): experts by falling number of rows, the first row of each, one past its last row
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def dispatch(experts_TK, n_experts, block_m, n_rows=None):
     """Sort the slots by expert and cut each expert's rows into tiles of `block_m`.
 
     experts_TK: (T, K) int32 contiguous, no id below 0 (not checked: that would wait for the GPU); slots with an id from
-    n_experts on get no row. n_rows: rows that there is room for, S if None; the slots of further rows have one past it.
+    n_experts on get no row. n_rows: how many rows fit, S if None; slots that do not fit have a row of n_rows or more.
     Returns a `Dispatch`."""
     S, E = experts_TK.numel(), n_experts
     out = empty_dispatch(experts_TK, E, block_m, n_rows)
@@ -151,11 +151,11 @@ def dispatch(experts_TK, n_experts, block_m, n_rows=None):
         chunk_counts, counts = out.offsets.new_empty(n_chunks, E), out.offsets.new_empty(E)
         launch(count_kernel, (n_chunks,), (experts_TK, chunk_counts), (S,), E=E, CHUNK=chunk, BLOCK_E=block_e)
         launch(scan_kernel, (cdiv(E, 16),), (chunk_counts, counts), (n_chunks,), E=E, BLOCK_C=64, BLOCK_E=16)
-    each, count = min(8, block_e), min(max(chunk, pow2(S)), 2048) if few else 0
+    per_program, block_s = min(8, block_e), min(max(chunk, pow2(S)), 2048) if few else 0
     launch(
-        place_kernel, (n_chunks + cdiv(E, each),),
+        place_kernel, (n_chunks + cdiv(E, per_program),),
         (experts_TK, chunk_counts, counts, *out), (S, out.row_slot_S.numel(), n_chunks, n_tiles, block_m),
-        E=E, CHUNK=chunk, BLOCK_E=block_e, EXPERTS=each, BLOCK_S=count, num_warps=max(4, count // 256),
+        E=E, CHUNK=chunk, BLOCK_E=block_e, EXPERTS=per_program, BLOCK_S=block_s, num_warps=max(4, block_s // 256),
     )  # fmt: skip
     return out
 
@@ -201,9 +201,9 @@ def combine_kernel(
 
 def combine(y_SD, slot_row_TK, gates_TK=None, dgates_parts=None, out=None, add=None):
     """sum_k gates[t,k] * y[row of (t,k)] (T, D), accumulated in float32, with gates of one when None; and the sum
-    (T, K) float32 of dgates_parts (N, S), partial gradients of gates by row, or None without these.
+    (T, K) float32 of dgates_parts (N, S), partial gradients of gates by row, or None without them.
 
-    out: contiguous tensors for the two results. add: (T, D), added to the first."""
+    out: contiguous tensors for both results. add: (T, D), added to the first."""
     (T, K), (S, D) = slot_row_TK.shape, y_SD.shape
     n_parts = 0 if dgates_parts is None else dgates_parts.shape[0]
     out, dgates = out or (y_SD.new_empty(T, D), y_SD.new_empty(T, K, dtype=torch.float32) if n_parts else None)

@@ -137,10 +137,10 @@ def dw(a_TM, b_SN, transposed, sorted_, tile):
 
 @contextlib.contextmanager
 def beside(work, tensor, wanted=True):
-    """Runs `work()`, in a CUDA graph and if `wanted` on a second stream beside what is launched inside of the context.
+    """Runs `work()`; in a CUDA graph, if `wanted`, on a second stream, in parallel with what the context launches.
     Outside of a graph a second stream costs more Python than it saves.
 
-    `work` must fill tensors of the main stream: memory of the side stream, once freed, is reused without waiting for
+    `work` must fill tensors allocated on the main stream: freed memory of the side stream is reused without waiting for
     readers on the main stream. torch has 32 streams, so the side stream may be the main one of another branch."""
     main = captured_stream(tensor) if wanted else None
     side = main and side_stream(main)
@@ -160,7 +160,7 @@ def captured_stream(tensor):
 
 @functools.cache
 def side_stream(main):
-    """The second stream of a stream, one each: branches of a graph that shared it would wait for each other."""
+    """The second stream of a stream, its own: branches of a graph that shared one would wait for each other."""
     return torch.cuda.Stream(main.device)
 
 

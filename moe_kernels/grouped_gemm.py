@@ -1,5 +1,5 @@
-"""The six grouped GEMMs of an expert layer, each fused with its surroundings: gathers in the loads, the activation and
-its gradient in the epilogues.
+"""The six grouped GEMMs of an expert layer, fused with the gathers in their loads, and with the activation and its
+gradient in their epilogues.
 
 Letters as in reference.py. In the kernels M indexes rows of the output tile, N its columns, and the reduction goes in
 steps of BLOCK_K. Accumulation is float32; float32 inputs are multiplied in full precision. Weights come through tensor
@@ -47,7 +47,7 @@ def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
 @triton.jit
 def _descriptor(matrix, n_rows, N_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """`matrix` if it is a descriptor, else (no TMA) one made of the pointer, whose rows from n_rows on read as zero.
-    The latter's loads become masked copies, which are wide because the strides are constants."""
+    Its loads become masked copies, which are wide because the strides are constants."""
     if isinstance(matrix, tl.tensor):
         return tl.make_tensor_descriptor(matrix, [n_rows, N_COLUMNS], [N_COLUMNS, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
     else:
@@ -112,7 +112,7 @@ def rows_kernel(
     """y (S, N) = a (S, R) times each row's expert matrix: w^T with w (E, N, R) when TRANSPOSED, else w (E, R, N).
 
     Persistent, with flattened loops, so that the next tile's loads overlap this tile's stores: 10 % faster on an H100.
-    The gathering kernels would lose 5-20 % by it."""
+    It would make the gathering kernels 5-20 % slower."""
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     n_tiles_m = tl.load(tile_count_ptr)

@@ -51,7 +51,7 @@ def _advance(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _previous(stage, STAGES: gl.constexpr):
-    # Computed, not remembered: Triton 3.6 does not carry a variable through a loop if it begins equal to another.
+    # Computed, not remembered: Triton 3.6 does not carry a variable through a loop if it starts equal to another.
     return gl.where(stage == 0, STAGES - 1, stage - 1)
 
 

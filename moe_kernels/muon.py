@@ -3,7 +3,7 @@
 A small MoE has hundreds of matrices that each fit into one multiprocessor. Batched products would move them to memory
 and back fifteen times a step; here they stay on the chip, and several layers share a launch.
 
-Shapes: P parameters of one shape, (R, B) or (E, R, B), whose R rows are stacked maps of A rows: N maps (A, B) in each.
+Shapes: P parameters of one shape, (R, B) or (E, R, B), whose R rows stack matrices of A rows: each has N of (A, B).
 """
 
 import math
@@ -19,7 +19,7 @@ PER_LAUNCH = 8  # parameters of one launch
 
 
 def fits(shape, rows):
-    """Whether `muon_update` takes parameters of this shape, whose stacked maps have these numbers of rows."""
+    """Whether `muon_update` takes parameters of this shape, whose stacked matrices have these numbers of rows."""
     short, long = padded(rows[0], shape[-1])
     return len(set(rows)) == 1 and short * long <= MOST and short <= limits(capability()).square
 
@@ -45,7 +45,7 @@ def muon_kernel(
     BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, C1: tl.constexpr, C3: tl.constexpr, C5: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """One map, its shorter side first, which keeps the square products small. Padding is zero and stays zero."""
+    """One matrix, its shorter side first, which keeps the square products small. Padding is zero and stays zero."""
     if skip_ptr is not None:
         if tl.load(skip_ptr) > 0:
             return
@@ -84,16 +84,16 @@ def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, scale=None,
     """A step of optim.Muon, its twin, in place on lists of float32 weights and momenta of one shape. Products are in
     bfloat16 (in the interpreter in float32).
 
-    rows: numbers of rows of the stacked maps, all equal (`fits`). lr, scale, skip: float32 scalar tensors, the last two
-    or None. Gradients are multiplied by scale; nothing changes where skip is 1.
-    skip_unused: a map whose gradient is all zero only decays."""
+    rows: numbers of rows of the stacked matrices, all equal (`fits`). lr, scale, skip: float32 scalar tensors, or None
+    for the last two. Gradients are multiplied by scale; nothing changes where skip is 1.
+    skip_unused: a matrix whose gradient is all zero only decays."""
     A, B = rows[0], weights[0].shape[-1]
-    maps, (short, long) = weights[0].numel() // (A * B), padded(A, B)
+    N, (short, long) = weights[0].numel() // (A * B), padded(A, B)
     grads = [grad.contiguous() for grad in grads]
     C1, C3, C5 = COEFFICIENTS
-    for i in range(0, len(weights) if maps else 0, PER_LAUNCH):
+    for i in range(0, len(weights) if N else 0, PER_LAUNCH):
         some = [tuple(tensors[i : i + PER_LAUNCH]) for tensors in (weights, momenta, grads)]
-        muon_kernel[(maps, len(some[0]))](
+        muon_kernel[(N, len(some[0]))](
             *some, lr_ptr=lr, scale_ptr=scale, skip_ptr=skip, mu=mu, weight_decay=weight_decay,
             size=0.2 * math.sqrt(max(A, B)), P=len(some[0]), A=A, B=B, SKIP_UNUSED=skip_unused,
             DTYPE=tl.float32 if interpreting() else tl.bfloat16, BLOCK_S=short, BLOCK_L=long, C1=C1, C3=C3,

@@ -1,4 +1,4 @@
-"""How ops are run: kernels or PyTorch, as a custom op or eagerly, and always sheltered from torch.autocast."""
+"""How ops are run: kernels or PyTorch, as a custom op or eagerly, and never under torch.autocast."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ def define(name, forward, backward, fake_forward, fake_backward, setup_context, 
     """Make custom ops of two launchers: moe_kernels::<name> and moe_kernels::<name>_bwd, its gradient.
 
     derivative(ctx, run, *gradients) calls `run`, the second op or its launcher, on what setup_context saved.
-    n_outputs: how many of the outputs are results (None: one tensor or all); the others are only saved.
+    n_outputs: how many outputs are results (None: one tensor or all); the others are only saved.
     Returns both ops and the differentiable function. Where `eager` allows it, that function calls the launchers through
     autograd.Function: a custom op takes 75 us more of Python per call (empty ops on a CPU)."""
     op = torch.library.custom_op(f"moe_kernels::{name}", forward, mutates_args=())
@@ -48,7 +48,7 @@ def define(name, forward, backward, fake_forward, fake_backward, setup_context, 
     return op, backward_op, lambda tensor, *rest: (Eager.apply if eager(tensor) else op)(tensor, *rest)
 
 
-# Asked for here: torch.compile of torch 2.11 cannot trace the question.
+# Listed at import: torch.compile of torch 2.11 cannot trace is_autocast_available.
 WITH_AUTOCAST = {device for device in ("cpu", "cuda", "mps") if torch.amp.is_autocast_available(device)}
 
 
@@ -57,7 +57,7 @@ def autocast_off(device):
     return torch.autocast(device, enabled=False) if device in WITH_AUTOCAST else contextlib.nullcontext()
 
 
-def sheltered(fn):
+def no_autocast(fn):
     """Decorator: fn(tensor, ...) computes in its arguments' dtypes under any torch.autocast, forward and backward."""
 
     @functools.wraps(fn)
@@ -65,14 +65,14 @@ def sheltered(fn):
         with autocast_off(args[0].device.type):
             out = fn(*args, **kwargs)
         if torch.is_grad_enabled() and eager(args[0]):
-            _shelter_backward(out if isinstance(out, tuple) else (out,), (*args, *kwargs.values()))
+            _off_in_backward(out if isinstance(out, tuple) else (out,), (*args, *kwargs.values()))
         return out
 
     return op
 
 
-def _shelter_backward(outputs, arguments):
-    """Turn autocast off while the graph nodes between arguments and outputs run, whatever `backward` runs under."""
+def _off_in_backward(outputs, arguments):
+    """Turn autocast off for the graph nodes between arguments and outputs, whatever surrounds `backward`."""
     inputs = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
     seen, nodes = {get_gradient_edge(t).node for t in inputs}, [t.grad_fn for t in outputs]
     device, states = outputs[0].device.type, []

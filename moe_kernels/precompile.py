@@ -50,7 +50,7 @@ def compile_only(capability):
 
 
 def _compile(task, capability):
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what fails here fails again where it is timed, with its message
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a failure shows again, with its message, where the task is timed
     with compile_only(capability):
         task()
 

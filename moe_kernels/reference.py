@@ -10,14 +10,14 @@ import torch.nn.functional as F_
 from torch import Tensor
 
 from moe_kernels.activation import gated
-from moe_kernels.ops import autocast_off, sheltered
+from moe_kernels.ops import autocast_off, no_autocast
 
 
 def _wide(tensor):
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-@sheltered
+@no_autocast
 def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
     """Twin of `routing.route`: (gates_TK, experts_TK, counts_E, probs_E, z)."""
     logits, (T, E) = _wide(logits_TE), logits_TE.shape
@@ -36,7 +36,7 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
     return gates_TK, experts_TK.int(), counts_E, probs.sum(0) / max(T, 1), z
 
 
-@sheltered
+@no_autocast
 def gates_of(logits_TE, experts_TK, score="softmax", normalize=True):
     """Gates (T, K), float32 or float64, as `route` gives them to its choice, of any experts (T, K): a recorded choice
     can be replayed."""
@@ -58,7 +58,7 @@ def dispatch(experts_TK, n_experts):
     return offsets.int(), row_slot_S.int(), slot_row.view_as(experts_TK).int()
 
 
-@sheltered
+@no_autocast
 def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swiglu", native=False):
     """Twin of `experts.moe_experts`: y[t] = sum_k gates[t,k] * W_out[e] a, with a = f(gate) * up of W_in[e] x[t].
 
@@ -116,14 +116,14 @@ def _backward(ctx, dy):
 product_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@sheltered
+@no_autocast
 def linear_cross_entropy(x_TD, w_VD, targets_T):
     """Twin of `cross_entropy.linear_cross_entropy`: mean over targets other than -1, in float32 (float64 stays)."""
     logits = _wide(x_TD @ w_VD.to(x_TD.dtype).T)
     return F_.cross_entropy(logits, targets_T, ignore_index=-1, reduction="sum") / (targets_T >= 0).sum().clamp(min=1)
 
 
-@sheltered
+@no_autocast
 def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5):
     """Twin of `rotary.rope`: (q, k, v)."""
     H, Hkv, d = n_heads, (qkv_BLNd.shape[2] - n_heads) // 2, qkv_BLNd.shape[3]

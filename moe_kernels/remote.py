@@ -11,7 +11,7 @@ The backward pass does the same with gradients. Two barriers a pass are enough: 
 the first and the second, rows only between the second and the first of the next pass.
 
 Letters as in experts.py; W ranks of T tokens each, E experts on each of them, at most C rows on a rank. A rank that
-gets more computes rubbish: whoever routes must look (optimoe/exchange.py) and discard the step.
+gets more computes garbage: the caller must check (optimoe/exchange.py) and discard the step.
 """
 
 from typing import NamedTuple
@@ -31,9 +31,9 @@ ROWS = 4  # tokens of a program of fetch_kernel
 
 
 class Shown(NamedTuple):
-    """What one rank shows the others. x and dy are (W * T, D): it shows its own T tokens, and fetches the others."""
+    """What one rank lets the others read. x and dy are (W * T, D): its own T tokens, and those it fetches."""
 
-    x: tuple  # of each layer, as the backward pass needs it again
+    x: tuple  # of each layer, because the backward pass needs it again
     dy: Tensor
     rows: Tensor  # (C, D), of results or of the gradients of inputs
     dgates: Tensor  # (C), float32
@@ -99,7 +99,7 @@ def fetch_kernel(
 
     ROUTE: write ids (W * T, K), the numbers that experts have on this rank, E for others', and gates; else ids are
     given."""
-    peer = (rank + 1 + tl.program_id(1)) % WORLD  # every rank begins with another one
+    peer = (rank + 1 + tl.program_id(1)) % WORLD  # every rank begins with a different one
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_k, offs_d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     slots = tokens[:, None] * K + offs_k[None, :]
@@ -145,7 +145,7 @@ def collect_kernel(
     for k in tl.static_range(K):
         peer = tl.load(experts_ptr + t * K + k) // E
         row = tl.load(pick(slot_rows, peer, WORLD) + t * K + k)
-        row = tl.minimum(row, n_rows - 1).to(tl.int64)  # past it where a rank got too many
+        row = tl.minimum(row, n_rows - 1).to(tl.int64)  # it is larger where a rank got too many
         y = tl.load(pick(rows, peer, WORLD) + row * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         if BACKWARD:
             tl.store(dgates_ptr + t * K + k, tl.load(pick(dgates, peer, WORLD) + row))
@@ -176,7 +176,7 @@ def clear_kernel(a_ptr, offsets_ptr, C, E: tl.constexpr, N: tl.constexpr, ROWS: 
 
 
 def clear_after(a_CN, offsets):
-    """Zeros in the rows after the last one of a_CN: dW multiplies up to 127 of them by zero, and they may be NaN."""
+    """Zeros in the rows of a_CN after the used ones: dW multiplies up to 127 of them by zero, and they may be NaN."""
     (C, N), block = a_CN.shape, 256
     clear_kernel[(8, cdiv(N, block))](
         a_ptr=a_CN, offsets_ptr=offsets, C=C, E=offsets.numel() - 1, N=N, ROWS=16, BLOCK_N=block
@@ -195,7 +195,7 @@ def tiles_of(sizes, w_out_EDF):
 
 
 def compute(ranks, layer, w_in_EGD, w_out_EDF, activation):
-    """After publish and a barrier: the rows of this rank's experts. Returns what the backward pass needs of it:
+    """After publish and a barrier: the rows of this rank's experts. Returns what the backward pass needs:
     pre-activation (P, C, W), ids (W * T, K), gates (W * T, K), and the seven tensors of a `Dispatch`."""
     sizes, own, E = ranks.sizes, ranks.own, w_out_EDF.shape[0]
     tiles = tiles_of(sizes, w_out_EDF)
@@ -209,8 +209,8 @@ def compute(ranks, layer, w_in_EGD, w_out_EDF, activation):
 
 
 def compute_gradients(ranks, layer, w_in_EGD, w_out_EDF, h, ids, gates, sorted_, activation):
-    """After dy is published and a barrier: the gradients of this rank's rows, for all to see. Returns a function that
-    gives those of w_in and w_out."""
+    """After dy is published and a barrier: the gradients of this rank's rows, for all to read. Returns a function that
+    gives the gradients of w_in and w_out."""
     own, tiles = ranks.own, tiles_of(ranks.sizes, w_out_EDF)
     fetch(ranks, layer, ids, gates, w_out_EDF.shape[0], backward=True)
     own.slot_row.copy_(sorted_.slot_row_TK)

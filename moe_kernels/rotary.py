@@ -1,5 +1,5 @@
-"""Rotary position embedding of queries and keys, and RMSNorm of each head before it where the model has that, in one
-launch in each direction.
+"""Rotary position embedding of queries and keys, after an RMSNorm of each head where the model has one, in one launch
+in each direction.
 
 Shapes: B batch, L sequence, T = B*L tokens, H query heads, Hkv key (and as many value) heads, d head width. Computed in
 float32.
@@ -234,8 +234,8 @@ def _(dq, dk, dv, qkv_BLNd, cos, sin, q_weight, k_weight, eps):
 
 
 class Rope(torch.autograd.Function):
-    """The gradients of queries, keys and values come to one node, and so to one launch. This is no custom op, because
-    these cannot return a view of an input, as the values are."""
+    """One node, and so one launch, for the gradients of queries, keys and values. It is no custom op, because custom
+    ops cannot return a view of an input, and the values are one."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, q_weight, k_weight, n_heads, eps):

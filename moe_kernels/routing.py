@@ -61,8 +61,8 @@ def balance_loss(counts_E, probs_E):
 
 @triton.jit
 def _logits(logits_ptr, T, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
-    """This program's tokens and their mask, the mask of their logits, and these in float32: minus infinity past E, 0
-    past T, where a finite value is needed and nothing is stored."""
+    """This program's tokens, their mask, the mask of their logits, and the logits in float32: minus infinity past E,
+    and past T, where nothing is stored but a finite value is needed, 0."""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.arange(0, BLOCK_E)
     mask_t = offs_t < T
@@ -84,7 +84,7 @@ def choose(
     logits, bias_ptr, E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gates and ids (BLOCK_T, BLOCK_K) of rows of logits, minus infinity past E; which experts they are and all
+    """From rows of logits, minus infinity past E: gates and ids (BLOCK_T, BLOCK_K); whether an expert is chosen and all
     probabilities (BLOCK_T, BLOCK_E); logsumexp (BLOCK_T,)."""
     offs_e, offs_k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     top, exps, denom = _exps(logits)
@@ -100,7 +100,7 @@ def choose(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
         ranking = scores + bias[None, :]
-    # Minus infinity marks experts that are taken or do not exist, so an expert with that score gets another one.
+    # Minus infinity marks experts that are taken or do not exist, so a score of minus infinity is replaced.
     ranking = tl.where((offs_e < E)[None, :], tl.where(ranking == float("-inf"), -3e38, ranking), float("-inf"))
 
     # Reduce over tokens once, after the loop: that reduction crosses warps.
@@ -177,7 +177,7 @@ def route_bwd_kernel(
     top, exps, denom = _exps(logits)
     softmax = exps / denom[:, None]
 
-    # Through z = mean lse^2 and through the mean distribution p.
+    # Gradient through z = mean lse^2 and through the mean distribution p.
     dz = tl.load(dz_ptr).to(tl.float32) / T
     dprobs = tl.load(dprobs_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)[None, :] / T
     dlogits = softmax * ((top + tl.log(denom)) * (2.0 * dz))[:, None]
@@ -190,13 +190,13 @@ def route_bwd_kernel(
     else:
         dlogits += softmax * (dprobs - tl.sum(softmax * dprobs, 1)[:, None])
 
-    # Through the gates of the chosen experts.
+    # Gradient through the gates of the chosen experts.
     slots = offs_t[:, None] * K + offs_k[None, :]
     mask_slots = mask_t[:, None] & (offs_k < K)[None, :]
     gates = tl.load(gates_ptr + slots, mask=mask_slots, other=0.0)
     dgates = tl.load(dgates_ptr + slots, mask=mask_slots, other=0.0).to(tl.float32)
     mean_dgates = tl.sum(gates * dgates, 1)
-    # Gradient of the chosen gates; with normalised softmax, of their logits.
+    # spread: the gradient of the chosen gates; with normalised softmax, of their logits.
     spread = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     for k in range(K):
@@ -228,7 +228,7 @@ def _blocks(E, K):
 def route_fwd(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `Routing` has."""
+    """The fields of `Routing`."""
     logits, (T, E) = logits_TE.contiguous(), logits_TE.shape
     blocks = _blocks(E, top_k)
     n_blocks = cdiv(T, blocks["BLOCK_T"])

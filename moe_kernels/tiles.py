@@ -56,7 +56,7 @@ def interpreting():
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-INTERPRETED = interpreting()  # Triton reads it once, too; reading it again would take longer than all of `capability`
+INTERPRETED = interpreting()  # Triton too reads it once; reading it again would take longer than all of `capability`
 
 
 def capability():
@@ -98,7 +98,7 @@ class Limits(NamedTuple):
     square: int  # rows of the largest square matrix that Muon's kernel multiplies without spilling
 
 
-# By compute capability times ten. Only 90 was timed (H100 and H200); bench.compile checks the others' kernels.
+# By compute capability times ten. Only 90 was timed (H100 and H200); for the others bench.compile checks the kernels.
 # With 99 KB of shared memory, 128 columns leave room for two programs on a multiprocessor.
 LIMITS = {
     80: Limits(163 * 1024, 256, 64, 3, 64),

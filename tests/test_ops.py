@@ -136,7 +136,7 @@ def test_autocast_changes_nothing(op, impl, dtype):
 
 
 def test_autocast_is_on_in_that_test_and_afterwards():
-    """Else it could not fail: a plain product is changed by it. And the shelter ends with the op."""
+    """Else it could not fail: autocast changes a plain product. And it is back on after the op."""
     x, w = random(8, 8), random(8, 8, seed=2)
     plain = results(torch.matmul, [x, w])
     assert results(torch.matmul, [x, w], forward=True)[0].dtype == torch.bfloat16
