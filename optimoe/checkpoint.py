@@ -3,9 +3,8 @@
 A checkpoint is called ckpt-<step>-<hash>.pt after the SHA-256 of its bytes. It is written under a temporary name,
 flushed to disk and renamed, so a crash leaves the older files untouched; reading compares the hash first.
 
-Several ranks write one file together: rank 0 makes it with room for all tensors, and every rank writes what it holds
-into its place. So no rank needs the memory for more than it holds, and the file is the one that a single process would
-have written.
+Several ranks write one file together: rank 0 makes it with room for all tensors, and every rank writes its part into
+place. So no rank needs memory for more than its part, and a single process would have written the same file.
 """
 
 import dataclasses
@@ -27,12 +26,12 @@ NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
 
 
 class Piece(NamedTuple):
-    """What one rank holds of a tensor: the part with this number of so many equal parts of dimension 0."""
+    """One rank's part of a tensor: number `index` of `parts` equal parts of dimension 0."""
 
     tensor: torch.Tensor
     index: int
     parts: int
-    copy: int = 0  # ranks that hold the same part count from 0, and 0 writes it
+    copy: int = 0  # numbers the ranks that hold the same part; 0 writes it
 
 
 def find(run_dir):
@@ -44,7 +43,7 @@ def find(run_dir):
 def save(run_dir, step, state, keep, rank=0, world=1):
     """Write `state` (tensors, Pieces and plain values in dicts and lists), keep only the newest `keep` files; the path.
 
-    All ranks take part, each with the same tensors and with its own Pieces. What is no Piece is that of rank 0."""
+    All ranks take part, each with its own Pieces; everything else is taken from rank 0."""
     tmp = Path(run_dir, "ckpt.tmp")
     try:
         places = _on_all(lambda: _make_room(tmp, state) if rank == 0 else None, world)[0]
@@ -69,10 +68,10 @@ def save(run_dir, step, state, keep, rank=0, world=1):
 
 
 def _on_all(work, world):
-    """What work() returns on each rank, as a list. OSError on all of them where it fails on one."""
+    """The results of work() on all ranks, as a list. OSError on all of them where it fails on one."""
     try:
         mine = work(), None
-    except (OSError, RuntimeError) as error:  # torch wraps some of its writer's
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for some
         mine = None, str(error)
     found = [mine] * world
     if world > 1:
@@ -84,7 +83,7 @@ def _on_all(work, world):
 
 
 def _make_room(path, state):
-    """Write a file with all of state but the bytes of its tensors. Returns where in it each of `_leaves` begins."""
+    """Write a file with all of state but the bytes of its tensors. Returns the offset of each of `_leaves` in it."""
     numbers = {}  # of the tensors in the file; equal keys are one tensor, as tied embeddings are
 
     def shape_of(value):
@@ -154,7 +153,7 @@ def read(path):
         raise FileNotFoundError(f"{path}: no such checkpoint; check the path")
     match = NAME.fullmatch(path.name)
     if not match:
-        raise ValueError(f"{path} is not named ckpt-<step>-<hash>.pt: give it back its name, it holds the checksum")
+        raise ValueError(f"{path} is not named ckpt-<step>-<hash>.pt: restore its name, which holds the checksum")
     digest = _digest(path)
     if digest != match[2]:
         older = [str(other) for _, other in find(path.parent) if other != path]
@@ -162,7 +161,7 @@ def read(path):
         raise ValueError(
             f"{path} is corrupt ({path.stat().st_size:,} bytes, SHA-256 {digest}... differs from its name): {remedy}"
         )
-    # Mapped: ranks that read the same file share its memory, and optimiser states are read only where they are used.
+    # Mapped: ranks share the file's memory, and optimiser states are read only where they are used.
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return state | {"config": config.complete(ModelConfig, state["config"])} if "config" in state else state
 

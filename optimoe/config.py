@@ -8,10 +8,10 @@
     cfg = parse(Config)  # python prog.py --lr=1e-3   (or --help, or --config=run/config.json --lr=1e-3)
 
 Types come from annotations (int, float, bool, str, `X | None`, Literal, tuple[X, ...] with commas), help from
-the comment behind a field, headings from comment lines, ranges from `__post_init__`. Fields in the class variable
-POSITIONAL are words without a flag; a tuple at their end takes any number. A static method `preset_fields(name)` adds
---preset, `start_fields(flags)` gives other defaults. From weakest to strongest: defaults, --config, --preset (its
-default only without others), other flags.
+the comment behind a field, headings from comment lines, ranges from `__post_init__`. Fields named in the class variable
+POSITIONAL take words without a flag; a tuple at their end takes any number. A static method `preset_fields(name)` adds
+--preset, `start_fields(flags)` gives other defaults. From weakest to strongest: defaults, --config, --preset (the
+default preset only without --config and start_fields), other flags.
 """
 
 import dataclasses
@@ -57,12 +57,12 @@ def make_directory(path, name, value):
     return path
 
 
-# Files of earlier versions: new names of fields (None: gone), new values, and what held before a field existed.
+# Files of earlier versions: new names of fields (None: gone), new values, and what was done before a field existed.
 # --logger is for torchrun, which takes --log for a flag of its own.
 RENAMED: dict = {"upcycle_noise": None, "logger": "log"}
 CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}, "parallel": {"fsdp": "ddp"}}
 BEFORE = {"optimizer": "adamw"}
-# Members of config.json that are not read as fields: a note of optimoe/run.py, and flags that hold for one call only.
+# Members of config.json that are not fields: a note of optimoe/run.py, and flags that hold for one call only.
 NOT_FIELDS = ("resumed_with", "resume", "trace")
 
 
@@ -77,7 +77,7 @@ def renamed(values, known=()):
 
 
 def complete(cls, values):
-    """The same with all fields of `cls`; one that did not exist yet says what was done then."""
+    """`values` with all fields of `cls`; those that did not exist yet say what was done then."""
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     defaults |= {name: value for name, value in BEFORE.items() if name in defaults}
     found = defaults | renamed(values, defaults)
@@ -85,7 +85,7 @@ def complete(cls, values):
 
 
 def parse(cls, argv=None, description="", start=None):
-    """A `cls` from command-line words (None: sys.argv[1:]), and from the dict `start` where they say nothing.
+    """A `cls` from command-line words (None: sys.argv[1:]), with the dict `start` as its defaults.
 
     Flags are --field=value or --field value; a bool is --flag or --flag=false; hyphens are underscores; the last flag
     of a name counts; --help prints the fields and exits. A mistake is a ValueError or OSError; with argv=None it ends
@@ -105,7 +105,7 @@ def parse(cls, argv=None, description="", start=None):
 
 
 def command_line(main, stopped=""):
-    """main(); a mistake ends the process with one line, Ctrl-C with the line `stopped`."""
+    """main(); a user's mistake ends the process with one line, Ctrl-C with the line `stopped`."""
     try:
         return main()
     except (ValueError, OSError) as error:
@@ -186,7 +186,7 @@ def _converted(cls, values, where=""):
 
 
 def _current_name(cls, name):
-    """What a field is called today."""
+    """The present name of a field."""
     current = RENAMED.get(name)
     return current if current in {field.name for field in dataclasses.fields(cls)} else name
 

@@ -1,7 +1,7 @@
 """run/curves.png from metrics.jsonl:  python -m optimoe.curves RUN
 
-train.py and grpo.py redraw it as they test, in a process of its own. `python -m study.show RUN...` lays several runs
-over one another.
+train.py and grpo.py redraw it at every test, in a process of its own. `python -m study.show RUN...` draws several runs
+into one picture.
 """
 
 import importlib.util
@@ -57,19 +57,19 @@ def label(run, settings):
 
 
 def dot(rows):
-    """The style that shows a run of one row: a line takes two."""
+    """The style of a line; a run of one row needs a dot."""
     return {"marker": "."} if len(rows) == 1 else {}
 
 
 def set_loss_limits(axis, losses):
-    """All of them, unless the first steps took more than half of the height from the rest."""
+    """Show all losses, unless the first steps would take more than half of the height."""
     losses = sorted(losses)
     low, usual = losses[0] - 0.1, losses[int(0.95 * (len(losses) - 1))] + 0.3
     axis.set_ylim(low, usual if losses[-1] - low > 2 * (usual - low) else max(usual, losses[-1] + 0.1))
 
 
 def panels(rows):
-    """{title: one series of values, or one for each layer} of what has something to show."""
+    """{title: one series of values, or one for each layer} of everything worth a panel."""
     column = lambda name: [row.get(name, 0) for row in rows]
     if "reward" in rows[0]:
         return {title: [column(name)] for title, name in GRPO.items()}

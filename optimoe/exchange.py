@@ -1,9 +1,9 @@
-"""Expert parallelism: the ranks of a group share out the experts, and tokens travel to them and back.
+"""Expert parallelism: the experts are divided among the ranks of a group, and tokens travel to them and back.
 
 On GPUs of one machine that read each other's memory they travel by kernels (moe_kernels/remote.py). Nothing waits for
-the host, but a rank has room for ROOM times its share of the rows. A step in which one gets more discards itself and is
-repeated by the exact road, which also serves validation and all other devices: two all-to-all collectives a layer and
-pass, for which the host must know the numbers of rows.
+the host, but a rank has room for ROOM times its share of the rows. A step in which a rank gets more changes nothing and
+is repeated on the exact path, which also serves validation and all other devices: two all-to-all collectives per layer
+and pass, for which the host must know the numbers of rows.
 """
 
 import os
@@ -19,28 +19,28 @@ from model import MoE, compute_dtype
 from moe_kernels import moe_experts, remote
 from optimoe.config import require
 
-RUN_MINUTES = 30  # that ranks wait for one another: rank 0 may be writing a large checkpoint
+RUN_MINUTES = 30  # ranks wait so long for one another: rank 0 may be writing a large checkpoint
 ROOM = 1.5  # rows that a rank has buffers for, as a multiple of its share
 
 
 class Groups(NamedTuple):
-    """A rank among those that share out the experts with it, and among those that hold the same experts as it does."""
+    """The two groups of a rank."""
 
-    experts: dist.ProcessGroup | None  # the former; None: all ranks
+    experts: dist.ProcessGroup | None  # ranks that hold all experts together; None: all ranks
     index: int  # this rank's number there
     size: int
-    copies: dist.ProcessGroup | None  # the latter; None: no other rank
+    copies: dist.ProcessGroup | None  # ranks that hold the same experts; None: no other rank
     copy: int
     n_copies: int
 
 
 def group_size(cfg, world):
-    """How many ranks share out the experts among them. ValueError unless groups and experts come out even."""
+    """How many ranks divide the experts. ValueError unless groups and experts come out even."""
     if world == 1 or cfg.parallel != "ep":
         return 1
     size = cfg.ep_size or world
     require(world % size == 0, "ep_size", cfg.ep_size, f"use a divisor of the {world} ranks")
-    remedy = f"a group of {size} ranks deals out whole experts: use a multiple of {size}, or another ep_size"
+    remedy = f"{size} ranks divide the experts: use a multiple of {size}, or another ep_size"
     require(cfg.dense or cfg.n_experts % size == 0, "n_experts", cfg.n_experts, remedy)
     return size
 
@@ -92,7 +92,7 @@ def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activ
 
 
 def experts_nearby(moe, x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu"):
-    """The same by kernels while the layer is in training mode: validation and repeated steps are exact."""
+    """`moe_experts` by kernels in training mode, else (validation, repeated steps) on the exact path."""
     if not moe.training:
         return experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl, activation, moe.groups.experts)
     return remote.remote_experts(x_TD, w_in, w_out, gates_TK.float(), experts_TK.int(), activation, moe.number)[0]
@@ -123,7 +123,7 @@ def deal_out(model, cfg, device, rank, world, tokens):
 
 
 def reachable(cfg, device, groups):
-    """Whether the kernels can run: everywhere a group is on GPUs of one machine that read each other's memory."""
+    """Whether the kernels can run: each group is on GPUs of one machine that read each other's memory."""
     if device.type != "cuda" or cfg.impl not in ("auto", "triton"):
         return False
     here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) % groups.size == 0
@@ -131,7 +131,7 @@ def reachable(cfg, device, groups):
     others = (other for other in range(first, first + groups.size) if other != device.index)
     near = here and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
     near = torch.tensor(int(near), device=device)
-    dist.all_reduce(near, dist.ReduceOp.MIN)  # all go the same road, or they would wait for one another for ever
+    dist.all_reduce(near, dist.ReduceOp.MIN)  # on different paths they would wait for one another for ever
     if not near and dist.get_rank() == 0:
         reason = "some GPUs cannot read each other's memory" if here else "a group of ranks is on several machines"
         print(
@@ -151,7 +151,7 @@ def open_memory(size, device, groups):
 
 
 class Limit:
-    """Finds steps in which a rank gets more rows than it has room for, and tells the host while the step still runs."""
+    """Finds steps in which a rank gets more rows than fit, and reports them to the host while the step still runs."""
 
     def __init__(self, groups, n_rows, device):
         self.groups, self.n_rows, self.asked = groups, n_rows, 0
@@ -170,10 +170,10 @@ class Limit:
             self.report.copy_(2 * self.steps + self.over, non_blocking=True)
 
     def exceeded(self):
-        """Whether the step that was launched last has discarded itself; to be asked once about each step."""
+        """Whether the last launched step must be repeated; to be called once for each step."""
         self.asked += 1
         while int(self.report) // 2 < self.asked:
-            # Not at once, or a core would be busy all the time; and query() raises what went wrong on the device.
+            # Sleep, or a core would be busy all the time; query() raises what went wrong on the device.
             time.sleep(2e-4)
             if self.report.is_pinned():
                 torch.cuda.current_stream().query()
@@ -182,12 +182,12 @@ class Limit:
 
 def count(model, counts_NE, first, last):
     """Sum the expert counts of a micro-batch over all ranks, in place. Returns None, or a bool scalar: whether a rank
-    got too many rows in this step so far. To be called for every micro-batch of a step."""
+    has got too many rows in this step so far. To be called for every micro-batch of a step."""
     limit = model.limit if model.training else None
     if limit is None or limit.groups.copies is None:
         dist.all_reduce(counts_NE)
         counts_CNE = counts_NE[None]
-    else:  # what a rank gets comes from its own group
+    else:  # a rank's rows come from its own group
         counts_CNE = counts_NE.new_zeros(limit.groups.n_copies, *counts_NE.shape)
         counts_CNE[limit.groups.copy] = counts_NE
         dist.all_reduce(counts_CNE)
@@ -199,7 +199,7 @@ def count(model, counts_NE, first, last):
 
 
 def repeating(run_step, exact_step, model):
-    """run_step(batches), and exact_step(batches) after it where it has discarded itself."""
+    """run_step(batches), followed by exact_step(batches) where a rank got too many rows."""
 
     def step(batches):
         result = run_step(batches)

@@ -1,8 +1,8 @@
 """Steps that must not be taken: a loss or a gradient that is not finite, or a loss that has exploded.
 
 `judge` decides on the device, inside the step and its CUDA graph; the host looks at log lines and before checkpoints.
-bad_steps=skip goes on until PATIENCE steps in a row were bad; bad_steps=stop changes no weight until the host looks, so
-that `Watch` can repeat the first bad step and write down what happens in which layer.
+bad_steps=skip goes on until PATIENCE steps in a row were bad. After a bad step, bad_steps=stop changes no weight until
+the host looks, so that `Watch` can repeat that step and write down what happens in which layer.
 """
 
 import json
@@ -14,7 +14,7 @@ from data import files
 from optimoe import checkpoint
 
 STEPS, BAD = range(2)  # of window["steps"]: steps since the last log line, skipped ones among them
-PATIENCE = 10  # skipped steps in a row after which a run does not go on
+PATIENCE = 10  # skipped steps in a row that end a run
 
 
 def new_window(cfg, device):
@@ -52,7 +52,7 @@ def judge(window, loss, grad_norm, cfg, discard=None):
 
 
 def remedy(run_dir, lr):
-    """What to do. Every checkpoint is from before: weights that are not finite are never saved."""
+    """What to do. Every checkpoint is sound: weights that are not finite are never saved."""
     found = checkpoint.find(run_dir)
     goes_on = f"goes on from {found[-1][1].name}" if found else "starts again, as there is no checkpoint yet"
     return f"use a lower lr: --resume={run_dir} --lr={lr / 2:.2g} {goes_on}"
@@ -87,7 +87,7 @@ class Watch:
 
     def explain(self, step):
         """Dump the first bad step that is remembered, and raise ValueError."""
-        back = min(int(self.window["skipped_in_a_row"]), len(self.cursors))  # the run may have been resumed among them
+        back = min(int(self.window["skipped_in_a_row"]), len(self.cursors))  # a resumed run has fewer cursors
         step += 1 - back
         path = self.run.dir / f"bad-step-{step:08d}-rank{self.run.rank}.json"
         loss, what = dump(path, self.model, self.loader, self.cursors[-back], self.cfg, step)

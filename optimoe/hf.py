@@ -39,7 +39,7 @@ class Family(NamedTuple):
     matrices: tuple[str, ...]  # an expert's gate, up and down matrix
     n_experts: str  # names of fields in config.json
     d_expert: str
-    fixed: dict  # fields of ModelConfig that config.json does not say
+    fixed: dict  # fields of ModelConfig that config.json does not name
     extra: dict  # members of config.json that transformers needs beside FIELDS
 
 
@@ -57,7 +57,7 @@ FIELDS = """vocab_size=vocab_size seq_len=max_position_embeddings d_model=hidden
     n_heads=num_attention_heads n_kv_heads=num_key_value_heads head_dim=head_dim top_k=num_experts_per_tok
     router_normalize=norm_topk_prob tie_embeddings=tie_word_embeddings norm_eps=rms_norm_eps rope_theta=rope_theta"""
 FIELDS = dict(pair.split("=") for pair in FIELDS.split())
-# Members of config.json and what they must be, if anything: what model.py computes.
+# Members of config.json and the values that they must have, if any: what model.py computes.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_only_layers": [], "decoder_sparse_step": 1}
 ONLY |= {"clip_qkv": None, "quantization_config": None, "compression_config": None}
 ONLY |= {"partial_rotary_factor": 1, "rope_type": "default", "rope_parameters": {}, "layer_types": []}
@@ -132,7 +132,7 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
 
 
 def model_config(raw):
-    """The ModelConfig of a config.json; ValueError for what model.py does not compute."""
+    """The ModelConfig of a config.json; ValueError for a model that model.py does not compute."""
     kind = raw.get("model_type")
     known = isinstance(kind, str) and kind in FAMILIES
     require(known, "model_type", kind, f"{CONFIG} must name one of {', '.join(FAMILIES)}")
@@ -163,7 +163,7 @@ def model_config(raw):
     require(type(theta) in (int, float), "rope_theta", theta, f"{CONFIG} needs float there")
     found["rope_theta"] = float(theta)
     if kind == "mixtral" or raw.get("use_sliding_window") or "sliding_attention" in layers:
-        found["seq_len"] = min(found["seq_len"], get("sliding_window", int, 2**30))  # there it hides nothing
+        found["seq_len"] = min(found["seq_len"], get("sliding_window", int, 2**30))  # so the window hides nothing
     try:
         cfg = ModelConfig(**found, **family.fixed)
     except ValueError as error:
@@ -252,7 +252,7 @@ def hf_config(cfg):
 def load_tokens(directory) -> Tokens:
     """The tokenizer of a folder, from its tokenizer.json. ValueError if there is none, or one of another model.
 
-    Text that spells a special token is that token, unless the folder says split_special_tokens."""
+    Text that spells a special token becomes that token, unless the folder sets split_special_tokens."""
     directory = Path(directory)
     remedy = f"there is no {TOKENIZER}; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it"
     require((directory / TOKENIZER).is_file(), "hf", str(directory), remedy)
@@ -281,7 +281,7 @@ def load_tokens(directory) -> Tokens:
 def save_tokens(enc, directory, chat_template=None):
     """Write the tokenizer of a data directory as tokenizer.json; a text begins as in training.
 
-    Text that spells a special token is ordinary, as in training; with a chat template, which spells them, it is one."""
+    Text that spells a special token stays text, as in training; with a chat template, which spells them, it is one."""
     directory, settings = Path(directory), {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings["split_special_tokens"] = chat_template is None
     if chat_template is not None:
@@ -327,7 +327,7 @@ def package(name):
 
 
 def fingerprint(directory, *others, title=""):
-    """A name for results: title, or the folder's, and a hash of its files and of the paths `others` they depend on."""
+    """A name for results: title, or the folder's name, and a hash of its files and of the files `others`."""
     directory, digest = Path(directory).resolve(), hashlib.sha256()
     small = [directory / name for name in (CONFIG, INDEX, GENERATION, TOKENIZER, TOKENIZER_CONFIG)]
     for path in [*sorted(directory.glob("*.safetensors")), *filter(Path.is_file, small), *others]:

@@ -53,7 +53,7 @@ class Loaded(NamedTuple):
 
 
 def load(cfg: ModelChoice) -> Loaded:
-    """What a ModelChoice names. ValueError or OSError says what is missing, damaged or does not fit together."""
+    """The chosen model. ValueError or OSError says what is missing, damaged or does not fit together."""
     device = pick_device(cfg)
     if cfg.hf:
         from optimoe import hf  # only these need its packages
@@ -95,7 +95,7 @@ def run_tokens(directory, model) -> Tokens:
 
 
 def frozen(model):
-    """The same model with its weights in the compute dtype: cast once and not at every use."""
+    """The model, its weights cast to the compute dtype once and not at every use."""
     for weight in model.parameters():
         weight.data = weight.data.to(model.dtype)
     return model

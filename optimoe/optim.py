@@ -1,8 +1,8 @@
 """Learning-rate schedules, AdamW, and Muon for the matrices inside blocks beside AdamW for the rest.
 
 Muon (kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about U V^T. Scaled by 0.2
-sqrt(longer side) (arXiv 2502.16982) its step is as long as AdamW's: one learning rate and one decay serve both. Linear
-maps that are stacked in a parameter (experts; gate and up; query, key and value) are made orthogonal one by one.
+sqrt(longer side) (arXiv 2502.16982) its step is as long as AdamW's: one learning rate and one decay serve both.
+Matrices stacked in a parameter (experts; gate and up; query, key and value) are made orthogonal one by one.
 
 A CUDA graph can capture a step: it neither waits for the device nor allocates after the first one. Learning rates may
 be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
@@ -48,14 +48,14 @@ class AdamW(torch.optim.AdamW):
     seed: of stochastic rounding. `found_inf` (float scalar tensor; 1: skip the step) and `scale` (a factor of the
     gradients) are set before a step, or None."""
 
-    LARGE = 2**20  # a float32 tensor with as many values is worth a launch of its own
+    LARGE = 2**20  # values from which a float32 tensor is worth a launch of its own
     found_inf = scale = None
 
     def __init__(self, groups, lr, betas, eps, copies=None, seed=0):
         super().__init__(groups, lr, betas, eps, fused=True, capturable=isinstance(lr, torch.Tensor))
         self.copies = copies or {}
         params = (p for group in self.param_groups for p in group["params"])
-        # With a common seed, equal positions of two tensors would round alike.
+        # With one seed, equal positions of two tensors would be rounded alike.
         self.seeds = {p: (seed * 1_000_003 + i) % 2**31 for i, p in enumerate(params)}
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ def orthogonalize(m_NAB):
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups of equally shaped parameters, (A, B) or (E, A, B), with `rows`: those of each map stacked in them."""
+    """Groups of equally shaped parameters, (A, B) or (E, A, B), with `rows`: those of each matrix stacked in them."""
 
     found_inf = scale = None
 
@@ -158,10 +158,10 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(grads, momenta, mu)  # Nesterov
         experts = batch[0].ndim == 3
         ahead_NAB = ahead[0] if experts else torch.stack(ahead)
-        maps = [orthogonalize(m) * (0.2 * math.sqrt(max(m.shape[-2:]))) for m in ahead_NAB.split(group["rows"], -2)]
-        update_NAB = torch.cat(maps, -2)
+        parts = [orthogonalize(m) * (0.2 * math.sqrt(max(m.shape[-2:]))) for m in ahead_NAB.split(group["rows"], -2)]
+        update_NAB = torch.cat(parts, -2)
         if experts:
-            # An expert without tokens must not move: its fading momentum would be made a full step.
+            # An expert without tokens must not move: its fading momentum would become a full step.
             update_NAB = update_NAB * (grads[0].abs().amax((-2, -1), keepdim=True) > 0)
         updates = update_NAB.view(len(batch), *ahead[0].shape)
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
@@ -170,7 +170,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def on_chip(p, rows):
-    """Whether `muon_update` can step this parameter: small float32 maps on CUDA."""
+    """Whether `muon_update` can step this parameter: small float32 matrices on CUDA."""
     return p.is_cuda and p.dtype == torch.float32 and fits(p.shape, rows)
 
 
@@ -227,7 +227,7 @@ class Together:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
-        """Load what steps have accumulated; rates, decay and betas stay this run's."""
+        """Load the states; rates, decay and betas stay this run's."""
         for part, state in zip(self.parts, states, strict=True):
             here = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
             part.load_state_dict(state)
@@ -236,7 +236,7 @@ class Together:
 
 
 def stacked_rows(name, shape, cfg):
-    """The rows of each linear map stacked in a weight of model.GPT."""
+    """The rows of each matrix stacked in a weight of model.GPT."""
     if name.endswith("attn.qkv.weight"):
         return [n * cfg.head_dim for n in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)]
     return [shape[-2] // 2] * 2 if name.endswith(("w_in", "gate_up.weight")) else [shape[-2]]
@@ -250,9 +250,9 @@ def is_hidden(name, p):
 def make_optimizer(model, cfg, piece=None):
     """AdamW, or Muon for the matrices inside blocks other than the router, as cfg.optimizer says. Norms do not decay.
 
-    AdamW turns these matrices of the model into bfloat16, in place (docs/optimizer.md): with cfg.weights == "bfloat16"
-    they are the weights, else copies of them where that changes no value. piece(p): the part of dimension 0 of a
-    parameter that this rank updates (Muon's 2-D matrices are always whole)."""
+    AdamW turns those matrices into bfloat16, in place (docs/optimizer.md): with cfg.weights == "bfloat16" they are the
+    weights, else copies of them where that changes no value. piece(p): the part of dimension 0 of a parameter that this
+    rank updates (Muon's 2-D matrices are always whole)."""
     copied = cfg.weights == "float32" and model.dtype == torch.bfloat16 and cfg.grad_accum == 1
     hidden, experts, matrices, norms, copies = {}, [], [], [], {}
     piece = piece or (lambda p: p)
@@ -271,7 +271,7 @@ def make_optimizer(model, cfg, piece=None):
                 copies[exact], own = own, exact
         (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(own)
     device = model.embed.weight.device
-    lr = torch.tensor(cfg.lr, device=device) if device.type == "cuda" else cfg.lr  # a captured step sees it change
+    lr = torch.tensor(cfg.lr, device=device) if device.type == "cuda" else cfg.lr  # a CUDA graph sees it change
     # Experts have a group of their own because checkpoints have.
     decays = (matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay)
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in decays if ps]

@@ -5,11 +5,12 @@
            updates this slice, for which alone it holds float32 weights and optimiser states (ZeRO-2). The next step
            gathers the new slices while its forward pass runs. Small tensors are averaged together and updated
            everywhere. Nothing waits for the host, so a whole step can be one CUDA graph, collectives included.
-    ep     As ddp, but a rank holds only some of the experts, and tokens travel to them (optimoe/exchange.py). Groups of
-           ep_size ranks have all experts each; only ranks that hold the same experts average their gradients.
+    ep     As ddp, but a rank holds only some of the experts, and tokens travel to them (optimoe/exchange.py). Each
+    group
+           of ep_size ranks holds all experts; only ranks with the same experts average their gradients.
 
 Gradients and gathered weights travel in the dtype that they have on one GPU. A checkpoint has the format of one
-process, so a run goes on with any number of ranks and the other engine.
+process, so a run can be resumed with any number of ranks and the other engine.
 """
 
 import gc
@@ -27,13 +28,13 @@ from optimoe.optim import Together, make_optimizer, total_norm
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-SLICED_FROM = 2**20  # values of a tensor whose update is divided among the ranks
+SLICED_FROM = 2**20  # values from which the update of a tensor is divided among the ranks
 AHEAD = 2  # layers whose weights are gathered while one runs
 
 
 def connect(device, **options):
     """Start the process group of all ranks. options: of init_process_group."""
-    # Its functions have the present group as a default. Imported later, by dynamo, they would keep it for ever.
+    # Its functions take the present group as a default. If dynamo imported them later, they would keep it for ever.
     import torch.distributed.nn.functional  # noqa: F401
 
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
@@ -57,7 +58,7 @@ def wrap(model, cfg, device, world, tokens):
 
 
 def average(tensors, group=None):
-    """Replace tensors by their sums over a group, divided by the number of all ranks: without one by their means. One
+    """Replace tensors by their sums over a group (None: all ranks), divided by the number of all ranks, with one
     collective for each dtype."""
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         same = [t for t in tensors if t.dtype == dtype]
@@ -132,14 +133,14 @@ class Sharded(Together):
             self.reduced[p] = own, reduce_scatter(own, grad, group=group, async_op=True)
 
     def _gradients(self):
-        """(those of what only this rank has, of experts that a rank of each group has, of what all ranks have)."""
+        """The gradients of what only this rank has, of experts that a rank of each group has, and of the rest."""
         grads = lambda params: [p.grad for p in params if p.grad is not None]
         own, experts = grads(self.full), grads(self.whole)
         own, experts = (own, experts) if self.groups and self.groups.copies else (own + experts, [])
         return own, experts, grads(p for p in self.model.parameters() if p not in self.exact)
 
     def average_gradients(self):
-        """Finish what the backward pass began; then the gradients of a step are means over all ranks' tokens."""
+        """Finish the backward pass's collectives: gradients become means over the tokens of all ranks."""
         if self.world == 1:
             return
         for piece, p in self.full.items():
@@ -154,19 +155,19 @@ class Sharded(Together):
         average(plain)
 
     def grad_norm(self):
-        """Norm of all gradients, a float32 scalar tensor. Every rank gets the same: parts count once."""
+        """Norm of all gradients, a float32 scalar tensor, the same on every rank: each part counts once."""
         own, experts, plain = self._gradients()
         counted = own if not experts or self.groups.copy else own + experts
         return norm_over_ranks(counted, plain) if self.exact else total_norm(plain)
 
     def begin_step(self):
-        """From here on the weights are old: the model asks for those of each layer before it runs."""
+        """The weights are old now: the model asks for those of each layer before it runs."""
         self.next_layer = 0
 
     def _wait(self, layer):
         """Wait for the weights of a layer, and ask for those of the next ones.
 
-        Asked for all at once, they did not overlap with anything in a CUDA graph (8 ms of 163 on two H200s)."""
+        Requested all at once, they overlapped with nothing in a CUDA graph (8 ms of 163 on two H200s)."""
         while self.next_layer <= min(layer + AHEAD, len(self.pieces) - 1):
             gathers = self.gathers[self.next_layer] = []
             for piece, p in self.pieces[self.next_layer]:
@@ -194,7 +195,7 @@ class Sharded(Together):
         super().load_state_dict(self._map(states, lambda t, index, parts, *_: t.chunk(parts)[index].clone()))
 
     def _map(self, states, change):
-        """The states with a change to those that belong to a part of a parameter."""
+        """The states, changed where they belong to a part of a parameter."""
         places, mapped = self.places, []
         for optimizer, state in zip(self.parts, states, strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -217,7 +218,7 @@ class Sharded(Together):
 
 
 def norm_over_ranks(own, plain):
-    """Norm of the tensors of which every rank has a part, `own`, and of those that all ranks have."""
+    """Norm of tensors of which every rank has a part, `own`, and of tensors that all ranks have, `plain`."""
     square = total_norm(own).square() if own else torch.zeros((), device=plain[0].device)
     dist.all_reduce(square)
     return (square + total_norm(plain).square()).sqrt() if plain else square.sqrt()

@@ -3,11 +3,11 @@
     sum over answer tokens of weight * (-min(r A, clip(r, 1 - clip, 1 + clip) A) + kl_coef * (s - 1 - log s))
     r = p / p_old, s = p_start / p,  A = (reward - mean of the group) / (standard deviation + 1e-6)
 
-p is the model's probability of a token at the sampling temperature, p_old that before the step, p_start that of the
-start model. The second term estimates KL(p || p_start), unbiased but for s being cut off at exp(MAX_LOG_S). weight:
-1 / answer tokens of the mini-batch, or 1 / (answers * tokens of this answer).
+p is the model's probability of a token at the sampling temperature, p_old its value before the step, p_start that of
+the start model. The second term estimates KL(p || p_start), without bias but for the cut of s at exp(MAX_LOG_S).
+weight: 1 / answer tokens of the mini-batch, or 1 / (answers * tokens of this answer).
 
-Shapes: B sequences of a micro-batch, L their longest, A answer tokens of all of them in a row, N MoE layers, K experts
+Shapes: B sequences of a micro-batch, the longest of L tokens, A answer tokens of all of them, N MoE layers, K experts
 per token, P groups of G answers.
 """
 
@@ -46,7 +46,7 @@ def advantages(rewards_PG):
 
 
 def micro_batches(rows, lengths, max_tokens):
-    """Rows of like length together, as many as fit into max_tokens, a sixteenth of it padding."""
+    """Rows of similar length together, as many as fit into max_tokens, a sixteenth of it padding at most."""
     batches, longest, padding = [], 0, 0
     for i in sorted(rows, key=lambda i: -lengths[i]):
         padding += longest - lengths[i]
@@ -72,8 +72,8 @@ def collate(samples, advantage_B, weight_B, device):
     return Batch(tokens.to(device), sampled.flatten(1, 2), *(t.to(device) for t in (index, target, advantage, weight)))
 
 
-# A token may be all but impossible with other experts than sampling chose (docs/LOG.md): s, up to 1e8, would outweigh
-# all other tokens. Beyond e^5 it adds no gradient.
+# A token may be almost impossible with other experts than sampling chose (docs/LOG.md): its s, up to 1e8, would
+# outweigh all other tokens. Beyond e^5 it adds no gradient.
 MAX_LOG_S = 5.0
 
 
@@ -90,7 +90,7 @@ def policy_loss(logp_A, batch, clip, kl_coef):
 
 
 def draw_questions(n_questions, start, count, seed):
-    """Indices start .. start + count - 1 of a stream through all questions, again and again in new orders."""
+    """Indices start .. start + count - 1 of a stream that repeats all questions in ever new orders."""
     order = []
     for epoch in range(start // n_questions, (start + count - 1) // n_questions + 1):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)

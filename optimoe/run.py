@@ -35,25 +35,25 @@ from optimoe.load import pick_device
 set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
 CPU = torch.device("cpu")
-START_SECONDS = 60  # that ranks wait for one another at the start, where one that died closes no connection
-RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and one process has
+START_SECONDS = 60  # that ranks wait for one another at the start, where a dead one closes no connection
+RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # set by torchrun, with their values in one process
 STOPPED = "stopped; continue with --resume from the last checkpoint; without one, the same command starts again"
 
 
 def parse(cls, argv, description=""):
-    """(cfg, fields that flags have set). With --resume=DIR, DIR/config.json holds where no flag is given; its
-    "resumed_with" lists the fields that flags have changed since the last checkpoint."""
+    """(cfg, fields that flags have set). With --resume=DIR, DIR/config.json gives the defaults; its "resumed_with"
+    lists the fields that flags have changed since the last checkpoint."""
     flags = {} if {"--help", "-h"} & set(argv) else config.split_flags(cls, argv)
     given = {field.name for field in dataclasses.fields(cls)} if flags.keys() & {"config", "preset"} else set(flags)
-    for name in ("resume", "init_from", "upcycle_from"):  # of a shell variable that is not set
-        require(flags.get(name) != "", name, "", "this names nothing; name a directory or leave the flag out")
+    for name in ("resume", "init_from", "upcycle_from"):  # empty where a shell variable is not set
+        require(flags.get(name) != "", name, "", "it is empty; name a directory or leave the flag out")
     directory = flags.get("resume")
     if not directory:
         return config.parse(cls, argv, description), given
     path = Path(directory, "config.json")
     require(path.is_file(), "resume", directory, "not a run directory (it has no config.json)")
     values = files.read_json(path)
-    # The two programs' configurations are told apart by a field that only one of them has.
+    # Only grpo.py has this field.
     mine, other = ("grpo.py" if found else "train.py" for found in (hasattr(cls, "group_size"), "group_size" in values))
     require(other == mine or "steps" not in values, "resume", directory, f"it is a run of {other}, not of {mine}")
     try:
@@ -90,7 +90,7 @@ def open_log(kind, module, cfg, run_dir, step):
 
 
 def numbers_of(row):
-    """{name: number} of a row, and {name/layer: number} of its lists; nothing that nests deeper."""
+    """{name: number} of a row, and {name/layer: number} of its lists; nothing nested deeper."""
     found = {}
     for name, value in row.items():
         values = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
@@ -99,7 +99,7 @@ def numbers_of(row):
 
 
 class Stopping(Exception):
-    """A signal has asked for the end of the run."""
+    """A signal has asked the run to stop."""
 
 
 class Stop:
@@ -144,10 +144,10 @@ class Clock:
 
 
 class Progress:
-    """How far a part of a long step is: on a terminal one line, rewritten every second; else a new one every minute.
+    """Progress of a part of a long step: on a terminal one line, rewritten every second; else a new one every minute.
 
-    progress(i, n): n units of `total` are now done in its part i. With stops, Stopping where a signal has asked this
-    rank for the end; the next collective must be that of `Run.stopping`."""
+    progress(i, n): n units of `total` are now done in its part i. With stops, it raises Stopping after a signal to this
+    rank; the next collective must be that of `Run.stopping`."""
 
     def __init__(self, run, what, total, stops=False):
         self.run, self.what, self.total, self.stops, self.done = run, what, total, stops, {}
@@ -170,8 +170,8 @@ class Run:
     """The directory of a run. Rank 0 locks and writes it; every rank reads its checkpoints.
 
     prepare(directory): called by rank 0 before the others go on; all find its result in `prepared`. given: fields of
-    cfg that flags explain, None for all. Raises ValueError where the directory cannot be written, is locked, or holds
-    a run that is not resumed."""
+    cfg that flags have set, None: all. Raises ValueError where the directory cannot be written, is locked, or holds a
+    run that is not resumed."""
 
     def __init__(self, cfg, name, rank=0, world=1, device=CPU, given=None, prepare=lambda directory: None):
         self.cfg, self.dir, self.given = cfg, Path(name), given
@@ -226,7 +226,7 @@ class Run:
             self.lock.close()
 
     def resume(self, part="config"):
-        """The newest checkpoint of a resumed run; None if it ended before its first one, and starts again.
+        """The newest checkpoint of a resumed run; None if there is none yet, so that it starts again.
 
         part: its member that is a copy of config.json. ValueError names a field in which they differ without a flag."""
         found = checkpoint.find(self.dir) if self.cfg.resume else []
@@ -237,7 +237,7 @@ class Run:
         saved = state[part] = config.complete(type(self.cfg), state[part])
         for name in self._changed(saved):
             kept = f"{path.name} was trained with {saved[name]!r}"
-            remedy = f"so says {self.dir}/config.json, but {kept}: use --{name}=..."
+            remedy = f"this is from {self.dir}/config.json, but {kept}: choose by --{name}=..."
             require(self.given is None or name in self.given, name, getattr(self.cfg, name), remedy)
         return state
 
@@ -246,7 +246,7 @@ class Run:
         return sorted(name for name in fields if saved.get(name) != getattr(self.cfg, name))
 
     def begin(self, cfg, step, state=None, part="config"):
-        """The start was not refused: write the final config.json, and listen to signals."""
+        """After all checks: write the final config.json, and listen to signals."""
         self.cfg, self.began = cfg, time.perf_counter()
         if self.first:
             kept = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in config.NOT_FIELDS}
@@ -285,9 +285,9 @@ class Run:
                 print(line, flush=True)
 
     def traced(self, step, path):
-        """The function `step`, which writes a trace of its sixth to eighth call to a file for ui.perfetto.dev.
+        """`step`, which also writes a trace of its sixth to eighth call to a file for ui.perfetto.dev.
 
-        By then a CUDA graph of it is captured. A run that ends in between leaves what there is."""
+        By then its CUDA graph is captured. A run that ends earlier writes a shorter trace."""
 
         def save(profiler):
             profiler.export_chrome_trace(path)
@@ -296,7 +296,7 @@ class Run:
         calls = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)
         profiler = torch.profiler.profile(schedule=calls, on_trace_ready=save)
         profiler.start()
-        self.exits.callback(profiler.stop)  # one that is left running ends the process with a segmentation fault
+        self.exits.callback(profiler.stop)  # a profiler left running ends the process with a segmentation fault
 
         def traced_step(batches):
             result = step(batches)
@@ -317,7 +317,7 @@ class Run:
         checkpoint.save(self.dir, step, whole, keep, self.rank, self.world)
 
     def stopping(self):
-        """Whether a signal has asked any rank for the end."""
+        """Whether a signal has asked any rank to stop."""
         return bool(self.sum([self.stop.asked])[0])
 
     def sum(self, values):
@@ -355,7 +355,7 @@ def check_trace(path, steps):
 
 
 def check_shares(cfg, to_1, below_1):
-    """ValueError for a field of cfg that is not from 0 to 1, or, for the names below_1, is 1."""
+    """ValueError for a field of cfg that is not from 0 to 1, or that is 1 and among the names below_1."""
     for name in (to_1 + " " + below_1).split():
         value = getattr(cfg, name)
         if name in below_1.split():

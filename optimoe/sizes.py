@@ -27,7 +27,7 @@ PRESETS = ("tiny", *(f"paper-d{d}-e{e}-k{k}" for d, e, k in GRID))
 
 
 def preset_fields(name):
-    """The fields that a preset sets: "tiny" is the default of train.py, the others are the paper's 65 models."""
+    """The fields that a preset sets: "tiny", the default of train.py, or one of the paper's 65 models."""
     remedy = "use tiny or paper-dD-eE-kK, D in 512 1024 2048, E in 8 16 .. 256, K in 2 4 8 16"
     require(name in PRESETS, "preset", name, remedy)
     if name == "tiny":
@@ -44,7 +44,7 @@ def preset(name, **overrides):
 
 class Params(NamedTuple):
     total: int  # everything, embeddings included
-    active: int  # what one token uses: as total with K experts instead of E
+    active: int  # used by one token: as total with K experts instead of E
     embedding: int  # input and output embeddings (counted once when tied)
 
 
@@ -84,7 +84,7 @@ def training_memory(cfg, tokens, weights="float32"):
     routed = (3 if cfg.dense else 2) * cfg.top_k * cfg.d_expert
     layer = 6 * cfg.d_model + 3 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + routed
     layer += 3 * cfg.n_shared_experts * cfg.d_expert
-    # What is computed again exists for one layer at a time.
+    # Recomputed activations exist for one layer at a time.
     without_experts = layer if cfg.dense else layer - routed
     kept = {"none": layer, "experts": without_experts, "blocks": cfg.d_model}[cfg.recompute]
     values = cfg.n_layers * kept + layer - kept
@@ -100,19 +100,19 @@ def training_memory(cfg, tokens, weights="float32"):
 
 
 def least_memory(cfg, tokens, world, group):
-    """Bytes below which a rank of train.py cannot work: weights, gradients, states, inputs of blocks and logits.
+    """Bytes that a rank of train.py needs at least: weights, gradients, states, inputs of blocks and logits.
 
-    group: ranks among which the experts are dealt out, exchange.group_size."""
+    group: ranks that divide the experts, exchange.group_size."""
     total, _, embedding = count_params(cfg)
     in_block = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter
     held = (16 * embedding + in_block * (total - embedding)) // world
     if group < world:
-        held += 2 * total // group  # what every rank or group has whole, beside its share of the rest
+        held += 2 * total // group  # what every rank or group holds whole
     return held + tokens * (16 + 2 * cfg.n_layers * cfg.d_model) + 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
 
 
 def require_memory(what, least, device, remedy):
-    """ValueError where `what` needs `least` bytes and the device, or what this process may use of it, has fewer."""
+    """ValueError where `what` needs `least` bytes and the device, or this process's share of it, has fewer."""
     if device.type == "cuda":
         has = torch.cuda.get_device_properties(device).total_memory
     else:

@@ -2,7 +2,7 @@
 
     train.py --init_from=ORG/NAME --data=DIR   # DIR: of data.prepare --tokenizer=ORG/NAME
 
-The weights become float32 and the optimiser starts afresh. Shape and numbers of the model are its config.json's.
+The weights become float32 and the optimiser starts afresh. The model's config.json gives its sizes.
 """
 
 import dataclasses
@@ -15,17 +15,16 @@ from model import GPT, ModelConfig
 from optimoe import checkpoint, hf, hub
 from optimoe.config import require
 
-# What fine-tuning wants where flags say nothing: small steps after a short warm-up, and a model that was not trained
-# with a z-loss gets none.
+# Defaults of fine-tuning: small steps after a short warm-up, and no z-loss, as the model was not trained with one.
 FINE_TUNING = dict(optimizer="adamw", lr=1e-5, warmup_steps=20, steps=200, beta2=0.95, weight_decay=0.0)
 FINE_TUNING |= dict(balance_coef=1e-3, z_coef=0.0, log_every=10, val_every=100)
-SEQ_LEN = 1024  # where flags do not say how long sequences are; the models' own limits are tens of thousands
+SEQ_LEN = 1024  # by default at most; the models' own limits are tens of thousands
 RUNS = (*hf.FREE, "seq_len", "router_bias_rate")  # fields of ModelConfig that a run may choose
 PROBE = "The 7 naïve café owners said: “x[i] += 12.50;”\n\n\tdef f(self):  # 東京 \U0001f600 ÅÄÖ don't\r\n"
 
 
 def training_fields(name):
-    """Fields of train.TrainConfig for a run that starts from this model, where flags say nothing."""
+    """Defaults of train.TrainConfig for a run that starts from this model."""
     folder = hub.folder(name, "init_from")
     require(
         released(folder), "init_from", name, "no published model; a run becomes one by python -m optimoe.hf RUN DIR"
@@ -39,8 +38,8 @@ def training_fields(name):
 def load(name, field, cfg=None, **overrides):
     """A GPT with the model's weights in float32 and gradients, on the CPU.
 
-    cfg: the ModelConfig with which it runs; without one, the model's own with these overrides. ValueError, blaming
-    `field`, for a cfg of another model, and for what hub.folder and hf.load_model refuse."""
+    cfg: the ModelConfig with which it runs; None: the model's own with these overrides. ValueError, blaming `field`,
+    for a cfg of another model, and for what hub.folder and hf.load_model refuse."""
     released = hf.load_model(hub.folder(name, field), dtype="float32", impl="auto")
     cfg = cfg or dataclasses.replace(released.cfg, **overrides)
     for part in dataclasses.fields(ModelConfig):

@@ -1,7 +1,7 @@
 """How the threads of torch wait for one another. torch reads it once, so programs import this module before torch.
 
-By default they spin for about a millisecond. If another process holds a core, that wait is in vain and delays both: a
-quarter of the idle speed or less remains (docs/LOG.md). After a short spin they sleep. What the user has set stays."""
+By default they spin for about a millisecond. If another process holds a core, that delays both: a quarter of the idle
+speed or less remains (docs/LOG.md). After a short spin they sleep. The user's own settings stay."""
 
 import os
 

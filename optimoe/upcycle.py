@@ -9,7 +9,7 @@ row, so top-k takes whole copies c, with gates g_c / G. W_out times G restores t
     G = 1   experts as wide as the dense layer (arXiv 2212.05055); K times its FLOPs
     G = K   the `--dense` twin of the same preset: equal FLOPs per token, one copy active (arXiv 2410.07524)
 
-Exact where G divides K and E and gates are normalised; all else is refused. Copies separate by their different tokens.
+Exact where G divides K and E and gates are normalised; all else is refused. Copies diverge as they get other tokens.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ RUNS = ("dense", "dtype", "impl", "loss_chunk", "recompute")  # fields of ModelC
 
 
 def training_fields(path):
-    """Fields of train.TrainConfig where flags say nothing: the sizes and the data of a dense run directory, or of the
-    one in which a checkpoint lies."""
+    """Defaults of train.TrainConfig: the sizes and the data of a dense run directory, or of the one that holds a
+    checkpoint."""
     directory = Path(path).parent if Path(path).is_file() else Path(path)
     if not (directory / "config.json").is_file():
         return {}
@@ -46,7 +46,7 @@ def slices_per_copy(dense, cfg):
         value, kept = getattr(cfg, name), dense[name]
         require(value == kept, name, value, f"the dense checkpoint has {kept!r}; use the same")
     require(not cfg.dense, "dense", True, "a dense model is continued with --resume; upcycle_from starts a mixture")
-    require(cfg.top_k > 1, "top_k", cfg.top_k, "a single gate that sums to 1 teaches no router; use --top_k=2 or more")
+    require(cfg.top_k > 1, "top_k", cfg.top_k, "a single gate that sums to 1 trains no router; use --top_k=2 or more")
     require(cfg.router_normalize, "router_normalize", False, "the dense output is only kept by gates that sum to 1")
     width = (dense["top_k"] + dense["n_shared_experts"]) * dense["d_expert"]
     slices, rest = divmod(width - cfg.n_shared_experts * cfg.d_expert, cfg.d_expert)
@@ -72,7 +72,7 @@ def upcycle(model, path):
     fit = not unexpected and all(".mlp." in name for name in missing)
     blame(fit, f"other weights: {missing} {unexpected}")
     for layer, block in enumerate(model.blocks):
-        # A run with --weights=bfloat16 saves those.
+        # float: a run with --weights=bfloat16 has saved bfloat16.
         gate_WD, up_WD = weights[f"blocks.{layer}.mlp.gate_up.weight"].float().chunk(2)
         down_DW, moe = weights[f"blocks.{layer}.mlp.down.weight"].float(), block.mlp
         if shared:

@@ -196,7 +196,7 @@ def test_no_thread_of_a_process_group_is_left(monkeypatch):
         ("--parallel=ep --ep_size=1", "ep_size=1: use 0 for all ranks, or 2 or more with --parallel=ep"),
         ("--ep_size=2", "ep_size=2: use 0 for all ranks, or 2 or more with --parallel=ep"),
         ("--parallel=ep --ep_size=-2", "ep_size=-2: use 0 for all ranks, or 2 or more with --parallel=ep"),
-        ("--parallel=ep --n_experts=6", "n_experts=6: a group of 4 ranks deals out whole experts: use a multiple of 4"),
+        ("--parallel=ep --n_experts=6", "n_experts=6: 4 ranks divide the experts: use a multiple of 4"),
     ],
 )
 def test_groups_that_do_not_come_out_even(flags, said, tmp_path):

@@ -104,7 +104,7 @@ def test_damaged_checkpoint_is_named_and_kept(whole_run, tmp_path):
     path.rename(tmp_path / "away.pt")
     main([f"--resume={cut}"])  # the remedy works
     assert differences(final_state(cut), final_state(whole_run[0])) == []
-    with pytest.raises(ValueError, match="give it back its name"):
+    with pytest.raises(ValueError, match="restore its name"):
         checkpoint.read(tmp_path / "away.pt")
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         checkpoint.read(tmp_path)

@@ -160,7 +160,7 @@ def test_a_config_that_is_not_the_checkpoints_is_refused_by_name(whole_run, tmp_
     without_crc(cut / "config.json", **{name: value})
     true = checkpoint.read(cut)["config"][name]
     with pytest.raises(
-        ValueError, match=rf"{name}={value}: so says .*cut/config.json, but ckpt-.* with {true}.*--{name}="
+        ValueError, match=rf"{name}={value}: this is from .*cut/config.json, but ckpt-.* with {true}.*--{name}="
     ):
         main([f"--resume={cut}"])
     main([f"--resume={cut}", f"--{name.replace('_', '-')}={true}"])  # the remedy
@@ -208,7 +208,7 @@ def test_config_of_a_grpo_run(start, tmp_path):
     small = ["--batch-prompts=4", "--mini-batch=4", "--eval-every=0"]
     grpo.main([*SHORT, f"--model={start}", f"--out-dir={out}", *small, "--steps=1"])
     without_crc(out / "config.json", lr=0.5)
-    with pytest.raises(ValueError, match=r"lr=0.5: so says .*config.json, but ckpt-.* was trained with 0.001"):
+    with pytest.raises(ValueError, match=r"lr=0.5: this is from .*config.json, but ckpt-.* was trained with 0.001"):
         grpo.main([f"--resume={out}"])
     grpo.main([f"--resume={out}", "--lr=0.001", "--steps=2", "--batch-prompts=8"])  # 8: no multiple of the default
     assert checkpoint.read(out)["read"] == 12  # questions: other batches ask no question twice and leave none out

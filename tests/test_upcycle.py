@@ -126,7 +126,7 @@ def test_from_bfloat16_weights(dense, tmp_path):
             "d_expert=48: slices of this width, 0 of them shared, do not make up the dense width 64",
         ),
         (dict(d_expert=64, n_shared_experts=1), "d_expert=64: slices"),
-        (dict(top_k=1), "top_k=1: a single gate that sums to 1 teaches no router"),
+        (dict(top_k=1), "top_k=1: a single gate that sums to 1 trains no router"),
         (dict(activation="relu2"), "activation='relu2': the dense checkpoint has 'swiglu'"),
         (dict(top_k=3), "top_k=3: one copy of the dense layer is 2 experts"),
         (dict(n_experts=7), "n_experts=7: one copy"),
