@@ -43,7 +43,7 @@ from optimoe.sizes import require_memory
 @dataclass(frozen=True)
 class GRPOConfig:
     # Run
-    model: str = ""  # to start from and to stay near: run directory, checkpoint, Hugging Face folder or ORG/NAME
+    model: str = ""  # start model: run directory, checkpoint, Hugging Face folder or ORG/NAME
     task: str = "reasoning"  # a file in eval/tasks with training questions
     data: str = ""  # data directory of the start model; empty: where its config says
     evaldata: str = ""  # folder of gsm8k/, ...; empty: $OPTIMOE_EVALDATA, else ./evaldata (eval/sources.py)
@@ -54,12 +54,12 @@ class GRPOConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on CUDA, else float32
     impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
     # Sampling
-    questions: int = 7500  # training questions; 0: all (procedural tasks have no end)
+    questions: int = 7500  # training questions; 0: all (not for procedural tasks, which have no end)
     batch_prompts: int = 1024  # questions per step, over all ranks
     group_size: int = 5  # answers per question
     temperature: float = 1.0
-    prompt_tokens: int = 512  # longer questions, or than half of seq_len, are left out
-    answer_tokens: int = 1024  # longest answer; at most what questions leave of seq_len
+    prompt_tokens: int = 512  # questions longer than this or half of seq_len are left out
+    answer_tokens: int = 1024  # longest answer; less if questions leave less of seq_len
     rollout_batch: int = 1024  # answers sampled at a time, per rank
     # Optimisation
     steps: int = 105  # of sampling
@@ -68,7 +68,7 @@ class GRPOConfig:
     lr: float = 5e-6  # constant
     clip: float = 0.2  # of the probability ratio, to 1 - clip .. 1 + clip
     kl_coef: float = 1e-3  # weight of the KL term; 0: no start model is loaded
-    normalize: Literal["token", "sample"] = "token"  # what weighs the same
+    normalize: Literal["token", "sample"] = "token"  # what has equal weight in the loss
     replay: bool = False  # train with the experts that sampling chose (docs/STUDY.md)
     beta1: float = 0.9  # AdamW, mean
     beta2: float = 0.999  # AdamW, variance
@@ -77,9 +77,9 @@ class GRPOConfig:
     clip_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
     # Reports
     eval_every: int = 5  # steps between greedy tests on unseen questions; 0: only before and after
-    eval_questions: int = 500  # of these tests
+    eval_questions: int = 500  # in each test
     checkpoint_every: int = 20  # steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = 1  # newest ones kept
+    keep_checkpoints: int = 1  # how many of the newest are kept
     curves: bool = True  # redraw curves.png at tests and checkpoints
     log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb; torchrun needs --logger
 
@@ -113,7 +113,7 @@ def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed, wa
 @any_shape
 def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
     """Log-probabilities of the answers' tokens at the sampling temperature, float32 (A,); and (2,): how many experts
-    the routers chose, and how many of these not for the same token while sampling."""
+    the routers chose, and how many of them sampling had not chosen for the same token."""
     out = model(batch.tokens_BL, replay_NTK=batch.sampled_NTK if replay else None)
     logits_AV = out.logits.flatten(0, 1)[batch.index_A, :n_vocab].float() / cfg.temperature
     routed = logits_AV.new_zeros(2)
@@ -126,7 +126,7 @@ def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
 
 @torch.no_grad()
 def look_back(batch, model, start_model, cfg, n_vocab):
-    """The batch with log-probabilities by the model as it is and by the start model, where given."""
+    """The batch with log-probabilities by the present model and by the start model, where given."""
     old_A = answer_logprobs(model, batch, cfg, n_vocab, cfg.replay)[0] if model else None
     start_A = answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None
     return batch._replace(old_A=old_A, start_A=start_A)
@@ -152,7 +152,7 @@ class Training:
 
 
 def load_start(cfg, device):
-    """(checkpoint file or published model, GPT, data directory, its tokenizer, source of questions) of cfg.model."""
+    """(checkpoint file or published model, GPT, data directory, tokenizer, source of questions) of cfg.model."""
     path, options = Path(cfg.model), dict(dtype=cfg.dtype, impl=cfg.impl)
     if start.released(cfg.model):
         folder = str(hub.folder(cfg.model, "model"))  # its tokenizer becomes that of the run
@@ -167,7 +167,7 @@ def load_start(cfg, device):
 
 
 def load_questions(cfg, model, tokens, source):
-    """(training questions, test questions, longest answer), of prompts that leave room for an answer."""
+    """(training questions, test questions, longest answer), with prompts that leave room for an answer."""
     limit, task = min(cfg.prompt_tokens, model.cfg.seq_len // 2), tasks.load(cfg.task)
     found, prompt_ids = [], start.prompt_ids(cfg.model, tokens)
     for split, n in (("train", cfg.questions), ("test", cfg.eval_questions)):
@@ -201,7 +201,7 @@ def set_up(cfg, run, start_path, model, tokens, questions):
 def roll_out(cfg, run, job):
     """(questions, samples) of this rank: its part of every mini-batch, so that the number of ranks changes no answer.
 
-    Stopping where a signal has asked for the end."""
+    Stopping after a signal."""
     drawn = draw_questions(len(job.asked), job.read, cfg.batch_prompts, cfg.seed)
     share = cfg.mini_batch // run.world
     places = [m + i for m in range(run.rank * share, cfg.batch_prompts, cfg.mini_batch) for i in range(share)]
@@ -224,7 +224,7 @@ def make_batches(cfg, run, job, samples, advantage):
     for m, (mini, count) in enumerate(zip(minis, counts, strict=True)):
         # The first mini-batch meets the weights that sampled: its own forward pass gives p_old.
         model_before = job.model if m else None
-        used = [i for i in mini if cfg.kl_coef or advantage[i]]  # without the KL, equal rewards teach nothing
+        used = [i for i in mini if cfg.kl_coef or advantage[i]]  # equal rewards without a KL term teach nothing
         batches.append([])
         for rows in micro_batches(used, [len(sample.ids) - 1 for sample in samples], cfg.micro_tokens):
             chosen, n_answers = [samples[i] for i in rows], share * run.world
@@ -248,7 +248,7 @@ def update(cfg, run, job, batches):
             sums += torch.cat([loss.detach()[None], policy, routed])
             progress(id(batch), 1)
         for p in job.model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # there may be nothing to learn here
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # this rank may have had no batch
             if run.world > 1:  # a sum, not a mean: the weights in the loss are those of the whole mini-batch
                 dist.all_reduce(p.grad)
         limit = cfg.clip_norm or math.inf
@@ -259,7 +259,7 @@ def update(cfg, run, job, batches):
 
 
 def take_step(cfg, run, job):
-    """Sample, reward, update. Returns the row of the step, or None where a signal came in time to leave the weights."""
+    """Sample, reward, update. Returns the row of the step, or None if a signal stopped it before the update."""
     clock, asked, samples, batches = Clock(), [], [], []
     with contextlib.suppress(Stopping):
         asked, samples = roll_out(cfg, run, job)
@@ -332,7 +332,7 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
             if stopping and not last:
                 return run.stopped(job.step, "grpo.py")
 
-        if "test_reward" not in job.row:  # resumed to end where it had been stopped
+        if "test_reward" not in job.row:  # resumed after its last step
             job.row["test_reward"] = test(cfg, run, job)
         if pictures:
             pictures.close()

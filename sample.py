@@ -1,10 +1,10 @@
-"""Text from a model, as it is written.
+"""Text from a model, printed as it is generated.
 
     python sample.py --run=runs/NAME --prompt="Alice was"
     python sample.py --hf=ORG/NAME                            # asks for prompts
 
-Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C ends. It is a chat where the model, or
-the one from which the run was fine-tuned, has a chat template. The same flags give the same text.
+Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C ends. If the model, or the one from
+which the run was fine-tuned, has a chat template, this is a chat. The same flags give the same text.
 """
 
 import sys
@@ -41,7 +41,8 @@ class SampleConfig(ModelChoice):
 
 
 class Stream:
-    """Prints the text of growing ids, but for an unfinished character or what may turn out to begin a stop string."""
+    """Prints the text of growing ids, but holds back an unfinished character and the possible start of a stop
+    string."""
 
     def __init__(self, tokens, stops):
         self.tokens, self.stops, self.shown = tokens, stops, 0
@@ -56,7 +57,7 @@ class Stream:
 
 
 def write(loaded, ids, cfg, number):
-    """Generate the text of this number after ids, print it as it grows, and return it."""
+    """Generate text number `number` after ids, print it as it grows, and return it."""
     (model, tokens, *_), stops = loaded, cfg.stops()
     room, stream = model.cfg.seq_len - len(ids), Stream(tokens, stops)
     require(room > 0, "prompt", f"{len(ids)} tokens", f"the model reads {model.cfg.seq_len} at most; shorten it")
@@ -67,7 +68,7 @@ def write(loaded, ids, cfg, number):
 
 
 def lines():
-    """The lines of the standard input; on a terminal behind a sign that one is awaited."""
+    """The lines of the standard input; on a terminal with a prompt sign."""
     sign = "> " if sys.stdin.isatty() else ""
     print(sign, end="", flush=True)
     for line in sys.stdin:
@@ -93,7 +94,7 @@ def main(argv=None):
     loaded, messages = load(cfg), []
     encode_chat = chat_encoder(cfg, loaded.tokens) if cfg.chat else None
     for prompt in [cfg.prompt] if cfg.prompt else lines():
-        prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")  # of bytes that are no text
+        prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")  # bytes that are not UTF-8
         messages.append({"role": "user", "content": prompt})
         ids = encode_chat(messages) if encode_chat else context_ids(loaded.tokens, prompt)
         while encode_chat and len(ids) >= loaded.model.cfg.seq_len and len(messages) > 1:

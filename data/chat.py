@@ -1,10 +1,10 @@
-"""Examples to imitate: rows with a prompt and an answer, or with the messages of a chat. Only answers are targets.
+"""Examples for fine-tuning: rows with a prompt and an answer, or with the messages of a chat. Only answers are targets.
 
     {"prompt": "2 + 2 =", "answer": " 4"}
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
-Messages become text by the chat template of the tokenizer's folder. An example is kept as the JSON of its pieces of
-text, [is it a chat, [[piece, is it a target], ...]], until it is encoded.
+The chat template of the tokenizer's folder turns messages into text. Until it is encoded, an example is the JSON of its
+pieces of text: [is it a chat, [[piece, is it a target], ...]].
 """
 
 import json
@@ -31,7 +31,7 @@ def template_source(directory):
 
 
 def chat_template(directory):
-    """template(messages, whether an answer is to follow) of a Hugging Face folder; None where it has none."""
+    """template(messages, whether an answer follows) of a Hugging Face folder; None where it has none."""
     source, settings = template_source(directory)
     if source is None:
         return None
@@ -99,8 +99,8 @@ def _kept(chat, pieces):
 
 
 def encode(enc, text):
-    """(ids, bytes of text, marks) of an example, ended by eos. No token crosses the end of a prompt, because a model
-    that answers begins there."""
+    """(ids, bytes of text, marks) of an example, ended by eos. No token crosses the end of a prompt, because generation
+    begins there."""
     chat, pieces = json.loads(text)
     read = enc.encode_control if chat else enc.encode_ordinary
     ids, trained, before = [], [], ""
@@ -119,7 +119,7 @@ def encode(enc, text):
 
 
 def _inside(read, piece):
-    """The ids of a text behind others: SentencePiece puts a space in front of one that stands alone."""
+    """The ids of a text that follows others: SentencePiece puts a space in front of a text that stands alone."""
     for letter in "a", "\n":
         head, whole = read(letter), read(letter + piece)
         if whole[: len(head)] == head:

@@ -13,13 +13,13 @@ from pathlib import Path
 from data import files
 from optimoe.config import require
 
-EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}  # usual bytes of text per byte on the disk
+EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}  # typical bytes of text per byte on disk
 KINDS = (".txt", ".jsonl", ".py", ".parquet", ".arrow")
 
 
 def find_files(inputs):
     """The named files, and those in named directories, sorted. ValueError where there is none."""
-    found = {}  # by what links lead to, so that nothing is read twice
+    found = {}  # by the targets of links, so that nothing is read twice
     for given in map(Path, inputs):
         paths = sorted(path for path in given.rglob("*") if _wanted(path, given)) if given.is_dir() else [given]
         if not paths:
@@ -121,8 +121,8 @@ def _arrow(path, module="pyarrow"):
 
 
 def _rows(path, file, name):
-    """("PATH: row N", row) of a Parquet or Arrow file, a batch at a time. Of the columns only the one with the text,
-    unless `name` is None."""
+    """("PATH: row N", row) of a Parquet or Arrow file, a batch at a time: only the column with the text, or all if
+    `name` is None."""
     pyarrow, number = _arrow(path), 0
     try:
         if _kind(path) == ".parquet":
@@ -131,7 +131,7 @@ def _rows(path, file, name):
         elif file.read(6) == b"ARROW1":
             table = _arrow(path, "pyarrow.ipc").open_file(file)
             names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
-        else:  # a stream, as `datasets` saves them; Arrow itself takes a missing end for the end
+        else:  # a stream, as `datasets` saves it; Arrow itself does not notice a missing end
             file.seek(max(0, path.stat().st_size - 8))
             if file.read() != b"\xff\xff\xff\xff\0\0\0\0":
                 raise ValueError(f"{path} cannot be read: it is truncated")

@@ -4,7 +4,8 @@
 
 They follow bioS of "Physics of Language Models" 3.1 and 3.3 (arXiv 2404.05405): distinct names, and independent uniform
 attributes, except that the city of work is a function of the employer. A model that knows all N people has stored
-N * (log2(N0 / N) + log2(S0)) bits: N0 = `name_choices` possible names, S0 = `value_choices` possible people of a name.
+N * (log2(N0 / N) + log2(S0)) bits: N0 = `name_choices` possible names, S0 = `value_choices` possible values of a
+person.
 """
 
 import itertools
@@ -18,7 +19,7 @@ from optimoe.config import require
 MONTHS = "January February March April May June July August September October November December".split()
 DAYS = 28
 
-# A list joins its two columns in every way, in a fixed shuffled order.
+# A list has every pair from its two columns, in a fixed shuffled order.
 SYLLABLES = {
     "first_names": """Al Ber Cor Dal Els Far Gar Hal Is Jor Kal Lor Mar Nel Or Per Ros Sel Tav Vel
         | a an bert da dine ena eth ia ick ina o la len mund na ric sa tha win yn""",
@@ -117,7 +118,7 @@ def _words(field):
 
 @lru_cache(maxsize=4)  # the study measures three seeds in turn
 def people(cfg):
-    """All people, a shared list. The first n are the same for every n_people >= n."""
+    """All people, a shared list. Its first n are the same for every n_people >= n."""
     cfg.validate()
     words, rng = cfg.lists(), random.Random(cfg.seed)
     draw = lambda items: items[int(rng.random() * len(items))]
@@ -142,7 +143,7 @@ def people(cfg):
 
 
 def segments(cfg, person, exposure):
-    """A biography as subject, stem, value, "." of each sentence in turn. Exposures differ in stems and order."""
+    """A biography as the subject, stem, value and "." of each sentence. Exposures differ in stems and order."""
     rng = random.Random((cfg.seed * 10_007 + exposure) << 40 | person.index)
     order = list(zip(TEMPLATES.values(), person.values, strict=True))
     rng.shuffle(order)

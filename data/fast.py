@@ -27,7 +27,7 @@ def _open(definition, where="its tokenizer.json"):
         tokenizer = Tokenizer.from_str(definition)
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"{where} is damaged ({error}): {AGAIN}") from None
-    tokenizer.no_truncation()  # some were saved with a limit of their training
+    tokenizer.no_truncation()  # some were saved with a limit
     tokenizer.no_padding()
     return tokenizer
 
@@ -39,7 +39,7 @@ def spelled(settings, name):
 
 
 class Fast:
-    """A tokenizer of the library. Special tokens that a text spells out are text, not special tokens.
+    """A tokenizer of the library. A special token that is spelled out in a text stays text.
 
     definition: the text of its tokenizer.json. begin: ids in front of every document and prompt. eot_token: the id that
     ends a document. Raises ValueError for a definition that the library cannot use, or ids that it does not have."""
@@ -66,7 +66,7 @@ class Fast:
         """In as many threads as the library likes (RAYON_NUM_THREADS)."""
         found = [encoded.ids for encoded in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         for i, ids in enumerate(found):
-            if not self._special.isdisjoint(ids):  # words to a unigram model: split their text after one letter
+            if not self._special.isdisjoint(ids):  # a unigram model's words: split their text after one letter
                 parts = self._fast.encode_batch_fast(self._inside.split(texts[i]), add_special_tokens=False)
                 found[i] = [token for part in parts for token in part.ids if token not in (*self.begin, self.eot_token)]
         return found

@@ -1,8 +1,8 @@
-"""Files that are whole or absent, and JSON that says when it was damaged. What is read back goes through here.
+"""Files that are whole or absent, and JSON whose damage is noticed. Whatever is read back goes through here.
 
     replace("run/results.json", text)                      # appears whole or not at all
     append("run/metrics.jsonl", [{"step": 1, "loss": 2.5}])
-    rows, length = read_rows("run/metrics.jsonl")          # length in bytes, without a line that a kill tore
+    rows, length = read_rows("run/metrics.jsonl")          # length in bytes, without a line that a kill cut off
 
 A signed JSON object carries a CRC-32 of its other members under "crc". Objects without one are accepted as they are.
 """
@@ -41,9 +41,9 @@ def replace(path, content):
 
 @contextmanager
 def temporary(target, directory=False):
-    """A new hidden file or directory beside `target`, to be filled and renamed. Otherwise it is removed.
+    """A new hidden file or directory beside `target`, to be filled and renamed; if it is not renamed, it is removed.
 
-    It is locked while its process lives. What killed processes left for the same target is removed first."""
+    It is locked while its process lives. Remnants of killed processes for the same target are removed first."""
     target = Path(target)
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]+\.(tmp|partial)")
     for left in list(target.parent.iterdir()):
@@ -58,7 +58,7 @@ def temporary(target, directory=False):
             if path.exists():  # otherwise another process took it for a remnant before it was locked
                 try:
                     yield path
-                except OSError as error:  # that of a full disk names no file
+                except OSError as error:  # on a full disk it names no file
                     if error.errno and not error.filename:
                         error.filename = str(target)
                     raise
@@ -69,7 +69,7 @@ def temporary(target, directory=False):
 
 @contextmanager
 def _locked(path, wait=True):
-    """Yields whether the lock is held: not if the path is gone, another process has it, or there are no locks."""
+    """Yields whether it got the lock: not if the path is gone, another process has it, or there are no locks."""
     with ExitStack() as stack:
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -107,7 +107,8 @@ def sign(value):
 
 
 def check(value, where, remedy=RESTORE):
-    """The members of a JSON object without its checksum. ValueError naming `where` if it is none or was changed."""
+    """The members of a JSON object without its checksum. ValueError naming `where` if it is no object or was
+    changed."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds a {type(value).__name__}, no JSON object; {remedy}")
     members = {name: member for name, member in value.items() if name != CRC}
@@ -169,7 +170,7 @@ def append(path, rows, signed=False, sync=False):
 def read_rows(path, remedy="remove that line"):
     """(rows of a JSON-lines file without their checksums, length in bytes of what was whole).
 
-    A last line without its line end was torn by a kill and is left out. Other damage is a ValueError naming the line.
+    A last line without its line end was cut off by a kill and is left out. ValueError names a line damaged otherwise.
     """
     content = Path(path).read_bytes()
     whole, rows = content.rfind(b"\n") + 1, []

@@ -3,8 +3,7 @@
 A source of N tokens gives (N - 1) // L windows; window w is tokens w*L .. w*L + L inclusive, across document ends and
 shard borders. Examples (data/chat.py) are packed whole into windows, which eos fills up; longer ones lose their end,
 and are left out if no answer remains. The stream of samples is a function of (sources, weights, split, L, seed) alone.
-Rank r of W takes rows r*B .. (r+1)*B of each global batch of W*B samples, so a run continues on another number of
-ranks.
+Rank r of W takes rows r*B .. (r+1)*B of each global batch of W*B samples, so a run can continue on any number of ranks.
 """
 
 import math
@@ -37,12 +36,12 @@ def parse_sources(text):
 class Loader:
     """Endless batches: `tokens_BL, targets_BL = loader.next()`, int64, on `device`; targets are tokens one step later.
 
-    Of examples, targets outside answers are -1. With `documents` a third tensor follows: the number of each token's
-    document in its row (B, L), int32; targets in another document than their token are -1 then.
+    In examples, targets outside answers are -1. With `documents` a third tensor follows: the number of each token's
+    document in its row (B, L), int32; targets in another document than their token are then -1.
 
-    sources: data directories with weights, [("data/books", 0.7), ("data/facts", 0.3)], their shares of the samples to
-    within two at any moment. Each has its own epochs: every window once, in a new order. batch_size is per rank.
-    ValueError for damaged data, different tokenizers, or a source shorter than one window."""
+    sources: data directories with weights, [("data/books", 0.7), ("data/facts", 0.3)]: their shares of the samples,
+    kept to within two at any moment. Each has its own epochs: every window once, in a new order. batch_size is per
+    rank. ValueError for damaged data, different tokenizers, or a source shorter than one window."""
 
     def __init__(self, sources, split, batch_size, seq_len, seed=0, rank=0, world=1, device="cpu", documents=False):
         weighted = sources and all(0 < weight < math.inf for _, weight in sources)
@@ -61,8 +60,8 @@ class Loader:
             remedy = f"not the tokenizer of {first.directory}; prepare one with --tokenizer of the other"
             require(source.tokenizer == first.tokenizer, "data", str(source.directory), remedy)
         self.vocab_size = first.vocab_size
-        self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the whole cursor
-        self._planned = [0] * len(sources)  # the same with those being prepared; belongs to the thread
+        self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the cursor
+        self._planned = [0] * len(sources)  # and in those being prepared too; used by the thread alone
         self._ahead = deque()  # futures of (batch, its cursor), oldest first
         self._thread = ThreadPoolExecutor(1, "loader")
 
@@ -93,7 +92,7 @@ class Loader:
 
     @property
     def epochs(self):
-        """Of each source, so far."""
+        """Epochs of each source so far."""
         return [n / source.n_windows for n, source in zip(self._drawn, self.sources, strict=True)]
 
     @property
@@ -106,7 +105,7 @@ class Loader:
         return {"drawn": list(self._drawn)} | self._identity()
 
     def load_state_dict(self, state):
-        """Continue where `state` was taken, on any rank and world; ValueError for another stream."""
+        """Continue from `state`, on any rank and world; ValueError for another stream."""
         for key, value in self._identity().items():
             remedy = f"not {value}: resume with the data and settings of the saved run"
             require(state.get(key) == value, f"loader state: {key}", state.get(key), remedy)
@@ -152,7 +151,7 @@ class _Source:
         self.epoch, self.order = -1, None
 
     def sample(self, number, documents=False):
-        """Tokens, targets and documents of a row (L,); the documents only if they are asked for or needed."""
+        """Tokens, targets and documents of a row (L,); the documents only if asked for or needed."""
         epoch, at = divmod(number, self.n_windows)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, shuffled(self.n_windows, self.seed, epoch)
@@ -170,7 +169,7 @@ class _Source:
                 begin, end = end, end + self.lengths[document]
                 for row, column in ((ids, self.shards), (marks, self.marks)):
                     row[begin:end] = self._read(column, int(self.starts[document]), int(self.lengths[document]))
-            marks[end : end + 1] = START  # what fills the row up is a document without targets
+            marks[end : end + 1] = START  # the padding is a document without targets
         numbers = np.cumsum(marks & START > 0)
         aimed = (marks[1:] & TRAINED > 0) & (numbers[1:] == numbers[:-1])
         return [ids[:-1], np.where(aimed, ids[1:], -1), numbers[:-1] - numbers[0]]

@@ -8,13 +8,13 @@ on a sample (with the package `tokenizers`). The second encodes in threads.
 
 What a document is (--sft: see data/chat.py):
     .jsonl, .parquet, .arrow: the field --text_field of each row
-    .txt, .py, or any other file that is named: the file, or its pieces of 2^20 characters (less if the input is below
-    64 MB), which end at line ends
-and .gz, .xz or .zst of these. A directory is searched for them; links to directories are not followed. Byte-order marks
+    .txt, .py, or any other named file: the file, or its pieces of 2^20 characters (less if the input is below 64 MB),
+    which end at line ends
+or .gz, .xz or .zst of these. A directory is searched for them; links to directories are not followed. Byte-order marks
 are removed and line ends become "\\n". Parquet, Arrow and .zst need pyarrow.
 
-Held out for validation are the documents whose hash (of the text and --seed) is below --val_fraction, and always the
-lowest. So equal documents fall on the same side, and adding files moves none.
+Documents whose hash (of the text and --seed) is below --val_fraction, and always the lowest, are held out for
+validation. So equal documents fall on the same side, and adding files moves none.
 """
 
 import hashlib
@@ -72,7 +72,7 @@ def hashed(text, seed):
 
 
 def scan(texts, cfg, sample_rate):
-    """The first pass: (sample for the tokenizer, number of documents, threshold: what hashes below it is held out)."""
+    """The first pass: (sample for the tokenizer, number of documents, hash below which they are held out)."""
     sample, documents, lowest, share = [], 0, [], cfg.val_fraction
     for text in texts:
         documents += 1

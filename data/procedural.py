@@ -4,8 +4,8 @@
     build("data/big", MixtureConfig(FactsConfig(n_people=50_000), ...))   # what the study trains on
     python -m data.procedural --out data/big --mixture mixture.json --workers 16    # large ones
 
-Training has every biography `exposures` times in changing words and the problems; validation new wordings of the same
-biographies and problems with unseen templates. meta.json keeps the MixtureConfig for evaluation.
+Training has the problems, and every biography `exposures` times in changing words; validation has new wordings of the
+same biographies, and problems with unseen templates. meta.json keeps the MixtureConfig for evaluation.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class MixtureConfig:
     n_problems: int = 24_000  # different ones
     repeats: int = 1  # of each problem
     n_mano: int = 0  # mental arithmetic expressions
-    window: int = 144  # tokens; windows start with eos and split no document that fits into one; 0: no windows
+    window: int = 144  # tokens; windows start with eos and split no document that fits; 0: no windows
     seed: int = 0  # of the order
 
     def validate(self):
@@ -66,7 +66,7 @@ def build(out_dir, cfg=None, seed=None, workers=1):
         parts = {name: dataclasses.replace(getattr(cfg, name), seed=seed) for name in PARTS}
         cfg = dataclasses.replace(cfg, seed=seed, **parts)
     cfg.validate()
-    # spawn: the caller may hold a GPU, which a forked child could not use or even leave alone
+    # spawn: the caller may hold a GPU, which a forked child could neither use nor leave alone
     with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
         chunks = ((split, order) for split in ("train", "val") for order in _order(cfg, split))
         chunks = (pool.imap if pool else map)(partial(_chunk, cfg), chunks)
@@ -116,7 +116,7 @@ def _kinds(cfg, split, rng):
 
 
 def _order(cfg, split):
-    """_kinds in chunks, shuffled where they are going to be packed into windows."""
+    """_kinds in chunks, shuffled if they will be packed into windows."""
     rng = random.Random(f"{cfg.seed} {split}")
     kinds = _kinds(cfg, split, rng)
     while order := list(islice(kinds, CHUNK)):
@@ -145,7 +145,7 @@ def _text(cfg, split, kind, i):
 
 def _pack(enc, texts, window):
     """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos,
-    because a document that starts in another window cannot be understood. Longer documents take several blocks."""
+    because a model cannot know what an earlier window held. Longer documents take several blocks."""
     eos = enc.eot_token
     documents = [ids + [eos] for ids in enc.encode_ordinary_batch(texts, num_threads=2)]
     if not window:

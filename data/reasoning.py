@@ -5,13 +5,13 @@
 
 (modulo 10). A problem is a directed acyclic graph of named quantities: leaves are numbers, every other quantity is one
 operation on one or two others, and `steps` counts the operations. The statements come in random order. The plan goes
-back from the question to what is known, then one sentence calculates each operation.
+back from the question to known numbers, then one sentence calculates each operation.
 
 A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its
 operations, without names and numbers (which belong to it in problems of one step). One template in five is for tests.
 
 Whatever has to be looked up (definition, operand, value) belongs to the name just written, as induction heads need it:
-three layers learn this in minutes, and "lamp = kite + owl = 5 + 4 = 9" not.
+three layers learn this in minutes, but not "lamp = kite + owl = 5 + 4 = 9".
 
 `mano` makes mental arithmetic on prefix expressions, without steps (Physics of Language Models 4.1).
 """
@@ -39,8 +39,8 @@ LEAF, MUL_C, ADD = 0, 3, 4  # the second operand of operations 1 to 3 is a numbe
 # What the text says, by operation: lamp VERB y PREPOSITION x.
 WORDS = (("is", ""), ("adds", "to"), ("takes", "from"), ("has", "times"), ("adds", "to"), ("takes", "from"))
 MEANING = {"adds": add, "takes": sub, "has": mul, "+": add, "-": sub, "*": mul}  # of x, y
-SHARED = 0.25  # probability that a second operand is needed elsewhere too, where that can be
-TEST_SHARE = 5  # one template in so many is a test template
+SHARED = 0.25  # probability that a second operand is needed elsewhere too, where possible
+TEST_SHARE = 5  # one template in five is a test template
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Problem(NamedTuple):
 
 
 def problem(cfg, index, split="train", steps=None):
-    """The index-th problem of split "train" or "test"; `steps` sets its operations, even above max_steps."""
+    """Problem number `index` of split "train" or "test"; `steps` sets its operations, even above max_steps."""
     test = {"train": False, "test": True}[split]
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (steps or 0)) << 40 | index)
     while True:
@@ -104,7 +104,7 @@ def _draw_graph(r, steps, m):
         frontier.append(x)
         graph[node] = (op, x, y)
         order.append(node)
-    for at, node in shared:  # now it is known what is solved before each of these
+    for at, node in shared:  # now the quantities solved before each of these are known
         op, x, _ = graph[node]
         if others := [q for q in order[at + 1 :] + frontier if q != x]:
             y = others[int(r() * len(others))]

@@ -1,4 +1,4 @@
-"""The data directory: flat token files, a tokenizer and meta.json, with which a directory is complete.
+"""The data directory: flat token files, a tokenizer and meta.json, which is written last.
 
     DIR/meta.json        version, tokenizer, vocab_size, eos, dtype, splits, notes of the writer, and a checksum
     DIR/tokenizer.json   see data/tokenizer.py
@@ -21,7 +21,7 @@ import numpy as np
 from data import files, tokenizer
 from data.tokenizer import AGAIN, META
 
-PLAIN, MARKED = 1, 2  # versions; programs from before there were marks refuse the second
+PLAIN, MARKED = 1, 2  # versions; programs older than marks refuse the second
 TRAINED, START = 1, 2
 
 
@@ -32,8 +32,8 @@ class ShardWriter:
             writer.add("train", ids)          # whole documents, each ended by enc.eot_token
             writer.notes["licence"] = "CC0"   # any JSON; ends up in meta.json
 
-    It appears under its name, from a hidden directory beside it, at the end of the `with` block. An exception removes
-    the files; what a killed writer left is removed by the next one. ValueError when the directory is not empty."""
+    It is a hidden directory that gets its name at the end of the `with` block. An exception removes the files; the next
+    writer removes those of a killed one. ValueError when the directory is not empty."""
 
     def __init__(self, directory, enc, shard_tokens=2**26):
         self.directory = Path(os.path.abspath(directory))
@@ -46,8 +46,8 @@ class ShardWriter:
         tokenizer.save(enc, self.partial)
 
     def add(self, split, ids, n_bytes=None, marks=None):
-        """Appends documents to "train", "val", ... n_bytes: of their text; None: of what tiktoken decodes. marks: one
-        for each token, in all calls or in none."""
+        """Appends documents to "train", "val", ... n_bytes: of their text; None: decode and count. marks: one for each
+        token, in all calls or in none."""
         ids, eos, n_vocab = np.asarray(ids, dtype=np.int64), self.enc.eot_token, self.enc.n_vocab
         if not len(ids):
             return
@@ -76,7 +76,7 @@ class ShardWriter:
     def __exit__(self, kind, error=None, *_):
         with self._stack:  # removes what has not been published
             if error:
-                raise error  # so that the stack sees it and can name the directory
+                raise error  # files.temporary names the directory in it
             if kind is None:
                 self._publish()
 
@@ -116,7 +116,7 @@ def read_meta(directory):
     """The contents of meta.json. ValueError naming the file when it is missing, damaged or of another version."""
     path = Path(directory) / META
     if not path.exists():
-        raise ValueError(f"{path} does not exist: not finished data; make it with data.prepare")
+        raise ValueError(f"{path} does not exist: no data, or unfinished; make it with data.prepare")
     meta = files.read_json(path, AGAIN)
     try:
         meta["vocab_size"], meta["tokenizer"], meta["tokenizer_sha256"]  # KeyError if missing

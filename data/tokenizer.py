@@ -24,7 +24,7 @@ EOT = "<|endoftext|>"
 FILE, META = "tokenizer.json", "meta.json"
 AGAIN = "prepare the data again"
 
-# Pieces that BPE never merges across: contractions; words with the one character before them (a space, "(", "_");
+# BPE never merges across these pieces: contractions; words with the one character before them (a space, "(", "_");
 # single digits, so that arithmetic sees place values; punctuation with the line end after it; line ends; indentation,
 # without its last space. White space is bounded because the engine backtracks over it.
 PATTERN = (
@@ -134,7 +134,7 @@ def _encoding(kept):
 def documents(enc, texts):
     """(ids with the end of the document, bytes) of each text. An "<|endoftext|>" inside is just text."""
     if isinstance(enc, Fast):
-        begin = enc.begin if enc.begin != [enc.eot_token] else []  # the end of the document before is the beginning
+        begin = enc.begin if enc.begin != [enc.eot_token] else []  # else it ends the document before
         found = [np.array([*begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
     else:
         found = [
@@ -147,14 +147,14 @@ class Tokens(NamedTuple):
     """What evaluation needs of a tokenizer."""
 
     encode: Callable[[str], list[int]]  # without special tokens
-    decode: Callable[[list[int]], str]  # of what follows other tokens: leading spaces stay
+    decode: Callable[[list[int]], str]  # of a continuation: leading spaces stay
     bos: list[int]  # starts every prompt
     eos: list[int]  # any of these ends a generation
     n_vocab: int  # ids from here on are padding of the model's head
 
 
 def tiktoken_tokens(enc):
-    """Of a data directory. Documents follow an end-of-text token in training, and so do prompts."""
+    """The Tokens of a data directory. In training documents follow an end-of-text token, and so do prompts."""
     if isinstance(enc, Fast):
         return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token], enc.n_vocab)
     known = {*enc._mergeable_ranks.values(), *enc._special_tokens.values()}

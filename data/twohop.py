@@ -1,4 +1,4 @@
-"""Facts as key and value, and questions that join two of them: what can be stored, and what can be worked out from it.
+"""Facts as keys and values, and questions that join two facts: what a model can store, and what it can work out.
 
     build("data/keys", HopConfig(entities=131_072, relations=0, names=1024, tokens=2**26))    # values of 20 bits
     build("data/hops", HopConfig(entities=200, relations=10, names=32, composed=8_000))

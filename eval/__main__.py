@@ -3,8 +3,8 @@
     python -m eval --run=runs/NAME --tasks=hellaswag,gsm8k --limit=200
     python -m eval --run=runs/NAME --tasks=humaneval --samples=20 --temperature=0.8 --top-p=0.95    # pass@1 and pass@10
 
-Prints a table and writes results.json and TASK.jsonl, with one record per item, to RUN/eval-STEP. The same command goes
-on where it was interrupted, or adds the items of a larger --limit.
+Prints a table and writes results.json and TASK.jsonl, with one record per item, to RUN/eval-STEP. The same command
+continues where it was interrupted, or adds the items of a larger --limit.
 """
 
 import collections
@@ -60,10 +60,10 @@ def metrics_of(job, cfg) -> dict[str, set[str]]:
 
 
 def evaluate(loaded, job, chunk, room, cfg):
-    """Records of a chunk of (index, item), with what their metrics were computed from. room: tokens to generate."""
+    """Records of a chunk of (index, item), with the data behind their metrics. room: tokens to generate."""
     wanted = [(item.loss_prompt or item.prompt, item.answer) for _, item in chunk if cfg.loss]
     wanted += [pair for _, item in chunk if cfg.accuracy for pair in item.compared()]
-    # The right choice and the answer are often the same pair: it is computed once.
+    # The right choice and the answer are often one pair, computed once.
     pairs = {pair: encode_pair(loaded.tokens, *pair) for pair in wanted}
     nats = dict(zip(pairs, score(loaded.model, [pair[:2] for pair in pairs.values()]), strict=True))
 
@@ -153,7 +153,7 @@ def table(results):
 
 
 def earlier_results(path: Path, checkpoint: str) -> dict:
-    """results.json, with other tasks, of the checkpoint of this name; {} where it is of another one, or not there."""
+    """The results.json of this checkpoint, with other tasks; {} where it is of another checkpoint, or missing."""
     remedy = "remove it: the records of every task are kept, and the same commands write it again"
     old = files.read_json(path, remedy) if path.exists() else {}
     known = {"checkpoint", "sources", "tasks", "sandbox"}

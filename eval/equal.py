@@ -6,10 +6,10 @@ r"""Are two mathematical answers equal, and does an answer have the form that wa
 
 Plain numbers are compared here, exactly. All else goes to math-verify, in a process that is killed after some seconds,
 because the library computes 9^9^9^9 forever. It also reads "5 million" and "5 or 7" as 5, ignores bases and case, and
-rounds decimals; `clean` and `equal` say these in its terms, or refuse.
+rounds decimals; `clean` and `equal` rewrite such answers for it, or refuse them.
 
-A reward needs more, because the question itself equals the answer of every "expand" and "factor". A number must be in
-lowest terms; any other answer must have the symbols of the gold one, each as often (`symbols`).
+A reward needs more, because in every "expand" and "factor" the question itself equals the answer. A number must be in
+lowest terms; any other answer must have the symbols of the gold one, each equally often (`symbols`).
 """
 
 import importlib.util
@@ -88,7 +88,7 @@ def _number(found) -> Number | None:
 
 
 def find_number(text: str, marker: str) -> Fraction | None:
-    """The first number behind the marker (a pattern); None without one, or where it goes on, as in 3^2 and 1/x."""
+    """The first number after the marker (a pattern); None without one, or if it is part of more, as in 3^2 and 1/x."""
     goes_on = r"[\d^(]|[.,]\d|/(?!\s?[a-z]{2})|\\frac|e[-+]?\d|\s?[*/^]\s?\d"
     for marked in re.finditer(rf"(?:{marker})[\s:$*=]{{0,20}}", text):
         behind = _fractions(clean(text[marked.end() : marked.end() + LONGEST + 1].partition("\n")[0])).strip()
@@ -100,14 +100,14 @@ def find_number(text: str, marker: str) -> Fraction | None:
 
 
 def canonical(text: str) -> str:
-    """For votes: a number by value, all else by its text, cleaned where it has the length of an answer."""
+    """For votes: the value of a number, else the text, cleaned if it is as short as an answer."""
     found = number(text)
     cleaned = ASSIGNED.sub("", clean(text)) if len(text) <= LONGEST else text
     return str(found.value) if found else re.sub(r"\s", "", cleaned)
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lower case but for single letters: (A) and (a) differ."""
+    """The words of a text, in lower case except single letters: (A) and (a) differ."""
     found = re.findall(r"[a-zA-Z0-9]+", text.replace(r"\text", " "))
     return [word if len(word) == 1 else word.lower() for word in found]
 
@@ -180,7 +180,7 @@ _child, _lock = None, threading.Lock()
 
 
 def _ask(gold, answer, seconds):
-    """Ask the child, which starts at the first question and after every one that took too long."""
+    """Ask the child process, which is started for the first question and after every one that took too long."""
     global _child
     if _child is None or _child.poll() is not None:
         need_library()

@@ -2,11 +2,11 @@
 
     texts = generate(model, [encode("Alice has"), encode("2+2=")], max_new_tokens=32, stop_ids=[eos])
 
-Every prompt gets what it would get alone: rows have their own positions (KVCache) and random streams.
+Every prompt gets the text that it would get alone: rows have their own positions (KVCache) and random streams.
 
-On a GPU, launching a token's kernels takes longer than running them in a small model. So there are few shapes. One that
-comes again is captured in a CUDA graph, which also picks the token. The host looks every eight steps: what a row wrote
-after its end is dropped, and finished rows leave when most of the batch has finished.
+On a GPU, launching a token's kernels takes longer than running them in a small model. So there are few shapes, and one
+that comes again is captured in a CUDA graph, which also picks the token. The host looks every eight steps: tokens after
+a row's end are dropped, and finished rows leave when most of the batch has finished.
 
 Shapes: B rows of the batch, L longest prompt of the batch, V vocabulary.
 """
@@ -52,11 +52,11 @@ def generate(
     temperature: 0 is greedy. Else a token is drawn from the top_k most likely ones (0: all), and of those from the
     smallest set with probability >= top_p, by a stream seeded with (seed, streams[i]), by default (seed, i).
     n_vocab: ids from here on are padding rows of the head and never produced.
-    experts: a list to be filled with what the routers chose for each prompt, int16 (N, tokens, K). The last new token
-    is not among them, as the model has not read it, unless a stop id followed.
+    experts: a list to be filled with the experts that the routers chose for each prompt, int16 (N, tokens, K), without
+    the last new token, which the model has not read unless a stop id followed.
     watch: called as watch(i, new ids of prompt i so far) whenever they have grown.
 
-    Takes memory for the cache of batch_size rows and for a copy of weights that are not in the compute dtype.
+    Needs memory for the cache of batch_size rows and for a copy of weights that are not in the compute dtype.
     ValueError for an empty prompt, bad sampling parameters, or prompt + max_new_tokens beyond the model's seq_len."""
     longest = max(map(len, prompts), default=0)
     require(all(map(len, prompts)), "prompts", "", "a prompt is empty: start it with a token, for instance end-of-text")
@@ -103,8 +103,9 @@ def check_sampling(batch_size, temperature, top_p, top_k=0):
 
 
 def extend(ids, new, max_new_tokens, stop_ids, stop_strings, decode):
-    """Append the new tokens up to the end of the row. Returns how many of its ids the model has read; None: no end."""
-    # A stop string may span tokens, each with at least one byte of it. One look at all tokens often suffices.
+    """Append the new tokens up to the end of the row. Returns how many of its ids the model has read; None: not
+    ended."""
+    # A stop string may span tokens, each with at least one byte of it. One look at all new tokens often suffices.
     room = max((len(s.encode()) for s in stop_strings), default=0)
     suspect = room and any(s in decode(ids[-room:] + new) for s in stop_strings)
     for token in new:
@@ -117,7 +118,7 @@ def extend(ids, new, max_new_tokens, stop_ids, stop_strings, decode):
 
 
 def coarse(device):
-    """Whether to have few shapes and to look rarely, at the price of steps that nobody uses."""
+    """Whether to have few shapes and to look rarely, at the price of unused steps."""
     return device.type == "cuda"
 
 
@@ -132,7 +133,7 @@ class Decoder:
         self.has_step = has_step(model)
         self.max_new_tokens, self.n_vocab = max_new_tokens, n_vocab
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        # Weights are cast once, not at every step, in a copy that shares what has the right dtype already.
+        # Weights are cast once, not at every step, in a copy that shares those of the right dtype.
         cast = {id(p): nn.Parameter(p.detach().to(model.dtype), requires_grad=False) for p in model.parameters()}
         self.model = copy.deepcopy(model, cast | {id(b): b for b in model.buffers()}).eval()
         n_rows = self.bucket(n_rows)
@@ -167,7 +168,7 @@ class Decoder:
             self.select(list(range(n)))
 
     def read(self):
-        """The next tokens of each row: eight on a GPU, as each look waits for it, else one."""
+        """The next tokens of each row: one, or on a GPU, for which the host must wait, eight."""
         end = min(self.n_read + (8 if self.coarse else 1), self.max_new_tokens)
         while self.n_written < end:
             coarse = min(max(128, 1 << self.filled.bit_length()), self.cache.k.shape[2])
@@ -194,7 +195,7 @@ class Decoder:
 
     def run(self, n_rows, span):
         shape = n_rows, span
-        if not self.capture or shape not in self.graphs:  # the first run loads and compiles what a capture needs
+        if not self.capture or shape not in self.graphs:  # a first run compiles what a capture needs
             self.graphs[shape] = None
             return self.decode(*shape)
         if self.graphs[shape] is None:

@@ -28,14 +28,14 @@ class EvalChoice(ModelChoice):
     batch_size: int = 64  # sequences generated at a time, and items between two writes to disk
     # Items
     evaldata: str = ""  # folder of evaluation sets, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
-    limit: int = 0  # only the first so many items; 0: all
-    shots: int | None = None  # examples in front of each question; none: as many as the task's file says
+    limit: int = 0  # only the first items, this many; 0: all
+    shots: int | None = None  # examples in front of each question; none: as the task's file says
     samples: int = 1  # answers per item; metrics are means over them, and code tasks get pass@k for k up to this
     temperature: float = 0.0  # 0: greedy
     seed: int = 0  # of sampling
     top_p: float = 1.0  # sample from the smallest set of tokens with this probability
     out: str = ""  # directory of the results; empty: RUN/eval-STEP, with --hf: HF/eval
-    overwrite: bool = False  # start anew where there are results, of other settings or the same
+    overwrite: bool = False  # replace results that exist, also those of other settings
 
     def validate(self):
         super().validate()
@@ -47,7 +47,7 @@ class EvalChoice(ModelChoice):
 
 
 def open_source(cfg: EvalChoice) -> Source:
-    """Where items come from. ValueError where there is no model for them: a wrong name is not the fault of a task."""
+    """The source of items. ValueError where there is no model, so that a wrong name is not blamed on a task."""
     if cfg.hf:
         folder = hub.folder(cfg.hf, "hf", hub.TOKENIZER)  # the weights come later, in open_model
         require((folder / "config.json").is_file(), "hf", cfg.hf, "no config.json there, so this is no model")
@@ -88,7 +88,7 @@ def read_items(task, source: Source, shots: int) -> list:
 
 
 def settings(loaded: Loaded, items, shots: int, cfg, names=()) -> dict:
-    """What records depend on; those of other settings are not continued. names: further fields of cfg."""
+    """What records depend on. Records of other settings are not continued. names: further fields of cfg."""
     content = json.dumps([(item.prompt, item.answer, item.choices) for item in items])
     found = {"checkpoint": loaded.name, "shots": shots, "items": hashlib.sha256(content.encode()).hexdigest()[:16]}
     found |= {name: getattr(cfg, name) for name in (*names, "samples", "temperature", "top_p", "seed")}
@@ -139,8 +139,8 @@ def cut_line(cut: int, n: int, seq_len: int) -> list[str]:
 class Records:
     """Signed JSON lines, one per finished item, behind a line with the settings they were made with.
 
-    A file of the same settings is continued (a line torn by a kill is dropped); others raise ValueError, or with
-    overwrite start anew. Lines from before there were signatures are accepted."""
+    A file of the same settings is continued (a line cut off by a kill is dropped); others raise ValueError, or are
+    replaced with overwrite. Old lines without signatures are accepted."""
 
     FIELDS = set("id group metrics nats tokens bytes merged cut choices texts reasons gold votes".split())
 
@@ -148,12 +148,12 @@ class Records:
         """metrics: the names of each item's metrics, by its id."""
         self.path, self.items = path, {}
         if path.exists() and not overwrite:
-            remedy = "remove that line to compute its item again, or use --overwrite for all"
+            remedy = "remove that line to compute its item again, or use --overwrite to compute all"
             rows, whole = files.read_rows(path, remedy)
             if rows:
                 self._compare(rows[0], settings)
                 for number, record in enumerate(rows[1:], 2):
-                    # A damaged name is not always a damaged signature: it may be the signature's own.
+                    # The signature does not show damage to its own name.
                     known = metrics.get(record.get("id")) == set(record.get("metrics", ()))
                     if not known or not set(record) <= self.FIELDS:
                         raise ValueError(f"{path}:{number} is damaged (not a record of this task): {remedy}")

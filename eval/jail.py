@@ -1,5 +1,5 @@
-"""The child process of eval/sandbox.py: confines itself, then runs a program and its tests. It imports little, as it
-starts for every item."""
+"""The child process of eval/sandbox.py: confines itself, then runs a program and its tests. It imports little, because
+every item starts one."""
 
 import ctypes
 import errno
@@ -21,8 +21,9 @@ def main(channel, parent):
     """Talk over the descriptor `channel`, with a 4-byte length before each message: receive the job, send CONFINED, run
     the program, send READY, receive token + tests, run them, send the token, or what went wrong.
 
-    What goes wrong before CONFINED is this machine's fault: it follows UNCONFINED, or is a traceback."""
-    # The program may replace builtins and functions of modules: what is needed later is local.
+    A failure before CONFINED is the machine's fault: the child sends UNCONFINED and the reason, or prints a
+    traceback."""
+    # The program may replace builtins and functions of modules, so those needed later are local.
     read, write, pack, unpack, execute, make_code = os.read, os.write, struct.pack, struct.unpack, exec, compile
     error, text, kind = BaseException, str, type
 
@@ -61,7 +62,7 @@ def end_with(parent):
 
 
 def confine(job, parent):
-    """Limits, no capabilities, Landlock where the kernel has it, seccomp. Raises OSError where one of them fails."""
+    """Limits, no capabilities, Landlock where the kernel has it, seccomp. OSError where one of them fails."""
     sys.path += job["packages"]
     os.environ.pop("LD_LIBRARY_PATH", None)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start threads

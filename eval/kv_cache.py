@@ -13,10 +13,10 @@ from optimoe.config import require
 
 
 class KVCache:
-    """Keys and values of B sequences, each of its own length, so that a row gets what it would get alone.
+    """Keys and values of B sequences of different lengths; each row gets the same as alone.
 
     Prompts are padded on the right; `new_B` (B,) says how many tokens of each row are real (None: all L). Row b is
-    written from lengths_B[b] on and attends to its own positions; padding behind its end is overwritten before anything
+    written from lengths_B[b] on and attends to its own positions; padding after its end is overwritten before anything
     attends to it. All writes are in place, so a step with a fixed `span` can be captured in a CUDA graph."""
 
     def __init__(self, cfg, batch_size, max_len, device=None, dtype=torch.float32):

@@ -23,8 +23,8 @@ GENERATION = dict(until=(), max_gen_toks=256, do_sample=True, temperature=0.0, t
 @dataclass(frozen=True)
 class LMEvalConfig(load.ModelChoice):
     tasks: tuple[str, ...] = ()  # lm-eval's tasks and groups, or files of your own in its form (.yaml)
-    shots: int | None = None  # examples in front of each question; none: as many as the task says
-    limit: int | None = None  # only the first so many items of each task; none: all
+    shots: int | None = None  # examples in front of each question; none: as the task says
+    limit: int = 0  # only the first items of each task, this many; 0: all
     out: str = ""  # directory of the results; empty: RUN/eval-STEP, with --hf: HF/eval
 
 
@@ -67,7 +67,7 @@ def main(argv=None):
     known = names and all(name in manager.all_tasks or os.path.isfile(name) for name in names)
     config.require(known, "tasks", names, "unknown to lm-eval; `lm-eval ls tasks` lists what it has")
     model.loaded, out = harness.open_model(cfg)
-    found = simple_evaluate(model, tasks=names, task_manager=manager, num_fewshot=cfg.shots, limit=cfg.limit)
+    found = simple_evaluate(model, tasks=names, task_manager=manager, num_fewshot=cfg.shots, limit=cfg.limit or None)
     files.write_json(out / "lm_eval.json", json.loads(json.dumps(found["results"], default=str)))
     print(f"{utils.make_table(found)}\n{out}/lm_eval.json")
     return found

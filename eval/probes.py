@@ -43,7 +43,7 @@ def commonest(values) -> float:
 
 
 def fact_recall(model, enc, cfg: FactsConfig, n_people: int = 1000) -> dict:
-    """The share of values that greedy decoding writes after a name and the stem of a sentence, of the first n_people.
+    """For the first n_people: the share of values that greedy decoding writes after a name and the stem of a sentence.
     "chance" is the share of the best constant answer; "loss" is in nats per token of the values."""
     people = facts.people(cfg)[:n_people]
     probes = facts.probes(people, cfg.seed)
@@ -87,7 +87,7 @@ def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000, exposure: in
 def solved(model, enc, draw, sizes, trained: int, n: int) -> dict:
     """The share of n unseen problems draw(i, size) of each size whose whole solution greedy decoding would write.
     Untrained sizes that do not fit the model's window are left out. "loss" (nats per token) and "chance" (the share of
-    the best constant answer) are of trained sizes."""
+    the best constant answer) are over trained sizes."""
     grades, answers = {}, []
     for size in sizes:
         problems = [draw(i, size) for i in range(n)]
@@ -107,8 +107,8 @@ def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int) -> dict:
 
 
 def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
-    """`solved` for expressions of up to two operations more than training had. Answers are one token, so nothing is
-    written down. Products make 0 the commonest."""
+    """`solved` for expressions of up to two operations more than in training. Answers are one token, so no steps are
+    written down. Products make 0 the commonest answer."""
 
     def draw(i, length):
         problem = reasoning.mano(cfg, i, "test", length)

@@ -1,4 +1,4 @@
-"""What runs of train.py and grpo.py print: their first lines, the row and line of a step, the closing report."""
+"""The output of train.py and grpo.py: their first lines, the row and line of a step, the closing report."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from optimoe.sizes import count_params, flops_per_token, peak_flops
 
 
 def first_lines(cfg, run, data, step):
-    """What is going to be trained, where, and warnings."""
+    """What will be trained, where, and warnings."""
     params, tokens = count_params(cfg), cfg.batch_size * cfg.seq_len
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     size = f"{params.total:,} parameters ({params.active:,} active), {steps_left(cfg, step)} of {tokens:,} tokens"
@@ -64,7 +64,7 @@ def gpu_memory(device):
 
 
 def speed(tokens_per_s, cfg, device, world):
-    """Tokens per second, the share of the GPUs' peak that they need (None where unknown) and peak memory in GB."""
+    """Tokens per second, their share of the GPUs' peak FLOP/s (None where unknown) and peak memory in GB."""
     known = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16
     peak = peak_flops(torch.cuda.get_device_name(device)) if known else None
     mfu = tokens_per_s * flops_per_token(cfg) / (peak * world) if peak else None
@@ -167,7 +167,7 @@ def final_report(model, cfg, data, results):
         return scores
     split, loader = ("validation", data.val_loader) if data.val_loader else ("training", data.loader)
     rows_BL, targets_BL, *_ = loader.next()
-    answers_B = (targets_BL >= 0).int().argmax(1).tolist()  # where the answer of the first example begins; in text 0
+    answers_B = (targets_BL >= 0).int().argmax(1).tolist()  # where the first example's answer begins; 0 in text
     length = min(max(1, cfg.seq_len // 2), 32)
     prompts = [tuple(row[: at + 1 if at else length].tolist()) for row, at in zip(rows_BL, answers_B, strict=True)]
     prompts = [list(ids) for ids in dict.fromkeys(prompts)][:2]
@@ -183,7 +183,7 @@ def final_report(model, cfg, data, results):
 
 
 def own_flags(cfg, without):
-    """The flags that make this configuration, but for the field `without`."""
+    """The flags that make this configuration, except the field `without`."""
     usual = {field.name: field.default for field in dataclasses.fields(cfg)} | cfg.preset_fields(cfg.preset)
     for name in ("preset", "out_dir", "resume", "data", "trace", "vocab_size", without):
         usual.pop(name, None)
@@ -203,11 +203,11 @@ def next_steps(run_dir, cfg, sources, results):
         commands[again + own_flags(cfg, "dense")] = "experts instead of dense layers, on the same data"
     elif cfg.n_experts < 1024 and not cfg.init_from:
         more = f"{own_flags(cfg, 'n_experts')} --n_experts={min(1024, 4 * cfg.n_experts)}"
-        commands[again + more] = "more experts on the same data; --dense: none"
+        commands[again + more] = "more experts on the same data; with --dense none"
     if any(row["solution"] < 0.95 for row in results.get("reasoning", {}).values()):  # there is something left to learn
         small = " --steps=10 --batch_prompts=64 --mini_batch=32 --eval_questions=100"
         small = "" if torch.cuda.is_available() else small
         commands[f"python grpo.py --model={run_dir}{small}"] = "reinforcement learning on the reasoning problems"
-    commands[f"python -m study.show {run_dir}"] = "its curves; several runs: over one another"
+    commands[f"python -m study.show {run_dir}"] = "its curves; several runs in one picture"
     commands["python -m data.prepare --help"] = "text of your own"
     return "\n".join(["", "what to try next:", *(f"  {command}  # {what}" for command, what in commands.items())])

@@ -2,8 +2,8 @@ r"""Rewards of grpo.py for texts that answer a question: 1.0 or 0.0.
 
     judge("What is 17 \cdot 23?", "391", r"... \boxed{391}")           # 1.0
 
-A doubtful answer earns nothing, because a false 1 teaches cheating. An answer must be marked (\boxed{}, "####", "the
-answer is"), equal the gold one and have its form (eval/equal.py). Several that differ count as none.
+A doubtful answer earns nothing, because a wrong reward teaches cheating. An answer must be marked (\boxed{}, "####",
+"the answer is"), equal the gold one and have its form (eval/equal.py). Several different answers count as none.
 """
 
 import re
@@ -20,7 +20,7 @@ def judge(question: str, gold: str, text: str) -> float:
 
 
 def boxed(text: str):
-    r"""What stands in each \boxed{}; "" where that is too long or does not end."""
+    r"""The contents of each \boxed{}; "" where they are too long or do not end."""
     for start in re.finditer(r"\\f?boxed\s*\{", text):
         depth, end = 1, start.end()
         for brace in re.compile(r"[{}]").finditer(text, start.end(), start.end() + LONGEST + 2):

@@ -1,9 +1,9 @@
-"""Runs model-written Python against the tests it must pass, in a process that can compute and nothing else.
+"""Runs model-written Python against the tests it must pass, in a process that can only compute.
 
     run("def f(x):\n    return x + 1", "assert f(1) == 2").passed        # True
     run_many([(program, check), ...])                                    # several at once, results in order
 
-Every program gets a process of its own (eval/jail.py). It needs no root, and first gives up for good:
+Every program gets a process of its own (eval/jail.py), which needs no root and first gives up for good:
   seccomp       all system calls but a short list: no sockets, processes, threads, signals or opening for writing
   Landlock      reading anything but Python, its packages and the system libraries (kernel 5.13 and later)
   capabilities  what root may do and others may not
@@ -15,7 +15,7 @@ A pass must be proven: the tests are sent with a fresh random token after the pr
 token comes back after the last assert. So exiting early, printing, or replacing `check`, `exec` or `print` fails. A
 failure must be the program's own: an honest program has to pass first, the clock starts when the process is confined,
 and a process that does not get that far is an OSError. Asserts share an interpreter with the tested function, so code
-written against this very protocol can fake its own pass, and nothing else.
+written against this very protocol can fake its own pass, but no other.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def run_many(jobs) -> list[Result]:
 
 @functools.cache
 def confinement() -> str:
-    """What holds programs here: "seccomp + Landlock" or "seccomp". OSError where an honest program does not pass."""
+    """What confines programs here: "seccomp + Landlock" or "seccomp". OSError where an honest program does not pass."""
     result = _run(HONEST, "assert f(1.5) == 2", HONEST_SECONDS)
     if not result.passed:
         where = f"in {sys.executable} with {MEMORY:,} bytes of memory; repair that, or {LEAVE_OUT}"
@@ -131,7 +131,7 @@ def _kill(process):
 
 
 def _start(process, channel, job):
-    """Has the process confine itself; OSError with what it said where it does not get that far."""
+    """Has the process confine itself; OSError with its message where it does not."""
     end = time.monotonic() + START_SECONDS
     try:
         said = _ask(channel, json.dumps(job).encode(), lambda: end - time.monotonic())
@@ -149,7 +149,7 @@ def _start(process, channel, job):
 
 
 def waited(pid: int) -> float:
-    """Seconds for which a process was ready to run but another one ran; 0 where the kernel does not say."""
+    """Seconds for which a process was ready but another one ran; 0 where the kernel does not say."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, ValueError, IndexError):

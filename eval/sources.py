@@ -27,8 +27,8 @@ class Set(NamedTuple):
 
 
 class Source:
-    """folder: the local one; ValueError if it was asked for and is not there. training_data: the data directory of the
-    evaluated run, which tasks on procedural data need."""
+    """folder: the local one; ValueError if it was named and does not exist. training_data: the data directory of the
+    evaluated run, for tasks on procedural data."""
 
     def __init__(self, folder: str | Path | None = None, training_data: str | Path | None = None):
         asked = folder or os.environ.get("OPTIMOE_EVALDATA")
@@ -39,8 +39,8 @@ class Source:
         self._cache = {}
 
     def rows(self, *sets: Set) -> list[dict]:
-        """The items, in their published order, of the first of these sets that is there. ValueError says how to get the
-        first of them, or names a damaged file."""
+        """The items, in their published order, of the first of these sets that exists. ValueError says how to get the
+        first set, or names a damaged file."""
         for wanted in sets:
             found = self._cache.get(wanted) or self._local(wanted) or self._hub(wanted)
             if found:

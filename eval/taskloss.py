@@ -4,7 +4,7 @@
     nats = score(model, [(context, answer)])[0]
 
 bits/token and bits/byte are NLL / ln 2 / the answer's tokens or UTF-8 bytes. As in the paper, the answer's tokens are
-those of encode(prompt + answer) behind encode(prompt). Where the one does not begin with the other, a token has merged
+those of encode(prompt + answer) after encode(prompt). If the former does not begin with the latter, a token has merged
 across the boundary ("Answer:" + "Janet": ":J", "anet"). Both are then encoded apart, and the item is `merged`.
 """
 
@@ -47,8 +47,8 @@ def encode_inside(tokens: Tokens, text: str) -> list[int]:
 
 
 def windows(context: list[int], answer: list[int], seq_len: int):
-    """Yields (ids, n): the model reads ids[:-1], and the last n are scored, each answer token once. Where not all fits
-    into one window, each has at least seq_len / 2 tokens before it."""
+    """Yields (ids, n): the model reads ids[:-1], and the last n are scored, each answer token once. If not all fits
+    into one window, each scored token has at least seq_len / 2 tokens before it."""
     ids, start = context + answer, len(context)
     while start < len(ids):
         end = min(len(ids), max(start + (seq_len // 2 or 1), seq_len + 1))

@@ -42,16 +42,16 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority(votes: list[str | None], gold: str, k: int) -> float:
-    """Mean success of the majority among k consecutive votes of the circle of all: exact for k=1 and for all, and each
-    vote counts equally. None does not vote, a tie counts its right share, and no votes at all are wrong."""
+    """Mean success of the majority among k consecutive votes, with all votes in a circle: exact for k=1 and for all,
+    and each vote counts equally. None does not vote, a tie counts its right share, and no votes at all are wrong."""
     n, names = len(votes), list(dict.fromkeys(vote for vote in votes if vote is not None))
     if gold not in names:
         return 0.0
     cast = np.array([[vote == name for name in names] for vote in votes], dtype=np.int64)
     sums = np.concatenate([np.zeros((1, len(names)), np.int64), np.concatenate([cast, cast[: k - 1]]).cumsum(0)])
     counts = sums[k : k + n] - sums[:n]  # (window, name)
-    leads = (counts == counts.max(1, keepdims=True)) & (counts > 0)
-    return float((leads[:, names.index(gold)] / leads.sum(1).clip(1)).mean())
+    winners = (counts == counts.max(1, keepdims=True)) & (counts > 0)
+    return float((winners[:, names.index(gold)] / winners.sum(1).clip(1)).mean())
 
 
 def curves(questions: list[dict], resamples: int = 2000, seed: int = 0) -> dict:

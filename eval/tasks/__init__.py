@@ -1,15 +1,15 @@
-"""The tasks of eval, eval.votes and grpo.py. A task is one file of this folder, and nothing else names it.
+"""The tasks of eval, eval.votes and grpo.py. A task is one file of this folder; nothing else names it.
 
     TEST = Set("svamp/test", "svamp/test.jsonl", ("ChilleD/SVAMP", None, "test"))  # where rows are: eval.sources.Set
-    TRAIN = Set(...)                       # rows to train on and to draw examples from, where there are any
+    TRAIN = Set(...)                       # rows to train on and to draw examples from, if any
     SHOTS = 4                              # examples in front of each question, unless --shots says otherwise
-    LIKE = gsm8k                           # the task that has what this file does not define
+    LIKE = gsm8k                           # the task whose definitions hold for all that this file lacks
     def item(row)                          # -> Item, without examples; `choice` makes one with choices
     def example(row)                       # -> text of an example; default: the item's prompt and its answer
-    def items(source, shots, split="test") # -> list of Item, where item(row) is not all
+    def items(source, shots, split="test") # -> list of Item, where item(row) does not suffice
 
-Without more, a task is scored by likelihood: task loss, and accuracy where its items have choices. A task whose answers
-are written defines STOPS (strings that end an answer and are cut off), MAX_NEW_TOKENS, and some of
+With these alone, a task is scored by likelihood: task loss, and accuracy where its items have choices. A task whose
+answers are written defines STOPS (strings that end an answer and are cut off), MAX_NEW_TOKENS, and some of
 
     def score(item, text)                  # for eval: {metric: number}, averaged over items
     def program(item, text)                # or, for code: (program, tests) for eval.sandbox, which gives pass@k
@@ -41,9 +41,9 @@ class Item(NamedTuple):
     id: str = ""  # unique in the task; empty: its number
     prompt: str = ""
     answer: str = ""  # gold, with its leading space
-    loss_prompt: str = ""  # of task loss, where it is another one
+    loss_prompt: str = ""  # for task loss, where it differs
     choices: tuple[str, ...] = ()  # answers to compare by likelihood, each with its leading space
-    gold: int = 0  # the right one of choices
+    gold: int = 0  # index of the right choice
     group: str = ""  # results are also given by group
     row: dict = {}  # the source's row, for score
     pairs: tuple[tuple[str, str], ...] = ()  # (prompt, text) for each choice, where it is not (item.prompt, choice)
@@ -60,7 +60,7 @@ def choice(prompt: str, choices: list[str], gold: int) -> Item:
 
 
 class Task:
-    """A file of this folder. What it leaves out has its default or is None."""
+    """A file of this folder, with defaults or None for what it leaves out."""
 
     def __init__(self, name: str, module):
         like = getattr(module, "LIKE", None)
@@ -136,14 +136,14 @@ def lettered(item: Item) -> Item:
 
 
 def letter(text: str) -> str | None:
-    """The letter that a text begins with or calls its answer; None without one."""
+    """The letter with which a text begins, or that it calls its answer; None without one."""
     found = re.match(r"\s*\(?([A-Z])\b(?!')", text) or re.search(r"(?i:answer is):? *\(?([A-Z])\b(?!')", text)
     return found[1] if found else None
 
 
 def with_examples(rows, pool, n: int, item: Callable[[dict], Item], example=None) -> list[Item]:
-    """item(row) of each row, behind n examples: example(row), or the row's own prompt and answer. As in lm-eval, one
-    random stream through all rows draws them from pool. Where pool is rows itself, no row is its own example."""
+    """item(row) of each row, after n examples: example(row), or the row's own prompt and answer. As in lm-eval, one
+    random stream through all rows draws them from pool. If pool is rows itself, no row is its own example."""
 
     def whole(row):
         shown = item(row)
@@ -159,7 +159,7 @@ def with_examples(rows, pool, n: int, item: Callable[[dict], Item], example=None
         try:
             new = item(row)
         except ValueError as error:
-            raise TypeError(f"row {i + 1}: {error}") from error  # a wrong row, of which read_items names the file
+            raise TypeError(f"row {i + 1}: {error}") from error  # read_items names the file
         pairs = tuple((prefix + prompt, text) for prompt, text in new.pairs)
         prompts = dict(prompt=prefix + new.prompt, loss_prompt=new.loss_prompt and prefix + new.loss_prompt)
         found.append(new._replace(id=new.id or str(i), pairs=pairs, **prompts))

@@ -1,4 +1,4 @@
-"""ARC-Easy (arXiv 1803.05457): 2,376 easier ones, of which lm-eval reports `acc`."""
+"""ARC-Easy (arXiv 1803.05457): 2,376 easier questions, for which lm-eval reports `acc`."""
 
 from eval.sources import Set
 from eval.tasks import arc_challenge

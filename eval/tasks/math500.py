@@ -1,8 +1,8 @@
 r"""MATH-500 (arXiv 2103.03874, 2305.20050): competition problems, worked solutions with the answer in \boxed{}.
 
 Prompts are lm-eval's; examples come from the rest of the MATH test set, or else from the other items. The answer is the
-last \boxed{}, else what follows "answer is", else what stands between the first and the last dollar sign. It must equal
-the gold one (eval/equal.py). The reward also wants its form, and a single marked answer (eval/rewards.py).
+last \boxed{}, else the text after "answer is", else that between the first and the last dollar sign. It must equal the
+gold one (eval/equal.py). The reward also needs its form, and a single marked answer (eval/rewards.py).
 """
 
 import re
