@@ -1,11 +1,11 @@
-"""Compiles the kernels of a layer for any NVIDIA architecture, without a GPU, and shows what decides their speed.
+"""Compiles the kernels of a layer for any NVIDIA architecture, without a GPU, and shows what their speed depends on.
 
     python -m bench.compile 32768,2048,768,128,8 --arch=sm_90 --all --out=DIR
 
 prints one row per kernel: registers and spilled bytes of a thread, shared memory of a block, and how many tensor core
 products (wgmma, or mma), asynchronous copies, TMA loads, proxy fences, and global accesses of 16 bytes (wide) or less
-(narrow) its PTX has. It is a problem when a kernel spills registers, does not fit into the shared memory of the
-architecture, or makes ptxas warn, of serialised wgmma for example; then the exit code is 1.
+(narrow) its PTX has. The exit code is 1 if a kernel spills registers, does not fit into the shared memory of the
+architecture, or makes ptxas warn, for example of serialised wgmma.
 A shape is T,D,F,E,K: tokens, model width, expert hidden width, experts, experts per token.
 """
 
@@ -33,7 +33,7 @@ from moe_kernels.precompile import compile_only
 from moe_kernels.tiles import LIMITS, interpreting
 from optimoe import config
 
-# Which launch a kernel with several uses is.
+# The use of each launch of a kernel with several uses.
 USES = {
     ("rows_kernel", True): "down",
     ("rows_kernel", False): "dx",
@@ -183,7 +183,7 @@ def save_code(kernel, folder, stem):
 
 
 def compile_shape(job):
-    """The rows of one (shape, architecture, dtype, all, out): a process of its own can do it."""
+    """The rows of one (shape, architecture, dtype, all, out), for a process of its own."""
     text, arch, dtype, everything, out = job
     shape, capability = parse_shape(text), int(arch.removeprefix("sm_"))
     with compile_only(capability) as kernels:

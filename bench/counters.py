@@ -1,8 +1,8 @@
 """What Nsight Compute counts of each kernel of the layer: `python -m bench.kernels T,D,F,E,K --counters`.
 
-A percentage is of the peak while the kernel runs: tensor pipe, L2, DRAM, issue slots, warps of an SM. "roofline" is the
-share of the kernel's own roofline (bench/kernels.py). "stalls" are the two reasons for which a warp waits longest
-between two instructions, in cycles, and the sum over all reasons. --csv gets the table, with columns of its own.
+Percentages are of the peak while the kernel runs: tensor pipe, L2, DRAM, issue slots, warps of an SM. "roofline" is the
+share of the kernel's own roofline (bench/kernels.py). "stalls" are the two reasons for which warps wait longest between
+instructions, in cycles, and the sum over all reasons. --csv gets the table, with columns of its own.
 """
 
 import csv
@@ -63,7 +63,7 @@ def count(ncu, shape, names, machine):
 
 
 def beside_roofline(rows, shape, machine):
-    """The rows with the share of its roofline that each kernel reaches, all functions of it together."""
+    """The rows with each kernel's share of its roofline, all its functions together."""
     us = dict.fromkeys((row["kernel"] for row in rows), 0.0)
     for row in rows:
         us[row["kernel"]] += float(row["us"].replace("-", "nan"))  # "-": not counted
@@ -72,7 +72,7 @@ def beside_roofline(rows, shape, machine):
 
 
 def append(path, rows):
-    """Add rows to a CSV of tables like this one. ValueError where its columns are others."""
+    """Add rows to a CSV of such tables. ValueError where its columns differ."""
     path, text = Path(path), io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()

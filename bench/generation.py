@@ -3,10 +3,10 @@
     python -m bench.generation --csv=generate.csv                 batches of 1, 16, 256; prompts of 128 tokens, 128 new
     python -m bench.generation --preset=paper-d1024-e16-k2 --batches=1,64 --prompt=1024 --new=256
 
-Without a GPU the defaults are a tiny model, batches of 1 and 4, and 16 tokens. kernel "generate"; T is the batch. The
-times are per step, one token of every row: the whole call with its prompts, divided by the new tokens. gb_s counts the
-weights that a step must read and the cache; ceiling compares with reading them at the speed of a copy. The weights are
-random, so every text has the full length.
+Without a GPU the defaults are a tiny model, batches of 1 and 4, and 16 tokens. In the rows, kernel is "generate" and T
+the batch. Times are per step, one token of every row: the whole call with its prompts, divided by the new tokens. gb_s
+counts the weights and the cache that a step must read; ceiling compares with reading them at the speed of a copy. The
+weights are random, so every text has the full length.
 """
 
 from dataclasses import dataclass
@@ -38,9 +38,9 @@ class Config(BenchConfig):
 
 
 def step_cost(cfg, batch, length, itemsize):
-    """Cost of one token for each of `batch` rows that have `length` tokens: 2 FLOPs per active weight and 4 H d per
-    cached token and layer; weights of the parts that always run, of as many experts as batch * K can reach, and keys
-    and values."""
+    """Cost of one token for each of `batch` rows of `length` tokens: 2 FLOPs per active weight and 4 H d per cached
+    token and layer; bytes of the weights of all but experts, of as many experts as batch * K can reach, and of the
+    cache."""
     params, expert = count_params(cfg), 3 * cfg.d_model * cfg.d_expert * cfg.n_layers
     # With the head, without the lookup.
     always = params.active - params.embedding - cfg.top_k * expert + cfg.vocab_size * cfg.d_model

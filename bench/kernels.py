@@ -51,7 +51,7 @@ class Config(BenchConfig):
 
 @contextmanager
 def recording(calls):
-    """Inside, the launchers of the layer's kernels put themselves with their arguments into calls[kernel]."""
+    """Inside, calls[kernel] gets each launcher of the layer's kernels with its arguments."""
 
     def recorded(launch, name):
         def call(*args, **kwargs):
@@ -99,7 +99,7 @@ def routing_calls(inputs, top_k):
 
 
 def tensors(outputs):
-    """What a launcher returns as a list of tensors, without the unused ends of a Dispatch."""
+    """The results of a launcher as a list of tensors, without the unused ends of a Dispatch."""
     outputs = outputs[:3] if isinstance(outputs, Dispatch) else outputs
     return [outputs] if torch.is_tensor(outputs) else [t for t in outputs if t is not None]
 

@@ -1,4 +1,4 @@
-"""The expert layer: implementations x shapes, forward, backward and both, beside what cuBLAS makes of the same FLOPs.
+"""The expert layer: implementations x shapes, forward, backward and both, beside cuBLAS products of the same FLOPs.
 
     python -m bench.layer --csv=layer.csv                       the target shapes, experts only, routing given
     python -m bench.layer 32768,2048,768,128,8 --graph --peers=sonicmoe,liger --routing=softmax,zipf1.5
@@ -7,7 +7,7 @@
 
 "gemms" is torch.bmm on E equal groups of T*K/E rows: the same matrix FLOPs (6 T K D F forward, 12 backward) and nothing
 else. Everything runs in one process. Implementations take turns, each back to back for 0.4 s with the L2 flushed before
-every repetition, so that all of them see the same heat. python_ms is the time in which Python launches one pass.
+every repetition, so that the GPU is equally hot for all. python_ms is the time in which Python launches one pass.
 """
 
 import time
@@ -40,7 +40,7 @@ class Config(BenchConfig):
     impl: tuple[Literal[IMPLS], ...] = ()  # none: grouped_mm and triton, or those that run here
     peers: tuple[Literal[PEERS], ...] = ()  # other libraries (peers.py)
     routing: tuple[Literal[problem.ROUTINGS], ...] = ("softmax",)  # of independent normal logits, or uneven
-    graph: bool = False  # also replay CUDA graphs of ours and gemms
+    graph: bool = False  # also replay CUDA graphs of triton and gemms
     trace: str = ""  # write a trace of a few passes of the first shape to this file instead of timing
 
     def __post_init__(self):
@@ -92,7 +92,7 @@ def layer(name, inputs):
     note = f"first call {time.perf_counter() - start:.1f} s"
     outputs = dict(zip(("y", "dx", "dw_in", "dw_out", "dgates"), results, strict=True))
     outputs["dw_in"] = peer.restore(outputs["dw_in"])
-    # The others round every intermediate to the dtype: twice the tolerance of ours.
+    # Other implementations round every intermediate to the dtype: twice the tolerance.
     error = require_accuracy(layer_errors(inputs, outputs), x.dtype, slack=1 if name in ("triton", "reference") else 2)
     if name == "triton" and not all(map(torch.equal, results, full())):
         raise ValueError("wrong result: a second run gives other bits")

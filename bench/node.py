@@ -32,7 +32,7 @@ TALKING = "nccl", "fetch_kernel", "collect_kernel", "barrier"  # in the names of
 
 
 def communication(kernels):
-    """(ms of kernels that communicate, ms of these while no other kernel runs); kernels: [(name, start, end)] in us."""
+    """(ms of kernels that communicate, ms of them while no other kernel runs); kernels: [(name, start, end)] in us."""
     marks = []
     for name, start, end in kernels:
         talks = any(word in name for word in TALKING)
@@ -47,8 +47,8 @@ def communication(kernels):
 
 
 def bytes_sent(optimizer, cfg, world):
-    """By one rank in a step: gradients and weights of divided tensors, gradients of the others, and with ep the tokens,
-    their gradients, and results and gradients of rows, if all experts are used alike."""
+    """Bytes sent by one rank in a step: gradients and weights of divided tensors, gradients of the others, and with ep
+    the tokens, their gradients, and results and gradients of rows, if all experts are used equally."""
     sent = sum(2 * piece.nbytes * (optimizer.holders(p)[2] - 1) for piece, p in optimizer.full.items())
     for p in [*optimizer.whole, *(p for p in optimizer.model.parameters() if p not in optimizer.exact)]:
         size = optimizer.holders(p)[2]
@@ -66,7 +66,7 @@ def measure(cfg, rank, world, device):
     cuda, steps = device.type == "cuda", 3
     model, step, draw = make_step(cfg, device, rank, world)
     sent = bytes_sent(step.args[1], cfg, world)
-    model.eval()  # whose exchange is exact, however uneven the loads are
+    model.eval()  # its exchange is exact however uneven the loads are
     balance(model, draw, 60 if cuda else 2, world)
     model.train()
     step = fast_step(step, model, cfg, device, world)

@@ -20,7 +20,7 @@ COLORS = {
     "liger": "#a86bb0",
     "grouped_mm": "#8c8c8c",
 }
-# Part of a step: its colour, and how the names of its families begin.
+# Part of a step: its colour, and the beginnings of its families' names.
 PARTS = {
     "expert GEMMs": ("#1f5f99", [f"experts: {name}" for name in ("up", "rows", "dswiglu", "dw", "grouped_mm")]),
     "sort, sums, router": ("#7fb2dd", ["experts:", "router"]),
@@ -152,7 +152,7 @@ def step(plt, rows):
 @dataclass(frozen=True)
 class Config:
     POSITIONAL: ClassVar = ("files",)
-    files: tuple[str, ...]  # CSVs; the last of equal rows counts
+    files: tuple[str, ...]  # CSVs; of equal rows the last counts
     out: str = "."  # directory of the pictures
     gpu: str = ""  # part of the GPU's name, when the files hold several
 

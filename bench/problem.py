@@ -3,8 +3,8 @@
 Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
 token, S = T*K routed rows.
 A full float64 reference of a large layer takes seconds and tens of GB, so checks compare slices: all outputs of some
-tokens, and the weight gradients of some experts. Each of these is exact, because a token's output depends on its K
-experts alone and the gradient of a weight on its own rows alone.
+tokens, and the weight gradients of some experts. Slices are exact, because a token's output depends on its K experts
+alone and a weight's gradient on its own rows alone.
 """
 
 import re
@@ -46,7 +46,7 @@ TARGETS = (
     Shape(16384, 2880, 2880, 128, 4),
     Shape(32768, 2048, 512, 512, 10),
 )
-TINY = (Shape(64, 32, 48, 4, 2),)  # what a CPU can do
+TINY = (Shape(64, 32, 48, 4, 2),)  # for a CPU
 
 
 def parse_shape(text):
@@ -128,7 +128,7 @@ class Inputs(NamedTuple):
     gates_TK: Tensor  # float32
     experts_TK: Tensor  # int32
     dy_TD: Tensor
-    logits_TE: Tensor  # float32; where gates and experts came from
+    logits_TE: Tensor  # float32; gates and experts come from them
 
 
 def make_inputs(shape, dtype, device, routing="softmax", seed=0):
@@ -206,7 +206,7 @@ def layer_errors(inputs, outputs):
         want["dx"].index_add_(0, n, dx)
         want["dgates"][n, slot] = dgates[:, 0]
     errors = {name: rms(outputs[name][tokens], truth) for name, truth in want.items()}
-    for e in some_experts:  # of one without rows both gradients must be zero
+    for e in some_experts:  # without rows, both gradients must be zero
         _, _, dw_in, dw_out, _ = expert_alone(inputs, e, *torch.where(inputs.experts_TK == e))
         for name, truth in (("dw_in", dw_in), ("dw_out", dw_out)):
             errors[name] = max(errors.get(name, 0.0), rms(outputs[name][e], truth[0]))

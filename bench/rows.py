@@ -1,4 +1,4 @@
-"""One CSV schema for every benchmark, and the flags that all of them have.
+"""The one CSV schema of all benchmarks, and their common flags.
 
 kernel           a kernel, "layer" (experts, routing given), "step", "step-family" (kernels of a step), "node",
                  "generate", "hf-block", or "ceiling" (the largest matrix product and copy)
@@ -10,7 +10,7 @@ tflops gb_s      at p50, from the FLOPs and the fewest bytes that the operation 
 ceiling          fraction of `gemms` for a layer, of its roofline for a kernel, of the GPU's peak for a step
 peak_mib         peak of forward + backward above the inputs; saved_mib: kept for backward, x included
 share            of as many single GPUs; nccl_ms: time of NCCL's kernels, exposed_ms: while no other kernel runs
-python_ms        time after which Python has launched the layer's kernels
+python_ms        time in which Python launches the layer's kernels
 """
 
 import csv
@@ -72,7 +72,7 @@ class Results:
         auto = "bfloat16" if cuda else "float32"
         self.path, self.rows, self.dtype = cfg.csv, [], getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
         if self.path:
-            append(self.path)  # a file that takes no rows is found before anything is measured
+            append(self.path)  # an unusable file is found before anything is measured
         self.environment = {
             "dtype": SHORT[self.dtype],
             "gpu": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}",
@@ -145,7 +145,7 @@ def lines_of(rows):
 
 
 def append(path, *rows):
-    """Add rows to a CSV, on lines of their own even after an interrupted write. ValueError if its columns are others.
+    """Add rows to a CSV, on lines of their own even after an interrupted write. ValueError if its columns differ.
 
     A file of an earlier version first gets the columns that it lacks."""
     path, header = Path(path), ",".join(COLUMNS)

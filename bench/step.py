@@ -5,9 +5,9 @@
         --optimizer=adamw --weights=bfloat16 --trace=step.json         # 6.6 G parameters
 
 All flags of train.py are understood. The step is train.py's with its optimiser, on one GPU, with one micro-batch of
---batch_size random sequences. Parts are GPU time between events, so they contain the gaps in which the GPU waits for
-Python. Families are the kernels alone, from torch.profiler; what their sum lacks of the whole step is those gaps.
-Without a GPU the batch is small unless the flags say otherwise.
+--batch_size random sequences. Parts are GPU time between events, with the gaps in which the GPU waits for Python.
+Families are the kernels alone, from torch.profiler; their sum lacks those gaps. Without a GPU the batch is small by
+default.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ def parse(argv, description):
 
 
 def make_step(cfg, device, rank=0, world=1):
-    """(model, step, draw): step(batches) is train.py's without learning, so that random tokens spoil no router; draw()
-    is a batch. Billions of random weights take a CPU a minute, so they are drawn on the device."""
+    """(model, step, draw): step(batches) is train.py's with rate 0, so that random tokens spoil no router; draw() gives
+    a batch. Billions of random weights take a CPU a minute, so they are drawn on the device."""
     torch.manual_seed(cfg.seed)
     with torch.device(device):
         model = parallel.wrap(GPT(cfg).train(), cfg, torch.device(device), world, cfg.batch_size * cfg.seq_len)
@@ -74,8 +74,8 @@ def graphed(step, cfg):
 
 
 def balance(model, draw, steps, world=1):
-    """Train the routers alone until the experts' loads are about even, as after the first hundred steps of a run: at
-    first one expert may get four times its share, and such a step is slower. Returns the largest load / mean load."""
+    """Train the routers alone until the experts' loads are about even, as after the first hundred steps of a run. At
+    first one expert may get four times its share, which slows a step. Returns the largest load / mean load."""
     routers = [p for name, p in model.named_parameters() if "router" in name]
     if not routers:
         return 1.0
@@ -94,7 +94,7 @@ def balance(model, draw, steps, world=1):
 
 
 def intervals(run, repeats):
-    """Times in ms between the moments at which the device gets to each mark() that run(mark) calls: a list per run."""
+    """Times in ms on the device between the mark() calls of run(mark): a list per run."""
     cuda, marks = torch.cuda.is_available(), []
 
     def mark(part=None):
@@ -111,7 +111,7 @@ def intervals(run, repeats):
 
 
 def part_times(step, draw, repeats):
-    """Times of PARTS and, from the end of one step to the end of the next, of the whole step, by name."""
+    """Times of PARTS and of the whole step, from the end of one to the end of the next, by name."""
 
     def run(mark):
         batch = draw()
@@ -176,7 +176,7 @@ def family_times(run, cfg, repeats=3):
         synchronize()
     for event in prof.events():
         if event.device_type != torch.autograd.DeviceType.CPU:
-            # Kernels come a second time as events of their own: what is left of these belongs to no operator.
+            # Kernels are also events of their own: what is left of their time belongs to no operator.
             if not getattr(event, "is_user_annotation", False):
                 unlinked[event.name] += event.time_range.elapsed_us()
             continue
@@ -195,7 +195,7 @@ def family_times(run, cfg, repeats=3):
 
 
 def show_families(add, families, whole):
-    """Prints the families, and adds their rows unless the profiler has slowed or counted something twice."""
+    """Prints the families, and adds their rows unless the profiler has slowed a kernel or counted one twice."""
     total, cuda, note = sum(families.values()), torch.cuda.is_available(), ""
     believed = not cuda or total < 1.05 * whole
     if not cuda:

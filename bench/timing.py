@@ -34,7 +34,7 @@ def synchronize():
 
 
 def wall_ms(fn):
-    """Milliseconds of fn() on the clock of the host, which waits for the device before and after."""
+    """Milliseconds of fn() on the host's clock, with the device idle before and after."""
     synchronize()
     start = time.perf_counter()
     fn()
@@ -43,7 +43,7 @@ def wall_ms(fn):
 
 
 def repeat(fn, seconds):
-    """Times in ms of fn() back to back for about so many seconds; on the CPU of a few repetitions."""
+    """Times in ms of fn(), back to back for about this many seconds; on the CPU three times."""
     if not torch.cuda.is_available():
         return [wall_ms(fn) for _ in range(3)]
     flush = torch.empty(FLUSH_MIB * MIB, dtype=torch.int8, device="cuda")
@@ -126,8 +126,8 @@ def trace(fns, path):
 
 
 def memory_mib(forward, backward):
-    """(peak, kept) in MiB above what is allocated now: the peak of forward() and backward(y), and what forward() leaves
-    behind besides its result y. None on the CPU."""
+    """(peak, kept) in MiB above what is allocated now: the peak of forward() and backward(y), and what forward() keeps
+    besides its result y. None on the CPU."""
     if not torch.cuda.is_available():
         return None, None
     torch.cuda.synchronize()
@@ -143,7 +143,7 @@ def memory_mib(forward, backward):
 
 @contextmanager
 def poisoned():
-    """Inside, torch fills new memory with NaN (integers with their maximum), so that unwritten results are seen."""
+    """Inside, torch fills new memory with NaN (integers with their maximum), so that unwritten results show."""
     with warnings.catch_warnings(action="ignore"):
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:

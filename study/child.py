@@ -1,6 +1,6 @@
 """A process that does not outlive the one that started it:  python -m study.child PARENT MODULE WORD...
 
-A process that is killed outright cannot end its children, and these would wait for ever for their next task.
+A killed process cannot end its children, which would wait for ever for their next task.
 """
 
 import os
@@ -22,7 +22,7 @@ def end_with(parent, poll=0.5):
 
 
 def command(module, *words):
-    """The command line that runs a module as such a child of this process."""
+    """The command line that runs a module as a child of this process that ends with it."""
     return [sys.executable, "-m", "study.child", str(os.getpid()), module, *words]
 
 

@@ -1,5 +1,5 @@
-"""How each claim of the paper is put to the runs: one effect per seed, its interval, the verdict. The rules in words:
-docs/study/rules.md."""
+"""How the runs test each claim of the paper: one effect per seed, its interval, the verdict. docs/study/rules.md gives
+the rules in words."""
 
 import json
 import math
@@ -20,14 +20,14 @@ BRACKET = (10, 40)  # tokens per parameter, around the paper's optimum
 
 
 class Test(NamedTuple):
-    """One claim put to one set of runs."""
+    """A test of one claim on one set of runs."""
 
     where: str  # regime and task
     effects: dict  # seed -> effect, positive as claimed
     margin: float
     unit: str
     runs: int
-    little: bool = False  # the claim is that the effect, of whatever sign, is smaller than the margin
+    little: bool = False  # the claim is that the effect, of either sign, is smaller than the margin
     note: str = ""  # why it has no vote
     paired: bool = True
 
@@ -47,9 +47,9 @@ def decide(test):
 
 
 def overall(tests):
-    """The verdict of the paired runs that vote with enough seeds, or of the unpaired ones where there are none.
+    """The verdict of the paired runs that vote with enough seeds, or if there are none, of the unpaired ones.
 
-    At least half of the votes decide if none says the opposite; otherwise the verdict is mixed."""
+    At least half of the votes decide if none says the opposite; opposite votes make the verdict mixed."""
     voting = [test for test in tests if test.votes and len(test.effects) >= MIN_SEEDS]
     found = [decide(test) for test in [test for test in voting if test.paired] or voting]
     if {"supported", "not supported"} <= set(found):
@@ -62,7 +62,7 @@ def overall(tests):
 
 
 def by_seed(groups, combine):
-    """{seed: combine(what each group has for the seed)} for the seeds that all groups {seed: value} have."""
+    """{seed: combine(each group's value)} for the seeds that all groups {seed: value} have."""
     seeds = set.intersection(*map(set, groups)) if groups else ()
     return {seed: float(combine([group[seed] for group in groups])) for seed in sorted(seeds)}
 
@@ -77,7 +77,7 @@ def percent(row, task):
 
 
 def dumb(cells, task):
-    """Why cells cannot say anything: none is 5 points above the best constant answer, or all are mastered; or ""."""
+    """Why cells show nothing (none is 5 points above the best constant answer, or all are mastered), or ""."""
     floor = 5 + 100 * max(row[task].get("chance", 0) for cell in cells.values() for row in cell.values())
     means = [np.mean([percent(row, task) for row in cell.values()]) for cell in cells.values()]
     worst = max(np.mean([loss(row, task) for row in cell.values()]) for cell in cells.values())
@@ -138,7 +138,7 @@ def memory_rises(rows):
 def reasoning_turns(rows):
     """With few problems the loss of unseen solutions rises with E. With new ones, the negative control, it must not.
 
-    A line that is mastered up to its largest E votes: the rise in question, over its doublings, would end that."""
+    A line that is mastered up to its largest E votes: with the claimed rise it would not be mastered there."""
 
     def note(where):
         if not where.unique:
@@ -154,7 +154,7 @@ def reasoning_turns(rows):
 
 
 def at_one_rate(rows):
-    """What claim 2 would look like at one rate for all E."""
+    """Claim 2 at one rate for all E."""
     for (where, k), line in lines(rows).items():
         compared = where.paired and where.unique == SCARCE
         for rate in sorted({rate for rates in line.values() for rate in rates}) if compared else ():
@@ -190,8 +190,8 @@ def optimum_near_20(rows):
 
 def trends(rows, place, x, label, unit, sign=1, span=0.0):
     """A Test for every three or more lines of word problems of one place(regime, k): the slope over x(regime, Tuned),
-    which must span as much, of the rise of the unseen-solution loss per doubling of E. Lines that may not vote are left
-    out where three others may."""
+    which must span at least `span`, of the rise of the unseen-solution loss per doubling of E. Lines that may not vote
+    are left out where three others may."""
     groups = defaultdict(list)
     for where, by_k in tuned_lines(rows, "problems"):
         for k, one in by_k.items() if where.kind == "mixture" else ():
@@ -274,8 +274,7 @@ SPREADS = (  # task, what it costs, margin, unit, name
 
 
 def top_k_alone(rows):
-    """What the choice of k is worth where k F and E F are the same: the best k against the worst, which the other
-    seeds choose."""
+    """The effect of k where k F and E F are the same: the best k against the worst, both chosen by the other seeds."""
     groups = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for row in results.counted(rows):
         run, where = row["run"], results.regime(row)._replace(d_expert=0)
@@ -306,7 +305,7 @@ def spread(tuned, value):
 
 def gentler_training(rows):
     """Loss of unseen solutions at the next lower rate than the one with the best training loss, where the training
-    losses are comparable. The mean over the seeds says which these are: a lucky seed must not choose."""
+    losses are comparable. Means over the seeds choose both rates, so that no lucky seed does."""
     found, runs = {True: defaultdict(list), False: defaultdict(list)}, {True: 0, False: 0}
     for (where, _), line in lines(rows, 1).items():
         for rates in line.values() if where.kind == "mixture" else ():
@@ -343,7 +342,7 @@ def still_lost(rows, remedies):
         answers = f"{settings.get('batch_prompts')} x {settings.get('group_size')} answers"
         budget = f", {settings.get('steps')} steps of {answers} to {settings.get('questions')} questions"
         budget += ", experts replayed" if settings.get("replay") else ""
-        # An E that lacks seeds of the largest would cost all others theirs. Without the largest it is another claim.
+        # An E that lacks seeds of the largest E would cost all others theirs. The claim needs the largest.
         cells = {E: cell for E, cell in cells.items() if cell.keys() >= cells[max(cells)].keys()}
         if len(cells) < 3:
             continue
@@ -359,8 +358,8 @@ def still_lost(rows, remedies):
 
 
 def lost(cells, when, measure):
-    """{seed: percent of problems lost from the best E to the largest}. The greedy answers of the other seeds, before
-    any remedy, say which E is best."""
+    """{seed: percent of problems lost from the best E to the largest}. The other seeds' greedy answers, before any
+    remedy, say which E is best."""
     effects = {}
     for seed, at_largest in cells[max(cells)].items():
         others = {E: [row["before"]["greedy"] for s, row in cell.items() if s != seed] for E, cell in cells.items()}

@@ -48,7 +48,7 @@ BEFORE = {"paired": False, "kind": "mixture"}  # what a run did before it had th
 
 @dataclass(frozen=True)
 class Run:
-    """What distinguishes one run from another."""
+    """The fields that distinguish runs."""
 
     # Model
     d_model: int = 128
@@ -65,7 +65,7 @@ class Run:
     seq_len: int = 256
     seed: int = 0  # of weights, order, people and problems
     # Data
-    people: int = 4_000  # 29 biographies of each in 2^24 tokens; entities or keys where kind is not mixture
+    people: int = 4_000  # 29 biographies of each in 2^24 tokens; entities or keys if kind is not mixture
     unique: int = 4_000  # different problems (or two-hop questions), repeated; 0: every problem is new
     max_steps: int = 8  # operations of a word problem
     mano_length: int = 3  # operations of an expression
@@ -91,7 +91,7 @@ class Run:
 
 
 def form(run):
-    """What runs must share to be trained side by side: as many steps, each as long."""
+    """What runs must share to be trained side by side: equally many steps of equal length."""
     shared = "d_model n_layers n_experts top_k d_expert tokens optimizer batch seq_len kind"
     return attrgetter(*shared.split())(run)
 
@@ -177,7 +177,7 @@ def prepare_data(run, cache, workers=1):
             files.write_json(file, dataclasses.asdict(cfg), signed=False)
             words = [f"--out={directory.resolve()}", f"--mixture={file}", f"--workers={workers}"]
             command = ["nice", "-n", "10", *child.command("data.procedural", *words)]  # runs that train go first
-            # A session of its own: Ctrl-C is for the sweep, which finishes this directory.
+            # A session of its own: Ctrl-C is meant for the sweep, which finishes this directory.
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, start_new_session=True)
         print(f"{directory}: made in {time.perf_counter() - began:.1f} s", flush=True)
     return str(directory)
@@ -206,8 +206,8 @@ class Samples:
 
 
 def compile_parts(model):
-    """torch.compile of attention and norms, half of the kernels of a small step. E, k and F do not change their shapes:
-    a process compiles them once for each width."""
+    """torch.compile of attention and norms, half of the kernels of a small step. Their shapes do not depend on E, k and
+    F: a process compiles them once for each width."""
     torch._inductor.config.compile_threads = 1  # several processes compile at once: no pool of helpers for each
     torch._inductor.config.deterministic = True  # reductions chosen by rule, not by timing in each process
     torch._dynamo.config.recompile_limit = 64  # of widths and batches that one process may see
@@ -217,8 +217,8 @@ def compile_parts(model):
 
 
 class Trainer:
-    """Models of one shape in training, in step with one another. On CUDA one graph holds a step of each, on branches
-    that run at once: one small model leaves most of a GPU idle."""
+    """Models of one shape that train in step. On CUDA one graph holds a step of each, in parallel branches: one small
+    model leaves most of a GPU idle."""
 
     def __init__(self, cfgs, samples, device):
         self.cfgs, self.samples, self.done = cfgs, samples, 0
@@ -299,7 +299,7 @@ def execute(run, cache, device, n=100, keep=None):
 
 def execute_together(runs, cache, device, n=100, keep=()):
     """Train runs of one `form` side by side and measure them. Returns their rows for the results file; a run whose loss
-    is not finite is recorded as diverged. `seconds` is a run's share, `tokens_per_s` is of all.
+    is not finite is recorded as diverged. `seconds` is a run's share, `tokens_per_s` counts all runs.
 
     cache: where data directories are; n: size of the measurements (100: standard errors near 1 %); keep: where to save
     the final weights."""
@@ -363,7 +363,7 @@ def train_and_measure(trainer, runs, data, device, n):
 
 
 def save_weights(path, cfg, weights, row):
-    """Final weights laid out as a run of train.py; results.json is written last and so marks a whole directory."""
+    """Save final weights as a run directory of train.py; results.json, written last, marks it as whole."""
     os.makedirs(path, exist_ok=True)
     files.write_json(Path(path) / "config.json", dataclasses.asdict(cfg))
     checkpoint.save(path, cfg.steps, {"step": cfg.steps, "config": dataclasses.asdict(cfg), "model": weights}, keep=1)

@@ -1,6 +1,6 @@
 """The picture of the study and its index page:  python -m study.figures
 
-A dot is a seed, a line joins the means; every model is shown at the rate that is best for the task. Paired runs only.
+Dots are seeds, lines join means; every model is shown at the best rate for the task. Paired runs only.
 """
 
 import math
@@ -15,7 +15,7 @@ from study.presets import SCARCE
 from study.results import accuracy, lines, loss, tune
 from study.rules import RISE
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # told apart by most eyes
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # distinct to most eyes
 MARKERS = "osD^vP"
 STYLE = {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 QUESTION = "Memory and reasoning against the number of experts, by number of problems, and against the learning rate"
@@ -47,7 +47,7 @@ def index(folder, title, pictures, command):
 
 
 def usual(where):
-    """Whether a regime is that of the study but for its number of problems."""
+    """Whether a regime is the study's usual one, apart from the number of problems."""
     fields = (where.d_model, where.d_expert, where.tokens, where.optimizer, where.kind, where.paired)
     return fields == (128, 64, 2**24, "muon", "mixture", True)
 

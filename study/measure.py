@@ -1,5 +1,5 @@
-"""What is measured of a model of the study. Nothing is generated: whether greedy decoding would write an answer is
-read off one forward pass.
+"""The measurements of a model of the study. Nothing is generated: one forward pass shows whether greedy decoding would
+write an answer.
 
 Every kind of run gives "facts" (memory) and, where it has questions, "problems" (reasoning, never trained):
 {"loss": nats per token of the answers, share of right ones, ...}.
@@ -82,7 +82,7 @@ def hops(model, directory, n, final):
 
 
 def everything(run, directory, model, device, n, final):
-    """All that is measured of a model at one point of its training. n: size of the measurements."""
+    """All measurements of a model at one point of its training. n: their size."""
     measure = mixture if run.kind == "mixture" else hops
     with torch.compiler.set_stance("force_eager"):  # the compiled parts are for the shapes of training
         val_loss = validation_loss(model, directory, run.seq_len, device)

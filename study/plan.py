@@ -1,7 +1,7 @@
-"""What to train with the hours and GPUs there are:  python -m study.plan reasoning --hours=24 --gpus=8
+"""What to train with the available hours and GPUs:  python -m study.plan reasoning --hours=24 --gpus=8
 
 The models of the paper's grid (arXiv 2508.18672) that fit the budget, by the paper's rules. The last lines say what is
-evidence, what of it this study's small models confirm, and what is extrapolation.
+evidence, which part of it this study's small models confirm, and what is extrapolation.
 """
 
 import csv
@@ -77,8 +77,8 @@ def throughput(path=THROUGHPUT):
 
 
 def candidates(cfg, measured):
-    """Every model of the paper's grid that fits memory and budget, whatever its tokens per parameter. Speed: at the
-    utilisation measured nearest in FLOPs per token."""
+    """Every model of the paper's grid that fits memory and budget, whatever its tokens per parameter. Its speed is that
+    of the measurement nearest in FLOPs per token."""
     for name in (name for name in PRESETS if name.startswith("paper")):
         model = preset(name, vocab_size=VOCAB, seq_len=WINDOW)
         params, per_token, parts = count_params(model), flops_per_token(model), training_memory(model, WINDOW)

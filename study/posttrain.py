@@ -7,8 +7,8 @@
 Every run directory with word problems is post-trained by grpo.py, whose fields are flags here, with the same budget.
 With --questions=500 GRPO asks the 500 problems of the preset `votes` again; with more it has fresh ones. Before and
 after, the same unseen problems are answered greedily and by the majority of `samples` draws each. One signed JSON line
-per model is appended to the results file, also by several processes at once; what is there with the same checkpoint and
-budget is skipped.
+per model is appended to the results file, which several processes may share; models already there with the same
+checkpoint and budget are skipped.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class PosttrainConfig(grpo.GRPOConfig):
 
 
 def settings(cfg):
-    """What must be equal for two rows to be comparable."""
+    """The fields that must be equal for two rows to be comparable."""
     kept = {name: value for name, value in dataclasses.asdict(cfg.budget()).items() if name not in PLACES}
     return kept | {name: getattr(cfg, name) for name in ("problems", "samples", "vote_temperature", "vote_top_p")}
 
@@ -132,7 +132,7 @@ def posttrain(run, cfg):
 
 
 def run_missing(cfg):
-    """Do what the results file lacks; a line is written for each model as soon as it is finished."""
+    """Post-train the models that the results file lacks; a line is written as soon as one is finished."""
     names = dict.fromkeys(name for part in cfg.runs for name in sorted(glob.glob(part)))  # once each, in this order
     runs = [Path(name) for name in names if "-grpo-" not in Path(name).name and checkpoint.find(name)]
     require(runs, "runs", ",".join(cfg.runs), "no directory of that name holds a checkpoint (ckpt-*.pt)")

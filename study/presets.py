@@ -1,7 +1,7 @@
 """The runs of the study's programme, whose table is in docs/study/rules.md:  python -m study.sweep PRESET
 
-Each preset is a function of the rows that there are: what it asks for may depend on them, such as the rate that is best
-for a task.
+Each preset is a function of the present rows, because its runs may depend on them, for example on the best rate for a
+task.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ ENDS = (512, 8, 64)
 RATES = (0.003, 0.006, 0.012, 0.024)
 SEARCH = 3  # seeds that look for the best rates
 START = {"facts": 0.003, "problems": 0.012}  # the best rates of the unpaired runs, where no paired ones are known
-SCARCE = 500  # problems of the regime that decides claim 2; 1,000 are mastered at the rates that are best for them
+SCARCE = 500  # problems of the regime that decides claim 2; 1,000 are mastered at their best rates
 ENOUGH = 1_000
 
 
 def smoke(rows):
-    """Two tiny runs, no part of the study: does it work?"""
+    """Two tiny runs, not part of the study, to see that it works."""
     tiny = dict(d_model=32, n_layers=1, d_expert=32, tokens=2**14, batch=4, seq_len=96, people=20)
     tiny |= dict(max_steps=2, mano_length=2, modulus=5, data_tokens=2**14)
     return [Run(n_experts=e, **tiny) for e in (2, 4)]
@@ -41,7 +41,7 @@ def scarce2(rows):
 
 
 def dose(rows):
-    """The rates are searched at three E and borrowed by the others once they are known."""
+    """The rates are searched at three E and then used for the others."""
     problems = (250, 125)
     ends = searched(rows, grid(dict(unique=problems, n_experts=ENDS), top_k=8), 6)
     if not {key(run) for run in ends} <= {row["key"] for row in rows}:
@@ -156,8 +156,7 @@ def rated(rows, runs, task="problems"):
 
 
 def foreseen(preset, rows):
-    """The runs that a preset lacks up to its end, if its searches find their best rates where the most similar runs
-    have them."""
+    """The runs that a preset still lacks, if its searches find the best rates of the most similar runs."""
     known, rows, done = {task: compared(rows, task) for task in START}, list(rows), {row["key"] for row in rows}
     found = []
     while todo := [run for run in dict.fromkeys(PRESETS[preset](rows)) if key(run) not in done]:

@@ -4,9 +4,9 @@
     python -m study.released --grid=d512 --evaldata=evaldata       # the 23 models of width 512, the smallest first
     python -m study.released --family=code --limit=200
 
-A model is one row of --results, and its records lie under --out: the same command goes on after an interruption. First
-of all it measures what is known of one model (CALIBRATION) and stops where the result differs. The models are those of
-the names in the authors' launch scripts; tasks, prompts and numbers of examples are the paper's (eval/tasks).
+A model is one row of --results, and its records lie under --out: the same command continues after an interruption.
+First it measures a model with known results (CALIBRATION) and stops where they differ. The models have the names in the
+authors' launch scripts; tasks, prompts and numbers of examples are the paper's (eval/tasks).
 
 Training losses are not published, so figures that need them have only rows with a `train_loss`: where you know it,
 write it into the row and remove the row's `crc`. The study's own rows (--own) are drawn beside the paper's.
@@ -129,7 +129,7 @@ def evaluate(model, cfg, names, limit, accuracy=True, where=""):
 
 
 def calibrate(cfg, rows):
-    """ValueError where the known model does not give what is known of it. Its row is kept, so this happens once."""
+    """ValueError where the known model does not give its known results. Its row is kept, so this happens once."""
     short, known = CALIBRATION
     if f"{short} calibration" in rows or cfg.family != "math":
         return
@@ -151,9 +151,9 @@ def calibrate(cfg, rows):
 
 @contextlib.contextmanager
 def fetched(model, cfg, keep):
-    """Meanwhile the weights of a model are needed; then those that this program has downloaded are deleted.
+    """Context that needs the weights of a model; at its end, weights that this program downloaded are deleted.
 
-    A note beside the records says that they are ours: an interrupted command goes on and deletes them later."""
+    A note beside the records says that they are ours, so that after an interruption a later command deletes them."""
     note = Path(cfg.out) / model.short / "downloaded"
     if not hub.place(model.name).exists():
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def measure(model, cfg):
 
 
 def gigabytes(model, cfg):
-    """Of its weights on the device."""
+    """Size of its weights on the device."""
     on_cpu = cfg.torch_device.type == "cpu"
     return (4 if cfg.dtype == "float32" or cfg.dtype == "auto" and on_cpu else 2) * model.params.total / 1e9
 
@@ -216,7 +216,7 @@ def estimate(todo, cfg, rows):
     if not todo:
         return "no time"
     if not seen:
-        return "for a time that the first model will tell"
+        return "hours unknown until the first model is measured"
     hours = 0.0
     for model in todo:
         active, seconds = max((pair for pair in seen if pair[0] <= model.params.active), default=seen[0])

@@ -56,9 +56,9 @@ def parsed(content, path, needed, first=1):
 
 
 def checked(row, where):
-    """The row as today's code writes it. ValueError where its checksum or its key says that it was changed."""
+    """The row as the present code writes it. ValueError where its checksum or its key shows that it was changed."""
     for name, value in row.items() if files.CRC not in row else ():
-        # One damaged byte in the name of a checksum leaves its value: eight hexadecimal digits.
+        # A damaged byte in the name of a checksum leaves its value: eight hexadecimal digits.
         if name != "revision" and isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value):
             raise ValueError(f"{where}: damaged, it holds {name!r} and no checksum; {REMEDY}")
     row = files.check(row, where, REMEDY)
@@ -116,7 +116,7 @@ def counted(rows):
     return [row for row in distinct(rows) if may(row["run"])]
 
 
-HIDDEN = "n_experts top_k init_std lr seed data data_tokens".split()  # what does not distinguish regimes
+HIDDEN = "n_experts top_k init_std lr seed data data_tokens".split()  # fields that do not distinguish regimes
 REGIME = [field.name for field in dataclasses.fields(Run) if field.name not in HIDDEN]
 
 
@@ -152,8 +152,8 @@ class Tuned(NamedTuple):
 
     cells: dict  # {x: {seed: row}}, the same seeds at every x
     rates: dict  # {x: rate}
-    edges: list  # every x whose best rate is the lowest or highest that it tried although LIMITS lie beyond
-    single: list  # every x that has run one rate only
+    edges: list  # every x whose best rate is the lowest or highest tried, although LIMITS lie beyond
+    single: list  # every x with one rate only
 
     @property
     def rows(self):

@@ -1,5 +1,4 @@
-"""The statistics of the study and the stop rules of its programme (docs/study/rules.md). The seed is the unit of
-all of them."""
+"""The statistics of the study and the stop rules of its programme (docs/study/rules.md). Their unit is the seed."""
 
 import math
 from itertools import combinations
@@ -11,7 +10,7 @@ from study.presets import PRESETS, SCARCE
 from study.results import MIN_SEEDS, distinct, lines, loss, tune
 
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # for 1 to 10 degrees of freedom
-RISE = 0.06  # nats per doubling of E: the smallest rise of the loss of unseen solutions that claim 2 is about
+RISE = 0.06  # nats per doubling of E: the smallest rise of the unseen-solution loss that counts for claim 2
 
 
 def t975(freedom):
@@ -33,8 +32,8 @@ def interval(values):
 
 
 def seeds_needed(values, margin, most=999):
-    """Seeds that would decide against 0 or the margin, whichever the mean is farther from, if mean and spread
-    stay; None above `most`."""
+    """Seeds that would decide against 0 or the margin, whichever is farther from the mean, if mean and spread stay the
+    same; None above `most`."""
     x = np.array(list(values), dtype=float)
     if len(x) < 2:
         return None
@@ -89,7 +88,7 @@ def scarce_rise(rows, k=8):
 
 
 def stop_rule(preset, rows):
-    """Why the programme does not want this preset now, or ""."""
+    """Why the programme does not run this preset now, or ""."""
     if preset == "scarce2":
         share, cells = pairing(rows)
         if not cells:

@@ -1,7 +1,7 @@
 """A table of runs and a picture of their curves:  python -m study.show RUN... [--out FILE]
 
-One run: the picture that training keeps up to date (optimoe/curves.py). Several, all of train.py or all of grpo.py, are
-laid over one another: thin lines are training, dots are tests.
+One run: the picture that training keeps up to date (optimoe/curves.py). Several runs, all of train.py or all of
+grpo.py, share one picture: thin lines are training, dots are tests.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def evaluations(run):
 
 
 def table(runs):
-    """Lines: a run each, a column for everything that one of them has."""
+    """Lines of a table: a row for each run, a column for every number that one of them has."""
     known = []
     for run in runs:
         _, rows, tests = curves.read(run)

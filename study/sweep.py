@@ -1,6 +1,6 @@
-"""Run what is missing of the presets, in parallel, within a time limit:  python -m study.sweep PRESET... --minutes=9
+"""Run the missing runs of presets, in parallel, within a time limit:  python -m study.sweep PRESET... --minutes=9
 
-A JSON line is appended for every finished run, and what the file has is skipped: the same command goes on where the
+A JSON line is appended for every finished run, and runs in the file are skipped: the same command continues where the
 last one stopped. study/presets.py lists the presets. When a run is finished, its preset may ask for others.
 """
 
@@ -28,8 +28,8 @@ from study.presets import PRESETS, foreseen
 from study.results import TASKS, append, read
 from study.rules import stop_rule
 
-SMOKE = "runs/study/smoke.jsonl"  # what two tiny runs on a CPU measure is no result of the study
-SLACK = 1.1  # times its estimate must be left before a run is started: what is cut off is lost
+SMOKE = "runs/study/smoke.jsonl"  # two tiny runs on a CPU are no result of the study
+SLACK = 1.1  # a run is started only if this many times its estimate is left: a run that is cut off is lost
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def estimates(runs, rows, device):
     """Seconds that each run will take, from the last of the most similar runs on this device or, for a GPU, on
     another one; None without any.
 
-    Compiling and measuring take as long in longer runs, and the last compiled least."""
+    Compiling and measuring take no longer in longer runs, and the latest run compiled least."""
     sizes, cpu = ("tokens", "d_model", "n_experts", "top_k", "n_layers"), device.startswith("CPU")
     known = [row for row in rows if not row["diverged"] and row["device"].startswith("CPU") == cpu]
     here = [row for row in known if row["device"] == device]
@@ -95,7 +95,7 @@ def gpu_minutes(runs, rows):
 
 
 def work(parent, device, threads, cache, items, inbox, outbox):
-    """A worker process: runs what comes, until None comes or the sweep is gone."""
+    """A worker process: executes tasks until it gets None or the sweep is gone."""
     child.end_with(parent)
     torch.set_num_threads(threads)
     if device.startswith("cuda"):
@@ -111,7 +111,7 @@ def work(parent, device, threads, cache, items, inbox, outbox):
 
 
 class Queue:
-    """What is finished, running, failed and left of a sweep."""
+    """The finished, running, failed and remaining runs of a sweep."""
 
     def __init__(self, cfg, rows, device, lanes):
         self.cfg, self.rows, self.device, self.lanes = cfg, rows, device, lanes
@@ -119,11 +119,11 @@ class Queue:
         self.plan()
 
     def plan(self):
-        """Ask the presets again: self.all is what they want, self.todo what nobody has begun of it."""
+        """Ask the presets again: self.all are the runs that they want, self.todo those not begun."""
         self.all = planned(self.cfg, self.rows)
         finished = {row["key"]: row["diverged"] for row in self.rows}
         busy = {*self.in_flight(), *self.failed}
-        # What diverged has no weights, however often it is run.
+        # A run that diverged has no weights, however often it is repeated.
         done = lambda run: key(run) in finished and (finished[key(run)] or not self.weightless(run))
         self.todo = [run for run in self.all if run not in busy and not done(run)]
 
@@ -147,7 +147,7 @@ class Queue:
         return f"{len(rest)} of {len(self.all)} runs left, {when}"
 
     def take(self, ends, most):
-        """Up to `most` runs of one form that can end in time, out of todo; [] when none can."""
+        """Remove from todo up to `most` runs of one form that can end in time; [] when none can."""
         group = []
         for run, seconds in zip(self.todo, estimates(self.todo, self.rows, self.device), strict=True):
             alike = not group or len(group) < most and form(run) == form(group[0])
@@ -184,11 +184,11 @@ def sweep(cfg):
             cost = gpu_minutes(rest, rows)
             print(f"{name}: about {len(rest)} runs to its end" + (f", {cost:.1f} minutes of one GPU" if cost else ""))
         return 0
-    make_directory(Path(cfg.file).parent, "results", cfg.file)  # what cannot be written is said now
+    make_directory(Path(cfg.file).parent, "results", cfg.file)  # refuse now what cannot be written
     make_directory(cfg.cache, "cache", cfg.cache)
     open(cfg.file, "ab").close()
     inbox, outbox, workers = start_workers(cfg, devices, min(tasks.lanes, len(tasks.todo) + 6), threads)
-    builder = ThreadPoolExecutor(1)  # directories are built in order; meanwhile what has its own is trained
+    builder = ThreadPoolExecutor(1)  # builds directories in order, while runs that have theirs are trained
     try:
         lost = run_all(tasks, cfg, inbox, outbox, workers, builder, jobs, together)
     finally:
@@ -207,7 +207,7 @@ def sweep(cfg):
 
 
 def run_all(tasks, cfg, inbox, outbox, workers, builder, jobs, together):
-    """Hand groups to the workers and book what comes back. Returns how many workers were killed."""
+    """Hand groups to the workers and record their results. Returns how many workers were killed."""
     began, before, lost, data = time.monotonic(), len(tasks.rows), 0, {}
     ends = began + 60 * cfg.minutes
     while (tasks.todo or tasks.running) and time.monotonic() < ends:
@@ -218,7 +218,7 @@ def run_all(tasks, cfg, inbox, outbox, workers, builder, jobs, together):
                 data[directory] = builder.submit(prepare_data, run, cfg.cache, os.cpu_count() or 1)
         while len(tasks.running) < alive + lost and (members := tasks.take(ends, together)):
             first = key(members[0])
-            tasks.running[first] = members  # before the wait for its data, so that Ctrl-C finds it among what is left
+            tasks.running[first] = members  # before the wait for its data, so that Ctrl-C counts it as left
             try:
                 for run in members:
                     data[data_dir(run, cfg.cache)].result()
@@ -257,7 +257,7 @@ def start_workers(cfg, devices, lanes, threads):
     common = (threads, cfg.cache, cfg.items, inbox, outbox)
     arguments = [(os.getpid(), devices[i % len(devices)], *common) for i in range(lanes)]
     workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
-    # Workers inherit this: it is the parent who ends them on Ctrl-C.
+    # Workers inherit this, so that the parent ends them on Ctrl-C.
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for worker in workers:
         worker.start()

@@ -1,7 +1,7 @@
-"""What the results say about each claim of the paper:  python -m study.verdict
+"""The verdict of the results on each claim of the paper:  python -m study.verdict
 
-Writes the table of claims between two marker lines of docs/STUDY.md and every effect that was computed to
-docs/study/appendix.md. docs/study/rules.md has the rules.
+Writes the table of claims between two marker lines of docs/STUDY.md, and every effect to docs/study/appendix.md.
+docs/study/rules.md has the rules.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Claim(NamedTuple):
 
     @property
     def shown(self):
-        """Those of all runs, and what decides besides."""
+        """The tests of all runs, and those that decide besides."""
         return self.tests + [test for test in self.settled if test.votes and test not in self.tests]
 
 
@@ -90,7 +90,7 @@ def number(value):
 
 
 def strongest(tests):
-    """The test that a one-line summary shows: one that votes or could, paired, with most seeds and runs."""
+    """The test for a one-line summary: one that votes or could, paired, with most seeds and runs."""
     loud = [test for test in tests if not any(word in test.note for word in SILENT)] or tests
     return max(loud, key=lambda test: (test.votes, test.paired, len(test.effects), test.runs), default=None)
 
