@@ -57,7 +57,7 @@ def fact_recall(model, enc, cfg: FactsConfig, n_people: int = 1000) -> dict:
     return {"overall": overall, "chance": chance, **counts, "by_attribute": by_attribute}
 
 
-def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000, exposure: int = 10**6) -> dict:
+def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000) -> dict:
     """Information stored about all people, estimated on the first n_people, after Physics of Language Models 3.3:
 
         N (log2 N0 - p1 / ln 2) + N (log2 S0 - p2 / ln 2)
@@ -67,7 +67,7 @@ def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000, exposure: in
     people, pairs, kinds = facts.people(cfg)[:n_people], [], []
     for person in people:
         pairs.append(([enc.eot_token], []))
-        for i, text in enumerate(facts.segments(cfg, person, exposure)):  # subject, stem, value, "." of each sentence
+        for i, text in enumerate(facts.segments(cfg, person, 10**6)):  # subject, stem, value, "." of each sentence
             tokens = enc.encode_ordinary(text)
             pairs[-1][1].extend(tokens)
             kinds += ["name" if i == 0 else "value" if i % 4 == 2 or i == 4 else ""] * len(tokens)

@@ -13,7 +13,7 @@ import torch
 from data import files
 from optimoe import checkpoint
 
-STEPS, BAD = range(2)  # of window["steps"]: steps since the last log line, skipped ones among them
+BAD = 1  # of window["steps"]: the skipped ones of the steps since the last log line
 PATIENCE = 10  # skipped steps in a row that end a run
 
 

@@ -64,12 +64,12 @@ def count_params(cfg):
     return Params(used + unused, used, embedding)
 
 
-def flops_per_token(cfg, seq_len=None):
+def flops_per_token(cfg):
     """Training FLOPs per token of what is active: 6 per weight of a matrix product (the input embedding is none)
     and 6 * n_layers * L * H * d for the causal half of the attention scores (some reports count the square: 12)."""
     _, active, embedding = count_params(cfg)
     matmul = active - embedding - norm_params(cfg) + cfg.vocab_size * cfg.d_model
-    return 6 * matmul + 6 * cfg.n_layers * (seq_len or cfg.seq_len) * cfg.n_heads * cfg.head_dim
+    return 6 * matmul + 6 * cfg.n_layers * cfg.seq_len * cfg.n_heads * cfg.head_dim
 
 
 def training_memory(cfg, tokens, weights="float32"):

@@ -10,12 +10,12 @@ import threading
 import time
 
 
-def end_with(parent, poll=0.5):
+def end_with(parent):
     """End this process as soon as process `parent`, which must have started it, is gone. Returns at once."""
 
     def watch():
         while os.getppid() == parent:
-            time.sleep(poll)
+            time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

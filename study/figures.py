@@ -64,9 +64,9 @@ def curve(axis, cells, value, look, label, hollow=()):
     return means
 
 
-def headline(rows, k=8):
+def headline(rows):
     """The matplotlib figure."""
-    found = {where.unique: line for (where, kk), line in lines(rows).items() if kk == k and usual(where)}
+    found = {where.unique: line for (where, k), line in lines(rows).items() if k == 8 and usual(where)}
     remedy = f"no line of {SCARCE} problems and three values of E; run python -m study.sweep pairs"
     require(SCARCE in found, "results", f"{len(rows)} rows", remedy)
     fig, ((left, middle, right),) = canvas(1, 3, (15, 4.8))
@@ -103,7 +103,7 @@ def headline(rows, k=8):
         axis.minorticks_off()
     counts = sorted({len(cell) for line in found.values() for rates in line.values() for cell in rates.values()})
     n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
-    what = f"d = 128, k = {k}, 16.8 M tokens, paired weights; left and right with {SCARCE} problems"
+    what = f"d = 128, k = 8, 16.8 M tokens, paired weights; left and right with {SCARCE} problems"
     fig.suptitle(
         f"{what}\na dot is a seed, {n} a point; left and middle at the best rate for each task, hollow: one rate tried"
     )

@@ -20,11 +20,11 @@ def flat(directory, split):
 
 
 @torch.no_grad()
-def validation_loss(model, directory, seq_len, device, limit=256):
-    """Mean cross-entropy over the first `limit` validation windows, in nats per token."""
+def validation_loss(model, directory, seq_len, device):
+    """Mean cross-entropy over the first 256 validation windows, in nats per token."""
     model.eval()
     tokens = flat(directory, "val")
-    n = max(1, min(limit, (len(tokens) - 1) // seq_len))
+    n = max(1, min(256, (len(tokens) - 1) // seq_len))
     ids = torch.from_numpy(np.resize(tokens, n * seq_len + 1).astype(np.int64)).to(device)  # few facts repeat
     windows = (part.view(n, seq_len).split(64) for part in (ids[:-1], ids[1:]))
     return sum(float(model(x, y).loss) * len(x) for x, y in zip(*windows, strict=True)) / n
@@ -47,7 +47,7 @@ def mixture(model, directory, n, final):
         "loss": problems["loss"],
         "loss_seen": probes.loss_of(seen),
         "accuracy": sum(known) / len(known),
-        "accuracy_seen": sum(right for *_, right in seen) / len(seen),
+        "accuracy_seen": probes.share(seen),
         "beyond": sum(beyond) / len(beyond) if beyond else None,
         "by_steps": {str(s): share for s, share in shares},
     }
@@ -62,10 +62,11 @@ def hops(model, directory, n, final):
     cfg, enc = twohop.read_config(directory), tokenizer.load(directory)
     n_facts = cfg.entities * max(1, cfg.relations)
     grade = lambda kind, numbers: probes.graded(model, enc, twohop.texts(cfg, kind, numbers))
-    share = lambda grades: sum(right for *_, right in grades) / len(grades)
+
     known = grade("fact", np.linspace(0, n_facts - 1, min(n_facts, 20 * n)).astype(int))
     choices = cfg.entities if cfg.relations else cfg.names**2
-    facts = {"overall": share(known), "chance": 1 / choices, "loss": probes.loss_of(known), "people": len(known)}
+    facts = {"overall": probes.share(known), "chance": 1 / choices}
+    facts |= {"loss": probes.loss_of(known), "people": len(known)}
     found = {"facts": facts}
     if final:
         missing = sum(nats for nats, *_ in known) / len(known) / math.log(2)
@@ -76,7 +77,7 @@ def hops(model, directory, n, final):
         unseen = grade("composed", order[cfg.composed :][: 10 * n])
         seen = grade("composed", order[: min(cfg.composed, 10 * n)])
         losses = {"loss": probes.loss_of(unseen), "loss_seen": probes.loss_of(seen)}
-        shares = {"accuracy": share(unseen), "accuracy_seen": share(seen), "chance": 1 / choices}
+        shares = {"accuracy": probes.share(unseen), "accuracy_seen": probes.share(seen), "chance": 1 / choices}
         found["problems"] = losses | shares
     return found
 

@@ -17,7 +17,6 @@ from optimoe.sizes import PRESETS, count_params, flops_per_token, peak_flops, pr
 
 THROUGHPUT = Path(__file__).resolve().parent.parent / "docs" / "throughput.csv"
 BEST_TPP, RESOLUTION = 20, 2  # the paper's optimum, and the factor to which its grid resolves it
-VOCAB, WINDOW = 99_584, 4096  # the paper's; one window per GPU at a time
 GRID = (2.4, 390)  # tokens per parameter of the paper's models: nothing is known outside
 
 
@@ -80,8 +79,9 @@ def candidates(cfg, measured):
     """Every model of the paper's grid that fits memory and budget, whatever its tokens per parameter. Its speed is that
     of the measurement nearest in FLOPs per token."""
     for name in (name for name in PRESETS if name.startswith("paper")):
-        model = preset(name, vocab_size=VOCAB, seq_len=WINDOW)
-        params, per_token, parts = count_params(model), flops_per_token(model), training_memory(model, WINDOW)
+        model = preset(name)
+        params, per_token = count_params(model), flops_per_token(model)
+        parts = training_memory(model, model.seq_len)  # one window per GPU at a time
         experts = 3 * model.n_layers * model.d_model * model.d_expert * model.n_experts
         divided = 12 * params.total + 4 * experts  # float32 weights and states; copies and gradients of experts
         gib = (divided / cfg.gpus + sum(parts.values()) - divided) / 2**30

@@ -149,10 +149,10 @@ def best_rate(known, run, task):
     return known[min(alike, key=lambda where: (far(where), where))] if alike else START[task]
 
 
-def rated(rows, runs, task="problems"):
-    """The runs at the rates that are best for a task where the most similar runs compared them."""
-    known = compared(rows, task)
-    return [dataclasses.replace(run, lr=best_rate(known, run, task)) for run in runs]
+def rated(rows, runs):
+    """The runs at the rates that are best for solutions where the most similar runs compared them."""
+    known = compared(rows, "problems")
+    return [dataclasses.replace(run, lr=best_rate(known, run, "problems")) for run in runs]
 
 
 def foreseen(preset, rows):

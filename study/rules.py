@@ -31,14 +31,14 @@ def interval(values):
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
 
-def seeds_needed(values, margin, most=999):
+def seeds_needed(values, margin):
     """Seeds that would decide against 0 or the margin, whichever is farther from the mean, if mean and spread stay the
-    same; None above `most`."""
+    same; None for a thousand or more."""
     x = np.array(list(values), dtype=float)
     if len(x) < 2:
         return None
     distance = max(x.mean() if x.mean() >= margin else 0.0, margin - x.mean())
-    enough = (n for n in range(len(x), most) if t975(n - 1) * x.std(ddof=1) / math.sqrt(n) < distance)
+    enough = (n for n in range(len(x), 999) if t975(n - 1) * x.std(ddof=1) / math.sqrt(n) < distance)
     return next(enough, None) if distance > 0 else None
 
 
@@ -78,11 +78,11 @@ def rises(tuned, value):
     return {seed: slope(x, [value(cell[seed]) for cell in tuned.cells.values()]) for seed in tuned.seeds}
 
 
-def scarce_rise(rows, k=8):
+def scarce_rise(rows):
     """Per seed the rise of the unseen-solution loss per doubling of E, in the regime that decides claim 2."""
-    for (where, kk), line in lines(rows, wide=5).items():
+    for (where, k), line in lines(rows, wide=5).items():
         usual = (where.tokens, where.d_model, where.optimizer, where.kind) == (2**24, 128, "muon", "mixture")
-        if kk == k and where.paired and where.unique == SCARCE and usual and (tuned := tune(line, "problems")):
+        if k == 8 and where.paired and where.unique == SCARCE and usual and (tuned := tune(line, "problems")):
             return list(rises(tuned, solution_loss).values())
     return []
 
