@@ -29,14 +29,14 @@ class SampleConfig(ModelChoice):
     max_new_tokens: int = 256
     temperature: float = 0.8  # 0: greedy
     top_p: float = 0.95  # sample from the smallest set of tokens with this probability
-    top_k: int = 0  # and from so many tokens at most; 0: all
+    top_k: int = 0  # sample from this many of the likeliest tokens at most; 0: all
     seed: int = 0
     stop: str = ""  # end before this text; several with | between them, \n is a line end
     chat: bool = True  # use the chat template of a published model if it has one, and remember the conversation
 
     def stops(self):
         stops = tuple(stop.replace("\\n", "\n") for stop in self.stop.split("|") if stop)
-        require(stops or not self.stop, "stop", self.stop, "there is no text in it")
+        require(stops or not self.stop, "stop", self.stop, "it holds no text")
         return stops
 
 

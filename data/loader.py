@@ -49,7 +49,7 @@ class Loader:
         fits = batch_size >= 1 and seq_len >= 1 and 0 <= rank < world
         given = f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world"
         require(fits, given, world, "must be positive, rank < world")
-        require(batch_size * world * seq_len <= 2**36, given, world, "a batch of so many tokens cannot be made")
+        require(batch_size * world * seq_len <= 2**36, given, world, "use at most 2^36 tokens in a batch")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world, self.device, self.documents = rank, world, torch.device(device), documents
         total = sum(weight for _, weight in sources)

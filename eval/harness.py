@@ -20,7 +20,7 @@ from optimoe.config import make_directory, require
 from optimoe.load import Loaded, ModelChoice, load
 
 SAMPLES = 4096  # of an item at most: each has a random stream of its own
-STOPPED = "stopped; the same command, without --overwrite, goes on from here"
+STOPPED = "stopped; the same command, without --overwrite, continues from here"
 
 
 @dataclass(frozen=True)

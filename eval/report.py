@@ -145,7 +145,7 @@ TABLE = dict(
     tokens_per_s=("tokens per second", ",.0f"),
     mfu=("model FLOPs utilisation", ".1%"),
     parameters=("parameters", ",d"),
-    active_parameters=("of these active per token", ",d"),
+    active_parameters=("active parameters per token", ",d"),
     tokens_per_parameter=("training tokens per parameter", ".3g"),
     epochs=("passes over the most read data", ".2f"),
     memory_gb=("peak memory, GB", ".2f"),
@@ -197,7 +197,7 @@ def next_steps(run_dir, cfg, sources, results):
     """What to try after a run, as commands that fit this machine."""
     parts = [f"{directory}:{weight:g}" if len(sources) > 1 else str(directory) for directory, weight in sources]
     run_dir = shlex.quote(str(run_dir))
-    commands = {f"python train.py --resume={run_dir} --steps={2 * cfg.steps}": "go on"}
+    commands = {f"python train.py --resume={run_dir} --steps={2 * cfg.steps}": "train longer"}
     again = f"python train.py --data={shlex.quote(','.join(parts))}"
     if cfg.dense:
         commands[again + own_flags(cfg, "dense")] = "experts instead of dense layers, on the same data"

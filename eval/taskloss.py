@@ -4,7 +4,7 @@
     nats = score(model, [(context, answer)])[0]
 
 bits/token and bits/byte are NLL / ln 2 / the answer's tokens or UTF-8 bytes. As in the paper, the answer's tokens are
-those of encode(prompt + answer) after encode(prompt). If the former does not begin with the latter, a token has merged
+those of encode(prompt + answer) after encode(prompt). If encode(prompt) is not its beginning, a token has merged
 across the boundary ("Answer:" + "Janet": ":J", "anet"). Both are then encoded apart, and the item is `merged`.
 """
 

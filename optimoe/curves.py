@@ -142,7 +142,7 @@ def write(draw, path):
 
 
 class Curves:
-    """Redraws the picture beside training, in one process at a time. If it fails, training goes on."""
+    """Redraws the picture during training, in one process at a time. If it fails, training continues."""
 
     def __init__(self, run_dir):
         self.run_dir, self.process = run_dir, None

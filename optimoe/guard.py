@@ -54,8 +54,8 @@ def judge(window, loss, grad_norm, cfg, discard=None):
 def remedy(run_dir, lr):
     """What to do. Every checkpoint is sound: weights that are not finite are never saved."""
     found = checkpoint.find(run_dir)
-    goes_on = f"goes on from {found[-1][1].name}" if found else "starts again, as there is no checkpoint yet"
-    return f"use a lower lr: --resume={run_dir} --lr={lr / 2:.2g} {goes_on}"
+    start = f"continues from {found[-1][1].name}" if found else "starts again, as there is no checkpoint yet"
+    return f"use a lower lr: --resume={run_dir} --lr={lr / 2:.2g} {start}"
 
 
 def check_finite(name, value, step, run_dir, lr):
@@ -82,7 +82,7 @@ class Watch:
                 sums.zero_()
 
     def must_stop(self):
-        """Whether the run must not go on; waits for the device."""
+        """Whether the run must end; waits for the device."""
         return int(self.window["skipped_in_a_row"]) >= (1 if self.cfg.bad_steps == "stop" else PATIENCE)
 
     def explain(self, step):

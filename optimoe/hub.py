@@ -3,8 +3,8 @@
     folder("allenai/OLMoE-1B-7B-0924", "hf")                # its folder in the library's cache, downloaded if need be
     folder("allenai/OLMoE-1B-7B-0924", "tokenizer", TOKENIZER)
 
-A directory of that name comes first. Downloads are those of the package huggingface_hub (the extra `hf`): one that was
-interrupted goes on where it was, HF_HUB_CACHE says where they go, HF_HUB_OFFLINE=1 asks nobody.
+A directory of that name comes first. Downloads are those of the package huggingface_hub (the extra `hf`): interrupted
+ones continue, HF_HUB_CACHE says where they go, HF_HUB_OFFLINE=1 forbids them.
 """
 
 import errno
@@ -35,11 +35,11 @@ def title(name):
 
 
 class Unavailable(ValueError):
-    """A model that cannot be had now."""
+    """A model that cannot be loaded now."""
 
 
 def home(name):
-    """Where results about it go: the folder itself, or one under runs/ and not in the library's cache."""
+    """Where its results go: the folder itself, or for a model of the hub one under runs/."""
     return Path(name) if Path(name).is_dir() else Path("runs", title(name))
 
 
@@ -110,7 +110,7 @@ def explain(error, repository, revision=None):
     if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
         place = next(path for path in (Path(cache), *Path(cache).parents) if path.exists())
         free = f"{shutil.disk_usage(place).free / 1e9:,.1f} GB are free"
-        return f"the disk of {cache} is full ({free}); free some space or set HF_HUB_CACHE, then the download goes on"
+        return f"the disk of {cache} is full ({free}); free some space or set HF_HUB_CACHE, then the download continues"
     if isinstance(error, errors.GatedRepoError):
         return f"its owner asks for consent: accept the terms at {page}, then log in with `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -118,8 +118,8 @@ def explain(error, repository, revision=None):
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{page} has no revision {revision!r}; leave it out, or look under its files for the branches and tags"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        offline = "HF_HUB_OFFLINE forbids to ask the hub"
+        offline = "HF_HUB_OFFLINE forbids asking the hub"
         why = offline if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
-        return f"no such directory, nor such a model: {why}, and {cache} does not have all of it; check the name"
+        return f"neither a directory nor a complete model in {cache}, and {why}; check the name"
     lines = str(error).strip().splitlines() or [""]
-    return f"the download failed ({type(error).__name__}: {lines[0]}); the same command goes on with it"
+    return f"the download failed ({type(error).__name__}: {lines[0]}); the same command continues it"

@@ -29,9 +29,10 @@ class ModelChoice:
         self.validate()
 
     def validate(self):
-        given = self.run, self.checkpoint, self.hf
-        remedy = "give --run=DIR, --checkpoint=FILE or --hf=DIR or ORG/NAME, one of them"
-        require(sum(map(bool, given)) == 1, "run, checkpoint, hf", given, remedy)
+        given = [name for name in ("run", "checkpoint", "hf") if getattr(self, name)]
+        if len(given) != 1:
+            what = " and ".join(given) or "no model"
+            raise ValueError(f"{what} given: give one of --run=DIR, --checkpoint=FILE, --hf=DIR and --hf=ORG/NAME")
         for name, exists, kind in (("run", Path.is_dir, "directory"), ("checkpoint", Path.is_file, "file")):
             value = getattr(self, name)
             require(not value or exists(Path(value)), name, value, f"no such {kind}")

@@ -65,7 +65,7 @@ def count_params(cfg):
 
 
 def flops_per_token(cfg):
-    """Training FLOPs per token of what is active: 6 per weight of a matrix product (the input embedding is none)
+    """Training FLOPs per token of active parts: 6 per weight of a matrix product (the input embedding is none)
     and 6 * n_layers * L * H * d for the causal half of the attention scores (some reports count the square: 12)."""
     _, active, embedding = count_params(cfg)
     matmul = active - embedding - norm_params(cfg) + cfg.vocab_size * cfg.d_model

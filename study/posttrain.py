@@ -109,7 +109,7 @@ def posttrain(run, cfg):
     clock.append(time.perf_counter())
     budget = cfg.budget(model=str(file), out_dir=str(out), resume=str(out) if out.exists() else "")
     if grpo.grpo(budget, device=device) is None:  # half a budget is no row
-        sys.exit(f"{out}: stopped and saved; the same command goes on from there")
+        sys.exit(f"{out}: stopped and saved; the same command continues from there")
     clock.append(time.perf_counter())
     after = measure(out, cfg, device)
     clock.append(time.perf_counter())

@@ -77,7 +77,7 @@ class ReleasedConfig:
     out: str = "runs/released"  # directory of the records of each item, and of the figures
     own: str = "study/results.jsonl"  # rows of study.sweep, for the same figures; empty: none
     evaldata: str = ""  # folder of evaluation sets, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
-    limit: int = 0  # only the first so many items of each task; 0: all
+    limit: int = 0  # only the first items of each task, this many; 0: all
     batch_size: int = 64  # sequences generated at a time
     keep: bool = False  # keep the weights of evaluated models; those that were there before stay anyway
     calibrate: bool = True  # measure the known model first, and stop where it differs by more than 1 %
@@ -88,7 +88,7 @@ class ReleasedConfig:
     def __post_init__(self):
         require(self.limit >= 0, "limit", self.limit, "use 0 (all items) or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
-        require(models(self), "grid", ",".join(self.grid), "no model is of these; write d512, E8, k2 or d512-E8-k2")
+        require(models(self), "grid", ",".join(self.grid), "no model fits; write d512, E8, k2 or d512-E8-k2")
 
     @property
     def torch_device(self):
@@ -144,7 +144,7 @@ def calibrate(cfg, rows):
             raise ValueError(
                 f"calibration: {metric} of {short} is {mean:.4f} and should be {value:.4f}. Check gsm8k's test.jsonl "
                 "(1,319 items) and train.jsonl (7,473: the examples come from it), the tokenizer (99,574 pieces, <s> "
-                "in front), and --dtype (known in bfloat16); --calibrate=false goes on all the same"
+                "in front), and --dtype (known in bfloat16); --calibrate=false skips this"
             )
     results.append(cfg.results, {"model": f"{short} calibration", "limit": ITEMS, "tasks": found}, ROW)
 
@@ -254,4 +254,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.command_line(main, "stopped; the same command goes on from here")
+    config.command_line(main, "stopped; the same command continues from here")

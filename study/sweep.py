@@ -44,7 +44,7 @@ class SweepConfig:
     jobs: int = 0  # processes per device; 0: three on a GPU, else one
     items: int = 100  # size of the measurements: problems for each number of steps
     keep: bool = False  # keep the final weights under CACHE/weights; runs that lack theirs are run again
-    force: bool = False  # go on although the stop rule of a preset holds
+    force: bool = False  # ignore the stop rules of the presets
 
     def __post_init__(self):
         require(self.presets, "presets", "", f"name one or more of {', '.join(PRESETS)}")
@@ -172,7 +172,7 @@ def sweep(cfg):
     rows = read(cfg.file, optional=True)
     stopped = {} if cfg.force else {name: why for name in cfg.presets if (why := stop_rule(name, rows))}
     for reason in stopped.values():
-        print(f"stop rule: {reason} (--force goes on)", flush=True)
+        print(f"stop rule: {reason} (--force ignores it)", flush=True)
     if stopped.keys() >= set(cfg.presets):
         return 0
     cfg = dataclasses.replace(cfg, presets=tuple(name for name in cfg.presets if name not in stopped))

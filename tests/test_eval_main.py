@@ -197,7 +197,7 @@ def test_links_that_lead_nowhere(tiny_run, monkeypatch):
     """A loop of links is a missing file. A damaged training set is no reason to take examples from the test set."""
     (tiny_run / "loop").symlink_to(tiny_run / "loop")
     for flag in ("--run", "--evaldata", "--data", "--hf", "--checkpoint"):
-        with pytest.raises((ValueError, OSError), match="loop|run, checkpoint, hf"):
+        with pytest.raises((ValueError, OSError), match="loop|give one of --run"):
             run(tiny_run, "--tasks=gsm8k", "--shots=0", f"{flag}={tiny_run / 'loop'}")
     (tiny_run / "gsm8k/train.jsonl").symlink_to(tiny_run / "loop")
     assert run(tiny_run, "--tasks=gsm8k", "--shots=2", "--limit=1")["sources"] == {
@@ -296,7 +296,7 @@ def test_checkpoint_file_and_tokenizer(tiny_run, tmp_path):
         (["--tasks=gsm8k", "--shots=-1"], "shots=-1"),
         (["--tasks=gsm8k", "--limit=-1"], "limit=-1"),
         (["--tasks=gsm8k", "--batch-size=0"], "batch_size=0"),
-        (["--tasks=gsm8k", "--checkpoint=x"], r"run, checkpoint, hf=\('.*/run', 'x', ''\): give .* one of them"),
+        (["--tasks=gsm8k", "--checkpoint=x"], "run and checkpoint given: give one of --run=DIR, --checkpoint"),
         (["--tasks=gsm8k", "--seed=-1"], "seed=-1"),
         (["--tasks=gsm8k", "--loss=false", "--accuracy=false"], "accuracy=False: with --loss=false there is nothing"),
         (["--tasks=gsm8k", "--shots=0", "--out=/proc/x"], "out='/proc/x': nothing can be written"),

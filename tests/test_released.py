@@ -178,7 +178,7 @@ def test_models_that_do_not_fit_are_left_out(work, monkeypatch, capsys):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(ValueError, match="grid='d640': no model is of these"):
+    with pytest.raises(ValueError, match="grid='d640': no model fits"):
         released.ReleasedConfig(grid=("d640",))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"model": "x"}) + "\n")
     with pytest.raises(ValueError, match="rows.jsonl, line 1: not a row of such a results file, it lacks limit, tasks"):

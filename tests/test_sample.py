@@ -56,7 +56,7 @@ class Bytes:
 
 
 def test_a_stop_string_without_text(tiny_run, capsys):
-    with pytest.raises(ValueError, match=r"stop='\|': there is no text in it"):
+    with pytest.raises(ValueError, match=r"stop='\|': it holds no text"):
         texts(tiny_run, capsys, "--prompt=ab", "--stop=|")
 
 
