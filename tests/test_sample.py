@@ -94,7 +94,7 @@ def test_chat_template(tmp_path, monkeypatch):
         (["--prompt=" + "x" * 64], "prompt='65 tokens': the model reads 64 at most"),
         (["--top_p=0", "--prompt=a"], "top_p=0"),
         (["--top_k=-1", "--prompt=a"], "top_k=-1"),
-        (["--checkpoint=x"], "one of them"),
+        (["--checkpoint=x"], "give one of --run"),
     ],
 )
 def test_mistakes(tiny_run, capsys, flags, message):
