@@ -67,8 +67,10 @@ def test_large_gates_stay_finite(activation, device):
 def test_a_nan_stays_one(activation, device):
     h = torch.ones(2, 32, device=device)
     h[0, 3] = float("nan")
-    a, dh = results(h.requires_grad_(), torch.ones(2, 16, device=device), activation=activation)
-    assert a.isnan().nonzero().tolist() == [[0, 3]] and dh.isnan().nonzero().tolist() == [[0, 3], [0, 19]]
+    da = torch.ones(2, 16, device=device)
+    found, wanted = results(h.requires_grad_(), da, activation=activation), truth(h, da, activation)
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(found, wanted, strict=True))
+    assert found[0].isnan().nonzero().tolist() == [[0, 3]]
 
 
 def test_the_reference_is_the_formula():
@@ -91,7 +93,7 @@ def test_the_reference_is_the_formula():
 
 def test_unknown_activations_are_named(device):
     h = torch.zeros(2, 32, device=device)
-    with pytest.raises(ValueError, match="activation='tanh': expected one of swiglu, geglu, relu2"):
+    with pytest.raises(ValueError, match="activation='tanh': expected one of swiglu, geglu"):
         gated_activation(h, "tanh")
 
 

@@ -232,7 +232,10 @@ def test_a_mistake_is_one_line(module):
 def test_a_model_that_is_not_there_is_blamed_and_not_the_task(tmp_path, monkeypatch, main, task):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name, message in (("someone/typo", "neither a directory nor a complete model"), (tmp_path, "no config.json there")):
+    for name, message in (
+        ("someone/typo", "neither a directory nor a complete model"),
+        (tmp_path, "no config.json there"),
+    ):
         with pytest.raises(ValueError, match=f"^hf='{name}': {message}"):
             main([f"--hf={name}", task])
     (tmp_path / "best.pt").touch()
