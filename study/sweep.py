@@ -257,7 +257,7 @@ def start_workers(cfg, devices, lanes, threads):
     common = (threads, cfg.cache, cfg.items, inbox, outbox)
     arguments = [(os.getpid(), devices[i % len(devices)], *common) for i in range(lanes)]
     workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
-    # Workers inherit this, so that the parent ends them on Ctrl-C.
+    # Workers inherit this: it is the parent who ends them on Ctrl-C.
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for worker in workers:
         worker.start()

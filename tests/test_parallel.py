@@ -54,7 +54,7 @@ def runs(data_dir, tmp_path_factory):  # noqa: F811
         checkpoint.find(start)[-1][1].unlink()
         checkpoint.save(start, 2, state, keep=1)
         (start / "results.json").unlink()
-    copy = lambda name, like: shutil.copytree(base / like.replace("one", "start"), base / name)
+    copy = lambda name, like: shutil.copytree(base / like.replace("one", "start"), base / name)  # noqa: E731
     jobs = [
         [
             world,
@@ -178,7 +178,7 @@ def test_no_thread_of_a_process_group_is_left(monkeypatch):
     monkeypatch.setattr(
         os, "environ", os.environ | dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     )
-    named = lambda: [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    named = lambda: [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]  # noqa: E731
     before = sum("gloo" in name for name in named())
     monkeypatch.delitem(sys.modules, "torch.distributed.nn.functional", raising=False)
     parallel.connect(torch.device("cpu"))
@@ -231,7 +231,7 @@ def halves(data_dir, tmp_path_factory):  # noqa: F811
 def test_bfloat16_engines_train_alike_and_resume(halves, weights):
     """As on GPUs: ranks hold bfloat16 copies and slices of float32 weights, or bfloat16 weights. Losses are those of
     one process to bfloat16's roundings; a checkpoint has the dtypes of one process, and going on changes no bit."""
-    kinds = lambda run: {name: (t.shape, t.dtype) for name, t in checkpoint.read(run)["model"].items()}
+    kinds = lambda run: {name: (t.shape, t.dtype) for name, t in checkpoint.read(run)["model"].items()}  # noqa: E731
     for engine in ENGINES:
         runs = halves / weights, halves / f"{engine}-{weights}"
         losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in runs]
