@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from bench import counters, generation, kernels, layer, node, peers, plot, readme, results, step, timing
+from bench import counters, generation, kernels, layer, node, peers, plot, readme, step, timing
 from bench.problem import (
     TARGETS,
     Cost,
@@ -23,7 +23,7 @@ from bench.problem import (
     parse_shape,
     require_accuracy,
 )
-from bench.rows import COLUMNS, append, latest, read
+from bench.rows import COLUMNS, KEY, BenchConfig, Ceilings, Results, append, latest, read
 from moe_kernels import grouped_gemm, moe_experts
 from optimoe import config
 
@@ -139,14 +139,14 @@ def test_csv_round_trip(tmp_path, capsys):
     assert [row["K"] for row in read(path)] == [2, 1, 4]
     assert "line 4: left out" in capsys.readouterr().err
     append(path, ROW | dict(p50_ms=3.0))
-    assert latest(read(path))[tuple(ROW[name] for name in results.KEY)]["p50_ms"] == 3.0
+    assert latest(read(path))[tuple(ROW[name] for name in KEY)]["p50_ms"] == 3.0
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="columns"):
         append(tmp_path / "other.csv", ROW)
 
 
 def test_only_ceilings_are_nothing_measured():
-    run = results.Results(results.BenchConfig(revision="test"))
+    run = Results(BenchConfig(revision="test"))
     ceiling, gemms, ours = (("ceiling", "torch"), ("layer", "gemms"), ("layer", "triton"))
     for kinds, status in (([], 1), ([ceiling, ceiling], 1), ([ceiling, gemms], 1), ([ceiling, gemms, ours], 0)):
         run.rows = [dict(kernel=kernel, implementation=name) for kernel, name in kinds]
@@ -255,7 +255,7 @@ def test_counters_are_read_from_ncus_table():
 
 
 def test_counters_stand_beside_the_roofline_and_go_to_a_file(tmp_path):
-    shape, machine = Shape(65536, 512, 1024, 64, 4), results.Ceilings(700.0, 3.0)
+    shape, machine = Shape(65536, 512, 1024, 64, 4), Ceilings(700.0, 3.0)
     parsed = counters.parse(COUNTED, [["up", "up_kernel"]])
     rows = counters.beside_roofline(parsed, shape, machine)
     floor_us = 1e6 * 4 * 65536 * 4 * 512 * 1024 / 700e12  # its products need longer than its bytes
