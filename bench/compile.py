@@ -104,11 +104,7 @@ def launch_rest(shape, dtype):
         cross_entropy.cross_entropy_op._init_fn(x, w, targets, 8, True)
     for rows in (1, min(T, 64)):  # generation
         norm, ids = empty(D, dtype=dtype), empty(rows, K, dtype=torch.int32)
-        x, q, cache = (
-            empty(rows, D, dtype=dtype),
-            empty(rows, 12, 64, dtype=dtype),
-            empty(rows, 256, 4, 64, dtype=dtype),
-        )
+        x, q, cache = (empty(*size, dtype=dtype) for size in ((rows, D), (rows, 12, 64), (rows, 256, 4, 64)))
         table, written = empty(256, 1, 64), empty(rows, 8, dtype=torch.int64)
         decode.linear(x, empty(V, D, dtype=dtype), norm, 1e-5)
         decode.linear(x, empty(D, D, dtype=dtype), add=x)
@@ -162,11 +158,9 @@ def inspect(kernel, capability):
         "shared": kernel.metadata.shared,
         **{what: len(re.findall(pattern, ptx)) for what, pattern in COUNTS.items()},
     }
-    warnings = {
-        line.split("for gpu")[0].strip() for line in log.splitlines() if re.search(r"warning|\bC7\d\d\d\b", line)
-    }
+    warned = (line for line in log.splitlines() if re.search(r"warning|\bC7\d\d\d\b", line))
     over = row["shared"] - LIMITS[capability].shared
-    problems = sorted(warnings)
+    problems = sorted({line.split("for gpu")[0].strip() for line in warned})
     problems += [f"spills {row['spilled']} bytes a thread"] if row["spilled"] else []
     problems += [f"{over} bytes of shared memory too many"] if over > 0 else []
     return row | {"problems": problems}
@@ -202,15 +196,12 @@ def compile_shape(job):
 def table(rows):
     """Rows of dicts as a Markdown table with aligned columns."""
     columns = [key for key in rows[0] if key not in ("name", "triton")]
-    cells = [
-        columns,
-        *([", ".join(v) if isinstance(v := row[key], list) else str(v) for key in columns] for row in rows),
-    ]
+    cells = [[", ".join(v) if isinstance(v := row[key], list) else str(v) for key in columns] for row in rows]
+    cells.insert(0, columns)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells
-    )
+    padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def main(argv=None):

@@ -47,9 +47,7 @@ def chat_template(directory):
         try:
             return template.render(messages=messages, add_generation_prompt=answer, **tokens)
         except Exception as error:  # a template is somebody else's program
-            raise ValueError(
-                f"the chat template of {directory} refuses these messages ({error}); change them"
-            ) from None
+            raise ValueError(f"the chat template of {directory} refuses the messages ({error}); change them") from None
 
     try:
         template = environment.from_string(source)

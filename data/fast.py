@@ -50,9 +50,7 @@ class Fast:
         self._fast.encode_special_tokens = True
         self.n_vocab = 1 + max(self._fast.get_vocab().values(), default=-1)
         if any(self._fast.id_to_token(token) is None for token in [*self.begin, eot_token]):
-            raise ValueError(
-                f"{name}: no tokens have the ids {self.begin} and {eot_token} of its begin and end of text"
-            )
+            raise ValueError(f"{name}: no tokens have the ids {self.begin} and {eot_token} of begin and end of text")
         special = {str(token): i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
         self._special = set(special.values())
         self._inside = re.compile("|".join(f"(?<={re.escape(s[:1])})(?={re.escape(s[1:])})" for s in special) or "(?!)")

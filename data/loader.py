@@ -143,7 +143,7 @@ class _Source:
             self.rows = packed(self.lengths.tolist(), seq_len + 1)
             self.n_windows = len(self.rows)
         remedy = (
-            f"one window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; use a smaller one"
+            f"a window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; use a smaller one"
         )
         if self.marks:
             remedy = f"no answer in split {split!r} of {directory} begins so early; use a larger seq_len"

@@ -137,9 +137,8 @@ def documents(enc, texts):
         begin = enc.begin if enc.begin != [enc.eot_token] else []  # else it ends the document before
         found = [np.array([*begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
     else:
-        found = [
-            np.append(enc.encode_to_numpy(text, disallowed_special=()), np.uint32(enc.eot_token)) for text in texts
-        ]
+        end = np.uint32(enc.eot_token)
+        found = [np.append(enc.encode_to_numpy(text, disallowed_special=()), end) for text in texts]
     return [(ids, len(text.encode())) for ids, text in zip(found, texts, strict=True)]
 
 

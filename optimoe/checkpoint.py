@@ -55,10 +55,9 @@ def save(run_dir, step, state, keep, rank=0, world=1):
     except OSError as error:
         if rank == 0:
             tmp.unlink(missing_ok=True)
-        found = find(run_dir)
-        newest = (
-            f"{found[-1][1]} is whole: free some space, then --resume={run_dir}" if found else "there is no older one"
-        )
+        newest = "there is no older one"
+        if found := find(run_dir):
+            newest = f"{found[-1][1]} is whole: free some space, then --resume={run_dir}"
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); {newest}") from error
     files.sync_directory(run_dir)  # the rename itself must reach the disk before older files go
     older = [old for _, old in find(run_dir) if old != path]
@@ -158,9 +157,7 @@ def read(path):
     if digest != match[2]:
         older = [str(other) for _, other in find(path.parent) if other != path]
         remedy = f"move it away to continue from {older[-1]}" if older else "restore it from a copy"
-        raise ValueError(
-            f"{path} is corrupt ({path.stat().st_size:,} bytes, SHA-256 {digest}... differs from its name): {remedy}"
-        )
+        raise ValueError(f"{path} is corrupt (its SHA-256, {digest}..., is not that of its name): {remedy}")
     # Mapped: ranks share the file's memory, and optimiser states are read only where they are used.
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return state | {"config": config.complete(ModelConfig, state["config"])} if "config" in state else state

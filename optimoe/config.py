@@ -132,9 +132,7 @@ def split_flags(cls, argv):
                 text = "true" if hints.get(name) is bool else words.pop(0)
             flags[name] = text
         elif not positional:
-            raise ValueError(
-                f"unexpected argument {word!r}: write --field=value (a bool takes its value only with '=')"
-            )
+            raise ValueError(f"unexpected argument {word!r}: write --field=value (a bool takes a value only with '=')")
         elif typing.get_origin(hints[positional[0]]) is tuple:
             before = flags.get(positional[0], [])
             flags[positional[0]] = [*(before.split(",") if isinstance(before, str) else before), word]

@@ -134,9 +134,7 @@ def reachable(cfg, device, groups):
     dist.all_reduce(near, dist.ReduceOp.MIN)  # on different paths they would wait for one another for ever
     if not near and dist.get_rank() == 0:
         reason = "some GPUs cannot read each other's memory" if here else "a group of ranks is on several machines"
-        print(
-            f"parallel=ep: {reason}; tokens travel by all-to-all, for which every layer waits for the host", flush=True
-        )
+        print(f"parallel=ep: {reason}; tokens travel by all-to-all, and every layer waits for the host", flush=True)
     return bool(near)
 
 

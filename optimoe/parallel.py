@@ -65,9 +65,8 @@ def average(tensors, group=None):
         flat = torch.cat([t.flatten() for t in same])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size()
-        torch._foreach_copy_(
-            same, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in same]), same, strict=True)]
-        )
+        parts = zip(flat.split([t.numel() for t in same]), same, strict=True)
+        torch._foreach_copy_(same, [part.view_as(t) for part, t in parts])
 
 
 def layer_of(name, cfg):

@@ -26,9 +26,8 @@ PROBE = "The 7 naïve café owners said: “x[i] += 12.50;”\n\n\tdef f(self): 
 def training_fields(name):
     """Defaults of train.TrainConfig for a run that starts from this model."""
     folder = hub.folder(name, "init_from")
-    require(
-        released(folder), "init_from", name, "no published model; a run becomes one by python -m optimoe.hf RUN DIR"
-    )
+    remedy = "this is no published model; python -m optimoe.hf RUN DIR makes one of a run"
+    require(released(folder), "init_from", name, remedy)
     cfg = hf.model_config(files.read_json(folder / hf.CONFIG, hf.AGAIN))
     own = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(ModelConfig)}
     own = {field: value for field, value in own.items() if field not in hf.FREE}

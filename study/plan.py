@@ -145,9 +145,8 @@ def paper_table(cfg):
 
 
 def evidence():
-    speeds = [
-        f"  {row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']}" for *_, row in throughput()
-    ]
+    rows = (row for *_, row in throughput())
+    speeds = [f"  {row['model']} {float(row['tokens_per_s']):,.0f} tokens/s on {row['gpu']}" for row in rows]
     return [
         "Evidence: the order of the table, for 125 B tokens of the paper's mixture (65 models, one run each; the",
         f"  optimum, {BEST_TPP} TPP, to a factor of {RESOLUTION}). Of models of 1 to 51 M parameters, docs/STUDY.md:",

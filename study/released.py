@@ -248,9 +248,8 @@ def main(argv=None):
     paperfigures.draw(rows, cfg.own, cfg.out, cfg.family)
     if failed:
         reasons = "".join(f"\n  {name}: {why}" for name, why in failed.items())
-        sys.exit(
-            f"error: {len(failed)} of {len(todo)} models were not evaluated; the same command tries them again{reasons}"
-        )
+        what = f"{len(failed)} of {len(todo)} models were not evaluated"
+        sys.exit(f"error: {what}; the same command tries them again{reasons}")
 
 
 if __name__ == "__main__":

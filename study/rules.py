@@ -102,7 +102,6 @@ def stop_rule(preset, rows):
         high = interval(rise)[2]
         if len(rise) >= MIN_SEEDS and high < RISE:
             far = "" if {*map(key, PRESETS["scarce2"](rows))} <= {row["key"] for row in rows} else " so far"
-            return (
-                f"the rise of unseen-solution loss at k = 8 lies below {RISE} nats a doubling{far} (at most {high:.3f})"
-            )
+            what = f"the rise of unseen-solution loss at k = 8 lies below {RISE} nats a doubling{far}"
+            return f"{what} (at most {high:.3f})"
     return ""

@@ -122,9 +122,9 @@ def test_bad_rows_are_named(tmp_path, row, message):
 
 
 FAILING = {
-    "{{ raise_exception('no users') }}": "refuses these messages .no users.; change them",
-    "{{ messages + 1 }}": "refuses these messages",
-    "{{ unknown() }}": "refuses these messages .'unknown' is undefined",
+    "{{ raise_exception('no users') }}": "refuses the messages .no users.; change them",
+    "{{ messages + 1 }}": "refuses the messages",
+    "{{ unknown() }}": "refuses the messages .'unknown' is undefined",
     "{% for %}": "is damaged",
 }
 

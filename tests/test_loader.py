@@ -141,7 +141,7 @@ def test_bad_input_is_named(tmp_path):
             Loader([(data, 1.0)], "train", **{"batch_size": 2, "seq_len": L} | bad)
     with pytest.raises(ValueError, match="batch_size=1000000000000.*use at most 2.36 tokens"):
         Loader([(data, 1.0)], "train", 10**12, L)
-    with pytest.raises(ValueError, match="seq_len=400: one window needs 401 tokens, .* has 400"):
+    with pytest.raises(ValueError, match="seq_len=400: a window needs 401 tokens, .* has 400"):
         Loader([(data, 1.0)], "train", 2, 400)
     other = write(tmp_path / "b", 100, enc=tokenizer.word_tokenizer([" x"]))
     with pytest.raises(ValueError, match="not the tokenizer of .*--tokenizer"):

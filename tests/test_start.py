@@ -150,7 +150,7 @@ MISTAKES = {
     "seq_len=65: .*olmoe reads 64 tokens at most": ["--seq-len=65"],
     "data='': name text in its tokens: python -m data.prepare": ["--data="],
     "init_from='nowhere': no such directory": ["--init-from=nowhere"],
-    "init_from='.': no published model; a run becomes one": ["--init-from=."],
+    "init_from='.': this is no published model; python -m": ["--init-from=."],
     "the weights come from one place": ["--upcycle-from=x"],
     "preset='tiny': the sizes are those of init_from": ["--preset=tiny"],
 }

@@ -201,7 +201,7 @@ MISTAKES = {
     "--top-k=5": "top_k=5: use 4 or less",
     "--d-model=40": "d_model=40: use a multiple of 16",
     "--batch-size=9 --grad-accum=2": "batch_size=9: use a multiple of grad_accum=2",
-    "--seq-len=100000": "seq_len=100000: one window needs 100001 tokens",
+    "--seq-len=100000": "seq_len=100000: a window needs 100001 tokens",
     "--resume=": "resume='': it is empty",
     "--resume=/nonexistent": "resume='/nonexistent': not a run directory",
     "--beta2=1": "beta2=1.0: use a number from 0 to below 1",
