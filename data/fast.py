@@ -4,6 +4,7 @@ enc = from_folder("Mixtral-8x7B-v0.1")        # its tokenizer.json and tokenizer
 enc.encode_ordinary("48/2"), enc.begin, enc.eot_token
 """
 
+import importlib
 import re
 from pathlib import Path
 
@@ -12,17 +13,16 @@ from data import files
 AGAIN = "download it again"
 
 
-def library():
-    """The package `tokenizers`; ValueError saying how to install it."""
+def package(name="tokenizers"):
+    """An imported package of the extra `hf`; ValueError saying how to install it."""
     try:
-        import tokenizers
+        return importlib.import_module(name)
     except ImportError:
-        raise ValueError("the package `tokenizers` is needed for this tokenizer: pip install -e '.[hf]'") from None
-    return tokenizers
+        raise ValueError(f"the package {name.partition('.')[0]} is not installed: pip install -e '.[hf]'") from None
 
 
 def _open(definition, where="its tokenizer.json"):
-    Tokenizer = library().Tokenizer
+    Tokenizer = package().Tokenizer
     try:
         tokenizer = Tokenizer.from_str(definition)
     except Exception as error:  # the library raises nothing more precise

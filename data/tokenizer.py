@@ -17,7 +17,7 @@ import numpy as np
 import tiktoken
 
 from data import files
-from data.fast import Fast, from_folder, library
+from data.fast import Fast, from_folder, package
 from optimoe.config import require
 
 EOT = "<|endoftext|>"
@@ -50,7 +50,7 @@ def train_bpe(texts, vocab_size):
     bytes, the merges and "<|endoftext|>". The order of the texts does not matter. ValueError when vocab_size is out of
     range, or without the package `tokenizers`."""
     require_size(vocab_size)
-    lib = library()
+    lib = package()
     splits = lib.pre_tokenizers.Split(lib.Regex(PATTERN), "isolated")
     short = lib.pre_tokenizers.Split(lib.Regex("(?m:.{1,1000})"), "isolated")  # a longer piece takes quadratic time
     spelling = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -110,7 +110,7 @@ def load(directory):
     if "model" in kept and "tokens" not in kept:
         return from_folder(directory)
     if "tokenizers" in kept:
-        library()  # its absence is no damage
+        package()  # its absence is no damage
     try:
         if "tokenizers" in kept:
             return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"])

@@ -10,7 +10,6 @@ Expert weights are one tensor per expert and matrix there, as in released checkp
 
 import dataclasses
 import hashlib
-import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 
 from data import chat, fast, files, tokenizer
+from data.fast import package
 from data.tokenizer import Tokens
 from model import GPT, UNTAUGHT, ModelConfig, compute_dtype, rope_tables
 from optimoe import checkpoint, config, hub
@@ -287,7 +287,7 @@ def save_tokens(enc, directory, chat_template=None):
     if chat_template is not None:
         files.replace(directory / chat.TEMPLATE, chat_template)
     if isinstance(enc, fast.Fast):
-        library = fast.library().Tokenizer.from_str(enc.definition)
+        library = package().Tokenizer.from_str(enc.definition)
         begin, end = enc.begin, library.id_to_token(enc.eot_token)
     else:
         library, begin, end = from_tiktoken(enc), [enc.eot_token], tokenizer.EOT
@@ -300,7 +300,7 @@ def save_tokens(enc, directory, chat_template=None):
 
 def from_tiktoken(enc):
     """A tiktoken encoding as a tokenizer of the library `tokenizers`."""
-    lib = fast.library()
+    lib = package()
     letters = tokenizer.letters()
     ranks, special = enc._mergeable_ranks, enc._special_tokens
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -316,14 +316,6 @@ def from_tiktoken(enc):
     end = tokenizer.EOT
     made.post_processor = lib.processors.TemplateProcessing(f"{end} $A", special_tokens=[(end, enc.eot_token)])
     return made
-
-
-def package(name):
-    """An imported package; ValueError saying how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(f"the package {name.partition('.')[0]} is not installed: pip install -e '.[hf]'") from None
 
 
 def fingerprint(directory, *others, title=""):

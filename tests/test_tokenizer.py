@@ -112,7 +112,7 @@ def test_vocabulary_size_and_determinism():
 
 def test_without_the_library_training_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=r"package `tokenizers` is needed.*pip install -e '.\[hf\]'"):
+    with pytest.raises(ValueError, match=r"package tokenizers is not installed: pip install -e '.\[hf\]'"):
         tokenizer.train_bpe(["text"], 300)
 
 
