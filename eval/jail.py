@@ -21,8 +21,7 @@ def main(channel, parent):
     """Talk over the descriptor `channel`, with a 4-byte length before each message: receive the job, send CONFINED, run
     the program, send READY, receive token + tests, run them, send the token, or what went wrong.
 
-    A failure before CONFINED is the machine's fault: the child sends UNCONFINED and the reason, or prints a
-    traceback."""
+    A failure before CONFINED is the machine's fault: it sends UNCONFINED and the reason, or prints a traceback."""
     # The program may replace builtins and functions of modules, so those needed later are local.
     read, write, pack, unpack, execute, make_code = os.read, os.write, struct.pack, struct.unpack, exec, compile
     error, text, kind = BaseException, str, type

@@ -1,16 +1,25 @@
 """One token of every sequence through the model on the kernels of moe_kernels.decode: what GPT.forward computes with a
 cache and one new token each, up to rounding, in a third of the launches."""
 
+from dataclasses import fields
+
 import torch.nn.functional as F_
 
+from model import ModelConfig
 from moe_kernels import decode, moe_experts
 from moe_kernels.tiles import pick_impl
 
+# Fields of ModelConfig that `step` obeys; a model with another value than the default in any other takes GPT.forward.
+OBEYED = """vocab_size seq_len d_model n_layers n_heads n_kv_heads head_dim n_experts top_k d_expert router_score
+    router_normalize router_bias_rate activation qk_norm tie_embeddings rope_theta norm_eps init_std embed_init_std
+    dtype impl loss_chunk recompute""".split()
+
 
 def has_step(model):
-    """Whether `step` knows this model and its kernels can run where its weights are."""
+    """Whether `step` computes this model and its kernels can run where its weights are."""
     cfg = model.cfg
-    if cfg.dense or cfg.n_shared_experts or (cfg.qk_norm and cfg.qk_norm_joint) or cfg.impl not in ("auto", "triton"):
+    other = (field for field in fields(ModelConfig) if field.name not in OBEYED)
+    if cfg.impl not in ("auto", "triton") or any(getattr(cfg, field.name) != field.default for field in other):
         return False
     one_gpu = model.before_layer is None and all(block.mlp.experts is moe_experts for block in model.blocks)
     return one_gpu and pick_impl(cfg.kernels, model.embed.weight) == "triton"

@@ -6,8 +6,7 @@
            gathers the new slices while its forward pass runs. Small tensors are averaged together and updated
            everywhere. Nothing waits for the host, so a whole step can be one CUDA graph, collectives included.
     ep     As ddp, but a rank holds only some of the experts, and tokens travel to them (optimoe/exchange.py). Each
-    group
-           of ep_size ranks holds all experts; only ranks with the same experts average their gradients.
+           group of ep_size ranks holds all experts; only ranks with the same experts average their gradients.
 
 Gradients and gathered weights travel in the dtype that they have on one GPU. A checkpoint has the format of one
 process, so a run can be resumed with any number of ranks and the other engine.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from eval import one_token
 from eval.generate import generate
 from eval.kv_cache import KVCache
 from eval.one_token import has_step, step
@@ -67,6 +68,12 @@ def test_a_step_equals_the_model(options, few, device, monkeypatch, poison):
 )
 def test_other_models_have_no_step(options, device):
     assert not has_step(make(device, **options))
+
+
+def test_a_field_that_step_does_not_know_has_none(device, monkeypatch):
+    """Such as that of a new router variant: generation on a GPU would ignore it."""
+    monkeypatch.setattr(one_token, "OBEYED", [name for name in one_token.OBEYED if name != "router_score"])
+    assert has_step(make(device)) and not has_step(make(device, router_score="sigmoid"))
 
 
 @pytest.mark.parametrize("few", [0, 64])
