@@ -105,8 +105,7 @@ def main(argv=None):
             dist.barrier()
             measured.append(measure(cfg, rank, size, device))
             gc.collect()  # models are cycles, and their memory is needed for the next one
-            if cuda:
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         single = torch.zeros(world, device=device)
         single[rank] = measured[0][0].p50
         dist.all_reduce(single)
