@@ -1,18 +1,15 @@
 """bench: the formulas against hand counts, the CSV, the checks, and the command lines on a CPU."""
 
 import csv
-import gc
 import json
 import os
 import socket
 import stat
 import subprocess
 import sys
-import weakref
 
 import pytest
 import torch
-from triton.runtime.jit import JITFunction
 
 from bench import counters, generation, kernels, layer, node, peers, plot, readme, results, step, timing
 from bench.problem import (
@@ -27,8 +24,8 @@ from bench.problem import (
     require_accuracy,
 )
 from bench.results import COLUMNS, append, latest, read
-from moe_kernels import grouped_gemm, language, moe_experts
-from optimoe import config, parallel
+from moe_kernels import grouped_gemm, moe_experts
+from optimoe import config
 
 TINY = Shape(48, 32, 16, 4, 2)
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what the benchmarks do without a GPU")
@@ -274,21 +271,6 @@ def test_counters_stand_beside_the_roofline_and_go_to_a_file(tmp_path):
     assert path.read_text() == "a,b\n"
 
 
-def test_ncu_learns_the_name_of_every_launch(monkeypatch, capsys):
-    """Also of kernels that have run before, which language.launch starts without Triton."""
-    kernel = object.__new__(JITFunction)
-    kernel.fn, starts = type("Function", (), {"__name__": "up_kernel"})(), {(2, 1, 1): lambda *args: None}
-    call = lambda: language.launch(kernel, (2,), (torch.zeros(3),))  # noqa: E731
-    monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: starts)
-    monkeypatch.setattr(kernels.problem, "make_inputs", lambda *args: None)
-    monkeypatch.setattr(kernels, "layer_calls", lambda inputs: ({"up": call}, 0.0))
-    monkeypatch.setattr(kernels, "routing_calls", lambda *args: {})
-    for place, name in ((torch.cuda, "synchronize"), (torch.cuda.profiler, "start"), (torch.cuda.profiler, "stop")):
-        monkeypatch.setattr(place, name, lambda: None)
-    kernels.run_once(TINY, ["up", "up"])
-    assert json.loads(capsys.readouterr().out) == 2 * [["up", "up_kernel"]]
-
-
 @cpu_only
 def test_counters_say_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -320,29 +302,6 @@ def test_node_on_two_ranks(engine, tmp_path):
     rows = read(tmp_path / "node.csv")
     assert [(row["implementation"], row["mode"], row["T"]) for row in rows] == [("one GPU", "1", 16), (engine, "2", 16)]
     assert rows[1]["share"] > 0 and rows[1]["gb_s"] > 0 and rows[0]["share"] is None and "the slowest" in outs[0]
-
-
-def test_the_model_of_one_gpu_is_gone_before_that_of_all(monkeypatch):
-    seen = []
-
-    def measure(cfg, rank, size, device):
-        assert not seen or seen[0]() is None
-        model = torch.nn.Module()
-        model.cycle = model.__call__
-        seen.append(weakref.ref(model))
-        return timing.Times(1.0, 1.0, 1.0), 0, {}
-
-    monkeypatch.setattr(node, "measure", measure)
-    for place, name in ((node.dist, "barrier"), (node.dist, "all_reduce"), (parallel, "connect")):
-        monkeypatch.setattr(place, name, lambda *args, **kwargs: None)
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    gc.disable()
-    try:
-        node.main([])
-    finally:
-        gc.enable()
-    assert len(seen) == 2
 
 
 def test_exposed_communication():
