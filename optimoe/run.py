@@ -36,7 +36,8 @@ set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_p
 
 CPU = torch.device("cpu")
 START_SECONDS = 60  # that ranks wait for one another at the start, where one that died closes no connection
-RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and one process has
+FIRST_SECONDS = 5  # that rank 0 has for saying what ends the run before others do
+RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # what torchrun sets, and one process has
 STOPPED = "stopped; continue with --resume from the last checkpoint; without one, the same command starts again"
 
 
@@ -370,7 +371,7 @@ def require_memory(what, least, device, remedy):
     else:
         has, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
         text = limit.read_text().strip() if limit.exists() else "max"
-        has = min(has, int(text)) if text.isdigit() else has
+        has = min(has, int(text)) if text.isdecimal() else has
     if least > has:
         sizes = f"{least / 2**30:,.0f} GiB of memory or more, and there are {has / 2**30:,.1f}"
         raise ValueError(f"{what} need {sizes}: {remedy}")
@@ -397,12 +398,25 @@ def lost_rank(error, world):
     return world > 1 and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and of_torch)
 
 
+def own_place():
+    """(rank, its number on this machine, number of ranks). ValueError for an environment that no torchrun has made."""
+    place, remedy = [], "torchrun sets this: start all ranks with it, or unset WORLD_SIZE for a single process"
+    for name, alone in RANKS.items():
+        text = os.environ.get(name, alone)
+        require(text.isdecimal() and int(text) >= (name == "WORLD_SIZE"), name, text, remedy)
+        place.append(int(text))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if place[-1] > 1 and name not in os.environ]
+    require(not missing, "WORLD_SIZE", place[-1], f"but {', '.join(missing)} not set; {remedy}")
+    return place
+
+
 def launch(program, cls, description, argv=None):
     """program(cfg, rank, world, device, given) from the command line or torchrun.
 
     A mistake ends the process with one line; with an argv, or DEBUG in the environment, it is raised."""
-    rank, local_rank, world = (int(os.environ.get(name, alone)) for name, alone in RANKS.items())
+    rank, world = 0, 1
     try:
+        rank, local_rank, world = own_place()
         cfg, given = parse(cls, sys.argv[1:] if argv is None else argv, description)
         device = pick_device(cfg, local_rank)
         if device.type == "cuda":
@@ -416,11 +430,16 @@ def launch(program, cls, description, argv=None):
         return program(cfg, rank, world, device, given)
     except (Exception, KeyboardInterrupt) as error:
         line = explain(error, rank, world)
-        if line and lost_rank(error, world):
+        lost = line and lost_rank(error, world)
+        if not lost and (line is None or argv is not None or "DEBUG" in os.environ):
+            raise
+        if rank and isinstance(error, KeyboardInterrupt):
+            sys.exit(1)  # Ctrl-C reaches all ranks, and rank 0 says so
+        if rank:  # rank 0 may say the same, or why it left; then torchrun ends this rank, and nobody reads it twice
+            time.sleep(FIRST_SECONDS)
+        if lost:
             print(line, file=sys.stderr, flush=True)
             os._exit(1)  # communication threads may still wait for the rank that is gone
-        if line is None or argv is not None or "DEBUG" in os.environ:
-            raise
         sys.exit(line)
     finally:
         parallel.disconnect()

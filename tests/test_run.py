@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from types import ModuleType
@@ -26,7 +25,7 @@ from eval import report
 from optimoe import checkpoint, config, guard, run
 from tests.test_grpo import SHORT, start  # noqa: F401
 from tests.test_train import data_dir, whole_run  # noqa: F401
-from tests.trainrun import ROOT, SMALL, cut_at, differences, rows, snapshot
+from tests.trainrun import ROOT, SMALL, cut_at, differences, free_port, rows, snapshot
 from tests.trainrun import run as train_run
 from train import TrainConfig, main
 
@@ -420,18 +419,45 @@ def test_rank_0_killed_at_the_start(data_dir, start, tmp_path, program, moment):
     started by run.launch."""
     flags = {"train": [*SMALL, f"--data={data_dir}"], "grpo": [*SHORT, f"--model={start}"]}[program]
     flags = [*flags, f"--out-dir={tmp_path / 'out'}"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     if moment == "before it came":
         other = start_rank(program, flags, 1, port, "run.START_SECONDS = 3")
     else:
         first = start_rank(program, flags, 0, port, "run.Run._open = lambda self: os.kill(os.getpid(), 9)")
         other = start_rank(program, flags, 1, port)
-        assert first.wait(timeout=100) == -9
-    said, _ = other.communicate(timeout=50)
+        assert first.wait(timeout=300) == -9
+    said, _ = other.communicate(timeout=300)
     assert other.returncode == 1 and "Traceback" not in said, said[-3000:]
     assert "error: rank 1 lost its connection to another rank, which died or never started" in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_says_what_is_wrong_before_others_do(rank, monkeypatch):
+    slept = []
+    for name, value in dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DEBUG", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--stpes=3"])
+    monkeypatch.setattr(run.time, "sleep", slept.append)
+    with pytest.raises(SystemExit, match="did you mean 'steps'"):
+        main()
+    assert slept == [run.FIRST_SECONDS] * rank
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ("WORLD_SIZE=2 RANK=1", "WORLD_SIZE=2: but MASTER_ADDR, MASTER_PORT not set; torchrun .*, or unset WORLD_SIZE"),
+        ("WORLD_SIZE=two", "WORLD_SIZE='two': torchrun sets this: start all ranks with it, or unset WORLD_SIZE"),
+        ("WORLD_SIZE=0", "WORLD_SIZE='0': torchrun sets this"),
+        ("RANK=", "RANK='': torchrun sets this"),
+    ],
+)
+def test_an_environment_that_no_torchrun_has_made(environment, said, monkeypatch):
+    for word in environment.split():
+        monkeypatch.setenv(*word.split("="))
+    with pytest.raises(ValueError, match=said):
+        main([])
 
 
 def test_a_run_of_the_other_program_is_named(tmp_path):
