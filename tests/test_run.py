@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -442,6 +442,13 @@ def test_rank_0_says_what_is_wrong_before_others_do(rank, monkeypatch):
     with pytest.raises(SystemExit, match="did you mean 'steps'"):
         main()
     assert slept == [run.FIRST_SECONDS] * rank
+
+
+@pytest.mark.parametrize("ranks, command", [(1, "python"), (4, "torchrun --nproc-per-node=4")])
+def test_a_stopped_run_goes_on_with_as_many_ranks(ranks, command, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    run.Run.stopped(SimpleNamespace(first=True, dir="runs/x"), 3, "train.py")
+    assert capsys.readouterr().out.endswith(f"continue with: {command} train.py --resume=runs/x\n")
 
 
 @pytest.mark.parametrize(
