@@ -36,7 +36,6 @@ set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_p
 
 CPU = torch.device("cpu")
 START_SECONDS = 60  # that ranks wait for one another at the start, where one that died closes no connection
-RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and one process has
 STOPPED = "stopped; continue with --resume from the last checkpoint; without one, the same command starts again"
 FIRST_SECONDS = 5  # that rank 0 has to say what ends the run, before the others do
 
@@ -330,7 +329,7 @@ class Run:
 
     def stopped(self, step, program):
         if self.first:
-            again = f"{starter()} {program} --resume={self.dir}"
+            again = f"{parallel.runner()} {program} --resume={self.dir}"
             print(f"stopped and saved at step {step}; continue with: {again}", flush=True)
 
     def finish(self, results):
@@ -399,31 +398,13 @@ def lost_rank(error, world):
     return world > 1 and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and of_torch)
 
 
-def starter():
-    """How this process was started: by python, or by torchrun with so many ranks on this machine."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return "python" if ranks == "1" else f"torchrun --nproc-per-node={ranks}"
-
-
-def own_place():
-    """(rank, its number on this machine, number of ranks). ValueError for an environment that no torchrun has made."""
-    place, remedy = [], "torchrun sets this: start all ranks with it, or unset WORLD_SIZE for a single process"
-    for name, alone in RANKS.items():
-        text = os.environ.get(name, str(alone))
-        require(text.isdecimal() and int(text) >= (name == "WORLD_SIZE"), name, text, remedy)
-        place.append(int(text))
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if place[-1] > 1 and name not in os.environ]
-    require(not missing, "WORLD_SIZE", place[-1], f"but {', '.join(missing)} not set; {remedy}")
-    return place
-
-
 def launch(program, cls, description, argv=None):
     """program(cfg, rank, world, device, given) from the command line or torchrun.
 
     A mistake ends the process with one line; with an argv, or DEBUG in the environment, it is raised."""
     rank, world = 0, 1
     try:
-        rank, local_rank, world = own_place()
+        rank, local_rank, world = parallel.own_place()
         cfg, given = parse(cls, sys.argv[1:] if argv is None else argv, description)
         device = pick_device(cfg, local_rank)
         if device.type == "cuda":
