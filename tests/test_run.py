@@ -383,7 +383,7 @@ def test_skipping_goes_on_until_ten_in_a_row(data_dir, tmp_path, log_every):
             train_run(data_dir, tmp_path / "off", *flags, "--steps=12", "--log-every=1")
 
 
-def test_hints_repeat_the_flags_of_the_run(tmp_path):
+def test_hints_repeat_the_flags_of_the_run(tmp_path, monkeypatch):
     procedural.build(tmp_path / "data", SMALL_MIXTURE)
     cfg = TrainConfig(
         **TrainConfig.preset_fields("tiny") | {"vocab_size": 512, "lr": 1e-3, "curves": False, "n_experts": 16}
@@ -398,6 +398,8 @@ def test_hints_repeat_the_flags_of_the_run(tmp_path):
     assert "grpo.py --model=runs/x --steps=" in hints(0.5) or torch.cuda.is_available()
     assert "grpo.py" not in hints(0.99) and "--n_experts" not in hints(0.5, n_experts=1024)
     config.parse(TrainConfig, report.own_flags(cfg, "dense").split())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "  torchrun --nproc-per-node=4 train.py --resume=runs/x --steps=" in hints(0.5)
 
 
 def test_a_run_of_the_other_program_is_named(tmp_path):
