@@ -371,7 +371,7 @@ def require_memory(what, least, device, remedy):
     else:
         has, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
         text = limit.read_text().strip() if limit.exists() else "max"
-        has = min(has, int(text)) if text.isdecimal() else has
+        has = min(has, int(text)) if text.isdigit() else has
     if least > has:
         sizes = f"{least / 2**30:,.0f} GiB of memory or more, and there are {has / 2**30:,.1f}"
         raise ValueError(f"{what} need {sizes}: {remedy}")
