@@ -167,7 +167,7 @@ def load_start(cfg, device):
 
 
 def load_questions(cfg, model, tokens, source):
-    """(training questions, test questions, longest answer), with prompts that leave room for an answer."""
+    """(training questions, test questions, longest answer), of prompts that leave room for an answer."""
     limit, task = min(cfg.prompt_tokens, model.cfg.seq_len // 2), tasks.load(cfg.task)
     found, prompt_ids = [], start.prompt_ids(cfg.model, tokens)
     for split, n in (("train", cfg.questions), ("test", cfg.eval_questions)):
