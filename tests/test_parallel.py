@@ -283,6 +283,14 @@ def test_a_bad_step_stops_all_ranks_with_a_dump_of_each(runs):
         assert not checkpoint.find(path.parent)
 
 
+def test_the_closing_report_is_about_the_last_weights(data_dir, tmp_path):  # noqa: F811
+    """Without validation, nothing else asks the other ranks for what the last step has changed."""
+    flags = [*SMALL, f"--data={data_dir}", "--val-batches=0", "--steps=3", "--lr=0.3", "--sample-tokens=12"]
+    ranks([[2, [*flags, f"--out-dir={tmp_path / 'run'}"]]])
+    written = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert main([f"--resume={tmp_path / 'run'}"])["samples"] == written["samples"]
+
+
 @pytest.mark.parametrize("kind, bound", [("adamw", 0.30), ("muon", 0.36)])
 def test_a_rank_holds_its_share_of_the_states(kind, bound, monkeypatch):
     """A quarter of them on one of four ranks, but for Muon's 2-D matrices."""
