@@ -50,13 +50,13 @@ def runner():
 
 def own_place():
     """(rank, its number on this machine, number of ranks). ValueError for an environment that no torchrun has made."""
-    place, remedy = [], "torchrun sets this: start all ranks with it, or unset WORLD_SIZE for a single process"
+    place, remedy = [], "torchrun sets it: start all ranks with it, or unset WORLD_SIZE for a single process"
     for name, alone in RANKS.items():
         text = os.environ.get(name, str(alone))
         require(text.isdecimal() and int(text) >= (name == "WORLD_SIZE"), name, text, remedy)
         place.append(int(text))
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if place[-1] > 1 and name not in os.environ]
-    require(not missing, "WORLD_SIZE", place[-1], f"but {', '.join(missing)} not set; {remedy}")
+    require(not missing, "WORLD_SIZE", place[-1], f"it needs {', '.join(missing)} too; {remedy}")
     return place
 
 

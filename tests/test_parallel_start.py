@@ -65,10 +65,10 @@ def test_a_stopped_run_goes_on_with_as_many_ranks(ranks, command, monkeypatch, c
 @pytest.mark.parametrize(
     "environment, said",
     [
-        ("WORLD_SIZE=2 RANK=1", "WORLD_SIZE=2: but MASTER_ADDR, MASTER_PORT not set; torchrun .*, or unset WORLD_SIZE"),
-        ("WORLD_SIZE=two", "WORLD_SIZE='two': torchrun sets this: start all ranks with it, or unset WORLD_SIZE"),
-        ("WORLD_SIZE=0", "WORLD_SIZE='0': torchrun sets this"),
-        ("RANK=", "RANK='': torchrun sets this"),
+        ("WORLD_SIZE=2 RANK=1", "WORLD_SIZE=2: it needs MASTER_ADDR, MASTER_PORT too; torchrun .* unset WORLD_SIZE"),
+        ("WORLD_SIZE=two", "WORLD_SIZE='two': torchrun sets it: start all ranks with it, or unset WORLD_SIZE"),
+        ("WORLD_SIZE=0", "WORLD_SIZE='0': torchrun sets it"),
+        ("RANK=", "RANK='': torchrun sets it"),
     ],
 )
 def test_an_environment_that_no_torchrun_has_made(environment, said, monkeypatch):
