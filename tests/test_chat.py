@@ -99,6 +99,21 @@ def test_messages_become_text_by_the_chat_template(tmp_path):
     assert shards.read_meta(data)["splits"]["train"]["documents"] == 2, "ends inside a chat are no ends of documents"
 
 
+def test_templates_are_those_of_transformers(tmp_path):
+    """What its environment adds to jinja2: its own tojson, the date, loop controls, and a tag that marks answers."""
+    pytest.importorskip("jinja2")
+    source = "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson }} {% endfor %}"
+    source += (
+        "{{ strftime_now('%Y')[:2] }}{%- generation -%} endgeneration {{ messages | length }} {% endgeneration %}!"
+    )
+    chats(tmp_path / "hf", source)
+    text = chat.chat_template(tmp_path / "hf")(say("<é'>", "b", "c"), False)
+    assert text == """{"role": "user", "content": "<é'>"} {"role": "assistant", "content": "b"} 20endgeneration 3 !"""
+    for form in ([{"nam": "default"}], [5], [{"name": "tool_use", "template": source}]):
+        files.write_json(tmp_path / "hf/tokenizer_config.json", {"chat_template": form}, signed=False)
+        assert chat.chat_template(tmp_path / "hf") is None
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
