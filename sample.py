@@ -65,6 +65,7 @@ def write(loaded, ids, cfg, number):
 
 def lines():
     """The lines of the standard input; on a terminal behind a sign that one is awaited."""
+    require(sys.stdin, "prompt", "", "there is no standard input to read it from; give one")
     sign = "> " if sys.stdin.isatty() else ""
     print(sign, end="", flush=True)
     for line in sys.stdin:

@@ -43,7 +43,8 @@ def chat_template(directory):
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise ValueError(f"the chat template of {directory} needs jinja2: pip install jinja2") from None
-    tokens = {name: spelled(settings, name) or "" for name in ("bos_token", "eos_token")}
+    tokens = {name: spelled(settings, name) for name in settings if name.endswith("_token")}
+    tokens = {name: text for name, text in tokens.items() if isinstance(text, str)} | {"tools": None, "documents": None}
     extensions = ["jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}

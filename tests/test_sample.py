@@ -56,6 +56,12 @@ class Bytes:
     decode = staticmethod(lambda ids: bytes(ids).decode(errors="replace"))
 
 
+def test_without_a_standard_input(tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # `<&-`
+    with pytest.raises(ValueError, match="prompt='': there is no standard input"):
+        texts(tiny_run, capsys)
+
+
 def test_a_stop_string_without_text(tiny_run, capsys):
     with pytest.raises(ValueError, match=r"stop='\|': there is no text in it"):
         texts(tiny_run, capsys, "--prompt=ab", "--stop=|")
