@@ -368,6 +368,8 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
 
 def finish(cfg, run, job, data, row, val_row):
     """The closing report and results.json."""
+    job.optimizer.gather_weights()
+    job.model.before_layer = None  # they are whole now, and generation may take its fastest steps
     if data.val_loader and not val_row:  # the run was resumed at its end
         val_row = report.val_row(validate(job, data, run.world), job.step, job.tokens, data.val_sources)
     if not run.first:

@@ -10,6 +10,7 @@ the first hundred steps of a run. nccl_ms is the time of the kernels that commun
 moe_kernels/remote.py; exposed_ms is the part of it in which nothing else runs. gb_s counts the bytes that a rank sends.
 """
 
+import gc
 import math
 import os
 
@@ -103,8 +104,8 @@ def main(argv=None):
         for size in (1, world):
             dist.barrier()
             measured.append(measure(cfg, rank, size, device))
-            if cuda:
-                torch.cuda.empty_cache()
+            gc.collect()  # models are cycles, and their memory is needed for the next one
+            torch.cuda.empty_cache()
         single = torch.zeros(world, device=device)
         single[rank] = measured[0][0].p50
         dist.all_reduce(single)

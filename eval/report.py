@@ -12,7 +12,7 @@ from data import shards
 from eval import probes
 from eval.generate import generate
 from model import compute_dtype
-from optimoe import guard
+from optimoe import guard, parallel
 from optimoe.sizes import count_params, flops_per_token, peak_flops
 
 
@@ -194,11 +194,12 @@ def own_flags(cfg, without):
 
 
 def next_steps(run_dir, cfg, sources, results):
-    """What to try after a run, as commands that fit this machine."""
+    """What to try after a run, as commands that fit this machine and the number of ranks."""
     parts = [f"{directory}:{weight:g}" if len(sources) > 1 else str(directory) for directory, weight in sources]
     run_dir = shlex.quote(str(run_dir))
-    commands = {f"python train.py --resume={run_dir} --steps={2 * cfg.steps}": "go on"}
-    again = f"python train.py --data={shlex.quote(','.join(parts))}"
+    python = parallel.runner()
+    commands = {f"{python} train.py --resume={run_dir} --steps={2 * cfg.steps}": "go on"}
+    again = f"{python} train.py --data={shlex.quote(','.join(parts))}"
     if cfg.dense:
         commands[again + own_flags(cfg, "dense")] = "experts instead of dense layers, on the same data"
     elif cfg.n_experts < 1024 and not cfg.init_from:
@@ -207,7 +208,7 @@ def next_steps(run_dir, cfg, sources, results):
     if any(row["solution"] < 0.95 for row in results.get("reasoning", {}).values()):  # there is something left to learn
         small = " --steps=10 --batch_prompts=64 --mini_batch=32 --eval_questions=100"
         small = "" if torch.cuda.is_available() else small
-        commands[f"python grpo.py --model={run_dir}{small}"] = "reinforcement learning on the reasoning problems"
+        commands[f"{python} grpo.py --model={run_dir}{small}"] = "reinforcement learning on the reasoning problems"
     commands[f"python -m study.show {run_dir}"] = "its curves; several runs: over one another"
     commands["python -m data.prepare --help"] = "text of your own"
     return "\n".join(["", "what to try next:", *(f"  {command}  # {what}" for command, what in commands.items())])

@@ -13,6 +13,7 @@ process, so a run goes on with any number of ranks and the other engine.
 """
 
 import gc
+import os
 import weakref
 
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from model import MoE
 from optimoe import exchange
 from optimoe.checkpoint import Piece
+from optimoe.config import require
 from optimoe.optim import Together, make_optimizer, total_norm
 
 # torch 2.13 renamed these two.
@@ -29,6 +31,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 SLICED_FROM = 2**20  # values of a tensor whose update is divided among the ranks
 AHEAD = 2  # layers whose weights are gathered while one runs
+RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and one process has
 
 
 def connect(device, **options):
@@ -37,6 +40,24 @@ def connect(device, **options):
     import torch.distributed.nn.functional  # noqa: F401
 
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+
+
+def runner():
+    """How this process was started: by python, or by torchrun with so many ranks on this machine."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return "python" if ranks == "1" else f"torchrun --nproc-per-node={ranks}"
+
+
+def own_place():
+    """(rank, its number on this machine, number of ranks). ValueError for an environment that no torchrun has made."""
+    place, remedy = [], "torchrun sets this: start all ranks with it, or unset WORLD_SIZE for a single process"
+    for name, alone in RANKS.items():
+        text = os.environ.get(name, str(alone))
+        require(text.isdecimal() and int(text) >= (name == "WORLD_SIZE"), name, text, remedy)
+        place.append(int(text))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if place[-1] > 1 and name not in os.environ]
+    require(not missing, "WORLD_SIZE", place[-1], f"but {', '.join(missing)} not set; {remedy}")
+    return place
 
 
 def disconnect():

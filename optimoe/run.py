@@ -36,8 +36,8 @@ set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_p
 
 CPU = torch.device("cpu")
 START_SECONDS = 60  # that ranks wait for one another at the start, where one that died closes no connection
-RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and one process has
 STOPPED = "stopped; continue with --resume from the last checkpoint; without one, the same command starts again"
+FIRST_SECONDS = 5  # that rank 0 has to say what ends the run, before the others do
 
 
 def parse(cls, argv, description=""):
@@ -329,7 +329,8 @@ class Run:
 
     def stopped(self, step, program):
         if self.first:
-            print(f"stopped and saved at step {step}; continue with: python {program} --resume={self.dir}", flush=True)
+            again = f"{parallel.runner()} {program} --resume={self.dir}"
+            print(f"stopped and saved at step {step}; continue with: {again}", flush=True)
 
     def finish(self, results):
         files.write_json(self.dir / "results.json", results)
@@ -401,8 +402,9 @@ def launch(program, cls, description, argv=None):
     """program(cfg, rank, world, device, given) from the command line or torchrun.
 
     A mistake ends the process with one line; with an argv, or DEBUG in the environment, it is raised."""
-    rank, local_rank, world = (int(os.environ.get(name, alone)) for name, alone in RANKS.items())
+    rank, world = 0, 1
     try:
+        rank, local_rank, world = parallel.own_place()
         cfg, given = parse(cls, sys.argv[1:] if argv is None else argv, description)
         device = pick_device(cfg, local_rank)
         if device.type == "cuda":
@@ -416,11 +418,16 @@ def launch(program, cls, description, argv=None):
         return program(cfg, rank, world, device, given)
     except (Exception, KeyboardInterrupt) as error:
         line = explain(error, rank, world)
-        if line and lost_rank(error, world):
+        lost = line and lost_rank(error, world)
+        if not lost and (line is None or argv is not None or "DEBUG" in os.environ):
+            raise
+        if rank and isinstance(error, KeyboardInterrupt):
+            sys.exit(1)  # Ctrl-C reaches all ranks, and rank 0 says so
+        if rank:  # rank 0 may say the same, or why it left; then torchrun ends this rank, and nobody reads it twice
+            time.sleep(FIRST_SECONDS)
+        if lost:
             print(line, file=sys.stderr, flush=True)
             os._exit(1)  # communication threads may still wait for the rank that is gone
-        if line is None or argv is not None or "DEBUG" in os.environ:
-            raise
         sys.exit(line)
     finally:
         parallel.disconnect()

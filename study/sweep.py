@@ -257,11 +257,11 @@ def start_workers(cfg, devices, lanes, threads):
     common = (threads, cfg.cache, cfg.items, inbox, outbox)
     arguments = [(os.getpid(), devices[i % len(devices)], *common) for i in range(lanes)]
     workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
-    # Workers inherit this: it is the parent who ends them on Ctrl-C.
-    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Workers inherit this: it is the parent who ends them. Meanwhile Ctrl-C waits; ignored, it would be lost.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     for worker in workers:
         worker.start()
-    signal.signal(signal.SIGINT, interrupted)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return inbox, outbox, workers
 
 

@@ -28,8 +28,13 @@ if not MISSING and os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.reduce_whole_slices()
 
 
+def pytest_fixture_setup(fixturedef):
+    torch.manual_seed(0)  # the same numbers whatever ran before
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
+    torch.manual_seed(0)
     try:
         return (yield)
     except Exception as error:  # opcheck and pytest.raises wrap the message

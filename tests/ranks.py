@@ -12,7 +12,6 @@ die_at: rank 1 is killed when it writes so many tensors of checkpoints, in the m
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch.distributed as dist
 import train
 from moe_kernels import remote
 from optimoe import checkpoint, exchange, parallel
+from tests.trainrun import free_port, gloo_threads, wait_for
 
 
 def show_memories(room, directory):
@@ -77,8 +77,7 @@ def rank_main(rank, world, port, flags, directory, room=None, die_at=None, slice
         if room:
             print(f"repeated steps: {sum(repeated)}\n", end="", flush=True)  # one write: all ranks share the pipe
             remote.LAYERS.clear()  # their barriers know the groups, which those of symmetric memory do not
-        left = [name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text())]
-        assert not left, left  # threads that would outlive the interpreter
+        assert wait_for(lambda: not gloo_threads()), gloo_threads()  # they would outlive the interpreter
         status = 0
     except BaseException as error:
         print(f"rank {rank} of {world}, {flags}: {error!r}", flush=True)
@@ -89,9 +88,7 @@ def rank_main(rank, world, port, flags, directory, room=None, die_at=None, slice
 def main():
     failed = 0
     for world, flags, *how in json.loads(sys.argv[1]):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         with tempfile.TemporaryDirectory() as directory:
             children = []
             for rank in range(world):

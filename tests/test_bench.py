@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from bench.problem import (
 from bench.results import COLUMNS, append, latest, read
 from moe_kernels import grouped_gemm, moe_experts
 from optimoe import config
+from tests.trainrun import free_port
 
 TINY = Shape(48, 32, 16, 4, 2)
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what the benchmarks do without a GPU")
@@ -284,9 +284,7 @@ def test_counters_say_what_is_missing(tmp_path, monkeypatch):
 @cpu_only
 @pytest.mark.parametrize("engine", ["ddp", "ep"])
 def test_node_on_two_ranks(engine, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = ["--n_layers=1", "--batch_size=1", "--seq_len=16", "--repeats=2", f"--parallel={engine}"]
     flags.append(f"--csv={tmp_path / 'node.csv'}")
     env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
@@ -297,7 +295,7 @@ def test_node_on_two_ranks(engine, tmp_path):
         stdout=subprocess.PIPE,
     )
     ranks = [start(0), start(1)]
-    outs = [rank.communicate(timeout=200)[0] for rank in ranks]
+    outs = [rank.communicate(timeout=600)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0] and outs[1] == ""
     rows = read(tmp_path / "node.csv")
     assert [(row["implementation"], row["mode"], row["T"]) for row in rows] == [("one GPU", "1", 16), (engine, "2", 16)]

@@ -223,7 +223,7 @@ def test_a_mistake_is_one_line(module):
         with pytest.raises(SystemExit, match="^error: [^\n]*$"):
             config.command_line(lambda: module.main(flags))  # noqa: B023
     name = module.__name__.removesuffix(".__main__")
-    found = subprocess.run([sys.executable, "-m", name, "--nothing"], capture_output=True, text=True, timeout=100)
+    found = subprocess.run([sys.executable, "-m", name, "--nothing"], capture_output=True, text=True, timeout=300)
     assert found.returncode == 1 and found.stdout == "" and found.stderr.startswith("error: ")
     assert found.stderr.count("\n") == 1
 

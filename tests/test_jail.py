@@ -14,6 +14,7 @@ import pytest
 
 from eval import jail, sandbox
 from tests.test_sandbox import CHECK, RIGHT, confinement  # noqa: F401  the last is a fixture
+from tests.trainrun import wait_for
 
 # System calls with their numbers on x86-64 and ARM64 (-: not there).
 WORDS = """
@@ -118,7 +119,8 @@ time.sleep(0.2)  # a process that waits for data already gets no signal
 """
     for program in (attack + RIGHT, attack + early + RIGHT):
         assert sandbox.run(program, CHECK + "\n" + "#" * 10**5).passed == (program == attack + RIGHT)
-    assert "\nState:\tS" in Path(f"/proc/{victim}/status").read_text()  # neither ended nor stopped
+    asleep = lambda: "\nState:\tS" in Path(f"/proc/{victim}/status").read_text()  # noqa: E731
+    assert wait_for(asleep, 10)  # neither ended nor stopped
 
 
 def simulate(program, number, arguments=(0,) * 6, architecture=0xC000003E):

@@ -174,14 +174,15 @@ def test_errors_in_the_background_surface_and_stay(tmp_path):
 
 
 def test_the_thread_ends_with_the_loader(tmp_path):
+    before = threading.enumerate()  # those of other tests may still run
     loader = Loader([(write(tmp_path / "a", 400), 1.0)], "train", 2, L)
     loader.next()
-    threads = [t for t in threading.enumerate() if t.name.startswith("loader")]
+    threads = [t for t in threading.enumerate() if t.name.startswith("loader") and t not in before]
     assert threads
     del loader
     gc.collect()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive()
 
 

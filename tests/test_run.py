@@ -1,4 +1,4 @@
-"""What train.py and grpo.py share: refused starts, config.json, the log, counts, ranks. CPU, gloo.
+"""What train.py and grpo.py share: refused starts, config.json, the log, counts. CPU.
 
 Run: python -m pytest tests/test_run.py"""
 # ruff: noqa: F811  three fixtures are imported
@@ -7,8 +7,6 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from types import ModuleType
 
@@ -26,7 +24,7 @@ from eval import report
 from optimoe import checkpoint, config, guard, run
 from tests.test_grpo import SHORT, start  # noqa: F401
 from tests.test_train import data_dir, whole_run  # noqa: F401
-from tests.trainrun import ROOT, SMALL, cut_at, differences, rows, snapshot
+from tests.trainrun import SMALL, cut_at, differences, rows, snapshot
 from tests.trainrun import run as train_run
 from train import TrainConfig, main
 
@@ -385,7 +383,7 @@ def test_skipping_goes_on_until_ten_in_a_row(data_dir, tmp_path, log_every):
             train_run(data_dir, tmp_path / "off", *flags, "--steps=12", "--log-every=1")
 
 
-def test_hints_repeat_the_flags_of_the_run(tmp_path):
+def test_hints_repeat_the_flags_of_the_run(tmp_path, monkeypatch):
     procedural.build(tmp_path / "data", SMALL_MIXTURE)
     cfg = TrainConfig(
         **TrainConfig.preset_fields("tiny") | {"vocab_size": 512, "lr": 1e-3, "curves": False, "n_experts": 16}
@@ -400,38 +398,8 @@ def test_hints_repeat_the_flags_of_the_run(tmp_path):
     assert "grpo.py --model=runs/x --steps=" in hints(0.5) or torch.cuda.is_available()
     assert "grpo.py" not in hints(0.99) and "--n_experts" not in hints(0.5, n_experts=1024)
     config.parse(TrainConfig, report.own_flags(cfg, "dense").split())
-
-
-# ---- ranks
-
-
-def start_rank(program, flags, rank, port, before="pass"):
-    """One of two ranks that nobody supervises."""
-    code = f"import os\nfrom optimoe import run\n{before}\nimport {program}\n{program}.main()"
-    ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env = {name: value for name, value in os.environ.items() if name != "DEBUG"} | ranks | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT, env=env, **pipes)
-
-
-@pytest.mark.parametrize("program, moment", [("train", "before it came"), ("grpo", "in its first work")])
-def test_rank_0_killed_at_the_start(data_dir, start, tmp_path, program, moment):
-    """The other one ends soon, with one line, and not after the half hour that a rank may wait later. Both programs are
-    started by run.launch."""
-    flags = {"train": [*SMALL, f"--data={data_dir}"], "grpo": [*SHORT, f"--model={start}"]}[program]
-    flags = [*flags, f"--out-dir={tmp_path / 'out'}"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    if moment == "before it came":
-        other = start_rank(program, flags, 1, port, "run.START_SECONDS = 3")
-    else:
-        first = start_rank(program, flags, 0, port, "run.Run._open = lambda self: os.kill(os.getpid(), 9)")
-        other = start_rank(program, flags, 1, port)
-        assert first.wait(timeout=100) == -9
-    said, _ = other.communicate(timeout=50)
-    assert other.returncode == 1 and "Traceback" not in said, said[-3000:]
-    assert "error: rank 1 lost its connection to another rank, which died or never started" in said
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "  torchrun --nproc-per-node=4 train.py --resume=runs/x --steps=" in hints(0.5)
 
 
 def test_a_run_of_the_other_program_is_named(tmp_path):

@@ -1,10 +1,14 @@
-"""What tests of training runs share: flags of a small run, and what to look at and compare in its directory."""
+"""What tests of training runs share: flags of a small run, what to look at and compare in its directory, ports."""
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -19,6 +23,7 @@ SMALL = (
     "--checkpoint-every=4 --keep-checkpoints=9 --sample-tokens=4 --device=cpu --curves=false"
 ).split()
 TIMES = ("tokens_per_s", "memory_gb", "mfu")
+PORTS = itertools.count(20_000 + 97 * os.getpid() % 10_000)  # other processes begin elsewhere
 
 
 def run(data_dir, out_dir, *flags):
@@ -66,6 +71,31 @@ def cut_at(whole, out, step):
 
 def snapshot(path):
     return {p.relative_to(path): p.read_bytes() for p in Path(path).rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def free_port():
+    """A port below those that the kernel gives to whoever asks for any, so that nobody takes it before its user."""
+    for port in PORTS:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return port
+
+
+def gloo_threads():
+    """Names of this process's threads of gloo. One that was joined may still be listed for a moment."""
+    found = []
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended since
+            found.append(Path("/proc/self/task", thread, "comm").read_text())
+    return [name for name in found if "gloo" in name]
+
+
+def wait_for(condition, seconds=60):
+    """condition() as soon as it is true, or when the time is over."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
 
 
 def launch(*flags, ranks=2, **options):
