@@ -166,10 +166,10 @@ def load_start(cfg, device):
     return path, model, data, run_tokens(data, model), Source(cfg.evaldata or None, data)
 
 
-def load_questions(cfg, model, tokens, source):
+def load_questions(cfg, start_path, model, data, tokens, source):
     """(training questions, test questions, longest answer), of prompts that leave room for an answer."""
     limit, task = min(cfg.prompt_tokens, model.cfg.seq_len // 2), tasks.load(cfg.task)
-    found, prompt_ids = [], start.prompt_ids(cfg.model, tokens)
+    found, prompt_ids = [], start.prompt_ids(start_path, tokens, data)
     for split, n in (("train", cfg.questions), ("test", cfg.eval_questions)):
         pairs = [(q, prompt_ids(q.prompt)) for q in task.questions(source, split, n)]
         found.append([(question, ids) for question, ids in pairs if len(ids) <= limit])
@@ -188,6 +188,8 @@ def set_up(cfg, run, start_path, model, tokens, questions):
     job = Training(model, start_model, tokens, *questions, adamw)
     state = run.resume("grpo")
     if state:
+        old, new = ({name: w.shape for name, w in weights.items()} for weights in (state["model"], model.state_dict()))
+        require(old == new, "model", cfg.model, "its sizes are not those of this run; resume without this flag")
         job.step, job.row = state["step"], state["row"]
         job.read = state.get("read", state["step"] * state["grpo"]["batch_prompts"])
         job.model.load_state_dict(state.pop("model"))
@@ -305,7 +307,7 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
     least = 500 * (cfg.questions + cfg.eval_questions + n_answers)  # bytes of Python objects, short texts
     require_memory(what, least, CPU, "use fewer questions, batch_prompts or a smaller group_size")
     start_path, model, data, tokens, source = load_start(cfg, device)
-    questions = load_questions(cfg, model, tokens, source)
+    questions = load_questions(cfg, start_path, model, data, tokens, source)
     name = hub.home(start_path) if start.released(start_path) else start_path.parent
     with Run(cfg, cfg.out_dir or f"{name}-grpo", rank, world, device, given) as run:
         job, state = set_up(cfg, run, start_path, model, tokens, questions)

@@ -9,16 +9,13 @@ which the run was fine-tuned, has a chat template, this is a chat. The same flag
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-from data import tokenizer
-from data.chat import chat_template
 from eval.generate import generate
 from eval.harness import cut_at
 from eval.taskloss import context_ids
-from optimoe import hub
 from optimoe.config import command_line, parse, require
 from optimoe.load import ModelChoice, load
+from optimoe.start import chat_encoder
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,7 @@ def write(loaded, ids, cfg, number):
 
 def lines():
     """The lines of the standard input; on a terminal with a prompt sign."""
+    require(sys.stdin, "prompt", "", "there is no standard input to read it from; give one")
     sign = "> " if sys.stdin.isatty() else ""
     print(sign, end="", flush=True)
     for line in sys.stdin:
@@ -77,22 +75,13 @@ def lines():
         print(sign, end="", flush=True)
 
 
-def chat_encoder(cfg, tokens):
-    """A function from messages to the ids of a prompt; None without a chat template."""
-    folder = hub.folder(cfg.hf, "hf") if cfg.hf else hub.origin(cfg.run or Path(cfg.checkpoint).parent)
-    template = chat_template(folder) if folder else None
-    if template is None:
-        return None
-    encode = tokens.encode if cfg.hf else tokenizer.load(cfg.data_directory()).encode_control
-    return lambda messages: encode(template(messages, True))
-
-
 def main(argv=None):
     cfg = parse(SampleConfig, sys.argv[1:] if argv is None else argv, __doc__)
     require(cfg.number >= 1, "number", cfg.number, "use 1 or more")
     cfg.stops()
     loaded, messages = load(cfg), []
-    encode_chat = chat_encoder(cfg, loaded.tokens) if cfg.chat else None
+    name = cfg.hf or cfg.run or cfg.checkpoint
+    encode_chat = chat_encoder(name, loaded.tokens, cfg.data_directory()) if cfg.chat else None
     for prompt in [cfg.prompt] if cfg.prompt else lines():
         prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")  # bytes that are not UTF-8
         messages.append({"role": "user", "content": prompt})

@@ -8,6 +8,9 @@ pieces of text: [is it a chat, [[piece, is it a target], ...]].
 """
 
 import json
+import re
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,8 @@ def template_source(directory):
     settings = files.read_json(path, AGAIN) if path.is_file() else {}
     source = files.read_text(separate, AGAIN) if separate.is_file() else settings.get("chat_template")
     if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = named[0].get("template") if named else None
     return source or None, settings
 
 
@@ -39,9 +43,12 @@ def chat_template(directory):
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise ValueError(f"the chat template of {directory} needs jinja2: pip install jinja2") from None
-    tokens = {name: spelled(settings, name) or "" for name in ("bos_token", "eos_token")}
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse
+    tokens = {name: spelled(settings, name) for name in settings if name.endswith("_token")}
+    tokens = {name: text for name, text in tokens.items() if isinstance(text, str)} | {"tools": None, "documents": None}
+    extensions = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # that of jinja2 is for HTML
 
     def text(messages, answer):
         try:
@@ -50,7 +57,9 @@ def chat_template(directory):
             raise ValueError(f"the chat template of {directory} refuses the messages ({error}); change them") from None
 
     try:
-        template = environment.from_string(source)
+        # A tag of transformers, which marks answers for its own training.
+        source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
+        template = environment.from_string(re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", source))
     except Exception as error:
         raise ValueError(f"the chat template of {directory} is damaged ({error}): {AGAIN}") from None
     return text

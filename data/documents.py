@@ -81,6 +81,8 @@ def _documents(path, file, length, text_field, errors, example):
 
 def _decompressed(path, file):
     suffix = path.suffix.lower()
+    if suffix in (".gz", ".zst") and not path.stat().st_size:  # the readers take it for an empty text
+        raise EOFError("it has 0 bytes")
     if suffix == ".zst":
         pyarrow = _arrow(path)
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd"))
@@ -102,11 +104,11 @@ def _not_utf8(where, error):
 
 def _field(row, name, where):
     """The text of a row. A name with dots leads into objects inside the row."""
+    require(isinstance(row, dict), where, row, "a JSON object on one line is needed; correct the file")
     value = row
-    for part in [name] if isinstance(row, dict) and name in row else name.split("."):
+    for part in [name] if name in row else name.split("."):
         if not isinstance(value, dict) or part not in value:
-            there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{where} has no field {name!r} (it has: {there}); pass --text_field")
+            raise ValueError(f"{where} has no field {name!r} (it has: {', '.join(row)}); pass --text_field")
         value = value[part]
     require(isinstance(value, str), f"{where}: {name}", value, "a text is needed; correct or remove this row")
     value = value.encode("utf-8", "replace").decode()  # "\ud800" alone is no character
@@ -127,7 +129,9 @@ def _rows(path, file, name):
     try:
         if _kind(path) == ".parquet":
             table = _arrow(path, "pyarrow.parquet").ParquetFile(file, pre_buffer=False)
-            names, batches = table.schema_arrow.names, table.iter_batches(256, columns=None if name is None else [name])
+            names, leaves = table.schema_arrow.names, [table.schema.column(i).path for i in range(len(table.schema))]
+            there = name and any(f"{leaf}.".startswith(f"{name}.") for leaf in leaves)  # else the whole column comes
+            batches = table.iter_batches(256, columns=name and [name if there else name.split(".")[0]])
         elif file.read(6) == b"ARROW1":
             table = _arrow(path, "pyarrow.ipc").open_file(file)
             names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))

@@ -22,7 +22,9 @@ AHEAD = 3  # batches prepared before they are asked for
 
 
 def parse_sources(text):
-    """DIR or DIR:0.7,DIR:0.3 -> [(directory, weight)]."""
+    """DIR or DIR:0.7,DIR:0.3 -> [(directory, weight)]. The name of a single directory may have a colon."""
+    if "," not in text and Path(text).is_dir():
+        return [(text, 1.0)]
     parts = [part.rpartition(":") if ":" in part else (part, ":", "1") for part in text.split(",")]
     try:
         sources = [(directory, float(weight)) for directory, _, weight in parts]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from data import files
+from data import fast, files
 from data.fast import Fast, from_folder, package
 from optimoe.config import require
 
@@ -102,11 +102,13 @@ def load(directory):
     """The tokenizer of a data directory or a Hugging Face folder. ValueError naming a missing or damaged file."""
     path = Path(directory) / FILE
     if not path.exists():
-        raise ValueError(f"{path} does not exist; name a data directory or a Hugging Face folder")
+        remedy = "name a data directory, or a model's folder with this file, which transformers' save_pretrained writes"
+        raise ValueError(f"{path} does not exist; {remedy}")
     content, meta = path.read_bytes(), path.with_name(META)
+    again = AGAIN if meta.exists() else fast.AGAIN
     if meta.exists() and files.read_json(meta, AGAIN).get("tokenizer_sha256") != hashlib.sha256(content).hexdigest():
         raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
-    kept = files.check(files.parse(content, str(path), AGAIN), str(path), AGAIN)
+    kept = files.check(files.parse(content, str(path), again), str(path), again)
     if "model" in kept and "tokens" not in kept:
         return from_folder(directory)
     if "tokenizers" in kept:
@@ -116,7 +118,7 @@ def load(directory):
             return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"])
         return _encoding(kept)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); {AGAIN}") from error
+        raise ValueError(f"{path} is damaged ({error!r}); {again}") from error
 
 
 def _encoding(kept):

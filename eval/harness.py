@@ -73,8 +73,10 @@ def read_items(task, source: Source, shots: int) -> list:
         what = f"rows of another form ({error!r})"
         raise ValueError(f"{task.name}: {', '.join(source.used.values())} has {what}; get the file again") from error
     for item in items:
-        if not isinstance(item.prompt, str) or not isinstance(item.answer, str):
-            raise ValueError(f"{task.name}: item {item.id} has {item.answer!r} as its answer; get its file again")
+        for name in ("prompt", "answer", "group"):
+            value = getattr(item, name)
+            if not isinstance(value, str):
+                raise ValueError(f"{task.name}: item {item.id} has {value!r} as its {name}; get its file again")
         blank = any(not text.strip() for _, text in item.compared())
         wrong = bool(item.choices) and item.gold not in range(len(item.choices))
         if blank or wrong:

@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import sys
 import tempfile
@@ -108,6 +109,8 @@ def command_line(main, stopped=""):
     """main(); a user's mistake ends the process with one line, Ctrl-C with the line `stopped`."""
     try:
         return main()
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -55,7 +55,7 @@ def remedy(run_dir, lr):
     """What to do. Every checkpoint is sound: weights that are not finite are never saved."""
     found = checkpoint.find(run_dir)
     goes_on = f"goes on from {found[-1][1].name}" if found else "starts again, as there is no checkpoint yet"
-    return f"use a lower lr: --resume={run_dir} --lr={lr / 2:.2g} {goes_on}"
+    return f"use a lower lr: --resume={run_dir} --lr={min(lr / 2, 1e-2):.2g} {goes_on}"
 
 
 def check_finite(name, value, step, run_dir, lr):

@@ -10,6 +10,7 @@ Expert weights are one tensor per expert and matrix there, as in released checkp
 
 import dataclasses
 import hashlib
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
         model.head.weight = model.embed.weight
     for name, view in model_pieces(model, family).items():
         view.copy_(stored[name])
+        require(math.isfinite(view.sum()), "hf", str(directory), f"{name} is not finite: {AGAIN}")
     model.cos, model.sin = (table.to(device) for table in rope_tables(cfg))
     return model.eval().requires_grad_(False)
 

@@ -44,9 +44,12 @@ def home(name):
 
 
 def origin(run_dir):
-    """The folder of the published model that a run of train.py started from, with its chat template if any; or None."""
+    """The folder of the published model that a run started from, with its chat template if any; or None."""
     path = Path(run_dir) / "config.json"
-    name = files.read_json(path).get("init_from") if path.is_file() else None
+    values = files.read_json(path) if path.is_file() else {}
+    name = values.get("init_from") or values.get("group_size") and values["model"]
+    if name and name.endswith(".pt"):  # grpo.py started from a checkpoint
+        return origin(Path(name).parent)
     try:
         return folder(name, "init_from", TOKENIZER) if name else None
     except ValueError as error:

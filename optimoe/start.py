@@ -8,7 +8,7 @@ The weights become float32 and the optimiser starts afresh. The model's config.j
 import dataclasses
 from pathlib import Path
 
-from data import files
+from data import files, tokenizer
 from data.chat import chat_template
 from data.tokenizer import Tokens, tiktoken_tokens
 from model import GPT, ModelConfig
@@ -82,13 +82,24 @@ def load_any(name, device, **overrides):
     return model.to(device).eval()
 
 
-def prompt_ids(name, tokens: Tokens):
-    """A function from the text of a question to the ids of its prompt: by the chat template of a published model, if it
-    has one, else the text as it is."""
-    template = chat_template(hub.folder(str(name), "model")) if released(name) else None
+def chat_encoder(name, tokens: Tokens, data):
+    """A function from messages to the ids of a prompt; None where neither a published model nor the one from which a
+    run started has a chat template. name: model, run directory or checkpoint file; data: the run's data directory."""
+    run_dir = Path(name).parent if Path(name).is_file() else name
+    folder = hub.folder(str(name), "model") if released(name) else hub.origin(run_dir)
+    template = chat_template(folder) if folder else None
+    if template is None:
+        return None
+    encode = tokens.encode if released(name) else tokenizer.load(data).encode_control
+    return lambda messages: encode(template(messages, True))
+
+
+def prompt_ids(name, tokens: Tokens, data=None):
+    """A function from the text of a question to the ids of its prompt: by chat_encoder, or else the text as it is."""
+    encode = chat_encoder(name, tokens, data)
 
     def chat(text):
         question = text.removeprefix("Question: ").removesuffix("Answer:").rstrip()
-        return tokens.encode(template([{"role": "user", "content": question}], True))
+        return encode([{"role": "user", "content": question}])
 
-    return chat if template else lambda text: tokens.bos + tokens.encode(text)
+    return chat if encode else lambda text: tokens.bos + tokens.encode(text)

@@ -1,5 +1,6 @@
 """Examples for fine-tuning: python -m pytest tests/test_chat.py (needs the package tokenizers)"""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -97,6 +98,25 @@ def test_messages_become_text_by_the_chat_template(tmp_path):
         "yes<|endoftext|>\n",
     ]
     assert shards.read_meta(data)["splits"]["train"]["documents"] == 2, "ends inside a chat are no ends of documents"
+
+
+def test_templates_are_those_of_transformers(tmp_path):
+    """What its environment adds to jinja2: its own tojson, the date, loop controls, and a tag that marks answers."""
+    pytest.importorskip("jinja2")
+    source = "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson }} {% endfor %}"
+    source += "{{ strftime_now('%Y')[:2] }}{%- generation -%} endgeneration {{ messages | length }} {% endgeneration %}"
+    source += "{{ tools is none }}"
+    chats(tmp_path / "hf", source)
+    text = chat.chat_template(tmp_path / "hf")(say("<é'>", "b", "c"), False)
+    assert (
+        text == """{"role": "user", "content": "<é'>"} {"role": "assistant", "content": "b"} 20endgeneration 3 True"""
+    )
+    if importlib.util.find_spec("transformers"):
+        theirs = importlib.import_module("transformers").AutoTokenizer.from_pretrained(tmp_path / "hf")
+        assert text == theirs.apply_chat_template(say("<é'>", "b", "c"), tokenize=False)
+    for form in ([{"nam": "default"}], [5], [{"name": "tool_use", "template": source}]):
+        files.write_json(tmp_path / "hf/tokenizer_config.json", {"chat_template": form}, signed=False)
+        assert chat.chat_template(tmp_path / "hf") is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -87,6 +89,12 @@ def test_types():
 def test_mistakes_name_field_value_and_remedy(argv, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         config.parse(Config, argv)
+
+
+def test_a_reader_that_has_enough_is_no_mistake():
+    code = "from optimoe.config import command_line; command_line(lambda: [print(i) for i in range(10**5)])"
+    ran = subprocess.run(f"{sys.executable} -c '{code}' | head -1", shell=True, capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
 
 
 def test_mistake_on_the_real_command_line_exits_with_the_message(monkeypatch):

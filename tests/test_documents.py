@@ -56,6 +56,17 @@ def test_all_formats_give_the_same_texts(folder, field):
     assert read(folder / "y.TXT.ZST") == ["".join(CLEAN)]
 
 
+@pytest.mark.parametrize(
+    "field, there", [("meta.body.txt", "id, text, a.b, meta"), ("body.text", "id, text, a.b, meta")]
+)
+def test_a_field_that_is_not_there_is_named(folder, field, there):
+    parquet.write_table(table(), folder / "a.parquet")
+    write_arrow(folder / "b.arrow", table())
+    for path in folder.iterdir():
+        with pytest.raises(ValueError, match=rf"{path}.* has no (field|column) {field!r} \(it has: .*meta\); pass"):
+            read(path, text_field=field)
+
+
 def test_prepare_reads_them(folder, tmp_path):
     parquet.write_table(table(), folder / "a.parquet")
     (tmp_path / "tok").mkdir()

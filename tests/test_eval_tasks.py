@@ -6,8 +6,42 @@ import pytest
 
 from data.facts import FactsConfig
 from data.reasoning import ReasoningConfig
-from eval import tasks
+from eval import harness, tasks
 from eval.tasks import Item
+
+CHOICES = {"text": ["a", "b"], "label": ["A", "B"]}
+FORMS = {
+    "arc_easy": {"question": "q", "choices": CHOICES, "answerKey": "A"},
+    "piqa": {"goal": "q", "sol1": "a", "sol2": "b", "label": "0"},
+    "hellaswag": {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": "0"},
+    "winogrande": {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "1"},
+    "mmlu": {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "subject": "s"},
+    "gsm8k": {"question": "q", "answer": "#### 1"},
+    "gsm_plus": {"question": "q", "solution": "#### 1", "perturbation_type": "p"},
+    "math500": {"problem": "q", "solution": r"\boxed{1}", "level": 1},
+    "triviaqa": {"question_id": 1, "question": "q", "value": "a", "aliases": ["a"]},
+    "humaneval": {"task_id": 1, "prompt": "p", "canonical_solution": "a", "test": "t", "entry_point": "f"},
+    "humanevalplus": {"prompt": "p", "answer": "a"},
+    "mbpp": {"task_id": 11, "text": "q", "code": "a", "test_list": ["t"], "test_setup_code": ""},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_null_or_a_list_in_the_place_of_a_text_is_no_item(name):
+    """It would become the word None, or fail in the middle of an evaluation."""
+
+    def items(row):
+        source = Rows(**{getattr(task.module, "TEST", getattr(task.module, "FULL", None)).name: [row]})
+        source.used = {"set": "FILE"}
+        return harness.read_items(task, source, 0)
+
+    task, row = tasks.load(name), FORMS[name]
+    assert len(items(row)) == 1
+    for field in row:
+        for value in (None, ["x"]) if isinstance(row[field], str) else (None, [None]):
+            if field not in ("task_id", "question_id", "level"):
+                with pytest.raises(ValueError, match=f"{name}: .*get (its file|the file) again"):
+                    pytest.fail(f"{field}={value}: {items(row | {field: value})}")
 
 
 class Rows:

@@ -187,6 +187,7 @@ def test_leaves_the_model_as_it_was():
         ([[1], []], {}, "a prompt is empty"),
         ([[1] * 36], {}, "36 tokens.*seq_len=40"),
         ([[1]], dict(temperature=-1), "temperature=-1"),
+        ([[1]], dict(temperature=1e-300), "temperature=1e-300: use 0 .greedy., or 1e-6 or more"),
         ([[1]], dict(top_p=0), "top_p=0"),
         ([[1]], dict(batch_size=0), "batch_size=0"),
         ([[1]], dict(stop_strings=["x"]), "needs decode"),

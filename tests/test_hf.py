@@ -98,6 +98,8 @@ def test_bad_folders_name_what_is_wrong(tmp_path):
     edit(tmp_path / hf.INDEX, lambda index: index["weight_map"].pop(name))
     broken(ValueError, f"index.json and the files that it names differ: only one of them has {name}")
     tensors = load_file(tmp_path / at)
+    save_file(tensors | {name: torch.full_like(tensors[name], torch.inf)}, tmp_path / at)
+    broken(ValueError, f"{name} is not finite: download it again")
     save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / at)
     broken(ValueError, f"index.json and the files that it names differ: only one of them has {name}")
     save_file(tensors | {name: torch.zeros(48, 32)}, tmp_path / at)

@@ -207,7 +207,9 @@ def test_special_tokens_in_text_are_text(tmp_path):
         ),
         ("x.jsonl", b'{"text": "fine"}\n{"text": null}', "x.jsonl:2: text=None: a text is needed"),
         ("x.jsonl", b'{"text": 3}', "x.jsonl:1: text=3: a text is needed"),
-        ("x.jsonl", b'["text"]', r"x.jsonl:1 has no field.*list"),
+        ("x.jsonl", b'["text"]', r"x.jsonl:1=\['text'\]: a JSON object on one line is needed"),
+        ("x.jsonl.gz", b"", "x.jsonl.gz cannot be decompressed .it has 0 bytes"),
+        ("x.txt.zst", b"", "x.txt.zst cannot be decompressed .it has 0 bytes"),
         ("x.txt", b"\n  \n", "no text in the input"),
     ],
 )

@@ -197,6 +197,7 @@ def test_exploded_loss_and_gradient_are_bad(data_dir, tmp_path):  # noqa: F811
     main([f"--resume={out}", "--lr=1e-3", "--max-loss=0"])  # the remedy
     (_, newest) = checkpoint.find(out)[-1]
     assert guard.remedy(out, 1e-3).endswith(f"--resume={out} --lr=0.0005 goes on from {newest.name}")
+    assert "--lr=0.01 " in guard.remedy(out, 1e30)  # half of that would be no advice
     cfg = train_file.TrainConfig(vocab_size=64)
     for loss, norm, bad in (
         (2.0, 1.0, 0),

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import sample
+from data.chat import chat_template
 from eval.generate import generate
 from optimoe.load import ModelChoice, load
 
@@ -55,6 +56,12 @@ class Bytes:
     decode = staticmethod(lambda ids: bytes(ids).decode(errors="replace"))
 
 
+def test_without_a_standard_input(tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # `<&-`
+    with pytest.raises(ValueError, match="prompt='': there is no standard input"):
+        texts(tiny_run, capsys)
+
+
 def test_a_stop_string_without_text(tiny_run, capsys):
     with pytest.raises(ValueError, match=r"stop='\|': it holds no text"):
         texts(tiny_run, capsys, "--prompt=ab", "--stop=|")
@@ -72,7 +79,7 @@ def test_streams_whole_characters_and_no_stop_string(capsys):
 
 
 def test_chat_template(tmp_path, monkeypatch):
-    assert sample.chat_template(tmp_path) is None
+    assert chat_template(tmp_path) is None
     source = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     source += "{% if add_generation_prompt %}[assistant]{% endif %}"
     messages = [{"role": "user", "content": "hi"}]
@@ -80,12 +87,12 @@ def test_chat_template(tmp_path, monkeypatch):
     for form in (settings, settings | {"chat_template": [{"name": "default", "template": source}]}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(form))
         pytest.importorskip("jinja2")
-        assert sample.chat_template(tmp_path)(messages, True) == "<s>[user]hi[assistant]"
+        assert chat_template(tmp_path)(messages, True) == "<s>[user]hi[assistant]"
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
-    assert sample.chat_template(tmp_path)(messages, True) == "hi!"
+    assert chat_template(tmp_path)(messages, True) == "hi!"
     monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
     with pytest.raises(ValueError, match="needs jinja2: pip install jinja2"):
-        sample.chat_template(tmp_path)
+        chat_template(tmp_path)
 
 
 @pytest.mark.parametrize(

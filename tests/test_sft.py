@@ -12,7 +12,7 @@ import torch
 
 import sample
 import train
-from data import prepare
+from data import prepare, tokenizer
 from data.loader import Loader
 from optimoe import checkpoint, hf, hub, start
 from tests.checks import check
@@ -129,6 +129,15 @@ def test_a_run_on_chats_keeps_the_template(released, tmp_path, capsys, monkeypat
             sample.main([place, "--prompt=1", "--device=cpu", "--max-new-tokens=2"])
     # The end of a message is a special token, not the letters of its name.
     assert said[0] == said[1] == said[2] == [ord(":"), ord("1"), 256, ord(":")]
+    enc, (ckpt,) = tokenizer.load(tmp_path / "data"), [path for _, path in checkpoint.find(out)]
+    for name in (out, ckpt, str(out)):  # grpo.py asks the same way, and what it made does too
+        assert (
+            start.prompt_ids(name, tokenizer.tiktoken_tokens(enc), tmp_path / "data")("Question: 1\nAnswer:") == said[0]
+        )
+    (tmp_path / "grpo").mkdir()
+    for name in (str(ckpt), str(model)):
+        (tmp_path / "grpo/config.json").write_text(json.dumps({"group_size": 2, "model": name}))
+        assert hub.origin(tmp_path / "grpo") == model
     monkeypatch.setattr(sys, "stdin", io.StringIO("0123456789\n" * 9))  # more than the model can read
     said.clear()
     with pytest.MonkeyPatch.context() as patch:

@@ -204,6 +204,8 @@ def test_grpo_starts_from_a_published_model(released, questions, tmp_path, monke
     before = hf.load_model(released / "mixtral")
     assert not torch.equal(trained.head.weight, before.head.weight)
     assert tokenizer.load(checkpoint.training_data(out)).encode_ordinary("ab") == [97, 98]  # eval --run finds it
+    with pytest.raises(ValueError, match="model='.*olmoe': its sizes are not those of this run"):
+        grpo.main([f"--resume={out}", "--steps=3", f"--model={released / 'olmoe'}"])
     grpo.main([f"--resume={out}", "--steps=3"])
     assert checkpoint.find(out)[-1][0] == 3
 

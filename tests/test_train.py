@@ -179,7 +179,9 @@ def test_validation_is_pure_and_changes_nothing(data_dir, tmp_path):
     assert rows(tmp_path / "never")[-1]["val_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_sources():
+def test_sources(tmp_path):
+    (tmp_path / "a:2").mkdir()
+    assert parse_sources(f"{tmp_path}/a:2") == [(f"{tmp_path}/a:2", 1.0)]
     assert parse_sources("a/b") == [("a/b", 1.0)] and parse_sources("a:0.7,b:3") == [("a", 0.7), ("b", 3.0)]
     with pytest.raises(ValueError, match="data='a:x': could not convert.*'x'"):
         parse_sources("a:x")

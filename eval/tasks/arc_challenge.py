@@ -11,5 +11,5 @@ SHOTS = 0
 
 
 def item(row):
-    choices = row["choices"]
-    return choice(f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]))
+    prompt, choices = "Question: " + row["question"] + "\nAnswer:", row["choices"]
+    return choice(prompt, choices["text"], choices["label"].index(row["answerKey"]))

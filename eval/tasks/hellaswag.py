@@ -12,7 +12,7 @@ SHOTS = 4
 
 
 def item(row):
-    context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    context = clean(row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize())
     return choice(context, list(map(clean, row["endings"])), int(str(row["label"])))
 
 

@@ -9,8 +9,9 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 0, ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
 def item(row):
-    return Item(row["task_id"], row["prompt"], row["canonical_solution"], row=row)
+    tests = row["test"] + "\ncheck(" + row["entry_point"] + ")"
+    return Item(row["task_id"], row["prompt"], row["canonical_solution"], row={"tests": tests})
 
 
 def program(item, text):
-    return item.prompt + text, f"{item.row['test']}\ncheck({item.row['entry_point']})"
+    return item.prompt + text, item.row["tests"]

@@ -35,8 +35,8 @@ def example(row):
 
 
 def item(row):
-    prompt, group = f"Problem:\n{row['problem']}\n\nSolution:", f"level {str(row['level'])[-1]}"
-    return Item(prompt=prompt, answer=f" {row['solution']}", group=group)
+    prompt, group = "Problem:\n" + row["problem"] + "\n\nSolution:", f"level {str(row['level'])[-1]}"
+    return Item(prompt=prompt, answer=" " + row["solution"], group=group)
 
 
 def extract(text):

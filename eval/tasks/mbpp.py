@@ -24,7 +24,8 @@ def items(source, shots):
 
 def item(row, prefix):
     answer = "\n" + row["code"].replace("\r\n", "\n")
-    return Item(str(row["task_id"]), prefix + question(row), answer, loss_prompt=row["text"], row=row)
+    tests = {"tests": "\n".join([row["test_setup_code"], *row["test_list"]])}
+    return Item(str(row["task_id"]), prefix + question(row), answer, loss_prompt=row["text"], row=tests)
 
 
 def example(row):
@@ -32,10 +33,10 @@ def example(row):
 
 
 def question(row):
-    task = f"You are an expert Python programmer, and here is your task: {row['text']}"
+    task = "You are an expert Python programmer, and here is your task: " + row["text"]
     tests = "\n".join(row["test_list"][:3])
     return f"{task} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
 
 
 def program(item, text):
-    return text, "\n".join([item.row["test_setup_code"], *item.row["test_list"]])
+    return text, item.row["tests"]

@@ -27,5 +27,5 @@ def items(source, shots, split="test"):
 
 
 def ask(row):
-    options = "".join(f"\n{letter.strip()}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
-    return f"{row['question'].strip()}{options}\nAnswer:"
+    options = (f"\n{letter.strip()}. " + choice for letter, choice in zip(LETTERS, row["choices"], strict=True))
+    return f"{row['question'].strip()}{''.join(options)}\nAnswer:"

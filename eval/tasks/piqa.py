@@ -9,4 +9,4 @@ SHOTS = 0
 
 
 def item(row):
-    return choice(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(str(row["label"])))
+    return choice("Question: " + row["goal"] + "\nAnswer:", [row["sol1"], row["sol2"]], int(str(row["label"])))
