@@ -128,7 +128,7 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
         model.head.weight = model.embed.weight
     for name, view in model_pieces(model, family).items():
         view.copy_(stored[name])
-        require(math.isfinite(view.sum()), "hf", str(directory), f"{name} is not finite: {AGAIN}")
+        require(math.isfinite(view.sum(dtype=torch.float32)), "hf", str(directory), f"{name} is not finite: {AGAIN}")
     model.cos, model.sin = (table.to(device) for table in rope_tables(cfg))
     return model.eval().requires_grad_(False)
 
