@@ -3,8 +3,9 @@
     {"prompt": "2 + 2 =", "answer": " 4"}
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
-The chat template of the tokenizer's folder turns messages into text. Until it is encoded, an example is the JSON of its
-pieces of text: [is it a chat, [[piece, is it a target], ...]].
+The chat template of the tokenizer's folder turns messages into text. If it writes earlier answers in another way (some
+drop the thoughts in them), the next answer begins an example of its own. Until it is encoded, a row is the JSON of its
+pieces of text: [is it a chat, [[[piece, is it a target], ...] for each example]].
 """
 
 import json
@@ -70,11 +71,11 @@ def _refuse(reason):  # templates call it where roles do not alternate
 
 
 def example(row, where, template):
-    """The JSON of a row's pieces. ValueError naming `where` for a row that is no example."""
+    """The JSON of a row's examples. ValueError naming `where` for a row that has none."""
     names = row if isinstance(row, dict) else {}
     prompt, answer, messages = map(names.get, ("prompt", "answer", "messages"))
     if isinstance(prompt, str) and isinstance(answer, str):
-        return _kept(False, [[prompt, False], [answer, True]])
+        return _kept(False, [[[prompt, False], [answer, True]]])
     if not isinstance(messages, list):
         there = ", ".join(names) or type(row).__name__
         remedy = 'an example is {"prompt": TEXT, "answer": TEXT} or {"messages": [...]}'
@@ -87,28 +88,35 @@ def example(row, where, template):
     require(turns, f"{where}: messages", messages, 'none has the role "assistant", so there is no answer to train')
     if not template:
         raise ValueError(f"{where}: messages need a --tokenizer with a chat template; or use prompt and answer")
-    pieces, text = [], ""
+    examples, text = [], None
     for i in turns:
         try:
             asked, answered = template(messages[:i], True), template(messages[: i + 1], False)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        if not asked.startswith(text) or not answered.startswith(asked):
-            raise ValueError(f"{where}: the chat template changes earlier messages; split this chat at its answers")
-        pieces += [[asked[len(text) :], False], [answered[len(asked) :], True]]
+        if not answered.startswith(asked):
+            raise ValueError(f"{where}: the chat template begins answers in another way than it asks for them")
+        if text is None or not asked.startswith(text):
+            examples, text = [*examples, []], ""
+        examples[-1] += [[asked[len(text) :], False], [answered[len(asked) :], True]]
         text = answered
-    return _kept(True, pieces)
+    return _kept(True, examples)
 
 
-def _kept(chat, pieces):
-    clean = [[piece.encode("utf-8", "replace").decode(), target] for piece, target in pieces]  # no half characters
-    return json.dumps([chat, clean], ensure_ascii=False)
+def _kept(chat, examples):
+    clean = lambda text: text.encode("utf-8", "replace").decode()  # no half characters
+    return json.dumps([chat, [[[clean(p), target] for p, target in pieces] for pieces in examples]], ensure_ascii=False)
 
 
 def encode(enc, text):
-    """(ids, bytes of text, marks) of an example, ended by eos. No token crosses the end of a prompt, because generation
-    begins there."""
-    chat, pieces = json.loads(text)
+    """(ids, bytes of text, marks) of a row's examples, each ended by eos."""
+    chat, examples = json.loads(text)
+    ids, sizes, marks = zip(*(_encoded(enc, chat, pieces) for pieces in examples), strict=True)
+    return np.concatenate(ids), sum(sizes), np.concatenate(marks)
+
+
+def _encoded(enc, chat, pieces):
+    # No token crosses the end of a prompt, because generation begins there.
     read = enc.encode_control if chat else enc.encode_ordinary
     ids, trained, before = [], [], ""
     for piece, target in pieces:

@@ -105,8 +105,7 @@ def prepare(cfg):
         if enc.n_vocab < cfg.vocab_size:
             print(f"the input has too little variety: the tokenizer has only {enc.n_vocab} tokens", file=sys.stderr)
     with shards.ShardWriter(out, enc) as writer:
-        encode(texts("encoding"), writer, threshold, cfg)
-        if sum(split["documents"] for split in writer.splits.values()) != documents:
+        if encode(texts("encoding"), writer, threshold, cfg) != documents:
             raise ValueError("the input changed while it was being read; run again")
         nothing = "it leaves nothing to train on; pass a smaller one"
         require("train" in writer.splits, "val_fraction", cfg.val_fraction, nothing)
@@ -120,8 +119,8 @@ def prepare(cfg):
 
 
 def encode(texts, writer, threshold, cfg):
-    """The second pass: encode in threads, write in order."""
-    waiting = deque()
+    """The second pass: encode in threads, write in order. Returns the number of texts."""
+    waiting, n_texts = deque(), 0
 
     def work(batch):
         enc, parts = writer.enc, {}
@@ -139,6 +138,7 @@ def encode(texts, writer, threshold, cfg):
     with ThreadPoolExecutor(workers) as pool:
         batch, size = [], 0
         for text in texts:
+            n_texts += 1
             if batch and size + len(text) > BLOCK:
                 waiting.append(pool.submit(work, batch))
                 batch, size = [], 0
@@ -149,6 +149,7 @@ def encode(texts, writer, threshold, cfg):
         waiting.append(pool.submit(work, batch))
         while waiting:
             write()
+    return n_texts
 
 
 def main(argv=None):

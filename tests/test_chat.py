@@ -100,6 +100,26 @@ def test_messages_become_text_by_the_chat_template(tmp_path):
     assert shards.read_meta(data)["splits"]["train"]["documents"] == 2, "ends inside a chat are no ends of documents"
 
 
+def test_answers_after_a_changed_past_are_examples_of_their_own(tmp_path):
+    """As in chats with models that think: only the newest answer shows its thought. The row stays on one side."""
+    pytest.importorskip("jinja2")
+    content = "{{ m.content }}"
+    thinking = "{% if loop.last and m.role == 'assistant' %}yes {% endif %}" + content
+    made = chats(tmp_path / "hf", TEMPLATE.replace(content, thinking))
+    rows = [{"messages": say("the goose", f"river {i}", "1987", "no more", "a", "b")} for i in range(20)]
+    data = prepared(tmp_path, rows, tmp_path / "hf", "--val_fraction=0.3")
+    found = {split: pieces(data, split) for split in ("train", "val")}
+    assert sum(map(len, found.values())) == 60 and all(found.values())
+    for each in found.values():
+        for first, second, third in zip(each[::3], each[1::3], each[2::3], strict=True):
+            said = [
+                made.decode(ids[trained == 1].tolist(), skip_special_tokens=False) for ids, trained in (first, second)
+            ]
+            assert said[0].startswith("yes river") and said[1].startswith("yes no more")
+            asked = made.decode(third[0][third[1] == 0].tolist(), skip_special_tokens=False)
+            assert "yes" not in asked and said[0][4:-1] in asked and "no more" in asked
+
+
 def test_templates_are_those_of_transformers(tmp_path):
     """What its environment adds to jinja2: its own tojson, the date, loop controls, and a tag that marks answers."""
     pytest.importorskip("jinja2")
@@ -152,7 +172,7 @@ FAILING = {
 def test_what_cannot_be_examples_is_refused(tmp_path):
     pytest.importorskip("jinja2")
     chats(tmp_path / "hf", "{{ messages | length }}" + TEMPLATE)
-    with pytest.raises(SystemExit, match="x.jsonl:1: the chat template changes earlier messages"):
+    with pytest.raises(SystemExit, match="x.jsonl:1: the chat template begins answers in another way"):
         prepared(tmp_path, [{"messages": say("a", "b", "c", "d")}], tmp_path / "hf")
     for number, (template, message) in enumerate(FAILING.items()):
         chats(tmp_path / f"hf{number}", template)
