@@ -224,7 +224,7 @@ class MoE(nn.Module):
     def choose(self, x_TD, replay_TK=None):
         """(Routing, the router's own choice int32 (T, K)). A router variant is a field of ModelConfig and a line here.
 
-        replay_TK: experts to use instead of that choice, -1: none; their gates come from the present logits."""
+        replay_TK: experts to use instead of that choice (-1: keep it); gates come from the present logits."""
         cfg = self.cfg
         logits_TE = self.router(x_TD)
         r = route(logits_TE, cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=cfg.kernels)
@@ -318,8 +318,8 @@ class GPT(nn.Module):
 
         doc_ids (int32, from data/loader.py): attention stays within a document; nothing of one reaches another.
         cache (eval/kv_cache.py): the tokens continue its sequences; logits are those of each row's last real token, and
-        there are no statistics. replay_NTK (int32; -1: none): experts to use instead of each router's choice; counts
-        are still of that choice. Raises ValueError past seq_len."""
+        there are no statistics. replay_NTK (int32): experts to use instead of each router's choice (-1: keep it);
+        counts are still of that choice. Raises ValueError past seq_len."""
         B, L = tokens_BL.shape
         require(L <= self.cfg.seq_len, "sequence length", L, f"the model's seq_len is {self.cfg.seq_len}")
         ready = self.before_layer or (lambda layer: None)

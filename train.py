@@ -231,8 +231,8 @@ def check_start(cfg, world):
     """ValueError for what can be refused without a run directory."""
     remedy = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
     require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size, remedy)
-    sends_twice = cfg.recompute != "none" and world > 1 and cfg.parallel == "ep"  # tokens, to their experts
-    require(not sends_twice, "recompute", cfg.recompute, "not with parallel=ep; use --parallel=ddp")
+    again = cfg.recompute != "none" and world > 1 and cfg.parallel == "ep"  # tokens would travel a second time
+    require(not again, "recompute", cfg.recompute, "not with parallel=ep; use --parallel=ddp")
     exchange.group_size(cfg, world)
 
 

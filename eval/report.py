@@ -197,18 +197,18 @@ def next_steps(run_dir, cfg, sources, results):
     """What to try after a run, as commands that fit this machine and the number of ranks."""
     parts = [f"{directory}:{weight:g}" if len(sources) > 1 else str(directory) for directory, weight in sources]
     run_dir = shlex.quote(str(run_dir))
-    python = parallel.runner()
-    commands = {f"{python} train.py --resume={run_dir} --steps={2 * cfg.steps}": "train longer"}
-    again = f"{python} train.py --data={shlex.quote(','.join(parts))}"
+    start = parallel.runner()
+    commands = {f"{start} train.py --resume={run_dir} --steps={2 * cfg.steps}": "train longer"}
+    again = f"{start} train.py --data={shlex.quote(','.join(parts))}"
     if cfg.dense:
         commands[again + own_flags(cfg, "dense")] = "experts instead of dense layers, on the same data"
     elif cfg.n_experts < 1024 and not cfg.init_from:
         more = f"{own_flags(cfg, 'n_experts')} --n_experts={min(1024, 4 * cfg.n_experts)}"
-        commands[again + more] = "more experts on the same data; with --dense none"
+        commands[again + more] = "more experts on the same data; --dense: without experts"
     if any(row["solution"] < 0.95 for row in results.get("reasoning", {}).values()):  # there is something left to learn
         small = " --steps=10 --batch_prompts=64 --mini_batch=32 --eval_questions=100"
         small = "" if torch.cuda.is_available() else small
-        commands[f"{python} grpo.py --model={run_dir}{small}"] = "reinforcement learning on the reasoning problems"
+        commands[f"{start} grpo.py --model={run_dir}{small}"] = "reinforcement learning on the reasoning problems"
     commands[f"python -m study.show {run_dir}"] = "its curves; several runs in one picture"
     commands["python -m data.prepare --help"] = "text of your own"
     return "\n".join(["", "what to try next:", *(f"  {command}  # {what}" for command, what in commands.items())])

@@ -20,6 +20,7 @@ import inspect
 import math
 import os
 import re
+import select
 import sys
 import tempfile
 import textwrap
@@ -105,13 +106,20 @@ def parse(cls, argv=None, description="", start=None):
     return cls(**values)
 
 
+def no_reader():
+    """Whether nobody reads the standard output any more, as `| head` does."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(0))
+
+
 def command_line(main, stopped=""):
     """main(); a user's mistake ends the process with one line, Ctrl-C with the line `stopped`."""
     try:
         return main()
-    except BrokenPipeError:  # `| head` has read enough
-        os._exit(1)
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and no_reader():
+            os._exit(1)
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(stopped)

@@ -36,7 +36,7 @@ RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and
 
 def connect(device, **options):
     """Start the process group of all ranks. options: of init_process_group."""
-    # Its functions take the present group as a default. If dynamo imported them later, they would keep it for ever.
+    # Its functions have the present group as a default: if dynamo imported the module later, they would keep the group.
     import torch.distributed.nn.functional  # noqa: F401
 
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)

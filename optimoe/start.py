@@ -18,7 +18,7 @@ from optimoe.config import require
 # Defaults of fine-tuning: small steps after a short warm-up, and no z-loss, as the model was not trained with one.
 FINE_TUNING = dict(optimizer="adamw", lr=1e-5, warmup_steps=20, steps=200, beta2=0.95, weight_decay=0.0)
 FINE_TUNING |= dict(balance_coef=1e-3, z_coef=0.0, log_every=10, val_every=100)
-SEQ_LEN = 1024  # by default at most; the models' own limits are tens of thousands
+SEQ_LEN = 1024  # the default, if the model can read so much; most can read tens of thousands
 RUNS = (*hf.FREE, "seq_len", "router_bias_rate")  # fields of ModelConfig that a run may choose
 PROBE = "The 7 naïve café owners said: “x[i] += 12.50;”\n\n\tdef f(self):  # 東京 \U0001f600 ÅÄÖ don't\r\n"
 

@@ -177,8 +177,13 @@ def optimum_near_20(rows):
             sides = {e: (tpp[e] > BRACKET[1]) - (tpp[e] < BRACKET[0]) for e in tpp}  # -1: fewer, 0: between, 1: more
             if len(set(sides.values())) < 3:
                 continue
-            mean = lambda side, s: np.mean([solution_loss(c[s]) for e, c in one.cells.items() if sides[e] == side])  # noqa: B023  used at once
-            gaps = {s: [mean(side, s) - mean(0, s) for side in (-1, 1)] for s in one.seeds}
+            parts = {side: [cell for e, cell in one.cells.items() if sides[e] == side] for side in (-1, 0, 1)}
+            means = {
+                (side, s): np.mean([solution_loss(cell[s]) for cell in cells])
+                for side, cells in parts.items()
+                for s in one.seeds
+            }
+            gaps = {s: [means[side, s] - means[0, s] for side in (-1, 1)] for s in one.seeds}
             effects = {}
             for seed in gaps:  # the other seeds choose the better side, so that noise cannot
                 others = [gap for s, gap in gaps.items() if s != seed] or [[0.0, 0.0]]

@@ -85,7 +85,7 @@ def candidates(cfg, measured):
         experts = 3 * model.n_layers * model.d_model * model.d_expert * model.n_experts
         divided = 12 * params.total + 4 * experts  # float32 weights and states; copies and gradients of experts
         gib = (divided / cfg.gpus + sum(parts.values()) - divided) / 2**30
-        share = min(measured, key=lambda entry: abs(math.log(entry[0] / per_token)))[1] if measured else 0.0  # noqa: B023  used at once
+        share = min(measured, key=lambda entry, n=per_token: abs(math.log(entry[0] / n)))[1] if measured else 0.0
         speed = share * (peak_flops(cfg.gpu) or 0.0) * cfg.gpus  # FLOP/s
         require(speed or not cfg.hours, "gpu", cfg.gpu, "its peak or speed is not known: give --flops instead of hours")
         most = min(cfg.flops or math.inf, cfg.hours * 3600 * speed if cfg.hours else math.inf)

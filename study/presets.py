@@ -5,6 +5,7 @@ task.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -107,8 +108,8 @@ def searched(rows, cells, seeds):
             wanted = [dataclasses.replace(cell, lr=rate, seed=s) for rate in sorted(rates) for s in range(SEARCH)]
             if any(key(run) not in done for run in wanted):
                 break
-            cost = lambda rate, task: sum(loss(done[key(r)], task) for r in wanted if r.lr == rate)  # noqa: B023  used at once
-            best = {task: min(sorted(rates), key=lambda rate: cost(rate, task)) for task in START}  # noqa: B023  used at once
+            cost = lambda rate, task, runs=wanted: sum(loss(done[key(r)], task) for r in runs if r.lr == rate)
+            best = {task: min(sorted(rates), key=functools.partial(cost, task=task)) for task in START}
             beside = {float(f"{rate * factor:.6g}") for rate in best.values() for factor in (0.5, 2)}
             beside = {rate for rate in beside - rates if LIMITS[0] < rate < LIMITS[1]}
             if not beside:

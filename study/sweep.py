@@ -82,7 +82,8 @@ def estimates(runs, rows, device):
         latest.setdefault(tuple(row["run"][name] for name in sizes), row)
     times = {}
     for run in {form(run): run for run in runs}.values():
-        far = lambda size: sum(abs(math.log2(x / getattr(run, name))) for name, x in zip(sizes, size, strict=True))  # noqa: B023  used at once
+        mine = [getattr(run, name) for name in sizes]
+        far = lambda size, mine=mine: sum(abs(math.log2(x / y)) for x, y in zip(size, mine, strict=True))
         near = latest[min(latest, key=far)] if latest else None
         times[form(run)] = near and near["seconds"] + (run.tokens - near["tokens"]) / near["tokens_per_s"]
     return [times[form(run)] for run in runs]

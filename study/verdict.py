@@ -138,7 +138,7 @@ def best_table(rows):
         for task in ("facts", "problems") if where.paired else ():
             one = results.tune(line, task)
             for e, cell in one.cells.items() if one else ():
-                mean = lambda f, task: sum(f(row, task) for row in cell.values()) / len(cell)  # noqa: B023  used at once
+                mean = lambda f, task, cell=cell: sum(f(row, task) for row in cell.values()) / len(cell)
                 both = [f"{mean(accuracy, t):.0%}" if t in one.rows[0] else "–" for t in ("facts", "problems")]
                 found = (results.TASKS[task], f"{one.rates[e]:g}", f"{mean(results.loss, task):.3g}", *both, len(cell))
                 yield f"| {where} | {k} | {e} | {' | '.join(map(str, found))} |"

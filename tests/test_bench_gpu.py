@@ -18,7 +18,7 @@ def test_ncu_learns_the_name_of_every_launch(monkeypatch, capsys):
     """Also of kernels that have run before, which language.launch starts without Triton."""
     kernel = object.__new__(JITFunction)
     kernel.fn, starts = type("Function", (), {"__name__": "up_kernel"})(), {(2, 1, 1): lambda *args: None}
-    call = lambda: language.launch(kernel, (2,), (torch.zeros(3),))  # noqa: E731
+    call = lambda: language.launch(kernel, (2,), (torch.zeros(3),))
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: starts)
     monkeypatch.setattr(kernels.problem, "make_inputs", lambda *args: None)
     monkeypatch.setattr(kernels, "layer_calls", lambda inputs: ({"up": call}, 0.0))

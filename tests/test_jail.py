@@ -119,7 +119,7 @@ time.sleep(0.2)  # a process that waits for data already gets no signal
 """
     for program in (attack + RIGHT, attack + early + RIGHT):
         assert sandbox.run(program, CHECK + "\n" + "#" * 10**5).passed == (program == attack + RIGHT)
-    asleep = lambda: "\nState:\tS" in Path(f"/proc/{victim}/status").read_text()  # noqa: E731
+    asleep = lambda: "\nState:\tS" in Path(f"/proc/{victim}/status").read_text()
     assert wait_for(asleep, 10)  # neither ended nor stopped
 
 

@@ -53,7 +53,7 @@ def runs(data_dir, tmp_path_factory):  # noqa: F811
         checkpoint.find(start)[-1][1].unlink()
         checkpoint.save(start, 2, state, keep=1)
         (start / "results.json").unlink()
-    copy = lambda name, like: shutil.copytree(base / like.replace("one", "start"), base / name)  # noqa: E731
+    copy = lambda name, like: shutil.copytree(base / like.replace("one", "start"), base / name)
     jobs = [
         [
             world,
@@ -229,7 +229,7 @@ def halves(data_dir, tmp_path_factory):  # noqa: F811
 def test_bfloat16_engines_train_alike_and_resume(halves, weights):
     """As on GPUs: ranks hold bfloat16 copies and slices of float32 weights, or bfloat16 weights. Losses are those of
     one process to bfloat16's roundings; a checkpoint has the dtypes of one process, and going on changes no bit."""
-    kinds = lambda run: {name: (t.shape, t.dtype) for name, t in checkpoint.read(run)["model"].items()}  # noqa: E731
+    kinds = lambda run: {name: (t.shape, t.dtype) for name, t in checkpoint.read(run)["model"].items()}
     for engine in ENGINES:
         runs = halves / weights, halves / f"{engine}-{weights}"
         losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in runs]

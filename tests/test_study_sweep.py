@@ -51,7 +51,7 @@ def test_sweep_runs_what_is_missing_and_survives_a_torn_line(tmp_path, monkeypat
 
 def test_a_preset_that_asks_for_more_when_rows_come_gets_it(tmp_path, monkeypatch):
     first = presets.smoke([])[0]
-    more = lambda rows: [first, *(dataclasses.replace(first, seed=1) for _ in rows[:1])]  # noqa: E731
+    more = lambda rows: [first, *(dataclasses.replace(first, seed=1) for _ in rows[:1])]
     monkeypatch.setitem(PRESETS, "smoke", more)
     cfg = config_of("smoke", results=str(tmp_path / "r.jsonl"), minutes=5, cache=str(tmp_path / "cache"))
     assert sweep.sweep(cfg) == 0
@@ -84,7 +84,7 @@ def test_bad_options_are_refused(tmp_path, monkeypatch):
 
 
 def test_smoke_is_no_part_of_the_study():
-    file = lambda *presets_, **fields: config_of(*presets_, **fields).file  # noqa: E731
+    file = lambda *presets_, **fields: config_of(*presets_, **fields).file
     assert file("smoke") == "runs/study/smoke.jsonl" and file("pairs") == "study/results.jsonl"
     assert file("smoke", results="r.jsonl") == "r.jsonl"
 
@@ -159,8 +159,9 @@ def test_what_waits_for_its_data_is_still_left_when_the_sweep_ends(tmp_path):
 def test_nothing_outlives_a_sweep_that_is_killed(tmp_path, moment):
     """SIGKILL while data is made by processes of its own, and while workers train or wait for their next task."""
     process, mark = start(tmp_path, "--items=2000", "--jobs=2")
-    made = lambda: list((tmp_path / "cache").glob("data-*/meta.json"))  # noqa: E731
-    many = lambda: len(alive(mark)) >= (4 if moment == "data" else 3)  # noqa: E731  the sweep, two workers, and the builder
+    made = lambda: list((tmp_path / "cache").glob("data-*/meta.json"))
+    # The sweep, two workers, and the builder.
+    many = lambda: len(alive(mark)) >= (4 if moment == "data" else 3)
     assert wait_for(lambda: many() and (moment == "data" or made()), 300), process.communicate(timeout=5)
     process.kill()
     assert wait_for(lambda: not alive(mark), 300), alive(mark)
