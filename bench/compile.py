@@ -131,14 +131,21 @@ def constants(kernel):
 
 def assemble(kernel, capability):
     """ptxas's log on a kernel, which Triton throws away; with the options that Triton gives."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(kernel.asm["ptx"])
-        ptx.flush()
-        options = ["-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
+    with tempfile.TemporaryDirectory() as directory:
+        ptx = Path(directory, "kernel.ptx")
+        ptx.write_text(kernel.asm["ptx"])
+        options = [
+            "-v",
+            f"--gpu-name={sm_arch_from_capability(capability)}",
+            f"--output-file={ptx.with_suffix('.cubin')}",
+        ]
         if triton.__version__ >= "3.7":
             options.append("--regAllocOptLevel=2")
-        command = [get_ptxas(capability).path, *options, ptx.name, "-o", os.devnull]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        done = subprocess.run([get_ptxas(capability).path, *options, ptx], stderr=subprocess.PIPE, text=True)
+        config.require(
+            not done.returncode, "ptxas", done.returncode, f"it refuses {kernel.metadata.name}: {done.stderr}"
+        )
+        return done.stderr
 
 
 def inspect(kernel, capability):

@@ -26,6 +26,7 @@ from tests.checks import poisoned_empty  # noqa: E402
 pytest.register_assert_rewrite("tests.evalrun")  # a plugin of files that also import it
 if not MISSING and os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.reduce_whole_slices()
+    interpreter.take_numbers_from_arrays()
 
 
 def pytest_fixture_setup(fixturedef):

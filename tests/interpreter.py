@@ -1,4 +1,7 @@
-"""Triton's interpreter combines the elements of a reduction one by one; the sort of a dispatch takes it a second."""
+"""What the tests change in Triton's interpreter.
+
+It combines the elements of a reduction one by one: the sort of a dispatch takes it a second. And that of Triton 3.6
+takes no number from an array of one element where numpy is 2.4 or newer, as in `range(n)` of a loaded n."""
 
 import functools
 
@@ -30,3 +33,15 @@ def reduce_whole_slices():
         return [self.to_tensor(a, kind) for a, kind in zip(found, kinds, strict=True)]
 
     ReduceOps.generic_reduce = generic_reduce
+
+
+def take_numbers_from_arrays():
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda number: number.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched

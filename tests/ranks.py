@@ -23,6 +23,7 @@ import torch.distributed as dist
 import train
 from moe_kernels import remote
 from optimoe import checkpoint, exchange, parallel
+from tests import interpreter
 from tests.trainrun import free_port, gloo_threads, wait_for
 
 
@@ -38,6 +39,7 @@ def show_memories(room, directory):
         barrier()
         return [own if rank == groups.index else map_file(rank) for rank in range(groups.size)], barrier
 
+    interpreter.take_numbers_from_arrays()
     sys.modules["moe_kernels.dispatch"].CHUNK = 32  # Triton's interpreter would spend most of its time in the sort
     exchange.ROOM, exchange.open_memory, exchange.reachable = room, open_memory, lambda *_: True
     exchange.Limit.exceeded = lambda limit: repeated.append(exceeded(limit)) or repeated[-1]

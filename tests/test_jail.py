@@ -102,7 +102,7 @@ def test_the_parent_s_token_sends_no_signal(victim, number):
     """The attack of a public report: the owner of the channel is signalled when tests and token arrive on it."""
     attack = f"""
 import fcntl, os, time
-for descriptor in range(64):
+for descriptor in range(1024):
     for command, argument in ((fcntl.F_SETOWN, {victim}), (fcntl.F_SETSIG, {int(number)}), (fcntl.F_SETFL, os.O_ASYNC)):
         try:
             fcntl.fcntl(descriptor, command, argument)
@@ -110,7 +110,7 @@ for descriptor in range(64):
             pass
 """
     early = """
-for descriptor in range(3, 64):
+for descriptor in range(3, 1024):
     try:
         os.write(descriptor, b"\\0\\0\\0\\5ready")
     except OSError:

@@ -105,7 +105,7 @@ def test_endless(program, seconds):
 
 def test_a_program_that_does_not_read_its_tests():
     """It says that it is ready and sleeps; the tests are more than the channel holds."""
-    program = "import os, time\nfor d in range(3, 64):\n    try: os.write(d, b'\\0\\0\\0\\5ready')\n"
+    program = "import os, time\nfor d in range(3, 1024):\n    try: os.write(d, b'\\0\\0\\0\\5ready')\n"
     program += "    except OSError: pass\ntime.sleep(20)\n"
     start = time.monotonic()
     assert run(program, "x = 1\n" * 10**6, seconds=0.5) == (False, "timeout")
@@ -249,7 +249,7 @@ def test_overriding_the_check(trick):
     ["b'passed'", "b'x' * 16", "b'\\0\\0\\0\\x10' + b'x' * 16", "b'\\xff' * 2**20", "b'\\0\\0\\0\\x0eunconfined: no'"],
 )
 def test_writing_to_the_channel_is_no_pass(message):
-    program = "import os\nfor fd in range(64):\n    try:\n"
+    program = "import os\nfor fd in range(1024):\n    try:\n"
     program += f"        os.write(fd, {message})\n    except OSError:\n        pass\n"
     assert not run(program + WRONG, seconds=0.25).passed
 
