@@ -382,6 +382,8 @@ def finish(cfg, run, job, data, row, val_row):
     if run.world > 1 and cfg.parallel != "ddp":  # the report generates with the whole model on one GPU
         job.optimizer = job.model = None
         job.model = checkpoint.load_model(run.dir, run.device)
+    if cfg.deterministic:  # sampling's cumulative sums are not, and need not be
+        torch.use_deterministic_algorithms(True, warn_only=True)
     results |= report.final_report(job.model, cfg, data, results)
     run.finish(results)
     print(report.next_steps(run.dir, cfg, data.sources, results))

@@ -398,7 +398,7 @@ def launch(program, cls, description, argv=None):
             torch.cuda.set_device(device)
         if getattr(cfg, "deterministic", False):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(True)  # with warn_only attention would still add atomically
             torch.utils.deterministic.fill_uninitialized_memory = False  # the tests do that
         if world > 1:
             parallel.connect(device, timeout=timedelta(seconds=START_SECONDS))

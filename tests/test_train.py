@@ -113,6 +113,20 @@ def test_on_a_gpu(data_dir, tmp_path, flags):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [["--compile=false"], ["--compile=true"], ["--impl=grouped_mm"], ["--document-mask"]])
+def test_attention_to_many_keys_has_the_same_bits(data_dir, tmp_path, flags):
+    """The backward passes of attention add the parts of long sequences in any order unless they are told not to."""
+    flags = ["--device=cuda", "--deterministic", *flags, "--seq-len=512", "--head-dim=64", "--steps=4"]
+    try:
+        for name in ("a", "b"):
+            run(data_dir, tmp_path / name, *flags)
+        assert rows(tmp_path / "a") == rows(tmp_path / "b")
+        assert differences(final_state(tmp_path / "a"), final_state(tmp_path / "b")) == []
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_recomputation_trains_alike(data_dir, tmp_path, compiled):
     """Bit for bit in eager blocks; on a GPU also inside the CUDA graph of a step, and in compiled blocks nearly."""
