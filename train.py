@@ -347,6 +347,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
                 speed = report.speed((job.tokens - logged) / clock.read(), cfg, device, world)
                 norm = float(grad_norm) if grad_norm.isfinite() else None  # of a skipped step
                 row = {"step": job.step, "tokens": job.tokens, "lr": lr, "grad_norm": norm, **means, **speed}
+                row |= exchange.repeated(job.model)
                 run.record(row, report.log_line(row, cfg))
                 watch.forget()
                 logged = job.tokens

@@ -80,7 +80,8 @@ def log_line(row, cfg):
     norm, rate = f"norm {float(row['grad_norm'] or 'nan'):.2f}", f"{row['tokens_per_s']:,.0f} tok/s | mfu {mfu}"
     eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     head = f"step {row['step']:>6}/{cfg.steps} | loss {loss} | lr {row['lr']:.2e}"
-    return f"{head} | {norm} | {rate} | load {load} | eta {eta}"
+    again = f" | repeated {row['repeated_steps']}" if "repeated_steps" in row else ""  # steps: docs/multi-gpu.md
+    return f"{head} | {norm} | {rate} | load {load}{again} | eta {eta}"
 
 
 def val_row(loss, step, tokens, sources):

@@ -152,7 +152,7 @@ class Limit:
     """Finds steps in which a rank gets more rows than fit, and reports them to the host while the step still runs."""
 
     def __init__(self, groups, n_rows, device):
-        self.groups, self.n_rows, self.asked = groups, n_rows, 0
+        self.groups, self.n_rows, self.asked, self.repeated = groups, n_rows, 0, 0
         self.over = None  # bool scalar, of the present step
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
         pinned = device.type == "cuda"
@@ -205,6 +205,15 @@ def repeating(run_step, exact_step, model):
             model.eval()
             result = exact_step(batches)
             model.train()
+            model.limit.repeated += 1
         return result
 
     return step
+
+
+def repeated(model):
+    """{"repeated_steps": number since the last call}, or {} without any."""
+    found = model.limit.repeated if model.limit else 0
+    if found:
+        model.limit.repeated = 0
+    return {"repeated_steps": found} if found else {}

@@ -5,7 +5,7 @@
 One process imports torch once and forks the ranks of every job, so a job costs only its training. The exit status is
 the number of jobs that failed.
 
-room: of ep, whose ranks then show each other shared files as their memory and print how many steps were repeated.
+room: of ep, whose ranks then show each other shared files as their memory.
 sliced_from: for this job in place of 4096.
 die_at: rank 1 is killed when it writes so many tensors of checkpoints, in the middle of this one."""
 
@@ -28,8 +28,7 @@ from tests.trainrun import free_port, gloo_threads, wait_for
 
 
 def show_memories(room, directory):
-    """Let ep use its kernels, on memory that all ranks map. Returns the list to which each step adds a bool."""
-    repeated, exceeded = [], exchange.Limit.exceeded
+    """Let ep use its kernels, on memory that all ranks map."""
 
     def open_memory(size, device, groups):
         map_file = lambda rank: torch.from_file(
@@ -42,8 +41,6 @@ def show_memories(room, directory):
     interpreter.take_numbers_from_arrays()
     sys.modules["moe_kernels.dispatch"].CHUNK = 32  # Triton's interpreter would spend most of its time in the sort
     exchange.ROOM, exchange.open_memory, exchange.reachable = room, open_memory, lambda *_: True
-    exchange.Limit.exceeded = lambda limit: repeated.append(exceeded(limit)) or repeated[-1]
-    return repeated
 
 
 def die_in_write(die_at):
@@ -71,14 +68,13 @@ def rank_main(rank, world, port, flags, directory, room=None, die_at=None, slice
     }
     status = 1
     parallel.SLICED_FROM = sliced_from  # so that the tests' small models have tensors of both kinds
-    repeated = show_memories(room, directory) if room else None
+    if room:
+        show_memories(room, directory)
     if die_at and rank == 1:
         die_in_write(die_at)
     try:
         train.main(flags)
-        if room:
-            print(f"repeated steps: {sum(repeated)}\n", end="", flush=True)  # one write: all ranks share the pipe
-            remote.LAYERS.clear()  # their barriers know the groups, which those of symmetric memory do not
+        remote.LAYERS.clear()  # their barriers know the groups here, which those of symmetric memory do not
         assert wait_for(lambda: not gloo_threads()), gloo_threads()  # they would outlive the interpreter
         status = 0
     except BaseException as error:

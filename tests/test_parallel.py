@@ -105,8 +105,8 @@ def same_log(run, reference, rtol):
     ours, theirs = rows(run), rows(reference)
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
+        assert a.keys() ^ b.keys() <= {"repeated_steps"}
+        for key in a.keys() & b.keys():
             np.testing.assert_allclose(
                 a[key], b[key], rtol=rtol, atol=2e-3 if "load" in key else 0, err_msg=f"{key} at step {a['step']}"
             )
@@ -268,9 +268,9 @@ def test_kernels_carry_tokens_as_the_exact_exchange_does(data_dir, tmp_path):  #
     for name in ("wide", "tight", "groups"):
         same_log(tmp_path / name, tmp_path / "exact", rtol=2e-5)
         same_state(tmp_path / name, tmp_path / "exact", bound=1e-4)
-    repeated = [int(line.split()[-1]) for line in said.splitlines() if line.startswith("repeated steps: ")]
-    assert repeated[:2] == [0, 0] and repeated[2] == repeated[3] > 0, said
-    assert len(repeated) == 8 and len(set(repeated[4:])) == 1 and repeated[4] > 0, said
+    repeated = {name: sum(row.get("repeated_steps", 0) for row in rows(tmp_path / name)) for name in jobs}
+    assert repeated["exact"] == repeated["wide"] == 0 and 1 <= repeated["tight"] <= 2 and 1 <= repeated["groups"] <= 2
+    assert "| repeated 1 |" in said
 
 
 def test_a_bad_step_stops_all_ranks_with_a_dump_of_each(runs):
