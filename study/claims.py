@@ -380,11 +380,11 @@ REMEDIES = (  # text, what is compared: results of study.posttrain
     (f"GRPO {RESCUE}", {"greedy answers after": ("after", "greedy")}),
 )
 CLAIMS = (  # text, what computes it, presets that decide it
-    ("Memory rises with total parameters at fixed active parameters", memory_rises, ("room", "scarce2")),
-    ("Reasoning turns over as total parameters grow", reasoning_turns, ("scarce2", "dose", "fresh")),
+    ("Memory rises with total parameters at fixed active parameters", memory_rises, ("room", "scarce2", "scarce2_k2")),
+    ("Reasoning turns over as total parameters grow", reasoning_turns, ("scarce2", "dose", "fresh", "scarce2_k2")),
     ("Reasoning is best near 20 tokens per parameter", optimum_near_20, ("dose", "long4")),
-    ("At equal training loss, denser models reason better", denser_at_equal_loss, ("scarce2", "dose")),
+    ("At equal training loss, denser models reason better", denser_at_equal_loss, ("scarce2", "dose", "scarce2_k2")),
     ("Top-k alone changes little at fixed active and total size", top_k_alone, ("topk2",)),
-    ("Lower learning rates help reasoning", gentler_training, ("scarce2",)),
+    ("Lower learning rates help reasoning", gentler_training, ("scarce2", "scarce2_k2")),
     ("More active compute moves the optimum to denser models", more_active_moves, ("width",)),
 )

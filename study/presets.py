@@ -37,13 +37,17 @@ def pairs(rows):
     return grid(dict(unique=(ENOUGH, SCARCE, 2_000), seed=range(3), n_experts=ENDS, lr=RATES), top_k=8)
 
 
-def scarce2(rows):
-    return searched(rows, grid(dict(top_k=(8, 2), n_experts=EXPERTS), unique=SCARCE), 10)
+def scarce2(rows, top_k=8):
+    return searched(rows, grid(dict(n_experts=EXPERTS), top_k=top_k, unique=SCARCE), 10)
+
+
+def scarce2_k2(rows):
+    return scarce2(rows, top_k=2)
 
 
 def dose(rows):
     """The rates are searched at three E and then used for the others."""
-    problems = (125, 63, 250)
+    problems = (125, 250, 177)
     ends = searched(rows, grid(dict(unique=problems, n_experts=ENDS), top_k=8), 6)
     if not {key(run) for run in ends} <= {row["key"] for row in rows}:
         return ends
@@ -93,7 +97,7 @@ def twohop(rows):
     return grid(over, kind="twohop", people=200, top_k=2)
 
 
-PROGRAMME = (smoke, pairs, scarce2, dose, fresh, votes, width, room, topk2, long4, adamw2, twohop)
+PROGRAMME = (smoke, pairs, dose, fresh, scarce2, votes, width, room, topk2, long4, scarce2_k2, adamw2, twohop)
 PRESETS = {preset.__name__: preset for preset in PROGRAMME}
 
 

@@ -48,13 +48,14 @@ class Claim(NamedTuple):
 
 
 def settled(rows, presets):
-    """The rows that may decide a claim: of regimes that its presets have finished, and of the first edition."""
-    done, regimes = {row["key"] for row in rows}, {True: set(), False: set()}
+    """The rows that may decide a claim: of regimes and k that its presets have finished, and of the first edition."""
+    done, lines = {row["key"] for row in rows}, {True: set(), False: set()}
+    line = lambda row: (results.regime(row), row["run"]["top_k"])
     for name in presets:
         runs = PRESETS[name](rows)
-        regimes[{*map(key, runs)} <= done] |= {results.regime({"run": vars(run)}) for run in runs}
-    finished = regimes[True] - regimes[False]
-    return [row for row in rows if not row["run"]["paired"] or results.regime(row) in finished]
+        lines[{*map(key, runs)} <= done] |= {line({"run": vars(run)}) for run in runs}
+    finished = lines[True] - lines[False]
+    return [row for row in rows if not row["run"]["paired"] or line(row) in finished]
 
 
 def computed(rows, posttrained):

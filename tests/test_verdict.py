@@ -113,6 +113,8 @@ def test_a_part_of_a_preset_decides_nothing():
     left = presets.foreseen("scarce2", first)
     assert len(left) == len(set(left)) and abs(len(left) + len(first) - len(rows)) < 0.2 * len(rows)
     assert presets.foreseen("scarce2", rows) == []
+    few = finished(presets.scarce2_k2, effect)[:9]
+    assert verdict.settled(rows + few, ("scarce2", "scarce2_k2")) == rows  # each k decides when its own runs are there
     old = [row | {"run": row["run"] | {"paired": False}} for row in part]  # the first edition knew no such rule
     assert verdict.settled(old, ("scarce2",)) == old and verdict.settled(part, ("scarce2",)) == []
 
