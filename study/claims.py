@@ -111,10 +111,16 @@ def tuned_lines(rows, task):
         yield where, {k: one for k, one in by_k.items() if len(one.seeds) == most}
 
 
+def voters(where, by_k, task, decisive=False):
+    """The lines {k: Tuned} of one regime that may vote, or all of them if none may."""
+    return {k: one for k, one in by_k.items() if not silent(where, [one], task, decisive=decisive)} or by_k
+
+
 def slopes(rows, task, value, margin, unit, note=lambda where: "", decisive=False):
     """A Test per regime: the slope of value(row, task) over doublings of E, mean over k, at the best rates for the
     task. note(regime): why it has no vote, or ""; decisive: as in `silent`."""
     for where, by_k in tuned_lines(rows, task):
+        by_k = voters(where, by_k, task, decisive)
         tuned = list(by_k.values())
         effects = by_seed([rises(one, lambda row: value(row, task)) for one in tuned], np.mean)
         label = f"{where}, k={','.join(map(str, by_k))}; {results.TASKS[task]}"
@@ -243,7 +249,7 @@ def denser_at_equal_loss(rows):
     best rates for solutions."""
     pooled, why = defaultdict(lambda: defaultdict(list)), defaultdict(dict)
     for where, by_k in tuned_lines(rows, "problems"):
-        name = where._replace(tokens=0, people=0)
+        name, by_k = where._replace(tokens=0, people=0), voters(where, by_k, "problems")
         why[name][silent(where, list(by_k.values()), "problems")] = True
         for row in [row for one in by_k.values() for row in one.rows]:
             pooled[name][row["run"]["seed"]].append(row)

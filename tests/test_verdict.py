@@ -74,6 +74,16 @@ def test_only_bracketed_rates_of_trained_routers_vote():
     assert results.lines(routers) == {} and {decided(routers, n) for n in range(1, 8)} == {"undecided"}
 
 
+def test_a_line_that_may_not_vote_takes_nothing_from_one_that_may():
+    """With k = 8 every fact is known at every E, or the best rate for solutions is at the edge: k = 2 decides alone."""
+    known = [row | {"facts": {"overall": 1.0, "loss": 0.0}} for row in world(memory=0.03, ks=(8,))]
+    (test,) = (t for t in claims.memory_rises(known + world(memory=0.03, ks=(2,))) if t.votes)
+    assert ", k=2;" in test.where and rules.interval(test.effects.values())[0] == pytest.approx(0.03, abs=0.005)
+    edge = [row for row in world(rise=0.0, ks=(8,)) if row["lr"] != 3e-3]
+    assert decided(edge + world(rise=0.1, ks=(2,)), 2) == "supported"
+    assert "12 of 12 models" in next(claims.reasoning_turns(edge + [r for r in world(ks=(2,)) if r["lr"] != 3e-3])).note
+
+
 def test_what_is_mastered_at_every_size_does_not_turn_over():
     """Claim 2 is judged there, the others are not; the rise at one rate for all is shown beside it."""
 
