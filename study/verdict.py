@@ -4,6 +4,8 @@ Writes the table of claims between two marker lines of docs/STUDY.md, and every 
 docs/study/rules.md has the rules.
 """
 
+import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +15,7 @@ from optimoe import config
 from optimoe.config import require
 from study import posttrain, results, rules
 from study.claims import CLAIMS, REMEDIES, decide, overall, still_lost
-from study.execute import key
+from study.execute import Run, key
 from study.presets import PRESETS, foreseen
 from study.results import MIN_SEEDS, accuracy
 from study.rules import interval, seeds_needed
@@ -58,11 +60,22 @@ def settled(rows, presets):
     return [row for row in rows if not row["run"]["paired"] or line(row) in finished]
 
 
+def settled_models(rows, posttrained):
+    """The rows of study.posttrain that may decide: unpaired ones, and those of `votes` if all its models are there."""
+    wanted, found = {*map(key, PRESETS["votes"](rows))}, defaultdict(dict)
+    paired = lambda row: (row.get("run") or {}).get("paired")
+    for row in filter(paired, posttrained):
+        found[json.dumps(row["settings"], sort_keys=True)][key(Run(**row["run"]))] = row
+    finished = [cell[name] for cell in found.values() if wanted <= cell.keys() for name in cell if name in wanted]
+    return [row for row in posttrained if not paired(row) or row in finished]
+
+
 def computed(rows, posttrained):
     """The nine claims."""
     found = [Claim(text, list(at(rows)), list(at(settled(rows, names))), names) for text, at, names in CLAIMS]
-    lost = [(text, list(still_lost(posttrained, remedies))) for text, remedies in REMEDIES]
-    return found + [Claim(text, tests, tests, ("votes",)) for text, tests in lost]
+    tests = lambda rows: [list(still_lost(rows, remedies)) for _, remedies in REMEDIES]
+    lost = zip(REMEDIES, tests(posttrained), tests(settled_models(rows, posttrained)), strict=True)
+    return found + [Claim(text, now, at_end, ("votes",)) for (text, _), now, at_end in lost]
 
 
 def stopped(presets, rows):

@@ -15,8 +15,9 @@ from optimoe import checkpoint
 from optimoe.run import Stop
 from study.claims import REMEDIES, overall, still_lost
 from study.posttrain import ROW, main
+from study.presets import PRESETS
 from study.results import MIN_SEEDS, read
-from study.verdict import claims_table, computed
+from study.verdict import appendix, claims_table, computed
 
 BUDGET = (
     "--steps=2 --batch-prompts=4 --mini-batch=2 --group-size=2 --questions=20 --lr=1e-2 --problems=4 --samples=4 "
@@ -155,6 +156,18 @@ def test_budgets_share_their_models_votes():
     rows += [row | {"settings": row["settings"] | {"replay": True}} for row in rows]
     votes, after = ([test.where for test in still_lost(rows, remedies)] for _, remedies in REMEDIES)
     assert len(votes) == 2 and len(after) == 4 and sum("experts replayed" in where for where in after) == 1
+
+
+def test_a_part_of_the_models_decides_nothing():
+    """The last of the paired models that `votes` asks for, questioned in the same way, makes the difference."""
+    runs, rates = [dataclasses.asdict(run) for run in PRESETS["votes"]([])], {8: 0.6, 64: 0.5, 512: 0.2}
+    model = lambda run: made_up(run["n_experts"], run["seed"], *[rates[run["n_experts"]]] * 2)
+    rows = [model(run) | {"run": run, "checkpoint": str(i)} for i, run in enumerate(runs)]
+    part = [row for row in rows if row["seed"] < 7 or row["n_experts"] == 64]
+    other = [row | {"settings": {"samples": 3}} for row in rows if row not in part]
+    for given, found in ((rows, "supported"), (part, "undecided"), (part + other, "undecided")):
+        assert computed([], given)[8].verdict == found
+    assert "so far" in appendix(computed([], part), [])
 
 
 def test_no_verdict_on_remedies_while_seeds_are_missing():
