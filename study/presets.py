@@ -103,26 +103,35 @@ PRESETS = {preset.__name__: preset for preset in PROGRAMME}
 
 def searched(rows, cells, seeds):
     """Each cell is run from SEARCH seeds until half and twice its best rates for facts and for solutions were tried (or
-    the LIMITS reached), then from `seeds` seeds at the best for solutions."""
+    the LIMITS reached), and all that are best for solutions in another cell with as many problems: noise may end a
+    search beside a better rate. Then it is run from `seeds` seeds at the best for solutions."""
     done, known = {row["key"]: row for row in distinct(rows)}, {task: compared(rows, task) for task in START}
-    runs = []
-    for cell in cells:
-        rates = {best_rate(known[task], cell, task) for task in START}
+    rates = {cell: {best_rate(known[task], cell, task) for task in START} for cell in cells}
+
+    def search(cell):
+        """(runs, best rate for solutions, None where runs are missing)"""
         while True:
-            wanted = [dataclasses.replace(cell, lr=rate, seed=s) for rate in sorted(rates) for s in range(SEARCH)]
+            wanted = [dataclasses.replace(cell, lr=rate, seed=s) for rate in sorted(rates[cell]) for s in range(SEARCH)]
             if any(key(run) not in done for run in wanted):
-                break
-            cost = lambda rate, task, runs=wanted: sum(loss(done[key(r)], task) for r in runs if r.lr == rate)
-            best = {task: min(sorted(rates), key=functools.partial(cost, task=task)) for task in START}
+                return wanted, None
+            cost = lambda rate, task: sum(loss(done[key(r)], task) for r in wanted if r.lr == rate)  # noqa: B023
+            best = {task: min(sorted(rates[cell]), key=functools.partial(cost, task=task)) for task in START}
             beside = {float(f"{rate * factor:.6g}") for rate in best.values() for factor in (0.5, 2)}
-            beside = {rate for rate in beside - rates if LIMITS[0] < rate < LIMITS[1]}
+            beside = {rate for rate in beside - rates[cell] if LIMITS[0] < rate < LIMITS[1]}
             if not beside:
-                rate = best["problems"]
-                wanted += [dataclasses.replace(cell, lr=rate, seed=s) for s in range(SEARCH, seeds)]
-                break
-            rates |= beside
-        runs += wanted
-    return runs
+                return wanted, best["problems"]
+            rates[cell] |= beside
+
+    while True:
+        found = {cell: search(cell) for cell in cells}
+        alike = {cell: {rate for other, (_, rate) in found.items() if other.unique == cell.unique} for cell in cells}
+        ended = [cell for cell in cells if None not in alike[cell]]
+        if all(alike[cell] <= rates[cell] for cell in ended):
+            break
+        for cell in ended:
+            rates[cell] |= alike[cell]
+    rest = [dataclasses.replace(cell, lr=found[cell][1], seed=s) for cell in ended for s in range(SEARCH, seeds)]
+    return [run for wanted, _ in found.values() for run in wanted] + rest
 
 
 def compared(rows, task):

@@ -14,7 +14,7 @@ from study import execute as run
 from study import presets, results, rules
 from study.execute import Run, key
 from study.presets import PRESETS
-from tests.studyrows import fake, grid
+from tests.studyrows import fake, finished, grid
 
 ROW = fake(Run(lr=6e-3), lambda c, tpp: (0.5, 0.5, 1))
 
@@ -142,6 +142,18 @@ def test_a_search_goes_on_until_the_best_rates_lie_between_others():
         assert sum(len(seeds) == 10 for seeds in rates.values()) == 1 and min(rates) < (6e-3 if e < 64 else 1.5e-3)
     tuned = results.tune(next(iter(results.lines(rows).values())), "problems")
     assert not tuned.edges and not tuned.single and set(tuned.rates.values()) == {0.024} and len(tuned.cells[8]) == 10
+
+
+def test_a_search_tries_what_is_best_at_the_other_sizes():
+    """The model with 512 experts is best at 0.048, as the others are, but at 0.024 worse than at 0.012."""
+
+    def effect(r, tpp):
+        away = abs(math.log2(r.lr / 0.048))
+        return 1 + abs(math.log2(r.lr / 3e-3)), 0.5 + 0.1 * away + (r.n_experts == 512 and r.lr == 0.024), 1.0
+
+    rows = finished(presets.scarce2, effect)
+    tuned = results.tune(next(iter(results.lines(rows).values())), "problems")
+    assert set(tuned.rates.values()) == {0.048} and tuned.seeds == list(range(10)) and len(rows) < 200
 
 
 def test_rates_come_from_the_most_similar_runs_for_the_task_at_hand():
