@@ -11,7 +11,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from moe_kernels import reference
 from moe_kernels.language import tl, triton
-from moe_kernels.ops import autocast_off, described, first_order, integers, use_kernels
+from moe_kernels.ops import INTEGERS, autocast_off, described, first_order, use_kernels
 from moe_kernels.tiles import eager, pow2
 
 
@@ -23,9 +23,10 @@ def linear_cross_entropy(x_TD, w_VD, targets_T, chunk=16384, impl=None):
     of others the kernels make NaN. chunk: tokens whose logits exist at one time in the kernels.
     impl: as in `route`. Raises ValueError for other shapes, dtypes or devices, and for float64 with "triton"."""
     fits = (x_TD.ndim, w_VD.ndim) == (2, 2) and x_TD.shape[1] == w_VD.shape[1] and targets_T.shape == x_TD.shape[:1]
-    if not (fits and x_TD.is_floating_point() and w_VD.is_floating_point() and integers(targets_T)):
-        got = described(x=x_TD, w=w_VD, targets=targets_T)
-        raise ValueError(f"{got}: expected floats (T, D), (V, D) and integers (T,)")
+    if not (fits and x_TD.is_floating_point() and w_VD.is_floating_point() and targets_T.dtype in INTEGERS):
+        raise ValueError(
+            f"{described(x=x_TD, w=w_VD, targets=targets_T)}: expected floats (T, D), (V, D), integers (T,)"
+        )
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: use 1 or more")
     if use_kernels(impl, x_TD, w=w_VD, targets=targets_T):
@@ -78,8 +79,7 @@ def cross_entropy_kernel(
                 x = tl.load(logits_ptr + v + offs, mask=offs < V - v, other=0.0).to(tl.float32)
                 tl.store(logits_ptr + v + offs, tl.exp2((x - best) * LOG2E - log2_total).to(dtype), mask=offs < V - v)
             tl.debug_barrier()  # two threads store the target's value, this one last
-            new = tl.exp2((picked - best) * LOG2E - log2_total) - 1.0
-            tl.store(logits_ptr + target, new.to(dtype), mask=target < V)
+            tl.store(logits_ptr + target, (tl.exp2((picked - best) * LOG2E - log2_total) - 1.0).to(dtype), target < V)
 
 
 @torch.library.custom_op("moe_kernels::linear_cross_entropy", mutates_args=())

@@ -14,7 +14,7 @@ from moe_kernels import reference
 from moe_kernels.activation import activation_of
 from moe_kernels.dispatch import Dispatch, combine, dispatch, empty_dispatch
 from moe_kernels.language import MISSING
-from moe_kernels.ops import define, described, integers
+from moe_kernels.ops import INTEGERS, define, described
 from moe_kernels.routing import MAX_EXPERTS, MAX_TOP_K
 from moe_kernels.tiles import eager, gemm_tiles, pick_impl
 
@@ -47,18 +47,18 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, acti
 
 def _check(x, w_in, w_out, gates, experts):
     fits = (x.ndim, w_in.ndim, w_out.ndim) == (2, 3, 3)
+    fits = fits and x.dtype == w_in.dtype == w_out.dtype and x.dtype in (*DTYPES, torch.float64)
     if not fits or w_out.shape[1] != x.shape[1] or w_in.shape != (w_out.shape[0], 2 * w_out.shape[2], x.shape[1]):
-        raise ValueError(f"{described(x=x, w_in=w_in, w_out=w_out)}: expected (T, D), (E, 2F, D), (E, D, F)")
+        got = described(x=x, w_in=w_in, w_out=w_out)
+        raise ValueError(f"{got}: expected (T, D), (E, 2F, D), (E, D, F), of one floating dtype")
     T, (E, D, F) = x.shape[0], w_out.shape
     if D % 16 or F % 16 or not D or not F:
         raise ValueError(f"D={D} and F={F} must be positive multiples of 16: pad the weights with zeros")
     fits = gates.shape == experts.shape and gates.ndim == 2 and gates.shape[0] == T
-    if not (fits and gates.is_floating_point() and integers(experts)):
+    if not (fits and gates.is_floating_point() and experts.dtype in INTEGERS):
         raise ValueError(f"{described(gates=gates, experts=experts)}: expected floats and integers (T, K), T = {T}")
     if not 1 <= gates.shape[1] <= min(E, MAX_TOP_K) or E > MAX_EXPERTS:
         raise ValueError(f"K={gates.shape[1]}, E={E}: expected 1 <= K <= min(E, {MAX_TOP_K}) and E <= {MAX_EXPERTS}")
-    if not (x.dtype == w_in.dtype == w_out.dtype) or x.dtype not in (*DTYPES, torch.float64):
-        raise ValueError(f"x {x.dtype}, w_in {w_in.dtype}, w_out {w_out.dtype}: expected one floating dtype")
     if experts.device.type == "cpu" and experts.numel() and eager(experts):  # traced ids have no values
         low, high = (int(n) for n in experts.aminmax())
         if low < 0 or high >= E:

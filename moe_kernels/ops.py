@@ -8,6 +8,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from moe_kernels.tiles import eager, pick_impl
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def use_kernels(impl, tensor, **others):
     """Whether an op without a GEMM runs its kernels; "grouped_mm" is the reference to it. Raises what `pick_impl` does,
@@ -19,18 +21,13 @@ def use_kernels(impl, tensor, **others):
     return True
 
 
-def integers(tensor):
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
 def described(**tensors):
     """Names, shapes and dtypes, for an error's message."""
     return ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
 
 
 def first_order(backward):
-    """Decorator of a backward function without a gradient of its own: it raises under create_graph=True, where torch's
-    once_differentiable is silent and drops terms if the gradients that come in are constants."""
+    """Decorator: backward raises under create_graph=True, where once_differentiable may drop terms in silence."""
 
     def once(ctx, *grads):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

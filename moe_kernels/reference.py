@@ -10,7 +10,7 @@ import torch.nn.functional as F_
 from torch import Tensor
 
 from moe_kernels.activation import gated
-from moe_kernels.ops import autocast_off, described, integers, no_autocast
+from moe_kernels.ops import INTEGERS, autocast_off, described, no_autocast
 
 
 def _wide(tensor):
@@ -39,11 +39,10 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
 @no_autocast
 def gates_of(logits_TE, experts_TK, score="softmax", normalize=True):
     """Gates (T, K), float32 or float64, as `route` gives them to its choice, of any experts (T, K): a recorded choice
-    can be replayed.
-
-    Raises ValueError for shapes, dtypes or names that do not fit."""
-    fits = (logits_TE.ndim, experts_TK.ndim) == (2, 2) and logits_TE.shape[0] == experts_TK.shape[0]
-    if not (fits and logits_TE.is_floating_point() and integers(experts_TK) and score in ("softmax", "sigmoid")):
+    can be replayed. Raises ValueError for other shapes, dtypes or scores."""
+    fits = logits_TE.ndim == experts_TK.ndim == 2 and logits_TE.shape[0] == experts_TK.shape[0]
+    fits = fits and logits_TE.is_floating_point() and experts_TK.dtype in INTEGERS
+    if not fits or score not in ("softmax", "sigmoid"):
         got = f"{described(logits=logits_TE, experts=experts_TK)}, score={score!r}"
         raise ValueError(f"{got}: expected floats (T, E), integers (T, K), 'softmax' or 'sigmoid'")
     logits, experts_TK = _wide(logits_TE), experts_TK.long()

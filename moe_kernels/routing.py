@@ -56,8 +56,8 @@ def balance_loss(counts_E, probs_E):
     """Load-balancing loss E * sum_e f_e p_e (Switch Transformer, arXiv 2101.03961); f_e is the share of routed rows,
     p_e the mean probability.
 
-    float32 scalar, differentiable in `probs_E`: 1.0 at perfect balance, E / K where K experts take all tokens.
-    Raises ValueError unless both are (E,)."""
+    float32 scalar, differentiable in `probs_E`: 1.0 at perfect balance, E / K if K experts take all tokens. Raises
+    ValueError unless both are (E,)."""
     if eager(counts_E) and (counts_E.ndim != 1 or counts_E.shape != probs_E.shape):  # traced, a bincount has no size
         raise ValueError(f"{described(counts=counts_E, probs=probs_E)}: expected (E,), (E,)")
     f_E = counts_E.float() / counts_E.sum().clamp(min=1)

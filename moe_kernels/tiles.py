@@ -19,8 +19,7 @@ def pick_impl(impl, tensor, **others):
     """`impl` if it can run on `tensor`. None means triton on CUDA where it is installed, else grouped_mm where it takes
     the dtype (1.3x faster than the reference on a CPU), else the reference.
 
-    Raises ValueError for an unknown name or `others` (tensors or None) on another device, and RuntimeError for an
-    implementation that cannot run here."""
+    Raises ValueError for an unknown name or `others` on another device, and RuntimeError for what cannot run here."""
     for name, other in others.items():
         if other is not None and other.device != tensor.device:
             raise ValueError(f"{name} on {other.device}: expected {tensor.device}, where the first argument is")

@@ -358,7 +358,7 @@ def test_results_are_not_memory_of_the_side_stream(monkeypatch):
         (dict(w_in=torch.zeros(4, 30, 32)), "w_in"),
         (dict(gates=torch.zeros(5, 2)), "gates"),
         (dict(F=0), "multiples of 16"),
-        (dict(gates=torch.ones(24, 2, dtype=torch.complex64)), "gates .* complex64.*: expected floats"),
+        (dict(gates=torch.ones(24, 2, dtype=torch.complex64)), "gates .*complex64.*: expected floats"),
         (dict(experts=torch.zeros(24, 2)), "integers"),
         (dict(experts=torch.zeros(24, 2, dtype=torch.complex64)), "integers"),
         (dict(experts=torch.arange(48).view(24, 2) % 5, impl="grouped_mm"), r"ids from 0 to 4: .* in 0\.\.3"),
