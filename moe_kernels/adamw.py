@@ -30,8 +30,8 @@ def adamw_step(
     step: float32 scalar tensor, the number of this step, counted from 1. lr: float or float32 scalar tensor.
     scale, skip: float32 scalar tensors, or None. The gradient is multiplied by scale; nothing changes where skip is not
     0.
-    seed: of the rounding, below 2**31; tensors with seeds of their own are rounded independently.
-    impl: as in `route`. Raises ValueError for other shapes or dtypes."""
+    seed: of the rounding, 0 <= seed < 2**31; tensors with seeds of their own are rounded independently.
+    impl: as in `route`. Raises ValueError for other shapes, dtypes, devices or seeds, and for betas outside [0, 1)."""
     shape, dtypes = weight.shape, (torch.float32, torch.bfloat16)
     tensors = dict(weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     for name, t in (tensors if copy is None else tensors | dict(copy=copy)).items():
@@ -40,14 +40,18 @@ def adamw_step(
             raise ValueError(f"{name} {tuple(t.shape)} {t.dtype}: expected {expected}")
     if copy is not None and copy.dtype != torch.bfloat16:
         raise ValueError(f"copy {copy.dtype}: it is the bfloat16 copy of weight")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= seed < 2**31):
+        raise ValueError(f"beta1={beta1}, beta2={beta2}, seed={seed}: expected 0 <= beta < 1 and 0 <= seed < 2**31")
     if weight.numel() == 0:
         return
-    step, lr, scale, skip = (
-        t if isinstance(t, torch.Tensor) else torch.full((), t, dtype=torch.float32, device=weight.device)
-        for t in (step, lr, 1.0 if scale is None else scale, 0.0 if skip is None else skip)
-    )
-    run = launch if pick_impl(impl, weight) == "triton" else reference.adamw
-    run(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta2, eps, weight_decay, copy, seed)
+    scalars = dict(step=step, lr=lr, scale=1.0 if scale is None else scale, skip=0.0 if skip is None else skip)
+    for name, t in scalars.items():
+        if not isinstance(t, torch.Tensor):
+            scalars[name] = torch.full((), t, dtype=torch.float32, device=weight.device)
+        elif t.numel() != 1:
+            raise ValueError(f"{name} {tuple(t.shape)}: expected a scalar")
+    run = launch if pick_impl(impl, weight, copy=copy, **tensors, **scalars) == "triton" else reference.adamw
+    run(*tensors.values(), *scalars.values(), beta1, beta2, eps, weight_decay, copy, seed)
 
 
 def launch(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta2, eps, weight_decay, copy, seed):

@@ -7,27 +7,31 @@ The forward pass completes the gradients of x and w, and the backward pass only 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.forward_ad import unpack_dual
 
 from moe_kernels import reference
 from moe_kernels.language import tl, triton
-from moe_kernels.ops import autocast_off, use_kernels
-from moe_kernels.tiles import pow2
+from moe_kernels.ops import INTEGERS, autocast_off, described, first_order, use_kernels
+from moe_kernels.tiles import eager, pow2
 
 
 def linear_cross_entropy(x_TD, w_VD, targets_T, chunk=16384, impl=None):
-    """Mean cross-entropy in nats of softmax(x W^T) over the targets that are not -1: a float32 scalar, float64 for
-    float64 inputs, differentiable in x and w.
+    """Mean cross-entropy in nats of softmax(x W^T) over the targets that are not negative: a float32 scalar, float64
+    for float64 inputs, differentiable in x and w. Zero where no target counts.
 
-    x_TD (T, D) in the compute dtype; w_VD (V, D) in any floating dtype, cast to x's; targets_T (T,) int64 below V (not
-    checked). chunk: tokens whose logits exist at one time in the kernels.
-    impl: as in `route`. Raises ValueError for shapes that do not fit, and for float64 with "triton"."""
-    if x_TD.ndim != 2 or w_VD.ndim != 2 or x_TD.shape[1] != w_VD.shape[1] or targets_T.shape != x_TD.shape[:1]:
-        shapes = f"x {tuple(x_TD.shape)}, w {tuple(w_VD.shape)}, targets {tuple(targets_T.shape)}"
-        raise ValueError(f"{shapes}: expected (T, D), (V, D), (T,)")
+    x_TD (T, D) in the compute dtype; w_VD (V, D) in any floating dtype, cast to x's; targets_T (T,) integers below V:
+    of others the kernels make NaN. chunk: tokens whose logits exist at one time in the kernels.
+    impl: as in `route`. Raises ValueError for other shapes, dtypes or devices, and for float64 with "triton"."""
+    fits = (x_TD.ndim, w_VD.ndim) == (2, 2) and x_TD.shape[1] == w_VD.shape[1] and targets_T.shape == x_TD.shape[:1]
+    if not (fits and x_TD.is_floating_point() and w_VD.is_floating_point() and targets_T.dtype in INTEGERS):
+        raise ValueError(
+            f"{described(x=x_TD, w=w_VD, targets=targets_T)}: expected floats (T, D), (V, D), integers (T,)"
+        )
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: use 1 or more")
-    if use_kernels(impl, x_TD):
+    if use_kernels(impl, x_TD, w=w_VD, targets=targets_T):
+        if eager(x_TD) and any(unpack_dual(t).tangent is not None for t in (x_TD, w_VD)):
+            raise NotImplementedError("the kernels have no forward-mode derivatives: use impl='reference'")
         return cross_entropy_op(x_TD, w_VD, targets_T, chunk, torch.is_grad_enabled())[0]
     return reference.linear_cross_entropy(x_TD, w_VD, targets_T)
 
@@ -40,8 +44,8 @@ def cross_entropy_kernel(
     logits_ptr, targets_ptr, losses_ptr, V: tl.constexpr, GRADS: tl.constexpr, BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One row: its loss, and softmax - onehot in place of its logits. A row whose target is -1 is not read and becomes
-    zeros.
+    """One row: its loss, and softmax - onehot in place of its logits. A row whose target is negative is not read and
+    becomes zeros. A target of V or more makes the loss NaN, and touches no memory outside of the row.
 
     A thread keeps one running maximum and sum for GROUP neighbours (8: 16 bytes of bfloat16), and exponentials have the
     hardware's base 2. With tl.exp and a maximum for each value the kernel took 36 instructions a value instead of 15,
@@ -57,7 +61,7 @@ def cross_entropy_kernel(
             for v in range(0, V, BLOCK_V):
                 tl.store(logits_ptr + v + offs, tl.zeros([BLOCK_V // GROUP, GROUP], dtype), mask=offs < V - v)
     else:
-        picked = tl.load(logits_ptr + target).to(tl.float32)
+        picked = tl.load(logits_ptr + target, mask=target < V, other=float("nan")).to(tl.float32)
         top = tl.full([BLOCK_V // GROUP], -1e30, tl.float32)  # a finite number keeps empty lanes free of NaN
         total = tl.zeros([BLOCK_V // GROUP], tl.float32)
         for v in range(0, V, BLOCK_V):
@@ -75,7 +79,7 @@ def cross_entropy_kernel(
                 x = tl.load(logits_ptr + v + offs, mask=offs < V - v, other=0.0).to(tl.float32)
                 tl.store(logits_ptr + v + offs, tl.exp2((x - best) * LOG2E - log2_total).to(dtype), mask=offs < V - v)
             tl.debug_barrier()  # two threads store the target's value, this one last
-            tl.store(logits_ptr + target, (tl.exp2((picked - best) * LOG2E - log2_total) - 1.0).to(dtype))
+            tl.store(logits_ptr + target, (tl.exp2((picked - best) * LOG2E - log2_total) - 1.0).to(dtype), target < V)
 
 
 @torch.library.custom_op("moe_kernels::linear_cross_entropy", mutates_args=())
@@ -120,7 +124,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
-@once_differentiable  # dx and dw are constants here, so a second derivative would lack their dependence on x and w
+@first_order
 def _backward(ctx, dloss, *_):
     scale, dx, dw = ctx.saved_tensors
     factor = dloss * scale

@@ -14,7 +14,7 @@ from moe_kernels import reference
 from moe_kernels.activation import activation_of
 from moe_kernels.dispatch import Dispatch, combine, dispatch, empty_dispatch
 from moe_kernels.language import MISSING
-from moe_kernels.ops import define
+from moe_kernels.ops import INTEGERS, define, described
 from moe_kernels.routing import MAX_EXPERTS, MAX_TOP_K
 from moe_kernels.tiles import eager, gemm_tiles, pick_impl
 
@@ -33,13 +33,13 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, acti
     impl: "reference", "grouped_mm", "triton", or None to choose by device.
     activation: f is SiLU for "swiglu", GELU in its tanh form for "geglu", the square of ReLU for "relu2".
     Returns (T, D) in x's dtype; differentiable in x, both weights and the gates. The kernels save x, the T*K*2F values
-    of the pre-activation and 8 bytes per routed row.
-    Raises ValueError for wrong shapes, dtypes, ids or names: D and F must be multiples of 16, 1 <= K <= min(E, 32),
-      E <= 1024.
+    of the pre-activation, the gates in float32 and 8 bytes of indices per routed row.
+    Raises ValueError for wrong shapes, dtypes, devices, ids or names: D and F must be multiples of 16,
+      1 <= K <= min(E, 32), E <= 1024.
     """
     _check(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK)
     activation_of(activation)
-    impl = pick_impl(impl, x_TD)
+    impl = pick_impl(impl, x_TD, w_in=w_in_EGD, w_out=w_out_EDF, gates=gates_TK, experts=experts_TK)
     if impl == "triton":
         return run_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK.float(), experts_TK.int(), activation)[0]
     return reference.experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, native=impl == "grouped_mm")
@@ -47,20 +47,18 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, acti
 
 def _check(x, w_in, w_out, gates, experts):
     fits = (x.ndim, w_in.ndim, w_out.ndim) == (2, 3, 3)
+    fits = fits and x.dtype == w_in.dtype == w_out.dtype and x.dtype in (*DTYPES, torch.float64)
     if not fits or w_out.shape[1] != x.shape[1] or w_in.shape != (w_out.shape[0], 2 * w_out.shape[2], x.shape[1]):
-        got = f"x {tuple(x.shape)}, w_in {tuple(w_in.shape)}, w_out {tuple(w_out.shape)}"
-        raise ValueError(f"{got}: expected (T, D), (E, 2F, D), (E, D, F)")
+        got = described(x=x, w_in=w_in, w_out=w_out)
+        raise ValueError(f"{got}: expected (T, D), (E, 2F, D), (E, D, F), of one floating dtype")
     T, (E, D, F) = x.shape[0], w_out.shape
-    if D % 16 or F % 16:
-        raise ValueError(f"D={D} and F={F} must be multiples of 16: pad the weights with zeros")
-    if gates.shape != experts.shape or gates.ndim != 2 or gates.shape[0] != T:
-        raise ValueError(f"gates {tuple(gates.shape)} and experts {tuple(experts.shape)}: expected (T, K) with T = {T}")
+    if D % 16 or F % 16 or not D or not F:
+        raise ValueError(f"D={D} and F={F} must be positive multiples of 16: pad the weights with zeros")
+    fits = gates.shape == experts.shape and gates.ndim == 2 and gates.shape[0] == T
+    if not (fits and gates.is_floating_point() and experts.dtype in INTEGERS):
+        raise ValueError(f"{described(gates=gates, experts=experts)}: expected floats and integers (T, K), T = {T}")
     if not 1 <= gates.shape[1] <= min(E, MAX_TOP_K) or E > MAX_EXPERTS:
         raise ValueError(f"K={gates.shape[1]}, E={E}: expected 1 <= K <= min(E, {MAX_TOP_K}) and E <= {MAX_EXPERTS}")
-    if not (x.dtype == w_in.dtype == w_out.dtype) or x.dtype not in (*DTYPES, torch.float64):
-        raise ValueError(f"x {x.dtype}, w_in {w_in.dtype}, w_out {w_out.dtype}: expected one floating dtype")
-    if experts.is_floating_point() or experts.dtype == torch.bool:
-        raise ValueError(f"experts must be integers, got {experts.dtype}")
     if experts.device.type == "cpu" and experts.numel() and eager(experts):  # traced ids have no values
         low, high = (int(n) for n in experts.aminmax())
         if low < 0 or high >= E:

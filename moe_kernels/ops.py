@@ -4,20 +4,37 @@ import contextlib
 import functools
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from moe_kernels.tiles import eager, pick_impl
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-def use_kernels(impl, tensor):
+
+def use_kernels(impl, tensor, **others):
     """Whether an op without a GEMM runs its kernels; "grouped_mm" is the reference to it. Raises what `pick_impl` does,
     and ValueError for float64 with "triton"."""
-    if impl == "grouped_mm" or pick_impl(impl, tensor) != "triton":
+    if pick_impl("reference" if impl == "grouped_mm" else impl, tensor, **others) != "triton":
         return False
     if tensor.dtype == torch.float64:
         raise ValueError("impl='triton' computes in float32 at most, not float64: use impl='reference'")
     return True
+
+
+def described(**tensors):
+    """Names, shapes and dtypes, for an error's message."""
+    return ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
+
+
+def first_order(backward):
+    """Decorator: backward raises under create_graph=True, where once_differentiable may drop terms in silence."""
+
+    def once(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("create_graph=True: the kernels have no second derivatives, use impl='reference'")
+        return backward(ctx, *grads)
+
+    return once
 
 
 def define(name, forward, backward, fake_forward, fake_backward, setup_context, derivative, n_outputs=None):
@@ -41,7 +58,7 @@ def define(name, forward, backward, fake_forward, fake_backward, setup_context, 
             return output if n_outputs is None else output[:n_outputs]
 
         @staticmethod
-        @once_differentiable
+        @first_order
         def backward(ctx, *grads):
             return derivative(ctx, backward, *grads)
 

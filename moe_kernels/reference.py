@@ -10,7 +10,7 @@ import torch.nn.functional as F_
 from torch import Tensor
 
 from moe_kernels.activation import gated
-from moe_kernels.ops import autocast_off, no_autocast
+from moe_kernels.ops import INTEGERS, autocast_off, described, no_autocast
 
 
 def _wide(tensor):
@@ -39,7 +39,12 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
 @no_autocast
 def gates_of(logits_TE, experts_TK, score="softmax", normalize=True):
     """Gates (T, K), float32 or float64, as `route` gives them to its choice, of any experts (T, K): a recorded choice
-    can be replayed."""
+    can be replayed. Raises ValueError for other shapes, dtypes or scores."""
+    fits = logits_TE.ndim == experts_TK.ndim == 2 and logits_TE.shape[0] == experts_TK.shape[0]
+    fits = fits and logits_TE.is_floating_point() and experts_TK.dtype in INTEGERS
+    if not fits or score not in ("softmax", "sigmoid"):
+        got = f"{described(logits=logits_TE, experts=experts_TK)}, score={score!r}"
+        raise ValueError(f"{got}: expected floats (T, E), integers (T, K), 'softmax' or 'sigmoid'")
     logits, experts_TK = _wide(logits_TE), experts_TK.long()
     if score == "softmax" and normalize:
         return logits.gather(1, experts_TK).softmax(1)
@@ -82,6 +87,8 @@ def grouped_product(a, b, offsets):
 
 def _product(a, b, offsets, native):
     # torch traces neither a loop over experts of unknown row counts, nor grouped_mm in other dtypes than bfloat16.
+    if native and not (b.is_contiguous() or b.mT.is_contiguous()):
+        b = b.contiguous()  # grouped_mm takes no other strides
     if torch.compiler.is_compiling() and not (native and a.dtype == torch.bfloat16):
         return product_op(a, b, offsets, native)
     return F_.grouped_mm(a, b, offs=offsets[1:]) if native else grouped_product(a, b, offsets)
@@ -118,8 +125,9 @@ product_op.register_autograd(_backward, setup_context=_setup_context)
 
 @no_autocast
 def linear_cross_entropy(x_TD, w_VD, targets_T):
-    """Twin of `cross_entropy.linear_cross_entropy`: mean over targets other than -1, in float32 (float64 stays)."""
+    """Twin of `cross_entropy.linear_cross_entropy`: mean over targets from 0 on, in float32 (float64 stays)."""
     logits = _wide(x_TD @ w_VD.to(x_TD.dtype).T)
+    targets_T = targets_T.long().clamp(min=-1)
     return F_.cross_entropy(logits, targets_T, ignore_index=-1, reduction="sum") / (targets_T >= 0).sum().clamp(min=1)
 
 

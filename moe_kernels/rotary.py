@@ -7,11 +7,10 @@ float32.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_kernels import reference
 from moe_kernels.language import launch, tl, triton
-from moe_kernels.ops import use_kernels
+from moe_kernels.ops import described, first_order, use_kernels
 from moe_kernels.tiles import cdiv, eager, pow2
 
 
@@ -25,17 +24,16 @@ def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5, im
     q_weight, k_weight (d,): RMSNorm of each query and key head before the rotation, with this weight and eps; both or
     neither.
     impl: as in `route`. Differentiable in qkv and the weights; qkv is saved for the weights only. Raises ValueError for
-    other shapes, and for float64 with "triton"."""
+    other shapes, dtypes or devices, and for float64 with "triton"."""
     rest = qkv_BLNd.shape[2] - n_heads if qkv_BLNd.ndim == 4 else 0
-    if rest < 2 or rest % 2 or n_heads < 1 or qkv_BLNd.shape[3] % 2:
-        raise ValueError(f"qkv {tuple(qkv_BLNd.shape)}, n_heads={n_heads}: expected (B, L, H + 2 Hkv, d) with even d")
+    if rest < 2 or rest % 2 or n_heads < 1 or qkv_BLNd.shape[3] % 2 or not qkv_BLNd.is_floating_point():
+        raise ValueError(f"{described(qkv=qkv_BLNd)}, {n_heads=}: expected floats (B, L, H + 2 Hkv, d) with even d")
     B, L, _, d = qkv_BLNd.shape
     if cos.shape != sin.shape or cos.shape not in ((L, 1, d), (B, L, 1, d)):
-        got = f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
-        raise ValueError(f"{got}: expected ({L}, 1, {d}) or ({B}, {L}, 1, {d})")
+        raise ValueError(f"{described(cos=cos, sin=sin)}: expected ({L}, 1, {d}) or ({B}, {L}, 1, {d})")
     if [None if w is None else w.shape for w in (q_weight, k_weight)] not in ([None, None], [(d,), (d,)]):
         raise ValueError(f"q_weight and k_weight: expected two of shape ({d},), or none")
-    if not use_kernels(impl, qkv_BLNd):
+    if not use_kernels(impl, qkv_BLNd, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight):
         return reference.rope(qkv_BLNd, cos, sin, n_heads, q_weight, k_weight, eps)
     q_weight, k_weight = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
     return Rope.apply(qkv_BLNd, cos, sin, q_weight, k_weight, n_heads, eps)
@@ -245,7 +243,7 @@ class Rope(torch.autograd.Function):
         return q, k, qkv[:, :, n_heads + k.shape[2] :]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dq, dk, dv):
         qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
         run = rope_bwd if eager(dq) else rope_bwd_op

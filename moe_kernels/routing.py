@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moe_kernels import reference
 from moe_kernels.language import launch, tl, triton
-from moe_kernels.ops import define, use_kernels
-from moe_kernels.tiles import cdiv, pow2
+from moe_kernels.ops import define, described, use_kernels
+from moe_kernels.tiles import cdiv, eager, pow2
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 
@@ -34,18 +34,20 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None, impl=N
     softmax".
     bias_E: (E,), added to the scores for the choice and never to the gates: loss-free balancing (arXiv 2408.15664).
     impl: "reference", "grouped_mm" (the same PyTorch ops), "triton", or None to choose by device.
-    Returns a `Routing`. Raises ValueError for shapes outside E <= 1024, 1 <= K <= min(E, 32), and for float64 with
-    "triton"."""
+    Returns a `Routing`. Raises ValueError for shapes outside E <= 1024, 1 <= K <= min(E, 32), other dtypes or devices,
+    and float64 with "triton"."""
     if logits_TE.ndim != 2 or not logits_TE.is_floating_point():
         raise ValueError(f"logits {tuple(logits_TE.shape)} {logits_TE.dtype}: expected (T, E), floats")
     E = logits_TE.shape[1]
-    if not 1 <= top_k <= min(E, MAX_TOP_K) or E > MAX_EXPERTS:
-        raise ValueError(f"top_k={top_k}, E={E}: expected 1 <= top_k <= min(E, {MAX_TOP_K}) and E <= {MAX_EXPERTS}")
+    if not isinstance(top_k, int) or not 1 <= top_k <= min(E, MAX_TOP_K) or E > MAX_EXPERTS:
+        raise ValueError(
+            f"top_k={top_k}, E={E}: expected integers, 1 <= top_k <= min(E, {MAX_TOP_K}), E <= {MAX_EXPERTS}"
+        )
     if score not in ("softmax", "sigmoid"):
         raise ValueError(f"score={score!r}: expected 'softmax' or 'sigmoid'")
     if bias_E is not None and bias_E.shape != (E,):
         raise ValueError(f"bias_E {tuple(bias_E.shape)}: expected ({E},)")
-    if use_kernels(impl, logits_TE):
+    if use_kernels(impl, logits_TE, bias_E=bias_E):
         return Routing(*run_route(logits_TE, bias_E, top_k, score == "sigmoid", normalize))
     return Routing(*reference.route(logits_TE, top_k, score, normalize, bias_E))
 
@@ -54,7 +56,10 @@ def balance_loss(counts_E, probs_E):
     """Load-balancing loss E * sum_e f_e p_e (Switch Transformer, arXiv 2101.03961); f_e is the share of routed rows,
     p_e the mean probability.
 
-    float32 scalar, differentiable in `probs_E`: 1.0 at perfect balance, E / K where K experts take all tokens."""
+    float32 scalar, differentiable in `probs_E`: 1.0 at perfect balance, E / K if K experts take all tokens. Raises
+    ValueError unless both are (E,)."""
+    if eager(counts_E) and (counts_E.ndim != 1 or counts_E.shape != probs_E.shape):  # traced, a bincount has no size
+        raise ValueError(f"{described(counts=counts_E, probs=probs_E)}: expected (E,), (E,)")
     f_E = counts_E.float() / counts_E.sum().clamp(min=1)
     return counts_E.shape[0] * (f_E * probs_E).sum()
 

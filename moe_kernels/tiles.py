@@ -15,14 +15,20 @@ IMPLS = ("reference", "grouped_mm", "triton")
 GEMMS = ("up", "down", "dswiglu", "dx", "dw_in", "dw_out")
 
 
-def pick_impl(impl, tensor):
+def pick_impl(impl, tensor, **others):
     """`impl` if it can run on `tensor`. None means triton on CUDA where it is installed, else grouped_mm where it takes
     the dtype (1.3x faster than the reference on a CPU), else the reference.
 
-    Raises ValueError for an unknown name and RuntimeError for an implementation that cannot run here."""
-    if impl is None:
-        if tensor.is_cuda and not MISSING:
+    Raises ValueError for an unknown name or `others` on another device, and RuntimeError for what cannot run here."""
+    for name, other in others.items():
+        if other is not None and other.device != tensor.device:
+            raise ValueError(f"{name} on {other.device}: expected {tensor.device}, where the first argument is")
+    if impl in (None, "triton") and tensor.is_cuda and not MISSING:
+        if eager(tensor) and tensor.get_device() != torch.cuda.current_device():
+            raise RuntimeError(f"kernels run on the current device: call `with torch.cuda.device('{tensor.device}'):`")
+        if impl is None:
             return "triton"
+    if impl is None:
         return "grouped_mm" if _grouped_mm_takes(tensor) else "reference"
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}, or None to choose by device")

@@ -8,9 +8,13 @@ and others like them).
 The model keeps its router; a model already loaded is switched with `model.set_experts_implementation("moe_kernels")`.
 """
 
+import contextlib
 from functools import partial
 
+import torch
+
 from moe_kernels.experts import moe_experts
+from moe_kernels.tiles import eager
 
 NAME = "moe_kernels"
 NEEDED = (5, 7)  # the first version whose experts modules say what they are: gate, biases, layout
@@ -51,7 +55,9 @@ def experts_forward(module, hidden_states, top_k_index, top_k_weights, impl=None
     activation = ACTIVATIONS.get(function)
     _check(module, activation, function)
     w_in, w_out = module.gate_up_proj, module.down_proj
-    y = moe_experts(hidden_states.to(w_in.dtype), w_in, w_out, top_k_weights, top_k_index, impl, activation)
+    # A model spread over GPUs (device_map) runs each layer where its weights are, whatever the current device is.
+    with torch.cuda.device_of(w_in) if eager(w_in) else contextlib.nullcontext():
+        y = moe_experts(hidden_states.to(w_in.dtype), w_in, w_out, top_k_weights, top_k_index, impl, activation)
     return y.to(hidden_states.dtype)
 
 

@@ -170,6 +170,10 @@ def test_bad_arguments(device):
     with pytest.raises(ValueError, match="copy torch.float32: it is the bfloat16 copy"):
         call(weight, grad, mean, var, copy=mean)
     call(*(t[:0] for t in (weight, grad, mean, var)))
+    given = dict(step=scalar(1, device), lr=1e-3, **SETTINGS)
+    for name, value in (("beta1", 1.0), ("beta2", -0.1), ("seed", -1), ("seed", 2**31), ("lr", weight), ("skip", mean)):
+        with pytest.raises(ValueError, match=name):
+            adamw_step(weight, grad, mean, var, **given | {name: value})
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -357,7 +357,10 @@ def test_results_are_not_memory_of_the_side_stream(monkeypatch):
         (dict(F=8), "multiples of 16"),
         (dict(w_in=torch.zeros(4, 30, 32)), "w_in"),
         (dict(gates=torch.zeros(5, 2)), "gates"),
+        (dict(F=0), "multiples of 16"),
+        (dict(gates=torch.ones(24, 2, dtype=torch.complex64)), "gates .*complex64.*: expected floats"),
         (dict(experts=torch.zeros(24, 2)), "integers"),
+        (dict(experts=torch.zeros(24, 2, dtype=torch.complex64)), "integers"),
         (dict(experts=torch.arange(48).view(24, 2) % 5, impl="grouped_mm"), r"ids from 0 to 4: .* in 0\.\.3"),
         (dict(experts=torch.arange(48).view(24, 2) % 4 - 1, impl="reference"), r"ids from -1 to 2: .* in 0\.\.3"),
         (dict(x=torch.zeros(24, 32, dtype=torch.float16)), "floating dtype"),
@@ -372,6 +375,16 @@ def test_bad_arguments_are_named(change, message):
     options = {name: arguments.pop(name) for name in ("impl", "activation") if name in arguments}
     with pytest.raises(ValueError, match=message):
         moe_experts(*arguments.values(), **options)
+
+
+@pytest.mark.parametrize("impl", ["reference", "grouped_mm", "triton"])
+def test_weights_of_any_strides(impl, device):
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    x, w_in, w_out, gates, ids = problem(24, 32, 16, 4, 2, dtype, device)
+    spread = [torch.stack([w, w], -1)[..., 0] for w in (w_in, w_out)] + [w.mT.contiguous().mT for w in (w_in, w_out)]
+    expected = moe_experts(x, w_in, w_out, gates, ids, impl)
+    for i in (0, 2):
+        assert torch.equal(moe_experts(x, *spread[i : i + 2], gates, ids, impl), expected)
 
 
 def test_triton_without_gpu_or_interpreter_is_refused(monkeypatch):

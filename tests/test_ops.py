@@ -199,6 +199,61 @@ def test_fullgraph_compile_of_experts_by_inductor(impl):
             check(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_refuse_derivatives_of_derivatives(op):
+    """Even where the gradient that comes in is constant, as in a gradient penalty on a sum. Forward mode too."""
+    for impl in impls_of(op):
+        call, inputs = OPS[op](torch.float32, impl)
+        leaves = [t.to(DEVICE).requires_grad_() for t in inputs]
+        first = lambda *args, call=call: out[0] if isinstance(out := call(*args), tuple) else out
+        if impl != "triton":
+            torch.autograd.grad(first(*leaves).sum(), leaves[0], create_graph=True)
+            continue
+        with pytest.raises(RuntimeError, match="no second derivatives, use impl='reference'"):
+            torch.autograd.grad(first(*leaves).sum(), leaves[0], create_graph=True)
+        inputs = tuple(t.detach() for t in leaves)
+        with pytest.raises((RuntimeError, NotImplementedError), match="setup_context|forward-mode"):
+            torch.func.jvp(first, inputs, inputs)
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_tensors_on_another_device_are_named(impl):
+    x, w_in, w_out, gates, ids = problem(4, 16, 16, 4, 2, torch.float32, "cpu")
+    cos, sin = rope_tables(ModelConfig(seq_len=9, head_dim=8))
+    scalar, norm, state = torch.tensor(1.0), torch.ones(8), [torch.ones(3) for _ in range(4)]
+    settings = dict(lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0, scale=scalar, skip=scalar)
+    calls = [
+        (mk.moe_experts, (x, w_in, w_out, gates, ids), {}, ["w_in", "w_out", "gates", "experts"]),
+        (mk.rope, (random(2, 9, 8, 8), cos, sin), dict(n_heads=4, q_weight=norm, k_weight=norm), ["cos", "sin"]),
+        (mk.linear_cross_entropy, (x, random(8, 16), ids[:, 0]), {}, ["w", "targets"]),
+        (mk.adamw_step, (*state, scalar), settings, ["grad", "exp_avg", "exp_avg_sq", "step"]),
+        (mk.route, (x,), dict(top_k=2, bias_E=torch.ones(16)), []),
+    ]
+    for op, args, named, names in calls:
+        for i, name in enumerate(names, 1):
+            with pytest.raises(ValueError, match=f"^{name} on meta: expected cpu"):
+                op(*args[:i], args[i].to("meta"), *args[i + 1 :], **named, impl=impl)
+        for name in [name for name, value in named.items() if isinstance(value, torch.Tensor)]:
+            with pytest.raises(ValueError, match=f"^{name} on meta: expected cpu"):
+                op(*args, **named | {name: named[name].to("meta")}, impl=impl)
+
+
+def test_kernels_refuse_another_gpu_than_the_current_one(monkeypatch):
+    """They would run there, on memory that they may not reach or that its GPU has yet to write."""
+    monkeypatch.setattr(tiles, "MISSING", "")
+    monkeypatch.setattr(tiles, "eager", lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for index in (0, 1):
+        tensor = SimpleNamespace(device=torch.device(f"cuda:{index}"), is_cuda=True, get_device=lambda i=index: i)
+        assert pick_impl("reference", tensor) == "reference"
+        if index == 0:
+            assert pick_impl(None, tensor) == "triton"
+            continue
+        for impl in (None, "triton"):
+            with pytest.raises(RuntimeError, match=r"with torch.cuda.device\('cuda:1'\)"):
+                pick_impl(impl, tensor)
+
+
 def test_a_launch_reuses_only_what_was_compiled_for_its_arguments(monkeypatch):
     """A kernel that records how it is called: by Triton's slow way once for everything that makes other code."""
     calls = []

@@ -124,6 +124,7 @@ def test_bad_shapes_are_named(device):
     cases = (
         ({0: args[0][0]}, "expected"),
         ({3: 5}, "expected"),
+        ({0: args[0].long()}, "int64"),
         ({0: args[0][..., :7]}, "expected"),
         ({1: args[1][:3]}, "cos"),
         ({4: args[1][0, 0]}, "weight"),

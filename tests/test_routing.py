@@ -113,6 +113,7 @@ def test_bias_changes_the_choice_and_not_the_gates(device):
     [
         (dict(top_k=0), "top_k=0"),
         (dict(top_k=5), "top_k=5"),
+        (dict(top_k=2.0), "top_k=2.0"),
         (dict(top_k=2, score="relu"), "relu"),
         (dict(top_k=2, impl="cuda"), "cuda"),
         (dict(top_k=2, bias_E=torch.zeros(3)), "bias_E"),
@@ -121,6 +122,21 @@ def test_bias_changes_the_choice_and_not_the_gates(device):
 def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         route(torch.randn(6, 4), **kwargs)
+
+
+def test_bad_arguments_of_gates_and_balance_are_named():
+    logits, ids = torch.randn(6, 4), torch.zeros(6, 2, dtype=torch.int32)
+    for bad in ((logits, ids[:3]), (logits[:3], ids), (logits, ids[0]), (logits[None], ids[None])):
+        with pytest.raises(ValueError, match=r"expected floats \(T, E\)"):
+            gates_of(*bad)
+    for bad in ((logits, ids.float()), (logits, ids > 0), (logits.long(), ids), (logits, ids, "relu")):
+        with pytest.raises(ValueError, match="logits .* experts .* score="):
+            gates_of(*bad)
+    counts, probs = torch.ones(4, dtype=torch.int32), torch.full((4,), 0.25)
+    assert balance_loss(counts, probs) == 1
+    for bad in ((counts, probs[:1]), (counts, probs.expand(6, 4)), (counts[None], probs[None])):
+        with pytest.raises(ValueError, match="counts .* probs"):
+            balance_loss(*bad)
 
 
 def test_the_check_can_fail(device):

@@ -54,6 +54,15 @@ def test_activations_are_those_of_the_module(activation, transformers):
     check(got, expected, 1e-5, activation)
 
 
+def test_layers_run_on_the_device_of_their_weights(transformers, monkeypatch):
+    """A model that device_map spreads over GPUs has layers on others than the current one."""
+    model, guarded = mixtral(transformers, "silu"), []
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: guarded.append(tensor) or device_of(tensor))
+    list(outputs(transformers, model, torch.arange(20)[None]))
+    assert guarded[0] is model.model.layers[0].mlp.experts.gate_up_proj
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_fast"])
 def test_other_activations_are_refused(activation, transformers):
     with pytest.raises(ValueError, match=f"MixtralExperts has the activation '{activation}'.*use 'grouped_mm'"):
