@@ -387,7 +387,11 @@ REMEDIES = (  # text, what is compared: results of study.posttrain
 )
 CLAIMS = (  # text, what computes it, presets that decide it
     ("Memory rises with total parameters at fixed active parameters", memory_rises, ("room", "scarce2", "scarce2_k2")),
-    ("Reasoning turns over as total parameters grow", reasoning_turns, ("scarce2", "dose", "fresh", "scarce2_k2", "adamw2")),
+    (
+        "Reasoning turns over as total parameters grow",
+        reasoning_turns,
+        ("scarce2", "dose", "fresh", "scarce2_k2", "adamw2"),
+    ),
     ("Reasoning is best near 20 tokens per parameter", optimum_near_20, ("dose", "long4")),
     ("At equal training loss, denser models reason better", denser_at_equal_loss, ("scarce2", "dose", "scarce2_k2")),
     ("Top-k alone changes little at fixed active and total size", top_k_alone, ("topk2",)),
