@@ -76,7 +76,7 @@ def lines():
 
 
 def main(argv=None):
-    cfg = parse(SampleConfig, sys.argv[1:] if argv is None else argv, __doc__)
+    cfg = parse(SampleConfig, argv, __doc__)
     require(cfg.number >= 1, "number", cfg.number, "use 1 or more")
     cfg.stops()
     loaded, messages = load(cfg), []

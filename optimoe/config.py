@@ -6,6 +6,7 @@
         lr: float = 3e-4  # peak learning rate
 
     cfg = parse(Config)  # python prog.py --lr=1e-3   (or --help, or --config=run/config.json --lr=1e-3)
+    command_line(main)   # a mistake in main ends the program with one line
 
 Types come from annotations (int, float, bool, str, `X | None`, Literal, tuple[X, ...] with commas), help from
 the comment behind a field, headings from comment lines, ranges from `__post_init__`. Fields named in the class variable
@@ -90,10 +91,8 @@ def parse(cls, argv=None, description="", start=None):
     """A `cls` from command-line words (None: sys.argv[1:]), with the dict `start` as its defaults.
 
     Flags are --field=value or --field value; a bool is --flag or --flag=false; hyphens are underscores; the last flag
-    of a name counts; --help prints the fields and exits. A mistake is a ValueError or OSError; with argv=None it ends
-    the program with one line."""
-    if argv is None:
-        return command_line(lambda: parse(cls, sys.argv[1:], description, start))
+    of a name counts; --help prints the fields and exits. A mistake is a ValueError or OSError."""
+    argv = sys.argv[1:] if argv is None else argv
     words = [word for word in argv if word not in ("--help", "-h")]
     if len(words) < len(argv):
         print(help_text(cls, description, words))
@@ -135,7 +134,7 @@ def split_flags(cls, argv):
             name, equals, text = word[2:].partition("=")
             name = name.replace("-", "_")
             if name != "config":
-                name = _current_name(cls, name)
+                name = RENAMED[name] if RENAMED.get(name) in hints else name
                 _check_name(cls, name)
             if not equals:
                 if hints.get(name) is not bool and not words:
@@ -192,12 +191,6 @@ def _converted(cls, values, where=""):
     for name in values:
         _check_name(cls, name, where)
     return {name: _convert(name, value, hints[name]) for name, value in values.items()}
-
-
-def _current_name(cls, name):
-    """The present name of a field."""
-    current = RENAMED.get(name)
-    return current if current in {field.name for field in dataclasses.fields(cls)} else name
 
 
 def _check_name(cls, name, where=""):

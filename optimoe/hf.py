@@ -340,7 +340,7 @@ class ExportConfig:
 
 
 def main(argv=None):
-    cfg = config.parse(ExportConfig, sys.argv[1:] if argv is None else argv, __doc__)
+    cfg = config.parse(ExportConfig, argv, __doc__)
     path, out = Path(cfg.run), Path(os.path.abspath(cfg.out))
     for name in ("safetensors.torch", "tokenizers"):
         package(name)

@@ -172,4 +172,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    config.command_line(main)

@@ -100,7 +100,7 @@ def test_a_reader_that_has_enough_is_no_mistake():
 def test_mistake_on_the_real_command_line_exits_with_the_message(monkeypatch):
     monkeypatch.setattr("sys.argv", ["prog", "--stpes=3"])
     with pytest.raises(SystemExit, match="did you mean 'steps'"):
-        config.parse(Config)
+        config.command_line(lambda: config.parse(Config))
 
 
 def test_frozen():
