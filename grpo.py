@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import optimoe.threads  # before torch
@@ -153,15 +152,12 @@ class Training:
 
 def load_start(cfg, device):
     """(checkpoint file or published model, GPT, data directory, tokenizer, source of questions) of cfg.model."""
-    path, options = Path(cfg.model), dict(dtype=cfg.dtype, impl=cfg.impl)
-    if start.released(cfg.model):
+    released = start.released(cfg.model)
+    path = cfg.model if released else checkpoint.newest(cfg.model)
+    model = start.load_any(path, device, dtype=cfg.dtype, impl=cfg.impl)
+    if released:
         folder = str(hub.folder(cfg.model, "model"))  # its tokenizer becomes that of the run
-        model = start.load_any(cfg.model, device, **options)
-        return cfg.model, model, folder, hf.load_tokens(folder), Source(cfg.evaldata or None)
-    if path.is_dir():
-        require(checkpoint.find(path), "model", cfg.model, "there is no checkpoint (ckpt-*.pt) in it")
-        path = checkpoint.find(path)[-1][1]
-    model = start.load_any(path, device, **options)
+        return path, model, folder, hf.load_tokens(folder), Source(cfg.evaldata or None)
     data = cfg.data or str(checkpoint.training_data(path.parent))
     return path, model, data, run_tokens(data, model), Source(cfg.evaldata or None, data)
 

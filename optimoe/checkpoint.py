@@ -40,6 +40,16 @@ def find(run_dir):
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def newest(path):
+    """The newest checkpoint of a run directory; a file is itself. FileNotFoundError without one."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (found := find(path)):
+        raise FileNotFoundError(f"{path} holds no checkpoint (ckpt-*.pt); train first, or name another directory")
+    return found[-1][1]
+
+
 def save(run_dir, step, state, keep, rank=0, world=1):
     """Write `state` (tensors, Pieces and plain values in dicts and lists), keep only the newest `keep` files; the path.
 
@@ -142,12 +152,7 @@ def read(path):
     The configuration of an earlier version is completed as config.complete does for a ModelConfig.
 
     Raises FileNotFoundError, or ValueError naming a file whose bytes changed since it was written."""
-    path = Path(path)
-    if path.is_dir():
-        found = find(path)
-        if not found:
-            raise FileNotFoundError(f"{path} holds no checkpoint (ckpt-*.pt); train first, or name another directory")
-        path = found[-1][1]
+    path = newest(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; check the path")
     match = NAME.fullmatch(path.name)

@@ -64,9 +64,7 @@ def load(cfg: ModelChoice) -> Loaded:
         tokens = run_tokens(directory, model) if directory else hf.load_tokens(folder)
         name = hf.fingerprint(folder, *([directory / tokenizer.FILE] if directory else []), title=hub.title(cfg.hf))
         return Loaded(model, tokens, name, hub.home(cfg.hf) / "eval")
-    path = Path(cfg.checkpoint or cfg.run)
-    if path.is_dir() and checkpoint.find(path):
-        path = checkpoint.find(path)[-1][1]
+    path = checkpoint.newest(cfg.checkpoint or cfg.run)
     model = frozen(checkpoint.load_model(path, device, dtype=cfg.dtype, impl=cfg.impl))
     results = path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}"
     return Loaded(model, run_tokens(cfg.data_directory(), model), path.name, results)
