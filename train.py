@@ -139,7 +139,8 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
     if world > 1:
         dist.all_reduce(total)
     shares = targets * (len(batches) * world) / total.clamp(min=1)  # exactly 1 where all have equally many
-    optimizer.begin_step()
+    if world > 1:
+        optimizer.begin_step()
     for micro, batch in enumerate(batches):
         first, last = micro == 0, micro == len(batches) - 1
         optimizer.synchronize = last
@@ -160,7 +161,7 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
         shared = torch.cat([sums, probs_NE.flatten()])
         dist.all_reduce(shared)
         sums, probs_NE = shared[:4] / world, (shared[4:] / world).view_as(probs_NE)
-    optimizer.average_gradients()
+        optimizer.average_gradients()
     grad_norm = optimizer.grad_norm()
     skip = guard.judge(window, sums[0] / len(batches), grad_norm, cfg, discard)
     optimizer.step(skip, clip_factor(grad_norm, cfg.clip_norm))
@@ -209,12 +210,13 @@ def make_data(cfg, directory):
 def open_data(cfg, run):
     """(cfg with the vocabulary of the data, Data). ValueError for data that this run cannot use."""
     sources, micro_batch = run.prepared, cfg.batch_size // (run.world * cfg.grad_accum)
-    marked = any(shards.read_meta(directory)["version"] == shards.MARKED for directory, _ in sources)
+    metas = [shards.read_meta(directory) for directory, _ in sources]
+    marked = any(meta["version"] == shards.MARKED for meta in metas)
     cfg = dataclasses.replace(cfg, document_mask=cfg.document_mask or marked)
     place = (run.rank, run.world, run.device, cfg.document_mask)
     loader = Loader(sources, "train", micro_batch, cfg.seq_len, cfg.seed, *place)
-    splits = {directory: shards.read_meta(directory)["splits"] for directory, _ in sources if cfg.val_batches}
-    val_sources = [source for source in sources if splits.get(source[0], {}).get("val", {}).get("tokens")]
+    has_val = [cfg.val_batches and meta["splits"].get("val", {}).get("tokens") for meta in metas]
+    val_sources = [source for source, found in zip(sources, has_val, strict=True) if found]
     val_loader = Loader(val_sources, "val", micro_batch, cfg.seq_len, 0, *place) if val_sources else None
     all_of_it = max(1, sum(val_loader.n_windows) // (micro_batch * run.world)) if val_loader else 0
     enc = tokenizer.load(sources[0][0])
@@ -239,11 +241,12 @@ def check_start(cfg, world):
 def set_up(cfg, run, data):
     """The Training of a fresh run, or of its newest checkpoint. ValueError where the memory cannot hold it."""
     tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
-    n_params, what = count_params(cfg).total, "{:,} parameters and {:,} tokens at a time"
+    n_params = count_params(cfg).total
+    what = f"{n_params:,} parameters and {tokens:,} tokens at a time"
     remedy = "use a smaller model, a smaller batch_size or more grad_accum"
     least = least_memory(cfg, tokens, run.world, exchange.group_size(cfg, run.world))
-    require_memory(what.format(n_params, tokens), least, run.device, remedy)
-    require_memory(what.format(n_params, tokens), 4 * n_params, CPU, remedy)  # where the weights are made
+    require_memory(what, least, run.device, remedy)
+    require_memory(what, 4 * n_params, CPU, remedy)  # where the weights are made
     state = run.resume()
     if cfg.trace:
         check_trace(cfg.trace, cfg.steps - (state["step"] if state else 0))
@@ -258,7 +261,8 @@ def set_up(cfg, run, data):
         model.load_state_dict(state.pop("model"))
     elif cfg.upcycle_from:
         upcycle.upcycle(model, cfg.upcycle_from)
-    model = parallel.wrap(model, cfg, run.device, run.world, tokens)
+    exchange.deal_out(model, cfg, run.device, run.world, tokens)
+    model = model.to(run.device)
     optimizer, window = parallel.Sharded(model, cfg, run.rank, run.world), new_window(cfg, run.device)
     job = Training(model, optimizer, window, state=state)
     if state:

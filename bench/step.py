@@ -24,7 +24,7 @@ from bench.problem import Cost, Shape
 from bench.rows import BenchConfig, Results
 from bench.timing import MIB, Times, quantiles, synchronize, trace, wall_ms
 from model import GPT
-from optimoe import config, parallel
+from optimoe import config, exchange, parallel
 from optimoe.faststep import GraphedStep, compile_blocks
 from optimoe.guard import new_window
 from optimoe.sizes import flops_per_token, peak_flops, preset_fields
@@ -55,7 +55,8 @@ def make_step(cfg, device, rank=0, world=1):
     a batch. Billions of random weights take a CPU a minute, so they are drawn on the device."""
     torch.manual_seed(cfg.seed)
     with torch.device(device):
-        model = parallel.wrap(GPT(cfg).train(), cfg, torch.device(device), world, cfg.batch_size * cfg.seq_len)
+        model = GPT(cfg).train()
+        exchange.deal_out(model, cfg, torch.device(device), world, cfg.batch_size * cfg.seq_len)
     optimizer = parallel.Sharded(model, cfg, rank, world)
     optimizer.set_lr(0.0)
     if torch.cuda.is_available() and world == 1:

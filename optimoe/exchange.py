@@ -98,12 +98,15 @@ def experts_nearby(moe, x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, acti
     return remote.remote_experts(x_TD, w_in, w_out, gates_TK.float(), experts_TK.int(), activation, moe.number)[0]
 
 
-def deal_out(model, cfg, device, rank, world, tokens):
-    """Leave each layer of the model its rank's experts. Sets model.limit where tokens travel by kernels.
+def deal_out(model, cfg, device, world, tokens):
+    """With ep, leave each layer its rank's experts, on the device. All ranks must have drawn the same weights. Sets
+    model.limit where tokens travel by kernels.
 
     tokens: of a rank and micro-batch. ValueError unless the experts can be dealt out."""
     size = group_size(cfg, world)
-    groups = make_groups(size, rank, world)
+    if size == 1:
+        return
+    groups = make_groups(size, dist.get_rank(), world)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for moe in layers:
         for name in ("w_in", "w_out"):

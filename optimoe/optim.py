@@ -96,11 +96,6 @@ class AdamW(torch.optim.AdamW):
         for *tensors, copy, seed in large:
             adamw_step(*tensors, *settings, scale, skip, copy, seed)
 
-    def zero_grad(self, set_to_none=True):
-        super().zero_grad(set_to_none)
-        for copy in self.copies.values():
-            copy.grad = None
-
 
 def orthogonalize(m_NAB):
     """(N, A, B) with singular values near 1; a zero matrix stays zero. bfloat16 on CUDA, else float32."""
@@ -201,20 +196,16 @@ class Together:
             part.found_inf, part.scale = skip, scale
             part.step()
 
-    def begin_step(self):
-        """Ranks start to gather weights here."""
-
-    def average_gradients(self):
-        """Ranks finish averaging gradients here."""
-
     def grad_norm(self):
         copies, params = self.copies, [p for group in self.param_groups for p in group["params"]]
         grads = (copies.get(p, p).grad for p in params)
         return total_norm([grad for grad in grads if grad is not None])
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self):
         for part in self.parts:
-            part.zero_grad(set_to_none)
+            part.zero_grad()
+        for copy in self.copies.values():
+            copy.grad = None
 
     def weights(self, model):
         """model.state_dict() with float32 weights in place of their bfloat16 copies."""

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from model import MoE
-from optimoe import exchange
 from optimoe.checkpoint import Piece
 from optimoe.config import require
 from optimoe.optim import Together, make_optimizer, total_norm
@@ -68,15 +67,6 @@ def disconnect():
         dist.destroy_process_group()
 
 
-def wrap(model, cfg, device, world, tokens):
-    """The model on the device, with ep only this rank's experts. All ranks must have drawn the same weights.
-
-    tokens: of a rank and micro-batch."""
-    if exchange.group_size(cfg, world) > 1:
-        exchange.deal_out(model, cfg, device, dist.get_rank(), world, tokens)
-    return model.to(device)
-
-
 def average(tensors, group=None):
     """Replace tensors by their sums over a group (None: all ranks), divided by the number of all ranks, with one
     collective for each dtype."""
@@ -115,7 +105,7 @@ class Sharded(Together):
         self.whole = [p for moe in layers for p in (moe.w_in, moe.w_out) if p not in sliced]
         self.exact = {}  # parameter of which this rank has a part -> that part, as the optimiser holds it
         self.places = {}  # id of such a part -> the other fields of its checkpoint.Piece
-        copies = {copy: p for part in self.parts for p, copy in getattr(part, "copies", {}).items()}
+        copies = {copy: p for p, copy in self.copies.items()}
         for piece, p in [*self.full.items(), *((p, p) for p in self.whole)]:
             self.exact[p] = copies.get(piece, piece)
             index, parts = (self.groups.index, self.groups.size) if p in self.dealt else (0, 1)
@@ -160,8 +150,6 @@ class Sharded(Together):
 
     def average_gradients(self):
         """Finish the backward pass's collectives: gradients become means over the tokens of all ranks."""
-        if self.world == 1:
-            return
         for piece, p in self.full.items():
             own, work = self.reduced.pop(p)
             work.wait()
@@ -201,11 +189,6 @@ class Sharded(Together):
         self.begin_step()
         for layer in range(len(self.pieces) if self.full else 0):
             self._wait(layer)
-
-    def zero_grad(self, set_to_none=True):
-        super().zero_grad(set_to_none)
-        for piece, p in self.full.items():
-            piece.grad = p.grad = None
 
     def state_dict(self):
         return self._map(super().state_dict(), Piece)
