@@ -30,12 +30,12 @@ from eval.generate import any_shape, generate
 from eval.sources import Source
 from model import GPT
 from optimoe import checkpoint, guard, hf, hub, start
-from optimoe.config import require
+from optimoe.config import check_range, require
 from optimoe.curves import Curves
 from optimoe.load import frozen, run_tokens
 from optimoe.optim import Together
 from optimoe.policy import Sample, advantages, collate, draw_questions, micro_batches, policy_loss
-from optimoe.run import CPU, Clock, Progress, Run, Stopping, check_bounds, check_shares, launch
+from optimoe.run import CPU, Clock, Progress, Run, Stopping, check_rates, launch
 from optimoe.sizes import require_memory
 
 
@@ -83,10 +83,10 @@ class GRPOConfig:
     log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb; torchrun needs --logger
 
     def __post_init__(self):
-        from_1 = "batch_prompts prompt_tokens answer_tokens rollout_batch steps mini_batch micro_tokens"
-        from_0 = "questions lr kl_coef eps weight_decay clip_norm eval_every checkpoint_every"
-        check_bounds(self, {1: from_1 + " eval_questions keep_checkpoints", 0: from_0})
-        check_shares(self, "", "beta1 beta2")
+        check_range(self, "batch_prompts prompt_tokens answer_tokens rollout_batch steps mini_batch micro_tokens", 1)
+        check_range(self, "eval_questions keep_checkpoints", 1)
+        check_range(self, "questions lr kl_coef eps weight_decay clip_norm eval_every checkpoint_every seed")
+        check_rates(self, "beta1 beta2")
         require(self.model or self.resume, "model", "", "name the run directory of a trained model, or one to --resume")
         trains = [name for name in tasks.NAMES if tasks.load(name).trains]
         remedy = f"use one with training questions: {', '.join(trains)}"

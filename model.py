@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import balance_loss, gated_activation, gates_of, linear_cross_entropy, moe_experts, rope, route
 from moe_kernels.ops import use_kernels
-from optimoe.config import require
+from optimoe.config import check_range, require
 
 UNTAUGHT = "a single gate that sums to 1 is always 1, so the loss has no gradient for the router; "
 UNTAUGHT += "use --router_normalize=false"
@@ -77,13 +77,11 @@ class ModelConfig:
 
     def validate(self):
         """ValueError names the field, its value and the remedy."""
-        from_1 = "d_model n_layers n_heads n_kv_heads head_dim n_experts top_k d_expert loss_chunk seq_len"
-        from_0 = "vocab_size n_shared_experts router_bias_rate norm_eps embed_init_std"
-        most = {"seq_len": 2**22, "n_experts": 1024, "top_k": min(32, self.n_experts)}
-        for name in f"{from_1} {from_0}".split():
-            value, least = getattr(self, name), int(name in from_1.split())
-            require(value >= least, name, value, f"use {least} or more")
-            require(value <= most.get(name, 2**30), name, value, f"use {most.get(name, 2**30):,} or less")
+        check_range(self, "d_model n_layers n_heads n_kv_heads head_dim d_expert loss_chunk", 1, 2**30)
+        check_range(self, "vocab_size n_shared_experts router_bias_rate norm_eps embed_init_std", 0, 2**30)
+        check_range(self, "seq_len", 1, 2**22)
+        check_range(self, "n_experts", 1, 1024)
+        check_range(self, "top_k", 1, min(32, self.n_experts))
         require(self.init_std > 0, "init_std", self.init_std, "use a positive number")
         require(self.rope_theta > 1, "rope_theta", self.rope_theta, "use a number above 1 (1e4 is usual)")
         for name, factor in (("d_model", 16), ("d_expert", 16), ("head_dim", 2)):

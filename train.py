@@ -29,12 +29,12 @@ from eval import report
 from model import GPT, UNTAUGHT, ModelConfig, update_router_bias
 from moe_kernels import balance_loss
 from optimoe import checkpoint, exchange, guard, hub, parallel, sizes, start, upcycle
-from optimoe.config import require
+from optimoe.config import check_range, require
 from optimoe.curves import Curves
 from optimoe.faststep import fast_step
 from optimoe.guard import new_window
 from optimoe.optim import clip_factor, lr_at
-from optimoe.run import CPU, Clock, Run, check_bounds, check_shares, check_trace, launch
+from optimoe.run import CPU, Clock, Run, check_rates, check_trace, launch
 from optimoe.sizes import count_params, least_memory, require_memory
 
 
@@ -109,12 +109,13 @@ class TrainConfig(ModelConfig):
         remedy = "the weights come from one place: give init_from or upcycle_from"
         require(not (self.init_from and self.upcycle_from), "init_from", self.init_from, remedy)
         require(self.router_learns or self.resume, "top_k", self.top_k, UNTAUGHT)
-        from_0 = "warmup_steps weight_decay clip_norm balance_coef z_coef val_every val_batches checkpoint_every"
-        from_0 += " sample_tokens lr eps max_loss"
-        check_bounds(self, {1: "steps batch_size grad_accum log_every keep_checkpoints", 0: from_0})
+        check_range(self, "steps batch_size grad_accum log_every keep_checkpoints", 1)
+        check_range(self, "warmup_steps weight_decay clip_norm balance_coef z_coef val_every val_batches")
+        check_range(self, "checkpoint_every sample_tokens lr eps max_loss seed")
+        check_range(self, "decay_frac min_lr_frac", 0, 1)
+        check_rates(self, "beta1 beta2 muon_momentum")
         remedy = "use 0 for all ranks, or 2 or more with --parallel=ep"
         require(not self.ep_size or self.ep_size > 1 and self.parallel == "ep", "ep_size", self.ep_size, remedy)
-        check_shares(self, "decay_frac min_lr_frac", "beta1 beta2 muon_momentum")
         remedy = f"use a multiple of grad_accum={self.grad_accum}"
         require(self.batch_size % self.grad_accum == 0, "batch_size", self.batch_size, remedy)
         if self.weights == "bfloat16":

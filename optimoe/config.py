@@ -40,6 +40,14 @@ def require(ok, name, value, remedy):
         raise ValueError(f"{name}={shown(value)}: {remedy}")
 
 
+def check_range(cfg, names, least=0, most=2**63 - 1):
+    """ValueError for a field of cfg, of those in the text `names`, that is below `least` or above `most`."""
+    for name in names.split():
+        value = getattr(cfg, name)
+        require(value >= least, name, value, f"use {least} or more")
+        require(value <= most, name, value, f"use {most:,} or less")
+
+
 def shown(value):
     """repr(value), short enough for a message."""
     try:

@@ -244,10 +244,9 @@ def hf_config(cfg):
     raw |= {"intermediate_size": cfg.d_expert, "hidden_act": "silu", "initializer_range": cfg.init_std, **family.extra}
     raw |= {"sliding_window": None, "attention_bias": False, "bos_token_id": None, "pad_token_id": None}
     raw |= {theirs: getattr(cfg, ours) for ours, theirs in names.items() if ours not in family.fixed}
-    back = model_config(raw)
-    for name in {field.name for field in dataclasses.fields(ModelConfig)}.difference(FREE):
-        value, kept = getattr(cfg, name), getattr(back, name)
-        require(value == kept, name, value, f"the format of {kind} has {kept!r} only; this model cannot be exported")
+    for name, kept in dataclasses.asdict(model_config(raw)).items():
+        value, remedy = getattr(cfg, name), f"the format of {kind} has {kept!r} only; this model cannot be exported"
+        require(value == kept or name in FREE, name, value, remedy)
     return kind, raw
 
 

@@ -337,17 +337,6 @@ class Run:
         return results
 
 
-def check_bounds(cfg, least):
-    """ValueError for a field of cfg below its bound in `least`, {bound: names}, or beyond 64 bits."""
-    for bound, names in least.items():
-        for name in names.split():
-            require(getattr(cfg, name) >= bound, name, getattr(cfg, name), f"use {bound} or more")
-    for name, value in dataclasses.asdict(cfg).items():
-        if isinstance(value, int):
-            require(-(2**63) <= value < 2**63, name, value, "use a whole number below 2^63")
-    require(cfg.seed >= 0, "seed", cfg.seed, "use 0 or more")
-
-
 def check_trace(path, steps):
     """ValueError where no trace can be written to this path, or the run has too few steps for one."""
     make_directory(Path(path).parent, "trace", path)
@@ -355,13 +344,10 @@ def check_trace(path, steps):
     require(steps >= 8, "trace", path, f"it shows steps 6 to 8, and this run has {steps}; use more --steps")
 
 
-def check_shares(cfg, to_1, below_1):
-    """ValueError for a field of cfg that is not from 0 to 1, or that is 1 and among the names below_1."""
-    for name in (to_1 + " " + below_1).split():
-        value = getattr(cfg, name)
-        if name in below_1.split():
-            require(0 <= value < 1, name, value, "use a number from 0 to below 1")
-        require(0 <= value <= 1, name, value, "use a number from 0 to 1")
+def check_rates(cfg, names):
+    """ValueError for a field of cfg, of those in the text `names`, that is not from 0 to below 1."""
+    for name in names.split():
+        require(0 <= getattr(cfg, name) < 1, name, getattr(cfg, name), "use a number from 0 to below 1")
 
 
 def explain(error, rank, world):

@@ -15,7 +15,7 @@ import torch
 
 from model import ModelConfig
 from optimoe import config
-from optimoe.config import require
+from optimoe.config import check_range, require
 
 PAPER_VOCAB = 99_584  # llm-jp-tokenizer v3, padded to a multiple of 128
 # Found by trial (docs/LOG.md): learns lookup and arithmetic from two million tokens.
@@ -149,9 +149,8 @@ class SizeConfig(ModelConfig):
 
     def validate(self):
         super().validate()
-        for name, least, most in (("vocab_size", 1, 2**30), ("tokens", 0, 1e30), ("micro_batch", 1, 2**30)):
-            value = getattr(self, name)
-            require(least <= value <= most, name, value, f"use a number from {least} to {most:,}")
+        check_range(self, "vocab_size micro_batch", 1, 2**30)
+        check_range(self, "tokens", 0, 1e30)
 
 
 def main(argv=None):

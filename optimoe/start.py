@@ -11,7 +11,7 @@ from pathlib import Path
 from data import files, tokenizer
 from data.chat import chat_template
 from data.tokenizer import Tokens, tiktoken_tokens
-from model import GPT, ModelConfig
+from model import GPT
 from optimoe import checkpoint, hf, hub
 from optimoe.config import require
 
@@ -29,8 +29,7 @@ def training_fields(name):
     remedy = "this is no published model; python -m optimoe.hf RUN DIR makes one of a run"
     require(released(folder), "init_from", name, remedy)
     cfg = hf.model_config(files.read_json(folder / hf.CONFIG, hf.AGAIN))
-    own = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(ModelConfig)}
-    own = {field: value for field, value in own.items() if field not in hf.FREE}
+    own = {field: value for field, value in dataclasses.asdict(cfg).items() if field not in hf.FREE}
     return {**own, "seq_len": min(cfg.seq_len, SEQ_LEN), **FINE_TUNING}
 
 
@@ -41,10 +40,9 @@ def load(name, field, cfg=None, **overrides):
     for a cfg of another model, and for what hub.folder and hf.load_model refuse."""
     released = hf.load_model(hub.folder(name, field), dtype="float32", impl="auto")
     cfg = cfg or dataclasses.replace(released.cfg, **overrides)
-    for part in dataclasses.fields(ModelConfig):
-        value, kept = getattr(cfg, part.name), getattr(released.cfg, part.name)
-        same = value == kept or part.name in RUNS
-        require(same, part.name, value, f"{name} has {kept!r}; leave this flag out")
+    for part, kept in dataclasses.asdict(released.cfg).items():
+        value = getattr(cfg, part)
+        require(value == kept or part in RUNS, part, value, f"{name} has {kept!r}; leave this flag out")
     remedy = f"{name} reads {released.cfg.seq_len} tokens at most"
     require(cfg.seq_len <= released.cfg.seq_len, "seq_len", cfg.seq_len, remedy)
     require(cfg.router_learns, "top_k", cfg.top_k, f"the router of {name} would not learn")
