@@ -1,9 +1,7 @@
-"""Expert parallelism: the experts are divided among the ranks of a group, and tokens travel to them and back.
+"""Expert parallelism: tokens travel to the ranks that hold their experts, and back (docs/multi-gpu.md).
 
-On GPUs of one machine that read each other's memory they travel by kernels (moe_kernels/remote.py). Nothing waits for
-the host, but a rank has room for ROOM times its share of the rows. A step in which a rank gets more changes nothing and
-is repeated on the exact path, which also serves validation and all other devices: two all-to-all collectives per layer
-and pass, for which the host must know the numbers of rows.
+They travel by kernels (moe_kernels/remote.py), or on the exact path by two all-to-all collectives per layer and pass,
+for which the host must know the numbers of rows.
 """
 
 import os

@@ -1,15 +1,8 @@
-"""Several GPUs, one process each.
+"""Several GPUs, one process each (docs/multi-gpu.md).
 
-    ddp    Every rank holds all weights in the compute dtype. As soon as the backward pass has the gradient of a large
-           tensor, it is averaged over the ranks and each rank keeps one slice of dimension 0 (reduce-scatter). The rank
-           updates this slice, for which alone it holds float32 weights and optimiser states (ZeRO-2). The next step
-           gathers the new slices while its forward pass runs. Small tensors are averaged together and updated
-           everywhere. Nothing waits for the host, so a whole step can be one CUDA graph, collectives included.
-    ep     As ddp, but a rank holds only some of the experts, and tokens travel to them (optimoe/exchange.py). Each
-           group of ep_size ranks holds all experts; only ranks with the same experts average their gradients.
-
-Gradients and gathered weights travel in the dtype that they have on one GPU. A checkpoint has the format of one
-process, so a run can be resumed with any number of ranks and the other engine.
+A rank updates one slice of dimension 0 of each large tensor (ZeRO-2). As soon as the backward pass has its gradient, a
+reduce-scatter averages it; the next step gathers the new slices while its forward pass runs. Small tensors are averaged
+together and updated everywhere. Gradients and weights travel in the dtype that they have on one GPU.
 """
 
 import gc

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Sample(NamedTuple):
@@ -59,17 +60,15 @@ def micro_batches(rows, lengths, max_tokens):
 
 def collate(samples, advantage_B, weight_B, device):
     """The Batch of some answers, each token of which has the advantage and the weight of its answer."""
-    L = max(len(s.ids) for s in samples) - 1
-    tokens = torch.tensor([s.ids[:-1] + [0] * (L + 1 - len(s.ids)) for s in samples])
-    N, _, K = samples[0].experts.shape
-    sampled = torch.full((N, len(samples), L, K), -1, dtype=torch.int32, device=device)
-    for b, s in enumerate(samples):
-        sampled[:, b, : len(s.ids) - 1] = s.experts
+    tokens = pad_sequence([torch.tensor(s.ids[:-1]) for s in samples], batch_first=True)
+    L = tokens.shape[1]
+    sampled_BLNK = pad_sequence([s.experts.transpose(0, 1) for s in samples], batch_first=True, padding_value=-1)
+    sampled_NTK = sampled_BLNK.flatten(0, 1).transpose(0, 1).int().contiguous()
     index = torch.cat([torch.arange(b * L + s.start - 1, b * L + len(s.ids) - 1) for b, s in enumerate(samples)])
     target = torch.tensor([token for s in samples for token in s.ids[s.start :]])
     lengths = torch.tensor([s.length for s in samples])
     advantage, weight = (torch.tensor(values).repeat_interleave(lengths) for values in (advantage_B, weight_B))
-    return Batch(tokens.to(device), sampled.flatten(1, 2), *(t.to(device) for t in (index, target, advantage, weight)))
+    return Batch(*(t.to(device) for t in (tokens, sampled_NTK, index, target, advantage, weight)))
 
 
 # A token may be almost impossible with other experts than sampling chose (docs/LOG.md): its s, up to 1e8, would
