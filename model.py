@@ -289,8 +289,7 @@ class GPT(nn.Module):
     def draw(self, seed):
         """Initial weights: each matrix, and each expert, from a generator keyed by the seed, its name and its index.
 
-        Models that differ only in n_experts or top_k thus have the same attention, embeddings and first experts, and
-        comparing them is a paired comparison. A CPU and a GPU draw different numbers."""
+        docs/optimizer.md says why. A CPU and a GPU draw different numbers."""
         cfg, generator = self.cfg, torch.Generator(self.embed.weight.device)
         embed_std = cfg.embed_init_std or cfg.init_std
         for name, weight in self.named_parameters():

@@ -50,10 +50,7 @@ def check_range(cfg, names, least=0, most=2**63 - 1):
 
 def shown(value):
     """repr(value), short enough for a message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of more than 4,300 digits; a list nested too deeply
-        return f"({type(value).__name__})"
+    text = repr(value)
     return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
 
 
@@ -254,17 +251,14 @@ def _comments(cls):
     """({field: comment behind it}, {first field under it: heading}) from the source of cls and its bases."""
     notes, headings = {}, {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
-        name = heading = None
+        heading = None
         for line in textwrap.dedent(inspect.getsource(base)).splitlines():
             code, _, comment = line.partition("# ")
             if re.match(r"    (@|def )", line):
                 break
             if field := re.match(r"    (\w+): ", line):
-                name = field[1]
-                notes[name] = ""
+                notes[field[1]] = comment
                 if heading:
-                    headings[name] = heading
+                    headings[field[1]] = heading
             heading = comment if not code.strip() else None
-            if comment and not heading and name:  # in parentheses, the comment is on a line of its own
-                notes[name] += comment
     return notes, headings

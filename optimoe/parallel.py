@@ -93,7 +93,7 @@ class Sharded(Together):
         layers = [moe for moe in model.modules() if isinstance(moe, MoE) and len(moe.w_in) < cfg.n_experts]
         self.groups = layers[0].groups if layers else None
         self.dealt = {p for moe in layers for p in (moe.w_in, moe.w_out)}
-        super().__init__(*make_optimizer(model, cfg, self._slice if world > 1 else None).parts)
+        super().__init__(*make_optimizer(model, cfg, self._slice).parts)
         sliced = set(self.full.values())
         self.whole = [p for moe in layers for p in (moe.w_in, moe.w_out) if p not in sliced]
         self.exact = {}  # parameter of which this rank has a part -> that part, as the optimiser holds it

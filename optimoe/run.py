@@ -295,8 +295,7 @@ class Run:
 
         calls = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)
         profiler = torch.profiler.profile(schedule=calls, on_trace_ready=save)
-        profiler.start()
-        self.exits.callback(profiler.stop)  # a profiler left running ends the process with a segmentation fault
+        self.exits.enter_context(profiler)  # one left running ends the process with a segmentation fault
 
         def traced_step(batches):
             result = step(batches)

@@ -222,19 +222,6 @@ def test_help_follows_preset_and_file(tmp_path, capsys):
     assert shown(page(f"--config={tmp_path}/c.json"))["lr"][0] == "0.5"
 
 
-@dataclass(frozen=True)
-class Wrapped:
-    long: str = (
-        "x" * 9  # a comment inside parentheses
-    )
-    compute: Literal["a", "b"] = "a"  # another
-
-
-def test_comments_survive_the_formatter():
-    page = shown(config.help_text(Wrapped))
-    assert page["long"][1] == "a comment inside parentheses" and page["compute"] == ("'a'", "another")
-
-
 def test_signed_and_old_files_are_read(tmp_path):
     path = tmp_path / "config.json"
     for signed in (True, False):
