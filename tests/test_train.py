@@ -225,7 +225,7 @@ MISTAKES = {
     "--trace=.": "trace='.': this is a directory; name a file in it",
     "--trace=/proc/x/t.json": "trace='/proc/x/t.json': nothing can be written",
     "--trace=t.json --steps=7": "trace='t.json': it shows steps 6 to 8, and this run has 7",
-    f"--seed={2**63}": "seed=9223372036854775808: use a whole number",
+    f"--seed={2**63}": "seed=9223372036854775808: use 9,223,372,036,854,775,807 or less",
     "--out-dir=/proc/x": "out_dir='/proc/x': nothing can be written",
     "--weights=bfloat16": "weights='bfloat16': only AdamW rounds stochastically: add --optimizer=adamw",
     "--weights=bfloat16 --optimizer=adamw --batch-size=128 --grad-accum=128": "grad_accum=128: .* use 64 or less",
