@@ -131,9 +131,6 @@ def look_back(batch, model, start_model, cfg, n_vocab):
     return batch._replace(old_A=old_A, start_A=start_A)
 
 
-# ---- what a run needs
-
-
 @dataclass
 class Training:
     """The state of a run, and what its steps share."""
@@ -193,13 +190,8 @@ def set_up(cfg, run, start_path, model, tokens, questions):
     return job, state
 
 
-# ---- one step
-
-
 def roll_out(cfg, run, job):
-    """(questions, samples) of this rank: its part of every mini-batch, so that the number of ranks changes no answer.
-
-    Stopping after a signal."""
+    """(questions, samples) of this rank, its part of every mini-batch: the number of ranks changes no answer."""
     drawn = draw_questions(len(job.asked), job.read, cfg.batch_prompts, cfg.seed)
     share = cfg.mini_batch // run.world
     places = [m + i for m in range(run.rank * share, cfg.batch_prompts, cfg.mini_batch) for i in range(share)]
@@ -292,10 +284,7 @@ def test(cfg, run, job):
     return reward
 
 
-# ---- a run
-
-
-def grpo(cfg, rank=0, world=1, device=CPU, given=None):
+def grpo(cfg, rank, world, device, given):
     """One run to its end. Returns results.json on rank 0, or None."""
     require(cfg.mini_batch % world == 0, "mini_batch", cfg.mini_batch, f"use a multiple of the {world} ranks")
     n_answers = cfg.batch_prompts // world * cfg.group_size

@@ -125,9 +125,6 @@ class TrainConfig(ModelConfig):
             require(self.grad_accum <= 64, "grad_accum", self.grad_accum, remedy)
 
 
-# ---- one step
-
-
 def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda part: None):
     """One step on micro-batches [(tokens_BL, targets_BL[, doc_ids_BL])]: forward, backward, clipped update.
 
@@ -175,9 +172,6 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
         window[name] += t
     mark("optimiser")
     return grad_norm
-
-
-# ---- what a run needs
 
 
 class Data(NamedTuple):
@@ -305,9 +299,6 @@ def save(cfg, run, job, data):
     state = {"model": job.optimizer.weights(job.model), "optimizer": job.optimizer.state_dict(), "window": job.window}
     state |= {"config": dataclasses.asdict(cfg), "loader": data.loader.state_dict(), "tokens": job.tokens}
     run.save(job.step, state, cfg.keep_checkpoints)
-
-
-# ---- a run
 
 
 def train(cfg, rank=0, world=1, device=CPU, given=None):

@@ -147,9 +147,7 @@ def _digest(path):
 
 
 def read(path):
-    """The state written by `save`, on the CPU. `path` is a file, or a run directory for its newest one.
-
-    Raises FileNotFoundError, or ValueError naming a file whose bytes changed since it was written."""
+    """The state written by `save`, on the CPU. `path` is a file, or a run directory for its newest one."""
     path = newest(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; check the path")
@@ -169,8 +167,8 @@ def read(path):
 def load_model(path, device="cpu", **overrides):
     """The trained GPT of a run directory or checkpoint file, in evaluation mode. overrides: of fields such as impl."""
     state = read(path)
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    cfg = ModelConfig(**{name: value for name, value in state["config"].items() if name in names} | overrides)
+    values = {field.name: state["config"][field.name] for field in dataclasses.fields(ModelConfig)}
+    cfg = ModelConfig(**values | overrides)
     if not cfg.router_learns:
         print(f"warning: {path}: top_k={cfg.top_k}: {UNTAUGHT} in training", file=sys.stderr)
     model = GPT(cfg, draw=False).to(device)

@@ -6,7 +6,6 @@
         lr: float = 3e-4  # peak learning rate
 
     cfg = parse(Config)  # python prog.py --lr=1e-3   (or --help, or --config=run/config.json --lr=1e-3)
-    command_line(main)   # a mistake in main ends the program with one line
 
 Types come from annotations (int, float, bool, str, `X | None`, Literal, tuple[X, ...] with commas), help from
 the comment behind a field, headings from comment lines, ranges from `__post_init__`. Fields named in the class variable
@@ -88,8 +87,7 @@ def complete(cls, values):
     """`values` with all fields of `cls`; those that did not exist yet say what was done then."""
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     defaults |= {name: value for name, value in BEFORE.items() if name in defaults}
-    found = defaults | renamed(values, defaults)
-    return {name: value for name, value in found.items() if value is not dataclasses.MISSING}
+    return defaults | renamed(values, defaults)
 
 
 def parse(cls, argv=None, description="", start=None):

@@ -1,8 +1,5 @@
 """Hugging Face checkpoints as model.GPT and back: Mixtral (the format of the paper's 65 models), Qwen3-MoE, OLMoE.
 
-    model, tokens = load_model("Mixtral-8x7B-v0.1"), load_tokens("Mixtral-8x7B-v0.1")  # a local folder
-    save_model(model, "out")  # transformers loads it
-
     python -m optimoe.hf runs/NAME out --dtype=bfloat16  # exports a run with its tokenizer
 
 Expert weights are one tensor per expert and matrix there, as in released checkpoints. Needs the extra `hf`.
@@ -104,9 +101,7 @@ def model_pieces(model, family):
 
 
 def load_model(directory, device="cpu", dtype="auto", impl="auto"):
-    """A GPT in evaluation mode, with weights of the compute dtype ("auto": bfloat16 on CUDA, else float32).
-
-    FileNotFoundError or ValueError names what is missing, damaged, or unknown to model.py."""
+    """A GPT in evaluation mode, with weights of the compute dtype ("auto": bfloat16 on CUDA, else float32)."""
     directory, device = Path(directory), torch.device(device)
     raw, stored = files.read_json(directory / CONFIG, AGAIN), open_weights(directory)
     cfg = dataclasses.replace(model_config(raw), dtype=dtype, impl=impl)
@@ -213,9 +208,7 @@ def check_weights(directory, stored, expected, ignored):
 
 
 def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=None):
-    """Write config.json and the weights, in files of at most max_shard_bytes. dtype None: as they are; eos: token id.
-
-    ValueError for a model that no known format describes, and for a folder that already holds weights."""
+    """Write config.json and the weights, in files of max_shard_bytes at most. dtype None: as it is; eos: a token."""
     serialise = package("safetensors.torch").save
     split_shards = package("huggingface_hub").split_state_dict_into_shards_factory
     (kind, raw), directory, dtype = hf_config(model.cfg), Path(directory), dtype or model.embed.weight.dtype
@@ -235,8 +228,7 @@ def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=
 
 
 def hf_config(cfg):
-    """(model_type, config.json) of a ModelConfig. ValueError names a field that the format cannot express: one that is
-    not FREE and has another value when it is read back."""
+    """(model_type, config.json) of a ModelConfig. ValueError names a field that the format cannot express."""
     kind = "mixtral" if not cfg.qk_norm else "olmoe" if cfg.qk_norm_joint else "qwen3_moe"
     family = FAMILIES[kind]
     names = FIELDS | {"n_experts": family.n_experts, "d_expert": family.d_expert}

@@ -1,8 +1,5 @@
 """A Hugging Face model by name: ORG/NAME or ORG/NAME@REVISION wherever a folder is taken.
 
-    folder("allenai/OLMoE-1B-7B-0924", "hf")                # its folder in the library's cache, downloaded if need be
-    folder("allenai/OLMoE-1B-7B-0924", "tokenizer", TOKENIZER)
-
 A directory of that name comes first. Downloads are those of the package huggingface_hub (the extra `hf`): interrupted
 ones continue, HF_HUB_CACHE says where they go, HF_HUB_OFFLINE=1 forbids them.
 """

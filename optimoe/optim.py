@@ -18,9 +18,7 @@ from moe_kernels.muon import COEFFICIENTS, ROUNDS, fits, muon_update
 
 
 def lr_at(step, cfg):
-    """Learning rate of step 0 .. steps-1: linear warm-up to lr, then down to min_lr_frac * lr.
-
-    cosine: half a cosine after the warm-up. wsd: constant, then linear over the last decay_frac of the steps."""
+    """Learning rate of step 0 .. steps-1: linear warm-up to lr, then down to min_lr_frac * lr."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     wsd = cfg.schedule == "wsd"
@@ -71,7 +69,7 @@ class AdamW(torch.optim.AdamW):
                     state["step"] = torch.zeros((), device=p.device)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 tensors = p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
-                if p in self.copies or p.dtype == torch.bfloat16 or p.is_cuda and tensors[0].numel() >= self.LARGE:
+                if p in self.copies or p.dtype == torch.bfloat16 or p.is_cuda and p.numel() >= self.LARGE:
                     large.append((*tensors, self.copies.get(p), self.seeds[p]))
                 else:
                     small.append(tensors)
@@ -136,10 +134,9 @@ class Muon(torch.optim.Optimizer):
         return params, [self.state[p]["momentum"] for p in params], [p.grad for p in params]
 
     def _step_on_chip(self, params, group):
-        tensors = weights, _, _ = tuple(self._tensors(params))
-        rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=weights[0].device)
+        rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=params[0].device)
         settings = group["rows"], rate, group["momentum"], group["weight_decay"]
-        muon_update(*tensors, *settings, self.scale, self.found_inf, params[0].ndim == 3)
+        muon_update(*self._tensors(params), *settings, self.scale, self.found_inf, params[0].ndim == 3)
 
     def _step_batch(self, batch, group):
         rate, mu = group["lr"], group["momentum"]

@@ -23,7 +23,6 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 SLICED_FROM = 2**20  # values from which the update of a tensor is divided among the ranks
 AHEAD = 2  # layers whose weights are gathered while one runs
-RANKS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what torchrun sets, and one process has
 
 
 def connect(device, **options):
@@ -43,8 +42,8 @@ def runner():
 def own_place():
     """(rank, its number on this machine, number of ranks). ValueError for an environment that no torchrun has made."""
     place, remedy = [], "torchrun sets it: start all ranks with it, or unset WORLD_SIZE for a single process"
-    for name, alone in RANKS.items():
-        text = os.environ.get(name, str(alone))
+    for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        text = os.environ.get(name, alone)
         require(text.isdecimal() and int(text) >= (name == "WORLD_SIZE"), name, text, remedy)
         place.append(int(text))
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if place[-1] > 1 and name not in os.environ]
@@ -97,14 +96,14 @@ class Sharded(Together):
         sliced = set(self.full.values())
         self.whole = [p for moe in layers for p in (moe.w_in, moe.w_out) if p not in sliced]
         self.exact = {}  # parameter of which this rank has a part -> that part, as the optimiser holds it
-        self.places = {}  # id of such a part -> the other fields of its checkpoint.Piece
+        self.places = {}  # such a part -> the other fields of its checkpoint.Piece
         copies = {copy: p for p, copy in self.copies.items()}
         for piece, p in [*self.full.items(), *((p, p) for p in self.whole)]:
             self.exact[p] = copies.get(piece, piece)
             index, parts = (self.groups.index, self.groups.size) if p in self.dealt else (0, 1)
             _, number, size = self.holders(p)
             place = (index * size + number, parts * size) if p in sliced else (index, parts, number)
-            self.places[id(self.exact[p])] = place
+            self.places[self.exact[p]] = place
         me = weakref.proxy(self)  # Python cannot free a cycle that goes through a hook
         for p in self.full.values():
             p.register_post_accumulate_grad_hook(lambda p: me._reduce(p))
@@ -191,24 +190,21 @@ class Sharded(Together):
 
     def _map(self, states, change):
         """The states, changed where they belong to a part of a parameter."""
-        places, mapped = self.places, []
+        mapped = []
         for optimizer, state in zip(self.parts, states, strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            values = {
-                i: {
-                    name: change(t, *places[id(params[i])]) if t.ndim and id(params[i]) in places else t
-                    for name, t in values.items()
-                }
-                for i, values in state["state"].items()
-            }
-            mapped.append(state | {"state": values})
+            changed = {}
+            for i, values in state["state"].items():
+                place = self.places.get(params[i])
+                changed[i] = {name: change(t, *place) if place and t.ndim else t for name, t in values.items()}
+            mapped.append(state | {"state": changed})
         return mapped
 
     def weights(self, model):
         state = super().weights(model)
         for name, p in model.named_parameters(remove_duplicate=False):
             if p in self.exact:
-                state[name] = Piece(self.exact[p].detach(), *self.places[id(self.exact[p])])
+                state[name] = Piece(self.exact[p].detach(), *self.places[self.exact[p]])
         return state
 
 

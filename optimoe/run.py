@@ -1,12 +1,6 @@
 """One run of train.py or grpo.py, from its command line to its end: directory, lock, log, checkpoints, signals, ranks.
 
-with Run(cfg, "runs/name", rank, world, device, given) as run:  # a refused start leaves nothing behind
-    state = run.resume()                                        # the newest checkpoint, or None
-    run.begin(cfg, step, state)
-    ...                                                         # run.record(row, line), run.save(step, state, keep)
-    if run.stopping():                                          # after Ctrl-C or SIGTERM
-        return run.stopped(step, "train.py")
-    return run.finish(results)
+A refused start leaves nothing behind.
 """
 
 import contextlib
@@ -170,8 +164,7 @@ class Run:
     """The directory of a run. Rank 0 locks and writes it; every rank reads its checkpoints.
 
     prepare(directory): called by rank 0 before the others go on; all find its result in `prepared`. given: fields of
-    cfg that flags have set, None: all. Raises ValueError where the directory cannot be written, is locked, or holds a
-    run that is not resumed."""
+    cfg that flags have set, None: all."""
 
     def __init__(self, cfg, name, rank=0, world=1, device=CPU, given=None, prepare=lambda directory: None):
         self.cfg, self.dir, self.given = cfg, Path(name), given
@@ -285,9 +278,7 @@ class Run:
                 print(line, flush=True)
 
     def traced(self, step, path):
-        """`step`, which also writes a trace of its sixth to eighth call to a file for ui.perfetto.dev.
-
-        By then its CUDA graph is captured. A run that ends earlier writes a shorter trace."""
+        """`step`, which also writes a trace of its sixth to eighth call, when its CUDA graph is captured, to a file."""
 
         def save(profiler):
             profiler.export_chrome_trace(path)
@@ -305,9 +296,7 @@ class Run:
         return traced_step
 
     def save(self, step, state, keep):
-        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`. All ranks take part.
-
-        ValueError for weights that are not finite."""
+        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`. All ranks take part."""
         norm = parallel.weights_norm(state["model"], self.world)
         guard.check_finite("norm of the weights", norm, step, self.dir, self.cfg.lr)
         if self.first:

@@ -76,8 +76,7 @@ def training_memory(cfg, tokens, weights="float32"):
     """Bytes by part when one GPU trains with AdamW in bfloat16 on `tokens` tokens at a time; weights: as in train.py.
 
     All but activations are exact for one micro-batch a step; with more, gradients of float32 weights in blocks take 2
-    bytes more each. Estimated activations per token and layer: attention 4 D + 3 (H + 2 Hkv) d values, experts 2 D +
-    2 F K, dense 2 D + 3 F."""
+    bytes more each."""
     total, _, embedding = count_params(cfg)
     routers = 0 if cfg.dense else cfg.n_layers * cfg.d_model * cfg.n_experts
     rest = embedding + norm_params(cfg) + routers
@@ -154,7 +153,7 @@ class SizeConfig(ModelConfig):
 
 
 def main(argv=None):
-    cfg = config.parse(SizeConfig, argv, "Sizes, FLOPs and training memory of a model.")
+    cfg = config.parse(SizeConfig, argv, __doc__)
     (total, active, embedding), flops = count_params(cfg), flops_per_token(cfg)
     rows = [("parameters, total", f"{total:,}"), ("parameters, active per token", f"{active:,}")]
     rows += [("of these, embeddings", f"{embedding:,}"), ("vocabulary", f"{cfg.vocab_size:,}")]

@@ -1,7 +1,5 @@
 """A published model (Mixtral, Qwen3-MoE, OLMoE) as the start of training: `train.py --init_from`, `grpo.py --model`.
 
-    train.py --init_from=ORG/NAME --data=DIR   # DIR: of data.prepare --tokenizer=ORG/NAME
-
 The weights become float32 and the optimiser starts afresh. The model's config.json gives its sizes.
 """
 
@@ -36,8 +34,7 @@ def training_fields(name):
 def load(name, field, cfg=None, **overrides):
     """A GPT with the model's weights in float32 and gradients, on the CPU.
 
-    cfg: the ModelConfig with which it runs; None: the model's own with these overrides. ValueError, blaming `field`,
-    for a cfg of another model, and for what hub.folder and hf.load_model refuse."""
+    cfg: the ModelConfig with which it runs; None: the model's own with these overrides. field: to blame."""
     released = hf.load_model(hub.folder(name, field), dtype="float32", impl="auto")
     cfg = cfg or dataclasses.replace(released.cfg, **overrides)
     for part, kept in dataclasses.asdict(released.cfg).items():
@@ -60,9 +57,6 @@ def check_tokenizer(name, enc, directory):
         same = hf.load_tokens(folder).encode(PROBE) == tiktoken_tokens(enc).encode(PROBE)
         remedy = f"its tokenizer is not that of {name}: prepare the text with `data.prepare --tokenizer={name}`"
         require(same, "data", str(directory), remedy)
-
-
-# ---- a model to post-train: of a run, or a published one
 
 
 def released(name):

@@ -58,9 +58,7 @@ def slices_per_copy(dense, cfg):
 
 @torch.no_grad()
 def upcycle(model, path):
-    """Fill a fresh float32 GPT from a dense run directory or checkpoint file; its router rows are used.
-
-    ValueError where the shapes allow no exact start, and for a damaged checkpoint; FileNotFoundError without one."""
+    """Fill a fresh float32 GPT from a dense run directory or checkpoint file; its router rows are used."""
     cfg, state = model.cfg, checkpoint.read(path)
     remedy = "a mixture of experts; give the run directory of a --dense model"
     require(state["config"]["dense"], "upcycle_from", str(path), remedy)
