@@ -244,7 +244,7 @@ def update(cfg, run, job, batches):
         limit = cfg.clip_norm or math.inf
         norms.append(torch.nn.utils.clip_grad_norm_(job.model.parameters(), limit, foreach=True))
         job.optimizer.step()
-        job.optimizer.zero_grad(set_to_none=True)
+        job.optimizer.zero_grad()
     return torch.tensor(run.sum(stats), dtype=torch.float64), float(torch.stack(norms).mean())
 
 
@@ -284,7 +284,7 @@ def test(cfg, run, job):
     return reward
 
 
-def grpo(cfg, rank, world, device, given):
+def grpo(cfg, rank=0, world=1, device=CPU, given=None):
     """One run to its end. Returns results.json on rank 0, or None."""
     require(cfg.mini_batch % world == 0, "mini_batch", cfg.mini_batch, f"use a multiple of the {world} ranks")
     n_answers = cfg.batch_prompts // world * cfg.group_size

@@ -113,7 +113,7 @@ def dump(path, model, loader, cursor, cfg, step):
         block._compiled_call_impl = None  # it would be compiled again with the hook
         block.register_forward_hook(lambda block, _, output, i=i: look(f"layer {i}", output[0], what))
     loader.load_state_dict(cursor)
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     for _ in range(cfg.grad_accum):
         batch = loader.next()
         out = model(*batch)
