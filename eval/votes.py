@@ -36,8 +36,6 @@ class VotesConfig(harness.EvalChoice):
 
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Unbiased estimate that one of k samples is right, from n with `right` right ones (arXiv 2107.03374)."""
-    if not 1 <= k <= n or not 0 <= right <= n:
-        raise ValueError(f"pass_at_k(n={n}, right={right}, k={k}): needs 1 <= k <= n and 0 <= right <= n")
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
