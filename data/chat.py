@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data import files
-from data.fast import AGAIN, spelled
+from data.fast import AGAIN, inside, spelled
 from data.shards import START, TRAINED
 from optimoe.config import require
 
@@ -121,7 +121,7 @@ def _encoded(enc, chat, pieces):
     ids, trained, before = [], [], ""
     for piece, target in pieces:
         whole = read(before + piece)
-        new = whole[len(ids) :] if whole[: len(ids)] == ids else _inside(read, piece)
+        new = whole[len(ids) :] if whole[: len(ids)] == ids else inside(read, piece)
         ids, trained, before = ids + new, trained + [target] * len(new), before + piece
     if not chat:
         begin = getattr(enc, "begin", [])
@@ -131,12 +131,3 @@ def _encoded(enc, chat, pieces):
     marks = np.array(trained, np.uint8) * TRAINED
     marks[0] |= START
     return np.array(ids, np.uint32), len(before.encode()), marks
-
-
-def _inside(read, piece):
-    """The ids of a text that follows others: SentencePiece puts a space in front of a text that stands alone."""
-    for letter in "a", "\n":
-        head, whole = read(letter), read(letter + piece)
-        if whole[: len(head)] == head:
-            return whole[len(head) :]
-    return read(piece)

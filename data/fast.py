@@ -38,6 +38,15 @@ def spelled(settings, name):
     return token.get("content") if isinstance(token, dict) else token
 
 
+def inside(read, text):
+    """The ids of a text that follows others: SentencePiece puts a space in front of a text that stands alone."""
+    for before in "a\n.":
+        head, whole = read(before), read(before + text)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return read(text)
+
+
 class Fast:
     """A tokenizer of the library. A special token that is spelled out in a text stays text.
 
