@@ -23,12 +23,10 @@ Multiple choice needs none of these: options get letters where an answer is writ
 """
 
 import importlib
-import os
 import pkgutil
 import random
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from string import ascii_uppercase
 from typing import NamedTuple
 
@@ -112,8 +110,7 @@ class Task:
 
     def rewards(self, items: list[Item], texts: list[str]) -> list[float]:
         """1.0 or 0.0 for each text as an answer to its item."""
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            return list(pool.map(lambda pair: self.reward(*pair), zip(items, texts, strict=True)))
+        return [self.reward(item, text) for item, text in zip(items, texts, strict=True)]
 
 
 def load(name: str) -> Task:
