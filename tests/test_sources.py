@@ -100,7 +100,7 @@ def test_procedural_source(tmp_path):
         "procedural": {"facts": {"n_people": 3}},
     }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    assert Source(None, tmp_path).procedural("facts") == FactsConfig(n_people=3)
+    assert Source(None, tmp_path).procedural("facts").facts == FactsConfig(n_people=3)
     with pytest.raises(ValueError, match="was not trained on procedural reasoning"):
         Source(None, tmp_path).procedural("reasoning")
 

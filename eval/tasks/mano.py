@@ -11,7 +11,7 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 0, (), 8
 
 
 def items(source, shots):
-    return _items(source.procedural("reasoning"), 0, "test", 1000)
+    return _items(source.procedural("reasoning").reasoning, 0, "test", 1000)
 
 
 def questions(source, split, n):

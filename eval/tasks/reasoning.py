@@ -5,7 +5,6 @@
 
 import re
 
-from data.procedural import read_config
 from data.reasoning import check, problem
 from eval.tasks import Item
 
@@ -13,7 +12,7 @@ SHOTS, STOPS, MAX_NEW_TOKENS, PER_STEPS = 0, (), 256, 200
 
 
 def items(source, shots):
-    cfg = source.procedural("reasoning")
+    cfg = source.procedural("reasoning").reasoning
     found = [problem(cfg, i, "test", steps) for i in range(PER_STEPS) for steps in range(1, cfg.max_steps + 2)]
     return _items(found, cfg.modulus)
 
@@ -29,8 +28,7 @@ def unseen(source, split, n):
     """(configuration, index of the first untrained problem of a split)."""
     if not n:
         raise ValueError("questions=0: there is no end of procedural questions; ask for a number")
-    source.procedural("reasoning")  # with its message where there is none
-    cfg = read_config(source.training_data)
+    cfg = source.procedural("reasoning")
     return cfg.reasoning, max(cfg.n_problems, cfg.n_mano) if split == "train" else 0
 
 
