@@ -8,7 +8,6 @@ those of arXiv 2508.18672: no examples, temperature 0.6, top-p 0.95. Samples wit
 
 import functools
 import math
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +90,7 @@ def table(result, seq_len):
 
 def main(argv=None):
     """Returns the curves."""
-    cfg = config.parse(VotesConfig, sys.argv[1:] if argv is None else argv, __doc__)
+    cfg = config.parse(VotesConfig, argv, __doc__)
     task, source = tasks.load(cfg.task), harness.open_source(cfg)
     items = task.asked(harness.read_items(task, source, cfg.shots))
     loaded, out = harness.open_model(cfg)
