@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch needs jinja2, so it is there
 
 from data import files
 from data.fast import AGAIN, inside, spelled
@@ -40,10 +41,6 @@ def chat_template(directory):
     source, settings = template_source(directory)
     if source is None:
         return None
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise ValueError(f"the chat template of {directory} needs jinja2: pip install jinja2") from None
     tokens = {name: spelled(settings, name) for name in settings if name.endswith("_token")}
     tokens = {name: text for name, text in tokens.items() if isinstance(text, str)} | {"tools": None, "documents": None}
     extensions = ["jinja2.ext.loopcontrols"]

@@ -140,11 +140,10 @@ class _Source:
             self.starts, self.lengths = self.starts[taught], self.lengths[taught]
             self.rows = packed(self.lengths.tolist(), seq_len + 1)
             self.n_windows = len(self.rows)
-        remedy = (
-            f"a window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; use a smaller one"
-        )
+        where = f"split {split!r} of {directory}"
+        remedy = f"a window needs {seq_len + 1} tokens, {where} has {n_tokens}; use a smaller one"
         if self.marks:
-            remedy = f"no answer in split {split!r} of {directory} begins so early; use a larger seq_len"
+            remedy = f"no answer in {where} begins so early; use a larger seq_len"
         require(self.n_windows >= 1, "seq_len", seq_len, remedy)
         self.epoch, self.order = -1, None
 

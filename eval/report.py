@@ -77,10 +77,9 @@ def log_line(row, cfg):
     load = f"{max(row['load_max']):.2f}" if "load_max" in row else "n/a"
     loss = f"{row['loss']:.4f}" if "loss" in row else "skipped"
     norm, rate = f"norm {float(row['grad_norm'] or 'nan'):.2f}", f"{row['tokens_per_s']:,.0f} tok/s | mfu {mfu}"
-    eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     head = f"step {row['step']:>6}/{cfg.steps} | loss {loss} | lr {row['lr']:.2e}"
     again = f" | repeated {row['repeated_steps']}" if "repeated_steps" in row else ""  # steps: docs/multi-gpu.md
-    return f"{head} | {norm} | {rate} | load {load}{again} | eta {eta}"
+    return f"{head} | {norm} | {rate} | load {load}{again} | eta {timedelta(seconds=left)}"
 
 
 def val_row(loss, step, tokens, sources):
