@@ -57,7 +57,6 @@ class Loader:
         for source in self.sources:
             remedy = f"not the tokenizer of {first.directory}; prepare one with --tokenizer of the other"
             require(source.tokenizer == first.tokenizer, "data", str(source.directory), remedy)
-        self.vocab_size = first.vocab_size
         self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the cursor
         self._planned = [0] * len(sources)  # and in those being prepared too; used by the thread alone
         self._ahead = deque()  # futures of (batch, its cursor), oldest first
@@ -124,8 +123,7 @@ class _Source:
     def __init__(self, directory, split, seq_len, seed):
         meta, self.shards = shards.read_meta(directory), shards.open_shards(directory, split)
         self.directory, self.seq_len, self.seed, self.eos = Path(directory), seq_len, seed, meta["eos"]
-        self.tokenizer, self.vocab_size = meta["tokenizer_sha256"], meta["vocab_size"]
-        listed = meta["splits"][split]["shards"]
+        self.tokenizer, listed = meta["tokenizer_sha256"], meta["splits"][split]["shards"]
         self.checksum = "".join(shard["sha256"][:8] + shard.get("marks", "")[:8] for shard in listed)
         self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
         n_tokens = int(self.ends[-1]) if self.shards else 0
