@@ -96,7 +96,6 @@ def from_folder(directory):
     directory = Path(directory)
     path = directory / "tokenizer.json"
     definition = files.read_text(path, AGAIN)
-    files.parse(definition, str(path), AGAIN)
     optional = [directory / name for name in ("tokenizer_config.json", "generation_config.json", "config.json")]
     settings, *configs = (files.read_json(path, AGAIN) if path.exists() else {} for path in optional)
     fast = _open(definition, str(path))
