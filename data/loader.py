@@ -46,8 +46,6 @@ class Loader:
     rank. ValueError for damaged data, different tokenizers, or a source shorter than one window."""
 
     def __init__(self, sources, split, batch_size, seq_len, seed=0, rank=0, world=1, device="cpu", documents=False):
-        given = f"batch_size={batch_size}, seq_len={seq_len}, world"
-        require(batch_size * world * seq_len <= 2**36, given, world, "use at most 2^36 tokens in a batch")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world, self.device, self.documents = rank, world, torch.device(device), documents
         total = sum(weight for _, weight in sources)
