@@ -222,5 +222,4 @@ def test_incomplete_files_are_named(newcomer):
         tasks.load("svamp")
     with pytest.raises(ValueError, match="item 0: without choices there is only task loss"):
         tasks.load("humanevalplus").asked([Item("0", "a", "b")])
-    with pytest.raises(ValueError, match="task='humaneval': .* no training questions"):
-        tasks.load("humaneval").questions(None, "train", 1)
+    assert tasks.load("gsm8k").trains and not tasks.load("humaneval").trains
