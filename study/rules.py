@@ -52,7 +52,7 @@ def pairing(rows, paired=True):
         if run["paired"] == paired and run["kind"] == "mixture" and not run["data"] and not row["diverged"]:
             same = tuple((name, value) for name, value in run.items() if name not in ("n_experts", "seed"))
             groups.setdefault(same, {}).setdefault(run["n_experts"], {})[run["seed"]] = row
-    within, between, cells = [], [], 0
+    within, between = [], []
     for cell in groups.values():
         for a, b in combinations(cell.values(), 2):
             seeds = sorted(set(a) & set(b))
@@ -60,8 +60,7 @@ def pairing(rows, paired=True):
                 x, y = (np.array([math.log(r[s]["problems"]["loss"]) for s in seeds]) for r in (a, b))
                 within.append((x - y).var(ddof=1))
                 between.append(x.var(ddof=1) + y.var(ddof=1))
-                cells += 1
-    return (float(sum(within) / sum(between)) if sum(between) else None), cells
+    return (float(sum(within) / sum(between)) if sum(between) else None), len(within)
 
 
 def slope(x, y):

@@ -213,8 +213,7 @@ def main(argv=None):
     cfg = config.parse(VerdictConfig, argv, __doc__)
     rows = results.read(cfg.results)
     require(rows, "results", cfg.results, "there is no run in it; run study.sweep first")
-    given = cfg.posttrain != VerdictConfig.posttrain
-    posttrained = results.read(cfg.posttrain, posttrain.ROW, optional=not given)
+    posttrained = results.read(cfg.posttrain, posttrain.ROW)
     claims = computed(rows, posttrained)
     write(cfg.out, claims_table(claims, rows, posttrained))
     files.replace(cfg.appendix, appendix(claims, rows))

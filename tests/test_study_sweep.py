@@ -61,7 +61,7 @@ def test_a_preset_that_asks_for_more_when_rows_come_gets_it(tmp_path, monkeypatc
 def test_bad_options_are_refused(tmp_path, monkeypatch):
     refused = (
         ("", "presets=''"),
-        ("mian", "preset='mian'"),
+        ("mian", "presets='mian': use one of smoke, pairs"),
         ("smoke --minutes=-1", "minutes=-1.0: use 0"),
         ("smoke --minutes=nan", "minutes='nan'"),
         ("smoke --jobs=-1", "jobs=-1: use 0"),
