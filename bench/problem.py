@@ -28,10 +28,6 @@ class Shape(NamedTuple):
     E: int
     K: int
 
-    @property
-    def S(self):
-        return self.T * self.K
-
     def __str__(self):
         return ",".join(map(str, self))
 
