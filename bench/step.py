@@ -188,12 +188,10 @@ def family_times(run, cfg, repeats=3):
 
 def show_families(add, families, whole):
     """Prints the families, and adds their rows unless the profiler has slowed a kernel or counted one twice."""
-    total, cuda, note = sum(families.values()), torch.cuda.is_available(), ""
+    total, cuda = sum(families.values()), torch.cuda.is_available()
     believed = not cuda or total < 1.05 * whole
-    if not cuda:
-        note = " (the profiler makes a CPU's operators slower)"
-    elif not believed:
-        note = " (more than the step: not written to the CSV)"
+    note = "" if cuda else " (the profiler makes a CPU's operators slower)"
+    note = note if believed else " (more than the step: not written to the CSV)"
     print(f"\n{'family':<36}{'ms/step':>10}{'share':>8}")
     for name, ms in families.items():
         if believed:

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import optimoe.threads  # before torch
-
 import torch
 
 from eval import __main__ as evaluation

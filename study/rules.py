@@ -80,8 +80,7 @@ def rises(tuned, value):
 def scarce_rise(rows):
     """Per seed the rise of the unseen-solution loss per doubling of E, in the regime that decides claim 2."""
     for (where, k), line in lines(rows, wide=5).items():
-        usual = (where.tokens, where.d_model, where.optimizer, where.kind) == (2**24, 128, "muon", "mixture")
-        if k == 8 and where.paired and where.unique == SCARCE and usual and (tuned := tune(line, "problems")):
+        if k == 8 and where.usual and where.unique == SCARCE and (tuned := tune(line, "problems")):
             return list(rises(tuned, solution_loss).values())
     return []
 
