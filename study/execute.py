@@ -1,6 +1,6 @@
 """One run of the study: train a small model on memory and reasoning at once, and measure both.
 
-    row = execute(Run(n_experts=16, top_k=2, tokens=2**24, lr=6e-3), "runs/study", "cuda")
+    (row,) = execute([Run(n_experts=16, top_k=2, tokens=2**24, lr=6e-3)], "runs/study", "cuda")
 
 The mixture (data/procedural.py) holds biographies (memory), word problems with worked solutions, and mental
 arithmetic without steps (reasoning). All windows and their order lie on the device: on CUDA a whole training step, the
@@ -290,11 +290,7 @@ def revision():
     return f"{commit} sources:{digest.hexdigest()[:12]}"
 
 
-def execute(run, cache, device, n=100, keep=None):
-    return execute_together([run], cache, device, n, [keep])[0]
-
-
-def execute_together(runs, cache, device, n=100, keep=()):
+def execute(runs, cache, device, n=100, keep=()):
     """Train runs of one `form` side by side and measure them. Returns their rows for the results file; a run whose loss
     is not finite is recorded as diverged. `seconds` is a run's share, `tokens_per_s` counts all runs.
 

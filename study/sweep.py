@@ -23,7 +23,7 @@ import torch
 from optimoe import config
 from optimoe.config import make_directory, require
 from study import child
-from study.execute import Run, data_dir, execute_together, form, key, prepare_data
+from study.execute import Run, data_dir, execute, form, key, prepare_data
 from study.presets import PRESETS, foreseen
 from study.results import TASKS, append, read
 from study.rules import stop_rule
@@ -97,7 +97,7 @@ def work(parent, device, threads, cache, items, inbox, outbox):
     while (task := inbox.get()) is not None:
         runs, keep = task
         try:
-            outbox.put((key(runs[0]), execute_together(runs, cache, device, items, keep)))
+            outbox.put((key(runs[0]), execute(runs, cache, device, items, keep)))
         except Exception as error:  # one bad run must not end a sweep; the next sweep tries it again
             outbox.put((key(runs[0]), traceback.format_exc(limit=-4)))
             if "CUDA error" in str(error):
