@@ -17,6 +17,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +34,7 @@ from moe_kernels.precompile import compile_only
 from moe_kernels.tiles import LIMITS, interpreting
 from optimoe import config
 
+ARCHITECTURES = tuple(f"sm_{capability}" for capability in LIMITS)
 # The use of each launch of a kernel with several uses.
 USES = {
     ("rows_kernel", True): "down",
@@ -56,16 +58,13 @@ COUNTS = {
 class Config:
     POSITIONAL: ClassVar = ("shapes",)
     shapes: tuple[str, ...]  # layer shapes T,D,F,E,K
-    arch: tuple[str, ...] = ("sm_90",)  # architectures to compile for
+    arch: tuple[Literal[ARCHITECTURES], ...] = ("sm_90",)  # to compile for
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of activations and weights
     all: bool = False  # also routing, a dense layer, rotations, the loss, AdamW and Muon
     json: bool = False  # print JSON rows instead of a table
     out: str = ""  # directory for the PTX and SASS of every kernel
 
     def __post_init__(self):
-        known = ", ".join(f"sm_{capability}" for capability in LIMITS)
-        for arch in self.arch:
-            config.require(arch.removeprefix("sm_") in map(str, LIMITS), "arch", arch, f"expected {known}")
         for shape in self.shapes:
             parse_shape(shape)
         config.require(not interpreting(), "TRITON_INTERPRET", "1", "the interpreter compiles nothing; unset it")
@@ -163,20 +162,19 @@ def save_code(kernel, folder, stem):
     (folder / f"{stem}.sass").write_text(sass)
 
 
-def compile_shape(job):
-    """The rows of one (shape, architecture, dtype, all, out), for a process of its own."""
-    text, arch, dtype, everything, out = job
-    shape, capability = parse_shape(text), int(arch.removeprefix("sm_"))
+def compile_shape(cfg, text, arch):
+    """The rows of one shape and architecture, for a process of its own."""
+    shape, capability, dtype = parse_shape(text), int(arch.removeprefix("sm_")), getattr(torch, cfg.dtype)
     with compile_only(capability) as kernels:
-        run_kernels(empty_inputs(shape, getattr(torch, dtype)))
-        if everything:
-            launch_rest(shape, getattr(torch, dtype))
+        run_kernels(empty_inputs(shape, dtype))
+        if cfg.all:
+            launch_rest(shape, dtype)
     rows = []
     for i, kernel in enumerate(kernels):
         row = {"shape": text, "arch": arch, "triton": triton.__version__, **inspect(kernel, capability)}
         rows.append(row)
-        if out:
-            save_code(kernel, Path(out, f"{text}-{arch}"), f"{i:02d}-{row['use']}")
+        if cfg.out:
+            save_code(kernel, Path(cfg.out, f"{text}-{arch}"), f"{i:02d}-{row['use']}")
     return rows
 
 
@@ -193,9 +191,9 @@ def table(rows):
 
 def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
-    jobs = [(*pair, cfg.dtype, cfg.all, cfg.out) for pair in product(cfg.shapes, cfg.arch)]
+    shapes, archs = zip(*product(cfg.shapes, cfg.arch), strict=True)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("fork")) as pool:
-        rows = [row for rows in pool.map(compile_shape, jobs) for row in rows]
+        rows = [row for rows in pool.map(partial(compile_shape, cfg), shapes, archs) for row in rows]
     if cfg.json:
         print("\n".join(map(json.dumps, rows)))
     else:

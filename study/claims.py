@@ -309,7 +309,7 @@ def spread(tuned, value):
 def gentler_training(rows):
     """Loss of unseen solutions at the next lower rate than the one with the best training loss, where the training
     losses are comparable. Means over the seeds choose both rates, so that no lucky seed does."""
-    found, runs = {True: defaultdict(list), False: defaultdict(list)}, {True: 0, False: 0}
+    found = {True: defaultdict(list), False: defaultdict(list)}
     for (where, _), line in lines(rows, 1).items():
         for rates in line.values() if where.kind == "mixture" else ():
             sound = {rate: {s: r for s, r in cell.items() if not r["diverged"]} for rate, cell in rates.items()}
@@ -321,15 +321,16 @@ def gentler_training(rows):
             losses = {rate: np.mean([row["train_loss"] for row in cell.values()]) for rate, cell in full.items()}
             best = min(losses, key=losses.get)
             if lower := [r for r in losses if r < best and losses[r] <= (1 + COMPARABLE) * losses[best]]:
-                low, runs[where.paired] = max(lower), runs[where.paired] + 2 * len(common)
+                low = max(lower)
                 for seed in common:
                     gain = solution_loss(full[best][seed]) - solution_loss(full[low][seed])
                     found[where.paired][seed].append(gain / math.log2(best / low))
     for paired, gains in found.items():
         effects = {seed: float(np.mean(values)) for seed, values in sorted(gains.items())}
+        runs = 2 * sum(map(len, gains.values()))
         label = f"learning rate, all regimes{'' if paired else ', unpaired'}; solutions"
         unit = "nats fewer per halving at comparable training loss"
-        yield Test(label, effects, 0.02, unit, runs[paired], paired=paired)
+        yield Test(label, effects, 0.02, unit, runs, paired=paired)
 
 
 def still_lost(rows, remedies):
@@ -378,15 +379,11 @@ REMEDIES = (  # text, what is compared: results of study.posttrain
     (f"GRPO {RESCUE}", {"greedy answers after": ("after", "greedy")}),
 )
 CLAIMS = (  # text, what computes it, presets that decide it
-    ("Memory rises with total parameters at fixed active parameters", memory_rises, ("room", "scarce2", "scarce2_k2")),
-    (
-        "Reasoning turns over as total parameters grow",
-        reasoning_turns,
-        ("scarce2", "dose", "fresh", "scarce2_k2", "adamw2"),
-    ),
-    ("Reasoning is best near 20 tokens per parameter", optimum_near_20, ("dose", "long4")),
-    ("At equal training loss, denser models reason better", denser_at_equal_loss, ("scarce2", "dose", "scarce2_k2")),
-    ("Top-k alone changes little at fixed active and total size", top_k_alone, ("topk2",)),
-    ("Lower learning rates help reasoning", gentler_training, ("scarce2", "scarce2_k2")),
-    ("More active compute moves the optimum to denser models", more_active_moves, ("width",)),
+    ("Memory rises with total parameters at fixed active parameters", memory_rises, "room scarce2 scarce2_k2"),
+    ("Reasoning turns over as total parameters grow", reasoning_turns, "scarce2 dose fresh scarce2_k2 adamw2"),
+    ("Reasoning is best near 20 tokens per parameter", optimum_near_20, "dose long4"),
+    ("At equal training loss, denser models reason better", denser_at_equal_loss, "scarce2 dose scarce2_k2"),
+    ("Top-k alone changes little at fixed active and total size", top_k_alone, "topk2"),
+    ("Lower learning rates help reasoning", gentler_training, "scarce2 scarce2_k2"),
+    ("More active compute moves the optimum to denser models", more_active_moves, "width"),
 )

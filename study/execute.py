@@ -91,10 +91,8 @@ class Run:
         return self.tokens // (self.batch * self.seq_len)
 
 
-def form(run):
-    """What runs must share to be trained side by side: equally many steps of equal length."""
-    shared = "d_model n_layers n_experts top_k d_expert tokens optimizer batch seq_len kind"
-    return attrgetter(*shared.split())(run)
+# What runs must share to be trained side by side: equally many steps of equal length.
+form = attrgetter(*"d_model n_layers n_experts top_k d_expert tokens optimizer batch seq_len kind".split())
 
 
 @functools.cache
