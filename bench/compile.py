@@ -132,11 +132,10 @@ def inspect(kernel, capability):
     const = {arguments[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     number = lambda pattern: int(re.search(pattern, log).group(1))  # both lines are always there
     name = kernel.metadata.name
-    tile = "x".join(str(const[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if key in const)
     row = {
         "name": name,
         "use": USES.get((name.replace("_hopper", ""), const.get("TRANSPOSED")), name.removesuffix("_kernel")),
-        "tile": tile,
+        "tile": "x".join(str(const[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if key in const),
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
         "registers": number(r"Used (\d+) registers"),
