@@ -37,7 +37,7 @@ STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!\w+_not_issued)(?!sele
 
 def find_ncu():
     """The path of ncu. ValueError, with the remedy, where nothing can be counted."""
-    ncu = shutil.which("ncu")
+    ncu = shutil.which("ncu") or next(map(str, Path("/usr/local").glob("cuda*/bin/ncu")), None)
     if not ncu:
         raise ValueError("--counters needs ncu of NVIDIA Nsight Compute: install it and put it on the PATH")
     if not torch.cuda.is_available():
