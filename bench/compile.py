@@ -17,6 +17,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,20 +28,19 @@ import triton
 from triton import knobs
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-from bench.problem import parse_shape
-from moe_kernels import activation, adamw, cross_entropy, decode, experts, muon, rotary, routing
+from bench.problem import empty_inputs, parse_shape, run_kernels
+from moe_kernels import activation, adamw, cross_entropy, decode, muon, rotary, routing
 from moe_kernels.precompile import compile_only
 from moe_kernels.tiles import LIMITS, interpreting
 from optimoe import config
 
+ARCHITECTURES = tuple(f"sm_{capability}" for capability in LIMITS)
 # The use of each launch of a kernel with several uses.
 USES = {
     ("rows_kernel", True): "down",
     ("rows_kernel", False): "dx",
     ("dw_kernel", False): "dw_out",
     ("dw_kernel", True): "dw_in",
-    ("dw_hopper_kernel", False): "dw_out",
-    ("dw_hopper_kernel", True): "dw_in",
 }
 # What is counted in the PTX, with its pattern.
 COUNTS = {
@@ -58,28 +58,16 @@ COUNTS = {
 class Config:
     POSITIONAL: ClassVar = ("shapes",)
     shapes: tuple[str, ...]  # layer shapes T,D,F,E,K
-    arch: tuple[str, ...] = ("sm_90",)  # architectures to compile for
+    arch: tuple[Literal[ARCHITECTURES], ...] = ("sm_90",)  # to compile for
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of activations and weights
     all: bool = False  # also routing, a dense layer, rotations, the loss, AdamW and Muon
     json: bool = False  # print JSON rows instead of a table
     out: str = ""  # directory for the PTX and SASS of every kernel
 
     def __post_init__(self):
-        known = ", ".join(f"sm_{capability}" for capability in LIMITS)
-        for arch in self.arch:
-            config.require(arch.removeprefix("sm_") in map(str, LIMITS), "arch", arch, f"expected {known}")
         for shape in self.shapes:
             parse_shape(shape)
         config.require(not interpreting(), "TRITON_INTERPRET", "1", "the interpreter compiles nothing; unset it")
-
-
-def launch_layer(shape, dtype):
-    """Launches every kernel of a forward and backward pass of the expert layer, on empty tensors of the real sizes."""
-    T, D, F, E, K = shape
-    x, w_in, w_out = (torch.empty(*sizes, dtype=dtype) for sizes in ((T, D), (E, 2 * F, D), (E, D, F)))
-    gates, ids = torch.empty(T, K), torch.empty(T, K, dtype=torch.int32)
-    out = experts.experts_fwd(x, w_in, w_out, gates, ids)
-    experts.experts_bwd(x, x, w_in, w_out, gates, *out[1:])
 
 
 def launch_rest(shape, dtype):
@@ -123,41 +111,31 @@ def launch_rest(shape, dtype):
             muon.muon_update(*tensors, rows, empty(()), 0.95, 0.1, empty(()), empty(()), True)
 
 
-def constants(kernel):
-    """The compile-time arguments of a compiled kernel by name."""
-    names = kernel.src.fn.arg_names
-    return {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
-
-
 def assemble(kernel, capability):
     """ptxas's log on a kernel, which Triton throws away; with the options that Triton gives."""
     with tempfile.TemporaryDirectory() as directory:
         ptx = Path(directory, "kernel.ptx")
         ptx.write_text(kernel.asm["ptx"])
-        options = [
-            "-v",
-            f"--gpu-name={sm_arch_from_capability(capability)}",
-            f"--output-file={ptx.with_suffix('.cubin')}",
-        ]
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
+        command += [f"--output-file={ptx.with_suffix('.cubin')}", ptx]
         if triton.__version__ >= "3.7":
-            options.append("--regAllocOptLevel=2")
-        done = subprocess.run([get_ptxas(capability).path, *options, ptx], stderr=subprocess.PIPE, text=True)
-        config.require(
-            not done.returncode, "ptxas", done.returncode, f"it refuses {kernel.metadata.name}: {done.stderr}"
-        )
+            command.append("--regAllocOptLevel=2")
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        remedy = f"it refuses {kernel.metadata.name}: {done.stderr}"
+        config.require(not done.returncode, "ptxas", done.returncode, remedy)
         return done.stderr
 
 
 def inspect(kernel, capability):
     """What `main` prints of a compiled kernel, as a dict."""
-    log, ptx, const = assemble(kernel, capability), kernel.asm["ptx"], constants(kernel)
+    log, ptx, arguments = assemble(kernel, capability), kernel.asm["ptx"], kernel.src.fn.arg_names
+    const = {arguments[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     number = lambda pattern: int(re.search(pattern, log).group(1))  # both lines are always there
     name = kernel.metadata.name
-    tile = "x".join(str(const[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if key in const)
     row = {
         "name": name,
-        "use": USES.get((name, const.get("TRANSPOSED")), name.removesuffix("_kernel")),
-        "tile": tile,
+        "use": USES.get((name.replace("_hopper", ""), const.get("TRANSPOSED")), name.removesuffix("_kernel")),
+        "tile": "x".join(str(const[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if key in const),
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
         "registers": number(r"Used (\d+) registers"),
@@ -183,20 +161,19 @@ def save_code(kernel, folder, stem):
     (folder / f"{stem}.sass").write_text(sass)
 
 
-def compile_shape(job):
-    """The rows of one (shape, architecture, dtype, all, out), for a process of its own."""
-    text, arch, dtype, everything, out = job
-    shape, capability = parse_shape(text), int(arch.removeprefix("sm_"))
+def compile_shape(cfg, text, arch):
+    """The rows of one shape and architecture, for a process of its own."""
+    shape, capability, dtype = parse_shape(text), int(arch.removeprefix("sm_")), getattr(torch, cfg.dtype)
     with compile_only(capability) as kernels:
-        launch_layer(shape, getattr(torch, dtype))
-        if everything:
-            launch_rest(shape, getattr(torch, dtype))
+        run_kernels(empty_inputs(shape, dtype))
+        if cfg.all:
+            launch_rest(shape, dtype)
     rows = []
     for i, kernel in enumerate(kernels):
         row = {"shape": text, "arch": arch, "triton": triton.__version__, **inspect(kernel, capability)}
         rows.append(row)
-        if out:
-            save_code(kernel, Path(out, f"{text}-{arch}"), f"{i:02d}-{row['use']}")
+        if cfg.out:
+            save_code(kernel, Path(cfg.out, f"{text}-{arch}"), f"{i:02d}-{row['use']}")
     return rows
 
 
@@ -213,9 +190,9 @@ def table(rows):
 
 def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
-    jobs = [(*pair, cfg.dtype, cfg.all, cfg.out) for pair in product(cfg.shapes, cfg.arch)]
+    shapes, archs = zip(*product(cfg.shapes, cfg.arch), strict=True)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("fork")) as pool:
-        rows = [row for rows in pool.map(compile_shape, jobs) for row in rows]
+        rows = [row for rows in pool.map(partial(compile_shape, cfg), shapes, archs) for row in rows]
     if cfg.json:
         print("\n".join(map(json.dumps, rows)))
     else:

@@ -57,8 +57,7 @@ def recording(calls):
         def call(*args, **kwargs):
             kernel = name
             if name == "dw":
-                transposed = args[2]
-                kernel = "dw_in" if transposed else "dw_out"
+                kernel = "dw_in" if args[2] else "dw_out"  # transposed
             elif "dgates_parts" in kwargs:
                 kernel = "combine_dx"
             calls[kernel] = partial(launch, *args, **kwargs)

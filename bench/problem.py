@@ -1,7 +1,5 @@
 """What the benchmarks compute: shapes, FLOP and byte counts, random inputs, and the float64 truth of results.
 
-Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
-token, S = T*K routed rows.
 A full float64 reference of a large layer takes seconds and tens of GB, so checks compare slices: all outputs of some
 tokens, and the weight gradients of some experts. Slices are exact, because a token's output depends on its K experts
 alone and a weight's gradient on its own rows alone.
@@ -27,10 +25,6 @@ class Shape(NamedTuple):
     F: int
     E: int
     K: int
-
-    @property
-    def S(self):
-        return self.T * self.K
 
     def __str__(self):
         return ",".join(map(str, self))

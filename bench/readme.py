@@ -12,10 +12,8 @@ import torch
 from optimoe import config
 
 WIDE = "--preset=paper-d1024-e16-k2 --vocab_size=50304 --seq_len=2048"
-GPT2 = (
-    "--dense --preset=paper-d512-e8-k2 --d_model=768 --n_layers=12 --n_heads=12 --n_kv_heads=12 --head_dim=64"
-    " --d_expert=1024 --vocab_size=50304 --seq_len=1024 --batch_size=64"
-)
+GPT2 = "--dense --preset=paper-d512-e8-k2 --d_model=768 --n_layers=12 --n_heads=12 --n_kv_heads=12 --head_dim=64"
+GPT2 += " --d_expert=1024 --vocab_size=50304 --seq_len=1024 --batch_size=64"
 FEW = "--preset=paper-d512-e64-k4 --batch_size=8"
 TEXT = "--preset=paper-d512-e16-k2 --vocab_size=16384 --seq_len=1024 --batch_size=64"  # of the runs on real text
 

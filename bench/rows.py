@@ -32,10 +32,8 @@ from bench.timing import times_ms
 from data import files
 
 ADDED = ["share", "exposed_ms", "nccl_ms", "python_ms"]  # older files lack these columns
-COLUMNS = (
-    "kernel implementation mode T D F E K dtype routing p20_ms p50_ms p80_ms tflops gb_s ceiling peak_mib saved_mib "
-    "gpu torch triton revision date"
-).split() + ADDED
+COLUMNS = "kernel implementation mode T D F E K dtype routing p20_ms p50_ms p80_ms tflops gb_s ceiling".split()
+COLUMNS += "peak_mib saved_mib gpu torch triton revision date".split() + ADDED
 KEY = COLUMNS[:10] + ["gpu"]
 INTEGERS, FLOATS = COLUMNS[3:8], COLUMNS[10:18] + ADDED
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -25,7 +25,7 @@ from bench.rows import BenchConfig, Results
 from bench.timing import MIB, Times, quantiles, synchronize, trace, wall_ms
 from model import GPT
 from optimoe import config, exchange, parallel
-from optimoe.faststep import GraphedStep, compile_blocks
+from optimoe.faststep import GraphedStep, fast_step
 from optimoe.guard import new_window
 from optimoe.sizes import flops_per_token, peak_flops, preset_fields
 from train import TrainConfig, optimizer_step
@@ -54,24 +54,16 @@ def make_step(cfg, device, rank=0, world=1):
     """(model, step, draw): step(batches) is train.py's with rate 0, so that random tokens spoil no router; draw() gives
     a batch. Billions of random weights take a CPU a minute, so they are drawn on the device."""
     torch.manual_seed(cfg.seed)
-    with torch.device(device):
+    with device:
         model = GPT(cfg).train()
-        exchange.deal_out(model, cfg, torch.device(device), world, cfg.batch_size * cfg.seq_len)
+        exchange.deal_out(model, cfg, device, world, cfg.batch_size * cfg.seq_len)
     optimizer = parallel.Sharded(model, cfg, rank, world)
     optimizer.set_lr(0.0)
-    if torch.cuda.is_available() and world == 1:
-        compile_blocks(model, cfg)
     generator = torch.Generator(device).manual_seed(rank)
     size = cfg.batch_size, cfg.seq_len
     tokens = lambda: torch.randint(cfg.vocab_size, size, device=device, generator=generator)
     step = partial(optimizer_step, model, optimizer, cfg, new_window(cfg, device), world=world)
     return model, step, lambda: (tokens(), tokens())
-
-
-def graphed(step, cfg):
-    """The step as one CUDA graph where train.py makes one, or None."""
-    capturable = cfg.impl in ("auto", "triton")
-    return GraphedStep(step) if torch.cuda.is_available() and cfg.cuda_graph and capturable else None
 
 
 def balance(model, draw, steps, world=1):
@@ -197,12 +189,10 @@ def family_times(run, cfg, repeats=3):
 
 def show_families(add, families, whole):
     """Prints the families, and adds their rows unless the profiler has slowed a kernel or counted one twice."""
-    total, cuda, note = sum(families.values()), torch.cuda.is_available(), ""
+    total, cuda = sum(families.values()), torch.cuda.is_available()
     believed = not cuda or total < 1.05 * whole
-    if not cuda:
-        note = " (the profiler makes a CPU's operators slower)"
-    elif not believed:
-        note = " (more than the step: not written to the CSV)"
+    note = "" if cuda else " (the profiler makes a CPU's operators slower)"
+    note = note if believed else " (more than the step: not written to the CSV)"
     print(f"\n{'family':<36}{'ms/step':>10}{'share':>8}")
     for name, ms in families.items():
         if believed:
@@ -218,7 +208,9 @@ def model_shape(cfg):
 def main(argv=None):
     cfg = parse(argv, __doc__)
     cuda, results = torch.cuda.is_available(), Results(cfg)
-    model, step, draw = make_step(cfg, "cuda" if cuda else "cpu")
+    device = torch.device("cuda" if cuda else "cpu")
+    model, step, draw = make_step(cfg, device)
+    fast = fast_step(step, model, cfg, device, world=1)  # compiles the blocks for `step` too
     warm = wall_ms(lambda: [step([draw()]) for _ in range(3)]) / 1e3
     load = balance(model, draw, 60 if cuda else 2)
     print(f"the first three steps took {warm:.1f} s; the fullest expert of any layer has {load:.2f} times its share")
@@ -230,10 +222,10 @@ def main(argv=None):
     times = part_times(step, draw, cfg.repeats)
     peak = torch.cuda.max_memory_allocated() / MIB if cuda else None
     families = family_times(lambda: step([draw()]), cfg)
-    if replay := graphed(step, cfg):
+    if fast is not step:
         for _ in range(GraphedStep.WARM_UP + 2):
-            replay([draw()])
-        times["full-graph"] = step_times(lambda: replay([draw()]), cfg.repeats)
+            fast([draw()])
+        times["full-graph"] = step_times(lambda: fast([draw()]), cfg.repeats)
     flops = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
     best = peak_flops(results.environment["gpu"]) if results.dtype == torch.bfloat16 else None
     name = f"{'dense' if cfg.dense else cfg.preset}:{cfg.impl}"

@@ -70,13 +70,12 @@ def repeat(fn, seconds):
 def times_in_turn(fns):
     """Times of each of `fns` by name. In each of four rounds all run back to back for 0.4 s, so that the card is as hot
     for all of them; the first round only heats. They must have run before, so that nothing is compiled here."""
-    samples, heating = {name: [] for name in fns}, torch.cuda.is_available()
-    for _ in range(4 if heating else 1):
+    samples, rounds = {name: [] for name in fns}, 4 if torch.cuda.is_available() else 1
+    for turn in range(rounds):
         for name, fn in fns.items():
             times = repeat(fn, 0.4)
-            if not heating:
+            if turn > 0 or rounds == 1:
                 samples[name] += times
-        heating = False
     return {name: quantiles(times) for name, times in samples.items()}
 
 
@@ -167,5 +166,4 @@ def skipping(what, failures):
             raise SystemExit(undefined) from error
         traceback.clear_frames(error.__traceback__)  # its local variables hold GPU memory
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()

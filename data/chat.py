@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch needs jinja2, so it is there
 
 from data import files
-from data.fast import AGAIN, spelled
+from data.fast import AGAIN, inside, spelled
 from data.shards import START, TRAINED
 from optimoe.config import require
 
@@ -40,10 +41,6 @@ def chat_template(directory):
     source, settings = template_source(directory)
     if source is None:
         return None
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise ValueError(f"the chat template of {directory} needs jinja2: pip install jinja2") from None
     tokens = {name: spelled(settings, name) for name in settings if name.endswith("_token")}
     tokens = {name: text for name, text in tokens.items() if isinstance(text, str)} | {"tools": None, "documents": None}
     extensions = ["jinja2.ext.loopcontrols"]
@@ -121,7 +118,7 @@ def _encoded(enc, chat, pieces):
     ids, trained, before = [], [], ""
     for piece, target in pieces:
         whole = read(before + piece)
-        new = whole[len(ids) :] if whole[: len(ids)] == ids else _inside(read, piece)
+        new = whole[len(ids) :] if whole[: len(ids)] == ids else inside(read, piece)
         ids, trained, before = ids + new, trained + [target] * len(new), before + piece
     if not chat:
         begin = getattr(enc, "begin", [])
@@ -131,12 +128,3 @@ def _encoded(enc, chat, pieces):
     marks = np.array(trained, np.uint8) * TRAINED
     marks[0] |= START
     return np.array(ids, np.uint32), len(before.encode()), marks
-
-
-def _inside(read, piece):
-    """The ids of a text that follows others: SentencePiece puts a space in front of a text that stands alone."""
-    for letter in "a", "\n":
-        head, whole = read(letter), read(letter + piece)
-        if whole[: len(head)] == head:
-            return whole[len(head) :]
-    return read(piece)

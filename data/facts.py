@@ -3,9 +3,7 @@
     Orlena Tamsin Brackwell was born on May 3, 1952. She comes from Ashford. She graduated from Hollin University. ...
 
 They follow bioS of "Physics of Language Models" 3.1 and 3.3 (arXiv 2404.05405): distinct names, and independent uniform
-attributes, except that the city of work is a function of the employer. A model that knows all N people has stored
-N * (log2(N0 / N) + log2(S0)) bits: N0 = `name_choices` possible names, S0 = `value_choices` possible values of a
-person.
+attributes, except that the city of work is a function of the employer.
 """
 
 import itertools

@@ -38,6 +38,15 @@ def spelled(settings, name):
     return token.get("content") if isinstance(token, dict) else token
 
 
+def inside(read, text):
+    """The ids of a text that follows others: SentencePiece puts a space in front of a text that stands alone."""
+    for before in "a\n.":
+        head, whole = read(before), read(before + text)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return read(text)
+
+
 class Fast:
     """A tokenizer of the library. A special token that is spelled out in a text stays text.
 
@@ -87,7 +96,6 @@ def from_folder(directory):
     directory = Path(directory)
     path = directory / "tokenizer.json"
     definition = files.read_text(path, AGAIN)
-    files.parse(definition, str(path), AGAIN)
     optional = [directory / name for name in ("tokenizer_config.json", "generation_config.json", "config.json")]
     settings, *configs = (files.read_json(path, AGAIN) if path.exists() else {} for path in optional)
     fast = _open(definition, str(path))

@@ -7,6 +7,7 @@
 A signed JSON object carries a CRC-32 of its other members under "crc". Objects without one are accepted as they are.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -15,11 +16,6 @@ import shutil
 import zlib
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks, so nothing that was left behind is removed there
-    fcntl = None
 
 CRC, RESTORE = "crc", "restore it from a copy"
 
@@ -74,9 +70,8 @@ def _locked(path, wait=True):
         try:
             handle = os.open(path, os.O_RDONLY)
             stack.callback(os.close, handle)
-            if fcntl:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = fcntl is not None
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
         except OSError:
             held = False
         yield held

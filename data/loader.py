@@ -46,12 +46,6 @@ class Loader:
     rank. ValueError for damaged data, different tokenizers, or a source shorter than one window."""
 
     def __init__(self, sources, split, batch_size, seq_len, seed=0, rank=0, world=1, device="cpu", documents=False):
-        weighted = sources and all(0 < weight < math.inf for _, weight in sources)
-        require(weighted, "sources", sources, "at least one (directory, weight), with finite weights above 0")
-        fits = batch_size >= 1 and seq_len >= 1 and 0 <= rank < world
-        given = f"batch_size={batch_size}, seq_len={seq_len}, rank={rank}, world"
-        require(fits, given, world, "must be positive, rank < world")
-        require(batch_size * world * seq_len <= 2**36, given, world, "use at most 2^36 tokens in a batch")
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
         self.rank, self.world, self.device, self.documents = rank, world, torch.device(device), documents
         total = sum(weight for _, weight in sources)
@@ -61,7 +55,6 @@ class Loader:
         for source in self.sources:
             remedy = f"not the tokenizer of {first.directory}; prepare one with --tokenizer of the other"
             require(source.tokenizer == first.tokenizer, "data", str(source.directory), remedy)
-        self.vocab_size = first.vocab_size
         self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the cursor
         self._planned = [0] * len(sources)  # and in those being prepared too; used by the thread alone
         self._ahead = deque()  # futures of (batch, its cursor), oldest first
@@ -128,8 +121,7 @@ class _Source:
     def __init__(self, directory, split, seq_len, seed):
         meta, self.shards = shards.read_meta(directory), shards.open_shards(directory, split)
         self.directory, self.seq_len, self.seed, self.eos = Path(directory), seq_len, seed, meta["eos"]
-        self.tokenizer, self.vocab_size = meta["tokenizer_sha256"], meta["vocab_size"]
-        listed = meta["splits"][split]["shards"]
+        self.tokenizer, listed = meta["tokenizer_sha256"], meta["splits"][split]["shards"]
         self.checksum = "".join(shard["sha256"][:8] + shard.get("marks", "")[:8] for shard in listed)
         self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
         n_tokens = int(self.ends[-1]) if self.shards else 0
@@ -144,11 +136,10 @@ class _Source:
             self.starts, self.lengths = self.starts[taught], self.lengths[taught]
             self.rows = packed(self.lengths.tolist(), seq_len + 1)
             self.n_windows = len(self.rows)
-        remedy = (
-            f"a window needs {seq_len + 1} tokens, split {split!r} of {directory} has {n_tokens}; use a smaller one"
-        )
+        where = f"split {split!r} of {directory}"
+        remedy = f"a window needs {seq_len + 1} tokens, {where} has {n_tokens}; use a smaller one"
         if self.marks:
-            remedy = f"no answer in split {split!r} of {directory} begins so early; use a larger seq_len"
+            remedy = f"no answer in {where} begins so early; use a larger seq_len"
         require(self.n_windows >= 1, "seq_len", seq_len, remedy)
         self.epoch, self.order = -1, None
 

@@ -61,8 +61,8 @@ class Config:
         require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "must be at least 0 and below 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2^63 - 1")
         require(self.tokenizer or not self.sft, "sft", True, "name the model's --tokenizer")
-        if not self.tokenizer:
-            tokenizer.require_size(self.vocab_size)
+        remedy = "must be from 257 (256 bytes and <|endoftext|>) to 2^24"
+        require(self.tokenizer or 257 <= self.vocab_size <= 2**24, "vocab_size", self.vocab_size, remedy)
 
 
 def hashed(text, seed):

@@ -143,20 +143,11 @@ def read_note(directory, name):
 
 def open_shards(directory, split, marks=False):
     """Read-only memory maps of a split's shards, or of their marks, in order. ValueError names a missing, truncated or
-    corrupt file: sizes and SHA-256, and that of the tokenizer, are compared with meta.json at about 1 GB/s, once a
-    process."""
+    corrupt file: sizes and SHA-256 are compared with meta.json at about 1 GB/s, once a process."""
     directory, meta = Path(directory), read_meta(directory)
     if split not in meta["splits"]:
         missing = {"val": "no validation data (--val_fraction was 0)"}.get(split, f"no split {split!r}")
         raise ValueError(f"{directory} has {missing}; it has {', '.join(meta['splits']) or 'nothing'}")
-
-    def check(path, sha256):
-        if _sha256(path) != sha256:
-            raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
-
-    path = directory / meta["tokenizer"]
-    if path.exists():
-        check(path, meta["tokenizer_sha256"])
     dtype, maps = np.dtype("uint8" if marks else meta["dtype"]).newbyteorder("<"), []
     for shard in meta["splits"][split]["shards"]:
         path = (directory / shard["file"]).with_suffix(".marks" if marks else ".bin")
@@ -165,7 +156,8 @@ def open_shards(directory, split, marks=False):
             raise ValueError(f"{path} is missing ({META} lists it); {AGAIN}")
         if path.stat().st_size != size:
             raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}; {AGAIN}")
-        check(path, shard["marks" if marks else "sha256"])
+        if _sha256(path) != shard["marks" if marks else "sha256"]:
+            raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
         maps.append(np.memmap(path, dtype, "r"))
     return maps
 

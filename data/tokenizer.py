@@ -18,7 +18,6 @@ import tiktoken
 
 from data import fast, files
 from data.fast import Fast, from_folder, package
-from optimoe.config import require
 
 EOT = "<|endoftext|>"
 FILE, META = "tokenizer.json", "meta.json"
@@ -47,9 +46,8 @@ def encoding(tokens, pattern=PATTERN, name="optimoe"):
 
 def train_bpe(texts, vocab_size):
     """Byte-pair encoding trained on `texts`, with `vocab_size` tokens (fewer where the text has too few pairs): 256
-    bytes, the merges and "<|endoftext|>". The order of the texts does not matter. ValueError when vocab_size is out of
-    range, or without the package `tokenizers`."""
-    require_size(vocab_size)
+    bytes, the merges and "<|endoftext|>". The order of the texts does not matter. ValueError without the package
+    `tokenizers`."""
     lib = package()
     splits = lib.pre_tokenizers.Split(lib.Regex(PATTERN), "isolated")
     short = lib.pre_tokenizers.Split(lib.Regex("(?m:.{1,1000})"), "isolated")  # a longer piece takes quadratic time
@@ -66,11 +64,6 @@ def letters():
     """GPT-2's letter for each byte: printable bytes are themselves, the others the characters from 256 on."""
     printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def require_size(vocab_size):
-    """ValueError for a size that a trained vocabulary cannot have."""
-    require(257 <= vocab_size <= 2**24, "vocab_size", vocab_size, f"must be from 257 (256 bytes and {EOT}) to 2^24")
 
 
 def word_tokenizer(words, pattern=PATTERN):

@@ -9,7 +9,6 @@ continues where it was interrupted, or adds the items of a larger --limit.
 
 import collections
 import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -164,7 +163,7 @@ def earlier_results(path: Path, checkpoint: str) -> dict:
 
 def main(argv=None):
     """Returns the contents of results.json."""
-    cfg = config.parse(EvalConfig, sys.argv[1:] if argv is None else argv, __doc__)
+    cfg = config.parse(EvalConfig, argv, __doc__)
     source, jobs, stores = harness.open_source(cfg), {}, {}
     for task in map(tasks.load, cfg.tasks):  # all data is found before the first item is computed
         shots = task.shots if cfg.shots is None else cfg.shots

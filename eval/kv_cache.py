@@ -20,8 +20,6 @@ class KVCache:
     attends to it. All writes are in place, so a step with a fixed `span` can be captured in a CUDA graph."""
 
     def __init__(self, cfg, batch_size, max_len, device=None, dtype=torch.float32):
-        remedy = f"the model's RoPE table ends at seq_len={cfg.seq_len}"
-        require(1 <= max_len <= cfg.seq_len, "max_len", max_len, remedy)
         shape = (cfg.n_layers, batch_size, max_len, cfg.n_kv_heads, cfg.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.experts = None  # (N, B, max_len, K) int16 after keep_experts

@@ -4,7 +4,6 @@ Prompts and metrics are lm-eval's; likelihoods and texts are ours. Results also 
 
 import json
 import os
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -61,7 +60,7 @@ class Model(TemplateLM):
 
 
 def main(argv=None):
-    cfg = config.parse(LMEvalConfig, sys.argv[1:] if argv is None else argv, __doc__)
+    cfg = config.parse(LMEvalConfig, argv, __doc__)
     config.require(TemplateLM is not object, "tasks", cfg.tasks, "these are lm-eval's: pip install -e '.[lm_eval]'")
     model, manager, names = Model(), tasks.TaskManager(), list(cfg.tasks)
     known = names and all(name in manager.all_tasks or os.path.isfile(name) for name in names)

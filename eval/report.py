@@ -1,6 +1,5 @@
 """The output of train.py and grpo.py: their first lines, the row and line of a step, the closing report."""
 
-import dataclasses
 import math
 import resource
 import shlex
@@ -78,10 +77,9 @@ def log_line(row, cfg):
     load = f"{max(row['load_max']):.2f}" if "load_max" in row else "n/a"
     loss = f"{row['loss']:.4f}" if "loss" in row else "skipped"
     norm, rate = f"norm {float(row['grad_norm'] or 'nan'):.2f}", f"{row['tokens_per_s']:,.0f} tok/s | mfu {mfu}"
-    eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     head = f"step {row['step']:>6}/{cfg.steps} | loss {loss} | lr {row['lr']:.2e}"
     again = f" | repeated {row['repeated_steps']}" if "repeated_steps" in row else ""  # steps: docs/multi-gpu.md
-    return f"{head} | {norm} | {rate} | load {load}{again} | eta {eta}"
+    return f"{head} | {norm} | {rate} | load {load}{again} | eta {timedelta(seconds=left)}"
 
 
 def val_row(loss, step, tokens, sources):
@@ -183,29 +181,16 @@ def final_report(model, cfg, data, results):
     return {"samples": samples}
 
 
-def own_flags(cfg, without):
-    """The flags that make this configuration, except the field `without`."""
-    usual = {field.name: field.default for field in dataclasses.fields(cfg)} | cfg.preset_fields(cfg.preset)
-    for name in ("preset", "out_dir", "resume", "data", "trace", "vocab_size", without):
-        usual.pop(name, None)
-    changed = {name: getattr(cfg, name) for name, value in usual.items() if getattr(cfg, name) != value}
-    changed = {name: str(value).lower() if isinstance(value, bool) else value for name, value in changed.items()}
-    changed = {"preset": cfg.preset} | changed if cfg.preset != "tiny" else changed
-    return "".join(f" --{name}={value}" for name, value in changed.items())
-
-
-def next_steps(run_dir, cfg, sources, results):
+def next_steps(run_dir, cfg, results):
     """What to try after a run, as commands that fit this machine and the number of ranks."""
-    parts = [f"{directory}:{weight:g}" if len(sources) > 1 else str(directory) for directory, weight in sources]
-    run_dir = shlex.quote(str(run_dir))
-    start = parallel.runner()
+    run_dir, start = shlex.quote(str(run_dir)), parallel.runner()
     commands = {f"{start} train.py --resume={run_dir} --steps={2 * cfg.steps}": "train longer"}
-    again = f"{start} train.py --data={shlex.quote(','.join(parts))}"
+    again = f"{start} train.py --config={run_dir}/config.json --out_dir={run_dir}-experts"
     if cfg.dense:
-        commands[again + own_flags(cfg, "dense")] = "experts instead of dense layers, on the same data"
+        commands[f"{again} --dense=false"] = "experts instead of dense layers, on the same data"
     elif cfg.n_experts < 1024 and not cfg.init_from:
-        more = f"{own_flags(cfg, 'n_experts')} --n_experts={min(1024, 4 * cfg.n_experts)}"
-        commands[again + more] = "more experts on the same data; --dense: without experts"
+        more = f"{again} --n_experts={min(1024, 4 * cfg.n_experts)}"
+        commands[more] = "more experts on the same data; --dense: without experts"
     if any(row["solution"] < 0.95 for row in results.get("reasoning", {}).values()):  # there is something left to learn
         small = " --steps=10 --batch_prompts=64 --mini_batch=32 --eval_questions=100"
         small = "" if torch.cuda.is_available() else small

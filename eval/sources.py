@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import files, procedural, shards
-from data.facts import FactsConfig
-from data.reasoning import ReasoningConfig
 
 
 class Set(NamedTuple):
@@ -51,15 +49,15 @@ class Source:
                 return rows
         raise ValueError(f"{sets[0].name} was not found: {self._ways(sets[0])}")
 
-    def procedural(self, part: str) -> FactsConfig | ReasoningConfig:
-        """The settings of a part ("facts", "reasoning") of the run's procedural training data, else ValueError."""
+    def procedural(self, part: str) -> procedural.MixtureConfig:
+        """The settings of the run's procedural training data; ValueError where it has no such part."""
         where = f"{self.training_data}/{shards.META}"
         settings = shards.read_meta(self.training_data).get("procedural", {}) if self.training_data else {}
         if part not in settings:
             why = f"{where} has none" if self.training_data else "if it was, name its data directory with --data"
             what = f"this model was not trained on procedural {part} ({why})"
             raise ValueError(f"{part}: {what}; choose another task, for instance gsm8k")
-        return getattr(procedural.from_dict(settings, where), part)
+        return procedural.from_dict(settings, where)
 
     def _ways(self, wanted):
         origin = f" (it is in {wanted.origin})" if wanted.origin else ""

@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from data.fast import inside
 from data.tokenizer import Tokens
 from eval.generate import any_shape
 
@@ -32,18 +33,10 @@ def encode_pair(tokens: Tokens, prompt: str, answer: str) -> tuple[list[int], li
     context, whole = context_ids(tokens, prompt), tokens.bos + tokens.encode(prompt + answer)
     if prompt and whole[: len(context)] == context:
         return context, whole[len(context) :], False
-    return (context, encode_inside(tokens, answer), True) if prompt else (context, tokens.encode(answer), False)
-
-
-def encode_inside(tokens: Tokens, text: str) -> list[int]:
-    """The ids of a text behind another one, without the space that SentencePiece puts in front of every text."""
-    ids = tokens.encode(text)
-    if tokens.decode(ids) == " " + text:
-        for before in "\n.a":
-            head, whole = tokens.encode(before), tokens.encode(before + text)
-            if whole[: len(head)] == head and tokens.decode(whole[len(head) :]) == text:
-                return whole[len(head) :]
-    return ids
+    ids = tokens.encode(answer)
+    if prompt and tokens.decode(ids) == " " + answer:
+        ids = inside(tokens.encode, answer)
+    return context, ids, bool(prompt)
 
 
 def windows(context: list[int], answer: list[int], seq_len: int):

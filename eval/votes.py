@@ -8,7 +8,6 @@ those of arXiv 2508.18672: no examples, temperature 0.6, top-p 0.95. Samples wit
 
 import functools
 import math
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +35,6 @@ class VotesConfig(harness.EvalChoice):
 
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Unbiased estimate that one of k samples is right, from n with `right` right ones (arXiv 2107.03374)."""
-    if not 1 <= k <= n or not 0 <= right <= n:
-        raise ValueError(f"pass_at_k(n={n}, right={right}, k={k}): needs 1 <= k <= n and 0 <= right <= n")
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
@@ -93,7 +90,7 @@ def table(result, seq_len):
 
 def main(argv=None):
     """Returns the curves."""
-    cfg = config.parse(VotesConfig, sys.argv[1:] if argv is None else argv, __doc__)
+    cfg = config.parse(VotesConfig, argv, __doc__)
     task, source = tasks.load(cfg.task), harness.open_source(cfg)
     items = task.asked(harness.read_items(task, source, cfg.shots))
     loaded, out = harness.open_model(cfg)

@@ -21,11 +21,6 @@ def end_with(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def command(module, *words):
-    """The command line that runs a module as a child of this process that ends with it."""
-    return [sys.executable, "-m", "study.child", str(os.getpid()), module, *words]
-
-
 if __name__ == "__main__":
     end_with(int(sys.argv[1]))
     sys.argv = sys.argv[2:]

@@ -89,15 +89,14 @@ def silent(where, tuned, task, note="", decisive=False):
     """Why tuned lines of one regime have no vote, or "". decisive: being mastered at every E is no reason."""
     edges, models = sum(len(one.edges) for one in tuned), sum(len(one.cells) for one in tuned)
     why = [dumb(one.cells, task) for one in tuned]
-    return because(
-        {
-            note: True,
-            "not calibrated": where.kind == "twohop",
-            why[0]: all(why) and not (decisive and "mastered" in why),
-            f"best rate at the edge for {edges} of {models} models": edges,
-            "rates of other data": not where.paired and any(one.single for one in tuned),
-        }
-    )
+    reasons = {
+        note: True,
+        "not calibrated": where.kind == "twohop",
+        why[0]: all(why) and not (decisive and "mastered" in why),
+        f"best rate at the edge for {edges} of {models} models": edges,
+        "rates of other data": not where.paired and any(one.single for one in tuned),
+    }
+    return because(reasons)
 
 
 def tuned_lines(rows, task):
@@ -166,10 +165,8 @@ def at_one_rate(rows):
         for rate in sorted({rate for rates in line.values() for rate in rates}) if compared else ():
             cells = {e: {rate: rates[rate]} for e, rates in line.items() if len(rates.get(rate, ())) >= MIN_SEEDS}
             if len(cells) > 2 and (one := tune(cells, "problems")):
-                label, unit = (
-                    f"{where}, k={k}, all at rate {rate:g}; solutions",
-                    "nats per token more per doubling of E",
-                )
+                label = f"{where}, k={k}, all at rate {rate:g}; solutions"
+                unit = "nats per token more per doubling of E"
                 yield Test(label, rises(one, solution_loss), RISE, unit, len(one.rows), note="one rate for all")
 
 
@@ -184,12 +181,8 @@ def optimum_near_20(rows):
             if len(set(sides.values())) < 3:
                 continue
             parts = {side: [cell for e, cell in one.cells.items() if sides[e] == side] for side in (-1, 0, 1)}
-            means = {
-                (side, s): np.mean([solution_loss(cell[s]) for cell in cells])
-                for side, cells in parts.items()
-                for s in one.seeds
-            }
-            gaps = {s: [means[side, s] - means[0, s] for side in (-1, 1)] for s in one.seeds}
+            mean = lambda side, seed, parts=parts: np.mean([solution_loss(cell[seed]) for cell in parts[side]])
+            gaps = {seed: [mean(side, seed) - mean(0, seed) for side in (-1, 1)] for seed in one.seeds}
             effects = {}
             for seed in gaps:  # the other seeds choose the better side, so that noise cannot
                 others = [gap for s, gap in gaps.items() if s != seed] or [[0.0, 0.0]]
@@ -219,13 +212,12 @@ def trends(rows, place, x, label, unit, sign=1, span=0.0):
 
 def dose_response(rows):
     """Regimes that differ in the number of problems alone: how much the rise falls per doubling of problems."""
+    numbers = lambda regimes: ", ".join(str(where.unique) for where in regimes)
     yield from trends(
         [row for row in rows if row["run"]["unique"]],
         place=lambda where, k: (where._replace(unique=0), k),
         x=lambda where, one: math.log2(where.unique),
-        label=lambda same, k, regimes: f"{same}, k={k}; solutions".replace(
-            "fresh", ", ".join(str(where.unique) for where in regimes)
-        ),
+        label=lambda same, k, regimes: f"{same}, k={k}; solutions".replace("fresh", numbers(regimes)),
         unit="nats per doubling of E less, per doubling of problems",
         sign=-1,
     )
@@ -317,7 +309,7 @@ def spread(tuned, value):
 def gentler_training(rows):
     """Loss of unseen solutions at the next lower rate than the one with the best training loss, where the training
     losses are comparable. Means over the seeds choose both rates, so that no lucky seed does."""
-    found, runs = {True: defaultdict(list), False: defaultdict(list)}, {True: 0, False: 0}
+    found = {True: defaultdict(list), False: defaultdict(list)}
     for (where, _), line in lines(rows, 1).items():
         for rates in line.values() if where.kind == "mixture" else ():
             sound = {rate: {s: r for s, r in cell.items() if not r["diverged"]} for rate, cell in rates.items()}
@@ -329,15 +321,16 @@ def gentler_training(rows):
             losses = {rate: np.mean([row["train_loss"] for row in cell.values()]) for rate, cell in full.items()}
             best = min(losses, key=losses.get)
             if lower := [r for r in losses if r < best and losses[r] <= (1 + COMPARABLE) * losses[best]]:
-                low, runs[where.paired] = max(lower), runs[where.paired] + 2 * len(common)
+                low = max(lower)
                 for seed in common:
                     gain = solution_loss(full[best][seed]) - solution_loss(full[low][seed])
                     found[where.paired][seed].append(gain / math.log2(best / low))
     for paired, gains in found.items():
         effects = {seed: float(np.mean(values)) for seed, values in sorted(gains.items())}
+        runs = 2 * sum(map(len, gains.values()))
         label = f"learning rate, all regimes{'' if paired else ', unpaired'}; solutions"
         unit = "nats fewer per halving at comparable training loss"
-        yield Test(label, effects, 0.02, unit, runs[paired], paired=paired)
+        yield Test(label, effects, 0.02, unit, runs, paired=paired)
 
 
 def still_lost(rows, remedies):
@@ -386,15 +379,11 @@ REMEDIES = (  # text, what is compared: results of study.posttrain
     (f"GRPO {RESCUE}", {"greedy answers after": ("after", "greedy")}),
 )
 CLAIMS = (  # text, what computes it, presets that decide it
-    ("Memory rises with total parameters at fixed active parameters", memory_rises, ("room", "scarce2", "scarce2_k2")),
-    (
-        "Reasoning turns over as total parameters grow",
-        reasoning_turns,
-        ("scarce2", "dose", "fresh", "scarce2_k2", "adamw2"),
-    ),
-    ("Reasoning is best near 20 tokens per parameter", optimum_near_20, ("dose", "long4")),
-    ("At equal training loss, denser models reason better", denser_at_equal_loss, ("scarce2", "dose", "scarce2_k2")),
-    ("Top-k alone changes little at fixed active and total size", top_k_alone, ("topk2",)),
-    ("Lower learning rates help reasoning", gentler_training, ("scarce2", "scarce2_k2")),
-    ("More active compute moves the optimum to denser models", more_active_moves, ("width",)),
+    ("Memory rises with total parameters at fixed active parameters", memory_rises, "room scarce2 scarce2_k2"),
+    ("Reasoning turns over as total parameters grow", reasoning_turns, "scarce2 dose fresh scarce2_k2 adamw2"),
+    ("Reasoning is best near 20 tokens per parameter", optimum_near_20, "dose long4"),
+    ("At equal training loss, denser models reason better", denser_at_equal_loss, "scarce2 dose scarce2_k2"),
+    ("Top-k alone changes little at fixed active and total size", top_k_alone, "topk2"),
+    ("Lower learning rates help reasoning", gentler_training, "scarce2 scarce2_k2"),
+    ("More active compute moves the optimum to denser models", more_active_moves, "width"),
 )

@@ -1,6 +1,6 @@
 """One run of the study: train a small model on memory and reasoning at once, and measure both.
 
-    row = execute(Run(n_experts=16, top_k=2, tokens=2**24, lr=6e-3), "runs/study", "cuda")
+    (row,) = execute([Run(n_experts=16, top_k=2, tokens=2**24, lr=6e-3)], "runs/study", "cuda")
 
 The mixture (data/procedural.py) holds biographies (memory), word problems with worked solutions, and mental
 arithmetic without steps (reasoning). All windows and their order lie on the device: on CUDA a whole training step, the
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from operator import attrgetter
@@ -36,7 +37,7 @@ from optimoe.faststep import GraphedStep
 from optimoe.guard import BAD, new_window
 from optimoe.optim import lr_at, make_optimizer
 from optimoe.sizes import count_params, flops_per_token
-from study import child, measure
+from study import measure
 from train import TrainConfig, optimizer_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,10 +91,8 @@ class Run:
         return self.tokens // (self.batch * self.seq_len)
 
 
-def form(run):
-    """What runs must share to be trained side by side: equally many steps of equal length."""
-    shared = "d_model n_layers n_experts top_k d_expert tokens optimizer batch seq_len kind"
-    return attrgetter(*shared.split())(run)
+# What runs must share to be trained side by side: equally many steps of equal length.
+form = attrgetter(*"d_model n_layers n_experts top_k d_expert tokens optimizer batch seq_len kind".split())
 
 
 @functools.cache
@@ -175,8 +174,9 @@ def prepare_data(run, cache, workers=1):
         else:  # a program of its own: its processes would otherwise each import torch
             file = directory.resolve().with_suffix(".json")
             files.write_json(file, dataclasses.asdict(cfg), signed=False)
-            words = [f"--out={directory.resolve()}", f"--mixture={file}", f"--workers={workers}"]
-            command = ["nice", "-n", "10", *child.command("data.procedural", *words)]  # runs that train go first
+            command = ["nice", "-n", "10"]  # runs that train go first
+            command += [sys.executable, "-m", "study.child", str(os.getpid()), "data.procedural"]
+            command += [f"--out={directory.resolve()}", f"--mixture={file}", f"--workers={workers}"]
             # A session of its own: Ctrl-C is meant for the sweep, which finishes this directory.
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, start_new_session=True)
         print(f"{directory}: made in {time.perf_counter() - began:.1f} s", flush=True)
@@ -288,16 +288,7 @@ def revision():
     return f"{commit} sources:{digest.hexdigest()[:12]}"
 
 
-def rounded(row):
-    """The same JSON object with six significant digits."""
-    return json.loads(json.dumps(row), parse_float=lambda text: float(f"{float(text):.6g}"))
-
-
-def execute(run, cache, device, n=100, keep=None):
-    return execute_together([run], cache, device, n, [keep])[0]
-
-
-def execute_together(runs, cache, device, n=100, keep=()):
+def execute(runs, cache, device, n=100, keep=()):
     """Train runs of one `form` side by side and measure them. Returns their rows for the results file; a run whose loss
     is not finite is recorded as diverged. `seconds` is a run's share, `tokens_per_s` counts all runs.
 
@@ -332,15 +323,14 @@ def execute_together(runs, cache, device, n=100, keep=()):
             "train_seconds": round(seconds / len(runs), 3),
             "seconds": round((time.perf_counter() - began) / len(runs), 3),
         }
-        rows.append(rounded(row))
+        rows.append(json.loads(json.dumps(row), parse_float=lambda text: float(f"{float(text):.6g}")))
     for i, path in enumerate(keep):
         if path and not rows[i]["diverged"]:
             cfg = dataclasses.replace(cfgs[i], data=data[i], out_dir=str(path))
             save_weights(path, cfg, trainer.optimizers[i].weights(trainer.models[i]), rows[i])
     del trainer
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return rows
 
 

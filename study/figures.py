@@ -46,12 +46,6 @@ def index(folder, title, pictures, command):
     print(Path(folder) / "README.md")
 
 
-def usual(where):
-    """Whether a regime is the study's usual one, apart from the number of problems."""
-    fields = (where.d_model, where.d_expert, where.tokens, where.optimizer, where.kind, where.paired)
-    return fields == (128, 64, 2**24, "muon", "mixture", True)
-
-
 def curve(axis, cells, value, look, label, hollow=()):
     """Dots for the seeds of {x: {seed: row}}, a line through the means, which are returned; hollow at some x."""
     style = dict(color=COLOURS[look % 6], marker=MARKERS[look % 6])
@@ -66,7 +60,7 @@ def curve(axis, cells, value, look, label, hollow=()):
 
 def headline(rows):
     """The matplotlib figure."""
-    found = {where.unique: line for (where, k), line in lines(rows).items() if k == 8 and usual(where)}
+    found = {where.unique: line for (where, k), line in lines(rows).items() if k == 8 and where.usual}
     remedy = f"no line of {SCARCE} problems and three values of E; run python -m study.sweep pairs"
     require(SCARCE in found, "results", f"{len(rows)} rows", remedy)
     fig, ((left, middle, right),) = canvas(1, 3, (15, 4.8))
@@ -104,9 +98,8 @@ def headline(rows):
     counts = sorted({len(cell) for line in found.values() for rates in line.values() for cell in rates.values()})
     n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
     what = f"d = 128, k = 8, 16.8 M tokens, paired weights; left and right with {SCARCE} problems"
-    fig.suptitle(
-        f"{what}\na dot is a seed, {n} a point; left and middle at the best rate for each task, hollow: one rate tried"
-    )
+    dots = f"a dot is a seed, {n} a point; left and middle at the best rate for each task, hollow: one rate tried"
+    fig.suptitle(f"{what}\n{dots}")
     return fig
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from optimoe import curves
 from study import results
-from study.figures import COLOURS, MARKERS, canvas, index, usual
+from study.figures import COLOURS, MARKERS, canvas, index
 
 ACCURACY = dict(triviaqa="exact_match", hellaswag="acc", gsm8k="strict", gsm_plus="strict")
 ACCURACY |= dict(humaneval="pass@1", mbpp="pass@1")
@@ -47,7 +47,7 @@ def own_points(path):
     the rate with the best training loss."""
     found = {}
     for (where, k), line in results.lines(results.read(path, optional=True) if path else []).items():
-        tuned = usual(where) and results.tune(line, "train")
+        tuned = where.usual and results.tune(line, "train")
         cells = {e: cell for e, cell in tuned.cells.items() if e not in tuned.single} if tuned else {}
         points = [Point(where.d_model, k, own_values(cell, k / e)) for e, cell in cells.items()]
         found.setdefault(where.unique, []).extend(points)

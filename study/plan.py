@@ -66,7 +66,7 @@ def throughput(path=THROUGHPUT):
     for row in (reader := csv.DictReader(files.read_text(path).splitlines())):
         try:
             cfg = preset(row["model"], vocab_size=int(row["vocab_size"]), seq_len=int(row["seq_len"]))
-            share = float(row["mfu"] or float(row["tokens_per_s"]) * flops_per_token(cfg) / peak_flops(row["gpu"]))
+            share = float(row["mfu"])
             require(0 < share <= 1 and None not in row.values(), "mfu", share, "a share of the peak is needed")
         except (KeyError, TypeError, ValueError) as error:
             where = f"{path}, line {reader.line_num}: not a measured speed"
@@ -85,7 +85,7 @@ def candidates(cfg, measured):
         experts = 3 * model.n_layers * model.d_model * model.d_expert * model.n_experts
         divided = 12 * params.total + 4 * experts  # float32 weights and states; copies and gradients of experts
         gib = (divided / cfg.gpus + sum(parts.values()) - divided) / 2**30
-        share = min(measured, key=lambda entry, n=per_token: abs(math.log(entry[0] / n)))[1] if measured else 0.0
+        share = min(measured, key=lambda entry, n=per_token: abs(math.log(entry[0] / n)))[1]
         speed = share * (peak_flops(cfg.gpu) or 0.0) * cfg.gpus  # FLOP/s
         require(speed or not cfg.hours, "gpu", cfg.gpu, "its peak or speed is not known: give --flops instead of hours")
         most = min(cfg.flops or math.inf, cfg.hours * 3600 * speed if cfg.hours else math.inf)
@@ -153,7 +153,7 @@ def evidence():
         "  larger ones remember more; that reasoning turns over is not confirmed; it needs higher rates than memory.",
         "Extrapolation: other numbers of tokens, other data, models between those of the grid. Hours: without loss",
         "  between GPUs, at the utilisation of the nearest of",
-        *(speeds or ["  no measurement"]),
+        *speeds,
     ]
 
 

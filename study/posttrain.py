@@ -29,7 +29,8 @@ from eval.generate import generate
 from eval.tasks.reasoning import vote
 from eval.votes import majority
 from optimoe import checkpoint, config
-from optimoe.config import require
+from optimoe.config import check_range, require
+from optimoe.load import pick_device
 from study.results import append, read
 
 ROW = tuple("checkpoint settings d_model n_experts top_k seed train_loss before after".split())  # keys of every row
@@ -51,8 +52,7 @@ class PosttrainConfig(grpo.GRPOConfig):
 
     def __post_init__(self):
         self.budget()  # checks grpo's fields
-        for name in ("problems", "samples"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        check_range(self, "problems samples", 1)
         require(self.samples & (self.samples - 1) == 0, "samples", self.samples, "use a power of two")
         remedy = "only word problems are compared here; grpo.py and eval.votes do the others"
         require(self.task == "reasoning", "task", self.task, remedy)
@@ -96,8 +96,7 @@ def measure(run, cfg, device):
 
 def posttrain(run, cfg):
     """The row of one run directory: measured, post-trained, measured again."""
-    cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = pick_device(cfg)
     file = checkpoint.find(run)[-1][1]
     trained, model_cfg = checkpoint.read(file)["config"], checkpoint.load_model(file).cfg
     known = files.read_json(run / "results.json") if (run / "results.json").exists() else {}
@@ -126,13 +125,14 @@ def posttrain(run, cfg):
         "rewards": [round(row["reward"], 4) for row in log],
         **{name: [float(f"{row[name]:.4g}") for row in log] for name in ("kl", "grad_norm", "router_changed")},
         "seconds": [round(b - a, 1) for a, b in zip(clock, clock[1:], strict=False)],
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }
 
 
-def run_missing(cfg):
-    """Post-train the models that the results file lacks; a line is written as soon as one is finished."""
+def main(argv=None):
+    """Post-train the models that the results file lacks. Returns its rows."""
+    cfg = config.parse(PosttrainConfig, argv, __doc__)
     names = dict.fromkeys(name for part in cfg.runs for name in sorted(glob.glob(part)))  # once each, in this order
     runs = [Path(name) for name in names if "-grpo-" not in Path(name).name and checkpoint.find(name)]
     require(runs, "runs", ",".join(cfg.runs), "no directory of that name holds a checkpoint (ckpt-*.pt)")
@@ -143,6 +143,7 @@ def run_missing(cfg):
     print(f"{len(runs)} runs, {len(missing)} of them to do", flush=True)
     for run in missing:
         append(cfg.results, posttrain(run, cfg), ROW)
+    return read(cfg.results, ROW)
 
 
 def families(rows):
@@ -154,13 +155,6 @@ def families(rows):
         key = row["d_model"], row["top_k"], json.dumps([row["settings"], training], sort_keys=True)
         found.setdefault(key, {}).setdefault(row["n_experts"], {})[row["seed"]] = row
     return {key: dict(sorted(cells.items())) for key, cells in sorted(found.items())}
-
-
-def main(argv=None):
-    """Returns the rows of the results file."""
-    cfg = config.parse(PosttrainConfig, argv, __doc__)
-    run_missing(cfg)
-    return read(cfg.results, ROW)
 
 
 if __name__ == "__main__":

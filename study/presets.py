@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from operator import itemgetter
 
 from study.execute import Run, key
 from study.results import LIMITS, counted, distinct, loss
@@ -140,8 +141,7 @@ def compared(rows, task):
     for row in counted(rows):
         run = row["run"]
         if run["paired"] and task in row:
-            rates = cells.setdefault(place(run), {})
-            rates.setdefault(row["lr"], {})[run["seed"]] = loss(row, task)
+            cells.setdefault(place(run), {}).setdefault(row["lr"], {})[run["seed"]] = loss(row, task)
     for where, rates in cells.items():
         full = {rate: seeds for rate, seeds in sorted(rates.items()) if len(seeds) >= SEARCH}
         if len(full) > 1 and (common := set.intersection(*map(set, full.values()))):
@@ -149,9 +149,7 @@ def compared(rows, task):
     return found
 
 
-def place(run):
-    names = ("top_k", "n_experts", "unique", "tokens", "d_model", "optimizer", "kind")
-    return tuple(run[name] for name in names)
+place = itemgetter("top_k", "n_experts", "unique", "tokens", "d_model", "optimizer", "kind")  # of the fields of a run
 
 
 def best_rate(known, run, task):

@@ -13,20 +13,18 @@ write it into the row and remove the row's `crc`. The study's own rows (--own) a
 """
 
 import contextlib
-import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import optimoe.threads  # before torch
-
 import torch
 
 from eval import __main__ as evaluation
 from eval import tasks
 from eval.sources import Source
+from model import compute_dtype
 from optimoe import config, hub, sizes
 from optimoe.config import require
 from optimoe.sizes import require_memory
@@ -99,7 +97,7 @@ class ReleasedConfig:
 
 def models(cfg):
     """Those that --grid names, the cheapest first."""
-    wanted = [set(re.split("-", part)) for part in cfg.grid]
+    wanted = [set(part.split("-")) for part in cfg.grid]
     every = sorted((Model(cfg.family, *shape) for shape in sizes.GRID), key=lambda model: model.params[:2])
     parts = lambda model: set(model.short.split("-")[1:])
     return [model for model in every if not wanted or any(want <= parts(model) for want in wanted)]
@@ -120,11 +118,10 @@ def evaluate(model, cfg, names, limit, accuracy=True, where=""):
     out = Path(cfg.out) / (model.short + where)
     fresh, began = not list(out.glob("*.jsonl")), time.perf_counter()
     flags = [f"--hf={model.name}", f"--tasks={','.join(names)}", f"--out={out}", f"--limit={limit}"]
-    flags += [f"--evaldata={cfg.evaldata}", f"--accuracy={str(accuracy).lower()}"]
-    flags += [f"--{name}={getattr(cfg, name)}" for name in ("device", "dtype", "batch_size")]
+    flags += [f"--{name}={getattr(cfg, name)}" for name in ("evaldata", "device", "dtype", "batch_size")]
+    flags.append(f"--accuracy={accuracy}")
     done = evaluation.main(flags)["tasks"]
-    if cfg.torch_device.type == "cuda":
-        torch.cuda.empty_cache()  # for the next model
+    torch.cuda.empty_cache()  # for the next model
     return {name: done[name] for name in names}, time.perf_counter() - began if fresh else None
 
 
@@ -180,8 +177,7 @@ def measure(model, cfg):
 
 def gigabytes(model, cfg):
     """Size of its weights on the device."""
-    on_cpu = cfg.torch_device.type == "cpu"
-    return (4 if cfg.dtype == "float32" or cfg.dtype == "auto" and on_cpu else 2) * model.params.total / 1e9
+    return compute_dtype(cfg, cfg.torch_device).itemsize * model.params.total / 1e9
 
 
 def left(cfg, rows):

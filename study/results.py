@@ -123,6 +123,12 @@ REGIME = [field.name for field in dataclasses.fields(Run) if field.name not in H
 class Regime(NamedTuple("Regime", [(name, object) for name in REGIME])):
     """Every field of a Run but E, k, seed, rate and those that are equal in all runs that vote."""
 
+    @property
+    def usual(self):
+        """Whether it is the study's usual one, apart from the number of problems."""
+        fields = (self.d_model, self.d_expert, self.tokens, self.optimizer, self.kind, self.paired)
+        return fields == (128, 64, 2**24, "muon", "mixture", True)
+
     def __str__(self):
         named = ("d_model", "d_expert", "tokens", "unique", "paired", "kind")
         what = f"{self.unique:,} problems" if self.unique else "fresh problems"

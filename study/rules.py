@@ -52,7 +52,7 @@ def pairing(rows, paired=True):
         if run["paired"] == paired and run["kind"] == "mixture" and not run["data"] and not row["diverged"]:
             same = tuple((name, value) for name, value in run.items() if name not in ("n_experts", "seed"))
             groups.setdefault(same, {}).setdefault(run["n_experts"], {})[run["seed"]] = row
-    within, between, cells = [], [], 0
+    within, between = [], []
     for cell in groups.values():
         for a, b in combinations(cell.values(), 2):
             seeds = sorted(set(a) & set(b))
@@ -60,8 +60,7 @@ def pairing(rows, paired=True):
                 x, y = (np.array([math.log(r[s]["problems"]["loss"]) for s in seeds]) for r in (a, b))
                 within.append((x - y).var(ddof=1))
                 between.append(x.var(ddof=1) + y.var(ddof=1))
-                cells += 1
-    return (float(sum(within) / sum(between)) if sum(between) else None), cells
+    return (float(sum(within) / sum(between)) if sum(between) else None), len(within)
 
 
 def slope(x, y):
@@ -81,8 +80,7 @@ def rises(tuned, value):
 def scarce_rise(rows):
     """Per seed the rise of the unseen-solution loss per doubling of E, in the regime that decides claim 2."""
     for (where, k), line in lines(rows, wide=5).items():
-        usual = (where.tokens, where.d_model, where.optimizer, where.kind) == (2**24, 128, "muon", "mixture")
-        if k == 8 and where.paired and where.unique == SCARCE and usual and (tuned := tune(line, "problems")):
+        if k == 8 and where.usual and where.unique == SCARCE and (tuned := tune(line, "problems")):
             return list(rises(tuned, solution_loss).values())
     return []
 

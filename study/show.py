@@ -79,8 +79,8 @@ def overlay(runs):
         axis.locator_params(axis="x", nbins=5)
         for i, ((run, settings, rows, tests), panels) in enumerate(zip(data, found, strict=True)):
             x = lambda rows: [row["step"] if grpo else row["tokens"] / 1e6 for row in rows]
-            constant = [row.get("lr") for row in rows]  # a rate that never changes has no panel of its own
-            axis.plot(x(rows), panels.get(title, [constant])[0], color=f"C{i}", lw=0.8, alpha=0.7, **curves.dot(rows))
+            line = panels.get(title, [rates[i]])[0]  # a rate that never changes has no panel of its own
+            axis.plot(x(rows), line, color=f"C{i}", lw=0.8, alpha=0.7, **curves.dot(rows))
             if axis is axes[0][0]:
                 tested = [row["test_reward" if grpo else "val_loss"] for row in tests]
                 axis.plot(x(tests), tested, "o-", color=f"C{i}", ms=3, lw=1.5, label=curves.label(run, settings))

@@ -23,7 +23,7 @@ import torch
 from optimoe import config
 from optimoe.config import make_directory, require
 from study import child
-from study.execute import Run, data_dir, execute_together, form, key, prepare_data
+from study.execute import Run, data_dir, execute, form, key, prepare_data
 from study.presets import PRESETS, foreseen
 from study.results import TASKS, append, read
 from study.rules import stop_rule
@@ -36,7 +36,7 @@ SLACK = 1.1  # a run is started only if this many times its estimate is left: a 
 class SweepConfig:
     POSITIONAL = ("presets",)
 
-    presets: tuple[str, ...] = ()  # names of study/presets.py, run in this order
+    presets: tuple[Literal[tuple(PRESETS)], ...] = ()  # names of study/presets.py, run in this order
     results: str = "study/results.jsonl"  # the results file; the preset smoke alone writes to runs/study/smoke.jsonl
     minutes: float = 9.0  # time limit; 0: only say what is left
     cache: str = "runs/study"  # where data directories and kept weights go
@@ -48,8 +48,6 @@ class SweepConfig:
 
     def __post_init__(self):
         require(self.presets, "presets", "", f"name one or more of {', '.join(PRESETS)}")
-        for name in self.presets:
-            require(name in PRESETS, "preset", name, f"use {', '.join(PRESETS)}")
         require(0 <= self.minutes < math.inf, "minutes", self.minutes, "use 0 (only say what is left) or more")
         for name, least in (("jobs", 0), ("items", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"use {least} or more")
@@ -62,11 +60,6 @@ class SweepConfig:
     @property
     def file(self):
         return SMOKE if self.presets == ("smoke",) and self.results == SweepConfig.results else self.results
-
-
-def planned(cfg, rows):
-    """Every run that the presets ask for, once each."""
-    return list(dict.fromkeys(run for name in cfg.presets for run in PRESETS[name](rows)))
 
 
 def estimates(runs, rows, device):
@@ -104,7 +97,7 @@ def work(parent, device, threads, cache, items, inbox, outbox):
     while (task := inbox.get()) is not None:
         runs, keep = task
         try:
-            outbox.put((key(runs[0]), execute_together(runs, cache, device, items, keep)))
+            outbox.put((key(runs[0]), execute(runs, cache, device, items, keep)))
         except Exception as error:  # one bad run must not end a sweep; the next sweep tries it again
             outbox.put((key(runs[0]), traceback.format_exc(limit=-4)))
             if "CUDA error" in str(error):
@@ -121,7 +114,7 @@ class Queue:
 
     def plan(self):
         """Ask the presets again: self.all are the runs that they want, self.todo those not begun."""
-        self.all = planned(self.cfg, self.rows)
+        self.all = list(dict.fromkeys(run for name in self.cfg.presets for run in PRESETS[name](self.rows)))
         finished = {row["key"]: row["diverged"] for row in self.rows}
         busy = {*self.in_flight(), *self.failed}
         # A run that diverged has no weights, however often it is repeated.

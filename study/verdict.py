@@ -43,11 +43,6 @@ class Claim(NamedTuple):
     def verdict(self):
         return overall(self.settled)
 
-    @property
-    def shown(self):
-        """The tests of all runs, and those that decide besides."""
-        return self.tests + [test for test in self.settled if test.votes and test not in self.tests]
-
 
 def settled(rows, presets):
     """The rows that may decide a claim: of regimes and k that its presets have finished, and of the first edition."""
@@ -72,7 +67,8 @@ def settled_models(rows, posttrained):
 
 def computed(rows, posttrained):
     """The nine claims."""
-    found = [Claim(text, list(at(rows)), list(at(settled(rows, names))), names) for text, at, names in CLAIMS]
+    claims = [(text, at, names.split()) for text, at, names in CLAIMS]
+    found = [Claim(text, list(at(rows)), list(at(settled(rows, names))), names) for text, at, names in claims]
     tests = lambda rows: [list(still_lost(rows, remedies)) for _, remedies in REMEDIES]
     lost = zip(REMEDIES, tests(posttrained), tests(settled_models(rows, posttrained)), strict=True)
     return found + [Claim(text, now, at_end, ("votes",)) for (text, _), now, at_end in lost]
@@ -182,7 +178,8 @@ def appendix(claims, rows):
         lines += ["", f"## {n}. {claim.text}: {claim.verdict}", ""]
         if reason := stopped(claim.presets, rows):
             lines += [f"Stopped: {reason}.", ""]
-        tests = [test for test in claim.shown if test.effects]
+        besides = [test for test in claim.settled if test.votes and test not in claim.tests]
+        tests = [test for test in claim.tests + besides if test.effects]
         if not tests:
             lines.append("Not enough runs.")
             continue
@@ -213,8 +210,7 @@ def main(argv=None):
     cfg = config.parse(VerdictConfig, argv, __doc__)
     rows = results.read(cfg.results)
     require(rows, "results", cfg.results, "there is no run in it; run study.sweep first")
-    given = cfg.posttrain != VerdictConfig.posttrain
-    posttrained = results.read(cfg.posttrain, posttrain.ROW, optional=not given)
+    posttrained = results.read(cfg.posttrain, posttrain.ROW)
     claims = computed(rows, posttrained)
     write(cfg.out, claims_table(claims, rows, posttrained))
     files.replace(cfg.appendix, appendix(claims, rows))

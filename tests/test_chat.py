@@ -84,7 +84,6 @@ def say(*texts):
 
 
 def test_messages_become_text_by_the_chat_template(tmp_path):
-    pytest.importorskip("jinja2")
     made = chats(tmp_path / "hf")
     rows = [{"messages": say("the goose", "in the river", "1987", "yes", "no more")}, {"messages": say("a", "b")}]
     data = prepared(tmp_path, rows, tmp_path / "hf")
@@ -102,7 +101,6 @@ def test_messages_become_text_by_the_chat_template(tmp_path):
 
 def test_answers_after_a_changed_past_are_examples_of_their_own(tmp_path):
     """As in chats with models that think: only the newest answer shows its thought. The row stays on one side."""
-    pytest.importorskip("jinja2")
     content = "{{ m.content }}"
     thinking = "{% if loop.last and m.role == 'assistant' %}yes {% endif %}" + content
     made = chats(tmp_path / "hf", TEMPLATE.replace(content, thinking))
@@ -122,7 +120,6 @@ def test_answers_after_a_changed_past_are_examples_of_their_own(tmp_path):
 
 def test_templates_are_those_of_transformers(tmp_path):
     """What its environment adds to jinja2: its own tojson, the date, loop controls, and a tag that marks answers."""
-    pytest.importorskip("jinja2")
     source = "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson }} {% endfor %}"
     source += "{{ strftime_now('%Y')[:2] }}{%- generation -%} endgeneration {{ messages | length }} {% endgeneration %}"
     source += "{{ tools is none }}"
@@ -170,7 +167,6 @@ FAILING = {
 
 
 def test_what_cannot_be_examples_is_refused(tmp_path):
-    pytest.importorskip("jinja2")
     chats(tmp_path / "hf", "{{ messages | length }}" + TEMPLATE)
     with pytest.raises(SystemExit, match="x.jsonl:1: the chat template begins answers in another way"):
         prepared(tmp_path, [{"messages": say("a", "b", "c", "d")}], tmp_path / "hf")

@@ -144,7 +144,7 @@ def test_code_is_written_to_files(written):
     "words, message",
     [
         (["64,64"], "64,64"),
-        (["64,64,48,8,2", "--arch=sm_75"], "arch='sm_75': expected sm_80, "),
+        (["64,64,48,8,2", "--arch=sm_75"], "arch='sm_75': use one of sm_80, "),
         (["64,64,48,8,2", "--arch=hopper"], "arch='hopper'"),
         ([], "shapes"),
         pytest.param(

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from data.facts import FactsConfig
+from data.procedural import MixtureConfig
 from data.reasoning import ReasoningConfig
 from eval import harness, tasks
 from eval.tasks import Item
@@ -338,10 +339,10 @@ def test_multiple_choice_as_in_the_harness():
 
 class Procedural:
     def __init__(self, **parts):
-        self.parts = parts
+        self.mixture = MixtureConfig(**parts)
 
     def procedural(self, part):
-        return self.parts[part]
+        return self.mixture
 
 
 def test_facts():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from data import fast, shards, tokenizer
-from data.loader import Loader
 from data.prepare import main
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -95,7 +94,7 @@ def test_documents_are_as_the_library_writes_them(tmp_path, kind):
             assert whole[: len(start)] == start and tokens.decode(whole[len(start) :]) == text
     main([flags[0], flags[2], f"--out={tmp_path / 'e'}", f"--tokenizer={tmp_path / 'd'}"])
     assert np.concatenate(shards.open_shards(tmp_path / "e", "train")).tolist() == expected
-    assert Loader([(tmp_path / "d", 1.0)], "train", 1, 8).vocab_size == made.get_vocab_size()
+    assert shards.read_meta(tmp_path / "d")["vocab_size"] == made.get_vocab_size()
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path):

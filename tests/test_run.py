@@ -6,8 +6,10 @@ Run: python -m pytest tests/test_run.py"""
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -63,7 +65,7 @@ HUGE = [
 @pytest.mark.parametrize("flags", HUGE)
 def test_sizes_that_cannot_be_allocated(data_dir, tmp_path, flags):
     too_much = r"parameters and .* need .* GiB of memory or more, and there are .*: use a small"
-    too_much += r"|[a-z_]+=[0-9]+: use 1,073,741,824 or less|batch_size=.*: use at most 2.36 tokens in a batch"
+    too_much += r"|[a-z_]+=[0-9]+: use 1,073,741,824 or less"
     with pytest.raises(ValueError, match=too_much):
         train_run(data_dir, tmp_path / "out", *flags.split())
     assert not (tmp_path / "out").exists()
@@ -383,21 +385,21 @@ def test_skipping_goes_on_until_ten_in_a_row(data_dir, tmp_path, log_every):
             train_run(data_dir, tmp_path / "off", *flags, "--steps=12", "--log-every=1")
 
 
-def test_hints_repeat_the_flags_of_the_run(tmp_path, monkeypatch):
-    procedural.build(tmp_path / "data", SMALL_MIXTURE)
-    cfg = TrainConfig(
-        **TrainConfig.preset_fields("tiny") | {"vocab_size": 512, "lr": 1e-3, "curves": False, "n_experts": 16}
-    )
+def test_hints_repeat_the_settings_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fields = TrainConfig.preset_fields("tiny") | {"vocab_size": 512, "lr": 1e-3, "curves": False, "n_experts": 16}
+    cfg = TrainConfig(**fields, data="books:1,web:2", out_dir="runs/x")
     hints = lambda solution, **changes: report.next_steps(
-        "runs/x",
-        dataclasses.replace(cfg, **changes),
-        [(tmp_path / "data", 1.0)],
-        {"reasoning": {1: {"solution": solution}}},
+        "runs/x", dataclasses.replace(cfg, **changes), {"reasoning": {1: {"solution": solution}}}
     )
-    assert f"python train.py --data={tmp_path / 'data'} --lr=0.001 --curves=false --n_experts=64" in hints(0.5)
+    Path("runs/x").mkdir(parents=True)
+    for kept, changes in ((cfg, {"n_experts": 64}), (dataclasses.replace(cfg, dense=True), {"dense": False})):
+        files.write_json("runs/x/config.json", dataclasses.asdict(kept))
+        flags = re.search(r"python train.py (--config=.*?)  #", hints(0.5, dense=kept.dense))[1].split()
+        expected = dataclasses.replace(kept, out_dir="runs/x-experts", **changes)
+        assert config.parse(TrainConfig, flags) == expected
     assert "grpo.py --model=runs/x --steps=" in hints(0.5) or torch.cuda.is_available()
     assert "grpo.py" not in hints(0.99) and "--n_experts" not in hints(0.5, n_experts=1024)
-    config.parse(TrainConfig, report.own_flags(cfg, "dense").split())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert "  torchrun --nproc-per-node=4 train.py --resume=runs/x --steps=" in hints(0.5)
 

@@ -100,7 +100,7 @@ def test_procedural_source(tmp_path):
         "procedural": {"facts": {"n_people": 3}},
     }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    assert Source(None, tmp_path).procedural("facts") == FactsConfig(n_people=3)
+    assert Source(None, tmp_path).procedural("facts").facts == FactsConfig(n_people=3)
     with pytest.raises(ValueError, match="was not trained on procedural reasoning"):
         Source(None, tmp_path).procedural("reasoning")
 
@@ -222,5 +222,4 @@ def test_incomplete_files_are_named(newcomer):
         tasks.load("svamp")
     with pytest.raises(ValueError, match="item 0: without choices there is only task loss"):
         tasks.load("humanevalplus").asked([Item("0", "a", "b")])
-    with pytest.raises(ValueError, match="task='humaneval': .* no training questions"):
-        tasks.load("humaneval").questions(None, "train", 1)
+    assert tasks.load("gsm8k").trains and not tasks.load("humaneval").trains

@@ -21,7 +21,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def row(cache):
-    return execute(TINY, cache, "cpu", n=4, keep=cache / "kept")
+    return execute([TINY], cache, "cpu", n=4, keep=[cache / "kept"])[0]
 
 
 # ---- one run
@@ -47,14 +47,14 @@ def test_a_run_is_measured_everywhere_and_learns(row, cache):
 
 def test_the_same_run_gives_the_same_numbers_and_another_seed_does_not(row, cache):
     times = ("train_seconds", "seconds", "tokens_per_s", "date")
-    again = execute(TINY, cache, "cpu", n=4)
+    (again,) = execute([TINY], cache, "cpu", n=4)
     assert {k: v for k, v in again.items() if k not in times} == {k: v for k, v in row.items() if k not in times}
     assert key(TINY) == row["key"] != key(dataclasses.replace(TINY, seed=1))
 
 
 def test_runs_trained_side_by_side_are_the_same_runs(row, cache):
     other = dataclasses.replace(TINY, seed=1, lr=5e-3)
-    rows = run.execute_together([other, TINY], cache, "cpu", n=4)
+    rows = execute([other, TINY], cache, "cpu", n=4)
     measured = ("train_loss", "val_loss", "facts", "problems", "mano", "points")
     assert {name: rows[1][name] for name in measured} == {name: row[name] for name in measured}
     assert rows[0]["key"] == key(other) and rows[0]["train_loss"] != row["train_loss"] and rows[0]["together"] == 2
@@ -112,7 +112,7 @@ def test_models_of_one_seed_share_what_they_can():
 @pytest.mark.parametrize("kind, unique", [("twohop", 60), ("room", 0)])
 def test_facts_and_two_hop_questions_are_measured_by_the_same_names(cache, kind, unique):
     tiny = dataclasses.replace(TINY, kind=kind, unique=unique, people=16)
-    found = execute(tiny, cache, "cpu", n=4)
+    (found,) = execute([tiny], cache, "cpu", n=4)
     assert (
         found["facts"]["loss"] > 0.1
         and 0 <= found["facts"]["overall"] <= 1
@@ -129,7 +129,7 @@ def test_facts_and_two_hop_questions_are_measured_by_the_same_names(cache, kind,
 def test_runs_of_the_old_draw_are_not_run_again(cache):
     for old in (dict(paired=False), dict(data="text:1")):
         with pytest.raises(ValueError, match=f"{next(iter(old))}="):
-            execute(dataclasses.replace(TINY, **old), cache, "cpu")
+            execute([dataclasses.replace(TINY, **old)], cache, "cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

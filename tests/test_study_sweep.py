@@ -32,7 +32,7 @@ def test_sweep_runs_what_is_missing_and_survives_a_torn_line(tmp_path, monkeypat
     file, runs = tmp_path / "r.jsonl", presets.smoke([])[:1]
     monkeypatch.setitem(PRESETS, "smoke", lambda rows: runs)
     cfg = config_of("smoke", results=str(file), minutes=5, cache=str(tmp_path / "cache"))
-    results.append(file, run.execute(runs[0], tmp_path / "cache", "cpu", n=2) | {"jobs": 1})
+    results.append(file, run.execute(runs, tmp_path / "cache", "cpu", n=2)[0] | {"jobs": 1})
     assert [r["key"] for r in results.read(file)] == [key(runs[0])] and '"crc": "' in file.read_text()
     with open(file, "a") as torn:
         torn.write('{"key": "')
@@ -61,7 +61,7 @@ def test_a_preset_that_asks_for_more_when_rows_come_gets_it(tmp_path, monkeypatc
 def test_bad_options_are_refused(tmp_path, monkeypatch):
     refused = (
         ("", "presets=''"),
-        ("mian", "preset='mian'"),
+        ("mian", "presets='mian': use one of smoke, pairs"),
         ("smoke --minutes=-1", "minutes=-1.0: use 0"),
         ("smoke --minutes=nan", "minutes='nan'"),
         ("smoke --jobs=-1", "jobs=-1: use 0"),

@@ -338,4 +338,4 @@ def test_plan_refuses_nonsense(tmp_path, capsys):
 
 
 def test_runs_of_the_figure_are_those_of_the_study():
-    assert figures.usual(results.regime(fake(Run(), lambda c, tpp: (1, 1, 1))))
+    assert results.regime(fake(Run(), lambda c, tpp: (1, 1, 1))).usual

@@ -23,12 +23,10 @@ Multiple choice needs none of these: options get letters where an answer is writ
 """
 
 import importlib
-import os
 import pkgutil
 import random
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from string import ascii_uppercase
 from typing import NamedTuple
 
@@ -103,17 +101,14 @@ class Task:
         return [lettered(item) for item in items] if self.lettered else items
 
     def questions(self, source, split: str, n: int = 0) -> list[Item]:
-        """The first n items (0: all) of a split, to be answered in words. ValueError without any."""
-        if not self.trains:
-            raise ValueError(f"task={self.name!r}: eval/tasks/{self.name}.py has no training questions or no reward")
+        """The first n items (0: all) of a split, to be answered in words, of a task that `trains`."""
         if own := getattr(self.module, "questions", None):
             return own(source, split, n)
         return self.asked(self.items(source, 0, split)[: n or None])
 
     def rewards(self, items: list[Item], texts: list[str]) -> list[float]:
         """1.0 or 0.0 for each text as an answer to its item."""
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            return list(pool.map(lambda pair: self.reward(*pair), zip(items, texts, strict=True)))
+        return [self.reward(item, text) for item, text in zip(items, texts, strict=True)]
 
 
 def load(name: str) -> Task:

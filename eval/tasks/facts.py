@@ -8,7 +8,7 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 0, (".",), 16
 
 
 def items(source, shots):
-    found = enumerate(probes(people(source.procedural("facts"))))
+    found = enumerate(probes(people(source.procedural("facts").facts)))
     return [Item(str(i), probe.prompt, probe.value, group=probe.attribute) for i, probe in found]
 
 

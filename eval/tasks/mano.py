@@ -4,23 +4,19 @@ text is the value and nothing else."""
 import re
 
 from data.reasoning import mano
-from eval.tasks import Item
-from eval.tasks.reasoning import unseen
+from eval.tasks.reasoning import unseen, written
 
 SHOTS, STOPS, MAX_NEW_TOKENS = 0, (), 8
 
 
 def items(source, shots):
-    return _items(source.procedural("reasoning"), 0, "test", 1000)
+    cfg = source.procedural("reasoning").reasoning
+    return written([mano(cfg, i, "test") for i in range(1000)], cfg.modulus)
 
 
 def questions(source, split, n):
-    return _items(*unseen(source, split, n), split, n)
-
-
-def _items(cfg, start, split, n):
-    found = enumerate(mano(cfg, start + i, split) for i in range(n))
-    return [Item(str(i), p.question, p.solution, group=f"{p.steps} steps") for i, p in found]
+    cfg, start = unseen(source, split, n)
+    return written([mano(cfg, start + i, split) for i in range(n)], cfg.modulus)
 
 
 def vote(text):

@@ -5,7 +5,6 @@
 
 import re
 
-from data.procedural import read_config
 from data.reasoning import check, problem
 from eval.tasks import Item
 
@@ -13,28 +12,28 @@ SHOTS, STOPS, MAX_NEW_TOKENS, PER_STEPS = 0, (), 256, 200
 
 
 def items(source, shots):
-    cfg = source.procedural("reasoning")
+    cfg = source.procedural("reasoning").reasoning
     found = [problem(cfg, i, "test", steps) for i in range(PER_STEPS) for steps in range(1, cfg.max_steps + 2)]
-    return _items(found, cfg.modulus)
+    return written(found, cfg.modulus)
 
 
 def questions(source, split, n):
     """Training questions are new ones of the training templates."""
     cfg, start = unseen(source, split, n)
     steps = [None if split == "train" else 1 + i % cfg.max_steps for i in range(n)]
-    return _items([problem(cfg, start + i, split, steps[i]) for i in range(n)], cfg.modulus)
+    return written([problem(cfg, start + i, split, steps[i]) for i in range(n)], cfg.modulus)
 
 
 def unseen(source, split, n):
     """(configuration, index of the first untrained problem of a split)."""
     if not n:
         raise ValueError("questions=0: there is no end of procedural questions; ask for a number")
-    source.procedural("reasoning")  # with its message where there is none
-    cfg = read_config(source.training_data)
+    cfg = source.procedural("reasoning")
     return cfg.reasoning, max(cfg.n_problems, cfg.n_mano) if split == "train" else 0
 
 
-def _items(problems, modulus):
+def written(problems, modulus):
+    """Items of problems."""
     row, found = {"modulus": modulus}, enumerate(problems)
     return [Item(str(i), p.question, p.solution, group=f"{p.steps} steps", row=row) for i, p in found]
 
