@@ -49,7 +49,10 @@ def check_range(cfg, names, least=0, most=2**63 - 1):
 
 def shown(value):
     """repr(value), short enough for a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits; a list nested too deeply
+        return f"({type(value).__name__})"
     return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
 
 
