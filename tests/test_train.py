@@ -116,6 +116,8 @@ def test_on_a_gpu(data_dir, tmp_path, flags):
 @pytest.mark.parametrize("flags", ["--compile=false", "--compile=true", "--impl=grouped_mm", "--document-mask"])
 def test_attention_to_many_keys_has_the_same_bits(data_dir, tmp_path, flags, device):
     """The backward passes of attention add the parts of long sequences in any order unless they are told not to."""
+    if device == "cpu" and flags in ("--compile=true", "--impl=grouped_mm"):
+        pytest.skip("the same as --compile=false on a CPU")
     flags = [flags, f"--device={device}", "--deterministic", "--seq-len=512", "--head-dim=64", "--val-batches=0"]
     try:
         for name in ("a", "b"):
