@@ -191,7 +191,9 @@ def set_up(cfg, run, start_path, model, tokens, questions):
 
 
 def roll_out(cfg, run, job):
-    """(questions, samples) of this rank, its part of every mini-batch: the number of ranks changes no answer."""
+    """(questions, samples) of this rank, its part of every mini-batch: the number of ranks changes no answer.
+
+    Raises Stopping after a signal."""
     drawn = draw_questions(len(job.asked), job.read, cfg.batch_prompts, cfg.seed)
     share = cfg.mini_batch // run.world
     places = [m + i for m in range(run.rank * share, cfg.batch_prompts, cfg.mini_batch) for i in range(share)]

@@ -316,7 +316,7 @@ class GPT(nn.Module):
         doc_ids (int32, from data/loader.py): attention stays within a document; nothing of one reaches another.
         cache (eval/kv_cache.py): the tokens continue its sequences; logits are those of each row's last real token, and
         there are no statistics. replay_NTK (int32): experts to use instead of each router's choice (-1: keep it);
-        counts are still of that choice."""
+        counts are still of that choice. Raises ValueError past seq_len."""
         B, L = tokens_BL.shape
         require(L <= self.cfg.seq_len, "sequence length", L, f"the model's seq_len is {self.cfg.seq_len}")
         ready = self.before_layer or (lambda layer: None)
