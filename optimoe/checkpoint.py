@@ -147,7 +147,11 @@ def _digest(path):
 
 
 def read(path):
-    """The state written by `save`, on the CPU. `path` is a file, or a run directory for its newest one."""
+    """The state written by `save`, on the CPU. `path` is a file, or a run directory for its newest one.
+
+    The configuration of an earlier version is completed as config.complete does for a ModelConfig.
+
+    Raises FileNotFoundError, or ValueError naming a file whose bytes changed since it was written."""
     path = newest(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; check the path")

@@ -28,7 +28,9 @@ GRPO = {
 
 
 def read(run):
-    """(config, training rows, validation rows) of a run directory. Rows have a "step" and, but in GRPO, "tokens"."""
+    """(config, training rows, validation rows) of a run directory. Rows have a "step" and, but in GRPO, "tokens".
+
+    ValueError for damaged files, and when there is nothing to show."""
     log, path = Path(run) / "metrics.jsonl", Path(run) / "config.json"
     for needed in (log, path):
         if not needed.exists():

@@ -101,7 +101,9 @@ def model_pieces(model, family):
 
 
 def load_model(directory, device="cpu", dtype="auto", impl="auto"):
-    """A GPT in evaluation mode, with weights of the compute dtype ("auto": bfloat16 on CUDA, else float32)."""
+    """A GPT in evaluation mode, with weights of the compute dtype ("auto": bfloat16 on CUDA, else float32).
+
+    FileNotFoundError or ValueError names what is missing, damaged, or unknown to model.py."""
     directory, device = Path(directory), torch.device(device)
     raw, stored = files.read_json(directory / CONFIG, AGAIN), open_weights(directory)
     cfg = dataclasses.replace(model_config(raw), dtype=dtype, impl=impl)
@@ -208,7 +210,9 @@ def check_weights(directory, stored, expected, ignored):
 
 
 def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=None):
-    """Write config.json and the weights, in files of max_shard_bytes at most. dtype None: as it is; eos: a token."""
+    """Write config.json and the weights, in files of at most max_shard_bytes. dtype None: as they are; eos: token id.
+
+    ValueError for a model that no known format describes, and for a folder that already holds weights."""
     serialise = package("safetensors.torch").save
     split_shards = package("huggingface_hub").split_state_dict_into_shards_factory
     (kind, raw), directory, dtype = hf_config(model.cfg), Path(directory), dtype or model.embed.weight.dtype

@@ -164,7 +164,8 @@ class Run:
     """The directory of a run. Rank 0 locks and writes it; every rank reads its checkpoints.
 
     prepare(directory): called by rank 0 before the others go on; all find its result in `prepared`. given: fields of
-    cfg that flags have set, None: all."""
+    cfg that flags have set, None: all. Raises ValueError where the directory cannot be written, is locked, or holds a
+    run that is not resumed."""
 
     def __init__(self, cfg, name, rank=0, world=1, device=CPU, given=None, prepare=lambda directory: None):
         self.cfg, self.dir, self.given = cfg, Path(name), given
@@ -296,7 +297,9 @@ class Run:
         return traced_step
 
     def save(self, step, state, keep):
-        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`. All ranks take part."""
+        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`. All ranks take part.
+
+        ValueError for weights that are not finite."""
         norm = parallel.weights_norm(state["model"], self.world)
         guard.check_finite("norm of the weights", norm, step, self.dir, self.cfg.lr)
         if self.first:

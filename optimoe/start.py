@@ -34,7 +34,8 @@ def training_fields(name):
 def load(name, field, cfg=None, **overrides):
     """A GPT with the model's weights in float32 and gradients, on the CPU.
 
-    cfg: the ModelConfig with which it runs; None: the model's own with these overrides. field: to blame."""
+    cfg: the ModelConfig with which it runs; None: the model's own with these overrides. ValueError, blaming `field`,
+    for a cfg of another model, and for what hub.folder and hf.load_model refuse."""
     released = hf.load_model(hub.folder(name, field), dtype="float32", impl="auto")
     cfg = cfg or dataclasses.replace(released.cfg, **overrides)
     for part, kept in dataclasses.asdict(released.cfg).items():

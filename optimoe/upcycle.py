@@ -58,14 +58,18 @@ def slices_per_copy(dense, cfg):
 
 @torch.no_grad()
 def upcycle(model, path):
-    """Fill a fresh float32 GPT from a dense run directory or checkpoint file; its router rows are used."""
+    """Fill a fresh float32 GPT from a dense run directory or checkpoint file; its router rows are used.
+
+    ValueError where the shapes allow no exact start, and for a damaged checkpoint; FileNotFoundError without one."""
     cfg, state = model.cfg, checkpoint.read(path)
     remedy = "a mixture of experts; give the run directory of a --dense model"
     require(state["config"]["dense"], "upcycle_from", str(path), remedy)
     slices, weights = slices_per_copy(state["config"], cfg), state["model"]
     shared, F, copies = cfg.n_shared_experts * cfg.d_expert, cfg.d_expert, cfg.n_experts // slices
     own = {name: value for name, value in weights.items() if ".mlp." not in name}
-    model.load_state_dict(own, strict=False)
+    missing, unexpected = model.load_state_dict(own, strict=False)
+    fit = not unexpected and all(".mlp." in name for name in missing)
+    require(fit, "upcycle_from", str(path), f"other weights: {missing} {unexpected}")
     for layer, block in enumerate(model.blocks):
         # float: a run with --weights=bfloat16 has saved bfloat16.
         gate_WD, up_WD = weights[f"blocks.{layer}.mlp.gate_up.weight"].float().chunk(2)
@@ -79,3 +83,6 @@ def upcycle(model, path):
         moe.w_out.copy_((torch.stack([down_DW[:, at : at + F] for at in cuts]) * slices).repeat(copies, 1, 1))
         # Equal logits: top-k takes all slices of a copy.
         moe.router.weight.copy_(moe.router.weight[:copies].repeat_interleave(slices, 0))
+    for name, value in model.named_parameters():
+        finite = bool(value.isfinite().all())
+        require(finite, "upcycle_from", str(path), f"{name} is not finite; choose another checkpoint")
