@@ -367,9 +367,9 @@ def test_norm_of_bfloat16_gradients_is_that_of_their_values():
     g = torch.Generator().manual_seed(0)
     kinds = [(1000, torch.bfloat16), (1000, torch.float32), (2**22, torch.bfloat16), (1000, torch.float32)]
     tensors = [torch.randn(n, generator=g).to(dtype) for n, dtype in kinds]
-    check(total_norm(tensors)[None], torch.cat([t.double() for t in tensors]).norm()[None], 1e-6)
+    check(total_norm(tensors)[None], torch.cat([t.double() for t in tensors]).norm()[None], 2e-4)
     with pytest.raises(AssertionError):  # a norm in bfloat16 does not pass
-        check(torch.cat(tensors[::2]).norm()[None], torch.cat(tensors[::2]).double().norm()[None], 1e-6)
+        check(torch.cat(tensors[::2]).norm()[None], torch.cat(tensors[::2]).double().norm()[None], 2e-4)
 
 
 def test_learning_rate_as_a_tensor_changes_nothing():
