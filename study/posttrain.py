@@ -1,11 +1,11 @@
 """Do more votes or reinforcement learning rescue a model that is too sparse? (The paper's Fig. 6; its answer is no.)
 
     python -m study.sweep votes --keep
-    python -m study.posttrain --runs='runs/study/weights/*' --questions=500 \\
+    python -m study.posttrain --runs='runs/study/weights/*' --questions=250 \\
         --steps=20 --batch_prompts=256 --mini_batch=64 --lr=1e-4
 
 Every run directory with word problems is post-trained by grpo.py, whose fields are flags here, with the same budget.
-With --questions=500 GRPO asks the 500 problems of the preset `votes` again; with more it has fresh ones. Before and
+With --questions=250 GRPO asks the 250 problems of the preset `votes` again; with more it has fresh ones. Before and
 after, the same unseen problems are answered greedily and by the majority of `samples` draws each. One signed JSON line
 per model is appended to the results file, which several processes may share; models already there with the same
 checkpoint and budget are skipped.

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 
 from study.execute import key
-from study.presets import PRESETS, SCARCE
+from study.presets import LOST, PRESETS
 from study.results import MIN_SEEDS, distinct, lines, loss, tune
 
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # for 1 to 10 degrees of freedom
@@ -77,10 +77,10 @@ def rises(tuned, value):
     return {seed: slope(x, [value(cell[seed]) for cell in tuned.cells.values()]) for seed in tuned.seeds}
 
 
-def scarce_rise(rows):
-    """Per seed the rise of the unseen-solution loss per doubling of E, in the regime that decides claim 2."""
+def rise_of_votes(rows):
+    """Per seed the rise of the unseen-solution loss per doubling of E, with as many problems as in `votes`."""
     for (where, k), line in lines(rows, wide=5).items():
-        if k == 8 and where.usual and where.unique == SCARCE and (tuned := tune(line, "problems")):
+        if k == 8 and where.usual and where.unique == LOST and (tuned := tune(line, "problems")):
             return list(rises(tuned, solution_loss).values())
     return []
 
@@ -94,12 +94,12 @@ def stop_rule(preset, rows):
         if share >= 1:
             return f"pairing does not cut the variance ({share:.2f} of it is left over {cells} cells); find another way"
     if preset == "votes":
-        rise = scarce_rise(rows)
+        rise = rise_of_votes(rows)
         if not rise:
-            return "votes waits for scarce2: is there anything to rescue?"
+            return "votes waits for dose: is there anything to rescue?"
         high = interval(rise)[2]
         if len(rise) >= MIN_SEEDS and high < RISE:
-            far = "" if {*map(key, PRESETS["scarce2"](rows))} <= {row["key"] for row in rows} else " so far"
+            far = "" if {*map(key, PRESETS["dose"](rows))} <= {row["key"] for row in rows} else " so far"
             what = f"the rise of unseen-solution loss at k = 8 lies below {RISE} nats a doubling{far}"
             return f"{what} (at most {high:.3f})"
     return ""
