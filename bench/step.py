@@ -111,9 +111,9 @@ def part_times(step, draw, repeats):
         mark()
         step([batch], mark=mark)
 
-    runs = intervals(run, repeats)
+    runs = intervals(run, repeats + 1)[:-1]  # the last has no next
     times = {part: quantiles([run[i] for run in runs]) for i, part in enumerate(PARTS)}
-    return times | {"full": quantiles([sum(run) for run in runs[:-1]])}
+    return times | {"full": quantiles([sum(run) for run in runs])}
 
 
 def named_parts(step, draw):
