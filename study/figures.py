@@ -11,7 +11,7 @@ from data import files
 from optimoe import config, curves
 from optimoe.config import require
 from study import results
-from study.presets import SCARCE
+from study.presets import LOST, SCARCE
 from study.results import accuracy, lines, loss, tune
 from study.rules import RISE
 
@@ -46,9 +46,9 @@ def index(folder, title, pictures, command):
     print(Path(folder) / "README.md")
 
 
-def curve(axis, cells, value, look, label, hollow=()):
+def curve(axis, cells, value, look, label, hollow=(), colour=None):
     """Dots for the seeds of {x: {seed: row}}, a line through the means, which are returned; hollow at some x."""
-    style = dict(color=COLOURS[look % 6], marker=MARKERS[look % 6])
+    style = dict(color=colour or COLOURS[look % 6], marker=MARKERS[look % 6])
     points = [(x, value(row)) for x, cell in cells.items() for row in cell.values()]
     axis.plot(*zip(*points, strict=True), **style, ls="None", ms=4, alpha=0.5, mew=0)
     means = [sum(map(value, cell.values())) / len(cell) for cell in cells.values()]
@@ -60,23 +60,29 @@ def curve(axis, cells, value, look, label, hollow=()):
 
 def headline(rows):
     """The matplotlib figure."""
+    from matplotlib import colormaps
+
     found = {where.unique: line for (where, k), line in lines(rows).items() if k == 8 and where.usual}
     remedy = f"no line of {SCARCE} problems and three values of E; run python -m study.sweep pairs"
     require(SCARCE in found, "results", f"{len(rows)} rows", remedy)
     fig, ((left, middle, right),) = canvas(1, 3, (15, 4.8))
-    for look, (task, name) in enumerate((("facts", "facts"), ("problems", "unseen solutions"))):
-        if one := tune(found[SCARCE], task):
+    shown = (("facts", SCARCE), ("problems", SCARCE), ("problems", LOST))
+    for look, (task, problems) in enumerate(shown):
+        if one := tune(found.get(problems, {}), task):
+            name = "facts" if task == "facts" else f"unseen solutions, {problems} problems"
             means = curve(left, one.cells, lambda row, t=task: loss(row, t), look, name, one.single)
-            if task == "problems":  # what would refute the level line
+            if (task, problems) == ("problems", SCARCE):  # what would refute the level line
                 first, last = min(one.cells), max(one.cells)
                 x = [first * (last / first) ** (i / 50) for i in range(51)]
                 risen = [means[0] + RISE * math.log2(e / first) for e in x]
                 left.plot(x, risen, "--", color=COLOURS[look], lw=1, label=f"{RISE} nats more a doubling")
     left.set(title="Do more experts help?", ylabel="loss of answers, nats per token")
-    for look, problems in enumerate(sorted(found, key=lambda n: n or 10**9)):
+    numbers = sorted(found, key=lambda n: n or 10**9)
+    for look, problems in enumerate(numbers):
         if one := tune(found[problems], "problems"):
             label = f"{problems:,} problems" if problems else "all new"
-            curve(middle, one.cells, lambda row: loss(row, "problems"), look, label, one.single)
+            colour = colormaps["viridis"](0.92 * (1 - look / len(numbers)))  # an order, from light to dark
+            curve(middle, one.cells, lambda row: loss(row, "problems"), look, label, one.single, colour)
     middle.set(title="Do more problems help?", ylabel="loss of unseen solutions, nats per token")
     line = found[SCARCE]
     for look, e in enumerate(sorted({min(line), sorted(line)[len(line) // 2], max(line)})):
@@ -93,11 +99,11 @@ def headline(rows):
         axis.set(xlabel="experts per layer, E", yscale="log")
         axis.set_xticks(sizes, sizes)
     for axis in (left, middle, right):
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2 if axis is left else 3, frameon=False)
         axis.minorticks_off()
     counts = sorted({len(cell) for line in found.values() for rates in line.values() for cell in rates.values()})
     n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
-    what = f"d = 128, k = 8, 16.8 M tokens, paired weights; left and right with {SCARCE} problems"
+    what = f"d = 128, k = 8, 16.8 M tokens, paired weights; facts, and the right, with {SCARCE} problems"
     dots = f"a dot is a seed, {n} a point; left and middle at the best rate for each task, hollow: one rate tried"
     fig.suptitle(f"{what}\n{dots}")
     return fig

@@ -105,6 +105,13 @@ def strongest(tests):
     return max(loud, key=lambda test: (test.votes, test.paired, len(test.effects), test.runs), default=None)
 
 
+def contradiction(tests):
+    """The strongest votes for a claim and against it."""
+    votes = [test for test in tests if test.votes and len(test.effects) >= MIN_SEEDS]
+    sides = ([test for test in votes if decide(test) == verdict] for verdict in ("supported", "not supported"))
+    return [strongest(side) for side in sides]
+
+
 def in_words(verdict):
     return "not supported at this scale" if verdict == "not supported" else verdict
 
@@ -125,7 +132,8 @@ def claims_table(claims, rows, posttrained=()):
     lines.append("|---|---|---|---|---|---|")
     for n, claim in enumerate(claims, 1):
         verdict, now = claim.verdict, overall(claim.tests)
-        test = strongest(claim.tests if verdict == "undecided" else claim.settled)
+        sides = contradiction(claim.settled) if verdict == "mixed" else []
+        test = strongest(sides or (claim.tests if verdict == "undecided" else claim.settled))
         words = f"**{in_words(verdict)}**"
         if verdict != "undecided":
             words += ", paired" if test.paired else ", unpaired"
@@ -133,9 +141,14 @@ def claims_table(claims, rows, posttrained=()):
             words += f"; so far {in_words(now)}"
         elif verdict != "undecided" and (strongest(claim.tests).paired, test.paired) == (True, False):
             words += "; so far also paired"
-        shown, half = effect(test)
-        cells = (f"{n}. {claim.text}", words, shown, half, len(test.effects) if test else 0)
-        lines.append(f"| {' | '.join(map(str, cells))} | {missing(claim.presets, rows, posttrained, test)} |")
+        shown, half = zip(*map(effect, sides or [test]), strict=True)
+        if sides:  # each with what distinguishes it from the other
+            parts = [side.where.split(", ") for side in sides]
+            names = [", ".join(x for x in mine if x not in other) for mine, other in (parts, parts[::-1])]
+            shown = [f"{name}: {text}" for name, text in zip(names, shown, strict=True)]
+        seeds = [len(side.effects) if side else 0 for side in sides or [test]]
+        cells = [f"{n}. {claim.text}", words, *("; ".join(map(str, each)) for each in (shown, half, seeds))]
+        lines.append(f"| {' | '.join(cells)} | {missing(claim.presets, rows, posttrained, test)} |")
     return "\n".join(lines)
 
 

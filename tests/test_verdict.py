@@ -96,9 +96,15 @@ def test_what_is_mastered_at_every_size_does_not_turn_over():
     one_rate = [test for test in claims.at_one_rate(rows) if "rate 0.003" in test.where]
     assert len(one_rate) == 2 and all(rules.interval(test.effects.values())[1] > 0.06 for test in one_rate)
     assert {test.note for test in one_rate} == {"one rate for all"}
-    assert verdict.stopped(("votes",), rows).startswith(
-        "the rise of unseen-solution loss at k = 8 lies below 0.06 nats"
-    )
+    level = [row | {"run": row["run"] | {"unique": presets.LOST}} for row in rows]
+    assert verdict.stopped(("votes",), level).startswith("the rise of unseen-solution loss at k = 8 lies below 0.06")
+
+
+def test_a_mixed_claim_shows_both_sides():
+    rows = world(rise=0.1, unique=125) + world(rise=0.0, unique=500)
+    tests = list(claims.reasoning_turns(rows))
+    table = verdict.claims_table([verdict.Claim("It rises", tests, tests, ("scarce2",))], rows)
+    assert "**mixed**, paired | 125 problems: +0." in table and "; 500 problems: " in table and "; 3 |" in table
 
 
 def test_paired_runs_decide_before_unpaired_ones():
@@ -266,7 +272,7 @@ def test_the_committed_page_is_what_the_committed_rows_say():
 
 def test_the_figure_has_a_dot_for_every_seed(tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
-    rows = world(rise=0.1) + world(rise=0.0, unique=4_000)
+    rows = world(rise=0.1) + world(rise=0.0, unique=4_000) + world(rise=0.1, unique=presets.LOST)
     file, out = tmp_path / "r.jsonl", tmp_path / "h.png"
     for row in rows:
         results.append(file, row)
@@ -274,14 +280,17 @@ def test_the_figure_has_a_dot_for_every_seed(tmp_path):
     assert out.stat().st_size > 20_000
     fig = figures.headline(rows)
     dots = [line.get_xydata() for line in fig.axes[0].lines if line.get_linestyle() == "None"]
-    assert [len(points) for points in dots] == [6 * 3] * 2 and "paired weights" in fig._suptitle.get_text()
+    assert [len(points) for points in dots] == [6 * 3] * 3 and "paired weights" in fig._suptitle.get_text()
     texts = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in fig.axes]
-    assert texts[:2] == [["facts", "unseen solutions", "0.06 nats more a doubling"], ["500 problems", "4,000 problems"]]
+    assert texts[:2] == [
+        ["facts", "unseen solutions, 500 problems", "0.06 nats more a doubling", "unseen solutions, 250 problems"],
+        ["250 problems", "500 problems", "4,000 problems"],
+    ]
     dashed = next(line for line in fig.axes[0].lines if line.get_linestyle() == "--").get_ydata()
     assert dashed[-1] - dashed[0] == pytest.approx(0.06 * 5)
     hollow = lambda fig: sum(line.get_markerfacecolor() == "white" for line in fig.axes[0].lines)
     alone = [row for row in rows if row["run"]["n_experts"] != 16 or row["lr"] == 6e-3]
-    assert (hollow(fig), hollow(figures.headline(alone))) == (0, 2)  # a point of one rate, for each task
+    assert (hollow(fig), hollow(figures.headline(alone))) == (0, 3)  # a point of one rate, for each line
     assert "![" in (tmp_path / "README.md").read_text() and "(h.png)" in (tmp_path / "README.md").read_text()
     fig.canvas.draw()
     for axis in fig.axes:
