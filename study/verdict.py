@@ -106,10 +106,14 @@ def strongest(tests):
 
 
 def contradiction(tests):
-    """The strongest votes for a claim and against it."""
+    """The clearest vote for a claim and against it: their intervals begin highest and end lowest."""
     votes = [test for test in tests if test.votes and len(test.effects) >= MIN_SEEDS]
-    sides = ([test for test in votes if decide(test) == verdict] for verdict in ("supported", "not supported"))
-    return [strongest(side) for side in sides]
+    sides = {found: [test for test in votes if decide(test) == found] for found in ("supported", "not supported")}
+    bounds = lambda test: interval(test.effects.values())
+    return [
+        max(sides["supported"], key=lambda t: bounds(t)[1]),
+        min(sides["not supported"], key=lambda t: bounds(t)[2]),
+    ]
 
 
 def in_words(verdict):
@@ -133,7 +137,8 @@ def claims_table(claims, rows, posttrained=()):
     for n, claim in enumerate(claims, 1):
         verdict, now = claim.verdict, overall(claim.tests)
         sides = contradiction(claim.settled) if verdict == "mixed" else []
-        test = strongest(sides or (claim.tests if verdict == "undecided" else claim.settled))
+        complete = verdict != "undecided" or any(test.votes and test.paired for test in claim.settled)
+        test = strongest(sides or (claim.settled if complete else claim.tests))
         words = f"**{in_words(verdict)}**"
         if verdict != "undecided":
             words += ", paired" if test.paired else ", unpaired"
