@@ -41,7 +41,7 @@ class SweepConfig:
     minutes: float = 9.0  # time limit; 0: only say what is left
     cache: str = "runs/study"  # where data directories and kept weights go
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    jobs: int = 0  # processes per device; 0: three on a GPU, else one
+    jobs: int = 0  # processes per device; 0: six on a GPU, else one
     items: int = 100  # size of the measurements: problems for each number of steps
     keep: bool = False  # keep the final weights under CACHE/weights; runs that lack theirs are run again
     force: bool = False  # ignore the stop rules of the presets
@@ -160,7 +160,7 @@ def sweep(cfg):
     """Run what is missing. Returns how many runs failed or were killed."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cfg.cuda else ["cpu"]
     together = 3 if cfg.cuda else 1  # runs of one (E, k) that a process trains side by side
-    jobs = cfg.jobs or together
+    jobs = cfg.jobs or (6 if cfg.cuda else 1)
     threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // (jobs * len(devices))))
     name = torch.cuda.get_device_name(devices[0]) if cfg.cuda else f"CPU, {threads} threads"
     rows = read(cfg.file, optional=True)
