@@ -61,9 +61,9 @@ class GRPOConfig:
     answer_tokens: int = 1024  # longest answer; less if questions leave less of seq_len
     rollout_batch: int = 1024  # answers sampled at a time, per rank
     # Optimisation
-    steps: int = 105  # of sampling
+    steps: int = 105  # each samples answers, then trains on them
     mini_batch: int = 256  # questions per optimiser step
-    micro_tokens: int = 16384  # tokens of a pass, padding included, per rank
+    micro_tokens: int = 16384  # tokens in one forward and backward pass, padding included, per rank
     lr: float = 5e-6  # constant
     clip: float = 0.2  # of the probability ratio, to 1 - clip .. 1 + clip
     kl_coef: float = 1e-3  # weight of the KL term; 0: no start model is loaded
@@ -76,7 +76,7 @@ class GRPOConfig:
     clip_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
     # Reports
     eval_every: int = 5  # steps between greedy tests on unseen questions; 0: only before and after
-    eval_questions: int = 500  # in each test
+    eval_questions: int = 500  # unseen questions in each test
     checkpoint_every: int = 20  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 1  # how many of the newest are kept
     curves: bool = True  # redraw curves.png at tests and checkpoints
@@ -111,8 +111,8 @@ def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed, wa
 
 @any_shape
 def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
-    """Log-probabilities of the answers' tokens at the sampling temperature, float32 (A,); and (2,): how many experts
-    the routers chose, and how many of them sampling had not chosen for the same token."""
+    """(log-probabilities of the answers' tokens at the sampling temperature, float32 (A,); (2,): how many experts the
+    routers chose, how many of these sampling had not chosen for the same token)."""
     out = model(batch.tokens_BL, replay_NTK=batch.sampled_NTK if replay else None)
     logits_AV = out.logits.flatten(0, 1)[batch.index_A, :n_vocab].float() / cfg.temperature
     routed = logits_AV.new_zeros(2)
@@ -125,7 +125,7 @@ def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
 
 @torch.no_grad()
 def look_back(batch, model, start_model, cfg, n_vocab):
-    """The batch with log-probabilities by the present model and by the start model, where given."""
+    """The batch with log-probabilities by the present model and by the start model, either of which may be None."""
     old_A = answer_logprobs(model, batch, cfg, n_vocab, cfg.replay)[0] if model else None
     start_A = answer_logprobs(start_model, batch, cfg, n_vocab)[0] if start_model else None
     return batch._replace(old_A=old_A, start_A=start_A)
@@ -144,7 +144,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     step: int = 0
     read: int = 0  # questions drawn so far
-    row: dict = dataclasses.field(default_factory=dict)  # of the latest step
+    row: dict = dataclasses.field(default_factory=dict)  # what was logged of the latest step
 
 
 def load_start(cfg, device):
@@ -166,7 +166,7 @@ def load_questions(cfg, start_path, model, data, tokens, source):
     for split, n in (("train", cfg.questions), ("test", cfg.eval_questions)):
         pairs = [(q, prompt_ids(q.prompt)) for q in task.questions(source, split, n)]
         found.append([(question, ids) for question, ids in pairs if len(ids) <= limit])
-    require(all(found), "prompt_tokens", limit, "no question is that short (at most half of seq_len counts)")
+    require(all(found), "prompt_tokens", limit, "no question is that short; use more (at most half of seq_len counts)")
     longest = max(len(ids) for pairs in found for _, ids in pairs)
     return *found, min(cfg.answer_tokens, model.cfg.seq_len - longest)
 
@@ -191,7 +191,7 @@ def set_up(cfg, run, start_path, model, tokens, questions):
 
 
 def roll_out(cfg, run, job):
-    """(questions, samples) of this rank, its part of every mini-batch: the number of ranks changes no answer.
+    """(questions, samples) of this rank, which has a part of every mini-batch. The number of ranks changes no answer.
 
     Raises Stopping after a signal."""
     drawn = draw_questions(len(job.asked), job.read, cfg.batch_prompts, cfg.seed)
@@ -207,7 +207,9 @@ def roll_out(cfg, run, job):
 
 
 def make_batches(cfg, run, job, samples, advantage):
-    """Mini-batches as lists of micro-batches, with log-probabilities by the weights before the step. Or Stopping."""
+    """Mini-batches as lists of micro-batches, with log-probabilities by the weights before the step.
+
+    Raises Stopping after a signal."""
     share = cfg.mini_batch // run.world * cfg.group_size
     minis = [range(start, start + share) for start in range(0, len(samples), share)]
     counts = run.sum([sum(samples[i].length for i in mini) for mini in minis])  # tokens of each, over all ranks
@@ -228,8 +230,9 @@ def make_batches(cfg, run, job, samples, advantage):
 
 
 def update(cfg, run, job, batches):
-    """A step for each mini-batch. Returns float64 (mini-batches, 6) over all ranks (loss; sums over tokens of KL
-    estimates, clipped ones, all; experts chosen, changed since sampling) and the mean gradient norm."""
+    """An optimiser step for each mini-batch. Returns float64 (mini-batches, 6), summed over all ranks, and the mean
+    gradient norm. The six are the loss, the sum of KL estimates, and the numbers of clipped tokens, all tokens, experts
+    chosen, and experts that sampling had not chosen."""
     stats, norms = torch.zeros(len(batches), 6, device=run.device), []
     progress = Progress(run, f"step {job.step + 1}/{cfg.steps}, update", sum(map(len, batches)))
     for sums, mini in zip(stats, batches, strict=True):
@@ -287,7 +290,7 @@ def test(cfg, run, job):
 
 
 def grpo(cfg, rank=0, world=1, device=CPU, given=None):
-    """One run to its end. Returns results.json on rank 0, or None."""
+    """One run to its end. Returns the contents of results.json on rank 0, else None."""
     require(cfg.mini_batch % world == 0, "mini_batch", cfg.mini_batch, f"use a multiple of the {world} ranks")
     n_answers = cfg.batch_prompts // world * cfg.group_size
     what = f"{cfg.questions:,} questions and {n_answers:,} answers a step"

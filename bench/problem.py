@@ -52,14 +52,14 @@ def parse_shape(text):
 
 
 def chosen(texts):
-    """The shapes of a command line; without any the targets, or on a CPU the tiny one."""
+    """The shapes of a command line. If there are none, the targets, or on a CPU the tiny one."""
     usual = TARGETS if torch.cuda.is_available() else TINY
     return [parse_shape(text) for text in texts] or list(usual)
 
 
 class Cost(NamedTuple):
     flops: int
-    bytes: int  # fewest bytes through device memory: each input read once, each output written once
+    bytes: int  # the fewest that must cross device memory: each input read once, each output written once
 
     def floor_ms(self, tflops, tb_s):
         """The roofline: no kernel takes less on a machine of `tflops` TFLOP/s and `tb_s` TB/s."""
@@ -78,7 +78,7 @@ def kernel_costs(shape, itemsize=2):
     hidden = b * S * F
     w_out = b * min(E, S) * D * F  # weights of experts that have rows
     w_in = 2 * w_out
-    x = min(token, row)  # gathered rows: re-reads of a token hit L2
+    x = min(token, row)  # gathered rows: a token is read again from L2
     return {
         "route_fwd": Cost(0, b * T * E + 8 * S),
         "route_bwd": Cost(0, 2 * b * T * E + 12 * S),
@@ -176,7 +176,7 @@ def sample(experts_TK, n_experts):
 
 
 def expert_alone(inputs, e, token, slot):
-    """Float64 contribution of expert e to the rows (token, slot): y, dx, dw_in, dw_out and dgates."""
+    """What expert e alone contributes to (y, dx, dw_in, dw_out, dgates), in float64. token, slot (n,): its rows."""
     x, w_in, w_out, gates, _, dy, _ = inputs
     slices = x[token], w_in[e : e + 1], w_out[e : e + 1], gates[token, slot, None]
     leaves = [t.double().requires_grad_() for t in slices]
@@ -185,8 +185,8 @@ def expert_alone(inputs, e, token, slot):
 
 
 def layer_errors(inputs, outputs):
-    """RMS ratio of each of `outputs` (y, dx, dw_in, dw_out, dgates by name) on sampled slices; ValueError if one is
-    not finite."""
+    """{name: RMS ratio on sampled slices} of `outputs`, {name: tensor} for y, dx, dw_in, dw_out and dgates. ValueError
+    if one is not finite."""
     for name, output in outputs.items():
         if not output.isfinite().all():
             raise ValueError(f"wrong result: {name} holds values that are not finite")
@@ -208,7 +208,7 @@ def layer_errors(inputs, outputs):
 
 
 def require_accuracy(errors, dtype, slack=1):
-    """The worst of `errors` (by name); ValueError unless every one is within `slack` times the tolerance of `dtype`."""
+    """The largest of `errors`, {name: error}. ValueError unless each is within `slack` times the dtype's tolerance."""
     allowed = slack * TOLERANCE[dtype]
     for name, error in errors.items():
         if not error <= allowed:

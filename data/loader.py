@@ -1,9 +1,11 @@
 """Batches of token windows from data directories: shuffled, mixed, prefetched, and resumable to the sample.
 
 A source of N tokens gives (N - 1) // L windows; window w is tokens w*L .. w*L + L inclusive, across document ends and
-shard borders. Examples (data/chat.py) are packed whole into windows, which eos fills up; longer ones lose their end,
-and are left out if no answer remains. The stream of samples is a function of (sources, weights, split, L, seed) alone.
-Rank r of W takes rows r*B .. (r+1)*B of each global batch of W*B samples, so a run can continue on any number of ranks.
+shard borders. Examples (data/chat.py) are packed whole into windows, which are padded with eos. An example that is
+longer than a window loses its end, and is left out if no answer remains.
+
+The stream of samples is a function of (sources, weights, split, L, seed) alone. Rank r of W takes rows r*B .. (r+1)*B
+of each global batch of W*B samples, so a run can continue on any number of ranks.
 """
 
 import math
@@ -42,8 +44,8 @@ class Loader:
     document in its row (B, L), int32; targets in another document than their token are then -1.
 
     sources: data directories with weights, [("data/books", 0.7), ("data/facts", 0.3)]: their shares of the samples,
-    kept to within two at any moment. Each has its own epochs: every window once, in a new order. batch_size is per
-    rank. ValueError for damaged data, different tokenizers, or a source shorter than one window."""
+    kept to within two samples at any moment. Each source has its own epochs: every window once, in a new order.
+    batch_size is per rank. ValueError for damaged data, different tokenizers, or a source shorter than one window."""
 
     def __init__(self, sources, split, batch_size, seq_len, seed=0, rank=0, world=1, device="cpu", documents=False):
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
@@ -53,7 +55,9 @@ class Loader:
         self.sources = [_Source(directory, split, seq_len, seed + i) for i, (directory, _) in enumerate(sources)]
         first = self.sources[0]
         for source in self.sources:
-            remedy = f"not the tokenizer of {first.directory}; prepare one with --tokenizer of the other"
+            remedy = (
+                f"its tokenizer is not the tokenizer of {first.directory}; prepare one with --tokenizer of the other"
+            )
             require(source.tokenizer == first.tokenizer, "data", str(source.directory), remedy)
         self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the cursor
         self._planned = [0] * len(sources)  # and in those being prepared too; used by the thread alone
@@ -79,7 +83,8 @@ class Loader:
                 tensor_BL[b] = torch.from_numpy(row)
         return batch, list(self._planned)
 
-    def _plan(self):  # -> (source, its sample number); next is the source that lags its share most
+    def _plan(self):
+        """(source, number of its next sample), of the source that is farthest behind its share."""
         samples = sum(self._planned) + 1
         i = max(range(len(self.sources)), key=lambda i: self.weights[i] * samples - self._planned[i])
         self._planned[i] += 1
@@ -87,7 +92,7 @@ class Loader:
 
     @property
     def epochs(self):
-        """Epochs of each source so far."""
+        """How many epochs of each source have been handed out."""
         return [n / source.n_windows for n, source in zip(self._drawn, self.sources, strict=True)]
 
     @property
@@ -131,7 +136,7 @@ class _Source:
             marks = np.concatenate(self.marks)
             self.starts = np.flatnonzero(marks & START)
             self.lengths = np.minimum(np.diff(self.starts, append=n_tokens), seq_len + 1)
-            before = np.concatenate([[0], np.cumsum(marks & TRAINED > 0)])  # tokens of answers
+            before = np.concatenate([[0], np.cumsum(marks & TRAINED > 0)])  # answer tokens before each position
             taught = before[self.starts + self.lengths] > before[self.starts + 1]  # not cut off before its answer
             self.starts, self.lengths = self.starts[taught], self.lengths[taught]
             self.rows = packed(self.lengths.tolist(), seq_len + 1)
@@ -144,7 +149,7 @@ class _Source:
         self.epoch, self.order = -1, None
 
     def sample(self, number, documents=False):
-        """Tokens, targets and documents of a row (L,); the documents only if asked for or needed."""
+        """Tokens, targets and documents of a row, each (L,); the documents only if asked for or needed."""
         epoch, at = divmod(number, self.n_windows)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, shuffled(self.n_windows, self.seed, epoch)
@@ -168,6 +173,7 @@ class _Source:
         return [ids[:-1], np.where(aimed, ids[1:], -1), numbers[:-1] - numbers[0]]
 
     def _read(self, column, start, n):
+        """n values of a column (all shards, or all marks) from position `start` on."""
         parts, shard = [], int(np.searchsorted(self.ends, start, "right"))
         while n:
             offset = start - (int(self.ends[shard]) - len(column[shard]))
@@ -177,7 +183,8 @@ class _Source:
 
 
 def packed(lengths, room):
-    """Rows of document numbers, each of `room` tokens at most: a document goes to the fullest of 16 rows with room."""
+    """Rows of document numbers, each of `room` tokens at most. A document goes to the fullest row that has room for it,
+    among the 16 emptiest."""
     rows, open_ = [], []  # open_: [tokens left, row]
     for i, n in enumerate(lengths):
         row = min((row for row in open_ if row[0] >= n), default=None)

@@ -104,8 +104,8 @@ def check_sampling(batch_size, temperature, top_p, top_k=0):
 
 
 def extend(ids, new, max_new_tokens, stop_ids, stop_strings, decode):
-    """Append the new tokens up to the end of the row. Returns how many of its ids the model has read; None: not
-    ended."""
+    """Append the new tokens to the row's ids, up to its end. Returns how many of its ids the model has read, or None if
+    the row has not ended."""
     # A stop string may span tokens, each with at least one byte of it. One look at all new tokens often suffices.
     room = max((len(s.encode()) for s in stop_strings), default=0)
     suspect = room and any(s in decode(ids[-room:] + new) for s in stop_strings)
@@ -119,7 +119,7 @@ def extend(ids, new, max_new_tokens, stop_ids, stop_strings, decode):
 
 
 def coarse(device):
-    """Whether to have few shapes and to look rarely, at the price of unused steps."""
+    """Whether to use few shapes and to look rarely for ended rows, at the price of unused rows, keys and steps."""
     return device.type == "cuda"
 
 
@@ -129,7 +129,7 @@ class Decoder:
     def __init__(self, model, n_rows, longest, max_new_tokens, temperature, top_p, n_vocab, top_k=0):
         device = model.embed.weight.device
         self.coarse = coarse(device)
-        syncs = not model.cfg.dense and model.cfg.impl not in ("auto", "triton")  # these wait for the device inside
+        syncs = not model.cfg.dense and model.cfg.impl not in ("auto", "triton")  # their experts wait for the device
         self.capture = device.type == "cuda" and not syncs
         self.has_step = has_step(model)
         self.max_new_tokens, self.n_vocab = max_new_tokens, n_vocab
@@ -148,9 +148,10 @@ class Decoder:
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.capture else None
 
     def bucket(self, n):
-        """Rows of a step for n prompts: a power of two, or a multiple of 64."""
-        coarse = 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64
-        return coarse if self.coarse else n
+        """Rows of a step for n prompts: n, or on a GPU the next power of two, above 64 the next multiple of 64."""
+        if not self.coarse:
+            return n
+        return 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64
 
     def start(self, prompts, seeds):
         """Read the prompts, sorted by length, and pick their first tokens."""
@@ -169,18 +170,22 @@ class Decoder:
             self.select(list(range(n)))
 
     def read(self):
-        """The next tokens of each row: one, or on a GPU, for which the host must wait, eight."""
+        """The next tokens of each row: one, or on a GPU eight, because the host must wait for it."""
         end = min(self.n_read + (8 if self.coarse else 1), self.max_new_tokens)
         while self.n_written < end:
-            coarse = min(max(128, 1 << self.filled.bit_length()), self.cache.k.shape[2])
-            self.run(self.n_rows, 0 if self.has_step else coarse if self.coarse else self.filled + 1)
+            span = self.filled + 1
+            if self.has_step:
+                span = 0  # eval/one_token.py reads each row's own keys
+            elif self.coarse:
+                span = min(max(128, 1 << self.filled.bit_length()), self.cache.k.shape[2])
+            self.run(self.n_rows, span)
             self.n_written, self.filled = self.n_written + 1, self.filled + 1
         new = self.written[: self.n_rows, self.n_read : end].tolist()
         self.n_read = end
         return new
 
     def shrink(self, alive):
-        """Keep only these rows if that is worth a new shape. Returns whether it was."""
+        """Keep only the rows `alive` if that is worth a new shape. Returns whether it was."""
         most = self.n_rows // 4 if self.coarse else self.n_rows - 1
         if worth := self.bucket(len(alive)) <= most:
             self.select(alive)
@@ -195,6 +200,7 @@ class Decoder:
             tensor[: len(rows)] = tensor[rows]
 
     def run(self, n_rows, span):
+        """One step, from a CUDA graph where its shape has come before. span: as in KVCache."""
         shape = n_rows, span
         if not self.capture or shape not in self.graphs:  # a first run compiles what a capture needs
             self.graphs[shape] = None

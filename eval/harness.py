@@ -19,7 +19,7 @@ from optimoe import checkpoint, hub
 from optimoe.config import make_directory, require
 from optimoe.load import Loaded, ModelChoice, load
 
-SAMPLES = 4096  # of an item at most: each has a random stream of its own
+SAMPLES = 4096  # most samples of an item, which have the random streams from SAMPLES * index on
 STOPPED = "stopped; the same command, without --overwrite, continues from here"
 
 
@@ -28,7 +28,7 @@ class EvalChoice(ModelChoice):
     batch_size: int = 64  # sequences generated at a time, and items between two writes to disk
     # Items
     evaldata: str = ""  # folder of evaluation sets, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
-    limit: int = 0  # only the first items, this many; 0: all
+    limit: int = 0  # only this many items, the first ones; 0: all
     shots: int | None = None  # examples in front of each question; none: as the task's file says
     samples: int = 1  # answers per item; metrics are means over them, and code tasks get pass@k for k up to this
     temperature: float = 0.0  # 0: greedy
@@ -98,7 +98,7 @@ def settings(loaded: Loaded, items, shots: int, cfg, names=()) -> dict:
 
 
 def answer_length(loaded: Loaded, task, items) -> int:
-    """Tokens to generate: max_new_tokens, or in a short seq_len what the longest prompt leaves, at least half."""
+    """Tokens to generate: max_new_tokens, or in a short seq_len what the longest prompt leaves, at least half of it."""
     longest, seq_len = max(len(context_ids(loaded.tokens, item.prompt)) for item in items), loaded.model.cfg.seq_len
     return min(task.max_new_tokens, max(seq_len // 2, seq_len - longest))
 
@@ -120,6 +120,7 @@ def answers(loaded: Loaded, task, chunk: list, max_new_tokens: int, cfg):
 
 
 def texts(loaded: Loaded, task, prompts: list[str], streams: list[int], max_new_tokens: int, cfg):
+    """(a text for each prompt, up to the task's stop strings; which prompts were cut). streams: a number for each."""
     model, tokens = loaded.model, loaded.tokens
     ids, cut = zip(*(prompt_ids(model, tokens, prompt, max_new_tokens) for prompt in prompts), strict=True)
     options = {name: getattr(cfg, name) for name in ("temperature", "top_p", "seed", "batch_size")}
@@ -155,7 +156,7 @@ class Records:
             if rows:
                 self._compare(rows[0], settings)
                 for number, record in enumerate(rows[1:], 2):
-                    # The signature does not show damage to its own name.
+                    # A line whose signature has a damaged name looks like an old one without a signature.
                     known = metrics.get(record.get("id")) == set(record.get("metrics", ()))
                     if not known or not set(record) <= self.FIELDS:
                         raise ValueError(f"{path}:{number} is damaged (not a record of this task): {remedy}")
@@ -173,8 +174,8 @@ class Records:
                 raise ValueError(f"{self.path} was made with {name}={old.get(name)!r}, not {value!r}: {remedy}")
 
     def complete(self, items: list, compute: Callable, size: int, limit: int) -> list[dict]:
-        """The records of the first `limit` items (0: all). compute(list of (index, item)) makes those that are missing,
-        for `size` items at a time."""
+        """The records of the first `limit` items (0: all). compute(list of (index, item)) makes the missing ones, of
+        `size` items at a time."""
         wanted = list(enumerate(items))[: limit or None]
         pending = [(i, item) for i, item in wanted if item.id not in self.items]
         pending.sort(key=lambda pair: len(pair[1].prompt), reverse=True)  # similar lengths in a batch

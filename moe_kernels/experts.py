@@ -1,4 +1,5 @@
-"""The differentiable expert layer and its ops, which save x, the pre-activation and the sort, and nothing else.
+"""The differentiable expert layer and its ops. Besides the weights they save x, the gates, the pre-activation and the
+sort for the backward pass, and nothing else.
 
 Letters as in reference.py.
 """
@@ -28,14 +29,14 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, acti
     """y[t] = sum_k gates[t,k] * W_out[e] (f(W_gate[e] x[t]) * (W_up[e] x[t])), e = experts[t,k] (arXiv 2002.05202).
 
     x_TD (T, D), w_in_EGD (E, 2F, D) with the gate rows first, w_out_EDF (E, D, F), the layout of Hugging Face's
-      gate_up_proj and down_proj: one dtype of float32, float16, bfloat16.
+      gate_up_proj and down_proj: one dtype of float32, float16, bfloat16 (and float64 with "reference").
     gates_TK (T, K) float; experts_TK (T, K) integer, ids in 0..E-1 (not checked on the GPU: that would wait for it).
     impl: "reference", "grouped_mm", "triton", or None to choose by device.
     activation: f is SiLU for "swiglu", GELU in its tanh form for "geglu", the square of ReLU for "relu2".
     Returns (T, D) in x's dtype; differentiable in x, both weights and the gates. The kernels save x, the T*K*2F values
     of the pre-activation, the gates in float32 and 8 bytes of indices per routed row.
     Raises ValueError for wrong shapes, dtypes, devices, ids or names: D and F must be multiples of 16,
-      1 <= K <= min(E, 32), E <= 1024.
+      1 <= K <= min(E, 32), E <= 1024. Raises RuntimeError for an impl that cannot run here.
     """
     _check(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK)
     activation_of(activation)
@@ -114,12 +115,12 @@ def experts_bwd(
     dh, ga, dgates_parts = gemm.dswiglu(dy, w_out, h_PSW, gates, sorted_, tiles["dswiglu"], activation)
     dx, dgates = torch.empty_like(x), torch.empty_like(gates)
 
-    def inputs():
+    def input_gradients():
         combine(gemm.dx(dh, w_in, sorted_, tiles["dx"]), slot_row_TK, dgates_parts=dgates_parts, out=(dx, dgates))
 
     # With few rows per expert dx reads the weights while dW writes their gradients: side by side they save 3 % of the
     # layer on an H200. With many rows both need the tensor cores.
-    with beside(inputs, x, tiles["dx"].BLOCK_M < 128):
+    with beside(input_gradients, x, tiles["dx"].BLOCK_M < 128):
         dw_out = dw(dy, ga, False, sorted_, tiles["dw_out"])
         dw_in = dw(x, dh, True, sorted_, tiles["dw_in"])
     return dx, dw_in, dw_out, dgates
@@ -135,8 +136,8 @@ def dw(a_TM, b_SN, transposed, sorted_, tile):
 
 @contextlib.contextmanager
 def beside(work, tensor, wanted=True):
-    """Runs `work()`; in a CUDA graph, if `wanted`, on a second stream, in parallel with what the context launches.
-    Outside of a graph a second stream costs more Python than it saves.
+    """Runs `work()`. If `wanted` and in a CUDA graph, it runs on a second stream, in parallel with what the context
+    launches. Outside of a graph a second stream costs more Python than it saves.
 
     `work` must fill tensors allocated on the main stream: freed memory of the side stream is reused without waiting for
     readers on the main stream. torch has 32 streams, so the side stream may be the main one of another branch."""
@@ -158,7 +159,7 @@ def captured_stream(tensor):
 
 @functools.cache
 def side_stream(main):
-    """The second stream of a stream, its own: branches of a graph that shared one would wait for each other."""
+    """The second stream for `main`, for no other: branches of a graph that shared one would wait for each other."""
     return torch.cuda.Stream(main.device)
 
 

@@ -6,8 +6,8 @@ steps of BLOCK_K. Accumulation is float32; float32 inputs are multiplied in full
 descriptors (TMA on Hopper), gathered rows through pointers (asynchronous copies).
 
 Only `up_kernel` writes the pre-activation h and only `dswiglu_kernel` reads it, so it is stored as these two use it:
-h_PSW, P panels of W = 2F / P columns. A panel has W / 2 gate columns, as many as a column part of both kernels, and
-their up columns. A tile's part of a panel is one contiguous piece of memory.
+h_PSW, P panels of W = 2F / P columns. A panel holds the gate columns of one column part of either kernel, then their up
+columns, W / 2 of each. A tile's part of a panel is one contiguous piece of memory.
 """
 
 import torch
@@ -46,8 +46,8 @@ def _split_columns(x, PARTS: tl.constexpr, part: tl.constexpr):
 
 @triton.jit
 def _descriptor(matrix, n_rows, N_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """`matrix` if it is a descriptor, else (no TMA) one made of the pointer, whose rows from n_rows on read as zero.
-    Its loads become masked copies, which are wide because the strides are constants."""
+    """`matrix` itself if it is a descriptor. Without TMA it is a pointer, and the result a descriptor made of it: rows
+    from n_rows on read as zero. Its loads become masked copies, which are wide because the strides are constants."""
     if isinstance(matrix, tl.tensor):
         return tl.make_tensor_descriptor(matrix, [n_rows, N_COLUMNS], [N_COLUMNS, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
     else:
@@ -64,8 +64,8 @@ def up_kernel(
     seen as (2E, F, D), they lie in neighbouring planes, and one TMA box takes a piece of both."""
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    # Keep two dependent loads before the first x load: it needs neither the number of tiles nor that of rows. Rows past
-    # the expert's end belong to the next expert; they are computed and not stored.
+    # Keep two dependent loads before the first load of x, the tile's row and its slots: it needs no count of tiles or
+    # rows. Rows past the expert's end belong to the next expert; they are computed and not stored.
     expert, row, pid_m, pid_n = _tile(tl.program_id(0), max_tiles, tile_expert_ptr, tile_row_ptr, N_TILES, GROUP_M)
     if pid_m >= tl.load(tile_count_ptr):
         return
@@ -112,7 +112,7 @@ def rows_kernel(
     """y (S, N) = a (S, R) times each row's expert matrix: w^T with w (E, N, R) when TRANSPOSED, else w (E, R, N).
 
     Persistent, with flattened loops, so that the next tile's loads overlap this tile's stores: 10 % faster on an H100.
-    It would make the gathering kernels 5-20 % slower."""
+    The same would make the gathering kernels 5-20 % slower."""
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     n_tiles_m = tl.load(tile_count_ptr)
@@ -127,8 +127,8 @@ def rows_kernel(
             weights = _descriptor(w_desc, (expert + 1) * R, N, BLOCK_K, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, R, BLOCK_K):
-            # Rows past the expert's end and columns past N are not stored; in `w` they may be another expert's weights,
-            # and so may columns past R, where `a` is zero.
+            # `w` may hold another expert's weights past N and past R. Columns past N are not stored, nor are rows past
+            # the expert's end, and past R `a` is zero.
             a = a_rows.load([row, k])
             if TRANSPOSED:
                 w = weights.load([expert * N + pid_n * BLOCK_N, k]).T
@@ -176,7 +176,7 @@ def dswiglu_kernel(
 
     # Narrow column parts keep the five tiles in registers. The next part's h is loaded while this part is computed.
     dtype = ga_ptr.dtype.element_ty
-    weight = tl.load(gates_ptr + slots, mask=mask_m, other=0.0)[:, None]
+    router_gate = tl.load(gates_ptr + slots, mask=mask_m, other=0.0)[:, None]
     dgate = tl.zeros([BLOCK_M], tl.float32)
     panel = S.to(tl.int64) * (2 * WIDTH)
     h_ptr += pid_n * PARTS * panel + row.to(tl.int64) * (2 * WIDTH)
@@ -185,25 +185,25 @@ def dswiglu_kernel(
     offs_h = offs_m[:, None] * (2 * WIDTH) + offs_n[None, :]
     offs_dh = offs_m[:, None] * (2 * F) + offs_n[None, :]
     offs_a = offs_m[:, None] * F + offs_n[None, :]
-    mask = mask_m[:, None]
-    g_next = tl.load(h_ptr + offs_h, mask=mask, other=0.0)
-    u_next = tl.load(h_ptr + WIDTH + offs_h, mask=mask, other=0.0)
+    mask_next = mask_m[:, None]
+    g_next = tl.load(h_ptr + offs_h, mask=mask_next, other=0.0)
+    u_next = tl.load(h_ptr + WIDTH + offs_h, mask=mask_next, other=0.0)
     for part in tl.static_range(PARTS):
-        g, u, mask_part = g_next.to(tl.float32), u_next.to(tl.float32), mask
+        g, u, mask = g_next.to(tl.float32), u_next.to(tl.float32), mask_next
         if part + 1 < PARTS:
             if F % BLOCK_N != 0:
                 whole = tl.full([1, 1], (part + 1) * WIDTH, tl.int32) < F - pid_n * BLOCK_N  # as in up_kernel
-                mask = mask_m[:, None] & whole
-            g_next = tl.load(h_ptr + (part + 1) * panel + offs_h, mask=mask, other=0.0)
-            u_next = tl.load(h_ptr + (part + 1) * panel + WIDTH + offs_h, mask=mask, other=0.0)
+                mask_next = mask_m[:, None] & whole
+            g_next = tl.load(h_ptr + (part + 1) * panel + offs_h, mask=mask_next, other=0.0)
+            u_next = tl.load(h_ptr + (part + 1) * panel + WIDTH + offs_h, mask=mask_next, other=0.0)
         da = _split_columns(acc, PARTS, part)
         value, slope = ACTIVATION(g)
         a = value * u
         dgate += tl.sum(da * a, 1)
-        tl.store(ga_ptr + part * WIDTH + offs_a, (weight * a).to(dtype), mask=mask_part)
-        da *= weight
-        tl.store(dh_ptr + part * WIDTH + offs_dh, (da * u * slope).to(dtype), mask=mask_part)
-        tl.store(dh_ptr + F + part * WIDTH + offs_dh, (da * value).to(dtype), mask=mask_part)
+        tl.store(ga_ptr + part * WIDTH + offs_a, (router_gate * a).to(dtype), mask=mask)
+        da *= router_gate
+        tl.store(dh_ptr + part * WIDTH + offs_dh, (da * u * slope).to(dtype), mask=mask)
+        tl.store(dh_ptr + F + part * WIDTH + offs_dh, (da * value).to(dtype), mask=mask)
     tl.store(dgates_part_ptr + pid_n * S.to(tl.int64) + row + offs_m, dgate, mask=mask_m)
 
 
@@ -214,7 +214,7 @@ def dw_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """dw[e] (M, N) = a[rows of e]^T b[rows of e], stored as (N, M) when TRANSPOSED. `a` is gathered by token, `b` lies
-    sorted by expert. No rows: zeros.
+    sorted by expert. An expert without rows gets zeros.
 
     The wide, sorted operand is on the right, where TMA spares the address arithmetic. TMA of a left operand, which the
     product reads transposed, is slower than pointers."""
@@ -229,7 +229,7 @@ def dw_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     b_rows = _descriptor(b_desc, end, N, BLOCK_K, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # Load token ids one step ahead: in the step that uses them they would halve the depth of the pipeline.
+    # Token ids are loaded one step ahead: loaded in the step that uses them, they would halve the pipeline's depth.
     tokens = tl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
     for row in range(start, end, BLOCK_K):
         rows = row + offs_k
@@ -253,15 +253,16 @@ def dw_kernel(
 
 
 def _desc(tensor, block, shape=None):
-    """What the kernels' `_descriptor` takes: a descriptor of the tensor, seen as `shape` or as the matrix of its rows,
-    or without TMA the tensor."""
+    """What the kernels' `_descriptor` takes: a descriptor of the tensor, seen as `shape` (None: as the matrix of its
+    rows), or without TMA the tensor itself."""
     if capability() < 90:
         return tensor
     return Matrix(tensor, shape or [tensor.numel() // tensor.shape[-1], tensor.shape[-1]], block)
 
 
 def panels(S, F, tile):
-    """Shape (P, S, W) of the pre-activations of S rows, with W / 2 = BLOCK_N / PARTS of both `up` and `dswiglu`.
+    """Shape (P, S, W) of the pre-activations of S rows. W / 2 is BLOCK_N / PARTS of a tile, the same for `up` and
+    `dswiglu`.
 
     Raises ValueError where W / 2 does not divide F: the last panel would not be whole."""
     width = tile.BLOCK_N // tile.PARTS
@@ -271,12 +272,12 @@ def panels(S, F, tile):
 
 
 def _tile_table(dispatch):
-    """Arguments that every row-tiled kernel takes."""
+    """The arguments that every row-tiled kernel takes."""
     return dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count
 
 
 def _launch_gathering(kernel, tensors, D, F, dispatch, tile, activation):
-    # The static bound on the number of row tiles sizes the launch; surplus programs return at once.
+    # The launch has as many row tiles as there can be at most; surplus programs return at once.
     n_tiles = dispatch.tile_expert.numel()
     launch(
         kernel, (n_tiles * cdiv(F, tile.BLOCK_N),), (*tensors, dispatch.row_slot_S, *_tile_table(dispatch)),
@@ -322,13 +323,13 @@ def dx(dh_SG, w_in_EGD, dispatch, tile, out=None):
 
 def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, tile, activation="swiglu"):
     """dh (S, 2F), router gate * a (S, F), and the router gates' gradient by row, one partial sum per column tile
-    (tiles, S) float32. The name is that of the usual activation.
+    (tiles, S) float32. It is named after the usual activation and takes any.
 
     Raises ValueError when h (P, S, W) does not lie in the panels of this tile."""
     S, (_, D, F) = dispatch.row_slot_S.numel(), w_out_EDF.shape
     expected = panels(S, F, tile)
     if h_PSW.shape != expected:
-        raise ValueError(f"h {tuple(h_PSW.shape)}, not {expected}: BLOCK_N / PARTS must be that of up's tile")
+        raise ValueError(f"h is {tuple(h_PSW.shape)}, expected {expected}: BLOCK_N / PARTS must be that of up's tile")
     dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
     dgates_parts = h_PSW.new_empty(cdiv(F, tile.BLOCK_N), S, dtype=torch.float32)
     tensors = (dy_TD, _desc(w_out_EDF, [tile.BLOCK_K, tile.BLOCK_N]), h_PSW, gates_TK, dh, ga, dgates_parts)

@@ -8,10 +8,10 @@ ranks over NVLink. Nothing waits for the host, and every launch has a static bou
     collect          each rank adds up the rows of its own tokens, in the order of their slots
 
 The backward pass does the same with gradients. Two barriers a pass are enough: what is published is read only between
-the first and the second, rows only between the second and the first of the next pass.
+its first and its second, and rows only between its second and the first of the next pass.
 
-Letters as in experts.py; W ranks of T tokens each, E experts on each of them, at most C rows on a rank. A rank that
-gets more computes garbage: the caller must check (optimoe/exchange.py) and discard the step.
+Letters as in reference.py; W ranks of T tokens each, E experts on each of them, at most C rows on a rank. A rank that
+gets more computes garbage: the caller must check for it (optimoe/exchange.py) and discard the step.
 """
 
 from typing import NamedTuple
@@ -27,15 +27,15 @@ from moe_kernels.muon import pick
 from moe_kernels.ops import define
 from moe_kernels.tiles import cdiv, gemm_tiles, pow2
 
-ROWS = 4  # tokens of a program of fetch_kernel
+ROWS = 4  # tokens per program of fetch_kernel
 
 
 class Shown(NamedTuple):
     """What one rank lets the others read. x and dy are (W * T, D): its own T tokens, and those it fetches."""
 
-    x: tuple  # of each layer, because the backward pass needs it again
+    x: tuple  # one tensor for each layer, because the backward pass reads it again
     dy: Tensor
-    rows: Tensor  # (C, D), of results or of the gradients of inputs
+    rows: Tensor  # (C, D), results or gradients of inputs
     dgates: Tensor  # (C), float32
     gates: Tensor  # (T, K), float32
     experts: Tensor  # (T, K), int32
@@ -52,9 +52,9 @@ class Sizes(NamedTuple):
     dtype: torch.dtype
 
     def lay_out(self, memory=None):
-        """A `Shown` whose tensors lie in `memory`, uint8; without it the number of bytes that they take."""
+        """A `Shown` whose tensors lie in `memory` (uint8). Without `memory`, the number of bytes that they take."""
         all_tokens, slots = self.world * self.tokens, (self.tokens, self.top_k)
-        parts = [
+        parts = [  # (shape, dtype) in the order of Shown's fields
             *[((all_tokens, self.width), self.dtype)] * (self.layers + 1),
             ((self.n_rows, self.width), self.dtype),
             ((self.n_rows,), torch.float32),
@@ -62,17 +62,17 @@ class Sizes(NamedTuple):
             (slots, torch.int32),
             ((all_tokens, self.top_k), torch.int32),
         ]
-        found, start = [], 0
+        tensors, start = [], 0
         for shape, dtype in parts:
             size = torch.Size(shape).numel() * dtype.itemsize
             if memory is not None:
-                found.append(memory[start : start + size].view(dtype).view(shape))
+                tensors.append(memory[start : start + size].view(dtype).view(shape))
             start += cdiv(size, 256) * 256
-        return Shown(tuple(found[: self.layers]), *found[self.layers :]) if found else start
+        return Shown(tuple(tensors[: self.layers]), *tensors[self.layers :]) if tensors else start
 
 
 class Ranks:
-    """One rank's view of all of them. memories: a uint8 tensor of sizes.lay_out() bytes of each rank, which this device
+    """One rank's view of all of them. memories: for each rank a uint8 tensor of sizes.lay_out() bytes that this device
     can read. barrier(): the current stream waits until all ranks are there."""
 
     def __init__(self, rank, sizes, memories, barrier):
@@ -84,8 +84,8 @@ class Ranks:
         return slice(rank * self.sizes.tokens, (rank + 1) * self.sizes.tokens)
 
 
-# (Ranks, number of the layer): custom ops take no objects, but an index of this list. It is an int64 scalar on the CPU,
-# because torch.compile would compile every layer again for an int of its own.
+# (Ranks, number of the layer). Custom ops take no objects, so they take an index into this list. It is an int64 scalar
+# tensor on the CPU, because torch.compile would compile every layer again if each had an int of its own.
 LAYERS = []
 
 
@@ -97,9 +97,9 @@ def fetch_kernel(
 ):  # fmt: skip
     """out[p * T + t] = sources[p][t] for the tokens of other ranks p that use an expert of this rank.
 
-    ROUTE: write ids (W * T, K), the numbers that experts have on this rank, E for others', and gates; else ids are
-    given."""
-    peer = (rank + 1 + tl.program_id(1)) % WORLD  # every rank begins with a different one
+    ROUTE: also write the gates, and ids (W * T, K): the number that an expert has on this rank, E for experts of other
+    ranks. Without ROUTE the ids are read."""
+    peer = (rank + 1 + tl.program_id(1)) % WORLD  # every rank begins with a different peer
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_k, offs_d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     slots = tokens[:, None] * K + offs_k[None, :]
@@ -120,7 +120,8 @@ def fetch_kernel(
 
 
 def fetch(ranks, layer, ids, gates, n_experts, backward=False):
-    """Fill the tokens of other ranks into x of a layer, and ids and gates, or with `backward` into dy."""
+    """Copy the tokens of other ranks into x of a layer, and fill ids and gates. With `backward`, copy gradients into dy
+    instead, for the same ids."""
     sizes, own = ranks.sizes, ranks.own
     published = [(shown.dy if backward else shown.x[layer])[ranks.tokens_of(p)] for p, shown in enumerate(ranks.shown)]
     fetch_kernel[(cdiv(sizes.tokens, ROWS), sizes.world)](
@@ -145,7 +146,7 @@ def collect_kernel(
     for k in tl.static_range(K):
         peer = tl.load(experts_ptr + t * K + k) // E
         row = tl.load(pick(slot_rows, peer, WORLD) + t * K + k)
-        row = tl.minimum(row, n_rows - 1).to(tl.int64)  # it is larger where a rank got too many
+        row = tl.minimum(row, n_rows - 1).to(tl.int64)  # it is larger where a rank got too many rows
         y = tl.load(pick(rows, peer, WORLD) + row * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         if BACKWARD:
             tl.store(dgates_ptr + t * K + k, tl.load(pick(dgates, peer, WORLD) + row))
@@ -156,7 +157,8 @@ def collect_kernel(
 
 
 def collect(ranks, experts_TK, n_experts, out, gates_TK=None, dgates_TK=None):
-    """out[t] = sum_k gates[t,k] * row of (t,k), wherever it is. With dgates_TK, to be filled, all gates are one."""
+    """out[t] = sum_k gates[t,k] * row of (t,k), on whichever rank it is. If dgates_TK is given, it is filled with the
+    gradients of the gates, and the gates in the sum are one."""
     sizes, shown = ranks.sizes, ranks.shown
     collect_kernel[(sizes.tokens,)](
         rows=tuple(s.rows for s in shown), slot_rows=tuple(s.slot_row[ranks.tokens_of(ranks.rank)] for s in shown),
@@ -176,7 +178,7 @@ def clear_kernel(a_ptr, offsets_ptr, C, E: tl.constexpr, N: tl.constexpr, ROWS: 
 
 
 def clear_after(a_CN, offsets):
-    """Zeros in the rows of a_CN after the used ones: dW multiplies up to 127 of them by zero, and they may be NaN."""
+    """Write zeros into the 128 rows of a_CN after the used ones: they may hold NaN, and dW multiplies some by zero."""
     (C, N), block = a_CN.shape, 256
     clear_kernel[(8, cdiv(N, block))](
         a_ptr=a_CN, offsets_ptr=offsets, C=C, E=offsets.numel() - 1, N=N, ROWS=16, BLOCK_N=block
@@ -195,8 +197,9 @@ def tiles_of(sizes, w_out_EDF):
 
 
 def compute(ranks, layer, w_in_EGD, w_out_EDF, activation):
-    """After publish and a barrier: the rows of this rank's experts. Returns what the backward pass needs:
-    pre-activation (P, C, W), ids (W * T, K), gates (W * T, K), and the seven tensors of a `Dispatch`."""
+    """After publish and a barrier: the rows of this rank's experts. Returns what the backward pass needs: the
+    pre-activation in the shape gemm.panels(C, F, tile), ids (W * T, K), gates (W * T, K), and the seven tensors of a
+    `Dispatch`."""
     sizes, own, E = ranks.sizes, ranks.own, w_out_EDF.shape[0]
     tiles = tiles_of(sizes, w_out_EDF)
     ids, gates = torch.empty_like(own.slot_row), own.gates.new_empty(own.slot_row.shape)
@@ -218,20 +221,20 @@ def compute_gradients(ranks, layer, w_in_EGD, w_out_EDF, h, ids, gates, sorted_,
     torch.sum(parts, 0, out=own.dgates)
     gemm.dx(dh, _dense(w_in_EGD), sorted_, tiles["dx"], out=own.rows)
 
-    def weights():
+    def weight_gradients():
         clear_after(ga, sorted_.offsets)
         clear_after(dh, sorted_.offsets)
         dw_out = dw(own.dy, ga, False, sorted_, tiles["dw_out"])
         return dw(own.x[layer], dh, True, sorted_, tiles["dw_in"]), dw_out
 
-    return weights
+    return weight_gradients
 
 
 def remote_fwd(
     x_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, gates_TK: Tensor, experts_TK: Tensor, activation: str,
     index: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output (T, D), then what `compute` returns. index: of LAYERS; gates float32 and experts int32, both (T, K)."""
+    """Output (T, D), then what `compute` returns. gates float32, experts int32, both (T, K); index: into LAYERS."""
     ranks, layer = LAYERS[int(index)]
     publish(ranks, layer, x_TD, gates_TK, experts_TK)
     ranks.barrier()
@@ -261,15 +264,15 @@ def remote_bwd(
     ranks.own.dy[ranks.tokens_of(ranks.rank)].copy_(dy_TD)
     ranks.barrier()
     sorted_ = Dispatch(offsets, row_slot, slot_row, tile_expert, tile_row, tile_count, by_size)
-    weights = compute_gradients(ranks, layer, w_in_EGD, w_out_EDF, h, ids, gates, sorted_, activation)
+    weight_gradients = compute_gradients(ranks, layer, w_in_EGD, w_out_EDF, h, ids, gates, sorted_, activation)
     dx, dgates = dy_TD.new_empty(dy_TD.shape), gates.new_empty(experts_TK.shape)
 
-    def inputs():
+    def input_gradients():
         ranks.barrier()
         collect(ranks, experts_TK.contiguous(), len(w_in_EGD), dx, dgates_TK=dgates)
 
-    with beside(inputs, dx):  # in a graph the other ranks' rows arrive beside the gradients of the weights
-        dw_in, dw_out = weights()
+    with beside(input_gradients, dx):  # in a graph the other ranks' rows arrive beside the gradients of the weights
+        dw_in, dw_out = weight_gradients()
     return dx, dw_in, dw_out, dgates
 
 
@@ -285,8 +288,8 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(w_in, w_out, experts, *output[1:], index)
 
 
-# remote_experts(x, w_in, w_out, gates, experts, activation, index): its first result is that of `moe_experts` with all
-# E * W experts, of which this rank gives the weights of its own. The backward pass must follow before the layer's next
+# remote_experts(x, w_in, w_out, gates, experts, activation, index): each rank gives the weights of its own E experts,
+# and the first result is that of `moe_experts` with all W * E. The backward pass must follow before the layer's next
 # forward pass. These ops write into the memory of Ranks, where torch does not see it: a graph must keep their order.
 remote_op, remote_bwd_op, remote_experts = define(
     "remote_experts", remote_fwd, remote_bwd, _fake_fwd, _fake_bwd, _setup_context,

@@ -1,7 +1,8 @@
 """Expert parallelism: tokens travel to the ranks that hold their experts, and back (docs/multi-gpu.md).
 
-They travel by kernels (moe_kernels/remote.py), or on the exact path by two all-to-all collectives per layer and pass,
-for which the host must know the numbers of rows.
+They travel by kernels (moe_kernels/remote.py), or on the exact path by two all-to-all collectives per layer and pass
+(before them, the forward pass exchanges the numbers of rows and the ids of experts in two more). For these the host
+must know the numbers of rows.
 """
 
 import os
@@ -17,12 +18,12 @@ from model import MoE, compute_dtype
 from moe_kernels import moe_experts, remote
 from optimoe.config import require
 
-RUN_MINUTES = 30  # ranks wait so long for one another: rank 0 may be writing a large checkpoint
+RUN_MINUTES = 30  # how long ranks wait for one another: rank 0 may be writing a large checkpoint
 ROOM = 1.5  # rows that a rank has buffers for, as a multiple of its share
 
 
 class Groups(NamedTuple):
-    """The two groups of a rank."""
+    """The two groups of ranks that a rank belongs to."""
 
     experts: dist.ProcessGroup | None  # ranks that hold all experts together; None: all ranks
     index: int  # this rank's number there
@@ -44,7 +45,7 @@ def group_size(cfg, world):
 
 
 def make_groups(size, rank, world):
-    """The Groups of consecutive ranks. All ranks take part."""
+    """The Groups of this rank: every `size` consecutive ranks hold all experts. All ranks must call it."""
     if size == world:
         return Groups(None, rank, world, None, 0, 1)
     ranks = torch.arange(world, device="cpu").view(-1, size)
@@ -71,16 +72,16 @@ class Exchange(torch.autograd.Function):
 
 
 def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu", group=None):
-    """`moe_experts` for this rank's part of w_in and w_out. Pairs are sorted by the rank of their expert.
+    """`moe_experts` for this rank's part of w_in and w_out. (Token, expert) pairs are sorted by their expert's rank.
 
     Any split of the tokens over the ranks of the group works, also none for a rank."""
-    (T, K), own = experts_TK.shape, len(w_in)
-    to_rank_S, order_S = (experts_TK.flatten() // own).sort(stable=True)
+    (T, K), n_own = experts_TK.shape, len(w_in)
+    to_rank_S, order_S = (experts_TK.flatten() // n_own).sort(stable=True)
     sent = torch.bincount(to_rank_S, minlength=dist.get_world_size(group))
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     sent, received = sent.tolist(), received.tolist()
-    ids = Exchange.apply((experts_TK.flatten() % own)[order_S], sent, received, group)
+    ids = Exchange.apply((experts_TK.flatten() % n_own)[order_S], sent, received, group)
     rows = Exchange.apply(x_TD[order_S // K], sent, received, group)
     ones = torch.ones(len(rows), 1, device=rows.device)
     y_SD = moe_experts(rows, w_in, w_out, ones, ids[:, None], impl, activation)
@@ -97,10 +98,10 @@ def experts_nearby(moe, x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, acti
 
 
 def deal_out(model, cfg, device, world, tokens):
-    """With ep, leave each layer its rank's experts, on the device. All ranks must have drawn the same weights. Sets
-    model.limit where tokens travel by kernels.
+    """With parallel=ep, keep in each layer only the experts of this rank, on the device. All ranks must have drawn the
+    same weights. Sets model.limit where tokens travel by kernels.
 
-    tokens: of a rank and micro-batch. ValueError unless the experts can be dealt out."""
+    tokens: number in a micro-batch of one rank. ValueError unless the experts can be dealt out."""
     size = group_size(cfg, world)
     if size == 1:
         return
@@ -113,6 +114,7 @@ def deal_out(model, cfg, device, world, tokens):
         moe.groups, moe.experts = groups, partial(experts_all_to_all, group=groups.experts)
     if not layers or not reachable(cfg, device, groups):
         return
+    # No rank gets more than the second product: all tokens of its group, each with as many of its experts as possible.
     n_rows = int(min(ROOM * cfg.top_k, size * min(cfg.top_k, cfg.n_experts // size)) * tokens)
     sizes = remote.Sizes(len(layers), size, tokens, cfg.top_k, cfg.d_model, n_rows, compute_dtype(cfg, device))
     memories, barrier = open_memory(sizes.lay_out(), device, groups)
@@ -160,7 +162,7 @@ class Limit:
         self.report = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=pinned)  # 2 * steps + over
 
     def look(self, counts_CNE, first, last):
-        """Once in every micro-batch, with the counts of each of the C groups that have all experts."""
+        """To be called once in every micro-batch, with the counts of each of the C groups that hold all experts."""
         rows_CNW = counts_CNE.unflatten(-1, (self.groups.size, -1)).sum(-1)
         over = (rows_CNW > self.n_rows).any()
         self.over = over if first else self.over | over

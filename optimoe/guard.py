@@ -13,7 +13,7 @@ import torch
 from data import files
 from optimoe import checkpoint
 
-BAD = 1  # of window["steps"]: the skipped ones of the steps since the last log line
+BAD = 1  # index into window["steps"]: steps skipped since the last log line
 PATIENCE = 10  # skipped steps in a row that end a run
 
 
@@ -22,37 +22,38 @@ def new_window(cfg, device):
     shape = (0 if cfg.dense else cfg.n_layers, cfg.n_experts)
     return {
         "sums": torch.zeros(4, device=device),  # cross-entropy, balance, z, batches
-        "steps": torch.zeros(2, device=device, dtype=torch.int64),  # all and skipped ones
-        "skipped_in_a_row": torch.zeros((), device=device, dtype=torch.int64),  # up to the latest step, across lines
+        "steps": torch.zeros(2, device=device, dtype=torch.int64),  # all steps, skipped steps
+        "skipped_in_a_row": torch.zeros((), device=device, dtype=torch.int64),  # up to now; log lines do not reset it
         "counts_NE": torch.zeros(shape, device=device, dtype=torch.int64),
         "probs_NE": torch.zeros(shape, device=device),
     }
 
 
 def loss_limit(cfg):
-    """Cross-entropy of an exploded step: half as much again as guessing evenly costs."""
+    """Cross-entropy above which a step has exploded: by default 1.5 times what guessing evenly costs, plus 1."""
     return cfg.max_loss or 1.5 * math.log(cfg.vocab_size) + 1
 
 
 @torch.no_grad()
 def judge(window, loss, grad_norm, cfg, discard=None):
-    """float32 scalar, 1 where this step must be skipped. Counts in "steps" and "skipped_in_a_row" of the window.
+    """float32 scalar, 1 if this step must be skipped. Updates "steps" and "skipped_in_a_row" of the window.
 
     discard: None, or a bool scalar: the step will be repeated, and is skipped without being counted."""
-    steps, row = window["steps"], window["skipped_in_a_row"]
+    steps, in_a_row = window["steps"], window["skipped_in_a_row"]
     bad = ~(grad_norm.isfinite() & (loss <= loss_limit(cfg)))  # so written, a NaN is bad
     if cfg.bad_steps == "stop":
-        bad = bad | (row > 0)
-    added, in_a_row = torch.stack([torch.ones_like(bad), bad]), (row + 1) * bad
+        bad = bad | (in_a_row > 0)
+    added, new_in_a_row = torch.stack([torch.ones_like(bad), bad]), (in_a_row + 1) * bad
     if discard is not None:
-        added, in_a_row, bad = added & ~discard, torch.where(discard, row, in_a_row), bad | discard
+        added, new_in_a_row = added & ~discard, torch.where(discard, in_a_row, new_in_a_row)
+        bad = bad | discard
     steps.add_(added)
-    row.copy_(in_a_row)
+    in_a_row.copy_(new_in_a_row)
     return bad.float()
 
 
 def remedy(run_dir, lr):
-    """What to do. Every checkpoint is sound: weights that are not finite are never saved."""
+    """What the user can do. Every checkpoint is sound: weights that are not finite are never saved."""
     found = checkpoint.find(run_dir)
     goes_on = f"goes on from {found[-1][1].name}" if found else "starts again, as there is no checkpoint yet"
     return f"use a lower lr: --resume={run_dir} --lr={min(lr / 2, 1e-2):.2g} {goes_on}"
@@ -71,11 +72,11 @@ class Watch:
         self.cursors = []
 
     def remember(self):
-        """Before each step."""
+        """To be called before each step."""
         self.cursors.append(self.loader.state_dict())
 
     def forget(self):
-        """After each log line."""
+        """To be called after each log line."""
         del self.cursors[:-PATIENCE]
         for name, sums in self.window.items():
             if name != "skipped_in_a_row":
@@ -123,8 +124,8 @@ def dump(path, model, loader, cursor, cfg, step):
     for name, p in reversed(list(model.named_parameters())):  # as the backward pass runs
         if p.grad is not None:
             look(name, p.grad, "the gradient of {} is the first that is not finite")
-    first = [row["what"].format(row["name"]) for row in rows if not row["finite"]]
-    first = [*first, f"above the limit max_loss={loss_limit(cfg):.3g}"][0]
+    broken = [row["what"].format(row["name"]) for row in rows if not row["finite"]]
+    first = broken[0] if broken else f"above the limit max_loss={loss_limit(cfg):.3g}"
     found = {"step": step, "loss": list(map(as_json, losses)), "first": first, "seen": rows}
     files.replace(path, json.dumps(found | {"cursor": cursor, "tokens": batches}))
     return sum(losses) / len(losses), first

@@ -1,10 +1,10 @@
-"""Learning-rate schedules, AdamW, and Muon for the matrices inside blocks beside AdamW for the rest.
+"""Learning-rate schedules, AdamW, and Muon, which takes the matrices inside blocks and leaves the rest to AdamW.
 
 Muon (kellerjordan.github.io/posts/muon) replaces the gradient's momentum M = U S V^T by about U V^T. Scaled by 0.2
 sqrt(longer side) (arXiv 2502.16982) its step is as long as AdamW's: one learning rate and one decay serve both.
 Matrices stacked in a parameter (experts; gate and up; query, key and value) are made orthogonal one by one.
 
-A CUDA graph can capture a step: it neither waits for the device nor allocates after the first one. Learning rates may
+A CUDA graph can capture a step: it does not wait for the device, and only the first one allocates. Learning rates may
 be 0-d tensors. Shapes: N matrices in a batch, each (A, B).
 """
 
@@ -18,12 +18,12 @@ from moe_kernels.muon import COEFFICIENTS, ROUNDS, fits, muon_update
 
 
 def lr_at(step, cfg):
-    """Learning rate of step 0 .. steps-1: linear warm-up to lr, then down to min_lr_frac * lr."""
+    """Learning rate of step 0 .. steps-1: linear warm-up to lr, then decay to min_lr_frac * lr."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     wsd = cfg.schedule == "wsd"
-    start = max(cfg.warmup_steps, (1 - cfg.decay_frac) * cfg.steps if wsd else 0)  # of the decay
-    progress = max(0.0, (step - start) / max(1, cfg.steps - start))
+    decay_start = max(cfg.warmup_steps, (1 - cfg.decay_frac) * cfg.steps if wsd else 0)
+    progress = max(0.0, (step - decay_start) / max(1, cfg.steps - decay_start))
     share = 1 - progress if wsd else 0.5 * (1 + math.cos(math.pi * progress))
     return cfg.lr * (cfg.min_lr_frac + (1 - cfg.min_lr_frac) * share)
 
@@ -94,7 +94,7 @@ class AdamW(torch.optim.AdamW):
         steps = [step for *_, step, _, _ in large]
         skip = torch.zeros((), device=steps[0].device) if self.found_inf is None else self.found_inf
         scale = torch.ones_like(skip) if self.scale is None else self.scale
-        torch._foreach_add_(steps, [1 - skip] * len(steps))  # given a tensor instead, the host would wait to read it
+        torch._foreach_add_(steps, [1 - skip] * len(steps))  # a list: the host would wait to read a single tensor
         settings = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
         for *tensors, copy, seed in large:
             adamw_step(*tensors, *settings, scale, skip, copy, seed)
@@ -114,7 +114,8 @@ def orthogonalize(m_NAB):
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups of equally shaped parameters, (A, B) or (E, A, B), with `rows`: those of each matrix stacked in them."""
+    """Each group has parameters of one shape, (R, B) or (E, R, B), and `rows`: how many of the R rows each of the
+    matrices stacked in them has."""
 
     found_inf = scale = None
 
@@ -158,7 +159,7 @@ class Muon(torch.optim.Optimizer):
         parts = [orthogonalize(m) * (0.2 * math.sqrt(max(m.shape[-2:]))) for m in ahead_NAB.split(group["rows"], -2)]
         update_NAB = torch.cat(parts, -2)
         if experts:
-            # An expert without tokens must not move: its fading momentum would become a full step.
+            # An expert without tokens only decays: orthogonalized, its fading momentum would be a full step.
             update_NAB = update_NAB * (grads[0].abs().amax((-2, -1), keepdim=True) > 0)
         updates = update_NAB.view(len(batch), *ahead[0].shape)
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
@@ -229,7 +230,7 @@ class Together:
 
 
 def stacked_rows(name, shape, cfg):
-    """The rows of each matrix stacked in a weight of model.GPT."""
+    """How many rows each of the matrices has that are stacked in a weight of model.GPT, in order."""
     if name.endswith("attn.qkv.weight"):
         return [n * cfg.head_dim for n in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)]
     return [shape[-2] // 2] * 2 if name.endswith(("w_in", "gate_up.weight")) else [shape[-2]]
@@ -241,11 +242,12 @@ def is_hidden(name, p):
 
 
 def make_optimizer(model, cfg, piece=None):
-    """AdamW, or Muon for the matrices inside blocks other than the router, as cfg.optimizer says. Norms do not decay.
+    """AdamW for all, or Muon for the matrices inside blocks other than the router, as cfg.optimizer says. Norms do not
+    decay.
 
-    AdamW turns those matrices into bfloat16, in place (docs/optimizer.md): with cfg.weights == "bfloat16" they are the
-    weights, else copies of them where that changes no value. piece(p): the part of dimension 0 of a parameter that this
-    rank updates (Muon's 2-D matrices are always whole)."""
+    With AdamW those matrices become bfloat16 in the model, in place (docs/optimizer.md). With cfg.weights == "bfloat16"
+    they are the weights. Else they are copies of float32 weights, but only where that changes no value.
+    piece(p): the part of dimension 0 of a parameter that this rank updates (Muon's 2-D matrices are always whole)."""
     copied = cfg.weights == "float32" and model.dtype == torch.bfloat16 and cfg.grad_accum == 1
     hidden, experts, matrices, norms, copies = {}, [], [], [], {}
     piece = piece or (lambda p: p)
@@ -265,7 +267,7 @@ def make_optimizer(model, cfg, piece=None):
         (experts if p.ndim == 3 else matrices if p.ndim == 2 else norms).append(own)
     device = model.embed.weight.device
     lr = torch.tensor(cfg.lr, device=device) if device.type == "cuda" else cfg.lr  # a CUDA graph sees it change
-    # Experts have a group of their own because checkpoints have.
+    # Experts have a group of their own because they have one in checkpoints.
     decays = (matrices, cfg.weight_decay), (norms, 0.0), (experts, cfg.weight_decay)
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in decays if ps]
     parts = [AdamW(groups, lr, (cfg.beta1, cfg.beta2), cfg.eps, copies, cfg.seed)]

@@ -21,30 +21,30 @@ from optimoe.optim import Together, make_optimizer, total_norm
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-SLICED_FROM = 2**20  # values from which the update of a tensor is divided among the ranks
+SLICED_FROM = 2**20  # a tensor of so many values or more is updated in slices, one on each rank
 AHEAD = 2  # layers whose weights are gathered while one runs
 
 
 def connect(device, **options):
     """Start the process group of all ranks. options: of init_process_group."""
-    # Its functions have the present group as a default: if dynamo imported the module later, they would keep the group.
+    # Its functions take the group of the import as a default: imported later, by dynamo, they would keep it alive.
     import torch.distributed.nn.functional  # noqa: F401
 
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
 
 
 def runner():
-    """How this process was started: by python, or by torchrun with so many ranks on this machine."""
+    """The command that started this process: python, or torchrun with its number of ranks on this machine."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return "python" if ranks == "1" else f"torchrun --nproc-per-node={ranks}"
 
 
 def own_place():
-    """(rank, its number on this machine, number of ranks). ValueError for an environment that no torchrun has made."""
+    """[rank, its number on this machine, number of ranks]. ValueError for an environment that no torchrun has made."""
     place, remedy = [], "torchrun sets it: start all ranks with it, or unset WORLD_SIZE for a single process"
-    for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        text = os.environ.get(name, alone)
-        require(text.isdecimal() and int(text) >= (name == "WORLD_SIZE"), name, text, remedy)
+    for name, least in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):  # a single process has the least values
+        text = os.environ.get(name, str(least))
+        require(text.isdecimal() and int(text) >= least, name, text, remedy)
         place.append(int(text))
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if place[-1] > 1 and name not in os.environ]
     require(not missing, "WORLD_SIZE", place[-1], f"it needs {', '.join(missing)} too; {remedy}")
@@ -72,14 +72,17 @@ def average(tensors, group=None):
 
 
 def layer_of(name, cfg):
-    """The block before which a weight of model.GPT is needed; n_layers for those of the output layer."""
-    return int(name.split(".")[1]) if name.startswith("blocks.") else 0 if name.startswith("embed.") else cfg.n_layers
+    """The number of the first block that needs a weight of model.GPT; n_layers for weights of the output layer."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1])
+    return 0 if name.startswith("embed.") else cfg.n_layers
 
 
 class Sharded(Together):
     """The optimiser of one rank. Its state_dict has checkpoint.Pieces where the rank holds a part of a tensor.
 
-    synchronize: whether backward passes average gradients over the ranks; only the last micro-batch of a step does."""
+    synchronize: whether the backward pass averages gradients over the ranks. The caller sets it: true for the last
+    micro-batch of a step only."""
 
     synchronize = True
 
@@ -91,15 +94,15 @@ class Sharded(Together):
         self.next_layer = cfg.n_layers + 1  # the first layer whose weights have not been asked for in this step
         layers = [moe for moe in model.modules() if isinstance(moe, MoE) and len(moe.w_in) < cfg.n_experts]
         self.groups = layers[0].groups if layers else None
-        self.dealt = {p for moe in layers for p in (moe.w_in, moe.w_out)}
+        self.dealt = {p for moe in layers for p in (moe.w_in, moe.w_out)}  # weights of this rank's experts
         super().__init__(*make_optimizer(model, cfg, self._slice).parts)
         sliced = set(self.full.values())
-        self.whole = [p for moe in layers for p in (moe.w_in, moe.w_out) if p not in sliced]
+        self.whole = [p for moe in layers for p in (moe.w_in, moe.w_out) if p not in sliced]  # of those, not sliced
         self.exact = {}  # parameter of which this rank has a part -> that part, as the optimiser holds it
         self.places = {}  # such a part -> the other fields of its checkpoint.Piece
-        copies = {copy: p for p, copy in self.copies.items()}
+        float32_of = {copy: p for p, copy in self.copies.items()}
         for piece, p in [*self.full.items(), *((p, p) for p in self.whole)]:
-            self.exact[p] = copies.get(piece, piece)
+            self.exact[p] = float32_of.get(piece, piece)
             index, parts = (self.groups.index, self.groups.size) if p in self.dealt else (0, 1)
             _, number, size = self.holders(p)
             place = (index * size + number, parts * size) if p in sliced else (index, parts, number)
@@ -123,6 +126,7 @@ class Sharded(Together):
         if size == 1 or p.numel() < SLICED_FROM or p.shape[0] % size:
             return p
         piece = torch.nn.Parameter(p.detach().chunk(size)[number])
+        # make_optimizer asks again after it has changed the dtype of a parameter: only the last slice counts.
         self.full = {other: of for other, of in self.full.items() if of is not p} | {piece: p}
         return piece
 
@@ -134,10 +138,12 @@ class Sharded(Together):
             self.reduced[p] = own, reduce_scatter(own, grad, group=group, async_op=True)
 
     def _gradients(self):
-        """The gradients of what only this rank has, of experts that a rank of each group has, and of the rest."""
+        """Three lists of gradients: that only this rank has, of experts that one rank of each group has, and that all
+        ranks have."""
         grads = lambda params: [p.grad for p in params if p.grad is not None]
         own, experts = grads(self.full), grads(self.whole)
-        own, experts = (own, experts) if self.groups and self.groups.copies else (own + experts, [])
+        if not (self.groups and self.groups.copies):  # no other rank has this rank's experts
+            own, experts = own + experts, []
         return own, experts, grads(p for p in self.model.parameters() if p not in self.exact)
 
     def average_gradients(self):
@@ -160,13 +166,13 @@ class Sharded(Together):
         return norm_over_ranks(counted, plain) if self.exact else total_norm(plain)
 
     def begin_step(self):
-        """The weights are old now: the model asks for those of each layer before it runs."""
+        """From now on the weights are old: the model asks for those of each layer before the layer runs."""
         self.next_layer = 0
 
     def _wait(self, layer):
         """Wait for the weights of a layer, and ask for those of the next ones.
 
-        Requested all at once, they overlapped with nothing in a CUDA graph (8 ms of 163 on two H200s)."""
+        When all were asked for at once, they overlapped with nothing in a CUDA graph (8 ms of 163 on two H200s)."""
         while self.next_layer <= min(layer + AHEAD, len(self.pieces) - 1):
             gathers = self.gathers[self.next_layer] = []
             for piece, p in self.pieces[self.next_layer]:
@@ -189,7 +195,7 @@ class Sharded(Together):
         super().load_state_dict(self._map(states, lambda t, index, parts, *_: t.chunk(parts)[index].clone()))
 
     def _map(self, states, change):
-        """The states, changed where they belong to a part of a parameter."""
+        """The states, with change(tensor, *place) of each tensor that belongs to a part of a parameter."""
         mapped = []
         for optimizer, state in zip(self.parts, states, strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -14,7 +14,7 @@ from study.results import MIN_SEEDS, accuracy, lines, loss, tune
 from study.rules import RISE, interval, rises, slope, solution_loss
 
 MASTERED = 0.1  # nats per token: a line whose solutions cost less everywhere has nothing to lose
-COMPARABLE = 0.05  # training losses within this share of each other count as equal; those of two seeds differ as much
+COMPARABLE = 0.05  # training losses within this share of each other count as equal: two seeds differ as much
 LEARNED = 0.8  # share of whole solutions from which a run has learned to solve problems
 BRACKET = (10, 40)  # tokens per parameter, around the paper's optimum
 
@@ -37,19 +37,20 @@ class Test(NamedTuple):
 
 
 def decide(test):
-    mean, low, high = interval(test.effects.values())
+    """The verdict of one test, by the interval of its effects."""
     if len(test.effects) < MIN_SEEDS:
         return "undecided"
+    mean, low, high = interval(test.effects.values())
+    supported, refuted = low > 0 and mean >= test.margin, high < test.margin
     if test.little:
-        outside = max(low, -high) > test.margin
-        return "supported" if max(-low, high) < test.margin else "not supported" if outside else "undecided"
-    return "supported" if low > 0 and mean >= test.margin else "not supported" if high < test.margin else "undecided"
+        supported, refuted = max(-low, high) < test.margin, max(low, -high) > test.margin
+    return "supported" if supported else "not supported" if refuted else "undecided"
 
 
 def overall(tests):
-    """The verdict of the paired runs that vote with enough seeds, or if there are none, of the unpaired ones.
+    """The verdict of the paired tests that vote and have enough seeds, or if there are none, of the unpaired ones.
 
-    At least half of the votes decide if none says the opposite; opposite votes make the verdict mixed."""
+    A verdict needs at least half of the votes, and no vote for the opposite; opposite votes make it mixed."""
     voting = [test for test in tests if test.votes and len(test.effects) >= MIN_SEEDS]
     found = [decide(test) for test in [test for test in voting if test.paired] or voting]
     if {"supported", "not supported"} <= set(found):
@@ -100,7 +101,7 @@ def silent(where, tuned, task, note="", decisive=False):
 
 
 def tuned_lines(rows, task):
-    """[(Regime, {k: Tuned})] with the lines of a regime that have as many seeds as the best of them."""
+    """Yields (Regime, {k: Tuned}), with the lines of the regime that have the most seeds of all its lines."""
     found = defaultdict(dict)
     for (where, k), line in lines(rows).items():
         if one := tune(line, task):
@@ -193,9 +194,9 @@ def optimum_near_20(rows):
 
 
 def trends(rows, place, x, label, unit, sign=1, span=0.0):
-    """A Test for every three or more lines of word problems of one place(regime, k): the slope over x(regime, Tuned),
-    which must span at least `span`, of the rise of the unseen-solution loss per doubling of E. Lines that may not vote
-    are left out where three others may."""
+    """A Test for every place(regime, k) with three or more lines of word problems. The rise of a line
+    is that of the unseen-solution loss per doubling of E. The effect is `sign` times the slope of the rises over
+    x(regime, Tuned), which must span at least `span`. Lines that may not vote are left out where three others may."""
     groups = defaultdict(list)
     for where, by_k in tuned_lines(rows, "problems"):
         for k, one in by_k.items() if where.kind == "mixture" else ():
@@ -211,7 +212,7 @@ def trends(rows, place, x, label, unit, sign=1, span=0.0):
 
 
 def dose_response(rows):
-    """Regimes that differ in the number of problems alone: how much the rise falls per doubling of problems."""
+    """How much the rise falls per doubling of the problems, over regimes that differ in nothing else."""
     numbers = lambda regimes: ", ".join(str(where.unique) for where in regimes)
     yield from trends(
         [row for row in rows if row["run"]["unique"]],
@@ -237,8 +238,8 @@ def more_active_moves(rows):
 
 
 def denser_at_equal_loss(rows):
-    """A regression on training loss (quadratic) and log2 k/E, over final and earlier points of the runs at the
-    best rates for solutions."""
+    """A regression of the loss of solutions on training loss (quadratic) and log2 k/E, over final and earlier points of
+    the runs at the best rates for solutions."""
     pooled, why = defaultdict(lambda: defaultdict(list)), defaultdict(dict)
     for where, by_k in tuned_lines(rows, "problems"):
         name, by_k = where._replace(tokens=0, people=0), voters(where, by_k, "problems")
@@ -269,7 +270,7 @@ def at_equal_loss(members):
     return float(np.linalg.lstsq(design, y, rcond=None)[0][3])
 
 
-SPREADS = (  # task, what it costs, margin, unit, name
+SPREADS = (  # task, what it costs in a row, margin, unit, name
     ("train", lambda row: 100 * math.log(row["train_loss"]), 100 * COMPARABLE, "%", "training loss"),
     ("facts", lambda row: loss(row, "facts"), 0.1, "nats", "facts"),
     ("problems", solution_loss, RISE, "nats", "solutions"),
@@ -277,7 +278,7 @@ SPREADS = (  # task, what it costs, margin, unit, name
 
 
 def top_k_alone(rows):
-    """The effect of k where k F and E F are the same: the best k against the worst, both chosen by the other seeds."""
+    """How much the worst k loses against the best, where k F and E F are the same. The other seeds choose both k."""
     groups = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for row in results.counted(rows):
         run, where = row["run"], results.regime(row)._replace(d_expert=0)
@@ -297,7 +298,7 @@ def top_k_alone(rows):
 
 
 def spread(tuned, value):
-    """{seed: value(row) where the other seeds' mean is largest, minus that where it is smallest}"""
+    """{seed: value(row) at the x where the other seeds' mean is largest, minus that at the x where it is smallest}"""
     effects = {}
     for seed in tuned.seeds:
         means = {x: np.mean([value(r) for s, r in cell.items() if s != seed]) for x, cell in tuned.cells.items()}
@@ -307,8 +308,9 @@ def spread(tuned, value):
 
 
 def gentler_training(rows):
-    """Loss of unseen solutions at the next lower rate than the one with the best training loss, where the training
-    losses are comparable. Means over the seeds choose both rates, so that no lucky seed does."""
+    """How much the loss of unseen solutions falls per halving of the rate, from the rate with the best training loss to
+    the next lower one with a comparable training loss. Means over the seeds choose both rates, so that no lucky seed
+    does."""
     found = {True: defaultdict(list), False: defaultdict(list)}
     for (where, _), line in lines(rows, 1).items():
         for rates in line.values() if where.kind == "mixture" else ():
@@ -335,8 +337,8 @@ def gentler_training(rows):
 
 def still_lost(rows, remedies):
     """Points lost from the best E to the largest, before and with each remedy {name: (when, measure)}, from rows of
-    study.posttrain. No vote where it is not shown that anything was lost before."""
-    if all(when == "before" for when, _ in remedies.values()):  # whatever the model was post-trained with later
+    study.posttrain. A remedy has no vote where no loss before it is shown."""
+    if all(when == "before" for when, _ in remedies.values()):  # how a model was post-trained later does not matter
         rows = list({(row["checkpoint"], row["seed"], row["n_experts"], row["top_k"]): row for row in rows}.values())
     for (d, k, same), cells in posttrain.families(rows).items():
         settings, training = json.loads(same)

@@ -19,7 +19,7 @@ from study.execute import BEFORE, Run, key
 TASKS = {"facts": "facts", "problems": "solutions", "mano": "mental arithmetic"}
 MIN_SEEDS = 3
 LIMITS = (7e-4, 0.1)  # of learning rates: no search goes beyond
-# Keys of every row, the first written first.
+# Keys of every row, for `read` and `append`.
 ROW = tuple("key run lr diverged tokens tpp params flops points tokens_per_s seconds jobs device".split())
 REMEDY = "restore the file or delete the line"
 
@@ -27,7 +27,8 @@ REMEDY = "restore the file or delete the line"
 def read(path, needed=ROW, optional=False):
     """The rows of a results file, without a last line torn by a crash. ValueError for other damage and other files.
 
-    needed: keys of every row, the first written first. optional: a missing file has no rows."""
+    needed: keys of every row; each line begins with the first of them. optional: a missing file has
+    no rows, instead of raising FileNotFoundError."""
     path = Path(path)
     if not optional and not path.exists():
         raise FileNotFoundError(f"{path}: no such results file; check the path")
@@ -37,7 +38,7 @@ def read(path, needed=ROW, optional=False):
 def parsed(content, path, needed, first=1):
     """(rows, their length in bytes) of the content of a results file from line `first` on, without a torn last line."""
     rows, size = [], 0
-    for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", content), first):  # splitlines also splits at \\r
+    for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", content), first):  # splitlines also splits at \r
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
@@ -62,9 +63,9 @@ def checked(row, where):
         if name != "revision" and isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value):
             raise ValueError(f"{where}: damaged, it holds {name!r} and no checksum; {REMEDY}")
     row = files.check(row, where, REMEDY)
-    if "key" not in row:  # of study.posttrain
+    if "key" not in row:  # a row of study.posttrain
         return row
-    if not row["run"]["lr"]:  # the first sweep planned without a rate: it is the run with the rate that it took
+    if not row["run"]["lr"]:  # planned without a rate by the first sweep: it is the run with the rate that it took
         row |= {"run": row["run"] | {"lr": row["lr"]}, "key": None}
     try:
         run = Run(**BEFORE | row["run"])
@@ -76,7 +77,7 @@ def checked(row, where):
 
 
 def append(path, row, needed=ROW):
-    """One more signed line; a torn last line is removed. Several processes may do so at once."""
+    """Append one signed line, after removing a torn last line. Several processes may do so at once."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -85,7 +86,7 @@ def append(path, row, needed=ROW):
         last = content.rfind(b"\n") + 1
         end = last + parsed(content[last:], path, needed, content.count(b"\n") + 1)[1]
         file.truncate(end)
-        begin = b"\n" if end > last else b""  # after a whole line that lacks its end
+        begin = b"\n" if end > last else b""  # a whole last line may lack its line break
         file.write(begin + json.dumps(files.sign(row)).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -105,15 +106,15 @@ def loss(row, task):
 
 
 def distinct(rows):
-    """The first row of every run. Others are the same run again, with slightly different numbers on a GPU."""
+    """The first row of every run. Later rows are the same run again, with slightly different numbers on a GPU."""
     return list({row["key"]: row for row in reversed(rows)}.values())[::-1]
 
 
 def counted(rows):
-    """The runs that may vote, once each. With k = 1 the normalised gate is always 1, so the loss trains no router; with
-    other initial weights, or on text, runs of the first edition are another study."""
-    may = lambda run: run["top_k"] > 1 and run["init_std"] == Run.init_std and not run["data"]
-    return [row for row in distinct(rows) if may(row["run"])]
+    """The runs that may vote, one row of each. Those with k = 1 may not: their normalised gate is always 1, so the loss
+    trains no router. Runs of the first edition with other initial weights, or on text, are another study."""
+    may_vote = lambda run: run["top_k"] > 1 and run["init_std"] == Run.init_std and not run["data"]
+    return [row for row in distinct(rows) if may_vote(row["run"])]
 
 
 HIDDEN = "n_experts top_k init_std lr seed data data_tokens".split()  # fields that do not distinguish regimes
@@ -125,7 +126,7 @@ class Regime(NamedTuple("Regime", [(name, object) for name in REGIME])):
 
     @property
     def usual(self):
-        """Whether it is the study's usual one, apart from the number of problems."""
+        """Whether it is the study's usual regime, apart from the number of problems."""
         fields = (self.d_model, self.d_expert, self.tokens, self.optimizer, self.kind, self.paired)
         return fields == (128, 64, 2**24, "muon", "mixture", True)
 
@@ -158,7 +159,7 @@ class Tuned(NamedTuple):
 
     cells: dict  # {x: {seed: row}}, the same seeds at every x
     rates: dict  # {x: rate}
-    edges: list  # every x whose best rate is the lowest or highest tried, although LIMITS lie beyond
+    edges: list  # every x whose best rate is the lowest or highest tried, although LIMITS allow one beyond it
     single: list  # every x with one rate only
 
     @property
@@ -185,8 +186,12 @@ def tune(line, task):
         mean = {rate: sum(loss(seeds[s], task) for s in common) / len(common) for rate, seeds in full.items()}
         best[x] = min(sorted(mean), key=mean.get)
         cells[x] = {s: row for s, row in full[best[x]].items() if not row["diverged"]}
-        low, high = best[x] == min(full) and best[x] / 2 > LIMITS[0], best[x] == max(full) and best[x] * 2 < LIMITS[1]
-        (single if len(full) == 1 else edges if low or high else []).append(x)
+        lowest = best[x] == min(full) and best[x] / 2 > LIMITS[0]
+        highest = best[x] == max(full) and best[x] * 2 < LIMITS[1]
+        if len(full) == 1:
+            single.append(x)
+        elif lowest or highest:
+            edges.append(x)
     seeds = set.intersection(*map(set, cells.values())) if cells else set()
     cells = {x: {s: cell[s] for s in sorted(seeds)} for x, cell in cells.items()}
     return Tuned(cells, best, edges, single) if seeds else None
