@@ -23,7 +23,7 @@ GENERATION = dict(until=(), max_gen_toks=256, do_sample=True, temperature=0.0, t
 class LMEvalConfig(load.ModelChoice):
     tasks: tuple[str, ...] = ()  # lm-eval's tasks and groups, or files of your own in its form (.yaml)
     shots: int | None = None  # examples in front of each question; none: as the task says
-    limit: int = 0  # only the first items of each task, this many; 0: all
+    limit: int = 0  # only this many items of each task, the first ones; 0: all
     out: str = ""  # directory of the results; empty: RUN/eval-STEP, with --hf: HF/eval
 
 

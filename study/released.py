@@ -75,7 +75,7 @@ class ReleasedConfig:
     out: str = "runs/released"  # directory of the records of each item, and of the figures
     own: str = "study/results.jsonl"  # rows of study.sweep, for the same figures; empty: none
     evaldata: str = ""  # folder of evaluation sets, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
-    limit: int = 0  # only the first items of each task, this many; 0: all
+    limit: int = 0  # only this many items of each task, the first ones; 0: all
     batch_size: int = 64  # sequences generated at a time
     keep: bool = False  # keep the weights of evaluated models; those that were there before stay anyway
     calibrate: bool = True  # measure the known model first, and stop where it differs by more than 1 %
