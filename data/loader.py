@@ -55,9 +55,7 @@ class Loader:
         self.sources = [_Source(directory, split, seq_len, seed + i) for i, (directory, _) in enumerate(sources)]
         first = self.sources[0]
         for source in self.sources:
-            remedy = (
-                f"its tokenizer is not the tokenizer of {first.directory}; prepare one with --tokenizer of the other"
-            )
+            remedy = f"its tokenizer is not that of {first.directory}; prepare one with --tokenizer of the other"
             require(source.tokenizer == first.tokenizer, "data", str(source.directory), remedy)
         self._drawn = [0] * len(sources)  # samples of each source in the batches handed out: the cursor
         self._planned = [0] * len(sources)  # and in those being prepared too; used by the thread alone

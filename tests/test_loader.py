@@ -136,7 +136,7 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="seq_len=400: a window needs 401 tokens, .* has 400"):
         Loader([(data, 1.0)], "train", 2, 400)
     other = write(tmp_path / "b", 100, enc=tokenizer.word_tokenizer([" x"]))
-    with pytest.raises(ValueError, match="not the tokenizer of .*--tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer is not that of .*--tokenizer"):
         Loader([(data, 1.0), (other, 1.0)], "train", 2, L)
     path = tmp_path / "a" / "train-00003.bin"
     path.write_bytes(path.read_bytes()[:-1])
