@@ -175,7 +175,7 @@ def test_an_existing_tokenizer_is_reused_and_mixes(corpus, tmp_path):
     assert documents(tmp_path / "b", "train")[0] in corpus[1]
     tokens, targets = Loader([(tmp_path / "a", 1.0), (tmp_path / "b", 2.0)], "train", 6, 32).next()
     assert tokens.shape == targets.shape == (6, 32)
-    with pytest.raises(ValueError, match="not the tokenizer of"):
+    with pytest.raises(ValueError, match="tokenizer is not that of"):
         Loader([(tmp_path / "a", 1.0), (tmp_path / "c", 1.0)], "train", 6, 32)
 
 
