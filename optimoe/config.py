@@ -59,6 +59,8 @@ def shown(value):
 def make_directory(path, name, value):
     """The directory as a Path, made if missing. ValueError blames the field `name` where nothing can be written."""
     path = Path(path)
+    remedy = "its name is not UTF-8, which torch cannot open; name another directory"
+    require(str(path) == str(path).encode(errors="replace").decode(), name, value, remedy)
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -116,9 +118,10 @@ def parse(cls, argv=None, description="", start=None):
     flags = split_flags(cls, argv)
     values = _start(cls, flags, start) | _converted(cls, {name: flags[name] for name in flags if name != "config"})
     for field in dataclasses.fields(cls):
-        missing = field.name not in values and field.default is field.default_factory is dataclasses.MISSING
-        empty = values.get(field.name) == () != field.default  # a list that chooses nothing
-        require(not missing and not empty, field.name, "", "it is required; --help lists the fields")
+        required = field.default is field.default_factory is dataclasses.MISSING
+        value = values.get(field.name, "" if required else field.default)  # "" may be a shell variable that is not set
+        empty = value == "" and required or value == () != field.default  # a list that chooses nothing
+        require(not empty, field.name, "", "it is required; --help lists the fields")
     return cls(**values)
 
 

@@ -249,6 +249,9 @@ def test_a_directory_that_cannot_be_written_is_named_by_its_field(tmp_path):
             ValueError, match=f"out='given': nothing can be written to {path} .*; name another directory"
         ):
             config.make_directory(path, "out", "given")
+    with pytest.raises(ValueError, match=r"out='o\\udcff': its name is not UTF-8"):
+        config.make_directory(tmp_path / "o\udcff", "out", "o\udcff")
+    assert not (tmp_path / "o\udcff").exists()
 
 
 def test_a_file_that_cannot_be_written_is_named_by_its_field(tmp_path):
@@ -286,8 +289,9 @@ def test_positional_words_and_lists(capsys):
     assert config.parse(Words, ["a", "b", "--batch=2,3", "c"]) == Words("a", ("b", "c"), (2, 3))
     with pytest.raises(ValueError, match="batch='x'"):
         config.parse(Words, ["a", "--batch=2,x"])
-    with pytest.raises(ValueError, match="run"):
-        config.parse(Words, [])
+    for words in ([], [""]):
+        with pytest.raises(ValueError, match="run='': it is required"):
+            config.parse(Words, words)
     assert config.parse(Words, ["a", "--files="]) == Words("a")  # whose default is empty too
     with pytest.raises(ValueError, match="batch='': it is required"):
         config.parse(Words, ["a", "--batch="])
