@@ -56,6 +56,8 @@ def parse(argv, description):
     cfg = config.parse(StepConfig, [*small, *argv], description)
     remedy = "the step runs on the GPU where there is one, else on the CPU; leave it out"
     config.require(cfg.device in ("auto", "cuda" if cuda else "cpu"), "device", cfg.device, remedy)
+    remedy = "random weights are timed; use --config=RUN/config.json for the settings of a run"
+    config.require(not cfg.resume, "resume", cfg.resume, remedy)
     pick_device(cfg)  # refuses an impl that cannot run there
     return dataclasses.replace(cfg, vocab_size=cfg.vocab_size or preset_fields(cfg.preset).get("vocab_size", 320))
 

@@ -57,6 +57,9 @@ class PosttrainConfig(grpo.GRPOConfig):
         remedy = "greedy votes are all equal; use more than 0"
         require(self.vote_temperature > 0, "vote_temperature", self.vote_temperature, remedy)
         require(self.samples & (self.samples - 1) == 0, "samples", self.samples, "use a power of two")
+        for name in ("model", "out_dir", "resume"):
+            remedy = "every model of --runs has a run of its own, which goes on by itself; leave it out"
+            require(not getattr(self, name), name, getattr(self, name), remedy)
         remedy = "only word problems are compared here; grpo.py and eval.votes do the others"
         require(self.task == "reasoning", "task", self.task, remedy)
 

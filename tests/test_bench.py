@@ -385,6 +385,7 @@ def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_p
         (kernels.main, "1,2,3", "shape '1,2,3': expected T,D,F,E,K"),
         (step.main, "--frobnicate=1", "unknown field 'frobnicate'"),
         (step.main, "--repeats=0", "repeats=0: use 1 or more"),
+        (step.main, "--resume=runs/x", "resume='runs/x': random weights are timed; use --config=RUN/config.json"),
         (step.main, "--n_layers=1000000", "GiB of memory or more"),
         (generation.main, "--preset=foo", "preset='foo': use tiny or paper-"),
         (generation.main, "--repeats=0", "repeats=0: use 1 or more"),

@@ -70,6 +70,7 @@ def test_what_would_fail_after_the_work_is_refused_before_it(runs, monkeypatch):
     monkeypatch.setattr(posttrain, "posttrain", None)
     for flag, message in (
         ("--results=/proc/x.jsonl", "results='/proc/x.jsonl': nothing can be written"),
+        ("--out_dir=x", "out_dir='x': every model of --runs has a run of its own"),
         ("--vote_top_p=7", "vote_top_p=7.0: use a number above 0, at most 1"),
         ("--vote_temperature=0", "vote_temperature=0.0: greedy votes are all equal"),
     ):
