@@ -192,6 +192,8 @@ def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
     # torch.compile changes Triton's ptxas while a process runs, so the usual cache may have PTX too new for this ptxas.
     knobs.cache.dir = str(Path(knobs.cache.dir, "offline"))
+    if cfg.out:
+        config.make_directory(cfg.out, "out", cfg.out)
     shapes, archs = zip(*product(cfg.shapes, cfg.arch), strict=True)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("fork")) as pool:
         rows = [row for rows in pool.map(partial(compile_shape, cfg), shapes, archs) for row in rows]

@@ -36,6 +36,12 @@ class Config(BenchConfig):
     def start_fields(flags):
         return {} if torch.cuda.is_available() else dict(preset="tiny", batches=(1, 4), prompt=16, new=16)
 
+    def __post_init__(self):
+        preset_fields(self.preset)
+        config.check_range(self, "prompt new", 1, 2**21)
+        config.check_range(self, "repeats", 1)
+        config.require(min(self.batches) >= 1, "batches", self.batches, "use 1 or more")
+
 
 def step_cost(cfg, batch, length, itemsize):
     """Cost of one token for each of `batch` rows of `length` tokens: 2 FLOPs per active weight and 4 H d per cached

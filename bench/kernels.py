@@ -169,6 +169,7 @@ def main(argv=None):
     cuda, names = torch.cuda.is_available(), cfg.kernel or KERNELS
     shapes = problem.chosen(cfg.shapes)
     if cfg.once:
+        config.require(cuda, "once", True, "Nsight Compute counts on a GPU; leave it out")
         for shape in shapes:
             run_once(shape, names)
         return 0

@@ -140,7 +140,11 @@ def bench_shape(results, shape, routing, built, graph):
 
 def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
-    cuda, failures, results = torch.cuda.is_available(), [], Results(cfg)
+    if cfg.trace:
+        config.check_file(cfg.trace, "trace")
+    cuda, failures = torch.cuda.is_available(), []
+    config.require(cuda or not cfg.graph, "graph", True, "CUDA graphs need a GPU; leave it out")
+    results = Results(cfg)
     usual = {"triton": cuda or interpreting(), "grouped_mm": True, "reference": not cuda}
     names = list(cfg.impl) or [name for name, runs in usual.items() if runs]
     for name in cfg.peers:

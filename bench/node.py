@@ -91,8 +91,9 @@ def measure(cfg, rank, world, device):
 def main(argv=None):
     cfg = parse(argv, __doc__)
     remedy = "start it by torchrun --nproc-per-node=N -m bench.node ..."
-    require("RANK" in os.environ, "RANK", None, remedy)
-    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        require(name in os.environ, name, None, remedy)
+    rank, local, world = parallel.own_place()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:

@@ -30,6 +30,7 @@ import triton
 from bench.problem import Cost, Shape
 from bench.timing import times_ms
 from data import files
+from optimoe.config import check_file
 
 ADDED = ["share", "exposed_ms", "nccl_ms", "python_ms"]  # older files lack these columns
 COLUMNS = "kernel implementation mode T D F E K dtype routing p20_ms p50_ms p80_ms tflops gb_s ceiling".split()
@@ -147,7 +148,7 @@ def append(path, *rows):
 
     A file of an earlier version first gets the columns that it lacks."""
     path, header = Path(path), ",".join(COLUMNS)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_file(path, "csv")
     text = files.read_text(path) if path.exists() else ""
     if text.partition("\n")[0] != header:
         old = parse(text, str(path)) if text else []
@@ -174,6 +175,8 @@ def parse(text, where="CSV"):
                 raise ValueError("wrong number of cells")
             row = dict.fromkeys(COLUMNS) | raw
             row |= {name: int(row[name]) for name in INTEGERS}
+            if min(row[name] for name in INTEGERS) < 1:
+                raise ValueError("a size below 1")
             row |= {name: float(row[name]) if row[name] else None for name in FLOATS}
             rows.append(row)
         except ValueError as error:

@@ -6,8 +6,8 @@
 
 All flags of train.py are understood. The step is train.py's with its optimiser, on one GPU, with one micro-batch of
 --batch_size random sequences. Parts are GPU time between events, with the gaps in which the GPU waits for Python.
-Families are the kernels alone, from torch.profiler; their sum lacks those gaps. Without a GPU the batch is small by
-default.
+Families are the kernels alone, from torch.profiler; their sum lacks those gaps. Without a GPU and without --config the
+batch is small by default.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ from model import GPT
 from optimoe import config, exchange, parallel
 from optimoe.faststep import GraphedStep, fast_step
 from optimoe.guard import new_window
-from optimoe.sizes import flops_per_token, peak_flops, preset_fields
+from optimoe.load import pick_device
+from optimoe.sizes import count_params, flops_per_token, least_memory, peak_flops, preset_fields, require_memory
 from train import TrainConfig, optimizer_step
 
 PARTS = ("forward", "backward", "optimiser")
@@ -42,28 +43,43 @@ class StepConfig(TrainConfig, BenchConfig):
     repeats: int = 20  # steps that are timed
     trace: str = ""  # write a trace of a few steps to this file instead of timing
 
+    def validate(self):
+        super().validate()
+        config.check_range(self, "repeats", 1)
+
 
 def parse(argv, description):
     """The StepConfig of a command line, small without a GPU, with the vocabulary that its preset has in the paper."""
-    small = [] if torch.cuda.is_available() else ["--batch_size=2", "--seq_len=64", "--repeats=3"]
-    cfg = config.parse(StepConfig, [*small, *(sys.argv[1:] if argv is None else argv)], description)
+    argv, cuda = sys.argv[1:] if argv is None else argv, torch.cuda.is_available()
+    saved = any(word.startswith("--config") for word in argv)  # its sizes are those that are asked for
+    small = [] if cuda or saved else ["--batch_size=2", "--seq_len=64", "--repeats=3"]
+    cfg = config.parse(StepConfig, [*small, *argv], description)
+    remedy = "the step runs on the GPU where there is one, else on the CPU; leave it out"
+    config.require(cfg.device in ("auto", "cuda" if cuda else "cpu"), "device", cfg.device, remedy)
+    remedy = "random weights are timed; use --config=RUN/config.json for the settings of a run"
+    config.require(not cfg.resume, "resume", cfg.resume, remedy)
+    pick_device(cfg)  # refuses an impl that cannot run there
     return dataclasses.replace(cfg, vocab_size=cfg.vocab_size or preset_fields(cfg.preset).get("vocab_size", 320))
 
 
 def make_step(cfg, device, rank=0, world=1):
     """(model, step, draw): step(batches) is train.py's with rate 0, so that random tokens spoil no router; draw() gives
     a batch. Billions of random weights take a CPU a minute, so they are drawn on the device."""
+    tokens = cfg.batch_size * cfg.seq_len
+    what = f"{count_params(cfg).total:,} parameters and {tokens:,} tokens"
+    least = least_memory(cfg, tokens, world, exchange.group_size(cfg, world))
+    require_memory(what, least, device, "use a smaller model or batch_size")
     torch.manual_seed(cfg.seed)
     with device:
         model = GPT(cfg).train()
-        exchange.deal_out(model, cfg, device, world, cfg.batch_size * cfg.seq_len)
+        exchange.deal_out(model, cfg, device, world, tokens)
     optimizer = parallel.Sharded(model, cfg, rank, world)
     optimizer.set_lr(0.0)
     generator = torch.Generator(device).manual_seed(rank)
     size = cfg.batch_size, cfg.seq_len
-    tokens = lambda: torch.randint(cfg.vocab_size, size, device=device, generator=generator)
+    draw = lambda: torch.randint(cfg.vocab_size, size, device=device, generator=generator)
     step = partial(optimizer_step, model, optimizer, cfg, new_window(cfg, device), world=world)
-    return model, step, lambda: (tokens(), tokens())
+    return model, step, lambda: (draw(), draw())
 
 
 def balance(model, draw, steps, world=1):
@@ -207,6 +223,8 @@ def model_shape(cfg):
 
 def main(argv=None):
     cfg = parse(argv, __doc__)
+    if cfg.trace:
+        config.check_file(cfg.trace, "trace")
     cuda, results = torch.cuda.is_available(), Results(cfg)
     device = torch.device("cuda" if cuda else "cpu")
     model, step, draw = make_step(cfg, device)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.profiler import profile, record_function
 
-from optimoe.config import make_directory, require
+from optimoe.config import require
 
 FLUSH_MIB = 64  # more than the L2 of an H100 (50 MiB) or H200 (60 MiB)
 MIB = 2**20
@@ -112,7 +112,6 @@ def capture(fn):
 
 def trace(fns, path):
     """A trace of three calls of each of `fns` by name, for chrome://tracing or Perfetto."""
-    make_directory(Path(path).parent, "trace", path)
     with profile(record_shapes=True) as prof:
         for name, fn in fns.items():
             for _ in range(3):

@@ -143,6 +143,8 @@ def _rows(path, file, name):
             batches = _arrow(path, "pyarrow.ipc").open_stream(file)
             names = batches.schema.names
         columns = names if name is None else [name if name in names else name.split(".")[0]]
+        for column in (column for column in columns if names.count(column) > 1):
+            raise ValueError(f"{path} has several columns {column!r}; rename all but one")
         if not set(columns) <= set(names):
             raise ValueError(f"{path} has no column {name!r} (it has: {', '.join(names)}); pass --text_field")
         for batch in batches:

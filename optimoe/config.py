@@ -59,12 +59,24 @@ def shown(value):
 def make_directory(path, name, value):
     """The directory as a Path, made if missing. ValueError blames the field `name` where nothing can be written."""
     path = Path(path)
+    remedy = "its name is not UTF-8, which torch cannot open; name another directory"
+    require(str(path) == str(path).encode(errors="replace").decode(), name, value, remedy)
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         require(False, name, value, f"nothing can be written to {path} ({error.strerror}); name another directory")
     return path
+
+
+def check_file(path, name):
+    """ValueError, blaming the field `name`, where no file can be written to this path. Its directory is made."""
+    path = Path(path)
+    require(not path.is_dir(), name, str(path), "this is a directory; name a file in it")
+    if not path.exists():  # a device stays what it is
+        make_directory(path.parent, name, str(path))
+    writable = not path.exists() or os.access(path, os.W_OK)
+    require(writable, name, str(path), "this file cannot be written to; name another file")
 
 
 # Files of earlier versions: new names of fields (None: gone), new values, and what was done before a field existed.
@@ -106,8 +118,10 @@ def parse(cls, argv=None, description="", start=None):
     flags = split_flags(cls, argv)
     values = _start(cls, flags, start) | _converted(cls, {name: flags[name] for name in flags if name != "config"})
     for field in dataclasses.fields(cls):
-        missing = field.name not in values and field.default is field.default_factory is dataclasses.MISSING
-        require(not missing, field.name, "", "it is required; --help lists the fields")
+        required = field.default is field.default_factory is dataclasses.MISSING
+        value = values.get(field.name, "" if required else field.default)  # "" may be a shell variable that is not set
+        empty = value == "" and required or value == () != field.default  # a list that chooses nothing
+        require(not empty, field.name, "", "it is required; --help lists the fields")
     return cls(**values)
 
 
@@ -118,14 +132,25 @@ def no_reader():
     return bool(poll.poll(0))
 
 
+def out_of_memory(error):
+    """The line that ends a program for want of memory; None for another error."""
+    text, words = str(error), ("allocate memory", "enough memory", "out of memory")
+    if not isinstance(error, MemoryError) and not any(part in text for part in words):
+        return None
+    return f"error: out of memory ({text.splitlines()[0] if text else 'no bytes left'}); use a smaller batch or model"
+
+
 def command_line(main, stopped=""):
     """main(); a user's mistake ends the process with one line, Ctrl-C with the line `stopped`."""
     try:
         return main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError) and no_reader():
             os._exit(1)
-        sys.exit(f"error: {error}")
+        line = out_of_memory(error)
+        if not line and not isinstance(error, (ValueError, OSError)):
+            raise
+        sys.exit(line or f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(stopped)
 

@@ -57,7 +57,7 @@ def origin(run_dir):
 def library(reason="the package huggingface_hub is not installed"):
     """The package huggingface_hub. Unavailable, with the remedy, without it."""
     try:
-        import huggingface_hub
+        import huggingface_hub.constants  # which the package does not import by itself
     except ImportError:
         raise Unavailable(f"{reason}: pip install -e '.[hf]'") from None
     return huggingface_hub

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from data import files
 from optimoe import checkpoint, config, guard, parallel
-from optimoe.config import make_directory, require
+from optimoe.config import check_file, make_directory, out_of_memory, require
 from optimoe.exchange import RUN_MINUTES
 from optimoe.load import pick_device
 
@@ -330,8 +330,7 @@ class Run:
 
 def check_trace(path, steps):
     """ValueError where no trace can be written to this path, or the run has too few steps for one."""
-    make_directory(Path(path).parent, "trace", path)
-    require(not Path(path).is_dir(), "trace", path, "this is a directory; name a file in it")
+    check_file(path, "trace")
     require(steps >= 8, "trace", path, f"it shows steps 6 to 8, and this run has {steps}; use more --steps")
 
 
@@ -346,9 +345,8 @@ def explain(error, rank, world):
     text = str(error)
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text or "enough memory" in text:
-        first = text.splitlines()[0] if text else "no bytes left"
-        return f"error: out of memory ({first}); use a smaller batch or model"
+    if line := out_of_memory(error):
+        return line
     if isinstance(error, (ValueError, OSError)):
         return f"error: {text}"
     if lost_rank(error, world):

@@ -25,11 +25,11 @@ import torch
 
 import grpo
 from data import files, procedural, reasoning
-from eval.generate import generate
+from eval.generate import check_sampling, generate
 from eval.tasks.reasoning import vote
 from eval.votes import majority
 from optimoe import checkpoint, config
-from optimoe.config import check_range, require
+from optimoe.config import check_file, check_range, require
 from optimoe.load import pick_device
 from study.results import append, read
 
@@ -53,7 +53,13 @@ class PosttrainConfig(grpo.GRPOConfig):
     def __post_init__(self):
         self.budget()  # checks grpo's fields
         check_range(self, "problems samples", 1)
+        check_sampling(self.rollout_batch, self.vote_temperature, self.vote_top_p, prefix="vote_")
+        remedy = "greedy votes are all equal; use more than 0"
+        require(self.vote_temperature > 0, "vote_temperature", self.vote_temperature, remedy)
         require(self.samples & (self.samples - 1) == 0, "samples", self.samples, "use a power of two")
+        for name in ("model", "out_dir", "resume"):
+            remedy = "every model of --runs has a run of its own, which goes on by itself; leave it out"
+            require(not getattr(self, name), name, getattr(self, name), remedy)
         remedy = "only word problems are compared here; grpo.py and eval.votes do the others"
         require(self.task == "reasoning", "task", self.task, remedy)
 
@@ -141,6 +147,7 @@ def main(argv=None):
     done = {row["checkpoint"] for row in rows if {name: (usual | row["settings"])[name] for name in wanted} == wanted}
     missing = [run for run in runs if checkpoint.find(run)[-1][1].name not in done]
     print(f"{len(runs)} runs, {len(missing)} of them to do", flush=True)
+    check_file(cfg.results, "results")
     for run in missing:
         append(cfg.results, posttrain(run, cfg), ROW)
     return read(cfg.results, ROW)

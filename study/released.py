@@ -26,7 +26,7 @@ from eval import tasks
 from eval.sources import Source
 from model import compute_dtype
 from optimoe import config, hub, sizes
-from optimoe.config import require
+from optimoe.config import check_file, make_directory, require
 from optimoe.sizes import require_memory
 from study import paperfigures, results
 
@@ -226,6 +226,8 @@ def main(argv=None):
     print(plan(cfg, rows), flush=True)
     todo, _ = left(cfg, rows)
     if todo and not cfg.plan:
+        check_file(cfg.results, "results")  # before the first download
+        make_directory(cfg.out, "out", cfg.out)
         source = Source(cfg.evaldata or None)
         for name in FAMILIES[cfg.family]:  # all data is found before the first download
             task = tasks.load(name)

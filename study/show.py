@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import files
 from optimoe import config, curves
-from optimoe.config import require
+from optimoe.config import check_file, require
 from study.figures import canvas
 from study.plan import aligned, short
 
@@ -94,6 +94,8 @@ def overlay(runs):
 def main(argv=None):
     cfg = config.parse(ShowConfig, argv, __doc__)
     several = len(cfg.runs) > 1
+    if cfg.out:
+        check_file(cfg.out, "out")
     print("\n".join(table(cfg.runs)))
     out = cfg.out or str(Path(cfg.runs[0]) / ("overlay.png" if several else "curves.png"))
     curves.write(lambda: overlay(cfg.runs) if several else curves.figure(cfg.runs[0]), out)

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from optimoe import config
-from optimoe.config import make_directory, require
+from optimoe.config import check_file, make_directory, require
 from study import child
 from study.execute import Run, data_dir, execute, form, key, prepare_data
 from study.presets import PRESETS, foreseen
@@ -178,9 +178,8 @@ def sweep(cfg):
             cost = gpu_minutes(rest, rows)
             print(f"{name}: about {len(rest)} runs to its end" + (f", {cost:.1f} minutes of one GPU" if cost else ""))
         return 0
-    make_directory(Path(cfg.file).parent, "results", cfg.file)  # refuse now what cannot be written
+    check_file(cfg.file, "results")  # refuse now what cannot be written
     make_directory(cfg.cache, "cache", cfg.cache)
-    open(cfg.file, "ab").close()
     inbox, outbox, workers = start_workers(cfg, devices, min(tasks.lanes, len(tasks.todo) + 6), threads)
     builder = ThreadPoolExecutor(1)  # builds directories in order, while runs that have theirs are trained
     try:

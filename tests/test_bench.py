@@ -143,6 +143,8 @@ def test_csv_round_trip(tmp_path, capsys):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="columns"):
         append(tmp_path / "other.csv", ROW)
+    append(tmp_path / "zero.csv", ROW | dict(T=0))  # plots divide by it
+    assert read(tmp_path / "zero.csv") == [] and "line 2: left out" in capsys.readouterr().err
 
 
 def test_only_ceilings_are_nothing_measured():
@@ -191,7 +193,7 @@ def test_layer_and_plots_on_the_cpu(tmp_path, capsys):
 
 
 @cpu_only
-def test_traces_on_the_cpu(tmp_path):
+def test_traces_on_the_cpu(tmp_path, capsys):
     shape, path = "32,32,16,4,2", tmp_path / "new" / "trace.json"
     assert layer.main([shape, "--impl=reference", f"--trace={path}"]) == 0
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
@@ -199,8 +201,11 @@ def test_traces_on_the_cpu(tmp_path):
     assert step.main(["--n_layers=1", "--batch_size=1", "--seq_len=16", f"--trace={path}"]) == 0
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
     assert {"step", *step.PARTS} <= names
-    for bad, message in (("/proc/x.json", "nothing can be written to /proc"), (tmp_path, "could not be written")):
-        assert message in mistake(layer.main, [shape, "--impl=reference", f"--trace={bad}"])
+    for bad, message in (("/proc/x.json", "nothing can be written to /proc"), (tmp_path, "this is a directory")):
+        capsys.readouterr()
+        for main in layer.main, step.main:
+            assert message in mistake(main, [f"--trace={bad}"])
+        assert not capsys.readouterr().out  # nothing has been built
 
 
 def run(code, **env):
@@ -358,7 +363,11 @@ def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch):
 def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.rows.times_ms", lambda fn: pytest.fail("measured"))
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    for path, message in ((tmp_path, "directory"), (tmp_path / "other.csv", "its columns are not those")):
+    refused = (
+        (tmp_path, f"csv='{tmp_path}': this is a directory"),
+        ("/proc/x/y.csv", "csv='/proc/x/y.csv': nothing can"),
+    )
+    for path, message in (*refused, (tmp_path / "other.csv", "its columns are not those")):
         assert message in mistake(layer.main, [f"--csv={path}"])
     assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
 
@@ -375,13 +384,38 @@ def test_a_csv_that_cannot_be_written_is_found_before_anything_is_measured(tmp_p
         (kernels.main, "--kernel=foo", "kernel='foo': use one of route_fwd"),
         (kernels.main, "1,2,3", "shape '1,2,3': expected T,D,F,E,K"),
         (step.main, "--frobnicate=1", "unknown field 'frobnicate'"),
+        (step.main, "--repeats=0", "repeats=0: use 1 or more"),
+        (step.main, "--resume=runs/x", "resume='runs/x': random weights are timed; use --config=RUN/config.json"),
+        (step.main, "--n_layers=1000000", "GiB of memory or more"),
         (generation.main, "--preset=foo", "preset='foo': use tiny or paper-"),
+        (generation.main, "--repeats=0", "repeats=0: use 1 or more"),
+        (generation.main, "--new=0", "new=0: use 1 or more"),
+        (generation.main, "--prompt=5000000", "prompt=5000000: use 2,097,152 or less"),
+        (generation.main, "--batches=4,0", "batches=(4, 0): use 1 or more"),
+        pytest.param(layer.main, "--graph", "graph=True: CUDA graphs need a GPU", marks=cpu_only),
+        pytest.param(kernels.main, "--once", "once=True: Nsight Compute counts on a GPU", marks=cpu_only),
+        pytest.param(step.main, "--device=cuda", "device='cuda': the step runs on", marks=cpu_only),
+        pytest.param(step.main, "--impl=triton", "impl='triton' needs a CUDA GPU", marks=cpu_only),
         pytest.param(readme.main, "", "need a GPU; use --list", marks=cpu_only),
     ],
 )
 def test_arguments_are_refused_with_what_is_known(main, argv, message, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert message in mistake(main, argv.split())
+
+
+def test_a_part_of_torchruns_environment_is_one_line(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+        assert f"{name}=None: start it by torchrun" in mistake(node.main, [])
+        monkeypatch.setenv(name, "x")
+    assert "RANK='x': torchrun sets it" in mistake(node.main, [])
+
+
+@cpu_only
+def test_small_sizes_give_way_to_those_of_a_file(tmp_path):
+    (tmp_path / "config.json").write_text('{"batch_size": 5, "n_layers": 1}')
+    assert step.parse([f"--config={tmp_path}/config.json"], "").batch_size == 5 != step.parse([], "").batch_size
 
 
 def test_the_readmes_benchmarks_exist(capsys):

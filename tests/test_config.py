@@ -249,6 +249,31 @@ def test_a_directory_that_cannot_be_written_is_named_by_its_field(tmp_path):
             ValueError, match=f"out='given': nothing can be written to {path} .*; name another directory"
         ):
             config.make_directory(path, "out", "given")
+    with pytest.raises(ValueError, match=r"out='o\\udcff': its name is not UTF-8"):
+        config.make_directory(tmp_path / "o\udcff", "out", "o\udcff")
+    assert not (tmp_path / "o\udcff").exists()
+
+
+def test_a_file_that_cannot_be_written_is_named_by_its_field(tmp_path):
+    config.check_file(tmp_path / "new/x.csv", "csv")
+    config.check_file("/dev/null", "csv")
+    assert not list((tmp_path / "new").iterdir())
+    for path, message in ((tmp_path, "this is a directory"), ("/proc/x/y", "nothing can be written to /proc/x")):
+        with pytest.raises(ValueError, match=f"csv='{path}': {message}"):
+            config.check_file(path, "csv")
+
+
+def test_no_memory_ends_every_program_with_one_line():
+    def ended(error):
+        with pytest.raises(SystemExit) as stop:
+            config.command_line(lambda: (_ for _ in ()).throw(error))
+        return str(stop.value)
+
+    for error in (MemoryError(), RuntimeError("[fail at x.cpp:1] can't allocate memory: 9 bytes\nmore")):
+        assert ended(error).startswith("error: out of memory (") and "\n" not in ended(error)
+    assert ended(ValueError("a mistake")) == "error: a mistake"
+    with pytest.raises(RuntimeError, match="a fault"):
+        config.command_line(lambda: (_ for _ in ()).throw(RuntimeError("a fault")))
 
 
 @dataclass(frozen=True)
@@ -264,6 +289,10 @@ def test_positional_words_and_lists(capsys):
     assert config.parse(Words, ["a", "b", "--batch=2,3", "c"]) == Words("a", ("b", "c"), (2, 3))
     with pytest.raises(ValueError, match="batch='x'"):
         config.parse(Words, ["a", "--batch=2,x"])
-    with pytest.raises(ValueError, match="run"):
-        config.parse(Words, [])
+    for words in ([], [""]):
+        with pytest.raises(ValueError, match="run='': it is required"):
+            config.parse(Words, words)
+    assert config.parse(Words, ["a", "--files="]) == Words("a")  # whose default is empty too
+    with pytest.raises(ValueError, match="batch='': it is required"):
+        config.parse(Words, ["a", "--batch="])
     assert "--batch int,..." in config.help_text(Words) and "  run str" in config.help_text(Words)

@@ -88,6 +88,12 @@ def test_errors_name_file_and_row(folder):
                 read(folder / name, text_field=field)
         with pytest.raises(ValueError, match=f"{name}: row 1: meta.body={{'text'.*: a text is needed"):
             read(folder / name, text_field="meta.body")
+    twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(twice, folder / "t.parquet")
+    write_arrow(folder / "t.arrow", twice)
+    for name in ("t.parquet", "t.arrow"):
+        with pytest.raises(ValueError, match=f"{name} has several columns 'text'; rename all but one"):
+            read(folder / name)
     raw = pyarrow.array([b"fine", b"gr\xfcn"], pyarrow.binary()).view(pyarrow.string())
     write_arrow(folder / "b.arrow", pyarrow.table({"text": raw}))
     with pytest.raises(ValueError, match="b.arrow: row 2 cannot be read"):

@@ -345,6 +345,12 @@ class Procedural:
         return self.mixture
 
 
+@pytest.mark.parametrize("name", ["facts", "reasoning", "mano"])
+def test_examples_that_no_task_would_show_are_refused(name):
+    with pytest.raises(ValueError, match="shots=3: this task shows no examples; use 0"):
+        tasks.load(name).items(Procedural(), 3)
+
+
 def test_facts():
     task = tasks.load("facts")
     items = task.items(Procedural(facts=FactsConfig(n_people=3)), 0)

@@ -2,6 +2,7 @@
 
 import errno
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -160,6 +161,12 @@ def test_a_full_disk(served, monkeypatch):
     monkeypatch.setattr(library, "snapshot_download", full)
     with pytest.raises(ValueError, match=r"the disk of .*cache is full \(.* GB are free\); free some space or set"):
         hub.folder(NAME, "hf")
+
+
+def test_the_cache_is_found_in_a_process_that_has_imported_nothing_else():
+    code = "from optimoe import hub; print(hub.place('some/model').name)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout == "models--some--model\n", ran.stderr
 
 
 def test_a_cache_as_the_library_lays_it_out(served, monkeypatch, tmp_path):

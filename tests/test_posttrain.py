@@ -13,6 +13,7 @@ from data.reasoning import ReasoningConfig
 from model import GPT, ModelConfig
 from optimoe import checkpoint
 from optimoe.run import Stop
+from study import posttrain
 from study.claims import REMEDIES, overall, still_lost
 from study.posttrain import ROW, main
 from study.presets import PRESETS
@@ -63,6 +64,18 @@ def runs(tmp_path_factory):
         )
         (run / "results.json").write_text(f'{{"val_loss": {3 - E / 10}, "tpp": 1.5}}')
     return folder
+
+
+def test_what_would_fail_after_the_work_is_refused_before_it(runs, monkeypatch):
+    monkeypatch.setattr(posttrain, "posttrain", None)
+    for flag, message in (
+        ("--results=/proc/x.jsonl", "results='/proc/x.jsonl': nothing can be written"),
+        ("--out_dir=x", "out_dir='x': every model of --runs has a run of its own"),
+        ("--vote_top_p=7", "vote_top_p=7.0: use a number above 0, at most 1"),
+        ("--vote_temperature=0", "vote_temperature=0.0: greedy votes are all equal"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([f"--runs={runs}/E2", *BUDGET, flag])
 
 
 def test_every_run_gets_the_same_budget_once(runs, tmp_path, monkeypatch):

@@ -183,6 +183,8 @@ def test_mistakes(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"model": "x"}) + "\n")
     with pytest.raises(ValueError, match="rows.jsonl, line 1: not a row of such a results file, it lacks limit, tasks"):
         released.main([f"--results={tmp_path / 'rows.jsonl'}", "--plan"])
+    with pytest.raises(ValueError, match="results='/proc/x.jsonl': nothing can be written"):  # before any download
+        released.main(["--results=/proc/x.jsonl", "--grid=d512-E8-k2"])
 
 
 def test_figures_of_the_study_s_own_rows(tmp_path):

@@ -34,6 +34,12 @@ def runs(tmp_path):
     return one, slow, write_run(tmp_path / "rl", rl, rows), write_run(tmp_path / "rl2", rl, rows)
 
 
+def test_a_picture_that_cannot_be_written_is_refused_first(runs, tmp_path, capsys):
+    with pytest.raises(ValueError, match=f"out='{tmp_path}': this is a directory"):
+        show.main([runs[0], f"--out={tmp_path}"])
+    assert not capsys.readouterr().out
+
+
 def test_the_table_has_a_run_a_line_and_what_is_known(runs):
     lines = [line.split() for line in show.table(runs)]
     names = lines[0]

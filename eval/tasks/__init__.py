@@ -136,6 +136,12 @@ def letter(text: str) -> str | None:
     return found[1] if found else None
 
 
+def without_examples(shots):
+    """ValueError unless `shots` is 0, for the items of a task that has no examples to show."""
+    if shots:
+        raise ValueError(f"shots={shots}: this task shows no examples; use 0, or evaluate it apart from the others")
+
+
 def with_examples(rows, pool, n: int, item: Callable[[dict], Item], example=None) -> list[Item]:
     """item(row) of each row, after n examples: example(row), or the row's own prompt and answer. As in lm-eval, one
     random stream through all rows draws them from pool. If pool is rows itself, no row is its own example."""

@@ -4,12 +4,14 @@ text is the value and nothing else."""
 import re
 
 from data.reasoning import mano
+from eval.tasks import without_examples
 from eval.tasks.reasoning import unseen, written
 
 SHOTS, STOPS, MAX_NEW_TOKENS = 0, (), 8
 
 
 def items(source, shots):
+    without_examples(shots)
     cfg = source.procedural("reasoning").reasoning
     return written([mano(cfg, i, "test") for i in range(1000)], cfg.modulus)
 

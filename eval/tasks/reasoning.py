@@ -6,12 +6,13 @@
 import re
 
 from data.reasoning import check, problem
-from eval.tasks import Item
+from eval.tasks import Item, without_examples
 
 SHOTS, STOPS, MAX_NEW_TOKENS, PER_STEPS = 0, (), 256, 200
 
 
 def items(source, shots):
+    without_examples(shots)
     cfg = source.procedural("reasoning").reasoning
     found = [problem(cfg, i, "test", steps) for i in range(PER_STEPS) for steps in range(1, cfg.max_steps + 2)]
     return written(found, cfg.modulus)
