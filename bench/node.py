@@ -26,6 +26,7 @@ from optimoe import parallel
 from optimoe.config import command_line, require
 from optimoe.exchange import group_size
 from optimoe.faststep import fast_step
+from optimoe.load import pick_device
 from optimoe.sizes import count_params, flops_per_token
 
 WARM_UP = 12  # steps: compilation, capture and the first replays
@@ -95,9 +96,9 @@ def main(argv=None):
         require(name in os.environ, name, None, remedy)
     rank, local, world = parallel.own_place()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local)
+    device = pick_device(cfg, local)
     parallel.connect(device, device_id=device if cuda else None)
     try:
         results = Results(cfg) if rank == 0 else None

@@ -58,7 +58,6 @@ def parse(argv, description):
     config.require(cfg.device in ("auto", "cuda" if cuda else "cpu"), "device", cfg.device, remedy)
     remedy = "random weights are timed; use --config=RUN/config.json for the settings of a run"
     config.require(not cfg.resume, "resume", cfg.resume, remedy)
-    pick_device(cfg)  # refuses an impl that cannot run there
     return dataclasses.replace(cfg, vocab_size=cfg.vocab_size or preset_fields(cfg.preset).get("vocab_size", 320))
 
 
@@ -225,8 +224,8 @@ def main(argv=None):
     cfg = parse(argv, __doc__)
     if cfg.trace:
         config.check_file(cfg.trace, "trace")
-    cuda, results = torch.cuda.is_available(), Results(cfg)
-    device = torch.device("cuda" if cuda else "cpu")
+    device = pick_device(cfg)
+    cuda, results = device.type == "cuda", Results(cfg)
     model, step, draw = make_step(cfg, device)
     fast = fast_step(step, model, cfg, device, world=1)  # compiles the blocks for `step` too
     warm = wall_ms(lambda: [step([draw()]) for _ in range(3)]) / 1e3
