@@ -44,6 +44,13 @@ def rows_of(*words):
     return [json.loads(line) for line in run("--json", *words).stdout.splitlines()]
 
 
+def test_the_cache_of_other_programs_is_not_used(monkeypatch, tmp_path):
+    """torch.compile may have filled it by another ptxas, whose PTX this one refuses."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    rows_of("64,64,48,8,2")
+    assert [path.name for path in tmp_path.iterdir()] == ["offline"]
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The rows of the large shape, and the folder with its code."""
