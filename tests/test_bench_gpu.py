@@ -43,7 +43,8 @@ def test_the_model_of_one_gpu_is_gone_before_that_of_all(monkeypatch):
     monkeypatch.setattr(node, "measure", measure)
     for place, name in ((node.dist, "barrier"), (node.dist, "all_reduce"), (parallel, "connect")):
         monkeypatch.setattr(place, name, lambda *args, **kwargs: None)
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
     gc.disable()
     try:
