@@ -141,7 +141,7 @@ def bench_shape(results, shape, routing, built, graph):
 def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
     if cfg.trace:
-        config.check_file(cfg.trace, "trace")
+        config.check_file(cfg.trace, "trace", device=False)
     cuda, failures = torch.cuda.is_available(), []
     config.require(cuda or not cfg.graph, "graph", True, "CUDA graphs need a GPU; leave it out")
     results = Results(cfg)

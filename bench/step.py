@@ -223,7 +223,7 @@ def model_shape(cfg):
 def main(argv=None):
     cfg = parse(argv, __doc__)
     if cfg.trace:
-        config.check_file(cfg.trace, "trace")
+        config.check_file(cfg.trace, "trace", device=False)
     device = pick_device(cfg)
     cuda, results = device.type == "cuda", Results(cfg)
     model, step, draw = make_step(cfg, device)

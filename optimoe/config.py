@@ -69,9 +69,12 @@ def make_directory(path, name, value):
     return path
 
 
-def check_file(path, name):
-    """ValueError, blaming the field `name`, where no file can be written to this path. Its directory is made."""
+def check_file(path, name, device=True):
+    """ValueError, blaming the field `name`, where no file can be written to this path. Its directory is made.
+
+    device: whether it may be a device or a pipe; torch's profiler would replace one by a file."""
     path = Path(path)
+    require(device or not path.exists() or path.is_file() or path.is_dir(), name, str(path), "name an ordinary file")
     require(not path.is_dir(), name, str(path), "this is a directory; name a file in it")
     if not path.exists():  # a device stays what it is
         make_directory(path.parent, name, str(path))

@@ -330,7 +330,7 @@ class Run:
 
 def check_trace(path, steps):
     """ValueError where no trace can be written to this path, or the run has too few steps for one."""
-    check_file(path, "trace")
+    check_file(path, "trace", device=False)
     require(steps >= 8, "trace", path, f"it shows steps 6 to 8, and this run has {steps}; use more --steps")
 
 

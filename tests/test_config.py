@@ -257,6 +257,8 @@ def test_a_directory_that_cannot_be_written_is_named_by_its_field(tmp_path):
 def test_a_file_that_cannot_be_written_is_named_by_its_field(tmp_path):
     config.check_file(tmp_path / "new/x.csv", "csv")
     config.check_file("/dev/null", "csv")
+    with pytest.raises(ValueError, match="trace='/dev/null': name an ordinary file"):
+        config.check_file("/dev/null", "trace", device=False)
     assert not list((tmp_path / "new").iterdir())
     for path, message in ((tmp_path, "this is a directory"), ("/proc/x/y", "nothing can be written to /proc/x")):
         with pytest.raises(ValueError, match=f"csv='{path}': {message}"):
