@@ -219,7 +219,7 @@ def dose_response(rows):
         place=lambda where, k: (where._replace(unique=0), k),
         x=lambda where, one: math.log2(where.unique),
         label=lambda same, k, regimes: f"{same}, k={k}; solutions".replace("fresh", numbers(regimes)),
-        unit="nats per doubling of E less, per doubling of problems",
+        unit="nats less of a rise per doubling of E, for each doubling of problems",
         sign=-1,
     )
 
@@ -232,7 +232,7 @@ def more_active_moves(rows):
         place=lambda where, k: (where._replace(d_model=0, d_expert=0), 0),
         x=lambda where, one: math.log2(one.rows[0]["params"]["active"] - one.rows[0]["params"]["embedding"]),
         label=lambda same, k, regimes: f"{same}; solutions".replace("d=0, F=0", f"d={widths(regimes)}"),
-        unit="nats per doubling of E more, per doubling of active parameters",
+        unit="nats more of a rise per doubling of E, for each doubling of active parameters",
         span=2,
     )
 

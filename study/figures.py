@@ -103,7 +103,7 @@ def headline(rows):
         axis.minorticks_off()
     counts = sorted({len(cell) for line in found.values() for rates in line.values() for cell in rates.values()})
     n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
-    what = f"d = 128, k = 8, 16.8 M tokens, paired weights; facts, and the right, with {SCARCE} problems"
+    what = f"d = 128, k = 8, 16.8 M tokens, paired weights; facts and the right panel: {SCARCE} problems"
     dots = f"a dot is a seed, {n} a point; left and middle at the best rate for each task, hollow: one rate tried"
     fig.suptitle(f"{what}\n{dots}")
     return fig

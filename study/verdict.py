@@ -89,7 +89,7 @@ def missing(presets, rows, posttrained, test):
             minutes += len(runs) * sum(sum(row["seconds"]) for row in posttrained) / len(posttrained) / 60
         if runs:
             parts.append(f"`{name}` {len(runs)} runs" + (f", {minutes:.0f} min" if minutes else ""))
-    needed = seeds_needed(test.effects.values(), test.margin) if test and not test.little else None
+    needed = seeds_needed(test.effects.values(), test.margin) if test and test.votes and not test.little else None
     if needed and needed > len(test.effects):
         parts.append(f"at this spread {needed} seeds would decide")
     return ("stopped by its rule; otherwise " if stop else "") + ("; ".join(parts) or "nothing")
