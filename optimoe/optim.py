@@ -35,7 +35,7 @@ def clip_factor(norm, limit):
 
 def total_norm(tensors):
     """Norm of all of them together, in float32."""
-    # _foreach_norm takes many small tensors in one launch, but reads large ones at half of the memory's rate.
+    # One launch for many small tensors, and one for each large one; whether that is faster is open (docs/LOG.md).
     large = [t for t in tensors if t.numel() >= 2**22]
     small = [t for t in tensors if t.numel() < 2**22]
     norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in large]
