@@ -38,7 +38,7 @@ class Config(BenchConfig):
 
     def __post_init__(self):
         preset_fields(self.preset)
-        config.check_range(self, "prompt new", 1, 2**21)
+        config.check_range(self, "prompt new", 1, 2**21)  # half of the longest seq_len each
         config.check_range(self, "repeats", 1)
         config.require(min(self.batches) >= 1, "batches", self.batches, "use 1 or more")
 

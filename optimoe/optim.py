@@ -35,13 +35,8 @@ def clip_factor(norm, limit):
 
 def total_norm(tensors):
     """Norm of all of them together, in float32."""
-    # One launch for many small tensors, and one for each large one; whether that is faster is open (docs/LOG.md).
-    large = [t for t in tensors if t.numel() >= 2**22]
-    small = [t for t in tensors if t.numel() < 2**22]
-    norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in large]
-    for dtype in dict.fromkeys(t.dtype for t in small):
-        norms += torch._foreach_norm([t for t in small if t.dtype == dtype], 2, dtype=torch.float32)
-    return torch.stack(norms).norm()
+    lists = ([t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors))
+    return torch.stack([norm for each in lists for norm in torch._foreach_norm(each, 2, dtype=torch.float32)]).norm()
 
 
 class AdamW(torch.optim.AdamW):

@@ -194,9 +194,9 @@ def optimum_near_20(rows):
 
 
 def trends(rows, place, x, label, unit, sign=1, span=0.0):
-    """A Test for every place(regime, k) with three or more lines of word problems. The rise of a line
-    is that of the unseen-solution loss per doubling of E. The effect is `sign` times the slope of the rises over
-    x(regime, Tuned), which must span at least `span`. Lines that may not vote are left out where three others may."""
+    """A Test for every place(regime, k) with three or more lines of word problems. The rise of a line is that of the
+    unseen-solution loss per doubling of E. The effect is `sign` times the slope of the rises over x(regime, Tuned),
+    which must span at least `span`. Lines that may not vote are left out where three others may."""
     groups = defaultdict(list)
     for where, by_k in tuned_lines(rows, "problems"):
         for k, one in by_k.items() if where.kind == "mixture" else ():

@@ -27,8 +27,8 @@ REMEDY = "restore the file or delete the line"
 def read(path, needed=ROW, optional=False):
     """The rows of a results file, without a last line torn by a crash. ValueError for other damage and other files.
 
-    needed: keys of every row; each line begins with the first of them. optional: a missing file has
-    no rows, instead of raising FileNotFoundError."""
+    needed: keys of every row; each line begins with the first of them. optional: a missing file has no rows, instead of
+    raising FileNotFoundError."""
     path = Path(path)
     if not optional and not path.exists():
         raise FileNotFoundError(f"{path}: no such results file; check the path")
