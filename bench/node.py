@@ -95,11 +95,8 @@ def main(argv=None):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         require(name in os.environ, name, None, remedy)
     rank, local, world = parallel.own_place()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
     device = pick_device(cfg, local)
-    parallel.connect(device, device_id=device if cuda else None)
+    parallel.connect(device, device_id=device if device.type == "cuda" else None)
     try:
         results = Results(cfg) if rank == 0 else None
         measured = []

@@ -71,11 +71,16 @@ def load(cfg: ModelChoice) -> Loaded:
 
 
 def pick_device(cfg, local_rank=0):
-    """The torch.device of a program with the fields device, dtype and impl; ValueError naming one that is not there."""
+    """The torch.device of a program with the fields device, dtype and impl, made CUDA's current one.
+
+    ValueError names the field that asks for what is not there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = cfg.device if cfg.device != "auto" else "cuda" if there["cuda"] else "cpu"
     require(there[name], "device", name, f"no {name.upper()} device is visible; use --device=cpu")
-    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    device = torch.device(name)
+    if name == "cuda":
+        device = torch.device(name, local_rank)
+        torch.cuda.set_device(device)  # kernels run on the current device
     tensor = torch.empty(0, dtype=compute_dtype(cfg, device), device=device)
     try:
         pick_impl(None if cfg.impl == "auto" else cfg.impl, tensor)

@@ -369,8 +369,6 @@ def launch(program, cls, description, argv=None):
         rank, local_rank, world = parallel.own_place()
         cfg, given = parse(cls, sys.argv[1:] if argv is None else argv, description)
         device = pick_device(cfg, local_rank)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         if getattr(cfg, "deterministic", False):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # with warn_only attention would still add atomically

@@ -18,7 +18,7 @@ from study.execute import BEFORE, Run, key
 
 TASKS = {"facts": "facts", "problems": "solutions", "mano": "mental arithmetic"}
 MIN_SEEDS = 3
-LIMITS = (7e-4, 0.1)  # of learning rates: no search goes beyond
+LIMITS = (7e-4, 0.4)  # of learning rates: no search goes beyond
 # Keys of every row, for `read` and `append`.
 ROW = tuple("key run lr diverged tokens tpp params flops points tokens_per_s seconds jobs device".split())
 REMEDY = "restore the file or delete the line"
