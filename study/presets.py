@@ -48,13 +48,10 @@ def scarce2_k2(rows):
 
 
 def dose(rows):
-    """The rates are searched at three E and then used for the others."""
-    problems = (125, 250, 177)
-    ends = searched(rows, grid(dict(unique=problems, n_experts=ENDS), top_k=8), 6)
-    if not {key(run) for run in ends} <= {row["key"] for row in rows}:
-        return ends
-    others = [e for e in EXPERTS if e not in ENDS]
-    return ends + rated(rows, grid(dict(unique=problems, n_experts=others, seed=range(6)), top_k=8))
+    """Rates for facts are searched at three E only: with so few problems facts are not what is asked."""
+    problems = (250, 177, 125)
+    cells = grid(dict(n_experts=(*ENDS, 16, 32, 128, 256), unique=problems), top_k=8)
+    return searched(rows, cells, 6, facts=ENDS)
 
 
 def fresh(rows):
@@ -103,12 +100,15 @@ PROGRAMME = (smoke, pairs, dose, fresh, scarce2, votes, width, room, topk2, long
 PRESETS = {preset.__name__: preset for preset in PROGRAMME}
 
 
-def searched(rows, cells, seeds):
+def searched(rows, cells, seeds, facts=None):
     """Each cell is run from SEARCH seeds until half and twice its best rates for facts and for solutions were tried (or
     the LIMITS reached), and all that are best for solutions in another cell with as many problems: noise may end a
-    search beside a better rate. Then it is run from `seeds` seeds at the best for solutions."""
+    search beside a better rate. Then it is run from `seeds` seeds at the best for solutions.
+
+    facts: the E at which rates for facts are searched; None for all."""
     done, known = {row["key"]: row for row in distinct(rows)}, {task: compared(rows, task) for task in START}
-    rates = {cell: {best_rate(known[task], cell, task) for task in START} for cell in cells}
+    asked = {cell: [t for t in START if t != "facts" or facts is None or cell.n_experts in facts] for cell in cells}
+    rates = {cell: {best_rate(known[task], cell, task) for task in asked[cell]} for cell in cells}
 
     def search(cell):
         """(runs, best rate for solutions, None where runs are missing)"""
@@ -117,7 +117,7 @@ def searched(rows, cells, seeds):
             if any(key(run) not in done for run in wanted):
                 return wanted, None
             cost = lambda rate, task: sum(loss(done[key(r)], task) for r in wanted if r.lr == rate)  # noqa: B023
-            best = {task: min(sorted(rates[cell]), key=functools.partial(cost, task=task)) for task in START}
+            best = {task: min(sorted(rates[cell]), key=functools.partial(cost, task=task)) for task in asked[cell]}
             beside = {float(f"{rate * factor:.6g}") for rate in best.values() for factor in (0.5, 2)}
             beside = {rate for rate in beside - rates[cell] if LIMITS[0] < rate < LIMITS[1]}
             if not beside:
