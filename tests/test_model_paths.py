@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import model as model_file
 from model import GPT, ModelConfig, compute_dtype, update_router_bias
+from optimoe import load
 from optimoe.load import pick_device
 from optimoe.sizes import training_memory
 from tests.checks import check, rms_ratio
@@ -142,6 +143,21 @@ def test_devices(monkeypatch):
             with pytest.raises(ValueError, match="device='mps': no MPS device"):
                 pick_device(cfg)
     assert compute_dtype(ModelConfig(), torch.device("mps")) == torch.float32
+
+
+def test_a_rank_makes_its_gpu_the_current_one_before_kernels_are_chosen(monkeypatch):
+    """Kernels run on the current device only, so the second rank's choice would be refused."""
+    current = [0]
+
+    def choose(impl, tensor):
+        assert current[-1] == tensor.device.index
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+    monkeypatch.setattr(load, "pick_impl", choose)
+    with FakeTensorMode():  # tensors on a GPU that is not there
+        assert pick_device(SimpleNamespace(device="cuda", dtype="float32", impl="auto"), 1).index == 1
+    assert current == [0, 1]
 
 
 def documents(*lengths):

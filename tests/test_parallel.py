@@ -19,7 +19,7 @@ from optimoe import checkpoint, parallel
 from optimoe.config import parse
 from optimoe.parallel import Sharded
 from tests.test_train import data_dir  # noqa: F401  a fixture
-from tests.trainrun import ROOT, SMALL, cut_at, gloo_threads, rows, wait_for
+from tests.trainrun import ROOT, SMALL, cut_at, differences, free_port, gloo_threads, rows, wait_for
 from train import TrainConfig, main, train
 
 # Two micro-batches, the balance loss of the global batch, shared experts.
@@ -289,6 +289,21 @@ def test_the_closing_report_is_about_the_last_weights(data_dir, tmp_path):  # no
     ranks([[2, [*flags, f"--out-dir={tmp_path / 'run'}"]]])
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert main([f"--resume={tmp_path / 'run'}"])["samples"] == written["samples"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_gpus_give_the_same_bits_twice(engine, data_dir, tmp_path):  # noqa: F811
+    """Started by torchrun, with sequences that are long enough for attention to add in any order."""
+    flags = [*SMALL, f"--data={data_dir}", f"--parallel={engine}", "--deterministic", "--seq-len=512", "--head-dim=64"]
+    flags += ["--device=cuda", "--dtype=bfloat16", "--val-batches=0"]
+    for name in ("a", "b"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+        subprocess.run(
+            [*command, "train.py", *flags, f"--out-dir={tmp_path / name}"], cwd=ROOT, check=True, timeout=300
+        )
+    assert rows(tmp_path / "a") == rows(tmp_path / "b") and len(rows(tmp_path / "a")) == 3
+    assert differences(checkpoint.read(tmp_path / "a"), checkpoint.read(tmp_path / "b")) == []
 
 
 @pytest.mark.parametrize("kind, bound", [("adamw", 0.30), ("muon", 0.36)])
