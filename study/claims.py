@@ -162,10 +162,10 @@ def reasoning_turns(rows):
 def at_one_rate(rows):
     """Claim 2 at one rate for all E."""
     for (where, k), line in lines(rows).items():
-        compared = where.paired and where.unique == SCARCE
+        compared = where.usual and 0 < where.unique <= SCARCE
         for rate in sorted({rate for rates in line.values() for rate in rates}) if compared else ():
             cells = {e: {rate: rates[rate]} for e, rates in line.items() if len(rates.get(rate, ())) >= MIN_SEEDS}
-            if len(cells) > 2 and (one := tune(cells, "problems")):
+            if len(cells) > 3 and (one := tune(cells, "problems")):
                 label = f"{where}, k={k}, all at rate {rate:g}; solutions"
                 unit = "nats per token more per doubling of E"
                 yield Test(label, rises(one, solution_loss), RISE, unit, len(one.rows), note="one rate for all")

@@ -5,13 +5,14 @@ Dots are seeds, lines join means; every model is shown at the best rate for the 
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from data import files
 from optimoe import config, curves
 from optimoe.config import require
 from study import results
-from study.presets import LOST, SCARCE
+from study.presets import FEW, SCARCE
 from study.results import accuracy, lines, loss, tune
 from study.rules import RISE
 
@@ -46,13 +47,13 @@ def index(folder, title, pictures, command):
     print(Path(folder) / "README.md")
 
 
-def curve(axis, cells, value, look, label, hollow=(), colour=None):
+def curve(axis, cells, value, look, label, hollow=(), colour=None, dashes="-"):
     """Dots for the seeds of {x: {seed: row}}, a line through the means, which are returned; hollow at some x."""
     style = dict(color=colour or COLOURS[look % 6], marker=MARKERS[look % 6])
     points = [(x, value(row)) for x, cell in cells.items() for row in cell.values()]
     axis.plot(*zip(*points, strict=True), **style, ls="None", ms=4, alpha=0.5, mew=0)
     means = [sum(map(value, cell.values())) / len(cell) for cell in cells.values()]
-    axis.plot(list(cells), means, **style, lw=1.4, ms=5, label=label)
+    axis.plot(list(cells), means, **style, ls=dashes, lw=1.4, ms=5, label=label)
     for x in hollow:
         axis.plot(x, means[list(cells).index(x)], **style, ms=5, mfc="white")
     return means
@@ -66,10 +67,10 @@ def headline(rows):
     remedy = f"no line of {SCARCE} problems and three values of E; run python -m study.sweep pairs"
     require(SCARCE in found, "results", f"{len(rows)} rows", remedy)
     fig, ((left, middle, right),) = canvas(1, 3, (15, 4.8))
-    shown = (("facts", SCARCE), ("problems", SCARCE), ("problems", LOST))
+    shown = (("facts", SCARCE), ("problems", SCARCE), ("problems", FEW))
     for look, (task, problems) in enumerate(shown):
         if one := tune(found.get(problems, {}), task):
-            name = "facts" if task == "facts" else f"unseen solutions, {problems} problems"
+            name = "facts" if task == "facts" else f"solutions, {problems} problems"
             means = curve(left, one.cells, lambda row, t=task: loss(row, t), look, name, one.single)
             if (task, problems) == ("problems", SCARCE):  # what would refute the level line
                 first, last = min(one.cells), max(one.cells)
@@ -85,13 +86,15 @@ def headline(rows):
             curve(middle, one.cells, lambda row: loss(row, "problems"), look, label, one.single, colour)
     middle.set(title="Do more problems help?", ylabel="loss of unseen solutions, nats per token")
     line = found[SCARCE]
-    for look, e in enumerate(sorted({min(line), sorted(line)[len(line) // 2], max(line)})):
+    shown = sorted({min(line), sorted(line)[len(line) // 2], max(line)})
+    for (task, name), (look, e) in product((("problems", "solutions"), ("facts", "facts")), enumerate(shown)):
         sound = {rate: {s: r for s, r in cell.items() if not r["diverged"]} for rate, cell in sorted(line[e].items())}
         if cells := {rate: cell for rate, cell in sound.items() if cell}:
-            curve(right, cells, lambda row: 100 * accuracy(row, "problems"), look, f"E = {e}")
-    right.set(title="Which rate does reasoning need?")
-    right.set(xlabel="peak learning rate", ylabel="whole unseen solutions right, %", xscale="log")
-    rates = sorted({rate for rates in line.values() for rate in rates})
+            dashes = "-" if task == "problems" else "--"
+            curve(right, cells, lambda row, t=task: 100 * accuracy(row, t), look, f"{name}, E = {e}", dashes=dashes)
+    right.set(title="Which learning rate does each need?")
+    right.set(xlabel="peak learning rate", ylabel="right answers, %", xscale="log")
+    rates = sorted({rate for rates in line.values() for rate in rates})[::-2]  # every second one can be read
     right.set_xticks(rates, [f"{rate:g}" for rate in rates])
     sizes = sorted({e for line in found.values() for e in line})
     for axis in (left, middle):
@@ -99,7 +102,7 @@ def headline(rows):
         axis.set(xlabel="experts per layer, E", yscale="log")
         axis.set_xticks(sizes, sizes)
     for axis in (left, middle, right):
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2 if axis is left else 3, frameon=False)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3 if axis is middle else 2, frameon=False)
         axis.minorticks_off()
     counts = sorted({len(cell) for line in found.values() for rates in line.values() for cell in rates.values()})
     n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 
 from study.execute import key
-from study.presets import LOST, PRESETS
+from study.presets import FEW, PRESETS
 from study.results import MIN_SEEDS, distinct, lines, loss, tune
 
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # for 1 to 10 degrees of freedom
@@ -80,7 +80,7 @@ def rises(tuned, value):
 def rise_of_votes(rows):
     """Per seed the rise of the unseen-solution loss per doubling of E, with as many problems as in `votes`."""
     for (where, k), line in lines(rows, wide=5).items():
-        if k == 8 and where.usual and where.unique == LOST and (tuned := tune(line, "problems")):
+        if k == 8 and where.usual and where.unique == FEW and (tuned := tune(line, "problems")):
             return list(rises(tuned, solution_loss).values())
     return []
 

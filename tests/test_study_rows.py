@@ -200,5 +200,5 @@ def test_stop_rules_hold_where_they_should():
         def effect(c, tpp, slope=slope):
             return 1.0, 0.4 + slope * math.log2(c.n_experts / 8) + 0.1 * abs(math.log2(c.lr / 6e-3)), 1
 
-        rows = grid(effect, ks=(8,), unique=presets.LOST)
+        rows = grid(effect, ks=(8,), unique=presets.FEW)
         assert bool(rules.stop_rule("votes", rows)) == stopped

@@ -96,7 +96,7 @@ def test_what_is_mastered_at_every_size_does_not_turn_over():
     one_rate = [test for test in claims.at_one_rate(rows) if "rate 0.003" in test.where]
     assert len(one_rate) == 2 and all(rules.interval(test.effects.values())[1] > 0.06 for test in one_rate)
     assert {test.note for test in one_rate} == {"one rate for all"}
-    level = [row | {"run": row["run"] | {"unique": presets.LOST}} for row in rows]
+    level = [row | {"run": row["run"] | {"unique": presets.FEW}} for row in rows]
     assert verdict.stopped(("votes",), level).startswith("the rise of unseen-solution loss at k = 8 lies below 0.06")
 
 
@@ -272,7 +272,7 @@ def test_the_committed_page_is_what_the_committed_rows_say():
 
 def test_the_figure_has_a_dot_for_every_seed(tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
-    rows = world(rise=0.1) + world(rise=0.0, unique=4_000) + world(rise=0.1, unique=presets.LOST)
+    rows = world(rise=0.1) + world(rise=0.0, unique=4_000) + world(rise=0.1, unique=presets.FEW)
     file, out = tmp_path / "r.jsonl", tmp_path / "h.png"
     for row in rows:
         results.append(file, row)
