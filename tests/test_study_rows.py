@@ -173,8 +173,10 @@ def test_rates_come_from_the_most_similar_runs_for_the_task_at_hand():
 
 def test_presets_hold_what_the_programme_says():
     sizes = {name: len(set(preset([]))) for name, preset in PRESETS.items()}
-    wanted = dict(pairs=108, dose=54, votes=24, width=96, room=70, topk2=48, long4=45, adamw2=18)
+    wanted = dict(pairs=108, dose=90, votes=24, width=96, room=70, topk2=48, long4=45, adamw2=18)
     assert {name: sizes[name] for name in wanted} == wanted
+    first = {e: {r.lr for r in presets.dose([]) if r.n_experts == e} for e in (8, 16)}
+    assert first == {8: set(presets.START.values()), 16: {presets.START["problems"]}}
     runs = [r for name, preset in PRESETS.items() for r in preset([])]
     assert all(r.top_k > 1 and r.lr > 0 and r.paired and r.data_tokens >= r.tokens for r in runs)
     assert {r.top_k * r.d_expert for r in presets.topk2([])} == {256}

@@ -282,9 +282,10 @@ def test_the_figure_has_a_dot_for_every_seed(tmp_path):
     dots = [line.get_xydata() for line in fig.axes[0].lines if line.get_linestyle() == "None"]
     assert [len(points) for points in dots] == [6 * 3] * 3 and "paired weights" in fig._suptitle.get_text()
     texts = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in fig.axes]
-    assert texts[:2] == [
-        ["facts", "unseen solutions, 500 problems", "0.06 nats more a doubling", "unseen solutions, 250 problems"],
+    assert texts == [
+        ["facts", "solutions, 500 problems", "0.06 nats more a doubling", "solutions, 250 problems"],
         ["250 problems", "500 problems", "4,000 problems"],
+        [f"{what}, E = {e}" for what in ("solutions", "facts") for e in (8, 64, 256)],
     ]
     dashed = next(line for line in fig.axes[0].lines if line.get_linestyle() == "--").get_ydata()
     assert dashed[-1] - dashed[0] == pytest.approx(0.06 * 5)
