@@ -45,7 +45,6 @@ def slices_per_copy(dense, cfg):
         value, kept = getattr(cfg, name), dense[name]
         require(value == kept, name, value, f"the dense checkpoint has {kept!r}; use the same")
     require(not cfg.dense, "dense", True, "a dense model is continued with --resume; upcycle_from starts a mixture")
-    require(cfg.top_k > 1, "top_k", cfg.top_k, "a single gate that sums to 1 trains no router; use --top_k=2 or more")
     require(cfg.router_normalize, "router_normalize", False, "the dense output is only kept by gates that sum to 1")
     width = (dense["top_k"] + dense["n_shared_experts"]) * dense["d_expert"]
     slices, rest = divmod(width - cfg.n_shared_experts * cfg.d_expert, cfg.d_expert)
@@ -53,6 +52,9 @@ def slices_per_copy(dense, cfg):
     require(slices > 0 and not rest, "d_expert", cfg.d_expert, remedy)
     for name, value in (("top_k", cfg.top_k), ("n_experts", cfg.n_experts)):
         require(value % slices == 0, name, value, f"one copy of the dense layer is {slices} experts: use a multiple")
+    more = "" if cfg.n_experts > 1 else " and --n_experts=8"
+    remedy = f"a single gate that sums to 1 trains no router; use --top_k=2{more}, for example"
+    require(cfg.top_k > 1, "top_k", cfg.top_k, remedy)
     return slices
 
 
