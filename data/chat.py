@@ -3,9 +3,9 @@
     {"prompt": "2 + 2 =", "answer": " 4"}
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
-The chat template of the tokenizer's folder turns messages into text. If it writes earlier answers in another way (some
-drop the thoughts in them), the next answer begins an example of its own. Until it is encoded, a row is the JSON of its
-pieces of text: [is it a chat, [[[piece, is it a target], ...] for each example]].
+The chat template in the tokenizer's folder turns messages into text. Some templates rewrite earlier answers (they drop
+the reasoning in them); then the next answer starts a new example. Until it is encoded, a row is the JSON of its pieces
+of text: [is it a chat, [[[piece, is it a target], ...] for each example]].
 """
 
 import json
@@ -26,7 +26,7 @@ TEMPLATE = "chat_template.jinja"
 
 
 def template_source(directory):
-    """(the chat template of a Hugging Face folder or None, its tokenizer_config.json)"""
+    """(the chat template of a Hugging Face folder, or None; the contents of its tokenizer_config.json)."""
     path, separate = Path(directory, "tokenizer_config.json"), Path(directory, TEMPLATE)
     settings = files.read_json(path, AGAIN) if path.is_file() else {}
     source = files.read_text(separate, AGAIN) if separate.is_file() else settings.get("chat_template")
@@ -37,7 +37,7 @@ def template_source(directory):
 
 
 def chat_template(directory):
-    """template(messages, whether an answer follows) of a Hugging Face folder; None where it has none."""
+    """The function text(messages, does an answer follow) of a Hugging Face folder; None if it has no template."""
     source, settings = template_source(directory)
     if source is None:
         return None
@@ -46,7 +46,7 @@ def chat_template(directory):
     extensions = ["jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # that of jinja2 is for HTML
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes for HTML
 
     def text(messages, answer):
         try:
@@ -55,7 +55,7 @@ def chat_template(directory):
             raise ValueError(f"the chat template of {directory} refuses the messages ({error}); change them") from None
 
     try:
-        # A tag of transformers, which marks answers for its own training.
+        # The tag {% generation %} marks answers for transformers; jinja2 does not know it.
         source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
         template = environment.from_string(re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", source))
     except Exception as error:
@@ -68,7 +68,7 @@ def _refuse(reason):  # templates call it where roles do not alternate
 
 
 def example(row, where, template):
-    """The JSON of a row's examples. ValueError naming `where` for a row that has none."""
+    """The JSON of a row's examples, as described above. ValueError names `where`, the place of the row."""
     names = row if isinstance(row, dict) else {}
     prompt, answer, messages = map(names.get, ("prompt", "answer", "messages"))
     if isinstance(prompt, str) and isinstance(answer, str):
@@ -101,19 +101,19 @@ def example(row, where, template):
 
 
 def _kept(chat, examples):
-    clean = lambda text: text.encode("utf-8", "replace").decode()  # no half characters
+    clean = lambda text: text.encode("utf-8", "replace").decode()  # "\ud800" alone becomes "?"
     return json.dumps([chat, [[[clean(p), target] for p, target in pieces] for pieces in examples]], ensure_ascii=False)
 
 
 def encode(enc, text):
-    """(ids, bytes of text, marks) of a row's examples, each ended by eos."""
+    """(ids, number of bytes of text, marks as in data/shards.py) of a row's examples, each ended by eos."""
     chat, examples = json.loads(text)
     ids, sizes, marks = zip(*(_encoded(enc, chat, pieces) for pieces in examples), strict=True)
     return np.concatenate(ids), sum(sizes), np.concatenate(marks)
 
 
 def _encoded(enc, chat, pieces):
-    # No token crosses the end of a prompt, because generation begins there.
+    # No token lies across the end of a prompt, because generation begins there.
     read = enc.encode_control if chat else enc.encode_ordinary
     ids, trained, before = [], [], ""
     for piece, target in pieces:

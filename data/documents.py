@@ -1,4 +1,4 @@
-"""Documents out of files, one in memory at a time."""
+"""Reads documents from files as a stream: text, JSON lines, Parquet and Arrow."""
 
 import gzip
 import importlib
@@ -18,8 +18,8 @@ KINDS = (".txt", ".jsonl", ".py", ".parquet", ".arrow")
 
 
 def find_files(inputs):
-    """The named files, and those in named directories, sorted. ValueError where there is none."""
-    found = {}  # by the targets of links, so that nothing is read twice
+    """Paths of named files, and of files of KINDS in named directories. ValueError for a name that gives none."""
+    found = {}  # keys: paths after links, so that no file is read twice
     for given in map(Path, inputs):
         paths = sorted(path for path in given.rglob("*") if _wanted(path, given)) if given.is_dir() else [given]
         if not paths:
@@ -41,10 +41,10 @@ def _kind(path):  # "a.TXT.xz" -> ".txt"
 
 
 def read(paths, length, text_field="text", encoding_errors="strict", example=None, doing=""):
-    """The documents of files: rows of tables, and texts, cut at line ends after `length` characters.
+    """Yields documents: rows of tables, and texts in pieces that end at the first line end after `length` characters.
 
-    example: makes a document of a whole row and its place. doing: what to print every two seconds, with the share of
-    the bytes read so far. ValueError names the file, and the row, that cannot be read."""
+    example(row, place): makes a document of a whole row; None: take its text_field. doing: printed every two seconds
+    with the share of bytes read so far. ValueError names the file, and the row, that cannot be read."""
     done, total, shown = 0, max(1, sum(path.stat().st_size for path in paths)), time.monotonic()
     for path in paths:
         with open(path, "rb") as file:
@@ -81,7 +81,7 @@ def _documents(path, file, length, text_field, errors, example):
 
 def _decompressed(path, file):
     suffix = path.suffix.lower()
-    if suffix in (".gz", ".zst") and not path.stat().st_size:  # the readers take it for an empty text
+    if suffix in (".gz", ".zst") and not path.stat().st_size:  # the libraries would read an empty text
         raise EOFError("it has 0 bytes")
     if suffix == ".zst":
         pyarrow = _arrow(path)
@@ -103,7 +103,7 @@ def _not_utf8(where, error):
 
 
 def _field(row, name, where):
-    """The text of a row. A name with dots leads into objects inside the row."""
+    """The text in the field `name` of a row; a.b is the field b of the object a."""
     require(isinstance(row, dict), where, row, "a JSON object on one line is needed; correct the file")
     value = row
     for part in [name] if name in row else name.split("."):
@@ -123,14 +123,14 @@ def _arrow(path, module="pyarrow"):
 
 
 def _rows(path, file, name):
-    """("PATH: row N", row) of a Parquet or Arrow file, a batch at a time: only the column with the text, or all if
-    `name` is None."""
+    """Yields ("PATH: row N", {column: value}) of a Parquet or Arrow file, a batch in memory at a time: only the column
+    of the field `name`, or all columns if it is None."""
     pyarrow, number = _arrow(path), 0
     try:
         if _kind(path) == ".parquet":
             table = _arrow(path, "pyarrow.parquet").ParquetFile(file, pre_buffer=False)
             names, leaves = table.schema_arrow.names, [table.schema.column(i).path for i in range(len(table.schema))]
-            there = name and any(f"{leaf}.".startswith(f"{name}.") for leaf in leaves)  # else the whole column comes
+            there = name and any(f"{leaf}.".startswith(f"{name}.") for leaf in leaves)  # else read the whole column
             batches = table.iter_batches(256, columns=name and [name if there else name.split(".")[0]])
         elif file.read(6) == b"ARROW1":
             table = _arrow(path, "pyarrow.ipc").open_file(file)

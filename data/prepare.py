@@ -1,20 +1,20 @@
-"""Text files to a data directory.
+"""Turns text files into a data directory.
 
     python -m data.prepare books/*.txt.xz --out datasets/mine --vocab_size 16384
     python -m data.prepare notes.jsonl src/ fineweb/ --out datasets/mine --tokenizer datasets/books
 
-The input is streamed twice. The first pass finds what to hold out and, unless --tokenizer names one, trains a BPE
-on a sample (with the package `tokenizers`). The second encodes in threads.
+The input is read twice. The first pass finds what to hold out and, unless --tokenizer names a tokenizer, a sample on
+which a BPE is trained (by the package `tokenizers`). The second pass encodes in threads.
 
 What a document is (--sft: see data/chat.py):
     .jsonl, .parquet, .arrow: the field --text_field of each row
-    .txt, .py, or any other named file: the file, or its pieces of 2^20 characters (less if the input is below 64 MB),
+    .txt, .py, or any other named file: the file, or its pieces of 2^20 characters (fewer if the input is below 64 MB),
     which end at line ends
-or .gz, .xz or .zst of these. A directory is searched for them; links to directories are not followed. Byte-order marks
-are removed and line ends become "\\n". Parquet, Arrow and .zst need pyarrow.
+Text and .jsonl may be compressed as .gz, .xz or .zst. A directory is searched for all of these; links to directories
+are not followed. Byte-order marks are removed and line ends become "\\n". Parquet, Arrow and .zst need pyarrow.
 
-Documents whose hash (of the text and --seed) is below --val_fraction, and always the lowest, are held out for
-validation. So equal documents fall on the same side, and adding files moves none.
+A document is held out for validation if the hash of its text and --seed is below --val_fraction, or the lowest of all.
+So equal documents fall on the same side.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ from data.documents import EXPANSION, find_files, read
 from optimoe import hub
 from optimoe.config import command_line, make_directory, parse, require
 
-SAMPLE = 32e6  # bytes of text, about, that the tokenizer is trained on
-BLOCK = 2**20  # characters, about, that a thread encodes at once
+SAMPLE = 32e6  # approximate bytes of text that the tokenizer is trained on
+BLOCK = 2**20  # approximate characters that a thread encodes at once
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class Config:
     out: str  # the data directory to write
 
     # Tokenizer
-    tokenizer: str = ""  # data directory, or Hugging Face folder or ORG/NAME, whose tokenizer is used; empty: train one
-    vocab_size: int = 16384  # of the BPE trained on the input
+    tokenizer: str = ""  # use that of a data directory, Hugging Face folder or ORG/NAME; empty: train a new one
+    vocab_size: int = 16384  # tokens of the BPE trained on the input
 
     # Documents
-    sft: bool = False  # rows are examples, prompt and answer or messages (data/chat.py): only answers are trained
-    text_field: str = "text"  # of rows; a.b is the field b of the object a
+    sft: bool = False  # rows are chats or pairs of prompt and answer (data/chat.py); only answers are trained
+    text_field: str = "text"  # field of a row that holds the text; a.b is the field b of the object a
     encoding_errors: Literal["strict", "replace"] = "strict"  # what to do about bytes that are not UTF-8
     val_fraction: float = 0.01  # share of documents held out; 0: no validation data
-    seed: int = 0  # of the split
+    seed: int = 0  # changes what is held out
 
     def __post_init__(self):
         require(self.input, "input", self.input, "name files or directories")
@@ -72,7 +72,7 @@ def hashed(text, seed):
 
 
 def scan(texts, cfg, sample_rate):
-    """The first pass: (sample for the tokenizer, number of documents, hash below which they are held out)."""
+    """The first pass: (sample for the tokenizer, number of documents, hash below which a document is held out)."""
     sample, documents, lowest, share = [], 0, [], cfg.val_fraction
     for text in texts:
         documents += 1
@@ -90,7 +90,7 @@ def scan(texts, cfg, sample_rate):
 def prepare(cfg):
     """Write the data directory cfg.out and return its meta.json."""
     out, started = Path(os.path.abspath(cfg.out)), time.perf_counter()
-    shards.refuse_existing(out)  # before the work, not after it
+    shards.refuse_existing(out)  # before the work
     make_directory(out.parent, "out", cfg.out)
     named = hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER) if cfg.tokenizer else None
     enc = tokenizer.load(named) if named else None
