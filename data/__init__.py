@@ -1,1 +1,1 @@
-"""Text and generated documents to token shards, and the loader that reads them."""
+"""Turns text and generated documents into token shards, and loads them in batches."""

@@ -1,9 +1,9 @@
-"""Synthetic biographies: facts that can only be memorised, and whose information is known to the bit.
+"""Synthetic biographies: facts that can only be memorised, and whose information in bits is known exactly.
 
     Orlena Tamsin Brackwell was born on May 3, 1952. She comes from Ashford. She graduated from Hollin University. ...
 
-They follow bioS of "Physics of Language Models" 3.1 and 3.3 (arXiv 2404.05405): distinct names, and independent uniform
-attributes, except that the city of work is a function of the employer.
+They follow bioS of "Physics of Language Models" 3.1 and 3.3 (arXiv 2404.05405). Names are distinct. Attributes are
+independent and uniform, except that the employer determines the city of work.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from optimoe.config import require
 MONTHS = "January February March April May June July August September October November December".split()
 DAYS = 28
 
-# A list has every pair from its two columns, in a fixed shuffled order.
+# Each list joins every part before | with every part after it, in a fixed random order.
 SYLLABLES = {
     "first_names": """Al Ber Cor Dal Els Far Gar Hal Is Jor Kal Lor Mar Nel Or Per Ros Sel Tav Vel
         | a an bert da dine ena eth ia ick ina o la len mund na ric sa tha win yn""",
@@ -60,7 +60,7 @@ def require_ranges(cfg, ranges):
 
 @dataclass(frozen=True)
 class FactsConfig:
-    """Who exists. A biography is a function of this, the index of the person and the exposure."""
+    """Which people exist. A biography is a function of this, the person's index and the number of the exposure."""
 
     n_people: int = 10_000
     first_names: int = 400  # sizes of the lists that names and values are drawn from
@@ -70,7 +70,7 @@ class FactsConfig:
     universities: int = 300
     majors: int = 100
     employers: int = 263
-    years: int = 200  # of birth, from 1900
+    years: int = 200  # number of possible birth years, from 1900
     seed: int = 0
 
     def validate(self):
@@ -78,7 +78,7 @@ class FactsConfig:
         require_ranges(self, {"n_people": (1, self.name_choices // 2)})
 
     def lists(self):
-        """The names and values that are drawn from."""
+        """The words that names and values are drawn from."""
         return {field: _words(field)[: getattr(self, field)] for field in SYLLABLES}
 
     @property
@@ -88,7 +88,7 @@ class FactsConfig:
 
     @property
     def value_choices(self):
-        """S0, the number of equally probable people of one name."""
+        """S0, the number of equally probable combinations of pronoun and values."""
         return 2 * len(MONTHS) * DAYS * self.years * self.cities * self.universities * self.majors * self.employers
 
 
@@ -96,7 +96,7 @@ class Person(NamedTuple):
     index: int
     name: str
     pronoun: str  # " He" or " She"
-    values: tuple[str, ...]  # of ATTRIBUTES, each with its leading space
+    values: tuple[str, ...]  # in the order of ATTRIBUTES, each with a leading space
 
 
 class Probe(NamedTuple):
@@ -116,7 +116,7 @@ def _words(field):
 
 @lru_cache(maxsize=4)  # the study measures three seeds in turn
 def people(cfg):
-    """All people, a shared list. Its first n are the same for every n_people >= n."""
+    """All people: a shared list, not to be changed. Its first n are the same for every n_people >= n."""
     cfg.validate()
     words, rng = cfg.lists(), random.Random(cfg.seed)
     draw = lambda items: items[int(rng.random() * len(items))]
@@ -141,7 +141,7 @@ def people(cfg):
 
 
 def segments(cfg, person, exposure):
-    """A biography as the subject, stem, value and "." of each sentence. Exposures differ in stems and order."""
+    """A biography: a list of subject, stem, value and "." of each sentence. Exposures differ in stems and order."""
     rng = random.Random((cfg.seed * 10_007 + exposure) << 40 | person.index)
     order = list(zip(TEMPLATES.values(), person.values, strict=True))
     rng.shuffle(order)
@@ -153,7 +153,7 @@ def segments(cfg, person, exposure):
 
 
 def probes(persons, seed=0):
-    """One for each person and attribute: name and a random stem, to be completed with the value."""
+    """A Probe for each person and attribute: the name and a random stem, to be completed with the value."""
     rng = random.Random(seed)
     return [
         Probe(person.name + rng.choice(stems), value, attribute)

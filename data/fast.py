@@ -1,4 +1,4 @@
-"""Tokenizers of other models by the library `tokenizers`, with the members of tiktoken.Encoding that are used here.
+"""Tokenizers of other models, run by the library `tokenizers`, with the members of tiktoken.Encoding used here.
 
 enc = from_folder("Mixtral-8x7B-v0.1")        # its tokenizer.json and tokenizer_config.json
 enc.encode_ordinary("48/2"), enc.begin, enc.eot_token
@@ -39,7 +39,7 @@ def spelled(settings, name):
 
 
 def inside(read, text):
-    """The ids of a text that follows others: SentencePiece puts a space in front of a text that stands alone."""
+    """The ids of a text that follows another. In front of a text alone SentencePiece puts a space."""
     for before in "a\n.":
         head, whole = read(before), read(before + text)
         if whole[: len(head)] == head:
@@ -48,7 +48,7 @@ def inside(read, text):
 
 
 class Fast:
-    """A tokenizer of the library. A special token that is spelled out in a text stays text.
+    """A tokenizer of the library. The name of a special token in a text is just text, except in encode_control.
 
     definition: the text of its tokenizer.json. begin: ids in front of every document and prompt. eot_token: the id that
     ends a document. Raises ValueError for a definition that the library cannot use, or ids that it does not have."""
@@ -70,21 +70,21 @@ class Fast:
         return self.encode_ordinary_batch([text])[0]
 
     def encode_ordinary_batch(self, texts):
-        """In as many threads as the library likes (RAYON_NUM_THREADS)."""
+        """The ids of each text. The library chooses the number of threads (RAYON_NUM_THREADS)."""
         found = [encoded.ids for encoded in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         for i, ids in enumerate(found):
-            if not self._special.isdisjoint(ids):  # a unigram model's words: split their text after one letter
+            if not self._special.isdisjoint(ids):  # unigram models find them all the same: cut their names in two
                 parts = self._fast.encode_batch_fast(self._inside.split(texts[i]), add_special_tokens=False)
                 found[i] = [token for part in parts for token in part.ids if token not in (*self.begin, self.eot_token)]
         return found
 
     def encode_control(self, text):
-        """The ids of a chat, in which special tokens are special."""
+        """The ids of a chat's text, in which the names of special tokens become these tokens."""
         self._control = self._control or _open(self.definition)
         return self._control.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        """The text of a continuation. SentencePiece drops a space at the start of a text, so a word goes before it."""
+        """The text of a continuation. SentencePiece drops the first space of a text, so "a" goes before it."""
         return self._fast.decode([*self._a, *ids])[len(self._decoded_a) :]
 
 

@@ -1,8 +1,8 @@
-"""Files that are whole or absent, and JSON whose damage is noticed. Whatever is read back goes through here.
+"""Atomic writes of files, and JSON whose damage is noticed.
 
-    replace("run/results.json", text)                      # appears whole or not at all
+    replace("run/results.json", text)  # appears whole or not at all
     append("run/metrics.jsonl", [{"step": 1, "loss": 2.5}])
-    rows, length = read_rows("run/metrics.jsonl")          # length in bytes, without a line that a kill cut off
+    rows, length = read_rows("run/metrics.jsonl")  # length in bytes, without a last line that a kill cut off
 
 A signed JSON object carries a CRC-32 of its other members under "crc". Objects without one are accepted as they are.
 """
@@ -21,7 +21,7 @@ CRC, RESTORE = "crc", "restore it from a copy"
 
 
 def replace(path, content):
-    """Replace a file by a text or bytes. A failure leaves the old one as it was. Devices and pipes are written to."""
+    """Replace a file by a text or bytes. A failure leaves the old one unchanged. Devices and pipes are just written."""
     path, content = Path(path), content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
         path.write_bytes(content)
@@ -39,7 +39,7 @@ def replace(path, content):
 def temporary(target, directory=False):
     """A new hidden file or directory beside `target`, to be filled and renamed; if it is not renamed, it is removed.
 
-    It is locked while its process lives. Remnants of killed processes for the same target are removed first."""
+    It is locked while its process lives. Unlocked ones for the same target, left by killed processes, are removed."""
     target = Path(target)
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]+\.(tmp|partial)")
     for left in list(target.parent.iterdir()):
@@ -65,7 +65,8 @@ def temporary(target, directory=False):
 
 @contextmanager
 def _locked(path, wait=True):
-    """Yields whether it got the lock: not if the path is gone, another process has it, or there are no locks."""
+    """Yields whether it got the lock. It does not if the path is gone, another process has the lock, or the file system
+    has no locks."""
     with ExitStack() as stack:
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -96,7 +97,7 @@ def _crc(members):
 
 def sign(value):
     """The same JSON object with the checksum of its members."""
-    members = json.loads(json.dumps(value))  # as it will be read: names are strings then
+    members = json.loads(json.dumps(value))  # as it will be read, with strings as names
     members.pop(CRC, None)
     return {**value, CRC: _crc(members)}
 
@@ -117,7 +118,7 @@ def check(value, where, remedy=RESTORE):
 
 
 def parse(text, where, remedy=RESTORE):
-    """A JSON value without its byte-order mark. ValueError naming `where` for what the parser cannot read."""
+    """The value of a JSON text; a byte-order mark is ignored. ValueError naming `where` if it is not JSON."""
     try:
         return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
     except (ValueError, RecursionError) as error:
@@ -163,7 +164,7 @@ def append(path, rows, signed=False, sync=False):
 
 
 def read_rows(path, remedy="remove that line"):
-    """(rows of a JSON-lines file without their checksums, length in bytes of what was whole).
+    """(rows of a JSON-lines file without their checksums, bytes of its complete lines).
 
     A last line without its line end was cut off by a kill and is left out. ValueError names a line damaged otherwise.
     """

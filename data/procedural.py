@@ -1,8 +1,8 @@
 """The default training data: one mixture of biographies to remember and problems to reason about, made from a seed.
 
-    build("runs/x/data", seed=1)                                          # what `python train.py` trains on
-    build("data/big", MixtureConfig(FactsConfig(n_people=50_000), ...))   # what the study trains on
-    python -m data.procedural --out data/big --mixture mixture.json --workers 16    # large ones
+    build("runs/x/data", seed=1)  # what `python train.py` trains on
+    build("data/big", MixtureConfig(FactsConfig(n_people=50_000), ...))  # what the study trains on
+    python -m data.procedural --out data/big --mixture mixture.json --workers 16  # large ones
 
 Training has the problems, and every biography `exposures` times in changing words; validation has new wordings of the
 same biographies, and problems with unseen templates. meta.json keeps the MixtureConfig for evaluation.
@@ -39,16 +39,16 @@ CHUNK = 2**14  # documents made and shuffled at a time
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """How much of what."""
+    """How many documents of each kind."""
 
     facts: FactsConfig = field(default_factory=lambda: FactsConfig(60, 40, 40, 80, 40, 40, 40, 40, years=100))
     reasoning: ReasoningConfig = field(default_factory=lambda: ReasoningConfig(max_steps=6, modulus=7, names=24))
     exposures: int = 80  # biographies of each person
-    n_problems: int = 24_000  # different ones
+    n_problems: int = 24_000  # different problems
     repeats: int = 1  # of each problem
     n_mano: int = 0  # mental arithmetic expressions
-    window: int = 144  # tokens; windows start with eos and split no document that fits; 0: no windows
-    seed: int = 0  # of the order
+    window: int = 144  # tokens; each window starts with eos and splits no document that fits; 0: no windows
+    seed: int = 0  # of the order of documents
 
     def validate(self):
         self.facts.validate()
@@ -66,7 +66,7 @@ def build(out_dir, cfg=None, seed=None, workers=1):
         parts = {name: dataclasses.replace(getattr(cfg, name), seed=seed) for name in PARTS}
         cfg = dataclasses.replace(cfg, seed=seed, **parts)
     cfg.validate()
-    # spawn: the caller may hold a GPU, which a forked child could neither use nor leave alone
+    # spawn: the caller may hold a GPU, which a forked child cannot use
     with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
         chunks = ((split, order) for split in ("train", "val") for order in _order(cfg, split))
         chunks = (pool.imap if pool else map)(partial(_chunk, cfg), chunks)
@@ -96,9 +96,9 @@ def from_dict(kept, where="mixture"):
 
 
 def _kinds(cfg, split, rng):
-    """(kind, number) of each document of a split, the kinds interleaved at random in their proportion.
+    """Yields (kind, number) of each document of a split, the kinds interleaved at random in their proportion.
 
-    Everything comes once before anything comes again, so the first part of a split is a mixture like the whole."""
+    In a kind, everything comes once before anything is repeated. So a split begins with a mixture like the whole."""
     n = cfg.facts.n_people
     counts = {"facts": n * cfg.exposures, "problem": cfg.n_problems * cfg.repeats, "mano": cfg.n_mano}
     if split == "val":  # about a fiftieth of the training split
@@ -116,7 +116,7 @@ def _kinds(cfg, split, rng):
 
 
 def _order(cfg, split):
-    """_kinds in chunks, shuffled if they will be packed into windows."""
+    """Yields the _kinds in lists of CHUNK, shuffled if they will be packed into windows."""
     rng = random.Random(f"{cfg.seed} {split}")
     kinds = _kinds(cfg, split, rng)
     while order := list(islice(kinds, CHUNK)):
@@ -144,13 +144,13 @@ def _text(cfg, split, kind, i):
 
 
 def _pack(enc, texts, window):
-    """Token ids of the texts, each ended by eos. With a window: in blocks of that length, begun and filled up with eos,
-    because a model cannot know what an earlier window held. Longer documents take several blocks."""
+    """Token ids of the texts, each ended by eos. With a window: in blocks of that length that begin with eos and are
+    filled up with eos, because the model does not see earlier windows. A longer document takes several blocks."""
     eos = enc.eot_token
     documents = [ids + [eos] for ids in enc.encode_ordinary_batch(texts, num_threads=2)]
     if not window:
         return np.fromiter(chain(*documents), np.uint32)
-    full, open_ = [], []  # blocks; those with room left, at most 32
+    full, open_ = [], []  # complete blocks; at most 32 with room left
     for ids in documents:
         if fitting := [block for block in open_ if len(block) + len(ids) <= window]:
             max(fitting, key=len).extend(ids)

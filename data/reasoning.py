@@ -3,17 +3,17 @@
     Given: drum has 3 times lamp. kite is 5. lamp adds owl to kite. owl is 4. What is drum? Solution:
      Plan: drum lamp kite. kite is 5. lamp adds owl 4 to 5 is 9. drum has 3 times 9 is 7. Answer: 7.
 
-(modulo 10). A problem is a directed acyclic graph of named quantities: leaves are numbers, every other quantity is one
-operation on one or two others, and `steps` counts the operations. The statements come in random order. The plan goes
-back from the question to known numbers, then one sentence calculates each operation.
+This one is modulo 10. A problem is a directed acyclic graph of named quantities: leaves are numbers, every other
+quantity is one operation on one or two others, and `steps` counts the operations. The statements come in random order.
+The plan goes back from the question to known numbers. Then one sentence calculates each operation.
 
-A problem is a function of (config, index, split). Training and test problems never share a template: the graph with its
-operations, without names and numbers (which belong to it in problems of one step). One template in five is for tests.
+A problem is a function of (config, index, split). Its template is the graph with its operations, without names and,
+except in problems of one step, without numbers. One template in five is for tests, the others are for training.
 
-Whatever has to be looked up (definition, operand, value) belongs to the name just written, as induction heads need it:
-three layers learn this in minutes, but not "lamp = kite + owl = 5 + 4 = 9".
+What must be looked up (a definition, operand or value) belongs to the name just written, because induction heads look
+up what followed a name: three layers learn this in minutes, but not "lamp = kite + owl = 5 + 4 = 9".
 
-`mano` makes mental arithmetic on prefix expressions, without steps (Physics of Language Models 4.1).
+`mano` makes mental arithmetic: prefix expressions, answered without steps (Physics of Language Models 4.1).
 """
 
 import math
@@ -39,8 +39,8 @@ LEAF, MUL_C, ADD = 0, 3, 4  # the second operand of operations 1 to 3 is a numbe
 # What the text says, by operation: lamp VERB y PREPOSITION x.
 WORDS = (("is", ""), ("adds", "to"), ("takes", "from"), ("has", "times"), ("adds", "to"), ("takes", "from"))
 MEANING = {"adds": add, "takes": sub, "has": mul, "+": add, "-": sub, "*": mul}  # of x, y
-SHARED = 0.25  # probability that a second operand is needed elsewhere too, where possible
-TEST_SHARE = 5  # one template in five is a test template
+SHARED = 0.25  # probability that a second operand is a quantity used elsewhere too, if there is one
+TEST_SHARE = 5  # one template in five
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def problem(cfg, index, split="train", steps=None):
 
 
 def _draw_graph(r, steps, m):
-    """(graph, order): quantities as (op, x, y), and the operations in an order of solution; quantity 0 is asked for.
+    """(graph, order): quantities as (op, x, y), and those with an operation in an order of solution. 0 is asked for.
 
-    Grown backwards from the question: an operation refers only to quantities that are expanded after it or are leaves.
-    So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it."""
+    The graph grows backwards from the question: operations refer only to quantities that are expanded later or are
+    leaves. So there are no cycles, every quantity is needed, and the reverse of the order of expansion solves it."""
     graph = [None]  # LEAF: x is the number; otherwise x is a quantity, and y a quantity or a number
     frontier, order, shared = [0], [], []
 
@@ -90,7 +90,7 @@ def _draw_graph(r, steps, m):
         return len(graph) - 1
 
     for _ in range(steps):
-        r()  # without this draw every seed would give other problems
+        r()  # not used; without it every seed would give other problems
         node, op, x, y = frontier.pop(), 1 + int(r() * 5), new(), None
         if op == MUL_C:
             while y is None or math.gcd(y, m) != 1:  # invertible, so products do not pile up on 0
@@ -104,7 +104,7 @@ def _draw_graph(r, steps, m):
         frontier.append(x)
         graph[node] = (op, x, y)
         order.append(node)
-    for at, node in shared:  # now the quantities solved before each of these are known
+    for at, node in shared:  # only now it is known which quantities are solved before each of these
         op, x, _ = graph[node]
         if others := [q for q in order[at + 1 :] + frontier if q != x]:
             y = others[int(r() * len(others))]
@@ -118,7 +118,7 @@ def _draw_graph(r, steps, m):
 
 
 def _template(graph, order):
-    """Hash of what quantity 0 is made of, unrolled into a tree and without regard to the order of a sum."""
+    """Hash of how quantity 0 is computed: the graph as a tree, in which the order of a sum does not matter."""
     numbers = len(order) == 1
     key = [x if op == LEAF and numbers else 0 for op, x, _ in graph]
     for node in order:
@@ -163,8 +163,8 @@ _ANSWER = re.compile(r" Answer: (\d{1,9})\.\Z", re.ASCII)  # no more digits: int
 def check(question, solution, modulus):
     """(answer right, whole solution right), judged from the question's text alone.
 
-    A solution is right if every sentence states the definition of a quantity not stated before, with the values of
-    operands that are known by then and the result, and if it states the quantity asked for. The plan is not judged."""
+    A solution is right if it computes the quantity asked for, and each sentence gives the number of a leaf, or computes
+    a new quantity by its definition from operands that are known by then. The plan is not judged."""
     statements, _, query = question.removesuffix("? Solution:").partition(" What is ")
     defined = {name: (verb, y, preposition, x) for name, verb, y, preposition, x in _STATEMENT.findall(statements)}
 
@@ -200,7 +200,7 @@ def check(question, solution, modulus):
 def mano(cfg, index, split="train", length=None):
     """Question "Mano: - 3 + 4 5 =", solution " 4.": a prefix expression of `length` operations.
 
-    The two splits share none; those of one operation are all for training."""
+    The two splits share no expression; those of one operation are all for training."""
     test = {"train": False, "test": True}[split]
     require(not test or length is None or length >= 2, "length", length, "tests have 2 operations or more")
     rng = random.Random(((cfg.seed * 2 + test) * 1009 + (length or 0)) << 40 | 1 << 39 | index)

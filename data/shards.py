@@ -4,9 +4,9 @@
     DIR/tokenizer.json   see data/tokenizer.py
     DIR/train-00000.bin  token ids, little-endian uint16 (uint32 when the vocabulary exceeds 65,536), no header
     DIR/val-00000.bin
-    DIR/train-00000.marks  only with examples (data/chat.py): a byte per token, TRAINED | START of an example
+    DIR/train-00000.marks  only with examples (data/chat.py): a byte per token, TRAINED (target) | START (of an example)
 
-Documents follow one another, each ended by the id of "<|endoftext|>". `bytes` counts their UTF-8 text.
+Documents follow one another, each ended by the id `eos`. `bytes` counts their UTF-8 text.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 from data import files, tokenizer
 from data.tokenizer import AGAIN, META
 
-PLAIN, MARKED = 1, 2  # versions; programs older than marks refuse the second
+PLAIN, MARKED = 1, 2  # versions; programs from before the marks refuse 2
 TRAINED, START = 1, 2
 
 
@@ -29,11 +29,11 @@ class ShardWriter:
     """Writes a data directory.
 
         with ShardWriter("data/books", enc) as writer:
-            writer.add("train", ids)          # whole documents, each ended by enc.eot_token
-            writer.notes["licence"] = "CC0"   # any JSON; ends up in meta.json
+            writer.add("train", ids)  # whole documents, each ended by enc.eot_token
+            writer.notes["licence"] = "CC0"  # any JSON; ends up in meta.json
 
-    It is a hidden directory that gets its name at the end of the `with` block. An exception removes the files; the next
-    writer removes those of a killed one. ValueError when the directory is not empty."""
+    It fills a hidden directory, which gets its name at the end of the `with` block. An exception removes the files; the
+    next writer removes those of a killed one. ValueError when the directory is not empty."""
 
     def __init__(self, directory, enc, shard_tokens=2**26):
         self.directory = Path(os.path.abspath(directory))
@@ -46,8 +46,8 @@ class ShardWriter:
         tokenizer.save(enc, self.partial)
 
     def add(self, split, ids, n_bytes=None, marks=None):
-        """Appends documents to "train", "val", ... n_bytes: of their text; None: decode and count. marks: one for each
-        token, in all calls or in none."""
+        """Appends documents to "train", "val", ... n_bytes: of their UTF-8 text; None: decode and count. marks: one for
+        each token, in all calls or in none."""
         ids, eos, n_vocab = np.asarray(ids, dtype=np.int64), self.enc.eot_token, self.enc.n_vocab
         if not len(ids):
             return
@@ -97,7 +97,7 @@ class ShardWriter:
 
 
 def write_generated(directory, enc, chunks, name, cfg):
-    """A data directory of (split, ids), with the dataclass cfg noted under `name`. Returns meta.json's contents."""
+    """Write chunks (split, ids) and, under `name` in meta.json, the dataclass cfg. Returns meta.json's contents."""
     with ShardWriter(directory, enc) as writer:
         for split, ids in chunks:
             writer.add(split, ids)
@@ -107,7 +107,7 @@ def write_generated(directory, enc, chunks, name, cfg):
 
 
 def refuse_existing(directory):
-    """Raises ValueError unless `directory` is absent or empty."""
+    """ValueError unless `directory` is absent or empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not empty; remove it, or choose another name")
 

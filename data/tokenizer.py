@@ -2,7 +2,7 @@
 
 The first two are a `tiktoken.Encoding` with the special token "<|endoftext|>", the last a `data.fast.Fast`.
 
-    enc = train_bpe(texts, vocab_size=16384)      # iterable of str
+    enc = train_bpe(texts, vocab_size=16384)  # iterable of str
     save(enc, "data/books"); enc = load("data/books")
     enc.encode_ordinary("48/2"), enc.eot_token
 """
@@ -39,7 +39,7 @@ BYTES = [bytes([b]) for b in range(256)]
 
 
 def encoding(tokens, pattern=PATTERN, name="optimoe"):
-    """An encoding of n different tokens with the ids 0..n-1, lower id = earlier merge; "<|endoftext|>" becomes id n."""
+    """An encoding of n different tokens (bytes) with ids 0..n-1; a lower id merges first. "<|endoftext|>" gets id n."""
     ranks = {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
@@ -82,7 +82,7 @@ def save(enc, directory):
     if isinstance(enc, Fast):
         kept = {"name": enc.name, "begin": enc.begin, "eos": enc.eot_token, "tokenizers": enc.definition}
     else:
-        tokens = [None] * (1 + max(enc._mergeable_ranks.values()))  # None: an id that means nothing
+        tokens = [None] * (1 + max(enc._mergeable_ranks.values()))  # None: an unused id
         for token, rank in enc._mergeable_ranks.items():
             tokens[rank] = base64.b64encode(token).decode()
         kept = {"name": enc.name, "pattern": enc._pat_str, "special_tokens": enc._special_tokens, "tokens": tokens}
@@ -105,7 +105,7 @@ def load(directory):
     if "model" in kept and "tokens" not in kept:
         return from_folder(directory)
     if "tokenizers" in kept:
-        package()  # its absence is no damage
+        package()  # if it is absent, the file is not damaged
     try:
         if "tokenizers" in kept:
             return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"])
@@ -127,9 +127,9 @@ def _encoding(kept):
 
 
 def documents(enc, texts):
-    """(ids with the end of the document, bytes) of each text. An "<|endoftext|>" inside is just text."""
+    """[(ids with eos at the end, number of bytes)] of the texts. An "<|endoftext|>" inside a text is just text."""
     if isinstance(enc, Fast):
-        begin = enc.begin if enc.begin != [enc.eot_token] else []  # else it ends the document before
+        begin = enc.begin if enc.begin != [enc.eot_token] else []  # the last document's eos serves
         found = [np.array([*begin, *ids, enc.eot_token], np.uint32) for ids in enc.encode_ordinary_batch(texts)]
     else:
         end = np.uint32(enc.eot_token)
@@ -148,10 +148,10 @@ class Tokens(NamedTuple):
 
 
 def tiktoken_tokens(enc):
-    """The Tokens of a data directory. In training documents follow an end-of-text token, and so do prompts."""
+    """The Tokens of a data directory. Prompts begin as documents do in training: with `begin`, or else after eos."""
     if isinstance(enc, Fast):
         return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token], enc.n_vocab)
     known = {*enc._mergeable_ranks.values(), *enc._special_tokens.values()}
-    # An untrained model may write an id that means nothing (cl100k_base has 16).
+    # An untrained model may write an unused id (cl100k_base has 16).
     decode = lambda ids: enc.decode([token for token in ids if token in known])
     return Tokens(enc.encode_ordinary, decode, [enc.eot_token], [enc.eot_token], enc.n_vocab)

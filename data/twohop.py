@@ -1,12 +1,12 @@
 """Facts as keys and values, and questions that join two facts: what a model can store, and what it can work out.
 
-    build("data/keys", HopConfig(entities=131_072, relations=0, names=1024, tokens=2**26))    # values of 20 bits
+    build("data/keys", HopConfig(entities=131_072, relations=0, names=1024, tokens=2**26))  # values of 20 bits
     build("data/hops", HopConfig(entities=200, relations=10, names=32, composed=8_000))
 
 An entity is two words. With relations = 0 a key has one random value: "key value". Otherwise each relation leads from
 an entity to another, "head relation tail", and a two-hop question is "head relation relation tail". A question that was
-never trained is reasoning, because both of its facts were. How many questions are trained for each fact decides whether
-models learn to join them (arXiv 2405.15071).
+never trained needs reasoning, because only its two facts were. The number of trained questions per fact decides whether
+models learn to join facts (arXiv 2405.15071).
 """
 
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ class HopConfig:
 
     entities: int = 200  # or keys
     relations: int = 10  # 0: every key has one value
-    names: int = 32  # words, two of which name an entity or are a value
+    names: int = 32  # words; two of them name an entity or are a value
     composed: int = 8_000  # different two-hop questions in training; evaluation takes others
-    tokens: int = 2**22  # of the training split, or a little more: whole passes over facts and questions
-    window: int = 256  # documents are not split by the borders of windows of this length
+    tokens: int = 2**22  # of the training split at least: it has whole passes over facts and questions
+    window: int = 256  # tokens; no document crosses the border of a window
     seed: int = 0
 
     def validate(self):
@@ -63,7 +63,7 @@ def encoder(cfg):
 
 def world(cfg):
     """(names_N2: the two words of each entity, target_NR: the entity that each relation leads to). With relations = 0,
-    the target is the number of a value, whose words are its two digits in base `names`."""
+    a target is the number of a value, whose two words are its digits in base `names`."""
     rng = np.random.default_rng([cfg.seed, 1])
     chosen = rng.permutation(cfg.names**2)[: cfg.entities]
     most = cfg.entities if cfg.relations else cfg.names**2
@@ -75,12 +75,12 @@ def _digits(numbers, cfg):
 
 
 def asked(cfg):
-    """All questions in a random order of the seed's: the first `composed` are trained, the last are never."""
+    """The numbers of all questions in a random order. The first `composed` are trained, the others never."""
     return np.random.default_rng([cfg.seed, 2]).permutation(cfg.questions)
 
 
 def rows(cfg, kind, numbers):
-    """(questions, answers) as indices into `words`: kind "fact" or "composed", by number."""
+    """(questions, answers) of kind "fact" or "composed" with these numbers, as (n, words) indices into `words`."""
     names, target = world(cfg)
     names = names + cfg.relations
     if not cfg.relations:
@@ -124,7 +124,7 @@ def read_config(data_dir):
 
 def _documents(cfg, enc, kind, numbers):
     """(n, length) ids: question, answer, eos to the end."""
-    first = enc.encode_ordinary(words(cfg)[0])[0]  # the words have the ids that follow
+    first = enc.encode_ordinary(words(cfg)[0])[0]  # the ids of the words are consecutive
     ids = np.column_stack(rows(cfg, kind, numbers)) + first
     return np.pad(ids, ((0, 0), (0, cfg.length - ids.shape[1])), constant_values=enc.eot_token)
 
