@@ -2,9 +2,9 @@
 
     python -m bench.compile 32768,2048,768,128,8 --arch=sm_90 --all --out=DIR
 
-prints one row per kernel: registers and spilled bytes of a thread, shared memory of a block, and how many tensor core
-products (wgmma, or mma), asynchronous copies, TMA loads, proxy fences, and global accesses of 16 bytes (wide) or less
-(narrow) its PTX has. The exit code is 1 if a kernel spills registers, does not fit into the shared memory of the
+prints a row per kernel: registers and spilled bytes of a thread, shared memory of a block, and the numbers in its PTX
+of tensor core products (wgmma or mma), asynchronous copies, TMA loads, proxy fences, and global accesses of 16 bytes
+(wide) or less (narrow). The exit code is 1 if a kernel spills registers, does not fit into the shared memory of the
 architecture, or makes ptxas warn, for example of serialised wgmma.
 A shape is T,D,F,E,K: tokens, model width, expert hidden width, experts, experts per token.
 """
@@ -35,18 +35,18 @@ from moe_kernels.tiles import LIMITS, interpreting
 from optimoe import config
 
 ARCHITECTURES = tuple(f"sm_{capability}" for capability in LIMITS)
-# The use of each launch of a kernel with several uses.
+# (kernel, its argument TRANSPOSED): what this launch computes.
 USES = {
     ("rows_kernel", True): "down",
     ("rows_kernel", False): "dx",
     ("dw_kernel", False): "dw_out",
     ("dw_kernel", True): "dw_in",
 }
-# What is counted in the PTX, with its pattern.
+# What is counted in the PTX: its pattern.
 COUNTS = {
     "wgmma": r"\bwgmma\.mma_async",
     "mma": r"\bmma\.sync|\btcgen05\.mma",
-    "copies": r"\bcp\.async\.c[ag]\.[^;]*, 0x10\b",  # of 16 bytes: rows; narrower ones bring indices
+    "copies": r"\bcp\.async\.c[ag]\.[^;]*, 0x10\b",  # of 16 bytes, for rows; narrower ones are for indices
     "tma": r"\bcp\.async\.bulk\.tensor",
     "fences": r"\bfence\.proxy\.async",
     "wide": r"\b(?:ld|st)\.global[.\w:]*(?<=\.v4\.b32)\s",
@@ -58,9 +58,9 @@ COUNTS = {
 class Config:
     POSITIONAL: ClassVar = ("shapes",)
     shapes: tuple[str, ...]  # layer shapes T,D,F,E,K
-    arch: tuple[Literal[ARCHITECTURES], ...] = ("sm_90",)  # to compile for
+    arch: tuple[Literal[ARCHITECTURES], ...] = ("sm_90",)  # architectures to compile for
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of activations and weights
-    all: bool = False  # also routing, a dense layer, rotations, the loss, AdamW and Muon
+    all: bool = False  # also routing, a dense layer, rotary embeddings, the loss, generation, AdamW and Muon
     json: bool = False  # print JSON rows instead of a table
     out: str = ""  # directory for the PTX and SASS of every kernel
 
@@ -71,8 +71,7 @@ class Config:
 
 
 def launch_rest(shape, dtype):
-    """Launches the other kernels: routing, a dense layer, rotations with and without norms, the loss, steps of
-    generation, AdamW (in float32, with bfloat16 copies, all in bfloat16) and, where its matrices are small, Muon."""
+    """Launches all other kernels in all their variants; Muon's only where its matrices are small."""
     T, D, F, E, K = shape
     empty, half, V = torch.empty, torch.bfloat16, 50304
     for sigmoid, normalize in ((False, True), (True, False)):
@@ -87,7 +86,7 @@ def launch_rest(shape, dtype):
         for norms in ((None, None), (weight, weight)):
             q, k = rotary.rope_fwd(qkv, table, table, *norms, heads, 1e-5)
             rotary.rope_bwd(q, k, k, qkv if norms[0] is not None else None, table, table, *norms, 1e-5)
-    for vocabulary in (V, 257):  # a row of eights, and a small odd one
+    for vocabulary in (V, 257):  # a multiple of 8, and a small odd number
         x, w, targets = empty(8, 16, dtype=dtype), empty(vocabulary, 16), empty(8, dtype=torch.int64)
         cross_entropy.cross_entropy_op._init_fn(x, w, targets, 8, True)
     for rows in (1, min(T, 64)):  # generation
@@ -112,7 +111,7 @@ def launch_rest(shape, dtype):
 
 
 def assemble(kernel, capability):
-    """ptxas's log on a kernel, which Triton throws away; with the options that Triton gives."""
+    """What ptxas prints about a kernel, with Triton's options; Triton itself throws it away."""
     with tempfile.TemporaryDirectory() as directory:
         ptx = Path(directory, "kernel.ptx")
         ptx.write_text(kernel.asm["ptx"])
@@ -130,7 +129,7 @@ def inspect(kernel, capability):
     """What `main` prints of a compiled kernel, as a dict."""
     log, ptx, arguments = assemble(kernel, capability), kernel.asm["ptx"], kernel.src.fn.arg_names
     const = {arguments[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
-    number = lambda pattern: int(re.search(pattern, log).group(1))  # both lines are always there
+    number = lambda pattern: int(re.search(pattern, log).group(1))
     name = kernel.metadata.name
     row = {
         "name": name,
@@ -162,7 +161,7 @@ def save_code(kernel, folder, stem):
 
 
 def compile_shape(cfg, text, arch):
-    """The rows of one shape and architecture, for a process of its own."""
+    """The rows of one shape and architecture; runs in a separate process."""
     shape, capability, dtype = parse_shape(text), int(arch.removeprefix("sm_")), getattr(torch, cfg.dtype)
     with compile_only(capability) as kernels:
         run_kernels(empty_inputs(shape, dtype))

@@ -1,8 +1,8 @@
 """What Nsight Compute counts of each kernel of the layer: `python -m bench.kernels T,D,F,E,K --counters`.
 
 Percentages are of the peak while the kernel runs: tensor pipe, L2, DRAM, issue slots, warps of an SM. "roofline" is the
-share of the kernel's own roofline (bench/kernels.py). "stalls" are the two reasons for which warps wait longest between
-instructions, in cycles, and the sum over all reasons. --csv gets the table, with columns of its own.
+fraction of the kernel's roofline (bench/kernels.py) that it reaches. "stalls" are the two reasons for which warps wait
+longest between instructions, in cycles, and the sum over all reasons. --csv gets this table; its columns differ.
 """
 
 import csv
@@ -21,7 +21,7 @@ from bench.problem import kernel_costs
 from data import files
 
 SECTIONS = "LaunchStats Occupancy SpeedOfLight ComputeWorkloadAnalysis SchedulerStats WarpStateStats".split()
-# Heading: metrics of Nsight Compute, whose names differ between its versions; the largest one found is shown.
+# Heading: pattern for the names of its metric in all versions of Nsight Compute; the largest match is shown.
 METRICS = {
     "us": r"gpu__time_duration\.sum",
     "tensor %": r"sm__(inst_executed_)?pipe_tensor\w*\.avg\.pct_of_peak_sustained_active",
@@ -63,7 +63,7 @@ def count(ncu, shape, names, machine):
 
 
 def beside_roofline(rows, shape, machine):
-    """The rows with each kernel's share of its roofline, all its functions together."""
+    """The rows with the fraction of its roofline that each kernel reaches, all its functions together."""
     us = dict.fromkeys((row["kernel"] for row in rows), 0.0)
     for row in rows:
         us[row["kernel"]] += float(row["us"].replace("-", "nan"))  # "-": not counted

@@ -1,12 +1,12 @@
 """Tokens per second of generation with the KV cache (eval/generate.py).
 
-    python -m bench.generation --csv=generate.csv                 batches of 1, 16, 256; prompts of 128 tokens, 128 new
+    python -m bench.generation --csv=generate.csv   batches of 1, 16, 256; prompts of 128 tokens, 128 new
     python -m bench.generation --preset=paper-d1024-e16-k2 --batches=1,64 --prompt=1024 --new=256
 
 Without a GPU the defaults are a tiny model, batches of 1 and 4, and 16 tokens. In the rows, kernel is "generate" and T
-the batch. Times are per step, one token of every row: the whole call with its prompts, divided by the new tokens. gb_s
-counts the weights and the cache that a step must read; ceiling compares with reading them at the speed of a copy. The
-weights are random, so every text has the full length.
+the batch. Times are of a step, which makes one token of every text: the time of the call, prompts included, divided by
+--new. gb_s counts the weights and the cache that a step must read; ceiling is the fraction of the speed of a copy that
+this reading reaches. No token ends a text, so every text has the full length.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ def step_cost(cfg, batch, length, itemsize):
     token and layer; bytes of the weights of all but experts, of as many experts as batch * K can reach, and of the
     cache."""
     params, expert = count_params(cfg), 3 * cfg.d_model * cfg.d_expert * cfg.n_layers
-    # With the head, without the lookup.
+    # The head is read whole, the table of embeddings is not.
     always = params.active - params.embedding - cfg.top_k * expert + cfg.vocab_size * cfg.d_model
     cached = batch * length * cfg.n_layers * cfg.head_dim
     flops = 2 * batch * (always + cfg.top_k * expert) + 4 * cached * cfg.n_heads

@@ -1,13 +1,12 @@
-"""Each kernel of the layer alone: its time, TFLOP/s or GB/s, and the fraction of its own roofline.
+"""Each kernel of the layer alone: its time, TFLOP/s or GB/s, and the fraction of its roofline.
 
-    python -m bench.kernels --csv=kernels.csv                        all kernels at the target shapes
+    python -m bench.kernels --csv=kernels.csv                 all kernels at the target shapes
     python -m bench.kernels 32768,2048,768,128,8 --kernel=up,dw_in
-    python -m bench.kernels 32768,2048,768,128,8 --counters          what limits each kernel, from Nsight Compute;
-                                                                     not tried with a real ncu yet
+    python -m bench.kernels 32768,2048,768,128,8 --counters   what limits them, by Nsight Compute (not tried yet)
 
 A roofline is max(FLOPs / peak, bytes / bandwidth) with the fewest bytes that the kernel can move; both ceilings are
-measured in the same process. Every kernel runs with the arguments that it has inside the layer, whose results are
-checked first. On a GPU it is replayed from a CUDA graph, so launch overhead is not in its time.
+measured in the same process. Every kernel runs with the arguments that it has inside the layer; the layer's results
+are checked first. On a GPU it is replayed from a CUDA graph, so its time has no launch overhead.
 """
 
 import dataclasses
@@ -51,7 +50,7 @@ class Config(BenchConfig):
 
 @contextmanager
 def recording(calls):
-    """Inside, calls[kernel] gets each launcher of the layer's kernels with its arguments."""
+    """Inside, each launch of a kernel of the layer is kept in calls[kernel], with its arguments."""
 
     def recorded(launch, name):
         def call(*args, **kwargs):
@@ -80,7 +79,7 @@ def layer_calls(inputs):
 
 
 def routing_calls(inputs, top_k):
-    """{kernel: its launch} of routing. ValueError if their results are wrong."""
+    """{kernel: its launch} of routing. ValueError if the results are wrong."""
     logits = inputs.logits_TE.to(inputs.x_TD.dtype)
     leaf = logits.double().requires_grad_()
     want = reference.route(leaf, top_k)
@@ -98,7 +97,7 @@ def routing_calls(inputs, top_k):
 
 
 def tensors(outputs):
-    """The results of a launcher as a list of tensors, without the unused ends of a Dispatch."""
+    """The results of a launcher as a list of tensors, without the fields of a Dispatch that are not all written."""
     outputs = outputs[:3] if isinstance(outputs, Dispatch) else outputs
     return [outputs] if torch.is_tensor(outputs) else [t for t in outputs if t is not None]
 
@@ -112,7 +111,7 @@ def timed(call):
 
 
 def run_once(shape, names):
-    """Runs the kernels under Nsight Compute and prints [(kernel, name of the function)] as launched."""
+    """Runs the kernels under Nsight Compute and prints [(kernel, name of the function)] in order of launch."""
     inputs = problem.make_inputs(shape, torch.bfloat16, "cuda")
     calls = layer_calls(inputs)[0] | routing_calls(inputs, shape.K)
     functions, launched, original = [], [], JITFunction.run
@@ -127,7 +126,7 @@ def run_once(shape, names):
     torch.cuda.profiler.start()
     with mock.patch.object(JITFunction, "run", run):
         for name in names:
-            language._compiled.clear()  # else what has run before would be launched without Triton
+            language._compiled.clear()  # else kernels that have run before bypass JITFunction.run
             before = len(functions)
             calls[name]()
             launched += [(name, function) for function in functions[before:]]
@@ -153,7 +152,7 @@ def bench_shape(results, shape, inputs, names, machine, failures):
 
 
 def count(cfg, shapes, names):
-    """--counters: a table of each shape, and its rows in --csv."""
+    """--counters: prints a table of each shape and appends its rows to --csv."""
     ncu, results = counters.find_ncu(), Results(dataclasses.replace(cfg, csv=""))
     machine = results.add_ceilings()
     for shape in shapes:

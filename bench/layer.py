@@ -1,13 +1,13 @@
 """The expert layer: implementations x shapes, forward, backward and both, beside cuBLAS products of the same FLOPs.
 
-    python -m bench.layer --csv=layer.csv                       the target shapes, experts only, routing given
+    python -m bench.layer --csv=layer.csv                          the target shapes, experts only, routing given
     python -m bench.layer 32768,2048,768,128,8 --graph --peers=sonicmoe,liger --routing=softmax,zipf1.5
-    python -m bench.layer 32768,512,1024,{8,64,256},{1,2,4}      a sweep: the shell writes out the shapes
-    python -m bench.layer 1024,2048,768,128,8 --trace=layer.json                       a few passes for Perfetto
+    python -m bench.layer 32768,512,1024,{8,64,256},{1,2,4}        a sweep: the shell expands the braces
+    python -m bench.layer 1024,2048,768,128,8 --trace=layer.json   a few passes for Perfetto
 
 "gemms" is torch.bmm on E equal groups of T*K/E rows: the same matrix FLOPs (6 T K D F forward, 12 backward) and nothing
-else. Everything runs in one process. Implementations take turns, each back to back for 0.4 s with the L2 flushed before
-every repetition, so that the GPU is equally hot for all. python_ms is the time in which Python launches one pass.
+else. Everything runs in one process. Implementations take turns, so that the GPU is equally hot for all; the L2 is
+flushed before every repetition. python_ms is the time in which Python launches one pass.
 """
 
 import time
@@ -39,7 +39,7 @@ class Config(BenchConfig):
     # Layer
     impl: tuple[Literal[IMPLS], ...] = ()  # none: grouped_mm and triton, or those that run here
     peers: tuple[Literal[PEERS], ...] = ()  # other libraries (peers.py)
-    routing: tuple[Literal[problem.ROUTINGS], ...] = ("softmax",)  # of independent normal logits, or uneven
+    routing: tuple[Literal[problem.ROUTINGS], ...] = ("softmax",)  # softmax: normal logits; zipf1.5: uneven
     graph: bool = False  # also replay CUDA graphs of triton and gemms
     trace: str = ""  # write a trace of a few passes of the first shape to this file instead of timing
 
@@ -52,7 +52,7 @@ class Config(BenchConfig):
 class Passes(NamedTuple):
     forward: Callable
     full: Callable  # forward and backward
-    columns: dict  # of the row of the whole pass
+    columns: dict  # further columns of the full pass's row
     note: str
 
 
@@ -75,7 +75,7 @@ def gemms(inputs):
 
 
 def layer(name, inputs):
-    """One implementation or peer. ValueError for wrong results and, of ours, for other bits in a second run."""
+    """One implementation or peer. ValueError for wrong results and, with triton, if a second run gives other bits."""
     peer = peers.Peer(partial(moe_experts, impl=name)) if name in IMPLS else peers.load(name)
     x, w_in, w_out, gates, experts, dy, _ = inputs
     leaves = [t.detach().requires_grad_() for t in (x, peer.prepare(w_in), w_out, gates)]
@@ -92,7 +92,7 @@ def layer(name, inputs):
     note = f"first call {time.perf_counter() - start:.1f} s"
     outputs = dict(zip(("y", "dx", "dw_in", "dw_out", "dgates"), results, strict=True))
     outputs["dw_in"] = peer.restore(outputs["dw_in"])
-    # Other implementations round every intermediate to the dtype: twice the tolerance.
+    # Other implementations round every intermediate to the dtype, so they get twice the tolerance.
     error = require_accuracy(layer_errors(inputs, outputs), x.dtype, slack=1 if name in ("triton", "reference") else 2)
     if name == "triton" and not all(map(torch.equal, results, full())):
         raise ValueError("wrong result: a second run gives other bits")
@@ -105,7 +105,7 @@ def layer(name, inputs):
 
 
 def build(shape, routing, dtype, names, failures):
-    """{name: Passes} of those that give the right results."""
+    """{name: Passes} of the implementations that give the right results."""
     inputs = make_inputs(shape, dtype, "cuda" if torch.cuda.is_available() else "cpu", routing)
     built = {}
     for name in ("gemms", *names):

@@ -4,10 +4,11 @@
         --batch_size=16 --optimizer=adamw --compile=true --csv=node.csv
 
 All flags of train.py are understood; --batch_size counts the sequences of one GPU, so the work of a GPU is the same on
-any number of them. Every rank first trains alone, all at the same time and equally hot, then all of them together. The
-share is that of the mean of the single GPUs; the slowest is printed too. Routers are first balanced, as they are after
-the first hundred steps of a run. nccl_ms is the time of the kernels that communicate in a step, NCCL's and those of
-moe_kernels/remote.py; exposed_ms is the part of it in which nothing else runs. gb_s counts the bytes that a rank sends.
+any number of them. First every rank trains alone, all at the same time and so equally hot; then all train together.
+share is the mean time alone divided by the time together; the one of the slowest is printed too. Routers are balanced
+before, as they are after the first hundred steps of a run. nccl_ms is the time of the kernels that communicate in a
+step, NCCL's and those of moe_kernels/remote.py; exposed_ms is the part of it in which nothing else runs. gb_s counts
+the bytes that a rank sends.
 """
 
 import gc
@@ -30,7 +31,7 @@ from optimoe.load import pick_device
 from optimoe.sizes import count_params, flops_per_token
 
 WARM_UP = 12  # steps: compilation, capture and the first replays
-TALKING = "nccl", "fetch_kernel", "collect_kernel", "barrier"  # in the names of kernels that communicate
+TALKING = "nccl", "fetch_kernel", "collect_kernel", "barrier"  # in names of kernels that communicate
 
 
 def communication(kernels):
@@ -68,7 +69,7 @@ def measure(cfg, rank, world, device):
     cuda, steps = device.type == "cuda", 3
     model, step, draw = make_step(cfg, device, rank, world)
     sent = bytes_sent(step.args[1], cfg, world)
-    model.eval()  # its exchange is exact however uneven the loads are
+    model.eval()  # here its exchange is exact even if loads are uneven
     balance(model, draw, 60 if cuda else 2, world)
     model.train()
     step = fast_step(step, model, cfg, device, world)
@@ -103,7 +104,7 @@ def main(argv=None):
         for size in (1, world):
             dist.barrier()
             measured.append(measure(cfg, rank, size, device))
-            gc.collect()  # models are cycles, and their memory is needed for the next one
+            gc.collect()  # models have reference cycles, and the next one needs their memory
             torch.cuda.empty_cache()
         single = torch.zeros(world, device=device)
         single[rank] = measured[0][0].p50

@@ -1,4 +1,4 @@
-"""Other libraries' expert layers behind one signature. None is a dependency: each is imported when it is asked for."""
+"""Other libraries' expert layers with one signature. None is a dependency: each is imported when it is asked for."""
 
 import importlib
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 
 class Peer(NamedTuple):
     experts: Callable  # (x_TD, w_in, w_out_EDF, gates_TK, experts_TK) -> y_TD; each sorts by expert itself
-    prepare: Callable = lambda w_in_EGD: w_in_EGD  # w_in in the library's layout, made once before anything is timed
+    prepare: Callable = lambda w_in_EGD: w_in_EGD  # w_in in the library's layout, made once, not timed
     restore: Callable = lambda dw_in: dw_in  # its gradient back as (E, G, D)
 
 

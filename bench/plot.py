@@ -20,7 +20,7 @@ COLORS = {
     "liger": "#a86bb0",
     "grouped_mm": "#8c8c8c",
 }
-# Part of a step: its colour, and the beginnings of its families' names.
+# Part of a step: (its colour, prefixes of its families' names).
 PARTS = {
     "expert GEMMs": ("#1f5f99", [f"experts: {name}" for name in ("up", "rows", "dswiglu", "dw", "grouped_mm")]),
     "sort, sums, router": ("#7fb2dd", ["experts:", "router"]),
@@ -44,7 +44,7 @@ def select(rows, **wanted):
 
 
 def figure(plt, size, title, rows, n_columns=1):
-    """(figure, axes as a list) with the title and the machine above; wide enough for both."""
+    """(figure, list of axes) under the title and the machine, wide enough for both."""
     fig, axes = plt.subplots(1, n_columns, figsize=size, squeeze=False, layout="constrained", sharey=True)
     machine = f"{rows[0]['gpu']}, {rows[0]['dtype']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}"
     title = fig.suptitle(f"{title}\n{machine}", fontsize=12)
@@ -113,7 +113,7 @@ def ceiling(plt, rows):
 
 
 def part_of(family):
-    """The part of PARTS whose prefix of the family's name is the longest."""
+    """The part of PARTS with the longest prefix of the family's name."""
     prefixes = {prefix: part for part, (_, beginnings) in PARTS.items() for prefix in beginnings}
     return prefixes[max(filter(family.startswith, prefixes), key=len)]
 
@@ -152,7 +152,7 @@ def step(plt, rows):
 @dataclass(frozen=True)
 class Config:
     POSITIONAL: ClassVar = ("files",)
-    files: tuple[str, ...]  # CSVs; of equal rows the last counts
+    files: tuple[str, ...]  # CSVs; of rows for the same measurement the last counts
     out: str = "."  # directory of the pictures
     gpu: str = ""  # part of the GPU's name, when the files hold several
 

@@ -1,6 +1,6 @@
-"""The measurements of the README's section on speed, one after another into one CSV, the most important first.
+"""The measurements of the README's section on speed, one after another into one CSV, most important first.
 
-python -m bench.readme --csv=mine.csv        # some 25 minutes on an H100; --list prints the commands and runs nothing
+python -m bench.readme --csv=mine.csv  # about 25 minutes on an H100; --list prints the commands and runs nothing
 """
 
 import subprocess
@@ -19,7 +19,7 @@ TEXT = "--preset=paper-d512-e16-k2 --vocab_size=16384 --seq_len=1024 --batch_siz
 
 
 def sweep(sizes, *ks):
-    """Layer shapes of the sizes T,D,F for all numbers of experts, and K of them per token."""
+    """Layer shapes T,D,F,E,K of the sizes T,D,F, for six numbers E of experts and each K of ks."""
     return " ".join(f"{sizes},{E},{K}" for E in (8, 16, 32, 64, 128, 256) for K in ks if K <= E)
 
 

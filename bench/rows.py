@@ -9,7 +9,7 @@ p20 p50 p80_ms   quantiles of the time; backward = full - median forward
 tflops gb_s      at p50, from the FLOPs and the fewest bytes that the operation needs
 ceiling          fraction of `gemms` for a layer, of its roofline for a kernel, of the GPU's peak for a step
 peak_mib         peak of forward + backward above the inputs; saved_mib: kept for backward, x included
-share            of as many single GPUs; nccl_ms: time of NCCL's kernels, exposed_ms: while no other kernel runs
+share            of the speed of single GPUs; nccl_ms: communicating kernels, exposed_ms: while no other kernel runs
 python_ms        time in which Python launches the layer's kernels
 """
 
@@ -55,7 +55,7 @@ class BenchConfig:
 
 
 def revision():
-    """Git revision of this file's repository, with "+" when tracked files differ from it; "unknown" outside of git."""
+    """The git revision of this repository, with "+" when tracked files differ from it; "unknown" outside of git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -71,7 +71,7 @@ class Results:
         auto = "bfloat16" if cuda else "float32"
         self.path, self.rows, self.dtype = cfg.csv, [], getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
         if self.path:
-            append(self.path)  # an unusable file is found before anything is measured
+            append(self.path)  # an unusable file is found early
         self.environment = {
             "dtype": SHORT[self.dtype],
             "gpu": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}",
@@ -144,7 +144,7 @@ def lines_of(rows):
 
 
 def append(path, *rows):
-    """Add rows to a CSV, on lines of their own even after an interrupted write. ValueError if its columns differ.
+    """Add rows to a CSV, on new lines even after an interrupted write. ValueError if its columns differ.
 
     A file of an earlier version first gets the columns that it lacks."""
     path, header = Path(path), ",".join(COLUMNS)

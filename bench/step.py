@@ -2,12 +2,12 @@
 
     python -m bench.step --preset=paper-d512-e64-k4 --batch_size=8 --csv=step.csv
     python -m bench.step --preset=paper-d1024-e64-k2 --vocab_size=50304 --seq_len=2048 --batch_size=8 \\
-        --optimizer=adamw --weights=bfloat16 --trace=step.json         # 6.6 G parameters
+        --optimizer=adamw --weights=bfloat16 --trace=step.json  # 6.6 G parameters
 
 All flags of train.py are understood. The step is train.py's with its optimiser, on one GPU, with one micro-batch of
---batch_size random sequences. Parts are GPU time between events, with the gaps in which the GPU waits for Python.
-Families are the kernels alone, from torch.profiler; their sum lacks those gaps. Without a GPU and without --config the
-batch is small by default.
+--batch_size random sequences. Times of parts are GPU time between events, with the gaps in which the GPU waits for
+Python. Times of families are of the kernels alone, from torch.profiler, without these gaps. Without a GPU and without
+--config the default batch is small.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class StepConfig(TrainConfig, BenchConfig):
 def parse(argv, description):
     """The StepConfig of a command line, small without a GPU, with the vocabulary that its preset has in the paper."""
     argv, cuda = sys.argv[1:] if argv is None else argv, torch.cuda.is_available()
-    saved = any(word.startswith("--config") for word in argv)  # its sizes are those that are asked for
+    saved = any(word.startswith("--config") for word in argv)  # then the file sets the sizes
     small = [] if cuda or saved else ["--batch_size=2", "--seq_len=64", "--repeats=3"]
     cfg = config.parse(StepConfig, [*small, *argv], description)
     remedy = "the step runs on the GPU where there is one, else on the CPU; leave it out"
@@ -62,8 +62,8 @@ def parse(argv, description):
 
 
 def make_step(cfg, device, rank=0, world=1):
-    """(model, step, draw): step(batches) is train.py's with rate 0, so that random tokens spoil no router; draw() gives
-    a batch. Billions of random weights take a CPU a minute, so they are drawn on the device."""
+    """(model, step, draw): step(batches) is train.py's with learning rate 0, so that random tokens unbalance no router;
+    draw() gives a batch. Billions of random weights take a CPU a minute, so they are drawn on the device."""
     tokens = cfg.batch_size * cfg.seq_len
     what = f"{count_params(cfg).total:,} parameters and {tokens:,} tokens"
     least = least_memory(cfg, tokens, world, exchange.group_size(cfg, world))
@@ -90,11 +90,11 @@ def balance(model, draw, steps, world=1):
     optimizer = torch.optim.AdamW(routers, weight_decay=0.0)
     for step in range(steps):
         out = model(*draw())
-        # A logit moves by about this times d_model.
+        # A step moves a logit by about lr * d_model.
         optimizer.param_groups[0]["lr"] = 0.25 / model.cfg.d_model * (1 - step / steps)
         for p, grad in zip(routers, torch.autograd.grad(out.balance, routers), strict=True):
             p.grad = grad
-        if world > 1:  # of all ranks alike
+        if world > 1:  # the same on all ranks
             parallel.average([p.grad for p in routers])
         optimizer.step()
     optimizer.zero_grad()
@@ -126,7 +126,7 @@ def part_times(step, draw, repeats):
         mark()
         step([batch], mark=mark)
 
-    runs = intervals(run, repeats + 1)[:-1]  # the last has no next
+    runs = intervals(run, repeats + 1)[:-1]  # the last one has no next step
     times = {part: quantiles([run[i] for run in runs]) for i, part in enumerate(PARTS)}
     return times | {"full": quantiles([sum(run) for run in runs])}
 

@@ -1,4 +1,4 @@
-"""Times on the device with the L2 cache cleared before each repetition, CUDA graphs, traces, memory, and ceilings."""
+"""Times on the device with the L2 cache cleared before each repetition, CUDA graphs, traces and memory."""
 
 import gc
 import time
@@ -58,7 +58,7 @@ def repeat(fn, seconds):
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
-    estimate = sorted(samples(3))[1] + 0.05  # with the flush
+    estimate = sorted(samples(3))[1] + 0.05  # ms for the flush
     gc.collect()
     gc.disable()  # a collection inside a repetition would be timed with it
     try:
@@ -68,8 +68,8 @@ def repeat(fn, seconds):
 
 
 def times_in_turn(fns):
-    """Times of each of `fns` by name. In each of four rounds all run back to back for 0.4 s, so that the card is as hot
-    for all of them; the first round only heats. They must have run before, so that nothing is compiled here."""
+    """Times of each of `fns` by name. In each of four rounds each runs back to back for 0.4 s, so that the GPU is as
+    hot for all of them; the first round only heats it. They must have run before, so that nothing is compiled here."""
     samples, rounds = {name: [] for name in fns}, 4 if torch.cuda.is_available() else 1
     for turn in range(rounds):
         for name, fn in fns.items():
@@ -125,7 +125,7 @@ def trace(fns, path):
 
 def memory_mib(forward, backward):
     """(peak, kept) in MiB above what is allocated now: the peak of forward() and backward(y), and what forward() keeps
-    besides its result y. None on the CPU."""
+    besides its result y. (None, None) on the CPU."""
     if not torch.cuda.is_available():
         return None, None
     torch.cuda.synchronize()
