@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: accuracy and task loss, with standard errors.
 
     python -m eval --run=runs/NAME --tasks=hellaswag,gsm8k --limit=200
-    python -m eval --run=runs/NAME --tasks=humaneval --samples=20 --temperature=0.8 --top-p=0.95    # pass@1 and pass@10
+    python -m eval --run=runs/NAME --tasks=humaneval --samples=20 --temperature=0.8 --top-p=0.95  # pass@1 and pass@10
 
 Prints a table and writes results.json and TASK.jsonl, with one record per item, to RUN/eval-STEP. The same command
 continues where it was interrupted, or adds the items of a larger --limit.
@@ -24,7 +24,7 @@ from optimoe.config import require
 @dataclass(frozen=True)
 class EvalConfig(harness.EvalChoice):
     # Tasks
-    tasks: tuple[str, ...] = ()  # each a file in eval/tasks
+    tasks: tuple[str, ...] = ()  # names of files in eval/tasks
     loss: bool = True  # measure task loss
     accuracy: bool = True  # generate answers and score them
 
@@ -59,7 +59,7 @@ def metrics_of(job, cfg) -> dict[str, set[str]]:
 
 
 def evaluate(loaded, job, chunk, room, cfg):
-    """Records of a chunk of (index, item), with the data behind their metrics. room: tokens to generate."""
+    """Records of a chunk of (index, item): metrics, and what they are computed from. room: tokens to generate."""
     wanted = [(item.loss_prompt or item.prompt, item.answer) for _, item in chunk if cfg.loss]
     wanted += [pair for _, item in chunk if cfg.accuracy for pair in item.compared()]
     # The right choice and the answer are often one pair, computed once.
@@ -165,7 +165,7 @@ def main(argv=None):
     """Returns the contents of results.json."""
     cfg = config.parse(EvalConfig, argv, __doc__)
     source, jobs, stores = harness.open_source(cfg), {}, {}
-    for task in map(tasks.load, cfg.tasks):  # all data is found before the first item is computed
+    for task in map(tasks.load, cfg.tasks):  # find all data before anything is computed
         shots = task.shots if cfg.shots is None else cfg.shots
         jobs[task.name] = Job(task, shots, harness.read_items(task, source, shots), cfg.accuracy and task.generates)
     programs = any(job.generates and job.task.program for job in jobs.values())

@@ -1,14 +1,14 @@
 r"""Are two mathematical answers equal, and does an answer have the form that was asked for?
 
-    equal(r"\frac{x}{2}", "0.5x")                              # True: math-verify decides
-    right("Expand $x(x+1)$.", "x^2+x", "x(x+1)")               # False: equal in value, but not what was asked for
-    number(r"\$1{,}250.50").value                              # Fraction(2501, 2)
+    equal(r"\frac{x}{2}", "0.5x")  # True: math-verify decides
+    right("Expand $x(x+1)$.", "x^2+x", "x(x+1)")  # False: equal in value, but not what was asked for
+    number(r"\$1{,}250.50").value  # Fraction(2501, 2)
 
 Plain numbers are compared here, exactly. All else goes to math-verify, in a process that is killed after some seconds,
-because the library computes 9^9^9^9 forever. It also reads "5 million" and "5 or 7" as 5, ignores bases and case, and
-rounds decimals; `clean` and `equal` rewrite such answers for it, or refuse them.
+because the library computes 9^9^9^9 forever. The library also reads "5 million" and "5 or 7" as 5, ignores bases and
+case, and rounds decimals; `clean`, `exact` and `equal` rewrite such answers or refuse them.
 
-A reward needs more, because in every "expand" and "factor" the question itself equals the answer. A number must be in
+`right` asks for more, because in every "expand" and "factor" the question itself equals the answer. A number must be in
 lowest terms; any other answer must have the symbols of the gold one, each equally often (`symbols`).
 """
 
@@ -208,7 +208,7 @@ def serve():
         try:
             read = [parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None) for text in json.loads(line)]
             same = all(read) and verify(*read, timeout_seconds=None)
-        except Exception:  # a parser meets anything here
+        except Exception:  # an answer can be anything
             same = False
         print(bool(same), flush=True)
         signal.alarm(0)

@@ -1,5 +1,5 @@
 """The child process of eval/sandbox.py: confines itself, then runs a program and its tests. It imports little, because
-every item starts one."""
+every program starts one."""
 
 import ctypes
 import errno
@@ -65,12 +65,12 @@ def confine(job, parent):
     sys.path += job["packages"]
     os.environ.pop("LD_LIBRARY_PATH", None)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start threads
-    os.dup2(1, 2)  # stderr was for the parent until here; from now on it is /dev/null too
+    os.dup2(1, 2)  # from here on stderr, which the parent read, is /dev/null too
     cpu = math.ceil(time.process_time()) + job["cpu"]  # starting up is not the program's time
     limits = dict(CPU=cpu, AS=job["memory"], MEMLOCK=0, CORE=0, FSIZE=0, NPROC=0, NOFILE=64)
     for limit, soft in limits.items():
         number = getattr(resource, "RLIMIT_" + limit)
-        most = resource.getrlimit(number)[1]  # a lower limit of the user stays
+        most = resource.getrlimit(number)[1]  # the user may have a lower limit
         pair = soft, soft + (limit == "CPU")
         resource.setrlimit(number, [value if most == resource.RLIM_INFINITY else min(value, most) for value in pair])
     # Root without capabilities has the rights of an ordinary user. Version 3 of the header, this process, no sets.

@@ -13,7 +13,7 @@ from optimoe.config import require
 
 
 class KVCache:
-    """Keys and values of B sequences of different lengths; each row gets the same as alone.
+    """Keys and values of B sequences of different lengths; each row gets the same results as alone.
 
     Prompts are padded on the right; `new_B` (B,) says how many tokens of each row are real (None: all L). Row b is
     written from lengths_B[b] on and attends to its own positions; padding after its end is overwritten before anything
@@ -80,9 +80,9 @@ class KVCache:
         return new_B - 1
 
     def select(self, rows):
-        """Move these rows (a LongTensor) to the front: finished sequences leave the batch."""
+        """Move these rows (a LongTensor) to the front, so that finished ones leave the batch."""
         n = rows.numel()
         for tensor in (self.k, self.v, self.experts):
-            for layer in () if tensor is None else tensor:  # one at a time, as each makes a copy
+            for layer in () if tensor is None else tensor:  # one at a time, because each makes a copy
                 layer[:n] = layer[rows]
         self.lengths_B[:n] = self.lengths_B[rows]

@@ -9,7 +9,7 @@ from model import ModelConfig
 from moe_kernels import decode, moe_experts
 from moe_kernels.tiles import pick_impl
 
-# Fields of ModelConfig that `step` obeys; a model with another value than the default in any other takes GPT.forward.
+# Fields of ModelConfig that `step` handles. A model in which any other is not the default uses GPT.forward.
 OBEYED = """vocab_size seq_len d_model n_layers n_heads n_kv_heads head_dim n_experts top_k d_expert router_score
     router_normalize router_bias_rate activation qk_norm tie_embeddings rope_theta norm_eps init_std embed_init_std
     dtype impl loss_chunk recompute""".split()

@@ -2,8 +2,8 @@
 
     text, scores = report(model, "runs/x/data")
 
-Facts are those of training; problems have templates that training never had. Only two samples are generated: one
-forward pass tells whether greedy decoding would write an answer.
+Facts are those of training; problems have templates that training never had. Answers are not generated, except two
+samples: one forward pass tells whether greedy decoding would write an answer.
 """
 
 import math
@@ -63,7 +63,7 @@ def stored_bits(model, enc, cfg: FactsConfig, n_people: int = 1000) -> dict:
         N (log2 N0 - p1 / ln 2) + N (log2 S0 - p2 / ln 2)
 
     p1, p2: mean nats of the name, and of pronoun and values given the text before them, in new wordings. Bits are
-    per person for "name" and "values", else of all. In a mixture p1 also pays for the choice of a biography."""
+    per person for "name" and "values", else of all. In a mixture p1 includes the choice of a biography."""
     people, pairs, kinds = facts.people(cfg)[:n_people], [], []
     for person in people:
         pairs.append(([enc.eot_token], []))
@@ -107,8 +107,8 @@ def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int) -> dict:
 
 
 def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
-    """`solved` for expressions of up to two operations more than in training. Answers are one token, so no steps are
-    written down. Products make 0 the commonest answer."""
+    """`solved` for expressions of up to two operations more than in training. Only the answer is written,
+    no steps. Products make 0 the commonest answer."""
 
     def draw(i, length):
         problem = reasoning.mano(cfg, i, "test", length)

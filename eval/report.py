@@ -58,12 +58,12 @@ def read_window(window):
 
 
 def gpu_memory(device):
-    """Peak memory in GB, None on a CPU."""
+    """Peak memory in GiB, None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def speed(tokens_per_s, cfg, device, world):
-    """Tokens per second, their share of the GPUs' peak FLOP/s (None where unknown) and peak memory in GB."""
+    """Tokens per second, their share of the GPUs' peak FLOP/s (None where unknown) and peak memory in GiB."""
     known = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16
     peak = peak_flops(torch.cuda.get_device_name(device)) if known else None
     mfu = tokens_per_s * flops_per_token(cfg) / (peak * world) if peak else None
@@ -78,7 +78,7 @@ def log_line(row, cfg):
     loss = f"{row['loss']:.4f}" if "loss" in row else "skipped"
     norm, rate = f"norm {float(row['grad_norm'] or 'nan'):.2f}", f"{row['tokens_per_s']:,.0f} tok/s | mfu {mfu}"
     head = f"step {row['step']:>6}/{cfg.steps} | loss {loss} | lr {row['lr']:.2e}"
-    again = f" | repeated {row['repeated_steps']}" if "repeated_steps" in row else ""  # steps: docs/multi-gpu.md
+    again = f" | repeated {row['repeated_steps']}" if "repeated_steps" in row else ""  # see docs/multi-gpu.md
     return f"{head} | {norm} | {rate} | load {load}{again} | eta {timedelta(seconds=left)}"
 
 

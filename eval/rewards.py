@@ -1,6 +1,6 @@
 r"""Rewards of grpo.py for texts that answer a question: 1.0 or 0.0.
 
-    judge("What is 17 \cdot 23?", "391", r"... \boxed{391}")           # 1.0
+    judge("What is 17 \cdot 23?", "391", r"... \boxed{391}")  # 1.0
 
 A doubtful answer earns nothing, because a wrong reward teaches cheating. An answer must be marked (\boxed{}, "####",
 "the answer is"), equal the gold one and have its form (eval/equal.py). Several different answers count as none.

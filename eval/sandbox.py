@@ -1,7 +1,7 @@
 """Runs model-written Python against the tests it must pass, in a process that can only compute.
 
-    run("def f(x):\n    return x + 1", "assert f(1) == 2").passed        # True
-    run_many([(program, check), ...])                                    # several at once, results in order
+    run("def f(x):\n    return x + 1", "assert f(1) == 2").passed  # True
+    run_many([(program, check), ...])  # several at once, results in order
 
 Every program gets a process of its own (eval/jail.py), which needs no root and first gives up for good:
   seccomp       all system calls but a short list: no sockets, processes, threads, signals or opening for writing
@@ -37,7 +37,7 @@ from typing import NamedTuple
 from eval import jail
 
 MEMORY = 2**30  # bytes of address space
-START_SECONDS, HONEST_SECONDS = 120, 30  # generous: the machine may be busy, or its disk slow
+START_SECONDS, HONEST_SECONDS = 120, 30  # long, for busy machines and slow disks
 LEAVE_OUT = "leave out humaneval and mbpp"
 HONEST = "import collections, decimal, hashlib, heapq, math, random, re\ndef f(x):\n    return math.floor(x) + 1\n"
 
@@ -82,7 +82,7 @@ def _run(program, check, seconds):
     with _process() as (process, channel):
         _start(process, channel, job)
         end = time.monotonic() + 4 * seconds
-        left = lambda: end + waited(process.pid) - time.monotonic()  # asked for at every message
+        left = lambda: end + waited(process.pid) - time.monotonic()  # called at every message
         try:
             said = _ask(channel, None, left)
             if said == jail.READY:
@@ -124,7 +124,7 @@ def _kill(process):
     """(exit status, resources used) of the process, which is killed if it still runs."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+            os.killpg(process.pid, signal.SIGKILL)  # not yet waited for, so the id is still its own
         _, status, process.usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, process.usage
@@ -157,8 +157,8 @@ def waited(pid: int) -> float:
 
 
 def _ask(channel, data, left):
-    """Sends data, if any; the next message, of at most 64 kB, or b"" where the other side is gone. TimeoutError when
-    no seconds are left: a program need neither read nor write."""
+    """Sends data, if any. Returns the next message, of at most 64 kB, or b"" where the other side is gone.
+    TimeoutError when no seconds are left: a program may neither read nor write."""
     try:
         if data is not None:
             channel.settimeout(max(0.01, left()))

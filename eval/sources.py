@@ -1,8 +1,8 @@
 """Where evaluation items come from: a local folder, or else the Hugging Face hub (through `datasets`).
 
-source = Source("evaldata")            # --evaldata; default: $OPTIMOE_EVALDATA, else ./evaldata
-rows = source.rows(gsm8k.TEST)         # list of dicts
-source.used                            # {"gsm8k/test": "evaldata/gsm8k/test.jsonl"}
+source = Source("evaldata")  # --evaldata; default: $OPTIMOE_EVALDATA, else ./evaldata
+rows = source.rows(gsm8k.TEST)  # list of dicts
+source.used  # {"gsm8k/test": "evaldata/gsm8k/test.jsonl"}
 """
 
 import gzip
@@ -99,6 +99,6 @@ def _read(path):
         rows = [row for _, row in files.json_lines(text.split("\n"), path, "get the file again")]
     else:
         rows = files.parse(text, str(path), "get it again")
-    if "\\ud" in text.lower():  # halves of characters, which tokenizers refuse, become question marks
+    if "\\ud" in text.lower():  # tokenizers refuse "\ud800" alone; it becomes "?"
         return json.loads(json.dumps(rows, ensure_ascii=False).encode(errors="replace"))
     return rows

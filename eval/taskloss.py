@@ -5,7 +5,7 @@
 
 bits/token and bits/byte are NLL / ln 2 / the answer's tokens or UTF-8 bytes. As in the paper, the answer's tokens are
 those of encode(prompt + answer) after encode(prompt). If encode(prompt) is not its beginning, a token has merged
-across the boundary ("Answer:" + "Janet": ":J", "anet"). Both are then encoded apart, and the item is `merged`.
+across the boundary ("Answer:" + "Janet": ":J", "anet"). Then both are encoded separately; the item is `merged`.
 """
 
 import math
@@ -19,7 +19,7 @@ from eval.generate import any_shape
 
 
 def context_ids(tokens: Tokens, prompt: str) -> list[int]:
-    """bos and the ids of a prompt. Without bos an empty prompt is an end-of-text token, as in lm-eval."""
+    """bos and the ids of a prompt. An empty prompt without bos becomes an end-of-text token, as in lm-eval."""
     ids = tokens.bos + tokens.encode(prompt)
     if not ids and not tokens.eos:
         raise ValueError("a prompt is empty, and the tokenizer has no token to start it with (neither bos nor eos)")
@@ -55,11 +55,11 @@ def token_costs(model, pairs, max_tokens: int | None = None, n_vocab: int | None
     """For each (context, answer) of ids: (float64 nats of every answer token given all before it; whether each is the
     most likely one), on the CPU. The softmax is in float32, over the first n_vocab ids (None: the whole head).
 
-    A batch has max_tokens tokens, padding included (default: by vocabulary, for logits of 1 GB)."""
+    A batch has at most max_tokens, padding included (default: by vocabulary, for logits of 1 GB)."""
     device, cfg = model.embed.weight.device, model.cfg
     max_tokens = max_tokens or min(16384, 2**29 // cfg.vocab_size)
     work = [(*window, i) for i, pair in enumerate(pairs) for window in windows(*pair, cfg.seq_len)]
-    work.sort(key=lambda window: len(window[0]), reverse=True)  # the longest first: out of memory comes at once
+    work.sort(key=lambda window: len(window[0]), reverse=True)  # longest first: lack of memory shows at once
     nats, likely = ([[torch.zeros(0)] for _ in pairs] for _ in range(2))
     while work:
         L = len(work[0][0]) - 1

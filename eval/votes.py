@@ -39,8 +39,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority(votes: list[str | None], gold: str, k: int) -> float:
-    """Mean success of the majority among k consecutive votes, with all votes in a circle: exact for k=1 and for all,
-    and each vote counts equally. None does not vote, a tie counts its right share, and no votes at all are wrong."""
+    """Mean success of the majority of k consecutive votes, over all starts in the circle of votes: exact for k=1 and
+    for all, and each vote counts equally. None is no vote, a tie counts its right share, and no votes are wrong."""
     n, names = len(votes), list(dict.fromkeys(vote for vote in votes if vote is not None))
     if gold not in names:
         return 0.0

@@ -3,7 +3,7 @@
     TEST = Set("svamp/test", "svamp/test.jsonl", ("ChilleD/SVAMP", None, "test"))  # where rows are: eval.sources.Set
     TRAIN = Set(...)                       # rows to train on and to draw examples from, if any
     SHOTS = 4                              # examples in front of each question, unless --shots says otherwise
-    LIKE = gsm8k                           # the task whose definitions hold for all that this file lacks
+    LIKE = gsm8k                           # the task that gives all definitions this file lacks
     def item(row)                          # -> Item, without examples; `choice` makes one with choices
     def example(row)                       # -> text of an example; default: the item's prompt and its answer
     def items(source, shots, split="test") # -> list of Item, where item(row) does not suffice
@@ -16,8 +16,8 @@ answers are written defines STOPS (strings that end an answer and are cut off), 
     def vote(text)                         # for eval.votes: the final answer in canonical form, or None
     def gold(item)                         # the vote of the right answer; default: vote(item.answer)
     def reward(item, text)                 # for grpo.py: 1.0 or 0.0; default: whether vote(text) is the gold one
-    def questions(source, split, n)        # for grpo.py: the first n items of "train" or "test", n = 0: all;
-                                           # default: items(source, 0, split), where there is TRAIN
+    def questions(source, split, n)        # for grpo.py: the first n items (0: all) of "train" or "test"; default,
+                                           # if there is TRAIN: items(source, 0, split)
 
 Multiple choice needs none of these: options get letters where an answer is written (`lettered`).
 """
@@ -30,9 +30,9 @@ from collections.abc import Callable
 from string import ascii_uppercase
 from typing import NamedTuple
 
-SEED = 42  # of the draws of examples, the paper's
+SEED = 42  # draws the examples, as in the paper
 NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
-RENAMED = {"math": "math500"}  # old runs of grpo.py
+RENAMED = {"math": "math500"}  # in old runs of grpo.py
 
 
 class Item(NamedTuple):
@@ -67,7 +67,7 @@ class Task:
             return getattr(module, attribute, getattr(like, attribute, default))
 
         self.name, self.module, self.lettered = name, module, get("STOPS") is None
-        self._asks = module if hasattr(module, "item") or hasattr(module, "items") else like  # whose items these are
+        self._asks = module if hasattr(module, "item") or hasattr(module, "items") else like  # defines the items
         needed = ["SHOTS"] if hasattr(self._asks, "items") else ["SHOTS", "item"]
         for what in needed if self.lettered else [*needed, "MAX_NEW_TOKENS"]:
             if get(what) is None:
@@ -144,7 +144,7 @@ def without_examples(shots):
 
 def with_examples(rows, pool, n: int, item: Callable[[dict], Item], example=None) -> list[Item]:
     """item(row) of each row, after n examples: example(row), or the row's own prompt and answer. As in lm-eval, one
-    random stream through all rows draws them from pool. If pool is rows itself, no row is its own example."""
+    random generator draws them from pool for all rows. If pool is rows itself, no row is its own example."""
 
     def whole(row):
         shown = item(row)

@@ -1,5 +1,5 @@
 """Mental arithmetic on 1,000 unseen prefix expressions (data/reasoning.py): "Mano: - 3 + 4 5 =", " 4.". `exact`: the
-text is the value and nothing else."""
+text is the value and a period."""
 
 import re
 

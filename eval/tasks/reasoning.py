@@ -19,7 +19,7 @@ def items(source, shots):
 
 
 def questions(source, split, n):
-    """Training questions are new ones of the training templates."""
+    """Training questions are new problems with training templates."""
     cfg, start = unseen(source, split, n)
     steps = [None if split == "train" else 1 + i % cfg.max_steps for i in range(n)]
     return written([problem(cfg, start + i, split, steps[i]) for i in range(n)], cfg.modulus)

@@ -17,7 +17,7 @@ SHOTS, STOPS, MAX_NEW_TOKENS = 4, ("\n", ".", ","), 64  # lm-eval allows 256: no
 
 
 def item(row):
-    aliases = {"aliases": ["" + alias for alias in row["aliases"]]}  # a TypeError here and not in `score`
+    aliases = {"aliases": ["" + alias for alias in row["aliases"]]}  # a TypeError here, not in `score`
     return Item(row["question_id"], "Question: " + row["question"] + "?\nAnswer:", " " + row["value"], row=aliases)
 
 

@@ -1,5 +1,5 @@
 """WinoGrande (arXiv 1907.10641): which of two names belongs in the blank. 1,267 validation items; chance is 50 %. As in
-lm-eval, the text after the blank is compared behind each name; its cost after the right name is the task loss."""
+lm-eval, the text after the blank is compared after each name; its loss after the right name is the task loss."""
 
 from eval.sources import Set
 from eval.tasks import Item
