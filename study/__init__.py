@@ -1,3 +1,3 @@
-"""Sweeps over sparsity, figures, and what people look at while and after a model trains."""
+"""The study: sweeps over sparsity, verdicts on claims, figures; a planner; pictures of runs."""
 
 import optimoe.threads  # before torch

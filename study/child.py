@@ -1,6 +1,6 @@
-"""A process that does not outlive the one that started it:  python -m study.child PARENT MODULE WORD...
+"""Run a module in a process that ends with the process PARENT:  python -m study.child PARENT MODULE WORD...
 
-A killed process cannot end its children, which would wait for ever for their next task.
+A killed process cannot end its children; they would wait for their next task for ever.
 """
 
 import os

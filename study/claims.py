@@ -1,5 +1,5 @@
 """How the runs test each claim of the paper: one effect per seed, its interval, the verdict. docs/study/rules.md gives
-the rules in words."""
+the rules in words; study/results.py says what a regime, a line and a cell are."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from study.presets import SCARCE
 from study.results import MIN_SEEDS, accuracy, lines, loss, tune
 from study.rules import RISE, interval, rises, slope, solution_loss
 
-MASTERED = 0.1  # nats per token: a line whose solutions cost less everywhere has nothing to lose
+MASTERED = 0.1  # nats per token: with less loss of solutions at every E a line has nothing to lose
 COMPARABLE = 0.05  # training losses within this share of each other count as equal: two seeds differ as much
 LEARNED = 0.8  # share of whole solutions from which a run has learned to solve problems
 BRACKET = (10, 40)  # tokens per parameter, around the paper's optimum
@@ -23,13 +23,13 @@ class Test(NamedTuple):
     """A test of one claim on one set of runs."""
 
     where: str  # regime and task
-    effects: dict  # seed -> effect, positive as claimed
+    effects: dict  # {seed: effect}, positive if the claim holds
     margin: float
     unit: str
     runs: int
     little: bool = False  # the claim is that the effect, of either sign, is smaller than the margin
-    note: str = ""  # why it has no vote
-    paired: bool = True
+    note: str = ""  # why it has no vote; empty: it votes
+    paired: bool = True  # Run.paired of its runs
 
     @property
     def votes(self):
@@ -59,7 +59,7 @@ def overall(tests):
     return decided[0] if decided else "undecided"
 
 
-# ---- what every claim needs
+# ---- helpers
 
 
 def by_seed(groups, combine):
@@ -87,7 +87,7 @@ def dumb(cells, task):
 
 
 def silent(where, tuned, task, note="", decisive=False):
-    """Why tuned lines of one regime have no vote, or "". decisive: being mastered at every E is no reason."""
+    """Why tuned lines of one regime have no vote, or "". decisive: lines mastered at every E vote."""
     edges, models = sum(len(one.edges) for one in tuned), sum(len(one.cells) for one in tuned)
     why = [dumb(one.cells, task) for one in tuned]
     reasons = {
@@ -101,7 +101,7 @@ def silent(where, tuned, task, note="", decisive=False):
 
 
 def tuned_lines(rows, task):
-    """Yields (Regime, {k: Tuned}), with the lines of the regime that have the most seeds of all its lines."""
+    """Yields (Regime, {k: Tuned}), with those lines of the regime that have the largest number of seeds."""
     found = defaultdict(dict)
     for (where, k), line in lines(rows).items():
         if one := tune(line, task):
@@ -136,7 +136,7 @@ def beside(where):
 
 
 def memory_rises(rows):
-    """The loss of the values decides: exact recall jumps from nothing to everything within a doubling of training."""
+    """The loss of the facts decides, because recall jumps from nothing to everything within a doubling of training."""
     yield from slopes(rows, "facts", lambda row, task: -loss(row, task), 0.02, "fewer nats per token")
     yield from slopes(rows, "facts", percent, 0.5, "points of recall", beside)
 
@@ -160,7 +160,7 @@ def reasoning_turns(rows):
 
 
 def at_one_rate(rows):
-    """Claim 2 at one rate for all E."""
+    """Claim 2 at one rate for all E, without a vote."""
     for (where, k), line in lines(rows).items():
         compared = where.usual and 0 < where.unique <= SCARCE
         for rate in sorted({rate for rates in line.values() for rate in rates}) if compared else ():
@@ -194,8 +194,8 @@ def optimum_near_20(rows):
 
 
 def trends(rows, place, x, label, unit, sign=1, span=0.0):
-    """A Test for every place(regime, k) with three or more lines of word problems. The rise of a line is that of the
-    unseen-solution loss per doubling of E. The effect is `sign` times the slope of the rises over x(regime, Tuned),
+    """Groups the lines of word problems by place(regime, k); three or more give a Test. The rise of a line is that of
+    the unseen-solution loss per doubling of E. The effect is `sign` times the slope of the rises over x(regime, Tuned),
     which must span at least `span`. Lines that may not vote are left out where three others may."""
     groups = defaultdict(list)
     for where, by_k in tuned_lines(rows, "problems"):
@@ -225,7 +225,7 @@ def dose_response(rows):
 
 
 def more_active_moves(rows):
-    """How much the rise grows with a doubling of active parameters, by width and k, over a factor of four or more."""
+    """How much the rise grows per doubling of active parameters, over widths and k that span a factor of 4 or more."""
     widths = lambda regimes: ",".join(map(str, sorted({where.d_model for where in regimes})))
     yield from trends(
         rows,
@@ -255,8 +255,8 @@ def denser_at_equal_loss(rows):
 
 
 def at_equal_loss(members):
-    """The coefficient of log2 k/E, positive where denser models are better; None with too few points. Points at
-    the floor (nothing solved) and at the ceiling say nothing."""
+    """The coefficient of log2 k/E, positive where denser models are better; None with too few points. Points where
+    almost nothing or everything is solved say nothing."""
     points = []
     for row in members:
         density = math.log2(row["run"]["top_k"] / row["run"]["n_experts"])
@@ -270,7 +270,7 @@ def at_equal_loss(members):
     return float(np.linalg.lstsq(design, y, rcond=None)[0][3])
 
 
-SPREADS = (  # task, what it costs in a row, margin, unit, name
+SPREADS = (  # task, its value in a row, margin, unit, name
     ("train", lambda row: 100 * math.log(row["train_loss"]), 100 * COMPARABLE, "%", "training loss"),
     ("facts", lambda row: loss(row, "facts"), 0.1, "nats", "facts"),
     ("problems", solution_loss, RISE, "nats", "solutions"),
@@ -348,7 +348,7 @@ def still_lost(rows, remedies):
         answers = f"{settings.get('batch_prompts')} x {settings.get('group_size')} answers"
         budget = f", {settings.get('steps')} steps of {answers} to {settings.get('questions')} questions"
         budget += ", experts replayed" if settings.get("replay") else ""
-        # An E that lacks seeds of the largest E would cost all others theirs. The claim needs the largest.
+        # An E without all seeds of the largest E is left out; otherwise all E would have to lose those seeds.
         cells = {E: cell for E, cell in cells.items() if cell.keys() >= cells[max(cells)].keys()}
         if len(cells) < 3:
             continue

@@ -3,8 +3,8 @@
     (row,) = execute([Run(n_experts=16, top_k=2, tokens=2**24, lr=6e-3)], "runs/study", "cuda")
 
 The mixture (data/procedural.py) holds biographies (memory), word problems with worked solutions, and mental
-arithmetic without steps (reasoning). All windows and their order lie on the device: on CUDA a whole training step, the
-choice of its data included, is one CUDA graph.
+arithmetic without steps (reasoning). All windows and their order are on the device: on CUDA a whole training step, with
+the choice of its data, is one CUDA graph.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"facts": 0.35, "problem": 0.55, "mano": 0.10}  # of the training tokens
 COMPILED = 2**22  # tokens from which a run repays compiling on CUDA
 POINTS = (0.25, 0.5, 1.0)  # shares of the training at which everything is measured
-BEFORE = {"paired": False, "kind": "mixture"}  # what a run did before it had these fields; its key leaves them out
+BEFORE = {"paired": False, "kind": "mixture"}  # for runs older than these fields; `key` leaves these values out
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Run:
     mano_length: int = 3  # operations of an expression
     modulus: int = 7  # of all arithmetic
     data_tokens: int = 2**24  # of the data directory that runs share; they train on its first `tokens`
-    data: str = ""  # text, in rows of older code
+    data: str = ""  # text that older code trained on
     paired: bool = True  # weights drawn by (seed, name), so that models share what they can; False: the first 683 runs
     kind: Literal["mixture", "twohop", "room"] = "mixture"  # twohop, room: data/twohop.py, questions or 20-bit values
 
@@ -91,7 +91,7 @@ class Run:
         return self.tokens // (self.batch * self.seq_len)
 
 
-# What runs must share to be trained side by side: equally many steps of equal length.
+# Runs with equal values of these are trained side by side: their steps are as many and as long.
 form = attrgetter(*"d_model n_layers n_experts top_k d_expert tokens optimizer batch seq_len kind".split())
 
 
@@ -125,7 +125,7 @@ def train_config(run, vocab_size):
 
 
 def mixture(run):
-    """The MixtureConfig whose training split has run.data_tokens tokens or a few percent more, by SHARES."""
+    """The MixtureConfig whose training split has run.data_tokens tokens or a few percent more, in these SHARES."""
     hundred = dict.fromkeys(("first_names", "middle_names", "universities", "majors", "employers"), 100)
     facts = FactsConfig(n_people=run.people, last_names=200, cities=200, seed=run.seed, **hundred)
     names = max(40, 2 * run.max_steps + 1)
@@ -171,20 +171,20 @@ def prepare_data(run, cache, workers=1):
             twohop.build(directory, cfg)
         elif workers == 1:
             procedural.build(directory, cfg)
-        else:  # a program of its own: its processes would otherwise each import torch
+        else:  # a separate program, because its processes would each import torch here
             file = directory.resolve().with_suffix(".json")
             files.write_json(file, dataclasses.asdict(cfg), signed=False)
-            command = ["nice", "-n", "10"]  # runs that train go first
+            command = ["nice", "-n", "10"]  # training goes first
             command += [sys.executable, "-m", "study.child", str(os.getpid()), "data.procedural"]
             command += [f"--out={directory.resolve()}", f"--mixture={file}", f"--workers={workers}"]
-            # A session of its own: Ctrl-C is meant for the sweep, which finishes this directory.
+            # A new session: Ctrl-C reaches only the sweep, which at its end waits for this directory.
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, start_new_session=True)
         print(f"{directory}: made in {time.perf_counter() - began:.1f} s", flush=True)
     return str(directory)
 
 
 class Samples:
-    """All windows of a training split on a device, and those that each step takes: starts_SB into ids, S steps of B."""
+    """The windows of a training split on a device; starts_SB has the first position in ids of B windows for S steps."""
 
     def __init__(self, run, directory, device):
         flat, wanted = measure.flat(directory, "train"), run.steps * run.batch
@@ -200,7 +200,7 @@ class Samples:
         self.span = torch.arange(run.seq_len + 1, device=device)
 
     def batch(self, step):
-        """Tokens and targets (B, L) of a step, given as a device tensor (1,)."""
+        """Tokens and targets (B, L) int64 of a step; its number is a device tensor (1,)."""
         windows = self.ids[self.starts_SB.index_select(0, step).view(-1, 1) + self.span].long()
         return windows[:, :-1], windows[:, 1:]
 
@@ -225,7 +225,7 @@ class Trainer:
         self.models = [GPT(cfg).to(device) for cfg in cfgs]  # weights drawn from cfg.seed
         self.optimizers = [make_optimizer(model, cfg) for model, cfg in zip(self.models, cfgs, strict=True)]
         self.windows = [new_window(cfg, device) for cfg in cfgs]
-        # `done` on the device: a recorded step reads it.
+        # `done` on the device, because the CUDA graph reads it.
         self.positions = [torch.zeros(1, dtype=torch.int64, device=device) for _ in cfgs]
         self.run_step, self.streams = self._step, [None] * len(cfgs)
         if torch.device(device).type == "cuda":
@@ -256,8 +256,8 @@ class Trainer:
             self.done += 1
 
     def advance(self, step):
-        """Train up to this step. Returns for each model (loss, coefficient of variation of its experts' loads, mean of
-        the layers), over the last twentieth of the steps so far."""
+        """Train up to this step. Returns for each model (training loss, coefficient of variation of its experts'
+        loads as a mean over layers), both over the last twentieth of the steps so far."""
         tail = min(max(1, step // 20), step - self.done)
         self._train(step - tail - self.done)
         for window in self.windows:
@@ -290,7 +290,7 @@ def revision():
 
 def execute(runs, cache, device, n=100, keep=()):
     """Train runs of one `form` side by side and measure them. Returns their rows for the results file; a run whose loss
-    is not finite is recorded as diverged. `seconds` is a run's share, `tokens_per_s` counts all runs.
+    is not finite is recorded as diverged. `seconds` is the share of one run, `tokens_per_s` counts all runs.
 
     cache: where data directories are; n: size of the measurements (100: standard errors near 1 %); keep: where to save
     the final weights."""

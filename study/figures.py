@@ -1,6 +1,6 @@
 """The picture of the study and its index page:  python -m study.figures
 
-Dots are seeds, lines join means; every model is shown at the best rate for the task. Paired runs only.
+Dots are seeds, lines join means. Paired runs only.
 """
 
 import math
@@ -16,7 +16,7 @@ from study.presets import FEW, SCARCE
 from study.results import accuracy, lines, loss, tune
 from study.rules import RISE
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # distinct to most eyes
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # distinct for colour-blind readers too
 MARKERS = "osD^vP"
 STYLE = {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 QUESTION = "Memory and reasoning against the number of experts, by number of problems, and against the learning rate"
@@ -48,7 +48,7 @@ def index(folder, title, pictures, command):
 
 
 def curve(axis, cells, value, look, label, hollow=(), colour=None, dashes="-"):
-    """Dots for the seeds of {x: {seed: row}}, a line through the means, which are returned; hollow at some x."""
+    """Dots for the seeds of {x: {seed: row}}, and a line through the means, hollow at some x. Returns the means."""
     style = dict(color=colour or COLOURS[look % 6], marker=MARKERS[look % 6])
     points = [(x, value(row)) for x, cell in cells.items() for row in cell.values()]
     axis.plot(*zip(*points, strict=True), **style, ls="None", ms=4, alpha=0.5, mew=0)
@@ -72,7 +72,7 @@ def headline(rows):
         if one := tune(found.get(problems, {}), task):
             name = "facts" if task == "facts" else f"solutions, {problems} problems"
             means = curve(left, one.cells, lambda row, t=task: loss(row, t), look, name, one.single)
-            if (task, problems) == ("problems", SCARCE):  # what would refute the level line
+            if (task, problems) == ("problems", SCARCE):  # the smallest rise that counts
                 first, last = min(one.cells), max(one.cells)
                 x = [first * (last / first) ** (i / 50) for i in range(51)]
                 risen = [means[0] + RISE * math.log2(e / first) for e in x]
@@ -94,7 +94,7 @@ def headline(rows):
             curve(right, cells, lambda row, t=task: 100 * accuracy(row, t), look, f"{name}, E = {e}", dashes=dashes)
     right.set(title="Which learning rate does each need?")
     right.set(xlabel="peak learning rate", ylabel="right answers, %", xscale="log")
-    rates = sorted({rate for rates in line.values() for rate in rates})[::-2]  # every second one can be read
+    rates = sorted({rate for rates in line.values() for rate in rates})[::-2]  # every second one fits
     right.set_xticks(rates, [f"{rate:g}" for rate in rates])
     sizes = sorted({e for line in found.values() for e in line})
     for axis in (left, middle):

@@ -25,13 +25,13 @@ def validation_loss(model, directory, seq_len, device):
     model.eval()
     tokens = flat(directory, "val")
     n = max(1, min(256, (len(tokens) - 1) // seq_len))
-    ids = torch.from_numpy(np.resize(tokens, n * seq_len + 1).astype(np.int64)).to(device)  # few facts repeat
+    ids = torch.from_numpy(np.resize(tokens, n * seq_len + 1).astype(np.int64)).to(device)  # a short split is repeated
     windows = (part.view(n, seq_len).split(64) for part in (ids[:-1], ids[1:]))
     return sum(float(model(x, y).loss) * len(x) for x, y in zip(*windows, strict=True)) / n
 
 
 def mixture(model, directory, n, final):
-    """A model trained on data/procedural.py. n: items per kind. final: bits and longer problems too."""
+    """Measures a model trained on data/procedural.py, with n items per kind. final: bits and longer problems too."""
     cfg, enc = procedural.read_config(directory), tokenizer.load(directory)
     most = cfg.reasoning.max_steps
     facts = probes.fact_recall(model, enc, cfg.facts, 5 * n)
@@ -58,7 +58,7 @@ def mixture(model, directory, n, final):
 
 
 def hops(model, directory, n, final):
-    """A model trained on data/twohop.py: facts stored, and two-hop questions, trained and never trained."""
+    """Measures a model trained on data/twohop.py: facts, and two-hop questions that were trained or never trained."""
     cfg, enc = twohop.read_config(directory), tokenizer.load(directory)
     n_facts = cfg.entities * max(1, cfg.relations)
     grade = lambda kind, numbers: probes.graded(model, enc, twohop.texts(cfg, kind, numbers))
@@ -83,7 +83,7 @@ def hops(model, directory, n, final):
 
 
 def everything(run, directory, model, device, n, final):
-    """All measurements of a model at one point of its training. n: their size."""
+    """All measurements of a model at one point of its training. n: their size, halved before the end."""
     measure = mixture if run.kind == "mixture" else hops
     with torch.compiler.set_stance("force_eager"):  # the compiled parts are for the shapes of training
         val_loss = validation_loss(model, directory, run.seq_len, device)

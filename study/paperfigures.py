@@ -13,7 +13,7 @@ ACCURACY = dict(triviaqa="exact_match", hellaswag="acc", gsm8k="strict", gsm_plu
 ACCURACY |= dict(humaneval="pass@1", mbpp="pass@1")
 
 LOSSES = {"train_loss": "training loss, nats per token", "val_loss": "validation loss, nats per token"}  # of all text
-# Figure of the paper: the question, what is on the x axis, its label, and what is drawn over it.
+# Figure of the paper: (question, x, label of x, what is drawn over x).
 FIGURES = {
     1: ("Does the loss fall with parameters?", "params", "parameters", (*LOSSES, "loss")),
     2: ("Does a lower training loss mean a lower task loss?", "train_loss", LOSSES["train_loss"], ("loss",)),
@@ -43,8 +43,8 @@ def paper_points(rows):
 
 
 def own_points(path):
-    """Of the study's usual regime, with the number of problems that has most values of E and k: means over seeds, at
-    the rate with the best training loss."""
+    """Points of the study's usual regime: means over seeds, at the rate with the best training loss. They are those of
+    the number of problems that has the most points."""
     found = {}
     for (where, k), line in results.lines(results.read(path, optional=True) if path else []).items():
         tuned = where.usual and results.tune(line, "train")
@@ -81,7 +81,7 @@ def panels(points, x, kinds):
 
 
 def draw(rows, own, out, family):
-    """Write the figures from the rows, ours in a row of panels below, and their index page. Says which ones lack their
+    """Write the figures from the rows, the study's in panels below, and their index page. Prints which ones lack
     numbers."""
     groups, pictures = {"the paper's models": paper_points(rows), "this study's runs": own_points(own)}, {}
     for number, (question, x, label, kinds) in FIGURES.items():

@@ -1,7 +1,7 @@
 """What to train with the available hours and GPUs:  python -m study.plan reasoning --hours=24 --gpus=8
 
 The models of the paper's grid (arXiv 2508.18672) that fit the budget, by the paper's rules. The last lines say what is
-evidence, which part of it this study's small models confirm, and what is extrapolation.
+evidence and what is extrapolation.
 """
 
 import csv
@@ -26,7 +26,7 @@ class PlanConfig:
 
     purpose: Literal["reasoning", "memory"]  # what the model is for
     # Budget: one or more
-    hours: float = 0.0  # of all the GPUs
+    hours: float = 0.0  # wall-clock hours, with all the GPUs
     flops: float = 0.0  # training FLOPs in all
     tokens: float = 0.0  # training tokens; with hours or flops alone, as many as these buy
     # Machine
@@ -56,8 +56,8 @@ class Plan(NamedTuple):
     total: int
     active: int
     flops: float
-    gib: float  # of each GPU
-    hours: float | None
+    gib: float  # on each GPU
+    hours: float | None  # None: the GPU's peak is unknown
 
 
 def throughput(path=THROUGHPUT):
@@ -76,8 +76,8 @@ def throughput(path=THROUGHPUT):
 
 
 def candidates(cfg, measured):
-    """Every model of the paper's grid that fits memory and budget, whatever its tokens per parameter. Its speed is that
-    of the measurement nearest in FLOPs per token."""
+    """Every model of the paper's grid that fits memory and budget, whatever its tokens per parameter. Its MFU is that
+    of the measured model nearest in FLOPs per token."""
     for name in (name for name in PRESETS if name.startswith("paper")):
         model = preset(name)
         params, per_token = count_params(model), flops_per_token(model)

@@ -45,7 +45,7 @@ class PosttrainConfig(grpo.GRPOConfig):
     # Comparison
     runs: tuple[str, ...] = ()  # run directories or patterns like 'runs/study/weights/*'
     results: str = "study/posttrain.jsonl"  # JSON lines, one per model and budget
-    problems: int = 400  # unseen ones, in equal numbers for every trained number of steps
+    problems: int = 400  # unseen problems, equally many of each trained number of steps
     samples: int = 128  # draws per problem; a power of two
     vote_temperature: float = 0.6
     vote_top_p: float = 0.95
@@ -64,7 +64,7 @@ class PosttrainConfig(grpo.GRPOConfig):
         require(self.task == "reasoning", "task", self.task, remedy)
 
     def budget(self, **changes):
-        """The GRPOConfig in it, with some fields changed."""
+        """Its fields as a GRPOConfig, some of them changed."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(grpo.GRPOConfig)}
         return grpo.GRPOConfig(**fields | {"model": "-"} | changes)
 
@@ -113,7 +113,7 @@ def posttrain(run, cfg):
     before = measure(file, cfg, device)
     clock.append(time.perf_counter())
     budget = cfg.budget(model=str(file), out_dir=str(out), resume=str(out) if out.exists() else "")
-    if grpo.grpo(budget, device=device) is None:  # half a budget is no row
+    if grpo.grpo(budget, device=device) is None:  # stopped by a signal: no row
         sys.exit(f"{out}: stopped and saved; the same command continues from there")
     clock.append(time.perf_counter())
     after = measure(out, cfg, device)

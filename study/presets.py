@@ -1,6 +1,6 @@
 """The runs of the study's programme, whose table is in docs/study/rules.md:  python -m study.sweep PRESET
 
-Each preset is a function of the present rows, because its runs may depend on them, for example on the best rate for a
+Each preset is a function of the rows so far, because its runs may depend on them, for example on the best rate for a
 task.
 """
 
@@ -16,11 +16,11 @@ from study.results import LIMITS, counted, distinct, loss
 EXPERTS = (512, 8, 64, 256, 16, 128, 32)  # extremes first
 ENDS = (512, 8, 64)
 RATES = (0.003, 0.006, 0.012, 0.024)
-SEARCH = 3  # seeds that look for the best rates
+SEARCH = 3  # seeds that search for the best rates
 START = {"facts": 0.003, "problems": 0.012}  # the best rates of the unpaired runs, where no paired ones are known
 SCARCE = 500  # problems of the regime that decides claim 2; 1,000 are mastered at their best rates
 ENOUGH = 1_000
-FEW = 250  # problems of the later presets: with rates up to 0.1 sparse models lost solutions there, with 500 none did
+FEW = 250  # problems of the later presets: with rates up to 0.1 sparse models solved fewer here, but not with 500
 
 
 def smoke(rows):
@@ -48,7 +48,7 @@ def scarce2_k2(rows):
 
 
 def dose(rows):
-    """Rates for facts are searched at three E only: with so few problems facts are not what is asked."""
+    """Rates for facts are searched at three E only, because these runs are about problems."""
     problems = (250, 177, 125)
     cells = grid(dict(n_experts=(*ENDS, 16, 32, 128, 256), unique=problems), top_k=8)
     return searched(rows, cells, 6, facts=ENDS)
@@ -70,7 +70,7 @@ def width(rows):
 
 
 def room(rows):
-    """Memory limited by room: 100 exposures, around one bit a parameter."""
+    """Memory limited by capacity: 100 exposures, around one bit a parameter."""
     size = dict(kind="room", people=2**17, unique=0, tokens=2**26, data_tokens=2**26, lr=START["facts"])
     return grid(dict(top_k=(2, 4), n_experts=(256, 4, 32, 128, 8, 64, 16), seed=range(5)), **size)
 
@@ -101,9 +101,10 @@ PRESETS = {preset.__name__: preset for preset in PROGRAMME}
 
 
 def searched(rows, cells, seeds, facts=None):
-    """Each cell is run from SEARCH seeds until half and twice its best rates for facts and for solutions were tried (or
-    the LIMITS reached), and all that are best for solutions in another cell with as many problems: noise may end a
-    search beside a better rate. Then it is run from `seeds` seeds at the best for solutions.
+    """The runs of cells, which are Runs without rate and seed. SEARCH seeds of each try rates until half and twice its
+    best ones for facts and for solutions were tried (or the LIMITS are reached), and also all that are best for
+    solutions in another cell with as many problems, because noise may end a search beside a better rate. Then `seeds`
+    seeds run at the best rate for solutions.
 
     facts: the E at which rates for facts are searched; None for all."""
     done, known = {row["key"]: row for row in distinct(rows)}, {task: compared(rows, task) for task in START}
@@ -137,7 +138,7 @@ def searched(rows, cells, seeds, facts=None):
 
 
 def compared(rows, task):
-    """{`place`: best rate for the task} where paired runs compared two rates from SEARCH seeds."""
+    """{place(run): best rate for the task} where paired runs compared two or more rates with SEARCH seeds."""
     cells, found = {}, {}
     for row in counted(rows):
         run = row["run"]
@@ -154,16 +155,16 @@ place = itemgetter("top_k", "n_experts", "unique", "tokens", "d_model", "optimiz
 
 
 def best_rate(known, run, task):
-    """The rate of the nearest place of `compared`, in doublings of its numbers, or the START of the task."""
+    """The rate in `known` of the place nearest to the run's in doublings of its numbers, or the START of the task."""
     mine = place(vars(run))
     alike = [where for where in known if where[5:] == mine[5:]]
-    size = lambda number: math.log2(number or 2**20)  # no limit to different problems is very many
+    size = lambda number: math.log2(number or 2**20)  # 0 problems: no limit, so very many
     far = lambda where: sum(abs(size(a) - size(b)) for a, b in zip(where[:5], mine[:5], strict=True))
     return known[min(alike, key=lambda where: (far(where), where))] if alike else START[task]
 
 
 def rated(rows, runs):
-    """The runs at the rates that are best for solutions where the most similar runs compared them."""
+    """The runs, each at the rate that was best for solutions in the most similar runs that compared rates."""
     known = compared(rows, "problems")
     return [dataclasses.replace(run, lr=best_rate(known, run, "problems")) for run in runs]
 

@@ -1,12 +1,12 @@
 """The paper's own checkpoints (arXiv 2508.18672): download, evaluate, keep a row, delete; then the paper's figures.
 
-    python -m study.released --plan                                # what is left: gigabytes, hours
-    python -m study.released --grid=d512 --evaldata=evaldata       # the 23 models of width 512, the smallest first
+    python -m study.released --plan  # what is left: gigabytes, hours
+    python -m study.released --grid=d512 --evaldata=evaldata  # the 23 models of width 512, the smallest first
     python -m study.released --family=code --limit=200
 
 A model is one row of --results, and its records lie under --out: the same command continues after an interruption.
-First it measures a model with known results (CALIBRATION) and stops where they differ. The models have the names in the
-authors' launch scripts; tasks, prompts and numbers of examples are the paper's (eval/tasks).
+First it measures a model with known results (CALIBRATION) and stops if they differ. Tasks, prompts and numbers of
+examples are the paper's (eval/tasks).
 
 Training losses are not published, so figures that need them have only rows with a `train_loss`: where you know it,
 write it into the row and remove the row's `crc`. The study's own rows (--own) are drawn beside the paper's.
@@ -31,13 +31,13 @@ from optimoe.sizes import require_memory
 from study import paperfigures, results
 
 FAMILIES = {"math": ("triviaqa", "hellaswag", "gsm8k", "gsm_plus"), "code": ("humaneval", "mbpp")}
-# Total parameters for 8, 16, .. 256 experts, and active ones for 2, 4, 8, 16 of them, as the names write them.
+# Total parameters for 8, 16, .. 256 experts, and active ones for 2, 4, 8, 16 active experts, as in the names.
 SIZES = {
     512: ("320M 520M 920M 1.7B 3.3B 6.6B", "170M 220M 320M 520M"),
     1024: ("1.1B 1.9B 3.5B 6.7B 13.2B 26.0B", "470M 670M 1.1B 1.9B"),
     2048: ("3.9B 7.1B 13.6B 26.4B 52.2B", "1.5B 2.3B 3.9B 7.1B"),
 }
-TOKENS = 125e9  # that each of them was trained on
+TOKENS = 125e9  # that each model was trained on
 # Task loss of the first 200 items of the paper's gsm8k_4shot, measured by others with transformers (bfloat16).
 CALIBRATION = ("math-d512-E8-k2", {"bits/token": 1.4509, "bits/byte": 0.5276})
 ITEMS = 200
@@ -79,7 +79,7 @@ class ReleasedConfig:
     batch_size: int = 64  # sequences generated at a time
     keep: bool = False  # keep the weights of evaluated models; those that were there before stay anyway
     calibrate: bool = True  # measure the known model first, and stop where it differs by more than 1 %
-    plan: bool = False  # only say what is left, and draw
+    plan: bool = False  # only print what is left, and draw the figures
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
 
@@ -113,7 +113,7 @@ def finished(row, cfg):
 
 
 def evaluate(model, cfg, names, limit, accuracy=True, where=""):
-    """({task: its results}, seconds, or None where it went on with earlier records) by eval, in this process."""
+    """Runs eval in this process: ({task: its results}, seconds; None if it continued earlier records)."""
     hub.folder(model.name, "hf")
     out = Path(cfg.out) / (model.short + where)
     fresh, began = not list(out.glob("*.jsonl")), time.perf_counter()
@@ -229,7 +229,7 @@ def main(argv=None):
         check_file(cfg.results, "results")  # before the first download
         make_directory(cfg.out, "out", cfg.out)
         source = Source(cfg.evaldata or None)
-        for name in FAMILIES[cfg.family]:  # all data is found before the first download
+        for name in FAMILIES[cfg.family]:  # find all data first
             task = tasks.load(name)
             task.items(source, task.shots)
         if cfg.calibrate:
@@ -238,7 +238,7 @@ def main(argv=None):
             print(f"\n{model.name}", flush=True)
             try:
                 measure(model, cfg)
-            except (ValueError, OSError, torch.OutOfMemoryError) as error:  # others may have their weights
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:  # other models may still work
                 failed[model.short] = str(error).partition("\n")[0]
                 print(f"error: {failed[model.short]}", flush=True)
             rows = read_rows(cfg.results)

@@ -1,7 +1,7 @@
 """The results files of the study: signed JSON lines, one for every finished run or post-trained model.
 
 A regime is what runs must share to be compared over E. A line is {E: {rate: {seed: row}}}, all runs of one regime
-and one k.
+and one k. A cell is {seed: row}, runs that differ in the seed alone.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def checked(row, where):
     row = files.check(row, where, REMEDY)
     if "key" not in row:  # a row of study.posttrain
         return row
-    if not row["run"]["lr"]:  # planned without a rate by the first sweep: it is the run with the rate that it took
+    if not row["run"]["lr"]:  # the first sweep planned runs without a rate: take the one that was used
         row |= {"run": row["run"] | {"lr": row["lr"]}, "key": None}
     try:
         run = Run(**BEFORE | row["run"])
@@ -112,17 +112,17 @@ def distinct(rows):
 
 def counted(rows):
     """The runs that may vote, one row of each. Those with k = 1 may not: their normalised gate is always 1, so the loss
-    trains no router. Runs of the first edition with other initial weights, or on text, are another study."""
+    trains no router. Runs of the first edition with another init_std, or on text, are another study."""
     may_vote = lambda run: run["top_k"] > 1 and run["init_std"] == Run.init_std and not run["data"]
     return [row for row in distinct(rows) if may_vote(row["run"])]
 
 
-HIDDEN = "n_experts top_k init_std lr seed data data_tokens".split()  # fields that do not distinguish regimes
+HIDDEN = "n_experts top_k init_std lr seed data data_tokens".split()  # may differ in a regime, or equal if runs vote
 REGIME = [field.name for field in dataclasses.fields(Run) if field.name not in HIDDEN]
 
 
 class Regime(NamedTuple("Regime", [(name, object) for name in REGIME])):
-    """Every field of a Run but E, k, seed, rate and those that are equal in all runs that vote."""
+    """Every field of a Run that is not HIDDEN."""
 
     @property
     def usual(self):

@@ -43,9 +43,10 @@ def seeds_needed(values, margin):
 
 
 def pairing(rows, paired=True):
-    """(share, cells): variance of differences between two E of one seed, over that between E of two seeds, of the
-    log loss of unseen solutions; below 1 where a shared seed helps. Pooled over cells that differ in E alone, of
-    paired runs or of those of the first edition, whose seeds share only the data. (None, 0) without two seeds."""
+    """(share, number of pairs of cells). share: the variance of the difference between two E in the log loss of
+    unseen solutions with one seed, over that with two seeds; below 1 where a shared seed helps. Pooled over cells that
+    differ in E alone, of paired runs or of the first edition, whose seeds share only the data. (None, 0) without two
+    seeds."""
     groups = {}
     for row in distinct(rows):
         run = row["run"]
@@ -64,7 +65,7 @@ def pairing(rows, paired=True):
 
 
 def slope(x, y):
-    return round(float(np.polyfit(x, y, 1)[0]), 9)  # a flat line has slope 0
+    return round(float(np.polyfit(x, y, 1)[0]), 9)  # so that a flat line has slope 0
 
 
 def solution_loss(row):

@@ -66,7 +66,7 @@ def estimates(runs, rows, device):
     """Seconds that each run will take, from the last of the most similar runs on this device or, for a GPU, on
     another one; None without any.
 
-    Compiling and measuring take no longer in longer runs, and the latest run compiled least."""
+    In longer runs only the training takes longer. The last run is taken because it compiled least."""
     sizes, cpu = ("tokens", "d_model", "n_experts", "top_k", "n_layers"), device.startswith("CPU")
     known = [row for row in rows if not row["diverged"] and row["device"].startswith("CPU") == cpu]
     here = [row for row in known if row["device"] == device]
@@ -159,7 +159,7 @@ class Queue:
 def sweep(cfg):
     """Run what is missing. Returns how many runs failed or were killed."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cfg.cuda else ["cpu"]
-    together = 3 if cfg.cuda else 1  # runs of one (E, k) that a process trains side by side
+    together = 3 if cfg.cuda else 1  # runs of one `form` that a process trains side by side
     jobs = cfg.jobs or (6 if cfg.cuda else 1)
     threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // (jobs * len(devices))))
     name = torch.cuda.get_device_name(devices[0]) if cfg.cuda else f"CPU, {threads} threads"
@@ -181,7 +181,7 @@ def sweep(cfg):
     check_file(cfg.file, "results")  # refuse now what cannot be written
     make_directory(cfg.cache, "cache", cfg.cache)
     inbox, outbox, workers = start_workers(cfg, devices, min(tasks.lanes, len(tasks.todo) + 6), threads)
-    builder = ThreadPoolExecutor(1)  # builds directories in order, while runs that have theirs are trained
+    builder = ThreadPoolExecutor(1)  # builds data in order, while other runs are trained
     try:
         lost = run_all(tasks, cfg, inbox, outbox, workers, builder, jobs, together)
     finally:
@@ -191,7 +191,7 @@ def sweep(cfg):
         for worker in workers:
             worker.join(timeout=0 if tasks.running else 5)
             if worker.is_alive():
-                worker.terminate()  # its run is not in the file and will be done again
+                worker.terminate()  # its run will be done again
         ends = {"failed": len(tasks.failed), "cut off": len(tasks.in_flight())}
         print(", ".join([tasks.left(), *(f"{n} {how}" for how, n in ends.items() if n)]), flush=True)
     if lost:
@@ -215,7 +215,7 @@ def run_all(tasks, cfg, inbox, outbox, workers, builder, jobs, together):
             try:
                 for run in members:
                     data[data_dir(run, cfg.cache)].result()
-            except Exception as error:  # no data, no run; others have theirs
+            except Exception as error:  # only these runs lack data
                 tasks.fail(tasks.running.pop(first), f"no data: {error}")
                 continue
             inbox.put((members, [tasks.kept(run) for run in members]))
@@ -230,14 +230,14 @@ def run_all(tasks, cfg, inbox, outbox, workers, builder, jobs, together):
             tasks.fail(members, found)
             found = []
         for row in found:
-            row["jobs"] = jobs  # that shared the device: its seconds are 1 / jobs of the device's
+            row["jobs"] = jobs  # that shared the device: the run took seconds / jobs of it
             append(cfg.file, row)
             print(f"{time.monotonic() - began:5.0f} s: {line(row)}", flush=True)
         tasks.rows += found
         tasks.plan()
         print(tasks.left(), flush=True)
         if len(tasks.failed) >= 3 * together and len(tasks.rows) == before:
-            break  # nothing works
+            break
     return lost
 
 
@@ -245,12 +245,12 @@ def start_workers(cfg, devices, lanes, threads):
     """(inbox, outbox, processes)"""
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Queue(), context.Queue()
-    # One for all workers: inductor would give each a directory of its own.
+    # One for all workers: inductor would give each its own directory.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     common = (threads, cfg.cache, cfg.items, inbox, outbox)
     arguments = [(os.getpid(), devices[i % len(devices)], *common) for i in range(lanes)]
     workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
-    # Workers inherit this: it is the parent who ends them. Meanwhile Ctrl-C waits; ignored, it would be lost.
+    # Workers inherit this mask: the parent ends them. A blocked Ctrl-C waits; an ignored one would be lost.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     for worker in workers:
         worker.start()

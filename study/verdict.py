@@ -21,7 +21,7 @@ from study.results import MIN_SEEDS, accuracy
 from study.rules import interval, seeds_needed
 from study.sweep import gpu_minutes
 
-SILENT = ("beside", "nothing learned", "mastered", "control", "one rate")  # notes of tests that could never vote
+SILENT = ("beside", "nothing learned", "mastered", "control", "one rate")  # in notes of tests that can never vote
 BEGIN, END = "<!-- claims: begin (python -m study.verdict) -->", "<!-- claims: end -->"
 
 
@@ -106,7 +106,7 @@ def strongest(tests):
 
 
 def contradiction(tests):
-    """The clearest vote for a claim and against it: their intervals begin highest and end lowest."""
+    """The clearest votes for and against a claim: with the highest lower and the lowest upper bound."""
     votes = [test for test in tests if test.votes and len(test.effects) >= MIN_SEEDS]
     sides = {found: [test for test in votes if decide(test) == found] for found in ("supported", "not supported")}
     bounds = lambda test: interval(test.effects.values())
@@ -216,7 +216,7 @@ def appendix(claims, rows):
 
 
 def write(path, table):
-    """Replace what is between the markers of the file. Raises ValueError when they are not there."""
+    """Replace what is between the markers of the file. ValueError if they are missing."""
     text = Path(path).read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
