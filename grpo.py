@@ -1,10 +1,10 @@
 """Post-train a model by reinforcement learning on answers that can be verified: GRPO (arXiv 2402.03300).
 
-    python grpo.py --model=runs/NAME                       # reasoning problems of the model's own procedural data
+    python grpo.py --model=runs/NAME  # reasoning problems of the model's own procedural data
     python grpo.py --model=runs/NAME --task=gsm8k --evaldata=evaldata --questions=0
-    python grpo.py --model=ORG/NAME --task=gsm8k           # a published model, asked by its chat template if it has one
+    python grpo.py --model=ORG/NAME --task=gsm8k  # a published model, asked by its chat template if it has one
     torchrun --nproc-per-node=8 grpo.py --model=runs/NAME  # data parallel on one node
-    python grpo.py --resume=runs/NAME-grpo                 # continue, bit for bit; other flags override
+    python grpo.py --resume=runs/NAME-grpo  # continue, bit for bit; other flags override
 
 One step: questions -> group_size sampled answers each -> rewards of 1 or 0 (eval/tasks) -> advantages within each group
 -> one pass over the answers in mini-batches, an optimiser step for each, with the loss of optimoe/policy.py. Defaults
@@ -45,7 +45,7 @@ class GRPOConfig:
     model: str = ""  # start model: run directory, checkpoint, Hugging Face folder or ORG/NAME
     task: str = "reasoning"  # a file in eval/tasks with training questions
     data: str = ""  # data directory of the start model; empty: where its config says
-    evaldata: str = ""  # folder of gsm8k/, ...; empty: $OPTIMOE_EVALDATA, else ./evaldata (eval/sources.py)
+    evaldata: str = ""  # folder of evaluation sets, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
     out_dir: str = ""  # run directory; empty: that of the start model with "-grpo"
     resume: str = ""  # run directory to continue
     seed: int = 0  # of the order of questions and of sampling
@@ -65,12 +65,12 @@ class GRPOConfig:
     mini_batch: int = 256  # questions per optimiser step
     micro_tokens: int = 16384  # tokens in one forward and backward pass, padding included, per rank
     lr: float = 5e-6  # constant
-    clip: float = 0.2  # of the probability ratio, to 1 - clip .. 1 + clip
+    clip: float = 0.2  # clips the probability ratio to 1 - clip .. 1 + clip
     kl_coef: float = 1e-3  # weight of the KL term; 0: no start model is loaded
     normalize: Literal["token", "sample"] = "token"  # what has equal weight in the loss
     replay: bool = False  # train with the experts that sampling chose (docs/STUDY.md)
-    beta1: float = 0.9  # AdamW, mean
-    beta2: float = 0.999  # AdamW, variance
+    beta1: float = 0.9  # AdamW, mean of gradients
+    beta2: float = 0.999  # AdamW, mean of squares
     eps: float = 1e-8  # AdamW
     weight_decay: float = 0.01  # on matrices
     clip_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
@@ -111,8 +111,8 @@ def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed, wa
 
 @any_shape
 def answer_logprobs(model, batch, cfg, n_vocab, replay=False):
-    """(log-probabilities of the answers' tokens at the sampling temperature, float32 (A,); (2,): how many experts the
-    routers chose, how many of these sampling had not chosen for the same token)."""
+    """(log-probabilities of the answers' tokens at the sampling temperature, float32 (A,); numbers (2,) of experts that
+    the routers chose, and of those among them that sampling had not chosen for the same token)."""
     out = model(batch.tokens_BL, replay_NTK=batch.sampled_NTK if replay else None)
     logits_AV = out.logits.flatten(0, 1)[batch.index_A, :n_vocab].float() / cfg.temperature
     routed = logits_AV.new_zeros(2)
@@ -199,7 +199,7 @@ def roll_out(cfg, run, job):
     places = [m + i for m in range(run.rank * share, cfg.batch_prompts, cfg.mini_batch) for i in range(share)]
     streams = [place * cfg.group_size + i for place in places for i in range(cfg.group_size)]
     questions, prompts = zip(*(job.asked[drawn[stream // cfg.group_size]] for stream in streams), strict=True)
-    n_tokens = len(prompts) * job.row.get("answer_tokens", job.answer_tokens)  # as many as in the last step
+    n_tokens = len(prompts) * job.row.get("answer_tokens", job.answer_tokens)  # estimate: as long as in the last step
     progress = Progress(run, f"step {job.step + 1}/{cfg.steps}, sampling", n_tokens, stops=True)
     watch, seed = (lambda i, ids: progress(i, len(ids))), cfg.seed * 1_000_000 + job.step
     samples = sample_answers(job.model, job.tokens, list(prompts), streams, job.answer_tokens, cfg, seed, watch)
@@ -216,7 +216,7 @@ def make_batches(cfg, run, job, samples, advantage):
     progress = Progress(run, f"step {job.step + 1}/{cfg.steps}, looking back", len(samples), stops=True)
     batches = []
     for m, (mini, count) in enumerate(zip(minis, counts, strict=True)):
-        # The first mini-batch meets the weights that sampled: its own forward pass gives p_old.
+        # The first mini-batch trains the weights that sampled, so its forward pass gives p_old.
         model_before = job.model if m else None
         used = [i for i in mini if cfg.kl_coef or advantage[i]]  # equal rewards without a KL term teach nothing
         batches.append([])

@@ -1,7 +1,7 @@
 """Text from a model, printed as it is generated.
 
     python sample.py --run=runs/NAME --prompt="Alice was"
-    python sample.py --hf=ORG/NAME                            # asks for prompts
+    python sample.py --hf=ORG/NAME  # asks for prompts
 
 Without --prompt every line of the standard input is a prompt; Ctrl-D or Ctrl-C ends. If the model, or the one from
 which the run was fine-tuned, has a chat template, this is a chat. The same flags give the same text.
@@ -21,7 +21,7 @@ from optimoe.start import chat_encoder
 @dataclass(frozen=True)
 class SampleConfig(ModelChoice):
     # Text
-    prompt: str = ""  # empty: the lines of the standard input
+    prompt: str = ""  # empty: each line of the standard input
     number: int = 1  # texts per prompt
     max_new_tokens: int = 256
     temperature: float = 0.8  # 0: greedy
