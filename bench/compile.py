@@ -117,7 +117,7 @@ def assemble(kernel, capability):
         ptx.write_text(kernel.asm["ptx"])
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
         command += [f"--output-file={ptx.with_suffix('.cubin')}", ptx]
-        if triton.__version__ >= "3.7":
+        if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
             command.append("--regAllocOptLevel=2")
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         remedy = f"it refuses {kernel.metadata.name}: {done.stderr}"

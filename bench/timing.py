@@ -13,8 +13,8 @@ from torch.profiler import profile, record_function
 
 from optimoe.config import require
 
-FLUSH_MIB = 64  # more than the L2 of an H100 (50 MiB) or H200 (60 MiB)
 MIB = 2**20
+FLUSH = 64 * MIB  # bytes: more than the L2 of an H100 (50 MiB) or H200 (60 MiB)
 
 
 class Times(NamedTuple):
@@ -46,7 +46,8 @@ def repeat(fn, seconds):
     """Times in ms of fn(), back to back for about this many seconds; on the CPU three times."""
     if not torch.cuda.is_available():
         return [wall_ms(fn) for _ in range(3)]
-    flush = torch.empty(FLUSH_MIB * MIB, dtype=torch.int8, device="cuda")
+    size = max(FLUSH, torch.cuda.get_device_properties().L2_cache_size)
+    flush = torch.empty(size, dtype=torch.int8, device="cuda")
 
     def samples(n):
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]

@@ -67,6 +67,7 @@ def _documents(path, file, length, text_field, errors, example):
     if kind == ".jsonl":
         rows = files.json_lines(_lines(path, file, errors), path)
     elif kind in (".parquet", ".arrow"):
+        require(path.suffix.lower() == kind, "file", str(path), f"{kind} files are read as they are; decompress it")
         rows = _rows(path, file, None if example else text_field)
     elif example:
         raise ValueError(f"{path}: examples are rows of .jsonl, .parquet or .arrow files")

@@ -147,7 +147,7 @@ TABLE = dict(
     active_parameters=("active parameters per token", ",d"),
     tokens_per_parameter=("training tokens per parameter", ".3g"),
     epochs=("passes over the most read data", ".2f"),
-    memory_gb=("peak memory, GB", ".2f"),
+    memory_gb=("peak memory, GiB", ".2f"),
     seconds=("seconds", ".0f"),
 )
 

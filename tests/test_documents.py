@@ -121,6 +121,14 @@ def test_damaged_files_are_named(folder, name):
             assert name != "a.arrow" or "Invalid argument" not in str(e.value)
 
 
+@pytest.mark.parametrize("name", ["a.parquet.zst", "a.arrow.zst"])
+def test_a_table_that_was_compressed_as_a_file_is_named(folder, name):
+    parquet.write_table(table(), folder / "whole")
+    compress(folder / name, (folder / "whole").read_bytes())
+    with pytest.raises(ValueError, match=f"{name}': {name[1:-4]} files are read as they are; decompress it"):
+        read(folder)
+
+
 def test_an_arrow_stream_cut_between_two_batches_is_damaged(folder):
     """To Arrow it is a shorter one."""
     write_arrow(folder / "a.arrow", table())
