@@ -13,6 +13,7 @@ results.json. Ctrl-C or SIGTERM saves a checkpoint and ends the run.
 """
 
 import dataclasses
+import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -241,7 +242,8 @@ def set_up(cfg, run, data):
     remedy = "use a smaller model, a smaller batch_size or more grad_accum"
     least = least_memory(cfg, tokens, run.world, exchange.group_size(cfg, run.world))
     require_memory(what, least, run.device, remedy)
-    require_memory(what, 4 * n_params, CPU, remedy)  # where the weights are made
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each makes the weights in the memory of this machine
+    require_memory(what, 4 * n_params * ranks, CPU, remedy)
     state = run.resume()
     if cfg.trace:
         check_trace(cfg.trace, cfg.steps - (state["step"] if state else 0))

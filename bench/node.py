@@ -97,9 +97,9 @@ def main(argv=None):
         require(name in os.environ, name, None, remedy)
     rank, local, world = parallel.own_place()
     device = pick_device(cfg, local)
+    results = Results(cfg) if rank == 0 else None
     parallel.connect(device, device_id=device if device.type == "cuda" else None)
     try:
-        results = Results(cfg) if rank == 0 else None
         measured = []
         for size in (1, world):
             dist.barrier()

@@ -112,6 +112,7 @@ def dump(path, model, loader, cursor, cfg, step):
     what = "the output of {} is the first that is not finite"
     for i, block in enumerate(model.blocks):
         block._compiled_call_impl = None  # it would be compiled again with the hook
+        block.mlp.eval()  # with ep: by the exact exchange, as a step with too many tokens on a rank was judged
         block.register_forward_hook(lambda block, _, output, i=i: look(f"layer {i}", output[0], what))
     loader.load_state_dict(cursor)
     model.zero_grad()

@@ -79,6 +79,10 @@ def pick_device(cfg, local_rank=0):
     require(there[name], "device", name, f"no {name.upper()} device is visible; use --device=cpu")
     device = torch.device(name)
     if name == "cuda":
+        found = torch.cuda.device_count()
+        require(
+            local_rank < found, "LOCAL_RANK", local_rank, f"{found} GPUs are visible; start no more ranks than that"
+        )
         device = torch.device(name, local_rank)
         torch.cuda.set_device(device)  # kernels run on the current device
     tensor = torch.empty(0, dtype=compute_dtype(cfg, device), device=device)

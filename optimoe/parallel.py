@@ -7,6 +7,8 @@ together and updated everywhere. Gradients and weights travel in the dtype that 
 
 import gc
 import os
+import sys
+import traceback
 import weakref
 
 import torch
@@ -55,6 +57,10 @@ def disconnect():
     """End all process groups and their threads. A thread of gloo that outlived the interpreter could still drop the
     last tensor of a collective, for which Python 3.11 aborts the process."""
     if dist.is_initialized():
+        error = sys.exception()
+        while error:  # the frames of what failed hold CUDA graphs with collectives, for whose end NCCL would wait
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
         gc.collect()  # models and optimisers are cycles, and layers know their groups
         dist.destroy_process_group()
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -378,16 +379,20 @@ def launch(program, cls, description, argv=None):
         return program(cfg, rank, world, device, given)
     except (Exception, KeyboardInterrupt) as error:
         line = explain(error, rank, world)
-        lost = line and lost_rank(error, world)
-        if not lost and (line is None or argv is not None or "DEBUG" in os.environ):
+        lost, grouped = line and lost_rank(error, world), dist.is_initialized()
+        if "DEBUG" in os.environ and not lost:
+            line = None
+        if not lost and (argv is not None or line is None and not grouped):
             raise
         if rank and isinstance(error, KeyboardInterrupt):
-            sys.exit(1)  # Ctrl-C reaches all ranks, and rank 0 says so
-        if rank:  # rank 0 may say the same, or why it left; then torchrun ends this rank, and nobody reads it twice
+            line = ""  # Ctrl-C reaches all ranks, and rank 0 says so
+        elif rank:  # rank 0 may say the same, or why it left; then torchrun ends this rank, and nobody reads it twice
             time.sleep(FIRST_SECONDS)
-        if lost:
-            print(line, file=sys.stderr, flush=True)
-            os._exit(1)  # communication threads may still wait for the rank that is gone
-        sys.exit(line)
+        if not lost and not grouped:
+            sys.exit(line or 1)
+        # No orderly end: it could wait for ever, for a rank that is gone or for ranks that wait for this one.
+        print(traceback.format_exc() if line is None else line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
     finally:
         parallel.disconnect()

@@ -153,11 +153,14 @@ def test_a_rank_makes_its_gpu_the_current_one_before_kernels_are_chosen(monkeypa
         assert current[-1] == tensor.device.index
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
     monkeypatch.setattr(load, "pick_impl", choose)
     with FakeTensorMode():  # tensors on a GPU that is not there
         assert pick_device(SimpleNamespace(device="cuda", dtype="float32", impl="auto"), 1).index == 1
     assert current == [0, 1]
+    with pytest.raises(ValueError, match="LOCAL_RANK=2: 2 GPUs are visible; use at most as many ranks"):
+        pick_device(SimpleNamespace(device="cuda", dtype="float32", impl="auto"), 2)
 
 
 def documents(*lengths):

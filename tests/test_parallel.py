@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from itertools import product
 
 import numpy as np
@@ -185,6 +186,30 @@ def test_no_thread_of_a_process_group_is_left(monkeypatch):
     importlib.import_module("torch.distributed.nn.functional")
     parallel.disconnect()
     assert wait_for(lambda: len(gloo_threads()) == before)
+
+
+def test_what_failed_does_not_hold_its_graph_while_the_group_ends(monkeypatch):
+    """NCCL waits for the end of CUDA graphs with collectives. Here an object stands for the graph."""
+    environment = os.environ | dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    monkeypatch.setattr(os, "environ", environment)
+    graphs, alive, end = weakref.WeakSet(), [], torch.distributed.destroy_process_group
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: (alive.append(len(graphs)), end()))
+    parallel.connect(torch.device("cpu"))
+
+    def step():
+        graph = torch.nn.Module()  # anything to which a weak reference can point
+        graphs.add(graph)
+        try:
+            raise KeyError("the first fault")
+        except KeyError:
+            raise ValueError("the one that is reported") from None
+
+    with pytest.raises(ValueError, match="reported"):
+        try:
+            step()
+        finally:
+            parallel.disconnect()
+    assert alive == [0]
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,25 @@ def test_rank_0_killed_at_the_start(data_dir, start, tmp_path, program, moment):
     assert "error: rank 1 lost its connection to another rank, which died or never started" in said
 
 
+@pytest.mark.parametrize(
+    "fault, said", [("OSError('disk full')", "error: disk full\n"), ("KeyError('no such layer')", "KeyError: 'no such")]
+)
+def test_a_rank_that_fails_alone_ends_although_the_others_wait_for_it(data_dir, tmp_path, fault, said):
+    """NCCL's orderly end would wait for them, so there must be none."""
+    flags, port = [*SMALL, f"--data={data_dir}", f"--out-dir={tmp_path / 'out'}"], free_port()
+    fail = f"import time\ndef fail(*_): raise {fault}\n"
+    fail += "run.Run.record, run.parallel.disconnect = fail, lambda: time.sleep(999)"
+    first, other = start_rank("train", flags, 0, port, fail), start_rank("train", flags, 1, port)
+    try:
+        printed, _ = first.communicate(timeout=100)
+        assert first.returncode == 1 and said in printed, printed[-3000:]
+        assert ("Traceback" in printed) == ("KeyError" in said)
+        printed, _ = other.communicate(timeout=100)
+        assert other.returncode == 1 and "error: rank 1 lost its connection to another rank" in printed, printed[-3000:]
+    finally:
+        first.kill(), other.kill()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_0_says_what_is_wrong_before_others_do(rank, monkeypatch):
     slept = []
