@@ -3,9 +3,9 @@
     model = GPT(preset("tiny", vocab_size=512))
     out = model(tokens_BL, targets_BL)  # train.py minimises out.loss + 1e-2 * out.balance + 1e-3 * out.z
 
-Shapes: B batch, L sequence, T = B*L tokens, D width, F expert width, G = 2F (gate rows, then up rows), E experts, K of
-them per token, N MoE layers, H heads (Hkv for keys and values), d head width, V vocabulary. Weights are float32, cast
-at use; with AdamW matrices in blocks are bfloat16 (docs/optimizer.md).
+Shapes: B batch, L sequence, T = B*L tokens, D width, F expert width, G = 2F (gate rows, then up rows), E experts, K
+experts per token, N MoE layers, H heads (Hkv for keys and values), d head width, V vocabulary. Weights are float32,
+cast at each use; AdamW may keep the matrices in blocks in bfloat16 (docs/optimizer.md).
 """
 
 import functools
@@ -31,52 +31,52 @@ UNTAUGHT += "use --router_normalize=false"
 @dataclass(frozen=True)
 class ModelConfig:
     # Model
-    vocab_size: int = 0  # V; 0: the tokenizer's, rounded up to a multiple of 64
-    seq_len: int = 256  # L, longest sequence
-    d_model: int = 128  # D
-    n_layers: int = 4  # blocks
+    vocab_size: int = 0  # V; 0: size of the tokenizer, rounded up to a multiple of 64
+    seq_len: int = 256  # L, tokens in the longest sequence
+    d_model: int = 128  # D, width of the model
+    n_layers: int = 4  # number of blocks
     n_heads: int = 4  # query heads
-    n_kv_heads: int = 4  # key and value heads; fewer: grouped-query attention
+    n_kv_heads: int = 4  # key and value heads; fewer than n_heads: grouped-query attention
     head_dim: int = 32  # width of a head
     # Experts
-    n_experts: int = 8  # E
-    top_k: int = 2  # K experts per token
+    n_experts: int = 8  # E, experts per layer
+    top_k: int = 2  # K, experts per token
     d_expert: int = 256  # F, hidden width of one expert
-    n_shared_experts: int = 0  # experts for every token, beside the routed ones
+    n_shared_experts: int = 0  # experts that every token uses
     dense: bool = False  # no router: one gated MLP with the same active FLOPs
     router_score: Literal["softmax", "sigmoid"] = "softmax"  # turns the router's logits into scores
-    router_normalize: bool = True  # gates: scores divided by their sum over the K chosen; false: the scores
-    router_bias_rate: float = 0.0  # > 0: loss-free balancing by a selection bias (1e-3 is usual)
+    router_normalize: bool = True  # divide a token's gates (the scores of its K experts) by their sum
+    router_bias_rate: float = 0.0  # rate of loss-free balancing by a selection bias (1e-3 is usual); 0: off
     # Choices
     activation: Literal["swiglu", "geglu", "relu2"] = "swiglu"  # of experts and dense layers
     qk_norm: bool = False  # RMSNorm on query and key heads before RoPE
-    qk_norm_joint: bool = False  # one RMSNorm over all query heads, one over all key heads (OLMoE)
+    qk_norm_joint: bool = False  # with qk_norm: one RMSNorm for all query heads, one for all key heads (OLMoE)
     tie_embeddings: bool = False  # one matrix for input and output embeddings
-    rope_theta: float = 1e4  # base of the RoPE wavelengths
+    rope_theta: float = 1e4  # base of the RoPE frequencies
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
-    init_std: float = 0.02  # of matrices; / sqrt(2 * n_layers) where they write to the residual stream
-    embed_init_std: float = 0.0  # of the input embeddings; 0: init_std
+    init_std: float = 0.02  # std of initial weights; / sqrt(2 * n_layers) in matrices that write to the residual stream
+    embed_init_std: float = 0.0  # std of the initial input embeddings; 0: init_std
     # Execution
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on CUDA, else float32
-    impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # kernels of moe_kernels; auto: by device
-    loss_chunk: int = 16384  # tokens whose logits exist at one time in training (triton)
-    recompute: Literal["none", "experts", "blocks"] = "none"  # in the backward pass, to save memory
+    impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # of moe_kernels' ops; auto: by device
+    loss_chunk: int = 16384  # tokens whose logits exist at one time (triton)
+    recompute: Literal["none", "experts", "blocks"] = "none"  # computed again in the backward pass, to save memory
 
     def __post_init__(self):
         self.validate()
 
     @property
     def kernels(self):
-        """impl of the ops."""
+        """The argument impl of the ops."""
         return None if self.impl == "auto" else self.impl
 
     @property
     def router_learns(self):
-        """Whether the loss has a gradient for the router. Without one train.py refuses to start; old models load."""
+        """Whether the router, if any, gets a gradient. Without it train.py starts no new run; old models load."""
         return self.dense or self.n_experts == 1 or self.top_k > 1 or not self.router_normalize
 
     def validate(self):
-        """ValueError names the field, its value and the remedy."""
+        """Raises ValueError with the field, its value and the remedy."""
         check_range(self, "d_model n_layers n_heads n_kv_heads head_dim d_expert loss_chunk", 1, 2**30)
         check_range(self, "vocab_size n_shared_experts router_bias_rate norm_eps embed_init_std", 0, 2**30)
         check_range(self, "seq_len", 1, 2**22)
@@ -95,15 +95,15 @@ class ModelConfig:
 class Output(NamedTuple):
     logits: Tensor | None  # (B, L, V), or (B, 1, V) with a cache; None with targets
     loss: Tensor | None  # float32 mean cross-entropy in nats over targets >= 0; None without targets
-    balance: Tensor  # float32, sum over MoE layers of E * sum_e f_e p_e: N at balance
+    balance: Tensor  # float32, balance_loss summed over MoE layers; N at perfect balance
     z: Tensor  # float32, sum over MoE layers of mean logsumexp(router logits)^2
-    counts_NE: Tensor  # int32 (token, slot) pairs per layer and expert; (0, E) in a dense model
-    probs_NE: Tensor  # float32 mean router probability, differentiable
+    counts_NE: Tensor  # int32, tokens that chose each expert, by MoE layer; (0, E) in a dense model
+    probs_NE: Tensor  # float32, mean router probabilities; differentiable
     experts: tuple[Tensor, ...] = ()  # the router's choice in each MoE layer, int32 (T, K)
 
 
 class Linear(nn.Linear):
-    """Without bias; the weight is cast to the input's dtype. GPT.draw initialises it."""
+    """Without bias. Its weight is cast to the input's dtype; GPT.draw initialises it."""
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
@@ -127,7 +127,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(cfg):
-    """cos and sin, each (L, 1, d) float32, the first half of sin negated: a rotation is x*cos + roll(x)*sin."""
+    """cos and sin, each (L, 1, d) float32. The first half of sin is negated: a rotation is x*cos + roll(x, d/2)*sin."""
     exact = dict(dtype=torch.float64, device="cpu")  # MPS has no float64
     freqs = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, **exact) / cfg.head_dim)
     angles = torch.outer(torch.arange(cfg.seq_len, **exact), freqs)
@@ -136,10 +136,10 @@ def rope_tables(cfg):
 
 
 def document_mask(doc_ids_BL, fused):
-    """What attention may look at: earlier tokens of the same document.
+    """The attention mask: a token sees itself and earlier tokens of its document.
 
-    fused: a BlockMask for flex_attention, which skips blocks of 128 x 128 pairs without a common document. Else
-    booleans (B, 1, L, L), with which attention computes every pair, the future ones too."""
+    fused: a BlockMask for flex_attention, which skips blocks of 128 x 128 masked pairs. Else booleans
+    (B, 1, L, L), with which attention computes masked pairs too."""
     B, L = doc_ids_BL.shape
     make = create_block_mask if fused else create_mask
     sees = lambda b, h, i, j: (i >= j) & (doc_ids_BL[b, i] == doc_ids_BL[b, j])
@@ -148,7 +148,7 @@ def document_mask(doc_ids_BL, fused):
 
 @functools.cache
 def fused_attention():
-    """For blocks that are not compiled: uncompiled, flex_attention writes all scores to memory."""
+    """For blocks that are not compiled: uncompiled flex_attention writes all scores to memory."""
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -175,10 +175,10 @@ class Attention(nn.Module):
         q, k, v = rope(qkv, cos, sin, H, *norms, self.eps, self.impl)
         if cache is not None:
             k_all, v_all = cache.update(layer, k, v)
-            if mask is not None:  # without a mask there are only the new tokens
+            if mask is not None:  # without a mask the cache was empty
                 k, v = k_all, v_all
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if mask is not None and L == 1:  # the query heads of a group become queries of its key head: no repetition
+        if mask is not None and L == 1:  # a key head's query heads become its queries: no repeated keys
             y = F_.scaled_dot_product_attention(q.view(B, Hkv, H // Hkv, self.head_dim), k, v, attn_mask=mask)
         elif isinstance(mask, BlockMask):
             attend = flex_attention if torch.compiler.is_compiling() else fused_attention()
@@ -202,13 +202,11 @@ class GatedMLP(nn.Module):
 
 
 def again(function, *args, **kwargs):
-    """function(*args, **kwargs), recomputed in the backward pass; only the arguments are kept for it."""
+    """function(*args, **kwargs), of which only the arguments are kept: the backward pass computes it again."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class MoE(nn.Module):
-    """Router and experts."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -222,7 +220,7 @@ class MoE(nn.Module):
     def choose(self, x_TD, replay_TK=None):
         """(Routing, the router's own choice int32 (T, K)). A router variant is a field of ModelConfig and a line here.
 
-        replay_TK: experts to use instead of that choice (-1: keep it); gates come from the present logits."""
+        replay_TK: experts to use instead of that choice; -1 keeps the choice. Gates come from the present logits."""
         cfg = self.cfg
         logits_TE = self.router(x_TD)
         r = route(logits_TE, cfg.top_k, cfg.router_score, cfg.router_normalize, self.bias_E, impl=cfg.kernels)
@@ -234,7 +232,7 @@ class MoE(nn.Module):
         return r, chosen_TK
 
     def forward(self, x_TD, replay_TK=None, stats=True):
-        """y (T, D) and (balance, z, counts (E,), probs (E,), choice (T, K)); without stats only (choice,)."""
+        """y (T, D) and (balance, z, counts (E,), probs (E,), choice (T, K)); without stats y and (choice,)."""
         r, chosen_TK = self.choose(x_TD, replay_TK)
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
         kernels = dict(impl=self.cfg.kernels, activation=self.cfg.activation)
@@ -266,14 +264,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """draw=False leaves the weights uninitialised, to be loaded."""
+    """draw=False leaves the weights uninitialised: the caller loads them."""
 
     def __init__(self, cfg, draw=True):
         super().__init__()
         require(cfg.vocab_size >= 1, "vocab_size", cfg.vocab_size, "give the tokenizer's size")
         self.cfg = cfg
-        self.before_layer = None  # called with the number of a block before it runs, with n_layers at the end
-        self.limit = None  # exchange.Limit where tokens travel to their experts by kernels
+        self.before_layer = None  # called with each block's number before it runs, then with n_layers
+        self.limit = None  # exchange.Limit where kernels send tokens to experts on other GPUs
         self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -287,7 +285,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def draw(self, seed):
-        """Initial weights: each matrix, and each expert, from a generator keyed by the seed, its name and its index.
+        """Draw initial weights. The generator of a matrix, or of an expert in it, is seeded by seed, name and index.
 
         docs/optimizer.md says why. A CPU and a GPU draw different numbers."""
         cfg, generator = self.cfg, torch.Generator(self.embed.weight.device)
@@ -303,7 +301,7 @@ class GPT(nn.Module):
                 generator.manual_seed(key + i)
                 part.normal_(std=embed_std if name == "embed.weight" else std, generator=generator)
         if cfg.tie_embeddings:
-            # Else a token's own logit would start at about D * std of the embeddings.
+            # Else the logit of the input token itself would start at about D * embed_std.
             self.norm.weight.fill_(min(1.0, 1 / (cfg.d_model * embed_std)))
 
     @property
@@ -311,12 +309,13 @@ class GPT(nn.Module):
         return compute_dtype(self.cfg, self.embed.weight.device)
 
     def forward(self, tokens_BL, targets_BL=None, doc_ids_BL=None, cache=None, replay_NTK=None):
-        """tokens (B, L) int64 -> Output, with a loss instead of logits where targets (B, L; -1: no loss) are given.
+        """tokens (B, L) int64 -> Output. Given targets (B, L), where -1 means no loss, it has a loss and no logits.
 
-        doc_ids (int32, from data/loader.py): attention stays within a document; nothing of one reaches another.
-        cache (eval/kv_cache.py): the tokens continue its sequences; logits are those of each row's last real token, and
-        there are no statistics. replay_NTK (int32): experts to use instead of each router's choice (-1: keep it);
-        counts are still of that choice. Raises ValueError past seq_len."""
+        doc_ids (B, L) int32, from data/loader.py: attention stays within a document.
+        cache (eval/kv_cache.py): the tokens continue its sequences. Logits are those of each row's last token that is
+        not padding; there are no statistics.
+        replay_NTK (int32): experts to use instead of the routers' choice, which is still counted; -1 keeps the choice.
+        Raises ValueError if L is above seq_len."""
         B, L = tokens_BL.shape
         require(L <= self.cfg.seq_len, "sequence length", L, f"the model's seq_len is {self.cfg.seq_len}")
         ready = self.before_layer or (lambda layer: None)
@@ -326,7 +325,7 @@ class GPT(nn.Module):
         if cache is not None:
             pos_BL, mask = cache.begin(L)
             cos, sin = self.cos[pos_BL], self.sin[pos_BL]
-        elif doc_ids_BL is not None:  # RoPE is relative, so positions need not start again
+        elif doc_ids_BL is not None:  # RoPE is relative: positions need not restart
             mask = document_mask(doc_ids_BL, x.is_cuda and use_kernels(self.cfg.kernels, x))
         # Blocks are compiled for the one shape of training; evaluation has many shapes and runs them eagerly.
         compiled = self.training and cache is None and replay_NTK is None
@@ -364,7 +363,7 @@ class GPT(nn.Module):
 def update_router_bias(model, counts_NE):
     """Loss-free balancing (arXiv 2408.15664): raise the bias of experts below the mean load, lower that of the others.
 
-    counts_NE: of one optimiser step, over all tokens and ranks."""
+    counts_NE: of one optimiser step, over all micro-batches and ranks."""
     layers = [block.mlp for block in model.blocks if getattr(block.mlp, "bias_E", None) is not None]
     for moe, counts_E in zip(layers, counts_NE.float(), strict=bool(layers)):
         moe.bias_E += model.cfg.router_bias_rate * torch.sign(counts_E.mean() - counts_E)

@@ -4,9 +4,9 @@
     python train.py --data=DIR --preset=paper-d512-e16-k2 # data of `python -m data.prepare`
     python train.py --data=DIR:0.7,DIR2:0.3               # a mixture
     torchrun --nproc-per-node=8 train.py --data=DIR       # eight GPUs (docs/multi-gpu.md)
-    python train.py --data=DIR --init-from=ORG/NAME       # fine-tune a Mixtral, Qwen3-MoE or OLMoE (--sft of prepare)
-    python train.py --upcycle-from=runs/DENSE             # experts that start as a --dense model, on its data
-    python train.py --resume=runs/NAME                    # continue, bit for bit; other flags override
+    python train.py --data=DIR --init-from=ORG/NAME       # fine-tune a Mixtral, Qwen3-MoE or OLMoE
+    python train.py --upcycle-from=runs/DENSE             # make experts of a --dense run's weights, on its data
+    python train.py --resume=runs/NAME                    # continue, bit for bit; other flags change its settings
 
 A run directory holds config.json, metrics.jsonl (every logged number), checkpoints, curves.png, and at the end
 results.json. Ctrl-C or SIGTERM saves a checkpoint and ends the run.
@@ -42,51 +42,51 @@ from optimoe.sizes import count_params, least_memory, require_memory
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig):
     # Run
-    preset: str = "tiny"  # model fields start from it (optimoe/sizes.py); the vocabulary comes from the data
+    preset: str = "tiny"  # name of a model's sizes (optimoe/sizes.py); the vocabulary comes from the data
     data: str = ""  # data directory or mixture DIR:weight,DIR:weight; empty: procedural data
-    document_mask: bool = False  # attention stays within a document; always with examples (data.prepare --sft)
+    document_mask: bool = False  # attention stays within a document; always so for examples (data.prepare --sft)
     out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
     resume: str = ""  # run directory to continue
     init_from: str = ""  # a Mixtral, Qwen3-MoE or OLMoE to fine-tune: folder or ORG/NAME[@REVISION] (optimoe/start.py)
-    upcycle_from: str = ""  # dense run to start from, with its sizes and data (optimoe/upcycle.py)
+    upcycle_from: str = ""  # dense run to make experts from, with its sizes and data (optimoe/upcycle.py)
     seed: int = 0  # of the weights and of the data order
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile of blocks on CUDA; auto: in long runs
     cuda_graph: bool = True  # replay the whole step as one CUDA graph
-    parallel: Literal["ddp", "ep"] = "ddp"  # what is divided among GPUs: optimiser states, or experts too
-    ep_size: int = 0  # ep: ranks in a group that divides the experts; groups are data parallel. 0: all ranks
+    parallel: Literal["ddp", "ep"] = "ddp"  # divided among GPUs: optimiser states; ep: experts too
+    ep_size: int = 0  # ep: ranks that divide the experts; 0: all. Such groups are data parallel
     deterministic: bool = False  # the same bits in every run on CUDA too; slower
     # Optimisation
     steps: int = 1700  # optimiser steps
     batch_size: int = 8  # sequences per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: with AdamW for embeddings, routers, norms
-    lr: float = 6e-3  # peak; with AdamW the default job learns best near 2e-3
+    lr: float = 6e-3  # peak learning rate; with AdamW the default run learns best near 2e-3
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay
-    warmup_steps: int = 100  # linear, from 0
-    decay_frac: float = 0.2  # wsd: share of the steps spent decaying
+    warmup_steps: int = 100  # of linear warm-up
+    decay_frac: float = 0.2  # wsd: share of the steps in the decay
     min_lr_frac: float = 0.1  # final learning rate / peak
-    beta1: float = 0.9  # AdamW, mean
-    beta2: float = 0.99  # AdamW, variance
-    eps: float = 1e-8  # AdamW
-    muon_momentum: float = 0.95  # Muon
+    beta1: float = 0.9  # AdamW: decay of the gradient's mean
+    beta2: float = 0.99  # AdamW: decay of the mean square
+    eps: float = 1e-8  # AdamW: added to the denominator
+    muon_momentum: float = 0.95  # Muon: decay of the gradient's mean
     weight_decay: float = 0.1  # on matrices, never on norms
-    weights: Literal["float32", "bfloat16"] = "float32"  # of blocks, with AdamW: 16 or 8 bytes a parameter
+    weights: Literal["float32", "bfloat16"] = "float32"  # bfloat16: half the memory for matrices in blocks; needs AdamW
     clip_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
-    bad_steps: Literal["stop", "skip"] = "stop"  # at a NaN or an exploded loss (optimoe/guard.py)
-    max_loss: float = 0.0  # cross-entropy that counts as exploded; 0: 1.5 ln V + 1
+    bad_steps: Literal["stop", "skip"] = "stop"  # what to do at a NaN or an exploded loss
+    max_loss: float = 0.0  # cross-entropy above this counts as exploded; 0: 1.5 ln V + 1
     balance_coef: float = 1e-2  # weight of the load-balancing loss
     z_coef: float = 1e-3  # weight of the router z-loss
     # Reports
-    log_every: int = 100  # steps between lines
+    log_every: int = 100  # steps between log lines
     val_every: int = 500  # steps between validations; 0: only at the end
     val_batches: int = 20  # micro-batches per validation; 0: no validation
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = 2  # how many of the newest are kept
+    keep_checkpoints: int = 2  # how many of the newest to keep
     curves: bool = True  # redraw curves.png at validations and checkpoints
-    trace: str = ""  # write a trace of the sixth to eighth step to this file
-    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb; torchrun needs --logger
-    sample_tokens: int = 64  # of the samples at the end; 0: none
+    trace: str = ""  # write a profiler trace of steps 6 to 8 to this file
+    log: str = ""  # also log to tensorboard or wandb, or to both: tensorboard,wandb; with torchrun write --logger
+    sample_tokens: int = 64  # length of the samples at the end; 0: no samples
 
     @staticmethod
     def preset_fields(name):
@@ -94,7 +94,6 @@ class TrainConfig(ModelConfig):
 
     @staticmethod
     def start_fields(flags):
-        """Replaces defaults where training starts from another model."""
         if flags.get("upcycle_from"):
             return upcycle.training_fields(flags["upcycle_from"])
         if flags.get("init_from"):
@@ -130,14 +129,14 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
     """One step on micro-batches [(tokens_BL, targets_BL[, doc_ids_BL])]: forward, backward, clipped update.
 
     The loss is the mean over all targets of the step, however many of them a micro-batch or a rank has.
-    Adds to the window and returns the gradient norm, a tensor: nothing here waits for the device. mark(part) is called
-    at the end of each part (bench/step.py times them)."""
+    Adds to the sums in `window`. Returns the gradient norm as a tensor: nothing here waits for the device. mark(part)
+    is called at the end of each part, for bench/step.py."""
     counts_NE, probs_NE, sums, discard = 0, 0, 0, None
     targets = torch.stack([(batch[1] >= 0).sum() for batch in batches])
     total = targets.sum()
     if world > 1:
         dist.all_reduce(total)
-    shares = targets * (len(batches) * world) / total.clamp(min=1)  # exactly 1 where all have equally many
+    shares = targets * (len(batches) * world) / total.clamp(min=1)  # exactly 1 if all have equally many targets
     if world > 1:
         optimizer.begin_step()
     for micro, batch in enumerate(batches):
@@ -166,7 +165,7 @@ def optimizer_step(model, optimizer, cfg, window, batches, world=1, mark=lambda 
     optimizer.step(skip, clip_factor(grad_norm, cfg.clip_norm))
     optimizer.zero_grad()
     added = {"sums": sums, "counts_NE": counts_NE, "probs_NE": probs_NE}
-    added = {name: torch.where(skip > 0, 0, t) for name, t in added.items()}  # not times 0: they may be NaN
+    added = {name: torch.where(skip > 0, 0, t) for name, t in added.items()}  # a product with 0 would keep NaN
     if cfg.router_bias_rate:
         update_router_bias(model, added["counts_NE"])
     for name, t in added.items():
@@ -186,8 +185,6 @@ class Data(NamedTuple):
 
 @dataclass
 class Training:
-    """The state of a run."""
-
     model: GPT
     optimizer: parallel.Sharded
     window: dict
@@ -204,7 +201,7 @@ def make_data(cfg, directory):
 
 
 def open_data(cfg, run):
-    """(cfg with the vocabulary of the data, Data). ValueError for data that this run cannot use."""
+    """(cfg with the vocabulary of the data, Data). Raises ValueError for data that this run cannot use."""
     sources, micro_batch = run.prepared, cfg.batch_size // (run.world * cfg.grad_accum)
     metas = [shards.read_meta(directory) for directory, _ in sources]
     marked = any(meta["version"] == shards.MARKED for meta in metas)
@@ -219,14 +216,14 @@ def open_data(cfg, run):
     if cfg.init_from and not cfg.resume:
         start.check_tokenizer(cfg.init_from, enc, sources[0][0])
     if not cfg.vocab_size:
-        cfg = dataclasses.replace(cfg, vocab_size=-(-enc.n_vocab // 64) * 64)  # tensor cores like multiples of 64
+        cfg = dataclasses.replace(cfg, vocab_size=-(-enc.n_vocab // 64) * 64)  # multiples of 64 are faster
     remedy = f"the tokenizer of {sources[0][0]} has {enc.n_vocab} tokens"
     require(cfg.vocab_size >= enc.n_vocab, "vocab_size", cfg.vocab_size, remedy)
     return cfg, Data(sources, val_sources, loader, val_loader, min(cfg.val_batches, all_of_it), enc)
 
 
 def check_start(cfg, world):
-    """ValueError for what can be refused without a run directory."""
+    """Raises ValueError for what can be refused without a run directory."""
     remedy = f"use a multiple of ranks * grad_accum = {world} * {cfg.grad_accum}"
     require(cfg.batch_size % (world * cfg.grad_accum) == 0, "batch_size", cfg.batch_size, remedy)
     again = cfg.recompute != "none" and world > 1 and cfg.parallel == "ep"  # tokens would travel a second time
@@ -235,7 +232,7 @@ def check_start(cfg, world):
 
 
 def set_up(cfg, run, data):
-    """The Training of a fresh run, or of its newest checkpoint. ValueError where the memory cannot hold it."""
+    """The Training of a fresh run, or of its newest checkpoint. Raises ValueError if the memory is too small."""
     tokens = cfg.batch_size // (run.world * cfg.grad_accum) * cfg.seq_len
     n_params = count_params(cfg).total
     what = f"{n_params:,} parameters and {tokens:,} tokens at a time"
@@ -267,7 +264,7 @@ def set_up(cfg, run, data):
         data.loader.load_state_dict(state["loader"])
         for name, sums in state.pop("window").items():
             window[name].copy_(sums[:2] if name == "steps" else sums)  # earlier versions kept a third number
-        if cfg.bad_steps == "stop":  # steps skipped under bad_steps=skip are no reason to stop now
+        if cfg.bad_steps == "stop":  # steps that were skipped before are no reason to stop
             window["steps"][guard.BAD] = window["skipped_in_a_row"][...] = 0
         read = state["step"] * state["config"]["batch_size"] * state["config"]["seq_len"]
         job.step, job.tokens = state["step"], state.get("tokens", read)
@@ -276,7 +273,7 @@ def set_up(cfg, run, data):
 
 @torch.no_grad()
 def validate(job, data, world):
-    """Mean cross-entropy in nats over the targets of the same validation batches every time."""
+    """Mean cross-entropy in nats over the targets of validation batches, the same every time."""
     job.optimizer.gather_weights()
     job.model.eval()
     loader = data.val_loader
@@ -304,7 +301,7 @@ def save(cfg, run, job, data):
 
 
 def train(cfg, rank=0, world=1, device=CPU, given=None):
-    """One run to its end. Returns results.json on rank 0, or None."""
+    """One run to its end. Returns results.json as a dict on rank 0, or None."""
     check_start(cfg, world)
     kind = hub.title(cfg.init_from) if cfg.init_from else "dense" if cfg.dense else cfg.preset
     name = cfg.out_dir or f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -343,7 +340,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
             if logging:
                 means = report.read_window(job.window)  # waits for the device, so the clock is right
                 speed = report.speed((job.tokens - logged) / clock.read(), cfg, device, world)
-                norm = float(grad_norm) if grad_norm.isfinite() else None  # of a skipped step
+                norm = float(grad_norm) if grad_norm.isfinite() else None  # the step was skipped
                 row = {"step": job.step, "tokens": job.tokens, "lr": lr, "grad_norm": norm, **means, **speed}
                 row |= exchange.repeated(job.model)
                 run.record(row, report.log_line(row, cfg))
@@ -358,7 +355,7 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
                     pictures.refresh()
             if stopping and not last:
                 return run.stopped(job.step, "train.py")
-        del run_step, watch  # and with them the graph's memory and the model
+        del run_step, watch  # frees the graph's memory and the model
         results = finish(cfg, run, job, data, row, val_row)
         if pictures:
             pictures.close()
@@ -366,9 +363,8 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
 
 
 def finish(cfg, run, job, data, row, val_row):
-    """The closing report and results.json."""
     job.optimizer.gather_weights()
-    job.model.before_layer = None  # they are whole now, and generation may take its fastest steps
+    job.model.before_layer = None  # all weights are here; with a hook generation is slower
     if data.val_loader and not val_row:  # the run was resumed at its end
         val_row = report.val_row(validate(job, data, run.world), job.step, job.tokens, data.val_sources)
     if not run.first:
@@ -381,7 +377,7 @@ def finish(cfg, run, job, data, row, val_row):
     if run.world > 1 and cfg.parallel != "ddp":  # the report generates with the whole model on one GPU
         job.optimizer = job.model = None
         job.model = checkpoint.load_model(run.dir, run.device)
-    if cfg.deterministic:  # sampling's cumulative sums are not, and need not be
+    if cfg.deterministic:  # sampling's cumulative sums need not be deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)
     results |= report.final_report(job.model, cfg, data, results)
     run.finish(results)

@@ -1,7 +1,7 @@
 """Gated activations f(gate) * up: the table that every kernel and the reference use, and the op of a dense layer.
 
-To add one, write a function that gives (f, f'), add a row to ACTIVATIONS, and name it in ModelConfig.activation. Where
-a kernel needs f only, the compiler removes the rest.
+To add one, write a function that returns (f, f'), add a row to ACTIVATIONS, and name it in ModelConfig.activation.
+Where a kernel needs only f, the compiler removes f'.
 Shapes: T tokens, F hidden width, G = 2F (gate columns, then up columns).
 """
 
@@ -17,8 +17,8 @@ from moe_kernels.tiles import cdiv, interpreting, pow2
 
 @triton.jit
 def _sigmoid_approx(x):
-    # Four instructions, within 1e-6 of 1 / (1 + exp(-x)). tl.sigmoid takes ten more, half of an epilogue's time, for
-    # numbers outside float32, which here are 0 or 1 anyway.
+    # Four instructions, within 1e-6 of 1 / (1 + exp(-x)). tl.sigmoid takes ten more, half of an epilogue's time, for x
+    # whose exponential is outside of float32; there the result is 0 or 1 anyway.
     code: tl.constexpr = """{
         .reg .f32 t;
         mul.ftz.f32 t, $1, 0fBFB8AA3B;
@@ -49,14 +49,14 @@ def gelu(gate):
 
 @triton.jit
 def relu2(gate):
-    # tl.maximum would drop a NaN, and tl.where would spill 24 bytes a thread in dswiglu_kernel.
+    # tl.maximum would hide a NaN. tl.where would spill 24 bytes a thread in dswiglu_kernel.
     relu = tl.clamp(gate, 0.0, 3.4e38, propagate_nan=tl.PropagateNan.ALL)
     return relu * relu, 2.0 * relu
 
 
 class Activation(NamedTuple):
-    truth: Any  # f in PyTorch; autograd has its slope
-    kernel: Any  # f and its slope of a float32 block, in a kernel
+    truth: Any  # f in PyTorch; autograd finds its slope
+    kernel: Any  # in a kernel: (f, f') of a float32 block
 
 
 ACTIVATIONS = {
@@ -74,10 +74,10 @@ def activation_of(name):
 
 
 def gated_activation(h_TG, activation="swiglu", impl=None):
-    """f(h[:, :F]) * h[:, F:], with the names of f as in `moe_experts`.
+    """f(h[:, :F]) * h[:, F:]. activation names f, as in `moe_experts`.
 
-    h_TG (T, 2F), any floating dtype. Returns (T, F) in its dtype; differentiable. The kernels compute in float32 and
-    save h.
+    h_TG (T, 2F), any floating dtype. Returns (T, F) in the same dtype; differentiable. The kernels compute in float32
+    and save h.
     impl: as in `route`. Raises ValueError for other shapes or names, and for float64 with "triton"."""
     if h_TG.ndim != 2 or h_TG.shape[1] % 2 or not h_TG.is_floating_point():
         raise ValueError(f"h {tuple(h_TG.shape)} {h_TG.dtype}: expected (T, 2F), floats")
@@ -94,7 +94,6 @@ def gated(h_TG, activation="swiglu"):
 
 @triton.jit
 def _block(h_ptr, T, stride_h, F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Rows, columns and mask of this program's block, its gate and its up values."""
     n_blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     pid = tl.program_id(0)
     offs_t = (pid // n_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
@@ -145,13 +144,11 @@ def _rows(tensor):
 
 
 def gated_fwd(h_TG: Tensor, activation: str) -> Tensor:
-    """f(gate) * up (T, F), contiguous."""
     h, (T, G) = _rows(h_TG), h_TG.shape
     return _launch(gated_fwd_kernel, (h, h.new_empty(T, G // 2)), h.stride()[:1], activation)
 
 
 def gated_bwd(h_TG: Tensor, da_TF: Tensor, activation: str) -> Tensor:
-    """Gradient of h (T, 2F), contiguous."""
     h, da = _rows(h_TG), _rows(da_TF)
     return _launch(gated_bwd_kernel, (h, da, h.new_empty(h.shape)), (h.stride(0), da.stride(0)), activation)
 

@@ -1,8 +1,8 @@
 """One AdamW step (arXiv 1711.05101) of one tensor in one kernel, which reads and writes every value once.
 
-bfloat16 has 8 significant bits, so rounding to nearest would lose any step below 1/512 of a weight, and nearly all are.
-Stochastic rounding goes up with a probability equal to the part cut off, so stored values are right on average (arXiv
-2010.06192). The random bits are a hash of (seed, step, position): a resumed run continues bit for bit.
+bfloat16 has 8 significant bits. Rounding to nearest would lose any step below 1/512 of a weight, and nearly all steps
+are smaller. Stochastic rounding rounds up with a probability equal to the fraction cut off, so stored values are right
+on average (arXiv 2010.06192). Its bits are a hash of (seed, step, position): a resumed run continues bit for bit.
 """
 
 import math
@@ -23,14 +23,13 @@ def adamw_step(
 ):  # fmt: skip
     """Update weight, exp_avg and exp_avg_sq in place.
 
-    weight, exp_avg, exp_avg_sq: contiguous tensors of one shape, each float32 or bfloat16; what is stored in bfloat16
-    is rounded stochastically.
+    weight, exp_avg, exp_avg_sq: contiguous tensors of one shape, each float32 or bfloat16. bfloat16 ones are rounded
+    stochastically.
     grad: of that shape, float32 or bfloat16. copy: bfloat16 tensor of that shape that gets the new weight, rounded to
     nearest; or None.
     step: float32 scalar tensor, the number of this step, counted from 1. lr: float or float32 scalar tensor.
-    scale, skip: float32 scalar tensors, or None. The gradient is multiplied by scale; nothing changes where skip is not
-    0.
-    seed: of the rounding, 0 <= seed < 2**31; tensors with seeds of their own are rounded independently.
+    scale, skip: float32 scalar tensors, or None. The gradient is multiplied by scale. Nothing changes if skip is not 0.
+    seed: of the rounding, 0 <= seed < 2**31. With different seeds, tensors are rounded independently.
     impl: as in `route`. Raises ValueError for other shapes, dtypes, devices or seeds, and for betas outside [0, 1)."""
     shape, dtypes = weight.shape, (torch.float32, torch.bfloat16)
     tensors = dict(weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
@@ -67,7 +66,7 @@ def launch(weight, grad, exp_avg, exp_avg_sq, step, lr, scale, skip, beta1, beta
 
 @triton.jit
 def mix(x):
-    """A hash of uint32: lowbias32 of Wellons' "Prospecting for Hash Functions"."""
+    """A hash of uint32: lowbias32 from Wellons, "Prospecting for Hash Functions"."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -77,7 +76,7 @@ def mix(x):
 
 @triton.jit
 def load_float(ptr, offs, mask):
-    """float32 values of float32, or of the bits of bfloat16."""
+    """Load float32 values, from float32 or from the bits of bfloat16 in int16."""
     x = tl.load(ptr + offs, mask=mask, other=0)
     if ptr.dtype.element_ty == tl.int16:
         x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -86,9 +85,9 @@ def load_float(ptr, offs, mask):
 
 @triton.jit
 def store_bfloat16(ptr, offs, x, noise, mask):
-    """x cut to bfloat16 after adding 16 bits of noise below its last place: uniform noise rounds stochastically."""
+    """Store float32 x as bfloat16: add noise < 2^16, then cut off 16 bits. Uniform noise rounds stochastically."""
     bits = x.to(tl.uint32, bitcast=True)
-    bits = tl.where(x == x, bits + noise, bits)  # a carry could make a number of a NaN
+    bits = tl.where(x == x, bits + noise, bits)  # a carry could make a NaN a number
     tl.store(ptr + offs, (bits >> 16).to(tl.int16), mask=mask)
 
 
@@ -106,14 +105,14 @@ def adamw_kernel(
     n, seed, eps, weight_decay, BETA1: tl.constexpr, BETA2: tl.constexpr,
     LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of values. bfloat16 comes as int16, because the interpreter's own bfloat16 arithmetic is wrong."""
+    """A block of values. bfloat16 comes as int16, because bfloat16 arithmetic is wrong in Triton's interpreter."""
     if tl.load(skip_ptr) != 0:
         return
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
     mask = offs < n - start
     step, lr = tl.load(step_ptr), tl.load(lr_ptr)
-    # 1 - beta^step, in float64: for a large beta and the first steps the difference is small.
+    # 1 - beta^step in float64: it is small for a large beta in the first steps, and float32 loses digits.
     rate = lr / (1.0 - tl.exp(step.to(tl.float64) * LOG_BETA1)).to(tl.float32)
     v_scale = 1.0 / tl.sqrt((1.0 - tl.exp(step.to(tl.float64) * LOG_BETA2)).to(tl.float32))
     g = load_float(grad_ptr + start, offs, mask) * tl.load(scale_ptr)
@@ -121,13 +120,13 @@ def adamw_kernel(
     v = BETA2 * load_float(exp_avg_sq_ptr + start, offs, mask) + (1 - BETA2) * g * g
     w = load_float(weight_ptr + start, offs, mask) * (1 - lr * weight_decay)
     w -= rate * m / (tl.sqrt(v) * v_scale + eps)
-    # 48 random bits for a position: 16 for each of the three stores.
+    # 48 random bits per position: 16 for each of the three stores.
     key = mix(mix(mix(seed.to(tl.uint32)) ^ step.to(tl.uint32)) ^ (start >> 32).to(tl.uint32))
     noise = mix((start.to(tl.uint32) + offs.to(tl.uint32)) ^ key)
     store_float(weight_ptr + start, offs, w, noise & 0xFFFF, mask)
     store_float(exp_avg_ptr + start, offs, m, noise >> 16, mask)
-    # The second moment needs stochastic rounding most: it falls by at most 1 - beta2 = 1/20 to 1/1000 of itself a step,
-    # while bfloat16's spacing is 1/256 to 1/128 of a number. Rounded to nearest it might never fall again.
+    # The second moment needs stochastic rounding most. In a step it falls by at most 1 - beta2 (1/20 to 1/1000) of
+    # itself, but neighbours in bfloat16 differ by 1/256 to 1/128. Rounded to nearest, it might never fall again.
     store_float(exp_avg_sq_ptr + start, offs, v, mix(noise ^ 0x9E3779B9) & 0xFFFF, mask)
     if COPY:  # rounded to nearest, ties to even
         store_bfloat16(copy_ptr + start, offs, w, 0x7FFF + ((w.to(tl.uint32, bitcast=True) >> 16) & 1), mask)

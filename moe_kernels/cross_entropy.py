@@ -1,8 +1,8 @@
-"""The output layer and its loss in one op that never holds the (T, V) logits: a chunk of logits becomes its own
-gradient in place.
+"""The output layer and its loss in one op that never holds all (T, V) logits: it takes a chunk of tokens at a time, and
+the gradient of the logits replaces them in memory.
 
-The forward pass completes the gradients of x and w, and the backward pass only scales them. The idea is Liger's
-(arXiv 2410.10989); here the weight's gradient is summed in float32. Shapes: T tokens, D model width, V vocabulary.
+The forward pass computes the gradients of x and w; the backward pass only scales them. The idea is Liger's (arXiv
+2410.10989); here the gradient of w is summed in float32. Shapes: T tokens, D model width, V vocabulary.
 """
 
 import torch
@@ -16,11 +16,11 @@ from moe_kernels.tiles import eager, pow2
 
 
 def linear_cross_entropy(x_TD, w_VD, targets_T, chunk=16384, impl=None):
-    """Mean cross-entropy in nats of softmax(x W^T) over the targets that are not negative: a float32 scalar, float64
-    for float64 inputs, differentiable in x and w. Zero where no target counts.
+    """Mean cross-entropy in nats of softmax(x W^T) over the targets that are not negative: a float32 scalar, or float64
+    for float64 inputs, differentiable in x and w. 0 if all targets are negative.
 
-    x_TD (T, D) in the compute dtype; w_VD (V, D) in any floating dtype, cast to x's; targets_T (T,) integers below V:
-    of others the kernels make NaN. chunk: tokens whose logits exist at one time in the kernels.
+    x_TD (T, D) in the compute dtype; w_VD (V, D) in any floating dtype, cast to x's; targets_T (T,) integers below V
+    (from larger ones the kernels make NaN). chunk: tokens whose logits exist at one time in the kernels.
     impl: as in `route`. Raises ValueError for other shapes, dtypes or devices, and for float64 with "triton"."""
     fits = (x_TD.ndim, w_VD.ndim) == (2, 2) and x_TD.shape[1] == w_VD.shape[1] and targets_T.shape == x_TD.shape[:1]
     if not (fits and x_TD.is_floating_point() and w_VD.is_floating_point() and targets_T.dtype in INTEGERS):
@@ -44,12 +44,12 @@ def cross_entropy_kernel(
     logits_ptr, targets_ptr, losses_ptr, V: tl.constexpr, GRADS: tl.constexpr, BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One row: its loss, and softmax - onehot in place of its logits. A row whose target is negative is not read and
-    becomes zeros. A target of V or more makes the loss NaN, and touches no memory outside of the row.
+    """One row: its loss, and with GRADS softmax - onehot in place of its logits. If the target is negative, the row is
+    not read and its gradient is 0. A target of V or more makes the loss NaN and touches no memory outside of the row.
 
-    A thread keeps one running maximum and sum for GROUP neighbours (8: 16 bytes of bfloat16), and exponentials have the
-    hardware's base 2. With tl.exp and a maximum for each value the kernel took 36 instructions a value instead of 15,
-    and these limited it, not memory."""
+    A thread keeps one running maximum and sum for GROUP neighbours (8 of bfloat16 are 16 bytes), and exponentials have
+    the hardware's base 2. With tl.exp and a maximum for each value, the kernel took 36 instructions a value instead
+    of 15, and they limited it."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     offs = tl.arange(0, BLOCK_V // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -62,7 +62,7 @@ def cross_entropy_kernel(
                 tl.store(logits_ptr + v + offs, tl.zeros([BLOCK_V // GROUP, GROUP], dtype), mask=offs < V - v)
     else:
         picked = tl.load(logits_ptr + target, mask=target < V, other=float("nan")).to(tl.float32)
-        top = tl.full([BLOCK_V // GROUP], -1e30, tl.float32)  # a finite number keeps empty lanes free of NaN
+        top = tl.full([BLOCK_V // GROUP], -1e30, tl.float32)  # finite: in empty lanes -inf - -inf would be NaN
         total = tl.zeros([BLOCK_V // GROUP], tl.float32)
         for v in range(0, V, BLOCK_V):
             x = tl.load(logits_ptr + v + offs, mask=offs < V - v, other=float("-inf")).to(tl.float32)
@@ -74,11 +74,11 @@ def cross_entropy_kernel(
         tl.store(losses_ptr + row, log2_total / LOG2E + (best - picked))
         if GRADS:
             tl.debug_barrier()  # no warp may overwrite what another has yet to read; reductions are no barriers
-            for back in range(0, V, BLOCK_V):  # from the end, which the L2 cache still has
+            for back in range(0, V, BLOCK_V):  # backwards: the L2 cache still holds the end
                 v = (V - 1) // BLOCK_V * BLOCK_V - back
                 x = tl.load(logits_ptr + v + offs, mask=offs < V - v, other=0.0).to(tl.float32)
                 tl.store(logits_ptr + v + offs, tl.exp2((x - best) * LOG2E - log2_total).to(dtype), mask=offs < V - v)
-            tl.debug_barrier()  # two threads store the target's value, this one last
+            tl.debug_barrier()  # the loop stored the target's value too; this one stays
             tl.store(logits_ptr + target, (tl.exp2((picked - best) * LOG2E - log2_total) - 1.0).to(dtype), target < V)
 
 
@@ -86,10 +86,10 @@ def cross_entropy_kernel(
 def cross_entropy_op(
     x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, chunk: int, grads: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mean loss, 1 / (number of targets), and the gradients of x and w before that factor: empty without grads."""
+    """Mean loss, 1 / (number of targets), gradients of x and w without this factor: both are empty if not grads."""
     x, w, targets = x_TD.contiguous(), w_VD.to(x_TD.dtype).contiguous(), targets_T.contiguous()
     (T, _), V = x.shape, w.shape[0]
-    # Two groups a thread. More than two rows on a multiprocessor would evict one another from L2 between the passes.
+    # Two groups a thread. More than two rows on a multiprocessor would evict each other from L2 between the passes.
     block, group = (min(max(pow2(V), 8), 16384), 8) if V % 8 == 0 else (min(pow2(V), 4096), 1)
     scale = 1.0 / (targets >= 0).sum().clamp(min=1).float()
     losses = x.new_empty(T, dtype=torch.float32)

@@ -1,11 +1,11 @@
 """One token of each of a few sequences: a block of the model in seven launches, without gradients.
 
 Launches and latencies limit generation at small batches: PyTorch's ops take 18 launches a block. Here the norm is part
-of the product after it, the residual part of the product before it, and few (token, expert) pairs are not sorted: a
-program reads a few rows of one expert's matrix for one pair.
+of the product after it, and the residual is part of the product before it. A few (token, expert) pairs need no sort: a
+program reads some rows of the experts' matrices for one pair or one token.
 
-Shapes: T tokens, one of each sequence; D model width, N columns, H heads (Hkv of keys and values), d head width, L room
-of the cache, E experts, K experts per token, F expert hidden width. Products accumulate in float32.
+Shapes: T tokens, one of each sequence; D model width, N outputs, H heads (Hkv for keys and values), d head width, L
+tokens that fit the cache, E experts, K experts per token, F expert hidden width. Products accumulate in float32.
 """
 
 import torch
@@ -17,8 +17,8 @@ from moe_kernels.rotary import _rotate
 from moe_kernels.routing import choose
 from moe_kernels.tiles import cdiv, pow2
 
-FEW_ROWS = 32  # up to this, linear_kernel is faster than a norm, cuBLAS and an addition (H200)
-FEW_PAIRS = 64  # up to this, reading an expert's matrix for each pair is faster than sorting them (H200)
+FEW_ROWS = 32  # rows up to which linear_kernel is faster than a norm, cuBLAS and an addition (H200)
+FEW_PAIRS = 64  # pairs up to which reading an expert's matrix for each is faster than a sort (H200)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -51,7 +51,7 @@ def linear_kernel(
 
 
 def linear(x_TD, w_ND, norm=None, eps=0.0, add=None):
-    """x W^T (T, N), with RMSNorm of x before it where `norm` (D,) is given, and `add` (T, N) after it."""
+    """x W^T + add (T, N). x is RMS-normalised first if `norm`, the weight of the norm (D,), is given."""
     (T, D), N = x_TD.shape, w_ND.shape[0]
     if T > FEW_ROWS:
         x = x_TD if norm is None else torch.nn.functional.rms_norm(x_TD, norm.shape, norm, eps)
@@ -74,7 +74,7 @@ def rotate_kernel(
     mask = offs < D // 2
     position = tl.load(position_ptr + t).to(tl.int64)
     x_ptrs = qkv_ptr + (t * (H + 2 * HKV) + head) * D + offs
-    at = (t * L + position) * (HKV * D) + offs  # of the cache's first head
+    at = (t * L + position) * (HKV * D) + offs  # in the cache's first head
     cos = tl.load(cos_ptr + position * D + offs, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + position * D + D // 2 + offs, mask=mask, other=0.0)
     if head < H:
@@ -93,7 +93,7 @@ def attention_kernel(
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # The query heads that share keys are the rows of one product.
+    # The G query heads of a key head are the rows of one product.
     G: tl.constexpr = H // HKV
     t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offs_g, offs_d, offs_l = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_L)
@@ -122,10 +122,11 @@ def attention_kernel(
 
 
 def attend(qkv_TNd, cos, sin, positions_T, k_TLHd, v_TLHd, n_heads, q_norm=None, k_norm=None, eps=0.0):
-    """Attention (T, H*d) of one new token per sequence to itself and what the cache holds before positions_T.
+    """Attention (T, H*d) of one new token per sequence to itself and to the cached tokens before it.
 
-    qkv_TNd (T, H + 2 Hkv, d) is rotated, as in `rope`, at positions_T (T,) int64 of cos and sin (rows of d, float32);
-    its keys and values are written there into the caches k_TLHd and v_TLHd (T, L, Hkv, d)."""
+    qkv_TNd (T, H + 2 Hkv, d) is normalised and rotated as in `rope`, at positions_T (T,) int64 of cos and sin (rows
+    of d float32). Its keys and values are written into the caches k_TLHd and v_TLHd (T, L, Hkv, d) at these
+    positions."""
     (T, N, d), (_, L, n_kv, _) = qkv_TNd.shape, k_TLHd.shape
     q, y = qkv_TNd.new_empty(T, n_heads, d), qkv_TNd.new_empty(T, n_heads * d)
     sizes = dict(H=n_heads, HKV=n_kv, D=d)
@@ -168,7 +169,7 @@ def route_few_kernel(
 
 
 def route_few(x_TD, norm, eps, w_ED, top_k, sigmoid=False, normalize=True, bias_E=None):
-    """RMSNorm of x (T, D), and the router's gates (T, K) float32 and experts (T, K) int32 of it, as in `route`."""
+    """RMSNorm of x (T, D), and for it the router's gates (T, K) float32 and experts (T, K) int32, as in `route`."""
     (T, D), E = x_TD.shape, w_ED.shape[0]
     normed, block_e = torch.empty_like(x_TD), pow2(E)
     gates, experts = x_TD.new_empty(T, top_k, dtype=torch.float32), x_TD.new_empty(T, top_k, dtype=torch.int32)
@@ -223,7 +224,7 @@ def down_few_kernel(
 
 
 def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, add, activation="swiglu"):
-    """add (T, D) + moe_experts(x, ...), in two launches for few pairs."""
+    """add (T, D) + moe_experts(x, ...), in two launches for few (token, expert) pairs."""
     (T, D), K, F = x_TD.shape, gates_TK.shape[1], w_out_EDF.shape[2]
     if T * K > FEW_PAIRS:
         return forward(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, add)[0]
@@ -249,14 +250,14 @@ def greedy_kernel(logits_ptr, tokens_ptr, written_ptr, step_ptr, V, stride, room
         x = tl.load(logits_ptr + row * stride + start + offs, mask=start + offs < V, other=float("-inf"))
         better = x.to(tl.float32) > best
         best, ids = tl.where(better, x.to(tl.float32), best), tl.where(better, start + offs, ids)
-    token = tl.min(tl.where(best == tl.max(best, 0), ids, V), 0)  # of equal logits the lowest id
+    token = tl.min(tl.where(best == tl.max(best, 0), ids, V), 0)  # the lowest id of equal logits
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(written_ptr + row * room + tl.load(step_ptr), token.to(tl.int64))
 
 
 def greedy(logits_BV, n_vocab, tokens_B1, written_BN, step):
-    """Writes the most likely of the first n_vocab (None: of all) tokens of each row into tokens_B1 and into the column
-    step (1,) of written_BN, all int64."""
+    """Write each row's most likely token, of the first n_vocab (None: of all), into tokens_B1 and into column step (1,)
+    of written_BN. All three are int64."""
     (B, V), block = logits_BV.shape, min(8192, pow2(logits_BV.shape[1]))
     numbers = (min(V, n_vocab or V), logits_BV.stride(0), written_BN.shape[1])
     launch(

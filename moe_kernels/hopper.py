@@ -1,13 +1,13 @@
-"""Weight gradients for Hopper GPUs (sm_90) in Gluon, Triton's lower level: one warpgroup loads, two multiply.
+"""Weight gradients for Hopper GPUs (sm_90) in Gluon, Triton's lower-level language: one warpgroup loads, two multiply.
 
-In the plain kernel (grouped_gemm.dw_kernel) the tensor cores wait while a tile is stored and the next one's first loads
-arrive. Here a program walks over many tiles, and its loading warps run ahead of the multiplying warps by the depth of a
-ring of shared-memory buffers, so that the loads of the next tile arrive while the last one is stored.
+In the plain kernel (grouped_gemm.dw_kernel) the tensor cores wait while a tile is stored and the first loads of the
+next one arrive. Here a program computes many tiles. Its loading warps run ahead of the multiplying warps by up to the
+STAGES buffers of a ring in shared memory, so that the next tile is loaded while the last one is stored.
 
-A buffer of the ring belongs to the loader until its `full` barrier completes, then to the multipliers until they arrive
-at its `empty` barrier. `phase` is the parity that a wait expects; it flips whenever the ring wraps around.
+A buffer of the ring belongs to the loader until the buffer's `full` barrier completes, then to the multipliers until
+they arrive at its `empty` barrier. `phase` is the parity that a wait expects; it flips when the ring wraps around.
 
-Letters as in grouped_gemm.py. The products have the plain kernel's order, so the results are equal bit for bit.
+Shape letters as in grouped_gemm.py. Products are added in the plain kernel's order, so the results are the same bits.
 """
 
 import torch
@@ -25,20 +25,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_kernels.tiles import capability, cdiv, interpreting, multiprocessors
 
-# Triton 3.9 has shorter names for these.
+# Triton 3.9 has the shorter names.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # the largest accumulator that two warpgroups hold
-STAGES = 4  # buffers of the ring: 192 KB
+STAGES = 4  # buffers of the ring, 192 KB in all
 PARTS = 8  # column parts in which a tile is stored, through two buffers of 8 KB
-LOADER_REGISTERS = 56  # of each loading thread; the multiplying threads get what is left
-LOADER_ARRIVALS = gl.constexpr(129)  # at a full barrier: 128 threads' gathered rows and one announcement of TMA bytes
+LOADER_REGISTERS = 56  # per loading thread; the multiplying threads get the rest
+LOADER_ARRIVALS = gl.constexpr(129)  # at a full barrier: 128 threads that gather rows, and one that announces TMA bytes
 
 
 def fits(M, N, mean_rows, dtype):
-    """Whether to use `dw` for gradients of (E, M, N) from `mean_rows` rows per expert; timed from 512 rows on."""
+    """Whether to use `dw` for gradients (E, M, N) from `mean_rows` rows per expert. It was timed from 512 rows up."""
     large = mean_rows >= 512 and M >= BLOCK_M and N >= BLOCK_N and dtype in (torch.bfloat16, torch.float16)
     return large and capability() == 90 and not interpreting()
 
@@ -51,13 +51,13 @@ def _advance(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _previous(stage, STAGES: gl.constexpr):
-    # Computed, not remembered: Triton 3.6 does not carry a variable through a loop if it starts equal to another.
+    # Computed, not kept: Triton 3.6 does not carry a variable through a loop if it starts equal to another.
     return gl.where(stage == 0, STAGES - 1, stage - 1)
 
 
 @gluon.jit
 def _dw_tile(tile, by_size_ptr, E, M_TILES: gl.constexpr, N_TILES: gl.constexpr):
-    """(expert, its first row, one past its last row, row tile, column tile); large experts come first."""
+    """(expert, its first row, one past its last row, row tile, column tile). Experts with many rows come first."""
     rank_ptr = by_size_ptr + tile // (M_TILES * N_TILES)
     place = tile % (M_TILES * N_TILES)
     return gl.load(rank_ptr), gl.load(rank_ptr + E), gl.load(rank_ptr + 2 * E), place % M_TILES, place // M_TILES
@@ -80,7 +80,7 @@ def _dw_load(
         _, start, end, pid_m, pid_n = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
         columns = pid_m * BLOCK_M + offs_m
         a_ptrs = a_ptr + columns[None, :]
-        # Load token ids one step ahead: the gather must not wait for its indices.
+        # Token ids are loaded one step ahead, so that the gather does not wait for them.
         tokens = gl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
         for row in range(start, end, BLOCK_K):
             mask = (row + offs_k < end)[:, None]
@@ -118,14 +118,14 @@ def _dw_multiply(
             fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads through the asynchronous one
             a = a_ring.index(stage).permute((1, 0))
             acc = warpgroup_mma(a, b_ring.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])  # the product before this one is done, so release its buffers
+            acc = warpgroup_mma_wait(1, deps=[acc])  # the previous product is done: release its buffers
             mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=row > start)
             stage, phase = _advance(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=end > start)
         parts = _split_columns(acc, BLOCK_N // WIDTH)
         for i in gl.static_range(BLOCK_N // WIDTH):
-            tma.store_wait(1)  # the store before the last one must have read its buffer
+            tma.store_wait(1)  # the store that used this buffer must have read it
             out = out_ring.index(i % 2)
             value = parts[i].to(dw_desc.dtype)
             column = pid_n * BLOCK_N + i * WIDTH
@@ -134,7 +134,7 @@ def _dw_multiply(
             else:
                 out.reshape([BLOCK_M, WIDTH]).store(value)
             fence_async_shared()
-            # The descriptor has a dimension for experts, so that what lies outside of this one is cut off.
+            # The descriptor's dimension for experts cuts off what lies outside of this expert.
             if TRANSPOSED:
                 tma_store(dw_desc, [expert, column, pid_m * BLOCK_M], out)
             else:
@@ -162,7 +162,7 @@ def dw_hopper_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As grouped_gemm.dw_kernel. cp.async gathers a, TMA loads b and stores dw."""
+    """Like grouped_gemm.dw_kernel. cp.async gathers a, TMA loads b and stores dw."""
     M_TILES: gl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     dtype: gl.constexpr = b_desc.dtype
@@ -188,7 +188,7 @@ def dw_hopper_kernel(
 
 
 def dw(a_TM, b_SN, transposed, dispatch):
-    """grouped_gemm.dw where `fits` allows it, bit for bit: dw[e] = a[tokens of e's rows]^T b[rows of e].
+    """The same bits as grouped_gemm.dw, where `fits` allows it: dw[e] = a[tokens of e's rows]^T b[rows of e].
 
     a_TM (T, M), b_SN (S, N) sorted by expert, bfloat16 or float16, contiguous; M, N multiples of 8. Returns (E, M, N)
     in their dtype, or (E, N, M) when `transposed`."""

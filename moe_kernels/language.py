@@ -1,4 +1,4 @@
-"""Triton, or a stand-in where it is not installed (macOS, Windows): modules import, launching a kernel raises."""
+"""Triton, or a stand-in if it is not installed (macOS, Windows): modules can be imported, but kernels cannot run."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ MISSING = ""  # why kernels cannot run here; empty where they can
 
 
 class Stub:
-    """Every attribute and every result of a call is the stub again: enough to define kernels that cannot run."""
+    """Every attribute and every call gives the stub again, so kernels can be defined. Launching one raises."""
 
     def __getattr__(self, name):
         return self
@@ -33,8 +33,8 @@ except ImportError as error:
 
 
 class Matrix(TensorDescriptor):
-    """A descriptor of a contiguous tensor, seen as `shape`, without its constructor's checks, which take longer than
-    the rest of a launch. The caller has aligned the tensor."""
+    """A descriptor of a contiguous tensor, seen as `shape`. It skips the constructor's checks, which take longer
+    than the rest of a launch. The caller must pass an aligned tensor."""
 
     def __init__(self, tensor, shape, block_shape):
         strides = [1]
@@ -44,16 +44,16 @@ class Matrix(TensorDescriptor):
         self.dtype, self.get_device = tensor.dtype, tensor.get_device
 
 
-# Triton 3.7 compiles the fences itself.
+# Triton 3.7 adds the fences of `_fenced` itself.
 UNFENCED = not MISSING and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
 @contextlib.contextmanager
 def _fenced():
-    """Inside, Triton 3.6 compiles as 3.7 does: with a proxy fence between copies to shared memory and wgmma.
+    """In this context Triton 3.6 adds a proxy fence between copies to shared memory and wgmma, as 3.7 does.
 
-    cp.async writes through the generic proxy and wgmma reads through the asynchronous one; only such a fence orders the
-    two ("Async proxy", PTX ISA 8.7)."""
+    cp.async writes through the generic proxy, and wgmma reads through the asynchronous one. Only such a fence orders
+    the two ("Async proxy", PTX ISA 8.7)."""
 
     def hook(backend, stages, options, language, capability):
         def ptx(source, metadata):
@@ -72,14 +72,14 @@ def _fenced():
         triton.knobs.runtime.add_stages_inspection_hook = before
 
 
-_compiled = {}  # kernels that have run, by everything that Triton compiles them for
+_compiled = {}  # {everything that Triton compiles a kernel for: compiled kernel}
 
 
 def launch(kernel, grid, tensors, numbers=(), num_warps=4, num_stages=3, **constants):
-    """kernel[grid](*tensors, *numbers, **constants) at a quarter of the host's time (docs/LOG.md).
+    """kernel[grid](*tensors, *numbers, **constants) in a quarter of the host's time (docs/LOG.md).
 
-    Triton inspects every argument of every launch. This looks only at what may change from call to call: dtypes and
-    alignments of `tensors` (or descriptors, or None), divisibility of `numbers`, and the constants."""
+    Triton inspects every argument of every launch. This looks only at what can change from call to call: device, dtypes
+    and alignments of `tensors` (or descriptors, or None), divisibility of `numbers`, and the constants."""
     key = (
         kernel.fn, tensors[0].get_device(), num_warps, num_stages, *constants.values(),
         *[None if t is None else (t.dtype, type(t) is Matrix or t.data_ptr() % 16) for t in tensors],

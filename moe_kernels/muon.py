@@ -1,9 +1,9 @@
 """Muon's step for small matrices, one program each: momentum, normalisation, five Newton-Schulz rounds and the update.
 
 A small MoE has hundreds of matrices that each fit into one multiprocessor. Batched products would move them to memory
-and back fifteen times a step; here they stay on the chip, and several layers share a launch.
+and back fifteen times a step. Here they stay on the chip, and several layers share a launch.
 
-Shapes: P parameters of one shape, (R, B) or (E, R, B), whose R rows stack matrices of A rows: each has N of (A, B).
+Shapes: P parameters of one shape (R, B) or (E, R, B). Their rows stack matrices: each parameter is N matrices (A, B).
 """
 
 import math
@@ -11,21 +11,21 @@ import math
 from moe_kernels.language import tl, triton
 from moe_kernels.tiles import capability, interpreting, limits, pow2
 
-# Of Muon's quintic, which takes singular values from 1e-3..1 to 0.7..1.2 in five rounds.
+# Of Muon's quintic polynomial. Five rounds bring singular values of 1e-3..1 into 0.7..1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
-MOST = 2**14  # values of a padded matrix that fits the registers; 128 x 256 would spill a kilobyte a thread
-PER_LAUNCH = 8  # parameters of one launch
+MOST = 2**14  # values of a padded matrix in registers; 128 x 256 would spill a kilobyte a thread
+PER_LAUNCH = 8  # parameters per launch
 
 
 def fits(shape, rows):
-    """Whether `muon_update` takes parameters of this shape, whose stacked matrices have these numbers of rows."""
+    """Whether `muon_update` takes parameters of this shape. rows: how many rows each of the stacked matrices has."""
     short, long = padded(rows[0], shape[-1])
     return len(set(rows)) == 1 and short * long <= MOST and short <= limits(capability()).square
 
 
 def padded(A, B):
-    """Shorter and longer side of the tile that holds a matrix."""
+    """[shorter, longer] side of the tile that holds a matrix (A, B)."""
     return [max(16, pow2(side)) for side in sorted((A, B))]
 
 
@@ -45,7 +45,7 @@ def muon_kernel(
     BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, C1: tl.constexpr, C3: tl.constexpr, C5: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """One matrix, its shorter side first, which keeps the square products small. Padding is zero and stays zero."""
+    """One matrix, transposed if it is tall, so that its square products are small. Padding is zero and stays zero."""
     if skip_ptr is not None:
         if tl.load(skip_ptr) > 0:
             return
@@ -65,7 +65,7 @@ def muon_kernel(
     update = grad + mu * (momentum - grad)  # Nesterov
     rate = tl.load(lr_ptr)
     step = rate * size
-    if SKIP_UNUSED:  # an expert without tokens: normalisation would turn its fading momentum into full steps
+    if SKIP_UNUSED:  # an expert without tokens: normalised, its fading momentum would be a full step
         step = tl.where(tl.max(tl.max(tl.abs(grad), 1), 0) > 0, step, 0.0)
 
     norm = tl.sqrt(tl.sum(tl.sum(update * update, 1), 0))
@@ -81,11 +81,11 @@ def muon_kernel(
 
 
 def muon_update(weights, momenta, grads, rows, lr, mu, weight_decay, scale=None, skip=None, skip_unused=False):
-    """A step of optim.Muon, its twin, in place on lists of float32 weights and momenta of one shape. Products are in
-    bfloat16 (in the interpreter in float32).
+    """A step of Muon, in place on lists of float32 weights and momenta of one shape. Its twin is optim.Muon. Products
+    are in bfloat16, or in float32 in the interpreter.
 
-    rows: numbers of rows of the stacked matrices, all equal (`fits`). lr, scale, skip: float32 scalar tensors, or None
-    for the last two. Gradients are multiplied by scale; nothing changes where skip is 1.
+    rows: how many rows each of the stacked matrices has, all equal (`fits`). lr, scale, skip: float32 scalar tensors;
+    the last two may be None. Gradients are multiplied by scale. Nothing changes if skip is above 0.
     skip_unused: a matrix whose gradient is all zero only decays."""
     A, B = rows[0], weights[0].shape[-1]
     N, (short, long) = weights[0].numel() // (A * B), padded(A, B)

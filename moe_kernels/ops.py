@@ -12,8 +12,8 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def use_kernels(impl, tensor, **others):
-    """Whether an op without a GEMM runs its kernels; "grouped_mm" is the reference to it. Raises what `pick_impl` does,
-    and ValueError for float64 with "triton"."""
+    """Whether an op without a GEMM runs its kernels. For such ops "grouped_mm" means the reference. Raises what
+    `pick_impl` raises, and ValueError for float64 with "triton"."""
     if pick_impl("reference" if impl == "grouped_mm" else impl, tensor, **others) != "triton":
         return False
     if tensor.dtype == torch.float64:
@@ -27,7 +27,7 @@ def described(**tensors):
 
 
 def first_order(backward):
-    """Decorator: backward raises under create_graph=True, where once_differentiable may drop terms in silence."""
+    """Decorator: backward raises under create_graph=True, where once_differentiable may silently drop terms."""
 
     def once(ctx, *grads):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -38,12 +38,12 @@ def first_order(backward):
 
 
 def define(name, forward, backward, fake_forward, fake_backward, setup_context, derivative, n_outputs=None):
-    """Make custom ops of two launchers: moe_kernels::<name> and moe_kernels::<name>_bwd, its gradient.
+    """Make custom ops of two launchers: moe_kernels::<name>, and moe_kernels::<name>_bwd for its gradient.
 
-    derivative(ctx, run, *gradients) calls `run`, the second op or its launcher, on what setup_context saved.
-    n_outputs: how many outputs are results (None: one tensor or all); the others are only saved.
-    Returns both ops and the differentiable function. Where `eager` allows it, that function calls the launchers through
-    autograd.Function: a custom op takes 75 us more of Python per call (empty ops on a CPU)."""
+    derivative(ctx, run, *gradients) calls `run`, which is the second op or its launcher, on what setup_context saved.
+    n_outputs: how many outputs are results (None: all, or one tensor); the others are only saved for backward.
+    Returns both ops and a differentiable function of a tensor and more arguments. Where `eager(tensor)`, it calls the
+    launchers through autograd.Function, because a custom op takes 75 us more of Python (empty ops on a CPU)."""
     op = torch.library.custom_op(f"moe_kernels::{name}", forward, mutates_args=())
     backward_op = torch.library.custom_op(f"moe_kernels::{name}_bwd", backward, mutates_args=())
     op.register_fake(fake_forward)
@@ -52,7 +52,7 @@ def define(name, forward, backward, fake_forward, fake_backward, setup_context, 
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):  # a setup_context of its own would cost an inspect.signature per call
+        def forward(ctx, *inputs):  # a separate setup_context would cost an inspect.signature per call
             output = forward(*inputs)
             setup_context(ctx, inputs, output)
             return output if n_outputs is None else output[:n_outputs]
@@ -65,17 +65,16 @@ def define(name, forward, backward, fake_forward, fake_backward, setup_context, 
     return op, backward_op, lambda tensor, *rest: (Eager.apply if eager(tensor) else op)(tensor, *rest)
 
 
-# Listed at import: torch.compile of torch 2.11 cannot trace is_autocast_available.
+# Computed at import: torch.compile of torch 2.11 cannot trace is_autocast_available.
 WITH_AUTOCAST = {device for device in ("cpu", "cuda", "mps") if torch.amp.is_autocast_available(device)}
 
 
 def autocast_off(device):
-    """Context without autocast on a device type."""
     return torch.autocast(device, enabled=False) if device in WITH_AUTOCAST else contextlib.nullcontext()
 
 
 def no_autocast(fn):
-    """Decorator: fn(tensor, ...) computes in its arguments' dtypes under any torch.autocast, forward and backward."""
+    """Decorator: fn(tensor, ...) ignores torch.autocast and computes in its arguments' dtypes, forward and backward."""
 
     @functools.wraps(fn)
     def op(*args, **kwargs):
@@ -89,7 +88,7 @@ def no_autocast(fn):
 
 
 def _off_in_backward(outputs, arguments):
-    """Turn autocast off for the graph nodes between arguments and outputs, whatever surrounds `backward`."""
+    """Turn autocast off while `backward` runs the graph nodes between arguments and outputs."""
     inputs = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
     seen, nodes = {get_gradient_edge(t).node for t in inputs}, [t.grad_fn for t in outputs]
     device, states = outputs[0].device.type, []

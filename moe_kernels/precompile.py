@@ -1,4 +1,4 @@
-"""Compiles Triton kernels without running them: offline for any architecture, or ahead of a benchmark on all cores."""
+"""Compile Triton kernels without running them: for a GPU that is not here, or on all cores before a benchmark."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from triton.runtime.jit import JITFunction
 
 
 class Driver:
-    """As much of a Triton driver as compiling needs. capability: 90 is compute capability 9.0."""
+    """The parts of a Triton driver that compiling needs. capability: 90 is compute capability 9.0."""
 
     def __init__(self, capability):
         self.target = GPUTarget("cuda", capability, 32)
@@ -20,7 +20,7 @@ class Driver:
         return self.target
 
     def get_current_device(self):
-        return self.target.arch  # Triton keeps compiled kernels by device: one device per architecture
+        return self.target.arch  # Triton caches compiled kernels by device, so each architecture is one
 
     def get_current_stream(self, device):
         return 0
@@ -28,7 +28,7 @@ class Driver:
 
 @contextlib.contextmanager
 def compile_only(capability):
-    """Inside, launching a kernel only compiles it, for `capability`. Yields the list of compiled kernels, each once."""
+    """In this context a launch only compiles its kernel, for `capability`. Yields a list of the kernels, each once."""
     compiled, launch, before = {}, JITFunction.__getitem__, driver._active
 
     def getitem(kernel, grid):
@@ -50,16 +50,16 @@ def compile_only(capability):
 
 
 def _compile(task, capability):
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a failure shows again, with its message, where the task is timed
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hide stderr: where the task is timed, a failure shows again
     with compile_only(capability):
         task()
 
 
 def precompile(tasks, capability=None):
-    """Run every task, a function that launches kernels on empty CPU tensors of the real shapes, in a process of its
-    own, which fills Triton's disk cache without touching the GPU.
+    """Run each task in its own process, to fill Triton's disk cache without the GPU. A task is a function that launches
+    kernels on empty CPU tensors of the real shapes.
 
-    Returns the exit codes: negative when the compiler crashed. Does nothing without a GPU or a `capability` (90 is
+    Returns the exit codes, negative if the compiler crashed. Does nothing with neither a GPU nor a `capability` (90 is
     Hopper)."""
     if capability is None:
         if not torch.cuda.is_available() or torch.version.hip:

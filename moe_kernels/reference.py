@@ -2,7 +2,7 @@
 float64).
 
 Shapes: T tokens, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K experts per
-token, S = T*K routed rows: the slots token * K + k, sorted by expert, ties in token order.
+token, S = T*K routed rows. A slot is token * K + k; the rows are the slots sorted by expert, then by token.
 """
 
 import torch
@@ -26,8 +26,8 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
     else:
         scores = logits.sigmoid()
         probs = scores / scores.sum(1, keepdim=True)
-    # Without a bias the logits order like the scores and do not underflow; the stable sort gives ties to the lower
-    # expert id.
+    # Without a bias, logits have the order of the scores and do not underflow. The stable sort
+    # puts the lower id of equal ones first.
     ranking = logits if bias_E is None else scores + bias_E
     experts_TK = ranking.detach().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     gates_TK = gates_of(logits, experts_TK, score, normalize)
@@ -38,8 +38,8 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None):
 
 @no_autocast
 def gates_of(logits_TE, experts_TK, score="softmax", normalize=True):
-    """Gates (T, K), float32 or float64, as `route` gives them to its choice, of any experts (T, K): a recorded choice
-    can be replayed. Raises ValueError for other shapes, dtypes or scores."""
+    """Gates (T, K) as in `route`, but of given experts (T, K): a recorded choice can be replayed. float32, or float64
+    for float64 logits (T, E). Raises ValueError for other shapes, dtypes or scores."""
     fits = logits_TE.ndim == experts_TK.ndim == 2 and logits_TE.shape[0] == experts_TK.shape[0]
     fits = fits and logits_TE.is_floating_point() and experts_TK.dtype in INTEGERS
     if not fits or score not in ("softmax", "sigmoid"):
@@ -67,8 +67,7 @@ def dispatch(experts_TK, n_experts):
 def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swiglu", native=False):
     """Twin of `experts.moe_experts`: y[t] = sum_k gates[t,k] * W_out[e] a, with a = f(gate) * up of W_in[e] x[t].
 
-    native: products by `torch.nn.functional.grouped_mm`, the fastest that stock PyTorch offers; on CUDA it takes
-    bfloat16 only."""
+    native: use `torch.nn.functional.grouped_mm`, PyTorch's fastest grouped product. On CUDA it takes only bfloat16."""
     offsets, row_slot_S, slot_row_TK = dispatch(experts_TK, w_in_EGD.shape[0])
     x_SD = x_TD[row_slot_S // experts_TK.shape[1]]
     h_SG = _product(x_SD, w_in_EGD.mT, offsets, native)
@@ -77,8 +76,8 @@ def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swiglu"
 
 
 def grouped_product(a, b, offsets):
-    """The rows of each expert in a (S, R), times its matrix of b (E, R, N): (S, N). With b (S, N): a^T b over the rows
-    of each expert, (E, R, N)."""
+    """b (E, R, N): each expert's rows of a (S, R) times its matrix of b, (S, N). b (S, N): a^T b over the rows of each
+    expert, (E, R, N)."""
     sizes = offsets.diff().tolist()
     if b.ndim == 3:
         return torch.cat([x @ w for x, w in zip(a.split(sizes), b.unbind(), strict=True)])
@@ -86,7 +85,7 @@ def grouped_product(a, b, offsets):
 
 
 def _product(a, b, offsets, native):
-    # torch traces neither a loop over experts of unknown row counts, nor grouped_mm in other dtypes than bfloat16.
+    # torch.compile traces no loop over unknown row counts, and grouped_mm in bfloat16 only.
     if native and not (b.is_contiguous() or b.mT.is_contiguous()):
         b = b.contiguous()  # grouped_mm takes no other strides
     if torch.compiler.is_compiling() and not (native and a.dtype == torch.bfloat16):
@@ -125,7 +124,7 @@ product_op.register_autograd(_backward, setup_context=_setup_context)
 
 @no_autocast
 def linear_cross_entropy(x_TD, w_VD, targets_T):
-    """Twin of `cross_entropy.linear_cross_entropy`: mean over targets from 0 on, in float32 (float64 stays)."""
+    """Twin of `cross_entropy.linear_cross_entropy`: mean over targets >= 0, float32, or float64 for float64 inputs."""
     logits = _wide(x_TD @ w_VD.to(x_TD.dtype).T)
     targets_T = targets_T.long().clamp(min=-1)
     return F_.cross_entropy(logits, targets_T, ignore_index=-1, reduction="sum") / (targets_T >= 0).sum().clamp(min=1)
@@ -154,15 +153,15 @@ def up(x_TD, w_in_EGD, row_slot_S, offsets, top_k, activation="swiglu"):
 
 
 def combine(y_SD, slot_row_TK, gates_TK=None):
-    """sum_k gates[t,k] * y[row of (t,k)] (T, D); gates of one when None."""
+    """sum_k gates[t,k] * y[row of (t,k)] (T, D); gates_TK=None means gates of 1."""
     y_TKD = y_SD[slot_row_TK.flatten()].view(*slot_row_TK.shape, y_SD.shape[1])
     return (y_TKD if gates_TK is None else y_TKD * gates_TK[..., None].to(y_SD.dtype)).sum(1)
 
 
 def dswiglu(dy_TD, w_out_EDF, h_SG, gates_TK, row_slot_S, offsets, activation="swiglu"):
-    """From dL/dy: dh (S, 2F), router gate * a (S, F), and dL/dgates by routed row (S,).
+    """From dL/dy: dh (S, 2F), router gate * a (S, F), and dL/dgate of each routed row (S,).
 
-    With da = W_out^T dy the router gate's gradient <dy, W_out a> equals <da, a>, so W_out a need not be kept."""
+    The router gate's gradient <dy, W_out a> equals <da, a> with da = W_out^T dy, so W_out a need not be kept."""
     da = grouped_product(dy_TD[row_slot_S // gates_TK.shape[1]], w_out_EDF, offsets)
     g = gates_TK.flatten()[row_slot_S, None].to(h_SG.dtype)
     with torch.enable_grad():
@@ -219,10 +218,10 @@ def random_bits(seed, step, n, device):
 
 
 def round_to(dtype, x, noise):
-    """float32 x in dtype; in bfloat16 cut off after adding `noise`, an integer below 2^16, to the bits of x."""
+    """float32 x in dtype. For bfloat16, add `noise`, an integer below 2^16, to the bits of x, then cut off 16 bits."""
     if dtype == torch.float32:
         return x
     bits = x.view(torch.int32)
-    # Between two numbers of one sign integers order like the floats; a carry could make a number of a NaN.
+    # The bits of a float, read as an integer, grow with it. A carry could turn a NaN into a number.
     bits = torch.where(x.isnan(), bits, bits + noise.int())
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)

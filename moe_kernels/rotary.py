@@ -1,8 +1,7 @@
-"""Rotary position embedding of queries and keys, after an RMSNorm of each head where the model has one, in one launch
-in each direction.
+"""Rotary position embedding (RoPE) of queries and keys, after an RMSNorm of each head if the model has one: one launch
+forward and one backward, computed in float32.
 
-Shapes: B batch, L sequence, T = B*L tokens, H query heads, Hkv key (and as many value) heads, d head width. Computed in
-float32.
+Shapes: B batch, L sequence, T = B*L tokens, H query heads, Hkv key heads (and as many value heads), d head width.
 """
 
 import torch
@@ -21,10 +20,10 @@ def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5, im
     qkv_BLNd (B, L, N, d), N = H + 2 Hkv: heads of queries, keys, values; H = n_heads; d even.
     cos, sin: float32 (L, 1, d), or (B, L, 1, d) for positions that differ by sequence; the first half of sin is
     negated (model.rope_tables).
-    q_weight, k_weight (d,): RMSNorm of each query and key head before the rotation, with this weight and eps; both or
+    q_weight, k_weight (d,): weights of an RMSNorm, with eps, of each query and key head before the rotation; both or
     neither.
-    impl: as in `route`. Differentiable in qkv and the weights; qkv is saved for the weights only. Raises ValueError for
-    other shapes, dtypes or devices, and for float64 with "triton"."""
+    impl: as in `route`. Differentiable in qkv and the weights; qkv is saved only if there are weights. Raises
+    ValueError for other shapes, dtypes or devices, and for float64 with "triton"."""
     rest = qkv_BLNd.shape[2] - n_heads if qkv_BLNd.ndim == 4 else 0
     if rest < 2 or rest % 2 or n_heads < 1 or qkv_BLNd.shape[3] % 2 or not qkv_BLNd.is_floating_point():
         raise ValueError(f"{described(qkv=qkv_BLNd)}, {n_heads=}: expected floats (B, L, H + 2 Hkv, d) with even d")
@@ -41,7 +40,7 @@ def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5, im
 
 @triton.jit
 def _rows(T, L, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Sequence, position, first token and mask of this program's tokens, and the columns of half a head."""
+    """Sequence, position and index of this program's tokens, the columns of half a head, and the mask."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask = (offs_t < T) & (offs_d < D // 2)
@@ -56,7 +55,6 @@ def _halves(ptrs, mask, D: tl.constexpr):
 
 @triton.jit
 def _normed(x_ptrs, mask, eps, D: tl.constexpr):
-    """Both halves of a head divided by its root mean square, and the factor that did it."""
     x1, x2 = _halves(x_ptrs, mask, D)
     rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / D + eps)[:, None]
     return x1 * rstd, x2 * rstd, rstd
@@ -86,7 +84,7 @@ def rope_fwd_kernel(
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """All query heads or all key heads of BLOCK_T tokens, which share one read of cos and sin."""
+    """A program rotates all query heads or all key heads of BLOCK_T tokens, to read cos and sin once."""
     offs_b, offs_l, offs_t, offs_d, mask = _rows(T, L, D, BLOCK_T, BLOCK_D)
     table = offs_b * stride_table + offs_l * D + offs_d
     cos, sin = tl.load(cos_ptr + table, mask=mask, other=0.0), tl.load(sin_ptr + D // 2 + table, mask=mask, other=0.0)
@@ -134,8 +132,7 @@ def rope_bwd_kernel(
     eps, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of all query heads, all key heads or all value heads of BLOCK_T tokens; values' gradients are
-    copied."""
+    """Gradients of all query, all key or all value heads of BLOCK_T tokens. Those of values are copied."""
     offs_b, offs_l, offs_t, offs_d, mask = _rows(T, L, D, BLOCK_T, BLOCK_D)
     offs_x = offs_t * ((H + 2 * HKV) * D) + offs_d
     x_ptrs, dx_ptrs = qkv_ptr + offs_x, dqkv_ptr + offs_x
@@ -181,7 +178,6 @@ def rope_fwd(
     qkv_BLNd: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, n_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Rotated queries and keys."""
     qkv, (B, L, N, d), (cos, sin, stride_table) = qkv_BLNd.contiguous(), qkv_BLNd.shape, _tables(cos, sin)
     n_kv_heads, T, blocks = (N - n_heads) // 2, B * L, _blocks(d)
     q, k = qkv.new_empty(B, L, n_heads, d), qkv.new_empty(B, L, n_kv_heads, d)
@@ -197,7 +193,7 @@ def rope_bwd(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv_BLNd: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
     k_weight: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Contiguous gradient of qkv, from gradients of any layout, and those of the weights: (2, d) float32, or (0, d)."""
+    """Gradient of qkv, contiguous, and of both weights, (2, d) float32, or (0, d) without weights."""
     dq, dk, dv = (t if t.stride(3) == 1 else t.contiguous() for t in (dq, dk, dv))
     (B, L, H, d), n_kv_heads, (cos, sin, stride_table) = dq.shape, dk.shape[2], _tables(cos, sin)
     T, norm, blocks = B * L, q_weight is not None, _blocks(d)
@@ -232,8 +228,8 @@ def _(dq, dk, dv, qkv_BLNd, cos, sin, q_weight, k_weight, eps):
 
 
 class Rope(torch.autograd.Function):
-    """One node, and so one launch, for the gradients of queries, keys and values. It is no custom op, because custom
-    ops cannot return a view of an input, and the values are one."""
+    """One autograd node, and so one launch, for the gradients of queries, keys and values. It is not a custom op: those
+    cannot return a view of an input, and the values are a view."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, q_weight, k_weight, n_heads, eps):

@@ -17,10 +17,10 @@ MAX_EXPERTS, MAX_TOP_K = 1024, 32
 
 
 class Routing(NamedTuple):
-    gates_TK: Tensor  # float32, weight of each chosen expert; differentiable
+    gates_TK: Tensor  # float32, weights of the chosen experts; differentiable
     experts_TK: Tensor  # int32, chosen experts in order of falling score; a tie goes to the lower id
     counts_E: Tensor  # int32, routed rows per expert
-    probs_E: Tensor  # float32, mean over tokens of the full distribution over experts; differentiable
+    probs_E: Tensor  # float32, mean over tokens of the distribution over all experts; differentiable
     z: Tensor  # float32 scalar, mean over tokens of logsumexp(logits)^2; differentiable
 
 
@@ -28,14 +28,14 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None, impl=N
     """Choose `top_k` experts for each token.
 
     logits_TE: (T, E) float tensor of any dtype; the computation is in float32.
-    score: "softmax" over all experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437). The distribution of
-    the balance loss is then sigmoid / sum of sigmoids.
-    normalize: the gates of a token sum to one over its K experts. With "softmax" this is Mixtral's "top-k, then
-    softmax".
-    bias_E: (E,), added to the scores for the choice and never to the gates: loss-free balancing (arXiv 2408.15664).
+    score: "softmax" over all experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437), whose
+    probabilities for the balance loss are the scores divided by their sum.
+    normalize: divide a token's gates by their sum over its K experts. With "softmax" this is Mixtral's "top-k, then
+    softmax". Without it the gates are the scores.
+    bias_E: (E,), added to the scores for the choice, but not to the gates: loss-free balancing (arXiv 2408.15664).
     impl: "reference", "grouped_mm" (the same PyTorch ops), "triton", or None to choose by device.
-    Returns a `Routing`. Raises ValueError for shapes outside E <= 1024, 1 <= K <= min(E, 32), other dtypes or devices,
-    and float64 with "triton"."""
+    Returns a `Routing`. Raises ValueError unless E <= 1024 and 1 <= K <= min(E, 32), for other dtypes or devices, and
+    for float64 with "triton"."""
     if logits_TE.ndim != 2 or not logits_TE.is_floating_point():
         raise ValueError(f"logits {tuple(logits_TE.shape)} {logits_TE.dtype}: expected (T, E), floats")
     E = logits_TE.shape[1]
@@ -53,12 +53,12 @@ def route(logits_TE, top_k, score="softmax", normalize=True, bias_E=None, impl=N
 
 
 def balance_loss(counts_E, probs_E):
-    """Load-balancing loss E * sum_e f_e p_e (Switch Transformer, arXiv 2101.03961); f_e is the share of routed rows,
-    p_e the mean probability.
+    """Load-balancing loss E * sum_e f_e p_e (Switch Transformer, arXiv 2101.03961); f_e is expert e's share of
+    the routed rows, p_e its mean probability.
 
-    float32 scalar, differentiable in `probs_E`: 1.0 at perfect balance, E / K if K experts take all tokens. Raises
-    ValueError unless both are (E,)."""
-    if eager(counts_E) and (counts_E.ndim != 1 or counts_E.shape != probs_E.shape):  # traced, a bincount has no size
+    Returns a float32 scalar, differentiable in `probs_E`: 1.0 at perfect balance, E / K if the same K experts take all
+    tokens. Raises ValueError unless both arguments are (E,)."""
+    if eager(counts_E) and (counts_E.ndim != 1 or counts_E.shape != probs_E.shape):  # a traced bincount has no size
         raise ValueError(f"{described(counts=counts_E, probs=probs_E)}: expected (E,), (E,)")
     f_E = counts_E.float() / counts_E.sum().clamp(min=1)
     return counts_E.shape[0] * (f_E * probs_E).sum()
@@ -66,8 +66,8 @@ def balance_loss(counts_E, probs_E):
 
 @triton.jit
 def _logits(logits_ptr, T, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
-    """This program's tokens, their mask, the mask of their logits, and the logits in float32: minus infinity past E,
-    and past T, where nothing is stored but a finite value is needed, 0."""
+    """This program's tokens, their mask, the mask of their logits, and the logits in float32. Logits past E are minus
+    infinity. Rows past T are 0: nothing is stored there, but exp must not make NaN."""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.arange(0, BLOCK_E)
     mask_t = offs_t < T
@@ -78,7 +78,6 @@ def _logits(logits_ptr, T, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.c
 
 @triton.jit
 def _exps(logits):
-    """The maximum of each row, exponentials below it, and their sum."""
     top = tl.max(logits, 1)
     exps = tl.exp(logits - top[:, None])
     return top, exps, tl.sum(exps, 1)
@@ -89,7 +88,7 @@ def choose(
     logits, bias_ptr, E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """From rows of logits, minus infinity past E: gates and ids (BLOCK_T, BLOCK_K); whether an expert is chosen and all
+    """From rows of logits, minus infinity past E: gates and ids (BLOCK_T, BLOCK_K); which experts are chosen, and all
     probabilities (BLOCK_T, BLOCK_E); logsumexp (BLOCK_T,)."""
     offs_e, offs_k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     top, exps, denom = _exps(logits)
@@ -100,15 +99,15 @@ def choose(
     else:
         scores = exps / denom[:, None]
         probs = scores
-    # Rank logits, which have the order of the softmax but do not underflow.
+    # Rank by logits: they have the order of the softmax, but do not underflow.
     ranking = logits
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
         ranking = scores + bias[None, :]
-    # Minus infinity marks experts that are taken or do not exist, so a score of minus infinity is replaced.
+    # Minus infinity marks experts that are taken or do not exist; a score of minus infinity becomes finite.
     ranking = tl.where((offs_e < E)[None, :], tl.where(ranking == float("-inf"), -3e38, ranking), float("-inf"))
 
-    # Reduce over tokens once, after the loop: that reduction crosses warps.
+    # `taken` is summed over tokens only after the loop: that sum crosses warps.
     taken = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
@@ -116,7 +115,7 @@ def choose(
         value, best = tl.max(ranking, 1, return_indices=True)
         best = tl.minimum(best, E - 1)  # a row of NaN must choose an expert that exists
         hit = offs_e[None, :] == best[:, None]
-        if bias_ptr is not None or SIGMOID or not NORMALIZE:  # else the value is the logit that was ranked
+        if bias_ptr is not None or SIGMOID or not NORMALIZE:  # else value is the logit already
             value = tl.sum(tl.where(hit, scores if SIGMOID or not NORMALIZE else logits, 0.0), 1)
         chosen = tl.where(offs_k[None, :] == k, value[:, None], chosen)
         ids = tl.where(offs_k[None, :] == k, best[:, None], ids)
@@ -145,7 +144,7 @@ def route_fwd_kernel(
     mask_slots = mask_t[:, None] & (offs_k < K)[None, :]
     tl.store(gates_ptr + slots, chosen, mask=mask_slots)
     tl.store(experts_ptr + slots, ids, mask=mask_slots)
-    # Each block stores partial sums, and route_stats_kernel adds them in a fixed order: the same bits every time.
+    # Each program stores partial sums. route_stats_kernel adds them in a fixed order: the same bits every time.
     tl.store(part_counts_ptr + pid * E + offs_e, tl.sum((taken & mask_t[:, None]).to(tl.int32), 0), mask=offs_e < E)
     tl.store(part_stats_ptr + pid * (E + 1) + offs_e, tl.sum(tl.where(mask_t[:, None], probs, 0.0), 0), mask=offs_e < E)
     tl.store(part_stats_ptr + pid * (E + 1) + E, tl.sum(tl.where(mask_t, lse * lse, 0.0), 0))
@@ -182,7 +181,7 @@ def route_bwd_kernel(
     top, exps, denom = _exps(logits)
     softmax = exps / denom[:, None]
 
-    # Gradient through z = mean lse^2 and through the mean distribution p.
+    # Gradient through z = mean of logsumexp^2, and through the mean probabilities.
     dz = tl.load(dz_ptr).to(tl.float32) / T
     dprobs = tl.load(dprobs_ptr + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)[None, :] / T
     dlogits = softmax * ((top + tl.log(denom)) * (2.0 * dz))[:, None]
@@ -201,7 +200,7 @@ def route_bwd_kernel(
     gates = tl.load(gates_ptr + slots, mask=mask_slots, other=0.0)
     dgates = tl.load(dgates_ptr + slots, mask=mask_slots, other=0.0).to(tl.float32)
     mean_dgates = tl.sum(gates * dgates, 1)
-    # spread: the gradient of the chosen gates; with normalised softmax, of their logits.
+    # spread: gradients at the chosen experts: of their logits with normalised softmax, else of their scores.
     spread = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     for k in range(K):
@@ -226,7 +225,7 @@ def route_bwd_kernel(
 
 
 def _blocks(E, K):
-    block_e = pow2(E)  # about 2048 logits per program: six (BLOCK_T, BLOCK_E) arrays take 16 registers a thread each
+    block_e = pow2(E)  # about 2048 logits per program: a (BLOCK_T, BLOCK_E) array takes 16 registers a thread
     return dict(BLOCK_T=max(1, 2048 // block_e) if block_e > 32 else 64, BLOCK_E=block_e, BLOCK_K=pow2(K))
 
 

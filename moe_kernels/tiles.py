@@ -1,6 +1,6 @@
 """Which implementation runs where, and which tile each GEMM kernel uses.
 
-The tables are static, without autotuning, so that a first call costs one compilation.
+The tables are fixed, without autotuning, so that a first call costs one compilation.
 """
 
 import functools
@@ -16,10 +16,11 @@ GEMMS = ("up", "down", "dswiglu", "dx", "dw_in", "dw_out")
 
 
 def pick_impl(impl, tensor, **others):
-    """`impl` if it can run on `tensor`. None means triton on CUDA where it is installed, else grouped_mm where it takes
-    the dtype (1.3x faster than the reference on a CPU), else the reference.
+    """`impl` if it can run on `tensor`. None means triton on CUDA if it is installed, else grouped_mm if it takes the
+    dtype (1.3x faster than the reference on a CPU), else the reference.
 
-    Raises ValueError for an unknown name or `others` on another device, and RuntimeError for what cannot run here."""
+    Raises ValueError for an unknown name, or for one of `others` on another device, and RuntimeError for an impl
+    that cannot run."""
     for name, other in others.items():
         if other is not None and other.device != tensor.device:
             raise ValueError(f"{name} on {other.device}: expected {tensor.device}, where the first argument is")
@@ -53,7 +54,7 @@ def _grouped_mm_takes(tensor):
 
 
 def eager(tensor):
-    """True for an ordinary tensor outside of tracing and compilation, where ops are run without torch's dispatcher."""
+    """True for an ordinary tensor outside of tracing and compilation. Ops on it run without torch's dispatcher."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
@@ -62,7 +63,7 @@ def interpreting():
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-INTERPRETED = interpreting()  # Triton too reads it once; reading it again would take longer than all of `capability`
+INTERPRETED = interpreting()  # read once, as Triton does: reading it takes longer than all of `capability`
 
 
 def capability():
@@ -82,8 +83,8 @@ def _target(active_driver):
 
 
 class Tile(NamedTuple):
-    """Output tile BLOCK_M x BLOCK_N and reduction step BLOCK_K. GROUP_M row tiles advance through the columns together,
-    and the epilogue works on PARTS column ranges."""
+    """An output tile of BLOCK_M x BLOCK_N, reduced in steps of BLOCK_K. GROUP_M row tiles advance through the columns
+    together, to share weights in L2. The epilogue works on PARTS ranges of columns, one by one."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -95,11 +96,11 @@ class Tile(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the tiles of an architecture stay within."""
+    """Upper limits for the tiles of an architecture."""
 
-    shared: int  # bytes of shared memory of a block
+    shared: int  # bytes of shared memory per program
     columns: int  # of an accumulator
-    step: int  # of a reduction
+    step: int  # BLOCK_K
     stages: int  # of the software pipeline
     square: int  # rows of the largest square matrix that Muon's kernel multiplies without spilling
 
@@ -117,7 +118,7 @@ LIMITS = {
 
 
 def limits(capability):
-    """The entry of LIMITS for a capability, known or not: 87 and 103 are as 86 and 100."""
+    """The entry of LIMITS for a capability or the next lower one: 87 takes 86, and 103 takes 100."""
     return LIMITS[max((known for known in LIMITS if known <= capability), default=80)]
 
 
@@ -132,17 +133,17 @@ def cdiv(a, b):
 
 
 def max_tiles(n_rows, n_experts, block_m):
-    """Static upper bound of sum_e ceil(rows_e / block_m)."""
+    """Upper bound of sum_e ceil(rows_e / block_m), without knowing rows_e."""
     return n_rows // block_m + min(n_experts, n_rows)
 
 
 def gemm_tiles(n_rows, n_experts, D, F, dtype):
     """The tile of each GEMM for S = n_rows routed rows over n_experts, for the GPU of `capability`.
 
-    Returns a dict with the keys GEMMS, which is cached and not to be changed. All row-tiled GEMMs share one BLOCK_M,
-    which follows the mean number of rows per expert."""
+    Returns a dict with the keys GEMMS. It is cached: do not change it. All GEMMs but dw_in and dw_out have one BLOCK_M,
+    which follows from the mean number of rows per expert."""
     sizes = n_rows, n_experts, D, F
-    # The symbolic sizes of a compilation are not hashable.
+    # The symbolic sizes of torch.compile are not hashable.
     table = _gemm_tiles if all(type(n) is int for n in sizes) else _gemm_tiles.__wrapped__
     return table(*sizes, dtype, None if interpreting() else capability())
 
@@ -151,9 +152,9 @@ def gemm_tiles(n_rows, n_experts, D, F, dtype):
 def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
     if target is None:  # the interpreter
         return dict.fromkeys(GEMMS, Tile(32, 32, 32, 2, 2, 4, 2))
-    # Columns of a part of up and dswiglu: dswiglu spills with 64 and was 7-16 % slower with 16.
+    # Columns of a part in up and dswiglu. dswiglu spills with 64 and was 7-16 % slower with 16.
     panel = 32 if F % 32 == 0 else 16
-    if dtype == torch.float32:  # full-precision products run outside the tensor cores: any tile that fits
+    if dtype == torch.float32:  # full-precision products use no tensor cores: any tile that fits
         return dict.fromkeys(GEMMS, Tile(64, 64, 16, 8, 64 // panel, 8, 2))
     _, columns, step, stages, _ = limits(target)
     block_m = min(max(pow2(n_rows // n_experts), 16), 128)
@@ -165,7 +166,7 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
         return min(pow2(n), most)
 
     def forward(n, block_n):
-        # A few tokens at a time (generation): narrower tiles until each of an H100's multiprocessors reads weights.
+        # Few rows (generation): narrower tiles until all multiprocessors of an H100 read weights.
         while block_m == 16 and block_n > 32 and row_tiles * cdiv(n, block_n) < 132:
             block_n //= 2
         return block_n
@@ -173,7 +174,7 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
     if n_rows // n_experts > 512:
         dw_in = Tile(128, wide(2 * F), step, 4, 8, 8, stages)
         dw_out = Tile(128, wide(F), step, 4, 512 // columns, 8, 3)
-    else:  # few steps per tile: small tiles, several to a multiprocessor, hide one another's latencies
+    else:  # few steps per tile: several small tiles on a multiprocessor hide each other's latencies
         dw_in, dw_out = (Tile(128, wide(n, 128), min(block_m, 32), 4, 2, 4, stages) for n in (2 * F, F))
     up_n, down_n, dswiglu_n = forward(F, wide(F, columns // 2)), forward(D, wide(D)), wide(F)
     return {
@@ -188,12 +189,12 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
 
 @functools.cache
 def multiprocessors(device):
-    """How many a GPU has; 4 elsewhere, where kernels are interpreted or only compiled."""
+    """How many a GPU has. Elsewhere 4: kernels are interpreted or only compiled there."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def resident_programs(tile, device):
-    """How many programs of a persistent kernel fill `device`, by shared memory and threads."""
+    """How many programs of a persistent kernel fit on `device`, by shared memory and threads."""
     shared = tile.num_stages * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * 2
     room = limits(capability()).shared - 32 * 1024  # for the epilogue
     return multiprocessors(device) * max(1, min(room // shared, 32 // tile.num_warps))

@@ -5,7 +5,7 @@ and others like them).
     register()
     model = AutoModelForCausalLM.from_pretrained(NAME, dtype="bfloat16", experts_implementation="moe_kernels").cuda()
 
-The model keeps its router; a model already loaded is switched with `model.set_experts_implementation("moe_kernels")`.
+The model keeps its router. `model.set_experts_implementation("moe_kernels")` switches a model that is already loaded.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from moe_kernels.experts import moe_experts
 from moe_kernels.tiles import eager
 
 NAME = "moe_kernels"
-NEEDED = (5, 7)  # the first version whose experts modules say what they are: gate, biases, layout
-ACTIVATIONS = {  # our names, by the function or class that a module applies to its gate rows
+NEEDED = (5, 7)  # the first version whose modules of experts state their gate, biases and layout
+ACTIVATIONS = {  # {function or class that a module applies to its gate rows: our name}
     "silu": "swiglu",
     "SiLU": "swiglu",
     "SiLUActivation": "swiglu",
@@ -29,11 +29,10 @@ ACTIVATIONS = {  # our names, by the function or class that a module applies to 
 
 
 def register(impl=None):
-    """Make experts_implementation="moe_kernels" known to transformers. impl: as in `moe_experts`, None to choose by
-    device.
+    """Make experts_implementation="moe_kernels" known to transformers. impl: as in `moe_experts`.
 
-    Raises ImportError where transformers is missing or older than 5.7. A model whose experts these kernels cannot
-    compute, because of biases, another layout or another activation, raises ValueError when it runs."""
+    Raises ImportError if transformers is missing or older than 5.7. A model raises ValueError when it runs, if these
+    kernels cannot compute its experts: they have biases, another layout or another activation."""
     try:
         from transformers import __version__ as version
     except ImportError:
@@ -46,23 +45,23 @@ def register(impl=None):
 
 
 def experts_forward(module, hidden_states, top_k_index, top_k_weights, impl=None):
-    """What transformers calls in place of the experts module's forward.
+    """transformers calls this in place of the forward of a module of experts.
 
     hidden_states (T, D); top_k_index (T, K) int64; top_k_weights (T, K); module.gate_up_proj (E, 2F, D),
-    module.down_proj (E, D, F). Returns (T, D) in the dtype of hidden_states; computes in that of the weights."""
+    module.down_proj (E, D, F). Returns (T, D) in the dtype of hidden_states; computes in the dtype of the weights."""
     act_fn = getattr(module, "act_fn", None)
-    function = getattr(act_fn, "__name__", type(act_fn).__name__)  # the config may lack it, and the module is what runs
+    function = getattr(act_fn, "__name__", type(act_fn).__name__)  # the module and not its config: it is what runs
     activation = ACTIVATIONS.get(function)
     _check(module, activation, function)
     w_in, w_out = module.gate_up_proj, module.down_proj
-    # A model spread over GPUs (device_map) runs each layer where its weights are, whatever the current device is.
+    # With device_map, each layer runs on the GPU that has its weights, whatever the current device is.
     with torch.cuda.device_of(w_in) if eager(w_in) else contextlib.nullcontext():
         y = moe_experts(hidden_states.to(w_in.dtype), w_in, w_out, top_k_weights, top_k_index, impl, activation)
     return y.to(hidden_states.dtype)
 
 
 def _check(module, activation, function):
-    flag = partial(getattr, module)  # a module without a flag has its usual value
+    flag = partial(getattr, module)  # default: the flag's usual value
     problems = {
         "no gate projection": not flag("has_gate", True),
         "biases": flag("has_bias", False),

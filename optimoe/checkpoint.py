@@ -1,10 +1,10 @@
-"""Checkpoint files that are whole or absent, and say when they are damaged.
+"""Checkpoint files that are whole or absent, and whose damage is noticed.
 
-A checkpoint is called ckpt-<step>-<hash>.pt after the SHA-256 of its bytes. It is written under a temporary name,
-flushed to disk and renamed, so a crash leaves the older files untouched; reading compares the hash first.
+A checkpoint is named ckpt-<step>-<hash>.pt; the hash is the start of the SHA-256 of its bytes. It is written under a
+temporary name, flushed to disk and renamed, so a crash leaves older files untouched. Reading compares the hash first.
 
-Several ranks write one file together: rank 0 makes it with room for all tensors, and every rank writes its part into
-place. So no rank needs memory for more than its part, and a single process would have written the same file.
+Several ranks write one file together. Rank 0 makes it with room for all tensors, and every rank writes its parts at
+their places. So no rank needs memory for more than its parts, and a single process writes the same file.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
 
 
 class Piece(NamedTuple):
-    """One rank's part of a tensor: number `index` of `parts` equal parts of dimension 0."""
+    """One rank's part of a tensor, which is cut into `parts` equal parts along dimension 0."""
 
     tensor: torch.Tensor
-    index: int
+    index: int  # of this part
     parts: int
-    copy: int = 0  # numbers the ranks that hold the same part; 0 writes it
+    copy: int = 0  # numbers the ranks that hold the same part; copy 0 is written
 
 
 def find(run_dir):
@@ -41,7 +41,7 @@ def find(run_dir):
 
 
 def newest(path):
-    """The newest checkpoint of a run directory; a file is itself. FileNotFoundError without one."""
+    """The newest checkpoint of a run directory; a file is returned as it is. Raises FileNotFoundError without one."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -51,9 +51,9 @@ def newest(path):
 
 
 def save(run_dir, step, state, keep, rank=0, world=1):
-    """Write `state` (tensors, Pieces and plain values in dicts and lists), keep only the newest `keep` files; the path.
+    """Write `state` (tensors, Pieces and plain values in dicts and lists), and keep only the newest `keep` files.
 
-    All ranks take part, each with its own Pieces; everything else is taken from rank 0."""
+    All ranks take part, each with its own Pieces; all else is taken from rank 0, which returns the path."""
     tmp = Path(run_dir, "ckpt.tmp")
     try:
         places = _on_all(lambda: _make_room(tmp, state) if rank == 0 else None, world)[0]
@@ -69,7 +69,7 @@ def save(run_dir, step, state, keep, rank=0, world=1):
         if found := find(run_dir):
             newest = f"{found[-1][1]} is whole: free some space, then --resume={run_dir}"
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); {newest}") from error
-    files.sync_directory(run_dir)  # the rename itself must reach the disk before older files go
+    files.sync_directory(run_dir)  # the rename must be on disk before older files go
     older = [old for _, old in find(run_dir) if old != path]
     for old in older[: max(0, len(older) - (keep - 1))]:
         old.unlink()
@@ -77,10 +77,10 @@ def save(run_dir, step, state, keep, rank=0, world=1):
 
 
 def _on_all(work, world):
-    """The results of work() on all ranks, as a list. OSError on all of them where it fails on one."""
+    """The results of work() on all ranks, as a list. If it fails on one rank, all raise OSError."""
     try:
         mine = work(), None
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for some
+    except (OSError, RuntimeError) as error:  # torch's writer raises some as RuntimeError
         mine = None, str(error)
     found = [mine] * world
     if world > 1:
@@ -92,8 +92,8 @@ def _on_all(work, world):
 
 
 def _make_room(path, state):
-    """Write a file with all of state but the bytes of its tensors. Returns the offset of each of `_leaves` in it."""
-    numbers = {}  # of the tensors in the file; equal keys are one tensor, as tied embeddings are
+    """Write a file with all of `state` but the bytes of its tensors. Returns the offset in it of each of `_leaves`."""
+    numbers = {}  # {key: (number in the file, empty tensor)}; equal keys are one tensor, such as tied embeddings
 
     def shape_of(value):
         if isinstance(value, (torch.Tensor, Piece)):
@@ -101,7 +101,7 @@ def _make_room(path, state):
             key = t.data_ptr(), t.shape, t.dtype
             if key not in numbers:
                 rows = (t.shape[0] * value.parts, *t.shape[1:]) if isinstance(value, Piece) else t.shape
-                numbers[key] = len(numbers), torch.empty(rows, dtype=t.dtype)  # its pages are never touched
+                numbers[key] = len(numbers), torch.empty(rows, dtype=t.dtype)  # its memory is never touched
             order.append(numbers[key][0])
             return numbers[key][1]
         if isinstance(value, dict):
@@ -149,9 +149,9 @@ def _digest(path):
 def read(path):
     """The state written by `save`, on the CPU. `path` is a file, or a run directory for its newest one.
 
-    The configuration of an earlier version is completed as config.complete does for a ModelConfig.
+    config.complete adds fields of ModelConfig that an earlier version's configuration lacks.
 
-    Raises FileNotFoundError, or ValueError naming a file whose bytes changed since it was written."""
+    Raises FileNotFoundError, or a ValueError that names a file whose bytes changed since it was written."""
     path = newest(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; check the path")
@@ -163,13 +163,13 @@ def read(path):
         older = [str(other) for _, other in find(path.parent) if other != path]
         remedy = f"move it away to continue from {older[-1]}" if older else "restore it from a copy"
         raise ValueError(f"{path} is corrupt (its SHA-256, {digest}..., is not that of its name): {remedy}")
-    # Mapped: ranks share the file's memory, and optimiser states are read only where they are used.
+    # Mapped: ranks share the file's memory, and only what is used is read.
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return state | {"config": config.complete(ModelConfig, state["config"])} if "config" in state else state
 
 
 def load_model(path, device="cpu", **overrides):
-    """The trained GPT of a run directory or checkpoint file, in evaluation mode. overrides: of fields such as impl."""
+    """The trained GPT of a run directory or checkpoint file, in evaluation mode. overrides: fields such as impl."""
     state = read(path)
     values = {field.name: state["config"][field.name] for field in dataclasses.fields(ModelConfig)}
     cfg = ModelConfig(**values | overrides)
@@ -181,7 +181,7 @@ def load_model(path, device="cpu", **overrides):
 
 
 def training_data(run_dir, named=""):
-    """The data directory of a run: `named`, or else under the run, or where its config says (DIR or DIR:weight,...)."""
+    """The data directory of a run: `named`, else RUN/data, else the first in its config (DIR or DIR:weight,...)."""
     run_dir = Path(run_dir)
     path = run_dir / "config.json"
     first = files.read_json(path).get("data", "").split(",")[0] if path.exists() and not named else ""

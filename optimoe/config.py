@@ -7,11 +7,11 @@
 
     cfg = parse(Config)  # python prog.py --lr=1e-3   (or --help, or --config=run/config.json --lr=1e-3)
 
-Types come from annotations (int, float, bool, str, `X | None`, Literal, tuple[X, ...] with commas), help from
-the comment behind a field, headings from comment lines, ranges from `__post_init__`. Fields named in the class variable
+Types come from annotations (int, float, bool, str, `X | None`, Literal, tuple[X, ...] with commas), help from the
+comment behind a field, headings from comment lines, ranges from `__post_init__`. Fields named in the class variable
 POSITIONAL take words without a flag; a tuple at their end takes any number. A static method `preset_fields(name)` adds
---preset, `start_fields(flags)` gives other defaults. From weakest to strongest: defaults, --config, --preset (the
-default preset only without --config and start_fields), other flags.
+--preset, `start_fields(flags)` gives other defaults. Each of these overrides the ones before: defaults, start_fields,
+--config, --preset (the default preset only without start_fields and --config), other flags.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false"
 
 
 def require(ok, name, value, remedy):
-    """ValueError naming the field, its value and the remedy, unless ok."""
+    """Raises ValueError with the field, its value and the remedy, unless ok."""
     if not ok:
         raise ValueError(f"{name}={shown(value)}: {remedy}")
 
 
 def check_range(cfg, names, least=0, most=2**63 - 1):
-    """ValueError for a field of cfg, of those in the text `names`, that is below `least` or above `most`."""
+    """Raises ValueError unless each field of cfg in the text `names` is in [least, most]."""
     for name in names.split():
         value = getattr(cfg, name)
         require(value >= least, name, value, f"use {least} or more")
@@ -51,13 +51,13 @@ def shown(value):
     """repr(value), short enough for a message."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of more than 4,300 digits; a list nested too deeply
+    except (ValueError, RecursionError):  # more than 4,300 digits; a list nested too deeply
         return f"({type(value).__name__})"
     return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
 
 
 def make_directory(path, name, value):
-    """The directory as a Path, made if missing. ValueError blames the field `name` where nothing can be written."""
+    """The directory as a Path, made if missing. Raises ValueError, blaming field `name`, if it is not writable."""
     path = Path(path)
     remedy = "its name is not UTF-8, which torch cannot open; name another directory"
     require(str(path) == str(path).encode(errors="replace").decode(), name, value, remedy)
@@ -70,29 +70,29 @@ def make_directory(path, name, value):
 
 
 def check_file(path, name, device=True):
-    """ValueError, blaming the field `name`, where no file can be written to this path. Its directory is made.
+    """Raises ValueError, blaming field `name`, if no file can be written to this path. Makes its directory.
 
-    device: whether it may be a device or a pipe; torch's profiler would replace one by a file."""
+    device: whether the path may be a device or a pipe. torch's profiler would replace it by a file."""
     path = Path(path)
     require(device or not path.exists() or path.is_file() or path.is_dir(), name, str(path), "name an ordinary file")
     require(not path.is_dir(), name, str(path), "this is a directory; name a file in it")
-    if not path.exists():  # a device stays what it is
+    if not path.exists():  # a device is left as it is
         make_directory(path.parent, name, str(path))
     writable = not path.exists() or os.access(path, os.W_OK)
     require(writable, name, str(path), "this file cannot be written to; name another file")
 
 
-# Files of earlier versions: new names of fields (None: gone), new values, and what was done before a field existed.
+# For files of earlier versions: new names of fields (None: gone), new values, and what was done before a field existed.
 # --logger is for torchrun, which takes --log for a flag of its own.
 RENAMED: dict = {"upcycle_noise": None, "logger": "log"}
 CHANGED = {"compile": {True: "true", False: "false"}, "loss_chunk": {0: 16384}, "parallel": {"fsdp": "ddp"}}
 BEFORE = {"optimizer": "adamw"}
-# Members of config.json that are not fields: a note of optimoe/run.py, and flags that hold for one call only.
+# Not settings of a run: a note of optimoe/run.py in config.json, and flags that hold for one call only.
 NOT_FIELDS = ("resumed_with", "resume", "trace")
 
 
 def renamed(values, known=()):
-    """A configuration of any earlier version with the names and values of today."""
+    """An earlier version's configuration, with today's names and values. Names in `known` are kept."""
     found = {}
     for name, value in values.items():
         name = name if name in known else RENAMED.get(name, name)
@@ -102,7 +102,7 @@ def renamed(values, known=()):
 
 
 def complete(cls, values):
-    """`values` with all fields of `cls`; those that did not exist yet say what was done then."""
+    """`values` with all fields of `cls`; missing ones say what was done before they existed."""
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     defaults |= {name: value for name, value in BEFORE.items() if name in defaults}
     return defaults | renamed(values, defaults)
@@ -112,7 +112,7 @@ def parse(cls, argv=None, description="", start=None):
     """A `cls` from command-line words (None: sys.argv[1:]), with the dict `start` as its defaults.
 
     Flags are --field=value or --field value; a bool is --flag or --flag=false; hyphens are underscores; the last flag
-    of a name counts; --help prints the fields and exits. A mistake is a ValueError or OSError."""
+    of a name counts; --help prints the fields and exits. Raises ValueError or OSError for a mistake."""
     argv = sys.argv[1:] if argv is None else argv
     words = [word for word in argv if word not in ("--help", "-h")]
     if len(words) < len(argv):
@@ -122,21 +122,21 @@ def parse(cls, argv=None, description="", start=None):
     values = _start(cls, flags, start) | _converted(cls, {name: flags[name] for name in flags if name != "config"})
     for field in dataclasses.fields(cls):
         required = field.default is field.default_factory is dataclasses.MISSING
-        value = values.get(field.name, "" if required else field.default)  # "" may be a shell variable that is not set
+        value = values.get(field.name, "" if required else field.default)  # "": a shell variable that is not set
         empty = value == "" and required or value == () != field.default  # a list that chooses nothing
         require(not empty, field.name, "", "it is required; --help lists the fields")
     return cls(**values)
 
 
 def no_reader():
-    """Whether nobody reads the standard output any more, as `| head` does."""
+    """Whether nobody reads the standard output any more, as after `| head`."""
     poll = select.poll()
     poll.register(1, 0)
     return bool(poll.poll(0))
 
 
 def out_of_memory(error):
-    """The line that ends a program for want of memory; None for another error."""
+    """The line that ends a program that is out of memory; None for another error."""
     text, words = str(error), ("allocate memory", "enough memory", "out of memory")
     if not isinstance(error, MemoryError) and not any(part in text for part in words):
         return None
@@ -144,7 +144,7 @@ def out_of_memory(error):
 
 
 def command_line(main, stopped=""):
-    """main(); a user's mistake ends the process with one line, Ctrl-C with the line `stopped`."""
+    """main(). A user's mistake ends the process with one line, and Ctrl-C with the line `stopped`."""
     try:
         return main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -159,7 +159,7 @@ def command_line(main, stopped=""):
 
 
 def split_flags(cls, argv):
-    """{field, or "config": its text}; of a positional tuple, the list of its words."""
+    """{field or "config": text}. A positional tuple has the list of its words."""
     hints = typing.get_type_hints(cls)
     flags, words, positional = {}, list(argv), list(getattr(cls, "POSITIONAL", ()))
     while words:
@@ -186,7 +186,7 @@ def split_flags(cls, argv):
 
 
 def _start(cls, flags, start=None):
-    """Values of fields before the other flags: of `start`, --config and --preset."""
+    """Values of fields before the other flags: from `start`, --config and --preset."""
     if start is None and hasattr(cls, "start_fields"):
         start = cls.start_fields(flags)
     values, path = _converted(cls, start or {}), flags.get("config")
@@ -201,7 +201,7 @@ def _start(cls, flags, start=None):
 
 
 def help_text(cls, description="", argv=()):
-    """The --help page: every field with its type, its value after argv, its comment."""
+    """The --help page: each field with its type, default (by --config and --preset of argv) and comment."""
     (notes, headings), hints = _comments(cls), typing.get_type_hints(cls)
     values = _start(cls, split_flags(cls, argv))
     lines = [description.strip(), ""] if description else []
@@ -220,7 +220,7 @@ def help_text(cls, description="", argv=()):
 
 
 def _converted(cls, values, where=""):
-    """Texts or JSON values as the types of the fields of `cls`; ValueError for one that is no field."""
+    """{field: text or JSON value}, converted to the types of the fields. Raises ValueError for an unknown field."""
     hints = typing.get_type_hints(cls)
     for name in values:
         _check_name(cls, name, where)
@@ -230,13 +230,12 @@ def _converted(cls, values, where=""):
 def _check_name(cls, name, where=""):
     names = [field.name for field in dataclasses.fields(cls)]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.65)  # at 0.5 'help' is near 'eps'
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.65)  # 0.5 would match 'help' and 'eps'
         hint = f"did you mean {near[0]!r}?" if near else "--help lists the fields"
         raise ValueError(f"{where}unknown field {name!r}: {hint}")
 
 
 def _convert(name, value, hint):
-    """A string from the command line, or a JSON value, as the annotated type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None or str(value).lower() == "none":
@@ -258,7 +257,7 @@ def _convert(name, value, hint):
     if hint in (int, float) and not isinstance(value, bool):
         try:
             if hint is int and isinstance(value, (int, str)) and str(value).lstrip("+-").replace("_", "").isdigit():
-                return int(value)  # exact beyond 2^53, where a float is not
+                return int(value)  # exact above 2^53; a float is not
             number = float(value)
             if math.isfinite(number) if hint is float else number == int(number):
                 return hint(number)
@@ -277,7 +276,7 @@ def _type_name(hint):
 
 
 def _comments(cls):
-    """({field: comment behind it}, {first field under it: heading}) from the source of cls and its bases."""
+    """({field: its comment}, {first field under a heading: heading}), from the source of cls and its bases."""
     notes, headings = {}, {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
         heading = None

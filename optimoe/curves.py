@@ -1,7 +1,6 @@
-"""run/curves.png from metrics.jsonl:  python -m optimoe.curves RUN
+"""Draw RUN/curves.png from RUN/metrics.jsonl:  python -m optimoe.curves RUN
 
-train.py and grpo.py redraw it at every test, in a process of its own. `python -m study.show RUN...` draws several runs
-into one picture.
+Training redraws it in a process of its own. `python -m study.show RUN...` draws several runs into one picture.
 """
 
 import importlib.util
@@ -28,9 +27,9 @@ GRPO = {
 
 
 def read(run):
-    """(config, training rows, validation rows) of a run directory. Rows have a "step" and, but in GRPO, "tokens".
+    """(config, training rows, validation rows) of a run directory. Rows have a "step", and except in GRPO "tokens".
 
-    ValueError for damaged files, and when there is nothing to show."""
+    Raises ValueError for damaged files, and if there is nothing to show."""
     log, path = Path(run) / "metrics.jsonl", Path(run) / "config.json"
     for needed in (log, path):
         if not needed.exists():
@@ -40,7 +39,7 @@ def read(run):
     if not train:
         raise ValueError(f"{run} has logged no training step yet")
     settings = config.renamed(files.read_json(path))
-    # Older validations count no tokens: those of the training row of their step.
+    # Older validation rows lack tokens: take those of the training row of that step.
     counted = {row["step"]: row["tokens"] for row in train if "tokens" in row}
     for row in rows if "seq_len" in settings else ():
         each_step = settings.get("batch_size", 0) * settings["seq_len"]
@@ -57,19 +56,19 @@ def label(run, settings):
 
 
 def dot(rows):
-    """The style of a line; a run of one row needs a dot."""
+    """The style of a line: a single row needs a dot to be seen."""
     return {"marker": "."} if len(rows) == 1 else {}
 
 
 def set_loss_limits(axis, losses):
-    """Show all losses, unless the first steps would take more than half of the height."""
+    """Show all losses, unless the highest 5 % would take more than half of the height."""
     losses = sorted(losses)
     low, usual = losses[0] - 0.1, losses[int(0.95 * (len(losses) - 1))] + 0.3
     axis.set_ylim(low, usual if losses[-1] - low > 2 * (usual - low) else max(usual, losses[-1] + 0.1))
 
 
 def panels(rows):
-    """{title: one series of values, or one for each layer} of everything worth a panel."""
+    """{title: list of series, a single one or one for each layer} of everything worth a panel."""
     column = lambda name: [row.get(name, 0) for row in rows]
     if "reward" in rows[0]:
         return {title: [column(name)] for title, name in GRPO.items()}
@@ -86,7 +85,6 @@ def panels(rows):
 
 
 def figure(run):
-    """The matplotlib figure of one run directory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,7 +107,7 @@ def figure(run):
             axis.plot(x(rows), values, lw=0.8, color=colour, label="training", **dot(rows))
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step" if grpo else "million tokens", fontsize=8)
-        axis.locator_params(axis="x", nbins=5, integer=grpo)  # more would touch in a run of a few thousand tokens
+        axis.locator_params(axis="x", nbins=5, integer=grpo)  # more would touch: long labels in a short run
         axis.grid(alpha=0.3)
         if axis is axes[0, 0]:
             tested = [row["test_reward" if grpo else "val_loss"] for row in val]
@@ -131,7 +129,7 @@ def figure(run):
 
 
 def write(draw, path):
-    """Save the figure that draw() makes, or end the program with what is missing."""
+    """Save the figure that draw() makes, or end the program with a line about what is missing."""
     try:
         content = io.BytesIO()
         draw().savefig(content, dpi=110, format="png")
@@ -160,7 +158,7 @@ class Curves:
                 print(f"{self.run_dir}/curves.png was not drawn: {error}", flush=True)
 
     def close(self):
-        """Draw once more, with the last rows, and wait (at most a minute)."""
+        """Draw once more, with the last rows. Waits at most a minute for each drawing."""
         try:
             for draw in (lambda: None, self.refresh):
                 draw()

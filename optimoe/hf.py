@@ -2,7 +2,7 @@
 
     python -m optimoe.hf runs/NAME out --dtype=bfloat16  # exports a run with its tokenizer
 
-Expert weights are one tensor per expert and matrix there, as in released checkpoints. Needs the extra `hf`.
+In these checkpoints each matrix of each expert is a tensor, as in released ones. Needs the extra `hf`.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ FREE = ("init_std", "embed_init_std", "dtype", "impl", "loss_chunk", "recompute"
 
 
 class Family(NamedTuple):
-    architecture: str  # class of transformers without "ForCausalLM"
-    moe: str  # where a layer keeps its router and experts
+    architecture: str  # class in transformers, without "ForCausalLM"
+    moe: str  # module with a layer's router and experts
     matrices: tuple[str, ...]  # an expert's gate, up and down matrix
-    n_experts: str  # names of fields in config.json
-    d_expert: str
-    fixed: dict  # fields of ModelConfig that config.json does not name
-    extra: dict  # members of config.json that transformers needs beside FIELDS
+    n_experts: str  # name of this field in config.json
+    d_expert: str  # likewise
+    fixed: dict  # values of fields that config.json lacks
+    extra: dict  # members of config.json that transformers needs besides FIELDS
 
 
 QWEN, DENSE = ("gate_proj", "up_proj", "down_proj"), {"decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -50,12 +50,12 @@ FAMILIES = {
     "qwen3_moe": Family("Qwen3Moe", "mlp", QWEN, "num_experts", "moe_intermediate_size", {"qk_norm": True}, DENSE),
     "olmoe": Family("Olmoe", "mlp", QWEN, "num_experts", "intermediate_size", OLMOE, {}),
 }
-# Fields of ModelConfig and their names in config.json; the family names n_experts and d_expert.
+# Fields of ModelConfig and their names in config.json. The family names n_experts and d_expert.
 FIELDS = """vocab_size=vocab_size seq_len=max_position_embeddings d_model=hidden_size n_layers=num_hidden_layers
     n_heads=num_attention_heads n_kv_heads=num_key_value_heads head_dim=head_dim top_k=num_experts_per_tok
     router_normalize=norm_topk_prob tie_embeddings=tie_word_embeddings norm_eps=rms_norm_eps rope_theta=rope_theta"""
 FIELDS = dict(pair.split("=") for pair in FIELDS.split())
-# Members of config.json and the values that they must have, if any: what model.py computes.
+# Members of config.json and the only value that model.py computes. They may also be missing or null.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_only_layers": [], "decoder_sparse_step": 1}
 ONLY |= {"clip_qkv": None, "quantization_config": None, "compression_config": None}
 ONLY |= {"partial_rotary_factor": 1, "rope_type": "default", "rope_parameters": {}, "layer_types": []}
@@ -70,7 +70,7 @@ IN_LAYER = {
 
 
 def pieces(cfg, name, tensor, family):
-    """Yield (name in the checkpoint, view of its part of `tensor`) for the weight `name` of model.GPT."""
+    """Yield (name in the checkpoint, its part of `tensor` as a view) for the weight `name` of model.GPT."""
     if name in TOP:
         yield TOP[name], tensor
         return
@@ -93,7 +93,7 @@ def pieces(cfg, name, tensor, family):
 
 
 def model_pieces(model, family):
-    """{name in the checkpoint: view} of all weights of a GPT; a tied head is not stored."""
+    """{name in the checkpoint: view} of all weights of a GPT. A tied head is left out."""
     state = model.state_dict()
     if model.cfg.tie_embeddings:
         del state["head.weight"]
@@ -103,14 +103,14 @@ def model_pieces(model, family):
 def load_model(directory, device="cpu", dtype="auto", impl="auto"):
     """A GPT in evaluation mode, with weights of the compute dtype ("auto": bfloat16 on CUDA, else float32).
 
-    FileNotFoundError or ValueError names what is missing, damaged, or unknown to model.py."""
+    Raises FileNotFoundError or ValueError for what is missing, damaged, or unknown to model.py."""
     directory, device = Path(directory), torch.device(device)
     raw, stored = files.read_json(directory / CONFIG, AGAIN), open_weights(directory)
     cfg = dataclasses.replace(model_config(raw), dtype=dtype, impl=impl)
     last = f"model.layers.{cfg.n_layers - 1}.input_layernorm.weight"
     require(last in stored, "num_hidden_layers", cfg.n_layers, f"{directory} has no tensor {last}")
     head, embedding = TOP["head.weight"], TOP["embed.weight"]
-    if cfg.tie_embeddings and {head, embedding} <= stored.keys():  # a head that is not the embedding stays
+    if cfg.tie_embeddings and {head, embedding} <= stored.keys():  # a head that differs is kept
         cfg = dataclasses.replace(cfg, tie_embeddings=torch.equal(stored[head], stored[embedding]))
     if not cfg.router_learns:
         print(f"warning: {directory}: top_k={cfg.top_k}: {UNTAUGHT} in training", file=sys.stderr)
@@ -131,7 +131,7 @@ def load_model(directory, device="cpu", dtype="auto", impl="auto"):
 
 
 def model_config(raw):
-    """The ModelConfig of a config.json; ValueError for a model that model.py does not compute."""
+    """The ModelConfig of a config.json. Raises ValueError for a model that model.py does not compute."""
     kind = raw.get("model_type")
     known = isinstance(kind, str) and kind in FAMILIES
     require(known, "model_type", kind, f"{CONFIG} must name one of {', '.join(FAMILIES)}")
@@ -143,7 +143,7 @@ def model_config(raw):
         require(fits, name, value, f"{CONFIG} needs {kind.__name__} there")
         return value
 
-    rope = get("rope_scaling", dict, {}) or get("rope_parameters", dict, {})  # as transformers chooses
+    rope = get("rope_scaling", dict, {}) or get("rope_parameters", dict, {})  # in the order of transformers
     layers = {str(layer) for layer in get("layer_types", list, [])}
     seen = {"rope_type": rope.get("rope_type", rope.get("type"))}
     seen["layer_types"] = [] if layers in (set(), {"full_attention"}, {"sliding_attention"}) else sorted(layers)
@@ -174,7 +174,7 @@ def model_config(raw):
 
 
 def open_weights(directory):
-    """{name: mapped tensor} of a folder's safetensors files. FileNotFoundError, or ValueError for damage."""
+    """{name: mapped tensor} of a folder's safetensors files. Raises FileNotFoundError, or ValueError for damage."""
     library, index, listed, names = package("safetensors.torch"), directory / INDEX, None, [SINGLE]
     if index.is_file():
         listed = files.read_json(index, AGAIN).get("weight_map")
@@ -197,7 +197,7 @@ def open_weights(directory):
 
 
 def check_weights(directory, stored, expected, ignored):
-    """ValueError unless `stored` holds the tensors `expected` ({name: one of its shape})."""
+    """Raises ValueError unless `stored` has just the names (but for `ignored`) and shapes of `expected`."""
     for name, like in expected.items():
         if name not in stored:
             raise ValueError(f"{directory}: the tensor {name} is missing: {AGAIN}")
@@ -210,9 +210,9 @@ def check_weights(directory, stored, expected, ignored):
 
 
 def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=None):
-    """Write config.json and the weights, in files of at most max_shard_bytes. dtype None: as they are; eos: token id.
+    """Write config.json and the weights, in files of at most max_shard_bytes. dtype: None changes none; eos: token id.
 
-    ValueError for a model that no known format describes, and for a folder that already holds weights."""
+    Raises ValueError for a model that no known format describes, and for a folder that already holds weights."""
     serialise = package("safetensors.torch").save
     split_shards = package("huggingface_hub").split_state_dict_into_shards_factory
     (kind, raw), directory, dtype = hf_config(model.cfg), Path(directory), dtype or model.embed.weight.dtype
@@ -232,7 +232,7 @@ def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=
 
 
 def hf_config(cfg):
-    """(model_type, config.json) of a ModelConfig. ValueError names a field that the format cannot express."""
+    """(model_type, config.json) of a ModelConfig. Raises ValueError for a field that the format cannot express."""
     kind = "mixtral" if not cfg.qk_norm else "olmoe" if cfg.qk_norm_joint else "qwen3_moe"
     family = FAMILIES[kind]
     names = FIELDS | {"n_experts": family.n_experts, "d_expert": family.d_expert}
@@ -247,7 +247,7 @@ def hf_config(cfg):
 
 
 def load_tokens(directory) -> Tokens:
-    """The tokenizer of a folder, from its tokenizer.json. ValueError if there is none, or one of another model.
+    """The tokenizer of a folder, from its tokenizer.json. Raises ValueError if it is missing or of another model.
 
     Text that spells a special token becomes that token, unless the folder sets split_special_tokens."""
     directory = Path(directory)
@@ -276,9 +276,9 @@ def load_tokens(directory) -> Tokens:
 
 
 def save_tokens(enc, directory, chat_template=None):
-    """Write the tokenizer of a data directory as tokenizer.json; a text begins as in training.
+    """Write the tokenizer of a data directory as tokenizer.json. A text begins as in training.
 
-    Text that spells a special token stays text, as in training; with a chat template, which spells them, it is one."""
+    Text that spells a special token stays text, as in training. With a chat template, which spells them, it is one."""
     directory, settings = Path(directory), {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings["split_special_tokens"] = chat_template is None
     if chat_template is not None:
@@ -296,15 +296,15 @@ def save_tokens(enc, directory, chat_template=None):
 
 
 def from_tiktoken(enc):
-    """A tiktoken encoding as a tokenizer of the library `tokenizers`."""
+    """A tiktoken encoding as a tokenizer of the package `tokenizers`."""
     lib = package()
     letters = tokenizer.letters()
     ranks, special = enc._mergeable_ranks, enc._special_tokens
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    # tiktoken joins whichever neighbours make the token of lowest rank: each such pair becomes a rule of its own.
+    # tiktoken joins the neighbours that make the token of lowest rank, so each pair that makes a token is a rule.
     splits = ((token[:i], token[i:]) for token in sorted(ranks, key=ranks.get) for i in range(1, len(token)))
     pairs = [(words[left], words[right]) for left, right in splits if left in ranks and right in ranks]
-    vocab = {words[token]: rank for token, rank in ranks.items()} | special  # with the special tokens' own ids
+    vocab = {words[token]: rank for token, rank in ranks.items()} | special  # special tokens keep their ids
     made = lib.Tokenizer(lib.models.BPE(vocab, pairs, ignore_merges=True))
     split = lib.pre_tokenizers.Split(lib.Regex(enc._pat_str), "isolated")
     bytelevel = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -316,7 +316,7 @@ def from_tiktoken(enc):
 
 
 def fingerprint(directory, *others, title=""):
-    """A name for results: title, or the folder's name, and a hash of its files and of the files `others`."""
+    """A name for results: title or the folder's name, and a hash of its files and of the files `others`."""
     directory, digest = Path(directory).resolve(), hashlib.sha256()
     small = [directory / name for name in (CONFIG, INDEX, GENERATION, TOKENIZER, TOKENIZER_CONFIG)]
     for path in [*sorted(directory.glob("*.safetensors")), *filter(Path.is_file, small), *others]:
@@ -331,7 +331,7 @@ class ExportConfig:
     run: str  # run directory or checkpoint file of train.py or grpo.py
     out: str  # new folder
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; float32: as trained
-    seq_len: int = 0  # max_position_embeddings in config.json; 0: what the run was trained with
+    seq_len: int = 0  # max_position_embeddings in config.json; 0: as trained
 
 
 def main(argv=None):

@@ -1,7 +1,7 @@
-"""A Hugging Face model by name: ORG/NAME or ORG/NAME@REVISION wherever a folder is taken.
+"""A Hugging Face model by its name, ORG/NAME or ORG/NAME@REVISION, wherever a folder may be given.
 
-A directory of that name comes first. Downloads are those of the package huggingface_hub (the extra `hf`): interrupted
-ones continue, HF_HUB_CACHE says where they go, HF_HUB_OFFLINE=1 forbids them.
+A directory of that name comes first. The package huggingface_hub (the extra `hf`) downloads models: it continues
+interrupted downloads, HF_HUB_CACHE says where they go, HF_HUB_OFFLINE=1 forbids them.
 """
 
 import errno
@@ -16,12 +16,12 @@ from optimoe.config import require
 
 NAME = re.compile(r"((?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@([\w./-]+))?", re.ASCII)
 TOKENIZER = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-SECONDS = 10  # that the hub may take to answer
+SECONDS = 10  # limit for an answer of the hub
 FILES = (*TOKENIZER, "model*.safetensors", "model.safetensors.index.json")
 
 
 def check(name, field):
-    """ValueError unless `name` is a directory or may be the name of a model."""
+    """Raises ValueError, blaming `field`, unless `name` is a directory or may name a model."""
     remedy = "no such directory; a model on the Hugging Face hub is ORG/NAME or ORG/NAME@REVISION"
     require(Path(name).is_dir() or NAME.fullmatch(str(name)), field, str(name), remedy)
 
@@ -32,16 +32,16 @@ def title(name):
 
 
 class Unavailable(ValueError):
-    """A model that cannot be loaded now."""
+    """The model cannot be loaded now."""
 
 
 def home(name):
-    """Where its results go: the folder itself, or for a model of the hub one under runs/."""
+    """Where results of a model go: its own folder, or for a model of the hub one under runs/."""
     return Path(name) if Path(name).is_dir() else Path("runs", title(name))
 
 
 def origin(run_dir):
-    """The folder of the published model that a run started from, with its chat template if any; or None."""
+    """The folder of the published model that a run started from, for its chat template; or None."""
     path = Path(run_dir) / "config.json"
     values = files.read_json(path) if path.is_file() else {}
     name = values.get("init_from") or values.get("group_size") and values["model"]
@@ -55,28 +55,29 @@ def origin(run_dir):
 
 
 def library(reason="the package huggingface_hub is not installed"):
-    """The package huggingface_hub. Unavailable, with the remedy, without it."""
+    """The package huggingface_hub. Raises Unavailable, with the remedy, if it is not installed."""
     try:
-        import huggingface_hub.constants  # which the package does not import by itself
+        import huggingface_hub.constants  # not imported by the package itself
     except ImportError:
         raise Unavailable(f"{reason}: pip install -e '.[hf]'") from None
     return huggingface_hub
 
 
 def place(name):
-    """The directory of the library's cache for a named model, whether it is there or not."""
+    """The directory for a named model in the library's cache. It need not exist."""
     return Path(library().constants.HF_HUB_CACHE, f"models--{NAME.fullmatch(name)[1].replace('/', '--')}")
 
 
 def forget(name):
-    """Delete a named model, in all revisions, from the library's cache."""
+    """Delete all revisions of a named model from the library's cache."""
     shutil.rmtree(place(name), ignore_errors=True)
     folder.cache_clear()
 
 
 @functools.cache
 def folder(name, field, patterns=FILES):
-    """The Path of a local folder, or of a model's files in the cache. Unavailable (a ValueError), blaming `field`."""
+    """The Path of a local folder, or of a model's files in the cache, downloaded if needed. Raises
+    Unavailable or another ValueError, blaming `field`."""
     check(name, field)
     if Path(name).is_dir():
         return Path(name)
@@ -86,15 +87,15 @@ def folder(name, field, patterns=FILES):
     options = dict(revision=revision, allow_patterns=list(patterns), local_files_only=silent)
     try:
         return Path(lib.snapshot_download(repository, **options))
-    except Exception as error:  # of the library, of its HTTP client, of the disk
+    except Exception as error:  # from the library, its HTTP client or the disk
         raise Unavailable(f"{field}={name!r}: {explain(error, repository, revision)}") from None
 
 
 def answers(lib, repository, revision):
-    """Whether the hub says anything within SECONDS, an error too. snapshot_download would wait without end."""
+    """Whether the hub answers within SECONDS, an error counts too. snapshot_download would wait without end."""
     try:
         lib.HfApi().model_info(repository, revision=revision, timeout=SECONDS)
-    except Exception as error:  # which names itself depends on the library's HTTP client
+    except Exception as error:  # its class depends on the library's HTTP client
         return "Timeout" not in type(error).__name__
     return True
 

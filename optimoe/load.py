@@ -1,4 +1,4 @@
-"""What evaluation and post-training load: the device, a trained model with frozen weights, its tokenizer."""
+"""What evaluation and post-training load: the device, a trained model and its tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ from optimoe.config import require
 @dataclass(frozen=True)
 class ModelChoice:
     # Model
-    run: str = ""  # run directory of train.py: its newest checkpoint
-    checkpoint: str = ""  # or one checkpoint file of it
-    hf: str = ""  # or a Hugging Face model (Mixtral, Qwen3-MoE, OLMoE): a folder, or ORG/NAME[@REVISION] of the hub
-    data: str = ""  # token data directory, if it was moved; with --hf: use its tokenizer
+    run: str = ""  # run directory: its newest checkpoint
+    checkpoint: str = ""  # or a checkpoint file of one
+    hf: str = ""  # or a Hugging Face model (Mixtral, Qwen3-MoE, OLMoE): a folder, or ORG/NAME[@REVISION] on the hub
+    data: str = ""  # token data directory, if it was moved; with --hf: use this directory's tokenizer
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one; mps is untested
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
-    impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # expert kernels; auto: by device
+    impl: Literal["auto", "reference", "grouped_mm", "triton"] = "auto"  # of moe_kernels' ops; auto: by device
 
     def __post_init__(self):
         self.validate()
@@ -49,15 +49,15 @@ class ModelChoice:
 class Loaded(NamedTuple):
     model: GPT  # in evaluation mode, weights in the compute dtype
     tokens: Tokens
-    name: str  # of the checkpoint, for results: it changes with the weights and the tokenizer
+    name: str  # of the checkpoint, for results: changes with the weights and the tokenizer
     results: Path  # where evaluations of this checkpoint go by default; not made yet
 
 
 def load(cfg: ModelChoice) -> Loaded:
-    """The chosen model. ValueError or OSError says what is missing, damaged or does not fit together."""
+    """The chosen model. Raises ValueError or OSError for what is missing, damaged or does not fit together."""
     device = pick_device(cfg)
     if cfg.hf:
-        from optimoe import hf  # only these need its packages
+        from optimoe import hf  # only --hf needs its packages
 
         folder, directory = hub.folder(cfg.hf, "hf"), cfg.data_directory()
         model = hf.load_model(folder, device, cfg.dtype, cfg.impl)
@@ -71,9 +71,9 @@ def load(cfg: ModelChoice) -> Loaded:
 
 
 def pick_device(cfg, local_rank=0):
-    """The torch.device of a program with the fields device, dtype and impl, made CUDA's current one.
+    """The torch.device of a cfg with the fields device, dtype and impl. A GPU becomes CUDA's current device.
 
-    ValueError names the field that asks for what is not there."""
+    Raises ValueError, blaming the field that asks for what is not there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = cfg.device if cfg.device != "auto" else "cuda" if there["cuda"] else "cpu"
     require(there[name], "device", name, f"no {name.upper()} device is visible; use --device=cpu")
@@ -94,7 +94,7 @@ def pick_device(cfg, local_rank=0):
 
 
 def run_tokens(directory, model) -> Tokens:
-    """The tokenizer of a data directory; ValueError where it has more tokens than the model."""
+    """The tokenizer of a data directory. Raises ValueError if it has more tokens than the model."""
     tokens, rows = tiktoken_tokens(tokenizer.load(directory)), model.cfg.vocab_size
     fault = f"its tokenizer has {tokens.n_vocab:,} tokens and the model {rows:,}"
     remedy = f"{fault}: name the data directory that the model was trained on"
@@ -103,7 +103,7 @@ def run_tokens(directory, model) -> Tokens:
 
 
 def frozen(model):
-    """The model, its weights cast to the compute dtype once and not at every use."""
+    """The model, with its weights cast to the compute dtype once and not at every use."""
     for weight in model.parameters():
         weight.data = weight.data.to(model.dtype)
     return model

@@ -26,21 +26,21 @@ from optimoe.config import check_file, make_directory, out_of_memory, require
 from optimoe.exchange import RUN_MINUTES
 from optimoe.load import pick_device
 
-# Up to torch 2.13 it has no public name.
+# Up to torch 2.13 this function has no public name.
 set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
 CPU = torch.device("cpu")
-START_SECONDS = 60  # that ranks wait for one another at the start, where a dead one closes no connection
+START_SECONDS = 60  # how long ranks wait for each other at the start, when a dead one closes no connection
 STOPPED = "stopped; continue with --resume from the last checkpoint; without one, the same command starts again"
-FIRST_SECONDS = 5  # that rank 0 has to say what ends the run, before the others do
+FIRST_SECONDS = 5  # how long other ranks wait for rank 0 to say what ends the run
 
 
 def parse(cls, argv, description=""):
-    """(cfg, fields that flags have set). With --resume=DIR, DIR/config.json gives the defaults; its "resumed_with"
-    lists the fields that flags have changed since the last checkpoint."""
+    """(cfg, names of the fields that flags have set). With --resume=DIR, DIR/config.json gives the defaults. Its
+    "resumed_with" lists fields that flags have changed since the last checkpoint: these count as set."""
     flags = {} if {"--help", "-h"} & set(argv) else config.split_flags(cls, argv)
     given = {field.name for field in dataclasses.fields(cls)} if flags.keys() & {"config", "preset"} else set(flags)
-    for name in ("resume", "init_from", "upcycle_from"):  # empty where a shell variable is not set
+    for name in ("resume", "init_from", "upcycle_from"):  # perhaps a shell variable that is not set
         require(flags.get(name) != "", name, "", "it is empty; name a directory or leave the flag out")
     directory = flags.get("resume")
     if not directory:
@@ -64,7 +64,7 @@ LOGS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def log_modules(cfg):
-    """[(kind, module)] of cfg.log; ValueError where one is unknown or not installed."""
+    """[(kind, module)] of cfg.log. Raises ValueError if one is unknown or not installed."""
     found = []
     for kind in filter(None, cfg.log.split(",")):
         require(kind in LOGS, "log", kind, "use tensorboard, wandb, or both with a comma")
@@ -76,7 +76,7 @@ def log_modules(cfg):
 
 
 def open_log(kind, module, cfg, run_dir, step):
-    """(function of {name: number} and a step, function that closes the log)"""
+    """(function that logs {name: number} at a step, function to close the log)."""
     if kind == "wandb":
         run = module.init(project="optimoe", name=run_dir.name, config=dataclasses.asdict(cfg))
         return (lambda numbers, step: run.log(numbers, step=step)), run.finish
@@ -85,7 +85,7 @@ def open_log(kind, module, cfg, run_dir, step):
 
 
 def numbers_of(row):
-    """{name: number} of a row, and {name/layer: number} of its lists; nothing nested deeper."""
+    """{name: number} of a row, and {name/index: number} of its lists. Nothing nested deeper."""
     found = {}
     for name, value in row.items():
         values = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
@@ -98,7 +98,7 @@ class Stopping(Exception):
 
 
 class Stop:
-    """After `listen` the first SIGINT or SIGTERM sets `asked`; the next one acts as usual."""
+    """After `listen`, the first SIGINT or SIGTERM only sets `asked`; the next one acts as usual."""
 
     asked, handlers = False, ()
 
@@ -111,7 +111,7 @@ class Stop:
     def _handle(self, number, frame):
         self.asked = True
         self.restore()
-        if self.says:  # not by print, which the signal may have interrupted
+        if self.says:  # not print: the signal may have interrupted one
             os.write(2, b"\nstopping: a checkpoint is saved first; Ctrl-C again ends the run without it\n")
 
     def restore(self):
@@ -121,7 +121,7 @@ class Stop:
 
 
 class Clock:
-    """Seconds since the last reading, without those inside `paused()`."""
+    """`read` gives the seconds since it was last called, without those inside `paused()`."""
 
     def __init__(self):
         self.since = time.perf_counter()
@@ -139,10 +139,10 @@ class Clock:
 
 
 class Progress:
-    """Progress of a part of a long step: on a terminal one line, rewritten every second; else a new one every minute.
+    """Prints the progress of a part of a long step: on a terminal in one line, every second; else a line a minute.
 
-    progress(i, n): n units of `total` are now done in its part i. With stops, it raises Stopping after a signal to this
-    rank; the next collective must be that of `Run.stopping`."""
+    progress(i, n) says that n of the `total` units are now done in part i. With stops=True it raises Stopping after a
+    signal to this rank; the next collective must then be that of `Run.stopping`."""
 
     def __init__(self, run, what, total, stops=False):
         self.run, self.what, self.total, self.stops, self.done = run, what, total, stops, {}
@@ -164,15 +164,15 @@ class Progress:
 class Run:
     """The directory of a run. Rank 0 locks and writes it; every rank reads its checkpoints.
 
-    prepare(directory): called by rank 0 before the others go on; all find its result in `prepared`. given: fields of
-    cfg that flags have set, None: all. Raises ValueError where the directory cannot be written, is locked, or holds a
-    run that is not resumed."""
+    prepare(directory): called by rank 0 before the others go on; on all ranks `prepared` is its result.
+    given: fields of cfg that flags have set; None: all. Raises ValueError if the directory cannot be written, is
+    locked, or holds a run that is not resumed."""
 
     def __init__(self, cfg, name, rank=0, world=1, device=CPU, given=None, prepare=lambda directory: None):
         self.cfg, self.dir, self.given = cfg, Path(name), given
         self.rank, self.world, self.device, self.first = rank, world, device, rank == 0
         self.stop, self.logged, self.began = Stop(self.first), [], None
-        self.lock, self.prepared, self.made = None, None, []  # made: what a refused start removes
+        self.lock, self.prepared, self.made = None, None, []  # made: paths that a refused start removes
         self.modules, self.logs, self.exits = log_modules(cfg), [], contextlib.ExitStack()
         try:
             if self.first:
@@ -213,7 +213,7 @@ class Run:
     def _close(self):
         for path in self.made if self.began is None else ():
             if path in (self.dir, *self.dir.parents):
-                with contextlib.suppress(OSError):  # holds what is not ours
+                with contextlib.suppress(OSError):  # it holds other files
                     path.rmdir()
             elif path.exists():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -221,9 +221,10 @@ class Run:
             self.lock.close()
 
     def resume(self, part="config"):
-        """The newest checkpoint of a resumed run; None if there is none yet, so that it starts again.
+        """The newest checkpoint of a resumed run. None if there is none yet: the run starts again.
 
-        part: its member that is a copy of config.json. ValueError names a field in which they differ without a flag."""
+        part: the checkpoint's member that is a copy of config.json. Raises ValueError for a field in which the two
+        differ and which no flag has set."""
         found = checkpoint.find(self.dir) if self.cfg.resume else []
         if not found:
             return None
@@ -241,7 +242,7 @@ class Run:
         return sorted(name for name in fields if saved.get(name) != getattr(self.cfg, name))
 
     def begin(self, cfg, step, state=None, part="config"):
-        """After all checks: write the final config.json, and listen to signals."""
+        """After all checks: write the final config.json, open the logs, and listen to signals."""
         self.cfg, self.began = cfg, time.perf_counter()
         if self.first:
             kept = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in config.NOT_FIELDS}
@@ -255,7 +256,7 @@ class Run:
         self.stop.listen()
 
     def _rewind(self, step, state):
-        """Drop the rows after the checkpoint, which will be logged again. Say which rows before it are lost."""
+        """Drop the rows after the checkpoint, which will be logged again. Print which rows before it are lost."""
         path, kept = self.dir / "metrics.jsonl", []
         for line in path.read_bytes().split(b"\n")[:-1] if state and path.exists() else ():
             with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -270,7 +271,7 @@ class Run:
             print(f"{path} has lost {lost.total()} rows, of step {steps}", flush=True)
 
     def record(self, row, line=""):
-        """Append a row to metrics.jsonl, and print its line."""
+        """Append a row to metrics.jsonl and the other logs, and print `line`."""
         if self.first:
             files.append(self.dir / "metrics.jsonl", [row])
             self.logged.append(row["step"])
@@ -280,7 +281,7 @@ class Run:
                 print(line, flush=True)
 
     def traced(self, step, path):
-        """`step`, which also writes a trace of its sixth to eighth call, when its CUDA graph is captured, to a file."""
+        """`step`, which also writes a trace of its calls 6 to 8, after the capture of its CUDA graph, to a file."""
 
         def save(profiler):
             profiler.export_chrome_trace(path)
@@ -288,7 +289,7 @@ class Run:
 
         calls = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)
         profiler = torch.profiler.profile(schedule=calls, on_trace_ready=save)
-        self.exits.enter_context(profiler)  # one left running ends the process with a segmentation fault
+        self.exits.enter_context(profiler)  # left running, it ends the process with a segmentation fault
 
         def traced_step(batches):
             result = step(batches)
@@ -298,9 +299,9 @@ class Run:
         return traced_step
 
     def save(self, step, state, keep):
-        """Write a checkpoint, after the rows logged before it, and keep the newest `keep`. All ranks take part.
+        """Flush the rows logged so far, write a checkpoint, and keep only the newest `keep`. All ranks take part.
 
-        ValueError for weights that are not finite."""
+        Raises ValueError for weights that are not finite."""
         norm = parallel.weights_norm(state["model"], self.world)
         guard.check_finite("norm of the weights", norm, step, self.dir, self.cfg.lr)
         if self.first:
@@ -330,19 +331,17 @@ class Run:
 
 
 def check_trace(path, steps):
-    """ValueError where no trace can be written to this path, or the run has too few steps for one."""
     check_file(path, "trace", device=False)
     require(steps >= 8, "trace", path, f"it shows steps 6 to 8, and this run has {steps}; use more --steps")
 
 
 def check_rates(cfg, names):
-    """ValueError for a field of cfg, of those in the text `names`, that is not from 0 to below 1."""
     for name in names.split():
         require(0 <= getattr(cfg, name) < 1, name, getattr(cfg, name), "use a number from 0 to below 1")
 
 
 def explain(error, rank, world):
-    """The line that ends a program with this error; None for a fault of the program."""
+    """The line that ends a program with this error; None for a bug in the program."""
     text = str(error)
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
@@ -364,7 +363,7 @@ def lost_rank(error, world):
 def launch(program, cls, description, argv=None):
     """program(cfg, rank, world, device, given) from the command line or torchrun.
 
-    A mistake ends the process with one line; with an argv, or DEBUG in the environment, it is raised."""
+    A user's mistake ends the process with one line. With an argv, or DEBUG in the environment, it is raised."""
     rank, world = 0, 1
     try:
         rank, local_rank, world = parallel.own_place()
@@ -372,8 +371,8 @@ def launch(program, cls, description, argv=None):
         device = pick_device(cfg, local_rank)
         if getattr(cfg, "deterministic", False):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)  # with warn_only attention would still add atomically
-            torch.utils.deterministic.fill_uninitialized_memory = False  # the tests do that
+            torch.use_deterministic_algorithms(True)  # with warn_only, attention would still use atomics
+            torch.utils.deterministic.fill_uninitialized_memory = False  # only finds bugs
         if world > 1:
             parallel.connect(device, timeout=timedelta(seconds=START_SECONDS))
         return program(cfg, rank, world, device, given)
@@ -385,8 +384,8 @@ def launch(program, cls, description, argv=None):
         if not lost and (argv is not None or line is None and not grouped):
             raise
         if rank and isinstance(error, KeyboardInterrupt):
-            line = ""  # Ctrl-C reaches all ranks, and rank 0 says so
-        elif rank:  # rank 0 may say the same, or why it left; then torchrun ends this rank, and nobody reads it twice
+            line = ""  # Ctrl-C reaches all ranks; rank 0 says so
+        elif rank:  # rank 0 may print the same or the cause; then torchrun ends this rank
             time.sleep(FIRST_SECONDS)
         if not lost and not grouped:
             sys.exit(line or 1)

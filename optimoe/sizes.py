@@ -1,8 +1,8 @@
-"""Sizes of models: presets, parameters, FLOPs and training memory, by arithmetic.
+"""Sizes of models: presets, parameters, FLOPs and training memory, without making the model.
 
     python -m optimoe.sizes --preset=paper-d512-e8-k2 --tokens=125e9
 
-Letters as in model.py.
+Shape letters as in model.py.
 """
 
 import os
@@ -44,7 +44,7 @@ def preset(name, **overrides):
 
 class Params(NamedTuple):
     total: int  # everything, embeddings included
-    active: int  # used by one token: as total with K experts instead of E
+    active: int  # used by one token: like total, with K experts instead of E
     embedding: int  # input and output embeddings (counted once when tied)
 
 
@@ -54,7 +54,7 @@ def norm_params(cfg):
 
 
 def count_params(cfg):
-    """Parameters by arithmetic; equal to those of GPT(cfg) (tested)."""
+    """The Params of GPT(cfg); a test compares them."""
     D, expert = cfg.d_model, 3 * cfg.d_model * cfg.d_expert
     attention = 2 * D * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads)
     always = attention + cfg.n_shared_experts * expert + (0 if cfg.dense else D * cfg.n_experts)
@@ -65,18 +65,18 @@ def count_params(cfg):
 
 
 def flops_per_token(cfg):
-    """Training FLOPs per token of active parts: 6 per weight of a matrix product (the input embedding is none)
-    and 6 * n_layers * L * H * d for the causal half of the attention scores (some reports count the square: 12)."""
+    """Training FLOPs per token of the active parts. A weight of a matrix product counts 6; the input embedding is none.
+    The causal half of the attention scores counts 6 * n_layers * L * H * d (some reports count the square: 12)."""
     _, active, embedding = count_params(cfg)
     matmul = active - embedding - norm_params(cfg) + cfg.vocab_size * cfg.d_model
     return 6 * matmul + 6 * cfg.n_layers * cfg.seq_len * cfg.n_heads * cfg.head_dim
 
 
 def training_memory(cfg, tokens, weights="float32"):
-    """Bytes by part when one GPU trains with AdamW in bfloat16 on `tokens` tokens at a time; weights: as in train.py.
+    """{part: bytes} when one GPU trains with AdamW in bfloat16 on `tokens` tokens at a time. weights: as in train.py.
 
-    All but activations are exact for one micro-batch a step; with more, gradients of float32 weights in blocks take 2
-    bytes more each."""
+    All but activations is exact for one micro-batch per step. With more, gradients of float32 weights in blocks
+    take 2 bytes more each."""
     total, _, embedding = count_params(cfg)
     routers = 0 if cfg.dense else cfg.n_layers * cfg.d_model * cfg.n_experts
     rest = embedding + norm_params(cfg) + routers
@@ -88,7 +88,7 @@ def training_memory(cfg, tokens, weights="float32"):
     kept = {"none": layer, "experts": without_experts, "blocks": cfg.d_model}[cfg.recompute]
     values = cfg.n_layers * kept + layer - kept
     logits = 2 * cfg.vocab_size * min(tokens, cfg.loss_chunk)
-    wide = total if weights == "float32" else rest  # parameters that are float32, their states too
+    wide = total if weights == "float32" else rest  # parameters that are float32, like their states
     return {
         "weights and AdamW states (float32)": 12 * wide,
         "weights and AdamW states (bfloat16)": 6 * (total - wide),
@@ -99,9 +99,9 @@ def training_memory(cfg, tokens, weights="float32"):
 
 
 def least_memory(cfg, tokens, world, group):
-    """Bytes that a rank of train.py needs at least: weights, gradients, states, inputs of blocks and logits.
+    """Bytes that a rank of train.py needs at least, for weights, gradients, states, block inputs and logits.
 
-    group: ranks that divide the experts, exchange.group_size."""
+    group: how many ranks divide the experts (exchange.group_size)."""
     total, _, embedding = count_params(cfg)
     in_block = (12 if cfg.optimizer == "muon" else 16) if cfg.weights == "float32" else 8  # bytes a parameter
     held = (16 * embedding + in_block * (total - embedding)) // world
@@ -111,7 +111,7 @@ def least_memory(cfg, tokens, world, group):
 
 
 def require_memory(what, least, device, remedy):
-    """ValueError where `what` needs `least` bytes and the device, or this process's share of it, has fewer."""
+    """Raises ValueError if `what` needs `least` bytes and the device, or the limit of this process, is smaller."""
     if device.type == "cuda":
         has = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -123,26 +123,26 @@ def require_memory(what, least, device, remedy):
         raise ValueError(f"{what} need {sizes}: {remedy}")
 
 
-# Dense bfloat16 TFLOP/s by a part of torch.cuda.get_device_name().
+# Dense bfloat16 TFLOP/s. A key is a part of torch.cuda.get_device_name().
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "H20": 148, "H800": 989}
 PEAKS |= {"B200": 2250, "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150, "A6000": 155}
 PEAKS |= {"L40S": 362, "L40": 181, "L4": 121, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209}
 
 
 def peak_flops(device_name):
-    """Dense bfloat16 FLOP/s of a GPU; None if it is not in the table (MFU is then n/a)."""
+    """Dense bfloat16 FLOP/s of a GPU. None if it is not in the table: MFU is then unknown."""
     matches = [key for key in PEAKS if re.search(rf"\b{key}\b", device_name) and "Laptop" not in device_name]
     return PEAKS[max(matches, key=len)] * 1e12 if matches else None
 
 
 @dataclass(frozen=True)
 class SizeConfig(ModelConfig):
-    vocab_size: int = 512  # V
+    vocab_size: int = 512  # V, size of the vocabulary
     # Report
     preset: str = "tiny"  # tiny or paper-dD-eE-kK
-    tokens: float = 0.0  # training budget in tokens, for tokens per parameter
-    micro_batch: int = 8  # sequences per GPU and forward pass, for the activations
-    weights: Literal["float32", "bfloat16"] = "float32"  # as in train.py, for the memory
+    tokens: float = 0.0  # training tokens, to show tokens per parameter
+    micro_batch: int = 8  # sequences per GPU at a time, for activations
+    weights: Literal["float32", "bfloat16"] = "float32"  # as in train.py; for the memory
 
     preset_fields = staticmethod(preset_fields)
 

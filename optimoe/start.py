@@ -1,6 +1,6 @@
 """A published model (Mixtral, Qwen3-MoE, OLMoE) as the start of training: `train.py --init_from`, `grpo.py --model`.
 
-The weights become float32 and the optimiser starts afresh. The model's config.json gives its sizes.
+The weights become float32, and the optimiser starts without states. The model's config.json gives the sizes.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ from model import GPT
 from optimoe import checkpoint, hf, hub
 from optimoe.config import require
 
-# Defaults of fine-tuning: small steps after a short warm-up, and no z-loss, as the model was not trained with one.
+# Defaults of fine-tuning: small steps after a short warm-up, and no z-loss, because these models were trained without.
 FINE_TUNING = dict(optimizer="adamw", lr=1e-5, warmup_steps=20, steps=200, beta2=0.95, weight_decay=0.0)
 FINE_TUNING |= dict(balance_coef=1e-3, z_coef=0.0, log_every=10, val_every=100)
-SEQ_LEN = 1024  # the default, if the model can read so much; most can read tens of thousands
+SEQ_LEN = 1024  # default, if the model reads so much; most read tens of thousands
 RUNS = (*hf.FREE, "seq_len", "router_bias_rate")  # fields of ModelConfig that a run may choose
 PROBE = "The 7 naïve café owners said: “x[i] += 12.50;”\n\n\tdef f(self):  # 東京 \U0001f600 ÅÄÖ don't\r\n"
 
@@ -32,10 +32,10 @@ def training_fields(name):
 
 
 def load(name, field, cfg=None, **overrides):
-    """A GPT with the model's weights in float32 and gradients, on the CPU.
+    """A GPT on the CPU with the model's weights in float32, which require gradients.
 
-    cfg: the ModelConfig with which it runs; None: the model's own with these overrides. ValueError, blaming `field`,
-    for a cfg of another model, and for what hub.folder and hf.load_model refuse."""
+    cfg: its ModelConfig. None: the model's own, with these overrides. Raises ValueError for a cfg of another model, and
+    for what hub.folder (which blames `field`) and hf.load_model refuse."""
     released = hf.load_model(hub.folder(name, field), dtype="float32", impl="auto")
     cfg = cfg or dataclasses.replace(released.cfg, **overrides)
     for part, kept in dataclasses.asdict(released.cfg).items():
@@ -52,7 +52,7 @@ def load(name, field, cfg=None, **overrides):
 
 
 def check_tokenizer(name, enc, directory):
-    """ValueError where the token data in `directory`, with tokenizer enc, was not made for this model."""
+    """Raises ValueError if the token data in `directory`, with tokenizer enc, was made for another model."""
     folder = hub.folder(name, "init_from")
     if (folder / "tokenizer.json").is_file():
         same = hf.load_tokens(folder).encode(PROBE) == tiktoken_tokens(enc).encode(PROBE)
@@ -61,7 +61,7 @@ def check_tokenizer(name, enc, directory):
 
 
 def released(name):
-    """Whether `name` is a Hugging Face folder, or a name on the hub, and not a run directory or a checkpoint file."""
+    """Whether `name` is a Hugging Face folder or a name on the hub, and not a run directory or a checkpoint file."""
     path = Path(name)
     if not path.is_dir():
         return not path.is_file() and hub.NAME.fullmatch(str(name)) is not None
@@ -70,14 +70,14 @@ def released(name):
 
 
 def load_any(name, device, **overrides):
-    """The GPT of a run directory, a checkpoint file or a published model: float32 weights with gradients, on device."""
+    """The GPT of a run directory, checkpoint file or published model, on `device`. Its weights require gradients."""
     model = load(name, "model", **overrides) if released(name) else checkpoint.load_model(name, device, **overrides)
     return model.to(device).eval()
 
 
 def chat_encoder(name, tokens: Tokens, data):
-    """A function from messages to the ids of a prompt; None where neither a published model nor the one from which a
-    run started has a chat template. name: model, run directory or checkpoint file; data: the run's data directory."""
+    """A function from chat messages to the ids of a prompt. None if the published model, or the one from which the run
+    started, has no chat template. name: model, run directory or checkpoint file; data: the run's data."""
     run_dir = Path(name).parent if Path(name).is_file() else name
     folder = hub.folder(str(name), "model") if released(name) else hub.origin(run_dir)
     template = chat_template(folder) if folder else None
@@ -88,7 +88,7 @@ def chat_encoder(name, tokens: Tokens, data):
 
 
 def prompt_ids(name, tokens: Tokens, data=None):
-    """A function from the text of a question to the ids of its prompt: by chat_encoder, or else the text as it is."""
+    """A function from a question to the ids of its prompt. It uses chat_encoder, or without one the plain text."""
     encode = chat_encoder(name, tokens, data)
 
     def chat(text):

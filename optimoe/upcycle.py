@@ -1,15 +1,16 @@
 """Start a mixture of experts from a dense checkpoint, so that step 0 computes exactly what the dense model computed.
 
-A dense gated layer is a sum over hidden units: its first n_shared_experts * F become the shared expert, the others G
-slices of width F. Expert e starts as slice e % G, so each G experts are a copy of the dense layer. They share a router
-row, so top-k takes whole copies c, with gates g_c / G. W_out times G restores the dense output:
+A dense gated layer is a sum over hidden units. Its first n_shared_experts * F units become the shared experts, the
+others G slices of width F. Expert e starts as slice e % G, so every G experts are a copy of the dense layer. They share
+a router row, so top-k takes whole copies c, with gates g_c / G. W_out times G gives the dense output:
 
     y = sum over copies c of g_c * (1/G) * sum over slices s of G * slice_s(x) = dense(x),   sum of g_c = 1
 
     G = 1   experts as wide as the dense layer (arXiv 2212.05055); K times its FLOPs
-    G = K   the `--dense` twin of the same preset: equal FLOPs per token, one copy active (arXiv 2410.07524)
+    G = K   the same preset with `--dense`: equal FLOPs per token, one copy active (arXiv 2410.07524)
 
-Exact where G divides K and E and gates are normalised; all else is refused. Copies diverge as they get other tokens.
+This is exact if G divides K and E and gates are normalised; all else is refused. Copies diverge because they get
+different tokens.
 """
 
 import dataclasses
@@ -28,8 +29,7 @@ RUNS = ("dense", "dtype", "impl", "loss_chunk", "recompute")  # fields of ModelC
 
 
 def training_fields(path):
-    """Defaults of train.TrainConfig: the sizes and the data of a dense run directory, or of the one that holds a
-    checkpoint."""
+    """Defaults of train.TrainConfig: sizes and data of a dense run. path: its directory or a checkpoint in it."""
     directory = Path(path).parent if Path(path).is_file() else Path(path)
     if not (directory / "config.json").is_file():
         return {}
@@ -40,7 +40,7 @@ def training_fields(path):
 
 
 def slices_per_copy(dense, cfg):
-    """G for the config dict of a dense checkpoint and the ModelConfig of the MoE; ValueError where they do not fit."""
+    """G for the config dict of a dense checkpoint and the ModelConfig of the MoE. Raises ValueError for a misfit."""
     for name in SAME.split():
         value, kept = getattr(cfg, name), dense[name]
         require(value == kept, name, value, f"the dense checkpoint has {kept!r}; use the same")
@@ -60,9 +60,9 @@ def slices_per_copy(dense, cfg):
 
 @torch.no_grad()
 def upcycle(model, path):
-    """Fill a fresh float32 GPT from a dense run directory or checkpoint file; its router rows are used.
+    """Fill a fresh float32 GPT, whose router rows are used, from a dense run directory or checkpoint file.
 
-    ValueError where the shapes allow no exact start, and for a damaged checkpoint; FileNotFoundError without one."""
+    Raises ValueError if the shapes allow no exact start or the checkpoint is damaged; FileNotFoundError without one."""
     cfg, state = model.cfg, checkpoint.read(path)
     remedy = "a mixture of experts; give the run directory of a --dense model"
     require(state["config"]["dense"], "upcycle_from", str(path), remedy)
@@ -73,7 +73,7 @@ def upcycle(model, path):
     fit = not unexpected and all(".mlp." in name for name in missing)
     require(fit, "upcycle_from", str(path), f"other weights: {missing} {unexpected}")
     for layer, block in enumerate(model.blocks):
-        # float: a run with --weights=bfloat16 has saved bfloat16.
+        # float(): a run with --weights=bfloat16 has saved bfloat16.
         gate_WD, up_WD = weights[f"blocks.{layer}.mlp.gate_up.weight"].float().chunk(2)
         down_DW, moe = weights[f"blocks.{layer}.mlp.down.weight"].float(), block.mlp
         if shared:
