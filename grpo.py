@@ -32,7 +32,7 @@ from model import GPT
 from optimoe import checkpoint, guard, hf, hub, start
 from optimoe.config import check_range, require
 from optimoe.curves import Curves
-from optimoe.load import frozen, run_tokens
+from optimoe.load import cast_once, run_tokens
 from optimoe.optim import Together
 from optimoe.policy import Sample, advantages, collate, draw_questions, micro_batches, policy_loss
 from optimoe.run import CPU, Clock, Progress, Run, Stopping, check_rates, launch
@@ -174,7 +174,7 @@ def load_questions(cfg, start_path, model, data, tokens, source):
 def set_up(cfg, run, start_path, model, tokens, questions):
     """(Training of a fresh run, or of its newest checkpoint; that checkpoint or None)."""
     options = dict(dtype=cfg.dtype, impl=cfg.impl)
-    start_model = frozen(start.load_any(start_path, run.device, **options)) if cfg.kl_coef else None
+    start_model = cast_once(start.load_any(start_path, run.device, **options)) if cfg.kl_coef else None
     matrices, norms = ([p for p in model.parameters() if (p.ndim >= 2) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)

@@ -19,7 +19,7 @@ from bench.timing import quantiles, skipping, wall_ms
 from eval.generate import generate
 from model import GPT
 from optimoe import config
-from optimoe.load import frozen
+from optimoe.load import cast_once
 from optimoe.sizes import count_params, preset, preset_fields
 
 
@@ -63,7 +63,7 @@ def main(argv=None):
     model_cfg = preset(cfg.preset, **fields | dict(seq_len=cfg.prompt + cfg.new, dtype=str(results.dtype)[6:]))
     torch.manual_seed(0)
     with torch.device(device):
-        model = frozen(GPT(model_cfg).eval())
+        model = cast_once(GPT(model_cfg).eval())
     costs = {n: step_cost(model_cfg, n, cfg.prompt + cfg.new // 2, results.dtype.itemsize) for n in cfg.batches}
 
     machine = results.add_ceilings()

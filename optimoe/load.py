@@ -65,7 +65,7 @@ def load(cfg: ModelChoice) -> Loaded:
         name = hf.fingerprint(folder, *([directory / tokenizer.FILE] if directory else []), title=hub.title(cfg.hf))
         return Loaded(model, tokens, name, hub.home(cfg.hf) / "eval")
     path = checkpoint.newest(cfg.checkpoint or cfg.run)
-    model = frozen(checkpoint.load_model(path, device, dtype=cfg.dtype, impl=cfg.impl))
+    model = cast_once(checkpoint.load_model(path, device, dtype=cfg.dtype, impl=cfg.impl))
     results = path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}"
     return Loaded(model, run_tokens(cfg.data_directory(), model), path.name, results)
 
@@ -102,7 +102,7 @@ def run_tokens(directory, model) -> Tokens:
     return tokens
 
 
-def frozen(model):
+def cast_once(model):
     """The model, with its weights cast to the compute dtype once and not at every use."""
     for weight in model.parameters():
         weight.data = weight.data.to(model.dtype)

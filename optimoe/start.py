@@ -23,7 +23,7 @@ PROBE = "The 7 naïve café owners said: “x[i] += 12.50;”\n\n\tdef f(self): 
 
 def training_fields(name):
     """Defaults of train.TrainConfig for a run that starts from this model."""
-    folder = hub.folder(name, "init_from")
+    folder = hub.folder(name, "init_from", (hf.CONFIG,))  # enough for --help
     remedy = "this is no published model; python -m optimoe.hf RUN DIR makes one of a run"
     require(released(folder), "init_from", name, remedy)
     cfg = hf.model_config(files.read_json(folder / hf.CONFIG, hf.AGAIN))

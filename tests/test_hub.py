@@ -1,12 +1,14 @@
 """Models by name, against a hub on the loopback interface. Run: python -m pytest tests/test_hub.py (CPU, seconds)"""
 
 import errno
+import re
 import socket
 import subprocess
 import sys
 
 import pytest
 
+import train
 from data import prepare, tokenizer
 from model import GPT, ModelConfig
 from optimoe import hf, hub, start
@@ -64,6 +66,13 @@ def test_a_model_by_name_is_the_folder_s(served, tmp_path):
     hub.folder.cache_clear()
     served.server.shutdown(), served.server.server_close()  # now the cache is all there is
     assert load(ModelChoice(hf=NAME, device="cpu")).name == loaded.name and sent == [file for file, _ in served.asked]
+
+
+def test_help_downloads_no_weights(served, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main([f"--init_from={NAME}", "--help"])
+    assert not end.value.code and {file for file, _ in served.asked} == {"config.json"}
+    assert re.search(r"--n_experts int +4 ", capsys.readouterr().out)
 
 
 def test_the_tokenizer_alone(served, tmp_path):
