@@ -89,7 +89,14 @@ def main(argv=None):
         while encode_chat and len(ids) >= loaded.model.cfg.seq_len and len(messages) > 1:
             del messages[:2]  # the oldest question and its answer
             ids = encode_chat(messages)
-        answers = [write(loaded, ids, cfg, number) for number in range(cfg.number)]
+        try:
+            answers = [write(loaded, ids, cfg, number) for number in range(cfg.number)]
+        except ValueError as error:  # the prompt is too long, but the next line need not be
+            if cfg.prompt:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            del messages[-1]
+            continue
         messages.append({"role": "assistant", "content": answers[0]})
 
 

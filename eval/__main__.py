@@ -161,8 +161,16 @@ def earlier_results(path: Path, checkpoint: str) -> dict:
     return old if old.get("checkpoint") == checkpoint else {}
 
 
+def more_items(old, new, cfg):
+    """Whether an earlier result of a task says more than the new one: the same measurement, over more items."""
+    same = new and all(old.get(name) == new[name] for name in ("shots", "seq_len"))
+    return bool(
+        same and not cfg.overwrite and old["items"] > new["items"] and new["metrics"].keys() <= old["metrics"].keys()
+    )
+
+
 def main(argv=None):
-    """Returns the contents of results.json."""
+    """Returns the contents of results.json, with the present results of the tasks asked for."""
     cfg = config.parse(EvalConfig, argv, __doc__)
     source, jobs, stores = harness.open_source(cfg), {}, {}
     for task in map(tasks.load, cfg.tasks):  # find all data before anything is computed
@@ -178,9 +186,12 @@ def main(argv=None):
         stores[name] = harness.Records(out / f"{name}.jsonl", settings, metrics_of(job, cfg), cfg.overwrite)
     done = {name: work(loaded, job, stores[name], cfg) for name, job in jobs.items()}
     results |= {"checkpoint": loaded.name, "sources": old.get("sources", {}) | source.used}
+    kept = {name: row for name, row in old.get("tasks", {}).items() if more_items(row, done.get(name), cfg)}
     results |= {"tasks": old.get("tasks", {}) | done}
-    files.write_json(path, results)
+    files.write_json(path, results | {"tasks": results["tasks"] | kept})
     print(f"{table(done)}\n{path}", flush=True)
+    for name in kept.keys() & done.keys():
+        print(f"{path.name} keeps the result of {name} over {kept[name]['items']:,} items; --overwrite replaces it")
     return results
 
 

@@ -40,11 +40,22 @@ def canvas(rows, columns, size):
         return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
 
+DRAWN = "Drawn by `"  # how the second paragraph of an index page begins
+
+
+def index_page(folder):
+    """The path of a folder's index page, README.md. ValueError where that is another page."""
+    page = Path(folder, "README.md")
+    other = page.exists() and f"\n\n{DRAWN}" not in page.read_text(errors="replace")
+    require(not other, "out", str(folder), "the pictures' index would replace the README.md there; name another place")
+    return page
+
+
 def index(folder, title, pictures, command):
-    """Write README.md: every picture {file: the question that it answers}."""
+    """Write the index page: every picture {file: the question that it answers}."""
     parts = [f"## {question}\n\n![{question}]({name})\n" for name, question in pictures.items()]
-    files.replace(Path(folder) / "README.md", "\n".join([f"# {title}\n", f"Drawn by `{command}`.\n", *parts]))
-    print(Path(folder) / "README.md")
+    files.replace(index_page(folder), "\n".join([f"# {title}\n", f"{DRAWN}{command}`.\n", *parts]))
+    print(index_page(folder))
 
 
 def curve(axis, cells, value, look, label, hollow=(), colour=None, dashes="-"):
@@ -115,6 +126,8 @@ def headline(rows):
 def main(argv=None):
     cfg = config.parse(FiguresConfig, argv, __doc__)
     rows, out = results.read(cfg.results), Path(cfg.out)
+    config.check_file(out, "out")
+    index_page(out.parent)
     curves.write(lambda: headline(rows), out)
     index(out.parent, "Pictures of the study", {out.name: QUESTION}, "python -m study.figures")
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from optimoe import curves
 from study import results
-from study.figures import COLOURS, MARKERS, canvas, index
+from study.figures import COLOURS, MARKERS, canvas, index, index_page
 
 ACCURACY = dict(triviaqa="exact_match", hellaswag="acc", gsm8k="strict", gsm_plus="strict")
 ACCURACY |= dict(humaneval="pass@1", mbpp="pass@1")
@@ -83,6 +83,7 @@ def panels(points, x, kinds):
 def draw(rows, own, out, family):
     """Write the figures from the rows, the study's in panels below, and their index page. Prints which ones lack
     numbers."""
+    index_page(out)
     groups, pictures = {"the paper's models": paper_points(rows), "this study's runs": own_points(own)}, {}
     for number, (question, x, label, kinds) in FIGURES.items():
         drawn = {who: panels(points, x, kinds) for who, points in groups.items() if points}

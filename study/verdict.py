@@ -217,6 +217,7 @@ def appendix(claims, rows):
 
 def write(path, table):
     """Replace what is between the markers of the file. ValueError if they are missing."""
+    require(Path(path).is_file(), "out", path, f"no such page; it needs the lines {BEGIN!r} and {END!r}")
     text = Path(path).read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -230,6 +231,7 @@ def main(argv=None):
     require(rows, "results", cfg.results, "there is no run in it; run study.sweep first")
     posttrained = results.read(cfg.posttrain, posttrain.ROW)
     claims = computed(rows, posttrained)
+    config.check_file(cfg.appendix, "appendix")
     write(cfg.out, claims_table(claims, rows, posttrained))
     files.replace(cfg.appendix, appendix(claims, rows))
     print(cfg.out, cfg.appendix, sep="\n")

@@ -48,6 +48,16 @@ def test_resumes(tiny_run, monkeypatch):
         run(tiny_run, *flags)
 
 
+def test_fewer_items_do_not_replace_a_result(tiny_run, capsys):
+    flags, path = ["--tasks=gsm8k", "--shots=0"], tiny_run / "eval-00000003/results.json"
+    kept = lambda: files.read_json(path)["tasks"]["gsm8k"]
+    whole = run(tiny_run, *flags)["tasks"]["gsm8k"]
+    assert run(tiny_run, *flags, "--limit=1")["tasks"]["gsm8k"]["items"] == 1 and kept() == whole
+    assert "results.json keeps the result of gsm8k over 4 items; --overwrite replaces it" in capsys.readouterr().out
+    run(tiny_run, *flags, "--limit=1", "--overwrite")
+    assert kept()["items"] == 1
+
+
 def test_an_interruption_keeps_what_is_done(tiny_run, monkeypatch):
     calls, real = [], command.evaluate
 

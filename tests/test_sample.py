@@ -52,6 +52,11 @@ def test_lines_of_the_input(tiny_run, capsys, monkeypatch):
     assert found == "".join(expected(tiny_run, prompt, temperature=0.0) + "\n" for prompt in ("ab\ufffd", "cd"))
 
 
+def test_a_line_that_is_too_long_does_not_end_the_conversation(tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 64 + "\ncd"))
+    assert texts(tiny_run, capsys, "--temperature=0") == expected(tiny_run, "cd", temperature=0.0) + "\n"
+
+
 class Bytes:
     decode = staticmethod(lambda ids: bytes(ids).decode(errors="replace"))
 

@@ -270,6 +270,18 @@ def test_the_committed_page_is_what_the_committed_rows_say():
 # ---- the figure and plans
 
 
+def test_an_index_of_pictures_replaces_no_other_page(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("# A project\n")
+    with pytest.raises(ValueError, match="the pictures' index would replace the README.md there; name another place"):
+        figures.main([f"--out={tmp_path / 'h.png'}"])
+    assert page.read_text() == "# A project\n" and list(tmp_path.iterdir()) == [page]
+    page.unlink()
+    for _ in range(2):  # its own page may be replaced
+        figures.index(tmp_path, "Pictures", {"h.png": "Why?"}, "python -m study.figures")
+    assert "Why?" in page.read_text()
+
+
 def test_the_figure_has_a_dot_for_every_seed(tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     rows = world(rise=0.1) + world(rise=0.0, unique=4_000) + world(rise=0.1, unique=presets.FEW)
