@@ -44,7 +44,7 @@ class TrainConfig(ModelConfig):
     # Run
     preset: str = "tiny"  # name of a model's sizes (optimoe/sizes.py); the vocabulary comes from the data
     data: str = ""  # data directory or mixture DIR:weight,DIR:weight; empty: procedural data
-    document_mask: bool = False  # attention stays within a document; always so for examples (data.prepare --sft)
+    document_mask: bool = False  # a token sees its document and the eos before it; always so for examples (--sft)
     out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
     resume: str = ""  # run directory to continue
     init_from: str = ""  # a Mixtral, Qwen3-MoE or OLMoE to fine-tune: folder or ORG/NAME[@REVISION] (optimoe/start.py)

@@ -261,18 +261,22 @@ def test_packing_wastes_little():
 
 
 def test_documents_of_plain_text(tmp_path):
-    """Windows and tokens as ever, the numbers of documents beside them, and no target in the next document."""
-    enc = tokenizer.word_tokenizer([])
-    rng = np.random.default_rng(0)
-    with shards.ShardWriter(tmp_path / "d", enc) as writer:
-        for _ in range(50):
-            writer.add("train", [*rng.integers(0, 256, rng.integers(1, 30)), enc.eot_token])
-    plain, loader = (Loader([(tmp_path / "d", 1.0)], "train", 3, 40, documents=d) for d in (False, True))
-    for _ in range(5):
-        (tokens, targets), (same, aims, documents) = plain.next(), loader.next()
-        ends = tokens == enc.eot_token
-        assert torch.equal(tokens, same) and torch.equal(aims, targets.where(~ends, -1))
-        assert torch.equal(documents[:, 1:], ends[:, :-1].cumsum(1).int()) and not documents[:, 0].any()
-    state = loader.state_dict()
-    assert state == plain.state_dict()
+    """Windows, tokens and targets as ever, and the numbers of documents, which begin with an eos. Where prompts begin
+    without it, documents end with it, and the next document is no target."""
+    folder(tmp_path / "hf", byte_level)
+    fast = tokenizer.from_folder(tmp_path / "hf")
+    for name, enc in (("eos", tokenizer.word_tokenizer([])), ("other", fast)):
+        rng, eos_first = np.random.default_rng(0), name == "eos"
+        assert (tokenizer.tiktoken_tokens(enc).bos == [enc.eot_token]) == eos_first
+        with shards.ShardWriter(tmp_path / name, enc) as writer:
+            for _ in range(50):
+                writer.add("train", [*rng.integers(1, 256, rng.integers(1, 30)), enc.eot_token], 1)
+        plain, loader = (Loader([(tmp_path / name, 1.0)], "train", 3, 40, documents=d) for d in (False, True))
+        for _ in range(5):
+            (tokens, targets), (same, aims, documents) = plain.next(), loader.next()
+            ends = tokens == enc.eot_token
+            assert torch.equal(tokens, same) and torch.equal(aims, targets if eos_first else targets.where(~ends, -1))
+            begins = ends[:, 1:] if eos_first else ends[:, :-1]
+            assert torch.equal(documents[:, 1:], begins.cumsum(1).int()) and not documents[:, 0].any()
+        assert loader.state_dict() == plain.state_dict()
     assert chat.chat_template(tmp_path) is None
