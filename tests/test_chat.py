@@ -234,6 +234,16 @@ def test_every_example_is_whole_in_one_row_and_only_answers_are_targets(tmp_path
         assert all(torch.equal(a, b) for a, b in zip(plain.next(), again.next(), strict=False))
 
 
+def test_a_directory_of_examples_may_have_a_text_beside_them(tmp_path, capsys):
+    folder(tmp_path / "hf", byte_level)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/README.md").write_text("what these rows are")
+    (tmp_path / "rows/x.jsonl").write_text('{"prompt": "a", "answer": "b"}')
+    flags = [f"--out={tmp_path / 'd'}", f"--tokenizer={tmp_path / 'hf'}", "--sft", "--val_fraction=0"]
+    main([str(tmp_path / "rows"), *flags])
+    assert len(pieces(tmp_path / "d")) == 1 and "rows: 1 left out for their endings (.md)" in capsys.readouterr().err
+
+
 def test_long_examples_lose_their_end(tmp_path):
     folder(tmp_path / "hf", byte_level)
     data = prepared(tmp_path, ROWS, tmp_path / "hf")

@@ -16,7 +16,7 @@ import tiktoken
 
 from data import prepare as module
 from data import shards, tokenizer
-from data.documents import read
+from data.documents import ROWS, find_files, read
 from data.loader import Loader
 from data.prepare import Config, hashed, main
 
@@ -312,6 +312,31 @@ def test_upper_case_names_are_read_like_lower_case_ones(tmp_path):
     found = documents(tmp_path / "d", "train")
     assert sorted(found) == sorted(documents(tmp_path / "e", "train")) and len(found) == 3 * 3 + 3
     assert {text(60, i) for i in range(4)} < set(found) and not any('{"' in d for d in found)
+
+
+def test_a_directory_of_source_files(tmp_path, capsys):
+    """Common endings are read, compressed or not; how many files of others are left out is printed."""
+    top = tmp_path / "top"
+    (top / ".git").mkdir(parents=True)
+    (top / "folder.png").mkdir()
+    for name in ("a.c", "b.h", "c.CC", "d.cu", "e.java", "f.ts", "g.rs", "h.go", "i.md", "j.rst", "k.sh", "l.sql"):
+        (top / name).write_text(f"text of {name}")
+    (top / "m.cpp.gz").write_bytes(gzip.compress(b"text of m.cpp"))
+    for name in ("n.json", "o.json.gz", "p.png", "Makefile", ".git/q.bin"):
+        (top / name).write_text("must not be read")
+    prepare([top, top / "a.c"], tmp_path / "d", vocab_size=260, val_fraction=0)
+    assert len(documents(tmp_path / "d", "train")) == 13
+    line = f"{top}: 4 left out for their endings (.json, Makefile, .png); name those to be read\n"
+    assert capsys.readouterr().err == line
+    prepare([top / "a.c", top / "Makefile"], tmp_path / "e", vocab_size=260, val_fraction=0)
+    assert documents(tmp_path / "e", "train") == ["text of a.c", "must not be read"]
+    for name in ("r.a", "s.b", "t.d", "u.e"):
+        (top / name).touch()
+    assert len(find_files([top])) == 13 and "8 left out for their endings (" in (said := capsys.readouterr().err)
+    assert said.count(", ") == 5 and ", ...)" in said
+    assert not find_files([top / "a.c"], ROWS)[1:] and not capsys.readouterr().err
+    with pytest.raises(ValueError, match="no .jsonl, .parquet, .arrow file in it"):
+        find_files([top], ROWS)
 
 
 def test_twins_are_one_text_however_they_are_written(tmp_path):
