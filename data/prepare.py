@@ -59,6 +59,7 @@ class Config:
 
     def __post_init__(self):
         require(self.input, "input", self.input, "name files or directories")
+        shards.require_readable(self.out)
         require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "must be at least 0 and below 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2^63 - 1")
         require(self.tokenizer or not self.sft, "sft", True, "name the model's --tokenizer")

@@ -245,6 +245,7 @@ def test_command_line_errors(tmp_path):
         (["--seed", "-1"], "seed=-1: must be from 0"),
         (["--out", "/proc/x/d"], "out='/proc/x/d': nothing can be written to /proc/x"),
         (["--out", str(tmp_path / "x.jsonl")], "exists and is not empty"),
+        (["--out", "a,b/d"], "out='a,b/d': --data of train.py has a comma between directories; use a name without one"),
         (["--tokenizer", "gpt9"], "gpt9"),
         (["--input", str(tmp_path / "*.text")], "*.text: missing"),
         (["--input", "/dev/zero"], "/dev/zero: missing, a link that leads nowhere, a pipe or a device"),
