@@ -15,6 +15,7 @@ from data import files
 from optimoe.config import require
 
 EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}  # typical bytes of text per byte on disk
+UTF16 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")  # byte-order marks, of UTF-32 too
 ROWS = (".jsonl", ".parquet", ".arrow")
 CODE = ".py .c .h .cc .cpp .hpp .cu .cuh .java .js .jsx .ts .tsx .rs .go .rb .php .sh .sql .html .css".split()
 KINDS = (".txt", ".md", ".rst", *ROWS, *CODE)
@@ -82,8 +83,11 @@ def _documents(path, file, length, text_field, errors, example):
         raise ValueError(f"{path}: examples are rows of .jsonl, .parquet or .arrow files")
     else:
         stream = io.TextIOWrapper(_decompressed(path, file), encoding="utf-8-sig", errors=errors)
+        _refuse_utf16(stream.buffer.peek(4), path)
         while text := stream.read(length):
-            yield text + stream.readline(length)
+            text += stream.readline(length)
+            _refuse_utf16(text, path)
+            yield text
         return
     for where, row in rows:
         yield example(row, where) if example else _field(row, text_field, where)
@@ -101,10 +105,19 @@ def _decompressed(path, file):
 
 def _lines(path, file, errors):
     for number, line in enumerate(_decompressed(path, file), 1):
+        _refuse_utf16(line, f"{path}:{number}")
         try:
             yield line.decode("utf-8", errors)
         except UnicodeDecodeError as error:
             raise _not_utf8(f"{path}:{number}", error) from error
+
+
+def _refuse_utf16(text, where):
+    """ValueError for bytes that begin with another byte-order mark, or a text with the NULs of UTF-16 in it."""
+    if isinstance(text, bytes) and text.startswith(UTF16):
+        raise ValueError(f"{where} is UTF-16 or UTF-32; convert it to UTF-8")
+    if (b"\0" if isinstance(text, bytes) else "\0") in text:
+        raise ValueError(f"{where} has NUL characters: it is UTF-16 or no text; convert it to UTF-8 or leave it out")
 
 
 def _not_utf8(where, error):

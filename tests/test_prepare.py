@@ -194,6 +194,17 @@ def test_special_tokens_in_text_are_text(tmp_path):
         ("x.txt", "gr\xfcn\n".encode("latin-1"), r"x.txt is not UTF-8 \(.*0xfc\); convert it"),
         ("x.py", b"s = 'gr\xfcn'\n", r"x.py is not UTF-8 \(.*0xfc\); convert it"),
         ("x.jsonl", b'{"text": "fine"}\n{"text": "gr\xfcn"}', r"x.jsonl:2 is not UTF-8 \(.*0xfc\); convert it"),
+        ("x.md", "grün\n".encode("utf-16"), "x.md is UTF-16 or UTF-32; convert it to UTF-8"),
+        ("x.txt", "\ufeff漢字".encode("utf-16-be"), "x.txt is UTF-16 or UTF-32; convert it to UTF-8"),
+        ("x.txt.gz", gzip.compress("abc".encode("utf-32")), "x.txt.gz is UTF-16 or UTF-32; convert it to UTF-8"),
+        (
+            "x.txt.xz",
+            lzma.compress("abc\n".encode("utf-16-le")),
+            "x.txt.xz has NUL characters: it is UTF-16 or no text",
+        ),
+        ("x.txt", b"abc " * 9999 + "d".encode("utf-16-le"), "x.txt has NUL characters: it is UTF-16 or no text"),
+        ("x.jsonl", '{"text": "grün"}'.encode("utf-16"), "x.jsonl:1 is UTF-16 or UTF-32; convert it to UTF-8"),
+        ("x.jsonl", '{"text": "grün"}'.encode("utf-16-le"), "x.jsonl:1 has NUL characters: it is UTF-16 or no text"),
         ("x.txt.xz", lzma.compress(b"abc " * 9999)[:-20], "x.txt.xz cannot be decompressed"),
         ("x.txt.gz", gzip.compress(text(9999, 0).encode(), mtime=0)[:-20], "x.txt.gz cannot be decompressed"),
         ("x.txt.gz", b"this is not gzip", "x.txt.gz cannot be decompressed"),
@@ -218,8 +229,9 @@ def test_bad_files_are_named_and_nothing_is_written(tmp_path, name, content, mes
     (tmp_path / "good.jsonl").write_text(lines(["good", "text"]))
     good = [] if "no text" in message else [str(tmp_path / "good.jsonl")]
     inputs = [*good, str(tmp_path / name)]
-    with pytest.raises(ValueError, match=message):
-        prepare(inputs, tmp_path / "d", vocab_size=260)
+    for errors in ("strict",) if "not UTF-8" in message else ("strict", "replace"):
+        with pytest.raises(ValueError, match=message):
+            prepare(inputs, tmp_path / "d", vocab_size=260, encoding_errors=errors)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["good.jsonl", name])
 
 
