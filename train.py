@@ -44,7 +44,7 @@ class TrainConfig(ModelConfig):
     # Run
     preset: str = "tiny"  # name of a model's sizes (optimoe/sizes.py); the vocabulary comes from the data
     data: str = ""  # data directory or mixture DIR:weight,DIR:weight; empty: procedural data
-    document_mask: bool = False  # attention stays within a document; always so for examples (data.prepare --sft)
+    document_mask: bool = False  # a token sees its document and the eos before it; always so for examples (--sft)
     out_dir: str = ""  # run directory; empty: runs/<preset>-<time>
     resume: str = ""  # run directory to continue
     init_from: str = ""  # a Mixtral, Qwen3-MoE or OLMoE to fine-tune: folder or ORG/NAME[@REVISION] (optimoe/start.py)
@@ -80,7 +80,7 @@ class TrainConfig(ModelConfig):
     # Reports
     log_every: int = 100  # steps between log lines
     val_every: int = 500  # steps between validations; 0: only at the end
-    val_batches: int = 20  # micro-batches per validation; 0: no validation
+    val_batches: int = 20  # batches of batch_size sequences per validation, or all there are; 0: no validation
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # how many of the newest to keep
     curves: bool = True  # redraw curves.png at validations and checkpoints
@@ -179,7 +179,7 @@ class Data(NamedTuple):
     val_sources: list  # those with validation data
     loader: Loader
     val_loader: Loader | None  # None: there is no validation
-    val_batches: int
+    val_samples: int  # of a validation, over all ranks
     enc: object  # tokenizer
 
 
@@ -211,7 +211,7 @@ def open_data(cfg, run):
     has_val = [cfg.val_batches and meta["splits"].get("val", {}).get("tokens") for meta in metas]
     val_sources = [source for source, found in zip(sources, has_val, strict=True) if found]
     val_loader = Loader(val_sources, "val", micro_batch, cfg.seq_len, 0, *place) if val_sources else None
-    all_of_it = max(1, sum(val_loader.n_windows) // (micro_batch * run.world)) if val_loader else 0
+    val_samples = min(cfg.val_batches * cfg.batch_size, sum(val_loader.n_windows)) if val_loader else 0
     enc = tokenizer.load(sources[0][0])
     if cfg.init_from and not cfg.resume:
         start.check_tokenizer(cfg.init_from, enc, sources[0][0])
@@ -219,7 +219,7 @@ def open_data(cfg, run):
         cfg = dataclasses.replace(cfg, vocab_size=-(-enc.n_vocab // 64) * 64)  # multiples of 64 are faster
     remedy = f"the tokenizer of {sources[0][0]} has {enc.n_vocab} tokens"
     require(cfg.vocab_size >= enc.n_vocab, "vocab_size", cfg.vocab_size, remedy)
-    return cfg, Data(sources, val_sources, loader, val_loader, min(cfg.val_batches, all_of_it), enc)
+    return cfg, Data(sources, val_sources, loader, val_loader, val_samples, enc)
 
 
 def check_start(cfg, world):
@@ -273,15 +273,19 @@ def set_up(cfg, run, data):
 
 @torch.no_grad()
 def validate(job, data, world):
-    """Mean cross-entropy in nats over the targets of validation batches, the same every time."""
+    """Mean cross-entropy in nats over the targets of the first val_samples of the validation data, the same every time
+    and for any micro-batch and number of ranks."""
     job.optimizer.gather_weights()
     job.model.eval()
     loader = data.val_loader
     loader.load_state_dict(loader.state_dict() | {"drawn": [0] * len(loader.sources)})
-    sums = 0
-    for batch in (loader.next() for _ in range(data.val_batches)):
-        targets = (batch[1] >= 0).sum()
-        sums = sums + torch.stack([job.model(*batch).loss * targets, targets])
+    sums, rows = 0, loader.batch_size
+    for first in range(0, data.val_samples, rows * world):
+        tokens_BL, targets_BL, *documents = loader.next()
+        left = min(max(0, data.val_samples - first - loader.rank * rows), rows)
+        targets_BL[left:] = -1  # these rows only fill the last batch up, so that all ranks have one
+        n_targets = (targets_BL >= 0).sum()
+        sums = sums + torch.stack([job.model(tokens_BL, targets_BL, *documents).loss * n_targets, n_targets])
     if world > 1:
         dist.all_reduce(sums)
     job.model.train()

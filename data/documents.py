@@ -1,4 +1,4 @@
-"""Reads documents from files as a stream: text, JSON lines, Parquet and Arrow."""
+"""Reads documents from files as a stream: text, source code, JSON lines, Parquet and Arrow."""
 
 import gzip
 import importlib
@@ -8,22 +8,32 @@ import os
 import sys
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 
 from data import files
 from optimoe.config import require
 
 EXPANSION = {".xz": 4.3, ".gz": 3.3, ".zst": 3.3, ".parquet": 2.0}  # typical bytes of text per byte on disk
-KINDS = (".txt", ".jsonl", ".py", ".parquet", ".arrow")
+UTF16 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")  # byte-order marks, of UTF-32 too
+ROWS = (".jsonl", ".parquet", ".arrow")
+CODE = ".py .c .h .cc .cpp .hpp .cu .cuh .java .js .jsx .ts .tsx .rs .go .rb .php .sh .sql .html .css".split()
+KINDS = (".txt", ".md", ".rst", *ROWS, *CODE)
 
 
-def find_files(inputs):
-    """Paths of named files, and of files of KINDS in named directories. ValueError for a name that gives none."""
+def find_files(inputs, kinds=KINDS):
+    """Paths of named files, and of files of these kinds in named directories; what these leave out is printed.
+    ValueError for a name that gives none."""
     found = {}  # keys: paths after links, so that no file is read twice
     for given in map(Path, inputs):
-        paths = sorted(path for path in given.rglob("*") if _wanted(path, given)) if given.is_dir() else [given]
+        there = sorted(path for path in given.rglob("*") if _seen(path, given)) if given.is_dir() else [given]
+        paths = [path for path in there if path == given or _kind(path) in kinds]
         if not paths:
-            raise ValueError(f"--input {given}: no {', '.join(KINDS)} file in it, compressed or not")
+            raise ValueError(f"--input {given}: no {', '.join(kinds)} file in it, compressed or not")
+        if other := Counter(_kind(path) or path.name for path in there if path != given and _kind(path) not in kinds):
+            endings = ", ".join(ending for ending, _ in other.most_common(5))
+            what = f"{other.total()} left out for their endings ({endings}{', ...' * (len(other) > 5)})"
+            print(f"{given}: {what}; name those to be read", file=sys.stderr)
         for path in paths:
             if not path.is_file():
                 raise ValueError(f"--input {path}: missing, a link that leads nowhere, a pipe or a device")
@@ -31,9 +41,9 @@ def find_files(inputs):
     return list(found.values())
 
 
-def _wanted(path, top):
+def _seen(path, top):
     hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(top).parts)
-    return _kind(path) in KINDS and not hidden and not path.is_dir()
+    return not hidden and not path.is_dir()
 
 
 def _kind(path):  # "a.TXT.xz" -> ".txt"
@@ -73,8 +83,11 @@ def _documents(path, file, length, text_field, errors, example):
         raise ValueError(f"{path}: examples are rows of .jsonl, .parquet or .arrow files")
     else:
         stream = io.TextIOWrapper(_decompressed(path, file), encoding="utf-8-sig", errors=errors)
+        _refuse_utf16(stream.buffer.peek(4), path)
         while text := stream.read(length):
-            yield text + stream.readline(length)
+            text += stream.readline(length)
+            _refuse_utf16(text, path)
+            yield text
         return
     for where, row in rows:
         yield example(row, where) if example else _field(row, text_field, where)
@@ -92,10 +105,19 @@ def _decompressed(path, file):
 
 def _lines(path, file, errors):
     for number, line in enumerate(_decompressed(path, file), 1):
+        _refuse_utf16(line, f"{path}:{number}")
         try:
             yield line.decode("utf-8", errors)
         except UnicodeDecodeError as error:
             raise _not_utf8(f"{path}:{number}", error) from error
+
+
+def _refuse_utf16(text, where):
+    """ValueError for bytes that begin with another byte-order mark, or a text with the NULs of UTF-16 in it."""
+    if isinstance(text, bytes) and text.startswith(UTF16):
+        raise ValueError(f"{where} is UTF-16 or UTF-32; convert it to UTF-8")
+    if (b"\0" if isinstance(text, bytes) else "\0") in text:
+        raise ValueError(f"{where} has NUL characters: it is UTF-16 or no text; convert it to UTF-8 or leave it out")
 
 
 def _not_utf8(where, error):

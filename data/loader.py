@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import shards
+from data import shards, tokenizer
 from data.shards import MARKED, START, TRAINED
 from optimoe.config import require
 
@@ -41,7 +41,9 @@ class Loader:
     """Endless batches: `tokens_BL, targets_BL = loader.next()`, int64, on `device`; targets are tokens one step later.
 
     In examples, targets outside answers are -1. With `documents` a third tensor follows: the number of each token's
-    document in its row (B, L), int32; targets in another document than their token are then -1.
+    document in its row (B, L), int32. A document of plain text begins as a prompt does: with the eos before it, which
+    is also the last target of the document that it ends. Where prompts begin in another way (data/tokenizer.py) it
+    ends with its eos; the eos itself has then no target, nor has the last token of an example.
 
     sources: data directories with weights, [("data/books", 0.7), ("data/facts", 0.3)]: their shares of the samples,
     kept to within two samples at any moment. Each source has its own epochs: every window once, in a new order.
@@ -52,7 +54,7 @@ class Loader:
         self.rank, self.world, self.device, self.documents = rank, world, torch.device(device), documents
         total = sum(weight for _, weight in sources)
         self.weights = [weight / total for _, weight in sources]
-        self.sources = [_Source(directory, split, seq_len, seed + i) for i, (directory, _) in enumerate(sources)]
+        self.sources = [_Source(path, split, seq_len, seed + i, documents) for i, (path, _) in enumerate(sources)]
         first = self.sources[0]
         for source in self.sources:
             remedy = f"its tokenizer is not that of {first.directory}; prepare one with --tokenizer of the other"
@@ -77,7 +79,7 @@ class Loader:
         types = (torch.int64, torch.int64, torch.int32)[: 3 if self.documents else 2]
         batch = [torch.empty(shape, dtype=dtype, pin_memory=pinned) for dtype in types]
         for b, (source, number) in enumerate(rows):
-            for tensor_BL, row in zip(batch, source.sample(number, self.documents), strict=False):
+            for tensor_BL, row in zip(batch, source.sample(number), strict=False):
                 tensor_BL[b] = torch.from_numpy(row)
         return batch, list(self._planned)
 
@@ -121,7 +123,7 @@ class Loader:
 class _Source:
     """The windows of one split of one data directory."""
 
-    def __init__(self, directory, split, seq_len, seed):
+    def __init__(self, directory, split, seq_len, seed, documents):
         meta, self.shards = shards.read_meta(directory), shards.open_shards(directory, split)
         self.directory, self.seq_len, self.seed, self.eos = Path(directory), seq_len, seed, meta["eos"]
         self.tokenizer, listed = meta["tokenizer_sha256"], meta["splits"][split]["shards"]
@@ -139,6 +141,9 @@ class _Source:
             self.starts, self.lengths = self.starts[taught], self.lengths[taught]
             self.rows = packed(self.lengths.tolist(), seq_len + 1)
             self.n_windows = len(self.rows)
+        self.documents = documents
+        if documents and self.marks is None:
+            self.eos_first = tokenizer.tiktoken_tokens(tokenizer.load(directory)).bos == [self.eos]
         where = f"split {split!r} of {directory}"
         remedy = f"a window needs {seq_len + 1} tokens, {where} has {n_tokens}; use a smaller one"
         if self.marks:
@@ -146,7 +151,7 @@ class _Source:
         require(self.n_windows >= 1, "seq_len", seq_len, remedy)
         self.epoch, self.order = -1, None
 
-    def sample(self, number, documents=False):
+    def sample(self, number):
         """Tokens, targets and documents of a row, each (L,); the documents only if asked for or needed."""
         epoch, at = divmod(number, self.n_windows)
         if epoch != self.epoch:
@@ -154,8 +159,11 @@ class _Source:
         at = int(self.order[at])
         if self.marks is None:
             ids = self._read(self.shards, at * self.seq_len, self.seq_len + 1).astype(np.int64)
-            if not documents:
+            if not self.documents:
                 return [ids[:-1], ids[1:]]
+            if self.eos_first:
+                numbers = np.cumsum(ids[:-1] == self.eos)
+                return [ids[:-1], ids[1:], numbers - numbers[0]]
             marks = np.full(len(ids), TRAINED, np.uint8)
             marks[1:][ids[:-1] == self.eos] |= START
         else:

@@ -8,10 +8,11 @@ which a BPE is trained (by the package `tokenizers`). The second pass encodes in
 
 What a document is (--sft: see data/chat.py):
     .jsonl, .parquet, .arrow: the field --text_field of each row
-    .txt, .py, or any other named file: the file, or its pieces of 2^20 characters (fewer if the input is below 64 MB),
-    which end at line ends
-Text and .jsonl may be compressed as .gz, .xz or .zst. A directory is searched for all of these; links to directories
-are not followed. Byte-order marks are removed and line ends become "\\n". Parquet, Arrow and .zst need pyarrow.
+    .txt, source code, or any other named file: the file, or its pieces of 2^20 characters (fewer if the input is below
+    64 MB), which end at line ends
+Text and .jsonl may be compressed as .gz, .xz or .zst. A directory is searched for the endings in data/documents.py
+(--sft: for rows only), and how many files that leaves out is printed; links to directories are not followed. Byte-order
+marks are removed and line ends become "\\n". Parquet, Arrow and .zst need pyarrow.
 
 A document is held out for validation if the hash of its text and --seed is below --val_fraction, or the lowest of all.
 So equal documents fall on the same side.
@@ -31,7 +32,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from data import chat, shards, tokenizer
-from data.documents import EXPANSION, find_files, read
+from data.documents import EXPANSION, KINDS, ROWS, find_files, read
 from optimoe import hub
 from optimoe.config import command_line, make_directory, parse, require
 
@@ -58,6 +59,7 @@ class Config:
 
     def __post_init__(self):
         require(self.input, "input", self.input, "name files or directories")
+        shards.require_readable(self.out)
         require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "must be at least 0 and below 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2^63 - 1")
         require(self.tokenizer or not self.sft, "sft", True, "name the model's --tokenizer")
@@ -94,7 +96,7 @@ def prepare(cfg):
     make_directory(out.parent, "out", cfg.out)
     named = hub.folder(cfg.tokenizer, "tokenizer", hub.TOKENIZER) if cfg.tokenizer else None
     enc = tokenizer.load(named) if named else None
-    paths = find_files(cfg.input)
+    paths = find_files(cfg.input, ROWS if cfg.sft else KINDS)
     estimate = sum(path.stat().st_size * EXPANSION.get(path.suffix.lower(), 1) for path in paths)
     length = int(min(2**20, max(2**10, estimate / 64)))  # so that even small inputs have documents to hold out
     rows = partial(chat.example, template=chat.chat_template(named)) if cfg.sft else None

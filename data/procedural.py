@@ -21,7 +21,7 @@ import numpy as np
 from data import facts, files, reasoning, tokenizer
 from data.facts import FactsConfig, require_ranges
 from data.reasoning import ReasoningConfig
-from data.shards import META, read_note, write_generated
+from data.shards import META, read_note, require_readable, write_generated
 from optimoe.config import command_line, parse, require
 
 # A word or one digit, each with the space before it; runs of other signs.
@@ -176,6 +176,7 @@ class Config:
     workers: int = 1  # processes
 
     def __post_init__(self):
+        require_readable(self.out)
         require(1 <= self.workers <= 1024, "workers", self.workers, "must be from 1 to 1024")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from data import files, tokenizer
 from data.tokenizer import AGAIN, META
+from optimoe.config import require
 
 PLAIN, MARKED = 1, 2  # versions; programs from before the marks refuse 2
 TRAINED, START = 1, 2
@@ -110,6 +111,11 @@ def refuse_existing(directory):
     """ValueError unless `directory` is absent or empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not empty; remove it, or choose another name")
+
+
+def require_readable(out):
+    """ValueError for a name that train.py cannot read, whose --data are names with commas between them."""
+    require("," not in out, "out", out, "--data of train.py has a comma between directories; use a name without one")
 
 
 def read_meta(directory):

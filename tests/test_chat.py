@@ -234,6 +234,16 @@ def test_every_example_is_whole_in_one_row_and_only_answers_are_targets(tmp_path
         assert all(torch.equal(a, b) for a, b in zip(plain.next(), again.next(), strict=False))
 
 
+def test_a_directory_of_examples_may_have_a_text_beside_them(tmp_path, capsys):
+    folder(tmp_path / "hf", byte_level)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/README.md").write_text("what these rows are")
+    (tmp_path / "rows/x.jsonl").write_text('{"prompt": "a", "answer": "b"}')
+    flags = [f"--out={tmp_path / 'd'}", f"--tokenizer={tmp_path / 'hf'}", "--sft", "--val_fraction=0"]
+    main([str(tmp_path / "rows"), *flags])
+    assert len(pieces(tmp_path / "d")) == 1 and "rows: 1 left out for their endings (.md)" in capsys.readouterr().err
+
+
 def test_long_examples_lose_their_end(tmp_path):
     folder(tmp_path / "hf", byte_level)
     data = prepared(tmp_path, ROWS, tmp_path / "hf")
@@ -261,18 +271,22 @@ def test_packing_wastes_little():
 
 
 def test_documents_of_plain_text(tmp_path):
-    """Windows and tokens as ever, the numbers of documents beside them, and no target in the next document."""
-    enc = tokenizer.word_tokenizer([])
-    rng = np.random.default_rng(0)
-    with shards.ShardWriter(tmp_path / "d", enc) as writer:
-        for _ in range(50):
-            writer.add("train", [*rng.integers(0, 256, rng.integers(1, 30)), enc.eot_token])
-    plain, loader = (Loader([(tmp_path / "d", 1.0)], "train", 3, 40, documents=d) for d in (False, True))
-    for _ in range(5):
-        (tokens, targets), (same, aims, documents) = plain.next(), loader.next()
-        ends = tokens == enc.eot_token
-        assert torch.equal(tokens, same) and torch.equal(aims, targets.where(~ends, -1))
-        assert torch.equal(documents[:, 1:], ends[:, :-1].cumsum(1).int()) and not documents[:, 0].any()
-    state = loader.state_dict()
-    assert state == plain.state_dict()
+    """Windows, tokens and targets as ever, and the numbers of documents, which begin with an eos. Where prompts begin
+    without it, documents end with it, and the next document is no target."""
+    folder(tmp_path / "hf", byte_level)
+    fast = tokenizer.from_folder(tmp_path / "hf")
+    for name, enc in (("eos", tokenizer.word_tokenizer([])), ("other", fast)):
+        rng, eos_first = np.random.default_rng(0), name == "eos"
+        assert (tokenizer.tiktoken_tokens(enc).bos == [enc.eot_token]) == eos_first
+        with shards.ShardWriter(tmp_path / name, enc) as writer:
+            for _ in range(50):
+                writer.add("train", [*rng.integers(1, 256, rng.integers(1, 30)), enc.eot_token], 1)
+        plain, loader = (Loader([(tmp_path / name, 1.0)], "train", 3, 40, documents=d) for d in (False, True))
+        for _ in range(5):
+            (tokens, targets), (same, aims, documents) = plain.next(), loader.next()
+            ends = tokens == enc.eot_token
+            assert torch.equal(tokens, same) and torch.equal(aims, targets if eos_first else targets.where(~ends, -1))
+            begins = ends[:, 1:] if eos_first else ends[:, :-1]
+            assert torch.equal(documents[:, 1:], begins.cumsum(1).int()) and not documents[:, 0].any()
+        assert loader.state_dict() == plain.state_dict()
     assert chat.chat_template(tmp_path) is None

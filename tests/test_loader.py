@@ -9,6 +9,7 @@ import torch
 
 from data import shards, tokenizer
 from data.loader import Loader, shuffled
+from model import GPT, ModelConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ENC = tokenizer.word_tokenizer(" " + "".join(w) for w in itertools.product(LETTERS, repeat=3))
@@ -149,10 +150,10 @@ def test_errors_in_the_background_surface_and_stay(tmp_path):
     source, sample = loader.sources[0], loader.sources[0].sample
     expected = starts(Loader([(tmp_path / "a", 1.0)], "train", 2, L), 6)
 
-    def broken(number, documents):
+    def broken(number):
         if number == 11:
             raise OSError("the disk is gone")
-        return sample(number, documents)
+        return sample(number)
 
     source.sample = broken
     got = starts(loader, 5)  # samples 0..9; the error is in the batch of 10 and 11
@@ -185,6 +186,27 @@ def test_shuffle_is_a_permutation_that_never_changes():
     assert np.corrcoef(first, np.arange(100_000))[0, 1] ** 2 < 1e-3
     assert np.corrcoef(first, shuffled(100_000, 3, 1))[0, 1] ** 2 < 1e-3
     assert shuffled(8, 1, 2).tolist() == [0, 3, 6, 4, 7, 5, 1, 2]  # resumed runs rely on it
+
+
+def test_a_document_in_a_window_is_what_it_is_alone(tmp_path):
+    """As a prompt begins: with the eos. So is its loss, and the eos is the last target of the document before it."""
+    texts = [(np.arange(n) * 37 + n).tolist() for n in (5, 1, 9, 14)]
+    with shards.ShardWriter(tmp_path / "d", ENC) as writer:
+        for ids in texts:
+            writer.add("train", [*ids, ENC.eot_token])
+    tokens, targets, documents = Loader([(tmp_path / "d", 1.0)], "train", 1, 32, documents=True).next()
+    sizes = dict(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, n_experts=4, d_expert=32, init_std=0.1)
+    model, bos = GPT(ModelConfig(vocab_size=ENC.n_vocab, seq_len=32, **sizes)), tokenizer.tiktoken_tokens(ENC).bos
+    loss = lambda *batch: model(*batch).loss.item() * int((batch[1] >= 0).sum())
+    alone = [[*bos, *ids, ENC.eot_token] for ids in texts]
+    alone[0] = alone[0][1:]  # nothing is in front of the first window
+    assert sum(len(ids) - 1 for ids in alone) == 32
+    losses = [loss(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])) for ids in alone]
+    for number, expected in enumerate(losses):
+        part = loss(tokens, targets.where(documents == number, -1), documents)
+        assert part == pytest.approx(expected, rel=1e-5)
+    assert loss(tokens, targets, documents) == pytest.approx(sum(losses), rel=1e-5)
+    assert abs(loss(tokens, targets) - sum(losses)) > 1e-2  # without the mask
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import files
+from data import files, shards, tokenizer
+from data.loader import Loader
 from model import GPT
 from optimoe import checkpoint, parallel
 from optimoe.config import parse
@@ -171,6 +172,32 @@ def test_resume_on_other_ranks_with_the_other_engine(runs, tmp_path):
         same_log(run, runs / one, rtol=3e-4)
         same_state(run, runs / one, bound=3e-3)
     same_log(old, runs / "ddp-2-muon", rtol=0)
+
+
+def test_every_validation_window_counts_once(tmp_path):
+    """Whatever the number of micro-batches and ranks, also where these do not divide the windows."""
+    enc, jobs = tokenizer.word_tokenizer([]), []
+    cases = {"7-20": 7, "3-20": 3, "19-1": 8, "19-3": 19}  # of so many windows, so many batches of 8 use
+    for case in cases:
+        with shards.ShardWriter(tmp_path / f"data-{case}", enc) as writer:
+            for split, n in (("train", 40), ("val", int(case.split("-")[0]))):
+                writer.add(split, [*np.random.default_rng(0).integers(0, 256, 16 * n), enc.eot_token])
+        flags = [*SMALL, f"--data={tmp_path / f'data-{case}'}", f"--val-batches={case.split('-')[1]}"]
+        flags += ["--steps=1", "--lr=0", "--sample-tokens=0"]
+        for accum in (1, 2, 4):
+            main([*flags, f"--grad-accum={accum}", f"--out-dir={tmp_path / f'{case}-1-{accum}'}"])
+            engine = "--parallel=ep" if accum == 2 else "--parallel=ddp"
+            jobs.append([2, [*flags, engine, f"--grad-accum={accum}", f"--out-dir={tmp_path / f'{case}-2-{accum}'}"]])
+    ranks(jobs)
+    for case, used in cases.items():
+        model = checkpoint.load_model(tmp_path / f"{case}-1-1")
+        loader = Loader([(tmp_path / f"data-{case}", 1.0)], "val", 1, 16)
+        with torch.no_grad():
+            losses = [model(*loader.next()).loss.item() for _ in range(used + 1)]
+        for world, accum in product((1, 2), (1, 2, 4)):
+            found = rows(tmp_path / f"{case}-{world}-{accum}")[-1]["val_loss"]
+            assert found == pytest.approx(np.mean(losses[:used]), rel=2e-6), (case, world, accum)
+        assert np.mean(losses) != pytest.approx(np.mean(losses[:used]), rel=1e-5)  # the check can fail
 
 
 def test_no_thread_of_a_process_group_is_left(monkeypatch):

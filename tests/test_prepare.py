@@ -16,7 +16,7 @@ import tiktoken
 
 from data import prepare as module
 from data import shards, tokenizer
-from data.documents import read
+from data.documents import ROWS, find_files, read
 from data.loader import Loader
 from data.prepare import Config, hashed, main
 
@@ -194,6 +194,17 @@ def test_special_tokens_in_text_are_text(tmp_path):
         ("x.txt", "gr\xfcn\n".encode("latin-1"), r"x.txt is not UTF-8 \(.*0xfc\); convert it"),
         ("x.py", b"s = 'gr\xfcn'\n", r"x.py is not UTF-8 \(.*0xfc\); convert it"),
         ("x.jsonl", b'{"text": "fine"}\n{"text": "gr\xfcn"}', r"x.jsonl:2 is not UTF-8 \(.*0xfc\); convert it"),
+        ("x.md", "grün\n".encode("utf-16"), "x.md is UTF-16 or UTF-32; convert it to UTF-8"),
+        ("x.txt", "\ufeff漢字".encode("utf-16-be"), "x.txt is UTF-16 or UTF-32; convert it to UTF-8"),
+        ("x.txt.gz", gzip.compress("abc".encode("utf-32")), "x.txt.gz is UTF-16 or UTF-32; convert it to UTF-8"),
+        (
+            "x.txt.xz",
+            lzma.compress("abc\n".encode("utf-16-le")),
+            "x.txt.xz has NUL characters: it is UTF-16 or no text",
+        ),
+        ("x.txt", b"abc " * 9999 + "d".encode("utf-16-le"), "x.txt has NUL characters: it is UTF-16 or no text"),
+        ("x.jsonl", '{"text": "grün"}'.encode("utf-16"), "x.jsonl:1 is UTF-16 or UTF-32; convert it to UTF-8"),
+        ("x.jsonl", '{"text": "grün"}'.encode("utf-16-le"), "x.jsonl:1 has NUL characters: it is UTF-16 or no text"),
         ("x.txt.xz", lzma.compress(b"abc " * 9999)[:-20], "x.txt.xz cannot be decompressed"),
         ("x.txt.gz", gzip.compress(text(9999, 0).encode(), mtime=0)[:-20], "x.txt.gz cannot be decompressed"),
         ("x.txt.gz", b"this is not gzip", "x.txt.gz cannot be decompressed"),
@@ -218,8 +229,9 @@ def test_bad_files_are_named_and_nothing_is_written(tmp_path, name, content, mes
     (tmp_path / "good.jsonl").write_text(lines(["good", "text"]))
     good = [] if "no text" in message else [str(tmp_path / "good.jsonl")]
     inputs = [*good, str(tmp_path / name)]
-    with pytest.raises(ValueError, match=message):
-        prepare(inputs, tmp_path / "d", vocab_size=260)
+    for errors in ("strict",) if "not UTF-8" in message else ("strict", "replace"):
+        with pytest.raises(ValueError, match=message):
+            prepare(inputs, tmp_path / "d", vocab_size=260, encoding_errors=errors)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["good.jsonl", name])
 
 
@@ -245,6 +257,7 @@ def test_command_line_errors(tmp_path):
         (["--seed", "-1"], "seed=-1: must be from 0"),
         (["--out", "/proc/x/d"], "out='/proc/x/d': nothing can be written to /proc/x"),
         (["--out", str(tmp_path / "x.jsonl")], "exists and is not empty"),
+        (["--out", "a,b/d"], "out='a,b/d': --data of train.py has a comma between directories; use a name without one"),
         (["--tokenizer", "gpt9"], "gpt9"),
         (["--input", str(tmp_path / "*.text")], "*.text: missing"),
         (["--input", "/dev/zero"], "/dev/zero: missing, a link that leads nowhere, a pipe or a device"),
@@ -312,6 +325,31 @@ def test_upper_case_names_are_read_like_lower_case_ones(tmp_path):
     found = documents(tmp_path / "d", "train")
     assert sorted(found) == sorted(documents(tmp_path / "e", "train")) and len(found) == 3 * 3 + 3
     assert {text(60, i) for i in range(4)} < set(found) and not any('{"' in d for d in found)
+
+
+def test_a_directory_of_source_files(tmp_path, capsys):
+    """Common endings are read, compressed or not; how many files of others are left out is printed."""
+    top = tmp_path / "top"
+    (top / ".git").mkdir(parents=True)
+    (top / "folder.png").mkdir()
+    for name in ("a.c", "b.h", "c.CC", "d.cu", "e.java", "f.ts", "g.rs", "h.go", "i.md", "j.rst", "k.sh", "l.sql"):
+        (top / name).write_text(f"text of {name}")
+    (top / "m.cpp.gz").write_bytes(gzip.compress(b"text of m.cpp"))
+    for name in ("n.json", "o.json.gz", "p.png", "Makefile", ".git/q.bin"):
+        (top / name).write_text("must not be read")
+    prepare([top, top / "a.c"], tmp_path / "d", vocab_size=260, val_fraction=0)
+    assert len(documents(tmp_path / "d", "train")) == 13
+    line = f"{top}: 4 left out for their endings (.json, Makefile, .png); name those to be read\n"
+    assert capsys.readouterr().err == line
+    prepare([top / "a.c", top / "Makefile"], tmp_path / "e", vocab_size=260, val_fraction=0)
+    assert documents(tmp_path / "e", "train") == ["text of a.c", "must not be read"]
+    for name in ("r.a", "s.b", "t.d", "u.e"):
+        (top / name).touch()
+    assert len(find_files([top])) == 13 and "8 left out for their endings (" in (said := capsys.readouterr().err)
+    assert said.count(", ") == 5 and ", ...)" in said
+    assert not find_files([top / "a.c"], ROWS)[1:] and not capsys.readouterr().err
+    with pytest.raises(ValueError, match="no .jsonl, .parquet, .arrow file in it"):
+        find_files([top], ROWS)
 
 
 def test_twins_are_one_text_however_they_are_written(tmp_path):

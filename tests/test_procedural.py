@@ -181,6 +181,8 @@ def test_a_bad_mixture_is_named(tmp_path):
             procedural.main([f"--out={tmp_path / 'd'}", f"--mixture={path}"])
     with pytest.raises(SystemExit, match="^error: workers=1000000000: must be from 1 to 1024"):
         procedural.main([f"--out={tmp_path / 'd'}", "--workers=1e9"])
+    with pytest.raises(SystemExit, match="out='a,b': --data of train.py has a comma between directories"):
+        procedural.main(["--out=a,b"])
     with pytest.raises(SystemExit, match="^error: .*missing.json"):
         procedural.main([f"--out={tmp_path / 'd'}", f"--mixture={tmp_path / 'missing.json'}"])
     assert [p.name for p in tmp_path.iterdir()] == ["cfg.json"]

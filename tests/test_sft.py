@@ -77,9 +77,9 @@ def test_the_mean_is_over_all_targets_of_a_step(released, examples, tmp_path):  
     small = Loader([(examples["qwen3_moe"], 1.0)], "train", 2, 48, documents=True)
     assert len({int((small.next()[1] >= 0).sum()) for _ in range(4)}) > 1
     run(released, examples, tmp_path / "whole", "--steps=4")
-    run(released, examples, tmp_path / "parts", "--steps=4", "--grad-accum=4", "--val-batches=4")
+    run(released, examples, tmp_path / "parts", "--steps=4", "--grad-accum=4")
     flags = [f"--init-from={released / 'qwen3_moe'}", f"--data={examples['qwen3_moe']}", *FLAGS, "--steps=4"]
-    flags, engines = [*flags, "--grad-accum=2", "--val-batches=2"], ("ddp", "ep")
+    flags, engines = [*flags, "--grad-accum=2"], ("ddp", "ep")
     jobs = [[2, [*flags, f"--parallel={engine}", f"--out-dir={tmp_path / engine}"]] for engine in engines]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.ranks", json.dumps(jobs)]
