@@ -242,8 +242,6 @@ def set_up(cfg, run, data):
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each makes the weights in the memory of this machine
     require_memory(what, 4 * n_params * ranks, CPU, remedy)
     state = run.resume()
-    if cfg.trace:
-        check_trace(cfg.trace, cfg.steps - (state["step"] if state else 0))
     model = start.load(cfg.init_from, "init_from", cfg) if cfg.init_from and not state else GPT(cfg)
     if state:
         fixed = {"optimizer", "init_from", "upcycle_from", *(field.name for field in dataclasses.fields(ModelConfig))}
@@ -308,6 +306,8 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
     with Run(cfg, name, rank, world, device, given, partial(make_data, cfg)) as run:
         cfg, data = open_data(cfg, run)
         job = set_up(cfg, run, data)
+        if cfg.trace:
+            check_trace(cfg.trace, cfg.steps - job.step)
         run.begin(cfg, job.step, job.state)
         if run.first:
             print(report.first_lines(cfg, run, data, job.step), flush=True)

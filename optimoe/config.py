@@ -14,8 +14,10 @@ POSITIONAL take words without a flag; a tuple at their end takes any number. A s
 --config, --preset (the default preset only without start_fields and --config), other flags.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import math
 import os
@@ -30,6 +32,7 @@ from pathlib import Path
 
 from data import files
 
+ROOM = 2**16  # bytes that must be free on a disk that is written to
 BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 
@@ -57,15 +60,23 @@ def shown(value):
 
 
 def make_directory(path, name, value):
-    """The directory as a Path, made if missing. Raises ValueError, blaming field `name`, if it is not writable."""
+    """The directory as a Path, made if missing. Raises ValueError, blaming field `name`, if it is not writable or has
+    no room; what was made is then removed."""
     path = Path(path)
+    made = [new for new in (path, *path.parents) if not os.path.exists(new)]
     remedy = "its name is not UTF-8, which torch cannot open; name another directory"
     require(str(path) == str(path).encode(errors="replace").decode(), name, value, remedy)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(ROOM))
     except OSError as error:
-        require(False, name, value, f"nothing can be written to {path} ({error.strerror}); name another directory")
+        for new in made:
+            with contextlib.suppress(OSError):  # it was not made, or another process uses it
+                new.rmdir()
+        space = "free some space or " if error.errno == errno.ENOSPC else ""
+        remedy = f"nothing can be written to {path} ({error.strerror}); {space}name another directory"
+        require(False, name, value, remedy)
     return path
 
 

@@ -189,7 +189,7 @@ class Run:
 
     def _open(self):
         name = str(self.dir)
-        inside = self.dir / "data", self.dir / "lock"
+        inside = [self.dir / name for name in ("data", "lock", "config.json", "metrics.jsonl", "tensorboard")]
         made = [path for path in (*inside, self.dir, *self.dir.parents) if not path.exists()]
         make_directory(self.dir, "out_dir", name)
         self.lock = open(self.dir / "lock", "w")
@@ -243,7 +243,7 @@ class Run:
 
     def begin(self, cfg, step, state=None, part="config"):
         """After all checks: write the final config.json, open the logs, and listen to signals."""
-        self.cfg, self.began = cfg, time.perf_counter()
+        self.cfg, began = cfg, time.perf_counter()
         if self.first:
             kept = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in config.NOT_FIELDS}
             changed = {"resumed_with": self._changed(state[part])} if state else {}
@@ -253,6 +253,7 @@ class Run:
             log, close = open_log(kind, module, cfg, self.dir.absolute(), step)
             self.logs.append(log)
             self.exits.callback(close)
+        self.began = began  # only now: what was written so far goes if one of it fails
         self.stop.listen()
 
     def _rewind(self, step, state):
@@ -331,8 +332,9 @@ class Run:
 
 
 def check_trace(path, steps):
-    check_file(path, "trace", device=False)
+    """Raises ValueError if no trace of a run of these steps can be written. To be called last: makes its directory."""
     require(steps >= 8, "trace", path, f"it shows steps 6 to 8, and this run has {steps}; use more --steps")
+    check_file(path, "trace", device=False)
 
 
 def check_rates(cfg, names):

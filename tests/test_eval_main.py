@@ -312,3 +312,10 @@ def test_bad_arguments(tiny_run, flags, message):
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match=message):
         run(tiny_run, *flags)
+
+
+def test_a_full_disk_leaves_no_directory(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(config.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
+    with pytest.raises(ValueError, match="out=.*: nothing can be written to .*; free some space or name another"):
+        run(tiny_run, "--tasks=gsm8k", "--shots=0", f"--out={tmp_path}/new/out")
+    assert not (tmp_path / "new").exists()
