@@ -10,7 +10,8 @@
 Types come from annotations (int, float, bool, str, `X | None`, Literal, tuple[X, ...] with commas), help from the
 comment behind a field, headings from comment lines, ranges from `__post_init__`. Fields named in the class variable
 POSITIONAL take words without a flag; a tuple at their end takes any number. A static method `preset_fields(name)` adds
---preset, `start_fields(flags)` gives other defaults. Each of these overrides the ones before: defaults, start_fields,
+--preset, `start_fields(flags)` gives other defaults. A --config file with all names in the set RUN may have unknown
+ones too: it is that of a run, which has more fields. Each of these overrides the ones before: defaults, start_fields,
 --config, --preset (the default preset only without start_fields and --config), other flags.
 """
 
@@ -203,8 +204,13 @@ def _start(cls, flags, start=None):
     values, path = _converted(cls, start or {}), flags.get("config")
     if path is not None:
         require(Path(path).is_file(), "config", path, "no such config file")
-        found = files.read_json(path)
-        values |= _converted(cls, {name: found[name] for name in found if name not in NOT_FIELDS}, f"{path}: ")
+        known = {field.name for field in dataclasses.fields(cls)}
+        found = renamed(files.read_json(path), known)
+        if "out_dir" in found:  # of a whole run, perhaps of an earlier version
+            found = {name: value for name, value in BEFORE.items() if name in known} | found
+        if hasattr(cls, "RUN") and cls.RUN <= found.keys():
+            found = {name: found[name] for name in found if name in known}
+        values |= _converted(cls, found, f"{path}: ")
     preset = flags.get("preset", "" if values else getattr(cls, "preset", ""))
     if preset and hasattr(cls, "preset_fields"):
         values |= cls.preset_fields(preset) | {"preset": preset}
