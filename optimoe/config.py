@@ -128,7 +128,7 @@ def parse(cls, argv=None, description="", start=None):
     argv = sys.argv[1:] if argv is None else argv
     words = [word for word in argv if word not in ("--help", "-h")]
     if len(words) < len(argv):
-        print(help_text(cls, description, words))
+        print(help_text(cls, description, words, start))
         sys.exit(0)
     flags = split_flags(cls, argv)
     values = _start(cls, flags, start) | _converted(cls, {name: flags[name] for name in flags if name != "config"})
@@ -217,10 +217,10 @@ def _start(cls, flags, start=None):
     return values
 
 
-def help_text(cls, description="", argv=()):
-    """The --help page: each field with its type, default (by --config and --preset of argv) and comment."""
+def help_text(cls, description="", argv=(), start=None):
+    """The --help page: each field with its type, default (by `start`, --config and --preset of argv) and comment."""
     (notes, headings), hints = _comments(cls), typing.get_type_hints(cls)
-    values = _start(cls, split_flags(cls, argv))
+    values = _start(cls, split_flags(cls, argv), start)
     lines = [description.strip(), ""] if description else []
     lines += ["usage: --field=value; bools --flag or --flag=false; --config=FILE.json loads saved values"]
     if hasattr(cls, "preset_fields"):

@@ -38,7 +38,7 @@ FIRST_SECONDS = 5  # how long other ranks wait for rank 0 to say what ends the r
 def parse(cls, argv, description=""):
     """(cfg, names of the fields that flags have set). With --resume=DIR, DIR/config.json gives the defaults. Its
     "resumed_with" lists fields that flags have changed since the last checkpoint: these count as set."""
-    flags = {} if {"--help", "-h"} & set(argv) else config.split_flags(cls, argv)
+    flags = config.split_flags(cls, [word for word in argv if word not in ("--help", "-h")])
     given = {field.name for field in dataclasses.fields(cls)} if flags.keys() & {"config", "preset"} else set(flags)
     for name in ("resume", "init_from", "upcycle_from"):  # perhaps a shell variable that is not set
         require(flags.get(name) != "", name, "", "it is empty; name a directory or leave the flag out")
@@ -52,7 +52,7 @@ def parse(cls, argv, description=""):
     mine, other = ("grpo.py" if found else "train.py" for found in (hasattr(cls, "group_size"), "group_size" in values))
     require(other == mine or "steps" not in values, "resume", directory, f"it is a run of {other}, not of {mine}")
     try:
-        cfg = config.parse(cls, argv, start=config.complete(cls, values))
+        cfg = config.parse(cls, argv, description, config.complete(cls, values) | {"out_dir": directory})
     except ValueError as error:
         raise ValueError(f"{path} with these flags: {error}") from None
     stays = "out_dir" not in given or os.path.abspath(cfg.out_dir) == os.path.abspath(directory)

@@ -228,6 +228,23 @@ def test_a_resumed_run_stays_where_it_is(data_dir, tmp_path):
             run.parse(TrainConfig, [f"--resume={wrong}"])
 
 
+def test_help_of_a_resumed_run_shows_its_values(whole_run, tmp_path, capsys):
+    def page(program, *argv):
+        with pytest.raises(SystemExit):
+            program([*argv, "--help"])
+        return capsys.readouterr().out
+
+    cut = cut_at(whole_run[0], tmp_path / "cut", 4)
+    default = lambda page, name: re.search(rf"^  --{name} \S+ +(\S+)", page, re.MULTILINE)[1]
+    for resume in ([f"--resume={cut}"], ["--resume", str(cut)]):
+        found = page(main, *resume, "--lr=5")
+        assert "Train a mixture" in found
+        assert [default(found, name) for name in ("steps", "lr", "out_dir")] == ["8", "0.01", repr(str(cut))]
+    assert default(page(main), "steps") == "1700" and default(page(grpo.main), "steps") == "105"
+    with pytest.raises(ValueError, match="resume='absent': not a run directory"):
+        main(["--resume=absent", "--help"])
+
+
 def test_flags_of_a_killed_resumption_stay(whole_run, tmp_path, monkeypatch):
     """Resumed with another rate and killed before its next checkpoint, a run goes on with that rate."""
     cut = cut_at(whole_run[0], tmp_path / "cut", 4)
