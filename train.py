@@ -14,6 +14,7 @@ results.json. Ctrl-C or SIGTERM saves a checkpoint and ends the run.
 
 import dataclasses
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +105,7 @@ class TrainConfig(ModelConfig):
 
     def validate(self):
         super().validate()
-        remedy = f"name text in its tokens: python -m data.prepare ... --tokenizer={self.init_from}"
+        remedy = f"name text in its tokens: python -m data.prepare ... --tokenizer={shlex.quote(self.init_from)}"
         require(self.data or not self.init_from, "data", "", remedy)
         remedy = "the weights come from one place: give init_from or upcycle_from"
         require(not (self.init_from and self.upcycle_from), "init_from", self.init_from, remedy)

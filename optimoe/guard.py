@@ -7,6 +7,7 @@ the host looks, so that `Watch` can repeat that step and write down what happens
 
 import json
 import math
+import shlex
 
 import torch
 
@@ -56,13 +57,14 @@ def remedy(run_dir, lr, loss=None):
     """What the user can do. Every checkpoint is sound: weights that are not finite are never saved.
 
     loss: the finite one above the user's max_loss, if that is what was found."""
-    found, lower = checkpoint.find(run_dir), f"{min(lr / 2, 1e-2):.2g}"
+    found, again = checkpoint.find(run_dir), f"--resume={shlex.quote(str(run_dir))}"
+    lower = f"{min(lr / 2, 1e-2):.2g}"
     goes_on = f"goes on from {found[-1][1].name}" if found else "starts again, as there is no checkpoint yet"
     ways = {"a higher max_loss": f"--max_loss={1.5 * loss:.2g}"} if loss is not None else {}
     ways |= {"a lower lr": f"--lr={lower}"} if 0 < float(lower) < lr else {}
     if not ways:
         return f"no lr is lower than {lr:g}; look for the cause in the data and in the weights at the start"
-    return f"use {' or '.join(ways)}: --resume={run_dir} {' or '.join(ways.values())} {goes_on}"
+    return f"use {' or '.join(ways)}: {again} {' or '.join(ways.values())} {goes_on}"
 
 
 def check_finite(name, value, step, run_dir, lr):

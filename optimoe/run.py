@@ -8,6 +8,7 @@ import dataclasses
 import fcntl
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -199,7 +200,7 @@ class Run:
             require(False, "out_dir", name, "another process is training there; use another directory")
         self.made = made  # only now: without the lock, they may be another process's
         holds_run = (self.dir / "metrics.jsonl").exists() or checkpoint.find(self.dir)
-        remedy = f"it already holds a run; continue it with --resume={name} or use another directory"
+        remedy = f"it already holds a run; continue it with --resume={shlex.quote(name)} or use another directory"
         require(self.cfg.resume or not holds_run, "out_dir", name, remedy)
 
     def __enter__(self):
@@ -323,7 +324,7 @@ class Run:
 
     def stopped(self, step, program):
         if self.first:
-            again = f"{parallel.runner()} {program} --resume={self.dir}"
+            again = f"{parallel.runner()} {program} --resume={shlex.quote(str(self.dir))}"
             print(f"stopped and saved at step {step}; continue with: {again}", flush=True)
 
     def finish(self, results):

@@ -439,6 +439,23 @@ def test_skipping_goes_on_until_ten_in_a_row(data_dir, tmp_path, log_every):
             train_run(data_dir, tmp_path / "off", *flags, "--steps=12", "--log-every=1")
 
 
+def test_a_printed_command_can_be_pasted(data_dir, tmp_path, monkeypatch, capsys):
+    """Also where a directory's name has a space."""
+    out, said = tmp_path / "my run", []
+    monkeypatch.setattr(run.Run, "stopping", lambda self: True)
+    train_run(data_dir, out)
+    said.append(capsys.readouterr().out)
+    with pytest.raises(ValueError) as held:
+        train_run(data_dir, out)
+    with pytest.raises(OSError) as full, monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_make_room", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        checkpoint.save(out, 9, {}, 1)
+    said += [str(held.value), str(full.value), guard.remedy(out, 1.0)]
+    assert [text for text in said if f"--resume='{out}'" not in text] == []
+    with pytest.raises(ValueError, match="--tokenizer='my model'"):
+        TrainConfig(init_from="my model")
+
+
 def test_hints_repeat_the_settings_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fields = TrainConfig.preset_fields("tiny") | {"vocab_size": 512, "lr": 1e-3, "curves": False, "n_experts": 16}
