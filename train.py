@@ -113,6 +113,10 @@ class TrainConfig(ModelConfig):
         check_range(self, "steps batch_size grad_accum log_every keep_checkpoints", 1)
         check_range(self, "warmup_steps weight_decay clip_norm balance_coef z_coef val_every val_batches")
         check_range(self, "checkpoint_every sample_tokens lr eps max_loss seed")
+        remedy = (
+            f"with batch_size={self.batch_size} and seq_len={self.seq_len} these are 2^63 tokens or more; use fewer"
+        )
+        require(self.steps * self.batch_size * self.seq_len < 2**63, "steps", self.steps, remedy)
         check_range(self, "decay_frac min_lr_frac", 0, 1)
         check_rates(self, "beta1 beta2 muon_momentum")
         remedy = "use 0 for all ranks, or 2 or more with --parallel=ep"

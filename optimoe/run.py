@@ -139,6 +139,11 @@ class Clock:
         self.since += time.perf_counter() - began
 
 
+def duration(seconds):
+    """Seconds as text, at most the longest time that a timedelta holds (2.7 million years)."""
+    return str(timedelta(seconds=int(min(seconds, 86_399_999_999_999))))
+
+
 class Progress:
     """Prints the progress of a part of a long step: on a terminal in one line, every second; else a line a minute.
 
@@ -156,7 +161,7 @@ class Progress:
         self.done[i], now = n, time.perf_counter()
         if self.run.first and now - self.shown >= (1 if self.terminal else 60):
             share = min(1.0, max(1, sum(self.done.values())) / self.total)
-            left = timedelta(seconds=round((now - self.began) * (1 / share - 1)))
+            left = duration((now - self.began) * (1 / share - 1))
             line, self.shown = f"{self.what}: {share:.0%}, {left} left", now
             form, end = (f"\r{line:<60}", "\r") if self.terminal else (line, "\n")
             print(form, end=end, file=sys.stderr, flush=True)

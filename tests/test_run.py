@@ -79,6 +79,13 @@ def test_numbers_beyond_64_bits(name):
         grpo.GRPOConfig(model="x", questions=10**400)
 
 
+@pytest.mark.parametrize("flag", ["--steps=1000000000000000000", "--batch-size=100000000000000000"])
+def test_more_tokens_than_can_be_counted(tmp_path, flag):
+    with pytest.raises(ValueError, match=r"^steps=\d+: with batch_size=\d+ and seq_len=\d+ these are 2\^63 tokens or"):
+        main([flag, f"--out-dir={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "flags", ["--questions=1000000000000", "--batch-prompts=1024000000000", "--group-size=1000000000"]
 )
