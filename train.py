@@ -386,7 +386,7 @@ def finish(cfg, run, job, data, row, val_row):
         torch.use_deterministic_algorithms(True, warn_only=True)
     results |= report.final_report(job.model, cfg, data, results)
     run.finish(results)
-    print(report.next_steps(run.dir, cfg, results))
+    print(report.next_steps(run.dir, cfg, data, results))
     return results
 
 

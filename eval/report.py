@@ -181,8 +181,8 @@ def final_report(model, cfg, data, results):
     return {"samples": samples}
 
 
-def next_steps(run_dir, cfg, results):
-    """What to try after a run, as commands that fit this machine and the number of ranks."""
+def next_steps(run_dir, cfg, data, results):
+    """What to try after a run, as commands that fit this machine, the number of ranks and the model."""
     run_dir, start = shlex.quote(str(run_dir)), parallel.runner()
     commands = {f"{start} train.py --resume={run_dir} --steps={2 * cfg.steps}": "train longer"}
     again = f"{start} train.py --config={run_dir}/config.json --out_dir={run_dir}-experts"
@@ -191,7 +191,8 @@ def next_steps(run_dir, cfg, results):
     elif cfg.n_experts < 1024 and not cfg.init_from:
         more = f"{again} --n_experts={min(1024, 4 * cfg.n_experts)}"
         commands[more] = "more experts on the same data; --dense: without experts"
-    if any(row["solution"] < 0.95 for row in results.get("reasoning", {}).values()):  # there is something left to learn
+    left = any(row["solution"] < 0.95 for row in results.get("reasoning", {}).values())  # something to learn
+    if left and probes.fits_grpo(data.sources[0][0], cfg.seq_len):
         small = " --steps=10 --batch_prompts=64 --mini_batch=32 --eval_questions=100"
         small = "" if torch.cuda.is_available() else small
         commands[f"{start} grpo.py --model={run_dir}{small}"] = "reinforcement learning on the reasoning problems"

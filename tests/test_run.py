@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -467,8 +467,10 @@ def test_hints_repeat_the_settings_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fields = TrainConfig.preset_fields("tiny") | {"vocab_size": 512, "lr": 1e-3, "curves": False, "n_experts": 16}
     cfg = TrainConfig(**fields, data="books:1,web:2", out_dir="runs/x")
+    procedural.build("data", SMALL_MIXTURE)
+    data = SimpleNamespace(sources=[("data", 1.0)])
     hints = lambda solution, **changes: report.next_steps(
-        "runs/x", dataclasses.replace(cfg, **changes), {"reasoning": {1: {"solution": solution}}}
+        "runs/x", dataclasses.replace(cfg, **changes), data, {"reasoning": {1: {"solution": solution}}}
     )
     Path("runs/x").mkdir(parents=True)
     for kept, changes in ((cfg, {"n_experts": 64}), (dataclasses.replace(cfg, dense=True), {"dense": False})):
@@ -477,7 +479,7 @@ def test_hints_repeat_the_settings_of_the_run(tmp_path, monkeypatch):
         expected = dataclasses.replace(kept, out_dir="runs/x-experts", **changes)
         assert config.parse(TrainConfig, flags) == expected
     assert "grpo.py --model=runs/x --steps=" in hints(0.5) or torch.cuda.is_available()
-    assert "grpo.py" not in hints(0.99) and "--n_experts" not in hints(0.5, n_experts=1024)
+    assert "grpo.py" not in hints(0.99) + hints(0.5, seq_len=9) and "--n_experts" not in hints(0.5, n_experts=1024)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert "  torchrun --nproc-per-node=4 train.py --resume=runs/x --steps=" in hints(0.5)
 
