@@ -14,6 +14,7 @@ results.json. Ctrl-C or SIGTERM saves a checkpoint and ends the run.
 
 import dataclasses
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +105,7 @@ class TrainConfig(ModelConfig):
 
     def validate(self):
         super().validate()
-        remedy = f"name text in its tokens: python -m data.prepare ... --tokenizer={self.init_from}"
+        remedy = f"name text in its tokens: python -m data.prepare ... --tokenizer={shlex.quote(self.init_from)}"
         require(self.data or not self.init_from, "data", "", remedy)
         remedy = "the weights come from one place: give init_from or upcycle_from"
         require(not (self.init_from and self.upcycle_from), "init_from", self.init_from, remedy)
@@ -112,6 +113,10 @@ class TrainConfig(ModelConfig):
         check_range(self, "steps batch_size grad_accum log_every keep_checkpoints", 1)
         check_range(self, "warmup_steps weight_decay clip_norm balance_coef z_coef val_every val_batches")
         check_range(self, "checkpoint_every sample_tokens lr eps max_loss seed")
+        remedy = (
+            f"with batch_size={self.batch_size} and seq_len={self.seq_len} these are 2^63 tokens or more; use fewer"
+        )
+        require(self.steps * self.batch_size * self.seq_len < 2**63, "steps", self.steps, remedy)
         check_range(self, "decay_frac min_lr_frac", 0, 1)
         check_rates(self, "beta1 beta2 muon_momentum")
         remedy = "use 0 for all ranks, or 2 or more with --parallel=ep"
@@ -242,8 +247,6 @@ def set_up(cfg, run, data):
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each makes the weights in the memory of this machine
     require_memory(what, 4 * n_params * ranks, CPU, remedy)
     state = run.resume()
-    if cfg.trace:
-        check_trace(cfg.trace, cfg.steps - (state["step"] if state else 0))
     model = start.load(cfg.init_from, "init_from", cfg) if cfg.init_from and not state else GPT(cfg)
     if state:
         fixed = {"optimizer", "init_from", "upcycle_from", *(field.name for field in dataclasses.fields(ModelConfig))}
@@ -312,6 +315,8 @@ def train(cfg, rank=0, world=1, device=CPU, given=None):
     with Run(cfg, name, rank, world, device, given, partial(make_data, cfg)) as run:
         cfg, data = open_data(cfg, run)
         job = set_up(cfg, run, data)
+        if cfg.trace:
+            check_trace(cfg.trace, cfg.steps - job.step)
         run.begin(cfg, job.step, job.state)
         if run.first:
             print(report.first_lines(cfg, run, data, job.step), flush=True)
@@ -385,7 +390,7 @@ def finish(cfg, run, job, data, row, val_row):
         torch.use_deterministic_algorithms(True, warn_only=True)
     results |= report.final_report(job.model, cfg, data, results)
     run.finish(results)
-    print(report.next_steps(run.dir, cfg, results))
+    print(report.next_steps(run.dir, cfg, data, results))
     return results
 
 

@@ -3,6 +3,7 @@
 python -m bench.readme --csv=mine.csv  # about 25 minutes on an H100; --list prints the commands and runs nothing
 """
 
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def main(argv=None):
         if kind == "step":
             flags += ["--optimizer=adamw", "--compile=true"]
         command = ["-m", f"bench.{kind}", *flags, f"--csv={cfg.csv}"]
-        print("python", *command, flush=True)
+        print(shlex.join(["python", *command]), flush=True)
         failed += not cfg.list and subprocess.run([sys.executable, *command]).returncode != 0
     return f"error: {failed} of these benchmarks failed" if failed else 0
 

@@ -176,9 +176,10 @@ def main(argv=None):
     for task in map(tasks.load, cfg.tasks):  # find all data before anything is computed
         shots = task.shots if cfg.shots is None else cfg.shots
         jobs[task.name] = Job(task, shots, harness.read_items(task, source, shots), cfg.accuracy and task.generates)
+    writes = any(job.generates for job in jobs.values())
     programs = any(job.generates and job.task.program for job in jobs.values())
     results = {"sandbox": sandbox.confinement()} if programs else {}
-    loaded, out = harness.open_model(cfg)
+    loaded, out = harness.open_model(cfg, writes)
     path = out / "results.json"
     old = earlier_results(path, loaded.name)
     for name, job in jobs.items():

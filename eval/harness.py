@@ -59,10 +59,18 @@ def open_source(cfg: EvalChoice) -> Source:
     return Source(cfg.evaldata, cfg.data_directory())
 
 
-def open_model(cfg: EvalChoice) -> tuple[Loaded, Path]:
-    """(the chosen model, the directory of its results)."""
+def open_model(cfg: EvalChoice, writes=False) -> tuple[Loaded, Path]:
+    """(the chosen model, the directory of its results). writes: whether the model must write answers."""
     loaded = load(cfg)
+    if writes:
+        check_writes(loaded.model)
     return loaded, make_directory(cfg.out or loaded.results, "out", cfg.out)
+
+
+def check_writes(model) -> None:
+    """ValueError unless a prompt and an answer, each of a token, fit the model."""
+    remedy = "the model reads one token and can write no answer; train one with a longer seq_len"
+    require(model.cfg.seq_len > 1, "seq_len", model.cfg.seq_len, remedy)
 
 
 def read_items(task, source: Source, shots: int) -> list:

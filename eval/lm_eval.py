@@ -47,6 +47,7 @@ class Model(TemplateLM):
         return found
 
     def generate_until(self, requests, **_):
+        harness.check_writes(self.loaded.model)
         found, kinds = {}, [json.dumps(r.args[1], sort_keys=True) for r in requests]
         for kind in set(kinds):
             how = SimpleNamespace(**GENERATION | json.loads(kind))

@@ -106,6 +106,18 @@ def solutions_written(model, enc, cfg: ReasoningConfig, steps, n: int) -> dict:
     return solved(model, enc, lambda i, s: reasoning.problem(cfg, i, "test", s), steps, cfg.max_steps, n)
 
 
+def fits_grpo(data_dir, seq_len: int) -> bool:
+    """Whether grpo.py can ask a model with this seq_len about some word problem of the data: questions may take half of
+    it, and the solution must fit too."""
+    cfg, enc = procedural.read_config(data_dir).reasoning, tokenizer.load(data_dir)
+
+    def fits(problem):
+        whole = len(prompt(enc, problem.question + problem.solution))
+        return len(prompt(enc, problem.question)) <= seq_len // 2 and whole <= seq_len
+
+    return all(any(fits(reasoning.problem(cfg, i, split, 1)) for i in range(100)) for split in ("train", "test"))
+
+
 def mano_accuracy(model, enc, cfg: ReasoningConfig, n: int = 200) -> dict:
     """`solved` for expressions of up to two operations more than in training. Only the answer is written,
     no steps. Products make 0 the commonest answer."""

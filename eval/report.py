@@ -3,7 +3,6 @@
 import math
 import resource
 import shlex
-from datetime import timedelta
 
 import torch
 
@@ -12,6 +11,7 @@ from eval import probes
 from eval.generate import generate
 from model import compute_dtype
 from optimoe import guard, parallel
+from optimoe.run import duration
 from optimoe.sizes import count_params, flops_per_token, peak_flops
 
 
@@ -72,14 +72,14 @@ def speed(tokens_per_s, cfg, device, world):
 
 
 def log_line(row, cfg):
-    left = int((cfg.steps - row["step"]) * cfg.batch_size * cfg.seq_len / row["tokens_per_s"])
+    left = duration((cfg.steps - row["step"]) * cfg.batch_size * cfg.seq_len / row["tokens_per_s"])
     mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
     load = f"{max(row['load_max']):.2f}" if "load_max" in row else "n/a"
     loss = f"{row['loss']:.4f}" if "loss" in row else "skipped"
     norm, rate = f"norm {float(row['grad_norm'] or 'nan'):.2f}", f"{row['tokens_per_s']:,.0f} tok/s | mfu {mfu}"
     head = f"step {row['step']:>6}/{cfg.steps} | loss {loss} | lr {row['lr']:.2e}"
     again = f" | repeated {row['repeated_steps']}" if "repeated_steps" in row else ""  # see docs/multi-gpu.md
-    return f"{head} | {norm} | {rate} | load {load}{again} | eta {timedelta(seconds=left)}"
+    return f"{head} | {norm} | {rate} | load {load}{again} | eta {left}"
 
 
 def val_row(loss, step, tokens, sources):
@@ -132,7 +132,7 @@ def grpo_line(row, cfg):
         f"KL {row['kl']:.2e} | clipped {row['clipped']:.2%} | other experts {row['router_changed']:.2%} | "
         f"grad {row['grad_norm']:.3f} | rollout {row['seconds_rollout']:.1f} s at "
         f"{row['rollout_tokens_per_s']:,.0f} tokens/s, reward {row['seconds_reward']:.1f} s, "
-        f"update {row['seconds_update']:.1f} s | eta {timedelta(seconds=round(seconds * (cfg.steps - row['step'])))}"
+        f"update {row['seconds_update']:.1f} s | eta {duration(seconds * (cfg.steps - row['step']))}"
     )
 
 
@@ -181,8 +181,8 @@ def final_report(model, cfg, data, results):
     return {"samples": samples}
 
 
-def next_steps(run_dir, cfg, results):
-    """What to try after a run, as commands that fit this machine and the number of ranks."""
+def next_steps(run_dir, cfg, data, results):
+    """What to try after a run, as commands that fit this machine, the number of ranks and the model."""
     run_dir, start = shlex.quote(str(run_dir)), parallel.runner()
     commands = {f"{start} train.py --resume={run_dir} --steps={2 * cfg.steps}": "train longer"}
     again = f"{start} train.py --config={run_dir}/config.json --out_dir={run_dir}-experts"
@@ -191,7 +191,8 @@ def next_steps(run_dir, cfg, results):
     elif cfg.n_experts < 1024 and not cfg.init_from:
         more = f"{again} --n_experts={min(1024, 4 * cfg.n_experts)}"
         commands[more] = "more experts on the same data; --dense: without experts"
-    if any(row["solution"] < 0.95 for row in results.get("reasoning", {}).values()):  # there is something left to learn
+    left = any(row["solution"] < 0.95 for row in results.get("reasoning", {}).values())  # something to learn
+    if left and probes.fits_grpo(data.sources[0][0], cfg.seq_len):
         small = " --steps=10 --batch_prompts=64 --mini_batch=32 --eval_questions=100"
         small = "" if torch.cuda.is_available() else small
         commands[f"{start} grpo.py --model={run_dir}{small}"] = "reinforcement learning on the reasoning problems"

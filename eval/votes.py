@@ -93,7 +93,7 @@ def main(argv=None):
     cfg = config.parse(VotesConfig, argv, __doc__)
     task, source = tasks.load(cfg.task), harness.open_source(cfg)
     items = task.asked(harness.read_items(task, source, cfg.shots))
-    loaded, out = harness.open_model(cfg)
+    loaded, out = harness.open_model(cfg, writes=True)
     settings, path = harness.settings(loaded, items, cfg.shots, cfg), out / f"votes-{cfg.task}.json"
     none = {item.id: set() for item in items}  # a vote has no metrics
     stored = harness.Records(path.with_suffix(".jsonl"), settings, none, cfg.overwrite)

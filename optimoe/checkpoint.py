@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +68,7 @@ def save(run_dir, step, state, keep, rank=0, world=1):
             tmp.unlink(missing_ok=True)
         newest = "there is no older one"
         if found := find(run_dir):
-            newest = f"{found[-1][1]} is whole: free some space, then --resume={run_dir}"
+            newest = f"{found[-1][1]} is whole: free some space, then --resume={shlex.quote(str(run_dir))}"
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); {newest}") from error
     files.sync_directory(run_dir)  # the rename must be on disk before older files go
     older = [old for _, old in find(run_dir) if old != path]

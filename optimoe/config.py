@@ -10,12 +10,15 @@
 Types come from annotations (int, float, bool, str, `X | None`, Literal, tuple[X, ...] with commas), help from the
 comment behind a field, headings from comment lines, ranges from `__post_init__`. Fields named in the class variable
 POSITIONAL take words without a flag; a tuple at their end takes any number. A static method `preset_fields(name)` adds
---preset, `start_fields(flags)` gives other defaults. Each of these overrides the ones before: defaults, start_fields,
+--preset, `start_fields(flags)` gives other defaults. A --config file with all names in the set RUN may have unknown
+ones too: it is that of a run, which has more fields. Each of these overrides the ones before: defaults, start_fields,
 --config, --preset (the default preset only without start_fields and --config), other flags.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import math
 import os
@@ -30,6 +33,7 @@ from pathlib import Path
 
 from data import files
 
+ROOM = 2**16  # bytes that must be free on a disk that is written to
 BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 
@@ -57,15 +61,23 @@ def shown(value):
 
 
 def make_directory(path, name, value):
-    """The directory as a Path, made if missing. Raises ValueError, blaming field `name`, if it is not writable."""
+    """The directory as a Path, made if missing. Raises ValueError, blaming field `name`, if it is not writable or has
+    no room; what was made is then removed."""
     path = Path(path)
+    made = [new for new in (path, *path.parents) if not os.path.exists(new)]
     remedy = "its name is not UTF-8, which torch cannot open; name another directory"
     require(str(path) == str(path).encode(errors="replace").decode(), name, value, remedy)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(ROOM))
     except OSError as error:
-        require(False, name, value, f"nothing can be written to {path} ({error.strerror}); name another directory")
+        for new in made:
+            with contextlib.suppress(OSError):  # it was not made, or another process uses it
+                new.rmdir()
+        space = "free some space or " if error.errno == errno.ENOSPC else ""
+        remedy = f"nothing can be written to {path} ({error.strerror}); {space}name another directory"
+        require(False, name, value, remedy)
     return path
 
 
@@ -116,7 +128,7 @@ def parse(cls, argv=None, description="", start=None):
     argv = sys.argv[1:] if argv is None else argv
     words = [word for word in argv if word not in ("--help", "-h")]
     if len(words) < len(argv):
-        print(help_text(cls, description, words))
+        print(help_text(cls, description, words, start))
         sys.exit(0)
     flags = split_flags(cls, argv)
     values = _start(cls, flags, start) | _converted(cls, {name: flags[name] for name in flags if name != "config"})
@@ -192,18 +204,23 @@ def _start(cls, flags, start=None):
     values, path = _converted(cls, start or {}), flags.get("config")
     if path is not None:
         require(Path(path).is_file(), "config", path, "no such config file")
-        found = files.read_json(path)
-        values |= _converted(cls, {name: found[name] for name in found if name not in NOT_FIELDS}, f"{path}: ")
+        known = {field.name for field in dataclasses.fields(cls)}
+        found = renamed(files.read_json(path), known)
+        if "out_dir" in found:  # of a whole run, perhaps of an earlier version
+            found = {name: value for name, value in BEFORE.items() if name in known} | found
+        if hasattr(cls, "RUN") and cls.RUN <= found.keys():
+            found = {name: found[name] for name in found if name in known}
+        values |= _converted(cls, found, f"{path}: ")
     preset = flags.get("preset", "" if values else getattr(cls, "preset", ""))
     if preset and hasattr(cls, "preset_fields"):
         values |= cls.preset_fields(preset) | {"preset": preset}
     return values
 
 
-def help_text(cls, description="", argv=()):
-    """The --help page: each field with its type, default (by --config and --preset of argv) and comment."""
+def help_text(cls, description="", argv=(), start=None):
+    """The --help page: each field with its type, default (by `start`, --config and --preset of argv) and comment."""
     (notes, headings), hints = _comments(cls), typing.get_type_hints(cls)
-    values = _start(cls, split_flags(cls, argv))
+    values = _start(cls, split_flags(cls, argv), start)
     lines = [description.strip(), ""] if description else []
     lines += ["usage: --field=value; bools --flag or --flag=false; --config=FILE.json loads saved values"]
     if hasattr(cls, "preset_fields"):

@@ -18,6 +18,7 @@ from optimoe import config
 LOSS, NORM = "cross-entropy, nats per token", "gradient norm before clipping"
 ENTROPY = "entropy of the mean router, nats (dotted: even; dark: first layer)"
 LOAD = "load of the busiest expert (1: even; dark: first layer)"
+NUMBERS = ("step", "tokens", "loss", "val_loss", "reward", "test_reward")  # never None; others may be unknown
 GRPO = {
     "share of right answers (reward)": "reward",
     "KL to the start model, nats per token": "kl",
@@ -34,7 +35,7 @@ def read(run):
     for needed in (log, path):
         if not needed.exists():
             raise ValueError(f"{run} holds no {needed.name}: give a run directory")
-    rows, _ = files.read_rows(log)
+    rows = checked(log)
     train = [row for row in rows if "loss" in row]
     if not train:
         raise ValueError(f"{run} has logged no training step yet")
@@ -45,6 +46,18 @@ def read(run):
         each_step = settings.get("batch_size", 0) * settings["seq_len"]
         row.setdefault("tokens", counted.get(row["step"], row["step"] * each_step))
     return settings, train, [row for row in rows if "val_loss" in row or "loss" not in row and "test_reward" in row]
+
+
+def checked(log):
+    """The rows of a metrics.jsonl. ValueError names the first line that lacks a number where one is drawn."""
+    rows, lines = files.read_rows(log)[0], log.read_bytes().split(b"\n")
+    places = [number for number, line in enumerate(lines, 1) if line.strip()]
+    for place, row in zip(places, rows, strict=False):  # a last line may be cut off
+        for name, value in {"step": None, **row}.items():
+            values = value if isinstance(value, list) else [value]
+            ok = all(isinstance(x, (int, float, list)) or x is None and name not in NUMBERS for x in values)
+            config.require(ok, f"{log}:{place}: {name}", value, "a number is needed; remove that line")
+    return rows
 
 
 def label(run, settings):

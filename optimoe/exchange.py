@@ -5,6 +5,7 @@ They travel by kernels (moe_kernels/remote.py), or on the exact path by two all-
 must know the numbers of rows.
 """
 
+import math
 import os
 import time
 from datetime import timedelta
@@ -39,7 +40,9 @@ def group_size(cfg, world):
         return 1
     size = cfg.ep_size or world
     require(world % size == 0, "ep_size", cfg.ep_size, f"use a divisor of the {world} ranks")
-    remedy = f"{size} ranks divide the experts: use a multiple of {size}, or another ep_size"
+    common = math.gcd(cfg.n_experts, world)
+    other = f"--ep_size={common}" if common > 1 else "--parallel=ddp"
+    remedy = f"{size} ranks divide the experts: use a multiple of {size}, or {other}"
     require(cfg.dense or cfg.n_experts % size == 0, "n_experts", cfg.n_experts, remedy)
     return size
 

@@ -7,6 +7,7 @@ the host looks, so that `Watch` can repeat that step and write down what happens
 
 import json
 import math
+import shlex
 
 import torch
 
@@ -52,11 +53,18 @@ def judge(window, loss, grad_norm, cfg, discard=None):
     return bad.float()
 
 
-def remedy(run_dir, lr):
-    """What the user can do. Every checkpoint is sound: weights that are not finite are never saved."""
-    found = checkpoint.find(run_dir)
+def remedy(run_dir, lr, loss=None):
+    """What the user can do. Every checkpoint is sound: weights that are not finite are never saved.
+
+    loss: the finite one above the user's max_loss, if that is what was found."""
+    found, again = checkpoint.find(run_dir), f"--resume={shlex.quote(str(run_dir))}"
+    lower = f"{min(lr / 2, 1e-2):.2g}"
     goes_on = f"goes on from {found[-1][1].name}" if found else "starts again, as there is no checkpoint yet"
-    return f"use a lower lr: --resume={run_dir} --lr={min(lr / 2, 1e-2):.2g} {goes_on}"
+    ways = {"a higher max_loss": f"--max_loss={1.5 * loss:.2g}"} if loss is not None else {}
+    ways |= {"a lower lr": f"--lr={lower}"} if 0 < float(lower) < lr else {}
+    if not ways:
+        return f"no lr is lower than {lr:g}; look for the cause in the data and in the weights at the start"
+    return f"use {' or '.join(ways)}: {again} {' or '.join(ways.values())} {goes_on}"
 
 
 def check_finite(name, value, step, run_dir, lr):
@@ -93,7 +101,8 @@ class Watch:
         path = self.run.dir / f"bad-step-{step:08d}-rank{self.run.rank}.json"
         loss, what = dump(path, self.model, self.loader, self.cursors[-back], self.cfg, step)
         found = f"the loss is {loss:.4g}, {what} (layers and batch: {path}). No weight has changed since"
-        raise ValueError(f"training diverged at step {step}: {found}: {remedy(self.run.dir, self.cfg.lr)}")
+        too_high = loss if 0 < self.cfg.max_loss < loss < math.inf else None
+        raise ValueError(f"training diverged at step {step}: {found}: {remedy(self.run.dir, self.cfg.lr, too_high)}")
 
 
 def dump(path, model, loader, cursor, cfg, step):

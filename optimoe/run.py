@@ -8,6 +8,7 @@ import dataclasses
 import fcntl
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -38,7 +39,7 @@ FIRST_SECONDS = 5  # how long other ranks wait for rank 0 to say what ends the r
 def parse(cls, argv, description=""):
     """(cfg, names of the fields that flags have set). With --resume=DIR, DIR/config.json gives the defaults. Its
     "resumed_with" lists fields that flags have changed since the last checkpoint: these count as set."""
-    flags = {} if {"--help", "-h"} & set(argv) else config.split_flags(cls, argv)
+    flags = config.split_flags(cls, [word for word in argv if word not in ("--help", "-h")])
     given = {field.name for field in dataclasses.fields(cls)} if flags.keys() & {"config", "preset"} else set(flags)
     for name in ("resume", "init_from", "upcycle_from"):  # perhaps a shell variable that is not set
         require(flags.get(name) != "", name, "", "it is empty; name a directory or leave the flag out")
@@ -52,7 +53,7 @@ def parse(cls, argv, description=""):
     mine, other = ("grpo.py" if found else "train.py" for found in (hasattr(cls, "group_size"), "group_size" in values))
     require(other == mine or "steps" not in values, "resume", directory, f"it is a run of {other}, not of {mine}")
     try:
-        cfg = config.parse(cls, argv, start=config.complete(cls, values))
+        cfg = config.parse(cls, argv, description, config.complete(cls, values) | {"out_dir": directory})
     except ValueError as error:
         raise ValueError(f"{path} with these flags: {error}") from None
     stays = "out_dir" not in given or os.path.abspath(cfg.out_dir) == os.path.abspath(directory)
@@ -138,6 +139,11 @@ class Clock:
         self.since += time.perf_counter() - began
 
 
+def duration(seconds):
+    """Seconds as text, at most the longest time that a timedelta holds (2.7 million years)."""
+    return str(timedelta(seconds=int(min(seconds, 86_399_999_999_999))))
+
+
 class Progress:
     """Prints the progress of a part of a long step: on a terminal in one line, every second; else a line a minute.
 
@@ -155,7 +161,7 @@ class Progress:
         self.done[i], now = n, time.perf_counter()
         if self.run.first and now - self.shown >= (1 if self.terminal else 60):
             share = min(1.0, max(1, sum(self.done.values())) / self.total)
-            left = timedelta(seconds=round((now - self.began) * (1 / share - 1)))
+            left = duration((now - self.began) * (1 / share - 1))
             line, self.shown = f"{self.what}: {share:.0%}, {left} left", now
             form, end = (f"\r{line:<60}", "\r") if self.terminal else (line, "\n")
             print(form, end=end, file=sys.stderr, flush=True)
@@ -189,7 +195,7 @@ class Run:
 
     def _open(self):
         name = str(self.dir)
-        inside = self.dir / "data", self.dir / "lock"
+        inside = [self.dir / name for name in ("data", "lock", "config.json", "metrics.jsonl", "tensorboard")]
         made = [path for path in (*inside, self.dir, *self.dir.parents) if not path.exists()]
         make_directory(self.dir, "out_dir", name)
         self.lock = open(self.dir / "lock", "w")
@@ -199,7 +205,7 @@ class Run:
             require(False, "out_dir", name, "another process is training there; use another directory")
         self.made = made  # only now: without the lock, they may be another process's
         holds_run = (self.dir / "metrics.jsonl").exists() or checkpoint.find(self.dir)
-        remedy = f"it already holds a run; continue it with --resume={name} or use another directory"
+        remedy = f"it already holds a run; continue it with --resume={shlex.quote(name)} or use another directory"
         require(self.cfg.resume or not holds_run, "out_dir", name, remedy)
 
     def __enter__(self):
@@ -243,7 +249,7 @@ class Run:
 
     def begin(self, cfg, step, state=None, part="config"):
         """After all checks: write the final config.json, open the logs, and listen to signals."""
-        self.cfg, self.began = cfg, time.perf_counter()
+        self.cfg, began = cfg, time.perf_counter()
         if self.first:
             kept = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in config.NOT_FIELDS}
             changed = {"resumed_with": self._changed(state[part])} if state else {}
@@ -253,6 +259,7 @@ class Run:
             log, close = open_log(kind, module, cfg, self.dir.absolute(), step)
             self.logs.append(log)
             self.exits.callback(close)
+        self.began = began  # only now: what was written so far goes if one of it fails
         self.stop.listen()
 
     def _rewind(self, step, state):
@@ -322,7 +329,7 @@ class Run:
 
     def stopped(self, step, program):
         if self.first:
-            again = f"{parallel.runner()} {program} --resume={self.dir}"
+            again = f"{parallel.runner()} {program} --resume={shlex.quote(str(self.dir))}"
             print(f"stopped and saved at step {step}; continue with: {again}", flush=True)
 
     def finish(self, results):
@@ -331,8 +338,9 @@ class Run:
 
 
 def check_trace(path, steps):
-    check_file(path, "trace", device=False)
+    """Raises ValueError if no trace of a run of these steps can be written. To be called last: makes its directory."""
     require(steps >= 8, "trace", path, f"it shows steps 6 to 8, and this run has {steps}; use more --steps")
+    check_file(path, "trace", device=False)
 
 
 def check_rates(cfg, names):

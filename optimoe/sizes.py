@@ -137,6 +137,8 @@ def peak_flops(device_name):
 
 @dataclass(frozen=True)
 class SizeConfig(ModelConfig):
+    RUN = {"out_dir", "d_model"}  # fields by which a config.json of train.py is known
+
     vocab_size: int = 512  # V, size of the vocabulary
     # Report
     preset: str = "tiny"  # tiny or paper-dD-eE-kK

@@ -4,6 +4,7 @@ The weights become float32, and the optimiser starts without states. The model's
 """
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from data import files, tokenizer
@@ -56,7 +57,8 @@ def check_tokenizer(name, enc, directory):
     folder = hub.folder(name, "init_from")
     if (folder / "tokenizer.json").is_file():
         same = hf.load_tokens(folder).encode(PROBE) == tiktoken_tokens(enc).encode(PROBE)
-        remedy = f"its tokenizer is not that of {name}: prepare the text with `data.prepare --tokenizer={name}`"
+        command = f"data.prepare --tokenizer={shlex.quote(name)}"
+        remedy = f"its tokenizer is not that of {name}: prepare the text with `{command}`"
         require(same, "data", str(directory), remedy)
 
 

@@ -241,6 +241,20 @@ def test_a_damaged_signed_file_is_refused(tmp_path, old, new):
         parse(f"--config={path}")
 
 
+def test_files_of_earlier_versions_are_read(tmp_path):
+    """With --config as with --resume; a field that did not exist yet counts only in the file of a whole run."""
+    from train import TrainConfig
+
+    path, old = tmp_path / "config.json", {"compile": True, "parallel": "fsdp", "loss_chunk": 0, "upcycle_noise": 0.0}
+    files.write_json(path, old | {"resume": "x", "trace": "y"})
+    cfg = config.parse(TrainConfig, [f"--config={path}"])
+    expected = TrainConfig(compile="true", parallel="ddp", loss_chunk=16384)
+    assert cfg == dataclasses.replace(expected, optimizer=cfg.optimizer) and cfg.optimizer == TrainConfig.optimizer
+    files.write_json(path, old | {"out_dir": "runs/x"})
+    assert config.parse(TrainConfig, [f"--config={path}"]).optimizer == "adamw"
+    assert config.parse(TrainConfig, [f"--config={path}", "--optimizer=muon"]).optimizer == "muon"
+
+
 def test_a_directory_that_cannot_be_written_is_named_by_its_field(tmp_path):
     assert config.make_directory(tmp_path / "a/b", "out", "a/b").is_dir() and not list((tmp_path / "a/b").iterdir())
     (tmp_path / "file").write_text("")

@@ -312,3 +312,26 @@ def test_bad_arguments(tiny_run, flags, message):
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match=message):
         run(tiny_run, *flags)
+
+
+def test_a_full_disk_leaves_no_directory(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(config.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
+    with pytest.raises(ValueError, match="out=.*: nothing can be written to .*; free some space or name another"):
+        run(tiny_run, "--tasks=gsm8k", "--shots=0", f"--out={tmp_path}/new/out")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("program", [command.main, votes.main])
+def test_a_model_that_cannot_write_is_refused_by_its_seq_len(tiny_run, program):
+    """With a window of two tokens it can: the prompt loses its beginning."""
+    state = checkpoint.read(tiny_run)
+    task = "--tasks=gsm8k" if program == command.main else "--task=gsm8k"
+    flags = ["--device=cpu", f"--run={tiny_run}", f"--evaldata={tiny_run}", "--shots=0", "--limit=1", task]
+    for seq_len in (1, 2):
+        checkpoint.save(tiny_run, 4, state | {"config": state["config"] | {"seq_len": seq_len}}, keep=1)
+        if seq_len == 1:
+            with pytest.raises(ValueError, match="^seq_len=1: the model reads one token and can write no answer"):
+                program(flags)
+            assert not list(tiny_run.glob("eval-*"))
+    results = program(flags)
+    assert results.get("tasks", {"gsm8k": results})["gsm8k"]["cut"] == 1

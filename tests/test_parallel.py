@@ -246,7 +246,11 @@ def test_what_failed_does_not_hold_its_graph_while_the_group_ends(monkeypatch):
         ("--parallel=ep --ep_size=1", "ep_size=1: use 0 for all ranks, or 2 or more with --parallel=ep"),
         ("--ep_size=2", "ep_size=2: use 0 for all ranks, or 2 or more with --parallel=ep"),
         ("--parallel=ep --ep_size=-2", "ep_size=-2: use 0 for all ranks, or 2 or more with --parallel=ep"),
-        ("--parallel=ep --n_experts=6", "n_experts=6: 4 ranks divide the experts: use a multiple of 4"),
+        ("--parallel=ep --n_experts=6", "n_experts=6: 4 ranks divide the experts: use a multiple of 4, or --ep_size=2"),
+        (
+            "--parallel=ep --n_experts=3",
+            "n_experts=3: 4 ranks divide the experts: use a multiple of 4, or --parallel=ddp",
+        ),
     ],
 )
 def test_groups_that_do_not_come_out_even(flags, said, tmp_path):

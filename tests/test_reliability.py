@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_reliability.py"""
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -192,12 +193,19 @@ def test_a_step_skipped_just_before_a_checkpoint_stops_nothing(data_dir, tmp_pat
 def test_exploded_loss_and_gradient_are_bad(data_dir, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     found = r"at step 1: the loss is 5\.\d+, above the limit max_loss=3 "
-    with pytest.raises(ValueError, match=f"{found}.*--resume={out} --lr=0.005 starts again, as there is"):
+    advice = (
+        rf"use a higher max_loss or a lower lr: --resume={out} (--max_loss=[78]\.\d) or --lr=0.005 starts again, as "
+    )
+    with pytest.raises(ValueError, match=f"{found}.*{advice}") as raised:
         run(data_dir, out, "--max-loss=3")
-    main([f"--resume={out}", "--lr=1e-3", "--max-loss=0"])  # the remedy
+    with pytest.raises(ValueError, match=f"{found}.*: use a higher max_loss: --resume={out} --max_loss=[78]"):
+        main([f"--resume={out}", "--lr=0"])
+    main([f"--resume={out}", "--lr=1e-3", re.search(advice, str(raised.value))[1]])  # the remedy
     (_, newest) = checkpoint.find(out)[-1]
     assert guard.remedy(out, 1e-3).endswith(f"--resume={out} --lr=0.0005 goes on from {newest.name}")
     assert "--lr=0.01 " in guard.remedy(out, 1e30)  # half of that would be no advice
+    assert "--lr=" not in guard.remedy(out, 0.0) + guard.remedy(out, 5e-324) + guard.remedy(out, 0.0, 5.0)
+    assert "max_loss" not in guard.remedy(out, 1e-3)
     cfg = train_file.TrainConfig(vocab_size=64)
     for loss, norm, bad in (
         (2.0, 1.0, 0),

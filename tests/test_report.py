@@ -6,8 +6,22 @@ import pytest
 import torch
 
 from eval import report
+from grpo import GRPOConfig
 from model import GPT, ModelConfig
 from tests.evalrun import SIZES
+from train import TrainConfig
+
+
+def test_the_time_that_is_left_has_no_limit():
+    """The most steps, and the slowest, that each program accepts."""
+    train_cfg = TrainConfig(steps=2**63 // (8 * 256) - 1, seq_len=256)
+    row = {"step": 1, "loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "mfu": None, "tokens_per_s": 1e-3}
+    assert report.log_line(row, train_cfg).endswith("eta 999999999 days, 23:59:59")
+    row = dict.fromkeys("reward answer_tokens kl clipped router_changed grad_norm rollout_tokens_per_s".split(), 1.0)
+    row |= {"step": 1, "seconds_rollout": 9.0, "seconds_reward": 0.0, "seconds_update": 1.4}
+    assert report.grpo_line(row, GRPOConfig(model="x", steps=2**63 - 1)).endswith("eta 999999999 days, 23:59:59")
+    assert report.grpo_line(row, GRPOConfig(model="x", steps=11)).endswith("eta 0:01:44")
+
 
 TEXT = [[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1], [9, 9, 9, 9, 9, 9, 9, 9]]
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +79,13 @@ def test_numbers_beyond_64_bits(name):
         grpo.GRPOConfig(model="x", questions=10**400)
 
 
+@pytest.mark.parametrize("flag", ["--steps=1000000000000000000", "--batch-size=100000000000000000"])
+def test_more_tokens_than_can_be_counted(tmp_path, flag):
+    with pytest.raises(ValueError, match=r"^steps=\d+: with batch_size=\d+ and seq_len=\d+ these are 2\^63 tokens or"):
+        main([flag, f"--out-dir={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "flags", ["--questions=1000000000000", "--batch-prompts=1024000000000", "--group-size=1000000000"]
 )
@@ -118,6 +125,43 @@ def test_a_refused_start_removes_only_what_it_made(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="vocab_size"):
         main([*SMALL, "--vocab-size=9", f"--out-dir={mine}"])
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+
+
+def test_a_refused_trace_makes_no_directory(data_dir, tmp_path):
+    trace = f"--trace={tmp_path}/new/t.json"
+    for flags in (["--steps=7"], ["--upcycle-from=/nonexistent"]):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            train_run(data_dir, tmp_path / "out", trace, *flags)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_refuses_a_start_and_leaves_nothing(data_dir, start, tmp_path, monkeypatch):
+    post_train = lambda out: grpo.main([*SHORT, f"--model={start}", f"--out-dir={out}"])
+    starts = [lambda out: train_run(data_dir, out), post_train]
+    with monkeypatch.context() as patch:
+        patch.setattr(config.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
+        for begin in starts:
+            said = "out_dir=.*: nothing can be written to .*No space left on device.; free some space or name another"
+            with pytest.raises(ValueError, match=said):
+                begin(tmp_path / "new/out")
+            assert not list(tmp_path.iterdir())
+    for name in ("write_json", "replace"):  # the disk becomes full later: at config.json, at metrics.jsonl
+        for begin in starts:
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+                patch.setattr(files, name, fail_under(tmp_path, getattr(files, name)))
+                begin(tmp_path / "new/out")
+            assert not list(tmp_path.iterdir())
+
+
+def fail_under(folder, write):
+    """`write`, which after its work runs out of disk in this folder."""
+
+    def full(path, *args):
+        write(path, *args)
+        if folder in Path(path).parents:
+            raise OSError(28, "No space left on device")
+
+    return full
 
 
 @pytest.mark.parametrize("length, n_samples", [(1, None), (2, 2)])
@@ -189,6 +233,23 @@ def test_a_resumed_run_stays_where_it_is(data_dir, tmp_path):
     for wrong in (moved / "config.json", tmp_path / "absent"):
         with pytest.raises(ValueError, match=f"resume='{wrong}': not a run directory"):
             run.parse(TrainConfig, [f"--resume={wrong}"])
+
+
+def test_help_of_a_resumed_run_shows_its_values(whole_run, tmp_path, capsys):
+    def page(program, *argv):
+        with pytest.raises(SystemExit):
+            program([*argv, "--help"])
+        return capsys.readouterr().out
+
+    cut = cut_at(whole_run[0], tmp_path / "cut", 4)
+    default = lambda page, name: re.search(rf"^  --{name} \S+ +(\S+)", page, re.MULTILINE)[1]
+    for resume in ([f"--resume={cut}"], ["--resume", str(cut)]):
+        found = page(main, *resume, "--lr=5")
+        assert "Train a mixture" in found
+        assert [default(found, name) for name in ("steps", "lr", "out_dir")] == ["8", "0.01", repr(str(cut))]
+    assert default(page(main), "steps") == "1700" and default(page(grpo.main), "steps") == "105"
+    with pytest.raises(ValueError, match="resume='absent': not a run directory"):
+        main(["--resume=absent", "--help"])
 
 
 def test_flags_of_a_killed_resumption_stay(whole_run, tmp_path, monkeypatch):
@@ -385,12 +446,31 @@ def test_skipping_goes_on_until_ten_in_a_row(data_dir, tmp_path, log_every):
             train_run(data_dir, tmp_path / "off", *flags, "--steps=12", "--log-every=1")
 
 
+def test_a_printed_command_can_be_pasted(data_dir, tmp_path, monkeypatch, capsys):
+    """Also where a directory's name has a space."""
+    out, said = tmp_path / "my run", []
+    monkeypatch.setattr(run.Run, "stopping", lambda self: True)
+    train_run(data_dir, out)
+    said.append(capsys.readouterr().out)
+    with pytest.raises(ValueError) as held:
+        train_run(data_dir, out)
+    with pytest.raises(OSError) as full, monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_make_room", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        checkpoint.save(out, 9, {}, 1)
+    said += [str(held.value), str(full.value), guard.remedy(out, 1.0)]
+    assert [text for text in said if f"--resume='{out}'" not in text] == []
+    with pytest.raises(ValueError, match="--tokenizer='my model'"):
+        TrainConfig(init_from="my model")
+
+
 def test_hints_repeat_the_settings_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fields = TrainConfig.preset_fields("tiny") | {"vocab_size": 512, "lr": 1e-3, "curves": False, "n_experts": 16}
     cfg = TrainConfig(**fields, data="books:1,web:2", out_dir="runs/x")
+    procedural.build("data", SMALL_MIXTURE)
+    data = SimpleNamespace(sources=[("data", 1.0)])
     hints = lambda solution, **changes: report.next_steps(
-        "runs/x", dataclasses.replace(cfg, **changes), {"reasoning": {1: {"solution": solution}}}
+        "runs/x", dataclasses.replace(cfg, **changes), data, {"reasoning": {1: {"solution": solution}}}
     )
     Path("runs/x").mkdir(parents=True)
     for kept, changes in ((cfg, {"n_experts": 64}), (dataclasses.replace(cfg, dense=True), {"dense": False})):
@@ -399,7 +479,7 @@ def test_hints_repeat_the_settings_of_the_run(tmp_path, monkeypatch):
         expected = dataclasses.replace(kept, out_dir="runs/x-experts", **changes)
         assert config.parse(TrainConfig, flags) == expected
     assert "grpo.py --model=runs/x --steps=" in hints(0.5) or torch.cuda.is_available()
-    assert "grpo.py" not in hints(0.99) and "--n_experts" not in hints(0.5, n_experts=1024)
+    assert "grpo.py" not in hints(0.99) + hints(0.5, seq_len=9) and "--n_experts" not in hints(0.5, n_experts=1024)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert "  torchrun --nproc-per-node=4 train.py --resume=runs/x --steps=" in hints(0.5)
 

@@ -1,6 +1,7 @@
 """The table and the curves of several runs. Run: python -m pytest tests/test_show.py (CPU)"""
 
 import json
+import re
 
 import pytest
 
@@ -49,6 +50,23 @@ def test_the_table_has_a_run_a_line_and_what_is_known(runs):
     assert (one["parameters"], one["validation"], one["loss"], one["gsm8k strict"]) == ("1.5M", "3.25", "3", "0.125")
     assert (slow["parameters"], slow["loss"], slow["tokens/s"]) == ("–", "4", "2.5M")
     assert (rl["reward"], rl["unseen"], rl["KL"], rl["tokens/s"]) == ("0.2", "0.75", "0.01", "–")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("loss", "x"), ("loss", None), ("step", "1"), ("tokens", {}), ("val_loss", "y"), ("lr", ["z"])]
+)
+def test_a_row_without_its_number_is_named(tmp_path, name, value):
+    good = {"step": 1, "loss": 2.0, "lr": 1e-3, "grad_norm": None, "load": [[1.0, 0.5]]}
+    run = write_run(tmp_path / "run", {"dense": True, "batch_size": 2, "seq_len": 8}, [good, good | {name: value}])
+    log = tmp_path / "run/metrics.jsonl"
+    log.write_text("\n" + log.read_text() + '{"step": 3, "lo')  # a blank line, and one that a kill has cut off
+    with pytest.raises(ValueError, match=f"^{re.escape(str(log))}:3: {name}=.*: a number is needed; remove that line$"):
+        show.main([run])
+    log.write_text(json.dumps(good) + "\n" + '{"loss": 1.0}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl:2: step=None"):
+        show.main([run])
+    log.write_text(json.dumps(good) + "\n")
+    assert len(show.table([run])) == 2
 
 
 def test_runs_of_one_kind_are_laid_over_one_another(runs, tmp_path, capsys):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import train
+from data import files
 from model import GPT, ModelConfig
 from optimoe import sizes
-from optimoe.sizes import PRESETS, count_params, flops_per_token, peak_flops, preset, training_memory
+from optimoe.sizes import PRESETS, count_params, flops_per_token, peak_flops, preset, preset_fields, training_memory
 from tests.test_model import SMALL, make, tokens
 
 
@@ -83,6 +85,23 @@ def test_peak_flops():
     assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     for unknown in ("NVIDIA GeForce GTX 1080", "NVIDIA RTX A4000", "Tesla T4", "NVIDIA GeForce RTX 4090 Laptop GPU"):
         assert peak_flops(unknown) is None, unknown
+
+
+def test_sizes_of_a_run(tmp_path, capsys):
+    run = train.TrainConfig(**preset_fields("tiny") | {"n_experts": 32, "vocab_size": 640}, out_dir="runs/x")
+    path = tmp_path / "config.json"
+    files.write_json(path, dataclasses.asdict(run))
+    sizes.main([f"--config={path}"])
+    assert f"{count_params(run).total:,}" in capsys.readouterr().out
+    for kept, flag, wrong in (
+        (dataclasses.asdict(run), "--n_exprts=8", "unknown field 'n_exprts': did you mean 'n_experts'"),
+        (dataclasses.asdict(run), "--data=x", "unknown field 'data'"),  # a flag of this program it is not
+        ({"n_exprts": 8}, "--n_experts=8", "config.json: unknown field 'n_exprts'"),
+        ({"out_dir": "runs/x", "group_size": 4}, "--n_experts=8", "config.json: unknown field"),  # a run of grpo.py
+    ):
+        files.write_json(path, kept)
+        with pytest.raises(ValueError, match=wrong):
+            sizes.main([f"--config={path}", flag])
 
 
 def test_command_line(capsys):
