@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from data import files
 from optimoe import checkpoint, config, guard, parallel
-from optimoe.config import check_file, make_directory, out_of_memory, require
+from optimoe.config import check_file, make_directory, no_reader, out_of_memory, require
 from optimoe.exchange import RUN_MINUTES
 from optimoe.load import pick_device
 
@@ -385,6 +385,8 @@ def launch(program, cls, description, argv=None):
             parallel.connect(device, timeout=timedelta(seconds=START_SECONDS))
         return program(cfg, rank, world, device, given)
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and no_reader():
+            os._exit(1)
         line = explain(error, rank, world)
         lost, grouped = line and lost_rank(error, world), dist.is_initialized()
         if "DEBUG" in os.environ and not lost:
