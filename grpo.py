@@ -100,12 +100,13 @@ class GRPOConfig:
 
 def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed, watch=None):
     """A Sample for each prompt (token ids); it depends on the prompt, the seed and its stream only."""
-    end, experts = tokens.eos[0], []
-    options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab, streams=streams, experts=experts, watch=watch)
-    answers, samples = generate(model, prompts, answer_tokens, [end], cfg.temperature, seed=seed, **options), []
-    for prompt, ids, chosen in zip(prompts, answers, experts, strict=True):
-        ended = [end] if len(ids) < answer_tokens else []
-        samples.append(Sample(prompt + ids + ended, len(prompt), chosen, tokens.decode(ids)))
+    experts, ended, samples = [], [], []
+    options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab, streams=streams, watch=watch, seed=seed)
+    options |= dict(experts=experts, ended=ended)
+    answers = generate(model, prompts, answer_tokens, tokens.eos, cfg.temperature, **options)
+    for prompt, ids, end, chosen in zip(prompts, answers, ended, experts, strict=True):
+        whole = prompt + ids + ([] if end is None else [end])
+        samples.append(Sample(whole, len(prompt), chosen, tokens.decode(ids)))
     return samples
 
 

@@ -98,8 +98,8 @@ def load(directory):
         remedy = "name a data directory, or a model's folder with this file, which transformers' save_pretrained writes"
         raise ValueError(f"{path} does not exist; {remedy}")
     content, meta = path.read_bytes(), path.with_name(META)
-    again = AGAIN if meta.exists() else fast.AGAIN
-    if meta.exists() and files.read_json(meta, AGAIN).get("tokenizer_sha256") != hashlib.sha256(content).hexdigest():
+    again, noted = (AGAIN, files.read_json(meta, AGAIN)) if meta.exists() else (fast.AGAIN, {})
+    if meta.exists() and noted.get("tokenizer_sha256") != hashlib.sha256(content).hexdigest():
         raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
     kept = files.check(files.parse(content, str(path), again), str(path), again)
     if "model" in kept and "tokens" not in kept:
@@ -108,7 +108,7 @@ def load(directory):
         package()  # if it is absent, the file is not damaged
     try:
         if "tokenizers" in kept:
-            return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"])
+            return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"], noted.get("ends", ()))
         return _encoding(kept)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {again}") from error
@@ -150,7 +150,7 @@ class Tokens(NamedTuple):
 def tiktoken_tokens(enc):
     """The Tokens of a data directory. Prompts begin as documents do in training: with `begin`, or else after eos."""
     if isinstance(enc, Fast):
-        return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token], enc.n_vocab)
+        return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token, *enc.ends], enc.n_vocab)
     known = {*enc._mergeable_ranks.values(), *enc._special_tokens.values()}
     # An untrained model may write an unused id (cl100k_base has 16).
     decode = lambda ids: enc.decode([token for token in ids if token in known])

@@ -259,11 +259,11 @@ def load_tokens(directory) -> Tokens:
         for name in (TOKENIZER_CONFIG, CONFIG, GENERATION)
     )
     ids_of = enc.encode_ordinary if settings.get("split_special_tokens") else enc.encode_control
-    rows, eos = raw.get("vocab_size", 2**40), [enc.eot_token]
+    rows = raw.get("vocab_size", 2**40)
     for found in (raw, generation):
         if (named := found.get("eos_token_id")) is not None:
-            eos = named if isinstance(named, list) else [named]
-            fits = eos and all(type(token) is int and 0 <= token < rows for token in eos)
+            listed = named if isinstance(named, list) else [named]
+            fits = listed and all(type(token) is int and 0 <= token < rows for token in listed)
             require(fits, "eos_token_id", named, f"{directory} must name ids of tokens, below {rows}")
 
     def encode(text):
@@ -272,7 +272,7 @@ def load_tokens(directory) -> Tokens:
         require(most < rows, "vocab_size", rows, f"{directory / TOKENIZER} has token {most}: it is of another model")
         return ids
 
-    return Tokens(encode, enc.decode, enc.begin, eos, min(enc.n_vocab, rows))
+    return Tokens(encode, enc.decode, enc.begin, [enc.eot_token, *enc.ends], min(enc.n_vocab, rows))
 
 
 def save_tokens(enc, directory, chat_template=None):
