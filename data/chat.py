@@ -4,8 +4,9 @@
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
 The chat template in the tokenizer's folder turns messages into text. Some templates rewrite earlier answers (they drop
-the reasoning in them); then the next answer starts a new example. Until it is encoded, a row is the JSON of its pieces
-of text: [is it a chat, [[[piece, is it a target], ...] for each example]].
+the reasoning in them); then the next answer starts a new example. The special token that the template puts at the end
+of an answer also ends generation. Until it is encoded, a row is the JSON of its pieces of text:
+[is it a chat, [[[piece, is it a target], ...] for each example]].
 """
 
 import json
@@ -112,6 +113,12 @@ def encode(enc, text):
     return np.concatenate(ids), sum(sizes), np.concatenate(marks)
 
 
+def _end(enc, answer):
+    """The special token after which an answer (ids) has only white space; None if there is none."""
+    last = next((token for token in reversed(answer) if token in enc.special or enc.decode([token]).strip()), None)
+    return last if last in enc.special else None
+
+
 def _encoded(enc, chat, pieces):
     # No token lies across the end of a prompt, because generation begins there.
     read = enc.encode_control if chat else enc.encode_ordinary
@@ -120,6 +127,8 @@ def _encoded(enc, chat, pieces):
         whole = read(before + piece)
         new = whole[len(ids) :] if whole[: len(ids)] == ids else inside(read, piece)
         ids, trained, before = ids + new, trained + [target] * len(new), before + piece
+        if chat and target and (end := _end(enc, new)) not in (None, enc.eot_token, *enc.ends):
+            enc.ends.append(end)  # data.shards keeps it in meta.json
     if not chat:
         begin = getattr(enc, "begin", [])
         ids, trained = [*begin, *ids], [False] * len(begin) + trained

@@ -65,7 +65,7 @@ class Fast:
             ends = " and ".join(map(str, ends))
             raise ValueError(f"{name}: no tokens have the ids {self.begin} and {ends} of begin and end of text")
         special = {str(token): i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
-        self._special = set(special.values())
+        self.special = set(special.values())
         self._inside = re.compile("|".join(f"(?<={re.escape(s[:1])})(?={re.escape(s[1:])})" for s in special) or "(?!)")
         self._a = self.encode_ordinary("a")
         self._decoded_a = self._fast.decode(self._a)
@@ -77,7 +77,7 @@ class Fast:
         """The ids of each text. The library chooses the number of threads (RAYON_NUM_THREADS)."""
         found = [encoded.ids for encoded in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         for i, ids in enumerate(found):
-            if not self._special.isdisjoint(ids):  # unigram models find them all the same: cut their names in two
+            if not self.special.isdisjoint(ids):  # unigram models find them all the same: cut their names in two
                 parts = self._fast.encode_batch_fast(self._inside.split(texts[i]), add_special_tokens=False)
                 found[i] = [token for part in parts for token in part.ids if token not in (*self.begin, self.eot_token)]
         return found

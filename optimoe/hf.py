@@ -22,6 +22,7 @@ from data.tokenizer import Tokens
 from model import GPT, UNTAUGHT, ModelConfig, compute_dtype, rope_tables
 from optimoe import checkpoint, config, hub
 from optimoe.config import make_directory, require
+from optimoe.load import run_tokens
 from optimoe.sizes import count_params, require_memory
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -210,7 +211,8 @@ def check_weights(directory, stored, expected, ignored):
 
 
 def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=None):
-    """Write config.json and the weights, in files of at most max_shard_bytes. dtype: None changes none; eos: token id.
+    """Write config.json and the weights, in files of at most max_shard_bytes. dtype: None changes none. eos: token id,
+    or a list of them, which generation_config.json has too.
 
     Raises ValueError for a model that no known format describes, and for a folder that already holds weights."""
     serialise = package("safetensors.torch").save
@@ -228,6 +230,8 @@ def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         files.write_json(directory / INDEX, index, signed=False)
+    if isinstance(eos, list):
+        files.write_json(directory / GENERATION, {"eos_token_id": eos}, signed=False)
     files.write_json(directory / CONFIG, raw | {"dtype": str(dtype)[6:], "eos_token_id": eos}, signed=False)
 
 
@@ -344,10 +348,11 @@ def main(argv=None):
     make_directory(out.parent, "out", cfg.out)
     model = checkpoint.load_model(path, **{"seq_len": cfg.seq_len} if cfg.seq_len else {})
     run_dir = path if path.is_dir() else path.parent
-    enc, started_from = tokenizer.load(checkpoint.training_data(run_dir)), hub.origin(run_dir)
+    data, started_from = checkpoint.training_data(run_dir), hub.origin(run_dir)
+    enc, ends = tokenizer.load(data), run_tokens(data, model).eos
     template = chat.template_source(started_from)[0] if started_from else None
     with files.temporary(out, directory=True) as partial:
-        save_model(model, partial, getattr(torch, cfg.dtype), eos=enc.eot_token)
+        save_model(model, partial, getattr(torch, cfg.dtype), eos=ends if len(ends) > 1 else ends[0])
         save_tokens(enc, partial, template)
         os.rename(partial, out)
     print(f"{cfg.out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

@@ -99,6 +99,28 @@ def test_messages_become_text_by_the_chat_template(tmp_path):
     assert shards.read_meta(data)["splits"]["train"]["documents"] == 2, "ends inside a chat are no ends of documents"
 
 
+def test_the_token_that_ends_turns_is_kept_as_an_end_of_answers(tmp_path):
+    ending = TEMPLATE.replace("<|endoftext|>", "{{ '<|im_end|>' if m.role == 'assistant' else '<|im_start|>' }}")
+    made = chats(tmp_path / "hf", ending)
+    made.add_special_tokens(["<|im_end|>"])
+    made.save(str(tmp_path / "hf/tokenizer.json"))
+    rows = [{"messages": say("the goose", f"<|im_start|> river {i}", "1987", "yes")} for i in range(20)]
+    data = prepared(tmp_path, rows, tmp_path / "hf")
+    eot, (start, end) = made.token_to_id("<|endoftext|>"), map(made.token_to_id, ("<|im_start|>", "<|im_end|>"))
+    assert shards.read_meta(data)["ends"] == [end]
+    assert tokenizer.tiktoken_tokens(tokenizer.load(data)).eos == [eot, end]
+    ids, trained = pieces(data)[0]
+    assert list(ids[trained > 0]).count(end) == 2 and start in ids[trained > 0]
+
+
+@pytest.mark.parametrize("ending", ["<|endoftext|>", " ###", ""])
+def test_no_other_token_ends_answers(tmp_path, ending):
+    """Where turns end with the end of text, or with text: not even a special token within an answer."""
+    chats(tmp_path / "hf", TEMPLATE.replace("<|endoftext|>", ending))
+    data = prepared(tmp_path, [{"messages": say("a", f"<|im_start|> {i}")} for i in range(9)], tmp_path / "hf")
+    assert "ends" not in shards.read_meta(data)
+
+
 def test_answers_after_a_changed_past_are_examples_of_their_own(tmp_path):
     """As in chats with models that think: only the newest answer shows its thought. The row stays on one side."""
     content = "{{ m.content }}"

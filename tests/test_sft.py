@@ -152,6 +152,32 @@ def test_a_run_on_chats_keeps_the_template(released, tmp_path, capsys, monkeypat
     assert not (tmp_path / "without" / "chat_template.jinja").exists()
 
 
+def test_the_end_of_a_turn_ends_answers_of_the_run_and_of_its_export(released, tmp_path, capsys):  # noqa: F811
+    """A template that ends turns with another token than eos_token, as that of many base models."""
+    pytest.importorskip("jinja2")
+    source = "{% for m in messages %}:{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(released / "qwen3_moe", model)
+    (model / "chat_template.jinja").write_text(source)
+    made = json.loads((model / "tokenizer.json").read_text())
+    made["added_tokens"].append(made["added_tokens"][0] | {"id": 257, "content": "<|im_end|>"})
+    (model / "tokenizer.json").write_text(json.dumps(made))
+    chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yy"}] for i in range(99)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    prepare.main([str(tmp_path / "chats.jsonl"), f"--out={tmp_path / 'data'}", f"--tokenizer={model}", "--sft",
+                  "--val_fraction=0.1"])  # fmt: skip
+    data = f"--data={tmp_path / 'data'}"
+    train.main([f"--init-from={model}", data, f"--out-dir={out}", *FLAGS, "--steps=60", "--lr=1e-2"])
+    hf.main([str(out), str(tmp_path / "export")])
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "export" / name).read_text())["eos_token_id"] == [256, 257]
+    assert hf.load_tokens(tmp_path / "export").eos == [256, 257]
+    capsys.readouterr()
+    for place in (f"--run={out}", f"--hf={tmp_path / 'export'}"):
+        sample.main([place, "--prompt=1", "--device=cpu", "--max-new-tokens=20", "--temperature=0"])
+        assert capsys.readouterr().out == "yy\n"
+
+
 def test_plain_text_by_option(released, tmp_path):  # noqa: F811
     flags = [f"--init-from={released / 'olmoe'}", f"--data={released / 'data'}", *FLAGS, "--steps=1"]
     for name, option in (("with", "true"), ("without", "false")):
