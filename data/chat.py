@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch needs jinja2, 
 from data import files
 from data.fast import AGAIN, inside, spelled
 from data.shards import START, TRAINED
+from data.tokenizer import context_ids, tiktoken_tokens
 from optimoe.config import require
 
 TEMPLATE = "chat_template.jinja"
@@ -129,8 +130,10 @@ def _encoded(enc, chat, pieces):
         ids, trained, before = ids + new, trained + [target] * len(new), before + piece
         if chat and target and (end := _end(enc, new)) not in (None, enc.eot_token, *enc.ends):
             enc.ends.append(end)  # data.shards keeps it in meta.json
-    if not chat:
-        begin = getattr(enc, "begin", [])
+    if not chat:  # as in evaluation and sampling
+        prompt = pieces[0][0]
+        context = context_ids(tiktoken_tokens(enc), prompt)
+        begin = context[: len(context) - len(read(prompt))]
         ids, trained = [*begin, *ids], [False] * len(begin) + trained
     if not chat or ids[-1:] != [enc.eot_token]:
         ids, trained = [*ids, enc.eot_token], [*trained, not chat]

@@ -8,6 +8,7 @@ The first two are a `tiktoken.Encoding` with the special token "<|endoftext|>", 
 """
 
 import base64
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -151,7 +152,15 @@ def tiktoken_tokens(enc):
     """The Tokens of a data directory. Prompts begin as documents do in training: with `begin`, or else after eos."""
     if isinstance(enc, Fast):
         return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token, *enc.ends], enc.n_vocab)
-    known = {*enc._mergeable_ranks.values(), *enc._special_tokens.values()}
+    known = functools.cache(lambda: {*enc._mergeable_ranks.values(), *enc._special_tokens.values()})
     # An untrained model may write an unused id (cl100k_base has 16).
-    decode = lambda ids: enc.decode([token for token in ids if token in known])
+    decode = lambda ids: enc.decode([*filter(known().__contains__, ids)])
     return Tokens(enc.encode_ordinary, decode, [enc.eot_token], [enc.eot_token], enc.n_vocab)
+
+
+def context_ids(tokens: Tokens, prompt: str) -> list[int]:
+    """bos and the ids of a prompt. An empty prompt without bos becomes an end-of-text token, as in lm-eval."""
+    ids = tokens.bos + tokens.encode(prompt)
+    if not ids and not tokens.eos:
+        raise ValueError("a prompt is empty, and the tokenizer has no token to start it with (neither bos nor eos)")
+    return ids or tokens.eos[:1]

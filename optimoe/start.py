@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data import files, tokenizer
 from data.chat import chat_template
-from data.tokenizer import Tokens, tiktoken_tokens
+from data.tokenizer import Tokens, context_ids, tiktoken_tokens
 from model import GPT
 from optimoe import checkpoint, hf, hub
 from optimoe.config import require
@@ -95,4 +95,4 @@ def prompt_ids(name, tokens: Tokens, data=None):
         question = text.removeprefix("Question: ").removesuffix("Answer:").rstrip()
         return encode([{"role": "user", "content": question}])
 
-    return chat if encode else lambda text: tokens.bos + tokens.encode(text)
+    return chat if encode else lambda text: context_ids(tokens, text)

@@ -11,6 +11,7 @@ from data import chat, files, shards, tokenizer
 from data.loader import Loader, packed
 from data.prepare import main
 from data.shards import START, TRAINED
+from eval.taskloss import context_ids
 from tests.test_fast import byte_level, folder, metaspace, unigram
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -43,6 +44,27 @@ def test_only_answers_and_their_end_are_trained(tmp_path, kind):
         assert ids[: len(prompt)].tolist() == prompt and not trained[: len(prompt)].any()
         assert trained[len(prompt) :].all() and ids[-1] == eos
         assert kind is unigram or enc.decode(ids[len(prompt) : -1].tolist()) == row["answer"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_examples_begin_with_what_prompts_begin_with(tmp_path, own):
+    """A tokenizer of our own puts the end of text there, and one without bos does so before an empty prompt."""
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"the goose {i} in {i}"}) for i in range(60)))
+    if own:
+        main([str(tmp_path / "text.jsonl"), f"--out={tmp_path / 'own'}", "--vocab_size=280", "--val_fraction=0"])
+    else:
+        folder(tmp_path / "own", byte_level)
+    rows = [*ROWS, {"prompt": "", "answer": "the river"}]
+    data = prepared(tmp_path, rows, tmp_path / "own")
+    enc = tokenizer.load(data)
+    tokens, found = tokenizer.tiktoken_tokens(enc), pieces(data)
+    assert len(found) == len(rows)
+    for row, (ids, trained) in zip(rows, found, strict=True):
+        prompt = context_ids(tokens, row["prompt"])
+        assert (prompt[:1] == [enc.eot_token]) == (own or not row["prompt"])
+        assert ids[: len(prompt)].tolist() == prompt and not trained[: len(prompt)].any()
+        assert enc.decode(ids[len(prompt) : -1].tolist()) == row["answer"]
+        assert ids[-1] == enc.eot_token and trained[len(prompt) :].all()
 
 
 def test_a_token_that_would_join_prompt_and_answer_is_split(tmp_path):
