@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F_
 
+from data import tokenizer
+from data.tokenizer import Tokens
 from eval import report, tasks
 from eval.generate import any_shape, generate
 from eval.sources import Source
@@ -138,7 +140,7 @@ class Training:
 
     model: GPT
     start_model: GPT | None  # None: there is no KL term
-    tokens: object  # tokenizer
+    tokens: Tokens
     asked: list  # [(question, its prompt's token ids)] to train on
     held_out: list  # the same for tests
     answer_tokens: int  # longest answer
@@ -146,6 +148,7 @@ class Training:
     step: int = 0
     read: int = 0  # questions drawn so far
     row: dict = dataclasses.field(default_factory=dict)  # what was logged of the latest step
+    tokenizer_sha256: str = ""  # of its file
 
 
 def load_start(cfg, device):
@@ -303,6 +306,7 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
     with Run(cfg, cfg.out_dir or f"{name}-grpo", rank, world, device, given) as run:
         job, state = set_up(cfg, run, start_path, model, tokens, questions)
         cfg = dataclasses.replace(cfg, model=str(start_path), data=data)
+        job.tokenizer_sha256 = tokenizer.digest(data)
         run.begin(cfg, job.step, state, "grpo")
         if run.first:
             print(report.grpo_start(cfg, run, job), flush=True)
@@ -335,6 +339,7 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
 def save(cfg, run, job):
     state = {"row": job.row, "read": job.read, "config": dataclasses.asdict(job.model.cfg)}
     state |= {"grpo": dataclasses.asdict(cfg), "model": job.model.state_dict(), "optimizer": job.optimizer.state_dict()}
+    state["tokenizer"] = {"sha256": job.tokenizer_sha256, "ends": job.tokens.eos}
     run.save(job.step, state, cfg.keep_checkpoints)
 
 

@@ -92,6 +92,11 @@ def save(enc, directory):
     return path
 
 
+def digest(directory):
+    """The SHA-256 of a directory's tokenizer file, as in its meta.json."""
+    return hashlib.sha256(Path(directory, FILE).read_bytes()).hexdigest()
+
+
 def load(directory):
     """The tokenizer of a data directory or a Hugging Face folder. ValueError naming a missing or damaged file."""
     path = Path(directory) / FILE
@@ -146,6 +151,10 @@ class Tokens(NamedTuple):
     bos: list[int]  # starts every prompt
     eos: list[int]  # any of these ends a generation
     n_vocab: int  # ids from here on are padding of the model's head
+
+    def ending(self, ends):
+        """The same, where these ids end a generation too."""
+        return self._replace(eos=list(dict.fromkeys([*self.eos, *ends])))
 
 
 def tiktoken_tokens(enc):

@@ -57,11 +57,11 @@ def load(cfg: ModelChoice) -> Loaded:
     """The chosen model. Raises ValueError or OSError for what is missing, damaged or does not fit together."""
     device = pick_device(cfg)
     if cfg.hf:
-        from optimoe import hf  # only --hf needs its packages
+        from optimoe import hf, start  # only --hf needs their packages
 
         folder, directory = hub.folder(cfg.hf, "hf"), cfg.data_directory()
         model = hf.load_model(folder, device, cfg.dtype, cfg.impl)
-        tokens = run_tokens(directory, model) if directory else hf.load_tokens(folder)
+        tokens = start.tokens_of(cfg.hf, "hf", model, directory)
         name = hf.fingerprint(folder, *([directory / tokenizer.FILE] if directory else []), title=hub.title(cfg.hf))
         return Loaded(model, tokens, name, hub.home(cfg.hf) / "eval")
     path = checkpoint.newest(cfg.checkpoint or cfg.run)
@@ -94,12 +94,20 @@ def pick_device(cfg, local_rank=0):
 
 
 def run_tokens(directory, model) -> Tokens:
-    """The tokenizer of a data directory. Raises ValueError if it has more tokens than the model."""
+    """The tokenizer of a data directory. All that ended an answer in the run's data ends one here.
+
+    Raises ValueError if it has more tokens than the model, or is not the tokenizer of the run, whose SHA-256 is in
+    checkpoints, but not in those of earlier versions."""
     tokens, rows = tiktoken_tokens(tokenizer.load(directory)), model.cfg.vocab_size
+    remedy = "name the data directory that the model was trained on"
     fault = f"its tokenizer has {tokens.n_vocab:,} tokens and the model {rows:,}"
-    remedy = f"{fault}: name the data directory that the model was trained on"
-    require(tokens.n_vocab <= rows, "data", str(directory), remedy)
-    return tokens
+    require(tokens.n_vocab <= rows, "data", str(directory), f"{fault}: {remedy}")
+    kept = getattr(model, "tokenizer", None)  # see optimoe/checkpoint.py
+    if not kept:
+        return tokens
+    same = kept["sha256"] == tokenizer.digest(directory)
+    require(same, "data", str(directory), f"its tokenizer is not that of the run: {remedy} with --data")
+    return tokens.ending(kept["ends"])
 
 
 def cast_once(model):

@@ -12,6 +12,7 @@ from data.tokenizer import Tokens, context_ids, tiktoken_tokens
 from model import GPT
 from optimoe import checkpoint, hf, hub
 from optimoe.config import require
+from optimoe.load import run_tokens
 
 # Defaults of fine-tuning: small steps after a short warm-up, and no z-loss, because these models were trained without.
 FINE_TUNING = dict(optimizer="adamw", lr=1e-5, warmup_steps=20, steps=200, beta2=0.95, weight_decay=0.0)
@@ -53,11 +54,26 @@ def load(name, field, cfg=None, **overrides):
 
 def check_tokenizer(name, enc, directory):
     """Raises ValueError if the token data in `directory`, with tokenizer enc, was made for another model."""
-    folder = hub.folder(name, "init_from")
-    if (folder / "tokenizer.json").is_file():
-        same = hf.load_tokens(folder).encode(PROBE) == tiktoken_tokens(enc).encode(PROBE)
-        remedy = f"its tokenizer is not that of {name}: prepare the text with `data.prepare --tokenizer={name}`"
-        require(same, "data", str(directory), remedy)
+    _same(name, "init_from", tiktoken_tokens(enc), directory)
+
+
+def tokens_of(name, field, model, directory=None):
+    """The Tokens of a published model, or of token data that was made for it, with the same ends of an answer."""
+    if not directory:
+        return hf.load_tokens(hub.folder(name, field))
+    tokens = run_tokens(directory, model)
+    return tokens.ending(_same(name, field, tokens, directory))
+
+
+def _same(name, field, tokens, directory):
+    """The ids that end an answer of this model, if its folder has a tokenizer, which must be that of the data."""
+    folder = hub.folder(name, field)
+    if not (folder / hf.TOKENIZER).is_file():
+        return []
+    own = hf.load_tokens(folder)
+    remedy = f"its tokenizer is not that of {name}: prepare the text with `data.prepare --tokenizer={name}`"
+    require(own.encode(PROBE) == tokens.encode(PROBE), "data", str(directory), remedy)
+    return own.eos
 
 
 def released(name):
@@ -83,7 +99,8 @@ def chat_encoder(name, tokens: Tokens, data):
     template = chat_template(folder) if folder else None
     if template is None:
         return None
-    encode = tokens.encode if released(name) else tokenizer.load(data).encode_control
+    own = released(name) and data in (None, str(folder))
+    encode = tokens.encode if own else tokenizer.load(data).encode_control
     return lambda messages: encode(template(messages, True))
 
 

@@ -26,6 +26,7 @@ from eval.tasks import Task
 from grpo import main
 from model import GPT, ModelConfig
 from optimoe import checkpoint, run
+from optimoe.load import ModelChoice, load
 
 ROOT = Path(grpo_file.__file__).parent
 SHORT = (
@@ -271,6 +272,30 @@ def test_data_of_another_model(start, tmp_path):
     with pytest.raises(ValueError, match="name the data directory that the model was trained on"):
         post_train(start, tmp_path / "x", "", f"--data={tmp_path / 'data'}")
     assert not (tmp_path / "x").exists()
+
+
+def test_data_of_another_tokenizer(whole_run, start, tmp_path):
+    """As large as the run's own: only the SHA-256 in the checkpoint tells them apart, which older ones lack."""
+    out, other = whole_run[0], tmp_path / "data"
+    shutil.copytree(start / "data", tmp_path / "same")
+    own = tokenizer.load(start / "data")
+    other.mkdir()
+    tokens = [own.decode_single_token_bytes(i) for i in range(own.eot_token)]
+    tokenizer.save(tokenizer.encoding(tokens[:256] + tokens[:255:-1]), other)
+    assert tokenizer.load(other).n_vocab == own.n_vocab
+    for directory in (start / "data", tmp_path / "same"):
+        load(ModelChoice(run=str(out), data=str(directory), device="cpu"))
+    message = f"data='{other}': its tokenizer is not that of the run: name the data directory .* with --data"
+    with pytest.raises(ValueError, match=message):
+        load(ModelChoice(run=str(out), data=str(other), device="cpu"))
+    with pytest.raises(ValueError, match=message):
+        post_train(out, tmp_path / "x", "", f"--data={other}")
+    assert not (tmp_path / "x").exists()
+    state = checkpoint.read(out)
+    del state["tokenizer"]
+    (tmp_path / "old").mkdir()
+    checkpoint.save(tmp_path / "old", state["step"], state, keep=1)
+    load(ModelChoice(run=str(tmp_path / "old"), data=str(other), device="cpu"))
 
 
 def test_two_ranks_equal_one(whole_run, start, tmp_path):

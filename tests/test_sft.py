@@ -12,9 +12,10 @@ import torch
 
 import sample
 import train
-from data import prepare, tokenizer
+from data import files, prepare, tokenizer
 from data.loader import Loader
 from optimoe import checkpoint, hf, hub, start
+from optimoe.load import ModelChoice, load
 from tests.checks import check
 from tests.test_start import KINDS, ROOT, losses, released  # noqa: F401  a fixture
 from tests.trainrun import cut_at, differences, rows
@@ -176,6 +177,19 @@ def test_the_end_of_a_turn_ends_answers_of_the_run_and_of_its_export(released, t
     for place in (f"--run={out}", f"--hf={tmp_path / 'export'}"):
         sample.main([place, "--prompt=1", "--device=cpu", "--max-new-tokens=20", "--temperature=0"])
         assert capsys.readouterr().out == "yy\n"
+    # The run keeps the ends and the SHA-256 of its tokenizer, also when text in the same tokens comes first.
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"{i} yy" * 9}) for i in range(99)))
+    prepare.main([str(tmp_path / "text.jsonl"), f"--out={tmp_path / 'text'}", f"--tokenizer={model}",
+                  "--val_fraction=0.2"])  # fmt: skip
+    mix = f"--data={tmp_path / 'text'}:0.5,{tmp_path / 'data'}:0.5"
+    train.main([f"--init-from={model}", mix, f"--out-dir={tmp_path / 'mix'}", *FLAGS, "--steps=1"])
+    choose = lambda **options: load(ModelChoice(**options, device="cpu")).tokens.eos
+    assert choose(run=str(tmp_path / "mix")) == choose(run=str(out), data=str(tmp_path / "text")) == [256, 257]
+    (tmp_path / "other").mkdir()
+    renamed = files.read_json(tmp_path / "data/tokenizer.json") | {"name": "other"}
+    files.write_json(tmp_path / "other/tokenizer.json", renamed)
+    with pytest.raises(ValueError, match=f"data='{tmp_path / 'other'}': its tokenizer is not that of the run: name"):
+        choose(run=str(tmp_path / "mix"), data=str(tmp_path / "other"))
 
 
 def test_plain_text_by_option(released, tmp_path):  # noqa: F811
