@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import optimoe.threads  # before torch
@@ -31,7 +32,7 @@ from eval import report, tasks
 from eval.generate import any_shape, generate
 from eval.sources import Source
 from model import GPT
-from optimoe import checkpoint, guard, hf, hub, start
+from optimoe import checkpoint, guard, hub, start
 from optimoe.config import check_range, require
 from optimoe.curves import Curves
 from optimoe.load import cast_once, run_tokens
@@ -46,7 +47,7 @@ class GRPOConfig:
     # Run
     model: str = ""  # start model: run directory, checkpoint, Hugging Face folder or ORG/NAME
     task: str = "reasoning"  # a file in eval/tasks with training questions
-    data: str = ""  # data directory of the start model; empty: where its config says
+    data: str = ""  # data directory of the start model (empty: where its config says), or in a published model's tokens
     evaldata: str = ""  # folder of evaluation sets, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
     out_dir: str = ""  # run directory; empty: that of the start model with "-grpo"
     resume: str = ""  # run directory to continue
@@ -153,13 +154,16 @@ class Training:
 
 def load_start(cfg, device):
     """(checkpoint file or published model, GPT, data directory, tokenizer, source of questions) of cfg.model."""
-    released = start.released(cfg.model)
-    path = cfg.model if released else checkpoint.newest(cfg.model)
-    model = start.load_any(path, device, dtype=cfg.dtype, impl=cfg.impl)
-    if released:
-        folder = str(hub.folder(cfg.model, "model"))  # its tokenizer becomes that of the run
-        return path, model, folder, hf.load_tokens(folder), Source(cfg.evaldata or None)
-    data = cfg.data or str(checkpoint.training_data(path.parent))
+    options = dict(dtype=cfg.dtype, impl=cfg.impl)
+    if start.released(cfg.model):
+        folder = Path(cfg.data).is_dir() and start.released(cfg.data)  # a resumed run without --data names the model's
+        data = checkpoint.training_data("", cfg.data) if cfg.data and not folder else None
+        source, model = Source(cfg.evaldata or None, data), start.load_any(cfg.model, device, **options)
+        tokens = start.tokens_of(cfg.model, "model", model, data)
+        return cfg.model, model, str(data or hub.folder(cfg.model, "model")), tokens, source
+    path = checkpoint.newest(cfg.model)
+    data = str(checkpoint.training_data(path.parent, cfg.data))
+    model = start.load_any(path, device, **options)
     return path, model, data, run_tokens(data, model), Source(cfg.evaldata or None, data)
 
 

@@ -25,7 +25,7 @@ from data.reasoning import ReasoningConfig
 from eval.tasks import Task
 from grpo import main
 from model import GPT, ModelConfig
-from optimoe import checkpoint, run
+from optimoe import checkpoint, hf, run
 from optimoe.load import ModelChoice, load
 
 ROOT = Path(grpo_file.__file__).parent
@@ -296,6 +296,23 @@ def test_data_of_another_tokenizer(whole_run, start, tmp_path):
     (tmp_path / "old").mkdir()
     checkpoint.save(tmp_path / "old", state["step"], state, keep=1)
     load(ModelChoice(run=str(tmp_path / "old"), data=str(other), device="cpu"))
+
+
+def test_a_published_model_on_procedural_data(whole_run, start, tmp_path):
+    """--data is what the message of a task on procedural data names; the run keeps it."""
+    pytest.importorskip("tokenizers"), pytest.importorskip("safetensors")
+    hf.main([str(start), str(model := tmp_path / "model")])
+    with pytest.raises(ValueError, match="this model was not trained on .*, name its data directory with --data"):
+        post_train(model, tmp_path / "x")
+    with pytest.raises(ValueError, match="^data='/none': no tokenizer.json there; name the run's data directory"):
+        post_train(model, tmp_path / "x", "--data=/none")
+    assert not (tmp_path / "x").exists()
+    out = tmp_path / "out"
+    post_train(model, out, FOUR + f" --steps=2 --data={start / 'data'}")
+    assert rows(out)[:3] == rows(whole_run[0])[:3]  # as from the run that was exported
+    assert json.loads((out / "config.json").read_text())["data"] == str(start / "data")
+    main([f"--resume={out}", "--steps=3"])
+    assert len(rewarded(out)) == 3
 
 
 def test_two_ranks_equal_one(whole_run, start, tmp_path):
