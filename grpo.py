@@ -29,7 +29,7 @@ import torch.nn.functional as F_
 from data import tokenizer
 from data.tokenizer import Tokens
 from eval import report, tasks
-from eval.generate import any_shape, generate
+from eval.generate import any_shape, check_sampling, generate
 from eval.sources import Source
 from model import GPT
 from optimoe import checkpoint, guard, hub, start
@@ -95,7 +95,7 @@ class GRPOConfig:
         remedy = f"use one with training questions: {', '.join(trains)}"
         require(tasks.load(self.task).trains, "task", self.task, remedy)
         require(self.group_size >= 2, "group_size", self.group_size, "answers are compared in groups: use 2 or more")
-        require(self.temperature > 0, "temperature", self.temperature, "greedy answers are equal; use more than 0")
+        check_sampling(self.rollout_batch, self.temperature, 1.0, greedy="greedy answers are equal")
         require(0 < self.clip < 1, "clip", self.clip, "use a number between 0 and 1")
         whole = self.batch_prompts % self.mini_batch == 0
         require(whole, "batch_prompts", self.batch_prompts, f"use a multiple of mini_batch={self.mini_batch}")

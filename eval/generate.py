@@ -102,11 +102,13 @@ def generate(
     return outputs
 
 
-def check_sampling(batch_size, temperature, top_p, top_k=0, prefix=""):
-    """ValueError for what cannot be sampled with. prefix: of the fields' names, temperature and top_p."""
+def check_sampling(batch_size, temperature, top_p, top_k=0, prefix="", greedy=""):
+    """ValueError for what cannot be sampled with. prefix: of the fields' names, temperature and top_p. greedy: why a
+    temperature of 0 is refused too."""
     require(batch_size >= 1, "batch_size", batch_size, "use 1 or more")
-    usable = temperature == 0 or temperature >= 1e-6  # logits divided by less may be infinite
-    require(usable, f"{prefix}temperature", temperature, "use 0 (greedy), or 1e-6 or more")
+    usable = temperature == 0 and not greedy or temperature >= 1e-6  # logits divided by less may be infinite
+    remedy = f"{greedy}; use 1e-6 or more" if greedy else "use 0 (greedy), or 1e-6 or more"
+    require(usable, f"{prefix}temperature", temperature, remedy)
     require(0 < top_p <= 1, f"{prefix}top_p", top_p, "use a number above 0, at most 1")
     require(top_k >= 0, "top_k", top_k, "use 0 (all tokens) or more")
 
