@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import optimoe.threads  # before torch
@@ -25,14 +26,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F_
 
+from data import tokenizer
+from data.tokenizer import Tokens
 from eval import report, tasks
-from eval.generate import any_shape, generate
+from eval.generate import any_shape, check_sampling, generate
 from eval.sources import Source
 from model import GPT
-from optimoe import checkpoint, guard, hf, hub, start
+from optimoe import checkpoint, guard, hub, start
 from optimoe.config import check_range, require
 from optimoe.curves import Curves
-from optimoe.load import cast_once, run_tokens
+from optimoe.load import cast_once
 from optimoe.optim import Together
 from optimoe.policy import Sample, advantages, collate, draw_questions, micro_batches, policy_loss
 from optimoe.run import CPU, Clock, Progress, Run, Stopping, check_rates, launch
@@ -44,7 +47,7 @@ class GRPOConfig:
     # Run
     model: str = ""  # start model: run directory, checkpoint, Hugging Face folder or ORG/NAME
     task: str = "reasoning"  # a file in eval/tasks with training questions
-    data: str = ""  # data directory of the start model; empty: where its config says
+    data: str = ""  # data directory of the start model (empty: where its config says), or in a published model's tokens
     evaldata: str = ""  # folder of evaluation sets, see eval/sources.py; empty: $OPTIMOE_EVALDATA, else ./evaldata
     out_dir: str = ""  # run directory; empty: that of the start model with "-grpo"
     resume: str = ""  # run directory to continue
@@ -92,7 +95,7 @@ class GRPOConfig:
         remedy = f"use one with training questions: {', '.join(trains)}"
         require(tasks.load(self.task).trains, "task", self.task, remedy)
         require(self.group_size >= 2, "group_size", self.group_size, "answers are compared in groups: use 2 or more")
-        require(self.temperature > 0, "temperature", self.temperature, "greedy answers are equal; use more than 0")
+        check_sampling(self.rollout_batch, self.temperature, 1.0, greedy="greedy answers are equal")
         require(0 < self.clip < 1, "clip", self.clip, "use a number between 0 and 1")
         whole = self.batch_prompts % self.mini_batch == 0
         require(whole, "batch_prompts", self.batch_prompts, f"use a multiple of mini_batch={self.mini_batch}")
@@ -100,12 +103,13 @@ class GRPOConfig:
 
 def sample_answers(model, tokens, prompts, streams, answer_tokens, cfg, seed, watch=None):
     """A Sample for each prompt (token ids); it depends on the prompt, the seed and its stream only."""
-    end, experts = tokens.eos[0], []
-    options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab, streams=streams, experts=experts, watch=watch)
-    answers, samples = generate(model, prompts, answer_tokens, [end], cfg.temperature, seed=seed, **options), []
-    for prompt, ids, chosen in zip(prompts, answers, experts, strict=True):
-        ended = [end] if len(ids) < answer_tokens else []
-        samples.append(Sample(prompt + ids + ended, len(prompt), chosen, tokens.decode(ids)))
+    experts, ended, samples = [], [], []
+    options = dict(batch_size=cfg.rollout_batch, n_vocab=tokens.n_vocab, streams=streams, watch=watch, seed=seed)
+    options |= dict(experts=experts, ended=ended)
+    answers = generate(model, prompts, answer_tokens, tokens.eos, cfg.temperature, **options)
+    for prompt, ids, end, chosen in zip(prompts, answers, ended, experts, strict=True):
+        whole = prompt + ids + ([] if end is None else [end])
+        samples.append(Sample(whole, len(prompt), chosen, tokens.decode(ids)))
     return samples
 
 
@@ -137,7 +141,7 @@ class Training:
 
     model: GPT
     start_model: GPT | None  # None: there is no KL term
-    tokens: object  # tokenizer
+    tokens: Tokens
     asked: list  # [(question, its prompt's token ids)] to train on
     held_out: list  # the same for tests
     answer_tokens: int  # longest answer
@@ -145,18 +149,22 @@ class Training:
     step: int = 0
     read: int = 0  # questions drawn so far
     row: dict = dataclasses.field(default_factory=dict)  # what was logged of the latest step
+    tokenizer_sha256: str = ""  # of its file
 
 
 def load_start(cfg, device):
     """(checkpoint file or published model, GPT, data directory, tokenizer, source of questions) of cfg.model."""
-    released = start.released(cfg.model)
-    path = cfg.model if released else checkpoint.newest(cfg.model)
-    model = start.load_any(path, device, dtype=cfg.dtype, impl=cfg.impl)
-    if released:
-        folder = str(hub.folder(cfg.model, "model"))  # its tokenizer becomes that of the run
-        return path, model, folder, hf.load_tokens(folder), Source(cfg.evaldata or None)
-    data = cfg.data or str(checkpoint.training_data(path.parent))
-    return path, model, data, run_tokens(data, model), Source(cfg.evaldata or None, data)
+    options = dict(dtype=cfg.dtype, impl=cfg.impl)
+    if start.released(cfg.model):
+        folder = Path(cfg.data).is_dir() and start.released(cfg.data)  # a resumed run without --data names the model's
+        data = checkpoint.training_data("", cfg.data) if cfg.data and not folder else None
+        source, model = Source(cfg.evaldata or None, data), start.load_any(cfg.model, device, **options)
+        tokens = start.tokens_of(cfg.model, "model", model, data)
+        return cfg.model, model, str(data or hub.folder(cfg.model, "model")), tokens, source
+    path = checkpoint.newest(cfg.model)
+    data = str(checkpoint.training_data(path.parent, cfg.data))
+    model = start.load_any(path, device, **options)
+    return path, model, data, checkpoint.run_tokens(data, model), Source(cfg.evaldata or None, data)
 
 
 def load_questions(cfg, start_path, model, data, tokens, source):
@@ -302,6 +310,7 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
     with Run(cfg, cfg.out_dir or f"{name}-grpo", rank, world, device, given) as run:
         job, state = set_up(cfg, run, start_path, model, tokens, questions)
         cfg = dataclasses.replace(cfg, model=str(start_path), data=data)
+        job.tokenizer_sha256 = tokenizer.digest(data)
         run.begin(cfg, job.step, state, "grpo")
         if run.first:
             print(report.grpo_start(cfg, run, job), flush=True)
@@ -334,6 +343,7 @@ def grpo(cfg, rank=0, world=1, device=CPU, given=None):
 def save(cfg, run, job):
     state = {"row": job.row, "read": job.read, "config": dataclasses.asdict(job.model.cfg)}
     state |= {"grpo": dataclasses.asdict(cfg), "model": job.model.state_dict(), "optimizer": job.optimizer.state_dict()}
+    state["tokenizer"] = {"sha256": job.tokenizer_sha256, "ends": job.tokens.eos}
     run.save(job.step, state, cfg.keep_checkpoints)
 
 

@@ -4,8 +4,9 @@
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
 The chat template in the tokenizer's folder turns messages into text. Some templates rewrite earlier answers (they drop
-the reasoning in them); then the next answer starts a new example. Until it is encoded, a row is the JSON of its pieces
-of text: [is it a chat, [[[piece, is it a target], ...] for each example]].
+the reasoning in them); then the next answer starts a new example. The special token that the template puts at the end
+of an answer also ends generation. Until it is encoded, a row is the JSON of its pieces of text:
+[is it a chat, [[[piece, is it a target], ...] for each example]].
 """
 
 import json
@@ -20,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch needs jinja2, 
 from data import files
 from data.fast import AGAIN, inside, spelled
 from data.shards import START, TRAINED
+from data.tokenizer import context_ids, tiktoken_tokens
 from optimoe.config import require
 
 TEMPLATE = "chat_template.jinja"
@@ -112,6 +114,12 @@ def encode(enc, text):
     return np.concatenate(ids), sum(sizes), np.concatenate(marks)
 
 
+def _end(enc, answer):
+    """The special token after which an answer (ids) has only white space; None if there is none."""
+    last = next((token for token in reversed(answer) if token in enc.special or enc.decode([token]).strip()), None)
+    return last if last in enc.special else None
+
+
 def _encoded(enc, chat, pieces):
     # No token lies across the end of a prompt, because generation begins there.
     read = enc.encode_control if chat else enc.encode_ordinary
@@ -120,8 +128,12 @@ def _encoded(enc, chat, pieces):
         whole = read(before + piece)
         new = whole[len(ids) :] if whole[: len(ids)] == ids else inside(read, piece)
         ids, trained, before = ids + new, trained + [target] * len(new), before + piece
-    if not chat:
-        begin = getattr(enc, "begin", [])
+        if chat and target and (end := _end(enc, new)) not in (None, enc.eot_token, *enc.ends):
+            enc.ends.append(end)  # data.shards keeps it in meta.json
+    if not chat:  # as in evaluation and sampling
+        prompt = pieces[0][0]
+        context = context_ids(tiktoken_tokens(enc), prompt)
+        begin = context[: len(context) - len(read(prompt))]
         ids, trained = [*begin, *ids], [False] * len(begin) + trained
     if not chat or ids[-1:] != [enc.eot_token]:
         ids, trained = [*ids, enc.eot_token], [*trained, not chat]

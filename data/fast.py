@@ -51,17 +51,21 @@ class Fast:
     """A tokenizer of the library. The name of a special token in a text is just text, except in encode_control.
 
     definition: the text of its tokenizer.json. begin: ids in front of every document and prompt. eot_token: the id that
-    ends a document. Raises ValueError for a definition that the library cannot use, or ids that it does not have."""
+    ends a document. ends: further ids that end an answer. Raises ValueError for a definition that the library cannot
+    use, or ids that it does not have."""
 
-    def __init__(self, definition, begin, eot_token, name):
+    def __init__(self, definition, begin, eot_token, name, ends=()):
         self.definition, self.begin, self.eot_token, self.name = definition, list(begin), eot_token, name
+        self.ends = [token for token in ends if token != eot_token]
         self._fast, self._control = _open(definition), None
         self._fast.encode_special_tokens = True
         self.n_vocab = 1 + max(self._fast.get_vocab().values(), default=-1)
-        if any(self._fast.id_to_token(token) is None for token in [*self.begin, eot_token]):
-            raise ValueError(f"{name}: no tokens have the ids {self.begin} and {eot_token} of begin and end of text")
+        ends = [eot_token, *self.ends]
+        if any(self._fast.id_to_token(token) is None for token in [*self.begin, *ends]):
+            ends = " and ".join(map(str, ends))
+            raise ValueError(f"{name}: no tokens have the ids {self.begin} and {ends} of begin and end of text")
         special = {str(token): i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
-        self._special = set(special.values())
+        self.special = set(special.values())
         self._inside = re.compile("|".join(f"(?<={re.escape(s[:1])})(?={re.escape(s[1:])})" for s in special) or "(?!)")
         self._a = self.encode_ordinary("a")
         self._decoded_a = self._fast.decode(self._a)
@@ -73,7 +77,7 @@ class Fast:
         """The ids of each text. The library chooses the number of threads (RAYON_NUM_THREADS)."""
         found = [encoded.ids for encoded in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         for i, ids in enumerate(found):
-            if not self._special.isdisjoint(ids):  # unigram models find them all the same: cut their names in two
+            if not self.special.isdisjoint(ids):  # unigram models find them all the same: cut their names in two
                 parts = self._fast.encode_batch_fast(self._inside.split(texts[i]), add_special_tokens=False)
                 found[i] = [token for part in parts for token in part.ids if token not in (*self.begin, self.eot_token)]
         return found
@@ -92,7 +96,7 @@ def from_folder(directory):
     """The tokenizer of a Hugging Face folder; ValueError where it is missing, damaged or names no end of text.
 
     begin is what the tokenizer puts in front of a text (usually <s>, or nothing) unless add_bos_token says otherwise.
-    """
+    All tokens of eos_token_id end an answer, those of generation_config.json if it has some."""
     directory = Path(directory)
     path = directory / "tokenizer.json"
     definition = files.read_text(path, AGAIN)
@@ -105,9 +109,10 @@ def from_folder(directory):
     begin = dressed[: dressed.index(plain[0])] if plain and plain[0] in dressed else []
     if "add_bos_token" in settings:
         begin = [bos] if settings["add_bos_token"] and bos is not None else []
-    ends = [end_of_text, *(config.get("eos_token_id") for config in configs)]
-    ends = [end[0] if isinstance(end, list) and end else end for end in ends]
-    eos = next((end for end in ends if isinstance(end, int)), None)
+    lists = [named if isinstance(named, list) else [named] for named in (c.get("eos_token_id") for c in configs)]
+    lists = [[end for end in ends if type(end) is int] for ends in lists]
+    eos = next((end for end in (end_of_text, *(ends[0] for ends in lists if ends)) if end is not None), None)
     if eos is None:
         raise ValueError(f"{directory}: neither eos_token in tokenizer_config.json nor eos_token_id in config.json")
-    return Fast(definition, begin, eos, directory.name)
+    ends = [end for end in next(filter(None, lists), []) if end >= 0 and fast.id_to_token(end) is not None]
+    return Fast(definition, begin, eos, directory.name, ends)

@@ -1,6 +1,7 @@
 """The data directory: flat token files, a tokenizer and meta.json, which is written last.
 
-    DIR/meta.json        version, tokenizer, vocab_size, eos, dtype, splits, notes of the writer, and a checksum
+    DIR/meta.json        version, tokenizer, vocab_size, eos, dtype, splits, notes of the writer, and a checksum;
+                         `ends`, where more tokens than eos end an answer
     DIR/tokenizer.json   see data/tokenizer.py
     DIR/train-00000.bin  token ids, little-endian uint16 (uint32 when the vocabulary exceeds 65,536), no header
     DIR/val-00000.bin
@@ -91,6 +92,8 @@ class ShardWriter:
         meta = {"version": MARKED if marked else PLAIN, "tokenizer": tokenizer.FILE}
         meta |= {"tokenizer_sha256": _sha256(self.partial / tokenizer.FILE), "vocab_size": self.enc.n_vocab}
         meta |= {"eos": self.enc.eot_token, "dtype": self.dtype.name, "splits": self.splits}
+        if ends := getattr(self.enc, "ends", None):
+            meta["ends"] = sorted(set(ends))
         files.write_json(self.partial / META, meta | self.notes)
         refuse_existing(self.directory)
         os.rename(self.partial, self.directory)

@@ -8,6 +8,7 @@ The first two are a `tiktoken.Encoding` with the special token "<|endoftext|>", 
 """
 
 import base64
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,11 @@ def save(enc, directory):
     return path
 
 
+def digest(directory):
+    """The SHA-256 of a directory's tokenizer file, as in its meta.json."""
+    return hashlib.sha256(Path(directory, FILE).read_bytes()).hexdigest()
+
+
 def load(directory):
     """The tokenizer of a data directory or a Hugging Face folder. ValueError naming a missing or damaged file."""
     path = Path(directory) / FILE
@@ -98,8 +104,8 @@ def load(directory):
         remedy = "name a data directory, or a model's folder with this file, which transformers' save_pretrained writes"
         raise ValueError(f"{path} does not exist; {remedy}")
     content, meta = path.read_bytes(), path.with_name(META)
-    again = AGAIN if meta.exists() else fast.AGAIN
-    if meta.exists() and files.read_json(meta, AGAIN).get("tokenizer_sha256") != hashlib.sha256(content).hexdigest():
+    again, noted = (AGAIN, files.read_json(meta, AGAIN)) if meta.exists() else (fast.AGAIN, {})
+    if meta.exists() and noted.get("tokenizer_sha256") != hashlib.sha256(content).hexdigest():
         raise ValueError(f"{path} is corrupt (SHA-256 differs from {META}); {AGAIN}")
     kept = files.check(files.parse(content, str(path), again), str(path), again)
     if "model" in kept and "tokens" not in kept:
@@ -108,7 +114,7 @@ def load(directory):
         package()  # if it is absent, the file is not damaged
     try:
         if "tokenizers" in kept:
-            return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"])
+            return Fast(kept["tokenizers"], kept["begin"], kept["eos"], kept["name"], noted.get("ends", ()))
         return _encoding(kept)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {again}") from error
@@ -146,12 +152,24 @@ class Tokens(NamedTuple):
     eos: list[int]  # any of these ends a generation
     n_vocab: int  # ids from here on are padding of the model's head
 
+    def ending(self, ends):
+        """The same, where these ids end a generation too."""
+        return self._replace(eos=list(dict.fromkeys([*self.eos, *ends])))
+
 
 def tiktoken_tokens(enc):
     """The Tokens of a data directory. Prompts begin as documents do in training: with `begin`, or else after eos."""
     if isinstance(enc, Fast):
-        return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token], enc.n_vocab)
-    known = {*enc._mergeable_ranks.values(), *enc._special_tokens.values()}
+        return Tokens(enc.encode_ordinary, enc.decode, enc.begin, [enc.eot_token, *enc.ends], enc.n_vocab)
+    known = functools.cache(lambda: {*enc._mergeable_ranks.values(), *enc._special_tokens.values()})
     # An untrained model may write an unused id (cl100k_base has 16).
-    decode = lambda ids: enc.decode([token for token in ids if token in known])
+    decode = lambda ids: enc.decode([*filter(known().__contains__, ids)])
     return Tokens(enc.encode_ordinary, decode, [enc.eot_token], [enc.eot_token], enc.n_vocab)
+
+
+def context_ids(tokens: Tokens, prompt: str) -> list[int]:
+    """bos and the ids of a prompt. An empty prompt without bos becomes an end-of-text token, as in lm-eval."""
+    ids = tokens.bos + tokens.encode(prompt)
+    if not ids and not tokens.eos:
+        raise ValueError("a prompt is empty, and the tokenizer has no token to start it with (neither bos nor eos)")
+    return ids or tokens.eos[:1]

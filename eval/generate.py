@@ -44,6 +44,7 @@ def generate(
     experts=None,
     top_k=0,
     watch=None,
+    ended=None,
 ):
     """Continue each prompt, a list of token ids that is not empty. Returns the new token ids, one list per prompt.
 
@@ -55,6 +56,7 @@ def generate(
     experts: a list to be filled with the experts that the routers chose for each prompt, int16 (N, tokens, K), without
     the last new token, which the model has not read unless a stop id followed.
     watch: called as watch(i, new ids of prompt i so far) whenever they have grown.
+    ended: a list to be filled with the stop id that ended each prompt's text, or None where none did.
 
     Needs memory for the cache of batch_size rows and for a copy of weights that are not in the compute dtype.
     ValueError for an empty prompt, bad sampling parameters, or prompt + max_new_tokens beyond the model's seq_len."""
@@ -75,6 +77,8 @@ def generate(
     if experts is not None:
         decoder.cache.keep_experts(model.cfg.top_k)
         experts[:] = [None] * len(prompts)
+    if ended is not None:
+        ended[:] = [None] * len(prompts)
     for rows in batches:
         seeds = [(seed * 1_000_003 + (i if streams is None else streams[i])) % 2**63 for i in rows]
         decoder.start([prompts[i] for i in rows], seeds)
@@ -82,11 +86,14 @@ def generate(
         while alive:
             new, rows = decoder.read(), list(rows)
             for j, i in enumerate(rows):
+                before = 0 if i is None else len(outputs[i])
                 n_read = None if i is None else extend(outputs[i], new[j], *ending)
                 if i is not None and watch:
                     watch(i, outputs[i])
                 if n_read is not None:
                     rows[j] = None
+                    if ended is not None and n_read == len(outputs[i]):
+                        ended[i] = new[j][n_read - before]
                     if experts is not None:
                         experts[i] = decoder.cache.experts[:, j, : len(prompts[i]) + n_read].clone()
             alive = [j for j, i in enumerate(rows) if i is not None]
@@ -95,11 +102,13 @@ def generate(
     return outputs
 
 
-def check_sampling(batch_size, temperature, top_p, top_k=0, prefix=""):
-    """ValueError for what cannot be sampled with. prefix: of the fields' names, temperature and top_p."""
+def check_sampling(batch_size, temperature, top_p, top_k=0, prefix="", greedy=""):
+    """ValueError for what cannot be sampled with. prefix: of the fields' names, temperature and top_p. greedy: why a
+    temperature of 0 is refused too."""
     require(batch_size >= 1, "batch_size", batch_size, "use 1 or more")
-    usable = temperature == 0 or temperature >= 1e-6  # logits divided by less may be infinite
-    require(usable, f"{prefix}temperature", temperature, "use 0 (greedy), or 1e-6 or more")
+    usable = temperature == 0 and not greedy or temperature >= 1e-6  # logits divided by less may be infinite
+    remedy = f"{greedy}; use 1e-6 or more" if greedy else "use 0 (greedy), or 1e-6 or more"
+    require(usable, f"{prefix}temperature", temperature, remedy)
     require(0 < top_p <= 1, f"{prefix}top_p", top_p, "use a number above 0, at most 1")
     require(top_k >= 0, "top_k", top_k, "use 0 (all tokens) or more")
 

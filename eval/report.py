@@ -174,7 +174,8 @@ def final_report(model, cfg, data, results):
     if not new_tokens:
         return {}
     options = dict(temperature=0.8, top_p=0.95, seed=cfg.seed, n_vocab=data.enc.n_vocab)
-    new, decode = generate(model, prompts, new_tokens, [data.enc.eot_token], **options), data.enc.decode
+    ends = [data.enc.eot_token, *getattr(data.enc, "ends", [])]
+    new, decode = generate(model, prompts, new_tokens, ends, **options), data.enc.decode
     samples = [{"prompt": decode(before), "text": decode(ids)} for before, ids in zip(prompts, new, strict=True)]
     for sample in samples:
         print(f"\nprompt from {split}: {sample['prompt']}\nsample: {sample['text']}")

@@ -14,16 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from data.fast import inside
-from data.tokenizer import Tokens
+from data.tokenizer import Tokens, context_ids
 from eval.generate import any_shape
-
-
-def context_ids(tokens: Tokens, prompt: str) -> list[int]:
-    """bos and the ids of a prompt. An empty prompt without bos becomes an end-of-text token, as in lm-eval."""
-    ids = tokens.bos + tokens.encode(prompt)
-    if not ids and not tokens.eos:
-        raise ValueError("a prompt is empty, and the tokenizer has no token to start it with (neither bos nor eos)")
-    return ids or tokens.eos[:1]
 
 
 def encode_pair(tokens: Tokens, prompt: str, answer: str) -> tuple[list[int], list[int], bool]:

@@ -20,8 +20,11 @@ import torch
 import torch.distributed as dist
 
 from data import files, tokenizer
+from data.loader import parse_sources
+from data.tokenizer import Tokens, tiktoken_tokens
 from model import GPT, UNTAUGHT, ModelConfig
 from optimoe import config
+from optimoe.config import require
 
 NAME = re.compile(r"ckpt-(\d+)-([0-9a-f]{16})\.pt")
 
@@ -54,7 +57,10 @@ def newest(path):
 def save(run_dir, step, state, keep, rank=0, world=1):
     """Write `state` (tensors, Pieces and plain values in dicts and lists), and keep only the newest `keep` files.
 
-    All ranks take part, each with its own Pieces; all else is taken from rank 0, which returns the path."""
+    All ranks take part, each with its own Pieces; all else is taken from rank 0, which returns the path. The state of
+    a run on data gets the member `tokenizer`, see `tokenizer_of`."""
+    data = state.get("config", {}).get("data")
+    state = (tokenizer_of(data) if data and rank == 0 else {}) | state
     tmp = Path(run_dir, "ckpt.tmp")
     try:
         places = _on_all(lambda: _make_room(tmp, state) if rank == 0 else None, world)[0]
@@ -75,6 +81,18 @@ def save(run_dir, step, state, keep, rank=0, world=1):
     for old in older[: max(0, len(older) - (keep - 1))]:
         old.unlink()
     return path
+
+
+def tokenizer_of(data):
+    """{"tokenizer": {"sha256": of the tokenizer file, "ends": ids besides eos that end an answer}} of data directories
+    ("DIR" or "DIR:0.7,DIR2:0.3"). {} if they have been moved."""
+    try:
+        directories = [directory for directory, _ in parse_sources(data)]
+        metas = [Path(directory, tokenizer.META) for directory in directories]
+        ends = {end for meta in metas if meta.exists() for end in files.read_json(meta).get("ends", ())}
+        return {"tokenizer": {"sha256": tokenizer.digest(directories[0]), "ends": sorted(ends)}}
+    except (OSError, ValueError):
+        return {}
 
 
 def _on_all(work, world):
@@ -170,7 +188,9 @@ def read(path):
 
 
 def load_model(path, device="cpu", **overrides):
-    """The trained GPT of a run directory or checkpoint file, in evaluation mode. overrides: fields such as impl."""
+    """The trained GPT of a run directory or checkpoint file, in evaluation mode. overrides: fields such as impl.
+
+    Its attribute `tokenizer` is that member of the checkpoint, or None in those of earlier versions."""
     state = read(path)
     values = {field.name: state["config"][field.name] for field in dataclasses.fields(ModelConfig)}
     cfg = ModelConfig(**values | overrides)
@@ -178,6 +198,7 @@ def load_model(path, device="cpu", **overrides):
         print(f"warning: {path}: top_k={cfg.top_k}: {UNTAUGHT} in training", file=sys.stderr)
     model = GPT(cfg, draw=False).to(device)
     model.load_state_dict(state["model"])
+    model.tokenizer = state.get("tokenizer")
     return model.eval()
 
 
@@ -191,3 +212,20 @@ def training_data(run_dir, named=""):
             return Path(directory)
     where = "there" if named else f"in {run_dir / 'data'}" + (f" or in {first}" if first else "")
     raise ValueError(f"data={named!r}: no {tokenizer.FILE} {where}; name the run's data directory with --data")
+
+
+def run_tokens(directory, model) -> Tokens:
+    """The tokenizer of a data directory. All that ended an answer in the run's data ends one here.
+
+    Raises ValueError if it has more tokens than the model, or is not the tokenizer of the run, whose SHA-256 is in
+    checkpoints, but not in those of earlier versions."""
+    tokens, rows = tiktoken_tokens(tokenizer.load(directory)), model.cfg.vocab_size
+    remedy = "name the data directory that the model was trained on"
+    fault = f"its tokenizer has {tokens.n_vocab:,} tokens and the model {rows:,}"
+    require(tokens.n_vocab <= rows, "data", str(directory), f"{fault}: {remedy}")
+    kept = getattr(model, "tokenizer", None)
+    if not kept:
+        return tokens
+    same = kept["sha256"] == tokenizer.digest(directory)
+    require(same, "data", str(directory), f"its tokenizer is not that of the run: {remedy} with --data")
+    return tokens.ending(kept["ends"])

@@ -210,7 +210,8 @@ def check_weights(directory, stored, expected, ignored):
 
 
 def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=None):
-    """Write config.json and the weights, in files of at most max_shard_bytes. dtype: None changes none; eos: token id.
+    """Write config.json and the weights, in files of at most max_shard_bytes. dtype: None changes none. eos: token id,
+    or a list of them, which generation_config.json has too.
 
     Raises ValueError for a model that no known format describes, and for a folder that already holds weights."""
     serialise = package("safetensors.torch").save
@@ -228,6 +229,8 @@ def save_model(model, directory, dtype=None, max_shard_bytes=5_000_000_000, eos=
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         files.write_json(directory / INDEX, index, signed=False)
+    if isinstance(eos, list):
+        files.write_json(directory / GENERATION, {"eos_token_id": eos}, signed=False)
     files.write_json(directory / CONFIG, raw | {"dtype": str(dtype)[6:], "eos_token_id": eos}, signed=False)
 
 
@@ -259,11 +262,11 @@ def load_tokens(directory) -> Tokens:
         for name in (TOKENIZER_CONFIG, CONFIG, GENERATION)
     )
     ids_of = enc.encode_ordinary if settings.get("split_special_tokens") else enc.encode_control
-    rows, eos = raw.get("vocab_size", 2**40), [enc.eot_token]
+    rows = raw.get("vocab_size", 2**40)
     for found in (raw, generation):
         if (named := found.get("eos_token_id")) is not None:
-            eos = named if isinstance(named, list) else [named]
-            fits = eos and all(type(token) is int and 0 <= token < rows for token in eos)
+            listed = named if isinstance(named, list) else [named]
+            fits = listed and all(type(token) is int and 0 <= token < rows for token in listed)
             require(fits, "eos_token_id", named, f"{directory} must name ids of tokens, below {rows}")
 
     def encode(text):
@@ -272,7 +275,7 @@ def load_tokens(directory) -> Tokens:
         require(most < rows, "vocab_size", rows, f"{directory / TOKENIZER} has token {most}: it is of another model")
         return ids
 
-    return Tokens(encode, enc.decode, enc.begin, eos, min(enc.n_vocab, rows))
+    return Tokens(encode, enc.decode, enc.begin, [enc.eot_token, *enc.ends], min(enc.n_vocab, rows))
 
 
 def save_tokens(enc, directory, chat_template=None):
@@ -344,10 +347,11 @@ def main(argv=None):
     make_directory(out.parent, "out", cfg.out)
     model = checkpoint.load_model(path, **{"seq_len": cfg.seq_len} if cfg.seq_len else {})
     run_dir = path if path.is_dir() else path.parent
-    enc, started_from = tokenizer.load(checkpoint.training_data(run_dir)), hub.origin(run_dir)
+    data, started_from = checkpoint.training_data(run_dir), hub.origin(run_dir)
+    enc, ends = tokenizer.load(data), checkpoint.run_tokens(data, model).eos
     template = chat.template_source(started_from)[0] if started_from else None
     with files.temporary(out, directory=True) as partial:
-        save_model(model, partial, getattr(torch, cfg.dtype), eos=enc.eot_token)
+        save_model(model, partial, getattr(torch, cfg.dtype), eos=ends if len(ends) > 1 else ends[0])
         save_tokens(enc, partial, template)
         os.rename(partial, out)
     print(f"{cfg.out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

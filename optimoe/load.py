@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from data import tokenizer
-from data.tokenizer import Tokens, tiktoken_tokens
+from data.tokenizer import Tokens
 from model import GPT, compute_dtype
 from moe_kernels.tiles import pick_impl
 from optimoe import checkpoint, hub
@@ -57,17 +57,17 @@ def load(cfg: ModelChoice) -> Loaded:
     """The chosen model. Raises ValueError or OSError for what is missing, damaged or does not fit together."""
     device = pick_device(cfg)
     if cfg.hf:
-        from optimoe import hf  # only --hf needs its packages
+        from optimoe import hf, start  # only --hf needs their packages
 
         folder, directory = hub.folder(cfg.hf, "hf"), cfg.data_directory()
         model = hf.load_model(folder, device, cfg.dtype, cfg.impl)
-        tokens = run_tokens(directory, model) if directory else hf.load_tokens(folder)
+        tokens = start.tokens_of(cfg.hf, "hf", model, directory)
         name = hf.fingerprint(folder, *([directory / tokenizer.FILE] if directory else []), title=hub.title(cfg.hf))
         return Loaded(model, tokens, name, hub.home(cfg.hf) / "eval")
     path = checkpoint.newest(cfg.checkpoint or cfg.run)
     model = cast_once(checkpoint.load_model(path, device, dtype=cfg.dtype, impl=cfg.impl))
     results = path.parent / f"eval-{checkpoint.NAME.fullmatch(path.name)[1]}"
-    return Loaded(model, run_tokens(cfg.data_directory(), model), path.name, results)
+    return Loaded(model, checkpoint.run_tokens(cfg.data_directory(), model), path.name, results)
 
 
 def pick_device(cfg, local_rank=0):
@@ -91,15 +91,6 @@ def pick_device(cfg, local_rank=0):
     except RuntimeError as error:
         raise ValueError(f"{error}; or leave --impl=auto, which chooses") from None
     return device
-
-
-def run_tokens(directory, model) -> Tokens:
-    """The tokenizer of a data directory. Raises ValueError if it has more tokens than the model."""
-    tokens, rows = tiktoken_tokens(tokenizer.load(directory)), model.cfg.vocab_size
-    fault = f"its tokenizer has {tokens.n_vocab:,} tokens and the model {rows:,}"
-    remedy = f"{fault}: name the data directory that the model was trained on"
-    require(tokens.n_vocab <= rows, "data", str(directory), remedy)
-    return tokens
 
 
 def cast_once(model):

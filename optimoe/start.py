@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import files, tokenizer
 from data.chat import chat_template
-from data.tokenizer import Tokens, tiktoken_tokens
+from data.tokenizer import Tokens, context_ids, tiktoken_tokens
 from model import GPT
 from optimoe import checkpoint, hf, hub
 from optimoe.config import require
@@ -54,12 +54,27 @@ def load(name, field, cfg=None, **overrides):
 
 def check_tokenizer(name, enc, directory):
     """Raises ValueError if the token data in `directory`, with tokenizer enc, was made for another model."""
-    folder = hub.folder(name, "init_from")
-    if (folder / "tokenizer.json").is_file():
-        same = hf.load_tokens(folder).encode(PROBE) == tiktoken_tokens(enc).encode(PROBE)
-        command = f"data.prepare --tokenizer={shlex.quote(name)}"
-        remedy = f"its tokenizer is not that of {name}: prepare the text with `{command}`"
-        require(same, "data", str(directory), remedy)
+    _same(name, "init_from", tiktoken_tokens(enc), directory)
+
+
+def tokens_of(name, field, model, directory=None):
+    """The Tokens of a published model, or of token data that was made for it, with the same ends of an answer."""
+    if not directory:
+        return hf.load_tokens(hub.folder(name, field))
+    tokens = checkpoint.run_tokens(directory, model)
+    return tokens.ending(_same(name, field, tokens, directory))
+
+
+def _same(name, field, tokens, directory):
+    """The ids that end an answer of this model, if its folder has a tokenizer, which must be that of the data."""
+    folder = hub.folder(name, field)
+    if not (folder / hf.TOKENIZER).is_file():
+        return []
+    own = hf.load_tokens(folder)
+    command = f"data.prepare --tokenizer={shlex.quote(name)}"
+    remedy = f"its tokenizer is not that of {name}: prepare the text with `{command}`"
+    require(own.encode(PROBE) == tokens.encode(PROBE), "data", str(directory), remedy)
+    return own.eos
 
 
 def released(name):
@@ -85,7 +100,8 @@ def chat_encoder(name, tokens: Tokens, data):
     template = chat_template(folder) if folder else None
     if template is None:
         return None
-    encode = tokens.encode if released(name) else tokenizer.load(data).encode_control
+    own = released(name) and data in (None, str(folder))
+    encode = tokens.encode if own else tokenizer.load(data).encode_control
     return lambda messages: encode(template(messages, True))
 
 
@@ -97,4 +113,4 @@ def prompt_ids(name, tokens: Tokens, data=None):
         question = text.removeprefix("Question: ").removesuffix("Answer:").rstrip()
         return encode([{"role": "user", "content": question}])
 
-    return chat if encode else lambda text: tokens.bos + tokens.encode(text)
+    return chat if encode else lambda text: context_ids(tokens, text)

@@ -53,9 +53,8 @@ class PosttrainConfig(grpo.GRPOConfig):
     def __post_init__(self):
         self.budget()  # checks grpo's fields
         check_range(self, "problems samples", 1)
-        check_sampling(self.rollout_batch, self.vote_temperature, self.vote_top_p, prefix="vote_")
-        remedy = "greedy votes are all equal; use more than 0"
-        require(self.vote_temperature > 0, "vote_temperature", self.vote_temperature, remedy)
+        sampling = self.rollout_batch, self.vote_temperature, self.vote_top_p
+        check_sampling(*sampling, prefix="vote_", greedy="greedy votes are all equal")
         require(self.samples & (self.samples - 1) == 0, "samples", self.samples, "use a power of two")
         for name in ("model", "out_dir", "resume"):
             remedy = "every model of --runs has a run of its own, which goes on by itself; leave it out"

@@ -11,6 +11,7 @@ from data import chat, files, shards, tokenizer
 from data.loader import Loader, packed
 from data.prepare import main
 from data.shards import START, TRAINED
+from eval.taskloss import context_ids
 from tests.test_fast import byte_level, folder, metaspace, unigram
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -43,6 +44,27 @@ def test_only_answers_and_their_end_are_trained(tmp_path, kind):
         assert ids[: len(prompt)].tolist() == prompt and not trained[: len(prompt)].any()
         assert trained[len(prompt) :].all() and ids[-1] == eos
         assert kind is unigram or enc.decode(ids[len(prompt) : -1].tolist()) == row["answer"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_examples_begin_with_what_prompts_begin_with(tmp_path, own):
+    """A tokenizer of our own puts the end of text there, and one without bos does so before an empty prompt."""
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"the goose {i} in {i}"}) for i in range(60)))
+    if own:
+        main([str(tmp_path / "text.jsonl"), f"--out={tmp_path / 'own'}", "--vocab_size=280", "--val_fraction=0"])
+    else:
+        folder(tmp_path / "own", byte_level)
+    rows = [*ROWS, {"prompt": "", "answer": "the river"}]
+    data = prepared(tmp_path, rows, tmp_path / "own")
+    enc = tokenizer.load(data)
+    tokens, found = tokenizer.tiktoken_tokens(enc), pieces(data)
+    assert len(found) == len(rows)
+    for row, (ids, trained) in zip(rows, found, strict=True):
+        prompt = context_ids(tokens, row["prompt"])
+        assert (prompt[:1] == [enc.eot_token]) == (own or not row["prompt"])
+        assert ids[: len(prompt)].tolist() == prompt and not trained[: len(prompt)].any()
+        assert enc.decode(ids[len(prompt) : -1].tolist()) == row["answer"]
+        assert ids[-1] == enc.eot_token and trained[len(prompt) :].all()
 
 
 def test_a_token_that_would_join_prompt_and_answer_is_split(tmp_path):
@@ -97,6 +119,28 @@ def test_messages_become_text_by_the_chat_template(tmp_path):
         "yes<|endoftext|>\n",
     ]
     assert shards.read_meta(data)["splits"]["train"]["documents"] == 2, "ends inside a chat are no ends of documents"
+
+
+def test_the_token_that_ends_turns_is_kept_as_an_end_of_answers(tmp_path):
+    ending = TEMPLATE.replace("<|endoftext|>", "{{ '<|im_end|>' if m.role == 'assistant' else '<|im_start|>' }}")
+    made = chats(tmp_path / "hf", ending)
+    made.add_special_tokens(["<|im_end|>"])
+    made.save(str(tmp_path / "hf/tokenizer.json"))
+    rows = [{"messages": say("the goose", f"<|im_start|> river {i}", "1987", "yes")} for i in range(20)]
+    data = prepared(tmp_path, rows, tmp_path / "hf")
+    eot, (start, end) = made.token_to_id("<|endoftext|>"), map(made.token_to_id, ("<|im_start|>", "<|im_end|>"))
+    assert shards.read_meta(data)["ends"] == [end]
+    assert tokenizer.tiktoken_tokens(tokenizer.load(data)).eos == [eot, end]
+    ids, trained = pieces(data)[0]
+    assert list(ids[trained > 0]).count(end) == 2 and start in ids[trained > 0]
+
+
+@pytest.mark.parametrize("ending", ["<|endoftext|>", " ###", ""])
+def test_no_other_token_ends_answers(tmp_path, ending):
+    """Where turns end with the end of text, or with text: not even a special token within an answer."""
+    chats(tmp_path / "hf", TEMPLATE.replace("<|endoftext|>", ending))
+    data = prepared(tmp_path, [{"messages": say("a", f"<|im_start|> {i}")} for i in range(9)], tmp_path / "hf")
+    assert "ends" not in shards.read_meta(data)
 
 
 def test_answers_after_a_changed_past_are_examples_of_their_own(tmp_path):

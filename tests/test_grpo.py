@@ -25,7 +25,8 @@ from data.reasoning import ReasoningConfig
 from eval.tasks import Task
 from grpo import main
 from model import GPT, ModelConfig
-from optimoe import checkpoint, run
+from optimoe import checkpoint, hf, run
+from optimoe.load import ModelChoice, load
 
 ROOT = Path(grpo_file.__file__).parent
 SHORT = (
@@ -273,6 +274,47 @@ def test_data_of_another_model(start, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_data_of_another_tokenizer(whole_run, start, tmp_path):
+    """As large as the run's own: only the SHA-256 in the checkpoint tells them apart, which older ones lack."""
+    out, other = whole_run[0], tmp_path / "data"
+    shutil.copytree(start / "data", tmp_path / "same")
+    own = tokenizer.load(start / "data")
+    other.mkdir()
+    tokens = [own.decode_single_token_bytes(i) for i in range(own.eot_token)]
+    tokenizer.save(tokenizer.encoding(tokens[:256] + tokens[:255:-1]), other)
+    assert tokenizer.load(other).n_vocab == own.n_vocab
+    for directory in (start / "data", tmp_path / "same"):
+        load(ModelChoice(run=str(out), data=str(directory), device="cpu"))
+    message = f"data='{other}': its tokenizer is not that of the run: name the data directory .* with --data"
+    with pytest.raises(ValueError, match=message):
+        load(ModelChoice(run=str(out), data=str(other), device="cpu"))
+    with pytest.raises(ValueError, match=message):
+        post_train(out, tmp_path / "x", "", f"--data={other}")
+    assert not (tmp_path / "x").exists()
+    state = checkpoint.read(out)
+    del state["tokenizer"]
+    (tmp_path / "old").mkdir()
+    checkpoint.save(tmp_path / "old", state["step"], state, keep=1)
+    load(ModelChoice(run=str(tmp_path / "old"), data=str(other), device="cpu"))
+
+
+def test_a_published_model_on_procedural_data(whole_run, start, tmp_path):
+    """--data is what the message of a task on procedural data names; the run keeps it."""
+    pytest.importorskip("tokenizers"), pytest.importorskip("safetensors")
+    hf.main([str(start), str(model := tmp_path / "model")])
+    with pytest.raises(ValueError, match="this model was not trained on .*, name its data directory with --data"):
+        post_train(model, tmp_path / "x")
+    with pytest.raises(ValueError, match="^data='/none': no tokenizer.json there; name the run's data directory"):
+        post_train(model, tmp_path / "x", "--data=/none")
+    assert not (tmp_path / "x").exists()
+    out = tmp_path / "out"
+    post_train(model, out, FOUR + f" --steps=2 --data={start / 'data'}")
+    assert rows(out)[:3] == rows(whole_run[0])[:3]  # as from the run that was exported
+    assert json.loads((out / "config.json").read_text())["data"] == str(start / "data")
+    main([f"--resume={out}", "--steps=3"])
+    assert len(rewarded(out)) == 3
+
+
 def test_two_ranks_equal_one(whole_run, start, tmp_path):
     whole, out = whole_run[0], tmp_path / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "grpo.py"]
@@ -293,7 +335,8 @@ MISTAKES = {
     "--model=": "model=''",
     "--group-size=1": "group_size=1",
     "--mini-batch=5": "batch_prompts=1024",
-    "--temperature=0": "temperature=0",
+    "--temperature=0": "temperature=0.0: greedy answers are equal; use 1e-6 or more",
+    "--temperature=1e-7": "temperature=1e-07: greedy answers are equal; use 1e-6 or more",
     "--seed=-1": "seed=-1",
     "--clip=1": "clip=1",
     "--prompt-tokens=2": "prompt_tokens=2",

@@ -52,6 +52,15 @@ def sampled():
     return model, now, make(1), samples, torch.randn(8, generator=rng).tolist()
 
 
+def test_a_sampled_answer_ends_at_any_end_and_keeps_the_one_that_was_drawn():
+    every = SimpleNamespace(eos=[0, 7, 9], n_vocab=N_VOCAB, decode=Letters.decode)
+    samples = sample_answers(make(), every, [[1, 2, 3]] * 64, range(64), 12, CFG, 0)
+    answers = [sample.ids[3:] for sample in samples]
+    assert {ids[-1] for ids in answers if len(ids) < 12} == {0, 7, 9}
+    assert not {0, 7, 9} & {token for ids in answers for token in ids[:-1]}
+    assert all(len(ids) <= 13 and (len(ids) == 12 or ids[-1] in every.eos) for ids in answers)
+
+
 def weights(samples, normalize):
     total = sum(s.length for s in samples)
     return [1 / total if normalize == "token" else 1 / (len(samples) * s.length) for s in samples]

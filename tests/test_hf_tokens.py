@@ -9,7 +9,7 @@ import tiktoken
 
 tokenizers = pytest.importorskip("tokenizers")
 
-from data import fast, tokenizer  # noqa: E402
+from data import fast, files, prepare, shards, tokenizer  # noqa: E402
 from eval.taskloss import encode_pair  # noqa: E402
 from optimoe import hf  # noqa: E402
 
@@ -147,3 +147,28 @@ def test_a_tokenizer_of_another_model_is_exported_too(tmp_path):
         assert (tokens.bos, tokens.eos, tokens.n_vocab) == (begin, [1], run.n_vocab)
         text = "a </s> b"
         assert tokens.encode(text) == run.encode(text) and tokens.decode(tokens.encode(text)) == text
+
+
+def test_all_ends_of_an_answer_are_kept_with_the_data(tmp_path):
+    """A list in generation_config.json: the same ends for the model, for data in its tokens, and for data after it."""
+    vocab = {"<s>": 0, "</s>": 1, "<turn>": 2, "<call>": 3, **{chr(c): c - 28 for c in range(32, 127)}}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    library.decoder = tokenizers.decoders.Fuse()
+    library.add_special_tokens(["<s>", "</s>", "<turn>", "<call>"])
+    (model := tmp_path / "model").mkdir()
+    library.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (model / "config.json").write_text(json.dumps({"eos_token_id": 1, "vocab_size": 128}))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 2, 1]}))
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"a {i}"}) + "\n" for i in range(9)))
+    flags = [str(tmp_path / "x.jsonl"), "--val_fraction=0"]
+    prepare.main([*flags, f"--tokenizer={model}", f"--out={tmp_path / 'first'}"])
+    prepare.main([*flags, f"--tokenizer={tmp_path / 'first'}", f"--out={tmp_path / 'second'}"])
+    found = [tokenizer.tiktoken_tokens(tokenizer.load(tmp_path / name)).eos for name in ("model", "first", "second")]
+    assert [hf.load_tokens(model).eos[0], *(ends[0] for ends in found)] == [1] * 4
+    assert [set(ends) for ends in (*found, hf.load_tokens(model).eos)] == [{1, 2, 3}] * 4
+    digests = {shards.read_meta(tmp_path / name)["tokenizer_sha256"] for name in ("first", "second")}
+    meta = shards.read_meta(tmp_path / "first")
+    del meta["ends"]  # as in old directories
+    files.write_json(tmp_path / "first/meta.json", meta)
+    assert tokenizer.tiktoken_tokens(tokenizer.load(tmp_path / "first")).eos == [1] and len(digests) == 1

@@ -73,6 +73,7 @@ def test_what_would_fail_after_the_work_is_refused_before_it(runs, monkeypatch):
         ("--out_dir=x", "out_dir='x': every model of --runs has a run of its own"),
         ("--vote_top_p=7", "vote_top_p=7.0: use a number above 0, at most 1"),
         ("--vote_temperature=0", "vote_temperature=0.0: greedy votes are all equal"),
+        ("--vote_temperature=1e-7", "vote_temperature=1e-07: greedy votes are all equal; use 1e-6 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             main([f"--runs={runs}/E2", *BUDGET, flag])

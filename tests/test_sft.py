@@ -12,9 +12,10 @@ import torch
 
 import sample
 import train
-from data import prepare, tokenizer
+from data import files, prepare, tokenizer
 from data.loader import Loader
 from optimoe import checkpoint, hf, hub, start
+from optimoe.load import ModelChoice, load
 from tests.checks import check
 from tests.test_start import KINDS, ROOT, losses, released  # noqa: F401  a fixture
 from tests.trainrun import cut_at, differences, rows
@@ -150,6 +151,45 @@ def test_a_run_on_chats_keeps_the_template(released, tmp_path, capsys, monkeypat
     hf.main([str(out), str(tmp_path / "without")])  # the model that it started from is gone
     assert "has a chat template, it is not used" in capsys.readouterr().err
     assert not (tmp_path / "without" / "chat_template.jinja").exists()
+
+
+def test_the_end_of_a_turn_ends_answers_of_the_run_and_of_its_export(released, tmp_path, capsys):  # noqa: F811
+    """A template that ends turns with another token than eos_token, as that of many base models."""
+    pytest.importorskip("jinja2")
+    source = "{% for m in messages %}:{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(released / "qwen3_moe", model)
+    (model / "chat_template.jinja").write_text(source)
+    made = json.loads((model / "tokenizer.json").read_text())
+    made["added_tokens"].append(made["added_tokens"][0] | {"id": 257, "content": "<|im_end|>"})
+    (model / "tokenizer.json").write_text(json.dumps(made))
+    chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yy"}] for i in range(99)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    prepare.main([str(tmp_path / "chats.jsonl"), f"--out={tmp_path / 'data'}", f"--tokenizer={model}", "--sft",
+                  "--val_fraction=0.1"])  # fmt: skip
+    data = f"--data={tmp_path / 'data'}"
+    train.main([f"--init-from={model}", data, f"--out-dir={out}", *FLAGS, "--steps=60", "--lr=1e-2"])
+    hf.main([str(out), str(tmp_path / "export")])
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "export" / name).read_text())["eos_token_id"] == [256, 257]
+    assert hf.load_tokens(tmp_path / "export").eos == [256, 257]
+    capsys.readouterr()
+    for place in (f"--run={out}", f"--hf={tmp_path / 'export'}"):
+        sample.main([place, "--prompt=1", "--device=cpu", "--max-new-tokens=20", "--temperature=0"])
+        assert capsys.readouterr().out == "yy\n"
+    # The run keeps the ends and the SHA-256 of its tokenizer, also when text in the same tokens comes first.
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"{i} yy" * 9}) for i in range(99)))
+    prepare.main([str(tmp_path / "text.jsonl"), f"--out={tmp_path / 'text'}", f"--tokenizer={model}",
+                  "--val_fraction=0.2"])  # fmt: skip
+    mix = f"--data={tmp_path / 'text'}:0.5,{tmp_path / 'data'}:0.5"
+    train.main([f"--init-from={model}", mix, f"--out-dir={tmp_path / 'mix'}", *FLAGS, "--steps=1"])
+    choose = lambda **options: load(ModelChoice(**options, device="cpu")).tokens.eos
+    assert choose(run=str(tmp_path / "mix")) == choose(run=str(out), data=str(tmp_path / "text")) == [256, 257]
+    (tmp_path / "other").mkdir()
+    renamed = files.read_json(tmp_path / "data/tokenizer.json") | {"name": "other"}
+    files.write_json(tmp_path / "other/tokenizer.json", renamed)
+    with pytest.raises(ValueError, match=f"data='{tmp_path / 'other'}': its tokenizer is not that of the run: name"):
+        choose(run=str(tmp_path / "mix"), data=str(tmp_path / "other"))
 
 
 def test_plain_text_by_option(released, tmp_path):  # noqa: F811

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from data import shards, tokenizer
 from data.loader import Loader, parse_sources
 from model import GPT, ModelConfig
 from optimoe import checkpoint, hf, hub, start
+from optimoe.load import ModelChoice, load
 from optimoe.optim import lr_at
 from tests.checks import check
 
@@ -176,6 +178,26 @@ def test_data_of_another_tokenizer_is_refused(released, tmp_path):
             ValueError, match="its tokenizer is not that of .*mixtral: prepare the text with `data.prep"
         ):
             run(released, "mixtral", tmp_path / "run", f"--data={tmp_path / name}")
+
+
+def test_evaluating_with_data_of_another_tokenizer_is_refused(released, tmp_path):
+    """With data in the model's own tokens, all of its ends count, and its chat template's special tokens are tokens."""
+    model = tmp_path / "model"
+    shutil.copytree(released / "mixtral", model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [65, 256]}))
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
+    tokens = load(ModelChoice(hf=str(model), data=str(released / "data"), device="cpu")).tokens
+    assert tokens.eos == hf.load_tokens(model).eos == [256, 65]
+    settings = json.loads((model / "tokenizer_config.json").read_text()) | {"split_special_tokens": False}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    for data in (None, released / "data"):
+        tokens = load(ModelChoice(hf=str(model), data=str(data or ""), device="cpu")).tokens
+        assert start.chat_encoder(str(model), tokens, data)([{"role": "user", "content": "a"}]) == [97, 256]
+    with shards.ShardWriter(tmp_path / "data", tokenizer.encoding({bytes([255 - b]): b for b in range(256)})) as writer:
+        writer.add("train", [*range(256)] * 9 + [256])
+    message = f"data='{tmp_path / 'data'}': its tokenizer is not that of {model}: prepare the text"
+    with pytest.raises(ValueError, match=message):
+        load(ModelChoice(hf=str(model), data=str(tmp_path / "data"), device="cpu"))
 
 
 # ---- GRPO
