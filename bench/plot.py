@@ -166,8 +166,6 @@ def main(argv=None):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    for path in cfg.files:
-        config.require(Path(path).is_file(), "files", path, "no such CSV; the programs of bench write one with --csv")
     rows = latest(row for path in cfg.files for row in read(path)).values()
     gpus = sorted({row["gpu"] for row in rows})
     chosen = [gpu for gpu in gpus if cfg.gpu in gpu]
