@@ -80,9 +80,7 @@ def pick_device(cfg, local_rank=0):
     device = torch.device(name)
     if name == "cuda":
         found = torch.cuda.device_count()
-        require(
-            local_rank < found, "LOCAL_RANK", local_rank, f"{found} GPUs are visible; use at most as many ranks"
-        )
+        require(local_rank < found, "LOCAL_RANK", local_rank, f"{found} GPUs are visible; use at most as many ranks")
         device = torch.device(name, local_rank)
         torch.cuda.set_device(device)  # kernels run on the current device
     tensor = torch.empty(0, dtype=compute_dtype(cfg, device), device=device)
