@@ -25,17 +25,16 @@ TINY = Run(
 )
 
 
-RNG = random.Random(0)
-
-
 def fake(config, effect):
-    """A row with made-up measurements: effect(run, tpp) -> (loss of facts, loss of solutions, training loss)."""
-    cfg = run.train_config(config, 1344)
+    """A row with made-up measurements: effect(run, tpp) -> (loss of facts, loss of solutions, training loss).
+
+    Its noise is the run's own, whatever other tests have made before."""
+    cfg, rng = run.train_config(config, 1344), random.Random(key(config))
     params = count_params(cfg)
     memory, reason, loss = effect(config, config.tokens / params.total)
 
     def point(share):
-        noise = lambda: RNG.gauss(0, 0.002)
+        noise = lambda: rng.gauss(0, 0.002)
         later = loss + 0.5 * (1 - share)
         a, b = memory / share + noise(), reason / share + noise()
         return {
