@@ -30,6 +30,7 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
 from bench.problem import empty_inputs, parse_shape, run_kernels
 from moe_kernels import activation, adamw, cross_entropy, decode, muon, rotary, routing
+from moe_kernels.norm import square_of
 from moe_kernels.precompile import compile_only
 from moe_kernels.tiles import LIMITS, interpreting
 from optimoe import config
@@ -99,6 +100,8 @@ def launch_rest(shape, dtype):
         decode.route_few(x, norm, 1e-5, empty(E, D, dtype=dtype), K)
         decode.experts(x, empty(E, 2 * F, D, dtype=dtype), empty(E, D, F, dtype=dtype), empty(rows, K), ids, x)
         decode.greedy(empty(rows, V, dtype=dtype), None, written, written, written)
+    for kind in (half, torch.float32):
+        square_of([empty(E, D, dtype=kind)])
     scalars = [empty(()) for _ in range(4)]  # step, learning rate, scale, skip
     for weight_type, grad_type, copied in ((None, None, False), (None, half, True), (half, half, False)):
         weight, grad = empty(E, D, dtype=weight_type), empty(E, D, dtype=grad_type)
@@ -131,9 +134,10 @@ def inspect(kernel, capability):
     const = {arguments[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     number = lambda pattern: int(re.search(pattern, log).group(1))
     name = kernel.metadata.name
+    plain = name.replace("_hopper", "")
     row = {
         "name": name,
-        "use": USES.get((name.replace("_hopper", ""), const.get("TRANSPOSED")), name.removesuffix("_kernel")),
+        "use": USES.get((plain, const.get("TRANSPOSED")), plain.removesuffix("_kernel")),
         "tile": "x".join(str(const[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if key in const),
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,

@@ -2,7 +2,7 @@
 
     python -m bench.kernels --csv=kernels.csv                 all kernels at the target shapes
     python -m bench.kernels 32768,2048,768,128,8 --kernel=up,dw_in
-    python -m bench.kernels 32768,2048,768,128,8 --counters   what limits them, by Nsight Compute (not tried yet)
+    python -m bench.kernels 32768,2048,768,128,8 --counters   what limits them, by Nsight Compute
 
 A roofline is max(FLOPs / peak, bytes / bandwidth) with the fewest bytes that the kernel can move; both ceilings are
 measured in the same process. Every kernel runs with the arguments that it has inside the layer; the layer's results
@@ -25,7 +25,7 @@ from bench.compile import table
 from bench.problem import TINY, kernel_costs, require_accuracy, rms
 from bench.rows import BenchConfig, Results
 from bench.timing import capture, poisoned, skipping, times_ms
-from moe_kernels import experts, hopper, language, reference
+from moe_kernels import experts, hopper, hopper_rows, language, reference
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels.dispatch import Dispatch
 from moe_kernels.precompile import precompile
@@ -35,7 +35,13 @@ from optimoe import config
 
 KERNELS = tuple(kernel_costs(TINY[0]))
 LAUNCHERS = [(gemm, name) for name in ("up", "down", "dswiglu", "dx", "dw")]
-LAUNCHERS += [(hopper, "dw"), (experts, "dispatch"), (experts, "combine")]
+LAUNCHERS += [
+    (hopper_rows, "up"),
+    (hopper_rows, "dswiglu"),
+    (hopper, "dw"),
+    (experts, "dispatch"),
+    (experts, "combine"),
+]
 
 
 @dataclass(frozen=True)

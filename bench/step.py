@@ -32,9 +32,11 @@ from optimoe.sizes import count_params, flops_per_token, least_memory, peak_flop
 from train import TrainConfig, optimizer_step
 
 PARTS = ("forward", "backward", "optimiser")
-EXPERT_OPS = ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw", "dw_hopper")
+EXPERT_OPS = ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw")
+EXPERT_OPS += tuple(f"{name}_hopper" for name in ("up", "dswiglu", "dw"))
 EXPERT_KERNELS = {f"{name}_kernel" for name in EXPERT_OPS}
 OPTIMIZER_KERNELS = ("adamw_kernel", "muon_kernel")
+NORM_KERNEL = "squares_kernel"
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def family(kernel, ops, sizes, cfg):
         expert += " (backward)"
     table = (  # the first that holds
         (inside("Optimizer.step") or kernel in OPTIMIZER_KERNELS, "optimiser"),
-        (inside("_foreach_norm", "linalg_vector_norm"), "gradient norm"),
+        (inside("_foreach_norm", "linalg_vector_norm") or kernel == NORM_KERNEL, "gradient norm"),
         (inside("linear_cross_entropy"), "lm head and loss"),
         (ours or inside("grouped_mm"), expert),
         (kernel.startswith("route_"), "router"),
@@ -198,7 +200,8 @@ def family_times(run, cfg, repeats=3):
             unlinked[kernel] -= microseconds
     for name, microseconds in unlinked.items():
         if cuda and microseconds > 100 * repeats:
-            total["optimiser" if name in OPTIMIZER_KERNELS else f"no operator: {name[:22]}"] += microseconds
+            known = {NORM_KERNEL: "gradient norm"} | dict.fromkeys(OPTIMIZER_KERNELS, "optimiser")
+            total[known.get(name, f"no operator: {name[:22]}")] += microseconds
     return {name: microseconds / 1e3 / repeats for name, microseconds in total.most_common()}
 
 

@@ -20,7 +20,7 @@ from moe_kernels.routing import MAX_EXPERTS, MAX_TOP_K
 from moe_kernels.tiles import eager, gemm_tiles, pick_impl
 
 if not MISSING:
-    from moe_kernels import hopper
+    from moe_kernels import hopper, hopper_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -89,7 +89,7 @@ def forward(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, add=Non
     sorted_ = dispatch(experts_TK.contiguous(), E, tiles["up"].BLOCK_M)
     if S == 0:
         return x.new_empty(0, D), x.new_empty(gemm.panels(0, F, tiles["up"])), *sorted_
-    h, a = gemm.up(x, w_in, sorted_, tiles["up"], activation)
+    h, a = up(x, w_in, sorted_, tiles["up"], activation)
     y = gemm.down(a, w_out, sorted_, tiles["down"])
     return combine(y, sorted_.slot_row_TK, gates_TK.contiguous(), add=add)[0], h, *sorted_
 
@@ -112,7 +112,7 @@ def experts_bwd(
         return tuple(torch.zeros_like(t) for t in (x, w_in, w_out, gates))
     sorted_ = Dispatch(offsets, row_slot_S, slot_row_TK, tile_expert, tile_row, tile_count, by_size)
     tiles = gemm_tiles(row_slot_S.numel(), w_in.shape[0], x.shape[1], w_out.shape[2], x.dtype)
-    dh, ga, dgates_parts = gemm.dswiglu(dy, w_out, h_PSW, gates, sorted_, tiles["dswiglu"], activation)
+    dh, ga, dgates_parts = dswiglu(dy, w_out, h_PSW, gates, sorted_, tiles["dswiglu"], activation)
     dx, dgates = torch.empty_like(x), torch.empty_like(gates)
 
     def input_gradients():
@@ -124,6 +124,22 @@ def experts_bwd(
         dw_out = dw(dy, ga, False, sorted_, tiles["dw_out"])
         dw_in = dw(x, dh, True, sorted_, tiles["dw_in"])
     return dx, dw_in, dw_out, dgates
+
+
+def up(x_TD, w_in_EGD, sorted_, tile, activation):
+    """h and a by the kernel for Hopper where it fits, else by the plain one, which gives the same h."""
+    E, F = w_in_EGD.shape[0], w_in_EGD.shape[1] // 2
+    if hopper_rows.fits_up(x_TD.shape[1], F, sorted_.row_slot_S.numel() // E, x_TD.dtype):
+        return hopper_rows.up(x_TD, w_in_EGD, sorted_, tile, activation)
+    return gemm.up(x_TD, w_in_EGD, sorted_, tile, activation)
+
+
+def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, tile, activation):
+    """dh, router gate * a, and parts of the router gates' gradient, by the kernel for Hopper where it fits."""
+    E, D, F = w_out_EDF.shape
+    if hopper_rows.fits_dswiglu(D, F, sorted_.row_slot_S.numel() // E, dy_TD.dtype):
+        return hopper_rows.dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, activation)
+    return gemm.dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, tile, activation)
 
 
 def dw(a_TM, b_SN, transposed, sorted_, tile):

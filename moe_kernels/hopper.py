@@ -198,7 +198,7 @@ def dw(a_TM, b_SN, transposed, dispatch):
     block = [1, BLOCK_N // PARTS, BLOCK_M] if transposed else [1, BLOCK_M, BLOCK_N // PARTS]
     tiles = E * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
     dw_hopper_kernel[(min(tiles, multiprocessors(a_TM.device)),)](
-        a_ptr=a_TM, b_desc=_descriptor(b_SN, [BLOCK_K, BLOCK_N]), dw_desc=_descriptor(out, block),
+        a_ptr=a_TM, b_desc=descriptor(b_SN, [BLOCK_K, BLOCK_N]), dw_desc=descriptor(out, block),
         row_slot_ptr=dispatch.row_slot_S, by_size_ptr=dispatch.by_size, E=E,
         M=M, N=N, TOP_K=K, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         STAGES=STAGES, REGISTERS=LOADER_REGISTERS, num_warps=8,
@@ -206,6 +206,6 @@ def dw(a_TM, b_SN, transposed, dispatch):
     return out
 
 
-def _descriptor(tensor, block):
+def descriptor(tensor, block):
     dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
     return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))

@@ -13,7 +13,7 @@ import math
 import torch
 from torch.optim.adamw import adamw as adamw_fused
 
-from moe_kernels import adamw_step
+from moe_kernels import adamw_step, norm
 from moe_kernels.muon import COEFFICIENTS, ROUNDS, fits, muon_update
 
 
@@ -28,15 +28,18 @@ def lr_at(step, cfg):
     return cfg.lr * (cfg.min_lr_frac + (1 - cfg.min_lr_frac) * share)
 
 
-def clip_factor(norm, limit):
+def clip_factor(grad_norm, limit):
     """The factor that brings gradients of this norm to at most `limit`; None if limit is 0."""
-    return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
+    return (limit / (grad_norm + 1e-6)).clamp(max=1.0) if limit else None
 
 
 def total_norm(tensors):
     """Norm of all of them together, in float32."""
-    lists = ([t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors))
-    return torch.stack([norm for each in lists for norm in torch._foreach_norm(each, 2, dtype=torch.float32)]).norm()
+    large, lists = [], {}
+    for tensor in tensors:
+        (large if norm.fits(tensor) else lists.setdefault(tensor.dtype, [])).append(tensor)
+    norms = [each for same in lists.values() for each in torch._foreach_norm(same, 2, dtype=torch.float32)]
+    return torch.stack(norms + ([norm.square_of(large).sqrt()] if large else [])).norm()
 
 
 class AdamW(torch.optim.AdamW):

@@ -4,7 +4,8 @@ What is asynchronous on the GPU happens here at the worst moment that the barrie
 stores read their operands as late as the next wait for them, and the parts take turns at random. A buffer that is
 released too early, a wrong phase or a missing wait shows as a wrong result, or as `Deadlock`.
 
-Only the subset of Gluon that moe_kernels/hopper.py uses. Tensors are numpy arrays; layouts mean nothing.
+Only the subset of Gluon that hopper.py and hopper_rows.py in moe_kernels use. Tensors are numpy arrays; layouts mean
+nothing.
 """
 
 import inspect
@@ -29,6 +30,13 @@ def tensor(value):
     return np.asarray(value).view(Tensor)
 
 
+class Int(int):
+    """A scalar in a kernel."""
+
+    def to(self, dtype):
+        return self
+
+
 class Pointer:
     """A flat array and an offset, or an array of offsets."""
 
@@ -44,7 +52,14 @@ class Pointer:
     def load(self, mask=True, other=0):
         offset, mask = np.broadcast_arrays(self.offset, mask)
         assert ((offset >= 0) & (offset < self.array.size) | ~mask).all(), "a load outside of its tensor"
-        return tensor(np.where(mask, self.array[np.where(mask, offset, 0)], other))
+        array = self.array if self.array.size else np.zeros(1)  # nothing is read of it
+        values = tensor(np.where(mask, array[np.where(mask, offset, 0)], other))
+        return values if values.ndim else Int(values)
+
+    def store(self, value, mask):
+        offset, value, mask = np.broadcast_arrays(self.offset, value, mask)
+        assert ((offset >= 0) & (offset < self.array.size) | ~mask).all(), "a store outside of its tensor"
+        self.array[offset[mask]] = value[mask]
 
 
 class Descriptor:
@@ -70,13 +85,24 @@ class Descriptor:
 
 
 class Buffer:
-    """Shared memory."""
+    """Shared memory. Another part may run before each access."""
+
+    switch = staticmethod(lambda: None)
 
     def __init__(self, array):
         self.array, self.shape = array, array.shape
 
+        self.dtype = array.dtype
+
     def index(self, i):
         return Buffer(self.array[int(i)])
+
+    def slice(self, start, length):
+        return Buffer(self.array[start : start + length])
+
+    def load(self, layout):
+        Buffer.switch()
+        return tensor(self.array.copy())
 
     def reshape(self, shape):
         return Buffer(self.array.reshape(shape))
@@ -85,6 +111,7 @@ class Buffer:
         return Buffer(self.array.transpose(order))
 
     def store(self, value):
+        Buffer.switch()
         self.array[...] = value
 
 
@@ -184,6 +211,7 @@ class Kernel:
 
     def __init__(self, module, names, seed, program, programs, changes=()):
         self.machine = Machine(seed)
+        Buffer.switch = self.machine.switch
         self.stores, self.gathered, self.fenced = [], [], False
         scope = dict(vars(module)) | {
             "gl": self._language(program, programs),
@@ -210,8 +238,10 @@ class Kernel:
             constexpr=None, int64="int64", float32="float32", to_tensor=int, num_warps=lambda: 8,
             program_id=lambda axis: program, num_programs=lambda axis: programs, static_range=range,
             arange=lambda start, end, layout: tensor(np.arange(start, end)), where=lambda c, a, b: a if c else b,
-            load=lambda pointer, mask=True, other=0: pointer.load(mask, other)[()],
-            zeros=lambda shape, dtype, layout: Product(shape), BlockedLayout=lambda *a: None,
+            load=lambda pointer, mask=True, other=0: pointer.load(mask, other),
+            store=lambda pointer, value, mask: pointer.store(value, mask), sum=lambda x, axis: x.sum(axis),
+            minimum=min, maximum=max, BlockedLayout=lambda *a: None,
+            zeros=lambda shape, dtype, layout: Product(shape) if len(shape) == 2 else tensor(np.zeros(shape)),
             SliceLayout=lambda *a: None, NVMMADistributedLayout=lambda *a: None,
         )  # fmt: skip
 

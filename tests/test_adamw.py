@@ -6,8 +6,9 @@ right there too)"""
 import pytest
 import torch
 
-from moe_kernels import adamw_step
+from moe_kernels import adamw_step, norm
 from moe_kernels.reference import mix, random_bits, round_to
+from optimoe.optim import total_norm
 from tests.checks import BOUNDS, check
 
 IMPLS = ["reference", "triton"]
@@ -49,6 +50,30 @@ def test_equals_torch_in_float32(impl, device):
     assert torch.equal(copy, ours.bfloat16())
     with pytest.raises(AssertionError):
         check(ours - weight, 1.001 * (theirs.detach() - weight), BOUNDS[FULL])
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_square_of_several_tensors(dtype, device, poison):
+    """Sizes that no block divides; also values whose squares differ by more than float32 has digits."""
+    g = torch.Generator().manual_seed(0)
+    values = [torch.randn(n, generator=g).to(device, dtype) for n in (1, 40_000, 16_384)]
+    values[2][5] = 1e3
+    true = sum(t.double().square().sum() for t in values)
+    check(norm.square_of(values)[None], true[None], 1e-6)
+    assert torch.equal(norm.square_of(values), norm.square_of(values))
+    with pytest.raises(AssertionError):
+        check(norm.square_of(values[1:])[None], true[None] - 2 * values[0].double().square() - 1, 1e-6)
+    values[1][7] = torch.nan
+    assert norm.square_of(values).isnan()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is chosen on GPUs only")
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_norm_of_large_and_small_tensors(dtype):
+    values = [torch.randn(n, device="cuda", dtype=dtype) for n in (2**20 + 3, 100, 2**21)]
+    values.append(torch.randn(2**20, 2, device="cuda", dtype=dtype).T)  # not contiguous
+    assert [norm.fits(t) for t in values] == [True, False, True, False]
+    check(total_norm(values)[None], torch.cat([t.double().flatten() for t in values]).norm()[None], 1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 48, 1024, 5001])

@@ -15,11 +15,13 @@ from moe_kernels.tiles import LIMITS, _gemm_tiles, interpreting, limits
 from tests.checks import check, problem
 
 ROOT = Path(__file__).parent.parent
-LARGE = "4096,2048,768,16,8"
+LARGE = "4096,1024,768,16,8"
 # T, D, F, E, K for an H100: each tile family at full and at small rows per expert; widths down to the smallest model;
 # generation; the study.
 SHAPES = [
     LARGE,
+    "1024,2048,768,2,1",
+    "1024,512,768,2,1",
     "1024,2048,768,128,8",
     "1536,1536,256,8,8",
     "512,128,256,8,2",
@@ -28,7 +30,8 @@ SHAPES = [
     "8192,128,64,16,2",
 ]
 OTHERS = [arch for arch in LIMITS if arch != 90]
-GEMMS = {"up_kernel", "rows_kernel", "dswiglu_kernel", "dw_kernel", "dw_hopper_kernel"}
+GEMMS = {"up_kernel", "rows_kernel", "dswiglu_kernel", "dw_kernel"}
+HOPPER = {"up_hopper_kernel", "dswiglu_hopper_kernel", "dw_hopper_kernel"}
 
 
 def run(*words, check=True):
@@ -71,7 +74,7 @@ def others():
 def test_every_kernel_compiles_without_problems(hopper):
     assert {row["shape"] for row in hopper} == set(SHAPES)
     names = {row["name"] for row in hopper}
-    assert GEMMS | {"muon_kernel", "adamw_kernel", "cross_entropy_kernel"} < names
+    assert GEMMS | HOPPER | {"muon_kernel", "adamw_kernel", "squares_kernel", "cross_entropy_kernel"} < names
     assert {f"{op}_{way}_kernel" for op in ("gated", "rope", "route") for way in ("fwd", "bwd")} < names
     steps = ("linear", "rotate", "attention", "route_few", "up_few", "down_few", "greedy")
     assert {f"{op}_kernel" for op in steps} < names
@@ -94,14 +97,15 @@ def test_problems_are_found():
 def test_large_tiles_use_tensor_cores_and_asynchronous_copies(hopper, others):
     for arch in (90, *OTHERS):
         large = [row for row in hopper + others if (row["arch"], row["shape"]) == (f"sm_{arch}", LARGE)]
-        gemms = [row for row in large if row["name"] in GEMMS]
+        gemms = [row for row in large if row["name"] in GEMMS | HOPPER]
         assert {row["use"] for row in gemms} == {"up", "down", "dswiglu", "dx", "dw_in", "dw_out"}, arch
         assert all(row["wgmma" if arch == 90 else "mma"] > 0 and row["copies"] + row["tma"] > 0 for row in gemms), gemms
         assert all(row["tma"] > 0 for row in gemms) == (arch >= 90)
-        hopper_only = {row["use"] for row in gemms if row["name"] == "dw_hopper_kernel"}
-        assert hopper_only == ({"dw_in", "dw_out"} if arch == 90 else set())
-        # Indices and row sums take a few narrow accesses. Weights and rows in smaller pieces would be 70 or more.
-        assert all(row["narrow"] < 30 for row in gemms), gemms
+        hopper_only = {row["use"] for row in gemms if row["name"] in HOPPER}
+        assert hopper_only == ({"up", "dswiglu", "dw_in", "dw_out"} if arch == 90 else set())
+        # Indices and row sums take a few narrow accesses, more where they are also loaded for the next tile. Weights
+        # and rows in smaller pieces would be 70 or more.
+        assert all(row["narrow"] < (40 if row["name"] == "dswiglu_hopper_kernel" else 30) for row in gemms), gemms
     assert not any(row["wgmma"] for row in hopper if row["name"] == "combine_kernel")  # the count can be zero
 
 
@@ -110,7 +114,7 @@ def test_products_of_copied_rows_are_fenced(hopper):
     # Triton puts a fence between them since 3.7, before that language.launch does; the Hopper kernel has its own.
     # `down` and `dx` copy only indices, which wgmma does not read.
     gathering = [row for row in hopper if row["use"] in ("up", "dswiglu", "dw_in", "dw_out") and row["wgmma"]]
-    assert {row["name"] for row in gathering} == GEMMS - {"rows_kernel"}
+    assert {row["name"] for row in gathering} == (GEMMS | HOPPER) - {"rows_kernel"}
     assert all(row["copies"] > 0 for row in gathering), gathering
     assert all(row["fences"] > 0 for row in gathering), gathering
 

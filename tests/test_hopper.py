@@ -1,13 +1,20 @@
-"""Weight gradients of the Hopper kernel equal those of the plain one (on an H100 or H200), and where it is chosen."""
+"""The Hopper kernels against the plain ones (on an H100 or H200), and where they are chosen."""
 
 import pytest
 import torch
 
 from moe_kernels import grouped_gemm as gemm
+from moe_kernels import reference
+from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.dispatch import dispatch
-from moe_kernels.tiles import Tile
+from moe_kernels.tiles import Tile, gemm_tiles
+from tests.checks import BOUNDS, check, rms_ratio, to_rows
 
 hopper = pytest.importorskip("moe_kernels.hopper", reason="needs triton with Gluon")
+hopper_rows = pytest.importorskip("moe_kernels.hopper_rows", reason="needs triton with Gluon")
+ON_HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
 TILE = Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=4, PARTS=2, num_warps=8, num_stages=3)
 
 
@@ -21,9 +28,7 @@ def choose(T, E, K, routing):
     return scores.topk(K).indices.int()
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
+@ON_HOPPER
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -45,6 +50,73 @@ def test_same_bits_as_the_plain_kernel(T, M, N, E, K, routing, dtype, transposed
     for _ in range(3):  # a race would not show every time
         assert torch.equal(hopper.dw(a_TM, b_SN, transposed, sorted_), expected)
     assert not torch.equal(hopper.dw(a_TM, b_SN.flip(0), transposed, sorted_), expected)  # the check can fail
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "T, D, F, E, K, routing",
+    [
+        (2000, 256, 256, 4, 2, "even"),
+        (3000, 528, 288, 5, 2, "half"),  # no tile divides D, F or the rows
+        (4000, 1024, 512, 16, 2, "one"),
+        (300, 64, 96, 4, 1, "half"),  # fewer tiles than multiprocessors
+    ],
+)
+def test_rows_agree_with_float64_and_repeat(T, D, F, E, K, routing, dtype, activation, poison):
+    experts = choose(T, E, K, routing)
+    tiles, sorted_ = gemm_tiles(128 * E, E, D, F, dtype), dispatch(experts, E, 128)
+    x, dy, gates = (torch.randn(T, n, device="cuda") for n in (D, D, K))
+    x, dy, w_in, w_out = (
+        t.to(dtype)
+        for t in (x, dy, torch.randn(E, 2 * F, D, device="cuda") / D**0.5, torch.randn(E, D, F, device="cuda") / F**0.5)
+    )
+    h, a = hopper_rows.up(x, w_in, sorted_, tiles["up"], activation)
+    assert torch.equal(h, gemm.up(x, w_in, sorted_, tiles["up"], activation)[0])
+    results = hopper_rows.dswiglu(dy, w_out, h, gates, sorted_, activation)
+    offsets, row_slot, _ = reference.dispatch(experts, E)
+    true_a = reference.up(x.double(), w_in.double(), row_slot, offsets, K, activation)[1]
+    wide = dy.double(), w_out.double(), to_rows(h).double(), gates.double()
+    true_dh, true_ga, true_dgates = reference.dswiglu(*wide, row_slot, offsets, activation)
+    check(a, true_a, BOUNDS[dtype], "a")
+    check(results[0], true_dh, BOUNDS[dtype], "dh")
+    check(results[1], true_ga, BOUNDS[dtype], "ga")
+    check(results[2].double().sum(0), true_dgates, BOUNDS[dtype], "dgates")
+    assert rms_ratio(results[0].flip(0), true_dh) > 0.02  # the check can fail
+    for _ in range(2):  # a race would not show every time
+        assert torch.equal(hopper_rows.up(x, w_in, sorted_, tiles["up"], activation)[1], a)
+        again = hopper_rows.dswiglu(dy, w_out, h, gates, sorted_, activation)
+        assert all(map(torch.equal, again, results))
+
+
+@ON_HOPPER
+def test_rows_without_any_row(poison):
+    """Ids from E on get no row, so that there is no tile."""
+    E, D, F = 2, 256, 256
+    sorted_ = dispatch(torch.full((512, 1), E, device="cuda", dtype=torch.int32), E, 128)
+    x, w_in, w_out = (
+        torch.randn(*n, device="cuda", dtype=torch.bfloat16) for n in ((512, D), (E, 2 * F, D), (E, D, F))
+    )
+    tile = gemm_tiles(512, E, D, F, torch.bfloat16)["up"]
+    h, a = hopper_rows.up(x, w_in, sorted_, tile)
+    results = hopper_rows.dswiglu(x, w_out, h, torch.ones(512, 1, device="cuda"), sorted_)
+    torch.cuda.synchronize()
+    assert all(t.isnan().all() for t in (h, a, *results))
+
+
+def test_where_rows_are_chosen(monkeypatch):
+    monkeypatch.setattr(hopper, "interpreting", lambda: False)
+    monkeypatch.setattr(hopper, "capability", lambda: 90)
+    for fits in (hopper_rows.fits_up, hopper_rows.fits_dswiglu):
+        assert fits(1024, 256, 512, torch.bfloat16) and fits(1536, 2880, 512, torch.float16)
+        assert not fits(1024, 256, 511, torch.bfloat16) and not fits(1024, 256, 512, torch.float32)
+        assert not fits(1024, 272, 512, torch.bfloat16)  # panels of h are narrower there
+    widths = 512, 1024, 2048
+    assert [hopper_rows.fits_up(D, 512, 512, torch.bfloat16) for D in widths] == [True, True, False]
+    assert [hopper_rows.fits_dswiglu(D, 512, 512, torch.bfloat16) for D in widths] == [False, True, True]
+    monkeypatch.setattr(hopper, "capability", lambda: 80)
+    assert not hopper_rows.fits_up(1024, 256, 512, torch.bfloat16)
 
 
 def test_where_it_is_chosen(monkeypatch):

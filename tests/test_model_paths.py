@@ -145,6 +145,7 @@ def test_devices(monkeypatch):
     assert compute_dtype(ModelConfig(), torch.device("mps")) == torch.float32
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it pretends to have two GPUs; test_parallel.py starts real ones")
 def test_a_rank_makes_its_gpu_the_current_one_before_kernels_are_chosen(monkeypatch):
     """Kernels run on the current device only, so the second rank's choice would be refused."""
     current = [0]

@@ -196,13 +196,21 @@ def test_special_tokens_in_text_are_text(tmp_path):
         ("x.jsonl", b'{"text": "fine"}\n{"text": "gr\xfcn"}', r"x.jsonl:2 is not UTF-8 \(.*0xfc\); convert it"),
         ("x.md", "grün\n".encode("utf-16"), "x.md is UTF-16 or UTF-32; convert it to UTF-8"),
         ("x.txt", "\ufeff漢字".encode("utf-16-be"), "x.txt is UTF-16 or UTF-32; convert it to UTF-8"),
-        ("x.txt.gz", gzip.compress("abc".encode("utf-32")), "x.txt.gz is UTF-16 or UTF-32; convert it to UTF-8"),
+        (
+            "x.txt.gz",
+            gzip.compress("abc".encode("utf-32"), mtime=0),
+            "x.txt.gz is UTF-16 or UTF-32; convert it to UTF-8",
+        ),
         (
             "x.txt.xz",
             lzma.compress("abc\n".encode("utf-16-le")),
             "x.txt.xz has NUL characters: it is UTF-16 or no text",
         ),
-        ("x.txt", b"abc " * 9999 + "d".encode("utf-16-le"), "x.txt has NUL characters: it is UTF-16 or no text"),
+        (
+            "x.txt",
+            b"abc " * 9999 + ("d" * 999).encode("utf-16-le"),
+            "x.txt has NUL characters: it is UTF-16 or no text",
+        ),
         ("x.jsonl", '{"text": "grün"}'.encode("utf-16"), "x.jsonl:1 is UTF-16 or UTF-32; convert it to UTF-8"),
         ("x.jsonl", '{"text": "grün"}'.encode("utf-16-le"), "x.jsonl:1 has NUL characters: it is UTF-16 or no text"),
         ("x.txt.xz", lzma.compress(b"abc " * 9999)[:-20], "x.txt.xz cannot be decompressed"),

@@ -1,0 +1,361 @@
+"""The GEMMs with long epilogues, `up` and `dswiglu`, for Hopper GPUs (sm_90) in Gluon: one warpgroup loads, two
+multiply, one stores.
+
+In the plain kernels of grouped_gemm.py nothing is multiplied during an epilogue, so the tensor cores work for 40 to
+70 % of the time. Here the multiplying warps hand a finished tile over in shared memory, in 16-bit numbers, and the
+storing warps do its epilogue while the next tile is multiplied. The ring of buffers is that of hopper.py.
+
+The tile that is handed over belongs to the multiplying warps until its `ready` barrier completes, then to the storing
+warps until they arrive at its `free` barrier.
+
+Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so h has the same bits. a is
+computed from h as it is stored, and dh from a da that was rounded to 16 bits.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moe_kernels import hopper
+from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.grouped_gemm import panels
+from moe_kernels.hopper import (
+    BLOCK_K,
+    BLOCK_M,
+    BLOCK_N,
+    LOADER_ARRIVALS,
+    _advance,
+    _previous,
+    _split_columns,
+    cp_async,
+    descriptor,
+    tma_load,
+)
+from moe_kernels.tiles import cdiv, multiprocessors
+
+WIDTH = 32  # gate columns of a panel of h
+STAGES = 3  # buffers of the ring, 144 KB in all; the tile that is handed over takes 64 KB
+ROWS = 32  # of an epilogue's step: a thread has 8 values of each of its operands
+REGISTERS = gl.constexpr([160, 136, 48])  # per thread that multiplies, stores, loads
+UP_GROUP, DSWIGLU_GROUP = 16, 8  # row tiles that advance through the columns together
+
+
+def fits_up(D, F, mean_rows, dtype):
+    """Whether to use `up` for `mean_rows` rows per expert. From D = 2048 on the epilogue is a small part of a tile, and
+    the plain kernel is as fast."""
+    return D < 2048 and F % WIDTH == 0 and hopper.fits(D, 2 * F, mean_rows, dtype)
+
+
+def fits_dswiglu(D, F, mean_rows, dtype):
+    """Whether to use `dswiglu`. At D = 512 memory is the limit, and the plain kernel is as fast."""
+    return D >= 1024 and F % WIDTH == 0 and hopper.fits(D, F, mean_rows, dtype)
+
+
+@gluon.jit
+def _row_tile(tile, table, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
+    """(expert, first row, rows up to the expert's end, column tile); no rows past the last tile."""
+    offsets_ptr, tile_expert_ptr, tile_row_ptr, n_row_tiles = table
+    inside = tile < n_row_tiles * N_TILES
+    first_m = tile // (GROUP_M * N_TILES) * GROUP_M
+    size_m = gl.maximum(gl.minimum(n_row_tiles - first_m, GROUP_M), 1)
+    pid_m = first_m + tile % (GROUP_M * N_TILES) % size_m
+    expert = gl.load(tile_expert_ptr + pid_m, mask=inside, other=0)
+    row = gl.load(tile_row_ptr + pid_m, mask=inside, other=0)
+    end = gl.load(offsets_ptr + expert + 1, mask=inside, other=0)
+    return expert, row, end - row, tile % (GROUP_M * N_TILES) // size_m
+
+
+@gluon.jit
+def _load(
+    x_ptr, w_desc, row_slot_ptr, table, x_ring, w_ring, full, empty,
+    D: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, TOP_K: gl.constexpr, UP: gl.constexpr,
+):  # fmt: skip
+    """The loader of up and dswiglu: cp.async gathers rows of x by token, TMA loads weights."""
+    STAGES: gl.constexpr = x_ring.shape[0]
+    BLOCK_M: gl.constexpr = x_ring.shape[1]
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(1)  # the ring starts empty
+    expert, row, n_rows, pid_n = _row_tile(gl.program_id(0), table, N_TILES, GROUP_M)
+    tokens = gl.load(row_slot_ptr + row + offs_m, mask=offs_m < n_rows, other=0) // TOP_K
+    for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
+        # The next tile's place and token ids are loaded one tile ahead.
+        next_expert, row, n_rows, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
+        next_tokens = gl.load(row_slot_ptr + row + offs_m, mask=offs_m < n_rows, other=0) // TOP_K
+        x_ptrs = x_ptr + tokens.to(gl.int64)[:, None] * D + offs_k[None, :]
+        for k in range(0, D, BLOCK_K):
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(full.index(stage), w_desc.block_type.nbytes)
+            if UP:
+                tma_load(w_desc, [2 * expert, pid_n * w_ring.shape[2], k], full.index(stage), w_ring.index(stage))
+            else:
+                tma_load(w_desc, [expert * D + k, pid_n * w_ring.shape[2]], full.index(stage), w_ring.index(stage))
+            if D % BLOCK_K == 0:
+                cp_async(x_ring.index(stage), x_ptrs + k)
+            else:
+                cp_async(x_ring.index(stage), x_ptrs + k, mask=(offs_k < D - k)[None, :])
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            stage, phase = _advance(stage, phase, STAGES)
+        expert, pid_n, tokens = next_expert, next_n, next_tokens
+
+
+@gluon.jit
+def _multiply(
+    table, x_ring, w_ring, tile_parts, full, empty, ready, free,
+    D: gl.constexpr, N_TILES: gl.constexpr, UP: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """One of two warpgroups, each with half of the rows of every tile. Neither waits for the other."""
+    STAGES: gl.constexpr = x_ring.shape[0]
+    ROWS: gl.constexpr = x_ring.shape[1] // 2
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    PARTS: gl.constexpr = tile_parts.shape[0]
+    COLUMNS: gl.constexpr = PARTS * tile_parts.shape[2]
+    # Of a wgmma with 256 columns ptxas says that 512 threads leave it too few registers.
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS // 2, 16])
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    handed = gl.to_tensor(1)
+    for _ in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
+        acc = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
+        for k in range(0, D, BLOCK_K):
+            mbarrier.wait(full.index(stage), phase)
+            fence_async_shared()  # see _dw_multiply
+            w = w_ring.index(stage).reshape([COLUMNS, BLOCK_K]).permute((1, 0)) if UP else w_ring.index(stage)
+            acc = warpgroup_mma(x_ring.index(stage).slice(HALF * ROWS, ROWS), w, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=k > 0)
+            stage, phase = _advance(stage, phase, STAGES)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1)
+        parts = _split_columns(acc, PARTS)
+        mbarrier.wait(free, handed)
+        for i in gl.static_range(PARTS):
+            tile_parts.index(i).slice(HALF * ROWS, ROWS).store(parts[i].to(tile_parts.dtype))
+        mbarrier.arrive(ready, count=1)
+        handed ^= 1
+
+
+@gluon.jit
+def _store_up(
+    h_ptr, a_ptr, table, tile_parts, ready, free, S,
+    F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """The epilogue of grouped_gemm.up_kernel; tile_parts are the gate columns in parts, then their up columns."""
+    PARTS: gl.constexpr = tile_parts.shape[0] // 2
+    WIDTH: gl.constexpr = tile_parts.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
+    offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    offs_n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    panel = S.to(gl.int64) * (2 * WIDTH)
+    phase = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
+        _, row, n_rows, pid_n = _row_tile(tile, table, N_TILES, GROUP_M)
+        h_ptrs = h_ptr + pid_n * PARTS * panel + row.to(gl.int64) * (2 * WIDTH)
+        h_ptrs = h_ptrs + (offs_m[:, None] * (2 * WIDTH) + offs_n[None, :])
+        a_ptrs = a_ptr + row.to(gl.int64) * F + pid_n * (PARTS * WIDTH) + (offs_m[:, None] * F + offs_n[None, :])
+        mbarrier.wait(ready, phase)
+        for step in gl.static_range(tile_parts.shape[1] // ROWS):
+            for part in gl.static_range(PARTS):
+                mask = (offs_m < n_rows - step * ROWS)[:, None] & (part * WIDTH < F - pid_n * (PARTS * WIDTH))
+                gate = tile_parts.index(part).slice(step * ROWS, ROWS).load(layout)
+                up = tile_parts.index(PARTS + part).slice(step * ROWS, ROWS).load(layout)
+                gl.store(h_ptrs + (part * panel + step * (ROWS * 2 * WIDTH)), gate, mask=mask)
+                gl.store(h_ptrs + (part * panel + step * (ROWS * 2 * WIDTH) + WIDTH), up, mask=mask)
+                value, _slope = ACTIVATION(gate.to(gl.float32))
+                a = (value * up.to(gl.float32)).to(tile_parts.dtype)
+                gl.store(a_ptrs + (step * ROWS * F + part * WIDTH), a, mask=mask)
+        mbarrier.arrive(free, count=1)
+        phase ^= 1
+
+
+@gluon.jit
+def _store_dh(
+    h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, gates, ready, free, S,
+    F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """The epilogue of grouped_gemm.dswiglu_kernel on da, which is rounded to 16 bits. What it loads comes early: the
+    next part's h while a part is computed, and the first part, the place and the slots of the next tile."""
+    PARTS: gl.constexpr = tile_parts.shape[0]
+    BLOCK_M: gl.constexpr = tile_parts.shape[1]
+    WIDTH: gl.constexpr = tile_parts.shape[2]
+    STEPS: gl.constexpr = BLOCK_M // ROWS
+    dtype: gl.constexpr = tile_parts.dtype
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
+    offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    offs_n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    offs_h = offs_m[:, None] * (2 * WIDTH) + offs_n[None, :]
+    rows = gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    panel = S.to(gl.int64) * (2 * WIDTH)
+    phase = gl.to_tensor(0)
+    _, row, n_rows, pid_n = _row_tile(gl.program_id(0), table, N_TILES, GROUP_M)
+    slots = gl.load(row_slot_ptr + row + rows, mask=rows < n_rows, other=0)
+    h_ptrs = h_ptr + pid_n * PARTS * panel + row.to(gl.int64) * (2 * WIDTH) + offs_h
+    h = ()
+    for step in gl.static_range(STEPS):
+        mask = (offs_m < n_rows - step * ROWS)[:, None]
+        h += (gl.load(h_ptrs + step * (ROWS * 2 * WIDTH), mask=mask, other=0.0),)
+        h += (gl.load(h_ptrs + (step * (ROWS * 2 * WIDTH) + WIDTH), mask=mask, other=0.0),)
+    for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
+        gates.store(gl.load(gates_ptr + slots, mask=rows < n_rows, other=0.0))
+        _, next_row, next_n_rows, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
+        slots = gl.load(row_slot_ptr + next_row + rows, mask=rows < next_n_rows, other=0)
+        next_ptrs = h_ptr + next_n * PARTS * panel + next_row.to(gl.int64) * (2 * WIDTH) + offs_h
+        dh_ptrs = dh_ptr + row.to(gl.int64) * (2 * F) + pid_n * (PARTS * WIDTH)
+        dh_ptrs = dh_ptrs + (offs_m[:, None] * (2 * F) + offs_n[None, :])
+        ga_ptrs = ga_ptr + row.to(gl.int64) * F + pid_n * (PARTS * WIDTH) + (offs_m[:, None] * F + offs_n[None, :])
+        sums = ()
+        for _step in gl.static_range(STEPS):
+            sums += (gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout)),)
+        mbarrier.wait(ready, phase)
+        for part in range(PARTS):
+            last = part == PARTS - 1
+            h_ptrs += panel
+            ahead = gl.where(last, next_ptrs, h_ptrs)
+            ahead_rows = gl.where(last, next_n_rows, n_rows)
+            inside = part * WIDTH < F - pid_n * (PARTS * WIDTH)
+            ahead_inside = last | ((part + 1) * WIDTH < F - pid_n * (PARTS * WIDTH))
+            new_sums = ()
+            for step in gl.static_range(STEPS):
+                gate, up = h[0].to(gl.float32), h[1].to(gl.float32)
+                mask = (offs_m < ahead_rows - step * ROWS)[:, None] & ahead_inside
+                h = h[2:] + (
+                    gl.load(ahead + step * (ROWS * 2 * WIDTH), mask=mask, other=0.0),
+                    gl.load(ahead + (step * (ROWS * 2 * WIDTH) + WIDTH), mask=mask, other=0.0),
+                )
+                router_gate = gates.slice(step * ROWS, ROWS).load(gl.SliceLayout(1, layout))[:, None]
+                da = tile_parts.index(part).slice(step * ROWS, ROWS).load(layout).to(gl.float32)
+                value, slope = ACTIVATION(gate)
+                a = value * up
+                new_sums += (sums[step] + gl.sum(da * a, 1),)
+                da *= router_gate
+                mask = (offs_m < n_rows - step * ROWS)[:, None] & inside
+                gl.store(ga_ptrs + step * ROWS * F, (router_gate * a).to(dtype), mask=mask)
+                gl.store(dh_ptrs + step * (ROWS * 2 * F), (da * up * slope).to(dtype), mask=mask)
+                gl.store(dh_ptrs + (step * (ROWS * 2 * F) + F), (da * value).to(dtype), mask=mask)
+            sums = new_sums
+            ga_ptrs += WIDTH
+            dh_ptrs += WIDTH
+        mbarrier.arrive(free, count=1)
+        phase ^= 1
+        sum_ptrs = dgates_part_ptr + pid_n * S.to(gl.int64) + row + offs_m
+        for step in gl.static_range(STEPS):
+            gl.store(sum_ptrs + step * ROWS, sums[step], mask=offs_m < n_rows - step * ROWS)
+        row, n_rows, pid_n, h_ptrs = next_row, next_n_rows, next_n, next_ptrs
+
+
+@gluon.jit
+def _shared_memory(
+    w_desc, w_shape: gl.constexpr, parts: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Rings of rows and of weights, the parts of the tile that is handed over, and the barriers."""
+    dtype: gl.constexpr = w_desc.dtype
+    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([parts[1], BLOCK_K], dtype)
+    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([parts[1], parts[2]], dtype)
+    x_ring = gl.allocate_shared_memory(dtype, [STAGES, parts[1], BLOCK_K], x_layout)
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES] + w_shape, w_desc.layout)
+    tile_parts = gl.allocate_shared_memory(dtype, parts, part_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=LOADER_ARRIVALS)
+        mbarrier.init(empty.index(i), count=2)  # both multiplying warpgroups
+    mbarrier.init(ready, count=2)
+    mbarrier.init(free, count=1)
+    return x_ring, w_ring, tile_parts, full, empty, ready, free
+
+
+@gluon.jit(do_not_specialize=["S"])
+def up_hopper_kernel(
+    x_ptr, w_in_desc, h_ptr, a_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, S,
+    D: gl.constexpr, F: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr, GROUP_M: gl.constexpr, ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Like grouped_gemm.up_kernel. BLOCK_N counts gate columns."""
+    N_TILES: gl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    x_ring, w_ring, tile_parts, full, empty, ready, free = _shared_memory(
+        w_in_desc, [2, BLOCK_N, BLOCK_K], [2 * BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES
+    )
+    table = (offsets_ptr, tile_expert_ptr, tile_row_ptr, gl.load(tile_count_ptr))
+    gl.warp_specialize(
+        [
+            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, 0)),
+            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, 1)),
+            (_store_up, (h_ptr, a_ptr, table, tile_parts, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
+            (_load, (x_ptr, w_in_desc, row_slot_ptr, table, x_ring, w_ring, full, empty,
+                     D, N_TILES, GROUP_M, TOP_K, True)),
+        ],
+        [4, 4, 4],
+        REGISTERS,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["S"])
+def dswiglu_hopper_kernel(
+    dy_ptr, w_out_desc, h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr,
+    tile_row_ptr, tile_count_ptr, S,
+    D: gl.constexpr, F: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr, GROUP_M: gl.constexpr, ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Like grouped_gemm.dswiglu_kernel."""
+    N_TILES: gl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    dy_ring, w_ring, tile_parts, full, empty, ready, free = _shared_memory(
+        w_out_desc, [BLOCK_K, BLOCK_N], [BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES
+    )
+    gates = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    table = (offsets_ptr, tile_expert_ptr, tile_row_ptr, gl.load(tile_count_ptr))
+    gl.warp_specialize(
+        [
+            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, 0)),
+            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, 1)),
+            (_store_dh, (h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, gates,
+                         ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
+            (_load, (dy_ptr, w_out_desc, row_slot_ptr, table, dy_ring, w_ring, full, empty,
+                     D, N_TILES, GROUP_M, TOP_K, False)),
+        ],
+        [4, 4, 4],
+        REGISTERS,
+    )  # fmt: skip
+
+
+def _launch(kernel, tensors, D, F, dispatch, block_n, group, activation):
+    table = dispatch.row_slot_S, dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count
+    programs = min(dispatch.tile_expert.numel() * cdiv(F, block_n), multiprocessors(dispatch.offsets.device))
+    kernel[(programs,)](
+        *tensors, *table, dispatch.row_slot_S.numel(), D=D, F=F, TOP_K=dispatch.slot_row_TK.shape[1],
+        ACTIVATION=ACTIVATIONS[activation].kernel, BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_K=BLOCK_K, WIDTH=WIDTH,
+        GROUP_M=group, ROWS=ROWS, STAGES=STAGES, num_warps=4,
+    )  # fmt: skip
+
+
+def up(x_TD, w_in_EGD, dispatch, tile, activation="swiglu"):
+    """As grouped_gemm.up, where `fits_up` allows it; dispatch has tiles of BLOCK_M rows."""
+    (E, _, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
+    h, a = x_TD.new_empty(panels(S, F, tile)), x_TD.new_empty(S, F)
+    weights = descriptor(w_in_EGD.view(2 * E, F, D), [2, BLOCK_N // 2, BLOCK_K])
+    _launch(up_hopper_kernel, (x_TD, weights, h, a), D, F, dispatch, BLOCK_N // 2, UP_GROUP, activation)
+    return h, a
+
+
+def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, activation="swiglu"):
+    """As grouped_gemm.dswiglu, where `fits_dswiglu` allows it; dispatch has tiles of BLOCK_M rows."""
+    S, (E, D, F) = dispatch.row_slot_S.numel(), w_out_EDF.shape
+    dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
+    dgates_parts = h_PSW.new_empty(cdiv(F, BLOCK_N), S, dtype=torch.float32)
+    weights = descriptor(w_out_EDF.view(E * D, F), [BLOCK_K, BLOCK_N])
+    tensors = dy_TD, weights, h_PSW, gates_TK, dh, ga, dgates_parts
+    _launch(dswiglu_hopper_kernel, tensors, D, F, dispatch, BLOCK_N, DSWIGLU_GROUP, activation)
+    return dh, ga, dgates_parts

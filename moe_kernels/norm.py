@@ -1,0 +1,38 @@
+"""The squared norm of large tensors, each read once. PyTorch's norm of bfloat16 reads at half the speed of a copy."""
+
+import torch
+
+from moe_kernels.adamw import load_float
+from moe_kernels.language import tl, triton
+from moe_kernels.tiles import cdiv, pick_impl
+
+BLOCK, STEPS = 4096, 4  # values that a program of eight warps loads at once; how often
+LARGE = 2**20  # values from which a launch of its own is worth it
+
+
+def fits(tensor):
+    """Whether `square_of` takes a tensor."""
+    large = tensor.numel() >= LARGE and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.bfloat16)
+    return large and pick_impl(None, tensor) == "triton"
+
+
+def square_of(tensors):
+    """The sum of the squares of all values of `tensors`, contiguous, float32 or bfloat16, on one device: a float32
+    scalar. It is added in a fixed order."""
+    programs = [cdiv(t.numel(), BLOCK * STEPS) for t in tensors]
+    sums = torch.empty(sum(programs), dtype=torch.float32, device=tensors[0].device)
+    for tensor, part in zip(tensors, sums.split(programs), strict=True):
+        bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+        squares_kernel[(part.numel(),)](bits, part, tensor.numel(), BLOCK=BLOCK, STEPS=STEPS, num_warps=8)
+    return sums.sum()
+
+
+@triton.jit
+def squares_kernel(x_ptr, sums_ptr, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS)
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for step in tl.static_range(STEPS):
+        x = load_float(x_ptr + start, step * BLOCK + offs, step * BLOCK + offs < n - start)
+        total += x * x
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total))
