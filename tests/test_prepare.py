@@ -167,6 +167,15 @@ def test_long_texts_are_cut_at_line_ends_and_rows_are_not(tmp_path):
     assert list(read([tmp_path / "b.jsonl"], 100)) == [content]
 
 
+def test_a_few_nuls_are_text(tmp_path):
+    """As in scanned books, also in the short piece at the end of a file."""
+    content = ("x" * 150 + "\0" + "y" * 149 + "\n") * 3 + "the \0 end\n"
+    (tmp_path / "a.txt").write_text(content)
+    assert "".join(read([tmp_path / "a.txt"], 200)) == content
+    prepare([str(tmp_path / "a.txt")], tmp_path / "d", vocab_size=270, val_fraction=0)
+    assert documents(tmp_path / "d", "train") == [content]
+
+
 def test_an_existing_tokenizer_is_reused_and_mixes(corpus, tmp_path):
     top, _ = corpus
     prepare([f"{top}/*.txt"], tmp_path / "a", vocab_size=400)
@@ -231,6 +240,7 @@ def test_special_tokens_in_text_are_text(tmp_path):
         ("x.txt.zst", b"", "x.txt.zst cannot be decompressed .it has 0 bytes"),
         ("x.txt", b"\n  \n", "no text in the input"),
     ],
+    ids=map(str, range(99)),
 )
 def test_bad_files_are_named_and_nothing_is_written(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
