@@ -60,7 +60,8 @@ def fits_dswiglu(D, F, mean_rows, dtype):
 
 @gluon.jit
 def _row_tile(tile, table, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
-    """(expert, first row, rows up to the expert's end, column tile); no rows past the last tile."""
+    """(expert, first row, rows up to the expert's end, column tile); no rows past the last tile. The last entry of
+    `table` is the number of row tiles."""
     offsets_ptr, tile_expert_ptr, tile_row_ptr, n_row_tiles = table
     inside = tile < n_row_tiles * N_TILES
     first_m = tile // (GROUP_M * N_TILES) * GROUP_M
@@ -120,7 +121,7 @@ def _multiply(
     BLOCK_K: gl.constexpr = x_ring.shape[2]
     PARTS: gl.constexpr = tile_parts.shape[0]
     COLUMNS: gl.constexpr = PARTS * tile_parts.shape[2]
-    # Of a wgmma with 256 columns ptxas says that 512 threads leave it too few registers.
+    # Two products of half the columns: ptxas refuses one of 256, because 512 threads leave 128 registers each.
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS // 2, 16])
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
@@ -150,7 +151,7 @@ def _store_up(
     h_ptr, a_ptr, table, tile_parts, ready, free, S,
     F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of grouped_gemm.up_kernel; tile_parts are the gate columns in parts, then their up columns."""
+    """The epilogue of grouped_gemm.up_kernel. tile_parts are the gate columns of every part, then their up columns."""
     PARTS: gl.constexpr = tile_parts.shape[0] // 2
     WIDTH: gl.constexpr = tile_parts.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
@@ -183,8 +184,10 @@ def _store_dh(
     h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, gates, ready, free, S,
     F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of grouped_gemm.dswiglu_kernel on da, which is rounded to 16 bits. What it loads comes early: the
-    next part's h while a part is computed, and the first part, the place and the slots of the next tile."""
+    """The epilogue of grouped_gemm.dswiglu_kernel. tile_parts are da.
+
+    What it needs from memory is loaded early: the next part's h while a part is computed, and the next tile's place,
+    slots and first part while a tile is computed. h holds gate and up of every step of the part to come."""
     PARTS: gl.constexpr = tile_parts.shape[0]
     BLOCK_M: gl.constexpr = tile_parts.shape[1]
     WIDTH: gl.constexpr = tile_parts.shape[2]

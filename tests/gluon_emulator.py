@@ -90,9 +90,7 @@ class Buffer:
     switch = staticmethod(lambda: None)
 
     def __init__(self, array):
-        self.array, self.shape = array, array.shape
-
-        self.dtype = array.dtype
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
 
     def index(self, i):
         return Buffer(self.array[int(i)])
