@@ -127,10 +127,11 @@ def experts_bwd(
 
 
 def up(x_TD, w_in_EGD, sorted_, tile, activation):
-    """h and a by the kernel for Hopper where it fits, else by the plain one, which gives the same h."""
+    """h and a by the kernel for Hopper where it fits, else by the plain one. h has the same bits; a may differ in its
+    last one, so that it depends on the number of rows."""
     E, F = w_in_EGD.shape[0], w_in_EGD.shape[1] // 2
     if hopper_rows.fits_up(x_TD.shape[1], F, sorted_.row_slot_S.numel() // E, x_TD.dtype):
-        return hopper_rows.up(x_TD, w_in_EGD, sorted_, tile, activation)
+        return hopper_rows.up(x_TD, w_in_EGD, sorted_, activation)
     return gemm.up(x_TD, w_in_EGD, sorted_, tile, activation)
 
 

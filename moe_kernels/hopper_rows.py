@@ -9,7 +9,7 @@ The tile that is handed over belongs to the multiplying warps until its `ready` 
 warps until they arrive at its `free` barrier.
 
 Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so h has the same bits. a is
-computed from h as it is stored, and dh from a da that was rounded to 16 bits.
+computed from h as it is stored, and dh and the gates' gradients from a da that was rounded to 16 bits.
 """
 
 import torch
@@ -25,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_kernels import hopper
 from moe_kernels.activation import ACTIVATIONS
-from moe_kernels.grouped_gemm import panels
 from moe_kernels.hopper import (
     BLOCK_K,
     BLOCK_M,
@@ -43,19 +42,21 @@ from moe_kernels.tiles import cdiv, multiprocessors
 WIDTH = 32  # gate columns of a panel of h
 STAGES = 3  # buffers of the ring, 144 KB in all; the tile that is handed over takes 64 KB
 ROWS = 32  # of an epilogue's step: a thread has 8 values of each of its operands
-REGISTERS = gl.constexpr([160, 136, 48])  # per thread that multiplies, stores, loads
+# Per thread of the second multiplying, the storing and the loading warpgroup; the first gets the rest of 512, 168.
+REGISTERS = gl.constexpr([160, 136, 48])
 UP_GROUP, DSWIGLU_GROUP = 16, 8  # row tiles that advance through the columns together
 
 
 def fits_up(D, F, mean_rows, dtype):
     """Whether to use `up` for `mean_rows` rows per expert. From D = 2048 on the epilogue is a small part of a tile, and
-    the plain kernel is as fast."""
+    the plain kernel is as fast. Sizes and rows are limited as for dw."""
     return D < 2048 and F % WIDTH == 0 and hopper.fits(D, 2 * F, mean_rows, dtype)
 
 
 def fits_dswiglu(D, F, mean_rows, dtype):
-    """Whether to use `dswiglu`. At D = 512 memory is the limit, and the plain kernel is as fast."""
-    return D >= 1024 and F % WIDTH == 0 and hopper.fits(D, F, mean_rows, dtype)
+    """Whether to use `dswiglu`. At D = 512 memory is the limit, and the plain kernel is as fast. The router's gate scales
+    da after it was rounded, and float16 could overflow there."""
+    return dtype == torch.bfloat16 and D >= 1024 and F % WIDTH == 0 and hopper.fits(D, F, mean_rows, dtype)
 
 
 @gluon.jit
@@ -63,13 +64,13 @@ def _row_tile(tile, table, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
     """(expert, first row, rows up to the expert's end, column tile); no rows past the last tile. The last entry of
     `table` is the number of row tiles."""
     offsets_ptr, tile_expert_ptr, tile_row_ptr, n_row_tiles = table
-    inside = tile < n_row_tiles * N_TILES
+    exists = tile < n_row_tiles * N_TILES
     first_m = tile // (GROUP_M * N_TILES) * GROUP_M
     size_m = gl.maximum(gl.minimum(n_row_tiles - first_m, GROUP_M), 1)
     pid_m = first_m + tile % (GROUP_M * N_TILES) % size_m
-    expert = gl.load(tile_expert_ptr + pid_m, mask=inside, other=0)
-    row = gl.load(tile_row_ptr + pid_m, mask=inside, other=0)
-    end = gl.load(offsets_ptr + expert + 1, mask=inside, other=0)
+    expert = gl.load(tile_expert_ptr + pid_m, mask=exists, other=0)
+    row = gl.load(tile_row_ptr + pid_m, mask=exists, other=0)
+    end = gl.load(offsets_ptr + expert + 1, mask=exists, other=0)
     return expert, row, end - row, tile % (GROUP_M * N_TILES) // size_m
 
 
@@ -115,7 +116,7 @@ def _multiply(
     table, x_ring, w_ring, tile_parts, full, empty, ready, free,
     D: gl.constexpr, N_TILES: gl.constexpr, UP: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """One of two warpgroups, each with half of the rows of every tile. Neither waits for the other."""
+    """One of two warpgroups, each with half of the rows of every tile. They meet only in the ring and in tile_parts."""
     STAGES: gl.constexpr = x_ring.shape[0]
     ROWS: gl.constexpr = x_ring.shape[1] // 2
     BLOCK_K: gl.constexpr = x_ring.shape[2]
@@ -125,12 +126,12 @@ def _multiply(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS // 2, 16])
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    handed = gl.to_tensor(1)
+    free_phase = gl.to_tensor(1)  # tile_parts start free
     for _ in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
         acc = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
         for k in range(0, D, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
-            fence_async_shared()  # see _dw_multiply
+            fence_async_shared()  # see hopper._dw_multiply
             w = w_ring.index(stage).reshape([COLUMNS, BLOCK_K]).permute((1, 0)) if UP else w_ring.index(stage)
             acc = warpgroup_mma(x_ring.index(stage).slice(HALF * ROWS, ROWS), w, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
@@ -139,11 +140,11 @@ def _multiply(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1)
         parts = _split_columns(acc, PARTS)
-        mbarrier.wait(free, handed)
+        mbarrier.wait(free, free_phase)
         for i in gl.static_range(PARTS):
             tile_parts.index(i).slice(HALF * ROWS, ROWS).store(parts[i].to(tile_parts.dtype))
         mbarrier.arrive(ready, count=1)
-        handed ^= 1
+        free_phase ^= 1
 
 
 @gluon.jit
@@ -229,7 +230,7 @@ def _store_dh(
             ahead_inside = last | ((part + 1) * WIDTH < F - pid_n * (PARTS * WIDTH))
             new_sums = ()
             for step in gl.static_range(STEPS):
-                gate, up = h[0].to(gl.float32), h[1].to(gl.float32)
+                gate, up = h[0].to(gl.float32), h[1].to(gl.float32)  # h is a queue: what is used makes room
                 mask = (offs_m < ahead_rows - step * ROWS)[:, None] & ahead_inside
                 h = h[2:] + (
                     gl.load(ahead + step * (ROWS * 2 * WIDTH), mask=mask, other=0.0),
@@ -344,18 +345,22 @@ def _launch(kernel, tensors, D, F, dispatch, block_n, group, activation):
     )  # fmt: skip
 
 
-def up(x_TD, w_in_EGD, dispatch, tile, activation="swiglu"):
+def up(x_TD, w_in_EGD, dispatch, activation="swiglu"):
     """As grouped_gemm.up, where `fits_up` allows it; dispatch has tiles of BLOCK_M rows."""
     (E, _, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
-    h, a = x_TD.new_empty(panels(S, F, tile)), x_TD.new_empty(S, F)
+    h, a = x_TD.new_empty(F // WIDTH, S, 2 * WIDTH), x_TD.new_empty(S, F)
     weights = descriptor(w_in_EGD.view(2 * E, F, D), [2, BLOCK_N // 2, BLOCK_K])
     _launch(up_hopper_kernel, (x_TD, weights, h, a), D, F, dispatch, BLOCK_N // 2, UP_GROUP, activation)
     return h, a
 
 
 def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, activation="swiglu"):
-    """As grouped_gemm.dswiglu, where `fits_dswiglu` allows it; dispatch has tiles of BLOCK_M rows."""
+    """As grouped_gemm.dswiglu, where `fits_dswiglu` allows it; dispatch has tiles of BLOCK_M rows.
+
+    Raises ValueError when h does not lie in panels (F / WIDTH, S, 2 WIDTH)."""
     S, (E, D, F) = dispatch.row_slot_S.numel(), w_out_EDF.shape
+    if h_PSW.shape != (F // WIDTH, S, 2 * WIDTH):
+        raise ValueError(f"h is {tuple(h_PSW.shape)}, expected {F // WIDTH, S, 2 * WIDTH}")
     dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
     dgates_parts = h_PSW.new_empty(cdiv(F, BLOCK_N), S, dtype=torch.float32)
     weights = descriptor(w_out_EDF.view(E * D, F), [BLOCK_K, BLOCK_N])

@@ -3,17 +3,20 @@
 import torch
 
 from moe_kernels.adamw import load_float
-from moe_kernels.language import tl, triton
-from moe_kernels.tiles import cdiv, pick_impl
+from moe_kernels.language import MISSING, tl, triton
+from moe_kernels.tiles import capability, cdiv, eager
 
-BLOCK, STEPS = 4096, 4  # values that a program of eight warps loads at once; how often
+BLOCK = 4096  # values that a program of eight warps loads at once
+STEPS = 4  # how often it does
 LARGE = 2**20  # values from which a launch of its own is worth it
 
 
 def fits(tensor):
-    """Whether `square_of` takes a tensor."""
-    large = tensor.numel() >= LARGE and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.bfloat16)
-    return large and pick_impl(None, tensor) == "triton"
+    """Whether a tensor is worth a launch of `square_of` and may have one. Other sizes would be read value by value."""
+    if not tensor.is_cuda or not eager(tensor) or MISSING or tensor.get_device() != torch.cuda.current_device():
+        return False
+    large = tensor.numel() >= LARGE and tensor.numel() % 16 == 0 and tensor.is_contiguous()
+    return large and tensor.dtype in (torch.float32, torch.bfloat16) and capability() >= 80
 
 
 def square_of(tensors):

@@ -72,7 +72,7 @@ def test_rows_agree_with_float64_and_repeat(T, D, F, E, K, routing, dtype, activ
         t.to(dtype)
         for t in (x, dy, torch.randn(E, 2 * F, D, device="cuda") / D**0.5, torch.randn(E, D, F, device="cuda") / F**0.5)
     )
-    h, a = hopper_rows.up(x, w_in, sorted_, tiles["up"], activation)
+    h, a = hopper_rows.up(x, w_in, sorted_, activation)
     assert torch.equal(h, gemm.up(x, w_in, sorted_, tiles["up"], activation)[0])
     results = hopper_rows.dswiglu(dy, w_out, h, gates, sorted_, activation)
     offsets, row_slot, _ = reference.dispatch(experts, E)
@@ -85,7 +85,7 @@ def test_rows_agree_with_float64_and_repeat(T, D, F, E, K, routing, dtype, activ
     check(results[2].double().sum(0), true_dgates, BOUNDS[dtype], "dgates")
     assert rms_ratio(results[0].flip(0), true_dh) > 0.02  # the check can fail
     for _ in range(2):  # a race would not show every time
-        assert torch.equal(hopper_rows.up(x, w_in, sorted_, tiles["up"], activation)[1], a)
+        assert torch.equal(hopper_rows.up(x, w_in, sorted_, activation)[1], a)
         again = hopper_rows.dswiglu(dy, w_out, h, gates, sorted_, activation)
         assert all(map(torch.equal, again, results))
 
@@ -98,8 +98,7 @@ def test_rows_without_any_row(poison):
     x, w_in, w_out = (
         torch.randn(*n, device="cuda", dtype=torch.bfloat16) for n in ((512, D), (E, 2 * F, D), (E, D, F))
     )
-    tile = gemm_tiles(512, E, D, F, torch.bfloat16)["up"]
-    h, a = hopper_rows.up(x, w_in, sorted_, tile)
+    h, a = hopper_rows.up(x, w_in, sorted_)
     results = hopper_rows.dswiglu(x, w_out, h, torch.ones(512, 1, device="cuda"), sorted_)
     torch.cuda.synchronize()
     assert all(t.isnan().all() for t in (h, a, *results))
@@ -109,9 +108,11 @@ def test_where_rows_are_chosen(monkeypatch):
     monkeypatch.setattr(hopper, "interpreting", lambda: False)
     monkeypatch.setattr(hopper, "capability", lambda: 90)
     for fits in (hopper_rows.fits_up, hopper_rows.fits_dswiglu):
-        assert fits(1024, 256, 512, torch.bfloat16) and fits(1536, 2880, 512, torch.float16)
+        assert fits(1024, 256, 512, torch.bfloat16) and fits(1536, 2880, 512, torch.bfloat16)
         assert not fits(1024, 256, 511, torch.bfloat16) and not fits(1024, 256, 512, torch.float32)
         assert not fits(1024, 272, 512, torch.bfloat16)  # panels of h are narrower there
+    assert hopper_rows.fits_up(1024, 256, 512, torch.float16)
+    assert not hopper_rows.fits_dswiglu(1024, 256, 512, torch.float16)  # da may overflow
     widths = 512, 1024, 2048
     assert [hopper_rows.fits_up(D, 512, 512, torch.bfloat16) for D in widths] == [True, True, False]
     assert [hopper_rows.fits_dswiglu(D, 512, 512, torch.bfloat16) for D in widths] == [False, True, True]
