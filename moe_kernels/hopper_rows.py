@@ -54,8 +54,8 @@ def fits_up(D, F, mean_rows, dtype):
 
 
 def fits_dswiglu(D, F, mean_rows, dtype):
-    """Whether to use `dswiglu`. At D = 512 memory is the limit, and the plain kernel is as fast. The router's gate scales
-    da after it was rounded, and float16 could overflow there."""
+    """Whether to use `dswiglu`. At D = 512 memory is the limit, and the plain kernel is as fast. da is rounded before
+    the router's gate scales it, and float16 could overflow there."""
     return dtype == torch.bfloat16 and D >= 1024 and F % WIDTH == 0 and hopper.fits(D, F, mean_rows, dtype)
 
 
