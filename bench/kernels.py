@@ -35,13 +35,8 @@ from optimoe import config
 
 KERNELS = tuple(kernel_costs(TINY[0]))
 LAUNCHERS = [(gemm, name) for name in ("up", "down", "dswiglu", "dx", "dw")]
-LAUNCHERS += [
-    (hopper_rows, "up"),
-    (hopper_rows, "dswiglu"),
-    (hopper, "dw"),
-    (experts, "dispatch"),
-    (experts, "combine"),
-]
+LAUNCHERS += [(hopper_rows, "up"), (hopper_rows, "dswiglu"), (hopper, "dw")]
+LAUNCHERS += [(experts, "dispatch"), (experts, "combine")]
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ PARTS = ("forward", "backward", "optimiser")
 EXPERT_OPS = ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw")
 EXPERT_OPS += tuple(f"{name}_hopper" for name in ("up", "dswiglu", "dw"))
 EXPERT_KERNELS = {f"{name}_kernel" for name in EXPERT_OPS}
-OPTIMIZER_KERNELS = ("adamw_kernel", "muon_kernel")
-NORM_KERNEL = "squares_kernel"
+UPDATE_KERNELS = {"adamw_kernel": "optimiser", "muon_kernel": "optimiser", "squares_kernel": "gradient norm"}
 
 
 @dataclass(frozen=True)
@@ -161,8 +160,9 @@ def family(kernel, ops, sizes, cfg):
     if inside("bwd", "Backward"):
         expert += " (backward)"
     table = (  # the first that holds
-        (inside("Optimizer.step") or kernel in OPTIMIZER_KERNELS, "optimiser"),
-        (inside("_foreach_norm", "linalg_vector_norm") or kernel == NORM_KERNEL, "gradient norm"),
+        (kernel in UPDATE_KERNELS, UPDATE_KERNELS.get(kernel)),
+        (inside("Optimizer.step"), "optimiser"),
+        (inside("_foreach_norm", "linalg_vector_norm"), "gradient norm"),
         (inside("linear_cross_entropy"), "lm head and loss"),
         (ours or inside("grouped_mm"), expert),
         (kernel.startswith("route_"), "router"),
@@ -200,8 +200,7 @@ def family_times(run, cfg, repeats=3):
             unlinked[kernel] -= microseconds
     for name, microseconds in unlinked.items():
         if cuda and microseconds > 100 * repeats:
-            known = {NORM_KERNEL: "gradient norm"} | dict.fromkeys(OPTIMIZER_KERNELS, "optimiser")
-            total[known.get(name, f"no operator: {name[:22]}")] += microseconds
+            total[UPDATE_KERNELS.get(name, f"no operator: {name[:22]}")] += microseconds
     return {name: microseconds / 1e3 / repeats for name, microseconds in total.most_common()}
 
 

@@ -114,7 +114,7 @@ def _lines(path, file, errors):
 
 def _refuse_utf16(text, where):
     """ValueError for bytes that begin with another byte-order mark, or a text with the NULs of UTF-16 in it. Real books
-    have a few NULs: one in a text, and one in a hundred characters, may be."""
+    have a few: a piece may have one NUL, a long piece one in a hundred characters."""
     if isinstance(text, bytes) and text.startswith(UTF16):
         raise ValueError(f"{where} is UTF-16 or UTF-32; convert it to UTF-8")
     if text.count(b"\0" if isinstance(text, bytes) else "\0") > max(1, len(text) / 100):

@@ -207,5 +207,6 @@ def dw(a_TM, b_SN, transposed, dispatch):
 
 
 def descriptor(tensor, block):
+    """For TMA of blocks of a contiguous tensor, bfloat16 or float16."""
     dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
     return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))

@@ -1,4 +1,5 @@
-"""The squared norm of large tensors, each read once. PyTorch's norm of bfloat16 reads at half the speed of a copy."""
+"""The squared norm of large tensors, each read once. PyTorch's norm of bfloat16 reads at half to two thirds of
+a copy's speed (docs/LOG.md)."""
 
 import torch
 
@@ -12,7 +13,8 @@ LARGE = 2**20  # values from which a launch of its own is worth it
 
 
 def fits(tensor):
-    """Whether a tensor is worth a launch of `square_of` and may have one. Other sizes would be read value by value."""
+    """Whether `square_of` can take a tensor and is worth it. A size that 16 does not divide would be read value by
+    value."""
     if not tensor.is_cuda or not eager(tensor) or MISSING or tensor.get_device() != torch.cuda.current_device():
         return False
     large = tensor.numel() >= LARGE and tensor.numel() % 16 == 0 and tensor.is_contiguous()

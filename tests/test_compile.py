@@ -111,7 +111,7 @@ def test_large_tiles_use_tensor_cores_and_asynchronous_copies(hopper, others):
 
 def test_products_of_copied_rows_are_fenced(hopper):
     # cp.async writes through the generic proxy and wgmma reads through the asynchronous one.
-    # Triton puts a fence between them since 3.7, before that language.launch does; the Hopper kernel has its own.
+    # Triton puts a fence between them since 3.7, before that language.launch does; the Hopper kernels have their own.
     # `down` and `dx` copy only indices, which wgmma does not read.
     gathering = [row for row in hopper if row["use"] in ("up", "dswiglu", "dw_in", "dw_out") and row["wgmma"]]
     assert {row["name"] for row in gathering} == (GEMMS | HOPPER) - {"rows_kernel"}

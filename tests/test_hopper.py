@@ -1,5 +1,7 @@
 """The Hopper kernels against the plain ones (on an H100 or H200), and where they are chosen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -102,6 +104,12 @@ def test_rows_without_any_row(poison):
     results = hopper_rows.dswiglu(x, w_out, h, torch.ones(512, 1, device="cuda"), sorted_)
     torch.cuda.synchronize()
     assert all(t.isnan().all() for t in (h, a, *results))
+
+
+def test_panels_of_another_tile_are_refused():
+    x, w, h, gates = (torch.empty(*n) for n in ((4, 64), (1, 64, 64), (4, 4, 32), (4, 1)))
+    with pytest.raises(ValueError, match=r"h is \(4, 4, 32\), expected \(2, 4, 64\)"):
+        hopper_rows.dswiglu(x, w, h, gates, SimpleNamespace(row_slot_S=torch.empty(4)))
 
 
 def test_where_rows_are_chosen(monkeypatch):

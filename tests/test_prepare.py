@@ -197,31 +197,23 @@ def test_special_tokens_in_text_are_text(tmp_path):
     assert documents(tmp_path / "d", "train") == [content, "? half a pair", content + "2"]
 
 
+UTF16 = "is UTF-16 or UTF-32; convert it to UTF-8"
+NULS = "has NUL characters: it is UTF-16 or no text"
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
         ("x.txt", "gr\xfcn\n".encode("latin-1"), r"x.txt is not UTF-8 \(.*0xfc\); convert it"),
         ("x.py", b"s = 'gr\xfcn'\n", r"x.py is not UTF-8 \(.*0xfc\); convert it"),
         ("x.jsonl", b'{"text": "fine"}\n{"text": "gr\xfcn"}', r"x.jsonl:2 is not UTF-8 \(.*0xfc\); convert it"),
-        ("x.md", "grün\n".encode("utf-16"), "x.md is UTF-16 or UTF-32; convert it to UTF-8"),
-        ("x.txt", "\ufeff漢字".encode("utf-16-be"), "x.txt is UTF-16 or UTF-32; convert it to UTF-8"),
-        (
-            "x.txt.gz",
-            gzip.compress("abc".encode("utf-32"), mtime=0),
-            "x.txt.gz is UTF-16 or UTF-32; convert it to UTF-8",
-        ),
-        (
-            "x.txt.xz",
-            lzma.compress("abc\n".encode("utf-16-le")),
-            "x.txt.xz has NUL characters: it is UTF-16 or no text",
-        ),
-        (
-            "x.txt",
-            b"abc " * 9999 + ("d" * 999).encode("utf-16-le"),
-            "x.txt has NUL characters: it is UTF-16 or no text",
-        ),
-        ("x.jsonl", '{"text": "grün"}'.encode("utf-16"), "x.jsonl:1 is UTF-16 or UTF-32; convert it to UTF-8"),
-        ("x.jsonl", '{"text": "grün"}'.encode("utf-16-le"), "x.jsonl:1 has NUL characters: it is UTF-16 or no text"),
+        ("x.md", "grün\n".encode("utf-16"), f"x.md {UTF16}"),
+        ("x.txt", "\ufeff漢字".encode("utf-16-be"), f"x.txt {UTF16}"),
+        ("x.txt.gz", gzip.compress("abc".encode("utf-32"), mtime=0), f"x.txt.gz {UTF16}"),
+        ("x.txt.xz", lzma.compress("abc\n".encode("utf-16-le")), f"x.txt.xz {NULS}"),
+        ("x.txt", b"abc " * 9999 + ("d" * 999).encode("utf-16-le"), f"x.txt {NULS}"),
+        ("x.jsonl", '{"text": "grün"}'.encode("utf-16"), f"x.jsonl:1 {UTF16}"),
+        ("x.jsonl", '{"text": "grün"}'.encode("utf-16-le"), f"x.jsonl:1 {NULS}"),
         ("x.txt.xz", lzma.compress(b"abc " * 9999)[:-20], "x.txt.xz cannot be decompressed"),
         ("x.txt.gz", gzip.compress(text(9999, 0).encode(), mtime=0)[:-20], "x.txt.gz cannot be decompressed"),
         ("x.txt.gz", b"this is not gzip", "x.txt.gz cannot be decompressed"),
@@ -442,25 +434,8 @@ def test_an_interrupt_leaves_nothing(corpus, tmp_path, monkeypatch, when):
 
 
 def test_as_a_program(corpus, tmp_path):
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "data.prepare",
-            *expand([f"{corpus[0]}/*.txt*"]),
-            "--out",
-            str(tmp_path / "d"),
-            "--vocab_size",
-            "400",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    flags = [*expand([f"{corpus[0]}/*.txt*"]), "--out", str(tmp_path / "d"), "--vocab_size", "400"]
+    run = subprocess.run([sys.executable, "-m", "data.prepare", *flags], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "vocabulary 400" in run.stdout and sorted(p.name for p in (tmp_path / "d").iterdir()) == [
-        "meta.json",
-        "tokenizer.json",
-        "train-00000.bin",
-        "val-00000.bin",
-    ]
+    files = ["meta.json", "tokenizer.json", "train-00000.bin", "val-00000.bin"]
+    assert "vocabulary 400" in run.stdout and sorted(p.name for p in (tmp_path / "d").iterdir()) == files
