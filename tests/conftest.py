@@ -5,6 +5,7 @@ Without triton (or with `-p tests.hide_triton`) the tests that ask for kernels a
 """
 
 import os
+import signal
 import sys
 
 import optimoe.threads  # before torch
@@ -15,6 +16,8 @@ import torch
 os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job of a shell; some tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny shapes; and the same bits as in the tests' subprocesses, which have one thread
 
 import pytest  # noqa: E402
