@@ -93,8 +93,8 @@ def _load(
     tokens = gl.load(row_slot_ptr + row + offs_m, mask=offs_m < n_rows, other=0) // TOP_K
     for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
         # The next tile's place and token ids are loaded one tile ahead.
-        next_expert, row, n_rows, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
-        next_tokens = gl.load(row_slot_ptr + row + offs_m, mask=offs_m < n_rows, other=0) // TOP_K
+        next_expert, row, next_n_rows, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
+        next_tokens = gl.load(row_slot_ptr + row + offs_m, mask=offs_m < next_n_rows, other=0) // TOP_K
         x_ptrs = x_ptr + tokens.to(gl.int64)[:, None] * D + offs_k[None, :]
         for k in range(0, D, BLOCK_K):
             mbarrier.wait(empty.index(stage), phase)
@@ -103,13 +103,14 @@ def _load(
                 tma_load(w_desc, [2 * expert, pid_n * w_ring.shape[2], k], full.index(stage), w_ring.index(stage))
             else:
                 tma_load(w_desc, [expert * D + k, pid_n * w_ring.shape[2]], full.index(stage), w_ring.index(stage))
-            if D % BLOCK_K == 0:
-                cp_async(x_ring.index(stage), x_ptrs + k)
-            else:
-                cp_async(x_ring.index(stage), x_ptrs + k, mask=(offs_k < D - k)[None, :])
+            # Rows past the expert's end become zeros: reading one row for all of them would be slow.
+            mask = (offs_m < n_rows)[:, None]
+            if D % BLOCK_K != 0:
+                mask = mask & (offs_k < D - k)[None, :]
+            cp_async(x_ring.index(stage), x_ptrs + k, mask=mask)
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             stage, phase = _advance(stage, phase, STAGES)
-        expert, pid_n, tokens = next_expert, next_n, next_tokens
+        expert, n_rows, pid_n, tokens = next_expert, next_n_rows, next_n, next_tokens
 
 
 @gluon.jit
