@@ -127,26 +127,24 @@ def experts_bwd(
 
 
 def up(x_TD, w_in_EGD, sorted_, tile, activation):
-    """h and a by the kernel for Hopper where it fits, else by the plain one. h has the same bits; a may differ in its
-    last one, so that it depends on the number of rows."""
-    E, F = w_in_EGD.shape[0], w_in_EGD.shape[1] // 2
-    if hopper_rows.fits_up(x_TD.shape[1], F, sorted_.row_slot_S.numel() // E, x_TD.dtype):
+    """h and a by the kernel for Hopper where it fits, else by the plain one, which gives the same bits."""
+    if hopper_rows.fits_up(tile, x_TD.shape[1], w_in_EGD.shape[1] // 2, x_TD.dtype):
         return hopper_rows.up(x_TD, w_in_EGD, sorted_, activation)
     return gemm.up(x_TD, w_in_EGD, sorted_, tile, activation)
 
 
 def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, tile, activation):
-    """dh, router gate * a, and parts of the router gates' gradient, by the kernel for Hopper where it fits."""
+    """dh, router gate * a, and parts of the router gates' gradient, by the kernel for Hopper where it fits. dh may
+    differ in its last bit, so that it depends on the number of rows."""
     E, D, F = w_out_EDF.shape
-    if hopper_rows.fits_dswiglu(D, F, sorted_.row_slot_S.numel() // E, dy_TD.dtype):
+    if hopper_rows.fits_dswiglu(tile, D, F, sorted_.row_slot_S.numel() // E, dy_TD.dtype):
         return hopper_rows.dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, activation)
     return gemm.dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, tile, activation)
 
 
 def dw(a_TM, b_SN, transposed, sorted_, tile):
     """A weight gradient by the kernel for Hopper where it fits, else by the plain one, which gives the same bits."""
-    mean_rows = b_SN.shape[0] // (sorted_.offsets.numel() - 1)
-    if hopper.fits(a_TM.shape[1], b_SN.shape[1], mean_rows, a_TM.dtype):
+    if hopper.fits(a_TM.shape[1], b_SN.shape[1], a_TM.dtype):
         return hopper.dw(a_TM, b_SN, transposed, sorted_)
     return gemm.dw(a_TM, b_SN, transposed, sorted_, tile)
 

@@ -10,6 +10,8 @@ they arrive at its `empty` barrier. `phase` is the parity that a wait expects; i
 Shape letters as in grouped_gemm.py. Products are added in the plain kernel's order, so the results are the same bits.
 """
 
+import functools
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,24 +25,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe_kernels.tiles import capability, cdiv, interpreting, multiprocessors
+from moe_kernels.language import Unchecked, launch
+from moe_kernels.tiles import INTERPRETED, capability, cdiv, multiprocessors
 
 # Triton 3.9 has the shorter names.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
-BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # the largest accumulator that two warpgroups hold
-STAGES = 4  # buffers of the ring, 192 KB in all
+BLOCK_M, BLOCK_N = 128, 256  # the largest accumulator that two warpgroups hold
+BLOCK_K, STAGES = 64, 4  # the ring has 192 KB
 PARTS = 8  # column parts in which a tile is stored, through two buffers of 8 KB
+# With few rows per expert the time is that of writing dW: short steps waste less, and stores are larger.
+FEW_BLOCK_K, FEW_STAGES, FEW_PARTS = 32, 6, 4
 LOADER_REGISTERS = 56  # per loading thread; the multiplying threads get the rest
 LOADER_ARRIVALS = gl.constexpr(129)  # at a full barrier: 128 threads that gather rows, and one that announces TMA bytes
 
 
-def fits(M, N, mean_rows, dtype):
-    """Whether to use `dw` for gradients (E, M, N) from `mean_rows` rows per expert. It was timed from 512 rows up."""
-    large = mean_rows >= 512 and M >= BLOCK_M and N >= BLOCK_N and dtype in (torch.bfloat16, torch.float16)
-    return large and capability() == 90 and not interpreting()
+def runs(dtype):
+    """Whether the Gluon kernels can run here."""
+    return dtype in (torch.bfloat16, torch.float16) and capability() == 90 and not INTERPRETED
+
+
+def fits(M, N, dtype):
+    """Whether to use `dw` for gradients (E, M, N)."""
+    return M >= BLOCK_M and N >= BLOCK_N and runs(dtype)
 
 
 @gluon.jit
@@ -194,19 +203,32 @@ def dw(a_TM, b_SN, transposed, dispatch):
     in their dtype, or (E, N, M) when `transposed`."""
     E, K = dispatch.offsets.numel() - 1, dispatch.slot_row_TK.shape[1]
     M, N = a_TM.shape[1], b_SN.shape[1]
+    few = b_SN.shape[0] // E < 256
+    block_k, stages, parts = (FEW_BLOCK_K, FEW_STAGES, FEW_PARTS) if few else (BLOCK_K, STAGES, PARTS)
     out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
-    block = [1, BLOCK_N // PARTS, BLOCK_M] if transposed else [1, BLOCK_M, BLOCK_N // PARTS]
+    block = [1, BLOCK_N // parts, BLOCK_M] if transposed else [1, BLOCK_M, BLOCK_N // parts]
     tiles = E * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
-    dw_hopper_kernel[(min(tiles, multiprocessors(a_TM.device)),)](
-        a_ptr=a_TM, b_desc=descriptor(b_SN, [BLOCK_K, BLOCK_N]), dw_desc=descriptor(out, block),
-        row_slot_ptr=dispatch.row_slot_S, by_size_ptr=dispatch.by_size, E=E,
-        M=M, N=N, TOP_K=K, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
-        STAGES=STAGES, REGISTERS=LOADER_REGISTERS, num_warps=8,
+    tensors = a_TM, descriptor(b_SN, [block_k, BLOCK_N]), descriptor(out, block), dispatch.row_slot_S, dispatch.by_size
+    launch(
+        dw_hopper_kernel, (min(tiles, multiprocessors(a_TM.device)),), tensors, (E,),
+        M=M, N=N, TOP_K=K, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, STAGES=stages,
+        REGISTERS=LOADER_REGISTERS, num_warps=8,
     )  # fmt: skip
     return out
 
 
+class Blocks(Unchecked, TensorDescriptor):
+    """A descriptor for kernels in Gluon."""
+
+
 def descriptor(tensor, block):
     """For TMA of blocks of a contiguous tensor, bfloat16 or float16."""
-    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    descriptor = Blocks(tensor, tensor.shape, block)
+    descriptor.layout = _layout(*block, tensor.dtype)
+    return descriptor
+
+
+@functools.cache
+def _layout(*block_and_dtype):
+    *block, dtype = block_and_dtype
+    return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)

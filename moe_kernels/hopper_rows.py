@@ -9,8 +9,8 @@ is that of hopper.py.
 The tile that is handed over belongs to the multiplying warps until its `ready` barrier completes, then to the storing
 warps until they arrive at its `free` barrier.
 
-Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so h has the same bits. a is
-computed from h as it is stored, and dh and the gates' gradients from a da that was rounded to 16 bits.
+Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so h and a have the same bits. dh and
+the gates' gradients come from a da that was rounded to 16 bits.
 """
 
 import torch
@@ -38,6 +38,7 @@ from moe_kernels.hopper import (
     descriptor,
     tma_load,
 )
+from moe_kernels.language import launch
 from moe_kernels.tiles import cdiv, multiprocessors
 
 WIDTH = 32  # gate columns of a panel of h
@@ -48,16 +49,18 @@ REGISTERS = gl.constexpr([160, 136, 48])
 UP_GROUP, DSWIGLU_GROUP = 16, 8  # row tiles that advance through the columns together
 
 
-def fits_up(D, F, mean_rows, dtype):
-    """Whether to use `up` for `mean_rows` rows per expert. From D = 2048 on the epilogue is a small part of a tile, and
-    the plain kernel is as fast. Sizes and rows are limited as for dw."""
-    return D < 2048 and F % WIDTH == 0 and hopper.fits(D, 2 * F, mean_rows, dtype)
+def fits_up(tile, D, F, dtype):
+    """Whether to use `up`, where the plain kernel's tile is `tile`. From D = 2048 on the epilogue is a small part of a
+    tile, and the plain kernel is as fast."""
+    return D < 2048 and F % WIDTH == 0 and tile.BLOCK_M == BLOCK_M and hopper.fits(D, 2 * F, dtype)
 
 
-def fits_dswiglu(D, F, mean_rows, dtype):
-    """Whether to use `dswiglu`. At D = 512 memory is the limit, and the plain kernel is as fast. da is rounded before
-    the router's gate scales it, and float16 could overflow there."""
-    return dtype == torch.bfloat16 and D >= 1024 and F % WIDTH == 0 and hopper.fits(D, F, mean_rows, dtype)
+def fits_dswiglu(tile, D, F, mean_rows, dtype):
+    """Whether to use `dswiglu`. At D = 512 memory is the limit, and the plain kernel is as fast; at D = 1024 it is as
+    fast with few rows per expert. da is rounded before the router's gate scales it, and float16 could overflow there.
+    """
+    wide = D >= 2048 or D >= 1024 and mean_rows >= 512
+    return dtype == torch.bfloat16 and wide and F % WIDTH == 0 and tile.BLOCK_M == BLOCK_M and hopper.fits(D, F, dtype)
 
 
 @gluon.jit
@@ -340,10 +343,10 @@ def dswiglu_hopper_kernel(
 def _launch(kernel, tensors, D, F, dispatch, block_n, group, activation):
     table = dispatch.row_slot_S, dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count
     programs = min(dispatch.tile_expert.numel() * cdiv(F, block_n), multiprocessors(dispatch.offsets.device))
-    kernel[(programs,)](
-        *tensors, *table, dispatch.row_slot_S.numel(), D=D, F=F, TOP_K=dispatch.slot_row_TK.shape[1],
-        ACTIVATION=ACTIVATIONS[activation].kernel, BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_K=BLOCK_K, WIDTH=WIDTH,
-        GROUP_M=group, ROWS=ROWS, STAGES=STAGES, num_warps=4,
+    launch(
+        kernel, (programs,), (*tensors, *table), (dispatch.row_slot_S.numel(),),
+        D=D, F=F, TOP_K=dispatch.slot_row_TK.shape[1], ACTIVATION=ACTIVATIONS[activation].kernel, BLOCK_M=BLOCK_M,
+        BLOCK_N=block_n, BLOCK_K=BLOCK_K, WIDTH=WIDTH, GROUP_M=group, ROWS=ROWS, STAGES=STAGES,
     )  # fmt: skip
 
 

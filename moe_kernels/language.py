@@ -32,9 +32,9 @@ except ImportError as error:
     TensorDescriptor = object
 
 
-class Matrix(TensorDescriptor):
-    """A descriptor of a contiguous tensor, seen as `shape`. It skips the constructor's checks, which take longer
-    than the rest of a launch. The caller must pass an aligned tensor."""
+class Unchecked:
+    """Makes a descriptor class of Triton's, as a base before it, skip the checks of its constructor, which take longer
+    than the rest of a launch. The caller must pass an aligned, contiguous tensor; it is seen as `shape`."""
 
     def __init__(self, tensor, shape, block_shape):
         strides = [1]
@@ -42,6 +42,10 @@ class Matrix(TensorDescriptor):
             strides.insert(0, n * strides[0])
         self.base, self.shape, self.strides, self.block_shape = tensor, shape, strides, block_shape
         self.dtype, self.get_device = tensor.dtype, tensor.get_device
+
+
+class Matrix(Unchecked, TensorDescriptor):
+    """A descriptor for kernels in Triton."""
 
 
 # Triton 3.7 adds the fences of `_fenced` itself.
@@ -72,6 +76,25 @@ def _fenced():
         triton.knobs.runtime.add_stages_inspection_hook = before
 
 
+def _kind(argument):
+    """What a kernel is compiled for, of a tensor, descriptor or None."""
+    if argument is None:
+        return None
+    if isinstance(argument, Unchecked):
+        return argument.dtype, *argument.block_shape
+    return argument.dtype, argument.data_ptr() % 16
+
+
+def _start(compiled, grid, arguments, device):
+    """compiled[grid](*arguments), without preparing what only profilers with hooks ask for."""
+    hooks = triton.knobs.runtime
+    if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        compiled[grid](*arguments)
+    else:
+        stream = driver.active.get_current_stream(device)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
 _compiled = {}  # {everything that Triton compiles a kernel for: compiled kernel}
 
 
@@ -82,12 +105,12 @@ def launch(kernel, grid, tensors, numbers=(), num_warps=4, num_stages=3, **const
     and alignments of `tensors` (or descriptors, or None), divisibility of `numbers`, and the constants."""
     key = (
         kernel.fn, tensors[0].get_device(), num_warps, num_stages, *constants.values(),
-        *[None if t is None else (t.dtype, type(t) is Matrix or t.data_ptr() % 16) for t in tensors],
+        *map(_kind, tensors),
         *[(n == 1, n % 16 == 0, n < 2**31) for n in numbers],
     )  # fmt: skip
     compiled = _compiled.get(key)
     if compiled is not None:
-        return compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
+        return _start(compiled, (*grid, 1, 1)[:3], (*tensors, *numbers, *constants.values()), key[1])
     options = dict(num_warps=num_warps, num_stages=num_stages)
     with _fenced() if UNFENCED else contextlib.nullcontext():
         compiled = kernel[grid](*tensors, *numbers, **constants, **options)

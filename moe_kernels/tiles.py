@@ -157,7 +157,9 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
     if dtype == torch.float32:  # full-precision products use no tensor cores: any tile that fits
         return dict.fromkeys(GEMMS, Tile(64, 64, 16, 8, 64 // panel, 8, 2))
     _, columns, step, stages, _ = limits(target)
-    block_m = min(max(pow2(n_rows // n_experts), 16), 128)
+    mean_rows = n_rows // n_experts
+    # Few rows: the time is that of reading weights, so empty rows of a tile cost less than reading them twice.
+    block_m = 128 if mean_rows > 32 else max(pow2(mean_rows), 16)
     row_tiles = max_tiles(n_rows, n_experts, block_m)
     warps = 8 if block_m == 128 else 4
     up_k, down_k, dx_k = (min(step, pow2(n)) for n in (D, F, 2 * F))
@@ -171,7 +173,7 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
             block_n //= 2
         return block_n
 
-    if n_rows // n_experts > 512:
+    if mean_rows > 512:
         dw_in = Tile(128, wide(2 * F), step, 4, 8, 8, stages)
         dw_out = Tile(128, wide(F), step, 4, 512 // columns, 8, 3)
     else:  # few steps per tile: several small tiles on a multiprocessor hide each other's latencies
@@ -180,7 +182,7 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
     return {
         "up": Tile(block_m, up_n, up_k, 8, up_n // panel, warps, stages),
         "down": Tile(block_m, down_n, down_k, 8, 1 if block_m == 16 else 2, warps, stages),
-        "dswiglu": Tile(block_m, dswiglu_n, up_k, 8, dswiglu_n // panel, 8 if block_m >= 64 else 4, stages),
+        "dswiglu": Tile(block_m, dswiglu_n, up_k, 8, dswiglu_n // panel, warps, stages),
         "dx": Tile(block_m, wide(D), dx_k, 8, 4, warps, 3),
         "dw_in": dw_in,
         "dw_out": dw_out,

@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 
 import torch
 from triton.runtime.jit import JITFunction
@@ -17,7 +18,9 @@ from optimoe import parallel
 def test_ncu_learns_the_name_of_every_launch(monkeypatch, capsys):
     """Also of kernels that have run before, which language.launch starts without Triton."""
     kernel = object.__new__(JITFunction)
-    kernel.fn, starts = type("Function", (), {"__name__": "up_kernel"})(), {(2, 1, 1): lambda *args: None}
+    kernel.fn = type("Function", (), {"__name__": "up_kernel"})()
+    starts = SimpleNamespace(run=lambda *args: None, function=None, packed_metadata=None)
+    monkeypatch.setattr(language.driver, "_active", SimpleNamespace(get_current_stream=lambda device: None))
     call = lambda: language.launch(kernel, (2,), (torch.zeros(3),))
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: starts)
     monkeypatch.setattr(kernels.problem, "make_inputs", lambda *args: None)

@@ -41,13 +41,15 @@ def choose(T, E, K, routing):
         (3000, 400, 336, 8, 3, "even"),
         (4000, 512, 512, 16, 2, "one"),
         (700, 1008, 496, 4, 1, "half"),
+        (500, 400, 336, 8, 2, "even"),  # few rows per expert: shorter steps
+        (90, 256, 272, 16, 2, "half"),
     ],
 )
 def test_same_bits_as_the_plain_kernel(T, M, N, E, K, routing, dtype, transposed, poison):
     sorted_ = dispatch(choose(T, E, K, routing), E, 128)
     a_TM = torch.randn(T, M, device="cuda", dtype=dtype)
     b_SN = torch.randn(T * K, N, device="cuda", dtype=dtype)
-    assert hopper.fits(M, N, 512, dtype)
+    assert hopper.fits(M, N, dtype)
     expected = gemm.dw(a_TM, b_SN, transposed, sorted_, TILE)
     for _ in range(3):  # a race would not show every time
         assert torch.equal(hopper.dw(a_TM, b_SN, transposed, sorted_), expected)
@@ -75,7 +77,7 @@ def test_rows_agree_with_float64_and_repeat(T, D, F, E, K, routing, dtype, activ
         for t in (x, dy, torch.randn(E, 2 * F, D, device="cuda") / D**0.5, torch.randn(E, D, F, device="cuda") / F**0.5)
     )
     h, a = hopper_rows.up(x, w_in, sorted_, activation)
-    assert torch.equal(h, gemm.up(x, w_in, sorted_, tiles["up"], activation)[0])
+    assert all(map(torch.equal, (h, a), gemm.up(x, w_in, sorted_, tiles["up"], activation)))
     results = hopper_rows.dswiglu(dy, w_out, h, gates, sorted_, activation)
     offsets, row_slot, _ = reference.dispatch(experts, E)
     true_a = reference.up(x.double(), w_in.double(), row_slot, offsets, K, activation)[1]
@@ -113,31 +115,36 @@ def test_panels_of_another_tile_are_refused():
 
 
 def test_where_rows_are_chosen(monkeypatch):
-    monkeypatch.setattr(hopper, "interpreting", lambda: False)
+    monkeypatch.setattr(hopper, "INTERPRETED", False)
     monkeypatch.setattr(hopper, "capability", lambda: 90)
-    for fits in (hopper_rows.fits_up, hopper_rows.fits_dswiglu):
-        assert fits(1024, 256, 512, torch.bfloat16) and fits(1536, 2880, 512, torch.bfloat16)
-        assert not fits(1024, 256, 511, torch.bfloat16) and not fits(1024, 256, 512, torch.float32)
-        assert not fits(1024, 272, 512, torch.bfloat16)  # panels of h are narrower there
-    assert hopper_rows.fits_up(1024, 256, 512, torch.float16)
-    assert not hopper_rows.fits_dswiglu(1024, 256, 512, torch.float16)  # da may overflow
-    widths = 512, 1024, 2048
-    assert [hopper_rows.fits_up(D, 512, 512, torch.bfloat16) for D in widths] == [True, True, False]
-    assert [hopper_rows.fits_dswiglu(D, 512, 512, torch.bfloat16) for D in widths] == [False, True, True]
+
+    def up(D, F=256, dtype=torch.bfloat16, tile=TILE):
+        return hopper_rows.fits_up(tile, D, F, dtype)
+
+    def dswiglu(D, F=256, rows=512, dtype=torch.bfloat16, tile=TILE):
+        return hopper_rows.fits_dswiglu(tile, D, F, rows, dtype)
+
+    for fits in (up, dswiglu):
+        assert fits(1024) and fits(1536, 2880) and not fits(1024, dtype=torch.float32)
+        assert not fits(1024, 272)  # panels of h are narrower there
+        assert not fits(1024, tile=TILE._replace(BLOCK_M=32))  # few rows: smaller tiles
+    assert up(1024, dtype=torch.float16) and not dswiglu(1024, dtype=torch.float16)  # da may overflow
+    assert [up(D) for D in (512, 1024, 2048)] == [True, True, False]
+    assert [dswiglu(D) for D in (512, 1024, 2048)] == [False, True, True]
+    assert [dswiglu(D, rows=511) for D in (512, 1024, 2048)] == [False, False, True]
     monkeypatch.setattr(hopper, "capability", lambda: 80)
-    assert not hopper_rows.fits_up(1024, 256, 512, torch.bfloat16)
+    assert not up(1024) and not dswiglu(1024)
 
 
 def test_where_it_is_chosen(monkeypatch):
-    monkeypatch.setattr(hopper, "interpreting", lambda: False)
+    monkeypatch.setattr(hopper, "INTERPRETED", False)
     for capability in (80, 89, 90, 100, 120):
         monkeypatch.setattr(hopper, "capability", lambda capability=capability: capability)
         for dtype in (torch.bfloat16, torch.float16):
-            assert hopper.fits(128, 256, 512, dtype) == (capability == 90)
+            assert hopper.fits(128, 256, dtype) == (capability == 90)
     monkeypatch.setattr(hopper, "capability", lambda: 90)
-    assert not hopper.fits(128, 256, 512, torch.float32)
-    assert not hopper.fits(64, 256, 512, torch.bfloat16)
-    assert not hopper.fits(128, 128, 512, torch.bfloat16)
-    assert not hopper.fits(128, 256, 511, torch.bfloat16)
-    monkeypatch.setattr(hopper, "interpreting", lambda: True)
-    assert not hopper.fits(128, 256, 512, torch.bfloat16)
+    assert not hopper.fits(128, 256, torch.float32)
+    assert not hopper.fits(64, 256, torch.bfloat16)
+    assert not hopper.fits(128, 128, torch.bfloat16)
+    monkeypatch.setattr(hopper, "INTERPRETED", True)
+    assert not hopper.fits(128, 256, torch.bfloat16)

@@ -129,7 +129,8 @@ def test_without_any_row_nothing_is_read(emulate):
         ("_previous(stage, STAGES)), count=1, pred=k > 0", "stage), count=1, pred=k >= 0"),  # released too early
         ("warpgroup_mma_wait(0,", "warpgroup_mma_wait(1,"),  # a tile is handed over without its last product
         ("fence_async_shared()  # see", "pass  # see"),
-        ("mask=(offs_k < D - k)", "mask=(offs_k < D)"),  # the last step reads the next token
+        ("mask & (offs_k < D - k)", "mask & (offs_k < D)"),  # the last step reads the next token
+        ("mask = (offs_m < n_rows)", "mask = (offs_m < next_n_rows)"),  # a tile has the rows of the next one
     ],
 )
 def test_broken_protocols_are_found(emulate, old, new):

@@ -258,8 +258,19 @@ def test_kernels_refuse_another_gpu_than_the_current_one(monkeypatch):
 def test_a_launch_reuses_only_what_was_compiled_for_its_arguments(monkeypatch):
     """A kernel that records how it is called: by Triton's slow way once for everything that makes other code."""
     calls = []
-    compiled = {(2, 1, 1): lambda *args: calls.append(("again", args))}
+
+    class Compiled:
+        function = packed_metadata = None
+
+        def run(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
+            calls.append(("again", (x, y, z), args))
+
+        def __getitem__(self, grid):
+            return lambda *args: calls.append(("with hooks", grid, args))
+
+    compiled = Compiled()
     monkeypatch.setattr(language, "UNFENCED", False)
+    monkeypatch.setattr(language.driver, "_active", SimpleNamespace(get_current_stream=lambda device: None))
     slow = lambda *args, **constants: calls.append(("compile", args)) or compiled
     kernel, x = type("Kernel", (), {"fn": object(), "__getitem__": lambda self, grid: slow})(), torch.zeros(40)
     variants = [
@@ -278,7 +289,10 @@ def test_a_launch_reuses_only_what_was_compiled_for_its_arguments(monkeypatch):
             language.launch(kernel, (2,), **dict(tensors=(x, None), numbers=(1,), BLOCK=4) | change)
             assert calls[-1][0] == expected, change
     language.launch(kernel, (2,), (x, None), (9,), BLOCK=4)  # as 7: neither 1 nor a multiple of 16
-    assert calls[-1] == ("again", (x, None, 9, 4))
+    assert calls[-1] == ("again", (2, 1, 1), (x, None, 9, 4))
+    monkeypatch.setattr(language.triton.knobs.runtime.launch_enter_hook, "calls", [print])  # as a profiler does
+    language.launch(kernel, (2,), (x, None), (9,), BLOCK=4)
+    assert calls[-1] == ("with hooks", (2, 1, 1), (x, None, 9, 4))
 
 
 def test_the_product_op():
