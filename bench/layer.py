@@ -7,7 +7,8 @@
 
 "gemms" is torch.bmm on E equal groups of T*K/E rows: the same matrix FLOPs (6 T K D F forward, 12 backward) and nothing
 else. Everything runs in one process. Implementations take turns, so that the GPU is equally hot for all; the L2 is
-flushed before every repetition. python_ms is the time in which Python launches one pass.
+flushed before every repetition. python_ms is the time in which Python launches one pass. Backward passes run in the
+thread that calls them, see `main`.
 """
 
 import time
@@ -144,6 +145,8 @@ def main(argv=None):
         config.check_file(cfg.trace, "trace", device=False)
     cuda, failures = torch.cuda.is_available(), []
     config.require(cuda or not cfg.graph, "graph", True, "CUDA graphs need a GPU; leave it out")
+    # In a thread of its own a backward pass takes 0.5 ms longer: both processor cores change the same Python objects.
+    torch.autograd.set_multithreading_enabled(False)
     results = Results(cfg)
     usual = {"triton": cuda or interpreting(), "grouped_mm": True, "reference": not cuda}
     names = list(cfg.impl) or [name for name, runs in usual.items() if runs]
