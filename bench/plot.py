@@ -1,9 +1,11 @@
 """Figures from benchmark CSVs: `python -m bench.plot docs/runs/bench-h100.csv --out=docs/figures`.
 
-Draws those for which the CSV has rows: ceiling.png, throughput_by_experts.png (bench.layer) and step.png (bench.step).
+Draws those for which the CSV has rows: ceiling.png, throughput_by_experts.png, throughput_by_k.png (bench.layer) and
+step.png (bench.step).
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -52,31 +54,34 @@ def figure(plt, size, title, rows, n_columns=1):
     return fig, list(axes.flat)
 
 
-def throughput(plt, rows):
-    """TFLOP/s of the layer against E, a line per K, a panel per (T, D, F)."""
+SIZES = {"E": "experts E", "K": "experts per token K"}
+
+
+def throughput(plt, rows, x, line):
+    """TFLOP/s of the layer against x, one of SIZES, a line per value of `line`, the other, a panel per (T, D, F)."""
     panels = {}
     for row in select(rows, kernel="layer", implementation=("triton", "gemms"), mode="full", routing="softmax"):
         panels.setdefault(shape_of(row)[:3], []).append(row)
-    panels = {sizes: group for sizes, group in sorted(panels.items()) if len({row["E"] for row in group}) > 2}
+    panels = {sizes: group for sizes, group in sorted(panels.items()) if len({row[x] for row in group}) > 2}
     if not panels:
         return None
     everything = [row for group in panels.values() for row in group]
-    size, title = (1 + 4.2 * len(panels), 4.4), "Expert layer against the number of experts"
+    size, title = (1 + 4.2 * len(panels), 4.4), f"Expert layer against the number of {SIZES[x]}"
     fig, axes = figure(plt, size, title, everything, n_columns=len(panels))
-    values = sorted({row["K"] for row in everything})
+    values = sorted({row[line] for row in everything})
     for ax, ((T, D, F), group) in zip(axes, panels.items(), strict=True):
-        for i, K in enumerate(values):
+        for i, value in enumerate(values):
             for name, style in (("gemms", dict(ls=":", lw=1.2)), ("triton", dict(marker="o", lw=2))):
-                points = sorted((r["E"], r["tflops"]) for r in select(group, implementation=name, K=K))
+                points = sorted((r[x], r["tflops"]) for r in group if r["implementation"] == name and r[line] == value)
                 color = plt.cm.viridis(0.9 * i / max(1, len(values) - 1))
-                ax.plot([E for E, _ in points], [tflops for _, tflops in points], color=color, **style)
+                ax.plot([size for size, _ in points], [tflops for _, tflops in points], color=color, **style)
         ax.set_xscale("log", base=2)
-        ticks = sorted({row["E"] for row in group})
+        ticks = sorted({row[x] for row in group})
         ax.set_xticks(ticks, map(str, ticks))
-        ax.set(title=f"T {short(T)}, D {D}, F {F}", xlabel="experts E")
+        ax.set(title=f"T {short(T)}, D {D}, F {F}", xlabel=SIZES[x])
         ax.set_ylim(bottom=0)
     axes[0].set_ylabel("forward + backward, TFLOP/s")
-    names = [f"K = {value}" for value in values] + ["cuBLAS, the same FLOPs"]
+    names = [f"{line} = {value}" for value in values] + ["cuBLAS, the same FLOPs"]
     lines = axes[-1].lines
     axes[-1].legend([*lines[1::2], lines[0]], names, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
@@ -172,7 +177,12 @@ def main(argv=None):
     config.require(len(chosen) == 1, "gpu", cfg.gpu, f"must fit one of: {', '.join(gpus) or 'no rows at all'}")
     rows = select(rows, gpu=chosen[0])
     out = config.make_directory(cfg.out, "out", cfg.out)
-    pictures = {"throughput_by_experts": throughput, "ceiling": ceiling, "step": step}
+    pictures = {
+        "throughput_by_experts": partial(throughput, x="E", line="K"),
+        "throughput_by_k": partial(throughput, x="K", line="E"),
+        "ceiling": ceiling,
+        "step": step,
+    }
     with plt.rc_context(STYLE):
         for name, draw in pictures.items():
             if fig := draw(plt, rows):

@@ -90,15 +90,18 @@ def test_figures_cut_nothing_off(tmp_path, monkeypatch):
     kinds = [(name, e, "full") for e in (2, 4, 8) for name in ("grouped_mm", "triton", "gemms")]
     kinds.append(("triton", 2, "full-graph"))
     rows = [common | dict(implementation=name, E=e, mode=mode) for name, e, mode in kinds]
+    rows += [common | dict(implementation="triton", E=4, K=k, mode="full") for k in (1, 4)]
     rows = [row | dict(ceiling=None if row["implementation"] == "gemms" else 0.5) for row in rows]
     families = dict(router=1000.0, attention=30.0, optimiser=12.0)  # ms
     dense = dict(kernel="step-family", implementation="dense:auto")
     rows += [common | dense | dict(mode=name, p50_ms=ms) for name, ms in families.items()]
     append(tmp_path / "rows.csv", *(ROW | row for row in rows))
     assert plot.main([str(tmp_path / "rows.csv"), f"--out={tmp_path}"]) == 0
-    throughput, ceiling, parts = figures
-    title = throughput.get_suptitle(), throughput._suptitle.get_window_extent()
-    assert "number of experts" in title[0] and title[1].x0 > 0 and title[1].x1 < throughput.bbox.x1
+    *throughputs, ceiling, parts = figures
+    for throughput, name, ticks in zip(throughputs, ("experts E", "experts per token K"), ("248", "124"), strict=True):
+        title = throughput.get_suptitle(), throughput._suptitle.get_window_extent()
+        assert f"number of {name}\n" in title[0] and title[1].x0 > 0 and title[1].x1 < throughput.bbox.x1
+        assert "".join(tick.get_text() for tick in throughput.axes[0].get_xticklabels()) == ticks
     legend = [text.get_text() for text in ceiling.axes[0].get_legend().get_texts()]
     assert legend == ["triton", "triton, graph", "grouped_mm"]  # as the bars stand
     assert [number.get_text() for number in parts.axes[0].texts] == ["31250"]  # of 31250, 938 and 375 us
