@@ -127,7 +127,8 @@ def experts_bwd(
 
 
 def up(x_TD, w_in_EGD, sorted_, tile, activation):
-    """h and a by the kernel for Hopper where it fits, else by the plain one, which gives the same bits."""
+    """h and a by the kernel for Hopper where it fits, else by the plain one. h has the same bits; a may differ in its
+    last one, so that it depends on the number of rows."""
     if hopper_rows.fits_up(tile, x_TD.shape[1], w_in_EGD.shape[1] // 2, x_TD.dtype):
         return hopper_rows.up(x_TD, w_in_EGD, sorted_, activation)
     return gemm.up(x_TD, w_in_EGD, sorted_, tile, activation)

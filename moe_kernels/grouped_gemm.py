@@ -95,13 +95,12 @@ def up_kernel(
         mask = mask_m[:, None]
         if F % BLOCK_N != 0:
             mask = mask & (tl.full([1, 1], part * WIDTH, tl.int32) < F - pid_n * BLOCK_N)  # all of a panel or nothing
-        g = _split_columns(acc, 2 * PARTS, part).to(dtype)
-        u = _split_columns(acc, 2 * PARTS, PARTS + part).to(dtype)
-        tl.store(h_ptr + part * panel + offs_h, g, mask=mask)
-        tl.store(h_ptr + part * panel + WIDTH + offs_h, u, mask=mask)
+        g, u = _split_columns(acc, 2 * PARTS, part), _split_columns(acc, 2 * PARTS, PARTS + part)
+        tl.store(h_ptr + part * panel + offs_h, g.to(dtype), mask=mask)
+        tl.store(h_ptr + part * panel + WIDTH + offs_h, u.to(dtype), mask=mask)
         a_ptrs = a_ptr + part * WIDTH + offs_m[:, None] * F + offs_n[None, :]
-        value, _slope = ACTIVATION(g.to(tl.float32))  # of h as it is stored, like in the backward pass
-        tl.store(a_ptrs, (value * u.to(tl.float32)).to(dtype), mask=mask)
+        value, _slope = ACTIVATION(g)
+        tl.store(a_ptrs, (value * u).to(dtype), mask=mask)
 
 
 @triton.jit

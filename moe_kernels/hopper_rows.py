@@ -9,8 +9,8 @@ is that of hopper.py.
 The tile that is handed over belongs to the multiplying warps until its `ready` barrier completes, then to the storing
 warps until they arrive at its `free` barrier.
 
-Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so h and a have the same bits. dh
-and the gates' gradients come from a da that was rounded to 16 bits.
+Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so h has the same bits. a is
+computed from h as it is stored, and dh and the gates' gradients from a da that was rounded to 16 bits.
 """
 
 import torch

