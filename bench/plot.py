@@ -1,4 +1,4 @@
-"""Figures from benchmark CSVs: `python -m bench.plot docs/runs/bench-h100.csv --out=docs/figures`.
+"""Figures from benchmark CSVs: `python -m bench.plot docs/runs/s*-h200.csv --out=docs/figures`.
 
 Draws those for which the CSV has rows: ceiling.png, throughput_by_experts.png, throughput_by_k.png (bench.layer) and
 step.png (bench.step).
@@ -125,19 +125,23 @@ def part_of(family):
 
 def step(plt, rows):
     """A bar per model with our kernels: microseconds per 1,024 tokens, by part."""
-    models = {}
-    for row in select(rows, kernel="step-family"):
-        kind, impl, *weights = row["implementation"].split(":")
-        if impl not in ("auto", "triton"):
-            continue
+    models, newest = {}, {}
+    families = select(rows, kernel="step-family")
+    for row in families:  # another revision's families may have other names and would be added to these
+        bar = row["implementation"], shape_of(row)
+        newest[bar] = max(newest.get(bar, ("", "")), (row["date"], row["revision"]))
+    for row in families:
         shape = shape_of(row)
+        kind, impl, *weights = row["implementation"].split(":")
+        if impl not in ("auto", "triton") or row["revision"] != newest[row["implementation"], shape][1]:
+            continue
         label = f"D {shape.D}, F {shape.F}, K {shape.K}, {'dense' if kind == 'dense' else f'E {shape.E}'}"
         parts = models.setdefault((shape, "\n".join([label, *weights])), dict.fromkeys(PARTS, 0.0))
         parts[part_of(row["mode"])] += 1e3 * row["p50_ms"] / (shape.T / 1024)
     if not models:
         return None
     size = (11, 1.8 + 0.55 * len(models))
-    fig, (ax,) = figure(plt, size, "Where the time of a training step goes", select(rows, kernel="step-family"))
+    fig, (ax,) = figure(plt, size, "Where the time of a training step goes", families)
     longest = max(sum(parts.values()) for parts in models.values())
     for y, parts in enumerate(models.values()):
         left = 0.0

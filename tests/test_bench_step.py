@@ -95,7 +95,8 @@ def test_figures_cut_nothing_off(tmp_path, monkeypatch):
     families = dict(router=1000.0, attention=30.0, optimiser=12.0)  # ms
     dense = dict(kernel="step-family", implementation="dense:auto")
     rows += [common | dense | dict(mode=name, p50_ms=ms) for name, ms in families.items()]
-    append(tmp_path / "rows.csv", *(ROW | row for row in rows))
+    earlier = common | dense | dict(mode="experts: old name", p50_ms=9.0, revision="old", date="before")
+    append(tmp_path / "rows.csv", *(ROW | row for row in [earlier, *rows]))
     assert plot.main([str(tmp_path / "rows.csv"), f"--out={tmp_path}"]) == 0
     *throughputs, ceiling, parts = figures
     for throughput, name, ticks in zip(throughputs, ("experts E", "experts per token K"), ("248", "124"), strict=True):
