@@ -208,7 +208,7 @@ def dw(a_TM, b_SN, transposed, dispatch):
     out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
     block = [1, BLOCK_N // parts, BLOCK_M] if transposed else [1, BLOCK_M, BLOCK_N // parts]
     tiles = E * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
-    tensors = a_TM, descriptor(b_SN, [block_k, BLOCK_N]), descriptor(out, block), dispatch.row_slot_S, dispatch.by_size
+    tensors = a_TM, Blocks(b_SN, [block_k, BLOCK_N]), Blocks(out, block), dispatch.row_slot_S, dispatch.by_size
     launch(
         dw_hopper_kernel, (min(tiles, multiprocessors(a_TM.device)),), tensors, (E,),
         M=M, N=N, TOP_K=K, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, STAGES=stages,
@@ -218,17 +218,13 @@ def dw(a_TM, b_SN, transposed, dispatch):
 
 
 class Blocks(Unchecked, TensorDescriptor):
-    """A descriptor for kernels in Gluon."""
+    """A descriptor for TMA of blocks of a contiguous tensor, bfloat16 or float16, for kernels in Gluon."""
 
-
-def descriptor(tensor, block):
-    """For TMA of blocks of a contiguous tensor, bfloat16 or float16."""
-    descriptor = Blocks(tensor, tensor.shape, block)
-    descriptor.layout = _layout(*block, tensor.dtype)
-    return descriptor
+    def __init__(self, tensor, block_shape):
+        super().__init__(tensor, tensor.shape, block_shape)
+        self.layout = _layout(tensor.dtype, *block_shape)
 
 
 @functools.cache
-def _layout(*block_and_dtype):
-    *block, dtype = block_and_dtype
-    return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+def _layout(dtype, *block_shape):
+    return gl.NVMMASharedLayout.get_default_for(block_shape, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)

@@ -31,11 +31,11 @@ from moe_kernels.hopper import (
     BLOCK_M,
     BLOCK_N,
     LOADER_ARRIVALS,
+    Blocks,
     _advance,
     _previous,
     _split_columns,
     cp_async,
-    descriptor,
     tma_load,
 )
 from moe_kernels.language import launch
@@ -354,7 +354,7 @@ def up(x_TD, w_in_EGD, dispatch, activation="swiglu"):
     """As grouped_gemm.up, where `fits_up` allows it; dispatch has tiles of BLOCK_M rows."""
     (E, _, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
     h, a = x_TD.new_empty(F // WIDTH, S, 2 * WIDTH), x_TD.new_empty(S, F)
-    weights = descriptor(w_in_EGD.view(2 * E, F, D), [2, BLOCK_N // 2, BLOCK_K])
+    weights = Blocks(w_in_EGD.view(2 * E, F, D), [2, BLOCK_N // 2, BLOCK_K])
     _launch(up_hopper_kernel, (x_TD, weights, h, a), D, F, dispatch, BLOCK_N // 2, UP_GROUP, activation)
     return h, a
 
@@ -368,7 +368,7 @@ def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, activation="swiglu"):
         raise ValueError(f"h is {tuple(h_PSW.shape)}, expected {F // WIDTH, S, 2 * WIDTH}")
     dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
     dgates_parts = h_PSW.new_empty(cdiv(F, BLOCK_N), S, dtype=torch.float32)
-    weights = descriptor(w_out_EDF.view(E * D, F), [BLOCK_K, BLOCK_N])
+    weights = Blocks(w_out_EDF.view(E * D, F), [BLOCK_K, BLOCK_N])
     tensors = dy_TD, weights, h_PSW, gates_TK, dh, ga, dgates_parts
     _launch(dswiglu_hopper_kernel, tensors, D, F, dispatch, BLOCK_N, DSWIGLU_GROUP, activation)
     return dh, ga, dgates_parts
