@@ -141,12 +141,17 @@ def bench_shape(results, shape, routing, built, graph):
 
 def main(argv=None):
     cfg = config.parse(Config, argv, __doc__)
+    # In a thread of its own a backward pass takes 0.5 ms longer: both processor cores change the same Python objects.
+    with torch.autograd.set_multithreading_enabled(False):
+        return measure(cfg)
+
+
+def measure(cfg):
+    """All rows of the benchmark; the exit code."""
     if cfg.trace:
         config.check_file(cfg.trace, "trace", device=False)
     cuda, failures = torch.cuda.is_available(), []
     config.require(cuda or not cfg.graph, "graph", True, "CUDA graphs need a GPU; leave it out")
-    # In a thread of its own a backward pass takes 0.5 ms longer: both processor cores change the same Python objects.
-    torch.autograd.set_multithreading_enabled(False)
     results = Results(cfg)
     usual = {"triton": cuda or interpreting(), "grouped_mm": True, "reference": not cuda}
     names = list(cfg.impl) or [name for name, runs in usual.items() if runs]

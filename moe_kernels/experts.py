@@ -135,8 +135,8 @@ def up(x_TD, w_in_EGD, sorted_, tile, activation):
 
 
 def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, tile, activation):
-    """dh, router gate * a, and parts of the router gates' gradient, by the kernel for Hopper where it fits. dh may
-    differ in its last bit, so that it depends on the number of rows."""
+    """dh, router gate * a, and parts of the router gates' gradient, by the kernel for Hopper where it fits. It
+    rounds da to 16 bits, so that dh and the gates' gradient depend a little on the number of rows."""
     E, D, F = w_out_EDF.shape
     if hopper_rows.fits_dswiglu(tile, D, F, sorted_.row_slot_S.numel() // E, dy_TD.dtype):
         return hopper_rows.dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, activation)

@@ -44,8 +44,8 @@ from moe_kernels.tiles import cdiv, multiprocessors
 WIDTH = 32  # gate columns of a panel of h
 STAGES = 3  # buffers of the ring, 144 KB in all; the tile that is handed over takes 64 KB
 ROWS = 32  # of an epilogue's step: a thread has 8 values of each of its operands
-# Per thread of the second multiplying, the storing and the loading warpgroup; the first gets the rest of 512, 168.
-REGISTERS = gl.constexpr([160, 136, 48])
+# Per thread of the second multiplying, the storing and the loading warpgroup; the first gets the rest of 512, 160.
+REGISTERS = gl.constexpr([160, 144, 48])
 UP_GROUP, DSWIGLU_GROUP = 16, 8  # row tiles that advance through the columns together
 
 
@@ -80,7 +80,7 @@ def _row_tile(tile, table, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
 
 @gluon.jit
 def _load(
-    x_ptr, w_desc, row_slot_ptr, table, x_ring, w_ring, full, empty,
+    x_ptr, w_desc, row_slot_ptr, table, x_ring, w_ring, full, empty, S,
     D: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, TOP_K: gl.constexpr, UP: gl.constexpr,
 ):  # fmt: skip
     """The loader of up and dswiglu: cp.async gathers rows of x by token, TMA loads weights."""
@@ -92,12 +92,13 @@ def _load(
     offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(1)  # the ring starts empty
-    expert, row, n_rows, pid_n = _row_tile(gl.program_id(0), table, N_TILES, GROUP_M)
-    tokens = gl.load(row_slot_ptr + row + offs_m, mask=offs_m < n_rows, other=0) // TOP_K
+    # Rows past the expert's end belong to the next expert. If all of them read one row, it would be slow.
+    expert, row, _, pid_n = _row_tile(gl.program_id(0), table, N_TILES, GROUP_M)
+    tokens = gl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0) // TOP_K
     for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
         # The next tile's place and token ids are loaded one tile ahead.
-        next_expert, row, next_n_rows, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
-        next_tokens = gl.load(row_slot_ptr + row + offs_m, mask=offs_m < next_n_rows, other=0) // TOP_K
+        next_expert, row, _, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
+        next_tokens = gl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0) // TOP_K
         x_ptrs = x_ptr + tokens.to(gl.int64)[:, None] * D + offs_k[None, :]
         for k in range(0, D, BLOCK_K):
             mbarrier.wait(empty.index(stage), phase)
@@ -106,14 +107,13 @@ def _load(
                 tma_load(w_desc, [2 * expert, pid_n * w_ring.shape[2], k], full.index(stage), w_ring.index(stage))
             else:
                 tma_load(w_desc, [expert * D + k, pid_n * w_ring.shape[2]], full.index(stage), w_ring.index(stage))
-            # Rows past the expert's end become zeros: reading one row for all of them would be slow.
-            mask = (offs_m < n_rows)[:, None]
-            if D % BLOCK_K != 0:
-                mask = mask & (offs_k < D - k)[None, :]
-            cp_async(x_ring.index(stage), x_ptrs + k, mask=mask)
+            if D % BLOCK_K == 0:
+                cp_async(x_ring.index(stage), x_ptrs + k)
+            else:
+                cp_async(x_ring.index(stage), x_ptrs + k, mask=(offs_k < D - k)[None, :])
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             stage, phase = _advance(stage, phase, STAGES)
-        expert, n_rows, pid_n, tokens = next_expert, next_n_rows, next_n, next_tokens
+        expert, pid_n, tokens = next_expert, next_n, next_tokens
 
 
 @gluon.jit
@@ -303,7 +303,7 @@ def up_hopper_kernel(
             (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, 0)),
             (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, 1)),
             (_store_up, (h_ptr, a_ptr, table, tile_parts, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
-            (_load, (x_ptr, w_in_desc, row_slot_ptr, table, x_ring, w_ring, full, empty,
+            (_load, (x_ptr, w_in_desc, row_slot_ptr, table, x_ring, w_ring, full, empty, S,
                      D, N_TILES, GROUP_M, TOP_K, True)),
         ],
         [4, 4, 4],
@@ -332,7 +332,7 @@ def dswiglu_hopper_kernel(
             (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, 1)),
             (_store_dh, (h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, gates,
                          ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
-            (_load, (dy_ptr, w_out_desc, row_slot_ptr, table, dy_ring, w_ring, full, empty,
+            (_load, (dy_ptr, w_out_desc, row_slot_ptr, table, dy_ring, w_ring, full, empty, S,
                      D, N_TILES, GROUP_M, TOP_K, False)),
         ],
         [4, 4, 4],

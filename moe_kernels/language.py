@@ -88,7 +88,7 @@ def _kind(argument):
 def _start(compiled, grid, arguments, device):
     """compiled[grid](*arguments), without preparing what only profilers with hooks ask for."""
     hooks = triton.knobs.runtime
-    if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+    if any(getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook)):
         compiled[grid](*arguments)
     else:
         stream = driver.active.get_current_stream(device)

@@ -269,7 +269,7 @@ def test_fullgraph_compile_and_opcheck(device):
 def test_cuda_graph_capture_follows_new_routing(T):
     inputs = problem(T, 64, 48, 8, 2, torch.bfloat16, "cuda")
     dy = torch.randn(T, 64, device="cuda", dtype=torch.bfloat16)
-    assert (gemm_tiles(2 * T, 8, 64, 48, torch.bfloat16)["dx"].BLOCK_M < 128) == (T == 100)
+    assert (2 * T <= 64 * 8) == (T == 100)
     run("triton", inputs, dy)  # compile outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

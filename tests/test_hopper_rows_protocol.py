@@ -60,7 +60,7 @@ class Problem:
             kernel = Kernel(hopper_rows, NAMES, self.seed, program, programs, changes)
             load = partial(
                 kernel.functions._load, Pointer(self.x.ravel()), Descriptor(w, w_block), Pointer(self.slots),
-                self.table, x_ring, w_ring, full, empty, self.D, n_tiles, GROUP_M, TOP_K, up,
+                self.table, x_ring, w_ring, full, empty, self.S, self.D, n_tiles, GROUP_M, TOP_K, up,
             )  # fmt: skip
             multiply = [
                 partial(
@@ -129,8 +129,7 @@ def test_without_any_row_nothing_is_read(emulate):
         ("_previous(stage, STAGES)), count=1, pred=k > 0", "stage), count=1, pred=k >= 0"),  # released too early
         ("warpgroup_mma_wait(0,", "warpgroup_mma_wait(1,"),  # a tile is handed over without its last product
         ("fence_async_shared()  # see", "pass  # see"),
-        ("mask & (offs_k < D - k)", "mask & (offs_k < D)"),  # the last step reads the next token
-        ("mask = (offs_m < n_rows)", "mask = (offs_m < next_n_rows)"),  # a tile has the rows of the next one
+        ("mask=(offs_k < D - k)", "mask=(offs_k < D)"),  # the last step reads the next token
     ],
 )
 def test_broken_protocols_are_found(emulate, old, new):
