@@ -66,7 +66,7 @@ def throughput(plt, rows, x, line):
     if not panels:
         return None
     everything = [row for group in panels.values() for row in group]
-    size, title = (1 + 4.2 * len(panels), 4.4), f"Expert layer against the number of {SIZES[x]}"
+    size, title = (2.6 + 4 * len(panels), 4.4), f"Expert layer against the number of {SIZES[x]}"
     fig, axes = figure(plt, size, title, everything, n_columns=len(panels))
     values = sorted({row[line] for row in everything})
     for ax, ((T, D, F), group) in zip(axes, panels.items(), strict=True):
