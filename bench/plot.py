@@ -58,7 +58,7 @@ SIZES = {"E": "experts E", "K": "experts per token K"}
 
 
 def throughput(plt, rows, x, line):
-    """TFLOP/s of the layer against x, one of SIZES, a line per value of `line`, the other, a panel per (T, D, F)."""
+    """TFLOP/s of the layer against `x`. x and `line` are the two SIZES: a line per value, a panel per (T, D, F)."""
     panels = {}
     for row in select(rows, kernel="layer", implementation=("triton", "gemms"), mode="full", routing="softmax"):
         panels.setdefault(shape_of(row)[:3], []).append(row)
@@ -74,7 +74,7 @@ def throughput(plt, rows, x, line):
             for name, style in (("gemms", dict(ls=":", lw=1.2)), ("triton", dict(marker="o", lw=2))):
                 points = sorted((r[x], r["tflops"]) for r in group if r["implementation"] == name and r[line] == value)
                 color = plt.cm.viridis(0.9 * i / max(1, len(values) - 1))
-                ax.plot([size for size, _ in points], [tflops for _, tflops in points], color=color, **style)
+                ax.plot([at for at, _ in points], [tflops for _, tflops in points], color=color, **style)
         ax.set_xscale("log", base=2)
         ticks = sorted({row[x] for row in group})
         ax.set_xticks(ticks, map(str, ticks))

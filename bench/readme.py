@@ -15,7 +15,7 @@ from optimoe import config
 WIDE = "--preset=paper-d1024-e16-k2 --vocab_size=50304 --seq_len=2048"
 GPT2 = "--dense --preset=paper-d512-e8-k2 --d_model=768 --n_layers=12 --n_heads=12 --n_kv_heads=12 --head_dim=64"
 GPT2 += " --d_expert=1024 --vocab_size=50304 --seq_len=1024 --batch_size=64"
-FEW = "--preset=paper-d512-e64-k4 --batch_size=8"
+NARROW = "--preset=paper-d512-e64-k4 --vocab_size=50304 --seq_len=2048 --batch_size=16"
 TEXT = "--preset=paper-d512-e16-k2 --vocab_size=16384 --seq_len=1024 --batch_size=64"  # of the runs on real text
 
 
@@ -31,8 +31,8 @@ step        {WIDE} --batch_size=16 --dense
 step        {WIDE} --batch_size=16 --n_experts=64 --weights=bfloat16
 step        {WIDE} --batch_size=20 --n_experts=64 --weights=bfloat16
 step        {GPT2}
-step        {FEW}
-step        {FEW} --dense
+step        {NARROW}
+step        {NARROW} --dense
 generation
 layer       {sweep("32768,512,1024", 2, 8)} --impl=triton
 layer       {sweep("8192,2048,4096", 2, 8)} --impl=triton

@@ -36,20 +36,16 @@ cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_glob
 BLOCK_M, BLOCK_N = 128, 256  # the largest accumulator that two warpgroups hold
 BLOCK_K, STAGES = 64, 4  # the ring has 192 KB
 PARTS = 8  # column parts in which a tile is stored, through two buffers of 8 KB
-# With few rows per expert the time is that of writing dW: short steps waste less, and stores are larger.
-FEW_BLOCK_K, FEW_STAGES, FEW_PARTS = 32, 6, 4
+# Below FEW_ROWS rows per expert the time is that of writing dW: shorter steps waste less, and larger pieces are stored.
+FEW_ROWS, FEW_BLOCK_K, FEW_STAGES, FEW_PARTS = 256, 32, 6, 4
 LOADER_REGISTERS = 56  # per loading thread; the multiplying threads get the rest
 LOADER_ARRIVALS = gl.constexpr(129)  # at a full barrier: 128 threads that gather rows, and one that announces TMA bytes
 
 
-def runs(dtype):
-    """Whether the Gluon kernels can run here."""
-    return dtype in (torch.bfloat16, torch.float16) and capability() == 90 and not INTERPRETED
-
-
 def fits(M, N, dtype):
     """Whether to use `dw` for gradients (E, M, N)."""
-    return M >= BLOCK_M and N >= BLOCK_N and runs(dtype)
+    large = M >= BLOCK_M and N >= BLOCK_N and dtype in (torch.bfloat16, torch.float16)
+    return large and capability() == 90 and not INTERPRETED
 
 
 @gluon.jit
@@ -203,7 +199,7 @@ def dw(a_TM, b_SN, transposed, dispatch):
     in their dtype, or (E, N, M) when `transposed`."""
     E, K = dispatch.offsets.numel() - 1, dispatch.slot_row_TK.shape[1]
     M, N = a_TM.shape[1], b_SN.shape[1]
-    few = b_SN.shape[0] // E < 256
+    few = b_SN.shape[0] // E < FEW_ROWS
     block_k, stages, parts = (FEW_BLOCK_K, FEW_STAGES, FEW_PARTS) if few else (BLOCK_K, STAGES, PARTS)
     out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
     block = [1, BLOCK_N // parts, BLOCK_M] if transposed else [1, BLOCK_M, BLOCK_N // parts]

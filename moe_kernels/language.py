@@ -101,8 +101,9 @@ _compiled = {}  # {everything that Triton compiles a kernel for: compiled kernel
 def launch(kernel, grid, tensors, numbers=(), num_warps=4, num_stages=3, **constants):
     """kernel[grid](*tensors, *numbers, **constants) in a quarter of the host's time (docs/LOG.md).
 
-    Triton inspects every argument of every launch. This looks only at what can change from call to call: device, dtypes
-    and alignments of `tensors` (or descriptors, or None), divisibility of `numbers`, and the constants."""
+    Triton inspects every argument of every launch. This looks only at what can change from call to call: the device;
+    of `tensors`, which may be descriptors or None, dtypes and alignments or blocks; of `numbers`, divisibility; and the
+    constants."""
     key = (
         kernel.fn, tensors[0].get_device(), num_warps, num_stages, *constants.values(),
         *map(_kind, tensors),
@@ -118,4 +119,4 @@ def launch(kernel, grid, tensors, numbers=(), num_warps=4, num_stages=3, **const
         _compiled[key] = compiled
 
 
-__all__ = ["MISSING", "Matrix", "driver", "launch", "tl", "triton"]
+__all__ = ["MISSING", "Matrix", "Unchecked", "driver", "launch", "tl", "triton"]

@@ -158,7 +158,8 @@ def _gemm_tiles(n_rows, n_experts, D, F, dtype, target):
         return dict.fromkeys(GEMMS, Tile(64, 64, 16, 8, 64 // panel, 8, 2))
     _, columns, step, stages, _ = limits(target)
     mean_rows = n_rows // n_experts
-    # Few rows: the time is that of reading weights, so empty rows of a tile cost less than reading them twice.
+    # With few rows the time is that of reading weights: empty rows cost less than an expert's second tile, which reads
+    # its weights again.
     block_m = 128 if mean_rows > 32 else max(pow2(mean_rows), 16)
     row_tiles = max_tiles(n_rows, n_experts, block_m)
     warps = 8 if block_m == 128 else 4

@@ -190,6 +190,11 @@ def test_the_tiles_of_an_h100_stay():
     }
 
 
+def test_tiles_by_the_mean_number_of_rows():
+    means = {8: 16, 16: 16, 17: 32, 32: 32, 33: 128, 512: 128}
+    assert means == {n: _gemm_tiles(8 * n, 8, 512, 1024, torch.bfloat16, 90)["dx"].BLOCK_M for n in means}
+
+
 @pytest.mark.parametrize("capability", [75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121])
 def test_tiles_stay_within_the_limits_of_every_gpu(capability):
     limit = limits(capability)
