@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from moe_kernels import balance_loss, gated_activation, gates_of, linear_cross_entropy, moe_experts, rope, route
+from moe_kernels import (
+    add_rms_norm,
+    balance_loss,
+    gated_activation,
+    gates_of,
+    linear_cross_entropy,
+    moe_experts,
+    rope,
+    route,
+)
 from moe_kernels.ops import use_kernels
 from optimoe.config import check_range, require
 
@@ -231,16 +240,18 @@ class MoE(nn.Module):
             r = r._replace(experts_TK=experts_TK, gates_TK=gates_TK)
         return r, chosen_TK
 
-    def forward(self, x_TD, replay_TK=None, stats=True):
-        """y (T, D) and (balance, z, counts (E,), probs (E,), choice (T, K)); without stats y and (choice,)."""
-        r, chosen_TK = self.choose(x_TD, replay_TK)
+    def forward(self, x_TD, router_x_TD, add_TD, replay_TK=None, stats=True):
+        """add + y (T, D) and (balance, z, counts (E,), probs (E,), choice (T, K)); without stats add + y and (choice,).
+
+        router_x_TD: x once more, for the router, see add_rms_norm."""
+        r, chosen_TK = self.choose(router_x_TD, replay_TK)
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
-        kernels = dict(impl=self.cfg.kernels, activation=self.cfg.activation)
+        if self.shared is not None:
+            add_TD = add_TD + self.shared(x_TD)
+        kernels = dict(impl=self.cfg.kernels, activation=self.cfg.activation, add_TD=add_TD)
         args = x_TD, w_in, w_out, r.gates_TK, r.experts_TK
         recompute = self.cfg.recompute == "experts"
         y_TD = again(self.experts, *args, **kernels) if recompute else self.experts(*args, **kernels)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
         if not stats:
             return y_TD, (chosen_TK,)
         return y_TD, (balance_loss(r.counts_E, r.probs_E), r.z, r.counts_E, r.probs_E, chosen_TK)
@@ -250,17 +261,18 @@ class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(cfg.d_model, cfg.norm_eps), Attention(cfg)
-        self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mlp_norm, self.impl = RMSNorm(cfg.d_model, cfg.norm_eps), cfg.kernels
         self.mlp = GatedMLP(cfg, (cfg.top_k + cfg.n_shared_experts) * cfg.d_expert) if cfg.dense else MoE(cfg)
 
     def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0, replay_TK=None):
-        x_BLD = x_BLD + self.attn(self.attn_norm(x_BLD), cos, sin, mask, cache, layer)
-        x_TD, stats = self.mlp_norm(x_BLD).flatten(0, 1), None
+        y_BLD, norm = self.attn(self.attn_norm(x_BLD), cos, sin, mask, cache, layer), self.mlp_norm
+        x_BLD, *normed = add_rms_norm(x_BLD, y_BLD, norm.weight, norm.eps, self.impl)
+        x_TD, normed_TD, router_TD = (t.flatten(0, 1) for t in (x_BLD, *normed))
         if isinstance(self.mlp, MoE):
-            y_TD, stats = self.mlp(x_TD, replay_TK, stats=cache is None)
+            x_TD, stats = self.mlp(normed_TD, router_TD, x_TD, replay_TK, stats=cache is None)
         else:
-            y_TD = self.mlp(x_TD)
-        return x_BLD + y_TD.view_as(x_BLD), stats
+            x_TD, stats = x_TD + self.mlp(normed_TD), None
+        return x_TD.view_as(x_BLD), stats
 
 
 class GPT(nn.Module):

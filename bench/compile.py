@@ -29,7 +29,7 @@ from triton import knobs
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
 from bench.problem import empty_inputs, parse_shape, run_kernels
-from moe_kernels import activation, adamw, cross_entropy, decode, muon, rotary, routing
+from moe_kernels import activation, adamw, cross_entropy, decode, muon, rms_norm, rotary, routing
 from moe_kernels.norm import square_of
 from moe_kernels.precompile import compile_only
 from moe_kernels.tiles import LIMITS, interpreting
@@ -82,6 +82,9 @@ def launch_rest(shape, dtype):
     h = empty(T, 2 * F, dtype=dtype)
     for name in activation.ACTIVATIONS:
         activation.gated_bwd(h, activation.gated_fwd(h, name), name)
+    x, weight = empty(T, D, dtype=dtype), empty(D)
+    total, normed = rms_norm.add_norm_fwd(x, x, weight, 1e-5)
+    rms_norm.add_norm_bwd(total, normed, normed, total, weight, 1e-5)
     for heads, d in ((12, 64), (4, 128)):
         qkv, table, weight = empty(1, T, heads + 8, d, dtype=dtype), empty(T, 1, d), empty(d)
         for norms in ((None, None), (weight, weight)):

@@ -12,6 +12,7 @@ from moe_kernels.adamw import adamw_step
 from moe_kernels.cross_entropy import linear_cross_entropy
 from moe_kernels.experts import moe_experts
 from moe_kernels.reference import gates_of
+from moe_kernels.rms_norm import add_rms_norm
 from moe_kernels.rotary import rope
 from moe_kernels.routing import Routing, balance_loss, route
 
@@ -19,6 +20,7 @@ __all__ = [
     "ACTIVATIONS",
     "Routing",
     "adamw_step",
+    "add_rms_norm",
     "balance_loss",
     "gated_activation",
     "gates_of",

@@ -11,7 +11,7 @@ tokens that fit the cache, E experts, K experts per token, F expert hidden width
 import torch
 
 from moe_kernels.activation import ACTIVATIONS
-from moe_kernels.experts import forward
+from moe_kernels.experts import experts_fwd
 from moe_kernels.language import launch, tl, triton
 from moe_kernels.rotary import _rotate
 from moe_kernels.routing import choose
@@ -227,7 +227,7 @@ def experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, add, activation="sw
     """add (T, D) + moe_experts(x, ...), in two launches for few (token, expert) pairs."""
     (T, D), K, F = x_TD.shape, gates_TK.shape[1], w_out_EDF.shape[2]
     if T * K > FEW_PAIRS:
-        return forward(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, add)[0]
+        return experts_fwd(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, add)[0]
     a, y = x_TD.new_empty(T * K, F), torch.empty_like(x_TD)
     rows = 8 if T * K <= 8 else 16
     launch(

@@ -25,7 +25,7 @@ if not MISSING:
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, activation="swiglu"):
+def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, activation="swiglu", add_TD=None):
     """y[t] = sum_k gates[t,k] * W_out[e] (f(W_gate[e] x[t]) * (W_up[e] x[t])), e = experts[t,k] (arXiv 2002.05202).
 
     x_TD (T, D), w_in_EGD (E, 2F, D) with the gate rows first, w_out_EDF (E, D, F), the layout of Hugging Face's
@@ -33,17 +33,22 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, acti
     gates_TK (T, K) float; experts_TK (T, K) integer, ids in 0..E-1 (not checked on the GPU: that would wait for it).
     impl: "reference", "grouped_mm", "triton", or None to choose by device.
     activation: f is SiLU for "swiglu", GELU in its tanh form for "geglu", the square of ReLU for "relu2".
-    Returns (T, D) in x's dtype; differentiable in x, both weights and the gates. The kernels save x, the T*K*2F values
-    of the pre-activation, the gates in float32 and 8 bytes of indices per routed row.
+    add_TD: (T, D) in x's dtype, for example the residual stream; it is added to y before y is rounded.
+    Returns (T, D) in x's dtype; differentiable in x, both weights, the gates and add. The kernels save x, the T*K*2F
+    values of the pre-activation, the gates in float32 and 8 bytes of indices per routed row.
     Raises ValueError for wrong shapes, dtypes, devices, ids or names: D and F must be multiples of 16,
       1 <= K <= min(E, 32), E <= 1024. Raises RuntimeError for an impl that cannot run here.
     """
     _check(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK)
+    if add_TD is not None and (add_TD.shape != x_TD.shape or add_TD.dtype != x_TD.dtype):
+        raise ValueError(f"{described(x=x_TD, add=add_TD)}: expected one shape and dtype")
     activation_of(activation)
-    impl = pick_impl(impl, x_TD, w_in=w_in_EGD, w_out=w_out_EDF, gates=gates_TK, experts=experts_TK)
+    impl = pick_impl(impl, x_TD, w_in=w_in_EGD, w_out=w_out_EDF, gates=gates_TK, experts=experts_TK, add=add_TD)
     if impl == "triton":
-        return run_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK.float(), experts_TK.int(), activation)[0]
-    return reference.experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, native=impl == "grouped_mm")
+        return run_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK.float(), experts_TK.int(), activation, add_TD)[0]
+    native = impl == "grouped_mm"
+    y_TD = reference.experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, native=native)
+    return y_TD if add_TD is None else y_TD + add_TD
 
 
 def _check(x, w_in, w_out, gates, experts):
@@ -73,16 +78,12 @@ def _dense(tensor):
 
 
 def experts_fwd(
-    x_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, gates_TK: Tensor, experts_TK: Tensor, activation: str = "swiglu"
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_TD: Tensor, w_in_EGD: Tensor, w_out_EDF: Tensor, gates_TK: Tensor, experts_TK: Tensor,
+    activation: str = "swiglu", add_TD: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output (T, D), pre-activation (P, S, W) in the panels of gemm.up, and the seven tensors of a `Dispatch`."""
     if x_TD.dtype not in DTYPES:
         raise ValueError(f"impl='triton' computes in float32, float16 or bfloat16, not {x_TD.dtype}")
-    return forward(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation)
-
-
-def forward(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, add=None):
-    """What `experts_fwd` returns, with `add` (T, D) added to the output."""
     x, w_in, w_out = _dense(x_TD), _dense(w_in_EGD), _dense(w_out_EDF)
     (E, D, F), S = w_out.shape, experts_TK.numel()
     tiles = gemm_tiles(S, E, D, F, x.dtype)
@@ -91,10 +92,11 @@ def forward(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation, add=Non
         return x.new_empty(0, D), x.new_empty(gemm.panels(0, F, tiles["up"])), *sorted_
     h, a = up(x, w_in, sorted_, tiles["up"], activation)
     y = gemm.down(a, w_out, sorted_, tiles["down"])
+    add = None if add_TD is None else add_TD.contiguous()
     return combine(y, sorted_.slot_row_TK, gates_TK.contiguous(), add=add)[0], h, *sorted_
 
 
-def _fake_fwd(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swiglu"):
+def _fake_fwd(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, activation="swiglu", add_TD=None):
     (E, _, F), S = w_out_EDF.shape, experts_TK.shape[0] * experts_TK.shape[1]
     tile = gemm_tiles(S, E, x_TD.shape[1], F, x_TD.dtype)["up"]
     h = x_TD.new_empty(gemm.panels(S, F, tile))
@@ -180,7 +182,8 @@ def side_stream(main):
 
 
 def _setup_context(ctx, inputs, output):
-    x, w_in, w_out, gates, _, ctx.activation = inputs
+    x, w_in, w_out, gates, _, ctx.activation, add = inputs
+    ctx.adds = add is not None
     ctx.set_materialize_grads(False)  # else backward would get zeros of the size of the pre-activation
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, w_in, w_out, gates, *output[1:])
@@ -190,6 +193,6 @@ experts_op, experts_bwd_op, run_experts = define(
     "experts", experts_fwd, experts_bwd, _fake_fwd,
     lambda dy, x, w_in, w_out, gates, *_: tuple(t.new_empty(t.shape) for t in (x, w_in, w_out, gates)),
     _setup_context,
-    lambda ctx, run, dy, *_: (*run(dy, *ctx.saved_tensors, ctx.activation), None, None),
+    lambda ctx, run, dy, *_: (*run(dy, *ctx.saved_tensors, ctx.activation), None, None, dy if ctx.adds else None),
     n_outputs=1,
 )  # fmt: skip

@@ -131,6 +131,13 @@ def linear_cross_entropy(x_TD, w_VD, targets_T):
 
 
 @no_autocast
+def add_rms_norm(x, add, weight, eps=1e-5):
+    """Twin of `rms_norm.add_rms_norm`."""
+    total = x + add
+    return total, F_.rms_norm(total, weight.shape, weight.to(x.dtype), eps)
+
+
+@no_autocast
 def rope(qkv_BLNd, cos, sin, n_heads, q_weight=None, k_weight=None, eps=1e-5):
     """Twin of `rotary.rope`: (q, k, v)."""
     H, Hkv, d = n_heads, (qkv_BLNd.shape[2] - n_heads) // 2, qkv_BLNd.shape[3]

@@ -74,7 +74,9 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(grad, received, sent, group), None, None, None
 
 
-def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu", group=None):
+def experts_all_to_all(
+    x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu", add_TD=None, group=None
+):
     """`moe_experts` for this rank's part of w_in and w_out. (Token, expert) pairs are sorted by their expert's rank.
 
     Any split of the tokens over the ranks of the group works, also none for a rank."""
@@ -90,14 +92,17 @@ def experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activ
     y_SD = moe_experts(rows, w_in, w_out, ones, ids[:, None], impl, activation)
     y_SD = Exchange.apply(y_SD, received, sent, group)
     y_TKD = y_SD[order_S.argsort()].view(T, K, -1)
-    return (gates_TK[..., None] * y_TKD.float()).sum(1).to(x_TD.dtype)
+    y_TD = (gates_TK[..., None] * y_TKD.float()).sum(1)
+    return (y_TD if add_TD is None else y_TD + add_TD).to(x_TD.dtype)
 
 
-def experts_nearby(moe, x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu"):
+def experts_nearby(moe, x_TD, w_in, w_out, gates_TK, experts_TK, impl=None, activation="swiglu", add_TD=None):
     """`moe_experts` by kernels in training mode, else (validation, repeated steps) on the exact path."""
     if not moe.training:
-        return experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl, activation, moe.groups.experts)
-    return remote.remote_experts(x_TD, w_in, w_out, gates_TK.float(), experts_TK.int(), activation, moe.number)[0]
+        group = moe.groups.experts
+        return experts_all_to_all(x_TD, w_in, w_out, gates_TK, experts_TK, impl, activation, add_TD, group)
+    y_TD = remote.remote_experts(x_TD, w_in, w_out, gates_TK.float(), experts_TK.int(), activation, moe.number)[0]
+    return y_TD if add_TD is None else y_TD + add_TD
 
 
 def deal_out(model, cfg, device, world, tokens):

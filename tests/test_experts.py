@@ -60,6 +60,19 @@ def test_every_activation_matches_float64(impl, activation, device, poison):
     assert rms_ratio(got[0], other[0]) > 0.02  # the check can fail
 
 
+@pytest.mark.parametrize("impl", ["triton", "grouped_mm", "reference"])
+def test_a_summand_is_added(impl, device, poison):
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    inputs = problem(37, 48, 32, 4, 2, dtype, device)
+    add, dy = (torch.randn(37, 48, device=device).to(dtype) for _ in range(2))
+    leaves = [t.requires_grad_() for t in (*inputs[:4], add)]
+    y = moe_experts(*leaves[:4], inputs[4], impl, add_TD=add)
+    *grads, dadd = torch.autograd.grad(y, leaves, dy)
+    alone = run(impl, inputs, dy)
+    check(y, run_truth(inputs, dy)[0] + add, BOUNDS[dtype], "y")
+    assert torch.equal(dadd, dy) and all(map(torch.equal, grads, alone[1]))
+
+
 @pytest.mark.parametrize("routing", ["one", "hole"])
 def test_uneven_routing(routing, device, poison):
     inputs = problem(40, 32, 16, 5, 2, torch.float32, device, routing)
@@ -250,6 +263,7 @@ def test_fullgraph_compile_and_opcheck(device):
     x, w_in, w_out, gates, experts = problem(24, 32, 16, 4, 2, torch.float32, device)
     leaves = [t.requires_grad_() for t in (x, w_in, w_out, gates)]
     torch.library.opcheck(experts_op, (*leaves, experts))
+    torch.library.opcheck(experts_op, (*leaves, experts, "geglu", x.detach().clone().requires_grad_()))
     logits = torch.randn(24, 4, device=device, requires_grad=True)
 
     def layer(logits, x, w_in, w_out):
