@@ -131,7 +131,8 @@ def experts_bwd(
 def up(x_TD, w_in_EGD, sorted_, tile, activation):
     """h and a by the kernel for Hopper where it fits, else by the plain one. h has the same bits; a may differ in its
     last one, so that it depends on the number of rows."""
-    if hopper_rows.fits_up(tile, x_TD.shape[1], w_in_EGD.shape[1] // 2, x_TD.dtype):
+    (E, G, D), S = w_in_EGD.shape, sorted_.row_slot_S.numel()
+    if hopper_rows.fits_up(tile, D, G // 2, S // E, x_TD.dtype):
         return hopper_rows.up(x_TD, w_in_EGD, sorted_, activation)
     return gemm.up(x_TD, w_in_EGD, sorted_, tile, activation)
 
@@ -139,8 +140,7 @@ def up(x_TD, w_in_EGD, sorted_, tile, activation):
 def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, tile, activation):
     """dh, router gate * a, and parts of the router gates' gradient, by the kernel for Hopper where it fits. It
     rounds da to 16 bits, so that dh and the gates' gradient depend a little on the number of rows."""
-    E, D, F = w_out_EDF.shape
-    if hopper_rows.fits_dswiglu(tile, D, F, sorted_.row_slot_S.numel() // E, dy_TD.dtype):
+    if hopper_rows.fits_dswiglu(tile, *w_out_EDF.shape[1:], dy_TD.dtype):
         return hopper_rows.dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, activation)
     return gemm.dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, tile, activation)
 

@@ -9,6 +9,9 @@ is that of hopper.py.
 The tile that is handed over belongs to the multiplying warps until its `ready` barrier completes, then to the storing
 warps until they arrive at its `free` barrier.
 
+Clocks around the waits showed what limits them (docs/LOG.md): the multiplying warps wait for a ring of three buffers
+more often than for one of six halves, and dSwiGLU's storing warps waited for h.
+
 Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so h has the same bits. a is
 computed from h as it is stored, and dh and the gates' gradients from a da that was rounded to 16 bits.
 """
@@ -27,10 +30,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moe_kernels import hopper
 from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.hopper import (
-    BLOCK_K,
     BLOCK_M,
     BLOCK_N,
-    LOADER_ARRIVALS,
+    FEW_ROWS,
     Blocks,
     _advance,
     _previous,
@@ -42,25 +44,25 @@ from moe_kernels.language import launch
 from moe_kernels.tiles import cdiv, multiprocessors
 
 WIDTH = 32  # gate columns of a panel of h
-STAGES = 3  # buffers of the ring, 144 KB in all; the tile that is handed over takes 64 KB
 ROWS = 32  # of an epilogue's step: a thread has 8 values of each of its operands
-# Per thread of the second multiplying, the storing and the loading warpgroup; the first gets the rest of 512, 160.
-REGISTERS = gl.constexpr([160, 144, 48])
+# (BLOCK_K, STAGES) of the ring of buffers, 144 KB; the tile that is handed over takes 64 KB. `up` with short reductions
+# takes products of 256 columns, which read less shared memory. They need more registers: only two warps store and two
+# load, and six buffers are too many for two loading warps.
+RING, WIDE_RING = (32, 6), (64, 3)
+WIDE_BELOW = 1536  # from this D on the wide products are slower
 UP_GROUP, DSWIGLU_GROUP = 16, 8  # row tiles that advance through the columns together
 
 
-def fits_up(tile, D, F, dtype):
-    """Whether to use `up`, where the plain kernel's tile is `tile`. From D = 2048 on the epilogue is a small part of a
-    tile, and the plain kernel is as fast."""
-    return D < 2048 and F % WIDTH == 0 and tile.BLOCK_M == BLOCK_M and hopper.fits(D, 2 * F, dtype)
+def fits_up(tile, D, F, mean_rows, dtype):
+    """Whether to use `up`, where the plain kernel's tile is `tile`. With wide rows and few of them per expert the plain
+    kernel is faster."""
+    fast = D < 2048 or mean_rows >= FEW_ROWS
+    return fast and F % WIDTH == 0 and tile.BLOCK_M == BLOCK_M and hopper.fits(D, 2 * F, dtype)
 
 
-def fits_dswiglu(tile, D, F, mean_rows, dtype):
-    """Whether to use `dswiglu`. At D = 512 memory is the limit, and the plain kernel is as fast; at D = 1024 it is as
-    fast with few rows per expert. da is rounded before the router's gate scales it, and float16 could overflow there.
-    """
-    wide = D >= 2048 or D >= 1024 and mean_rows >= 512
-    return dtype == torch.bfloat16 and wide and F % WIDTH == 0 and tile.BLOCK_M == BLOCK_M and hopper.fits(D, F, dtype)
+def fits_dswiglu(tile, D, F, dtype):
+    """Whether to use `dswiglu`. da is rounded before the router's gate scales it, and float16 could overflow there."""
+    return dtype == torch.bfloat16 and F % WIDTH == 0 and tile.BLOCK_M == BLOCK_M and hopper.fits(D, F, dtype)
 
 
 @gluon.jit
@@ -87,7 +89,7 @@ def _load(
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_M: gl.constexpr = x_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [gl.num_warps(), 1], [1, 0])
     offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
     offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
     stage = gl.to_tensor(0)
@@ -119,7 +121,7 @@ def _load(
 @gluon.jit
 def _multiply(
     table, x_ring, w_ring, tile_parts, full, empty, ready, free,
-    D: gl.constexpr, N_TILES: gl.constexpr, UP: gl.constexpr, HALF: gl.constexpr,
+    D: gl.constexpr, N_TILES: gl.constexpr, UP: gl.constexpr, WIDE: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """One of two warpgroups, each with half of the rows of every tile. They meet only in the ring and in tile_parts."""
     STAGES: gl.constexpr = x_ring.shape[0]
@@ -127,8 +129,9 @@ def _multiply(
     BLOCK_K: gl.constexpr = x_ring.shape[2]
     PARTS: gl.constexpr = tile_parts.shape[0]
     COLUMNS: gl.constexpr = PARTS * tile_parts.shape[2]
-    # Two products of half the columns: ptxas refuses one of 256, because 512 threads leave 128 registers each.
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS // 2, 16])
+    # ptxas refuses a product of 256 columns where there are 512 threads, which leaves 128 registers each.
+    PRODUCT: gl.constexpr = COLUMNS if WIDE else COLUMNS // 2
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, PRODUCT, 16])
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     free_phase = gl.to_tensor(1)  # tile_parts start free
@@ -186,14 +189,26 @@ def _store_up(
 
 
 @gluon.jit
+def _copy_part(h_ptrs, h_part, offs_m, n_rows, inside, WIDTH: gl.constexpr, ROWS: gl.constexpr):
+    """Starts to copy the gate columns and the up columns of a part to h_part."""
+    for step in gl.static_range(h_part.shape[1] // ROWS):
+        mask = (offs_m < n_rows - step * ROWS)[:, None] & inside
+        for half in gl.static_range(2):
+            pointers = h_ptrs + (step * (ROWS * 2 * WIDTH) + half * WIDTH)
+            cp_async(h_part.index(half).slice(step * ROWS, ROWS), pointers, mask=mask)
+    async_copy.commit_group()
+
+
+@gluon.jit
 def _store_dh(
-    h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, gates, ready, free, S,
+    h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, h_part, gates, ready, free, S,
     F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """The epilogue of grouped_gemm.dswiglu_kernel. tile_parts are da.
 
-    What it needs from memory is loaded early: the next part's h while a part is computed, and the next tile's place,
-    slots and first part while a tile is computed. h holds gate and up of every step of the part to come."""
+    While a part is computed, the next part's h is copied to h_part. In registers it would be waited for too early:
+    Triton takes 16-bit numbers apart before it carries them through a loop, and ptxas has one counter for loads and
+    exponentials. The next tile's place and slots are loaded while a tile is computed."""
     PARTS: gl.constexpr = tile_parts.shape[0]
     BLOCK_M: gl.constexpr = tile_parts.shape[1]
     WIDTH: gl.constexpr = tile_parts.shape[2]
@@ -209,11 +224,7 @@ def _store_dh(
     _, row, n_rows, pid_n = _row_tile(gl.program_id(0), table, N_TILES, GROUP_M)
     slots = gl.load(row_slot_ptr + row + rows, mask=rows < n_rows, other=0)
     h_ptrs = h_ptr + pid_n * PARTS * panel + row.to(gl.int64) * (2 * WIDTH) + offs_h
-    h = ()
-    for step in gl.static_range(STEPS):
-        mask = (offs_m < n_rows - step * ROWS)[:, None]
-        h += (gl.load(h_ptrs + step * (ROWS * 2 * WIDTH), mask=mask, other=0.0),)
-        h += (gl.load(h_ptrs + (step * (ROWS * 2 * WIDTH) + WIDTH), mask=mask, other=0.0),)
+    _copy_part(h_ptrs, h_part, offs_m, n_rows, True, WIDTH, ROWS)
     for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
         gates.store(gl.load(gates_ptr + slots, mask=rows < n_rows, other=0.0))
         _, next_row, next_n_rows, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
@@ -233,14 +244,15 @@ def _store_dh(
             ahead_rows = gl.where(last, next_n_rows, n_rows)
             inside = part * WIDTH < F - pid_n * (PARTS * WIDTH)
             ahead_inside = last | ((part + 1) * WIDTH < F - pid_n * (PARTS * WIDTH))
+            async_copy.wait_group(0)
+            h = ()
+            for step in gl.static_range(STEPS):
+                h += (h_part.index(0).slice(step * ROWS, ROWS).load(layout),)
+                h += (h_part.index(1).slice(step * ROWS, ROWS).load(layout),)
+            _copy_part(ahead, h_part, offs_m, ahead_rows, ahead_inside, WIDTH, ROWS)
             new_sums = ()
             for step in gl.static_range(STEPS):
-                gate, up = h[0].to(gl.float32), h[1].to(gl.float32)  # h is a queue: what is used makes room
-                mask = (offs_m < ahead_rows - step * ROWS)[:, None] & ahead_inside
-                h = h[2:] + (
-                    gl.load(ahead + step * (ROWS * 2 * WIDTH), mask=mask, other=0.0),
-                    gl.load(ahead + (step * (ROWS * 2 * WIDTH) + WIDTH), mask=mask, other=0.0),
-                )
+                gate, up = h[2 * step].to(gl.float32), h[2 * step + 1].to(gl.float32)
                 router_gate = gates.slice(step * ROWS, ROWS).load(gl.SliceLayout(1, layout))[:, None]
                 da = tile_parts.index(part).slice(step * ROWS, ROWS).load(layout).to(gl.float32)
                 value, slope = ACTIVATION(gate)
@@ -264,7 +276,8 @@ def _store_dh(
 
 @gluon.jit
 def _shared_memory(
-    w_desc, w_shape: gl.constexpr, parts: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr
+    w_desc, w_shape: gl.constexpr, parts: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    LOADING_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Rings of rows and of weights, the parts of the tile that is handed over, and the barriers."""
     dtype: gl.constexpr = w_desc.dtype
@@ -278,7 +291,7 @@ def _shared_memory(
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=LOADER_ARRIVALS)
+        mbarrier.init(full.index(i), count=32 * LOADING_WARPS + 1)  # a thread announces TMA bytes, too
         mbarrier.init(empty.index(i), count=2)  # both multiplying warpgroups
     mbarrier.init(ready, count=2)
     mbarrier.init(free, count=1)
@@ -290,24 +303,24 @@ def up_hopper_kernel(
     x_ptr, w_in_desc, h_ptr, a_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, S,
     D: gl.constexpr, F: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr, GROUP_M: gl.constexpr, ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Like grouped_gemm.up_kernel. BLOCK_N counts gate columns."""
     N_TILES: gl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     x_ring, w_ring, tile_parts, full, empty, ready, free = _shared_memory(
-        w_in_desc, [2, BLOCK_N, BLOCK_K], [2 * BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES
+        w_in_desc, [2, BLOCK_N, BLOCK_K], [2 * BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES, 2 if WIDE else 4
     )
     table = (offsets_ptr, tile_expert_ptr, tile_row_ptr, gl.load(tile_count_ptr))
     gl.warp_specialize(
         [
-            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, 0)),
-            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, 1)),
+            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, WIDE, 0)),
+            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, WIDE, 1)),
             (_store_up, (h_ptr, a_ptr, table, tile_parts, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
             (_load, (x_ptr, w_in_desc, row_slot_ptr, table, x_ring, w_ring, full, empty, S,
                      D, N_TILES, GROUP_M, TOP_K, True)),
         ],
-        [4, 4, 4],
-        REGISTERS,
+        [4, 2, 2] if WIDE else [4, 4, 4],
+        [192, 128, 128] if WIDE else [160, 144, 48],  # the first multiplying warpgroup gets the rest
     )  # fmt: skip
 
 
@@ -322,31 +335,32 @@ def dswiglu_hopper_kernel(
     """Like grouped_gemm.dswiglu_kernel."""
     N_TILES: gl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     dy_ring, w_ring, tile_parts, full, empty, ready, free = _shared_memory(
-        w_out_desc, [BLOCK_K, BLOCK_N], [BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES
+        w_out_desc, [BLOCK_K, BLOCK_N], [BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES, 4
     )
+    h_part = gl.allocate_shared_memory(w_out_desc.dtype, [2, BLOCK_M, WIDTH], tile_parts.layout)
     gates = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     table = (offsets_ptr, tile_expert_ptr, tile_row_ptr, gl.load(tile_count_ptr))
     gl.warp_specialize(
         [
-            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, 0)),
-            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, 1)),
-            (_store_dh, (h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, gates,
-                         ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
+            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, False, 0)),
+            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, False, 1)),
+            (_store_dh, (h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, h_part,
+                         gates, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
             (_load, (dy_ptr, w_out_desc, row_slot_ptr, table, dy_ring, w_ring, full, empty, S,
                      D, N_TILES, GROUP_M, TOP_K, False)),
         ],
         [4, 4, 4],
-        REGISTERS,
+        [160, 144, 48],  # the first multiplying warpgroup gets the rest, 160
     )  # fmt: skip
 
 
-def _launch(kernel, tensors, D, F, dispatch, block_n, group, activation):
+def _launch(kernel, tensors, D, F, dispatch, block_n, ring, group, activation, **more):
     table = dispatch.row_slot_S, dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count
     programs = min(dispatch.tile_expert.numel() * cdiv(F, block_n), multiprocessors(dispatch.offsets.device))
     launch(
         kernel, (programs,), (*tensors, *table), (dispatch.row_slot_S.numel(),),
         D=D, F=F, TOP_K=dispatch.slot_row_TK.shape[1], ACTIVATION=ACTIVATIONS[activation].kernel, BLOCK_M=BLOCK_M,
-        BLOCK_N=block_n, BLOCK_K=BLOCK_K, WIDTH=WIDTH, GROUP_M=group, ROWS=ROWS, STAGES=STAGES,
+        BLOCK_N=block_n, BLOCK_K=ring[0], WIDTH=WIDTH, GROUP_M=group, ROWS=ROWS, STAGES=ring[1], **more,
     )  # fmt: skip
 
 
@@ -354,8 +368,11 @@ def up(x_TD, w_in_EGD, dispatch, activation="swiglu"):
     """As grouped_gemm.up, where `fits_up` allows it; dispatch has tiles of BLOCK_M rows."""
     (E, _, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
     h, a = x_TD.new_empty(F // WIDTH, S, 2 * WIDTH), x_TD.new_empty(S, F)
-    weights = Blocks(w_in_EGD.view(2 * E, F, D), [2, BLOCK_N // 2, BLOCK_K])
-    _launch(up_hopper_kernel, (x_TD, weights, h, a), D, F, dispatch, BLOCK_N // 2, UP_GROUP, activation)
+    wide = D < WIDE_BELOW
+    ring = WIDE_RING if wide else RING
+    weights = Blocks(w_in_EGD.view(2 * E, F, D), [2, BLOCK_N // 2, ring[0]])
+    tensors = x_TD, weights, h, a
+    _launch(up_hopper_kernel, tensors, D, F, dispatch, BLOCK_N // 2, ring, UP_GROUP, activation, WIDE=wide)
     return h, a
 
 
@@ -368,7 +385,7 @@ def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, activation="swiglu"):
         raise ValueError(f"h is {tuple(h_PSW.shape)}, expected {F // WIDTH, S, 2 * WIDTH}")
     dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
     dgates_parts = h_PSW.new_empty(cdiv(F, BLOCK_N), S, dtype=torch.float32)
-    weights = Blocks(w_out_EDF.view(E * D, F), [BLOCK_K, BLOCK_N])
+    weights = Blocks(w_out_EDF.view(E * D, F), [RING[0], BLOCK_N])
     tensors = dy_TD, weights, h_PSW, gates_TK, dh, ga, dgates_parts
-    _launch(dswiglu_hopper_kernel, tensors, D, F, dispatch, BLOCK_N, DSWIGLU_GROUP, activation)
+    _launch(dswiglu_hopper_kernel, tensors, D, F, dispatch, BLOCK_N, RING, DSWIGLU_GROUP, activation)
     return dh, ga, dgates_parts

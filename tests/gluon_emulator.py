@@ -12,6 +12,7 @@ import inspect
 import random
 import textwrap
 import threading
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -210,15 +211,18 @@ class Kernel:
     def __init__(self, module, names, seed, program, programs, changes=()):
         self.machine = Machine(seed)
         Buffer.switch = self.machine.switch
-        self.stores, self.gathered, self.fenced = [], [], False
+        self.stores, self.fenced = [], False
+        self.gathered, self.groups = defaultdict(list), defaultdict(list)  # of each part
         scope = dict(vars(module)) | {
             "gl": self._language(program, programs),
             "mbarrier": SimpleNamespace(wait=self._wait, arrive=self._arrive, expect=self._expect),
-            "async_copy": SimpleNamespace(mbarrier_arrive=self._arrive_gathered),
+            "async_copy": SimpleNamespace(
+                mbarrier_arrive=self._arrive_gathered, commit_group=self._commit, wait_group=self._wait_group
+            ),
             "tma": SimpleNamespace(store_wait=self._store_wait),
             "tma_load": self._tma_load,
             "tma_store": lambda desc, start, buffer: self.stores.append((desc, start, buffer)),
-            "cp_async": lambda buffer, pointers, mask=True: self.gathered.append((buffer, pointers, mask)),
+            "cp_async": self._copy,
             "fence_async_shared": self._fence,
             "warpgroup_mma": self._multiply,
             "warpgroup_mma_wait": lambda left, deps: deps[0].wait(left),
@@ -264,15 +268,37 @@ class Kernel:
 
         self.machine.under_way.append(land)
 
+    def _copy(self, buffer, pointers, mask=True):
+        def land():
+            buffer.array[...] = pointers.load(mask)
+
+        self.gathered[self.machine.current].append(land)
+
+    def _take_gathered(self):
+        return self.gathered.pop(self.machine.current, [])
+
     def _arrive_gathered(self, barrier, increment_count):
-        copies, self.gathered = self.gathered, []
+        copies = self._take_gathered()
 
         def land():
-            for buffer, pointers, mask in copies:
-                buffer.array[...] = pointers.load(mask)
+            for copy in copies:
+                copy()
             barrier.arrive(128)
 
         self.machine.under_way.append(land)
+
+    def _commit(self):
+        """A group of copies lands at once, or as late as its part's next wait allows."""
+        copies = self._take_gathered()
+        self.groups[self.machine.current].append(copies)
+        if self.machine.random.random() < 0.5:
+            self._wait_group(0)
+
+    def _wait_group(self, left):
+        groups = self.groups[self.machine.current]
+        while len(groups) > left:
+            for copy in groups.pop(0):
+                copy()
 
     def _fence(self):
         self.fenced = True

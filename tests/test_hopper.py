@@ -65,6 +65,7 @@ def test_same_bits_as_the_plain_kernel(T, M, N, E, K, routing, dtype, transposed
         (2000, 256, 256, 4, 2, "even"),
         (3000, 528, 288, 5, 2, "half"),  # no tile divides D, F or the rows
         (4000, 1024, 512, 16, 2, "one"),
+        (900, 1552, 288, 4, 2, "half"),  # from D = 1536 on `up` has another ring
         (300, 64, 96, 4, 1, "half"),  # fewer tiles than multiprocessors
     ],
 )
@@ -118,20 +119,18 @@ def test_where_rows_are_chosen(monkeypatch):
     monkeypatch.setattr(hopper, "INTERPRETED", False)
     monkeypatch.setattr(hopper, "capability", lambda: 90)
 
-    def up(D, F=256, dtype=torch.bfloat16, tile=TILE):
-        return hopper_rows.fits_up(tile, D, F, dtype)
+    def up(D, F=256, rows=512, dtype=torch.bfloat16, tile=TILE):
+        return hopper_rows.fits_up(tile, D, F, rows, dtype)
 
-    def dswiglu(D, F=256, rows=512, dtype=torch.bfloat16, tile=TILE):
-        return hopper_rows.fits_dswiglu(tile, D, F, rows, dtype)
+    def dswiglu(D, F=256, dtype=torch.bfloat16, tile=TILE):
+        return hopper_rows.fits_dswiglu(tile, D, F, dtype)
 
     for fits in (up, dswiglu):
-        assert fits(1024) and fits(1536, 2880) and not fits(1024, dtype=torch.float32)
+        assert fits(512) and fits(1536, 2880) and fits(4096) and not fits(1024, dtype=torch.float32)
         assert not fits(1024, 272)  # panels of h are narrower there
         assert not fits(1024, tile=TILE._replace(BLOCK_M=32))  # few rows: smaller tiles
     assert up(1024, dtype=torch.float16) and not dswiglu(1024, dtype=torch.float16)  # da may overflow
-    assert [up(D) for D in (512, 1024, 2048)] == [True, True, False]
-    assert [dswiglu(D) for D in (512, 1024, 2048)] == [False, True, True]
-    assert [dswiglu(D, rows=511) for D in (512, 1024, 2048)] == [False, False, True]
+    assert [up(D, rows=255) for D in (1024, 2032, 2048)] == [True, True, False]
     monkeypatch.setattr(hopper, "capability", lambda: 80)
     assert not up(1024) and not dswiglu(1024)
 

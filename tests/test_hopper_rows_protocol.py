@@ -11,7 +11,7 @@ hopper_rows = pytest.importorskip("moe_kernels.hopper_rows", reason="needs trito
 from tests.gluon_emulator import Barrier, Buffer, Deadlock, Descriptor, Int, Kernel, Pointer  # noqa: E402  after the skip
 from tests.test_hopper_protocol import Barriers  # noqa: E402
 
-NAMES = ("_advance", "_previous", "_row_tile", "_load", "_multiply", "_store_up", "_store_dh")
+NAMES = ("_advance", "_previous", "_row_tile", "_load", "_multiply", "_store_up", "_copy_part", "_store_dh")
 BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, ROWS, STAGES, GROUP_M, TOP_K = 8, 8, 2, 2, 4, 3, 2, 2
 
 
@@ -51,10 +51,14 @@ class Problem:
         n_tiles, up = -(-self.F // block_n), len(w_block) == 3
         parts = np.prod(w_block[:2]) // WIDTH if up else block_n // WIDTH
         for program in range(programs):
-            x_ring, w_ring, tile_parts, gates = (
-                Buffer(np.full(shape, np.nan))
-                for shape in ((STAGES, BLOCK_M, BLOCK_K), (STAGES, *w_block), (parts, BLOCK_M, WIDTH), (BLOCK_M,))
+            shapes = (
+                (STAGES, BLOCK_M, BLOCK_K),
+                (STAGES, *w_block),
+                (parts, BLOCK_M, WIDTH),
+                (2, BLOCK_M, WIDTH),
+                BLOCK_M,
             )
+            x_ring, w_ring, tile_parts, h_part, gates = (Buffer(np.full(shape, np.nan)) for shape in shapes)
             full, empty = (Barriers(Barrier(count) for _ in range(STAGES)) for count in (129, 2))
             ready, free = Barrier(2), Barrier(1)
             kernel = Kernel(hopper_rows, NAMES, self.seed, program, programs, changes)
@@ -65,11 +69,11 @@ class Problem:
             multiply = [
                 partial(
                     kernel.functions._multiply, self.table, x_ring, w_ring, tile_parts, full, empty, ready, free,
-                    self.D, n_tiles, up, half,
+                    self.D, n_tiles, up, False, half,
                 )
                 for half in (0, 1)
             ]  # fmt: skip
-            buffers = (tile_parts, ready, free) if up else (tile_parts, gates, ready, free)
+            buffers = (tile_parts, ready, free) if up else (tile_parts, h_part, gates, ready, free)
             last = self.S, self.F, n_tiles, GROUP_M, square, ROWS
             kernel.machine.run([*multiply, partial(store(kernel.functions), *buffers, *last), load])
 
@@ -133,11 +137,23 @@ def test_without_any_row_nothing_is_read(emulate):
     ],
 )
 def test_broken_protocols_are_found(emulate, old, new):
-    found = 0
+    assert finds(emulate, (old, new))
+
+
+def test_a_part_of_h_is_copied_after_it_was_read_and_read_after_it_was_copied():
+    copy = "            _copy_part(ahead, h_part, offs_m, ahead_rows, ahead_inside, WIDTH, ROWS)\n"
+    wait = "            async_copy.wait_group(0)\n"
+    assert finds(emulate_dh, (wait, ""))
+    assert finds(emulate_dh, (copy, ""), (wait, wait + copy))
+
+
+def finds(emulate, *changes):
+    """Whether changes to the kernel's source give a wrong result or an error for one of ten seeds."""
     for seed in range(10):
         try:
-            results = emulate([9, 0, 20], seed, changes=[(old, new)])
-            found += not all(map(np.array_equal, *results))
+            results = emulate([9, 0, 20], seed, changes=changes)
+            if not all(map(np.array_equal, *results)):
+                return True
         except (Deadlock, AssertionError):
-            found += 1
-    assert found
+            return True
+    return False
