@@ -104,9 +104,9 @@ def test_large_tiles_use_tensor_cores_and_asynchronous_copies(hopper, others):
         assert all(row["tma"] > 0 for row in gemms) == (arch >= 90)
         hopper_only = {row["use"] for row in gemms if row["name"] in HOPPER}
         assert hopper_only == ({"up", "dswiglu", "dw_in", "dw_out"} if arch == 90 else set())
-        # Indices and row sums take a few narrow accesses, more where they are also loaded for the next tile. Weights
-        # and rows in smaller pieces would be 70 or more.
-        assert all(row["narrow"] < (40 if row["name"] == "dswiglu_hopper_kernel" else 30) for row in gemms), gemms
+        # Indices and row sums take a few narrow accesses. Weights and rows in smaller pieces would be 70 or more. Each
+        # thread of the two warps that load for `up` has 16 token ids of a tile and 16 of the next one.
+        assert all(row["narrow"] < (41 if row["name"] == "up_hopper_kernel" else 30) for row in gemms), gemms
     assert not any(row["wgmma"] for row in hopper if row["name"] == "combine_kernel")  # the count can be zero
 
 
