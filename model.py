@@ -135,6 +135,17 @@ class RMSNorm(nn.Module):
         return F_.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class AddNorm(RMSNorm):
+    """See `add_rms_norm`: x + y, and the RMSNorm of this sum twice."""
+
+    def __init__(self, width, eps, impl):
+        super().__init__(width, eps)
+        self.impl = impl
+
+    def forward(self, x, y):
+        return add_rms_norm(x, y, self.weight, self.eps, self.impl)
+
+
 def rope_tables(cfg):
     """cos and sin, each (L, 1, d) float32. The first half of sin is negated: a rotation is x*cos + roll(x, d/2)*sin."""
     exact = dict(dtype=torch.float64, device="cpu")  # MPS has no float64
@@ -261,13 +272,12 @@ class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(cfg.d_model, cfg.norm_eps), Attention(cfg)
-        self.mlp_norm, self.impl = RMSNorm(cfg.d_model, cfg.norm_eps), cfg.kernels
+        self.mlp_norm = AddNorm(cfg.d_model, cfg.norm_eps, cfg.kernels)
         self.mlp = GatedMLP(cfg, (cfg.top_k + cfg.n_shared_experts) * cfg.d_expert) if cfg.dense else MoE(cfg)
 
     def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0, replay_TK=None):
-        y_BLD, norm = self.attn(self.attn_norm(x_BLD), cos, sin, mask, cache, layer), self.mlp_norm
-        x_BLD, *normed = add_rms_norm(x_BLD, y_BLD, norm.weight, norm.eps, self.impl)
-        x_TD, normed_TD, router_TD = (t.flatten(0, 1) for t in (x_BLD, *normed))
+        y_BLD = self.attn(self.attn_norm(x_BLD), cos, sin, mask, cache, layer)
+        x_TD, normed_TD, router_TD = (t.flatten(0, 1) for t in self.mlp_norm(x_BLD, y_BLD))
         if isinstance(self.mlp, MoE):
             x_TD, stats = self.mlp(normed_TD, router_TD, x_TD, replay_TK, stats=cache is None)
         else:

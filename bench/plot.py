@@ -45,6 +45,14 @@ def select(rows, **wanted):
     return [row for row in rows if all(row[name] in values for name, values in allowed.items())]
 
 
+def newest(rows, key):
+    """Of the rows with the same key(row), those of the revision that was measured last."""
+    last = {}
+    for row in rows:
+        last[key(row)] = max(last.get(key(row), ("", "")), (row["date"], row["revision"]))
+    return [row for row in rows if row["revision"] == last[key(row)][1]]
+
+
 def figure(plt, size, title, rows, n_columns=1):
     """(figure, list of axes) under the title and the machine, wide enough for both."""
     fig, axes = plt.subplots(1, n_columns, figsize=size, squeeze=False, layout="constrained", sharey=True)
@@ -89,7 +97,7 @@ def throughput(plt, rows, x, line):
 
 def ceiling(plt, rows):
     """Bars of each implementation's percentage of bare cuBLAS products, forward + backward."""
-    rows = select(rows, kernel="layer", mode=("full", "full-graph"), routing="softmax")
+    rows = newest(select(rows, kernel="layer", mode=("full", "full-graph"), routing="softmax"), shape_of)
     bars = {}
     for row in rows:
         name = row["implementation"] + (", graph" if row["mode"] == "full-graph" else "")
@@ -125,15 +133,13 @@ def part_of(family):
 
 def step(plt, rows):
     """A bar per model with our kernels: microseconds per 1,024 tokens, by part."""
-    models, newest = {}, {}
-    families = select(rows, kernel="step-family")
-    for row in families:  # another revision's families may have other names and would be added to these
-        bar = row["implementation"], shape_of(row)
-        newest[bar] = max(newest.get(bar, ("", "")), (row["date"], row["revision"]))
+    models = {}
+    # Another revision's families may have other names and would be added to these.
+    families = newest(select(rows, kernel="step-family"), lambda row: (row["implementation"], shape_of(row)))
     for row in families:
         shape = shape_of(row)
         kind, impl, *weights = row["implementation"].split(":")
-        if impl not in ("auto", "triton") or row["revision"] != newest[row["implementation"], shape][1]:
+        if impl not in ("auto", "triton"):
             continue
         label = f"D {shape.D}, F {shape.F}, K {shape.K}, {'dense' if kind == 'dense' else f'E {shape.E}'}"
         parts = models.setdefault((shape, "\n".join([label, *weights])), dict.fromkeys(PARTS, 0.0))

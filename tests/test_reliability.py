@@ -92,7 +92,7 @@ def poisoned(monkeypatch, bad_batches, layer=1):
         if seen["batches"] in bad_batches:
             seen.setdefault("keys", set()).add(key)
         hit = key in seen.get("keys", ())
-        hook = self.blocks[layer].mlp_norm.register_forward_hook(lambda m, i, o: o * float("nan")) if hit else None
+        hook = self.blocks[layer].attn_norm.register_forward_hook(lambda m, i, o: o * float("nan")) if hit else None
         try:
             return forward(self, tokens_BL, *args, **kwargs)
         finally:
