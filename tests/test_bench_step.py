@@ -96,7 +96,8 @@ def test_figures_cut_nothing_off(tmp_path, monkeypatch):
     dense = dict(kernel="step-family", implementation="dense:auto")
     rows += [common | dense | dict(mode=name, p50_ms=ms) for name, ms in families.items()]
     earlier = common | dense | dict(mode="experts: old name", p50_ms=9.0, revision="old", date="before")
-    append(tmp_path / "rows.csv", *(ROW | row for row in [earlier, *rows]))
+    old_peer = common | dict(implementation="sonicmoe", E=2, mode="full", ceiling=0.9, revision="old", date="before")
+    append(tmp_path / "rows.csv", *(ROW | row for row in [earlier, old_peer, *rows]))
     assert plot.main([str(tmp_path / "rows.csv"), f"--out={tmp_path}"]) == 0
     *throughputs, ceiling, parts = figures
     for throughput, name, ticks in zip(throughputs, ("experts E", "experts per token K"), ("248", "124"), strict=True):
@@ -104,5 +105,5 @@ def test_figures_cut_nothing_off(tmp_path, monkeypatch):
         assert f"number of {name}\n" in title[0] and title[1].x0 > 0 and title[1].x1 < throughput.bbox.x1
         assert "".join(tick.get_text() for tick in throughput.axes[0].get_xticklabels()) == ticks
     legend = [text.get_text() for text in ceiling.axes[0].get_legend().get_texts()]
-    assert legend == ["triton", "triton, graph", "grouped_mm"]  # as the bars stand
+    assert legend == ["triton", "triton, graph", "grouped_mm"]  # as the bars stand, of the newest revision of a shape
     assert [number.get_text() for number in parts.axes[0].texts] == ["31250"]  # of 31250, 938 and 375 us
