@@ -136,14 +136,14 @@ class RMSNorm(nn.Module):
 
 
 class AddNorm(RMSNorm):
-    """See `add_rms_norm`: x + y, and the RMSNorm of this sum twice."""
+    """See `add_rms_norm`: x + y, and the RMSNorm of this sum, for a router and its experts twice."""
 
-    def __init__(self, width, eps, impl):
-        super().__init__(width, eps)
-        self.impl = impl
+    def __init__(self, cfg):
+        super().__init__(cfg.d_model, cfg.norm_eps)
+        self.impl, self.uses = cfg.kernels, 1 if cfg.dense else 2
 
     def forward(self, x, y):
-        return add_rms_norm(x, y, self.weight, self.eps, self.impl)
+        return add_rms_norm(x, y.to(x.dtype), self.weight, self.eps, self.impl, self.uses)
 
 
 def rope_tables(cfg):
@@ -257,12 +257,12 @@ class MoE(nn.Module):
         router_x_TD: x once more, for the router, see add_rms_norm."""
         r, chosen_TK = self.choose(router_x_TD, replay_TK)
         w_in, w_out = self.w_in.to(x_TD.dtype), self.w_out.to(x_TD.dtype)
-        if self.shared is not None:
-            add_TD = add_TD + self.shared(x_TD)
         kernels = dict(impl=self.cfg.kernels, activation=self.cfg.activation, add_TD=add_TD)
         args = x_TD, w_in, w_out, r.gates_TK, r.experts_TK
         recompute = self.cfg.recompute == "experts"
         y_TD = again(self.experts, *args, **kernels) if recompute else self.experts(*args, **kernels)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
         if not stats:
             return y_TD, (chosen_TK,)
         return y_TD, (balance_loss(r.counts_E, r.probs_E), r.z, r.counts_E, r.probs_E, chosen_TK)
@@ -272,16 +272,16 @@ class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(cfg.d_model, cfg.norm_eps), Attention(cfg)
-        self.mlp_norm = AddNorm(cfg.d_model, cfg.norm_eps, cfg.kernels)
+        self.mlp_norm = AddNorm(cfg)
         self.mlp = GatedMLP(cfg, (cfg.top_k + cfg.n_shared_experts) * cfg.d_expert) if cfg.dense else MoE(cfg)
 
     def forward(self, x_BLD, cos, sin, mask=None, cache=None, layer=0, replay_TK=None):
         y_BLD = self.attn(self.attn_norm(x_BLD), cos, sin, mask, cache, layer)
-        x_TD, normed_TD, router_TD = (t.flatten(0, 1) for t in self.mlp_norm(x_BLD, y_BLD))
+        x_TD, *normed = (t.flatten(0, 1) for t in self.mlp_norm(x_BLD, y_BLD))
         if isinstance(self.mlp, MoE):
-            x_TD, stats = self.mlp(normed_TD, router_TD, x_TD, replay_TK, stats=cache is None)
+            x_TD, stats = self.mlp(*normed, x_TD, replay_TK, stats=cache is None)
         else:
-            x_TD, stats = x_TD + self.mlp(normed_TD), None
+            x_TD, stats = x_TD + self.mlp(*normed), None
         return x_TD.view_as(x_BLD), stats
 
 

@@ -61,7 +61,7 @@ class Config:
     shapes: tuple[str, ...]  # layer shapes T,D,F,E,K
     arch: tuple[Literal[ARCHITECTURES], ...] = ("sm_90",)  # architectures to compile for
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of activations and weights
-    all: bool = False  # also routing, a dense layer, rotary embeddings, the loss, generation, AdamW and Muon
+    all: bool = False  # also routing, a dense layer, norms, rotary embeddings, the loss, generation, optimisers
     json: bool = False  # print JSON rows instead of a table
     out: str = ""  # directory for the PTX and SASS of every kernel
 

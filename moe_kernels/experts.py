@@ -33,7 +33,7 @@ def moe_experts(x_TD, w_in_EGD, w_out_EDF, gates_TK, experts_TK, impl=None, acti
     gates_TK (T, K) float; experts_TK (T, K) integer, ids in 0..E-1 (not checked on the GPU: that would wait for it).
     impl: "reference", "grouped_mm", "triton", or None to choose by device.
     activation: f is SiLU for "swiglu", GELU in its tanh form for "geglu", the square of ReLU for "relu2".
-    add_TD: (T, D) in x's dtype, for example the residual stream; it is added to y before y is rounded.
+    add_TD: (T, D) in x's dtype, for example the residual stream; it is added to y, by the kernels before y is rounded.
     Returns (T, D) in x's dtype; differentiable in x, both weights, the gates and add. The kernels save x, the T*K*2F
     values of the pre-activation, the gates in float32 and 8 bytes of indices per routed row.
     Raises ValueError for wrong shapes, dtypes, devices, ids or names: D and F must be multiples of 16,

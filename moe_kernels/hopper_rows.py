@@ -1,5 +1,5 @@
-"""The GEMMs with long epilogues, `up` and `dswiglu`, for Hopper GPUs (sm_90) in Gluon: one warpgroup loads, two
-multiply, one stores.
+"""The GEMMs with long epilogues, `up` and `dswiglu`, for Hopper GPUs (sm_90) in Gluon: some warps load, two warpgroups
+multiply, other warps store.
 
 In the plain kernels of grouped_gemm.py nothing is multiplied during an epilogue, so at D = 1024 the tensor cores work
 for 37 to 67 % of the time (docs/runs/counters-h200.csv). Here the multiplying warps hand a finished tile over in shared
@@ -9,8 +9,8 @@ is that of hopper.py.
 The tile that is handed over belongs to the multiplying warps until its `ready` barrier completes, then to the storing
 warps until they arrive at its `free` barrier.
 
-Clocks around the waits showed what limits them (docs/LOG.md): the multiplying warps wait for a ring of three buffers
-more often than for one of six halves, and dSwiGLU's storing warps waited for h.
+Clocks around the waits showed what limited them (docs/LOG.md, "Clocks around the waits"): the multiplying warps waited
+for loads, of which a ring of three large buffers has too few under way, and dSwiGLU's storing warps waited for h.
 
 Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so h has the same bits. a is
 computed from h as it is stored, and dh and the gates' gradients from a da that was rounded to 16 bits.
@@ -32,7 +32,6 @@ from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.hopper import (
     BLOCK_M,
     BLOCK_N,
-    FEW_ROWS,
     Blocks,
     _advance,
     _previous,
@@ -44,19 +43,20 @@ from moe_kernels.language import launch
 from moe_kernels.tiles import cdiv, multiprocessors
 
 WIDTH = 32  # gate columns of a panel of h
-ROWS = 32  # of an epilogue's step: a thread has 8 values of each of its operands
+ROWS = 32  # of an epilogue's step: a thread of four storing warps has 8 values of each of its operands
 # (BLOCK_K, STAGES) of the ring of buffers, 144 KB; the tile that is handed over takes 64 KB. `up` with short reductions
 # takes products of 256 columns, which read less shared memory. They need more registers: only two warps store and two
 # load, and six buffers are too many for two loading warps.
 RING, WIDE_RING = (32, 6), (64, 3)
 WIDE_BELOW = 1536  # from this D on the wide products are slower
+MANY_ROWS = 256  # per expert, from which on `up` is faster than the plain kernel for any D
 UP_GROUP, DSWIGLU_GROUP = 16, 8  # row tiles that advance through the columns together
 
 
 def fits_up(tile, D, F, mean_rows, dtype):
     """Whether to use `up`, where the plain kernel's tile is `tile`. With wide rows and few of them per expert the plain
     kernel is faster."""
-    fast = D < 2048 or mean_rows >= FEW_ROWS
+    fast = D < 2048 or mean_rows >= MANY_ROWS
     return fast and F % WIDTH == 0 and tile.BLOCK_M == BLOCK_M and hopper.fits(D, 2 * F, dtype)
 
 
@@ -320,7 +320,7 @@ def up_hopper_kernel(
                      D, N_TILES, GROUP_M, TOP_K, True)),
         ],
         [4, 2, 2] if WIDE else [4, 4, 4],
-        [192, 128, 128] if WIDE else [160, 144, 48],  # the first multiplying warpgroup gets the rest
+        [192, 128, 128] if WIDE else [160, 144, 48],  # the first multiplying warpgroup gets the rest: 184 or 160
     )  # fmt: skip
 
 

@@ -17,26 +17,29 @@ from moe_kernels.tiles import cdiv, eager, pow2
 
 MAX_WIDTH = 8192  # a program holds whole rows
 VALUES = 1024  # per program and step, at least
-STAGES = 2  # of the backward pass's loads
+AHEAD = 64 * 1024  # bytes of shared memory in which the backward pass loads the next rows, at most
 PROGRAMS = 1056  # of the backward pass, at most: each adds up the weight's gradient over its rows
 
 
-def add_rms_norm(x, add, weight, eps=1e-5, impl=None):
-    """(s, n, n): s = x + add, and n = s / sqrt(mean of squares of s + eps) * weight (arXiv 1910.07467).
+def add_rms_norm(x, add, weight, eps=1e-5, impl=None, uses=1):
+    """(s, n): s = x + add, and n = s / sqrt(mean of squares of s + eps) * weight (arXiv 1910.07467).
 
-    The last result is the same n: where a layer uses n twice, the gradients of both uses are added in the kernel.
     x, add: float tensors (..., D) of one shape and dtype; the results are like them. The norm is that of s as it is
     stored. weight: (D,) float, rounded to the dtype of x.
-    impl: as in `route`; wider rows than 8,192 take the reference. Differentiable in x, add and weight. Saves s and the
-    weight. Raises ValueError for other shapes, dtypes or devices, and for float64 with "triton"."""
+    impl: as in `route`; wider rows than 8,192 take the reference.
+    uses: 2 gives (s, n, n). Where a layer uses n twice, the kernel then adds the gradients of both uses.
+    Differentiable in x, add and weight. Saves s and the weight. Do not change the results in place.
+    Raises ValueError for other shapes, dtypes or devices, and for float64 with "triton"."""
     fits = x.ndim >= 1 and x.is_floating_point() and weight.is_floating_point()
     if not fits or x.shape != add.shape or x.dtype != add.dtype or weight.shape != x.shape[-1:]:
-        raise ValueError(f"{described(x=x, add=add, weight=weight)}: expected floats (..., D), (..., D), (D,)")
+        got = described(x=x, add=add, weight=weight)
+        raise ValueError(f"{got}: expected floats (..., D), (..., D), (D,), the first two of one dtype")
+    if uses not in (1, 2):
+        raise ValueError(f"uses={uses}: expected 1 or 2")
     if not use_kernels(impl, x, add=add, weight=weight) or not 0 < x.shape[-1] <= MAX_WIDTH:
         total, normed = reference.add_rms_norm(x, add, weight, eps)
-        return total, normed, normed
-    rows = -1, x.shape[-1]
-    return tuple(out.view(x.shape) for out in AddNorm.apply(x.reshape(rows), add.reshape(rows), weight, eps))
+        return total, *[normed] * uses
+    return AddRMSNorm.apply(x, add, weight, eps, uses)
 
 
 @triton.jit
@@ -94,9 +97,15 @@ def _blocks(D):
     return dict(D=D, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=min(16, max(1, block_t * block_d // 512)))
 
 
-def add_norm_fwd(x_TD: Tensor, add_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x, add, (T, D) = x_TD.contiguous(), add_TD.contiguous(), x_TD.shape
-    total, out, blocks = torch.empty_like(x), torch.empty_like(x), _blocks(D)
+def _stages(D, dtype):
+    """Of the backward pass's loads: two, or one where the rows to come, of four tensors, need too much memory."""
+    blocks = _blocks(D)
+    return 2 if 4 * blocks["BLOCK_T"] * blocks["BLOCK_D"] * dtype.itemsize <= AHEAD else 1
+
+
+def add_norm_fwd(x: Tensor, add: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, add, D = x.contiguous(), add.contiguous(), x.shape[-1]
+    total, out, blocks, T = torch.empty_like(x), torch.empty_like(x), _blocks(D), x.numel() // D
     if T > 0:
         tensors = x, add, weight_D.contiguous(), total, out
         launch(add_norm_fwd_kernel, (cdiv(T, blocks["BLOCK_T"]),), tensors, (T, eps), **blocks)
@@ -104,16 +113,17 @@ def add_norm_fwd(x_TD: Tensor, add_TD: Tensor, weight_D: Tensor, eps: float) -> 
 
 
 def add_norm_bwd(
-    dtotal_TD: Tensor | None, dout_TD: Tensor, dout2_TD: Tensor | None, total_TD: Tensor, weight_D: Tensor, eps: float
+    dtotal: Tensor | None, dout: Tensor, dout2: Tensor | None, total: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x, which is also that of add, and of the weight, float32."""
-    (T, D), blocks = total_TD.shape, _blocks(total_TD.shape[1])
+    D = total.shape[-1]
+    T, blocks = total.numel() // D, _blocks(D)
     programs = min(cdiv(T, blocks["BLOCK_T"]), PROGRAMS)
-    dx, dweights = torch.empty_like(total_TD), total_TD.new_empty(programs, D, dtype=torch.float32)
+    dx, dweights = torch.empty_like(total), total.new_empty(programs, D, dtype=torch.float32)
     if T > 0:
-        grads = (None if grad is None else grad.contiguous() for grad in (dtotal_TD, dout_TD, dout2_TD))
-        tensors = dx, *grads, total_TD, weight_D.contiguous(), dweights
-        launch(add_norm_bwd_kernel, (programs,), tensors, (T, eps), STAGES=STAGES, **blocks)
+        grads = (None if grad is None else grad.contiguous() for grad in (dtotal, dout, dout2))
+        tensors = dx, *grads, total, weight_D.contiguous(), dweights
+        launch(add_norm_bwd_kernel, (programs,), tensors, (T, eps), STAGES=_stages(D, total.dtype), **blocks)
     return dx, dweights.sum(0)
 
 
@@ -122,32 +132,33 @@ add_norm_bwd_op = torch.library.custom_op("moe_kernels::add_norm_bwd", add_norm_
 
 
 @add_norm_fwd_op.register_fake
-def _(x_TD, add_TD, weight_D, eps):
-    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(x_TD.shape)
+def _(x, add, weight_D, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @add_norm_bwd_op.register_fake
-def _(dtotal_TD, dout_TD, dout2_TD, total_TD, weight_D, eps):
-    return total_TD.new_empty(total_TD.shape), total_TD.new_empty(total_TD.shape[1], dtype=torch.float32)
+def _(dtotal, dout, dout2, total, weight_D, eps):
+    return total.new_empty(total.shape), total.new_empty(total.shape[-1], dtype=torch.float32)
 
 
-class AddNorm(torch.autograd.Function):
-    """Not a custom op: those cannot return a tensor twice."""
+class AddRMSNorm(torch.autograd.Function):
+    """Not a custom op: those cannot return a tensor twice. Any reshaping happens inside: views of one gradient would
+    become the gradients of two tensors that share memory."""
 
     @staticmethod
-    def forward(ctx, x_TD, add_TD, weight_D, eps):
-        total, out = (add_norm_fwd if eager(x_TD) else add_norm_fwd_op)(x_TD, add_TD, weight_D, eps)
+    def forward(ctx, x, add, weight_D, eps, uses):
+        total, out = (add_norm_fwd if eager(x) else add_norm_fwd_op)(x, add, weight_D, eps)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, weight_D)
-        return total, out, out.view(out.shape)
+        return (total, out) if uses == 1 else (total, out, out.view(out.shape))
 
     @staticmethod
     @first_order
     def backward(ctx, dtotal, *douts):
         total, weight = ctx.saved_tensors
-        dout, dout2 = sorted(douts, key=lambda grad: grad is None)
+        dout, dout2 = sorted((*douts, None)[:2], key=lambda grad: grad is None)
         dout = torch.zeros_like(total) if dout is None else dout
         run = add_norm_bwd if eager(dout) else add_norm_bwd_op
         dx, dweight = run(dtotal, dout, dout2, total, weight, ctx.eps)
-        return dx, dx, dweight.to(weight.dtype), None
+        return dx, dx, dweight.to(weight.dtype), None, None

@@ -206,13 +206,13 @@ class Samples:
 
 
 def compile_parts(model):
-    """torch.compile of attention and norms, half of the kernels of a small step. Their shapes do not depend on E, k and
-    F: a process compiles them once for each width."""
+    """torch.compile of attention and its norm, half of the kernels of a small step. Their shapes do not depend on E, k
+    and F: a process compiles them once for each width."""
     torch._inductor.config.compile_threads = 1  # several processes compile at once: no pool of helpers for each
     torch._inductor.config.deterministic = True  # reductions chosen by rule, not by timing in each process
     torch._dynamo.config.recompile_limit = 64  # of widths and batches that one process may see
     for block in model.blocks:
-        for part in (block.attn_norm, block.attn, block.mlp_norm):
+        for part in (block.attn_norm, block.attn):
             part.compile(fullgraph=True, dynamic=False)
 
 

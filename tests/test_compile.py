@@ -136,6 +136,9 @@ def test_elementwise_kernels_move_16_bytes_at_a_time(hopper):
     flat = [row for row in hopper if row["name"].startswith(("gated_", "rope_"))]
     flat = [row for row in flat if not (row["name"].startswith("rope_") and row["shared"])]  # without norms
     assert len({row["name"] for row in flat}) == 4 and all(row["wide"] > 0 and row["narrow"] == 0 for row in flat), flat
+    norms = [row for row in hopper if row["name"].startswith("add_norm_")]  # the weight has only 128 values here
+    assert len({row["name"] for row in norms}) == 2, norms
+    assert all(row["wide"] + row["copies"] > 2 >= row["narrow"] for row in norms), norms
     assert any(row["narrow"] for row in hopper if row["name"] == "count_kernel")
 
 

@@ -218,3 +218,16 @@ def test_what_a_gpu_runs_is_the_same(n_kv_heads, monkeypatch):
         for a, b in zip(ours, expected, strict=True):
             check(a, b, 1e-5 if device == "cpu" else 3e-3)
     assert abs(found[0] - found[1]) > 1e-4
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(dense=True), dict(n_shared_experts=1)])
+def test_a_float32_model_under_autocast(kind, device):
+    """Attention and dense layers are in bfloat16 there, the residual stream is in float32."""
+    model = make(impl="reference", **kind).to(device).train()
+    x, y = tokens().to(device), tokens(seed=2).to(device)
+    expected = model(x, y).loss
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = model(x, y).loss
+    torch.autograd.backward(loss)
+    assert 0 < abs(loss - expected) < 0.02
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -37,6 +37,17 @@ def call_experts(ids, impl, activation, x, w_in, w_out, gates):
     return mk.moe_experts(x, w_in, w_out, gates, ids, impl, activation)
 
 
+def experts_and_residual(dtype, impl):
+    *floats, ids = problem(24, 32, 16, 4, 2, dtype, DEVICE)
+    call = lambda add, *floats: mk.moe_experts(*floats, ids, impl, add_TD=add)
+    return call, [random(24, 32).to(DEVICE, dtype), *floats]
+
+
+def norm(dtype, impl):
+    call = lambda *tensors: mk.add_rms_norm(*tensors, impl=impl, uses=2)
+    return call, [random(12, 32).to(dtype), random(12, 32, seed=2).to(dtype), random(32, seed=3)]
+
+
 def route(dtype, impl, score="softmax"):
     def call(logits):
         r = mk.route(logits, 2, score, impl=impl)
@@ -71,6 +82,8 @@ OPS = {
     "gates_of": gates,
     "linear_cross_entropy": loss,
     "rope": rope,
+    "add_rms_norm": norm,
+    "experts and residual": experts_and_residual,
     **{f"experts {name}": partial(experts, activation=name) for name in mk.ACTIVATIONS},
     **{f"gated {name}": partial(gated, activation=name) for name in mk.ACTIVATIONS},
 }

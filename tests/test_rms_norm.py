@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_kernels import add_rms_norm
+from moe_kernels import add_rms_norm, rms_norm
 from moe_kernels.rms_norm import MAX_WIDTH, PROGRAMS, VALUES, add_norm_bwd_op, add_norm_fwd_op
 from tests.checks import BOUNDS, DTYPES, ON_GPU, check, rms_ratio
 
@@ -20,7 +20,7 @@ def problem(T, D, dtype, device):
 
 
 def results(leaves, grads, impl="triton"):
-    outputs = add_rms_norm(*leaves, EPS, impl)
+    outputs = add_rms_norm(*leaves, EPS, impl, uses=2)
     return *outputs, *torch.autograd.grad(outputs, leaves, grads)
 
 
@@ -74,11 +74,43 @@ def test_any_layout_and_more_dimensions(layout, device, poison):
 def test_an_unused_output_has_no_gradient(device, poison):
     leaves, grads = problem(5, 16, torch.float32, device)
     for i in range(3):
-        outputs = add_rms_norm(*leaves, EPS, "triton")
+        outputs = add_rms_norm(*leaves, EPS, "triton", uses=2)
         zeros = [grad if i == j else torch.zeros_like(grad) for j, grad in enumerate(grads)]
         alone = torch.autograd.grad(outputs[i], leaves, grads[i], allow_unused=True)
         for a, b in zip(alone, formula(leaves, zeros)[3:], strict=True):
             check(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_one_use_and_gradients_that_add_up(impl, device, poison):
+    """Twice .backward(), into leaves: the gradients of x and add are equal, but must not be one tensor."""
+    leaves, (ds, dn, _) = problem(5, 48, torch.float32, device)
+    expected = formula(leaves, (ds, dn, torch.zeros_like(dn)))
+    for _ in range(2):
+        s, n = add_rms_norm(*leaves, EPS, impl)
+        torch.autograd.backward((s, n), (ds, dn))
+    for leaf, grad in zip(leaves, expected[3:], strict=True):
+        check(leaf.grad, 2 * grad, 1e-5)
+    leaves[0].grad.zero_()
+    check(leaves[1].grad, 2 * expected[4], 1e-5)
+
+
+def test_programs_that_take_several_blocks(device, monkeypatch, poison):
+    monkeypatch.setattr(rms_norm, "PROGRAMS", 2)
+    for T, D in ((37, 48), (9, 1100), (130, 16)):
+        leaves, grads = problem(T, D, torch.float32, device)
+        for a, b in zip(results(leaves, grads), formula(leaves, grads), strict=True):
+            check(a, b, 1e-5)
+
+
+def test_the_rows_to_come_fit_into_shared_memory():
+    """bench.compile shows 4 tensors of (stages - 1) blocks and 64 bytes more; the least there is has 99 KB."""
+    sizes = [(D, dtype) for D in range(16, MAX_WIDTH + 1, 16) for dtype in (torch.float32, torch.bfloat16)]
+    stages = {size: rms_norm._stages(*size) for size in sizes}
+    assert set(stages.values()) == {1, 2} and stages[1024, torch.bfloat16] == 2
+    for (D, dtype), n in stages.items():
+        blocks = rms_norm._blocks(D)
+        assert 4 * (n - 1) * blocks["BLOCK_T"] * blocks["BLOCK_D"] * dtype.itemsize + 64 <= 99 * 1024
 
 
 def test_it_saves_one_large_tensor(device):
@@ -95,7 +127,7 @@ def test_fullgraph_compile_and_opcheck(device):
     torch.library.opcheck(add_norm_fwd_op, (x, add, weight, EPS))
     for some in (grads, (None, grads[0], None)):
         torch.library.opcheck(add_norm_bwd_op, (*some, x, weight, EPS))
-    norm = torch.compile(lambda *t: add_rms_norm(*t, EPS, "triton"), fullgraph=True, backend="aot_eager")
+    norm = torch.compile(lambda *t: add_rms_norm(*t, EPS, "triton", uses=2), fullgraph=True, backend="aot_eager")
     compiled = norm(*leaves)
     compiled = *compiled, *torch.autograd.grad(compiled, leaves, grads)
     assert all(map(torch.equal, compiled, results(leaves, grads)))
@@ -117,5 +149,7 @@ def test_bad_inputs_are_named(device):
     for bad in ((x, x[:2], w), (x, x.half(), w), (x, x, w[:3]), (x.int(), x.int(), w), (x, x, w.int())):
         with pytest.raises(ValueError, match="expected floats"):
             add_rms_norm(*bad)
+    with pytest.raises(ValueError, match="uses=3: expected 1 or 2"):
+        add_rms_norm(x, x, w, uses=3)
     with pytest.raises(ValueError, match="float64"):
         add_rms_norm(x.double(), x.double(), w, impl="triton")
