@@ -143,6 +143,7 @@ class AddNorm(RMSNorm):
         self.impl, self.uses = cfg.kernels, 1 if cfg.dense else 2
 
     def forward(self, x, y):
+        # Under autocast the residual stream may be float32 and the output of attention bfloat16.
         return add_rms_norm(x, y.to(x.dtype), self.weight, self.eps, self.impl, self.uses)
 
 

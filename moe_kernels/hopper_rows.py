@@ -45,8 +45,8 @@ from moe_kernels.tiles import cdiv, multiprocessors
 WIDTH = 32  # gate columns of a panel of h
 ROWS = 32  # of an epilogue's step: a thread of four storing warps has 8 values of each of its operands
 # (BLOCK_K, STAGES) of the ring of buffers, 144 KB; the tile that is handed over takes 64 KB. `up` with short reductions
-# takes products of 256 columns, which read less shared memory. They need more registers: only two warps store and two
-# load, and six buffers are too many for two loading warps.
+# takes products of 256 columns, which read less shared memory. They need more registers, so that only two warps store
+# and two load. Two warps load three large buffers faster than six small ones.
 RING, WIDE_RING = (32, 6), (64, 3)
 WIDE_BELOW = 1536  # from this D on the wide products are slower
 MANY_ROWS = 256  # per expert, from which on `up` is faster than the plain kernel for any D

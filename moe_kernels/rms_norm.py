@@ -4,7 +4,7 @@ compute in float32.
 torch.compile adds and normalises in one kernel, too, but it keeps both summands for the backward pass, and adds them
 again wherever it needs the sum. Here the sum is written once.
 
-Shapes: T rows, D width.
+Shapes: (..., D) with D the width; in the kernels T rows of D.
 """
 
 import torch
@@ -104,6 +104,7 @@ def _stages(D, dtype):
 
 
 def add_norm_fwd(x: Tensor, add: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """s and n of `add_rms_norm`."""
     x, add, D = x.contiguous(), add.contiguous(), x.shape[-1]
     total, out, blocks, T = torch.empty_like(x), torch.empty_like(x), _blocks(D), x.numel() // D
     if T > 0:

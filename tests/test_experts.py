@@ -380,6 +380,8 @@ def test_results_are_not_memory_of_the_side_stream(monkeypatch):
         (dict(experts=torch.arange(48).view(24, 2) % 4 - 1, impl="reference"), r"ids from -1 to 2: .* in 0\.\.3"),
         (dict(x=torch.zeros(24, 32, dtype=torch.float16)), "floating dtype"),
         (dict(impl="fast"), "fast"),
+        (dict(add_TD=torch.zeros(23, 32)), r"add \(23, 32\) torch.float32: expected one shape and dtype"),
+        (dict(add_TD=torch.zeros(24, 32, dtype=torch.float16)), r"add .*float16: expected one shape and dtype"),
         (dict(activation="tanh"), "activation='tanh': expected one of swiglu, geglu"),
     ],
 )
@@ -387,7 +389,7 @@ def test_bad_arguments_are_named(change, message):
     D, F = change.pop("D", 32), change.pop("F", 16)
     names = ("x", "w_in", "w_out", "gates", "experts")
     arguments = dict(zip(names, problem(24, D, F, 4, 2, torch.float32, "cpu"), strict=True)) | change
-    options = {name: arguments.pop(name) for name in ("impl", "activation") if name in arguments}
+    options = {name: arguments.pop(name) for name in ("impl", "activation", "add_TD") if name in arguments}
     with pytest.raises(ValueError, match=message):
         moe_experts(*arguments.values(), **options)
 
