@@ -121,7 +121,8 @@ def _load(
 @gluon.jit
 def _multiply(
     table, x_ring, w_ring, tile_parts, full, empty, ready, free,
-    D: gl.constexpr, N_TILES: gl.constexpr, UP: gl.constexpr, WIDE: gl.constexpr, HALF: gl.constexpr,
+    D: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr, WIDE: gl.constexpr, HALF: gl.constexpr,
+    TMA_STORE: gl.constexpr = False,
 ):  # fmt: skip
     """One of two warpgroups, each with half of the rows of every tile. They meet only in the ring and in tile_parts."""
     STAGES: gl.constexpr = x_ring.shape[0]
@@ -140,7 +141,9 @@ def _multiply(
         for k in range(0, D, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
             fence_async_shared()  # see hopper._dw_multiply
-            w = w_ring.index(stage).reshape([COLUMNS, BLOCK_K]).permute((1, 0)) if UP else w_ring.index(stage)
+            w = w_ring.index(stage)
+            if TRANSPOSED:
+                w = w.reshape([COLUMNS, BLOCK_K]).permute((1, 0))
             acc = warpgroup_mma(x_ring.index(stage).slice(HALF * ROWS, ROWS), w, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=k > 0)
@@ -151,6 +154,8 @@ def _multiply(
         mbarrier.wait(free, free_phase)
         for i in gl.static_range(PARTS):
             tile_parts.index(i).slice(HALF * ROWS, ROWS).store(parts[i].to(tile_parts.dtype))
+        if TMA_STORE:
+            fence_async_shared()  # the store reads through the asynchronous proxy
         mbarrier.arrive(ready, count=1)
         free_phase ^= 1
 
@@ -189,13 +194,11 @@ def _store_up(
 
 
 @gluon.jit
-def _copy_part(h_ptrs, h_part, offs_m, n_rows, inside, WIDTH: gl.constexpr, ROWS: gl.constexpr):
+def _copy_part(h_ptr, h_part, offs_h, rows_inside, inside):
     """Starts to copy the gate columns and the up columns of a part to h_part."""
-    for step in gl.static_range(h_part.shape[1] // ROWS):
-        mask = (offs_m < n_rows - step * ROWS)[:, None] & inside
-        for half in gl.static_range(2):
-            pointers = h_ptrs + (step * (ROWS * 2 * WIDTH) + half * WIDTH)
-            cp_async(h_part.index(half).slice(step * ROWS, ROWS), pointers, mask=mask)
+    mask = rows_inside & inside
+    for half in gl.static_range(2):
+        cp_async(h_part.index(half), h_ptr + (offs_h + half * h_part.shape[2]), mask=mask)
     async_copy.commit_group()
 
 
@@ -217,19 +220,20 @@ def _store_dh(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
     offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     offs_n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    offs_h = offs_m[:, None] * (2 * WIDTH) + offs_n[None, :]
+    tile_rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))[:, None]
+    offs_h = tile_rows * (2 * WIDTH) + offs_n[None, :]
     rows = gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     panel = S.to(gl.int64) * (2 * WIDTH)
     phase = gl.to_tensor(0)
     _, row, n_rows, pid_n = _row_tile(gl.program_id(0), table, N_TILES, GROUP_M)
     slots = gl.load(row_slot_ptr + row + rows, mask=rows < n_rows, other=0)
-    h_ptrs = h_ptr + pid_n * PARTS * panel + row.to(gl.int64) * (2 * WIDTH) + offs_h
-    _copy_part(h_ptrs, h_part, offs_m, n_rows, True, WIDTH, ROWS)
+    part_ptr = h_ptr + pid_n * PARTS * panel + row.to(gl.int64) * (2 * WIDTH)
+    _copy_part(part_ptr, h_part, offs_h, tile_rows < n_rows, True)
     for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
         gates.store(gl.load(gates_ptr + slots, mask=rows < n_rows, other=0.0))
         _, next_row, next_n_rows, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
         slots = gl.load(row_slot_ptr + next_row + rows, mask=rows < next_n_rows, other=0)
-        next_ptrs = h_ptr + next_n * PARTS * panel + next_row.to(gl.int64) * (2 * WIDTH) + offs_h
+        next_ptr = h_ptr + next_n * PARTS * panel + next_row.to(gl.int64) * (2 * WIDTH)
         dh_ptrs = dh_ptr + row.to(gl.int64) * (2 * F) + pid_n * (PARTS * WIDTH)
         dh_ptrs = dh_ptrs + (offs_m[:, None] * (2 * F) + offs_n[None, :])
         ga_ptrs = ga_ptr + row.to(gl.int64) * F + pid_n * (PARTS * WIDTH) + (offs_m[:, None] * F + offs_n[None, :])
@@ -239,8 +243,8 @@ def _store_dh(
         mbarrier.wait(ready, phase)
         for part in range(PARTS):
             last = part == PARTS - 1
-            h_ptrs += panel
-            ahead = gl.where(last, next_ptrs, h_ptrs)
+            part_ptr += panel
+            ahead = gl.where(last, next_ptr, part_ptr)
             ahead_rows = gl.where(last, next_n_rows, n_rows)
             inside = part * WIDTH < F - pid_n * (PARTS * WIDTH)
             ahead_inside = last | ((part + 1) * WIDTH < F - pid_n * (PARTS * WIDTH))
@@ -249,7 +253,7 @@ def _store_dh(
             for step in gl.static_range(STEPS):
                 h += (h_part.index(0).slice(step * ROWS, ROWS).load(layout),)
                 h += (h_part.index(1).slice(step * ROWS, ROWS).load(layout),)
-            _copy_part(ahead, h_part, offs_m, ahead_rows, ahead_inside, WIDTH, ROWS)
+            _copy_part(ahead, h_part, offs_h, tile_rows < ahead_rows, ahead_inside)
             new_sums = ()
             for step in gl.static_range(STEPS):
                 gate, up = h[2 * step].to(gl.float32), h[2 * step + 1].to(gl.float32)
@@ -271,7 +275,7 @@ def _store_dh(
         sum_ptrs = dgates_part_ptr + pid_n * S.to(gl.int64) + row + offs_m
         for step in gl.static_range(STEPS):
             gl.store(sum_ptrs + step * ROWS, sums[step], mask=offs_m < n_rows - step * ROWS)
-        row, n_rows, pid_n, h_ptrs = next_row, next_n_rows, next_n, next_ptrs
+        row, n_rows, pid_n, part_ptr = next_row, next_n_rows, next_n, next_ptr
 
 
 @gluon.jit

@@ -88,7 +88,7 @@ class Descriptor:
 class Buffer:
     """Shared memory. Another part may run before each access."""
 
-    switch = staticmethod(lambda: None)
+    switch = written = staticmethod(lambda: None)
 
     def __init__(self, array):
         self.array, self.shape, self.dtype = array, array.shape, array.dtype
@@ -112,6 +112,7 @@ class Buffer:
     def store(self, value):
         Buffer.switch()
         self.array[...] = value
+        Buffer.written()
 
 
 class Barrier:
@@ -211,7 +212,8 @@ class Kernel:
     def __init__(self, module, names, seed, program, programs, changes=()):
         self.machine = Machine(seed)
         Buffer.switch = self.machine.switch
-        self.stores, self.fenced = [], False
+        Buffer.written = lambda: self.unfenced.add(self.machine.current)
+        self.stores, self.fenced, self.unfenced = [], False, set()
         self.gathered, self.groups = defaultdict(list), defaultdict(list)  # of each part
         scope = dict(vars(module)) | {
             "gl": self._language(program, programs),
@@ -221,7 +223,7 @@ class Kernel:
             ),
             "tma": SimpleNamespace(store_wait=self._store_wait),
             "tma_load": self._tma_load,
-            "tma_store": lambda desc, start, buffer: self.stores.append((desc, start, buffer)),
+            "tma_store": self._tma_store,
             "cp_async": self._copy,
             "fence_async_shared": self._fence,
             "warpgroup_mma": self._multiply,
@@ -302,13 +304,19 @@ class Kernel:
 
     def _fence(self):
         self.fenced = True
+        self.unfenced.discard(self.machine.current)
 
     def _multiply(self, a, b, product, is_async):
         assert self.fenced, "operands that cp.async wrote need a fence before wgmma reads them"
         product.queue.append((a, b))
         return product
 
+    def _tma_store(self, descriptor, start, buffer):
+        assert not self.unfenced, "what a thread wrote needs its fence before TMA stores it"
+        self.stores.append((descriptor, start, buffer))
+
     def _store_wait(self, left):
+        self.machine.switch()  # TMA reads the buffers as late as this wait allows
         while len(self.stores) > left:
             descriptor, start, buffer = self.stores.pop(0)
             descriptor.write([int(i) for i in start], buffer.array)

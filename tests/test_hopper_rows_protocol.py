@@ -141,7 +141,7 @@ def test_broken_protocols_are_found(emulate, old, new):
 
 
 def test_a_part_of_h_is_copied_after_it_was_read_and_read_after_it_was_copied():
-    copy = "            _copy_part(ahead, h_part, offs_m, ahead_rows, ahead_inside, WIDTH, ROWS)\n"
+    copy = "            _copy_part(ahead, h_part, offs_h, tile_rows < ahead_rows, ahead_inside)\n"
     wait = "            async_copy.wait_group(0)\n"
     assert finds(emulate_dh, (wait, ""))
     assert finds(emulate_dh, (copy, ""), (wait, wait + copy))
