@@ -14,6 +14,7 @@ from tests.checks import BOUNDS, check, rms_ratio, to_rows
 
 hopper = pytest.importorskip("moe_kernels.hopper", reason="needs triton with Gluon")
 hopper_rows = pytest.importorskip("moe_kernels.hopper_rows", reason="needs triton with Gluon")
+hopper_sorted = pytest.importorskip("moe_kernels.hopper_sorted", reason="needs triton with Gluon")
 ON_HOPPER = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
@@ -93,6 +94,30 @@ def test_rows_agree_with_float64_and_repeat(T, D, F, E, K, routing, dtype, activ
         assert torch.equal(hopper_rows.up(x, w_in, sorted_, activation)[1], a)
         again = hopper_rows.dswiglu(dy, w_out, h, gates, sorted_, activation)
         assert all(map(torch.equal, again, results))
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "T, N, R, E, K, routing",
+    [
+        (2000, 256, 256, 4, 2, "even"),
+        (3000, 528, 272, 5, 2, "half"),  # no tile divides N, R or the rows
+        (4000, 1024, 512, 16, 2, "one"),
+        (300, 304, 144, 4, 1, "half"),  # fewer tiles than multiprocessors
+        (8192, 256, 128, 2, 1, "one"),  # whole tiles alone
+    ],
+)
+def test_sorted_rows_have_the_same_bits_as_the_plain_kernel(T, N, R, E, K, routing, dtype, transposed, poison):
+    sorted_ = dispatch(choose(T, E, K, routing), E, 128)
+    a_SR = torch.randn(T * K, R, device="cuda", dtype=dtype)
+    w = torch.randn(E, *((N, R) if transposed else (R, N)), device="cuda", dtype=dtype)
+    assert hopper_sorted.fits(TILE, N, R, dtype)
+    expected = (gemm.down if transposed else gemm.dx)(a_SR, w, sorted_, TILE)
+    for _ in range(3):  # a race would not show every time
+        assert torch.equal(hopper_sorted.rows(a_SR, w, transposed, sorted_), expected)
+    assert not torch.equal(hopper_sorted.rows(a_SR.flip(0), w, transposed, sorted_), expected)  # the check can fail
 
 
 @ON_HOPPER
