@@ -25,7 +25,7 @@ from bench.compile import table
 from bench.problem import TINY, kernel_costs, require_accuracy, rms
 from bench.rows import BenchConfig, Results
 from bench.timing import capture, poisoned, skipping, times_ms
-from moe_kernels import experts, hopper, hopper_rows, language, reference
+from moe_kernels import experts, hopper, hopper_gated, hopper_rows, language, reference
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels.dispatch import Dispatch
 from moe_kernels.precompile import precompile
@@ -35,7 +35,7 @@ from optimoe import config
 
 KERNELS = tuple(kernel_costs(TINY[0]))
 LAUNCHERS = [(gemm, name) for name in ("up", "down", "dswiglu", "dx", "dw")]
-LAUNCHERS += [(hopper_rows, "up"), (hopper_rows, "dswiglu"), (hopper, "dw")]
+LAUNCHERS += [(hopper_gated, "up"), (hopper_gated, "dswiglu"), (hopper_rows, "rows"), (hopper, "dw")]
 LAUNCHERS += [(experts, "dispatch"), (experts, "combine")]
 
 
@@ -58,6 +58,8 @@ def recording(calls):
             kernel = name
             if name == "dw":
                 kernel = "dw_in" if args[2] else "dw_out"  # transposed
+            elif name == "rows":
+                kernel = "down" if args[2] else "dx"
             elif "dgates_parts" in kwargs:
                 kernel = "combine_dx"
             calls[kernel] = partial(launch, *args, **kwargs)

@@ -33,7 +33,7 @@ from train import TrainConfig, optimizer_step
 
 PARTS = ("forward", "backward", "optimiser")
 EXPERT_OPS = ("count", "scan", "place", "up", "rows", "combine", "dswiglu", "dw")
-EXPERT_OPS += tuple(f"{name}_hopper" for name in ("up", "dswiglu", "dw"))
+EXPERT_OPS += tuple(f"{name}_hopper" for name in ("up", "rows", "dswiglu", "dw"))
 EXPERT_KERNELS = {f"{name}_kernel" for name in EXPERT_OPS}
 UPDATE_KERNELS = {"adamw_kernel": "optimiser", "muon_kernel": "optimiser", "squares_kernel": "gradient norm"}
 

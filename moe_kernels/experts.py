@@ -20,7 +20,7 @@ from moe_kernels.routing import MAX_EXPERTS, MAX_TOP_K
 from moe_kernels.tiles import eager, gemm_tiles, pick_impl
 
 if not MISSING:
-    from moe_kernels import hopper, hopper_rows
+    from moe_kernels import hopper, hopper_gated, hopper_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -91,7 +91,7 @@ def experts_fwd(
     if S == 0:
         return x.new_empty(0, D), x.new_empty(gemm.panels(0, F, tiles["up"])), *sorted_
     h, a = up(x, w_in, sorted_, tiles["up"], activation)
-    y = gemm.down(a, w_out, sorted_, tiles["down"])
+    y = rows(a, w_out, True, sorted_, tiles["down"])
     add = None if add_TD is None else add_TD.contiguous()
     return combine(y, sorted_.slot_row_TK, gates_TK.contiguous(), add=add)[0], h, *sorted_
 
@@ -118,7 +118,8 @@ def experts_bwd(
     dx, dgates = torch.empty_like(x), torch.empty_like(gates)
 
     def input_gradients():
-        combine(gemm.dx(dh, w_in, sorted_, tiles["dx"]), slot_row_TK, dgates_parts=dgates_parts, out=(dx, dgates))
+        dx_rows = rows(dh, w_in, False, sorted_, tiles["dx"])
+        combine(dx_rows, slot_row_TK, dgates_parts=dgates_parts, out=(dx, dgates))
 
     # With few rows per expert dx reads the weights while dW writes their gradients: side by side they save 1 % of the
     # layer on an H200. With many rows both need the tensor cores.
@@ -132,17 +133,25 @@ def up(x_TD, w_in_EGD, sorted_, tile, activation):
     """h and a by the kernel for Hopper where it fits, else by the plain one. h has the same bits; a may differ in its
     last one, so that it depends on the number of rows."""
     (E, G, D), S = w_in_EGD.shape, sorted_.row_slot_S.numel()
-    if hopper_rows.fits_up(tile, D, G // 2, S // E, x_TD.dtype):
-        return hopper_rows.up(x_TD, w_in_EGD, sorted_, activation)
+    if hopper_gated.fits_up(tile, D, G // 2, S // E, x_TD.dtype):
+        return hopper_gated.up(x_TD, w_in_EGD, sorted_, activation)
     return gemm.up(x_TD, w_in_EGD, sorted_, tile, activation)
 
 
 def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, tile, activation):
     """dh, router gate * a, and parts of the router gates' gradient, by the kernel for Hopper where it fits. It
     rounds da to 16 bits, so that dh and the gates' gradient depend a little on the number of rows."""
-    if hopper_rows.fits_dswiglu(tile, *w_out_EDF.shape[1:], dy_TD.dtype):
-        return hopper_rows.dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, activation)
+    if hopper_gated.fits_dswiglu(tile, *w_out_EDF.shape[1:], dy_TD.dtype):
+        return hopper_gated.dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, activation)
     return gemm.dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, tile, activation)
+
+
+def rows(a_SR, w, transposed, sorted_, tile, out=None):
+    """gemm.down when transposed, else gemm.dx, by the kernel for Hopper where it fits, which gives the same bits."""
+    (S, R), E = a_SR.shape, w.shape[0]
+    if hopper_rows.fits(tile, w.shape[1 if transposed else 2], R, S // E, a_SR.dtype):
+        return hopper_rows.rows(a_SR, w, transposed, sorted_, out)
+    return (gemm.down if transposed else gemm.dx)(a_SR, w, sorted_, tile, out)
 
 
 def dw(a_TM, b_SN, transposed, sorted_, tile):

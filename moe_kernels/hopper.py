@@ -35,11 +35,10 @@ cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_glob
 
 BLOCK_M, BLOCK_N = 128, 256  # the largest accumulator that two warpgroups hold
 BLOCK_K, STAGES = 64, 4  # the ring has 192 KB
-PARTS = 8  # column parts in which a tile is stored, through two buffers of 8 KB
-# Below FEW_ROWS rows per expert the time is that of writing dW: shorter steps waste less, and larger pieces are stored.
-FEW_ROWS, FEW_BLOCK_K, FEW_STAGES, FEW_PARTS = 256, 32, 6, 4
-LOADER_REGISTERS = 56  # per loading thread; the multiplying threads get the rest
-LOADER_ARRIVALS = gl.constexpr(129)  # at a full barrier: 128 threads that gather rows, and one that announces TMA bytes
+PARTS = 4  # column parts of a tile: TMA swizzles rows of up to 128 bytes
+# Below FEW_ROWS rows per expert the time is that of writing dW: shorter steps waste less.
+FEW_ROWS, FEW_BLOCK_K, FEW_STAGES = 256, 32, 8
+LOADER_REGISTERS = 120  # per loading thread; the multiplying threads get the rest
 
 
 def fits(M, N, dtype):
@@ -76,7 +75,7 @@ def _dw_load(
     STAGES: gl.constexpr = a_ring.shape[0]
     BLOCK_K: gl.constexpr = a_ring.shape[1]
     BLOCK_M: gl.constexpr = a_ring.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(1, layout))
     offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
     stage = gl.to_tensor(0)
@@ -104,47 +103,70 @@ def _dw_load(
 
 @gluon.jit
 def _dw_multiply(
-    dw_desc, by_size_ptr, a_ring, b_ring, out_ring, full, empty, E,
-    M_TILES: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr,
+    by_size_ptr, a_ring, b_ring, half_tile, full, empty, ready, free, E,
+    M_TILES: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
+    """The warpgroup of one half of every tile's rows. The second warpgroup waits until the first one's half is stored,
+    and so falls half a tile behind."""
     STAGES: gl.constexpr = a_ring.shape[0]
     BLOCK_K: gl.constexpr = a_ring.shape[1]
-    BLOCK_M: gl.constexpr = a_ring.shape[2]
+    HALF_M: gl.constexpr = a_ring.shape[2] // 2
     BLOCK_N: gl.constexpr = b_ring.shape[2]
-    WIDTH: gl.constexpr = out_ring.shape[2] if TRANSPOSED else out_ring.shape[3]
+    PARTS: gl.constexpr = half_tile.shape[0]
+    WIDTH: gl.constexpr = BLOCK_N // PARTS
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
+    free_phase = gl.to_tensor(1 - HALF)  # before the first tile the second half counts as stored
     for tile in range(gl.program_id(0), E * (M_TILES * N_TILES), gl.num_programs(0)):
-        expert, start, end, pid_m, pid_n = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
-        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, mma)
+        _, start, end, _, _ = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
+        acc = gl.zeros([HALF_M, BLOCK_N], gl.float32, mma)
         for row in range(start, end, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
             fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads through the asynchronous one
-            a = a_ring.index(stage).permute((1, 0))
+            a = a_ring.index(stage).permute((1, 0)).slice(HALF * HALF_M, HALF_M)
             acc = warpgroup_mma(a, b_ring.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])  # the previous product is done: release its buffers
             mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=row > start)
             stage, phase = _advance(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=end > start)
-        parts = _split_columns(acc, BLOCK_N // WIDTH)
-        for i in gl.static_range(BLOCK_N // WIDTH):
-            tma.store_wait(1)  # the store that used this buffer must have read it
-            out = out_ring.index(i % 2)
-            value = parts[i].to(dw_desc.dtype)
-            column = pid_n * BLOCK_N + i * WIDTH
+        parts = _split_columns(acc, PARTS)
+        mbarrier.wait(free.index(1 - HALF), free_phase)
+        for i in gl.static_range(PARTS):
             if TRANSPOSED:
-                out.reshape([WIDTH, BLOCK_M]).permute((1, 0)).store(value)
+                half_tile.index(i).reshape([WIDTH, HALF_M]).permute((1, 0)).store(parts[i].to(half_tile.dtype))
             else:
-                out.reshape([BLOCK_M, WIDTH]).store(value)
-            fence_async_shared()
-            # The descriptor's dimension for experts cuts off what lies outside of this expert.
-            if TRANSPOSED:
-                tma_store(dw_desc, [expert, column, pid_m * BLOCK_M], out)
-            else:
-                tma_store(dw_desc, [expert, pid_m * BLOCK_M, column], out)
-    tma.store_wait(0)
+                half_tile.index(i).reshape([HALF_M, WIDTH]).store(parts[i].to(half_tile.dtype))
+        fence_async_shared()  # TMA reads it
+        mbarrier.arrive(ready.index(HALF), count=1)
+        free_phase ^= 1
+
+
+@gluon.jit
+def _dw_store(
+    dw_desc, by_size_ptr, half_tile, ready, free, E,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, M_TILES: gl.constexpr, N_TILES: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):  # fmt: skip
+    PARTS: gl.constexpr = half_tile.shape[0]
+    WIDTH: gl.constexpr = BLOCK_N // PARTS
+    phase = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), E * (M_TILES * N_TILES), gl.num_programs(0)):
+        expert, _, _, pid_m, pid_n = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
+        for half in gl.static_range(2):
+            mbarrier.wait(ready.index(half), phase)
+            row = pid_m * BLOCK_M + half * (BLOCK_M // 2)
+            for i in gl.static_range(PARTS):
+                column = pid_n * BLOCK_N + i * WIDTH
+                # The descriptor's dimension for experts cuts off what lies outside of this expert.
+                if TRANSPOSED:
+                    tma_store(dw_desc, [expert, column, row], half_tile.index(i))
+                else:
+                    tma_store(dw_desc, [expert, row, column], half_tile.index(i))
+            tma.store_wait(0)  # the parts have been read
+            mbarrier.arrive(free.index(half), count=1)
+        phase ^= 1
 
 
 @gluon.jit
@@ -165,7 +187,7 @@ def dw_hopper_kernel(
     a_ptr, b_desc, dw_desc, row_slot_ptr, by_size_ptr, E,
     M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    PARTS: gl.constexpr, LOADING_WARPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Like grouped_gemm.dw_kernel. cp.async gathers a, TMA loads b and stores dw."""
     M_TILES: gl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
@@ -174,21 +196,30 @@ def dw_hopper_kernel(
     a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_M], dtype)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_M], a_layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], b_desc.layout)
-    out_ring = gl.allocate_shared_memory(dtype, [2] + dw_desc.block_type.shape, dw_desc.layout)
+    half_tile = gl.allocate_shared_memory(dtype, [PARTS] + dw_desc.block_type.shape, dw_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=LOADER_ARRIVALS)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(full.index(i), count=32 * LOADING_WARPS + 1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
     gl.warp_specialize(
         [
-            (_dw_multiply, (dw_desc, by_size_ptr, a_ring, b_ring, out_ring, full, empty, E,
-                            M_TILES, N_TILES, TRANSPOSED)),
+            (_dw_multiply, (by_size_ptr, a_ring, b_ring, half_tile, full, empty, ready, free, E,
+                            M_TILES, N_TILES, TRANSPOSED, 0)),
+            (_dw_multiply, (by_size_ptr, a_ring, b_ring, half_tile, full, empty, ready, free, E,
+                            M_TILES, N_TILES, TRANSPOSED, 1)),
+            (_dw_store, (dw_desc, by_size_ptr, half_tile, ready, free, E,
+                         BLOCK_M, BLOCK_N, M_TILES, N_TILES, TRANSPOSED)),
             (_dw_load, (a_ptr, b_desc, row_slot_ptr, by_size_ptr, a_ring, b_ring, full, empty, E,
                         M, M_TILES, N_TILES, TOP_K)),
         ],
-        [4],
-        [REGISTERS],
+        [4, 1, LOADING_WARPS],
+        [208, 48, REGISTERS],
     )  # fmt: skip
 
 
@@ -200,15 +231,15 @@ def dw(a_TM, b_SN, transposed, dispatch):
     E, K = dispatch.offsets.numel() - 1, dispatch.slot_row_TK.shape[1]
     M, N = a_TM.shape[1], b_SN.shape[1]
     few = b_SN.shape[0] // E < FEW_ROWS
-    block_k, stages, parts = (FEW_BLOCK_K, FEW_STAGES, FEW_PARTS) if few else (BLOCK_K, STAGES, PARTS)
+    block_k, stages = (FEW_BLOCK_K, FEW_STAGES) if few else (BLOCK_K, STAGES)
     out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
-    block = [1, BLOCK_N // parts, BLOCK_M] if transposed else [1, BLOCK_M, BLOCK_N // parts]
+    block = [1, BLOCK_N // PARTS, BLOCK_M // 2] if transposed else [1, BLOCK_M // 2, BLOCK_N // PARTS]
     tiles = E * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
     tensors = a_TM, Blocks(b_SN, [block_k, BLOCK_N]), Blocks(out, block), dispatch.row_slot_S, dispatch.by_size
     launch(
         dw_hopper_kernel, (min(tiles, multiprocessors(a_TM.device)),), tensors, (E,),
         M=M, N=N, TOP_K=K, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, STAGES=stages,
-        REGISTERS=LOADER_REGISTERS, num_warps=8,
+        PARTS=PARTS, LOADING_WARPS=2, REGISTERS=LOADER_REGISTERS,
     )  # fmt: skip
     return out
 

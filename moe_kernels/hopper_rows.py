@@ -1,68 +1,42 @@
-"""The GEMMs with long epilogues, `up` and `dswiglu`, for Hopper GPUs (sm_90) in Gluon: some warps load, two warpgroups
-multiply, other warps store.
+"""GEMMs of routed rows for Hopper GPUs (sm_90) in Gluon: some warps load, two warpgroups multiply, other warps store.
 
-In the plain kernels of grouped_gemm.py nothing is multiplied during an epilogue, so at D = 1024 the tensor cores work
-for 37 to 67 % of the time (docs/runs/counters-h200.csv). Here the multiplying warps hand a finished tile over in shared
-memory, in 16-bit numbers, and the storing warps do its epilogue while the next tile is multiplied. The ring of buffers
-is that of hopper.py.
+In the plain kernels of grouped_gemm.py nothing is multiplied while a tile is stored. Here each of two warpgroups has
+half of the rows of every tile. The two take turns in handing their halves over to the storing warps, through one buffer
+in shared memory. So one warpgroup multiplies while the other one hands over, and the storing warps have the time of
+half a tile for its epilogue. `down` and `dx` are here; `up` and `dswiglu`, whose epilogues compute, in hopper_gated.py.
 
-The tile that is handed over belongs to the multiplying warps until its `ready` barrier completes, then to the storing
-warps until they arrive at its `free` barrier.
+The ring of buffers that connects loading and multiplying warps is that of hopper.py. The buffer of the halves belongs
+to a warpgroup until its `ready` barrier completes, then to the storing warps until they arrive at the half's `free`
+barrier, then to the other warpgroup.
 
-Clocks around the waits showed what limited them (docs/LOG.md, "Clocks around the waits"): the multiplying warps waited
-for loads, of which a ring of three large buffers has too few under way, and dSwiGLU's storing warps waited for h.
-
-Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so h has the same bits. a is
-computed from h as it is stored, and dh and the gates' gradients from a da that was rounded to 16 bits.
+Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order.
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from moe_kernels import hopper
-from moe_kernels.activation import ACTIVATIONS
-from moe_kernels.hopper import (
-    BLOCK_M,
-    BLOCK_N,
-    Blocks,
-    _advance,
-    _previous,
-    _split_columns,
-    cp_async,
-    tma_load,
-)
+from moe_kernels.hopper import BLOCK_M, BLOCK_N, Blocks, _advance, _previous, _split_columns, tma_load, tma_store
 from moe_kernels.language import launch
 from moe_kernels.tiles import cdiv, multiprocessors
 
-WIDTH = 32  # gate columns of a panel of h
+WIDTH = 64  # columns of a part of a tile: TMA swizzles rows of up to 128 bytes
 ROWS = 32  # of an epilogue's step: a thread of four storing warps has 8 values of each of its operands
-# (BLOCK_K, STAGES) of the ring of buffers, 144 KB; the tile that is handed over takes 64 KB. `up` with short reductions
-# takes products of 256 columns, which read less shared memory. They need more registers, so that only two warps store
-# and two load. Two warps load three large buffers faster than six small ones.
-RING, WIDE_RING = (32, 6), (64, 3)
-WIDE_BELOW = 1536  # from this D on the wide products are slower
-MANY_ROWS = 256  # per expert, from which on `up` is faster than the plain kernel for any D
-UP_GROUP, DSWIGLU_GROUP = 16, 8  # row tiles that advance through the columns together
+BLOCK_K, STAGES = 64, 4  # the ring has 192 KB, the buffer of the halves 32 KB
+GROUP_M = 8  # row tiles that advance through the columns together
+MANY_ROWS = 256  # per expert, from which on this is faster than the plain kernel
 
 
-def fits_up(tile, D, F, mean_rows, dtype):
-    """Whether to use `up`, where the plain kernel's tile is `tile`. With wide rows and few of them per expert the plain
-    kernel is faster."""
-    fast = D < 2048 or mean_rows >= MANY_ROWS
-    return fast and F % WIDTH == 0 and tile.BLOCK_M == BLOCK_M and hopper.fits(D, 2 * F, dtype)
-
-
-def fits_dswiglu(tile, D, F, dtype):
-    """Whether to use `dswiglu`. da is rounded before the router's gate scales it, and float16 could overflow there."""
-    return dtype == torch.bfloat16 and F % WIDTH == 0 and tile.BLOCK_M == BLOCK_M and hopper.fits(D, F, dtype)
+def fits(tile, N, R, mean_rows, dtype):
+    """Whether to use `rows` for results (S, N) after reductions of R, where the plain kernel's tile is `tile`."""
+    return mean_rows >= MANY_ROWS and tile.BLOCK_M == BLOCK_M and hopper.fits(R, N, dtype)
 
 
 @gluon.jit
@@ -81,315 +55,181 @@ def _row_tile(tile, table, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _load(
-    x_ptr, w_desc, row_slot_ptr, table, x_ring, w_ring, full, empty, S,
-    D: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, TOP_K: gl.constexpr, UP: gl.constexpr,
-):  # fmt: skip
-    """The loader of up and dswiglu: cp.async gathers rows of x by token, TMA loads weights."""
-    STAGES: gl.constexpr = x_ring.shape[0]
-    BLOCK_M: gl.constexpr = x_ring.shape[1]
-    BLOCK_K: gl.constexpr = x_ring.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [gl.num_warps(), 1], [1, 0])
-    offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-    offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
-    stage = gl.to_tensor(0)
-    phase = gl.to_tensor(1)  # the ring starts empty
-    # Rows past the expert's end belong to the next expert. If all of them read one row, it would be slow.
-    expert, row, _, pid_n = _row_tile(gl.program_id(0), table, N_TILES, GROUP_M)
-    tokens = gl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0) // TOP_K
-    for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
-        # The next tile's place and token ids are loaded one tile ahead.
-        next_expert, row, _, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
-        next_tokens = gl.load(row_slot_ptr + row + offs_m, mask=offs_m < S - row, other=0) // TOP_K
-        x_ptrs = x_ptr + tokens.to(gl.int64)[:, None] * D + offs_k[None, :]
-        for k in range(0, D, BLOCK_K):
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), w_desc.block_type.nbytes)
-            if UP:
-                tma_load(w_desc, [2 * expert, pid_n * w_ring.shape[2], k], full.index(stage), w_ring.index(stage))
-            else:
-                tma_load(w_desc, [expert * D + k, pid_n * w_ring.shape[2]], full.index(stage), w_ring.index(stage))
-            if D % BLOCK_K == 0:
-                cp_async(x_ring.index(stage), x_ptrs + k)
-            else:
-                cp_async(x_ring.index(stage), x_ptrs + k, mask=(offs_k < D - k)[None, :])
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-            stage, phase = _advance(stage, phase, STAGES)
-        expert, pid_n, tokens = next_expert, next_n, next_tokens
+def _half_tile(i, table, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, HALF_M: gl.constexpr):
+    """(first row, rows up to the expert's end, column tile) of the i-th half that this program stores. The rows of a
+    second half may be none or negative."""
+    tile = gl.program_id(0) + i // 2 * gl.num_programs(0)
+    _, row, n_rows, pid_n = _row_tile(tile, table, N_TILES, GROUP_M)
+    return row + i % 2 * HALF_M, n_rows - i % 2 * HALF_M, pid_n
+
+
+@gluon.jit
+def _count_halves(table, N_TILES: gl.constexpr):
+    return 2 * ((table[3] * N_TILES - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0))
 
 
 @gluon.jit
 def _multiply(
-    table, x_ring, w_ring, tile_parts, full, empty, ready, free,
-    D: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr, WIDE: gl.constexpr, HALF: gl.constexpr,
-    TMA_STORE: gl.constexpr = False,
+    table, x_ring, w_ring, half_tile, full, empty, ready, free,
+    R: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr, WIDE: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """One of two warpgroups, each with half of the rows of every tile. They meet only in the ring and in tile_parts."""
+    """The warpgroup of one half of every tile: products of R terms, with columns of w that lie as rows when TRANSPOSED.
+
+    The second warpgroup waits for the first one's half to be stored, and so falls half a tile behind."""
     STAGES: gl.constexpr = x_ring.shape[0]
-    ROWS: gl.constexpr = x_ring.shape[1] // 2
     BLOCK_K: gl.constexpr = x_ring.shape[2]
-    PARTS: gl.constexpr = tile_parts.shape[0]
-    COLUMNS: gl.constexpr = PARTS * tile_parts.shape[2]
+    PARTS: gl.constexpr = half_tile.shape[0]
+    HALF_M: gl.constexpr = half_tile.shape[1]
+    COLUMNS: gl.constexpr = PARTS * half_tile.shape[2]
     # ptxas refuses a product of 256 columns where there are 512 threads, which leaves 128 registers each.
     PRODUCT: gl.constexpr = COLUMNS if WIDE else COLUMNS // 2
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, PRODUCT, 16])
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    free_phase = gl.to_tensor(1)  # tile_parts start free
+    free_phase = gl.to_tensor(1 - HALF)  # before the first tile the second half counts as stored
     for _ in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
-        acc = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
-        for k in range(0, D, BLOCK_K):
+        acc = gl.zeros([HALF_M, COLUMNS], gl.float32, mma)
+        for k in range(0, R, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
             fence_async_shared()  # see hopper._dw_multiply
             w = w_ring.index(stage)
             if TRANSPOSED:
                 w = w.reshape([COLUMNS, BLOCK_K]).permute((1, 0))
-            acc = warpgroup_mma(x_ring.index(stage).slice(HALF * ROWS, ROWS), w, acc, is_async=True)
+            acc = warpgroup_mma(x_ring.index(stage).slice(HALF * HALF_M, HALF_M), w, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=k > 0)
             stage, phase = _advance(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1)
         parts = _split_columns(acc, PARTS)
-        mbarrier.wait(free, free_phase)
+        mbarrier.wait(free.index(1 - HALF), free_phase)
         for i in gl.static_range(PARTS):
-            tile_parts.index(i).slice(HALF * ROWS, ROWS).store(parts[i].to(tile_parts.dtype))
-        if TMA_STORE:
-            fence_async_shared()  # the store reads through the asynchronous proxy
-        mbarrier.arrive(ready, count=1)
+            half_tile.index(i).store(parts[i].to(half_tile.dtype))
+        fence_async_shared()  # TMA may read it
+        mbarrier.arrive(ready.index(HALF), count=1)
         free_phase ^= 1
 
 
 @gluon.jit
-def _store_up(
-    h_ptr, a_ptr, table, tile_parts, ready, free, S,
-    F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """The epilogue of grouped_gemm.up_kernel. tile_parts are the gate columns of every part, then their up columns."""
-    PARTS: gl.constexpr = tile_parts.shape[0] // 2
-    WIDTH: gl.constexpr = tile_parts.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
-    offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    offs_n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    panel = S.to(gl.int64) * (2 * WIDTH)
-    phase = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
-        _, row, n_rows, pid_n = _row_tile(tile, table, N_TILES, GROUP_M)
-        h_ptrs = h_ptr + pid_n * PARTS * panel + row.to(gl.int64) * (2 * WIDTH)
-        h_ptrs = h_ptrs + (offs_m[:, None] * (2 * WIDTH) + offs_n[None, :])
-        a_ptrs = a_ptr + row.to(gl.int64) * F + pid_n * (PARTS * WIDTH) + (offs_m[:, None] * F + offs_n[None, :])
-        mbarrier.wait(ready, phase)
-        for step in gl.static_range(tile_parts.shape[1] // ROWS):
-            for part in gl.static_range(PARTS):
-                mask = (offs_m < n_rows - step * ROWS)[:, None] & (part * WIDTH < F - pid_n * (PARTS * WIDTH))
-                gate = tile_parts.index(part).slice(step * ROWS, ROWS).load(layout)
-                up = tile_parts.index(PARTS + part).slice(step * ROWS, ROWS).load(layout)
-                gl.store(h_ptrs + (part * panel + step * (ROWS * 2 * WIDTH)), gate, mask=mask)
-                gl.store(h_ptrs + (part * panel + step * (ROWS * 2 * WIDTH) + WIDTH), up, mask=mask)
-                value, _slope = ACTIVATION(gate.to(gl.float32))
-                a = (value * up.to(gl.float32)).to(tile_parts.dtype)
-                gl.store(a_ptrs + (step * ROWS * F + part * WIDTH), a, mask=mask)
-        mbarrier.arrive(free, count=1)
-        phase ^= 1
-
-
-@gluon.jit
-def _copy_part(h_ptr, h_part, offs_h, rows_inside, inside):
-    """Starts to copy the gate columns and the up columns of a part to h_part."""
-    mask = rows_inside & inside
-    for half in gl.static_range(2):
-        cp_async(h_part.index(half), h_ptr + (offs_h + half * h_part.shape[2]), mask=mask)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _store_dh(
-    h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, h_part, gates, ready, free, S,
-    F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """The epilogue of grouped_gemm.dswiglu_kernel. tile_parts are da.
-
-    While a part is computed, the next part's h is copied to h_part. In registers it would be waited for too early:
-    Triton takes 16-bit numbers apart before it carries them through a loop, and ptxas has one counter for loads and
-    exponentials. The next tile's place and slots are loaded while a tile is computed."""
-    PARTS: gl.constexpr = tile_parts.shape[0]
-    BLOCK_M: gl.constexpr = tile_parts.shape[1]
-    WIDTH: gl.constexpr = tile_parts.shape[2]
-    STEPS: gl.constexpr = BLOCK_M // ROWS
-    dtype: gl.constexpr = tile_parts.dtype
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
-    offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    offs_n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    tile_rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))[:, None]
-    offs_h = tile_rows * (2 * WIDTH) + offs_n[None, :]
-    rows = gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    panel = S.to(gl.int64) * (2 * WIDTH)
-    phase = gl.to_tensor(0)
-    _, row, n_rows, pid_n = _row_tile(gl.program_id(0), table, N_TILES, GROUP_M)
-    slots = gl.load(row_slot_ptr + row + rows, mask=rows < n_rows, other=0)
-    part_ptr = h_ptr + pid_n * PARTS * panel + row.to(gl.int64) * (2 * WIDTH)
-    _copy_part(part_ptr, h_part, offs_h, tile_rows < n_rows, True)
-    for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
-        gates.store(gl.load(gates_ptr + slots, mask=rows < n_rows, other=0.0))
-        _, next_row, next_n_rows, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
-        slots = gl.load(row_slot_ptr + next_row + rows, mask=rows < next_n_rows, other=0)
-        next_ptr = h_ptr + next_n * PARTS * panel + next_row.to(gl.int64) * (2 * WIDTH)
-        dh_ptrs = dh_ptr + row.to(gl.int64) * (2 * F) + pid_n * (PARTS * WIDTH)
-        dh_ptrs = dh_ptrs + (offs_m[:, None] * (2 * F) + offs_n[None, :])
-        ga_ptrs = ga_ptr + row.to(gl.int64) * F + pid_n * (PARTS * WIDTH) + (offs_m[:, None] * F + offs_n[None, :])
-        sums = ()
-        for _step in gl.static_range(STEPS):
-            sums += (gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout)),)
-        mbarrier.wait(ready, phase)
-        for part in range(PARTS):
-            last = part == PARTS - 1
-            part_ptr += panel
-            ahead = gl.where(last, next_ptr, part_ptr)
-            ahead_rows = gl.where(last, next_n_rows, n_rows)
-            inside = part * WIDTH < F - pid_n * (PARTS * WIDTH)
-            ahead_inside = last | ((part + 1) * WIDTH < F - pid_n * (PARTS * WIDTH))
-            async_copy.wait_group(0)
-            h = ()
-            for step in gl.static_range(STEPS):
-                h += (h_part.index(0).slice(step * ROWS, ROWS).load(layout),)
-                h += (h_part.index(1).slice(step * ROWS, ROWS).load(layout),)
-            _copy_part(ahead, h_part, offs_h, tile_rows < ahead_rows, ahead_inside)
-            new_sums = ()
-            for step in gl.static_range(STEPS):
-                gate, up = h[2 * step].to(gl.float32), h[2 * step + 1].to(gl.float32)
-                router_gate = gates.slice(step * ROWS, ROWS).load(gl.SliceLayout(1, layout))[:, None]
-                da = tile_parts.index(part).slice(step * ROWS, ROWS).load(layout).to(gl.float32)
-                value, slope = ACTIVATION(gate)
-                a = value * up
-                new_sums += (sums[step] + gl.sum(da * a, 1),)
-                da *= router_gate
-                mask = (offs_m < n_rows - step * ROWS)[:, None] & inside
-                gl.store(ga_ptrs + step * ROWS * F, (router_gate * a).to(dtype), mask=mask)
-                gl.store(dh_ptrs + step * (ROWS * 2 * F), (da * up * slope).to(dtype), mask=mask)
-                gl.store(dh_ptrs + (step * (ROWS * 2 * F) + F), (da * value).to(dtype), mask=mask)
-            sums = new_sums
-            ga_ptrs += WIDTH
-            dh_ptrs += WIDTH
-        mbarrier.arrive(free, count=1)
-        phase ^= 1
-        sum_ptrs = dgates_part_ptr + pid_n * S.to(gl.int64) + row + offs_m
-        for step in gl.static_range(STEPS):
-            gl.store(sum_ptrs + step * ROWS, sums[step], mask=offs_m < n_rows - step * ROWS)
-        row, n_rows, pid_n, part_ptr = next_row, next_n_rows, next_n, next_ptr
-
-
-@gluon.jit
 def _shared_memory(
-    w_desc, w_shape: gl.constexpr, parts: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    LOADING_WARPS: gl.constexpr,
+    w_desc, w_block: gl.constexpr, half: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, GATHERING_WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Rings of rows and of weights, the parts of the tile that is handed over, and the barriers."""
+    """Rings of rows and of weights, the parts of half a tile that is handed over, and the barriers."""
     dtype: gl.constexpr = w_desc.dtype
-    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([parts[1], BLOCK_K], dtype)
-    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([parts[1], parts[2]], dtype)
-    x_ring = gl.allocate_shared_memory(dtype, [STAGES, parts[1], BLOCK_K], x_layout)
-    w_ring = gl.allocate_shared_memory(dtype, [STAGES] + w_shape, w_desc.layout)
-    tile_parts = gl.allocate_shared_memory(dtype, parts, part_layout)
+    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_K], dtype)
+    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([half[1], half[2]], dtype)
+    x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], x_layout)
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES] + w_block, w_desc.layout)
+    half_tile = gl.allocate_shared_memory(dtype, half, part_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=32 * LOADING_WARPS + 1)  # a thread announces TMA bytes, too
+        mbarrier.init(full.index(i), count=32 * GATHERING_WARPS + 1)  # a thread announces TMA bytes, too
         mbarrier.init(empty.index(i), count=2)  # both multiplying warpgroups
-    mbarrier.init(ready, count=2)
-    mbarrier.init(free, count=1)
-    return x_ring, w_ring, tile_parts, full, empty, ready, free
+    for i in gl.static_range(2):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    return x_ring, w_ring, half_tile, full, empty, ready, free
 
 
-@gluon.jit(do_not_specialize=["S"])
-def up_hopper_kernel(
-    x_ptr, w_in_desc, h_ptr, a_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, S,
-    D: gl.constexpr, F: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr, GROUP_M: gl.constexpr, ROWS: gl.constexpr,
-    STAGES: gl.constexpr, WIDE: gl.constexpr,
+@gluon.jit
+def _load_rows(
+    a_desc, w_desc, table, a_ring, w_ring, full, empty,
+    N: gl.constexpr, R: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
-    """Like grouped_gemm.up_kernel. BLOCK_N counts gate columns."""
-    N_TILES: gl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    x_ring, w_ring, tile_parts, full, empty, ready, free = _shared_memory(
-        w_in_desc, [2, BLOCK_N, BLOCK_K], [2 * BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES, 2 if WIDE else 4
+    """TMA loads rows, which lie sorted by expert, and weights. Both reach past the expert's own: columns past N and
+    rows past the expert's end are not stored, and past R `a` is zero."""
+    STAGES: gl.constexpr = a_ring.shape[0]
+    BLOCK_K: gl.constexpr = a_ring.shape[2]
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(1)  # the ring starts empty
+    expert, row, _, pid_n = _row_tile(gl.program_id(0), table, N_TILES, GROUP_M)
+    for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
+        # The next tile's place is loaded one tile ahead.
+        next_expert, next_row, _, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
+        for k in range(0, R, BLOCK_K):
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(full.index(stage), a_desc.block_type.nbytes + w_desc.block_type.nbytes)
+            tma_load(a_desc, [row, k], full.index(stage), a_ring.index(stage))
+            if TRANSPOSED:
+                tma_load(w_desc, [expert * N + pid_n * w_ring.shape[1], k], full.index(stage), w_ring.index(stage))
+            else:
+                tma_load(w_desc, [expert * R + k, pid_n * w_ring.shape[2]], full.index(stage), w_ring.index(stage))
+            stage, phase = _advance(stage, phase, STAGES)
+        expert, row, pid_n = next_expert, next_row, next_n
+
+
+@gluon.jit
+def _store_rows(
+    y_ptr, y_desc, table, half_tile, ready, free,
+    N: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """TMA stores whole halves. Where the expert ends, the rows of a half are masked: the next expert's follow."""
+    PARTS: gl.constexpr = half_tile.shape[0]
+    HALF_M: gl.constexpr = half_tile.shape[1]
+    WIDTH: gl.constexpr = half_tile.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    offs_n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    for i in range(_count_halves(table, N_TILES)):
+        row, n_rows, pid_n = _half_tile(i, table, N_TILES, GROUP_M, HALF_M)
+        column = pid_n * (PARTS * WIDTH)
+        mbarrier.wait(ready.index(i % 2), i // 2 % 2)
+        if n_rows >= HALF_M:
+            for part in gl.static_range(PARTS):
+                tma_store(y_desc, [row, column + part * WIDTH], half_tile.index(part))
+            tma.store_wait(0)  # the parts have been read
+        else:
+            y_ptrs = y_ptr + row.to(gl.int64) * N + column + (offs_m[:, None] * N + offs_n[None, :])
+            for step in gl.static_range(HALF_M // ROWS):
+                for part in gl.static_range(PARTS):
+                    value = half_tile.index(part).slice(step * ROWS, ROWS).load(layout)
+                    mask = (offs_m < n_rows - step * ROWS)[:, None] & (offs_n < N - column - part * WIDTH)[None, :]
+                    gl.store(y_ptrs + (step * ROWS * N + part * WIDTH), value, mask=mask)
+        mbarrier.arrive(free.index(i % 2), count=1)
+
+
+@gluon.jit
+def rows_hopper_kernel(
+    a_desc, w_desc, y_desc, y_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr,
+    N: gl.constexpr, R: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, WIDTH: gl.constexpr, GROUP_M: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Like grouped_gemm.rows_kernel."""
+    N_TILES: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    w_block: gl.constexpr = [BLOCK_N, BLOCK_K] if TRANSPOSED else [BLOCK_K, BLOCK_N]
+    a_ring, w_ring, half_tile, full, empty, ready, free = _shared_memory(
+        w_desc, w_block, [BLOCK_N // WIDTH, BLOCK_M // 2, WIDTH], BLOCK_M, BLOCK_K, STAGES, 0
     )
     table = (offsets_ptr, tile_expert_ptr, tile_row_ptr, gl.load(tile_count_ptr))
     gl.warp_specialize(
         [
-            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, WIDE, 0)),
-            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, WIDE, 1)),
-            (_store_up, (h_ptr, a_ptr, table, tile_parts, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
-            (_load, (x_ptr, w_in_desc, row_slot_ptr, table, x_ring, w_ring, full, empty, S,
-                     D, N_TILES, GROUP_M, TOP_K, True)),
+            (_multiply, (table, a_ring, w_ring, half_tile, full, empty, ready, free, R, N_TILES, TRANSPOSED, True, 0)),
+            (_multiply, (table, a_ring, w_ring, half_tile, full, empty, ready, free, R, N_TILES, TRANSPOSED, True, 1)),
+            (_store_rows, (y_ptr, y_desc, table, half_tile, ready, free, N, N_TILES, GROUP_M, ROWS)),
+            (_load_rows, (a_desc, w_desc, table, a_ring, w_ring, full, empty, N, R, N_TILES, GROUP_M, TRANSPOSED)),
         ],
-        [4, 2, 2] if WIDE else [4, 4, 4],
-        [192, 128, 128] if WIDE else [160, 144, 48],  # the first multiplying warpgroup gets the rest: 184 or 160
+        [4, 2, 1],
+        [208, 96, 96],  # the first multiplying warpgroup gets the rest, 208
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["S"])
-def dswiglu_hopper_kernel(
-    dy_ptr, w_out_desc, h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, offsets_ptr, tile_expert_ptr,
-    tile_row_ptr, tile_count_ptr, S,
-    D: gl.constexpr, F: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr, GROUP_M: gl.constexpr, ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """Like grouped_gemm.dswiglu_kernel."""
-    N_TILES: gl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    dy_ring, w_ring, tile_parts, full, empty, ready, free = _shared_memory(
-        w_out_desc, [BLOCK_K, BLOCK_N], [BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES, 4
-    )
-    h_part = gl.allocate_shared_memory(w_out_desc.dtype, [2, BLOCK_M, WIDTH], tile_parts.layout)
-    gates = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    table = (offsets_ptr, tile_expert_ptr, tile_row_ptr, gl.load(tile_count_ptr))
-    gl.warp_specialize(
-        [
-            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, False, 0)),
-            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, False, 1)),
-            (_store_dh, (h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, h_part,
-                         gates, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
-            (_load, (dy_ptr, w_out_desc, row_slot_ptr, table, dy_ring, w_ring, full, empty, S,
-                     D, N_TILES, GROUP_M, TOP_K, False)),
-        ],
-        [4, 4, 4],
-        [160, 144, 48],  # the first multiplying warpgroup gets the rest, 160
-    )  # fmt: skip
-
-
-def _launch(kernel, tensors, D, F, dispatch, block_n, ring, group, activation, **more):
-    table = dispatch.row_slot_S, dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count
-    programs = min(dispatch.tile_expert.numel() * cdiv(F, block_n), multiprocessors(dispatch.offsets.device))
+def rows(a_SR, w, transposed, dispatch, out=None):
+    """The same bits as grouped_gemm.down (w (E, N, R), transposed) or grouped_gemm.dx (w (E, R, N)), where `fits`
+    allows it; dispatch has tiles of BLOCK_M rows. Returns (S, N)."""
+    S, R = a_SR.shape
+    N = w.shape[1] if transposed else w.shape[2]
+    y = a_SR.new_empty(S, N) if out is None else out
+    weights = Blocks(w.view(-1, w.shape[2]), [BLOCK_N, BLOCK_K] if transposed else [BLOCK_K, BLOCK_N])
+    table = dispatch.offsets, dispatch.tile_expert, dispatch.tile_row, dispatch.tile_count
+    programs = min(dispatch.tile_expert.numel() * cdiv(N, BLOCK_N), multiprocessors(a_SR.device))
     launch(
-        kernel, (programs,), (*tensors, *table), (dispatch.row_slot_S.numel(),),
-        D=D, F=F, TOP_K=dispatch.slot_row_TK.shape[1], ACTIVATION=ACTIVATIONS[activation].kernel, BLOCK_M=BLOCK_M,
-        BLOCK_N=block_n, BLOCK_K=ring[0], WIDTH=WIDTH, GROUP_M=group, ROWS=ROWS, STAGES=ring[1], **more,
+        rows_hopper_kernel, (programs,),
+        (Blocks(a_SR, [BLOCK_M, BLOCK_K]), weights, Blocks(y, [BLOCK_M // 2, WIDTH]), y, *table),
+        N=N, R=R, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, WIDTH=WIDTH,
+        GROUP_M=GROUP_M, ROWS=ROWS, STAGES=STAGES,
     )  # fmt: skip
-
-
-def up(x_TD, w_in_EGD, dispatch, activation="swiglu"):
-    """As grouped_gemm.up, where `fits_up` allows it; dispatch has tiles of BLOCK_M rows."""
-    (E, _, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
-    h, a = x_TD.new_empty(F // WIDTH, S, 2 * WIDTH), x_TD.new_empty(S, F)
-    wide = D < WIDE_BELOW
-    ring = WIDE_RING if wide else RING
-    weights = Blocks(w_in_EGD.view(2 * E, F, D), [2, BLOCK_N // 2, ring[0]])
-    tensors = x_TD, weights, h, a
-    _launch(up_hopper_kernel, tensors, D, F, dispatch, BLOCK_N // 2, ring, UP_GROUP, activation, WIDE=wide)
-    return h, a
-
-
-def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, activation="swiglu"):
-    """As grouped_gemm.dswiglu, where `fits_dswiglu` allows it; dispatch has tiles of BLOCK_M rows.
-
-    Raises ValueError when h does not lie in panels (F / WIDTH, S, 2 WIDTH)."""
-    S, (E, D, F) = dispatch.row_slot_S.numel(), w_out_EDF.shape
-    if h_PSW.shape != (F // WIDTH, S, 2 * WIDTH):
-        raise ValueError(f"h is {tuple(h_PSW.shape)}, expected {F // WIDTH, S, 2 * WIDTH}")
-    dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
-    dgates_parts = h_PSW.new_empty(cdiv(F, BLOCK_N), S, dtype=torch.float32)
-    weights = Blocks(w_out_EDF.view(E * D, F), [RING[0], BLOCK_N])
-    tensors = dy_TD, weights, h_PSW, gates_TK, dh, ga, dgates_parts
-    _launch(dswiglu_hopper_kernel, tensors, D, F, dispatch, BLOCK_N, RING, DSWIGLU_GROUP, activation)
-    return dh, ga, dgates_parts
+    return y

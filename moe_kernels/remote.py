@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_kernels import grouped_gemm as gemm
 from moe_kernels.dispatch import Dispatch, dispatch, empty_dispatch
-from moe_kernels.experts import _dense, beside, dswiglu, dw, up
+from moe_kernels.experts import _dense, beside, dswiglu, dw, rows, up
 from moe_kernels.language import tl, triton
 from moe_kernels.muon import pick
 from moe_kernels.ops import define
@@ -207,7 +207,7 @@ def compute(ranks, layer, w_in_EGD, w_out_EDF, activation):
     sorted_ = dispatch(ids, E, tiles["up"].BLOCK_M, sizes.n_rows)
     own.slot_row.copy_(sorted_.slot_row_TK)
     h, a = up(own.x[layer], _dense(w_in_EGD), sorted_, tiles["up"], activation)
-    gemm.down(a, _dense(w_out_EDF), sorted_, tiles["down"], out=own.rows)
+    rows(a, _dense(w_out_EDF), True, sorted_, tiles["down"], out=own.rows)
     return h, ids, gates, *sorted_
 
 
@@ -219,7 +219,7 @@ def compute_gradients(ranks, layer, w_in_EGD, w_out_EDF, h, ids, gates, sorted_,
     own.slot_row.copy_(sorted_.slot_row_TK)
     dh, ga, parts = dswiglu(own.dy, _dense(w_out_EDF), h, gates, sorted_, tiles["dswiglu"], activation)
     torch.sum(parts, 0, out=own.dgates)
-    gemm.dx(dh, _dense(w_in_EGD), sorted_, tiles["dx"], out=own.rows)
+    rows(dh, _dense(w_in_EGD), False, sorted_, tiles["dx"], out=own.rows)
 
     def weight_gradients():
         clear_after(ga, sorted_.offsets)

@@ -4,7 +4,7 @@ What is asynchronous on the GPU happens here at the worst moment that the barrie
 stores read their operands as late as the next wait for them, and the parts take turns at random. A buffer that is
 released too early, a wrong phase or a missing wait shows as a wrong result, or as `Deadlock`.
 
-Only the subset of Gluon that hopper.py and hopper_rows.py in moe_kernels use. Tensors are numpy arrays; layouts mean
+Only the subset of Gluon that hopper.py, hopper_rows.py and hopper_gated.py use. Tensors are numpy arrays; layouts mean
 nothing.
 """
 
@@ -36,6 +36,9 @@ class Int(int):
 
     def to(self, dtype):
         return self
+
+    def __add__(self, more):
+        return Int(int(self) + more) if isinstance(more, int) else NotImplemented
 
 
 class Pointer:

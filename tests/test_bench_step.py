@@ -5,7 +5,7 @@ import pytest
 from bench import generation, plot, step
 from bench.rows import append, read
 from model import ModelConfig
-from moe_kernels import dispatch, grouped_gemm, hopper, hopper_rows
+from moe_kernels import dispatch, grouped_gemm, hopper, hopper_gated, hopper_rows
 from tests.test_bench import ROW, cpu_only
 
 
@@ -38,7 +38,7 @@ def test_parts_of_a_step():
 
 
 def test_every_kernel_of_the_experts_has_a_family():
-    names = {name for module in (dispatch, grouped_gemm, hopper, hopper_rows) for name in vars(module)}
+    names = {name for module in (dispatch, grouped_gemm, hopper, hopper_gated, hopper_rows) for name in vars(module)}
     assert step.EXPERT_KERNELS == {name for name in names if name.endswith("_kernel")}
     for name in step.EXPERT_OPS:
         assert plot.part_of(f"experts: {name}") in ("expert GEMMs", "sort, sums, router")

@@ -13,8 +13,8 @@ from moe_kernels.tiles import Tile, gemm_tiles
 from tests.checks import BOUNDS, check, rms_ratio, to_rows
 
 hopper = pytest.importorskip("moe_kernels.hopper", reason="needs triton with Gluon")
+hopper_gated = pytest.importorskip("moe_kernels.hopper_gated", reason="needs triton with Gluon")
 hopper_rows = pytest.importorskip("moe_kernels.hopper_rows", reason="needs triton with Gluon")
-hopper_sorted = pytest.importorskip("moe_kernels.hopper_sorted", reason="needs triton with Gluon")
 ON_HOPPER = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
@@ -78,9 +78,9 @@ def test_rows_agree_with_float64_and_repeat(T, D, F, E, K, routing, dtype, activ
         t.to(dtype)
         for t in (x, dy, torch.randn(E, 2 * F, D, device="cuda") / D**0.5, torch.randn(E, D, F, device="cuda") / F**0.5)
     )
-    h, a = hopper_rows.up(x, w_in, sorted_, activation)
+    h, a = hopper_gated.up(x, w_in, sorted_, activation)
     assert torch.equal(h, gemm.up(x, w_in, sorted_, tiles["up"], activation)[0])
-    results = hopper_rows.dswiglu(dy, w_out, h, gates, sorted_, activation)
+    results = hopper_gated.dswiglu(dy, w_out, h, gates, sorted_, activation)
     offsets, row_slot, _ = reference.dispatch(experts, E)
     true_a = reference.up(x.double(), w_in.double(), row_slot, offsets, K, activation)[1]
     wide = dy.double(), w_out.double(), to_rows(h).double(), gates.double()
@@ -91,8 +91,8 @@ def test_rows_agree_with_float64_and_repeat(T, D, F, E, K, routing, dtype, activ
     check(results[2].double().sum(0), true_dgates, BOUNDS[dtype], "dgates")
     assert rms_ratio(results[0].flip(0), true_dh) > 0.02  # the check can fail
     for _ in range(2):  # a race would not show every time
-        assert torch.equal(hopper_rows.up(x, w_in, sorted_, activation)[1], a)
-        again = hopper_rows.dswiglu(dy, w_out, h, gates, sorted_, activation)
+        assert torch.equal(hopper_gated.up(x, w_in, sorted_, activation)[1], a)
+        again = hopper_gated.dswiglu(dy, w_out, h, gates, sorted_, activation)
         assert all(map(torch.equal, again, results))
 
 
@@ -113,11 +113,11 @@ def test_sorted_rows_have_the_same_bits_as_the_plain_kernel(T, N, R, E, K, routi
     sorted_ = dispatch(choose(T, E, K, routing), E, 128)
     a_SR = torch.randn(T * K, R, device="cuda", dtype=dtype)
     w = torch.randn(E, *((N, R) if transposed else (R, N)), device="cuda", dtype=dtype)
-    assert hopper_sorted.fits(TILE, N, R, dtype)
+    assert hopper_rows.fits(TILE, N, R, 256, dtype)
     expected = (gemm.down if transposed else gemm.dx)(a_SR, w, sorted_, TILE)
     for _ in range(3):  # a race would not show every time
-        assert torch.equal(hopper_sorted.rows(a_SR, w, transposed, sorted_), expected)
-    assert not torch.equal(hopper_sorted.rows(a_SR.flip(0), w, transposed, sorted_), expected)  # the check can fail
+        assert torch.equal(hopper_rows.rows(a_SR, w, transposed, sorted_), expected)
+    assert not torch.equal(hopper_rows.rows(a_SR.flip(0), w, transposed, sorted_), expected)  # the check can fail
 
 
 @ON_HOPPER
@@ -128,8 +128,8 @@ def test_rows_without_any_row(poison):
     x, w_in, w_out = (
         torch.randn(*n, device="cuda", dtype=torch.bfloat16) for n in ((512, D), (E, 2 * F, D), (E, D, F))
     )
-    h, a = hopper_rows.up(x, w_in, sorted_)
-    results = hopper_rows.dswiglu(x, w_out, h, torch.ones(512, 1, device="cuda"), sorted_)
+    h, a = hopper_gated.up(x, w_in, sorted_)
+    results = hopper_gated.dswiglu(x, w_out, h, torch.ones(512, 1, device="cuda"), sorted_)
     torch.cuda.synchronize()
     assert all(t.isnan().all() for t in (h, a, *results))
 
@@ -137,7 +137,7 @@ def test_rows_without_any_row(poison):
 def test_panels_of_another_tile_are_refused():
     x, w, h, gates = (torch.empty(*n) for n in ((4, 64), (1, 64, 64), (4, 4, 32), (4, 1)))
     with pytest.raises(ValueError, match=r"h is \(4, 4, 32\), expected \(2, 4, 64\)"):
-        hopper_rows.dswiglu(x, w, h, gates, SimpleNamespace(row_slot_S=torch.empty(4)))
+        hopper_gated.dswiglu(x, w, h, gates, SimpleNamespace(row_slot_S=torch.empty(4)))
 
 
 def test_where_rows_are_chosen(monkeypatch):
@@ -145,10 +145,10 @@ def test_where_rows_are_chosen(monkeypatch):
     monkeypatch.setattr(hopper, "capability", lambda: 90)
 
     def up(D, F=256, rows=512, dtype=torch.bfloat16, tile=TILE):
-        return hopper_rows.fits_up(tile, D, F, rows, dtype)
+        return hopper_gated.fits_up(tile, D, F, rows, dtype)
 
     def dswiglu(D, F=256, dtype=torch.bfloat16, tile=TILE):
-        return hopper_rows.fits_dswiglu(tile, D, F, dtype)
+        return hopper_gated.fits_dswiglu(tile, D, F, dtype)
 
     for fits in (up, dswiglu):
         assert fits(512) and fits(1536, 2880) and fits(4096) and not fits(1024, dtype=torch.float32)

@@ -10,7 +10,7 @@ hopper = pytest.importorskip("moe_kernels.hopper", reason="needs triton with Glu
 
 from tests.gluon_emulator import Barrier, Buffer, Deadlock, Descriptor, Kernel, Pointer  # noqa: E402  after the skip
 
-NAMES = ("_advance", "_previous", "_dw_tile", "_dw_load", "_dw_multiply")
+NAMES = ("_advance", "_previous", "_dw_tile", "_dw_load", "_dw_multiply", "_dw_store")
 BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, STAGES, TOP_K = 4, 8, 2, 4, 3, 2
 
 
@@ -33,19 +33,28 @@ def emulate(counts, M, N, transposed, seed, programs=2, changes=()):
     for program in range(programs):
         a_ring = Buffer(np.full((STAGES, BLOCK_K, BLOCK_M), np.nan))
         b_ring = Buffer(np.full((STAGES, BLOCK_K, BLOCK_N), np.nan))
-        block = [1, WIDTH, BLOCK_M] if transposed else [1, BLOCK_M, WIDTH]
-        out_ring = Buffer(np.full((2, *block), np.nan))
-        full, empty = (Barriers(Barrier(count) for _ in range(STAGES)) for count in (129, 1))
+        block = [1, WIDTH, BLOCK_M // 2] if transposed else [1, BLOCK_M // 2, WIDTH]
+        half_tile = Buffer(np.full((BLOCK_N // WIDTH, *block), np.nan))
+        full, empty = (Barriers(Barrier(count) for _ in range(STAGES)) for count in (129, 2))
+        ready, free = (Barriers(Barrier(1) for _ in range(2)) for _ in range(2))
         kernel = Kernel(hopper, NAMES, seed, program, programs, changes)
+        tiles = Pointer(by_size.ravel())
         load = partial(
             kernel.functions._dw_load, Pointer(a.ravel()), Descriptor(b, [BLOCK_K, BLOCK_N]), Pointer(slots),
-            Pointer(by_size.ravel()), a_ring, b_ring, full, empty, E, M, m_tiles, n_tiles, TOP_K,
+            tiles, a_ring, b_ring, full, empty, E, M, m_tiles, n_tiles, TOP_K,
         )  # fmt: skip
-        multiply = partial(
-            kernel.functions._dw_multiply, Descriptor(out, block), Pointer(by_size.ravel()), a_ring, b_ring, out_ring,
-            full, empty, E, m_tiles, n_tiles, transposed,
+        multiply = [
+            partial(
+                kernel.functions._dw_multiply, tiles, a_ring, b_ring, half_tile, full, empty, ready, free, E, m_tiles,
+                n_tiles, transposed, half,
+            )
+            for half in (0, 1)
+        ]  # fmt: skip
+        store = partial(
+            kernel.functions._dw_store, Descriptor(out, block), tiles, half_tile, ready, free, E, BLOCK_M, BLOCK_N,
+            m_tiles, n_tiles, transposed,
         )  # fmt: skip
-        kernel.machine.run([multiply, load])
+        kernel.machine.run([*multiply, store, load])
     expected = np.stack([a[slots[i:j] // TOP_K].T @ b[i:j] for i, j in zip(offsets, offsets[1:], strict=False)])
     return out, expected.transpose(0, 2, 1) if transposed else expected
 
@@ -62,7 +71,10 @@ def test_buffers_are_handed_over_in_order(seed, transposed):
     "old, new",
     [
         ("_previous(stage, STAGES)), count=1, pred=row > start", "stage), count=1, pred=row > start - 1"),  # too early
-        ("tma.store_wait(1)", "tma.store_wait(2)"),  # a buffer is overwritten while it is stored
+        ("tma.store_wait(0)", "pass"),  # the buffer is given back before it was read
+        ("mbarrier.wait(free.index(1 - HALF), free_phase)", "pass"),  # a half is overwritten while it is stored
+        ("mbarrier.wait(ready.index(half), phase)", "pass"),  # a half is stored before it is there
+        ("fence_async_shared()  # TMA", "pass  # TMA"),
         ("warpgroup_mma_wait(0,", "warpgroup_mma_wait(1,"),  # a tile is stored without its last product
         ("phase = gl.to_tensor(1)", "phase = gl.to_tensor(0)"),  # the loader waits for buffers that nobody holds
         ("fence_async_shared()  # cp", "pass  # cp"),
@@ -70,7 +82,7 @@ def test_buffers_are_handed_over_in_order(seed, transposed):
 )
 def test_broken_protocols_are_found(old, new):
     found = 0
-    for seed in range(10):
+    for seed in range(30):
         try:
             out, expected = emulate([5, 0, 9], M=8, N=16, transposed=False, seed=seed, changes=[(old, new)])
             found += not np.array_equal(out, expected)
