@@ -1,13 +1,21 @@
-"""Weight gradients for Hopper GPUs (sm_90) in Gluon, Triton's lower-level language: one warpgroup loads, two multiply.
+"""What the kernels for Hopper GPUs (sm_90) share, and the gradients of the weights, in Gluon, Triton's lower-level
+language.
 
-In the plain kernel (grouped_gemm.dw_kernel) the tensor cores wait while a tile is stored and the first loads of the
-next one arrive. Here a program computes many tiles. Its loading warps run ahead of the multiplying warps by up to the
-STAGES buffers of a ring in shared memory, so that the next tile is loaded while the last one is stored.
+In the plain kernels of grouped_gemm.py the tensor cores wait while a tile is stored and the first loads of the next one
+arrive. Here a program computes many tiles, and its warps share the work. Some warps load. They run ahead of the
+multiplying warps by up to the STAGES buffers of a ring in shared memory. Two warpgroups multiply, each one half of the
+rows of every tile. Other warps store.
+
+In dW, `down` and `dx` the two warpgroups take turns in handing their halves over to the storing warps, through one
+buffer in shared memory. So the second warpgroup falls half a tile behind the first one, and one of them multiplies
+while the other one hands over. hopper_gated.py has another way, for epilogues that compute.
 
 A buffer of the ring belongs to the loader until the buffer's `full` barrier completes, then to the multipliers until
-they arrive at its `empty` barrier. `phase` is the parity that a wait expects; it flips when the ring wraps around.
+both arrive at its `empty` barrier. The buffer of the halves belongs to a warpgroup until the half's `ready` barrier
+completes, then to the storing warps until they arrive at the half's `free` barrier, then to the other warpgroup. A wait
+expects a parity, `phase`, which flips when the ring wraps around, or with every tile.
 
-Shape letters as in grouped_gemm.py. Products are added in the plain kernel's order, so the results are the same bits.
+Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so the results are the same bits.
 """
 
 import functools
@@ -34,17 +42,28 @@ tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 BLOCK_M, BLOCK_N = 128, 256  # the largest accumulator that two warpgroups hold
-BLOCK_K, STAGES = 64, 4  # the ring has 192 KB
-PARTS = 4  # column parts of a tile: TMA swizzles rows of up to 128 bytes
-# Below FEW_ROWS rows per expert the time is that of writing dW: shorter steps waste less.
-FEW_ROWS, FEW_BLOCK_K, FEW_STAGES = 256, 32, 8
-LOADER_REGISTERS = 120  # per loading thread; the multiplying threads get the rest
+WIDTH = 64  # columns of a part of a tile: TMA swizzles rows of up to 128 bytes
+BLOCK_K, STAGES = 64, 4  # the ring has 192 KB, the buffer of the halves 32 KB
+FEW_ROWS, FEW_BLOCK_K, FEW_STAGES = 256, 32, 8  # below so many rows per expert dW has shorter steps, which waste less
 
 
 def fits(M, N, dtype):
     """Whether to use `dw` for gradients (E, M, N)."""
     large = M >= BLOCK_M and N >= BLOCK_N and dtype in (torch.bfloat16, torch.float16)
     return large and capability() == 90 and not INTERPRETED
+
+
+class Blocks(Unchecked, TensorDescriptor):
+    """A descriptor for TMA of blocks of a contiguous tensor, bfloat16 or float16, for kernels in Gluon."""
+
+    def __init__(self, tensor, block_shape):
+        super().__init__(tensor, tensor.shape, block_shape)
+        self.layout = _layout(tensor.dtype, *block_shape)
+
+
+@functools.cache
+def _layout(dtype, *block_shape):
+    return gl.NVMMASharedLayout.get_default_for(block_shape, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
 
 
 @gluon.jit
@@ -60,113 +79,38 @@ def _previous(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _dw_tile(tile, by_size_ptr, E, M_TILES: gl.constexpr, N_TILES: gl.constexpr):
-    """(expert, its first row, one past its last row, row tile, column tile). Experts with many rows come first."""
-    rank_ptr = by_size_ptr + tile // (M_TILES * N_TILES)
-    place = tile % (M_TILES * N_TILES)
-    return gl.load(rank_ptr), gl.load(rank_ptr + E), gl.load(rank_ptr + 2 * E), place % M_TILES, place // M_TILES
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
 
 
 @gluon.jit
-def _dw_load(
-    a_ptr, b_desc, row_slot_ptr, by_size_ptr, a_ring, b_ring, full, empty, E,
-    M: gl.constexpr, M_TILES: gl.constexpr, N_TILES: gl.constexpr, TOP_K: gl.constexpr,
+def _products(
+    acc, a_ring, b_ring, full, empty, stage, phase, length,
+    A_TRANSPOSED: gl.constexpr, B_TRANSPOSED: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
+    """(acc plus the half's products over `length`, the ring's next stage, its phase). Gives the buffers back. A buffer
+    has (M, K) of `a`, or (K, M) if A_TRANSPOSED, and (K, N) of `b`, or (N, K) if B_TRANSPOSED."""
     STAGES: gl.constexpr = a_ring.shape[0]
-    BLOCK_K: gl.constexpr = a_ring.shape[1]
-    BLOCK_M: gl.constexpr = a_ring.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
-    offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(1, layout))
-    offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
-    stage = gl.to_tensor(0)
-    phase = gl.to_tensor(1)  # the ring starts empty
-    for tile in range(gl.program_id(0), E * (M_TILES * N_TILES), gl.num_programs(0)):
-        _, start, end, pid_m, pid_n = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
-        columns = pid_m * BLOCK_M + offs_m
-        a_ptrs = a_ptr + columns[None, :]
-        # Token ids are loaded one step ahead, so that the gather does not wait for them.
-        tokens = gl.load(row_slot_ptr + start + offs_k, mask=start + offs_k < end, other=0) // TOP_K
-        for row in range(start, end, BLOCK_K):
-            mask = (row + offs_k < end)[:, None]
-            if M % BLOCK_M != 0:
-                mask = mask & (columns < M)[None, :]
-            following = row + BLOCK_K + offs_k
-            next_tokens = gl.load(row_slot_ptr + following, mask=following < end, other=0) // TOP_K
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), b_desc.block_type.nbytes)
-            tma_load(b_desc, [row, pid_n * b_ring.shape[2]], full.index(stage), b_ring.index(stage))
-            cp_async(a_ring.index(stage), a_ptrs + tokens.to(gl.int64)[:, None] * M, mask=mask)
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-            tokens = next_tokens
-            stage, phase = _advance(stage, phase, STAGES)
-
-
-@gluon.jit
-def _dw_multiply(
-    by_size_ptr, a_ring, b_ring, half_tile, full, empty, ready, free, E,
-    M_TILES: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr, HALF: gl.constexpr,
-):  # fmt: skip
-    """The warpgroup of one half of every tile's rows. The second warpgroup waits until the first one's half is stored,
-    and so falls half a tile behind."""
-    STAGES: gl.constexpr = a_ring.shape[0]
-    BLOCK_K: gl.constexpr = a_ring.shape[1]
-    HALF_M: gl.constexpr = a_ring.shape[2] // 2
-    BLOCK_N: gl.constexpr = b_ring.shape[2]
-    PARTS: gl.constexpr = half_tile.shape[0]
-    WIDTH: gl.constexpr = BLOCK_N // PARTS
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
-    stage = gl.to_tensor(0)
-    phase = gl.to_tensor(0)
-    free_phase = gl.to_tensor(1 - HALF)  # before the first tile the second half counts as stored
-    for tile in range(gl.program_id(0), E * (M_TILES * N_TILES), gl.num_programs(0)):
-        _, start, end, _, _ = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
-        acc = gl.zeros([HALF_M, BLOCK_N], gl.float32, mma)
-        for row in range(start, end, BLOCK_K):
-            mbarrier.wait(full.index(stage), phase)
-            fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads through the asynchronous one
-            a = a_ring.index(stage).permute((1, 0)).slice(HALF * HALF_M, HALF_M)
-            acc = warpgroup_mma(a, b_ring.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])  # the previous product is done: release its buffers
-            mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=row > start)
-            stage, phase = _advance(stage, phase, STAGES)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=end > start)
-        parts = _split_columns(acc, PARTS)
-        mbarrier.wait(free.index(1 - HALF), free_phase)
-        for i in gl.static_range(PARTS):
-            if TRANSPOSED:
-                half_tile.index(i).reshape([WIDTH, HALF_M]).permute((1, 0)).store(parts[i].to(half_tile.dtype))
-            else:
-                half_tile.index(i).reshape([HALF_M, WIDTH]).store(parts[i].to(half_tile.dtype))
-        fence_async_shared()  # TMA reads it
-        mbarrier.arrive(ready.index(HALF), count=1)
-        free_phase ^= 1
-
-
-@gluon.jit
-def _dw_store(
-    dw_desc, by_size_ptr, half_tile, ready, free, E,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, M_TILES: gl.constexpr, N_TILES: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
-):  # fmt: skip
-    PARTS: gl.constexpr = half_tile.shape[0]
-    WIDTH: gl.constexpr = BLOCK_N // PARTS
-    phase = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), E * (M_TILES * N_TILES), gl.num_programs(0)):
-        expert, _, _, pid_m, pid_n = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
-        for half in gl.static_range(2):
-            mbarrier.wait(ready.index(half), phase)
-            row = pid_m * BLOCK_M + half * (BLOCK_M // 2)
-            for i in gl.static_range(PARTS):
-                column = pid_n * BLOCK_N + i * WIDTH
-                # The descriptor's dimension for experts cuts off what lies outside of this expert.
-                if TRANSPOSED:
-                    tma_store(dw_desc, [expert, column, row], half_tile.index(i))
-                else:
-                    tma_store(dw_desc, [expert, row, column], half_tile.index(i))
-            tma.store_wait(0)  # the parts have been read
-            mbarrier.arrive(free.index(half), count=1)
-        phase ^= 1
+    BLOCK_K: gl.constexpr = a_ring.shape[1] if A_TRANSPOSED else a_ring.shape[2]
+    HALF_M: gl.constexpr = acc.shape[0]
+    for k in range(0, length, BLOCK_K):
+        mbarrier.wait(full.index(stage), phase)
+        fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads through the asynchronous one
+        a, b = a_ring.index(stage), b_ring.index(stage)
+        if A_TRANSPOSED:
+            a = a.permute((1, 0))
+        if B_TRANSPOSED:
+            b = b.reshape([acc.shape[1], BLOCK_K]).permute((1, 0))
+        acc = warpgroup_mma(a.slice(HALF * HALF_M, HALF_M), b, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])  # the previous product is done: release its buffers
+        mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=k > 0)
+        stage, phase = _advance(stage, phase, STAGES)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1, pred=length > 0)
+    return acc, stage, phase
 
 
 @gluon.jit
@@ -182,31 +126,139 @@ def _split_columns(x, PARTS: gl.constexpr):
     return pieces
 
 
+@gluon.jit
+def _hand_over(acc, half_tile, ready, free, free_phase, TRANSPOSED: gl.constexpr, HALF: gl.constexpr):
+    """Gives a half to the storing warps, in PARTS of its columns, when they have stored the other warpgroup's."""
+    PARTS: gl.constexpr = half_tile.shape[0]
+    HALF_M: gl.constexpr = acc.shape[0]
+    WIDTH: gl.constexpr = acc.shape[1] // PARTS
+    parts = _split_columns(acc, PARTS)
+    mbarrier.wait(free.index(1 - HALF), free_phase)
+    for i in gl.static_range(PARTS):
+        value = parts[i].to(half_tile.dtype)
+        if TRANSPOSED:
+            half_tile.index(i).reshape([WIDTH, HALF_M]).permute((1, 0)).store(value)
+        else:
+            half_tile.index(i).reshape([HALF_M, WIDTH]).store(value)
+    fence_async_shared()  # TMA reads it
+    mbarrier.arrive(ready.index(HALF), count=1)
+
+
+@gluon.jit
+def _dw_tile(tile, by_size_ptr, E, M_TILES: gl.constexpr, N_TILES: gl.constexpr):
+    """(expert, its first row, one past its last row, row tile, column tile). Experts with many rows come first."""
+    rank_ptr = by_size_ptr + tile // (M_TILES * N_TILES)
+    place = tile % (M_TILES * N_TILES)
+    return gl.load(rank_ptr), gl.load(rank_ptr + E), gl.load(rank_ptr + 2 * E), place % M_TILES, place // M_TILES
+
+
+@gluon.jit
+def _dw_load(
+    a_ptr, b_desc, row_slot_ptr, by_size_ptr, a_ring, b_ring, ids, full, empty, E,
+    M: gl.constexpr, M_TILES: gl.constexpr, N_TILES: gl.constexpr, TOP_K: gl.constexpr,
+):  # fmt: skip
+    """cp.async gathers a, TMA loads b. Token ids are loaded for several steps at once, ahead of them, and wait in
+    shared memory: a step that waited for the next step's ids would take longer than its product."""
+    STAGES: gl.constexpr = a_ring.shape[0]
+    BLOCK_K: gl.constexpr = a_ring.shape[1]
+    BLOCK_M: gl.constexpr = a_ring.shape[2]
+    BATCH: gl.constexpr = ids.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(1, layout))
+    offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
+    offs = gl.arange(0, BATCH, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    last = E * (M_TILES * N_TILES) - 1
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(1)  # the ring starts empty
+    _, start, end, pid_m, pid_n = _dw_tile(gl.program_id(0), by_size_ptr, E, M_TILES, N_TILES)
+    slots = gl.load(row_slot_ptr + start + offs, mask=start + offs < end, other=0)
+    for tile in range(gl.program_id(0), last + 1, gl.num_programs(0)):
+        following = gl.minimum(tile + gl.num_programs(0), last)
+        _, next_start, next_end, next_m, next_n = _dw_tile(following, by_size_ptr, E, M_TILES, N_TILES)
+        next_slots = gl.load(row_slot_ptr + next_start + offs, mask=next_start + offs < next_end, other=0)
+        columns = pid_m * BLOCK_M + offs_m
+        a_ptrs = a_ptr + columns[None, :]
+        for first in range(start, end, BATCH):
+            ids.store(slots // TOP_K)
+            ahead = first + BATCH + offs
+            slots = gl.load(row_slot_ptr + ahead, mask=ahead < end, other=0)
+            for step in gl.static_range(BATCH // BLOCK_K):
+                row = first + step * BLOCK_K
+                if row < end:
+                    tokens = ids.slice(step * BLOCK_K, BLOCK_K).load(gl.SliceLayout(1, layout))
+                    mask = (row + offs_k < end)[:, None]
+                    if M % BLOCK_M != 0:
+                        mask = mask & (columns < M)[None, :]
+                    mbarrier.wait(empty.index(stage), phase)
+                    mbarrier.expect(full.index(stage), b_desc.block_type.nbytes)
+                    tma_load(b_desc, [row, pid_n * b_ring.shape[2]], full.index(stage), b_ring.index(stage))
+                    cp_async(a_ring.index(stage), a_ptrs + tokens.to(gl.int64)[:, None] * M, mask=mask)
+                    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+                    stage, phase = _advance(stage, phase, STAGES)
+        start, end, pid_m, pid_n, slots = next_start, next_end, next_m, next_n, next_slots
+
+
+@gluon.jit
+def _dw_multiply(
+    by_size_ptr, a_ring, b_ring, half_tile, full, empty, ready, free, E,
+    M_TILES: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    HALF_M: gl.constexpr = a_ring.shape[2] // 2
+    BLOCK_N: gl.constexpr = b_ring.shape[2]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    free_phase = gl.to_tensor(1 - HALF)  # before the first tile the second half counts as stored
+    for tile in range(gl.program_id(0), E * (M_TILES * N_TILES), gl.num_programs(0)):
+        _, start, end, _, _ = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
+        acc = gl.zeros([HALF_M, BLOCK_N], gl.float32, mma)
+        acc, stage, phase = _products(acc, a_ring, b_ring, full, empty, stage, phase, end - start, True, False, HALF)
+        _hand_over(acc, half_tile, ready, free, free_phase, TRANSPOSED, HALF)
+        free_phase ^= 1
+
+
+@gluon.jit
+def _dw_store(
+    dw_desc, by_size_ptr, half_tile, ready, free, E,
+    BLOCK_M: gl.constexpr, WIDTH: gl.constexpr, M_TILES: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr,
+):  # fmt: skip
+    PARTS: gl.constexpr = half_tile.shape[0]
+    phase = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), E * (M_TILES * N_TILES), gl.num_programs(0)):
+        expert, _, _, pid_m, pid_n = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
+        for half in gl.static_range(2):
+            row = pid_m * BLOCK_M + half * (BLOCK_M // 2)
+            mbarrier.wait(ready.index(half), phase)
+            for part in gl.static_range(PARTS):
+                column = (pid_n * PARTS + part) * WIDTH
+                # The descriptor's dimension for experts cuts off what lies outside of this expert.
+                if TRANSPOSED:
+                    tma_store(dw_desc, [expert, column, row], half_tile.index(part))
+                else:
+                    tma_store(dw_desc, [expert, row, column], half_tile.index(part))
+            tma.store_wait(0)  # the parts have been read
+            mbarrier.arrive(free.index(half), count=1)
+        phase ^= 1
+
+
 @gluon.jit(do_not_specialize=["E"])
 def dw_hopper_kernel(
     a_ptr, b_desc, dw_desc, row_slot_ptr, by_size_ptr, E,
-    M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    PARTS: gl.constexpr, LOADING_WARPS: gl.constexpr, REGISTERS: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Like grouped_gemm.dw_kernel. cp.async gathers a, TMA loads b and stores dw."""
+    """Like grouped_gemm.dw_kernel."""
     M_TILES: gl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     dtype: gl.constexpr = b_desc.dtype
     a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_M], dtype)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_M], a_layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], b_desc.layout)
-    half_tile = gl.allocate_shared_memory(dtype, [PARTS] + dw_desc.block_type.shape, dw_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=32 * LOADING_WARPS + 1)
-        mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=1)
+    half_tile = gl.allocate_shared_memory(dtype, [BLOCK_N // WIDTH] + dw_desc.block_type.shape, dw_desc.layout)
+    ids = gl.allocate_shared_memory(gl.int32, [4 * BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = _barriers(STAGES, 65)  # 64 threads gather rows, and one of them announces the bytes of TMA
+    empty = _barriers(STAGES, 2)
+    ready, free = _barriers(2, 1), _barriers(2, 1)
     gl.warp_specialize(
         [
             (_dw_multiply, (by_size_ptr, a_ring, b_ring, half_tile, full, empty, ready, free, E,
@@ -214,12 +266,12 @@ def dw_hopper_kernel(
             (_dw_multiply, (by_size_ptr, a_ring, b_ring, half_tile, full, empty, ready, free, E,
                             M_TILES, N_TILES, TRANSPOSED, 1)),
             (_dw_store, (dw_desc, by_size_ptr, half_tile, ready, free, E,
-                         BLOCK_M, BLOCK_N, M_TILES, N_TILES, TRANSPOSED)),
-            (_dw_load, (a_ptr, b_desc, row_slot_ptr, by_size_ptr, a_ring, b_ring, full, empty, E,
+                         BLOCK_M, WIDTH, M_TILES, N_TILES, TRANSPOSED)),
+            (_dw_load, (a_ptr, b_desc, row_slot_ptr, by_size_ptr, a_ring, b_ring, ids, full, empty, E,
                         M, M_TILES, N_TILES, TOP_K)),
         ],
-        [4, 1, LOADING_WARPS],
-        [208, 48, REGISTERS],
+        [4, 1, 2],  # warps; the first multiplying warpgroup is the kernel's own
+        [208, 48, 120],  # registers of a thread; the first multiplying warpgroup gets the rest
     )  # fmt: skip
 
 
@@ -230,28 +282,14 @@ def dw(a_TM, b_SN, transposed, dispatch):
     in their dtype, or (E, N, M) when `transposed`."""
     E, K = dispatch.offsets.numel() - 1, dispatch.slot_row_TK.shape[1]
     M, N = a_TM.shape[1], b_SN.shape[1]
-    few = b_SN.shape[0] // E < FEW_ROWS
-    block_k, stages = (FEW_BLOCK_K, FEW_STAGES) if few else (BLOCK_K, STAGES)
+    block_k, stages = (FEW_BLOCK_K, FEW_STAGES) if b_SN.shape[0] // E < FEW_ROWS else (BLOCK_K, STAGES)
     out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
-    block = [1, BLOCK_N // PARTS, BLOCK_M // 2] if transposed else [1, BLOCK_M // 2, BLOCK_N // PARTS]
+    block = [1, WIDTH, BLOCK_M // 2] if transposed else [1, BLOCK_M // 2, WIDTH]
     tiles = E * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
     tensors = a_TM, Blocks(b_SN, [block_k, BLOCK_N]), Blocks(out, block), dispatch.row_slot_S, dispatch.by_size
     launch(
         dw_hopper_kernel, (min(tiles, multiprocessors(a_TM.device)),), tensors, (E,),
-        M=M, N=N, TOP_K=K, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, STAGES=stages,
-        PARTS=PARTS, LOADING_WARPS=2, REGISTERS=LOADER_REGISTERS,
+        M=M, N=N, TOP_K=K, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, WIDTH=WIDTH,
+        STAGES=stages,
     )  # fmt: skip
     return out
-
-
-class Blocks(Unchecked, TensorDescriptor):
-    """A descriptor for TMA of blocks of a contiguous tensor, bfloat16 or float16, for kernels in Gluon."""
-
-    def __init__(self, tensor, block_shape):
-        super().__init__(tensor, tensor.shape, block_shape)
-        self.layout = _layout(tensor.dtype, *block_shape)
-
-
-@functools.cache
-def _layout(dtype, *block_shape):
-    return gl.NVMMASharedLayout.get_default_for(block_shape, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)

@@ -1,8 +1,14 @@
-"""The GEMMs with the activation in their epilogues, `up` and `dswiglu`, for Hopper GPUs (sm_90) in Gluon.
+"""The GEMMs with long epilogues, `up` and `dswiglu`, for Hopper GPUs (sm_90) in Gluon: some warps load, two warpgroups
+multiply, other warps compute the epilogue and store.
 
-Their warps share the work as in hopper_rows.py. The storing warps do the epilogue of half a tile, from 16-bit numbers,
-while the next products are computed. In the plain kernels of grouped_gemm.py nothing is multiplied during an epilogue,
-so at D = 1024 the tensor cores work for 37 to 67 % of the time (docs/runs/counters-h200.csv).
+In the plain kernels of grouped_gemm.py nothing is multiplied during an epilogue, so at D = 1024 the tensor cores work
+for 37 to 67 % of the time (docs/runs/counters-h200.csv). Here both multiplying warpgroups hand a whole tile over in
+shared memory, in 16-bit numbers, and the storing warps do its epilogue while the next tile is multiplied. The ring of
+buffers is that of hopper.py. Its halves in turn are slower here: an epilogue that computes takes longer for two halves
+than for a tile (docs/LOG.md, "Halves in turn").
+
+The tile that is handed over belongs to the multiplying warps until its `ready` barrier completes, then to the storing
+warps until they arrive at its `free` barrier.
 
 Clocks around the waits showed what limited them (docs/LOG.md, "Clocks around the waits"): the multiplying warps waited
 for loads, of which a ring of three large buffers has too few under way, and dSwiGLU's storing warps waited for h.
@@ -19,16 +25,27 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moe_kernels import hopper
 from moe_kernels.activation import ACTIVATIONS
-from moe_kernels.hopper import BLOCK_M, BLOCK_N, Blocks, _advance, cp_async, tma_load
-from moe_kernels.hopper_rows import ROWS, _count_halves, _half_tile, _multiply, _row_tile, _shared_memory
+from moe_kernels.hopper import (
+    BLOCK_M,
+    BLOCK_N,
+    Blocks,
+    _advance,
+    _barriers,
+    _products,
+    _split_columns,
+    cp_async,
+    tma_load,
+)
+from moe_kernels.hopper_rows import _row_tile
 from moe_kernels.language import launch
 from moe_kernels.tiles import cdiv, multiprocessors
 
 WIDTH = 32  # gate columns of a panel of h
-# (BLOCK_K, STAGES) of the ring of buffers; dSwiGLU needs memory for h, too. `up` with short reductions takes products
-# of 256 columns, which read less shared memory. They need more registers, so that only two warps store and two load.
-# Two warps load four large buffers faster than eight small ones.
-UP_RING, WIDE_RING, DSWIGLU_RING = (32, 8), (64, 4), (32, 7)
+ROWS = 32  # of an epilogue's step: a thread of four storing warps has 8 values of each of its operands
+# (BLOCK_K, STAGES) of the ring of buffers, 144 KB; the tile that is handed over takes 64 KB. `up` with short reductions
+# takes products of 256 columns, which read less shared memory. They need more registers, so that only two warps store
+# and two load. Two warps load three large buffers faster than six small ones.
+RING, WIDE_RING = (32, 6), (64, 3)
 WIDE_BELOW = 1536  # from this D on the wide products are slower
 MANY_ROWS = 256  # per expert, from which on `up` is faster than the plain kernel for any D
 UP_GROUP, DSWIGLU_GROUP = 16, 8  # row tiles that advance through the columns together
@@ -85,88 +102,117 @@ def _load(
 
 
 @gluon.jit
+def _multiply(
+    table, x_ring, w_ring, tile_parts, full, empty, ready, free,
+    D: gl.constexpr, N_TILES: gl.constexpr, UP: gl.constexpr, WIDE: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """One of two warpgroups, each with half of the rows of every tile. They meet only in the ring and in tile_parts."""
+    ROWS: gl.constexpr = x_ring.shape[1] // 2
+    PARTS: gl.constexpr = tile_parts.shape[0]
+    COLUMNS: gl.constexpr = PARTS * tile_parts.shape[2]
+    # ptxas refuses a product of 256 columns where there are 512 threads, which leaves 128 registers each.
+    PRODUCT: gl.constexpr = COLUMNS if WIDE else COLUMNS // 2
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, PRODUCT, 16])
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    free_phase = gl.to_tensor(1)  # tile_parts start free
+    for _ in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
+        acc = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
+        acc, stage, phase = _products(acc, x_ring, w_ring, full, empty, stage, phase, D, False, UP, HALF)
+        parts = _split_columns(acc, PARTS)
+        mbarrier.wait(free.index(0), free_phase)
+        for i in gl.static_range(PARTS):
+            tile_parts.index(i).slice(HALF * ROWS, ROWS).store(parts[i].to(tile_parts.dtype))
+        mbarrier.arrive(ready.index(0), count=1)
+        free_phase ^= 1
+
+
+@gluon.jit
 def _store_up(
-    h_ptr, a_ptr, table, half_tile, ready, free, S,
+    h_ptr, a_ptr, table, tile_parts, ready, free, S,
     F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of grouped_gemm.up_kernel. half_tile has the gate columns of every part, then their up columns."""
-    PARTS: gl.constexpr = half_tile.shape[0] // 2
-    HALF_M: gl.constexpr = half_tile.shape[1]
-    WIDTH: gl.constexpr = half_tile.shape[2]
+    """The epilogue of grouped_gemm.up_kernel. tile_parts are the gate columns of every part, then their up columns."""
+    PARTS: gl.constexpr = tile_parts.shape[0] // 2
+    WIDTH: gl.constexpr = tile_parts.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
     offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     offs_n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     panel = S.to(gl.int64) * (2 * WIDTH)
-    for i in range(_count_halves(table, N_TILES)):
-        row, n_rows, pid_n = _half_tile(i, table, N_TILES, GROUP_M, HALF_M)
+    phase = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
+        _, row, n_rows, pid_n = _row_tile(tile, table, N_TILES, GROUP_M)
         h_ptrs = h_ptr + pid_n * PARTS * panel + row.to(gl.int64) * (2 * WIDTH)
         h_ptrs = h_ptrs + (offs_m[:, None] * (2 * WIDTH) + offs_n[None, :])
         a_ptrs = a_ptr + row.to(gl.int64) * F + pid_n * (PARTS * WIDTH) + (offs_m[:, None] * F + offs_n[None, :])
-        mbarrier.wait(ready.index(i % 2), i // 2 % 2)
-        for step in gl.static_range(HALF_M // ROWS):
+        mbarrier.wait(ready.index(0), phase)
+        for step in gl.static_range(tile_parts.shape[1] // ROWS):
             for part in gl.static_range(PARTS):
                 mask = (offs_m < n_rows - step * ROWS)[:, None] & (part * WIDTH < F - pid_n * (PARTS * WIDTH))
-                gate = half_tile.index(part).slice(step * ROWS, ROWS).load(layout)
-                up = half_tile.index(PARTS + part).slice(step * ROWS, ROWS).load(layout)
+                gate = tile_parts.index(part).slice(step * ROWS, ROWS).load(layout)
+                up = tile_parts.index(PARTS + part).slice(step * ROWS, ROWS).load(layout)
                 gl.store(h_ptrs + (part * panel + step * (ROWS * 2 * WIDTH)), gate, mask=mask)
                 gl.store(h_ptrs + (part * panel + step * (ROWS * 2 * WIDTH) + WIDTH), up, mask=mask)
                 value, _slope = ACTIVATION(gate.to(gl.float32))
-                a = (value * up.to(gl.float32)).to(half_tile.dtype)
+                a = (value * up.to(gl.float32)).to(tile_parts.dtype)
                 gl.store(a_ptrs + (step * ROWS * F + part * WIDTH), a, mask=mask)
-        mbarrier.arrive(free.index(i % 2), count=1)
+        mbarrier.arrive(free.index(0), count=1)
+        phase ^= 1
 
 
 @gluon.jit
-def _copy_part(h_ptr, h_part, offs_h, rows_inside, inside):
+def _copy_part(h_ptrs, h_part, offs_m, n_rows, inside, WIDTH: gl.constexpr, ROWS: gl.constexpr):
     """Starts to copy the gate columns and the up columns of a part to h_part."""
-    mask = rows_inside & inside
-    for half in gl.static_range(2):
-        cp_async(h_part.index(half), h_ptr + (offs_h + half * h_part.shape[2]), mask=mask)
+    for step in gl.static_range(h_part.shape[1] // ROWS):
+        mask = (offs_m < n_rows - step * ROWS)[:, None] & inside
+        for half in gl.static_range(2):
+            pointers = h_ptrs + (step * (ROWS * 2 * WIDTH) + half * WIDTH)
+            cp_async(h_part.index(half).slice(step * ROWS, ROWS), pointers, mask=mask)
     async_copy.commit_group()
 
 
 @gluon.jit
 def _store_dh(
-    h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, half_tile, h_part, gates, ready, free, S,
+    h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, h_part, gates, ready, free, S,
     F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of grouped_gemm.dswiglu_kernel. half_tile is da.
+    """The epilogue of grouped_gemm.dswiglu_kernel. tile_parts are da.
 
     While a part is computed, the next part's h is copied to h_part. In registers it would be waited for too early:
     Triton takes 16-bit numbers apart before it carries them through a loop, and ptxas has one counter for loads and
-    exponentials. The next half's place and slots are loaded while a half is computed."""
-    PARTS: gl.constexpr = half_tile.shape[0]
-    HALF_M: gl.constexpr = half_tile.shape[1]
-    WIDTH: gl.constexpr = half_tile.shape[2]
-    STEPS: gl.constexpr = HALF_M // ROWS
-    dtype: gl.constexpr = half_tile.dtype
+    exponentials. The next tile's place and slots are loaded while a tile is computed."""
+    PARTS: gl.constexpr = tile_parts.shape[0]
+    BLOCK_M: gl.constexpr = tile_parts.shape[1]
+    WIDTH: gl.constexpr = tile_parts.shape[2]
+    STEPS: gl.constexpr = BLOCK_M // ROWS
+    dtype: gl.constexpr = tile_parts.dtype
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
     offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     offs_n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    half_rows = gl.arange(0, HALF_M, gl.SliceLayout(1, layout))[:, None]
-    offs_h = half_rows * (2 * WIDTH) + offs_n[None, :]
-    rows = gl.arange(0, HALF_M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    offs_h = offs_m[:, None] * (2 * WIDTH) + offs_n[None, :]
+    rows = gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     panel = S.to(gl.int64) * (2 * WIDTH)
-    row, n_rows, pid_n = _half_tile(0, table, N_TILES, GROUP_M, HALF_M)
+    phase = gl.to_tensor(0)
+    _, row, n_rows, pid_n = _row_tile(gl.program_id(0), table, N_TILES, GROUP_M)
     slots = gl.load(row_slot_ptr + row + rows, mask=rows < n_rows, other=0)
-    part_ptr = h_ptr + pid_n * PARTS * panel + row.to(gl.int64) * (2 * WIDTH)
-    _copy_part(part_ptr, h_part, offs_h, half_rows < n_rows, True)
-    for i in range(_count_halves(table, N_TILES)):
+    h_ptrs = h_ptr + pid_n * PARTS * panel + row.to(gl.int64) * (2 * WIDTH) + offs_h
+    _copy_part(h_ptrs, h_part, offs_m, n_rows, True, WIDTH, ROWS)
+    for tile in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
         gates.store(gl.load(gates_ptr + slots, mask=rows < n_rows, other=0.0))
-        next_row, next_n_rows, next_n = _half_tile(i + 1, table, N_TILES, GROUP_M, HALF_M)
+        _, next_row, next_n_rows, next_n = _row_tile(tile + gl.num_programs(0), table, N_TILES, GROUP_M)
         slots = gl.load(row_slot_ptr + next_row + rows, mask=rows < next_n_rows, other=0)
-        next_ptr = h_ptr + next_n * PARTS * panel + next_row.to(gl.int64) * (2 * WIDTH)
+        next_ptrs = h_ptr + next_n * PARTS * panel + next_row.to(gl.int64) * (2 * WIDTH) + offs_h
         dh_ptrs = dh_ptr + row.to(gl.int64) * (2 * F) + pid_n * (PARTS * WIDTH)
         dh_ptrs = dh_ptrs + (offs_m[:, None] * (2 * F) + offs_n[None, :])
         ga_ptrs = ga_ptr + row.to(gl.int64) * F + pid_n * (PARTS * WIDTH) + (offs_m[:, None] * F + offs_n[None, :])
         sums = ()
         for _step in gl.static_range(STEPS):
             sums += (gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout)),)
-        mbarrier.wait(ready.index(i % 2), i // 2 % 2)
+        mbarrier.wait(ready.index(0), phase)
         for part in range(PARTS):
             last = part == PARTS - 1
-            part_ptr += panel
-            ahead = gl.where(last, next_ptr, part_ptr)
+            h_ptrs += panel
+            ahead = gl.where(last, next_ptrs, h_ptrs)
             ahead_rows = gl.where(last, next_n_rows, n_rows)
             inside = part * WIDTH < F - pid_n * (PARTS * WIDTH)
             ahead_inside = last | ((part + 1) * WIDTH < F - pid_n * (PARTS * WIDTH))
@@ -175,12 +221,12 @@ def _store_dh(
             for step in gl.static_range(STEPS):
                 h += (h_part.index(0).slice(step * ROWS, ROWS).load(layout),)
                 h += (h_part.index(1).slice(step * ROWS, ROWS).load(layout),)
-            _copy_part(ahead, h_part, offs_h, half_rows < ahead_rows, ahead_inside)
+            _copy_part(ahead, h_part, offs_m, ahead_rows, ahead_inside, WIDTH, ROWS)
             new_sums = ()
             for step in gl.static_range(STEPS):
                 gate, up = h[2 * step].to(gl.float32), h[2 * step + 1].to(gl.float32)
                 router_gate = gates.slice(step * ROWS, ROWS).load(gl.SliceLayout(1, layout))[:, None]
-                da = half_tile.index(part).slice(step * ROWS, ROWS).load(layout).to(gl.float32)
+                da = tile_parts.index(part).slice(step * ROWS, ROWS).load(layout).to(gl.float32)
                 value, slope = ACTIVATION(gate)
                 a = value * up
                 new_sums += (sums[step] + gl.sum(da * a, 1),)
@@ -192,11 +238,29 @@ def _store_dh(
             sums = new_sums
             ga_ptrs += WIDTH
             dh_ptrs += WIDTH
-        mbarrier.arrive(free.index(i % 2), count=1)
+        mbarrier.arrive(free.index(0), count=1)
+        phase ^= 1
         sum_ptrs = dgates_part_ptr + pid_n * S.to(gl.int64) + row + offs_m
         for step in gl.static_range(STEPS):
             gl.store(sum_ptrs + step * ROWS, sums[step], mask=offs_m < n_rows - step * ROWS)
-        row, n_rows, pid_n, part_ptr = next_row, next_n_rows, next_n, next_ptr
+        row, n_rows, pid_n, h_ptrs = next_row, next_n_rows, next_n, next_ptrs
+
+
+@gluon.jit
+def _shared_memory(
+    w_desc, w_shape: gl.constexpr, parts: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    LOADING_WARPS: gl.constexpr,
+):  # fmt: skip
+    """Rings of rows and of weights, the parts of the tile that is handed over, and the barriers."""
+    dtype: gl.constexpr = w_desc.dtype
+    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([parts[1], BLOCK_K], dtype)
+    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([parts[1], parts[2]], dtype)
+    x_ring = gl.allocate_shared_memory(dtype, [STAGES, parts[1], BLOCK_K], x_layout)
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES] + w_shape, w_desc.layout)
+    tile_parts = gl.allocate_shared_memory(dtype, parts, part_layout)
+    full = _barriers(STAGES, 32 * LOADING_WARPS + 1)  # a thread announces TMA bytes, too
+    empty = _barriers(STAGES, 2)
+    return x_ring, w_ring, tile_parts, full, empty, _barriers(1, 2), _barriers(1, 1)
 
 
 @gluon.jit(do_not_specialize=["S"])
@@ -208,21 +272,15 @@ def up_hopper_kernel(
 ):  # fmt: skip
     """Like grouped_gemm.up_kernel. BLOCK_N counts gate columns."""
     N_TILES: gl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    x_ring, w_ring, half_tile, full, empty, ready, free = _shared_memory(
-        w_in_desc,
-        [2, BLOCK_N, BLOCK_K],
-        [2 * BLOCK_N // WIDTH, BLOCK_M // 2, WIDTH],
-        BLOCK_M,
-        BLOCK_K,
-        STAGES,
-        2 if WIDE else 4,
+    x_ring, w_ring, tile_parts, full, empty, ready, free = _shared_memory(
+        w_in_desc, [2, BLOCK_N, BLOCK_K], [2 * BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES, 2 if WIDE else 4
     )
     table = (offsets_ptr, tile_expert_ptr, tile_row_ptr, gl.load(tile_count_ptr))
     gl.warp_specialize(
         [
-            (_multiply, (table, x_ring, w_ring, half_tile, full, empty, ready, free, D, N_TILES, True, WIDE, 0)),
-            (_multiply, (table, x_ring, w_ring, half_tile, full, empty, ready, free, D, N_TILES, True, WIDE, 1)),
-            (_store_up, (h_ptr, a_ptr, table, half_tile, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
+            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, WIDE, 0)),
+            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, WIDE, 1)),
+            (_store_up, (h_ptr, a_ptr, table, tile_parts, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
             (_load, (x_ptr, w_in_desc, row_slot_ptr, table, x_ring, w_ring, full, empty, S,
                      D, N_TILES, GROUP_M, TOP_K, True)),
         ],
@@ -241,17 +299,17 @@ def dswiglu_hopper_kernel(
 ):  # fmt: skip
     """Like grouped_gemm.dswiglu_kernel."""
     N_TILES: gl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    dy_ring, w_ring, half_tile, full, empty, ready, free = _shared_memory(
-        w_out_desc, [BLOCK_K, BLOCK_N], [BLOCK_N // WIDTH, BLOCK_M // 2, WIDTH], BLOCK_M, BLOCK_K, STAGES, 4
+    dy_ring, w_ring, tile_parts, full, empty, ready, free = _shared_memory(
+        w_out_desc, [BLOCK_K, BLOCK_N], [BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES, 4
     )
-    h_part = gl.allocate_shared_memory(w_out_desc.dtype, [2, BLOCK_M // 2, WIDTH], half_tile.layout)
-    gates = gl.allocate_shared_memory(gl.float32, [BLOCK_M // 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    h_part = gl.allocate_shared_memory(w_out_desc.dtype, [2, BLOCK_M, WIDTH], tile_parts.layout)
+    gates = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     table = (offsets_ptr, tile_expert_ptr, tile_row_ptr, gl.load(tile_count_ptr))
     gl.warp_specialize(
         [
-            (_multiply, (table, dy_ring, w_ring, half_tile, full, empty, ready, free, D, N_TILES, False, False, 0)),
-            (_multiply, (table, dy_ring, w_ring, half_tile, full, empty, ready, free, D, N_TILES, False, False, 1)),
-            (_store_dh, (h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, half_tile, h_part,
+            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, False, 0)),
+            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, False, 1)),
+            (_store_dh, (h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, h_part,
                          gates, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
             (_load, (dy_ptr, w_out_desc, row_slot_ptr, table, dy_ring, w_ring, full, empty, S,
                      D, N_TILES, GROUP_M, TOP_K, False)),
@@ -276,7 +334,7 @@ def up(x_TD, w_in_EGD, dispatch, activation="swiglu"):
     (E, _, D), S, F = w_in_EGD.shape, dispatch.row_slot_S.numel(), w_in_EGD.shape[1] // 2
     h, a = x_TD.new_empty(F // WIDTH, S, 2 * WIDTH), x_TD.new_empty(S, F)
     wide = D < WIDE_BELOW
-    ring = WIDE_RING if wide else UP_RING
+    ring = WIDE_RING if wide else RING
     weights = Blocks(w_in_EGD.view(2 * E, F, D), [2, BLOCK_N // 2, ring[0]])
     tensors = x_TD, weights, h, a
     _launch(up_hopper_kernel, tensors, D, F, dispatch, BLOCK_N // 2, ring, UP_GROUP, activation, WIDE=wide)
@@ -292,7 +350,7 @@ def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, dispatch, activation="swiglu"):
         raise ValueError(f"h is {tuple(h_PSW.shape)}, expected {F // WIDTH, S, 2 * WIDTH}")
     dh, ga = h_PSW.new_empty(S, 2 * F), h_PSW.new_empty(S, F)
     dgates_parts = h_PSW.new_empty(cdiv(F, BLOCK_N), S, dtype=torch.float32)
-    weights = Blocks(w_out_EDF.view(E * D, F), [DSWIGLU_RING[0], BLOCK_N])
+    weights = Blocks(w_out_EDF.view(E * D, F), [RING[0], BLOCK_N])
     tensors = dy_TD, weights, h_PSW, gates_TK, dh, ga, dgates_parts
-    _launch(dswiglu_hopper_kernel, tensors, D, F, dispatch, BLOCK_N, DSWIGLU_RING, DSWIGLU_GROUP, activation)
+    _launch(dswiglu_hopper_kernel, tensors, D, F, dispatch, BLOCK_N, RING, DSWIGLU_GROUP, activation)
     return dh, ga, dgates_parts

@@ -91,7 +91,8 @@ class Descriptor:
 class Buffer:
     """Shared memory. Another part may run before each access."""
 
-    switch = written = staticmethod(lambda: None)
+    switch = staticmethod(lambda: None)
+    written = staticmethod(lambda array: None)
 
     def __init__(self, array):
         self.array, self.shape, self.dtype = array, array.shape, array.dtype
@@ -115,7 +116,7 @@ class Buffer:
     def store(self, value):
         Buffer.switch()
         self.array[...] = value
-        Buffer.written()
+        Buffer.written(self.array)
 
 
 class Barrier:
@@ -197,7 +198,7 @@ class Product:
     """An accumulator with products under way; a product reads its operands when somebody waits for it."""
 
     def __init__(self, shape):
-        self.sum, self.queue = np.zeros(shape), []
+        self.shape, self.sum, self.queue = shape, np.zeros(shape), []
 
     def wait(self, left):
         while len(self.queue) > left:
@@ -215,8 +216,9 @@ class Kernel:
     def __init__(self, module, names, seed, program, programs, changes=()):
         self.machine = Machine(seed)
         Buffer.switch = self.machine.switch
-        Buffer.written = lambda: self.unfenced.add(self.machine.current)
-        self.stores, self.fenced, self.unfenced = [], False, set()
+        Buffer.written = lambda array: self.unfenced[self.machine.current].append(array)
+        self.stores, self.fenced = [], False
+        self.unfenced = defaultdict(list)  # what each part has written since its last fence
         self.gathered, self.groups = defaultdict(list), defaultdict(list)  # of each part
         scope = dict(vars(module)) | {
             "gl": self._language(program, programs),
@@ -307,7 +309,7 @@ class Kernel:
 
     def _fence(self):
         self.fenced = True
-        self.unfenced.discard(self.machine.current)
+        self.unfenced[self.machine.current].clear()
 
     def _multiply(self, a, b, product, is_async):
         assert self.fenced, "operands that cp.async wrote need a fence before wgmma reads them"
@@ -315,7 +317,8 @@ class Kernel:
         return product
 
     def _tma_store(self, descriptor, start, buffer):
-        assert not self.unfenced, "what a thread wrote needs its fence before TMA stores it"
+        written = (array for arrays in self.unfenced.values() for array in arrays)
+        assert not any(np.may_share_memory(array, buffer.array) for array in written), "written without a fence"
         self.stores.append((descriptor, start, buffer))
 
     def _store_wait(self, left):

@@ -10,7 +10,7 @@ hopper = pytest.importorskip("moe_kernels.hopper", reason="needs triton with Glu
 
 from tests.gluon_emulator import Barrier, Buffer, Deadlock, Descriptor, Kernel, Pointer  # noqa: E402  after the skip
 
-NAMES = ("_advance", "_previous", "_dw_tile", "_dw_load", "_dw_multiply", "_dw_store")
+NAMES = ("_advance", "_previous", "_products", "_hand_over", "_dw_tile", "_dw_load", "_dw_multiply", "_dw_store")
 BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, STAGES, TOP_K = 4, 8, 2, 4, 3, 2
 
 
@@ -35,13 +35,14 @@ def emulate(counts, M, N, transposed, seed, programs=2, changes=()):
         b_ring = Buffer(np.full((STAGES, BLOCK_K, BLOCK_N), np.nan))
         block = [1, WIDTH, BLOCK_M // 2] if transposed else [1, BLOCK_M // 2, WIDTH]
         half_tile = Buffer(np.full((BLOCK_N // WIDTH, *block), np.nan))
+        ids = Buffer(np.full(2 * BLOCK_K, 10**6))
         full, empty = (Barriers(Barrier(count) for _ in range(STAGES)) for count in (129, 2))
         ready, free = (Barriers(Barrier(1) for _ in range(2)) for _ in range(2))
         kernel = Kernel(hopper, NAMES, seed, program, programs, changes)
         tiles = Pointer(by_size.ravel())
         load = partial(
             kernel.functions._dw_load, Pointer(a.ravel()), Descriptor(b, [BLOCK_K, BLOCK_N]), Pointer(slots),
-            tiles, a_ring, b_ring, full, empty, E, M, m_tiles, n_tiles, TOP_K,
+            tiles, a_ring, b_ring, ids, full, empty, E, M, m_tiles, n_tiles, TOP_K,
         )  # fmt: skip
         multiply = [
             partial(
@@ -51,7 +52,7 @@ def emulate(counts, M, N, transposed, seed, programs=2, changes=()):
             for half in (0, 1)
         ]  # fmt: skip
         store = partial(
-            kernel.functions._dw_store, Descriptor(out, block), tiles, half_tile, ready, free, E, BLOCK_M, BLOCK_N,
+            kernel.functions._dw_store, Descriptor(out, block), tiles, half_tile, ready, free, E, BLOCK_M, WIDTH,
             m_tiles, n_tiles, transposed,
         )  # fmt: skip
         kernel.machine.run([*multiply, store, load])
@@ -70,11 +71,14 @@ def test_buffers_are_handed_over_in_order(seed, transposed):
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("_previous(stage, STAGES)), count=1, pred=row > start", "stage), count=1, pred=row > start - 1"),  # too early
+        ("_previous(stage, STAGES)), count=1, pred=k > 0", "stage), count=1, pred=k >= 0"),  # too early
         ("tma.store_wait(0)", "pass"),  # the buffer is given back before it was read
         ("mbarrier.wait(free.index(1 - HALF), free_phase)", "pass"),  # a half is overwritten while it is stored
         ("mbarrier.wait(ready.index(half), phase)", "pass"),  # a half is stored before it is there
+        ("free.index(1 - HALF)", "free.index(HALF)"),  # it waits for its own half to be stored
+        ("to_tensor(1 - HALF)", "to_tensor(1)"),  # the second half comes before the first one was stored
         ("fence_async_shared()  # TMA", "pass  # TMA"),
+        ("ahead < end", "ahead < start"),  # ids of later steps are not loaded
         ("warpgroup_mma_wait(0,", "warpgroup_mma_wait(1,"),  # a tile is stored without its last product
         ("phase = gl.to_tensor(1)", "phase = gl.to_tensor(0)"),  # the loader waits for buffers that nobody holds
         ("fence_async_shared()  # cp", "pass  # cp"),
