@@ -44,7 +44,9 @@ cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_glob
 BLOCK_M, BLOCK_N = 128, 256  # the largest accumulator that two warpgroups hold
 WIDTH = 64  # columns of a part of a tile: TMA swizzles rows of up to 128 bytes
 BLOCK_K, STAGES = 64, 4  # the ring has 192 KB, the buffer of the halves 32 KB
-FEW_ROWS, FEW_BLOCK_K, FEW_STAGES = 256, 32, 8  # below so many rows per expert dW has shorter steps, which waste less
+# With fewer rows per expert the time is that of storing dW. Shorter steps waste less, and a transposed tile is stored
+# as a whole: half of one has pieces of 128 bytes only, far from each other.
+FEW_ROWS, FEW_BLOCK_K, FEW_STAGES = 256, 32, 6
 
 
 def fits(M, N, dtype):
@@ -127,19 +129,24 @@ def _split_columns(x, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _hand_over(acc, half_tile, ready, free, free_phase, TRANSPOSED: gl.constexpr, HALF: gl.constexpr):
-    """Gives a half to the storing warps, in PARTS of its columns, when they have stored the other warpgroup's."""
-    PARTS: gl.constexpr = half_tile.shape[0]
+def _hand_over(
+    acc, buffer, ready, free, free_phase, TRANSPOSED: gl.constexpr, TURNS: gl.constexpr, HALF: gl.constexpr
+):  # fmt: skip
+    """Gives a half to the storing warps, in parts of its columns, when the buffer is free. With TURNS the buffer has
+    room for one half, and it is free when the other warpgroup's half is stored; else it has room for a tile."""
+    PARTS: gl.constexpr = buffer.shape[0]
     HALF_M: gl.constexpr = acc.shape[0]
+    ROWS: gl.constexpr = HALF_M if TURNS else 2 * HALF_M
+    FIRST: gl.constexpr = 0 if TURNS else HALF * HALF_M
     WIDTH: gl.constexpr = acc.shape[1] // PARTS
     parts = _split_columns(acc, PARTS)
-    mbarrier.wait(free.index(1 - HALF), free_phase)
+    mbarrier.wait(free.index(1 - HALF if TURNS else 0), free_phase)
     for i in gl.static_range(PARTS):
-        value = parts[i].to(half_tile.dtype)
         if TRANSPOSED:
-            half_tile.index(i).reshape([WIDTH, HALF_M]).permute((1, 0)).store(value)
+            part = buffer.index(i).reshape([WIDTH, ROWS]).permute((1, 0))
         else:
-            half_tile.index(i).reshape([HALF_M, WIDTH]).store(value)
+            part = buffer.index(i).reshape([ROWS, WIDTH])
+        part.slice(FIRST, HALF_M).store(parts[i].to(buffer.dtype))
     fence_async_shared()  # TMA reads it
     mbarrier.arrive(ready.index(HALF), count=1)
 
@@ -200,44 +207,48 @@ def _dw_load(
 
 @gluon.jit
 def _dw_multiply(
-    by_size_ptr, a_ring, b_ring, half_tile, full, empty, ready, free, E,
-    M_TILES: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr, HALF: gl.constexpr,
+    by_size_ptr, a_ring, b_ring, buffer, full, empty, ready, free, E,
+    M_TILES: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr, TURNS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     HALF_M: gl.constexpr = a_ring.shape[2] // 2
     BLOCK_N: gl.constexpr = b_ring.shape[2]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    free_phase = gl.to_tensor(1 - HALF)  # before the first tile the second half counts as stored
+    free_phase = gl.to_tensor(1 - HALF if TURNS else 1)  # before the first tile the second half counts as stored
     for tile in range(gl.program_id(0), E * (M_TILES * N_TILES), gl.num_programs(0)):
         _, start, end, _, _ = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
         acc = gl.zeros([HALF_M, BLOCK_N], gl.float32, mma)
         acc, stage, phase = _products(acc, a_ring, b_ring, full, empty, stage, phase, end - start, True, False, HALF)
-        _hand_over(acc, half_tile, ready, free, free_phase, TRANSPOSED, HALF)
+        _hand_over(acc, buffer, ready, free, free_phase, TRANSPOSED, TURNS, HALF)
         free_phase ^= 1
 
 
 @gluon.jit
 def _dw_store(
-    dw_desc, by_size_ptr, half_tile, ready, free, E,
+    dw_desc, by_size_ptr, buffer, ready, free, E,
     BLOCK_M: gl.constexpr, WIDTH: gl.constexpr, M_TILES: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
-    PARTS: gl.constexpr = half_tile.shape[0]
+    PARTS: gl.constexpr = buffer.shape[0]
+    PIECES: gl.constexpr = 2 if TURNS else 1  # of a tile, which are stored one by one
     phase = gl.to_tensor(0)
     for tile in range(gl.program_id(0), E * (M_TILES * N_TILES), gl.num_programs(0)):
         expert, _, _, pid_m, pid_n = _dw_tile(tile, by_size_ptr, E, M_TILES, N_TILES)
-        for half in gl.static_range(2):
-            row = pid_m * BLOCK_M + half * (BLOCK_M // 2)
-            mbarrier.wait(ready.index(half), phase)
+        for piece in gl.static_range(PIECES):
+            row = pid_m * BLOCK_M + piece * (BLOCK_M // PIECES)
+            mbarrier.wait(ready.index(piece), phase)
+            if not TURNS:
+                mbarrier.wait(ready.index(1), phase)
             for part in gl.static_range(PARTS):
                 column = (pid_n * PARTS + part) * WIDTH
                 # The descriptor's dimension for experts cuts off what lies outside of this expert.
                 if TRANSPOSED:
-                    tma_store(dw_desc, [expert, column, row], half_tile.index(part))
+                    tma_store(dw_desc, [expert, column, row], buffer.index(part))
                 else:
-                    tma_store(dw_desc, [expert, row, column], half_tile.index(part))
+                    tma_store(dw_desc, [expert, row, column], buffer.index(part))
             tma.store_wait(0)  # the parts have been read
-            mbarrier.arrive(free.index(half), count=1)
+            mbarrier.arrive(free.index(piece), count=1)
         phase ^= 1
 
 
@@ -245,7 +256,7 @@ def _dw_store(
 def dw_hopper_kernel(
     a_ptr, b_desc, dw_desc, row_slot_ptr, by_size_ptr, E,
     M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Like grouped_gemm.dw_kernel."""
     M_TILES: gl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
@@ -254,19 +265,19 @@ def dw_hopper_kernel(
     a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_M], dtype)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_M], a_layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], b_desc.layout)
-    half_tile = gl.allocate_shared_memory(dtype, [BLOCK_N // WIDTH] + dw_desc.block_type.shape, dw_desc.layout)
+    buffer = gl.allocate_shared_memory(dtype, [BLOCK_N // WIDTH] + dw_desc.block_type.shape, dw_desc.layout)
     ids = gl.allocate_shared_memory(gl.int32, [4 * BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = _barriers(STAGES, 65)  # 64 threads gather rows, and one of them announces the bytes of TMA
     empty = _barriers(STAGES, 2)
     ready, free = _barriers(2, 1), _barriers(2, 1)
     gl.warp_specialize(
         [
-            (_dw_multiply, (by_size_ptr, a_ring, b_ring, half_tile, full, empty, ready, free, E,
-                            M_TILES, N_TILES, TRANSPOSED, 0)),
-            (_dw_multiply, (by_size_ptr, a_ring, b_ring, half_tile, full, empty, ready, free, E,
-                            M_TILES, N_TILES, TRANSPOSED, 1)),
-            (_dw_store, (dw_desc, by_size_ptr, half_tile, ready, free, E,
-                         BLOCK_M, WIDTH, M_TILES, N_TILES, TRANSPOSED)),
+            (_dw_multiply, (by_size_ptr, a_ring, b_ring, buffer, full, empty, ready, free, E,
+                            M_TILES, N_TILES, TRANSPOSED, TURNS, 0)),
+            (_dw_multiply, (by_size_ptr, a_ring, b_ring, buffer, full, empty, ready, free, E,
+                            M_TILES, N_TILES, TRANSPOSED, TURNS, 1)),
+            (_dw_store, (dw_desc, by_size_ptr, buffer, ready, free, E,
+                         BLOCK_M, WIDTH, M_TILES, N_TILES, TRANSPOSED, TURNS)),
             (_dw_load, (a_ptr, b_desc, row_slot_ptr, by_size_ptr, a_ring, b_ring, ids, full, empty, E,
                         M, M_TILES, N_TILES, TOP_K)),
         ],
@@ -282,14 +293,17 @@ def dw(a_TM, b_SN, transposed, dispatch):
     in their dtype, or (E, N, M) when `transposed`."""
     E, K = dispatch.offsets.numel() - 1, dispatch.slot_row_TK.shape[1]
     M, N = a_TM.shape[1], b_SN.shape[1]
-    block_k, stages = (FEW_BLOCK_K, FEW_STAGES) if b_SN.shape[0] // E < FEW_ROWS else (BLOCK_K, STAGES)
+    few = b_SN.shape[0] // E < FEW_ROWS
+    block_k, stages = (FEW_BLOCK_K, FEW_STAGES) if few else (BLOCK_K, STAGES)
+    turns = not (few and transposed)
+    rows = BLOCK_M // 2 if turns else BLOCK_M
     out = a_TM.new_empty(E, *((N, M) if transposed else (M, N)))
-    block = [1, WIDTH, BLOCK_M // 2] if transposed else [1, BLOCK_M // 2, WIDTH]
+    block = [1, WIDTH, rows] if transposed else [1, rows, WIDTH]
     tiles = E * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
     tensors = a_TM, Blocks(b_SN, [block_k, BLOCK_N]), Blocks(out, block), dispatch.row_slot_S, dispatch.by_size
     launch(
         dw_hopper_kernel, (min(tiles, multiprocessors(a_TM.device)),), tensors, (E,),
         M=M, N=N, TOP_K=K, TRANSPOSED=transposed, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, WIDTH=WIDTH,
-        STAGES=stages,
+        STAGES=stages, TURNS=turns,
     )  # fmt: skip
     return out

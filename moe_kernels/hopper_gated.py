@@ -31,12 +31,10 @@ from moe_kernels.hopper import (
     Blocks,
     _advance,
     _barriers,
-    _products,
-    _split_columns,
     cp_async,
     tma_load,
 )
-from moe_kernels.hopper_rows import _row_tile
+from moe_kernels.hopper_rows import _multiply, _row_tile
 from moe_kernels.language import launch
 from moe_kernels.tiles import cdiv, multiprocessors
 
@@ -102,39 +100,13 @@ def _load(
 
 
 @gluon.jit
-def _multiply(
-    table, x_ring, w_ring, tile_parts, full, empty, ready, free,
-    D: gl.constexpr, N_TILES: gl.constexpr, UP: gl.constexpr, WIDE: gl.constexpr, HALF: gl.constexpr,
-):  # fmt: skip
-    """One of two warpgroups, each with half of the rows of every tile. They meet only in the ring and in tile_parts."""
-    ROWS: gl.constexpr = x_ring.shape[1] // 2
-    PARTS: gl.constexpr = tile_parts.shape[0]
-    COLUMNS: gl.constexpr = PARTS * tile_parts.shape[2]
-    # ptxas refuses a product of 256 columns where there are 512 threads, which leaves 128 registers each.
-    PRODUCT: gl.constexpr = COLUMNS if WIDE else COLUMNS // 2
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, PRODUCT, 16])
-    stage = gl.to_tensor(0)
-    phase = gl.to_tensor(0)
-    free_phase = gl.to_tensor(1)  # tile_parts start free
-    for _ in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
-        acc = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
-        acc, stage, phase = _products(acc, x_ring, w_ring, full, empty, stage, phase, D, False, UP, HALF)
-        parts = _split_columns(acc, PARTS)
-        mbarrier.wait(free.index(0), free_phase)
-        for i in gl.static_range(PARTS):
-            tile_parts.index(i).slice(HALF * ROWS, ROWS).store(parts[i].to(tile_parts.dtype))
-        mbarrier.arrive(ready.index(0), count=1)
-        free_phase ^= 1
-
-
-@gluon.jit
 def _store_up(
-    h_ptr, a_ptr, table, tile_parts, ready, free, S,
+    h_ptr, a_ptr, table, buffer, ready, free, S,
     F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of grouped_gemm.up_kernel. tile_parts are the gate columns of every part, then their up columns."""
-    PARTS: gl.constexpr = tile_parts.shape[0] // 2
-    WIDTH: gl.constexpr = tile_parts.shape[2]
+    """The epilogue of grouped_gemm.up_kernel. buffer are the gate columns of every part, then their up columns."""
+    PARTS: gl.constexpr = buffer.shape[0] // 2
+    WIDTH: gl.constexpr = buffer.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
     offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     offs_n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
@@ -146,15 +118,16 @@ def _store_up(
         h_ptrs = h_ptrs + (offs_m[:, None] * (2 * WIDTH) + offs_n[None, :])
         a_ptrs = a_ptr + row.to(gl.int64) * F + pid_n * (PARTS * WIDTH) + (offs_m[:, None] * F + offs_n[None, :])
         mbarrier.wait(ready.index(0), phase)
-        for step in gl.static_range(tile_parts.shape[1] // ROWS):
+        mbarrier.wait(ready.index(1), phase)
+        for step in gl.static_range(buffer.shape[1] // ROWS):
             for part in gl.static_range(PARTS):
                 mask = (offs_m < n_rows - step * ROWS)[:, None] & (part * WIDTH < F - pid_n * (PARTS * WIDTH))
-                gate = tile_parts.index(part).slice(step * ROWS, ROWS).load(layout)
-                up = tile_parts.index(PARTS + part).slice(step * ROWS, ROWS).load(layout)
+                gate = buffer.index(part).slice(step * ROWS, ROWS).load(layout)
+                up = buffer.index(PARTS + part).slice(step * ROWS, ROWS).load(layout)
                 gl.store(h_ptrs + (part * panel + step * (ROWS * 2 * WIDTH)), gate, mask=mask)
                 gl.store(h_ptrs + (part * panel + step * (ROWS * 2 * WIDTH) + WIDTH), up, mask=mask)
                 value, _slope = ACTIVATION(gate.to(gl.float32))
-                a = (value * up.to(gl.float32)).to(tile_parts.dtype)
+                a = (value * up.to(gl.float32)).to(buffer.dtype)
                 gl.store(a_ptrs + (step * ROWS * F + part * WIDTH), a, mask=mask)
         mbarrier.arrive(free.index(0), count=1)
         phase ^= 1
@@ -173,19 +146,19 @@ def _copy_part(h_ptrs, h_part, offs_m, n_rows, inside, WIDTH: gl.constexpr, ROWS
 
 @gluon.jit
 def _store_dh(
-    h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, h_part, gates, ready, free, S,
+    h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, buffer, h_part, gates, ready, free, S,
     F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of grouped_gemm.dswiglu_kernel. tile_parts are da.
+    """The epilogue of grouped_gemm.dswiglu_kernel. buffer are da.
 
     While a part is computed, the next part's h is copied to h_part. In registers it would be waited for too early:
     Triton takes 16-bit numbers apart before it carries them through a loop, and ptxas has one counter for loads and
     exponentials. The next tile's place and slots are loaded while a tile is computed."""
-    PARTS: gl.constexpr = tile_parts.shape[0]
-    BLOCK_M: gl.constexpr = tile_parts.shape[1]
-    WIDTH: gl.constexpr = tile_parts.shape[2]
+    PARTS: gl.constexpr = buffer.shape[0]
+    BLOCK_M: gl.constexpr = buffer.shape[1]
+    WIDTH: gl.constexpr = buffer.shape[2]
     STEPS: gl.constexpr = BLOCK_M // ROWS
-    dtype: gl.constexpr = tile_parts.dtype
+    dtype: gl.constexpr = buffer.dtype
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
     offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     offs_n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
@@ -209,6 +182,7 @@ def _store_dh(
         for _step in gl.static_range(STEPS):
             sums += (gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout)),)
         mbarrier.wait(ready.index(0), phase)
+        mbarrier.wait(ready.index(1), phase)
         for part in range(PARTS):
             last = part == PARTS - 1
             h_ptrs += panel
@@ -226,7 +200,7 @@ def _store_dh(
             for step in gl.static_range(STEPS):
                 gate, up = h[2 * step].to(gl.float32), h[2 * step + 1].to(gl.float32)
                 router_gate = gates.slice(step * ROWS, ROWS).load(gl.SliceLayout(1, layout))[:, None]
-                da = tile_parts.index(part).slice(step * ROWS, ROWS).load(layout).to(gl.float32)
+                da = buffer.index(part).slice(step * ROWS, ROWS).load(layout).to(gl.float32)
                 value, slope = ACTIVATION(gate)
                 a = value * up
                 new_sums += (sums[step] + gl.sum(da * a, 1),)
@@ -257,10 +231,10 @@ def _shared_memory(
     part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([parts[1], parts[2]], dtype)
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, parts[1], BLOCK_K], x_layout)
     w_ring = gl.allocate_shared_memory(dtype, [STAGES] + w_shape, w_desc.layout)
-    tile_parts = gl.allocate_shared_memory(dtype, parts, part_layout)
+    buffer = gl.allocate_shared_memory(dtype, parts, part_layout)
     full = _barriers(STAGES, 32 * LOADING_WARPS + 1)  # a thread announces TMA bytes, too
     empty = _barriers(STAGES, 2)
-    return x_ring, w_ring, tile_parts, full, empty, _barriers(1, 2), _barriers(1, 1)
+    return x_ring, w_ring, buffer, full, empty, _barriers(2, 1), _barriers(1, 1)
 
 
 @gluon.jit(do_not_specialize=["S"])
@@ -272,15 +246,15 @@ def up_hopper_kernel(
 ):  # fmt: skip
     """Like grouped_gemm.up_kernel. BLOCK_N counts gate columns."""
     N_TILES: gl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    x_ring, w_ring, tile_parts, full, empty, ready, free = _shared_memory(
+    x_ring, w_ring, buffer, full, empty, ready, free = _shared_memory(
         w_in_desc, [2, BLOCK_N, BLOCK_K], [2 * BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES, 2 if WIDE else 4
     )
     table = (offsets_ptr, tile_expert_ptr, tile_row_ptr, gl.load(tile_count_ptr))
     gl.warp_specialize(
         [
-            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, WIDE, 0)),
-            (_multiply, (table, x_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, True, WIDE, 1)),
-            (_store_up, (h_ptr, a_ptr, table, tile_parts, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
+            (_multiply, (table, x_ring, w_ring, buffer, full, empty, ready, free, D, N_TILES, True, WIDE, False, 0)),
+            (_multiply, (table, x_ring, w_ring, buffer, full, empty, ready, free, D, N_TILES, True, WIDE, False, 1)),
+            (_store_up, (h_ptr, a_ptr, table, buffer, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
             (_load, (x_ptr, w_in_desc, row_slot_ptr, table, x_ring, w_ring, full, empty, S,
                      D, N_TILES, GROUP_M, TOP_K, True)),
         ],
@@ -299,17 +273,17 @@ def dswiglu_hopper_kernel(
 ):  # fmt: skip
     """Like grouped_gemm.dswiglu_kernel."""
     N_TILES: gl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    dy_ring, w_ring, tile_parts, full, empty, ready, free = _shared_memory(
+    dy_ring, w_ring, buffer, full, empty, ready, free = _shared_memory(
         w_out_desc, [BLOCK_K, BLOCK_N], [BLOCK_N // WIDTH, BLOCK_M, WIDTH], BLOCK_K, STAGES, 4
     )
-    h_part = gl.allocate_shared_memory(w_out_desc.dtype, [2, BLOCK_M, WIDTH], tile_parts.layout)
+    h_part = gl.allocate_shared_memory(w_out_desc.dtype, [2, BLOCK_M, WIDTH], buffer.layout)
     gates = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     table = (offsets_ptr, tile_expert_ptr, tile_row_ptr, gl.load(tile_count_ptr))
     gl.warp_specialize(
         [
-            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, False, 0)),
-            (_multiply, (table, dy_ring, w_ring, tile_parts, full, empty, ready, free, D, N_TILES, False, False, 1)),
-            (_store_dh, (h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, tile_parts, h_part,
+            (_multiply, (table, dy_ring, w_ring, buffer, full, empty, ready, free, D, N_TILES, False, False, False, 0)),
+            (_multiply, (table, dy_ring, w_ring, buffer, full, empty, ready, free, D, N_TILES, False, False, False, 1)),
+            (_store_dh, (h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, buffer, h_part,
                          gates, ready, free, S, F, N_TILES, GROUP_M, ACTIVATION, ROWS)),
             (_load, (dy_ptr, w_out_desc, row_slot_ptr, table, dy_ring, w_ring, full, empty, S,
                      D, N_TILES, GROUP_M, TOP_K, False)),

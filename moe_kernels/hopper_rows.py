@@ -52,20 +52,23 @@ def _row_tile(tile, table, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _multiply_rows(
-    table, a_ring, w_ring, half_tile, full, empty, ready, free,
-    R: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr, HALF: gl.constexpr,
+def _multiply(
+    table, x_ring, w_ring, buffer, full, empty, ready, free,
+    R: gl.constexpr, N_TILES: gl.constexpr, TRANSPOSED: gl.constexpr, WIDE: gl.constexpr, TURNS: gl.constexpr,
+    HALF: gl.constexpr,
 ):  # fmt: skip
-    HALF_M: gl.constexpr = a_ring.shape[1] // 2
-    BLOCK_N: gl.constexpr = w_ring.shape[1] if TRANSPOSED else w_ring.shape[2]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
+    """Rows of x times their expert's matrix, with products of all columns of a tile at once if WIDE."""
+    COLUMNS: gl.constexpr = buffer.shape[0] * buffer.shape[2]
+    # ptxas refuses a product of 256 columns where there are 512 threads, which leaves 128 registers each.
+    PRODUCT: gl.constexpr = COLUMNS if WIDE else COLUMNS // 2
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, PRODUCT, 16])
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    free_phase = gl.to_tensor(1 - HALF)  # before the first tile the second half counts as stored
+    free_phase = gl.to_tensor(1 - HALF if TURNS else 1)  # as in hopper._dw_multiply
     for _ in range(gl.program_id(0), table[3] * N_TILES, gl.num_programs(0)):
-        acc = gl.zeros([HALF_M, BLOCK_N], gl.float32, mma)
-        acc, stage, phase = _products(acc, a_ring, w_ring, full, empty, stage, phase, R, False, TRANSPOSED, HALF)
-        _hand_over(acc, half_tile, ready, free, free_phase, False, HALF)
+        acc = gl.zeros([x_ring.shape[1] // 2, COLUMNS], gl.float32, mma)
+        acc, stage, phase = _products(acc, x_ring, w_ring, full, empty, stage, phase, R, False, TRANSPOSED, HALF)
+        _hand_over(acc, buffer, ready, free, free_phase, False, TURNS, HALF)
         free_phase ^= 1
 
 
@@ -98,13 +101,13 @@ def _load_rows(
 
 @gluon.jit
 def _store_rows(
-    y_ptr, y_desc, table, half_tile, ready, free,
+    y_ptr, y_desc, table, buffer, ready, free,
     N: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """TMA stores whole halves. Where the expert ends, the rows of a half are masked: the next expert's follow."""
-    PARTS: gl.constexpr = half_tile.shape[0]
-    HALF_M: gl.constexpr = half_tile.shape[1]
-    WIDTH: gl.constexpr = half_tile.shape[2]
+    PARTS: gl.constexpr = buffer.shape[0]
+    HALF_M: gl.constexpr = buffer.shape[1]
+    WIDTH: gl.constexpr = buffer.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     offs_n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
@@ -117,13 +120,13 @@ def _store_rows(
             mbarrier.wait(ready.index(half), phase)
             if n_rows >= (half + 1) * HALF_M:
                 for part in gl.static_range(PARTS):
-                    tma_store(y_desc, [row + half * HALF_M, column + part * WIDTH], half_tile.index(part))
+                    tma_store(y_desc, [row + half * HALF_M, column + part * WIDTH], buffer.index(part))
                 tma.store_wait(0)  # the parts have been read
             else:
                 for step in gl.static_range(HALF_M // ROWS):
                     first = half * HALF_M + step * ROWS
                     for part in gl.static_range(PARTS):
-                        value = half_tile.index(part).slice(step * ROWS, ROWS).load(layout)
+                        value = buffer.index(part).slice(step * ROWS, ROWS).load(layout)
                         mask = (offs_m < n_rows - first)[:, None] & (offs_n < N - column - part * WIDTH)[None, :]
                         gl.store(y_ptrs + (first * N + part * WIDTH), value, mask=mask)
             mbarrier.arrive(free.index(half), count=1)
@@ -142,15 +145,17 @@ def rows_hopper_kernel(
     w_block: gl.constexpr = [BLOCK_N, BLOCK_K] if TRANSPOSED else [BLOCK_K, BLOCK_N]
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], a_desc.layout)
     w_ring = gl.allocate_shared_memory(dtype, [STAGES] + w_block, w_desc.layout)
-    half_tile = gl.allocate_shared_memory(dtype, [BLOCK_N // WIDTH, BLOCK_M // 2, WIDTH], y_desc.layout)
+    buffer = gl.allocate_shared_memory(dtype, [BLOCK_N // WIDTH, BLOCK_M // 2, WIDTH], y_desc.layout)
     full, empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     ready, free = _barriers(2, 1), _barriers(2, 1)
     table = (offsets_ptr, tile_expert_ptr, tile_row_ptr, gl.load(tile_count_ptr))
     gl.warp_specialize(
         [
-            (_multiply_rows, (table, a_ring, w_ring, half_tile, full, empty, ready, free, R, N_TILES, TRANSPOSED, 0)),
-            (_multiply_rows, (table, a_ring, w_ring, half_tile, full, empty, ready, free, R, N_TILES, TRANSPOSED, 1)),
-            (_store_rows, (y_ptr, y_desc, table, half_tile, ready, free, N, N_TILES, GROUP_M, ROWS)),
+            (_multiply, (table, a_ring, w_ring, buffer, full, empty, ready, free,
+                         R, N_TILES, TRANSPOSED, True, True, 0)),
+            (_multiply, (table, a_ring, w_ring, buffer, full, empty, ready, free,
+                         R, N_TILES, TRANSPOSED, True, True, 1)),
+            (_store_rows, (y_ptr, y_desc, table, buffer, ready, free, N, N_TILES, GROUP_M, ROWS)),
             (_load_rows, (a_desc, w_desc, table, a_ring, w_ring, full, empty, N, R, N_TILES, GROUP_M, TRANSPOSED)),
         ],
         [4, 2, 1],  # warps, and registers of a thread, as in hopper.dw_hopper_kernel

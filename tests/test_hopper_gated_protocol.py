@@ -9,22 +9,13 @@ import pytest
 
 hopper_gated = pytest.importorskip("moe_kernels.hopper_gated", reason="needs triton with Gluon")
 
-from moe_kernels import hopper  # noqa: E402  after the skip
+from moe_kernels import hopper, hopper_rows  # noqa: E402  after the skip
 from tests.gluon_emulator import Barrier, Buffer, Deadlock, Descriptor, Int, Kernel, Pointer  # noqa: E402
 from tests.test_hopper_protocol import Barriers  # noqa: E402
 
-MODULE = SimpleNamespace(**{**vars(hopper), **vars(hopper_gated)})
-NAMES = (
-    "_advance",
-    "_previous",
-    "_products",
-    "_row_tile",
-    "_load",
-    "_multiply",
-    "_store_up",
-    "_copy_part",
-    "_store_dh",
-)
+MODULE = SimpleNamespace(**{**vars(hopper), **vars(hopper_rows), **vars(hopper_gated)})
+NAMES = ("_advance", "_previous", "_products", "_hand_over", "_row_tile", "_load", "_multiply")
+NAMES += ("_store_up", "_copy_part", "_store_dh")
 BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, ROWS, STAGES, GROUP_M, TOP_K = 8, 8, 2, 2, 4, 3, 2, 2
 
 
@@ -73,7 +64,7 @@ class Problem:
             )
             x_ring, w_ring, tile_parts, h_part, gates = (Buffer(np.full(shape, np.nan)) for shape in shapes)
             full, empty = (Barriers(Barrier(count) for _ in range(STAGES)) for count in (129, 2))
-            ready, free = Barriers([Barrier(2)]), Barriers([Barrier(1)])
+            ready, free = Barriers([Barrier(1), Barrier(1)]), Barriers([Barrier(1)])
             kernel = Kernel(MODULE, NAMES, self.seed, program, programs, changes)
             load = partial(
                 kernel.functions._load, Pointer(self.x.ravel()), Descriptor(w, w_block), Pointer(self.slots),
@@ -82,7 +73,7 @@ class Problem:
             multiply = [
                 partial(
                     kernel.functions._multiply, self.table, x_ring, w_ring, tile_parts, full, empty, ready, free,
-                    self.D, n_tiles, up, False, half,
+                    self.D, n_tiles, up, False, False, half,
                 )
                 for half in (0, 1)
             ]  # fmt: skip
@@ -139,9 +130,13 @@ def test_without_any_row_nothing_is_read(emulate):
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("mbarrier.wait(free.index(0), free_phase)", "pass"),  # a tile is overwritten while it is stored
-        ("free_phase = gl.to_tensor(1)", "free_phase = gl.to_tensor(0)"),  # the first tile waits for a tile before it
+        (
+            "mbarrier.wait(free.index(1 - HALF if TURNS else 0), free_phase)",
+            "pass",
+        ),  # a tile is overwritten while it is stored
+        ("to_tensor(1 - HALF if TURNS else 1)", "to_tensor(0)"),  # the first tile waits for a tile before it
         ("mbarrier.wait(ready.index(0), phase)", "pass"),  # a tile is stored before it is there
+        ("mbarrier.wait(ready.index(1), phase)", "pass"),
         ("(free.index(0), count=1)", "(free.index(0), count=2)"),
         ("_previous(stage, STAGES)), count=1, pred=k > 0", "stage), count=1, pred=k >= 0"),  # released too early
         ("warpgroup_mma_wait(0,", "warpgroup_mma_wait(1,"),  # a tile is handed over without its last product

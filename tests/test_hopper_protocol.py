@@ -19,7 +19,7 @@ class Barriers(list):
         return self[int(i)]
 
 
-def emulate(counts, M, N, transposed, seed, programs=2, changes=()):
+def emulate(counts, M, N, transposed, seed, programs=2, changes=(), turns=True):
     """(result, expected) of dw on random data with so many rows per expert."""
     rng = np.random.default_rng(seed)
     E, S = len(counts), sum(counts)
@@ -33,8 +33,9 @@ def emulate(counts, M, N, transposed, seed, programs=2, changes=()):
     for program in range(programs):
         a_ring = Buffer(np.full((STAGES, BLOCK_K, BLOCK_M), np.nan))
         b_ring = Buffer(np.full((STAGES, BLOCK_K, BLOCK_N), np.nan))
-        block = [1, WIDTH, BLOCK_M // 2] if transposed else [1, BLOCK_M // 2, WIDTH]
-        half_tile = Buffer(np.full((BLOCK_N // WIDTH, *block), np.nan))
+        rows = BLOCK_M // 2 if turns else BLOCK_M
+        block = [1, WIDTH, rows] if transposed else [1, rows, WIDTH]
+        buffer = Buffer(np.full((BLOCK_N // WIDTH, *block), np.nan))
         ids = Buffer(np.full(2 * BLOCK_K, 10**6))
         full, empty = (Barriers(Barrier(count) for _ in range(STAGES)) for count in (129, 2))
         ready, free = (Barriers(Barrier(1) for _ in range(2)) for _ in range(2))
@@ -46,14 +47,14 @@ def emulate(counts, M, N, transposed, seed, programs=2, changes=()):
         )  # fmt: skip
         multiply = [
             partial(
-                kernel.functions._dw_multiply, tiles, a_ring, b_ring, half_tile, full, empty, ready, free, E, m_tiles,
-                n_tiles, transposed, half,
+                kernel.functions._dw_multiply, tiles, a_ring, b_ring, buffer, full, empty, ready, free, E, m_tiles,
+                n_tiles, transposed, turns, half,
             )
             for half in (0, 1)
         ]  # fmt: skip
         store = partial(
-            kernel.functions._dw_store, Descriptor(out, block), tiles, half_tile, ready, free, E, BLOCK_M, WIDTH,
-            m_tiles, n_tiles, transposed,
+            kernel.functions._dw_store, Descriptor(out, block), tiles, buffer, ready, free, E, BLOCK_M, WIDTH,
+            m_tiles, n_tiles, transposed, turns,
         )  # fmt: skip
         kernel.machine.run([*multiply, store, load])
     expected = np.stack([a[slots[i:j] // TOP_K].T @ b[i:j] for i, j in zip(offsets, offsets[1:], strict=False)])
@@ -61,10 +62,11 @@ def emulate(counts, M, N, transposed, seed, programs=2, changes=()):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_buffers_are_handed_over_in_order(seed, transposed):
+def test_buffers_are_handed_over_in_order(seed, turns, transposed):
     """Experts without rows, with one, and with more than the ring holds; sizes that no tile divides."""
-    out, expected = emulate([5, 0, 1, 16, 0, 7], M=6, N=20, transposed=transposed, seed=seed)
+    out, expected = emulate([5, 0, 1, 16, 0, 7], M=6, N=20, transposed=transposed, seed=seed, turns=turns)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -73,10 +75,10 @@ def test_buffers_are_handed_over_in_order(seed, transposed):
     [
         ("_previous(stage, STAGES)), count=1, pred=k > 0", "stage), count=1, pred=k >= 0"),  # too early
         ("tma.store_wait(0)", "pass"),  # the buffer is given back before it was read
-        ("mbarrier.wait(free.index(1 - HALF), free_phase)", "pass"),  # a half is overwritten while it is stored
-        ("mbarrier.wait(ready.index(half), phase)", "pass"),  # a half is stored before it is there
-        ("free.index(1 - HALF)", "free.index(HALF)"),  # it waits for its own half to be stored
-        ("to_tensor(1 - HALF)", "to_tensor(1)"),  # the second half comes before the first one was stored
+        ("mbarrier.wait(free.index(1 - HALF if TURNS else 0), ", "max(0, "),  # a half is overwritten too early
+        ("mbarrier.wait(ready.index(piece), phase)", "pass"),  # a half is stored before it is there
+        ("free.index(1 - HALF if TURNS", "free.index(HALF if TURNS"),  # it waits for its own half to be stored
+        ("to_tensor(1 - HALF", "to_tensor(1"),  # the second half comes before the first one was stored
         ("fence_async_shared()  # TMA", "pass  # TMA"),
         ("ahead < end", "ahead < start"),  # ids of later steps are not loaded
         ("warpgroup_mma_wait(0,", "warpgroup_mma_wait(1,"),  # a tile is stored without its last product

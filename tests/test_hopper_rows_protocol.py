@@ -15,7 +15,7 @@ from tests.test_hopper_gated_protocol import BLOCK_K, BLOCK_M, BLOCK_N, GROUP_M,
 from tests.test_hopper_protocol import Barriers  # noqa: E402
 
 MODULE = SimpleNamespace(**{**vars(hopper), **vars(hopper_rows)})
-NAMES = ("_advance", "_previous", "_products", "_hand_over", "_row_tile", "_load_rows", "_multiply_rows", "_store_rows")
+NAMES = ("_advance", "_previous", "_products", "_hand_over", "_row_tile", "_load_rows", "_multiply", "_store_rows")
 ROWS = 2
 
 
@@ -28,7 +28,7 @@ def emulate(counts, seed, transposed, changes=(), programs=2):
     weights = Descriptor((w.transpose(0, 2, 1) if transposed else w).reshape(-1, R if transposed else N), block)
     for program in range(programs):
         shapes = (STAGES, BLOCK_M, BLOCK_K), (STAGES, *block), (BLOCK_N // WIDTH, BLOCK_M // 2, WIDTH)
-        a_ring, w_ring, half_tile = (Buffer(np.full(shape, np.nan)) for shape in shapes)
+        a_ring, w_ring, buffer = (Buffer(np.full(shape, np.nan)) for shape in shapes)
         full, empty, ready, free = (
             Barriers(Barrier(arrivals) for _ in range(count))
             for count, arrivals in ((STAGES, 1), (STAGES, 2), (2, 1), (2, 1))
@@ -40,14 +40,14 @@ def emulate(counts, seed, transposed, changes=(), programs=2):
         )  # fmt: skip
         multiply = [
             partial(
-                kernel.functions._multiply_rows, p.table, a_ring, w_ring, half_tile, full, empty, ready, free, R,
-                n_tiles, transposed, half,
+                kernel.functions._multiply, p.table, a_ring, w_ring, buffer, full, empty, ready, free, R,
+                n_tiles, transposed, True, True, half,
             )
             for half in (0, 1)
         ]  # fmt: skip
         store = partial(
             kernel.functions._store_rows, Pointer(y.reshape(-1)), Descriptor(y, [BLOCK_M // 2, WIDTH]), p.table,
-            half_tile, ready, free, N, n_tiles, GROUP_M, ROWS,
+            buffer, ready, free, N, n_tiles, GROUP_M, ROWS,
         )  # fmt: skip
         kernel.machine.run([*multiply, store, load])
     return y, np.einsum("sr,srn->sn", a, w[p.experts])
@@ -70,9 +70,12 @@ def test_without_any_row_nothing_is_read():
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("mbarrier.wait(free.index(1 - HALF), free_phase)", "pass"),  # a half is overwritten while it is stored
-        ("free.index(1 - HALF)", "free.index(HALF)"),  # it waits for its own half to be stored
-        ("to_tensor(1 - HALF)", "to_tensor(1)"),  # the second half comes before the first one was stored
+        (
+            "mbarrier.wait(free.index(1 - HALF if TURNS else 0), free_phase)",
+            "pass",
+        ),  # a half is overwritten while it is stored
+        ("free.index(1 - HALF if TURNS", "free.index(HALF if TURNS"),  # it waits for its own half to be stored
+        ("to_tensor(1 - HALF", "to_tensor(1"),  # the second half comes before the first one was stored
         ("mbarrier.wait(ready.index(half), phase)", "pass"),  # a half is stored before it is there
         ("tma.store_wait(0)", "pass"),  # the buffer is given back before it was read
         ("if n_rows >= (half + 1) * HALF_M", "if n_rows >= 0"),  # the next expert's rows are overwritten
