@@ -156,6 +156,8 @@ def test_where_rows_are_chosen(monkeypatch):
         assert not fits(1024, tile=TILE._replace(BLOCK_M=32))  # few rows: smaller tiles
     assert up(1024, dtype=torch.float16) and not dswiglu(1024, dtype=torch.float16)  # da may overflow
     assert [up(D, rows=255) for D in (1024, 2032, 2048)] == [True, True, False]
+    assert [hopper_rows.fits(TILE, 512, 256, rows, torch.float16) for rows in (255, 256)] == [False, True]
+    assert not hopper_rows.fits(TILE._replace(BLOCK_M=64), 512, 256, 256, torch.float16)
     monkeypatch.setattr(hopper, "capability", lambda: 80)
     assert not up(1024) and not dswiglu(1024)
 
