@@ -4,8 +4,7 @@ multiply, other warps compute the epilogue and store.
 In the plain kernels of grouped_gemm.py nothing is multiplied during an epilogue, so at D = 1024 the tensor cores work
 for 37 to 67 % of the time (docs/runs/counters-h200.csv). Here both multiplying warpgroups hand a whole tile over in
 shared memory, in 16-bit numbers, and the storing warps do its epilogue while the next tile is multiplied. The ring of
-buffers is that of hopper.py. Its halves in turn are slower here: an epilogue that computes takes longer for two halves
-than for a tile (docs/LOG.md, "Halves in turn").
+buffers is that of hopper.py. Its halves in turn are slower here (docs/LOG.md, "Halves in turn in `up` and dSwiGLU").
 
 The tile that is handed over belongs to the multiplying warps until its `ready` barrier completes, then to the storing
 warps until they arrive at its `free` barrier.
@@ -104,7 +103,7 @@ def _store_up(
     h_ptr, a_ptr, table, buffer, ready, free, S,
     F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of grouped_gemm.up_kernel. buffer are the gate columns of every part, then their up columns."""
+    """The epilogue of grouped_gemm.up_kernel. buffer has the gate columns of every part, then their up columns."""
     PARTS: gl.constexpr = buffer.shape[0] // 2
     WIDTH: gl.constexpr = buffer.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
@@ -149,7 +148,7 @@ def _store_dh(
     h_ptr, gates_ptr, dh_ptr, ga_ptr, dgates_part_ptr, row_slot_ptr, table, buffer, h_part, gates, ready, free, S,
     F: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of grouped_gemm.dswiglu_kernel. buffer are da.
+    """The epilogue of grouped_gemm.dswiglu_kernel. buffer is da.
 
     While a part is computed, the next part's h is copied to h_part. In registers it would be waited for too early:
     Triton takes 16-bit numbers apart before it carries them through a loop, and ptxas has one counter for loads and

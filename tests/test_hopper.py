@@ -44,6 +44,8 @@ def choose(T, E, K, routing):
         (700, 1008, 496, 4, 1, "half"),
         (500, 400, 336, 8, 2, "even"),  # few rows per expert: shorter steps
         (90, 256, 272, 16, 2, "half"),
+        (20000, 400, 528, 32, 2, "half"),  # three tiles for each program
+        (1500, 400, 528, 64, 2, "half"),
     ],
 )
 def test_same_bits_as_the_plain_kernel(T, M, N, E, K, routing, dtype, transposed, poison):
@@ -68,6 +70,7 @@ def test_same_bits_as_the_plain_kernel(T, M, N, E, K, routing, dtype, transposed
         (4000, 1024, 512, 16, 2, "one"),
         (900, 1552, 288, 4, 2, "half"),  # from D = 1536 on `up` has another ring
         (300, 64, 96, 4, 1, "half"),  # fewer tiles than multiprocessors
+        (30000, 256, 288, 4, 2, "even"),  # seven or more tiles for each program
     ],
 )
 def test_rows_agree_with_float64_and_repeat(T, D, F, E, K, routing, dtype, activation, poison):
@@ -107,6 +110,7 @@ def test_rows_agree_with_float64_and_repeat(T, D, F, E, K, routing, dtype, activ
         (4000, 1024, 512, 16, 2, "one"),
         (300, 304, 144, 4, 1, "half"),  # fewer tiles than multiprocessors
         (8192, 256, 128, 2, 1, "one"),  # whole tiles alone
+        (40000, 528, 128, 4, 2, "even"),  # 15 tiles of two steps for each program
     ],
 )
 def test_sorted_rows_have_the_same_bits_as_the_plain_kernel(T, N, R, E, K, routing, dtype, transposed, poison):

@@ -70,9 +70,16 @@ def test_buffers_are_handed_over_in_order(seed, turns, transposed):
     np.testing.assert_array_equal(out, expected)
 
 
+WHOLE = [
+    ("if not TURNS:\n                mbarrier.wait(ready.index(1), phase)", "if False:\n                pass"),
+    ("free_phase ^= 1", "free_phase ^= 0"),
+]
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
+        ("free_phase ^= 1", "free_phase ^= 0"),
         ("_previous(stage, STAGES)), count=1, pred=k > 0", "stage), count=1, pred=k >= 0"),  # too early
         ("tma.store_wait(0)", "pass"),  # the buffer is given back before it was read
         ("mbarrier.wait(free.index(1 - HALF if TURNS else 0), ", "max(0, "),  # a half is overwritten too early
@@ -86,12 +93,17 @@ def test_buffers_are_handed_over_in_order(seed, turns, transposed):
         ("fence_async_shared()  # cp", "pass  # cp"),
     ],
 )
-def test_broken_protocols_are_found(old, new):
+def test_broken_protocols_are_found(old, new, turns=True):
     found = 0
     for seed in range(30):
         try:
-            out, expected = emulate([5, 0, 9], M=8, N=16, transposed=False, seed=seed, changes=[(old, new)])
+            out, expected = emulate([5, 0, 9], 8, 16, False, seed, changes=[(old, new)], turns=turns)
             found += not np.array_equal(out, expected)
         except (Deadlock, AssertionError):
             found += 1
     assert found
+
+
+@pytest.mark.parametrize("old, new", WHOLE)
+def test_broken_protocols_of_whole_tiles_are_found(old, new):
+    test_broken_protocols_are_found(old, new, turns=False)

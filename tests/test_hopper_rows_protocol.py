@@ -19,10 +19,9 @@ NAMES = ("_advance", "_previous", "_products", "_hand_over", "_row_tile", "_load
 ROWS = 2
 
 
-def emulate(counts, seed, transposed, changes=(), programs=2):
-    """(y, what it should be). D = 7 and F = 10 of the Problem are the reduction and the columns."""
-    p = Problem(counts, seed)
-    R, N, E = p.D, p.F, len(counts)
+def emulate(counts, seed, transposed, changes=(), programs=2, R=7, N=10):
+    """(y, what it should be)."""
+    p, E = Problem(counts, seed), len(counts)
     a, w, n_tiles, y = p.draw(p.S, R), p.draw(E, R, N), -(-N // BLOCK_N), np.full((p.S, N), np.nan)
     block = [BLOCK_N, BLOCK_K] if transposed else [BLOCK_K, BLOCK_N]
     weights = Descriptor((w.transpose(0, 2, 1) if transposed else w).reshape(-1, R if transposed else N), block)
@@ -59,6 +58,13 @@ def emulate(counts, seed, transposed, changes=(), programs=2):
 def test_buffers_are_handed_over_in_order(seed, counts, transposed):
     """Experts without rows, with one row, with more tiles than a group has, and with whole tiles alone."""
     np.testing.assert_array_equal(*emulate(counts, seed, transposed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("R", [1, 2, 3])
+def test_reductions_shorter_than_the_ring_and_programs_without_tiles(seed, R):
+    np.testing.assert_array_equal(*emulate([5, 0, 9], seed, False, programs=1, R=R, N=11))  # WIDTH does not divide N
+    np.testing.assert_array_equal(*emulate([3], seed, True, programs=5, R=R))
 
 
 def test_without_any_row_nothing_is_read():
