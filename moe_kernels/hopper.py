@@ -148,7 +148,7 @@ def _hand_over(
         else:
             part = buffer.index(i).reshape([ROWS, WIDTH])
         part.slice(FIRST, HALF_M).store(parts[i].to(buffer.dtype))
-    fence_async_shared()  # TMA reads it
+    fence_async_shared()  # TMA may read it, through the asynchronous proxy
     mbarrier.arrive(ready.index(HALF), count=1)
 
 
