@@ -147,7 +147,8 @@ def dswiglu(dy_TD, w_out_EDF, h_PSW, gates_TK, sorted_, tile, activation):
 
 
 def rows(a_SR, w, transposed, sorted_, tile, out=None):
-    """gemm.down when transposed, else gemm.dx, by the kernel for Hopper where it fits, which gives the same bits."""
+    """gemm.down when transposed, else gemm.dx, by the kernel for Hopper where it fits, else by the plain one, which
+    gives the same bits. The result (S, N) is in `out` if it is given."""
     (S, R), E = a_SR.shape, w.shape[0]
     if hopper_rows.fits(tile, w.shape[1 if transposed else 2], R, S // E, a_SR.dtype):
         return hopper_rows.rows(a_SR, w, transposed, sorted_, out)

@@ -16,7 +16,7 @@ both arrive at its `empty` barrier. The buffer of the halves belongs to a warpgr
 completes, then to the storing warps until they arrive at the half's `free` barrier, then to the other warpgroup. A wait
 expects a parity, `phase`, which flips when the ring wraps around, or with every tile.
 
-Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so the results are the same bits.
+Shape letters as in grouped_gemm.py. Products are added in the plain kernels' order, so dW has the same bits.
 """
 
 import functools

@@ -165,7 +165,10 @@ def rows_hopper_kernel(
 
 def rows(a_SR, w, transposed, dispatch, out=None):
     """The same bits as grouped_gemm.down (w (E, N, R), transposed) or grouped_gemm.dx (w (E, R, N)), where `fits`
-    allows it; dispatch has tiles of BLOCK_M rows. Returns (S, N)."""
+    allows it; dispatch has tiles of BLOCK_M rows.
+
+    a_SR (S, R) sorted by expert, bfloat16 or float16, contiguous like w; N, R multiples of 8. Returns (S, N) in their
+    dtype, in `out` if it is given."""
     S, R = a_SR.shape
     N = w.shape[1] if transposed else w.shape[2]
     y = a_SR.new_empty(S, N) if out is None else out
